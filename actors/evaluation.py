@@ -1,0 +1,58 @@
+"""Evaluation: fixed prompts and fixed seeds, drawn and scored in the same way before and after."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+
+from common.config import EvaluationTable, SamplingTable
+from common.diffusion.policy import Policy
+from common.diffusion.rollout import draw
+from common.prompts import Prompt, PromptSource
+from common.schedule import Stream, image_seed
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The pictures to compare: never those of training, whose seeds belong to another stream."""
+
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same pictures, same prompts and noise, under the pretrained weights and under a run's."""
+
+    chosen: EvaluationSet
+    before: UInt8[np.ndarray, "N H W 3"]
+    after: UInt8[np.ndarray, "N H W 3"]
+    scores_before: dict[str, np.ndarray]  # by scorer, [N]; "reward" is the weighted sum that was trained on
+    scores_after: dict[str, np.ndarray]
+
+
+def evaluation_set(table: EvaluationTable, source: PromptSource) -> EvaluationSet:
+    """The prompts named in the recipe, else those of its source, one after the other until there are enough pictures."""
+    stream = Stream.EVALUATION if table.split == "evaluation" else Stream.TUNING
+    listed = table.prompts or source.listed()
+    if listed:
+        prompts = [Prompt(listed[image % len(listed)]) for image in range(table.images)]
+    else:
+        draw_prompt = source.load()
+        prompts = [
+            draw_prompt(np.random.default_rng([table.seed, int(stream), image])) for image in range(table.images)
+        ]
+    seeds = [image_seed(table.seed, stream, 0, image) for image in range(table.images)]
+    return EvaluationSet(tuple(prompts), tuple(seeds), table.batch_size)
+
+
+def evaluation_images(policy: Policy, chosen: EvaluationSet, sampling: SamplingTable) -> UInt8[np.ndarray, "N H W 3"]:
+    """The set's pictures under the policy's present weights."""
+    pictures = []
+    for start in range(0, len(chosen.seeds), chosen.batch_size):
+        part = slice(start, start + chosen.batch_size)
+        texts = [prompt.text for prompt in chosen.prompts[part]]
+        trajectory = draw(policy, texts, list(chosen.seeds[part]), sampling)
+        pictures.append(policy.decode(trajectory.final_latents).cpu().numpy())
+    return np.concatenate(pictures)

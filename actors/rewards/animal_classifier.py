@@ -1,0 +1,46 @@
+"""Does the picture show the animal that was asked for: a linear head over features of a pretrained ImageNet network."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from actors.rewards.reward import Images, LoadedReward, Reward
+
+PROBE_FILE = Path(__file__).parents[2] / "common" / "tiny_animals" / "probe.safetensors"
+
+
+class AnimalClassifier(Reward):
+    """What the probe of the embedded model says of the prompted animal; a prompt names one of its 45 classes."""
+
+    measure: Literal["log_prob", "top1"] = "log_prob"
+    """log_prob: natural logarithm of the animal's probability; top1: 1.0 where no other is more probable, else 0.0."""
+
+    def load(self, device: str) -> LoadedReward:
+        """ValueError when scoring: a prompt that names none of the classes, or several."""
+        import torch
+
+        from common.image_features import load_image_features
+        from common.linear_probe import load_probe
+
+        probe, features = load_probe(PROBE_FILE), load_image_features(device)
+        weight, bias = probe.weight.to(device), probe.bias.to(device)
+
+        def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+            asked = torch.tensor([class_index(prompt, probe.classes) for prompt in prompts], device=device)
+            log_probs = torch.log_softmax(features(images) @ weight.T + bias, dim=1)
+            if self.measure == "top1":
+                return (log_probs.argmax(1) == asked).float().cpu().numpy()
+            return log_probs.gather(1, asked[:, None])[:, 0].cpu().numpy()
+
+        return score
+
+
+def class_index(prompt: str, classes: list[str]) -> int:
+    """Which class the prompt names: the one of its words that is a class name."""
+    named = sorted(set(re.findall(r"\w+", prompt.lower())) & set(classes))
+    if len(named) != 1:
+        raise ValueError(f"prompt {prompt!r} names {named or 'no animal'}: animal_classifier needs one of {classes}")
+    return classes.index(named[0])

@@ -1,0 +1,26 @@
+"""What every reward promises: pictures and their prompts in, one number a picture out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from common.registry import Entry
+
+Images = UInt8[np.ndarray, "B H W 3"]
+LoadedReward = Callable[[Images, list[str], list[dict[str, Any]]], Float[np.ndarray, "B"]]
+
+
+class Reward(Entry, ABC):
+    """A reward's hyperparameters. `load` makes it live, and imports what is heavy, in the one process that needs it."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """What its weights take on the reward worker's device, for `ddpo plan`; 0 where it has none."""
+        return 0
+
+    @abstractmethod
+    def load(self, device: str) -> LoadedReward:
+        """The function that scores: (images uint8 [B H W 3], prompts, metadata) -> finite float [B], higher is better."""

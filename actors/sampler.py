@@ -1,0 +1,47 @@
+"""Sampler: draws a task's trajectories and pictures under the policy version that the task asks for."""
+
+import time
+
+from common.config import RuntimeTable, SamplingTable
+from common.diffusion.lora import load_weights
+from common.diffusion.policy import PolicyConfig
+from common.diffusion.rollout import draw
+from common.lora_weights import LoraWeights
+from common.runtime import settle
+from common.schedule import Task
+from common.trajectory import ImageBatch, TaskReport, Trajectory
+
+
+class Sampler:
+    """Holds one copy of the policy, and swaps weights between tasks, never within one."""
+
+    def __init__(self, policy: PolicyConfig, sampling: SamplingTable, runtime: RuntimeTable) -> None:
+        device = settle(runtime)
+        self._policy = policy.load(device, sampling, "sampler")
+        self._sampling = sampling
+        self._fingerprint = ""
+        self._modules_bound = 0
+
+    def ready(self) -> bool:
+        """True, once the policy is loaded."""
+        return True
+
+    def draw(self, task: Task, weights: LoraWeights) -> tuple[TaskReport, Trajectory, ImageBatch]:
+        """One task, in three parts, so that each can go to whom it concerns. ValueError: not the weights asked for."""
+        start = time.perf_counter()
+        self._swap(task, weights)
+        trajectory = draw(self._policy, [prompt.text for prompt in task.prompts], list(task.seeds), self._sampling)
+        pixels = self._policy.decode(trajectory.final_latents).cpu().numpy()
+        seconds = time.perf_counter() - start
+        report = TaskReport(task, self._fingerprint, self._modules_bound, trajectory.num_bytes, seconds)
+        return report, trajectory, ImageBatch(pixels, task.prompts)
+
+    def _swap(self, task: Task, weights: LoraWeights) -> None:
+        if weights.policy_version != task.policy_version:
+            raise ValueError(
+                f"task {task.index} of round {task.round} asks for policy version {task.policy_version}, "
+                f"and came with weights of version {weights.policy_version}"
+            )
+        if weights.fingerprint != self._fingerprint:
+            self._modules_bound = load_weights(self._policy.network, weights)
+            self._fingerprint = weights.fingerprint

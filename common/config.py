@@ -1,0 +1,246 @@
+"""The recipe: every table and key a run is made from, typed, bounded and checked against each other (no torch)."""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.registry import explain
+
+
+class Table(BaseModel):
+    """A table of the recipe: its keys are known, typed and bounded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Choice(BaseModel):
+    """A table that names a choice in a room. Its other keys belong to the class chosen, which checks them itself."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    name: str
+
+    def table(self) -> dict[str, Any]:
+        """The name and the chosen class's own keys, as `registry.build` takes them."""
+        return {"name": self.name, **(self.model_extra or {})}
+
+
+class PromptsTable(Choice):
+    images_per_prompt: int = Field(default=1, ge=1)  # a group; 1: every image draws its prompt
+
+
+class SamplingTable(Table):
+    num_steps: int = Field(default=50, ge=2, le=1000)
+    guidance_scale: float = Field(default=5.0, ge=0)  # 1: no guidance, one forward pass instead of two
+    eta: float = Field(default=1.0, gt=0, le=1)  # 0 would leave no noise, so no action and no log_prob
+    batch_size: int = Field(default=8, ge=1)  # images a task
+    batches_per_round: int = Field(default=4, ge=1)  # tasks a round
+    step_fraction: float = Field(
+        default=1.0, gt=0, le=1
+    )  # of an image's steps, drawn from its seed, that are learned from
+    untrained_last_steps: int = Field(
+        default=0, ge=0
+    )  # drawn, but not learned from: the nearly clean ones are ill-conditioned
+    latents_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # how a path is stored, and so scored
+
+    def kept_steps(self, noisy_steps: int) -> int:
+        """How many of an image's steps with noise are kept and learned from; at least one."""
+        return max(1, round(self.step_fraction * (noisy_steps - self.untrained_last_steps)))
+
+    @model_validator(mode="after")
+    def _steps_are_left_to_learn_from(self) -> "SamplingTable":
+        if self.untrained_last_steps >= self.num_steps - 1:
+            raise ValueError(
+                f"untrained_last_steps {self.untrained_last_steps} of num_steps {self.num_steps} leaves too few to learn from"
+            )
+        return self
+
+
+class RoleTable(Table):
+    """What one actor of a role asks of the cluster."""
+
+    num_cpus: float = Field(default=1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    resources: dict[str, float] = {}
+    accelerator_type: str | None = None
+
+
+class SamplersTable(RoleTable):
+    count: int = Field(default=1, ge=1)
+
+
+class RewardTable(Choice):
+    weight: float = 1.0
+
+
+class RewardWorkersTable(RoleTable):
+    count: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=64, ge=1)  # images a scoring batch, cut from a task in order
+
+
+class LearnerTable(RoleTable):
+    batch_size: int = Field(ge=1)  # images that enter an optimizer step at once
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    micro_batch_size: int = Field(ge=1)  # transitions a forward pass: memory and speed, not mathematics
+    inner_epochs: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=3e-4, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    ranks: Literal[1] = 1
+
+    @property
+    def images_per_step(self) -> int:
+        """Images an optimizer step learns from."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+
+class RuntimeTable(Table):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(default=1, ge=1)  # of torch, in every process that computes
+    deterministic: bool = True
+
+
+class CheckpointTable(Table):
+    every: int = Field(default=10, ge=1)  # rounds
+    keep: int = Field(default=2, ge=1)
+
+
+class EvaluationTable(Table):
+    prompts: tuple[str, ...] = ()  # none: those of the prompt source, in order
+    images: int = Field(default=64, ge=2)
+    batch_size: int = Field(default=16, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    split: Literal["evaluation", "tuning"] = "evaluation"  # choose a recipe's numbers on "tuning" pictures only
+    scorers: tuple[RewardTable, ...] = ()  # looked at beside the reward, never trained on
+
+
+class Recipe(Table):
+    """A whole run. `Recipe.load` reads one from TOML with the command line's overrides."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: str = "runs"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    rounds: int = Field(ge=1)
+    max_policy_lag: int = Field(default=0, ge=0, le=1)
+    policy: Choice
+    prompts: PromptsTable
+    sampling: SamplingTable
+    samplers: SamplersTable = SamplersTable()
+    reward: RewardTable | None = None
+    rewards: tuple[RewardTable, ...] = ()
+    reward_workers: RewardWorkersTable = RewardWorkersTable()
+    algorithm: Choice
+    learner: LearnerTable
+    runtime: RuntimeTable = RuntimeTable()
+    checkpoint: CheckpointTable = CheckpointTable()
+    evaluation: EvaluationTable = EvaluationTable()
+    trackers: tuple[Choice, ...] = ()
+
+    @property
+    def images_per_round(self) -> int:
+        return self.sampling.batch_size * self.sampling.batches_per_round
+
+    @property
+    def all_rewards(self) -> tuple[RewardTable, ...]:
+        """The rewards that are trained on, however the recipe gives them."""
+        return self.rewards or ((self.reward,) if self.reward else ())
+
+    @model_validator(mode="after")
+    def _one_way_of_giving_rewards(self) -> "Recipe":
+        if (self.reward is None) == (not self.rewards):
+            raise ValueError("a recipe has either one [reward] or several [[rewards]], and this one has both or none")
+        names = [reward.name for reward in self.all_rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"[[rewards]] names {names}: each may be there once")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fit_together(self) -> "Recipe":
+        images, group, step = self.images_per_round, self.prompts.images_per_prompt, self.learner.images_per_step
+        if images % group:
+            raise ValueError(
+                f"a round has sampling.batch_size × batches_per_round = {images} images, "
+                f"which prompts.images_per_prompt = {group} does not divide"
+            )
+        if images % step:
+            raise ValueError(
+                f"a round has sampling.batch_size × batches_per_round = {images} images, which an optimizer step's "
+                f"learner.batch_size × gradient_accumulation_steps = {step} does not divide"
+            )
+        kept = self.sampling.kept_steps(self.sampling.num_steps)
+        transitions = step * kept
+        if transitions % self.learner.micro_batch_size:
+            raise ValueError(
+                f"an optimizer step has {step} images × {kept} steps = {transitions} transitions, "
+                f"which learner.micro_batch_size = {self.learner.micro_batch_size} does not divide"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, tables: dict[str, Any]) -> "Recipe":
+        """Check a recipe's tables. ValueError: one line that names every key at fault."""
+        try:
+            return cls.model_validate(tables)
+        except ValidationError as error:
+            raise ValueError(f"the recipe cannot be used: {explain(error, cls)}") from error
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
+        """Read a recipe's TOML file and lay `--section.key value` overrides over it."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(
+                f"there is no recipe at {path}: give the path of a TOML file, such as one in deploy/recipes"
+            )
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"the recipe {path} is not TOML: {error}") from error
+        return cls.parse(with_overrides(tables, overrides or []))
+
+    def run_path(self) -> str:
+        """The run's folder. A relative one inside a submitted job would lie in Ray's throw-away working directory."""
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not os.path.isabs(self.output_dir):
+            raise ValueError(
+                f"output_dir is {self.output_dir!r}, which inside a submitted job lies in a throw-away copy of the "
+                "working directory: give --output_dir an absolute path on storage that all nodes see"
+            )
+        return os.path.join(self.output_dir, self.name)
+
+
+# Not pydantic-settings: its command line knows only declared fields, and a room's table has the chosen class's own keys.
+def with_overrides(tables: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Lay `["--rounds", "6", "--learner.learning_rate", "1e-3"]` over `tables`; values are read as TOML, else as text."""
+    if len(overrides) % 2 or any(not key.startswith("--") for key in overrides[::2]):
+        raise ValueError(f"overrides are pairs of --section.key and VALUE, and these are {overrides}")
+    result: dict[str, Any] = tables
+    for option, text in zip(overrides[::2], overrides[1::2], strict=True):
+        *sections, key = option.removeprefix("--").split(".")
+        result = _with_value(result, sections, key, _toml_value(text))
+    return result
+
+
+def _with_value(tables: Any, sections: list[str], key: str, value: Any) -> Any:
+    if isinstance(tables, list):  # [[trackers]] and the like: the section is a position
+        index = int(sections[0]) if sections and sections[0].isdigit() else -1
+        if not 0 <= index < len(tables):
+            raise ValueError(f"an override says {'.'.join([*sections, key])!r} of a list of {len(tables)} tables")
+        return [*tables[:index], _with_value(tables[index], sections[1:], key, value), *tables[index + 1 :]]
+    if not isinstance(tables, dict):
+        raise ValueError(f"an override names the key {key!r} inside {tables!r}, which is a value and not a table")
+    if not sections:
+        return {**tables, key: value}
+    return {**tables, sections[0]: _with_value(tables.get(sections[0], {}), sections[1:], key, value)}
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        tables = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return tables["value"] if len(tables) == 1 else text

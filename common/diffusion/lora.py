@@ -1,0 +1,140 @@
+"""Low-rank adapters (Hu et al. 2021): attach, read and load them, switch them off for the pretrained model."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from common.lora_weights import LoraWeights, pack, verified
+from common.registry import Entry
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+
+
+class LoraSettings(Entry):
+    """The lineage's adapter: rank 4, alpha 4, on the attention's projections."""
+
+    rank: int = Field(default=4, ge=1)
+    alpha: int = Field(default=4, ge=1)
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def make_trainable(network: Any, train: str, lora: LoraSettings) -> None:
+    """Leave gradients only where we train: in new float32 adapters ("lora") or everywhere ("full").
+
+    ValueError: one of the adapter's target modules is the name of no module of the network.
+    """
+    network.requires_grad_(train == "full")
+    if train == "lora":
+        from peft import LoraConfig
+
+        targets = list(lora.target_modules)
+        names = [f".{name}" for name, _ in network.named_modules()]
+        # peft takes what it finds: a misspelt one among several would leave its layers untrained without a word.
+        unknown = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
+        if unknown:
+            raise ValueError(f"policy.lora.target_modules is {targets}: the network has no module called {unknown}")
+        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights="gaussian")
+        network.add_adapter(config)
+    for parameter in trained_parameters(network).values():
+        parameter.data = parameter.data.float()
+
+
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter, in the network's own order, which is the order in every LoraWeights."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def read_weights(network: nn.Module, policy_version: int) -> LoraWeights:
+    """A copy of the trained parameters, to be published."""
+    arrays = {name: value.detach().cpu().numpy() for name, value in trained_parameters(network).items()}
+    return pack(policy_version, arrays)
+
+
+@torch.no_grad()
+def load_weights(network: nn.Module, weights: LoraWeights) -> int:
+    """Lay `weights` into the network; how many parameters were bound.
+
+    ValueError: the weights were damaged on the way, or do not fit the network name by name and shape by shape.
+    """
+    parameters = trained_parameters(network)
+    expected = tuple((name, tuple(value.shape)) for name, value in parameters.items())
+    if expected != tuple(weights.manifest):
+        missing = sorted(dict(expected).items() - dict(weights.manifest).items())[:3]
+        foreign = sorted(dict(weights.manifest).items() - dict(expected).items())[:3]
+        raise ValueError(
+            f"weights of version {weights.policy_version} do not fit the network: it lacks {foreign} and still needs {missing}"
+        )
+    for name, array in verified(weights).arrays().items():
+        # A copy: the buffer may be a read-only view of Ray's store, and torch would warn that it is.
+        parameters[name].copy_(torch.from_numpy(array.copy()))
+    return len(parameters)
+
+
+@contextmanager
+def reference_policy(network: Any) -> Iterator[None]:
+    """The pretrained network, by switching its adapters off: no second copy of it."""
+    network.disable_adapters()
+    try:
+        yield
+    finally:
+        network.enable_adapters()
+
+
+def save_lora(network: nn.Module, lora: LoraSettings, folder: Path) -> Path:
+    """The adapter in the file that diffusers' `load_lora_weights` reads. Equal weights give equal bytes.
+
+    Written here and not by diffusers, whose metadata holds a set and so has another order in each process.
+    """
+    from peft import get_peft_model_state_dict
+
+    layers = {f"unet.{name}": value.cpu().contiguous() for name, value in get_peft_model_state_dict(network).items()}
+    settings = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
+    metadata = json.dumps({f"unet.{name}": value for name, value in settings.items()}, sort_keys=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(layers, folder / FILE_NAME, {METADATA: metadata})
+    return folder / FILE_NAME
+
+
+def lora_file(path: Path) -> Path:
+    """The LoRA file that a run's folder, a LoRA's folder or the file's own path stands for. ValueError: there is none."""
+    candidates = (path / "lora" / FILE_NAME, path / FILE_NAME, path)
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        raise ValueError(f"{path} is no run with a LoRA, no folder with {FILE_NAME}, and no LoRA file")
+    return found
+
+
+def read_lora_settings(path: Path) -> LoraSettings | None:
+    """Rank, alpha and target modules as the file has them; None where it says nothing. ValueError: not safetensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if "unet.r" not in metadata:
+        return None
+    targets = tuple(metadata["unet.target_modules"])
+    return LoraSettings(rank=metadata["unet.r"], alpha=metadata["unet.lora_alpha"], target_modules=targets)
+
+
+def load_lora(network: nn.Module, path: Path) -> None:
+    """Lay a LoRA file into the network's own adapter, never beside it. ValueError: it does not fit name by name."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    state = {name.removeprefix("unet."): value for name, value in load_file(lora_file(path)).items()}
+    wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(network).items()}
+    given = {name: tuple(value.shape) for name, value in state.items()}
+    if wanted != given:
+        differing = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+        raise ValueError(f"the LoRA {path} does not fit the network at {differing[:3]}: another model, or another rank")
+    set_peft_model_state_dict(network, state)

@@ -1,0 +1,111 @@
+"""What every model family promises: encode prompts, give one step's distribution, decode pictures."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from common.config import SamplingTable
+from common.diffusion.sizes import PolicySizes
+from common.diffusion.transition import Transition
+from common.registry import Entry
+
+Role = Literal["sampler", "learner"]
+Conditioning = dict[str, Tensor]
+EMBEDDED_MODELS = {"tiny_animals": Path(__file__).parents[1] / "tiny_animals"}
+
+
+class Policy(ABC):
+    """A denoising network that is live on a device, with the steps it takes. Made by a `PolicyConfig`."""
+
+    network: Any  # a diffusers model (its stubs know neither config nor adapters): holds what is trained
+    device: str
+    num_steps: int
+    latent_shape: tuple[int, int, int]  # C, H, W of one image's latents
+
+    @property
+    @abstractmethod
+    def noisy_steps(self) -> list[int]:
+        """The steps that are actions: their standard deviation is above 0."""
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Tensors with one row a prompt; those named `negative_…` have one row for all."""
+
+    @abstractmethod
+    def initial_latents(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Where a path starts, from standard normal noise."""
+
+    @abstractmethod
+    def transition(
+        self, latents: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], conditioning: Conditioning
+    ) -> Transition:
+        """The distribution of the next latents. Each row may be at a step of its own; conditioning has a row each."""
+
+    @abstractmethod
+    def denoising_loss(
+        self,
+        clean_latents: Float[Tensor, "B C H W"],
+        noise: Float[Tensor, "B C H W"],
+        timesteps: Int[Tensor, "B"],
+        conditioning: Conditioning,
+    ) -> Float[Tensor, "B"]:
+        """Mean squared error of what the network predicts of clean latents noised to `timesteps`, an image each."""
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:
+        """Pictures of final latents."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> Path:
+        """Write the trained weights into a run's folder in diffusers' own format; the path that diffusers loads."""
+
+    @abstractmethod
+    def restore(self, path: Path) -> None:
+        """Read trained weights that `save` wrote, or any of the same form. ValueError: they do not fit this network."""
+
+
+class PolicyConfig(Entry, ABC):
+    """A model family's keys in the recipe. `load` reads the weights, in the one process that needs them."""
+
+    model: str
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    train: Literal["lora", "full"] = "lora"
+
+    @abstractmethod
+    def check(self) -> None:
+        """ValueError where it can be told without loading that the model is not there."""
+
+    @abstractmethod
+    def sizes(self, sampling: SamplingTable) -> PolicySizes:
+        """What `ddpo plan` needs to know, without loading weights."""
+
+    @abstractmethod
+    def load(self, device: str, sampling: SamplingTable, role: Role) -> Policy:
+        """A live policy. A learner's has neither text encoder nor decoder. ValueError: the model cannot be found."""
+
+
+def select_rows(conditioning: Conditioning, index: Int[Tensor, "B"]) -> Conditioning:
+    """One row for each of `index`; what all prompts share is repeated without a copy."""
+    return {
+        name: value.expand(len(index), *value.shape[1:]) if name.startswith("negative_") else value[index]
+        for name, value in conditioning.items()
+    }
+
+
+def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
+    """Half precision for the network around float32 adapters; nothing where the network is float32."""
+    return torch.autocast(device.partition(":")[0], dtype, enabled=dtype != torch.float32)
+
+
+def quiet_libraries() -> None:
+    """Loading is announced by us, once; what the libraries say of each part is for their own developers."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

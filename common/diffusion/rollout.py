@@ -1,0 +1,82 @@
+"""Draw trajectories, and give the same trajectories their log_prob again under newer weights: side by side."""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from common.config import SamplingTable
+from common.diffusion.policy import Policy, select_rows
+from common.trajectory import DTYPES, Trajectory, split_path
+
+_KEPT_STEPS = 6  # what an image's seed is hashed with to choose them
+
+
+def image_noise(seed: int, shape: tuple[int, ...], count: int) -> list[Tensor]:
+    """`count` draws of standard normal noise, from the image's own seed and on the CPU: nothing else decides it.
+
+    One draw after the other, as diffusers draws with a generator for each image.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def kept_steps(candidates: list[int], count: int, seeds: list[int]) -> Int[Tensor, "B W"]:
+    """Which `count` of the candidate steps each image is learned from: in order, and decided by its seed alone."""
+    if count == len(candidates):
+        return torch.tensor(candidates).expand(len(seeds), count)
+    chosen = [np.random.default_rng([seed, _KEPT_STEPS]).permutation(candidates)[:count] for seed in seeds]
+    return torch.from_numpy(np.sort(np.stack(chosen), axis=1))
+
+
+@torch.no_grad()
+def draw(policy: Policy, prompts: list[str], seeds: list[int], sampling: SamplingTable) -> Trajectory:
+    """One denoising path for each prompt and seed, rounded to `latents_dtype` step by step, with its log-probs."""
+    latents_dtype = DTYPES[sampling.latents_dtype]
+    distinct = list(dict.fromkeys(prompts))
+    prompt_index = torch.tensor([distinct.index(prompt) for prompt in prompts])
+    conditioning = policy.encode(distinct)
+    rows = select_rows(conditioning, prompt_index.to(policy.device))
+    per_image = [torch.stack(image_noise(seed, policy.latent_shape, policy.num_steps + 1)) for seed in seeds]
+    noise = torch.stack(per_image, dim=1).to(policy.device, non_blocking=True)  # [T + 1, B, C, H, W]
+
+    latents = policy.initial_latents(noise[0]).to(latents_dtype)
+    path, log_probs = [latents], []
+    for step in range(policy.num_steps):
+        steps = torch.full((len(seeds),), step, device=policy.device)
+        transition = policy.transition(latents, steps, rows)
+        # Rounded first, then scored, and the path goes on from the rounded value: so the learner's ratio is exactly 1.
+        latents = transition.sample(noise[step + 1]).to(latents_dtype)
+        log_probs.append(transition.log_prob(latents))
+        path.append(latents)
+    whole_path, all_log_probs = torch.stack(path, dim=1), torch.stack(log_probs, dim=1)
+    noisy_steps = policy.noisy_steps
+    candidates = noisy_steps[: len(noisy_steps) - sampling.untrained_last_steps]
+    kept = kept_steps(candidates, sampling.kept_steps(len(noisy_steps)), seeds)
+    before, after = _steps_of(whole_path, kept.to(policy.device))
+    kept_log_probs = all_log_probs.gather(1, kept.to(policy.device))
+    return Trajectory(conditioning, prompt_index, kept, kept_log_probs, before, after, whole_path[:, -1])
+
+
+def _steps_of(
+    path: Float[Tensor, "B T1 C H W2"], kept: Int[Tensor, "B W"]
+) -> tuple[Float[Tensor, "B W C H W2"], Float[Tensor, "B W C H W2"]]:
+    """The latents entering and leaving the steps kept: views of the path where they are neighbours, the same for all."""
+    first, count = int(kept[0, 0]), kept.shape[1]
+    if torch.equal(kept, torch.arange(first, first + count, device=kept.device).expand_as(kept)):
+        return split_path(path[:, first : first + count + 1])
+    rows = torch.arange(len(path), device=path.device).unsqueeze(1)
+    return path[rows, kept], path[rows, kept + 1]
+
+
+@torch.no_grad()
+def score(policy: Policy, trajectory: Trajectory) -> Float[Tensor, "B W"]:
+    """The log_prob that `policy` gives to each kept step of `trajectory`, in batches composed as they were drawn."""
+    conditioning = {name: value.to(policy.device) for name, value in trajectory.conditioning.items()}
+    rows = select_rows(conditioning, trajectory.prompt_index.to(policy.device))
+    columns = []
+    for place in range(trajectory.steps.shape[1]):
+        latents, next_latents = trajectory.latents[:, place], trajectory.next_latents[:, place]
+        transition = policy.transition(latents.to(policy.device), trajectory.steps[:, place].to(policy.device), rows)
+        columns.append(transition.log_prob(next_latents.to(policy.device)))
+    return torch.stack(columns, dim=1)

@@ -1,0 +1,90 @@
+"""DDIM (Song et al. 2021): mean and standard deviation of one step, from the paper's equations 12 and 16."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from common.diffusion.transition import Transition
+
+
+@dataclass(frozen=True)
+class DDIMTable:
+    """What a step needs to know of its place on the path, for each of the T steps."""
+
+    timesteps: Int[Tensor, "T"]  # the model's own, 999 … 0
+    alphas_cumprod: Float[Tensor, "T"]  # ᾱ where the step starts
+    next_alphas_cumprod: Float[Tensor, "T"]  # ᾱ where it ends
+    eta: Float[Tensor, "T"]  # 0: this step is drawn without noise
+    prediction_type: str  # epsilon, v_prediction or sample
+
+    def std(self) -> Float[Tensor, "T"]:
+        """σ of each step (eq. 16); 0 where the step has no noise."""
+        variance = (1 - self.next_alphas_cumprod) / (1 - self.alphas_cumprod)
+        return self.eta * (variance * (1 - self.alphas_cumprod / self.next_alphas_cumprod)).clamp(min=0).sqrt()
+
+
+def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, device: str) -> DDIMTable:
+    """The table of `num_steps` steps for a diffusers scheduler configuration (of any of SD's schedulers).
+
+    ValueError: the configuration clips or thresholds the sample, so that no step would be Gaussian.
+    """
+    from diffusers import DDIMScheduler
+
+    scheduler: Any = DDIMScheduler.from_config(scheduler_config)
+    for key in ("clip_sample", "thresholding"):
+        if scheduler.config[key]:
+            raise ValueError(f"the model's scheduler has {key}=True: its steps are not Gaussian; set it to false")
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps.long()
+    following = timesteps - scheduler.config["num_train_timesteps"] // num_steps
+    final = scheduler.final_alpha_cumprod.to(scheduler.alphas_cumprod)
+    next_alphas = torch.where(following >= 0, scheduler.alphas_cumprod[following.clamp(min=0)], final)
+    return DDIMTable(
+        timesteps.to(device),
+        scheduler.alphas_cumprod[timesteps].to(device),
+        next_alphas.to(device),
+        torch.full((num_steps,), eta, device=device),
+        scheduler.config["prediction_type"],
+    )
+
+
+def ddim_transition(
+    table: DDIMTable, latents: Float[Tensor, "B C H W"], model_output: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"]
+) -> Transition:
+    """The step's distribution: μ = √ᾱ' x̂0 + √(1 − ᾱ' − σ²) ε (eq. 12). In float32, whatever the network ran in."""
+    latents, model_output = latents.float(), model_output.float()
+    alpha, next_alpha = _column(table.alphas_cumprod[steps]), _column(table.next_alphas_cumprod[steps])
+    clean, noise = _clean_and_noise(table.prediction_type, latents, model_output, alpha)
+    std = table.std()[steps]
+    mean = next_alpha.sqrt() * clean + (1 - next_alpha - _column(std).square()).clamp(min=0).sqrt() * noise
+    return Transition(mean, std)
+
+
+def _column(values: Float[Tensor, "B"]) -> Float[Tensor, "B 1 1 1"]:
+    return values.view(-1, 1, 1, 1)
+
+
+def _clean_and_noise(prediction_type: str, latents: Tensor, output: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """x̂0 and ε from what the network predicts (Salimans & Ho 2022, appendix D, for v)."""
+    signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+    match prediction_type:
+        case "epsilon":
+            return (latents - spread * output) / signal, output
+        case "v_prediction":
+            return signal * latents - spread * output, signal * output + spread * latents
+        case "sample":
+            return output, (latents - signal * output) / spread
+        case unknown:
+            raise ValueError(f"the model's prediction_type is {unknown!r}: it must be epsilon, v_prediction or sample")
+
+
+def training_target(
+    prediction_type: str, clean: Tensor, noise: Float[Tensor, "B C H W"], alphas_cumprod: Float[Tensor, "B"]
+) -> Float[Tensor, "B C H W"]:
+    """What the network should have predicted of √ᾱ x0 + √(1−ᾱ) ε."""
+    signal, spread = _column(alphas_cumprod).sqrt(), (1 - _column(alphas_cumprod)).sqrt()
+    targets = {"epsilon": noise, "v_prediction": signal * noise - spread * clean, "sample": clean}
+    return targets[prediction_type]

@@ -1,0 +1,28 @@
+"""One denoising step as a distribution: the one idea that sampler and learner share."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Transition:
+    """N(mean, std² I) over the next latents (DDPO, section 4.1). float32; std 0 marks a step drawn without noise."""
+
+    mean: Float[Tensor, "B C H W"]
+    std: Float[Tensor, "B"]
+
+    def sample(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """The next latents that standard normal `noise` leads to."""
+        return self.mean + self.std.view(-1, 1, 1, 1) * noise
+
+    def log_prob(self, next_latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
+        """Gaussian log-density of `next_latents` in nats, mean over latent elements. −inf where std is 0: not an action."""
+        std = self.std.view(-1, 1, 1, 1)
+        deviation = (next_latents.float() - self.mean) / std
+        log_density = -0.5 * deviation.square() - std.log() - 0.5 * math.log(2 * math.pi)
+        # Mean, not sum, over latent elements: clip_range was tuned at this scale (DDPO, Black et al. 2023).
+        return torch.where(self.std > 0, log_density.flatten(1).mean(1), -math.inf)

@@ -1,0 +1,51 @@
+"""Read a model from what is on this machine or from the hub, and say soon what is missing where there is no network."""
+
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def read_from_hub(read: Callable[[bool], T], missing: str) -> T:
+    """`read(local_files_only)`: what was downloaded before, else a download. ValueError: `missing`, and why."""
+    try:
+        return read(True)
+    except OSError:  # what transformers and the hub's client raise for whatever is not there
+        if not hub_answers():
+            raise ValueError(f"{missing} (it was not downloaded before, and the hub does not answer)") from None
+    try:
+        return read(False)
+    except OSError as error:
+        raise ValueError(f"{missing} ({first_line(error)})") from None
+
+
+def hub_answers(seconds: float = 5) -> bool:
+    """Asked first because the hub's own client tries again for most of a minute where there is no network."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        # A server that is not trusted is there: which certificates to trust, the hub's client knows better.
+        return isinstance(error.reason, ssl.SSLError)
+    except OSError:
+        return False
+    return True
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` has the form owner/model, and not that of a path."""
+    owner, _, model = name.partition("/")
+    return owner not in ("", ".", "..", "~") and model != "" and "/" not in model
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the advice that libraries add below it."""
+    return str(error).strip().partition("\n")[0]

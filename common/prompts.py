@@ -1,0 +1,102 @@
+"""Where prompts come from: a list that ships with the project, a text file, or a function of the user's."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from common.registry import Entry, Room, import_object
+
+PROMPTS: Room = {
+    "animals": "common.prompts:Animals",
+    "file": "common.prompts:File",
+    "function": "common.prompts:Function",
+}
+PROMPT_LISTS = Path(__file__).parent / "prompt_lists"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a picture is asked to show, and whatever its reward needs to know besides."""
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+Draw = Callable[[np.random.Generator], Prompt]
+
+
+class PromptSource(Entry, ABC):
+    """Entry of the room of prompts. Prompts are drawn from a generator given, so a seed fixes their sequence."""
+
+    @abstractmethod
+    def load(self) -> Draw:
+        """The function that draws one prompt. ValueError: the source is missing or empty."""
+
+    @abstractmethod
+    def listed(self) -> list[str] | None:
+        """All prompts there are, in order, for evaluation; None where only drawing tells."""
+
+
+def _read_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"prompts.path is {str(path)!r}: there is no such file")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ValueError(f"prompts.path is {str(path)!r}: the file has no prompts; it needs one a line")
+    return prompts
+
+
+def _draw_from(prompts: list[str]) -> Draw:
+    return lambda generator: Prompt(prompts[int(generator.integers(len(prompts)))])
+
+
+class Animals(PromptSource):
+    """The 45 animals of the DDPO paper (section 6), by their bare names."""
+
+    def listed(self) -> list[str]:
+        return _read_lines(PROMPT_LISTS / "animals.txt")
+
+    def load(self) -> Draw:
+        return _draw_from(self.listed())
+
+
+class File(PromptSource):
+    """A text file with one prompt a line; empty lines are passed over."""
+
+    path: str
+
+    def listed(self) -> list[str]:
+        return _read_lines(Path(os.path.expanduser(self.path)))
+
+    def load(self) -> Draw:
+        return _draw_from(self.listed())
+
+
+class Function(PromptSource):
+    """`path` is module:function; the function takes a numpy Generator and returns a text, or (text, metadata)."""
+
+    path: str = Field(pattern=r"^[\w.]+:\w+$")
+
+    def listed(self) -> None:
+        return None
+
+    def load(self) -> Draw:
+        function = import_object(self.path, "prompts.path")
+
+        def draw(generator: np.random.Generator) -> Prompt:
+            drawn = function(generator)
+            text, metadata = drawn if isinstance(drawn, tuple) else (drawn, {})
+            if not isinstance(text, str) or not isinstance(metadata, dict):
+                raise ValueError(
+                    f"{self.path} returned {drawn!r}: a prompt is a text, or a text and a dict of metadata"
+                )
+            return Prompt(text, metadata)
+
+        return draw

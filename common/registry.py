@@ -1,0 +1,87 @@
+"""Turn a recipe's table (a name and keys) into an entry of a room: a frozen, checked object that is its own config."""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+Room = dict[str, str]  # name in a recipe -> "module:Class"
+
+
+class Entry(BaseModel):
+    """A choice in a room. Its fields are its hyperparameters; it travels in bytes and is made live by `load`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+EntryT = TypeVar("EntryT", bound=Entry)
+
+
+def import_object(path: str, what: str) -> Any:
+    """Import "module:attribute"; a ValueError says what was looked for where it is not there."""
+    module_name, separator, attribute = path.partition(":")
+    if not separator or not module_name or not attribute:
+        raise ValueError(f"{what} is {path!r}: it must have the form module:name")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):  # it is there, and something that it imports is not
+            raise
+        raise ValueError(f"{what} is {path!r}: there is no module {error.name!r} to import") from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"{what} is {path!r}: module {module_name!r} has no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def entry_class(room: Room, name: str, what: str) -> type[Entry]:
+    """The class that a recipe's name stands for."""
+    if name not in room:
+        raise ValueError(f"{what}.name is {name!r}: it must be one of {sorted(room)}")
+    return import_object(room[name], f"{what}.name")
+
+
+def build(room: Room, table: dict[str, Any], what: str) -> Any:
+    """Make the entry that `table` names from the table's other keys. `what` is the table's name, for the errors.
+
+    ValueError: the name is not in the room, or a key is unknown, of the wrong type or out of range.
+    """
+    keys = {key: value for key, value in table.items() if key != "name"}
+    cls = entry_class(room, table["name"], what)
+    try:
+        return cls(**keys)
+    except ValidationError as error:
+        raise ValueError(explain(error, cls, f"{what}.")) from error
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One line for each fault pydantic found in making `model`: the key, what came, what is allowed."""
+    lines = []
+    for fault in error.errors():
+        place, message = fault["loc"], fault["msg"].removeprefix("Value error, ")
+        key = prefix + ".".join(str(part) for part in place)
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{key} is not a key that is known: the keys here are {_keys_at(model, place[:-1])}")
+        elif fault["type"] == "missing":
+            lines.append(f"{key} is missing")
+        elif fault["type"] == "value_error" and not place:
+            lines.append(f"{prefix}{message}")
+        else:
+            lines.append(f"{key} is {fault['input']!r}: {message[0].lower() + message[1:]}")
+    return "; ".join(lines)
+
+
+def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """The keys of the table at `place` inside `model`'s; numbers are positions in a list of tables."""
+    for part in place:
+        if isinstance(part, str):
+            model = next(_models_in(model.model_fields[part].annotation))
+    name = ["name"] if issubclass(model, Entry) else []
+    return sorted([*name, *model.model_fields])
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)

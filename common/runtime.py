@@ -1,0 +1,25 @@
+"""Settle a process before it computes: device, threads and determinism, the same in every role and without Ray."""
+
+import os
+
+import torch
+
+from common.config import RuntimeTable
+
+
+def settle(runtime: RuntimeTable) -> str:
+    """Apply the recipe's `[runtime]` to this process; the device to compute on.
+
+    Threads are set here because Ray would set them from num_cpus, and they decide the last bits of a sum.
+    ValueError: the recipe asks for a GPU that this process does not see.
+    """
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "runtime.device is 'cuda' and this process sees no GPU: give its role num_gpus, or device 'cpu'"
+        )
+    torch.set_num_threads(runtime.threads)
+    if runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(runtime.deterministic)
+    torch.backends.cudnn.benchmark = False
+    return "cuda" if runtime.device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -1,0 +1,72 @@
+"""Pure arithmetic: from a run's seed, a round and a task to policy version, prompts and seeds (no torch, no clock)."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from common.config import Recipe
+from common.prompts import Draw, Prompt
+
+
+class Stream(IntEnum):
+    """What an image's seed is for. It stands in the seed's two lowest bits: no two purposes can share a seed."""
+
+    TRAINING = 0
+    EVALUATION = 1
+    TUNING = 2
+    CHECKING = 3
+
+
+# Streams of their own, which give no image seeds.
+_PROMPTS = 4
+_ORDER = 5
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a sampler does in one go: prompts with their seeds, under one policy version."""
+
+    round: int
+    index: int  # within the round
+    policy_version: int
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]  # one an image; all of its noise comes from it
+
+
+def image_seed(run_seed: int, stream: Stream, round: int, image: int) -> int:
+    """The seed of one image, 0 … 2**63 − 1: a hash of its place in the run, with its purpose in the lowest two bits."""
+    word = np.random.SeedSequence([run_seed, int(stream), round, image]).generate_state(1, np.uint64)[0]
+    return int(word) >> 1 & ~0b11 | int(stream)
+
+
+def policy_version(round: int, max_policy_lag: int) -> int:
+    """The version that a round is drawn with: `max_policy_lag` behind, but never before the first."""
+    return max(0, round - max_policy_lag)
+
+
+def last_startable_round(version: int, max_policy_lag: int) -> int:
+    """The last round whose tasks may start once `version` is published: the back-pressure."""
+    return version + max_policy_lag
+
+
+def round_tasks(recipe: Recipe, round: int, draw: Draw) -> list[Task]:
+    """All tasks of a round, in order. A pure function of the recipe and the round, given a pure `draw`."""
+    group = recipe.prompts.images_per_prompt
+    prompts = [_draw_prompt(recipe.seed, round, image // group, draw) for image in range(recipe.images_per_round)]
+    seeds = [image_seed(recipe.seed, Stream.TRAINING, round, image) for image in range(recipe.images_per_round)]
+    size = recipe.sampling.batch_size
+    version = policy_version(round, recipe.max_policy_lag)
+    return [
+        Task(round, index, version, tuple(prompts[start : start + size]), tuple(seeds[start : start + size]))
+        for index, start in enumerate(range(0, recipe.images_per_round, size))
+    ]
+
+
+def _draw_prompt(run_seed: int, round: int, group: int, draw: Draw) -> Prompt:
+    return draw(np.random.default_rng([run_seed, _PROMPTS, round, group]))
+
+
+def transition_order(run_seed: int, round: int, inner_epoch: int, count: int) -> np.ndarray:
+    """In which order an inner epoch takes a round's `count` images: a permutation, fixed by its place in the run."""
+    return np.random.default_rng([run_seed, _ORDER, round, inner_epoch]).permutation(count)

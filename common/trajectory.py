@@ -1,0 +1,164 @@
+"""The nouns on the arrows between sampler, reward worker and learner: frozen records that cross processes."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from common.prompts import Prompt
+from common.schedule import Task
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """B denoising paths drawn by one version of the policy. Heavy: only the learner opens it.
+
+    `latents` and `next_latents` are views of one path where the steps are neighbours, and travel as that path.
+    """
+
+    conditioning: dict[str, Tensor]  # of the P distinct prompts, as the policy's `encode` gives it
+    prompt_index: Int[Tensor, "B"]  # which of them each image has
+    steps: Int[Tensor, "B W"]  # the steps that are learned from
+    log_probs: Float[Tensor, "B W"]  # as drawn; mean over latent elements, in nats
+    latents: Float[Tensor, "B W C H W2"]  # entering each of these steps
+    next_latents: Float[Tensor, "B W C H W2"]  # leaving it, as rounded for storage
+    final_latents: Float[Tensor, "B C H W2"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As numpy buffers, which Ray ships without a copy and a second time only where they differ."""
+        path = _shared_path(self.latents, self.next_latents)
+        paths = (path,) if path is not None else (self.latents, self.next_latents)
+        light = (self.prompt_index, self.steps, self.log_probs, self.final_latents)
+        conditioning = {name: _to_wire(value) for name, value in self.conditioning.items()}
+        return _from_wire, (conditioning, [_to_wire(tensor) for tensor in light], [_to_wire(path) for path in paths])
+
+    @property
+    def num_bytes(self) -> int:
+        """What travels, in bytes."""
+        path = _shared_path(self.latents, self.next_latents)
+        paths = [path] if path is not None else [self.latents, self.next_latents]
+        tensors = [
+            *self.conditioning.values(),
+            self.prompt_index,
+            self.steps,
+            self.log_probs,
+            self.final_latents,
+            *paths,
+        ]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def split_path(path: Float[Tensor, "B W1 C H W2"]) -> tuple[Tensor, Tensor]:
+    """The latents entering and leaving each of the W = W1 - 1 steps, as views of `path`."""
+    return path[:, :-1], path[:, 1:]
+
+
+def _shared_path(latents: Tensor, next_latents: Tensor) -> Tensor | None:
+    """The path that both are views of, or None where the steps are no neighbours."""
+    stride = latents.stride()
+    same = (
+        stride == next_latents.stride()
+        and latents.untyped_storage().data_ptr() == next_latents.untyped_storage().data_ptr()
+    )
+    if not same or latents.shape[1] == 0 or next_latents.storage_offset() != latents.storage_offset() + stride[1]:
+        return None
+    shape = (latents.shape[0], latents.shape[1] + 1, *latents.shape[2:])
+    return torch.as_strided(latents, shape, stride, latents.storage_offset())
+
+
+Wire = tuple[str, np.ndarray]
+
+
+def _to_wire(tensor: Tensor) -> Wire:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16: its bits travel as integers
+        return "bfloat16", tensor.view(torch.int16).numpy()
+    return "", tensor.numpy()
+
+
+def _tensor(wire: Wire) -> Tensor:
+    kind, array = wire
+    with warnings.catch_warnings():
+        # Buffers out of Ray's store are read-only; nobody writes to a trajectory in place.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if kind == "bfloat16" else tensor
+
+
+def _from_wire(conditioning: dict[str, Wire], light: list[Wire], paths: list[Wire]) -> Trajectory:
+    prompt_index, steps, log_probs, final_latents = [_tensor(wire) for wire in light]
+    latents, next_latents = split_path(_tensor(paths[0])) if len(paths) == 1 else [_tensor(wire) for wire in paths]
+    return Trajectory(
+        {name: _tensor(wire) for name, wire in conditioning.items()},
+        prompt_index,
+        steps,
+        log_probs,
+        latents,
+        next_latents,
+        final_latents,
+    )
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """A task's pictures on their way to the reward worker."""
+
+    pixels: UInt8[np.ndarray, "B H W 3"]
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What the driver learns of a task that was drawn: small, and proof of which weights drew it."""
+
+    task: Task
+    fingerprint: str  # of the weights that drew it
+    modules_bound: int  # how many of the policy's parameters they were laid into
+    trajectory_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A task's rewards by the reward's name."""
+
+    rewards: dict[str, Float[np.ndarray, "B"]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A task that was drawn and scored. `trajectory` and `images` are references on Ray: the driver never opens them."""
+
+    report: TaskReport
+    scores: Scores
+    trajectory: Any
+    images: Any
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """What a round is worth: one advantage an image, in task order. The trajectories travel beside it."""
+
+    round: int
+    reports: tuple[TaskReport, ...]
+    advantages: Float[np.ndarray, "N"]
+
+
+@dataclass(frozen=True)
+class TransitionBatch:
+    """B (image, step) pairs on the device, of any images and steps: what an algorithm's loss is computed on."""
+
+    conditioning: dict[str, Tensor]  # one row a pair
+    steps: Int[Tensor, "B"]
+    latents: Float[Tensor, "B C H W"]
+    next_latents: Float[Tensor, "B C H W"]
+    old_log_probs: Float[Tensor, "B"]
+    advantages: Float[Tensor, "B"]
+    final_latents: Float[Tensor, "B C H W"]

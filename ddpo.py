@@ -1,0 +1,102 @@
+"""The command line: one verb, one call."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; 0 where it went well, 2 where the user has to change something, 130 where the user stopped it."""
+    sys.path.append(os.getcwd())  # a user's module:function lies where the command is typed
+    parser, overridable = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not overridable(options):
+        parser.error(f"ddpo {options.verb} does not know {rest}")
+    options.overrides = _overrides(rest)
+    try:
+        options.run(options)
+    except ValueError as error:
+        # An actor's error comes wrapped in Ray's, which prints the whole remote traceback: the user needs its cause.
+        print(f"ddpo {options.verb}: {getattr(error, 'cause', error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"ddpo {options.verb}: stopped; a run goes on from its last checkpoint with --resume auto", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+def _overrides(rest: list[str]) -> list[str]:
+    """`--key=value` and `--key value` alike."""
+    parts = []
+    for word in rest:
+        parts += word.split("=", 1) if word.startswith("--") and "=" in word else [word]
+    return parts
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], bool]]:
+    parser = argparse.ArgumentParser(
+        prog="ddpo", description="Fine-tune diffusion models by reinforcement learning on Ray."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("train", help="run a recipe", epilog="--section.key VALUE changes any key of the recipe")
+    verb.add_argument("recipe", help="a TOML file, such as deploy/recipes/demo.toml")
+    verb.add_argument("--resume", choices=["auto"], help="go on from the run's newest checkpoint, if it has one")
+    verb.add_argument("--serial", action="store_true", help="one process, without Ray, for debugging")
+    verb.set_defaults(run=_train)
+
+    verb = verbs.add_parser("plan", help="print the sizes that follow from a recipe")
+    verb.add_argument("recipe")
+    verb.set_defaults(run=_plan)
+
+    verb = verbs.add_parser("sample", help="draw pictures with a run's weights")
+    verb.add_argument("--lora", required=True, metavar="RUN_OR_PATH", help="a run's folder, or a LoRA file or folder")
+    verb.add_argument("--recipe", help="whose model and sampling to use; by default the run's own")
+    verb.add_argument("--output", default="samples", help="the folder for the PNGs")
+    verb.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next")
+    verb.add_argument("prompts", nargs="+", metavar="PROMPT")
+    verb.set_defaults(run=_sample)
+
+    verb = verbs.add_parser("report", help="write before/after pictures, the reward's curve and summary.json")
+    verb.add_argument("runs", metavar="RUN", help="a run's folder")
+    verb.set_defaults(run=_report)
+    return parser, lambda options: options.verb in ("train", "plan", "report", "sample")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from common.config import Recipe
+    from common.run_folder import RunFolder
+    from train import train
+
+    recipe = Recipe.load(options.recipe, options.overrides)
+    train(recipe, resume=options.resume == "auto", serial=options.serial)
+    print(RunFolder(recipe.run_path()).where_everything_lies())
+    print(f"{'look at it':<13} ddpo report {recipe.run_path()}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from common.config import Recipe
+    from deploy.commands.plan import plan
+
+    print(plan(Recipe.load(options.recipe, options.overrides)))
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from deploy.commands.sample import SampleRequest, sample
+
+    request = SampleRequest(options.lora, options.recipe, tuple(options.prompts), options.seed, options.output)
+    for path in sample(request, options.overrides):
+        print(path)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from deploy.commands.report import report
+
+    print(report(options.runs, options.overrides))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""ddpo plan: the sizes that follow from a recipe, before anything runs."""
+
+from dataclasses import dataclass
+
+from common.config import Recipe
+from common.diffusion.sizes import PolicySizes
+from common.trajectory import DTYPES
+from deploy.composition import parts_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of one round, and bytes. Everything is counted but temporary buffers and the libraries' own memory."""
+
+    images: int
+    tasks: int
+    optimizer_steps: int  # a round
+    images_per_step: int
+    transitions_per_step: int
+    forward_passes: int  # of the learner, a round
+    trajectory_bytes: int  # one image's, as it travels
+    round_bytes: int  # all trajectories under way at once
+    broadcast_bytes: int  # one policy version
+    learner_bytes: int
+    sampler_bytes: int
+    reward_worker_bytes: int
+    sizes: PolicySizes
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """All numbers of a recipe. ValueError: the recipe or its model cannot be used."""
+    parts = parts_of(recipe)
+    policy = parts.policy
+    sizes = policy.sizes(recipe.sampling)
+    sampling, learner = recipe.sampling, recipe.learner
+    channels, height, width = sizes.latent_shape
+    latent_bytes = channels * height * width * DTYPES[sampling.latents_dtype].itemsize
+    kept = sampling.kept_steps(sampling.num_steps)
+    # Neighbouring steps share what leaves one and enters the next; steps drawn by themselves travel with both.
+    latents = kept + 2 if sampling.step_fraction == 1 else 2 * kept + 1
+    trajectory = latents * latent_bytes + kept * 12 + sizes.conditioning_bytes
+    weight_bytes = DTYPES[policy.dtype].itemsize
+    network = sizes.network_parameters * (weight_bytes if policy.train == "lora" else 4)
+    adapters = sizes.trained_parameters * 4 if policy.train == "lora" else 0
+    transitions = learner.images_per_step * kept
+    steps = recipe.images_per_round // learner.images_per_step * learner.inner_epochs
+    # Gradient and AdamW's two moments, in float32, of each trained parameter.
+    training = 3 * 4 * sizes.trained_parameters + learner.micro_batch_size * sizes.activation_bytes
+    return Plan(
+        images=recipe.images_per_round,
+        tasks=sampling.batches_per_round,
+        optimizer_steps=steps,
+        images_per_step=learner.images_per_step,
+        transitions_per_step=transitions,
+        forward_passes=steps * transitions // learner.micro_batch_size,
+        trajectory_bytes=trajectory,
+        round_bytes=trajectory * recipe.images_per_round * (recipe.max_policy_lag + 1),
+        broadcast_bytes=4 * sizes.trained_parameters,
+        learner_bytes=network + adapters + training,
+        sampler_bytes=network + adapters + sizes.sampler_parameters * weight_bytes,
+        reward_worker_bytes=sum(reward.memory_bytes for reward in parts.rewards.values()),
+        sizes=sizes,
+    )
+
+
+def plan(recipe: Recipe) -> str:
+    """The plan in words."""
+    numbers = plan_of(recipe)
+    sampling, learner = recipe.sampling, recipe.learner
+    workers = recipe.reward_workers.count
+    memory = (
+        numbers.learner_bytes + numbers.sampler_bytes * recipe.samplers.count + numbers.reward_worker_bytes * workers
+    )
+    rows = [
+        ("images a round", f"{numbers.images} = {numbers.tasks} tasks × {sampling.batch_size}"),
+        ("images in all", f"{numbers.images * recipe.rounds} in {recipe.rounds} rounds"),
+        (
+            "optimizer steps a round",
+            f"{numbers.optimizer_steps} = {numbers.images} / ({learner.batch_size} × "
+            f"{learner.gradient_accumulation_steps} accumulated) × {learner.inner_epochs} inner epochs",
+        ),
+        (
+            "transitions an optimizer step",
+            f"{numbers.transitions_per_step} = {numbers.images_per_step} images × "
+            f"{sampling.kept_steps(sampling.num_steps)} of {sampling.num_steps} steps, "
+            f"in micro-batches of {learner.micro_batch_size}",
+        ),
+        ("learner's forward passes a round", f"{numbers.forward_passes}"),
+        ("parameters trained", f"{numbers.sizes.trained_parameters:,} of {numbers.sizes.network_parameters:,}"),
+        ("a trajectory", f"{_bytes(numbers.trajectory_bytes)} an image, {_bytes(numbers.round_bytes)} under way"),
+        ("a broadcast", f"{_bytes(numbers.broadcast_bytes)} to each sampler's node, once a round"),
+        (
+            "learner's memory",
+            f"{_bytes(numbers.learner_bytes)}, of it activations {_bytes(_activations(recipe, numbers))}",
+        ),
+        ("a sampler's memory", f"{_bytes(numbers.sampler_bytes)} and its working buffers"),
+        ("a reward worker's memory", _bytes(numbers.reward_worker_bytes)),
+        ("memory in all", f"{_bytes(memory)}: 1 learner, {recipe.samplers.count} samplers, {workers} reward workers"),
+        ("GPUs asked for", _gpus(recipe)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _activations(recipe: Recipe, numbers: Plan) -> int:
+    return recipe.learner.micro_batch_size * numbers.sizes.activation_bytes
+
+
+def _gpus(recipe: Recipe) -> str:
+    samplers = recipe.samplers.num_gpus * recipe.samplers.count
+    workers = recipe.reward_workers.num_gpus * recipe.reward_workers.count
+    total = recipe.learner.num_gpus + samplers + workers
+    return f"{total:g} = learner {recipe.learner.num_gpus:g} + samplers {samplers:g} + reward workers {workers:g}"
+
+
+def _bytes(count: int) -> str:
+    return (
+        f"{count / 1e9:.2f} GB"
+        if count >= 1e9
+        else f"{count / 1e6:.2f} MB"
+        if count >= 1e6
+        else f"{count / 1e3:.1f} kB"
+    )

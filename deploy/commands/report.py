@@ -1,0 +1,107 @@
+"""ddpo report: what a run has changed, as pictures before and after, the reward's curve, and summary.json."""
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from actors.evaluation import Comparison, evaluation_images, evaluation_set
+from actors.reward_worker import RewardWorker
+from common.config import Recipe, RewardTable
+from common.run_folder import RunFolder, write_atomically
+from common.runtime import settle
+from common.trajectory import ImageBatch
+from deploy.commands.report_pictures import before_after_picture, reward_curve
+from deploy.composition import Parts, build_reward, parts_of
+from learner.checkpoint import load_checkpoint, newest_checkpoint
+
+
+def report(run: str, overrides: list[str]) -> str:
+    """Write the report into the run's folder; what it says, in words. ValueError: no run there, or one without a checkpoint."""
+    start = time.perf_counter()
+    folder = RunFolder(run)
+    if not folder.recipe.is_file():
+        raise ValueError(f"{run} is no run's folder: it has no {folder.recipe.name}")
+    recipe = Recipe.load(folder.recipe, overrides)
+    newest = newest_checkpoint(folder.checkpoints)
+    if newest is None:
+        raise ValueError(f"{run} has no whole checkpoint yet: there is nothing to compare")
+    weights = load_checkpoint(newest).learner.weights[-1]
+    comparison = compare(parts_of(recipe), folder)
+    rounds = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    figures = summary(comparison, list(_scorers(recipe)))
+    figures |= {
+        "fingerprint": weights.fingerprint,
+        "policy_version": weights.policy_version,
+        "seconds": sum(metrics["seconds/round"] for metrics in rounds),
+        "seconds_report": time.perf_counter() - start,
+    }
+    folder.report.mkdir(exist_ok=True)
+    before_after_picture(comparison, folder.report / "before_after.png")
+    reward_curve(rounds, folder.report / "reward_curve.png")
+    write_atomically(folder.report / "summary.json", json.dumps(figures, indent=1).encode())
+    return in_words(figures, folder)
+
+
+def compare(parts: Parts, folder: RunFolder) -> Comparison:
+    """Draw and score the evaluation's pictures under the pretrained weights, then under those of the run."""
+    recipe = parts.recipe
+    device = settle(recipe.runtime)
+    chosen = evaluation_set(recipe.evaluation, parts.prompts)
+    scorers = {name: build_reward(table) for name, table in _scorers(recipe).items()}
+    worker = RewardWorker(scorers, recipe.reward_workers.batch_size, recipe.runtime)
+    policy = parts.policy.load(device, recipe.sampling, "sampler")
+    before = evaluation_images(
+        policy, chosen, recipe.sampling
+    )  # new adapters change nothing: this is the pretrained model
+    policy.restore(folder.path / "unet" if parts.policy.train == "full" else folder.path)
+    after = evaluation_images(policy, chosen, recipe.sampling)
+    scores = [worker.score(ImageBatch(pixels, chosen.prompts)).rewards for pixels in (before, after)]
+    trained_on = [
+        np.sum([weight * values[name] for name, weight in parts.reward_weights.items()], axis=0) for values in scores
+    ]
+    return Comparison(
+        chosen, before, after, {**scores[0], "reward": trained_on[0]}, {**scores[1], "reward": trained_on[1]}
+    )
+
+
+def _scorers(recipe: Recipe) -> dict[str, RewardTable]:
+    return {table.name: table for table in (*recipe.all_rewards, *recipe.evaluation.scorers)}
+
+
+def summary(comparison: Comparison, scorers: list[str]) -> dict[str, Any]:
+    """The figures of summary.json; the standard error is of the mean paired difference."""
+    before, after = comparison.scores_before["reward"], comparison.scores_after["reward"]
+    difference = after - before
+    return {
+        "reward_before": float(before.mean()),
+        "reward_after": float(after.mean()),
+        "paired_standard_error": float(difference.std(ddof=1) / np.sqrt(len(difference))),
+        "images_compared": len(difference),
+        "scorers": {name: _scorer_figures(comparison, name) for name in scorers},
+    }
+
+
+def _scorer_figures(comparison: Comparison, name: str) -> dict[str, float]:
+    before, after = comparison.scores_before[name], comparison.scores_after[name]
+    figures = {"before": float(before.mean()), "after": float(after.mean())}
+    if before.any() and np.isin([before, after], [0, 1]).all():  # a yes-or-no scorer: how many it still says yes to
+        figures["kept"] = float(after[before == 1].mean())
+    return figures
+
+
+def in_words(figures: dict[str, Any], folder: RunFolder) -> str:
+    """The report on the terminal: the figures, then where everything lies."""
+    before, after, error = figures["reward_before"], figures["reward_after"], figures["paired_standard_error"]
+    errors = f" ({(after - before) / error:+.1f} paired standard errors)" if error else ""
+    lines = [
+        f"reward on {figures['images_compared']} held-out pictures, same prompts and noise: "
+        f"{before:.3f} before, {after:.3f} after, {100 * (after - before) / abs(before):+.1f} %{errors}"
+    ]
+    for name, values in figures["scorers"].items():
+        kept = f"; of those with 1 before, {100 * values['kept']:.0f} % still have it" if "kept" in values else ""
+        lines.append(f"{name}: {values['before']:.3f} before, {values['after']:.3f} after{kept}")
+    lines.append(f"weights after round {figures['policy_version']}: fingerprint {figures['fingerprint'][:12]}")
+    files = ("before_after.png", "reward_curve.png", "summary.json")
+    return "\n".join([*lines, "look at:", *(f"  {folder.report / name}" for name in files)])

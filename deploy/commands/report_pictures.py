@@ -1,0 +1,52 @@
+"""The report's pictures: the same prompts and noise before and after, and the reward round by round."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.evaluation import Comparison
+
+COLUMNS = 12
+
+
+def before_after_picture(comparison: Comparison, path: Path) -> None:
+    """Pairs of rows: above the pretrained model's pictures, below the run's; the reward's change is under each pair."""
+    from matplotlib import pyplot as plt
+
+    shown = min(len(comparison.before), 3 * COLUMNS)
+    rows = -(-shown // COLUMNS)
+    figure, axes = plt.subplots(2 * rows, COLUMNS, figsize=(1.25 * COLUMNS, 2.9 * rows + 0.5), squeeze=False)
+    change = comparison.scores_after["reward"] - comparison.scores_before["reward"]
+    for axis in axes.flat:
+        axis.axis("off")
+    for index in range(shown):
+        row, column = 2 * (index // COLUMNS), index % COLUMNS
+        above, below = axes[row, column], axes[row + 1, column]
+        above.imshow(comparison.before[index], interpolation="nearest")
+        above.set_title(comparison.chosen.prompts[index].text[:18], fontsize=8, pad=2)
+        below.imshow(comparison.after[index], interpolation="nearest")
+        below.set_title(f"{change[index]:+.2f}", fontsize=7, pad=1, color="green" if change[index] > 0 else "firebrick")
+    figure.suptitle("above: before · below: after, same prompt and noise, with the reward's change", fontsize=10)
+    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 0.98))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def reward_curve(rounds: list[dict[str, Any]], path: Path) -> None:
+    """Mean reward of the pictures drawn for each round, with the deviation of the pictures as a band."""
+    from matplotlib import pyplot as plt
+
+    images = np.cumsum([metrics["images"] for metrics in rounds])
+    mean = np.array([metrics["reward/mean"] for metrics in rounds])
+    error = np.array([metrics["reward/std"] / np.sqrt(metrics["images"]) for metrics in rounds])
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.plot(images, mean, marker="o", markersize=3)
+    axis.fill_between(images, mean - error, mean + error, alpha=0.25, label="± one standard error of the round's mean")
+    axis.set_xlabel("images drawn")
+    axis.set_ylabel("reward of the pictures learned from")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

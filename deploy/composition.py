@@ -1,0 +1,70 @@
+"""From a recipe to its parts: every entry that it names, built and checked before anything heavy starts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from actors.rewards import REWARDS
+from actors.rewards.reward import Reward
+from common.config import Choice, Recipe, RewardTable
+from common.diffusion import POLICIES
+from common.diffusion.policy import PolicyConfig
+from common.prompts import PROMPTS, PromptSource
+from common.registry import build
+from common.trackers import TRACKERS
+from common.trackers.tracker import Tracker
+from learner.algorithms import ALGORITHMS
+from learner.algorithms.algorithm import Algorithm
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The entries of a recipe. They are light, and travel to the process that makes them live."""
+
+    recipe: Recipe
+    policy: PolicyConfig
+    prompts: PromptSource
+    rewards: dict[str, Reward]
+    reward_weights: dict[str, float]
+    algorithm: Algorithm
+    trackers: dict[str, Tracker]
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe's tables with every default filled in, those of the entries too."""
+        tables = self.recipe.model_dump()
+        tables["policy"] |= self.policy.model_dump()
+        tables["prompts"] |= self.prompts.model_dump()
+        tables["algorithm"] |= self.algorithm.model_dump()
+        named = "rewards" if self.recipe.rewards else "reward"
+        rewards = [{**table.model_dump(), **self.rewards[table.name].model_dump()} for table in self.recipe.all_rewards]
+        tables[named] = rewards if named == "rewards" else rewards[0]
+        tables["trackers"] = [
+            {**table.model_dump(), **self.trackers[table.name].model_dump()} for table in self.recipe.trackers
+        ]
+        return tables
+
+
+def parts_of(recipe: Recipe) -> Parts:
+    """Build every entry the recipe names. ValueError: a name or key is not known, or what an entry needs is not there."""
+    policy = build(POLICIES, recipe.policy.table(), "policy")
+    policy.check()
+    prompts = build(PROMPTS, recipe.prompts.table(), "prompts")
+    prompts.load()
+    trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal")}
+    for table in recipe.trackers:
+        trackers[table.name] = build(TRACKERS, table.table(), "trackers")
+    for tracker in trackers.values():
+        tracker.check()
+    return Parts(
+        recipe,
+        policy,
+        prompts,
+        {table.name: build_reward(table) for table in recipe.all_rewards},
+        {table.name: table.weight for table in recipe.all_rewards},
+        build(ALGORITHMS, recipe.algorithm.table(), "algorithm"),
+        trackers,
+    )
+
+
+def build_reward(table: RewardTable) -> Reward:
+    """The reward that a `[reward]` table names."""
+    return build(REWARDS, Choice.table(table), "reward")

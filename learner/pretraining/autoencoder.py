@@ -1,0 +1,113 @@
+"""Train the embedded model's autoencoder on the drawings, and turn them into latents."""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from jaxtyping import Float, UInt8
+from rich.progress import Progress
+from torch import Tensor
+from torch.nn import functional
+
+from learner.pretraining.drawings import Drawing
+from learner.pretraining.modules import build_autoencoder
+
+BATCH = 16
+LEARNING_RATE = 2e-3
+LATENT_NOISE = 0.15  # lets the decoder forgive what the UNet leaves undone
+LATENT_PENALTY = 2e-3  # keeps latents near zero, where that noise counts
+PIXELS = 64
+
+
+def augmented_pictures(
+    drawings: list[Drawing], variants: int, seed: int, size: int = PIXELS
+) -> UInt8[Tensor, "drawings {2*variants} 3 {size} {size}"]:
+    """Each drawing at random scales and places, and each of these mirrored; `size` pixels on a side."""
+    random = np.random.default_rng(seed)
+    pictures = np.empty((len(drawings), 2 * variants, size, size, 3), np.uint8)
+    for row, drawing in zip(pictures, drawings, strict=True):
+        for variant in range(variants):
+            scale = random.uniform(0.84, 0.98)
+            shift = random.uniform(-0.04, 0.04, 2)
+            row[2 * variant] = drawing.render(size, scale, (shift[0], shift[1]))
+            row[2 * variant + 1] = row[2 * variant, :, ::-1]
+    return torch.from_numpy(pictures).permute(0, 1, 4, 2, 3).contiguous()
+
+
+def to_unit(pixels: UInt8[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B 3 H W"]:
+    """0 ... 255 to -1 ... 1."""
+    return pixels.float() / 127.5 - 1
+
+
+def train_autoencoder(pictures: UInt8[Tensor, "N 3 64 64"], steps: int, seed: int) -> AutoencoderTiny:
+    """The trained autoencoder, its scaling factor set so that latents have a standard deviation of 1."""
+    torch.manual_seed(seed)
+    autoencoder = build_autoencoder()
+    _fit(autoencoder, pictures, steps, seed)
+    autoencoder.requires_grad_(False).eval()
+    latents = encode(autoencoder, pictures[torch.randperm(len(pictures))[:1024]])
+    autoencoder.register_to_config(scaling_factor=1 / latents.std().item())
+    return autoencoder
+
+
+def save_autoencoder(autoencoder: AutoencoderTiny, work: Path) -> None:
+    """Keep it in float32, in diffusers' format."""
+    autoencoder.save_pretrained(work / "autoencoder")
+
+
+def load_autoencoder(work: Path) -> AutoencoderTiny:
+    """What `save_autoencoder` kept."""
+    return AutoencoderTiny.from_pretrained(work / "autoencoder").requires_grad_(False).eval()
+
+
+def _fit(autoencoder: AutoencoderTiny, pictures: UInt8[Tensor, "N 3 64 64"], steps: int, seed: int) -> None:
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    generator = torch.Generator().manual_seed(seed)
+    started, squared_errors = time.monotonic(), []
+    with Progress() as progress:
+        bar = progress.add_task("autoencoder", total=steps)
+        for step in range(steps):
+            chosen = torch.randint(len(pictures), (BATCH,), generator=generator)
+            clean = to_unit(pictures[chosen]).contiguous(memory_format=torch.channels_last)
+            loss, squared_error = _loss(autoencoder, clean, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            squared_errors.append(squared_error)
+            progress.advance(bar)
+            if (step + 1) % 200 == 0:
+                error, minutes = np.mean(squared_errors[-200:]), (time.monotonic() - started) / 60
+                progress.console.print(f"autoencoder step {step + 1}: MSE {error:.5f}, {minutes:.1f} minutes")
+
+
+def _loss(
+    autoencoder: AutoencoderTiny, clean: Float[Tensor, "B 3 64 64"], generator: torch.Generator
+) -> tuple[Float[Tensor, ""], float]:
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = autoencoder.encoder(clean)
+        noise = torch.randn(latents.shape, generator=generator)
+        decoded = autoencoder.decoder(latents + LATENT_NOISE * noise)
+    error = decoded.float() - clean
+    squared_error = error.square().mean()
+    penalty = LATENT_PENALTY * latents.float().square().mean()
+    return error.abs().mean() + 2 * squared_error + penalty, squared_error.item()
+
+
+@torch.no_grad()
+def encode(autoencoder: AutoencoderTiny, pictures: UInt8[Tensor, "N 3 64 64"]) -> Float[Tensor, "N 4 16 16"]:
+    """Latents before scaling."""
+    batches = [to_unit(batch).contiguous(memory_format=torch.channels_last) for batch in pictures.split(64)]
+    return torch.cat([autoencoder.encoder(batch) for batch in batches]).contiguous()
+
+
+@torch.no_grad()
+def decode(autoencoder: AutoencoderTiny, latents: Float[Tensor, "N 4 16 16"]) -> UInt8[Tensor, "N 3 64 64"]:
+    """Pixels from latents before scaling."""
+    decoded = torch.cat([autoencoder.decoder(batch) for batch in latents.split(64)])
+    return ((functional.hardtanh(decoded) + 1) * 127.5).round().to(torch.uint8)

@@ -1,0 +1,41 @@
+"""Where a run goes on: from its newest checkpoint, or from the start; never over another run's results."""
+
+import tomllib
+from typing import Any
+
+from common.run_folder import RunFolder, without_none
+from learner.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+
+# What may change between a run and its continuation without changing the weights it arrives at.
+FREE = ("output_dir", "rounds", "samplers", "checkpoint", "evaluation", "trackers")
+
+
+def resume_point(folder: RunFolder, tables: dict[str, Any], resume: bool) -> Checkpoint | None:
+    """The checkpoint to go on from; None to begin.
+
+    ValueError: the folder has a run and `resume` is not set, or that run was made with another recipe.
+    """
+    if not folder.recipe.exists():
+        return None
+    if not resume:
+        raise ValueError(
+            f"the run folder {folder.path} exists: go on with --resume auto, or give another --name or --output_dir"
+        )
+    differing = _differences(tomllib.loads(folder.recipe.read_text(encoding="utf-8")), without_none(tables))
+    if differing:
+        raise ValueError(f"the run in {folder.path} was made with another recipe: {'; '.join(differing)}")
+    newest = newest_checkpoint(folder.checkpoints)
+    return load_checkpoint(newest) if newest else None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        if not prefix and key in FREE:
+            continue
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old!r} and is {new!r}")
+    return found

@@ -1,0 +1,90 @@
+"""A round's (image, step) pairs: which of them make an optimizer step, and their tensors on the device."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from common.diffusion.policy import Conditioning, select_rows
+from common.trajectory import Trajectory, TransitionBatch
+
+Pair = tuple[int, int]  # an image of the round, a place among its kept steps
+
+
+@dataclass(frozen=True)
+class RoundTransitions:
+    """Reads pairs straight out of the trajectories' own memory; only what a micro-batch needs is copied to the device."""
+
+    trajectories: tuple[Trajectory, ...]
+    images: tuple[tuple[int, int], ...]  # of each image: its trajectory, its row there
+    conditioning: Conditioning  # of all trajectories' prompts, on the device
+    prompt_rows: Int[Tensor, "N"]
+    advantages: Float[Tensor, "N"]
+    device: str
+
+    @property
+    def num_places(self) -> int:
+        """Steps that each image is learned from."""
+        return self.trajectories[0].steps.shape[1]
+
+    def batch(self, pairs: list[Pair]) -> TransitionBatch:
+        """These pairs, a row each, on the device."""
+        rows = [(self.trajectories[self.images[image][0]], self.images[image][1], place) for image, place in pairs]
+        index = torch.tensor([image for image, _ in pairs], device=self.device)
+
+        def stacked(tensors: list[Tensor]) -> Tensor:
+            return torch.stack(tensors).to(self.device, non_blocking=True)
+
+        return TransitionBatch(
+            select_rows(self.conditioning, self.prompt_rows[index]),
+            stacked([trajectory.steps[row, place] for trajectory, row, place in rows]),
+            stacked([trajectory.latents[row, place] for trajectory, row, place in rows]),
+            stacked([trajectory.next_latents[row, place] for trajectory, row, place in rows]),
+            stacked([trajectory.log_probs[row, place] for trajectory, row, place in rows]),
+            self.advantages[index],
+            stacked([trajectory.final_latents[row] for trajectory, row, _ in rows]),
+        )
+
+    def pairs_of(self, images: np.ndarray) -> list[Pair]:
+        """Every kept step of these images, step by step."""
+        return [(int(image), place) for place in range(self.num_places) for image in images]
+
+
+def round_transitions(
+    trajectories: tuple[Trajectory, ...], advantages: Float[np.ndarray, "N"], device: str
+) -> RoundTransitions:
+    """Number the images of all trajectories in task order and bring their conditioning to the device."""
+    images = tuple(
+        (index, row) for index, trajectory in enumerate(trajectories) for row in range(len(trajectory.steps))
+    )
+    offsets = np.cumsum([0, *(_num_prompts(trajectory) for trajectory in trajectories)])
+    prompt_rows = torch.cat(
+        [trajectory.prompt_index + int(offset) for trajectory, offset in zip(trajectories, offsets[:-1], strict=True)]
+    )
+    return RoundTransitions(
+        trajectories,
+        images,
+        {name: _joined(trajectories, name).to(device) for name in trajectories[0].conditioning},
+        prompt_rows.to(device),
+        torch.from_numpy(advantages.astype(np.float32)).to(device),
+        device,
+    )
+
+
+def _num_prompts(trajectory: Trajectory) -> int:
+    return int(trajectory.prompt_index.max()) + 1
+
+
+def _joined(trajectories: tuple[Trajectory, ...], name: str) -> Tensor:
+    if name.startswith("negative_"):  # the same for all prompts
+        return trajectories[0].conditioning[name]
+    return torch.cat([trajectory.conditioning[name] for trajectory in trajectories])
+
+
+def micro_batches(pairs: list[Pair], size: int) -> Iterator[list[Pair]]:
+    """Cut `pairs` into batches of `size`; the recipe's check lets no remainder come so far."""
+    assert len(pairs) % size == 0, f"{len(pairs)} pairs do not make whole micro-batches of {size}"
+    return (pairs[start : start + size] for start in range(0, len(pairs), size))

@@ -1,0 +1,62 @@
+"""What a round's update looked like: gathered on the device without waiting for it, summed up once at the end."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from learner.algorithms.algorithm import PairLoss
+
+
+class UpdateMetrics:
+    """Gathers per-pair numbers; `summary` gives them their names."""
+
+    def __init__(self, num_steps: int, latent_elements: int) -> None:
+        self._num_steps = num_steps
+        self._latent_elements = latent_elements
+        self._optimizer_steps = 0
+        self._skipped = 0
+        self._first_log_ratios: list[Tensor] = []
+        self._results: list[PairLoss] = []
+        self._gradient_norms: list[Tensor] = []
+        self._steps: list[Tensor] = []
+        self._divergences: list[Tensor] = []
+
+    def add_micro_batch(self, result: PairLoss) -> None:
+        """A micro-batch that was learned from."""
+        self._results.append(PairLoss(result.loss.detach(), result.log_ratio, result.clipped))
+        if self._optimizer_steps == 0:  # before any update the ratio should be 1
+            self._first_log_ratios.append(result.log_ratio)
+
+    def end_optimizer_step(self, gradient_norm: Float[Tensor, ""], skipped: bool) -> None:
+        """The gradient norm before clipping, and whether float16's scaler left the step out."""
+        if not skipped:  # a skipped step's norm is infinite
+            self._gradient_norms.append(gradient_norm.detach())
+        self._optimizer_steps += 1
+        self._skipped += skipped
+
+    def add_divergence(self, steps: Int[Tensor, "B"], log_ratio: Float[Tensor, "B"]) -> None:
+        """log_prob − old_log_prob after the last update, and each pair's step."""
+        self._steps.append(steps)
+        self._divergences.append(log_ratio)
+
+    def summary(self) -> dict[str, float]:
+        """Metrics of the round. `kl_nats` is −D · mean(log_prob − old_log_prob), D the number of latent elements."""
+        log_ratio = torch.cat([result.log_ratio for result in self._results])
+        divergence = -torch.cat(self._divergences).double() * self._latent_elements
+        steps = torch.cat(self._steps)
+        metrics = {
+            "loss": float(torch.cat([result.loss for result in self._results]).mean()),
+            "ratio/mean": float(log_ratio.exp().mean()),
+            "ratio/min": float(log_ratio.min().exp()),
+            "ratio/max": float(log_ratio.max().exp()),
+            "ratio/max_abs_log": float(torch.cat(self._first_log_ratios).abs().max()),
+            "clip_fraction": float(torch.cat([result.clipped for result in self._results]).mean()),
+            "grad_norm": float(torch.stack(self._gradient_norms).mean()) if self._gradient_norms else math.nan,
+            "optimizer_steps": float(self._optimizer_steps),
+            "optimizer_steps_skipped": float(self._skipped),
+            "kl_nats": float(divergence.mean()),
+        }
+        by_step = {step: divergence[steps == step] for step in range(self._num_steps)}
+        return metrics | {f"kl_nats/step_{step:02d}": float(part.mean()) for step, part in by_step.items() if len(part)}

@@ -1,0 +1,64 @@
+"""Evaluation: pictures that no training and no tuning ever saw, the same each time."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.evaluation import evaluation_images, evaluation_set
+from common.config import EvaluationTable, Recipe
+from common.prompts import Animals, Function
+from common.schedule import round_tasks
+from tests.tiny_policy import SAMPLING, tiny_policy
+
+
+def test_seeds_of_training_tuning_and_evaluation_are_never_the_same(tables: dict) -> None:
+    seeds: dict[str, set[int]] = {"training": set(), "evaluation": set(), "tuning": set()}
+    for run_seed in (0, 1, 7):
+        recipe = Recipe.parse({**tables, "seed": run_seed, "rounds": 40})
+        for round in range(recipe.rounds):
+            tasks = round_tasks(recipe, round, Animals().load())
+            seeds["training"] |= {seed for task in tasks for seed in task.seeds}
+        for split in ("evaluation", "tuning"):
+            table = EvaluationTable(images=200, seed=run_seed, split=split)
+            seeds[split] |= set(evaluation_set(table, Animals()).seeds)
+    assert {name: len(values) for name, values in seeds.items()} == {
+        "training": 3 * 40 * 8,
+        "evaluation": 600,
+        "tuning": 600,
+    }
+    assert len(set.union(*seeds.values())) == sum(len(values) for values in seeds.values())
+
+
+def test_the_sources_prompts_are_taken_in_order_until_there_are_enough() -> None:
+    animals = Animals().listed()
+    chosen = evaluation_set(EvaluationTable(images=47), Animals())
+    assert [prompt.text for prompt in chosen.prompts] == [*animals, *animals[:2]]
+    assert len(set(chosen.seeds)) == 47
+
+
+def test_prompts_named_in_the_recipe_come_instead_of_the_sources() -> None:
+    chosen = evaluation_set(EvaluationTable(images=3, prompts=("a cat", "a dog")), Animals())
+    assert [prompt.text for prompt in chosen.prompts] == ["a cat", "a dog", "a cat"]
+
+
+def test_prompts_that_can_only_be_drawn_are_drawn_the_same_each_time_and_keep_their_metadata() -> None:
+    source = Function(path="tests.user_functions:colour_prompt")
+    first, again = (evaluation_set(EvaluationTable(images=12), source) for _ in range(2))
+    tuning = evaluation_set(EvaluationTable(images=12, split="tuning"), source)
+    assert first == again and first.prompts != tuning.prompts
+    assert all(prompt.metadata["colour"] in prompt.text for prompt in first.prompts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_the_pictures_do_not_depend_on_how_many_are_drawn_at_once(batch_size: int, tiny_model: Path) -> None:
+    policy = tiny_policy(tiny_model)
+    table = EvaluationTable(images=5, prompts=("a cat", "a dog"))
+    whole = evaluation_images(policy, evaluation_set(table, Animals()), SAMPLING)
+    parts = evaluation_images(
+        policy, evaluation_set(table.model_copy(update={"batch_size": batch_size}), Animals()), SAMPLING
+    )
+    # Latents agree to a few 1e-6, which may push a value over a rounding edge here and there, never further.
+    difference = np.abs(whole.astype(int) - parts.astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.001
+    assert not np.array_equal(whole[0], whole[2])  # the same prompt from another seed

@@ -1,0 +1,96 @@
+"""The reward worker: batches cut in order, and nothing but one finite number a picture lets through."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.reward_worker import RewardWorker
+from actors.rewards.reward import LoadedReward, Reward
+from common.config import RuntimeTable
+from common.prompts import Prompt
+from common.trajectory import ImageBatch
+
+SEEN: list[tuple[list[int], list[str], list[dict[str, Any]]]] = []
+
+
+class Brightness(Reward):
+    """A reward that remembers what it was given."""
+
+    def load(self, device: str) -> LoadedReward:
+        def score(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+            SEEN.append((images[:, 0, 0, 0].tolist(), prompts, metadata))
+            return images[:, 0, 0, 0].astype(np.float64)
+
+        return score
+
+
+class Answers(Reward):
+    """A reward that answers what it was told to, once a batch."""
+
+    answers: list[Any]
+
+    def load(self, device: str) -> LoadedReward:
+        left = list(self.answers)
+        return lambda images, prompts, metadata: left.pop(0)
+
+
+def images(count: int) -> ImageBatch:
+    pixels = np.stack([np.full((4, 4, 3), 10 * index, np.uint8) for index in range(count)])
+    return ImageBatch(pixels, tuple(Prompt(f"animal {index}", {"index": index}) for index in range(count)))
+
+
+def worker(batch_size: int = 8, **rewards: Reward) -> RewardWorker:
+    return RewardWorker(rewards, batch_size, RuntimeTable(device="cpu"))
+
+
+def test_a_task_is_cut_into_batches_in_order_and_its_scores_joined_in_order() -> None:
+    SEEN.clear()
+    scores = worker(batch_size=2, brightness=Brightness()).score(images(5))
+    assert scores.rewards["brightness"].tolist() == [0, 10, 20, 30, 40]
+    assert scores.rewards["brightness"].dtype == np.float32 and scores.seconds > 0
+    assert [seen[0] for seen in SEEN] == [[0, 10], [20, 30], [40]]
+    assert SEEN[1][1:] == (["animal 2", "animal 3"], [{"index": 2}, {"index": 3}])
+
+
+def test_every_reward_is_given_by_its_name() -> None:
+    scores = worker(bright=Brightness(), given=Answers(answers=[np.array([3, 1, 2])])).score(images(3))
+    assert {name: values.tolist() for name, values in scores.rewards.items()} == {
+        "bright": [0, 10, 20],
+        "given": [3, 1, 2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ([1.0, 2.0], r"the reward 'given' returned float64 of shape \(2,\) for 3 pictures"),
+        ([[1.0], [2.0], [3.0]], r"of shape \(3, 1\) for 3 pictures: it must return one real number for each"),
+        (1.0, r"of shape \(\) for 3 pictures"),
+        (["a", "b", "c"], r"returned <U1 of shape \(3,\)"),
+        ([None, 1.0, 2.0], r"returned object of shape \(3,\)"),
+        ([1j, 0j, 0j], r"returned complex128 of shape \(3,\)"),
+        ([True, False, True], r"returned bool of shape \(3,\)"),
+    ],
+)
+def test_what_is_not_one_real_number_a_picture_is_refused(answer: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        worker(given=Answers(answers=[np.array(answer)])).score(images(3))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused_with_the_picture_it_belongs_to(value: float) -> None:
+    text = rf"the reward 'given' gave {value} for the picture of 'animal 1' \(2 of 3 pictures are not finite\)"
+    with pytest.raises(ValueError, match=text):
+        worker(given=Answers(answers=[np.array([1.0, value, value])])).score(images(3))
+
+
+def test_a_number_too_large_for_float32_is_not_passed_on_as_infinity() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        worker(given=Answers(answers=[np.array([1.0, 1e300, 2.0])])).score(images(3))
+
+
+def test_a_fault_in_a_later_batch_is_found_too() -> None:
+    answers = [np.array([1.0, 2.0]), np.array([float("nan")])]
+    with pytest.raises(ValueError, match="'animal 2'"):
+        worker(batch_size=2, given=Answers(answers=answers)).score(images(3))

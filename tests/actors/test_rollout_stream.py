@@ -1,0 +1,86 @@
+"""The serial stream: rounds whole and in task order, each task under the version it asks for."""
+
+import numpy as np
+import pytest
+import torch
+
+from actors.reward_worker import RewardWorker
+from actors.rewards.jpeg import jpeg_kilobytes
+from actors.rollout_stream import SerialRolloutStream
+from actors.sampler import Sampler
+from common.lora_weights import LoraWeights, pack
+from common.schedule import Task, round_tasks
+from deploy.composition import Parts
+from learner.learner import Learner
+from tests.rounds import moved, parts_with
+
+
+@pytest.fixture
+def parts(tables: dict) -> Parts:
+    return parts_with(tables, max_policy_lag=1, sampling__batch_size=2, sampling__batches_per_round=2)
+
+
+def stream_of(parts: Parts, versions_kept: int = 2) -> SerialRolloutStream:
+    recipe = parts.recipe
+    worker = RewardWorker(parts.rewards, recipe.reward_workers.batch_size, recipe.runtime)
+    return SerialRolloutStream(Sampler(parts.policy, recipe.sampling, recipe.runtime), worker, versions_kept)
+
+
+def versions(parts: Parts, count: int) -> list[LoraWeights]:
+    first = Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1]
+    return [pack(version, moved(first, seed=version).arrays()) for version in range(count)]
+
+
+def tasks_of(parts: Parts, round: int) -> list[Task]:
+    return round_tasks(parts.recipe, round, parts.prompts.load())
+
+
+def test_a_round_comes_back_whole_in_task_order_scored_and_with_its_pictures(parts: Parts) -> None:
+    stream, weights = stream_of(parts), versions(parts, 1)
+    stream.publish(0, weights[0])
+    stream.submit(tasks_of(parts, 0))
+    rollouts = stream.collect(0)
+    assert [rollout.report.task for rollout in rollouts] == tasks_of(parts, 0)
+    for rollout in rollouts:
+        assert rollout.report.fingerprint == weights[0].fingerprint
+        scores = rollout.scores.rewards["jpeg_compressibility"]
+        assert np.array_equal(scores, -jpeg_kilobytes(rollout.images.pixels))
+
+
+def test_rounds_ahead_are_drawn_with_the_version_they_ask_for_though_a_newer_one_is_there(parts: Parts) -> None:
+    stream, weights = stream_of(parts), versions(parts, 2)
+    stream.publish(0, weights[0])
+    stream.submit(tasks_of(parts, 0))
+    stream.submit(tasks_of(parts, 1))
+    stream.collect(0)
+    stream.publish(1, weights[1])
+    stream.submit(tasks_of(parts, 2))
+    assert {rollout.report.fingerprint for rollout in stream.collect(1)} == {weights[0].fingerprint}
+    assert {rollout.report.fingerprint for rollout in stream.collect(2)} == {weights[1].fingerprint}
+
+
+def test_the_round_is_the_same_whatever_was_drawn_before_it(parts: Parts) -> None:
+    weights = versions(parts, 1)
+    paths = []
+    for rounds in ([1], [0, 1]):
+        stream = stream_of(parts)
+        stream.publish(0, weights[0])
+        for round in rounds:
+            stream.submit(tasks_of(parts, round))
+        paths.append([stream.collect(round) for round in rounds][-1][1].trajectory.next_latents)
+    assert torch.equal(paths[0], paths[1])
+
+
+@pytest.mark.parametrize("versions_kept", [1, 2])
+def test_as_many_versions_are_kept_as_tasks_may_ask_for(versions_kept: int, parts: Parts) -> None:
+    stream = stream_of(parts, versions_kept)
+    for weights in versions(parts, 4):
+        stream.publish(weights.policy_version, weights)
+    assert list(stream._weights) == list(range(4 - versions_kept, 4))
+
+
+def test_in_one_process_nothing_is_pending(parts: Parts) -> None:
+    stream = stream_of(parts)
+    stream.work_until(())
+    with pytest.raises(AssertionError, match="nothing is pending"):
+        stream.work_until(("a reference",))

@@ -1,0 +1,107 @@
+"""The sampler: a task under the version it asks for, echoed with proof of the weights, and always the same bits."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from actors.sampler import Sampler
+from common.diffusion.lora import load_weights
+from common.diffusion.rollout import draw
+from common.lora_weights import LoraWeights, pack
+from common.schedule import Task, round_tasks
+from deploy.composition import Parts
+from learner.learner import Learner
+from tests.rounds import moved, parts_with
+
+
+@pytest.fixture
+def parts(tables: dict) -> Parts:
+    return parts_with(tables, policy__lora__rank=2)
+
+
+@pytest.fixture
+def sampler(parts: Parts) -> Sampler:
+    return Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
+
+
+@pytest.fixture
+def weights(parts: Parts) -> LoraWeights:
+    return moved(Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1])
+
+
+def tasks_of(parts: Parts, round: int = 0) -> list[Task]:
+    return round_tasks(parts.recipe, round, parts.prompts.load())
+
+
+def of_version(weights: LoraWeights, version: int, seed: int) -> LoraWeights:
+    other = moved(weights, seed)
+    return pack(version, other.arrays())
+
+
+def test_the_report_echoes_the_task_and_the_weights_that_drew_it(
+    sampler: Sampler, parts: Parts, weights: LoraWeights
+) -> None:
+    task = tasks_of(parts)[1]
+    report, trajectory, images = sampler.draw(task, weights)
+    assert report.task == task and images.prompts == task.prompts
+    assert report.fingerprint == weights.fingerprint
+    assert report.modules_bound == len(weights.manifest) == 64
+    assert report.trajectory_bytes == trajectory.num_bytes and report.seconds > 0
+
+
+def test_a_task_is_drawn_by_the_weights_that_came_with_it_and_its_pictures_are_of_its_final_latents(
+    sampler: Sampler, parts: Parts, weights: LoraWeights
+) -> None:
+    task, recipe = tasks_of(parts)[0], parts.recipe
+    _, trajectory, images = sampler.draw(task, weights)
+    policy = parts.policy.load("cpu", recipe.sampling, "sampler")
+    load_weights(policy.network, weights)
+    expected = draw(policy, [prompt.text for prompt in task.prompts], list(task.seeds), recipe.sampling)
+    assert torch.equal(trajectory.next_latents, expected.next_latents)
+    assert torch.equal(trajectory.log_probs, expected.log_probs)
+    assert np.array_equal(images.pixels, policy.decode(expected.final_latents).numpy())
+
+
+def test_a_task_drawn_again_by_another_sampler_has_the_same_bits(
+    sampler: Sampler, parts: Parts, weights: LoraWeights
+) -> None:
+    first, second = tasks_of(parts)
+    _, there, _ = sampler.draw(second, weights)
+    sampler.draw(first, weights)
+    other = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
+    for drawn in (sampler.draw(second, weights), other.draw(second, weights)):
+        assert torch.equal(drawn[1].next_latents, there.next_latents)
+
+
+def test_weights_are_swapped_between_tasks_there_and_back(sampler: Sampler, parts: Parts, weights: LoraWeights) -> None:
+    first, _ = tasks_of(parts)
+    later, newer = dataclasses.replace(first, policy_version=1), of_version(weights, 1, seed=5)
+    _, old_path, _ = sampler.draw(first, weights)
+    report, new_path, _ = sampler.draw(later, newer)
+    assert report.fingerprint == newer.fingerprint != weights.fingerprint
+    assert not torch.equal(new_path.final_latents, old_path.final_latents)
+    assert torch.equal(new_path.latents[:, 0], old_path.latents[:, 0])  # the noise is the seeds' own
+    assert torch.equal(sampler.draw(first, weights)[1].final_latents, old_path.final_latents)
+
+
+def test_weights_of_another_version_than_the_tasks_are_refused(
+    sampler: Sampler, parts: Parts, weights: LoraWeights
+) -> None:
+    task = dataclasses.replace(tasks_of(parts)[1], round=4, policy_version=3)
+    text = "task 1 of round 4 asks for policy version 3, and came with weights of version 0"
+    with pytest.raises(ValueError, match=text):
+        sampler.draw(task, weights)
+
+
+def test_damaged_weights_are_refused_and_the_next_task_is_drawn_as_ever(
+    sampler: Sampler, parts: Parts, weights: LoraWeights
+) -> None:
+    task = tasks_of(parts)[0]
+    _, before, _ = sampler.draw(task, weights)
+    damaged = dataclasses.replace(weights, buffer=weights.buffer + 1, fingerprint="0" * 64)
+    with pytest.raises(ValueError, match="arrived with fingerprint"):
+        sampler.draw(task, damaged)
+    report, after, _ = sampler.draw(task, weights)
+    assert report.fingerprint == weights.fingerprint and torch.equal(after.next_latents, before.next_latents)

@@ -1,0 +1,165 @@
+"""make bench: sampling, scoring and learning on the embedded model, each beside a bare loop over the same network."""
+
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+
+from actors.reward_worker import RewardWorker
+from actors.rewards.jpeg import jpeg_kilobytes
+from actors.sampler import Sampler
+from common.config import Recipe
+from common.diffusion.lora import trained_parameters
+from common.schedule import round_tasks
+from common.trajectory import Rollout, TrainBatch, Trajectory
+from deploy.composition import Parts, parts_of
+from learner.learner import Learner
+from learner.round_buffer import RoundBuffer
+from train import train
+
+RECIPE = "deploy/recipes/demo.toml"
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: seconds of the bare loop and of ours for the same work, an image or a transition each."""
+
+    what: str
+    unit: str
+    count: int
+    bare: list[float]
+    ours: list[float]
+
+    def text(self) -> str:
+        bare, ours = median(self.bare), median(self.ours)
+        ratio = median(first / second for first, second in zip(self.bare, self.ours, strict=True))
+        rate = f"{self.count / ours:8.1f} {self.unit}/s"
+        return f"| {self.what:<9} | {bare:7.3f} s | {ours:7.3f} s | {rate:<22} | {ratio:5.2f} |"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long `work` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def interleaved(bare: Callable[[], object], ours: Callable[[], object]) -> tuple[list[float], list[float]]:
+    """Both in turn, after one of each that does not count."""
+    bare(), ours()
+    pairs = [(seconds(bare), seconds(ours)) for _ in range(REPEATS)]
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
+def sampling(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
+    """A task against T forward passes of the network with both branches of guidance."""
+    recipe = parts.recipe
+    task = round_tasks(recipe, 0, parts.prompts.load())[0]
+    policy = sampler._policy
+    inputs = network_inputs(sampler, recipe.sampling.batch_size)
+
+    @torch.no_grad()
+    def bare() -> None:
+        for _ in range(recipe.sampling.num_steps):
+            policy.network(*inputs, return_dict=False)
+
+    ours = interleaved(bare, lambda: sampler.draw(task, learner.weights()[-1]))
+    return Row("sampling", "images", recipe.sampling.batch_size, *ours)
+
+
+def learning(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
+    """A round of one task against forward and backward passes over as many transitions in the same micro-batches."""
+    recipe = parts.recipe
+    task = round_tasks(recipe, 0, parts.prompts.load())[0]
+    micro_batch = recipe.learner.micro_batch_size
+    policy = learner._policy
+    inputs = network_inputs(sampler, micro_batch)
+    transitions = recipe.sampling.batch_size * recipe.sampling.kept_steps(recipe.sampling.num_steps)
+    parameters = list(trained_parameters(policy.network).values())
+
+    def bare() -> None:
+        for _ in range(transitions // micro_batch):
+            policy.network(*inputs, return_dict=False)[0].square().mean().backward()
+        for parameter in parameters:
+            parameter.grad = None
+
+    worker = RewardWorker(parts.rewards, recipe.reward_workers.batch_size, recipe.runtime)
+
+    def drawn() -> tuple[TrainBatch, Trajectory]:
+        weights = learner.weights()[-1]
+        report, trajectory, images = sampler.draw(replace(task, policy_version=weights.policy_version), weights)
+        rollout = Rollout(report, worker.score(images), trajectory, images)
+        batch, _ = RoundBuffer(parts.algorithm, parts.reward_weights).train_batch([rollout])
+        return batch, trajectory
+
+    bare_seconds, our_seconds = [], []
+    for repeat in range(REPEATS + 1):
+        batch, trajectory = drawn()
+        times = seconds(bare), seconds(lambda: learner.update(batch, trajectory))  # noqa: B023
+        if repeat:
+            bare_seconds.append(times[0])
+            our_seconds.append(times[1])
+    return Row("learning", "transitions", transitions, bare_seconds, our_seconds)
+
+
+def scoring(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
+    """A task's pictures through the reward worker against the reward's own function."""
+    task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
+    images = sampler.draw(task, learner.weights()[-1])[2]
+    worker = RewardWorker(parts.rewards, parts.recipe.reward_workers.batch_size, parts.recipe.runtime)
+    times = interleaved(
+        lambda: [jpeg_kilobytes(images.pixels) for _ in range(20)], lambda: [worker.score(images) for _ in range(20)]
+    )
+    return Row("scoring", "images", 20 * len(task.seeds), *times)
+
+
+def network_inputs(sampler: Sampler, rows: int) -> tuple[torch.Tensor, ...]:
+    """Inputs of one guided forward pass: two branches a row."""
+    policy = sampler._policy
+    embeddings = policy.encode([""])["prompt_embeds"]
+    latents = torch.randn(2 * rows, *policy.latent_shape)
+    return latents, torch.randint(0, 999, (2 * rows,)), embeddings.expand(2 * rows, *embeddings.shape[1:]).clone()
+
+
+def ray_rounds() -> str:
+    """A round on Ray at lag 1, where both sides work at once, against the sum of what its parts took there."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = ["--name", "bench", "--output_dir", folder, "--rounds", "5", "--max_policy_lag", "1"]
+        metrics = train(Recipe.load(RECIPE, [*overrides, "--runtime.threads", "1"]))
+    parts = [metrics[f"seconds/{part}"] for part in ("sample", "score", "learn")]
+    spelled = " + ".join(f"{part:.2f}" for part in parts)
+    ratio = metrics["seconds/round"] / sum(parts)
+    return (
+        f"Ray, lag 1, a thread a role: {metrics['seconds/round']:.2f} s a round; parts {spelled} s; ratio {ratio:.2f}"
+    )
+
+
+def machine() -> str:
+    """What the figures belong to."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    date = time.strftime("%Y-%m-%d")
+    return f"{date}, commit {commit}, {os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Print the table."""
+    recipe = Recipe.load(RECIPE)
+    parts = parts_of(recipe)
+    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
+    learner = Learner(parts.policy, parts.algorithm, recipe)
+    print(f"{machine()}; medians of {REPEATS} interleaved repeats; {recipe.runtime.threads} threads, float32\n")
+    print("| what      | bare loop | ours      | rate                   | ratio |\n|---|---|---|---|---|")
+    for row in (sampling, scoring, learning):
+        print(row(parts, sampler, learner).text(), flush=True)
+    print(f"\n{ray_rounds()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Stable Diffusion as a policy: against the slow reference, against diffusers' pipeline, and its ways of being loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.config import SamplingTable
+from common.diffusion.lora import trained_parameters
+from common.diffusion.policy import Conditioning, select_rows
+from common.diffusion.policy_stable_diffusion import StableDiffusion, StableDiffusionPolicy
+from common.diffusion.rollout import draw
+from tests.reference import ddpo_reference as reference
+from tests.tiny_pipeline import save_tiny_pipeline
+from tests.tiny_policy import SAMPLING, scatter, tiny_policy
+
+ALPHAS = reference.alphas_cumprod()
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> StableDiffusionPolicy:
+    return tiny_policy(tiny_model)
+
+
+def some_latents(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def rows_of(policy: StableDiffusionPolicy, prompts: list[str]) -> Conditioning:
+    return select_rows(policy.encode(prompts), torch.arange(len(prompts)))
+
+
+@torch.no_grad()
+def check_against_reference(policy: StableDiffusionPolicy, prediction_type: str) -> None:
+    """Both branches of guidance one after the other and row by row, then DDIM in float64."""
+    conditioning, latents = rows_of(policy, ["a cat", "a dog", "a cow", "a hen"]), some_latents(4)
+    transition = policy.transition(latents, torch.arange(4), conditioning)
+    for step, timestep in enumerate(reference.leading_timesteps(4)):
+        row = slice(step, step + 1)
+        without = policy.network(latents[row], timestep, policy.encode([""])["prompt_embeds"]).sample.double()
+        with_prompt = policy.network(latents[row], timestep, conditioning["prompt_embeds"][row]).sample.double()
+        output = (without + 3.0 * (with_prompt - without)).numpy()
+        alpha = float(ALPHAS[timestep])
+        following = reference.next_alpha(ALPHAS, timestep, 4, set_alpha_to_one=False)
+        sigma = reference.ddim_sigma(alpha, following, 1.0)
+        x0_and_noise = reference.clean_and_noise(prediction_type, latents[row].double().numpy(), output, alpha)
+        mean = reference.ddim_mean(*x0_and_noise, following, sigma)
+        np.testing.assert_allclose(transition.mean[row].numpy(), mean, rtol=1e-4, atol=1e-4)
+        assert float(transition.std[step]) == pytest.approx(sigma, rel=1e-4)
+
+
+def test_a_step_is_guidance_of_two_separate_passes_and_then_the_papers_step(policy: StableDiffusionPolicy) -> None:
+    check_against_reference(policy, "epsilon")
+
+
+def test_a_model_that_predicts_v_takes_the_papers_steps_too(tmp_path: Path) -> None:
+    model = save_tiny_pipeline(tmp_path / "model", prediction_type="v_prediction")
+    check_against_reference(tiny_policy(model), "v_prediction")
+
+
+def test_a_vector_of_steps_is_the_same_as_one_step_after_the_other(policy: StableDiffusionPolicy) -> None:
+    prompts, latents, steps = ["a cat", "a dog", "a cow"], some_latents(3), torch.tensor([3, 0, 2])
+    with torch.no_grad():
+        together = policy.transition(latents, steps, rows_of(policy, prompts))
+        for row, prompt in enumerate(prompts):
+            alone = policy.transition(latents[row : row + 1], steps[row : row + 1], rows_of(policy, [prompt]))
+            torch.testing.assert_close(together.mean[row : row + 1], alone.mean, rtol=1e-5, atol=1e-5)
+            assert torch.equal(together.std[row : row + 1], alone.std)
+
+
+@pytest.mark.parametrize(("guidance_scale", "rows_a_pass"), [(1.0, 2), (3.0, 4)])
+def test_without_guidance_the_network_sees_each_latent_once_and_with_it_twice_in_one_pass(
+    guidance_scale: float, rows_a_pass: int, tiny_model: Path
+) -> None:
+    policy = tiny_policy(tiny_model, sampling=SamplingTable(num_steps=4, guidance_scale=guidance_scale))
+    seen: list[int] = []
+    policy.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        policy.transition(some_latents(2), torch.tensor([0, 1]), rows_of(policy, ["a cat", "a dog"]))
+    assert seen == [rows_a_pass]
+
+
+def test_a_prompts_embedding_is_transformers_own_whatever_stands_beside_it(
+    policy: StableDiffusionPolicy, tiny_model: Path
+) -> None:
+    conditioning = policy.encode(["a dog", "a cat"])
+    assert torch.equal(conditioning["prompt_embeds"][1:], policy.encode(["a cat"])["prompt_embeds"])
+    torch.testing.assert_close(conditioning["prompt_embeds"][1:], reference.text_embedding(tiny_model, "a cat"))
+    torch.testing.assert_close(conditioning["negative_prompt_embeds"], reference.text_embedding(tiny_model, ""))
+    assert not torch.allclose(conditioning["prompt_embeds"][0], conditioning["prompt_embeds"][1], atol=1e-2)
+
+
+def test_pictures_are_those_of_diffusers_own_pipeline(tiny_model: Path) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    policy = StableDiffusion(model=str(tiny_model)).load("cpu", SAMPLING, "sampler")
+    pixels = policy.decode(draw(policy, ["a cat", "a dog"], [3, 4], SAMPLING).final_latents)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, requires_safety_checker=False)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    pictures = pipeline(
+        ["a cat", "a dog"], num_inference_steps=4, guidance_scale=3.0, eta=1.0, generator=generators
+    ).images
+    theirs = np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+    # Latents agree to a few 1e-6, which may push a value over a rounding edge here and there, never further.
+    difference = np.abs(pixels.numpy().astype(int) - theirs)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.001
+    assert theirs.std() > 5
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@torch.no_grad()
+def test_the_denoising_loss_is_the_mean_squared_error_of_the_prediction_by_hand(kind: str, tmp_path: Path) -> None:
+    policy = tiny_policy(save_tiny_pipeline(tmp_path / "model", prediction_type=kind), "sampler")
+    clean, noise, timesteps = some_latents(3, 1), some_latents(3, 2), torch.tensor([900, 500, 3])
+    conditioning = rows_of(policy, ["a cat", "a dog", "a cow"])
+    losses = policy.denoising_loss(clean, noise, timesteps, conditioning)
+    for row, timestep in enumerate(timesteps.tolist()):
+        alpha = float(ALPHAS[timestep])
+        noised = alpha**0.5 * clean[row : row + 1] + (1 - alpha) ** 0.5 * noise[row : row + 1]
+        # No guidance here: the network is asked about the prompt alone.
+        predicted = policy.network(noised, timestep, conditioning["prompt_embeds"][row : row + 1]).sample[0]
+        target = noise[row] if kind == "epsilon" else alpha**0.5 * noise[row] - (1 - alpha) ** 0.5 * clean[row]
+        assert float(losses[row]) == pytest.approx(float(((predicted - target) ** 2).mean()), rel=1e-4)
+
+
+def test_a_learner_has_neither_text_encoder_nor_decoder_and_the_same_network(
+    policy: StableDiffusionPolicy, tiny_model: Path
+) -> None:
+    learner = tiny_policy(tiny_model, "learner")
+    assert learner.vae is None and learner.text_encoder is None and learner.tokenizer is None
+    for name, value in policy.network.state_dict().items():
+        assert torch.equal(value, learner.network.state_dict()[name]), name
+
+
+def test_a_resolution_means_the_same_latents_to_sampler_and_learner(tiny_model: Path) -> None:
+    shapes = [tiny_policy(tiny_model, role, resolution=32).latent_shape for role in ("sampler", "learner")]
+    assert shapes == [(4, 16, 16), (4, 16, 16)]  # this decoder makes 2 × 2 pixels of a latent
+    assert StableDiffusion(model=str(tiny_model), resolution=32).sizes(SAMPLING).latent_shape == (4, 16, 16)
+
+
+def test_a_missing_folder_is_named_with_what_could_be_given_instead() -> None:
+    with pytest.raises(ValueError, match=r"policy.model is '/no/such/model'.*a hub name .* one of \['tiny_animals'\]"):
+        StableDiffusion(model="/no/such/model").load("cpu", SAMPLING, "sampler")
+
+
+def test_a_folder_without_weights_is_an_error_that_names_the_model(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    for file in (model / "unet").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match=f"policy.model is '{model}', which cannot be loaded"):
+        StableDiffusion(model=str(model)).load("cpu", SAMPLING, "sampler")
+
+
+def test_the_scheduler_that_stable_diffusion_1_5_was_published_with_becomes_ddim(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "PNDMScheduler"]}))
+    published = {
+        "_class_name": "PNDMScheduler",
+        "_diffusers_version": "0.6.0",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+        "clip_sample": False,
+    }
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(published))
+    check_against_reference(tiny_policy(model), "epsilon")
+
+
+def test_full_training_trains_every_parameter_in_float32_and_survives_its_files(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    policy = tiny_policy(tiny_model, train="full", dtype="bfloat16")
+    parameters = trained_parameters(policy.network)
+    assert len(parameters) == len(list(policy.network.parameters()))
+    assert {value.dtype for value in parameters.values()} == {torch.float32}
+    saved = policy.save(tmp_path)
+    before = {name: value.clone() for name, value in parameters.items()}
+    scatter(policy.network, seed=5)
+    policy.restore(saved)
+    for name, value in trained_parameters(policy.network).items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_bfloat16_network_gives_float32_distributions_near_those_of_float32(
+    policy: StableDiffusionPolicy, tiny_model: Path
+) -> None:
+    half = tiny_policy(tiny_model, dtype="bfloat16")
+    adapters = trained_parameters(half.network)
+    assert {value.dtype for value in adapters.values()} == {torch.float32}
+    assert half.network.conv_in.weight.dtype == torch.bfloat16
+    latents, steps = some_latents(2), torch.tensor([0, 3])
+    with torch.no_grad():
+        rough = half.transition(latents, steps, rows_of(half, ["a cat", "a dog"]))
+        exact = policy.transition(latents, steps, rows_of(policy, ["a cat", "a dog"]))
+    assert rough.mean.dtype == torch.float32 and torch.equal(rough.std, exact.std)
+    difference = (rough.mean - exact.mean).abs()
+    assert float(difference.max()) > 0 and float(difference.mean()) < 0.05
+
+
+def test_whole_networks_do_not_train_in_float16(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="whole networks train in float32 or bfloat16"):
+        StableDiffusion(model=str(tiny_model), train="full", dtype="float16").check()
+
+
+def test_the_embedded_models_resolution_is_counted_by_its_own_autoencoder() -> None:
+    assert StableDiffusion(model="tiny_animals", resolution=32).latent_size() == 8
+    assert StableDiffusion(model="tiny_animals").latent_size() is None

@@ -1,0 +1,210 @@
+"""Drawing trajectories and scoring them again: the first ratio is exactly 1, and the noise belongs to the image."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config import SamplingTable
+from common.diffusion.policy import select_rows
+from common.diffusion.policy_stable_diffusion import StableDiffusion, StableDiffusionPolicy
+from common.diffusion.rollout import draw, image_noise, kept_steps, score
+from common.trajectory import DTYPES, Trajectory
+from tests.tiny_pipeline import save_tiny_pipeline
+from tests.tiny_policy import SAMPLING, tiny_policy
+
+PROMPTS, SEEDS = ["a cat", "a dog", "a cat", "a cow"], [11, 12, 13, 14]
+CLIP_RANGE = 1e-4  # the lineage's
+
+
+def sampling(**changes: object) -> SamplingTable:
+    return SamplingTable(**{**SAMPLING.model_dump(), **changes})
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> StableDiffusionPolicy:
+    return tiny_policy(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def trajectory(policy: StableDiffusionPolicy) -> Trajectory:
+    return draw(policy, PROMPTS, SEEDS, SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("network", "stored"),
+    [
+        ("float32", "float32"),
+        ("float32", "float16"),
+        ("float32", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("bfloat16", "bfloat16"),
+    ],
+)
+def test_a_learner_with_equal_weights_gives_every_step_the_samplers_own_bits(
+    network: str, stored: str, tiny_model: Path
+) -> None:
+    drawn = draw(
+        tiny_policy(tiny_model, dtype=network), PROMPTS, SEEDS, SAMPLING.model_copy(update={"latents_dtype": stored})
+    )
+    arrived = pickle.loads(pickle.dumps(drawn))
+    assert arrived.latents.dtype == DTYPES[stored]
+    again = score(tiny_policy(tiny_model, "learner", dtype=network), arrived)
+    assert torch.equal(again, drawn.log_probs)
+    assert drawn.log_probs.isfinite().all()
+
+
+def test_scoring_latents_rounded_after_they_were_scored_would_not_give_a_ratio_of_one(
+    policy: StableDiffusionPolicy, trajectory: Trajectory
+) -> None:
+    # What the exactness above guards against: the same path stored in bfloat16 only afterwards.
+    rounded = Trajectory(
+        trajectory.conditioning,
+        trajectory.prompt_index,
+        trajectory.steps,
+        trajectory.log_probs,
+        trajectory.latents.bfloat16(),
+        trajectory.next_latents.bfloat16(),
+        trajectory.final_latents,
+    )
+    assert (score(policy, rounded) - trajectory.log_probs).abs().max() > CLIP_RANGE
+
+
+def test_pairs_mixed_into_batches_of_other_compositions_stay_within_a_hundredth_of_the_clip_range(
+    policy: StableDiffusionPolicy, trajectory: Trajectory
+) -> None:
+    pairs = [(image, place) for place in range(4) for image in range(4)]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    largest = 0.0
+    for size in (2, 3, 8):
+        for first in range(0, len(order), size):
+            part = [pairs[index] for index in order[first : first + size]]
+            images, places = (torch.tensor(column) for column in zip(*part, strict=True))
+            rows = select_rows(trajectory.conditioning, trajectory.prompt_index[images])
+            with torch.no_grad():
+                transition = policy.transition(
+                    trajectory.latents[images, places], trajectory.steps[images, places], rows
+                )
+            difference = (
+                transition.log_prob(trajectory.next_latents[images, places]) - trajectory.log_probs[images, places]
+            )
+            largest = max(largest, float(difference.abs().max()))
+    print(f"largest |log ratio| in other batches: {largest:.1e}")
+    assert largest <= CLIP_RANGE / 100
+
+
+def test_an_images_noise_and_path_are_its_own_whatever_stands_beside_it(
+    policy: StableDiffusionPolicy, trajectory: Trajectory
+) -> None:
+    alone = draw(policy, PROMPTS[2:3], SEEDS[2:3], SAMPLING)
+    assert torch.equal(alone.latents[0, 0], trajectory.latents[2, 0])
+    torch.testing.assert_close(alone.next_latents[0], trajectory.next_latents[2], rtol=1e-5, atol=1e-5)
+
+
+def test_noise_is_a_function_of_the_seed_and_another_seed_gives_other_noise() -> None:
+    first, again, other = (torch.stack(image_noise(seed, (4, 8, 8), 3)) for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.isclose(first, other).any(dim=(1, 2, 3)).all()
+    assert abs(float(torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1])) < 0.2
+
+
+def test_the_same_prompt_and_seed_give_the_same_bits_again(
+    policy: StableDiffusionPolicy, trajectory: Trajectory
+) -> None:
+    again = draw(policy, PROMPTS, SEEDS, SAMPLING)
+    assert torch.equal(again.next_latents, trajectory.next_latents)
+    assert torch.equal(again.log_probs, trajectory.log_probs)
+
+
+def test_each_distinct_prompt_is_encoded_once_and_every_image_knows_its_own(trajectory: Trajectory) -> None:
+    assert trajectory.prompt_index.tolist() == [0, 1, 0, 2]
+    assert len(trajectory.conditioning["prompt_embeds"]) == 3
+    assert len(trajectory.conditioning["negative_prompt_embeds"]) == 1
+
+
+def test_a_step_leaves_the_latents_that_the_next_step_enters(trajectory: Trajectory) -> None:
+    assert torch.equal(trajectory.next_latents[:, :-1], trajectory.latents[:, 1:])
+    assert torch.equal(trajectory.final_latents, trajectory.next_latents[:, -1])
+    assert trajectory.steps.tolist() == [[0, 1, 2, 3]] * 4
+
+
+def test_the_last_step_into_the_clean_picture_is_drawn_but_not_learned_from(tmp_path: Path) -> None:
+    model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)
+    drawn = draw(tiny_policy(model), PROMPTS[:2], SEEDS[:2], SAMPLING)
+    assert drawn.steps.tolist() == [[0, 1, 2]] * 2
+    assert drawn.log_probs.isfinite().all() and drawn.log_probs.shape == (2, 3)
+    assert not torch.equal(drawn.final_latents, drawn.next_latents[:, -1])
+
+
+def test_some_of_an_images_steps_are_chosen_by_its_seed_alone_in_order_and_each_once() -> None:
+    noisy = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
+    kept = kept_steps(noisy, 4, list(range(200)))
+    assert kept.shape == (200, 4)
+    assert (kept[:, 1:] > kept[:, :-1]).all() and set(kept.flatten().tolist()) == set(noisy)
+    assert torch.equal(kept_steps(noisy, 4, [17, 3]), kept[[17, 3]])
+    # each of 10 steps is kept by 80 of 200 images, give or take √(200 · 0.4 · 0.6) = 7
+    counts = torch.bincount(kept.flatten(), minlength=11)[noisy]
+    assert (counts - 80).abs().max() < 4 * 7
+
+
+def test_where_steps_are_left_out_the_path_is_the_same_and_the_kept_steps_have_its_values(
+    policy: StableDiffusionPolicy, trajectory: Trajectory
+) -> None:
+    some = draw(policy, PROMPTS, SEEDS, sampling(step_fraction=0.5))
+    assert some.steps.shape == (4, 2) and len({tuple(row) for row in some.steps.tolist()}) > 1
+    rows = torch.arange(4)[:, None]
+    assert torch.equal(some.latents, trajectory.latents[rows, some.steps])
+    assert torch.equal(some.next_latents, trajectory.next_latents[rows, some.steps])
+    assert torch.equal(some.log_probs, trajectory.log_probs[rows, some.steps])
+    assert torch.equal(some.final_latents, trajectory.final_latents)
+
+
+def test_kept_steps_that_differ_from_image_to_image_still_have_a_ratio_of_one(policy: StableDiffusionPolicy) -> None:
+    some = draw(policy, PROMPTS, SEEDS, sampling(step_fraction=0.5))
+    assert (score(policy, pickle.loads(pickle.dumps(some))) - some.log_probs).abs().max() <= CLIP_RANGE / 100
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_drawn_path_ends_where_diffusers_own_pipeline_ends(guidance_scale: float, tiny_model: Path) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    five_steps = sampling(num_steps=5, guidance_scale=guidance_scale)
+    policy = StableDiffusion(model=str(tiny_model)).load("cpu", five_steps, "sampler")
+    ours = draw(policy, PROMPTS, SEEDS, five_steps)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, requires_safety_checker=False)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    theirs = pipeline(
+        PROMPTS,
+        num_inference_steps=5,
+        guidance_scale=guidance_scale,
+        eta=1.0,
+        generator=generators,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(ours.final_latents, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fraction_of_the_steps_is_kept_by_each_image_as_its_seed_decides(policy: StableDiffusionPolicy) -> None:
+    whole = draw(policy, PROMPTS, SEEDS, SAMPLING)
+    half = draw(policy, PROMPTS, SEEDS, SAMPLING.model_copy(update={"step_fraction": 0.5}))
+    assert half.steps.shape == (4, 2) and len({tuple(steps) for steps in half.steps.tolist()}) > 1
+    assert torch.equal(half.final_latents, whole.final_latents)
+    for image, steps in enumerate(half.steps.tolist()):
+        assert torch.equal(half.latents[image], whole.latents[image, steps])
+        assert torch.equal(half.next_latents[image], whole.next_latents[image, steps])
+        assert torch.equal(half.log_probs[image], whole.log_probs[image, steps])
+    assert torch.equal(kept_steps([0, 1, 2, 3], 2, SEEDS[1:2])[0], half.steps[1])
+    torch.testing.assert_close(score(policy, pickle.loads(pickle.dumps(half))), half.log_probs, rtol=0, atol=1e-6)
+
+
+def test_the_last_steps_can_be_drawn_without_being_learned_from(policy: StableDiffusionPolicy) -> None:
+    whole = draw(policy, PROMPTS, SEEDS, SAMPLING)
+    early = draw(policy, PROMPTS, SEEDS, SAMPLING.model_copy(update={"untrained_last_steps": 1}))
+    assert early.steps.tolist() == [[0, 1, 2]] * 4
+    assert torch.equal(early.final_latents, whole.final_latents)
+    assert torch.equal(early.next_latents, whole.next_latents[:, :3])
+    one = draw(policy, PROMPTS, SEEDS, SAMPLING.model_copy(update={"untrained_last_steps": 2, "step_fraction": 0.5}))
+    assert one.steps.shape == (4, 1) and int(one.steps.max()) <= 1

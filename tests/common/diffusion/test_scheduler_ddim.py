@@ -1,0 +1,133 @@
+"""DDIM's mean and deviation against the slow reference and against diffusers, at every step of the path."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from common.diffusion.scheduler_ddim import DDIMTable, ddim_table, ddim_transition, training_target
+from tests.reference import ddpo_reference as reference
+
+STABLE_DIFFUSION = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+}
+ALPHAS = reference.alphas_cumprod()
+CASES = [
+    {"set_alpha_to_one": to_one, "timestep_spacing": spacing, "prediction_type": kind}
+    for to_one, spacing, kind in product((False, True), ("leading", "trailing"), ("epsilon", "v_prediction", "sample"))
+]
+
+
+def scheduler(**changes: Any) -> DDIMScheduler:
+    return DDIMScheduler(**{**STABLE_DIFFUSION, **changes})
+
+
+def table(num_steps: int, eta: float = 1.0, **changes: Any) -> DDIMTable:
+    return ddim_table(scheduler(**changes).config, num_steps, eta, "cpu")
+
+
+def latents_and_output(num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(num_steps)
+    return tuple(torch.randn(num_steps, 2, 3, 4, generator=generator) for _ in range(2))
+
+
+def test_fifty_steps_go_from_981_to_1() -> None:
+    timesteps = table(50).timesteps.tolist()
+    assert timesteps[:3] == [981, 961, 941] and timesteps[-3:] == [41, 21, 1]
+    assert timesteps == reference.leading_timesteps(50)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("num_steps", "eta"), [(50, 1.0), (20, 0.5)])
+def test_mean_and_deviation_are_the_papers_at_every_step(case: dict, num_steps: int, eta: float) -> None:
+    ours = table(num_steps, eta, **case)
+    latents, output = latents_and_output(num_steps)
+    transition = ddim_transition(ours, latents, output, torch.arange(num_steps))
+    leading = case["timestep_spacing"] == "leading"
+    timesteps = reference.leading_timesteps(num_steps) if leading else reference.trailing_timesteps(num_steps)
+    assert ours.timesteps.tolist() == timesteps
+    for step, timestep in enumerate(timesteps):
+        alpha = float(ALPHAS[timestep])
+        following = reference.next_alpha(ALPHAS, timestep, num_steps, case["set_alpha_to_one"])
+        sigma = reference.ddim_sigma(alpha, following, eta)
+        x, y = latents[step].numpy().astype(np.float64), output[step].numpy().astype(np.float64)
+        mean = reference.ddim_mean(*reference.clean_and_noise(case["prediction_type"], x, y, alpha), following, sigma)
+        assert float(transition.std[step]) == pytest.approx(sigma, rel=2e-4, abs=1e-12)
+        np.testing.assert_allclose(transition.mean[step].numpy(), mean, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("num_steps", "eta"), [(50, 1.0), (50, 0.5), (20, 1.0), (20, 0.5)])
+def test_a_step_with_given_noise_lands_where_diffusers_lands(case: dict, num_steps: int, eta: float) -> None:
+    theirs = scheduler(**case)
+    theirs.set_timesteps(num_steps)
+    latents, output = latents_and_output(num_steps)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(9))
+    ours = ddim_transition(table(num_steps, eta, **case), latents, output, torch.arange(num_steps)).sample(noise)
+    for step, timestep in enumerate(theirs.timesteps):
+        row = slice(step, step + 1)
+        expected = theirs.step(output[row], int(timestep), latents[row], eta=eta, variance_noise=noise[row])
+        torch.testing.assert_close(ours[row], expected.prev_sample, rtol=1e-5, atol=2e-6)
+
+
+def test_the_last_step_into_the_clean_picture_has_no_noise_and_is_the_step_of_eta_zero() -> None:
+    ours, without_noise = table(20, 1.0, set_alpha_to_one=True), table(20, 0.0, set_alpha_to_one=True)
+    latents, output = latents_and_output(20)
+    steps = torch.arange(20)
+    drawn, still = ddim_transition(ours, latents, output, steps), ddim_transition(without_noise, latents, output, steps)
+    assert float(drawn.std[-1]) == 0 and (drawn.std[:-1] > 0).all()
+    assert torch.equal(drawn.mean[-1], still.mean[-1])
+    assert not torch.allclose(drawn.mean[0], still.mean[0], atol=1e-3)
+
+
+def test_with_the_lineages_schedule_every_step_has_noise() -> None:
+    assert (table(50).std() > 0).all()
+
+
+def test_rows_may_be_at_steps_of_their_own() -> None:
+    latents, output = latents_and_output(4)
+    ours, steps = table(50), torch.tensor([49, 3, 3, 0])
+    together = ddim_transition(ours, latents, output, steps)
+    for row in range(4):
+        alone = ddim_transition(ours, latents[row : row + 1], output[row : row + 1], steps[row : row + 1])
+        assert torch.equal(together.mean[row], alone.mean[0]) and torch.equal(together.std[row], alone.std[0])
+
+
+def test_half_precision_inputs_are_computed_in_float32() -> None:
+    latents, output = (tensor.bfloat16() for tensor in latents_and_output(4))
+    half = ddim_transition(table(4), latents, output, torch.arange(4))
+    full = ddim_transition(table(4), latents.float(), output.float(), torch.arange(4))
+    assert half.mean.dtype == torch.float32 and torch.equal(half.mean, full.mean)
+
+
+@pytest.mark.parametrize("key", ["clip_sample", "thresholding"])
+def test_a_schedule_that_clips_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=f"the model's scheduler has {key}=True: its steps are not Gaussian"):
+        table(20, **{key: True})
+
+
+def test_an_unknown_prediction_type_is_refused_with_those_that_are_known() -> None:
+    latents, output = latents_and_output(20)
+    strange = table(20, prediction_type="flow")
+    with pytest.raises(ValueError, match="'flow': it must be epsilon, v_prediction or sample"):
+        ddim_transition(strange, latents, output, torch.arange(20))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_training_target_predicts_back_the_clean_latents_and_the_noise(kind: str) -> None:
+    clean, noise = latents_and_output(3)
+    alphas = torch.tensor([0.9, 0.5, 0.1])
+    target = training_target(kind, clean, noise, alphas)
+    for row, alpha in enumerate(alphas.double().tolist()):
+        noised = alpha**0.5 * clean[row].double() + (1 - alpha) ** 0.5 * noise[row].double()
+        x0, epsilon = reference.clean_and_noise(kind, noised, target[row].double(), alpha)
+        torch.testing.assert_close(x0, clean[row].double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(epsilon, noise[row].double(), rtol=1e-5, atol=1e-5)

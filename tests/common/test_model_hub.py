@@ -1,0 +1,102 @@
+"""The hub as a source: what is on disk is not asked for, and without a network an error comes soon."""
+
+import http.server
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from common import model_hub
+from common.model_hub import hub_answers, is_hub_name, read_from_hub
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        """Not into the tests' output."""
+
+
+@pytest.fixture
+def refusing_hub() -> Iterator[str]:
+    server = http.server.HTTPServer(("127.0.0.1", 0), Refusing)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_what_is_on_disk_is_read_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> bool:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(model_hub, "hub_answers", fail)
+    assert read_from_hub(lambda local_files_only: f"local {local_files_only}", "missing") == "local True"
+
+
+def test_what_is_not_on_disk_is_downloaded_where_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(local_files_only: bool) -> str:
+        if local_files_only:
+            raise OSError("not in the cache")
+        return "downloaded"
+
+    monkeypatch.setattr(model_hub, "hub_answers", lambda: True)
+    assert read_from_hub(read, "missing") == "downloaded"
+
+
+@pytest.mark.parametrize(("answers", "reason"), [(False, "the hub does not answer"), (True, "no such model")])
+def test_the_error_says_what_is_missing_and_why_and_shows_no_other_errors(
+    monkeypatch: pytest.MonkeyPatch, answers: bool, reason: str
+) -> None:
+    def read(local_files_only: bool) -> str:
+        raise OSError("no such model\nread the manual at …")
+
+    monkeypatch.setattr(model_hub, "hub_answers", lambda: answers)
+    with pytest.raises(ValueError, match=f"^the model x is needed .*{reason}") as error:
+        read_from_hub(read, "the model x is needed")
+    assert error.value.__suppress_context__ and "manual" not in str(error.value)
+
+
+def test_a_server_that_refuses_has_answered(monkeypatch: pytest.MonkeyPatch, refusing_hub: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", refusing_hub)
+    assert hub_answers()
+
+
+def test_a_server_whose_certificate_is_no_good_has_answered(monkeypatch: pytest.MonkeyPatch, refusing_hub: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", refusing_hub.replace("http:", "https:"))
+    assert hub_answers()
+
+
+def test_a_closed_port_and_a_silent_one_do_not_answer_and_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        assert not hub_answers(seconds=0.2)
+        silent.listen()
+        assert not hub_answers(seconds=0.2)
+        assert time.monotonic() - start < 3
+
+
+def test_offline_by_the_users_own_setting_asks_nobody(monkeypatch: pytest.MonkeyPatch, refusing_hub: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", refusing_hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert not hub_answers()
+
+
+@pytest.mark.parametrize("name", ["openai/clip-vit-large-patch14", "owner/model.v2"])
+def test_owner_and_model_is_a_hub_name(name: str) -> None:
+    assert is_hub_name(name)
+
+
+@pytest.mark.parametrize("name", ["/clip", "./clip", "../clip", "~/clip", "models/clip/large", "clip", "owner/"])
+def test_a_path_or_a_bare_word_is_no_hub_name(name: str) -> None:
+    assert not is_hub_name(name)

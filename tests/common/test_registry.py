@@ -1,0 +1,123 @@
+"""From a recipe's table to a checked entry, and what is said of each fault."""
+
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, Field, ValidationError
+
+from common.registry import Entry, build, explain, import_object
+
+
+class Inner(BaseModel, extra="forbid"):
+    rank: int = Field(default=4, ge=1)
+
+
+class Cooked(Entry):
+    clip_range: float = Field(default=1e-4, gt=0)
+    inner: Inner = Inner()
+    inners: tuple[Inner, ...] = ()
+
+
+class Plain(Entry):
+    """Without keys."""
+
+
+# What an importable module would hold; the tests' own is imported by its file.
+PLACE = "cooked_for_tests"
+ROOM = {"cooked": f"{PLACE}:Cooked", "plain": f"{PLACE}:Plain", "lost": f"{PLACE}:Lost"}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, PLACE, sys.modules[__name__])
+
+
+def test_the_other_keys_of_a_table_are_the_fields_of_the_class_it_names() -> None:
+    entry = build(ROOM, {"name": "cooked", "clip_range": 2e-4, "inner": {"rank": 8}}, "algorithm")
+    assert isinstance(entry, Cooked) and entry.clip_range == 2e-4 and entry.inner.rank == 8
+
+
+def test_an_entry_cannot_be_changed_and_travels_in_bytes() -> None:
+    entry = build({"jpeg": "actors.rewards.function:Function"}, {"name": "jpeg", "path": "a:b"}, "reward")
+    with pytest.raises(ValidationError, match="frozen"):
+        entry.path = "c:d"
+    assert pickle.loads(pickle.dumps(entry)) == entry
+
+
+def test_building_leaves_the_table_as_it_was() -> None:
+    table = {"name": "cooked", "clip_range": 2e-4}
+    build(ROOM, table, "algorithm")
+    assert table == {"name": "cooked", "clip_range": 2e-4}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"clip_rang": 1},
+            "algorithm.clip_rang is not a key that is known: the keys here are ['clip_range', 'inner', 'inners', 'name']",
+        ),
+        ({"clip_range": 0}, "algorithm.clip_range is 0: input should be greater than 0"),
+        ({"clip_range": float("inf")}, "algorithm.clip_range is inf: input should be a finite number"),
+        ({"clip_range": "wide"}, "algorithm.clip_range is 'wide': input should be a valid number, unable to parse"),
+        ({"inner": {"rank": 0}}, "algorithm.inner.rank is 0: input should be greater than or equal to 1"),
+        ({"inner": {"rang": 2}}, "algorithm.inner.rang is not a key that is known: the keys here are ['rank']"),
+        ({"inners": [{}, {"x": 2}]}, "algorithm.inners.1.x is not a key that is known: the keys here are ['rank']"),
+    ],
+)
+def test_a_fault_names_the_key_what_came_and_what_is_allowed(keys: dict, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        build(ROOM, {"name": "cooked", **keys}, "algorithm")
+    assert str(error.value).startswith(message)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match=r"algorithm\.clip_range is -1.*; algorithm\.inner\.rank is 0"):
+        build(ROOM, {"name": "cooked", "clip_range": -1, "inner": {"rank": 0}}, "algorithm")
+
+
+def test_an_entry_without_keys_says_that_it_has_only_its_name() -> None:
+    with pytest.raises(ValueError, match=r"reward\.x is not a key that is known: the keys here are \['name'\]"):
+        build(ROOM, {"name": "plain", "x": 1}, "reward")
+
+
+def test_a_missing_key_is_named() -> None:
+    class Needy(BaseModel):
+        path: str
+
+    with pytest.raises(ValidationError) as error:
+        Needy.model_validate({})
+    assert explain(error.value, Needy, "prompts.") == "prompts.path is missing"
+
+
+def test_an_unknown_name_is_answered_with_the_rooms_names() -> None:
+    with pytest.raises(ValueError, match=r"reward.name is 'rwa': it must be one of \['cooked', 'lost', 'plain'\]"):
+        build(ROOM, {"name": "rwa"}, "reward")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("numpy", "it must have the form module:name"),
+        (":mean", "it must have the form module:name"),
+        ("numpy:", "it must have the form module:name"),
+        ("no_such_module:f", "there is no module 'no_such_module' to import"),
+        ("common.no_such_module:f", "there is no module 'common.no_such_module' to import"),
+        ("json:no_such_name", "module 'json' has no 'no_such_name'"),
+    ],
+)
+def test_an_object_that_cannot_be_imported_is_named_with_the_reason(path: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        import_object(path, "reward.path")
+    assert str(error.value) == f"reward.path is {path!r}: {message}"
+
+
+def test_a_users_module_that_lacks_a_package_fails_with_its_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "user_rewards_module.py").write_text("import user_rewards\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'user_rewards'"):
+        import_object("user_rewards_module:score", "reward.path")

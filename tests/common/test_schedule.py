@@ -1,0 +1,163 @@
+"""The arithmetic of a run: who draws what under which version, from the recipe alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.config import Recipe
+from common.prompts import Draw, Prompt
+from common.schedule import (
+    Stream,
+    image_seed,
+    last_startable_round,
+    policy_version,
+    round_tasks,
+    transition_order,
+)
+
+seeds, rounds, places = st.integers(0, 2**63 - 1), st.integers(0, 10_000), st.integers(0, 10_000)
+
+
+def numbered(generator: np.random.Generator) -> Prompt:
+    return Prompt(f"prompt {generator.integers(1_000_000)}")
+
+
+def recipe_with(tables: dict, **changes: object) -> Recipe:
+    return Recipe.parse({**tables, **changes})
+
+
+@given(run_seed=seeds, round=rounds, image=places)
+def test_no_two_purposes_share_a_seed(run_seed: int, round: int, image: int) -> None:
+    by_stream = {stream: image_seed(run_seed, stream, round, image) for stream in Stream}
+    assert all(seed % 4 == stream for stream, seed in by_stream.items())  # so disjoint for any two rounds and images
+
+
+def test_the_seeds_of_training_tuning_evaluation_and_checking_do_not_meet() -> None:
+    drawn = {
+        stream: {image_seed(0, stream, round, image) for round in range(40) for image in range(64)} for stream in Stream
+    }
+    assert all(len(of_stream) == 40 * 64 for of_stream in drawn.values())
+    assert len(set().union(*drawn.values())) == len(Stream) * 40 * 64
+
+
+@given(run_seed=seeds, stream=st.sampled_from(Stream), round=rounds, image=places)
+def test_a_seed_is_one_that_torch_takes(run_seed: int, stream: Stream, round: int, image: int) -> None:
+    assert 0 <= image_seed(run_seed, stream, round, image) < 2**63
+
+
+@given(run_seed=seeds, other=seeds)
+def test_runs_of_other_seeds_draw_other_pictures(run_seed: int, other: int) -> None:
+    same = image_seed(run_seed, Stream.TRAINING, 0, 0) == image_seed(other, Stream.TRAINING, 0, 0)
+    assert same == (run_seed == other)
+
+
+def test_seeds_stay_what_they_are_because_old_runs_are_drawn_again_from_them() -> None:
+    assert image_seed(0, Stream.TRAINING, 0, 0) == 7896617691693857884
+    assert image_seed(7, Stream.EVALUATION, 3, 11) == 5255984068897094817
+
+
+def test_tasks_cut_a_round_in_order_and_every_image_has_a_seed_of_its_own(tables: dict) -> None:
+    tasks = round_tasks(recipe_with(tables), 5, numbered)
+    assert [(task.round, task.index) for task in tasks] == [(5, 0), (5, 1)]
+    assert [len(task.seeds) for task in tasks] == [len(task.prompts) for task in tasks] == [4, 4]
+    drawn = [seed for task in tasks for seed in task.seeds]
+    assert drawn == [image_seed(0, Stream.TRAINING, 5, image) for image in range(8)]
+
+
+def test_a_cut_into_other_tasks_has_the_same_images(tables: dict) -> None:
+    def images(batch_size: int, batches: int) -> list[tuple[Prompt, int]]:
+        sampling = {**tables["sampling"], "batch_size": batch_size, "batches_per_round": batches}
+        tasks = round_tasks(recipe_with(tables, sampling=sampling), 3, numbered)
+        return [pair for task in tasks for pair in zip(task.prompts, task.seeds, strict=True)]
+
+    assert images(4, 2) == images(2, 4) == images(8, 1)
+
+
+def test_a_group_has_one_prompt_and_different_seeds(tables: dict) -> None:
+    tasks = round_tasks(recipe_with(tables, prompts={"name": "animals", "images_per_prompt": 4}), 0, numbered)
+    first, second = ({prompt.text for prompt in task.prompts} for task in tasks)
+    assert len(first) == len(second) == 1 and first != second
+    assert len({seed for task in tasks for seed in task.seeds}) == 8
+
+
+def test_without_groups_every_image_draws_its_prompt(tables: dict) -> None:
+    texts = [prompt.text for task in round_tasks(recipe_with(tables), 0, numbered) for prompt in task.prompts]
+    assert len(set(texts)) == 8
+
+
+def test_rounds_and_run_seeds_have_prompts_of_their_own(tables: dict) -> None:
+    def texts(seed: int, round: int) -> tuple[str, ...]:
+        return tuple(
+            prompt.text
+            for task in round_tasks(recipe_with(tables, seed=seed), round, numbered)
+            for prompt in task.prompts
+        )
+
+    assert len({texts(0, 0), texts(0, 1), texts(1, 0)}) == 3
+
+
+def test_a_task_is_a_function_of_recipe_and_round_whatever_was_asked_before(tables: dict) -> None:
+    recipe = recipe_with(tables)
+    alone = round_tasks(recipe, 7, numbered)
+    for round in (9, 0, 3):
+        round_tasks(recipe, round, numbered)
+    assert round_tasks(recipe, 7, numbered) == alone
+
+
+def test_a_drawing_that_takes_more_random_numbers_does_not_shift_the_prompts_after_it(tables: dict) -> None:
+    def greedy(generator: np.random.Generator) -> Prompt:
+        prompt = numbered(generator)
+        generator.random(generator.integers(1, 9))
+        return prompt
+
+    def prompts(draw: Draw) -> list[Prompt]:
+        return [prompt for task in round_tasks(recipe_with(tables), 0, draw) for prompt in task.prompts]
+
+    assert prompts(greedy) == prompts(numbered)
+
+
+def test_versions_by_hand() -> None:
+    assert [policy_version(round, max_policy_lag=0) for round in range(4)] == [0, 1, 2, 3]
+    assert [policy_version(round, max_policy_lag=1) for round in range(4)] == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_the_tasks_of_a_round_are_drawn_with_its_version(tables: dict, lag: int) -> None:
+    for round in range(3):
+        tasks = round_tasks(recipe_with(tables, max_policy_lag=lag), round, numbered)
+        assert {task.policy_version for task in tasks} == {max(0, round - lag)}
+
+
+@given(version=rounds, round=rounds, lag=st.integers(0, 3))
+def test_a_round_may_start_exactly_when_its_version_is_published(version: int, round: int, lag: int) -> None:
+    assert (round <= last_startable_round(version, lag)) == (policy_version(round, lag) <= version)
+
+
+@given(version=rounds, lag=st.integers(0, 3))
+def test_at_most_one_round_more_than_the_lag_is_under_way(version: int, lag: int) -> None:
+    # Version v has learned from rounds 0 … v - 1.
+    assert last_startable_round(version, lag) - version + 1 == lag + 1
+
+
+@given(run_seed=seeds, round=rounds, inner_epoch=st.integers(0, 9), count=st.integers(1, 200))
+def test_an_inner_epoch_takes_every_image_once(run_seed: int, round: int, inner_epoch: int, count: int) -> None:
+    order = transition_order(run_seed, round, inner_epoch, count)
+    assert sorted(order.tolist()) == list(range(count))
+    assert order.tolist() == transition_order(run_seed, round, inner_epoch, count).tolist()
+
+
+def test_inner_epochs_rounds_and_runs_take_the_images_in_other_orders() -> None:
+    places = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
+    assert len({tuple(transition_order(*place, count=64)) for place in places}) == 4
+
+
+def test_recipe_registry_and_schedule_are_imported_without_torch() -> None:
+    check = "import sys, common.config, common.registry, common.schedule; print('torch' in sys.modules)"
+    root = Path(__file__).parents[2]
+    printed = subprocess.run([sys.executable, "-c", check], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "False"

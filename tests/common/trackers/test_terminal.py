@@ -1,0 +1,73 @@
+"""The terminal: one plain line a round where nobody watches, a bar that ends at its place where somebody does."""
+
+import io
+import re
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from common.config import Recipe
+from common.trackers import terminal
+from common.trackers.terminal import Terminal, TimeLeft
+from common.trackers.tracker import RunInfo
+
+METRICS = {"reward/mean": 1.23456, "images_per_second": 5.678}
+
+
+@pytest.fixture
+def run(recipe: Recipe, tmp_path: Path) -> RunInfo:
+    return RunInfo("tiny", tmp_path, recipe.model_dump(), 20, 0)
+
+
+def test_the_first_line_tells_the_settings(run: RunInfo, capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal().start(run)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("tiny: 20 rounds of 8 images, policy stable_diffusion /")
+    assert line.endswith(f"reward jpeg_compressibility, algorithm ddpo_is, in {run.folder}")
+
+
+def test_the_first_line_tells_all_rewards_and_where_a_resumed_run_goes_on(
+    tables: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del tables["reward"]
+    tables["rewards"] = [{"name": "jpeg_compressibility", "weight": 0.1}, {"name": "aesthetic"}]
+    Terminal().start(RunInfo("tiny", tmp_path, Recipe.parse(tables).model_dump(), 20, 6))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "20 rounds of 8 images from round 7," in line and "reward jpeg_compressibility + aesthetic," in line
+
+
+def test_a_round_is_one_plain_line_where_output_is_no_terminal(
+    run: RunInfo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = Terminal().start(run)
+    capsys.readouterr()
+    live.log({"round": 2.0, **METRICS})
+    live.finish()
+    assert capsys.readouterr().out == "round 3/20  reward 1.235  5.68 images/s  0:00:00 left\n"
+
+
+def test_time_left_is_the_mean_pace_since_this_start_times_the_rounds_to_come(
+    run: RunInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 130.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    resumed = RunInfo(run.name, run.folder, run.recipe, rounds=20, first_round=10)
+    # Three rounds, 10 to 12, took 30 s; seven are to come.
+    assert TimeLeft(resumed).after(rounds_done=13) == timedelta(seconds=70)
+
+
+def test_a_terminal_gets_a_bar_with_the_same_figures(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    live = Terminal().start(run)
+    live.log({"round": 2.0, **METRICS})
+    live.finish()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    last = [line for line in shown.splitlines() if line.strip()][-1]
+    assert last.startswith("round 3/20") and "reward 1.235  5.68 images/s" in last and last.rstrip().endswith("left")
+    assert screen.getvalue().rstrip().endswith("\x1b[?25h"), "the cursor is shown again"

@@ -1,0 +1,87 @@
+"""Weights & Biases without a network: never asks, keeps to one id, and sends nothing that is not the run's."""
+
+from pathlib import Path
+
+import pytest
+
+from common.trackers.tracker import RunInfo
+from common.trackers.wandb_run import WandbRun, mode, run_id
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+
+
+class FakeWandb:
+    """Keeps what it was started with."""
+
+    def __init__(self) -> None:
+        self.arguments: dict = {}
+
+    def init(self, **arguments: object) -> "FakeWandb":
+        self.arguments = arguments
+        return self
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        """As wandb's own."""
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    import wandb
+
+    fake = FakeWandb()
+    monkeypatch.setattr(wandb, "init", fake.init)
+    return fake
+
+
+def test_without_a_login_it_is_offline_and_does_not_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise AssertionError("asked for a login")
+
+    monkeypatch.setattr("wandb.errors.term._terminput", fail)
+    assert mode() == "offline"
+
+
+@pytest.mark.parametrize("wanted", ["offline", "disabled"])
+def test_a_user_who_switches_the_network_off_is_obeyed(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    monkeypatch.setattr("wandb.login", lambda **_: True)
+    monkeypatch.setenv("WANDB_MODE", wanted)
+    assert mode() == wanted
+
+
+def test_with_a_login_it_is_online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wandb.login", lambda prompt: not prompt)
+    assert mode() == "online"
+
+
+def test_a_resumed_run_keeps_its_id_and_a_new_one_gets_another(tmp_path: Path) -> None:
+    first = run_id(tmp_path, first_round=0)
+    assert (tmp_path / "wandb_id.txt").read_text().strip() == first
+    assert run_id(tmp_path, first_round=4) == first
+    assert run_id(tmp_path, first_round=0) != first
+
+
+def test_the_keys_and_the_recipe_are_what_wandb_is_started_with(fake: FakeWandb, tmp_path: Path) -> None:
+    recipe = {"seed": 3, "reward": {"name": "aesthetic"}}
+    tracker = WandbRun(project="cats", entity="lab", group="sweep", tags=("a", "b"))
+    tracker.start(RunInfo("tiny", tmp_path / "tiny", recipe, 5, 0))
+    expected = {
+        "project": "cats",
+        "entity": "lab",
+        "group": "sweep",
+        "tags": ("a", "b"),
+        "name": "tiny",
+        "config": recipe,
+    }
+    assert fake.arguments | expected == fake.arguments
+    assert fake.arguments["dir"] == tmp_path / "tiny" and fake.arguments["id"] == run_id(tmp_path / "tiny", 1)
+
+
+def test_neither_code_nor_git_nor_the_terminals_text_is_sent(fake: FakeWandb, tmp_path: Path) -> None:
+    WandbRun().start(RunInfo("tiny", tmp_path, {}, 5, 0))
+    settings = fake.arguments["settings"]
+    assert settings.disable_code and settings.disable_git and settings.console == "off"

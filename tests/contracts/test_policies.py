@@ -1,0 +1,149 @@
+"""What every model family promises, for each in its room; a new one needs a tiny model of its kind here."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config import SamplingTable
+from common.diffusion import POLICIES
+from common.diffusion.lora import trained_parameters
+from common.diffusion.policy import Policy, PolicyConfig, select_rows
+from common.diffusion.rollout import draw, score
+from common.registry import build
+from tests.tiny_pipeline import save_tiny_pipeline
+from tests.tiny_policy import scatter
+
+TINY_MODELS: dict[str, Callable[[Path], Path]] = {"stable_diffusion": save_tiny_pipeline}
+SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
+PROMPTS = ["a cat", "a dog", "a cow"]
+
+
+def test_every_model_family_has_a_tiny_model_to_be_tested_with() -> None:
+    assert TINY_MODELS.keys() == POLICIES.keys()
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PolicyConfig:
+    model = TINY_MODELS[request.param](tmp_path_factory.mktemp("model"))
+    return build(POLICIES, {"name": request.param, "model": str(model)}, "policy")
+
+
+def loaded(config: PolicyConfig, role: str) -> Policy:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = config.load("cpu", SAMPLING, role)
+    scatter(policy.network)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def policy(config: PolicyConfig) -> Policy:
+    return loaded(config, "sampler")
+
+
+def some_latents(policy: Policy, count: int) -> torch.Tensor:
+    return torch.randn(count, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_conditioning_has_one_row_a_prompt_and_one_for_all_of_what_is_negative(policy: Policy) -> None:
+    conditioning = policy.encode(PROMPTS)
+    for name, value in conditioning.items():
+        assert len(value) == (1 if name.startswith("negative_") else 3), name
+        assert value.isfinite().all()
+    positive = [name for name in conditioning if not name.startswith("negative_")]
+    assert positive and not any(torch.equal(conditioning[name][0], conditioning[name][1]) for name in positive)
+
+
+def test_a_prompts_conditioning_does_not_depend_on_its_neighbours(policy: Policy) -> None:
+    together, alone = policy.encode(PROMPTS), policy.encode(PROMPTS[1:2])
+    for name, value in alone.items():
+        assert torch.equal(value, together[name] if name.startswith("negative_") else together[name][1:2]), name
+
+
+def test_a_transition_is_a_float32_distribution_over_latents_of_the_same_shape(policy: Policy) -> None:
+    latents, rows = some_latents(policy, 3), select_rows(policy.encode(PROMPTS), torch.arange(3))
+    with torch.no_grad():
+        transition = policy.transition(latents, torch.tensor([0, 2, 3]), rows)
+    assert transition.mean.shape == latents.shape and transition.std.shape == (3,)
+    assert transition.mean.dtype == transition.std.dtype == torch.float32
+    assert transition.mean.isfinite().all()
+
+
+def test_noise_is_above_zero_exactly_on_the_steps_called_noisy(policy: Policy) -> None:
+    steps = torch.arange(policy.num_steps)
+    rows = select_rows(policy.encode(PROMPTS[:1]), torch.zeros(policy.num_steps, dtype=torch.long))
+    with torch.no_grad():
+        std = policy.transition(some_latents(policy, policy.num_steps), steps, rows).std
+    assert policy.noisy_steps and torch.nonzero(std > 0).flatten().tolist() == policy.noisy_steps
+
+
+def test_the_prompt_and_the_trained_weights_move_the_distribution(policy: Policy, config: PolicyConfig) -> None:
+    latents, steps = some_latents(policy, 1), torch.tensor([0])
+
+    def mean(of: Policy, prompt: str) -> torch.Tensor:
+        with torch.no_grad():
+            return of.transition(latents, steps, select_rows(policy.encode([prompt]), torch.tensor([0]))).mean
+
+    other = loaded(config, "learner")
+    assert torch.equal(mean(other, "a cat"), mean(policy, "a cat"))
+    assert not torch.equal(mean(policy, "a cat"), mean(policy, "a dog"))
+    scatter(other.network, seed=9)
+    assert not torch.equal(mean(other, "a cat"), mean(policy, "a cat"))
+
+
+def test_the_learner_gives_what_the_sampler_drew_its_very_log_prob(policy: Policy, config: PolicyConfig) -> None:
+    trajectory = draw(policy, PROMPTS, [1, 2, 3], SAMPLING)
+    arrived = pickle.loads(pickle.dumps(trajectory))
+    assert torch.equal(score(loaded(config, "learner"), arrived), trajectory.log_probs)
+
+
+def test_gradients_reach_every_trained_parameter_and_no_other(config: PolicyConfig, policy: Policy) -> None:
+    learner = loaded(config, "learner")
+    latents, rows = some_latents(policy, 2), select_rows(policy.encode(PROMPTS[:2]), torch.arange(2))
+    transition = learner.transition(latents, torch.tensor([0, 1]), rows)
+    transition.log_prob(transition.sample(torch.ones_like(latents)).detach()).sum().backward()
+    trained = trained_parameters(learner.network)
+    for name, parameter in learner.network.named_parameters():
+        assert (parameter.grad is not None) == (name in trained), name
+    assert all(parameter.grad.abs().max() > 0 for parameter in trained.values())
+
+
+def test_a_denoising_loss_is_one_number_an_image_and_its_own(policy: Policy) -> None:
+    clean, noise = some_latents(policy, 3), some_latents(policy, 3).flip(0)
+    timesteps, rows = torch.tensor([900, 500, 10]), select_rows(policy.encode(PROMPTS), torch.arange(3))
+    with torch.no_grad():
+        losses = policy.denoising_loss(clean, noise, timesteps, rows)
+        alone = policy.denoising_loss(
+            clean[1:2], noise[1:2], timesteps[1:2], select_rows(policy.encode(PROMPTS[1:2]), torch.tensor([0]))
+        )
+    assert losses.shape == (3,) and (losses > 0).all()
+    torch.testing.assert_close(losses[1:2], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_are_uint8_with_three_channels_last(policy: Policy) -> None:
+    pictures = policy.decode(some_latents(policy, 2))
+    assert pictures.dtype == torch.uint8 and pictures.shape[0] == 2 and pictures.shape[-1] == 3
+    assert pictures.float().std() > 1 and not torch.equal(pictures[0], pictures[1])
+
+
+def test_trained_weights_come_back_from_their_files(config: PolicyConfig, tmp_path: Path) -> None:
+    first, second = loaded(config, "learner"), loaded(config, "learner")
+    scatter(second.network, seed=4)
+    second.restore(first.save(tmp_path))
+    wanted = trained_parameters(first.network)
+    for name, value in trained_parameters(second.network).items():
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_a_model_that_is_not_there_is_refused_without_loading_anything(config: PolicyConfig) -> None:
+    with pytest.raises(ValueError, match="policy.model is '/no/such/model'"):
+        config.model_copy(update={"model": "/no/such/model"}).check()
+
+
+def test_sizes_are_those_of_the_policy_that_is_loaded(config: PolicyConfig, policy: Policy) -> None:
+    sizes = config.sizes(SAMPLING)
+    trained = sum(parameter.numel() for parameter in trained_parameters(policy.network).values())
+    assert sizes.trained_parameters == trained and sizes.latent_shape == policy.latent_shape

@@ -1,0 +1,110 @@
+"""What every tracker promises, asked of each entry of the room."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.config import Recipe
+from common.registry import build
+from common.trackers import TRACKERS
+from common.trackers.tracker import Metrics, RunInfo
+
+# A figure may be missing in some rounds, as an evaluation's, or not be finite.
+ROUNDS: list[Metrics] = [
+    {"round": 0.0, "reward/mean": 1.5, "images_per_second": 2.0, "grad_norm": float("nan")},
+    {"round": 1.0, "reward/mean": 2.25, "images_per_second": 2.0, "evaluation/jpeg/mean": 7.0},
+    {"round": 2.0, "reward/mean": -3.0, "images_per_second": 2.0},
+]
+REWARD_MEANS = {0: 1.5, 1: 2.25, 2: -3.0}
+
+
+def from_jsonl(folder: Path, printed: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["round"]: line["reward/mean"] for line in lines}
+
+
+def from_terminal(folder: Path, printed: str) -> dict[int, float]:
+    lines = [line.split() for line in printed.splitlines() if line.startswith("round ")]
+    return {int(words[1].split("/")[0]) - 1: float(words[3]) for words in lines}
+
+
+def from_tensorboard(folder: Path, printed: str) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("reward/mean")}
+
+
+def from_wandb(folder: Path, printed: str) -> dict[int, float]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, place, found = file.read_bytes(), 7, {}  # LevelDB's log format, after seven bytes of wandb's own
+    while place + 7 < len(data):
+        _, size, _ = struct.unpack("<IHB", data[place : place + 7])
+        record = Record.FromString(data[place + 7 : place + 7 + size])
+        place += 7 + size
+        items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        if "reward/mean" in items:
+            found[int(items["round"])] = items["reward/mean"]
+    return found
+
+
+READ_BACK: dict[str, Callable[[Path, str], dict[int, float]]] = {
+    "jsonl": from_jsonl,
+    "terminal": from_terminal,
+    "tensorboard": from_tensorboard,
+    "wandb": from_wandb,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_what_was_logged_can_be_read_back(
+    name: str, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = build(TRACKERS, {"name": name}, "trackers.0")
+    tracker.check()
+    folder = tmp_path / "not_there_yet"
+    live = tracker.start(RunInfo("tiny", folder, recipe.model_dump(), 3, 0))
+    for metrics in ROUNDS:
+        live.log(metrics)
+    live.finish()
+    assert READ_BACK[name](folder, capsys.readouterr().out) == REWARD_MEANS
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_logging_leaves_the_metrics_as_they_were(name: str, recipe: Recipe, tmp_path: Path) -> None:
+    live = build(TRACKERS, {"name": name}, "trackers.0").start(RunInfo("tiny", tmp_path, recipe.model_dump(), 3, 0))
+    metrics = dict(ROUNDS[1])
+    live.log(metrics)
+    live.finish()
+    assert metrics == ROUNDS[1]
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_an_unknown_key_is_named_with_its_place_in_the_recipe(name: str) -> None:
+    with pytest.raises(ValueError, match=r"trackers\.0\.colour is not a key that is known: the keys here are \["):
+        build(TRACKERS, {"name": name, "colour": "red"}, "trackers.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("terminal", "rich"), ("wandb", "wandb"), ("tensorboard", "tensorboard")]
+)
+def test_a_missing_package_is_named_with_how_to_get_it_and_what_works_without(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    others = sorted(set(TRACKERS) - {name})
+    with pytest.raises(ValueError) as error:
+        build(TRACKERS, {"name": name}, "trackers.0").check()
+    assert f"pip install {package}, or name one of {others}" in str(error.value)

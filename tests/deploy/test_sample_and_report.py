@@ -1,0 +1,107 @@
+"""A run's weights outside the run: `ddpo sample`, `ddpo report`, and plain diffusers drawing the same pictures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ddpo
+from actors.evaluation import Comparison, EvaluationSet
+from common.config import Recipe
+from common.diffusion.policy import EMBEDDED_MODELS
+from deploy.commands.report import summary
+from train import train
+
+
+@pytest.fixture
+def run(tables: dict) -> Path:
+    recipe = Recipe.parse({**tables, "evaluation": {"images": 8, "batch_size": 4}})
+    train(recipe, serial=True)
+    return Path(recipe.run_path())
+
+
+PLAIN_DIFFUSERS = """
+import sys, torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+model, lora, output = sys.argv[1:]
+pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+pipeline.load_lora_weights(lora)
+for seed, prompt in [(3, "cat"), (4, "dog")]:
+    images = pipeline(prompt, num_inference_steps=4, guidance_scale=3.0, eta=1.0,
+                      generator=torch.Generator().manual_seed(seed)).images
+    images[0].save(f"{output}/{seed}.png")
+assert not any(name.partition(".")[0] in ("common", "actors", "learner") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny_animals"])
+def test_plain_diffusers_draws_the_pictures_of_ddpo_sample(model: str, tables: dict, tmp_path: Path) -> None:
+    if model == "tiny_animals":
+        tables["policy"] |= {"model": model}
+    folder = EMBEDDED_MODELS.get(model, tables["policy"]["model"])
+    recipe = Recipe.parse({**tables, "rounds": 1})
+    train(recipe, serial=True)
+    run = Path(recipe.run_path())
+    ours = tmp_path / "ours"
+    assert ddpo.main(["sample", "--lora", str(run), "--seed", "3", "--output", str(ours), "cat", "dog"]) == 0
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    arguments = [sys.executable, "-c", PLAIN_DIFFUSERS, folder, run / "lora", plain]
+    subprocess.run(arguments, check=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    for name, seed in (("000-cat-seed3.png", 3), ("001-dog-seed4.png", 4)):
+        one = np.asarray(Image.open(ours / name)).astype(int)
+        other = np.asarray(Image.open(plain / f"{seed}.png")).astype(int)
+        assert np.abs(one - other).max() <= 1
+        assert one.std() > 1
+
+
+def test_a_lora_file_alone_needs_a_recipe_and_draws_the_same(run: Path, tmp_path: Path) -> None:
+    file = run / "lora" / "pytorch_lora_weights.safetensors"
+    assert ddpo.main(["sample", "--lora", str(run), "--output", str(tmp_path / "a"), "fox"]) == 0
+    arguments = ["--lora", str(file), "--recipe", str(run / "recipe.toml"), "--output", str(tmp_path / "b"), "fox"]
+    assert ddpo.main(["sample", *arguments]) == 0
+    assert (tmp_path / "a/000-fox-seed0.png").read_bytes() == (tmp_path / "b/000-fox-seed0.png").read_bytes()
+
+
+def test_the_report_says_what_changed(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert ddpo.main(["report", str(run)]) == 0
+    figures = json.loads((run / "report" / "summary.json").read_text())
+    assert figures["images_compared"] == 8
+    assert figures["reward_before"] != figures["reward_after"]
+    printed = capsys.readouterr().out
+    for name in ("before_after.png", "reward_curve.png", "summary.json"):
+        assert (run / "report" / name).is_file() and str(run / "report" / name) in printed
+    assert len(np.unique(np.asarray(Image.open(run / "report" / "before_after.png")))) > 50
+
+
+def test_an_untrained_run_changes_nothing(tables: dict) -> None:
+    tables["learner"] |= {"learning_rate": 1e-30, "weight_decay": 0}
+    recipe = Recipe.parse({**tables, "name": "still", "evaluation": {"images": 4}})
+    train(recipe, serial=True)
+    assert ddpo.main(["report", recipe.run_path()]) == 0
+    figures = json.loads((Path(recipe.run_path()) / "report" / "summary.json").read_text())
+    assert figures["reward_before"] == figures["reward_after"]
+
+
+def test_the_figures_of_a_comparison_by_hand() -> None:
+    before, after = np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 6.0])
+    named = {"before": np.array([1.0, 1.0, 0.0]), "after": np.array([1.0, 0.0, 1.0])}
+    pictures = np.zeros((3, 8, 8, 3), np.uint8)
+    comparison = Comparison(
+        EvaluationSet((), (), 1),
+        pictures,
+        pictures,
+        {"reward": before, "probe": named["before"]},
+        {"reward": after, "probe": named["after"]},
+    )
+    figures = summary(comparison, ["probe"])
+    assert figures["reward_before"] == 2 and figures["reward_after"] == pytest.approx(10 / 3)
+    # Differences 1, 0, 3: deviation √(7/3), over √3.
+    assert figures["paired_standard_error"] == pytest.approx((7 / 3) ** 0.5 / 3**0.5)
+    assert figures["scorers"]["probe"] == {"before": pytest.approx(2 / 3), "after": pytest.approx(2 / 3), "kept": 0.5}

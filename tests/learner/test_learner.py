@@ -1,0 +1,266 @@
+"""The learner: its gradient is the papers', its state continues to the same bits, and what does not fit is refused."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.lora_weights import LoraWeights
+from learner.learner import Learner
+from tests.reference import ddpo_reference as reference
+from tests.rounds import DrawnRound, draw_round, learner_of, parts_with, stale
+
+# One optimizer step without beta1, weight decay or a limit on the norm: AdamW's first moment is then the gradient.
+ONE_STEP = {
+    "sampling__batches_per_round": 1,
+    "learner__adam_beta1": 0.0,
+    "learner__weight_decay": 0.0,
+    "learner__max_grad_norm": 1e9,
+}
+SHIFTS = [-4e-3, -4e-4, 0.0, 4e-4, 4e-3]  # some beyond the clip range of 1e-3, on both sides
+
+
+def gradient_of(learner: Learner) -> dict[str, np.ndarray]:
+    moments = learner.state().optimizer
+    return {name.removesuffix("/exp_avg"): value for name, value in moments.items() if name.endswith("/exp_avg")}
+
+
+def relative_error(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    assert actual.keys() == expected.keys()
+    difference = math.sqrt(sum(float(((actual[name] - expected[name]) ** 2).sum()) for name in expected))
+    return difference / math.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in expected.values()))
+
+
+def updated(tables: dict, drawn: DrawnRound | None = None, **values: object) -> Learner:
+    """A learner after one update on the round given, else on one drawn for it."""
+    parts = parts_with(tables, **{**ONE_STEP, **values})
+    learner = learner_of(parts)
+    drawn = drawn or draw_round(parts, learner.weights()[-1])
+    learner.update(drawn.batch, *drawn.trajectories)
+    return learner
+
+
+def reference_network(model: Path, weights: LoraWeights) -> torch.nn.Module:
+    """The UNet straight from diffusers and peft, with these adapters, in float64."""
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    network = UNet2DConditionModel.from_pretrained(model / "unet").eval().requires_grad_(False)
+    network.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    for name, array in weights.arrays().items():
+        network.get_parameter(name).data.copy_(torch.from_numpy(array.copy()))
+    return network.double()
+
+
+def reference_paths(drawn: DrawnRound, model: Path) -> list[reference.ImagePath]:
+    """The round's images, one by one, with embeddings made anew from their prompts."""
+    (trajectory,), (report,) = drawn.trajectories, drawn.batch.reports
+    paths = []
+    for row, prompt in enumerate(report.task.prompts):
+        latents, next_latents = trajectory.latents[row].double(), trajectory.next_latents[row].double()
+        embedding = reference.text_embedding(model, prompt.text).double()
+        steps, log_probs = trajectory.steps[row].tolist(), trajectory.log_probs[row].tolist()
+        advantage = float(drawn.batch.advantages[row])
+        paths.append(reference.ImagePath(embedding, steps, latents, next_latents, log_probs, advantage))
+    return paths
+
+
+def model_alphas(model: Path) -> np.ndarray:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_pretrained(model / "scheduler").alphas_cumprod.double().numpy()
+
+
+@pytest.mark.parametrize(
+    ("shifts", "step_fraction"),
+    [([0.0], 1.0), (SHIFTS, 1.0), (SHIFTS, 0.5)],
+    ids=["on_policy", "off_policy", "half_of_the_steps"],
+)
+def test_the_gradient_of_an_update_is_that_of_the_papers_taken_image_by_image_and_step_by_step(
+    shifts: list[float], step_fraction: float, tables: dict, tiny_model: Path
+) -> None:
+    parts = parts_with(tables, sampling__num_steps=8, sampling__step_fraction=step_fraction, **ONE_STEP)
+    learner = learner_of(parts)
+    weights = learner.weights()[-1]
+    drawn = stale(draw_round(parts, weights), shifts)
+    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    assert (metrics["clip_fraction"] > 0.2) == (len(shifts) > 1)  # the clip has something to do, or nothing
+    setting = reference.Setting(model_alphas(tiny_model), num_steps=8, guidance_scale=3.0, clip_range=1e-3)
+    unconditional = reference.text_embedding(tiny_model, "").double()
+    network, paths = reference_network(tiny_model, weights), reference_paths(drawn, tiny_model)
+    expected = reference.ddpo_gradient(network, unconditional, paths, setting)
+    error = relative_error(gradient_of(learner), {name: value.numpy() for name, value in expected.items()})
+    print(f"relative error of the gradient: {error:.1e}")
+    assert error < 1e-5
+    norm = math.sqrt(sum(float((value**2).sum()) for value in expected.values()))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+# Batches of other sizes run other kernels, whose rounding the last step's small deviation magnifies.
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 16])
+def test_the_micro_batch_size_does_not_change_the_update(micro_batch_size: int, tables: dict) -> None:
+    parts = parts_with(tables, **ONE_STEP)
+    drawn = stale(draw_round(parts, learner_of(parts).weights()[-1]), SHIFTS)
+    expected = gradient_of(updated(tables, drawn))
+    error = relative_error(gradient_of(updated(tables, drawn, learner__micro_batch_size=micro_batch_size)), expected)
+    print(f"relative error at micro_batch_size {micro_batch_size}: {error:.1e}")
+    assert error < 3e-5
+
+
+def test_accumulated_batches_are_one_larger_batch(tables: dict) -> None:
+    whole = updated(tables, learner__batch_size=4)
+    accumulated = updated(tables, learner__batch_size=1, learner__gradient_accumulation_steps=4)
+    assert accumulated.weights()[-1].fingerprint == whole.weights()[-1].fingerprint
+    assert whole.state().optimizer.keys() == accumulated.state().optimizer.keys()
+
+
+def test_two_optimizer_steps_and_two_inner_epochs_are_counted_and_change_the_weights(tables: dict) -> None:
+    parts = parts_with(tables, learner__inner_epochs=2)
+    learner = learner_of(parts)
+    drawn = draw_round(parts, learner.weights()[-1])
+    metrics, weights = learner.update(drawn.batch, *drawn.trajectories)
+    assert metrics["optimizer_steps"] == 2 * 2  # 8 images, 4 an optimizer step, twice
+    steps = {name: value for name, value in learner.state().optimizer.items() if name.endswith("/step")}
+    assert {float(value) for value in steps.values()} == {4.0}
+    assert weights.policy_version == 1 and weights.fingerprint != drawn.batch.reports[0].fingerprint
+
+
+def test_before_the_first_optimizer_step_every_ratio_is_one(tables: dict) -> None:
+    parts = parts_with(tables, algorithm__clip_range=1e-4, learner__micro_batch_size=4)
+    learner = learner_of(parts)
+    drawn = draw_round(parts, learner.weights()[-1])
+    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    print(f"ratio/max_abs_log before any update: {metrics['ratio/max_abs_log']:.1e}")
+    assert metrics["ratio/max_abs_log"] <= 0.01 * 1e-4
+    assert metrics["ratio/max"] > 1 + 1e-4  # the second optimizer step is no longer on the policy that drew
+
+
+def test_in_bfloat16_at_most_a_hundredth_of_the_pairs_is_outside_the_clip_range_at_the_start(tables: dict) -> None:
+    values = {**ONE_STEP, "policy__dtype": "bfloat16", "algorithm__clip_range": 1e-4}
+    parts = parts_with(tables, **values)
+    learner = learner_of(parts)
+    drawn = draw_round(parts, learner.weights()[-1])
+    metrics, weights = learner.update(drawn.batch, *drawn.trajectories)
+    print(f"bfloat16: {metrics['clip_fraction']:.1%} outside, largest |log ratio| {metrics['ratio/max_abs_log']:.1e}")
+    assert metrics["clip_fraction"] <= 0.01
+    assert weights.fingerprint != drawn.batch.reports[0].fingerprint
+
+
+def test_in_float16_a_step_that_overflows_is_left_out_and_counted_while_the_version_advances(tables: dict) -> None:
+    parts = parts_with(tables, policy__dtype="float16", sampling__batches_per_round=1)
+    learner = learner_of(parts)
+    state = learner.state()
+    learner.load_state(dataclasses.replace(state, scaler={**state.scaler, "scale": 2.0**100}))
+    before = learner.weights()[-1]
+    drawn = draw_round(parts, before)
+    metrics, weights = learner.update(drawn.batch, *drawn.trajectories)
+    assert metrics["optimizer_steps"] == metrics["optimizer_steps_skipped"] == 1
+    assert weights.policy_version == 1 and weights.fingerprint == before.fingerprint
+    assert learner.state().scaler["scale"] == 2.0**99
+    calm = learner_of(parts)
+    assert calm.update(drawn.batch, *drawn.trajectories)[0]["optimizer_steps_skipped"] == 0
+
+
+def test_the_norm_of_the_gradient_is_limited(tables: dict) -> None:
+    free = gradient_of(updated(tables))
+    norm = math.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in free.values()))
+    held = gradient_of(updated(tables, learner__max_grad_norm=norm / 4))
+    assert relative_error({name: value * 4 for name, value in held.items()}, free) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_learner_that_goes_on_from_a_state_arrives_at_the_same_bits(dtype: str, tables: dict) -> None:
+    parts = parts_with(tables, max_policy_lag=1, policy__dtype=dtype, sampling__num_steps=2)
+    learner = learner_of(parts)
+    first = draw_round(parts, learner.weights()[-1], round=0)
+    learner.update(first.batch, *first.trajectories)
+    state = learner.state()
+    second = draw_round(parts, learner.weights()[0], round=1)
+    expected_metrics, expected = learner.update(second.batch, *second.trajectories)
+
+    resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
+    resumed.load_state(state)
+    assert [weights.fingerprint for weights in resumed.weights()] == [weights.fingerprint for weights in state.weights]
+    metrics, weights = resumed.update(second.batch, *second.trajectories)
+    assert weights.policy_version == expected.policy_version == 2
+    assert weights.fingerprint == expected.fingerprint
+    assert {**metrics, "seconds/learn": 0} == {**expected_metrics, "seconds/learn": 0}
+    for name, value in learner.state().optimizer.items():
+        assert np.array_equal(value, resumed.state().optimizer[name]), name
+
+
+def test_a_state_is_a_copy_that_later_updates_do_not_change(tables: dict) -> None:
+    parts = parts_with(tables, **ONE_STEP)
+    learner = learner_of(parts)
+    drawn = draw_round(parts, learner.weights()[-1])
+    learner.update(drawn.batch, *drawn.trajectories)
+    state = learner.state()
+    before = {name: value.copy() for name, value in state.optimizer.items()}
+    again = draw_round(parts, learner.weights()[-1], round=1)
+    learner.update(again.batch, *again.trajectories)
+    assert all(np.array_equal(value, before[name]) for name, value in state.optimizer.items())
+    assert any(not np.array_equal(value, before[name]) for name, value in learner.state().optimizer.items())
+
+
+def test_the_first_weights_are_a_function_of_the_recipes_seed(tables: dict) -> None:
+    def first_fingerprint(seed: int) -> str:
+        parts = parts_with(tables, seed=seed)
+        return Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1].fingerprint
+
+    torch.manual_seed(123)
+    first = first_fingerprint(0)
+    torch.manual_seed(321)
+    assert first_fingerprint(0) == first != first_fingerprint(1)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_as_many_versions_are_kept_as_the_lag_may_ask_for(lag: int, tables: dict) -> None:
+    parts = parts_with(tables, max_policy_lag=lag, sampling__num_steps=2, **ONE_STEP)
+    learner = learner_of(parts)
+    for round in range(3):
+        drawn = draw_round(parts, learner.weights()[0 if round else -1], round)
+        learner.update(drawn.batch, *drawn.trajectories)
+    assert [weights.policy_version for weights in learner.weights()] == list(range(3 - lag, 4))
+
+
+@pytest.fixture
+def refusing(tables: dict) -> tuple[Learner, DrawnRound]:
+    parts = parts_with(tables, **ONE_STEP)
+    learner = learner_of(parts)
+    return learner, draw_round(parts, learner.weights()[-1])
+
+
+def test_a_trajectory_drawn_with_other_weights_is_refused(refusing: tuple[Learner, DrawnRound]) -> None:
+    learner, drawn = refusing
+    known = learner.weights()[-1].fingerprint
+    text = f"task 0 of round 0 was drawn with weights 0123456789ab, and version 0 is {known[:12]}"
+    with pytest.raises(RuntimeError, match=text):
+        learner.update(drawn.with_reports(fingerprint="0123456789abcdef"), *drawn.trajectories)
+    assert learner.weights()[-1].fingerprint == known
+
+
+def test_a_trajectory_of_a_version_that_is_no_longer_kept_is_refused(refusing: tuple[Learner, DrawnRound]) -> None:
+    learner, drawn = refusing
+    learner.update(drawn.batch, *drawn.trajectories)
+    with pytest.raises(RuntimeError, match=r"was drawn with version 0, and the learner keeps \[1\]"):
+        learner.update(drawn.batch, *drawn.trajectories)
+
+
+def test_a_sampler_that_did_not_bind_every_parameter_is_refused(refusing: tuple[Learner, DrawnRound]) -> None:
+    learner, drawn = refusing
+    with pytest.raises(RuntimeError, match="task 0 of round 0: its sampler bound 63 of 64 parameters"):
+        learner.update(drawn.with_reports(modules_bound=63), *drawn.trajectories)
+
+
+def test_a_micro_batch_that_does_not_fit_the_steps_with_noise_is_refused_at_the_start(
+    tables: dict, tmp_path: Path
+) -> None:
+    from tests.tiny_pipeline import save_tiny_pipeline
+
+    model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)  # the last of 4 steps has no noise
+    parts = parts_with({**tables, "policy": {**tables["policy"], "model": str(model)}})
+    with pytest.raises(ValueError, match="3 steps with noise.*4 images × 3 transitions, which .* = 8 does not divide"):
+        Learner(parts.policy, parts.algorithm, parts.recipe)

@@ -1,0 +1,104 @@
+"""Where a run goes on, and which changes of its recipe forbid it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.lora_weights import pack
+from common.run_folder import RunFolder
+from deploy.composition import Parts
+from learner.checkpoint import Checkpoint, save_checkpoint
+from learner.learner import LearnerState
+from learner.resume import resume_point
+from tests.rounds import parts_with
+
+
+def folder_of(parts: Parts) -> RunFolder:
+    return RunFolder(parts.recipe.run_path())
+
+
+def begun(tables: dict, rounds_done: int | None = None) -> RunFolder:
+    """A run's folder with its recipe, and a checkpoint where `rounds_done` says so."""
+    parts = parts_with(tables)
+    folder = folder_of(parts)
+    folder.create()
+    folder.write_recipe(parts.resolved())
+    if rounds_done:
+        weights = pack(rounds_done, {"a": np.ones((2, 2))})
+        state = Checkpoint(rounds_done, LearnerState(rounds_done, (weights,), {}, {}), {"a cat": (1.0,)})
+        save_checkpoint(folder.checkpoints, state, keep=2)
+    return folder
+
+
+def test_an_empty_folder_begins_with_or_without_resume(tables: dict) -> None:
+    parts = parts_with(tables)
+    assert resume_point(folder_of(parts), parts.resolved(), resume=True) is None
+    assert resume_point(folder_of(parts), parts.resolved(), resume=False) is None
+
+
+def test_a_run_is_not_overwritten_unasked(tables: dict) -> None:
+    folder = begun(tables)
+    with pytest.raises(ValueError, match=f"the run folder {folder.path} exists: go on with --resume auto"):
+        resume_point(folder, parts_with(tables).resolved(), resume=False)
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(tables: dict) -> None:
+    folder = begun(tables, rounds_done=7)
+    found = resume_point(folder, parts_with(tables).resolved(), resume=True)
+    assert found is not None and found.rounds_done == 7 and found.statistics == {"a cat": (1.0,)}
+
+
+def test_a_run_without_a_checkpoint_begins_again(tables: dict) -> None:
+    assert resume_point(begun(tables), parts_with(tables).resolved(), resume=True) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("seed", 5, "seed was 0 and is 5"),
+        ("learner__learning_rate", 2e-3, "learner.learning_rate was 0.001 and is 0.002"),
+        ("algorithm__clip_range", 2e-4, "algorithm.clip_range was 0.001 and is 0.0002"),
+        ("algorithm__advantages__min_count", 3, "algorithm.advantages.min_count was 16 and is 3"),
+        ("policy__lora__rank", 8, "policy.lora.rank was 4 and is 8"),
+        ("reward__weight", 2.0, "reward.weight was 1.0 and is 2.0"),
+        ("reward_workers__batch_size", 2, "reward_workers.batch_size was 64 and is 2"),
+        ("max_policy_lag", 1, "max_policy_lag was 0 and is 1"),
+        ("runtime__threads", 2, "runtime.threads was 1 and is 2"),
+    ],
+)
+def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str, tables: dict) -> None:
+    folder = begun(tables, rounds_done=7)
+    with pytest.raises(ValueError, match=f"was made with another recipe: {text}$"):
+        resume_point(folder, parts_with(tables, **{key: value}).resolved(), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rounds", 30),
+        ("samplers__count", 4),
+        ("samplers__num_cpus", 2),
+        ("checkpoint__every", 1),
+        ("checkpoint__keep", 9),
+        ("evaluation__images", 8),
+        ("evaluation__split", "tuning"),
+    ],
+)
+def test_what_does_not_decide_the_weights_may_change(key: str, value: Any, tables: dict) -> None:
+    found = resume_point(begun(tables, rounds_done=7), parts_with(tables, **{key: value}).resolved(), resume=True)
+    assert found is not None and found.rounds_done == 7
+
+
+def test_a_moved_folder_and_other_trackers_are_no_other_recipe(tables: dict, tmp_path: Path) -> None:
+    folder = begun(tables, rounds_done=7)
+    moved = folder.path.rename(tmp_path / "moved")
+    other = {**tables, "output_dir": str(tmp_path), "trackers": [{"name": "tensorboard"}]}
+    assert resume_point(RunFolder(moved), parts_with(other).resolved(), resume=True) is not None
+
+
+def test_a_key_given_at_its_default_is_the_same_recipe(tables: dict) -> None:
+    folder = begun(tables, rounds_done=7)
+    spelled_out = parts_with(tables, sampling__eta=1.0, learner__ranks=1, policy__lora__alpha=4)
+    assert resume_point(folder, spelled_out.resolved(), resume=True) is not None

@@ -1,0 +1,74 @@
+"""The update's metrics, each worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from learner.algorithms.algorithm import PairLoss
+from learner.update_metrics import UpdateMetrics
+
+
+def result(loss: list[float], log_ratio: list[float], clipped: list[float]) -> PairLoss:
+    return PairLoss(torch.tensor(loss), torch.tensor(log_ratio), torch.tensor(clipped))
+
+
+@pytest.fixture
+def summary() -> dict[str, float]:
+    """Two optimizer steps, the first of two micro-batches, then three pairs looked at again."""
+    metrics = UpdateMetrics(num_steps=3, latent_elements=1000)
+    metrics.add_micro_batch(result([1.0, 2.0], [0.0, -0.001], [0.0, 0.0]))
+    metrics.add_micro_batch(result([3.0, 6.0], [0.0, 0.0005], [0.0, 0.0]))
+    metrics.end_optimizer_step(torch.tensor(4.0), skipped=False)
+    metrics.add_micro_batch(result([0.0, 0.0, 0.0, 0.0], [math.log(2), 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]))
+    metrics.end_optimizer_step(torch.tensor(2.0), skipped=True)
+    metrics.add_divergence(torch.tensor([0, 1]), torch.tensor([-0.002, -0.006]))
+    metrics.add_divergence(torch.tensor([0]), torch.tensor([0.001]))
+    return metrics.summary()
+
+
+def test_means_are_over_all_pairs_of_the_round(summary: dict[str, float]) -> None:
+    assert summary["loss"] == 12 / 8
+    assert summary["ratio/mean"] == pytest.approx((2 + math.exp(-0.001) + math.exp(0.0005) + 5) / 8, rel=1e-6)
+    assert summary["clip_fraction"] == 1 / 8
+
+
+def test_the_smallest_and_largest_ratio_are_of_the_whole_round(summary: dict[str, float]) -> None:
+    assert summary["ratio/min"] == pytest.approx(math.exp(-0.001))
+    assert summary["ratio/max"] == pytest.approx(2.0)
+
+
+def test_the_largest_log_ratio_is_of_the_pairs_before_any_update(summary: dict[str, float]) -> None:
+    assert summary["ratio/max_abs_log"] == pytest.approx(0.001)  # not log 2, which came after it
+
+
+def test_kl_is_minus_the_mean_log_ratio_times_the_latents_elements(summary: dict[str, float]) -> None:
+    # −1000 · (−0.002 − 0.006 + 0.001) / 3 nats; at step 0 alone −1000 · (−0.002 + 0.001) / 2
+    assert summary["kl_nats"] == pytest.approx(7 / 3, rel=1e-5)
+    assert summary["kl_nats/step_00"] == pytest.approx(0.5, rel=1e-5)
+    assert summary["kl_nats/step_01"] == pytest.approx(6.0, rel=1e-5)
+    assert "kl_nats/step_02" not in summary  # nobody looked at that step
+
+
+def test_steps_are_counted_also_those_that_were_left_out(summary: dict[str, float]) -> None:
+    assert summary["optimizer_steps"] == 2 and summary["optimizer_steps_skipped"] == 1
+    assert summary["grad_norm"] == 4.0  # of the step that was taken: that of one left out may be infinite
+
+
+def test_the_estimate_of_kl_is_right_for_two_gaussians() -> None:
+    # KL of N(0, σ²) to N(Δ, σ²) is D Δ² / 2σ² = 32 · 0.01 / 0.5 = 0.64 nats; standard error √(2 · 0.64 / 5000) = 0.016
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(5000, 32, generator=generator) * 0.5
+    log_ratio = (drawn.square() - (drawn - 0.1).square()).mean(1) / (2 * 0.25)
+    metrics = UpdateMetrics(num_steps=1, latent_elements=32)
+    metrics.add_micro_batch(result([0.0], [0.0], [0.0]))
+    metrics.end_optimizer_step(torch.tensor(0.0), skipped=False)
+    metrics.add_divergence(torch.zeros(5000, dtype=torch.long), log_ratio)
+    assert metrics.summary()["kl_nats"] == pytest.approx(0.64, abs=0.05)
+
+
+def test_gathering_keeps_no_graph() -> None:
+    parameter = torch.tensor([2.0], requires_grad=True)
+    metrics = UpdateMetrics(num_steps=1, latent_elements=1)
+    metrics.add_micro_batch(PairLoss(parameter * 3, torch.zeros(1), torch.zeros(1)))
+    assert not metrics._results[0].loss.requires_grad

@@ -1,0 +1,73 @@
+"""Rounds drawn on the tiny pipeline with fixed advantages, for tests of the learner."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.sampler import Sampler
+from common.config import Recipe, with_overrides
+from common.lora_weights import LoraWeights, pack
+from common.schedule import round_tasks
+from common.trajectory import TaskReport, TrainBatch, Trajectory
+from deploy.composition import Parts, parts_of
+from learner.learner import Learner, LearnerState
+
+
+@dataclass(frozen=True)
+class DrawnRound:
+    """What the learner is given of a round."""
+
+    batch: TrainBatch
+    trajectories: tuple[Trajectory, ...]
+
+    def with_reports(self, **changes: Any) -> TrainBatch:
+        """The batch with every report changed."""
+        reports = tuple(dataclasses.replace(report, **changes) for report in self.batch.reports)
+        return dataclasses.replace(self.batch, reports=reports)
+
+
+def parts_with(tables: dict, **values: Any) -> Parts:
+    """The recipe's parts, after overrides such as learner__batch_size=2."""
+    overrides = [(f"--{key.replace('__', '.')}", str(value)) for key, value in values.items()]
+    return parts_of(Recipe.parse(with_overrides(tables, [word for pair in overrides for word in pair])))
+
+
+def learner_of(parts: Parts) -> Learner:
+    """A learner whose adapters already do something, still at version 0."""
+    learner = Learner(parts.policy, parts.algorithm, parts.recipe)
+    learner.load_state(LearnerState(0, (moved(learner.weights()[-1]),), {}, {}))
+    return learner
+
+
+def moved(weights: LoraWeights, seed: int = 1) -> LoraWeights:
+    """The weights with noise on every number: a fresh adapter would have no gradient in half of its matrices."""
+    generator = np.random.default_rng(seed)
+    arrays = {
+        name: array + 0.05 * generator.standard_normal(array.shape, np.float32)
+        for name, array in weights.arrays().items()
+    }
+    return pack(weights.policy_version, arrays)
+
+
+def draw_round(parts: Parts, weights: LoraWeights, round: int = 0) -> DrawnRound:
+    """Draw a round's tasks; its advantages are normal noise, the first two far outside the usual."""
+    sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
+    drawn = [sampler.draw(task, weights)[:2] for task in round_tasks(parts.recipe, round, parts.prompts.load())]
+    advantages = np.random.default_rng(round).standard_normal(parts.recipe.images_per_round)
+    advantages[:2] = 7.0, -6.0
+    reports: tuple[TaskReport, ...] = tuple(report for report, _ in drawn)
+    return DrawnRound(TrainBatch(round, reports, advantages), tuple(trajectory for _, trajectory in drawn))
+
+
+def stale(drawn: DrawnRound, shifts: list[float], seed: int = 0) -> DrawnRound:
+    """The round as if the policy had moved since: every old log-prob is moved by one of `shifts`, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    trajectories = []
+    for trajectory in drawn.trajectories:
+        chosen = torch.randint(len(shifts), trajectory.log_probs.shape, generator=generator)
+        log_probs = trajectory.log_probs + torch.tensor(shifts)[chosen]
+        trajectories.append(dataclasses.replace(trajectory, log_probs=log_probs))
+    return DrawnRound(drawn.batch, tuple(trajectories))

@@ -1,0 +1,57 @@
+"""The whole loop, in one process and once on Ray: it learns, leaves what it promises, and arrives at the same bits."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from common.config import Recipe
+from tests.system.conftest import final_fingerprint
+
+
+def changed(tables: dict, **top_level: object) -> Recipe:
+    return Recipe.parse({**tables, **top_level})
+
+
+def test_two_samplers_on_ray_arrive_at_the_bits_of_one_process(tables: dict, cluster: None) -> None:
+    alone = final_fingerprint(changed(tables, name="alone", max_policy_lag=1, rounds=3), serial=True)
+    on_ray = final_fingerprint(changed(tables, name="ray", max_policy_lag=1, rounds=3, samplers={"count": 2}))
+    assert on_ray == alone
+
+
+def test_lag_changes_what_is_learned(tables: dict) -> None:
+    in_step = final_fingerprint(changed(tables, name="lag0", rounds=3), serial=True)
+    lagging = final_fingerprint(changed(tables, name="lag1", rounds=3, max_policy_lag=1), serial=True)
+    assert in_step != lagging
+
+
+def test_another_seed_arrives_elsewhere(tables: dict) -> None:
+    assert final_fingerprint(changed(tables, name="a"), serial=True) != final_fingerprint(
+        changed(tables, name="b", seed=1), serial=True
+    )
+
+
+def test_a_run_leaves_recipe_metrics_checkpoint_and_lora(tables: dict) -> None:
+    recipe = changed(tables)
+    final_fingerprint(recipe, serial=True)
+    folder = Path(recipe.run_path())
+    rounds = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [metrics["round"] for metrics in rounds] == [0, 1]
+    names = {"policy_version", "images", "reward/mean", "reward/std", "reward/jpeg_compressibility/mean"}
+    names |= {"advantage/std", "loss", "ratio/mean", "ratio/max_abs_log", "clip_fraction", "kl_nats", "grad_norm"}
+    names |= {"lag/max", "seconds/sample", "seconds/score", "seconds/learn", "seconds/round", "idle/sampler"}
+    names |= {"idle/learner", "images_per_second", "kl_nats/step_03"}
+    assert names <= rounds[0].keys()
+    assert not (folder / "lease.json").exists()
+    again = Recipe.load(folder / "recipe.toml")
+    assert again.learner == recipe.learner and again.sampling == recipe.sampling
+    lora = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    assert any(np.abs(value).max() > 0 for name, value in lora.items() if "lora_B" in name), "training left B at zero"
+
+
+def test_the_first_update_of_a_run_has_ratio_one(tables: dict) -> None:
+    recipe = changed(tables)
+    final_fingerprint(recipe, serial=True)
+    metrics = json.loads((Path(recipe.run_path()) / "metrics.jsonl").read_text().splitlines()[0])
+    assert metrics["ratio/max_abs_log"] <= 0.01 * 1e-4

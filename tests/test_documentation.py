@@ -1,0 +1,87 @@
+"""What the documentation says can be typed is typed here, and its examples run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+
+from actors.rewards.reward import Reward
+from common.config import Recipe
+from deploy.composition import parts_of
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def commands(verb: str) -> list[str]:
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    return [line.partition("  #")[0].strip() for line in lines if line.startswith(verb)]
+
+
+def test_the_documentation_has_commands_to_run() -> None:
+    assert len(commands("ddpo ")) >= 4 and commands("make ")
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {word for page in PAGES for word in re.findall(r"make (test-system|[a-z]+)`", page.read_text())}
+    targets |= {command.split()[1] for command in commands("make ")}
+    assert {"demo", "test", "check", "test-system"} <= targets
+    assert [target for target in targets if f"\n{target}:" not in makefile] == []
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "deploy" / "recipes").glob("*.toml")))
+def test_every_recipe_is_checked_and_named_in_the_readme(recipe: str) -> None:
+    parts_of(Recipe.load(ROOT / "deploy" / "recipes" / recipe))
+    assert f"`{recipe}`" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_is_linked_exists(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_example_rewards_score_pictures(tmp_path: Path) -> None:
+    function, entry = [
+        block for block in blocks(ROOT / "docs" / "extending.md", "python") if "brightness" in block.lower()
+    ]
+    images = np.stack([np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)])
+    spaces: list[dict] = [{"__name__": "example"}, {"__name__": "example"}]
+    exec(compile(function, "function", "exec"), spaces[0])
+    exec(compile(entry, "entry", "exec"), spaces[1])
+    reward: Reward = spaces[1]["Brightness"](gamma=2.0)
+    assert spaces[0]["brightness"](images, ["a", "b"], [{}, {}]).tolist() == [0, 1]
+    assert reward.load("cpu")(images, ["a", "b"], [{}, {}]).tolist() == [0, 1]
+
+
+@pytest.mark.system
+def test_the_readmes_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in commands("ddpo "):
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "runs/quick/report/before_after.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+
+
+@pytest.mark.system
+def test_a_reward_beside_the_command_is_found_on_ray(tmp_path: Path, tables: dict) -> None:
+    function = next(block for block in blocks(ROOT / "docs" / "extending.md", "python") if "def brightness" in block)
+    (tmp_path / "my_rewards.py").write_text(function)
+    tables["reward"] = {"name": "function", "path": "my_rewards:brightness"}
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables))
+    command = [Path(sys.executable).parent / "ddpo", "train", "recipe.toml", "--rounds", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "reward 0." in done.stdout

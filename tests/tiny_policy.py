@@ -1,0 +1,32 @@
+"""The tiny pipeline as a policy, with adapters that already do something."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config import SamplingTable
+from common.diffusion.lora import trained_parameters
+from common.diffusion.policy import Role
+from common.diffusion.policy_stable_diffusion import StableDiffusion, StableDiffusionPolicy
+
+SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
+
+
+def tiny_policy(
+    model: Path, role: Role = "sampler", sampling: SamplingTable = SAMPLING, **keys: Any
+) -> StableDiffusionPolicy:
+    """Load it; `keys` are those of the recipe's `[policy]`. Equal calls give equal adapters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = StableDiffusion(model=str(model), **keys).load("cpu", sampling, role)
+    scatter(policy.network)
+    return policy
+
+
+@torch.no_grad()
+def scatter(network: torch.nn.Module, deviation: float = 0.05, seed: int = 1) -> None:
+    """Move every trained parameter, for an adapter fresh from its start changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trained_parameters(network).values():
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=deviation)

@@ -1,0 +1,33 @@
+"""Functions as a user would write them, for the entries that take `module:function`."""
+
+from typing import Any
+
+import numpy as np
+
+
+def brightness(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    return [float(image.mean()) for image in images]
+
+
+def one_number_for_all(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> float:
+    return 1.0
+
+
+def prompts_and_metadata(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list[int]:
+    return [len(prompt) + entry["bonus"] for prompt, entry in zip(prompts, metadata, strict=True)]
+
+
+def colour_prompt(generator: np.random.Generator) -> tuple[str, dict[str, Any]]:
+    colour = ["red", "green", "blue"][generator.integers(3)]
+    return f"a {colour} cat", {"colour": colour}
+
+
+def text_prompt(generator: np.random.Generator) -> str:
+    return f"cat number {generator.integers(1000)}"
+
+
+def no_prompt(generator: np.random.Generator) -> int:
+    return 7
+
+
+NOT_A_FUNCTION = 3
