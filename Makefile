@@ -33,7 +33,6 @@ demo-seeds: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.demo_seeds
 
 pretrain: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[pretrain]"
 	$(BIN)/python -m learner.pretrain --output common/tiny_animals
 
 $(VENV)/installed: pyproject.toml constraints.txt
