@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system check bench demo-seeds pretrain clean
+.PHONY: demo test test-system same-bits check bench demo-seeds lag-study overlap broadcast soak pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -14,10 +14,13 @@ demo: $(VENV)/installed
 	$(BIN)/ddpo report runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not system" tests
+	$(BIN)/python -m pytest -m "not system and not same_bits" tests
 
 test-system: $(VENV)/installed
 	$(BIN)/python -m pytest -m system tests
+
+same-bits: $(VENV)/installed
+	$(BIN)/python -m pytest -m "system or same_bits" tests/system/test_same_bits.py tests/system/test_resume.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -28,9 +31,23 @@ check: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.embedded_model
 
+overlap: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.overlap
+
+broadcast: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.broadcast
+
+soak: $(VENV)/installed
+	rm -rf runs/soak
+	$(BIN)/python -m tests.benchmarks.soak --minutes 20
+
 demo-seeds: $(VENV)/installed
 	rm -rf runs/demo-seed*
 	$(BIN)/python -m tests.benchmarks.demo_seeds
+
+lag-study: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.lag_study --run --jobs 2
+	$(BIN)/python -m tests.benchmarks.lag_study --chart
 
 pretrain: $(VENV)/installed
 	$(BIN)/python -m learner.pretrain --output common/tiny_animals

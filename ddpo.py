@@ -7,7 +7,11 @@ from collections.abc import Callable, Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 where it went well, 2 where the user has to change something, 130 where the user stopped it."""
+    """Run one verb; 0 where it went well, 1 where a run broke off or a replay differs, 2 where the user has to change
+    something.
+
+    128 + its number where a signal stopped it.
+    """
     sys.path.append(os.getcwd())  # a user's module:function lies where the command is typed
     parser, overridable = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -15,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"ddpo {options.verb} does not know {rest}")
     options.overrides = _overrides(rest)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except ValueError as error:
         # An actor's error comes wrapped in Ray's, which prints the whole remote traceback: the user needs its cause.
         print(f"ddpo {options.verb}: {getattr(error, 'cause', error)}", file=sys.stderr)
@@ -25,7 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"ddpo {options.verb}: stopped; a run goes on from its last checkpoint with --resume auto", file=sys.stderr
         )
         return 130
-    return 0
 
 
 def _overrides(rest: list[str]) -> list[str]:
@@ -52,6 +55,12 @@ def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], b
     verb.add_argument("recipe")
     verb.set_defaults(run=_plan)
 
+    verb = verbs.add_parser("scale", help="give a living run another number of samplers or reward workers")
+    verb.add_argument("runs", metavar="RUN", help="a run's folder")
+    verb.add_argument("--samplers", type=int, metavar="N")
+    verb.add_argument("--reward-workers", type=int, metavar="N")
+    verb.set_defaults(run=_scale)
+
     verb = verbs.add_parser("sample", help="draw pictures with a run's weights")
     verb.add_argument("--lora", required=True, metavar="RUN_OR_PATH", help="a run's folder, or a LoRA file or folder")
     verb.add_argument("--recipe", help="whose model and sampling to use; by default the run's own")
@@ -63,18 +72,32 @@ def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], b
     verb = verbs.add_parser("report", help="write before/after pictures, the reward's curve and summary.json")
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
     verb.set_defaults(run=_report)
-    return parser, lambda options: options.verb in ("train", "plan", "report", "sample")
+
+    verb = verbs.add_parser("replay", help="draw a round again and compare it with the ledger, image by image")
+    verb.add_argument("replayed", metavar="RUN", help="a run's folder")
+    verb.add_argument("--round", type=int, required=True, help="counted from 0")
+    verb.set_defaults(run=_replay)
+    return parser, lambda options: options.verb in ("train", "plan", "report", "sample", "replay")
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     from common.config import Recipe
     from common.run_folder import RunFolder
-    from train import train
+    from train import BROKE_OFF, Stopped, train
 
     recipe = Recipe.load(options.recipe, options.overrides)
-    train(recipe, resume=options.resume == "auto", serial=options.serial)
+    try:
+        train(recipe, resume=options.resume == "auto", serial=options.serial)
+    except Stopped as stopped:
+        print(f"ddpo train: {stopped}; it goes on with --resume auto", file=sys.stderr)
+        return stopped.exit_code
+    except BROKE_OFF as error:
+        cause = getattr(error, "cause", error)
+        print(f"ddpo train: {type(cause).__name__}: {cause}", file=sys.stderr)
+        return 1
     print(RunFolder(recipe.run_path()).where_everything_lies())
     print(f"{'look at it':<13} ddpo report {recipe.run_path()}")
+    return 0
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -92,10 +115,25 @@ def _sample(options: argparse.Namespace) -> None:
         print(path)
 
 
+def _scale(options: argparse.Namespace) -> None:
+    from deploy.commands.scale import scale
+
+    asked = {"samplers": options.samplers, "reward_workers": options.reward_workers}
+    print(scale(options.runs, {role: count for role, count in asked.items() if count is not None}))
+
+
 def _report(options: argparse.Namespace) -> None:
     from deploy.commands.report import report
 
     print(report(options.runs, options.overrides))
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from deploy.commands.replay import replay
+
+    replayed = replay(options.replayed, options.round, options.overrides)
+    print(replayed.text)
+    return 0 if replayed.equal else 1
 
 
 if __name__ == "__main__":

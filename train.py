@@ -2,68 +2,93 @@
 
 import time
 
+from actors.ray_rollout_stream import NothingMoves
+from actors.worker_pool import TooManyRestarts
+from common.bottleneck import bottleneck
 from common.config import Recipe
-from common.round_metrics import RoundClock, round_metrics
+from common.prompts import Draw
+from common.round_metrics import RoundClock
 from common.run_folder import Lease, RunFolder
 from common.schedule import last_startable_round, round_tasks
 from common.trackers.fan_out import FanOut
 from common.trackers.tracker import RunInfo
+from common.trajectory import Rollout, TrainBatch
 from deploy.composition import Parts, parts_of
+from deploy.progress import Progress
+from deploy.supervision import Stopped, Supervision
 from deploy.workers import Workers, ray_workers, serial_workers
-from learner.checkpoint import Checkpoint, save_checkpoint
+from learner.learner_group import Learned, TrajectoriesLost
 from learner.resume import resume_point
-from learner.round_buffer import RoundBuffer
+from learner.round_buffer import TooManySetAside
+from learner.weight_check import WeightsDidNotArrive
+
+BROKE_OFF = (NothingMoves, TooManyRestarts, TooManySetAside, WeightsDidNotArrive)  # what ends a run that nobody stopped
 
 
 def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[str, float]:
-    """Run a recipe; the last round's metrics. ValueError: what the user has to change, before anything is lost."""
+    """Run a recipe; the last round's metrics. ValueError: what the user has to change, before anything is lost.
+
+    Stopped: a signal came; what was learned is in the last checkpoint. BROKE_OFF: the run cannot go on.
+    """
     parts, folder = parts_of(recipe), RunFolder(recipe.run_path())
-    checkpoint = resume_point(folder, parts.resolved(), resume)
     folder.create()
-    with Lease(folder):
-        trackers = FanOut(list(parts.trackers.values()))
-        workers = serial_workers(parts) if serial else ray_workers(parts)
+    with Lease(folder) as lease, Supervision(folder, recipe, lease) as supervision:
+        checkpoint = resume_point(folder, parts.resolved(), resume)
+        trackers = FanOut(parts.trackers)
+        workers = serial_workers(parts, supervision) if serial else ray_workers(parts, supervision)
         try:
             folder.write_recipe(parts.resolved())
-            first_round = checkpoint.rounds_done if checkpoint else 0
-            trackers.start(RunInfo(recipe.name, folder.path, parts.resolved(), recipe.rounds, first_round))
-            metrics = run_rounds(parts, workers, folder, trackers, checkpoint)
-            workers.learner.save_policy(str(folder.path.absolute()))
+            progress = Progress(parts, folder, trackers, checkpoint)
+            ids = checkpoint.tracker_ids if checkpoint else {}
+            run = RunInfo(recipe.name, folder.location, parts.resolved(), recipe.rounds, progress.rounds_done, ids)
+            trackers.start(run)
+            if checkpoint:
+                workers.learner.load_state(checkpoint.learner)
+            run_rounds(parts, workers, progress, supervision)
+            workers.learner.save_policy(folder.location)
+        except NothingMoves as stuck:
+            folder.write_watchdog(f"{stuck}\n--- learner\n{workers.learner.stacks()}\n")
+            raise
         finally:
             trackers.finish()
             workers.close()
-    return metrics
+    print(bottleneck(list(progress.metrics), recipe.max_policy_lag, recipe.samplers.count, recipe.reward_workers.count))
+    return progress.metrics[-1] if progress.metrics else {}
 
 
-def run_rounds(
-    parts: Parts, workers: Workers, folder: RunFolder, trackers: FanOut, checkpoint: Checkpoint | None
-) -> dict[str, float]:
+def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: Supervision) -> None:
     """Data goes one way round: prompts → sampler → reward → advantages → learner → weights → sampler."""
-    recipe, draw, metrics = parts.recipe, parts.prompts.load(), {}
-    buffer = RoundBuffer(parts.algorithm, parts.reward_weights)
-    if checkpoint:
-        workers.learner.load_state(checkpoint.learner)
-        buffer.statistics = checkpoint.statistics
+    recipe, stream, draw = parts.recipe, workers.stream, parts.prompts.load()
     for weights in workers.learner.weights():
-        workers.stream.publish(weights.policy_version, weights)
-    first_round = submitted = checkpoint.rounds_done if checkpoint else 0
-    for round in range(first_round, recipe.rounds):
-        started = time.monotonic()
-        while submitted <= min(last_startable_round(round, recipe.max_policy_lag), recipe.rounds - 1):
-            workers.stream.submit(round_tasks(recipe, submitted, draw))  # prompts → sampler
-            submitted += 1
-        rollouts = workers.stream.collect(round)  # sampler → reward → scores and references
-        collected = time.monotonic()
-        batch, reward_metrics = buffer.train_batch(rollouts)  # scores → advantages
-        update = workers.learner.start_update(batch, rollouts)  # trajectories → learner
-        workers.stream.work_until(update.pending)  # the next round is drawn meanwhile, as far as the lag allows
-        learned = workers.learner.metrics(update)
-        workers.stream.publish(round + 1, update.weights)  # weights → sampler
-        clock = RoundClock(started, collected, time.monotonic(), recipe.samplers.count)
-        metrics = round_metrics(round, rollouts, {**reward_metrics, **learned}, clock)
-        trackers.log(metrics)
-        if (round + 1) % recipe.checkpoint.every == 0 or round + 1 == recipe.rounds:
-            state = Checkpoint(round + 1, workers.learner.state(), buffer.statistics)
-            save_checkpoint(folder.checkpoints, state, recipe.checkpoint.keep)
-        del rollouts, update  # or the store would hold this round's trajectories while the next is collected
-    return metrics
+        stream.publish(weights)
+    submitted = progress.rounds_done
+    try:
+        for round in range(progress.rounds_done, recipe.rounds):
+            started = time.monotonic()
+            while submitted <= min(last_startable_round(round, recipe.max_policy_lag), recipe.rounds - 1):
+                stream.submit(round_tasks(recipe, submitted, draw))  # prompts → sampler
+                submitted += 1
+            rollouts = stream.collect(round)  # sampler → reward → scores and references
+            collected = time.monotonic()
+            batch, rewards = progress.buffer.train_batch(rollouts)  # scores → advantages
+            learned, state = learn(parts, workers, batch, rollouts, draw)  # trajectories → learner
+            stream.publish(state.weights[-1])  # weights → sampler
+            progress.learned(state)
+            clock = RoundClock(started, collected, time.monotonic())
+            progress.write(batch, rollouts, {**rewards, **learned}, clock, workers)
+            supervision.check()
+            del rollouts  # or the store would hold this round's trajectories while the next is collected
+    except Stopped as stopped:
+        if stopped.may_commit:
+            progress.commit()
+        raise
+
+
+def learn(parts: Parts, workers: Workers, batch: TrainBatch, rollouts: list[Rollout], draw: Draw) -> Learned:
+    """Learn from a round while others are drawn; trajectories that were lost with their node are drawn again first."""
+    while True:
+        try:
+            return workers.learner.update(batch, rollouts)
+        except TrajectoriesLost:
+            workers.stream.submit(round_tasks(parts.recipe, batch.round, draw))
+            rollouts = workers.stream.collect(batch.round)

@@ -1,14 +1,18 @@
-"""RewardWorker: pictures in, scores out; it refuses whatever is not one finite number a picture."""
+"""RewardWorker: pictures in, scores out; what is not one finite number a picture never passes as a score."""
 
 import time
 
 import numpy as np
 from jaxtyping import Float
 
-from actors.rewards.reward import LoadedReward, Reward
+from actors.rewards.reward import LoadedReward, Reward, RewardMistake
 from common.config import RuntimeTable
-from common.runtime import settle
+from common.runtime import python_stacks, settle
 from common.trajectory import ImageBatch, Scores
+
+
+class ScoringFailed(Exception):
+    """A reward raised an error over a batch of pictures; another attempt, or fewer pictures, may go better."""
 
 
 class RewardWorker:
@@ -19,39 +23,58 @@ class RewardWorker:
         self._rewards = {name: reward.load(device) for name, reward in rewards.items()}
         self._batch_size = batch_size
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rewards' names."""
+        return tuple(self._rewards)
+
     def ready(self) -> bool:
         """True, once the rewards are loaded."""
         return True
 
-    def score(self, images: ImageBatch) -> Scores:
-        """Every reward of every picture. ValueError: a reward gave the wrong shape, the wrong type, or no finite number."""
-        start = time.perf_counter()
-        rewards = {name: self._score_all(name, reward, images) for name, reward in self._rewards.items()}
-        return Scores(rewards, time.perf_counter() - start)
+    def stacks(self) -> str:
+        """What this process is doing; answered from a thread of its own while a batch is scored."""
+        return python_stacks()
 
-    def _score_all(self, name: str, reward: LoadedReward, images: ImageBatch) -> Float[np.ndarray, "B"]:
+    def score(self, images: ImageBatch, first: int = 0, last: int | None = None) -> Scores:
+        """Every reward of the pictures `first` … `last` − 1. One without a finite number is set aside, with the reason.
+
+        RewardMistake: a reward gave the wrong shape or type. ScoringFailed: a reward raised an error of its own.
+        """
+        start = time.perf_counter()
+        wanted = range(len(images.prompts))[first:last]
+        rewards = {name: self._score_all(name, reward, images, wanted) for name, reward in self._rewards.items()}
+        set_aside = {}
+        for name, values in rewards.items():
+            for row in np.flatnonzero(~np.isfinite(values)):
+                prompt = images.prompts[first + int(row)].text
+                set_aside[int(row)] = f"the reward {name!r} gave {values[row]} for the picture of {prompt!r}"
+                values[row] = np.nan
+        return Scores(rewards, time.perf_counter() - start, set_aside)
+
+    def _score_all(self, name: str, reward: LoadedReward, images: ImageBatch, wanted: range) -> Float[np.ndarray, "B"]:
         parts = []
-        for start in range(0, len(images.prompts), self._batch_size):
-            part = slice(start, start + self._batch_size)
+        for start in range(wanted.start, wanted.stop, self._batch_size):
+            part = slice(start, min(start + self._batch_size, wanted.stop))
             texts = [prompt.text for prompt in images.prompts[part]]
             metadata = [prompt.metadata for prompt in images.prompts[part]]
-            parts.append(_checked(name, reward(images.pixels[part], texts, metadata), texts))
+            try:
+                values = reward(images.pixels[part], texts, metadata)
+            except RewardMistake:
+                raise
+            # A user's reward may raise anything; over one batch of pictures, that must not end a run of many hours.
+            except Exception as error:  # noqa: BLE001
+                raise ScoringFailed(f"the reward {name!r} raised {type(error).__name__}: {error}") from error
+            parts.append(_checked(name, values, len(texts)))
         return np.concatenate(parts)
 
 
-def _checked(name: str, values: np.ndarray, prompts: list[str]) -> Float[np.ndarray, "B"]:
+def _checked(name: str, values: np.ndarray, count: int) -> Float[np.ndarray, "B"]:
     values = np.asarray(values)
-    if values.shape != (len(prompts),) or not np.issubdtype(values.dtype, np.number) or np.iscomplexobj(values):
-        raise ValueError(
-            f"the reward {name!r} returned {values.dtype} of shape {values.shape} for {len(prompts)} pictures: "
-            f"it must return one real number for each, shape ({len(prompts)},)"
+    if values.shape != (count,) or not np.issubdtype(values.dtype, np.number) or np.iscomplexobj(values):
+        raise RewardMistake(
+            f"the reward {name!r} returned {values.dtype} of shape {values.shape} for {count} pictures: "
+            f"it must return one real number for each, shape ({count},)"
         )
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
-        scores = values.astype(np.float32)
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if bad.size:
-        raise ValueError(
-            f"the reward {name!r} gave {values[bad[0]]} for the picture of {prompts[bad[0]]!r} "
-            f"({bad.size} of {len(prompts)} pictures are not finite): a picture that cannot be scored is never scored 0"
-        )
-    return scores
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is set aside as that
+        return values.astype(np.float32)

@@ -1,27 +1,30 @@
-"""RolloutStream: tasks in, scored rollouts out; on Ray, and the same in one process."""
+"""RolloutStream: tasks in, scored rollouts out; the interface, and the same in one process."""
 
+import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
-from actors.reward_worker import RewardWorker
+from actors.reward_worker import RewardWorker, ScoringFailed
 from actors.sampler import Sampler
+from actors.scoring_job import ScoringJob, backoff_seconds
+from common.config import RewardWorkersTable, RuntimeTable
 from common.lora_weights import LoraWeights
+from common.round_metrics import StreamReport
 from common.schedule import Task
-from common.trajectory import Rollout, TaskReport
+from common.trajectory import ImageBatch, Rollout, Scores
 
-TASKS_AHEAD = 2  # a sampler has one task in hand and one waiting, so that none waits for a round trip
+# Called between any two steps of work, at least about once a second: to stop a run it raises.
+Check = Callable[[], None]
 
 
 class RolloutStream(ABC):
     """Draws and scores tasks. A round comes back whole and in task order, whoever was first."""
 
     @abstractmethod
-    def publish(self, policy_version: int, weights: Any) -> None:
-        """Make a policy version available to tasks; `weights` may be a reference."""
+    def publish(self, weights: LoraWeights) -> None:
+        """Make a policy version available to tasks."""
 
     @abstractmethod
     def submit(self, tasks: list[Task]) -> None:
@@ -32,23 +35,48 @@ class RolloutStream(ABC):
         """All rollouts of a round, in task order; waits until the last is scored. Errors of workers are raised here."""
 
     @abstractmethod
-    def work_until(self, pending: tuple[Any, ...]) -> None:
-        """Keep samplers and reward workers busy until other work, given by its references, is done."""
+    def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
+        """Keep samplers and reward workers busy until other work, given by its references, is done.
+
+        `loading`: that work begins with a model to load, which may take runtime.ready_seconds.
+        """
+
+    @abstractmethod
+    def pictures(self, rollout: Rollout) -> ImageBatch | None:
+        """A rollout's pictures themselves, for a ledger that keeps some; None where they went with their node."""
+
+    @abstractmethod
+    def report(self) -> StreamReport:
+        """What was done since the last report."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What both streams are told of the recipe and of the driver."""
+
+    reward_workers: RewardWorkersTable
+    runtime: RuntimeTable
+    versions_kept: int
+    overdue_factor: float
+    check: Check
 
 
 class SerialRolloutStream(RolloutStream):
-    """Everything in this process, one task after the other, when its round is collected."""
+    """Everything in this process, one task after the other, when its round is collected. Here no call has a deadline."""
 
-    def __init__(self, sampler: Sampler, reward_worker: RewardWorker, versions_kept: int) -> None:
+    def __init__(self, sampler: Sampler, reward_worker: RewardWorker, settings: StreamSettings) -> None:
         self._sampler = sampler
         self._reward_worker = reward_worker
-        self._versions_kept = versions_kept
+        self._settings = settings
         self._weights: dict[int, LoraWeights] = {}
         self._tasks: dict[int, list[Task]] = {}
+        self._retries: dict[str, int] = {}
+        self._reported = time.monotonic()
 
-    def publish(self, policy_version: int, weights: LoraWeights) -> None:
-        self._weights[policy_version] = weights
-        for version in [version for version in self._weights if version <= policy_version - self._versions_kept]:
+    def publish(self, weights: LoraWeights) -> None:
+        self._weights[weights.policy_version] = weights
+        oldest = weights.policy_version - self._settings.versions_kept
+        for version in [version for version in self._weights if version <= oldest]:
             del self._weights[version]
 
     def submit(self, tasks: list[Task]) -> None:
@@ -58,101 +86,40 @@ class SerialRolloutStream(RolloutStream):
         return [self._rollout(task) for task in self._tasks.pop(round)]
 
     def _rollout(self, task: Task) -> Rollout:
+        self._settings.check()
         report, trajectory, images = self._sampler.draw(task, self._weights[task.policy_version])
-        return Rollout(report, self._reward_worker.score(images), trajectory, images)
+        assert report is not None and images is not None, "nobody tells this sampler to forget a task"
+        return Rollout(report, self._scores(images), trajectory, images)
 
-    def work_until(self, pending: tuple[Any, ...]) -> None:
+    def _scores(self, images: ImageBatch) -> Scores:
+        table = self._settings.reward_workers
+        job = ScoringJob(self._reward_worker.names, len(images.prompts), table.batch_size, table.attempts)
+        while not job.finished:
+            self._settings.check()
+            batch = job.waiting.pop(0)
+            time.sleep(backoff_seconds(batch.failures))
+            try:
+                scores = self._reward_worker.score(images, batch.first, batch.last)
+            except ScoringFailed as error:
+                self._count("reward_error")
+                job.failed(batch, str(error))
+            else:
+                if not job.scored(batch, scores):
+                    self._count("reward_not_finite")
+        return job.scores()
+
+    def _count(self, reason: str) -> None:
+        self._retries[reason] = self._retries.get(reason, 0) + 1
+
+    def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
         assert not pending, "in one process nothing is pending"
 
+    def pictures(self, rollout: Rollout) -> ImageBatch | None:
+        return rollout.images
 
-@dataclass(frozen=True)
-class _Drawing:
-    """A task in a sampler's hands: references to its three results."""
-
-    task: Task
-    sampler: int
-    report: Any
-    trajectory: Any
-    images: Any
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """A drawn task in a reward worker's hands."""
-
-    drawn: _Drawing
-    report: TaskReport
-    worker: int
-
-
-class RayRolloutStream(RolloutStream):
-    """Samplers and reward workers on Ray. The driver carries references, reports and scores, and opens nothing heavy."""
-
-    def __init__(self, samplers: list[Any], reward_workers: list[Any], versions_kept: int) -> None:
-        self._samplers = samplers
-        self._reward_workers = reward_workers
-        self._versions_kept = versions_kept
-        self._weights: dict[int, Any] = {}
-        self._queue: deque[Task] = deque()
-        self._drawing: dict[Any, _Drawing] = {}
-        self._scoring: dict[Any, _Scoring] = {}
-        self._done: dict[int, dict[int, Rollout]] = {}
-        self._expected: dict[int, int] = {}
-
-    def publish(self, policy_version: int, weights: Any) -> None:
-        reference = ray.put(weights) if isinstance(weights, LoraWeights) else weights
-        self._weights[policy_version] = reference
-        for version in [version for version in self._weights if version <= policy_version - self._versions_kept]:
-            del self._weights[version]
-
-    def submit(self, tasks: list[Task]) -> None:
-        self._expected[tasks[0].round] = len(tasks)
-        self._queue.extend(tasks)
-        self._hand_out()
-
-    def collect(self, round: int) -> list[Rollout]:
-        while len(self._done.get(round, {})) < self._expected[round]:
-            self._wait(())
-        del self._expected[round]
-        done = self._done.pop(round)
-        return [done[index] for index in sorted(done)]
-
-    def work_until(self, pending: tuple[Any, ...]) -> None:
-        while len(ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)[0]) < len(pending):
-            self._wait(pending)
-
-    def _wait(self, pending: tuple[Any, ...]) -> None:
-        """Sleep until one of all the things under way is done, and pass it on."""
-        waiting = [*self._drawing, *self._scoring, *pending]
-        # Without fetch_local=False Ray would pull what is ready to the driver's node.
-        for reference in ray.wait(waiting, num_returns=1, fetch_local=False)[0]:
-            if reference in self._drawing:
-                self._pass_to_reward_worker(self._drawing.pop(reference))
-            elif reference in self._scoring:
-                self._keep(self._scoring.pop(reference), reference)
-
-    def _hand_out(self) -> None:
-        """Give queued tasks, in order, to the samplers with the fewest in hand."""
-        load = [0] * len(self._samplers)
-        for drawing in self._drawing.values():
-            load[drawing.sampler] += 1
-        while self._queue and min(load) < TASKS_AHEAD:
-            task, sampler = self._queue.popleft(), load.index(min(load))
-            draw = self._samplers[sampler].draw.options(num_returns=3)
-            report, trajectory, images = draw.remote(task, self._weights[task.policy_version])
-            self._drawing[report] = _Drawing(task, sampler, report, trajectory, images)
-            load[sampler] += 1
-
-    def _pass_to_reward_worker(self, drawn: _Drawing) -> None:
-        self._hand_out()
-        report: Any = ray.get(drawn.report)
-        load = [0] * len(self._reward_workers)
-        for scoring in self._scoring.values():
-            load[scoring.worker] += 1
-        worker = load.index(min(load))
-        scores = self._reward_workers[worker].score.remote(drawn.images)
-        self._scoring[scores] = _Scoring(drawn, report, worker)
-
-    def _keep(self, scored: _Scoring, scores: Any) -> None:
-        rollout = Rollout(scored.report, ray.get(scores), scored.drawn.trajectory, scored.drawn.images)
-        self._done.setdefault(scored.report.task.round, {})[scored.report.task.index] = rollout
+    def report(self) -> StreamReport:
+        now = time.monotonic()
+        seconds, self._reported = now - self._reported, now
+        retries, self._retries = self._retries, {}
+        waiting = sum(len(tasks) for tasks in self._tasks.values())
+        return StreamReport(1, 1, 1, seconds, seconds, waiting, 0, retries, {})

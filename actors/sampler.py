@@ -1,5 +1,7 @@
 """Sampler: draws a task's trajectories and pictures under the policy version that the task asks for."""
 
+import os
+import socket
 import time
 
 from common.config import RuntimeTable, SamplingTable
@@ -7,9 +9,9 @@ from common.diffusion.lora import load_weights
 from common.diffusion.policy import PolicyConfig
 from common.diffusion.rollout import draw
 from common.lora_weights import LoraWeights
-from common.runtime import settle
+from common.runtime import python_stacks, settle
 from common.schedule import Task
-from common.trajectory import ImageBatch, TaskReport, Trajectory
+from common.trajectory import ImageBatch, TaskReport, Trajectory, image_fingerprints
 
 
 class Sampler:
@@ -21,19 +23,44 @@ class Sampler:
         self._sampling = sampling
         self._fingerprint = ""
         self._modules_bound = 0
+        self._forgotten: set[tuple[int, int]] = set()
 
     def ready(self) -> bool:
         """True, once the policy is loaded."""
         return True
 
-    def draw(self, task: Task, weights: LoraWeights) -> tuple[TaskReport, Trajectory, ImageBatch]:
-        """One task, in three parts, so that each can go to whom it concerns. ValueError: not the weights asked for."""
+    def stacks(self) -> str:
+        """What this process is doing; answered from a thread of its own while a task is drawn."""
+        return python_stacks()
+
+    def forget(self, place: tuple[int, int]) -> None:
+        """Leave this task out if it has not been begun: another sampler draws it. Comes in while a task is drawn."""
+        self._forgotten.add(place)
+
+    def draw(
+        self, task: Task, weights: LoraWeights
+    ) -> tuple[TaskReport, Trajectory, ImageBatch] | tuple[None, None, None]:
+        """One task, in three parts, so that each can go to whom it concerns; nothing where it was to be forgotten.
+
+        ValueError: these are not the weights that the task asks for.
+        """
+        if task.place in self._forgotten:
+            self._forgotten.remove(task.place)
+            return None, None, None
         start = time.perf_counter()
         self._swap(task, weights)
         trajectory = draw(self._policy, [prompt.text for prompt in task.prompts], list(task.seeds), self._sampling)
         pixels = self._policy.decode(trajectory.final_latents).cpu().numpy()
         seconds = time.perf_counter() - start
-        report = TaskReport(task, self._fingerprint, self._modules_bound, trajectory.num_bytes, seconds)
+        report = TaskReport(
+            task,
+            self._fingerprint,
+            self._modules_bound,
+            trajectory.num_bytes,
+            seconds,
+            image_fingerprints(pixels),
+            f"{socket.gethostname()}/{os.getpid()}",
+        )
         return report, trajectory, ImageBatch(pixels, task.prompts)
 
     def _swap(self, task: Task, weights: LoraWeights) -> None:

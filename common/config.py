@@ -67,17 +67,33 @@ class RoleTable(Table):
     accelerator_type: str | None = None
 
 
-class SamplersTable(RoleTable):
-    count: int = Field(default=1, ge=1)
+class ElasticTable(RoleTable):
+    """A role whose number may change while the run goes on."""
+
+    count: int = Field(default=1, ge=1)  # at the start
+    min: int = Field(default=1, ge=1)  # so many must be loaded before the run starts; the others join it
+    max: int | None = Field(default=None, ge=1)  # `ddpo scale` goes no higher; none: no limit
+
+    @model_validator(mode="after")
+    def _count_lies_between(self) -> "ElasticTable":
+        if self.count < self.min or (self.max is not None and self.count > self.max):
+            raise ValueError(f"count {self.count} must lie between min {self.min} and max {self.max}")
+        return self
+
+
+class SamplersTable(ElasticTable):
+    overdue_factor: float = Field(default=4.0, gt=1)  # × its peers' time: then a task is drawn a second time elsewhere
 
 
 class RewardTable(Choice):
     weight: float = 1.0
 
 
-class RewardWorkersTable(RoleTable):
-    count: int = Field(default=1, ge=1)
+class RewardWorkersTable(ElasticTable):
     batch_size: int = Field(default=64, ge=1)  # images a scoring batch, cut from a task in order
+    timeout_seconds: float = Field(default=600.0, gt=0)  # for one scoring batch
+    attempts: int = Field(default=3, ge=1)  # at a scoring batch that fails, before it is halved to find the picture
+    max_set_aside: int = Field(default=32, ge=0)  # images of the whole run; one more ends it
 
 
 class LearnerTable(RoleTable):
@@ -91,6 +107,8 @@ class LearnerTable(RoleTable):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    # How far sampler's and learner's log_prob may lie apart under the same weights; none: 1e-4 in float32, else 1e-2.
+    log_prob_tolerance: float | None = Field(default=None, gt=0)
     ranks: Literal[1] = 1
 
     @property
@@ -103,6 +121,14 @@ class RuntimeTable(Table):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=1, ge=1)  # of torch, in every process that computes
     deterministic: bool = True
+    ready_seconds: float = Field(default=600.0, gt=0)  # until an actor has its place and has loaded its model
+    watchdog_seconds: float = Field(default=1800.0, gt=0)  # without anything done: the run ends with a dump
+    max_restarts: int = Field(default=100, ge=0)  # of actors, before a round is done
+
+
+class RolloutsTable(Table):
+    keep: bool = True  # the ledger: a parquet row an image
+    pictures_every: int = Field(default=0, ge=0)  # rounds whose rows hold their picture; 0: none does
 
 
 class CheckpointTable(Table):
@@ -126,7 +152,7 @@ class Recipe(Table):
     output_dir: str = "runs"
     seed: int = Field(default=0, ge=0, lt=2**63)
     rounds: int = Field(ge=1)
-    max_policy_lag: int = Field(default=0, ge=0, le=1)
+    max_policy_lag: int = Field(default=0, ge=0)
     policy: Choice
     prompts: PromptsTable
     sampling: SamplingTable
@@ -138,6 +164,7 @@ class Recipe(Table):
     learner: LearnerTable
     runtime: RuntimeTable = RuntimeTable()
     checkpoint: CheckpointTable = CheckpointTable()
+    rollouts: RolloutsTable = RolloutsTable()
     evaluation: EvaluationTable = EvaluationTable()
     trackers: tuple[Choice, ...] = ()
 
@@ -197,18 +224,25 @@ class Recipe(Table):
             raise ValueError(
                 f"there is no recipe at {path}: give the path of a TOML file, such as one in deploy/recipes"
             )
+        return cls.from_toml(path.read_text(encoding="utf-8"), str(path), overrides or [])
+
+    @classmethod
+    def from_toml(cls, text: str, where: str, overrides: list[str]) -> "Recipe":
+        """Read a recipe's text, which lies `where`, and lay overrides over it."""
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+            tables = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"the recipe {path} is not TOML: {error}") from error
-        return cls.parse(with_overrides(tables, overrides or []))
+            raise ValueError(f"the recipe {where} is not TOML: {error}") from error
+        return cls.parse(with_overrides(tables, overrides))
 
     def run_path(self) -> str:
-        """The run's folder. A relative one inside a submitted job would lie in Ray's throw-away working directory."""
+        """The run's folder, a path or a URI. A relative path inside a submitted job would lie in Ray's throw-away copy."""
+        if "://" in self.output_dir:
+            return f"{self.output_dir.rstrip('/')}/{self.name}"
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not os.path.isabs(self.output_dir):
             raise ValueError(
                 f"output_dir is {self.output_dir!r}, which inside a submitted job lies in a throw-away copy of the "
-                "working directory: give --output_dir an absolute path on storage that all nodes see"
+                "working directory: give --output_dir an absolute path on storage that all nodes see, or a URI (s3://…)"
             )
         return os.path.join(self.output_dir, self.name)
 

@@ -1,26 +1,62 @@
 """One round's metrics under their one name, from what the sampler, the reward worker and the learner reported."""
 
+import math
 from dataclasses import dataclass
+
+import psutil
 
 from common.trajectory import Rollout
 
 
 @dataclass(frozen=True)
+class StreamReport:
+    """What samplers and reward workers did since the last report; counts are of that time, gauges of now."""
+
+    samplers_alive: int
+    samplers_desired: int
+    reward_workers_alive: int
+    sampler_seconds: float  # that loaded samplers were there, summed over them
+    reward_worker_seconds: float
+    tasks_inflight: int
+    tasks_ready: int
+    retries: dict[str, int]  # by reason
+    restarts: dict[str, int]  # of actors, by role
+
+
+@dataclass(frozen=True)
 class RoundClock:
-    """When a round began and was learned from, in seconds of the driver's clock, and how many samplers there are."""
+    """When a round began and was learned from, in seconds of the driver's clock."""
 
     started: float  # the round before was done
     collected: float  # all of its rollouts were there
     learned: float
-    num_samplers: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that are held or sent."""
+
+    driver_rss: int  # of the driver's process, resident
+    weights: int  # of the version that the round's update published
+
+
+def memory_now(weights: int) -> Memory:
+    """The memory of this process, which is the driver's, beside the weights that it sends."""
+    return Memory(psutil.Process().memory_info().rss, weights)
 
 
 def round_metrics(
-    round: int, rollouts: list[Rollout], learned: dict[str, float], clock: RoundClock
+    round: int,
+    rollouts: list[Rollout],
+    learned: dict[str, float],
+    clock: RoundClock,
+    stream: StreamReport,
+    memory: Memory,
 ) -> dict[str, float]:
     """Metrics of the whole round; seconds of sampling and scoring are summed over its tasks."""
     seconds = clock.learned - clock.started
     sampling = sum(rollout.report.seconds for rollout in rollouts)
+    scoring = sum(rollout.scores.seconds for rollout in rollouts)
     images = sum(len(rollout.report.task.seeds) for rollout in rollouts)
     return {
         "round": float(round),
@@ -28,10 +64,36 @@ def round_metrics(
         **learned,
         "lag/max": float(round - min(rollout.report.task.policy_version for rollout in rollouts)),
         "seconds/sample": sampling,
-        "seconds/score": sum(rollout.scores.seconds for rollout in rollouts),
+        "seconds/score": scoring,
         "seconds/wait": clock.collected - clock.started,
         "seconds/round": seconds,
-        "idle/sampler": max(0.0, 1 - sampling / (seconds * clock.num_samplers)),
-        "idle/learner": max(0.0, 1 - learned["seconds/learn"] / seconds),
+        "idle/sampler": _idle(sampling, stream.sampler_seconds),
+        "idle/reward_worker": _idle(scoring, stream.reward_worker_seconds),
+        "idle/learner": _idle(learned["seconds/learn"], seconds),
         "images_per_second": images / seconds,
+        **_stream_metrics(stream),
+        **_memory_metrics(memory),
     }
+
+
+def _idle(busy: float, there: float) -> float:
+    """The share of the time that somebody was there and did nothing; no number where nobody was there."""
+    # A round's tasks may have been drawn before it began, while the round before was learned from.
+    return max(0.0, 1 - busy / there) if there else math.nan
+
+
+def _stream_metrics(stream: StreamReport) -> dict[str, float]:
+    metrics = {
+        "samplers/alive": stream.samplers_alive,
+        "samplers/desired": stream.samplers_desired,
+        "reward_workers/alive": stream.reward_workers_alive,
+        "tasks/inflight": stream.tasks_inflight,
+        "tasks/ready": stream.tasks_ready,
+    }
+    metrics |= {f"retries/{reason}": count for reason, count in stream.retries.items()}
+    metrics |= {f"actor_restarts/{role}": count for role, count in stream.restarts.items()}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _memory_metrics(memory: Memory) -> dict[str, float]:
+    return {"driver/rss_bytes": float(memory.driver_rss), "weight_bytes": float(memory.weights)}

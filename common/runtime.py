@@ -1,6 +1,9 @@
 """Settle a process before it computes: device, threads and determinism, the same in every role and without Ray."""
 
 import os
+import sys
+import threading
+import traceback
 
 import torch
 
@@ -23,3 +26,13 @@ def settle(runtime: RuntimeTable) -> str:
     torch.use_deterministic_algorithms(runtime.deterministic)
     torch.backends.cudnn.benchmark = False
     return "cuda" if runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def python_stacks() -> str:
+    """Where every thread of this process is, for a dump of who waits for what."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sys._current_frames().items()
+    return "\n".join(
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame)).rstrip()}"
+        for ident, frame in frames
+    )

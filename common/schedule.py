@@ -33,6 +33,11 @@ class Task:
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]  # one an image; all of its noise comes from it
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Round and index: a task's name, and its order among all tasks of the run."""
+        return self.round, self.index
+
 
 def image_seed(run_seed: int, stream: Stream, round: int, image: int) -> int:
     """The seed of one image, 0 … 2**63 − 1: a hash of its place in the run, with its purpose in the lowest two bits."""

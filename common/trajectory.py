@@ -1,7 +1,8 @@
 """The nouns on the arrows between sampler, reward worker and learner: frozen records that cross processes."""
 
+import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,11 @@ class ImageBatch:
     prompts: tuple[Prompt, ...]
 
 
+def image_fingerprints(pixels: UInt8[np.ndarray, "B H W 3"]) -> tuple[str, ...]:
+    """SHA-256 of each picture's pixels: equal exactly where two pictures are."""
+    return tuple(hashlib.sha256(np.ascontiguousarray(picture).data).hexdigest() for picture in pixels)
+
+
 @dataclass(frozen=True)
 class TaskReport:
     """What the driver learns of a task that was drawn: small, and proof of which weights drew it."""
@@ -122,14 +128,17 @@ class TaskReport:
     modules_bound: int  # how many of the policy's parameters they were laid into
     trajectory_bytes: int
     seconds: float
+    image_fingerprints: tuple[str, ...] = ()  # SHA-256 of each picture's pixels
+    drawn_by: str = ""  # host and process
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A task's rewards by the reward's name."""
+    """A task's rewards by the reward's name. A picture that is set aside has NaN there and a reason; it is never scored 0."""
 
     rewards: dict[str, Float[np.ndarray, "B"]]
     seconds: float
+    set_aside: dict[int, str] = field(default_factory=dict)  # row: why it could not be scored
 
 
 @dataclass(frozen=True)
@@ -149,11 +158,15 @@ class TrainBatch:
     round: int
     reports: tuple[TaskReport, ...]
     advantages: Float[np.ndarray, "N"]
+    set_aside: tuple[int, ...] = ()  # images, in task order, that nothing is learned from: their advantage is NaN
 
 
 @dataclass(frozen=True)
 class TransitionBatch:
-    """B (image, step) pairs on the device, of any images and steps: what an algorithm's loss is computed on."""
+    """B (image, step) pairs on the device, of any images and steps: what an algorithm's loss is computed on.
+
+    The last two are there where the algorithm asks for them. None: those weights are the ones of this very pass.
+    """
 
     conditioning: dict[str, Tensor]  # one row a pair
     steps: Int[Tensor, "B"]
@@ -162,3 +175,5 @@ class TransitionBatch:
     old_log_probs: Float[Tensor, "B"]
     advantages: Float[Tensor, "B"]
     final_latents: Float[Tensor, "B C H W"]
+    proximal_log_probs: Float[Tensor, "B"] | None = None  # under the weights at the start of the round's update
+    behaviour_means: Float[Tensor, "B C H W"] | None = None  # of the transitions, under the weights that drew them

@@ -49,7 +49,7 @@ def parts_of(recipe: Recipe) -> Parts:
     policy.check()
     prompts = build(PROMPTS, recipe.prompts.table(), "prompts")
     prompts.load()
-    trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal")}
+    trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:
         trackers[table.name] = build(TRACKERS, table.table(), "trackers")
     for tracker in trackers.values():

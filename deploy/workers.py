@@ -1,20 +1,25 @@
 """Make both sides live: as actors on a Ray cluster, or in this process."""
 
+import contextlib
+import functools
+import itertools
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from actors.ray_rollout_stream import Pools, RayRolloutStream
 from actors.reward_worker import RewardWorker
-from actors.rollout_stream import RayRolloutStream, RolloutStream, SerialRolloutStream
+from actors.rollout_stream import RolloutStream, SerialRolloutStream, StreamSettings
 from actors.sampler import Sampler
+from actors.worker_pool import RestartBudget, WorkerPool
 from common.config import Recipe, RoleTable
 from deploy.composition import Parts
+from deploy.supervision import Supervision
 from learner.learner import Learner
 from learner.learner_group import LearnerGroup, RayLearnerGroup, SerialLearnerGroup
-
-READY_SECONDS = 600.0  # until the actors have a place on the cluster and have loaded their models
 
 
 @dataclass(frozen=True)
@@ -23,39 +28,76 @@ class Workers:
 
     stream: RolloutStream
     learner: LearnerGroup
-    actors: list[Any] = field(default_factory=list)
+    pools: tuple[WorkerPool, ...] = ()
 
     def close(self) -> None:
-        """End the actors, and the cluster if it was started here."""
-        for actor in self.actors:
-            ray.kill(actor)
+        """End the actors."""
+        self.learner.close()
+        for pool in self.pools:
+            pool.close()
 
 
-def serial_workers(parts: Parts) -> Workers:
+def serial_workers(parts: Parts, supervision: Supervision) -> Workers:
     """Everything in this process, for debugging."""
     recipe = parts.recipe
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
     reward_worker = RewardWorker(parts.rewards, recipe.reward_workers.batch_size, recipe.runtime)
     learner = Learner(parts.policy, parts.algorithm, recipe)
-    stream = SerialRolloutStream(sampler, reward_worker, recipe.max_policy_lag + 1)
+    stream = SerialRolloutStream(sampler, reward_worker, _settings(recipe, supervision))
     return Workers(stream, SerialLearnerGroup(learner))
 
 
-def ray_workers(parts: Parts) -> Workers:
+def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
     """Actors of all roles, on the cluster that RAY_ADDRESS names or on one started here.
 
     ValueError: the cluster cannot hold a role, or a role could not be made ready in time.
     """
     recipe = parts.recipe
     connect(recipe)
-    samplers = _start(Sampler, "sampler", recipe.samplers, recipe, (parts.policy, recipe.sampling, recipe.runtime))
-    reward_arguments = (parts.rewards, recipe.reward_workers.batch_size, recipe.runtime)
-    reward_workers = _start(RewardWorker, "reward-worker", recipe.reward_workers, recipe, reward_arguments)
-    (learner,) = _start(Learner, "learner", recipe.learner, recipe, (parts.policy, parts.algorithm, recipe))
-    actors = [*samplers, *reward_workers, learner]
-    _await_ready(actors)
-    stream = RayRolloutStream(samplers, reward_workers, recipe.max_policy_lag + 1)
-    return Workers(stream, RayLearnerGroup(learner), actors)
+    supervision.listen()
+    roles = {"learner": recipe.learner, "sampler": recipe.samplers, "reward-worker": recipe.reward_workers}
+    for role, table in roles.items():  # before any of them is started
+        _refuse_what_cannot_be_held(role, table)
+    budget = RestartBudget(recipe.runtime.max_restarts)
+    # The learner comes first: on a cluster that is too small for all, it must have its place.
+    make_learner = _numbered(
+        _maker(Learner, "learner", recipe.learner, recipe, (parts.policy, parts.algorithm, recipe))
+    )
+    learner_actor = make_learner()
+    pools = Pools(_samplers(parts, budget), _reward_workers(parts, budget), budget)
+    stream = RayRolloutStream(pools, tuple(parts.rewards), _settings(recipe, supervision))
+    on_death = functools.partial(budget.spend, "learner")
+    learner = RayLearnerGroup(learner_actor, make_learner, stream.work_until, on_death)
+    workers = Workers(stream, learner, pools.both)
+    with contextlib.ExitStack() as unless_loaded:
+        unless_loaded.callback(workers.close)
+        stream.wait_until_loaded(recipe.samplers.min, recipe.reward_workers.min)
+        learner.wait_until_loaded()
+        unless_loaded.pop_all()
+    supervision.on_scale = {"samplers": pools.samplers.scale, "reward_workers": pools.reward_workers.scale}
+    return workers
+
+
+def _samplers(parts: Parts, budget: RestartBudget) -> WorkerPool:
+    table, recipe = parts.recipe.samplers, parts.recipe
+    make = _maker(Sampler, "sampler", table, recipe, (parts.policy, recipe.sampling, recipe.runtime))
+    return WorkerPool("sampler", make, table.count, budget)
+
+
+def _reward_workers(parts: Parts, budget: RestartBudget) -> WorkerPool:
+    table, recipe = parts.recipe.reward_workers, parts.recipe
+    make = _maker(RewardWorker, "reward-worker", table, recipe, (parts.rewards, table.batch_size, recipe.runtime))
+    return WorkerPool("reward_worker", make, table.count, budget)
+
+
+def _settings(recipe: Recipe, supervision: Supervision) -> StreamSettings:
+    return StreamSettings(
+        recipe.reward_workers,
+        recipe.runtime,
+        recipe.max_policy_lag + 1,
+        recipe.samplers.overdue_factor,
+        supervision.check,
+    )
 
 
 def connect(recipe: Recipe) -> None:
@@ -70,30 +112,29 @@ def connect(recipe: Recipe) -> None:
     ray.init(address="local", num_cpus=int(max(os.cpu_count() or 1, -(-asked // 1))), log_to_driver=False)
 
 
-def _start(cls: type, role: str, table: RoleTable, recipe: Recipe, arguments: tuple[Any, ...]) -> list[Any]:
-    """This role's actors, named by run and role. The driver owns them: they end with it."""
+def _maker(cls: type, role: str, table: RoleTable, recipe: Recipe, arguments: tuple[Any, ...]) -> Callable[[int], Any]:
+    """What starts an actor of this role, named by run, role and number. The driver owns it: it ends with the driver.
+
+    Every actor states its resources, so that an autoscaler sees what is lacking.
+    """
+    options: dict[str, Any] = {"num_cpus": table.num_cpus, "num_gpus": table.num_gpus, "resources": table.resources}
+    if table.accelerator_type:
+        options["accelerator_type"] = table.accelerator_type
+    # A thread of its own answers what is asked of a busy actor; its work stays one call after the other, in order.
+    options["concurrency_groups"] = {"health": 1}
+    remote = ray.remote(**options)(cls)
+    return lambda number: remote.options(name=f"{recipe.name}/{role}-{number}").remote(*arguments)
+
+
+def _numbered(make: Callable[[int], Any]) -> Callable[[], Any]:
+    numbers = itertools.count()
+    return lambda: make(next(numbers))
+
+
+def _refuse_what_cannot_be_held(role: str, table: RoleTable) -> None:
+    """On a cluster that we attach to, nodes may still come: there the deadline of `runtime.ready_seconds` tells."""
     asked = {"CPU": table.num_cpus, "GPU": table.num_gpus, **table.resources}
     available = ray.cluster_resources()
     lacking = {name: amount for name, amount in asked.items() if amount > available.get(name, 0)}
-    if lacking:
+    if lacking and "RAY_ADDRESS" not in os.environ:
         raise ValueError(f"a {role} asks for {lacking}, and the whole cluster has {available}")
-    options = {"num_cpus": table.num_cpus, "num_gpus": table.num_gpus, "resources": table.resources}
-    if table.accelerator_type:
-        options["accelerator_type"] = table.accelerator_type
-    make = ray.remote(cls)
-    return [
-        make.options(name=f"{recipe.name}/{role}-{index}", **options).remote(*arguments)
-        for index in range(getattr(table, "count", 1))
-    ]
-
-
-def _await_ready(actors: list[Any]) -> None:
-    """Wait until every actor has loaded its models; an actor's own error is raised as it is."""
-    waiting = {actor.ready.remote(): actor for actor in actors}
-    pending = list(waiting)
-    while pending:
-        ready, pending = ray.wait(pending, num_returns=1, timeout=READY_SECONDS)
-        if not ready:
-            names = [repr(waiting[reference]) for reference in pending]
-            raise ValueError(f"after {READY_SECONDS:.0f} s these actors have no place or are not loaded: {names}")
-        ray.get(ready)

@@ -2,44 +2,75 @@
 
 import hashlib
 import json
-import shutil
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from safetensors.numpy import load, save
 
 from common.lora_weights import LoraWeights, verified
-from common.run_folder import write_atomically
+from common.storage import Storage
 from learner.advantages import PromptStatistics
 from learner.learner import LearnerState
 
 MANIFEST = "manifest.json"
+FOLDER_NAME = re.compile(r"round-(\d+)(?:-(\d+))?")  # rounds done, and how often they were committed before
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on: rounds done, the learner, the advantage statistics."""
+    """All that a run needs to go on: rounds done, the learner, the advantage statistics, and what lies beside them."""
 
     rounds_done: int
     learner: LearnerState
     statistics: PromptStatistics
+    tracker_ids: dict[str, str] = field(default_factory=dict)  # under which a tracker goes on, by its name
+    ledger_rounds: int = 0  # in the ledger
+    set_aside: dict[int, list[int]] = field(default_factory=dict)  # round: its images that were not learned from
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/round-000012`; then forget all but the newest `keep`. A commit is its manifest, written last."""
-    path = folder / f"round-{checkpoint.rounds_done:06d}"
-    if path.exists():
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
+def save_checkpoint(folder: Storage, checkpoint: Checkpoint, keep: int) -> Storage:
+    """Write `folder/round-000012`; then forget all but the newest `keep`. A commit is its manifest, written last.
+
+    What was committed before is touched only after that; the same rounds once more go into `round-000012-1`.
+    """
+    target = folder.folder(_free_name(folder, checkpoint.rounds_done))
     files = _files(checkpoint)
     for name, data in files.items():
-        write_atomically(path / name, data)
+        target.write(name, data)
     manifest = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    write_atomically(path / MANIFEST, json.dumps(manifest, indent=1).encode())
-    write_atomically(folder / "latest", path.name.encode())
-    for old in sorted(_committed(folder))[:-keep]:
-        shutil.rmtree(old)
-    return path
+    target.write(MANIFEST, json.dumps(manifest, indent=1).encode())
+    folder.write("latest", target.name.encode())  # a hint for people: the newest whole checkpoint is looked for
+    _forget(folder, target.name, keep)
+    return target
+
+
+def _free_name(folder: Storage, rounds_done: int) -> str:
+    """The name after that of these rounds' last whole checkpoint; half of one in its place is cleared away."""
+    of_rounds = [name for name in _committed(folder) if _place(name)[0] == rounds_done]
+    attempts = [_place(name)[1] for name in of_rounds if _is_whole(folder.folder(name))]
+    name = f"round-{rounds_done:06d}" + (f"-{max(attempts) + 1}" if attempts else "")
+    folder.remove(name)
+    return name
+
+
+def _forget(folder: Storage, committed: str, keep: int) -> None:
+    """Remove what was never committed, what this commit replaces, and the older ones but the newest `keep` - 1."""
+    newest = _place(committed)
+    older = [name for name in _committed(folder) if _place(name)[0] < newest[0]]
+    kept = {committed, *older[: keep - 1]}
+    kept |= {name for name in _committed(folder) if _place(name) > newest and _is_whole(folder.folder(name))}
+    for name in folder.names():
+        if FOLDER_NAME.fullmatch(name) and name not in kept:
+            folder.remove(f"{name}/{MANIFEST}")  # first: half of a checkpoint is none
+            folder.remove(name)
+    folder.sweep()
+
+
+def _place(name: str) -> tuple[int, int]:
+    found = FOLDER_NAME.fullmatch(name)
+    assert found, f"{name} is no checkpoint's folder"
+    return int(found[1]), int(found[2] or 0)
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -50,52 +81,81 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "weights": [_weights_header(weights) for weights in learner.weights],
         "scaler": learner.scaler,
         "statistics": checkpoint.statistics,
+        "tracker_ids": checkpoint.tracker_ids,
+        "ledger_rounds": checkpoint.ledger_rounds,
+        "set_aside": checkpoint.set_aside,
     }
-    files = {
-        f"weights-{weights.policy_version:06d}.safetensors": save({"buffer": weights.buffer})
-        for weights in learner.weights
-    }
+    files = {_weights_file(weights.policy_version): save({"buffer": weights.buffer}) for weights in learner.weights}
     files["optimizer.safetensors"] = save(learner.optimizer)
     files["state.json"] = json.dumps(state).encode()
     return files
+
+
+def _weights_file(policy_version: int) -> str:
+    return f"weights-{policy_version:06d}.safetensors"
 
 
 def _weights_header(weights: LoraWeights) -> dict[str, object]:
     return {"policy_version": weights.policy_version, "manifest": weights.manifest, "fingerprint": weights.fingerprint}
 
 
-def _committed(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("round-*") if (path / MANIFEST).is_file()]
+def _committed(folder: Storage) -> list[str]:
+    """The names of checkpoints with a manifest, the newest first."""
+    names = [name for name in folder.names() if FOLDER_NAME.fullmatch(name) and folder.exists(f"{name}/{MANIFEST}")]
+    return sorted(names, key=_place, reverse=True)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all what its manifest says; None where there is none."""
-    return next((path for path in sorted(_committed(folder), reverse=True) if _is_whole(path)), None)
+def whole_checkpoints(folder: Storage) -> Iterator[Storage]:
+    """The checkpoints whose files are all what their manifest says, the newest first."""
+    found = (folder.folder(name) for name in _committed(folder))
+    return (checkpoint for checkpoint in found if _is_whole(checkpoint))
 
 
-def _is_whole(path: Path) -> bool:
-    manifest = json.loads((path / MANIFEST).read_text())
-    return all(
-        (path / name).is_file() and hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
-        for name, digest in manifest.items()
-    )
+def newest_checkpoint(folder: Storage) -> Storage | None:
+    """The newest whole checkpoint; None where there is none."""
+    return next(whole_checkpoints(folder), None)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def _is_whole(checkpoint: Storage) -> bool:
+    try:
+        manifest = json.loads(checkpoint.read(MANIFEST))
+        return all(hashlib.sha256(checkpoint.read(name)).hexdigest() == digest for name, digest in manifest.items())
+    except (FileNotFoundError, ValueError, AttributeError):  # no manifest, one that was cut off, a file that is gone
+        return False
+
+
+def load_checkpoint(checkpoint: Storage) -> Checkpoint:
     """Read a checkpoint. ValueError: its weights are not what they were saved as."""
-    state = json.loads((path / "state.json").read_text())
+    state = json.loads(checkpoint.read("state.json"))
     learner = LearnerState(
         state["policy_version"],
-        tuple(_load_weights(path, header) for header in state["weights"]),
-        load((path / "optimizer.safetensors").read_bytes()),
+        load_weights(checkpoint),
+        load(checkpoint.read("optimizer.safetensors")),
         state["scaler"],
     )
-    statistics = {prompt: tuple(rewards) for prompt, rewards in state["statistics"].items()}
-    return Checkpoint(state["rounds_done"], learner, statistics)
+    return Checkpoint(
+        state["rounds_done"],
+        learner,
+        {prompt: tuple(rewards) for prompt, rewards in state["statistics"].items()},
+        state.get("tracker_ids", {}),
+        state.get("ledger_rounds", 0),
+        {int(round): images for round, images in state.get("set_aside", {}).items()},
+    )
 
 
-def _load_weights(path: Path, header: dict) -> LoraWeights:
+def policy_versions(checkpoint: Storage) -> list[int]:
+    """The policy versions that a checkpoint holds, the newest last."""
+    return [header["policy_version"] for header in json.loads(checkpoint.read("state.json"))["weights"]]
+
+
+def load_weights(checkpoint: Storage) -> tuple[LoraWeights, ...]:
+    """A checkpoint's policy versions alone, the newest last. ValueError: they are not what they were saved as."""
+    state = json.loads(checkpoint.read("state.json"))
+    return tuple(_load_version(checkpoint, header) for header in state["weights"])
+
+
+def _load_version(checkpoint: Storage, header: dict) -> LoraWeights:
     version = header["policy_version"]
-    buffer = load((path / f"weights-{version:06d}.safetensors").read_bytes())["buffer"]
+    buffer = load(checkpoint.read(_weights_file(version)))["buffer"]
     manifest = tuple((name, tuple(shape)) for name, shape in header["manifest"])
     return verified(LoraWeights(version, buffer, manifest, header["fingerprint"]))

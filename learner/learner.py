@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,12 +10,16 @@ from common.config import Recipe
 from common.diffusion.lora import load_weights, read_weights, trained_parameters
 from common.diffusion.policy import PolicyConfig
 from common.lora_weights import LoraWeights
-from common.runtime import settle
+from common.runtime import python_stacks, settle
 from common.schedule import transition_order
+from common.storage import Storage, local_folder
 from common.trajectory import TaskReport, TrainBatch, Trajectory
 from learner.algorithms.algorithm import Algorithm
-from learner.round_transitions import RoundTransitions, micro_batches, round_transitions
+from learner.off_policy import to_those_left
+from learner.reference_passes import References, log_probs_under, means_under
+from learner.round_transitions import Pair, RoundTransitions, micro_batches, round_transitions
 from learner.update_metrics import UpdateMetrics
+from learner.weight_check import check_arrival, log_prob_tolerance, pairs_to_check, swapped_in
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Learner:
             weight_decay=self._settings.weight_decay,
             fused=True,
         )
+        self._tolerance = log_prob_tolerance(self._settings.log_prob_tolerance, policy.dtype)
         self._scaler = torch.amp.GradScaler(self._device, enabled=policy.dtype == "float16")
         self._version = 0
         self._published = (read_weights(self._policy.network, 0),)
@@ -67,30 +71,36 @@ class Learner:
         """True, once the policy is loaded."""
         return True
 
+    def stacks(self) -> str:
+        """What this process is doing; answered from a thread of its own while it learns."""
+        return python_stacks()
+
     def weights(self) -> tuple[LoraWeights, ...]:
         """The versions that samplers may still be asked for, the newest last."""
         return self._published
 
-    def update(self, batch: TrainBatch, *trajectories: Trajectory) -> tuple[dict[str, float], LoraWeights]:
-        """Learn from a round; its metrics, and the weights of the next version.
+    def update(self, batch: TrainBatch, *trajectories: Trajectory) -> tuple[dict[str, float], LearnerState]:
+        """Learn from a round; its metrics, and the state after it, whose last weights are the next version.
 
-        RuntimeError: a trajectory was not drawn with the weights that its version stands for.
+        RuntimeError: a trajectory was not drawn with the weights that its version stands for, as its report says, or
+        as its log-probs say (WeightsDidNotArrive). The learner is then as it was.
         """
         start = time.perf_counter()
         for report in batch.reports:
             self._refuse_mismatch(report)
         transitions = round_transitions(trajectories, batch.advantages, self._device)
         metrics = UpdateMetrics(self._policy.num_steps, int(np.prod(self._policy.latent_shape)))
-        order = np.arange(0)
-        for inner_epoch in range(self._settings.inner_epochs):
-            order = transition_order(self._recipe.seed, batch.round, inner_epoch, len(transitions.images))
-            for first in range(0, len(order), self._settings.images_per_step):
-                self._optimizer_step(transitions, order[first : first + self._settings.images_per_step], metrics)
-        self._measure_divergence(transitions, order, metrics)
+        largest_difference = self._check_arrival(batch, transitions)
+        steps = self._optimizer_steps_of(batch, transitions)
+        references = self._references(batch, transitions, steps)
+        for pairs in steps:
+            self._optimizer_step(transitions, pairs, references, metrics)
+        self._measure_divergence(transitions, steps, metrics)
         self._version += 1
         weights = read_weights(self._policy.network, self._version)
         self._published = (*self._published, weights)[-(self._recipe.max_policy_lag + 1) :]
-        return {**metrics.summary(), "seconds/learn": time.perf_counter() - start}, weights
+        checked = {"log_prob_check/max_abs": largest_difference, "seconds/learn": time.perf_counter() - start}
+        return metrics.summary() | checked, self.state()
 
     def _refuse_mismatch(self, report: TaskReport) -> None:
         task, known = report.task, {weights.policy_version: weights.fingerprint for weights in self._published}
@@ -109,15 +119,64 @@ class Learner:
                 f"{place}: its sampler bound {report.modules_bound} of {len(self._parameters)} parameters"
             )
 
-    def _optimizer_step(self, transitions: RoundTransitions, images: np.ndarray, metrics: UpdateMetrics) -> None:
-        pairs = transitions.pairs_of(images)
+    def _check_arrival(self, batch: TrainBatch, transitions: RoundTransitions) -> float:
+        """Every round is checked, and most have a version of their own: so nothing is to be remembered over a resume."""
+        drawn_with, size = self._drawn_with(batch), self._settings.micro_batch_size
+        pairs = pairs_to_check(transitions, batch.set_aside, size)
+        with swapped_in(self._policy.network, drawn_with, self._published[-1]):
+            return check_arrival(self._policy, transitions, pairs, drawn_with.policy_version, self._tolerance)
+
+    def _drawn_with(self, batch: TrainBatch) -> LoraWeights:
+        (version,) = {report.task.policy_version for report in batch.reports}  # the schedule gives a round one version
+        return next(weights for weights in self._published if weights.policy_version == version)
+
+    def _optimizer_steps_of(self, batch: TrainBatch, transitions: RoundTransitions) -> list[list[Pair]]:
+        """The pairs of each optimizer step of the update, one inner epoch after the other."""
+        steps, count = [], len(transitions.images)
+        for inner_epoch in range(self._settings.inner_epochs):
+            order = transition_order(self._recipe.seed, batch.round, inner_epoch, count)
+            steps += transitions.optimizer_steps(order, self._settings.images_per_step, batch.set_aside)
+        return steps
+
+    def _references(self, batch: TrainBatch, transitions: RoundTransitions, steps: list[list[Pair]]) -> References:
+        """What the algorithm wants to know of pairs under other weights than those they will be learned from under."""
+        epochs, size = self._settings.inner_epochs, self._settings.micro_batch_size
+        first_epoch = [pairs for pairs in steps[: len(steps) // epochs] if pairs]
+        # The first optimizer step's own pass is under the weights at the start; a second inner epoch sees its pairs again.
+        later = first_epoch[1:] if epochs == 1 else first_epoch
+        references, network = References(), self._policy.network
+        if self._algorithm.needs_proximal_log_probs:
+            batches = (part for pairs in later for part in micro_batches(pairs, size))
+            references.proximal_log_probs.update(log_probs_under(self._policy, transitions, batches))
+        if self._algorithm.needs_behaviour_means:
+            drawn_with, present = self._drawn_with(batch), self._published[-1]
+            wanted = later if drawn_with.fingerprint == present.fingerprint else first_epoch
+            batches = (part for pairs in wanted for part in micro_batches(pairs, size))
+            with swapped_in(network, drawn_with, present):
+                references.behaviour_means.update(means_under(self._policy, transitions, batches))
+        return references
+
+    def _optimizer_step(
+        self, transitions: RoundTransitions, pairs: list[Pair], references: References, metrics: UpdateMetrics
+    ) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+        masks = []
         for micro_batch in micro_batches(pairs, self._settings.micro_batch_size):
-            result = self._algorithm.pair_loss(self._policy, transitions.batch(micro_batch))
+            known = references.laid_into(transitions.batch(micro_batch), micro_batch)
+            result = self._algorithm.pair_loss(self._policy, known)
             # The mean over the optimizer step's pairs, whatever the micro-batch is.
             self._scaler.scale(result.loss.sum() / len(pairs)).backward()
             metrics.add_micro_batch(result)
+            masks += [] if result.kept is None else [result.kept]
+        left = int(torch.cat(masks).sum()) if masks else len(pairs)
+        if not left:  # its images are set aside, or its pairs masked: an optimizer step would only follow old momentum
+            metrics.leave_out_optimizer_step()
+            return
         self._scaler.unscale_(self._optimizer)
+        if left < len(pairs):
+            for gradient in (parameter.grad for parameter in self._parameters.values()):
+                assert gradient is not None, "every trained parameter has its part in every step"
+                gradient.mul_(to_those_left(len(pairs), left))
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.max_grad_norm, foreach=True)
         self._scaler.step(self._optimizer)
         scale = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
@@ -126,11 +185,14 @@ class Learner:
         metrics.end_optimizer_step(norm, skipped)
 
     @torch.no_grad()
-    def _measure_divergence(self, transitions: RoundTransitions, order: np.ndarray, metrics: UpdateMetrics) -> None:
+    def _measure_divergence(
+        self, transitions: RoundTransitions, steps: list[list[Pair]], metrics: UpdateMetrics
+    ) -> None:
         """KL from the sampler's policy to the one learned, on a few images and all of their steps."""
         size = self._settings.micro_batch_size
-        wanted = -(-size // transitions.num_places)
-        pairs = transitions.pairs_of(order[:wanted])
+        last_epoch = steps[-(len(steps) // self._settings.inner_epochs) :]
+        images = list(dict.fromkeys(image for pairs in last_epoch for image, _ in pairs))
+        pairs = transitions.pairs_of(np.array(images[: -(-size // transitions.num_places)]))
         for first in range(0, len(pairs), size):
             batch = transitions.batch(pairs[first : first + size])
             metrics.add_divergence(batch.steps, self._algorithm.pair_loss(self._policy, batch).log_ratio)
@@ -155,9 +217,12 @@ class Learner:
             self._scaler.load_state_dict(state.scaler)
         self._version, self._published = state.policy_version, state.weights
 
-    def save_policy(self, folder: str) -> str:
-        """Write the trained weights for diffusers; the path written."""
-        return str(self._policy.save(Path(folder)))
+    def save_policy(self, location: str) -> str:
+        """Write the trained weights for diffusers into a run's folder; where they lie."""
+        storage = Storage(location)
+        with local_folder(storage) as folder:
+            written = self._policy.save(folder).relative_to(folder)
+        return storage.folder(str(written)).location
 
 
 def _of_parameter(optimizer: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:

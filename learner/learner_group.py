@@ -1,43 +1,39 @@
 """LearnerGroup: the learner as the driver sees it, on a Ray actor or in the driver's own process."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from common.lora_weights import LoraWeights
 from common.trajectory import Rollout, TrainBatch
 from learner.learner import Learner, LearnerState
 
+STACKS_SECONDS = 5.0
 
-@dataclass(frozen=True)
-class Update:
-    """An update under way. `pending` are the references to wait for; `weights` may be one, which nobody here opens."""
+Wait = Callable[[tuple[Any, ...], bool], None]  # keeps the other side at work until these are there; is a model loaded?
+Learned = tuple[dict[str, float], LearnerState]
 
-    metrics: Any
-    weights: Any
-    pending: tuple[Any, ...]
+
+class TrajectoriesLost(RuntimeError):
+    """Trajectories that were not read yet went with their node; the round is to be drawn again."""
 
 
 class LearnerGroup(ABC):
     """The learner's interface, wherever it runs."""
 
     @abstractmethod
-    def start_update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Update:
-        """Begin to learn from a round."""
+    def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
+        """Learn from a round; its metrics and the state after it. Errors of the update are raised here.
 
-    @abstractmethod
-    def metrics(self, update: Update) -> dict[str, float]:
-        """The update's metrics; waits for it. Errors of the update are raised here."""
+        TrajectoriesLost: the round has to be drawn again.
+        """
 
     @abstractmethod
     def weights(self) -> tuple[LoraWeights, ...]:
         """The versions that samplers may be asked for, the newest last."""
-
-    @abstractmethod
-    def state(self) -> LearnerState:
-        """A copy of the learner's state."""
 
     @abstractmethod
     def load_state(self, state: LearnerState) -> None:
@@ -47,6 +43,14 @@ class LearnerGroup(ABC):
     def save_policy(self, folder: str) -> str:
         """Write the trained weights for diffusers; the path written."""
 
+    @abstractmethod
+    def stacks(self) -> str:
+        """What the learner's threads are doing."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End it."""
+
 
 class SerialLearnerGroup(LearnerGroup):
     """The learner in this process."""
@@ -54,18 +58,11 @@ class SerialLearnerGroup(LearnerGroup):
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
 
-    def start_update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Update:
-        metrics, weights = self._learner.update(batch, *(rollout.trajectory for rollout in rollouts))
-        return Update(metrics, weights, ())
-
-    def metrics(self, update: Update) -> dict[str, float]:
-        return update.metrics
+    def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
+        return self._learner.update(batch, *(rollout.trajectory for rollout in rollouts))
 
     def weights(self) -> tuple[LoraWeights, ...]:
         return self._learner.weights()
-
-    def state(self) -> LearnerState:
-        return self._learner.state()
 
     def load_state(self, state: LearnerState) -> None:
         self._learner.load_state(state)
@@ -73,29 +70,84 @@ class SerialLearnerGroup(LearnerGroup):
     def save_policy(self, folder: str) -> str:
         return self._learner.save_policy(folder)
 
+    def stacks(self) -> str:
+        return self._learner.stacks()
+
+    def close(self) -> None:
+        """It ends with this process."""
+
 
 class RayLearnerGroup(LearnerGroup):
-    """The learner on a Ray actor; trajectories go to it by reference, straight from the sampler's node."""
+    """The learner on a Ray actor; trajectories go to it by reference, straight from the sampler's node.
 
-    def __init__(self, actor: Any) -> None:
+    After each update the driver takes its state over, so a learner that dies is started again from the last whole round.
+    """
+
+    def __init__(self, actor: Any, make: Callable[[], Any], wait: Wait, on_death: Callable[[str], None]) -> None:
+        """`make` starts another actor, `wait` waits for references, `on_death` counts deaths and may refuse another start."""
         self._actor = actor
+        self._make = make
+        self._wait = wait
+        self._on_death = on_death
+        self._state: LearnerState | None = None  # after the last whole round
 
-    def start_update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Update:
-        trajectories = [rollout.trajectory for rollout in rollouts]
-        metrics, weights = self._actor.update.options(num_returns=2).remote(batch, *trajectories)
-        return Update(metrics, weights, (metrics,))
+    def wait_until_loaded(self) -> None:
+        """Wait for the actor; an error of its constructor is raised."""
+        self._call("ready")
 
-    def metrics(self, update: Update) -> dict[str, float]:
-        return ray.get(update.metrics)
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """One call, on a new actor from the last state where the present one dies."""
+        while True:
+            reference = getattr(self._actor, method).remote(*arguments)
+            self._wait((reference,), True)
+            try:
+                return ray.get(reference)
+            except RayActorError as error:
+                self._restart(error)
+
+    def _restart(self, error: RayError) -> None:
+        if isinstance(error, RayActorError) and error.actor_init_failed:  # the same would happen to the next one
+            raise error
+        self._on_death(str(error))
+        ray.kill(self._actor)
+        self._actor = self._make()
+        if self._state is not None:
+            self._call("load_state", self._state)
+
+    def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
+        while True:
+            trajectories = [rollout.trajectory for rollout in rollouts]
+            metrics, state = self._actor.update.options(num_returns=2).remote(batch, *trajectories)
+            self._wait((metrics, state), False)
+            try:
+                learned: Learned = ray.get(metrics), ray.get(state)
+            except RayTaskError as error:  # first: Ray makes it an error of its cause's class too
+                if not isinstance(error.cause, ObjectLostError):
+                    raise
+                raise TrajectoriesLost(f"round {batch.round}: {error.cause}") from error
+            except (RayActorError, ObjectLostError) as error:  # it died, or its node went with the state
+                self._restart(error)
+            else:
+                self._state = learned[1]
+                return learned
 
     def weights(self) -> tuple[LoraWeights, ...]:
-        return ray.get(self._actor.weights.remote())
-
-    def state(self) -> LearnerState:
-        return ray.get(self._actor.state.remote())
+        return self._call("weights")
 
     def load_state(self, state: LearnerState) -> None:
-        ray.get(self._actor.load_state.remote(state))
+        self._state = state
+        self._call("load_state", ray.put(state))
 
     def save_policy(self, folder: str) -> str:
-        return ray.get(self._actor.save_policy.remote(folder))
+        return self._call("save_policy", folder)
+
+    def stacks(self) -> str:
+        try:
+            return ray.get(self._actor.stacks.options(concurrency_group="health").remote(), timeout=STACKS_SECONDS)
+        except GetTimeoutError:
+            return f"it does not answer within {STACKS_SECONDS:g} s"
+        except RayError as error:
+            return f"it cannot be asked: {error}"
+
+    def close(self) -> None:
+        ray.kill(self._actor)

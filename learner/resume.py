@@ -1,13 +1,21 @@
 """Where a run goes on: from its newest checkpoint, or from the start; never over another run's results."""
 
-import tomllib
 from typing import Any
 
 from common.run_folder import RunFolder, without_none
 from learner.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 
 # What may change between a run and its continuation without changing the weights it arrives at.
-FREE = ("output_dir", "rounds", "samplers", "checkpoint", "evaluation", "trackers")
+ROLE = ("num_cpus", "num_gpus", "resources", "accelerator_type")
+FREE = {
+    *("output_dir", "rounds", "samplers", "checkpoint", "rollouts", "evaluation", "trackers"),
+    *(f"reward_workers.{key}" for key in ("count", "min", "max", *ROLE)),
+    # These decide what becomes of a scoring batch that fails, so which pictures are set aside: where none fails they
+    # decide nothing, and where some do a run must be able to go on with more patience.
+    *(f"reward_workers.{key}" for key in ("timeout_seconds", "attempts", "max_set_aside")),
+    *(f"learner.{key}" for key in (*ROLE, "log_prob_tolerance")),
+    *(f"runtime.{key}" for key in ("ready_seconds", "watchdog_seconds", "max_restarts")),
+}
 
 
 def resume_point(folder: RunFolder, tables: dict[str, Any], resume: bool) -> Checkpoint | None:
@@ -15,15 +23,15 @@ def resume_point(folder: RunFolder, tables: dict[str, Any], resume: bool) -> Che
 
     ValueError: the folder has a run and `resume` is not set, or that run was made with another recipe.
     """
-    if not folder.recipe.exists():
+    if not folder.storage.exists(folder.recipe):
         return None
     if not resume:
         raise ValueError(
-            f"the run folder {folder.path} exists: go on with --resume auto, or give another --name or --output_dir"
+            f"the run folder {folder.location} exists: go on with --resume auto, or give another --name or --output_dir"
         )
-    differing = _differences(tomllib.loads(folder.recipe.read_text(encoding="utf-8")), without_none(tables))
+    differing = _differences(folder.recipe_tables(), without_none(tables))
     if differing:
-        raise ValueError(f"the run in {folder.path} was made with another recipe: {'; '.join(differing)}")
+        raise ValueError(f"the run in {folder.location} was made with another recipe: {'; '.join(differing)}")
     newest = newest_checkpoint(folder.checkpoints)
     return load_checkpoint(newest) if newest else None
 
@@ -31,7 +39,7 @@ def resume_point(folder: RunFolder, tables: dict[str, Any], resume: bool) -> Che
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
     for key in sorted(before.keys() | now.keys()):
-        if not prefix and key in FREE:
+        if f"{prefix}{key}" in FREE:
             continue
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):

@@ -52,6 +52,11 @@ class RoundTransitions:
         """Every kept step of these images, step by step."""
         return [(int(image), place) for place in range(self.num_places) for image in images]
 
+    def optimizer_steps(self, order: np.ndarray, size: int, set_aside: tuple[int, ...]) -> list[list[Pair]]:
+        """The pairs of each optimizer step: `size` images in `order`, without those set aside, which move no other."""
+        cut = [order[first : first + size] for first in range(0, len(order), size)]
+        return [self.pairs_of(images[~np.isin(images, set_aside)]) for images in cut]
+
 
 def round_transitions(
     trajectories: tuple[Trajectory, ...], advantages: Float[np.ndarray, "N"], device: str
@@ -85,6 +90,5 @@ def _joined(trajectories: tuple[Trajectory, ...], name: str) -> Tensor:
 
 
 def micro_batches(pairs: list[Pair], size: int) -> Iterator[list[Pair]]:
-    """Cut `pairs` into batches of `size`; the recipe's check lets no remainder come so far."""
-    assert len(pairs) % size == 0, f"{len(pairs)} pairs do not make whole micro-batches of {size}"
+    """Cut `pairs` into batches of `size`; the last is smaller only where images of the optimizer step are set aside."""
     return (pairs[start : start + size] for start in range(0, len(pairs), size))

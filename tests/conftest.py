@@ -1,19 +1,30 @@
 """What all tests share: a tiny pipeline, a small recipe on it, and quiet libraries."""
 
+import logging
 import os
+import secrets
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import boto3  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from moto.server import ThreadedMotoServer  # noqa: E402
 
 from common.config import Recipe  # noqa: E402
 from tests.tiny_pipeline import save_tiny_pipeline  # noqa: E402
 
+# Ray reads its token once a process: every cluster of this process, and what it starts, uses the same one.
+TOKEN_FOLDER = tempfile.TemporaryDirectory(prefix="ray-token-")
 os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(TOKEN_FOLDER.name) / "token")
+Path(os.environ["RAY_AUTH_TOKEN_PATH"]).write_text(secrets.token_hex(32))
 torch.set_num_threads(1)
+SECRET = "never-to-be-shown"
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +51,26 @@ def tables(tiny_model: Path, tmp_path: Path) -> dict:
 @pytest.fixture
 def recipe(tables: dict) -> Recipe:
     return Recipe.parse(tables)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A real S3 server on this machine."""
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URI of a new bucket; the environment says how to reach it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    name = f"bucket-{secrets.token_hex(6)}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"

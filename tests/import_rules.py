@@ -17,7 +17,10 @@ ROOMS = [{path.partition(":")[0] for path in room.values()} for room in (POLICIE
 RAY = {
     "train.py",
     "ddpo.py",
-    "actors/rollout_stream.py",
+    "actors/ray_rollout_stream.py",
+    "actors/worker_pool.py",
+    "actors/drawing.py",
+    "actors/scoring.py",
     "learner/learner_group.py",
     "common/trackers/ray_metrics.py",
     "deploy/workers.py",
@@ -26,7 +29,7 @@ RAY = {
     "deploy/commands/status.py",
 }
 TORCH_FREE = {"common.config", "common.registry", "common.schedule", "common.prompts"}
-MAY_CATCH_ALL = {"common/trackers/fan_out.py"}
+MAY_CATCH_ALL = {"common/trackers/fan_out.py", "actors/reward_worker.py"}
 MAX_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS, MAX_DRIVER_LINES = 300, 50, 6, 120
 
 

@@ -103,7 +103,7 @@ ALLOWED = [
     ("composers", "deploy/commands/report.py", "from deploy.commands.report_pictures import reward_curve"),
     ("composers", "common/config.py", "from common.trainable import training"),
     ("rooms", "actors/rewards/aesthetic.py", "from actors.rewards.reward import Reward"),
-    ("ray_where_it_distributes", "actors/rollout_stream.py", "import ray"),
+    ("ray_where_it_distributes", "actors/ray_rollout_stream.py", "import ray"),
     ("ray_where_it_distributes", "actors/sampler.py", "from common.raycasting import rays"),
     ("torch_free", "common/schedule.py", "import numpy as np\nfrom common.config import Recipe"),
     ("absolute_imports", "actors/sampler.py", "from actors import rewards"),

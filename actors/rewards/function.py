@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from actors.rewards.reward import Images, LoadedReward, Reward
+from actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
 from common.registry import import_object
 
 
@@ -18,11 +18,12 @@ class Function(Reward):
         function = import_object(self.path, "reward.path")
 
         def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
-            rewards = np.asarray(function(images, prompts, metadata), dtype=np.float32)
-            if rewards.shape != (len(images),):
-                raise ValueError(
-                    f"{self.path} returned the shape {rewards.shape}: it must be ({len(images)},), one a picture"
+            rewards = np.asarray(function(images, prompts, metadata))
+            if rewards.shape != (len(images),) or not np.issubdtype(rewards.dtype, np.number):
+                raise RewardMistake(
+                    f"{self.path} returned {rewards.dtype} of shape {rewards.shape}: it must return real numbers of shape "
+                    f"({len(images)},), one a picture"
                 )
-            return rewards
+            return rewards.astype(np.float32)
 
         return score

@@ -13,6 +13,10 @@ Images = UInt8[np.ndarray, "B H W 3"]
 LoadedReward = Callable[[Images, list[str], list[dict[str, Any]]], Float[np.ndarray, "B"]]
 
 
+class RewardMistake(ValueError):
+    """A reward answered with the wrong shape or type: no second attempt can mend it, so the run ends at once."""
+
+
 class Reward(Entry, ABC):
     """A reward's hyperparameters. `load` makes it live, and imports what is heavy, in the one process that needs it."""
 

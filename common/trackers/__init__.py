@@ -7,4 +7,5 @@ TRACKERS: Room = {
     "terminal": "common.trackers.terminal:Terminal",
     "wandb": "common.trackers.wandb_run:WandbRun",
     "tensorboard": "common.trackers.tensorboard_files:TensorboardFiles",
+    "ray": "common.trackers.ray_metrics:RayMetrics",
 }

@@ -7,25 +7,34 @@ from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 
 class FanOut:
-    """Passes everything on to each tracker, in the recipe's order."""
+    """Passes everything on to each tracker, by its name and in the recipe's order."""
 
-    def __init__(self, trackers: list[Tracker]) -> None:
+    def __init__(self, trackers: dict[str, Tracker]) -> None:
         self._trackers = trackers
-        self._live: list[LiveTracker] = []
+        self._live: dict[str, LiveTracker] = {}
+        self._identities: dict[str, str] = {}
 
     def check(self) -> None:
         """ValueError: a tracker's package is missing."""
-        for tracker in self._trackers:
+        for tracker in self._trackers.values():
             tracker.check()
 
     def start(self, run: RunInfo) -> None:
         """Open all. What goes wrong here is a mistake in the recipe or the login, and is raised."""
-        for tracker in self._trackers:
+        self._identities = dict(run.tracker_ids)
+        for name, tracker in self._trackers.items():
             try:
-                self._live.append(tracker.start(run))
+                live = self._live[name] = tracker.start(run)
             except BaseException:
                 self.finish()  # a bar would go on drawing over the error's text
                 raise
+            identity = live.identity()
+            if identity is not None:
+                self._identities[name] = identity
+
+    def identities(self) -> dict[str, str]:
+        """For the checkpoint: by tracker's name, also of one that broke or is not there now; a later start may want it."""
+        return dict(self._identities)
 
     def log(self, metrics: Metrics) -> None:
         """Give one round's metrics to all."""
@@ -34,19 +43,19 @@ class FanOut:
     def finish(self) -> None:
         """Close all; none is left to log to."""
         self._each(lambda live: live.finish())
-        self._live = []
+        self._live = {}
 
     def _each(self, call: Callable[[LiveTracker], None]) -> None:
-        self._live = [live for live in self._live if _went_well(live, call)]
+        self._live = {name: live for name, live in self._live.items() if _went_well(name, live, call)}
 
 
-def _went_well(live: LiveTracker, call: Callable[[LiveTracker], None]) -> bool:
+def _went_well(name: str, live: LiveTracker, call: Callable[[LiveTracker], None]) -> bool:
     try:
         call(live)
     # A run of many hours must not end because a disk is full, a service is down or a tracker has a fault of its own.
     except Exception as error:  # noqa: BLE001
         print(
-            f"tracker {type(live).__name__} failed and is left out from here on: {type(error).__name__}: {error}",
+            f"tracker {name} failed and is left out from here on: {type(error).__name__}: {error}",
             file=sys.stderr,
             flush=True,
         )

@@ -2,28 +2,27 @@
 
 import json
 import math
-from pathlib import Path
 
-from common.run_folder import RunFolder, write_atomically
+from common.run_folder import RunFolder
+from common.storage import Storage
 from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 
 class JsonlFile(LiveTracker):
-    """The open file. Rounds that a resumed run does again are cut away first."""
+    """The file. Rounds that a resumed run does again are cut away first."""
 
-    def __init__(self, path: Path, first_round: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut(path, first_round)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, storage: Storage, name: str, first_round: int) -> None:
+        self._storage = storage
+        self._name = name
+        _cut(storage, name, first_round)
 
     def log(self, metrics: Metrics) -> None:
         # JSON has no NaN and no infinity: a reader other than Python's would stop there.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._storage.append(self._name, (json.dumps(finite) + "\n").encode())
 
     def finish(self) -> None:
-        self._file.close()
+        """Every line is out."""
 
 
 class Jsonl(Tracker):
@@ -33,17 +32,18 @@ class Jsonl(Tracker):
         """Nothing is needed."""
 
     def start(self, run: RunInfo) -> JsonlFile:
-        return JsonlFile(RunFolder(run.folder).metrics, run.first_round)
+        folder = RunFolder(run.folder)
+        return JsonlFile(folder.storage, folder.metrics, run.first_round)
 
 
-def _cut(path: Path, first_round: int) -> None:
+def _cut(storage: Storage, name: str, first_round: int) -> None:
     """Leave the rounds before `first_round`. ValueError: a line in the middle is no JSON object with a round."""
-    if not path.exists():
-        return
+    text = storage.read(name).decode() if storage.exists(name) else ""
     # A process that was killed while it wrote leaves a last line without its end.
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for number, line in enumerate(lines, start=1) if _round(line, f"{path}, line {number}") < first_round]
-    write_atomically(path, "".join(kept).encode())
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    where = f"{storage.location}/{name}"
+    kept = [line for number, line in enumerate(lines, start=1) if _round(line, f"{where}, line {number}") < first_round]
+    storage.write(name, "".join(kept).encode())
 
 
 def _round(line: str, where: str) -> float:

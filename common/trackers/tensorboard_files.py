@@ -10,8 +10,9 @@ FOLDER = "tensorboard"
 class EventFiles(LiveTracker):
     """The open writer."""
 
-    def __init__(self, writer: Any) -> None:
+    def __init__(self, writer: Any, run: RunInfo) -> None:
         self._writer = writer
+        self._run = run
 
     def log(self, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -20,6 +21,7 @@ class EventFiles(LiveTracker):
 
     def finish(self) -> None:
         self._writer.close()
+        self._run.move_up(FOLDER)
 
 
 class TensorboardFiles(Tracker):
@@ -32,4 +34,4 @@ class TensorboardFiles(Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         # TensorBoard hides what an earlier start wrote of the rounds that a resumed run does again.
-        return EventFiles(SummaryWriter(run.folder / FOLDER, purge_step=run.first_round))
+        return EventFiles(SummaryWriter(run.local_folder / FOLDER, purge_step=run.first_round), run)

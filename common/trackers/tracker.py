@@ -1,12 +1,17 @@
 """What every tracker promises: to take one set of metrics a round, and to say early what it lacks."""
 
 import importlib.util
+import shutil
+import tempfile
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from common.registry import Entry
+from common.storage import Storage
 from common.trackers import TRACKERS
 
 Metrics = dict[str, float]
@@ -17,10 +22,33 @@ class RunInfo:
     """What a tracker is told of the run before its first round."""
 
     name: str
-    folder: Path
+    folder: str | Path  # the run's, a path or a URI
     recipe: dict[str, Any]  # as resolved, plain values
     rounds: int  # in the whole run
     first_round: int  # 0, or where a resumed run goes on
+    tracker_ids: dict[str, str] = field(default_factory=dict)  # by tracker's name, of the checkpoint it goes on from
+
+    @property
+    def storage(self) -> Storage:
+        """The run's folder."""
+        return Storage(self.folder)
+
+    @cached_property
+    def local_folder(self) -> Path:
+        """The run's folder, or one on this machine in its place, for trackers that write to a disk only."""
+        if self.storage.local_path is None:
+            return Path(tempfile.mkdtemp(prefix=f"ddpo-{self.name}-"))
+        self.storage.local_path.mkdir(parents=True, exist_ok=True)
+        return self.storage.local_path
+
+    def move_up(self, name: str) -> None:
+        """Move what a tracker has written to `name` in the local folder into the run's, where that is elsewhere."""
+        if self.storage.local_path is not None:
+            return
+        self.storage.folder(name).copy_in(self.local_folder / name)
+        shutil.rmtree(self.local_folder / name)
+        with suppress(OSError):  # another tracker still has something there
+            self.local_folder.rmdir()
 
 
 class LiveTracker(ABC):
@@ -33,6 +61,10 @@ class LiveTracker(ABC):
     @abstractmethod
     def finish(self) -> None:
         """Write out what is still held, and close."""
+
+    def identity(self) -> str | None:
+        """What a resumed run must be told to go on in the same place of a service; None where the folder says it."""
+        return None
 
 
 class Tracker(Entry, ABC):

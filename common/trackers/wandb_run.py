@@ -2,19 +2,20 @@
 
 import os
 import uuid
-from pathlib import Path
 from typing import Any, Literal
 
 from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
 
-ID_FILE = "wandb_id.txt"
+NAME = "wandb"
+FOLDER = "wandb"  # where wandb writes, by its own choice
 
 
 class OpenRun(LiveTracker):
     """A run that wandb keeps open in this process."""
 
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Any, info: RunInfo) -> None:
         self._run = run
+        self._info = info
         # Not wandb's own step: that may not go back, and a resumed run does some rounds again.
         run.define_metric("round")
         run.define_metric("*", step_metric="round")
@@ -27,10 +28,14 @@ class OpenRun(LiveTracker):
 
         self._run.finish()
         wandb.teardown()  # finish alone may return before all is on disk
+        self._info.move_up(FOLDER)
+
+    def identity(self) -> str:
+        return self._run.id
 
 
 class WandbRun(Tracker):
-    """Never asks for a login. A resumed run goes on in the wandb run whose id is in its folder."""
+    """Never asks for a login. A resumed run goes on in the wandb run whose id is in its checkpoint."""
 
     project: str = "ray-ddpo"
     entity: str | None = None
@@ -38,12 +43,11 @@ class WandbRun(Tracker):
     tags: tuple[str, ...] = ()
 
     def check(self) -> None:
-        require_package("wandb", "wandb")
+        require_package(NAME, "wandb")
 
     def start(self, run: RunInfo) -> OpenRun:
         import wandb
 
-        run.folder.mkdir(parents=True, exist_ok=True)
         # Neither terminal output nor code nor the git state: what is in them is not ours to send.
         settings = wandb.Settings(console="off", disable_code=True, disable_git=True)
         opened = wandb.init(
@@ -53,21 +57,13 @@ class WandbRun(Tracker):
             tags=self.tags,
             name=run.name,
             config=run.recipe,
-            dir=run.folder,
-            id=run_id(run.folder, run.first_round),
+            dir=run.local_folder,
+            id=run.tracker_ids.get(NAME) or uuid.uuid4().hex[:8],
             resume="allow",
             mode=mode(),
             settings=settings,
         )
-        return OpenRun(opened)
-
-
-def run_id(folder: Path, first_round: int) -> str:
-    """The id kept in the folder where a run is resumed, else a new one, which is kept there."""
-    file = folder / ID_FILE
-    if first_round == 0 or not file.is_file():
-        file.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
-    return file.read_text(encoding="utf-8").strip()
+        return OpenRun(opened, run)
 
 
 def mode() -> Literal["online", "offline", "disabled"]:

@@ -9,8 +9,9 @@ import numpy as np
 from actors.evaluation import Comparison, evaluation_images, evaluation_set
 from actors.reward_worker import RewardWorker
 from common.config import Recipe, RewardTable
-from common.run_folder import RunFolder, write_atomically
+from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
+from common.storage import local_folder
 from common.trajectory import ImageBatch
 from deploy.commands.report_pictures import before_after_picture, reward_curve
 from deploy.composition import Parts, build_reward, parts_of
@@ -21,15 +22,13 @@ def report(run: str, overrides: list[str]) -> str:
     """Write the report into the run's folder; what it says, in words. ValueError: no run there, or one without a checkpoint."""
     start = time.perf_counter()
     folder = RunFolder(run)
-    if not folder.recipe.is_file():
-        raise ValueError(f"{run} is no run's folder: it has no {folder.recipe.name}")
-    recipe = Recipe.load(folder.recipe, overrides)
+    recipe = folder.load_recipe(overrides)
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
         raise ValueError(f"{run} has no whole checkpoint yet: there is nothing to compare")
     weights = load_checkpoint(newest).learner.weights[-1]
     comparison = compare(parts_of(recipe), folder)
-    rounds = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    rounds = [json.loads(line) for line in folder.storage.read(folder.metrics).splitlines()]
     figures = summary(comparison, list(_scorers(recipe)))
     figures |= {
         "fingerprint": weights.fingerprint,
@@ -37,10 +36,10 @@ def report(run: str, overrides: list[str]) -> str:
         "seconds": sum(metrics["seconds/round"] for metrics in rounds),
         "seconds_report": time.perf_counter() - start,
     }
-    folder.report.mkdir(exist_ok=True)
-    before_after_picture(comparison, folder.report / "before_after.png")
-    reward_curve(rounds, folder.report / "reward_curve.png")
-    write_atomically(folder.report / "summary.json", json.dumps(figures, indent=1).encode())
+    with local_folder(folder.report) as path:
+        before_after_picture(comparison, path / "before_after.png")
+        reward_curve(rounds, path / "reward_curve.png")
+    folder.report.write("summary.json", json.dumps(figures, indent=1).encode())
     return in_words(figures, folder)
 
 
@@ -55,7 +54,8 @@ def compare(parts: Parts, folder: RunFolder) -> Comparison:
     before = evaluation_images(
         policy, chosen, recipe.sampling
     )  # new adapters change nothing: this is the pretrained model
-    policy.restore(folder.path / "unet" if parts.policy.train == "full" else folder.path)
+    with weights_here(folder.location) as path:
+        policy.restore(path / "unet" if parts.policy.train == "full" else path)
     after = evaluation_images(policy, chosen, recipe.sampling)
     scores = [worker.score(ImageBatch(pixels, chosen.prompts)).rewards for pixels in (before, after)]
     trained_on = [
@@ -104,4 +104,4 @@ def in_words(figures: dict[str, Any], folder: RunFolder) -> str:
         lines.append(f"{name}: {values['before']:.3f} before, {values['after']:.3f} after{kept}")
     lines.append(f"weights after round {figures['policy_version']}: fingerprint {figures['fingerprint'][:12]}")
     files = ("before_after.png", "reward_curve.png", "summary.json")
-    return "\n".join([*lines, "look at:", *(f"  {folder.report / name}" for name in files)])
+    return "\n".join([*lines, "look at:", *(f"  {folder.report.location}/{name}" for name in files)])

@@ -10,6 +10,7 @@ from common.config import Recipe
 from common.diffusion.lora import lora_file, read_lora_settings
 from common.diffusion.policy import Policy
 from common.diffusion.rollout import draw
+from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
 from deploy.composition import parts_of
 
@@ -28,7 +29,8 @@ class SampleRequest:
 def sample(request: SampleRequest, overrides: list[str]) -> Iterator[Path]:
     """Draw one picture a prompt; the paths as they are written. ValueError: no weights or no recipe there."""
     recipe = _recipe(request, overrides)
-    policy = load_policy(recipe, Path(request.weights))
+    with weights_here(request.weights) as path:
+        policy = load_policy(recipe, path)
     output = Path(request.output)
     output.mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(request.prompts):
@@ -57,12 +59,14 @@ def load_policy(recipe: Recipe, weights: Path) -> Policy:
 
 
 def _recipe(request: SampleRequest, overrides: list[str]) -> Recipe:
-    run_recipe = Path(request.weights) / "recipe.toml"
-    if request.recipe is None and not run_recipe.is_file():
+    if request.recipe is not None:
+        return Recipe.load(request.recipe, overrides)
+    folder = RunFolder(request.weights)
+    if not folder.storage.exists(folder.recipe):
         raise ValueError(
             f"{request.weights} is no run's folder with a recipe: say with --recipe whose model these weights are for"
         )
-    return Recipe.load(request.recipe or run_recipe, overrides)
+    return folder.load_recipe(overrides)
 
 
 def _file_name(prompt: str) -> str:

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.reward_worker import RewardWorker
-from actors.rewards.reward import LoadedReward, Reward
+from actors.reward_worker import RewardWorker, ScoringFailed
+from actors.rewards.reward import LoadedReward, Reward, RewardMistake
 from common.config import RuntimeTable
 from common.prompts import Prompt
 from common.trajectory import ImageBatch
@@ -74,23 +74,46 @@ def test_every_reward_is_given_by_its_name() -> None:
     ],
 )
 def test_what_is_not_one_real_number_a_picture_is_refused(answer: Any, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(RewardMistake, match=text):
         worker(given=Answers(answers=[np.array(answer)])).score(images(3))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_refused_with_the_picture_it_belongs_to(value: float) -> None:
-    text = rf"the reward 'given' gave {value} for the picture of 'animal 1' \(2 of 3 pictures are not finite\)"
-    with pytest.raises(ValueError, match=text):
-        worker(given=Answers(answers=[np.array([1.0, value, value])])).score(images(3))
+def test_what_is_not_finite_is_set_aside_with_the_picture_it_belongs_to(value: float) -> None:
+    scores = worker(given=Answers(answers=[np.array([1.0, value, 3.0])])).score(images(3))
+    assert scores.set_aside == {1: f"the reward 'given' gave {value} for the picture of 'animal 1'"}
+    assert scores.rewards["given"][[0, 2]].tolist() == [1, 3] and np.isnan(scores.rewards["given"][1])
 
 
 def test_a_number_too_large_for_float32_is_not_passed_on_as_infinity() -> None:
-    with pytest.raises(ValueError, match="not finite"):
-        worker(given=Answers(answers=[np.array([1.0, 1e300, 2.0])])).score(images(3))
+    scores = worker(given=Answers(answers=[np.array([1.0, 1e300, 2.0])])).score(images(3))
+    assert list(scores.set_aside) == [1] and np.isnan(scores.rewards["given"][1])
 
 
 def test_a_fault_in_a_later_batch_is_found_too() -> None:
     answers = [np.array([1.0, 2.0]), np.array([float("nan")])]
-    with pytest.raises(ValueError, match="'animal 2'"):
-        worker(batch_size=2, given=Answers(answers=answers)).score(images(3))
+    assert list(worker(batch_size=2, given=Answers(answers=answers)).score(images(3)).set_aside) == [2]
+
+
+def test_a_part_of_a_task_is_scored_with_its_own_prompts_and_rows_counted_from_its_first() -> None:
+    SEEN.clear()
+    scores = worker(brightness=Brightness()).score(images(5), 1, 4)
+    assert scores.rewards["brightness"].tolist() == [10, 20, 30]
+    assert SEEN[0][1] == ["animal 1", "animal 2", "animal 3"]
+    aside = worker(given=Answers(answers=[np.array([1.0, np.nan])])).score(images(5), 3, 5).set_aside
+    assert aside == {1: "the reward 'given' gave nan for the picture of 'animal 4'"}
+
+
+class Raises(Reward):
+    """A reward that breaks."""
+
+    def load(self, device: str) -> LoadedReward:
+        def score(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+            raise ConnectionError("the service is down")
+
+        return score
+
+
+def test_what_a_reward_raises_is_told_as_a_failure_that_another_attempt_may_mend() -> None:
+    with pytest.raises(ScoringFailed, match="the reward 'remote' raised ConnectionError: the service is down"):
+        worker(remote=Raises()).score(images(2))

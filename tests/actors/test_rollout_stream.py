@@ -6,7 +6,7 @@ import torch
 
 from actors.reward_worker import RewardWorker
 from actors.rewards.jpeg import jpeg_kilobytes
-from actors.rollout_stream import SerialRolloutStream
+from actors.rollout_stream import SerialRolloutStream, StreamSettings
 from actors.sampler import Sampler
 from common.lora_weights import LoraWeights, pack
 from common.schedule import Task, round_tasks
@@ -23,7 +23,8 @@ def parts(tables: dict) -> Parts:
 def stream_of(parts: Parts, versions_kept: int = 2) -> SerialRolloutStream:
     recipe = parts.recipe
     worker = RewardWorker(parts.rewards, recipe.reward_workers.batch_size, recipe.runtime)
-    return SerialRolloutStream(Sampler(parts.policy, recipe.sampling, recipe.runtime), worker, versions_kept)
+    settings = StreamSettings(recipe.reward_workers, recipe.runtime, versions_kept, 4.0, lambda: None)
+    return SerialRolloutStream(Sampler(parts.policy, recipe.sampling, recipe.runtime), worker, settings)
 
 
 def versions(parts: Parts, count: int) -> list[LoraWeights]:
@@ -37,7 +38,7 @@ def tasks_of(parts: Parts, round: int) -> list[Task]:
 
 def test_a_round_comes_back_whole_in_task_order_scored_and_with_its_pictures(parts: Parts) -> None:
     stream, weights = stream_of(parts), versions(parts, 1)
-    stream.publish(0, weights[0])
+    stream.publish(weights[0])
     stream.submit(tasks_of(parts, 0))
     rollouts = stream.collect(0)
     assert [rollout.report.task for rollout in rollouts] == tasks_of(parts, 0)
@@ -49,11 +50,11 @@ def test_a_round_comes_back_whole_in_task_order_scored_and_with_its_pictures(par
 
 def test_rounds_ahead_are_drawn_with_the_version_they_ask_for_though_a_newer_one_is_there(parts: Parts) -> None:
     stream, weights = stream_of(parts), versions(parts, 2)
-    stream.publish(0, weights[0])
+    stream.publish(weights[0])
     stream.submit(tasks_of(parts, 0))
     stream.submit(tasks_of(parts, 1))
     stream.collect(0)
-    stream.publish(1, weights[1])
+    stream.publish(weights[1])
     stream.submit(tasks_of(parts, 2))
     assert {rollout.report.fingerprint for rollout in stream.collect(1)} == {weights[0].fingerprint}
     assert {rollout.report.fingerprint for rollout in stream.collect(2)} == {weights[1].fingerprint}
@@ -64,7 +65,7 @@ def test_the_round_is_the_same_whatever_was_drawn_before_it(parts: Parts) -> Non
     paths = []
     for rounds in ([1], [0, 1]):
         stream = stream_of(parts)
-        stream.publish(0, weights[0])
+        stream.publish(weights[0])
         for round in rounds:
             stream.submit(tasks_of(parts, round))
         paths.append([stream.collect(round) for round in rounds][-1][1].trajectory.next_latents)
@@ -75,7 +76,7 @@ def test_the_round_is_the_same_whatever_was_drawn_before_it(parts: Parts) -> Non
 def test_as_many_versions_are_kept_as_tasks_may_ask_for(versions_kept: int, parts: Parts) -> None:
     stream = stream_of(parts, versions_kept)
     for weights in versions(parts, 4):
-        stream.publish(weights.policy_version, weights)
+        stream.publish(weights)
     assert list(stream._weights) == list(range(4 - versions_kept, 4))
 
 

@@ -87,7 +87,7 @@ def test_a_recipe_cannot_be_changed(recipe: Recipe) -> None:
         ("rounds", 0, "rounds is 0: input should be greater than or equal to 1"),
         ("seed", -1, "seed is -1: input should be greater than or equal to 0"),
         ("seed", 2**63, "seed is 9223372036854775808: input should be less than 9223372036854775808"),
-        ("max_policy_lag", 2, "max_policy_lag is 2: input should be less than or equal to 1"),
+        ("max_policy_lag", -1, "max_policy_lag is -1: input should be greater than or equal to 0"),
         ("sampling.num_steps", 1, "sampling.num_steps is 1: input should be greater than or equal to 2"),
         ("sampling.num_steps", 1001, "sampling.num_steps is 1001: input should be less than or equal to 1000"),
         ("sampling.num_steps", 2.5, "sampling.num_steps is 2.5: input should be a valid integer"),

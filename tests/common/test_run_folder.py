@@ -1,19 +1,13 @@
-"""The run's folder: who may use it, and what its recipe says when it is read again."""
+"""The run's folder: what lies where, and what its recipe says when it is read again."""
 
-import json
 import os
-import socket
-import subprocess
-import sys
-import time
-import tomllib
 from pathlib import Path
 
 import pytest
 
-from common import run_folder
 from common.config import Recipe
-from common.run_folder import LEASE_SECONDS, Lease, RunFolder, write_atomically
+from common.run_folder import RunFolder, weights_here
+from tests.conftest import SECRET
 
 
 @pytest.fixture
@@ -23,81 +17,11 @@ def folder(tmp_path: Path) -> RunFolder:
     return made
 
 
-def leave_lease(folder: RunFolder, host: str, pid: int, age: float) -> None:
-    owner = {"host": host, "pid": pid, "time": time.time() - age}
-    (folder.path / "lease.json").write_text(json.dumps(owner))
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def owner(folder: RunFolder) -> tuple[str, int]:
-    lease = json.loads((folder.path / "lease.json").read_text())
-    return lease["host"], lease["pid"]
-
-
-def test_a_second_start_is_refused_and_told_by_whom(folder: RunFolder) -> None:
-    text = f"in use by process {os.getpid()} on {socket.gethostname()}"
-    with Lease(folder), pytest.raises(ValueError, match=text), Lease(folder):
-        pass
-
-
-def test_a_refused_start_leaves_the_owners_lease_where_it_is(folder: RunFolder) -> None:
-    with Lease(folder):
-        with pytest.raises(ValueError, match="in use"), Lease(folder):
-            pass
-        assert owner(folder) == (socket.gethostname(), os.getpid())
-
-
-def test_a_lease_ends_with_its_block_also_when_the_run_fails(folder: RunFolder) -> None:
-    with pytest.raises(ZeroDivisionError), Lease(folder):
-        _ = 1 / 0
-    assert not (folder.path / "lease.json").exists()
-    with Lease(folder):
-        assert owner(folder) == (socket.gethostname(), os.getpid())
-
-
-def test_the_lease_of_a_dead_process_on_this_host_is_taken_over_at_once(folder: RunFolder) -> None:
-    leave_lease(folder, socket.gethostname(), dead_pid(), age=0)
-    with Lease(folder):
-        assert owner(folder) == (socket.gethostname(), os.getpid())
-
-
-def test_an_old_lease_of_a_living_process_on_this_host_still_stands(folder: RunFolder) -> None:
-    leave_lease(folder, socket.gethostname(), os.getpid(), age=10 * LEASE_SECONDS)
-    with pytest.raises(ValueError, match="in use"), Lease(folder):
-        pass
-
-
-def test_a_fresh_lease_of_another_host_is_refused_though_its_process_is_not_here(folder: RunFolder) -> None:
-    leave_lease(folder, "elsewhere", dead_pid(), age=LEASE_SECONDS - 5)
-    with (
-        pytest.raises(ValueError, match=r"on elsewhere \(seen 55 s ago\): stop it, or give another name"),
-        Lease(folder),
-    ):
-        pass
-
-
-def test_a_lease_of_another_host_that_nobody_renews_is_taken_over_and_said(
-    folder: RunFolder, capsys: pytest.CaptureFixture
-) -> None:
-    leave_lease(folder, "elsewhere", os.getpid(), age=LEASE_SECONDS + 1)
-    with Lease(folder):
-        assert owner(folder) == (socket.gethostname(), os.getpid())
-    assert f"taking over {folder.path} from process {os.getpid()} on elsewhere" in capsys.readouterr().err
-
-
-def test_a_living_owner_renews_its_lease(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "RENEWAL_SECONDS", 0.01)
-    with Lease(folder):
-        first = json.loads((folder.path / "lease.json").read_text())["time"]
-        deadline = time.monotonic() + 5
-        while json.loads((folder.path / "lease.json").read_text())["time"] == first:
-            assert time.monotonic() < deadline, "the lease was not renewed"
-            time.sleep(0.01)
+@pytest.fixture
+def remote(bucket: str) -> RunFolder:
+    made = RunFolder(f"{bucket}/runs/one")
+    made.create()
+    return made
 
 
 def test_an_output_dir_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path) -> None:
@@ -107,33 +31,74 @@ def test_an_output_dir_that_cannot_be_written_is_named_with_the_reason(tmp_path:
         RunFolder(path).create()
 
 
+@pytest.mark.parametrize("bucket_name", ["s3://no-such-bucket-here", "bucket"])
+def test_an_object_store_that_cannot_be_written_is_named_without_a_key(
+    bucket_name: str, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bucket_name == "bucket":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # where nobody listens
+    location = f"{bucket if bucket_name == 'bucket' else bucket_name}/runs"
+    with pytest.raises(ValueError, match=f"output_dir: the run folder {location} cannot be written: ") as error:
+        RunFolder(location).create()
+    assert SECRET not in str(error.value)
+
+
 def test_making_a_folder_leaves_no_trace_of_the_trial(folder: RunFolder) -> None:
-    assert list(folder.path.iterdir()) == []
+    assert os.listdir(folder.location) == []
 
 
-def test_a_recipe_comes_back_from_its_file_as_it_was(folder: RunFolder, tables: dict) -> None:
+@pytest.mark.parametrize("place", ["folder", "remote"])
+def test_a_recipe_comes_back_from_its_file_as_it_was(place: str, request: pytest.FixtureRequest, tables: dict) -> None:
+    folder = request.getfixturevalue(place)
     recipe = Recipe.parse({**tables, "trackers": [{"name": "tensorboard"}], "max_policy_lag": 1})
     folder.write_recipe(recipe.model_dump())
-    assert Recipe.load(folder.recipe) == recipe
-    assert tomllib.loads(folder.recipe.read_text())["policy"]["name"] == "stable_diffusion"
+    assert folder.load_recipe([]) == recipe
+    assert folder.load_recipe(["--rounds", "9"]).rounds == 9
+    assert folder.recipe_tables()["policy"]["name"] == "stable_diffusion"
+
+
+def test_a_folder_without_a_recipe_is_no_run(folder: RunFolder) -> None:
+    with pytest.raises(ValueError, match=f"{folder.location} is no run's folder: it has no recipe.toml"):
+        folder.load_recipe([])
 
 
 def test_the_recipes_head_says_which_versions_ran_it(folder: RunFolder, recipe: Recipe) -> None:
     import torch
 
     folder.write_recipe(recipe.model_dump())
-    head = folder.recipe.read_text().splitlines()
+    head = folder.storage.read("recipe.toml").decode().splitlines()
     assert f"# torch {torch.__version__}" in head and any(line.startswith("# ray-ddpo ") for line in head)
 
 
-def test_a_write_that_fails_leaves_the_old_file(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = folder.path / "file"
-    write_atomically(path, b"old")
+@pytest.mark.parametrize("place", ["folder", "remote"])
+def test_where_everything_lies_names_what_is_there(place: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(place)
+    folder.storage.write("metrics.jsonl", b"")
+    folder.checkpoints.write("latest", b"")
+    lines = {line.split()[0]: line.split()[1] for line in folder.where_everything_lies().splitlines()}
+    assert lines == {"metrics": f"{folder.location}/metrics.jsonl", "checkpoints": f"{folder.location}/checkpoints"}
 
-    def fail(*_: object) -> None:
-        raise OSError("no space left on device")
 
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
+def test_weights_in_an_object_store_come_to_this_machine_by_run_folder_and_file(remote: RunFolder) -> None:
+    remote.lora.write("weights.safetensors", b"1")
+    remote.checkpoints.write("round-000001/state.json", b"not wanted")
+    with weights_here(remote.location) as path:
+        assert [file.relative_to(path).as_posix() for file in path.rglob("*.*")] == ["lora/weights.safetensors"]
+    with weights_here(remote.lora.location) as path:
+        assert (path / "weights.safetensors").read_bytes() == b"1"
+    with weights_here(f"{remote.lora.location}/weights.safetensors") as path:
+        assert path.read_bytes() == b"1"
+
+
+def test_weights_on_a_disk_stay_where_they_are(folder: RunFolder) -> None:
+    with weights_here(folder.location) as path:
+        assert path == Path(folder.location)
+
+
+@pytest.mark.parametrize("output_dir", ["s3://bucket/runs", "s3://bucket/runs/", "gs://bucket/runs"])
+def test_an_output_dir_in_an_object_store_is_joined_as_a_uri_also_inside_a_job(
+    output_dir: str, tables: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    expected = f"{output_dir.rstrip('/')}/tiny"
+    assert Recipe.parse({**tables, "output_dir": output_dir}).run_path() == expected

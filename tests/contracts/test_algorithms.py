@@ -39,15 +39,20 @@ def batch(policy: StableDiffusionPolicy) -> TransitionBatch:
     )
 
 
-@pytest.fixture(params=ALGORITHMS)
+CORRECTED = {"ratio": "proximal", "behaviour_weight": 1e-3, "max_drift_nats": 1e6}
+CHOICES = [*({"name": name} for name in ALGORITHMS), {"name": "ddpo_is", "off_policy": CORRECTED}]
+
+
+@pytest.fixture(params=CHOICES, ids=lambda table: "-".join(["corrected"][: len(table) - 1] + [table["name"]]))
 def algorithm(request: pytest.FixtureRequest) -> Algorithm:
-    return build(ALGORITHMS, {"name": request.param}, "algorithm")
+    return build(ALGORITHMS, request.param, "algorithm")
 
 
 def rows_of(batch: TransitionBatch, index: torch.Tensor) -> TransitionBatch:
     tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     conditioning = {name: value[index] for name, value in tensors.pop("conditioning").items()}
-    return TransitionBatch(conditioning, **{name: value[index] for name, value in tensors.items()})
+    rows = {name: value[index] for name, value in tensors.items() if value is not None}
+    return TransitionBatch(conditioning, **rows)
 
 
 def joined(results: list[PairLoss]) -> dict[str, torch.Tensor]:

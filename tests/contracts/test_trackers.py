@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from common.config import Recipe
 from common.registry import build
+from common.storage import Storage
 from common.trackers import TRACKERS
 from common.trackers.tracker import Metrics, RunInfo
 
@@ -68,7 +70,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+def test_every_tracker_is_read_back() -> None:
+    # Ray shows a round's values only on a cluster and until the next: tests/system/test_ray_metrics.py reads them there.
+    assert {*READ_BACK, "ray"} == {*TRACKERS}
+
+
+@pytest.mark.parametrize("name", READ_BACK)
 def test_what_was_logged_can_be_read_back(
     name: str, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +87,28 @@ def test_what_was_logged_can_be_read_back(
         live.log(metrics)
     live.finish()
     assert READ_BACK[name](folder, capsys.readouterr().out) == REWARD_MEANS
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_what_was_logged_of_a_run_in_an_object_store_lies_there_and_not_here(
+    name: str,
+    recipe: Recipe,
+    bucket: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    live = build(TRACKERS, {"name": name}, "trackers.0").start(
+        RunInfo("tiny", f"{bucket}/tiny", recipe.model_dump(), 3, 0)
+    )
+    for metrics in ROUNDS:
+        live.log(metrics)
+    live.finish()
+    Storage(f"{bucket}/tiny").copy_out("", tmp_path / "back")
+    assert READ_BACK[name](tmp_path / "back", capsys.readouterr().out) == REWARD_MEANS
+    assert [path for path in (tmp_path / "scratch").glob("ddpo-*")] == []
 
 
 @pytest.mark.parametrize("name", TRACKERS)
@@ -98,7 +127,7 @@ def test_an_unknown_key_is_named_with_its_place_in_the_recipe(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("terminal", "rich"), ("wandb", "wandb"), ("tensorboard", "tensorboard")]
+    ("name", "package"), [("terminal", "rich"), ("wandb", "wandb"), ("tensorboard", "tensorboard"), ("ray", "ray")]
 )
 def test_a_missing_package_is_named_with_how_to_get_it_and_what_works_without(
     name: str, package: str, monkeypatch: pytest.MonkeyPatch

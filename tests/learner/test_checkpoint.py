@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from common.lora_weights import pack
+from common.storage import Storage
 from learner import checkpoint as module
 from learner.checkpoint import MANIFEST, Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from learner.learner import LearnerState
@@ -25,13 +26,20 @@ def checkpoint(rounds_done: int = 3) -> Checkpoint:
     }
     state = LearnerState(rounds_done, weights, optimizer, {"scale": 65536.0, "growth_interval": 2000})
     statistics = {"a cat": (1 / 3, -2.5e-17, float(np.float32(0.1))), 'a "dog" é': (7.0,)}
-    return Checkpoint(rounds_done, state, statistics)
+    return Checkpoint(rounds_done, state, statistics, {"wandb": "abc123"}, rounds_done, {0: [3, 4], 2: [0]})
 
 
-def test_everything_comes_back_to_the_last_bit(tmp_path: Path) -> None:
+@pytest.fixture(params=["disk", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return Storage(f"{request.getfixturevalue('bucket')}/checkpoints" if request.param == "s3" else tmp_path)
+
+
+def test_everything_comes_back_to_the_last_bit(folder: Storage) -> None:
     before = checkpoint()
-    after = load_checkpoint(save_checkpoint(tmp_path, before, keep=2))
+    after = load_checkpoint(save_checkpoint(folder, before, keep=2))
     assert after.rounds_done == before.rounds_done and after.statistics == before.statistics
+    assert after.tracker_ids == before.tracker_ids and after.ledger_rounds == before.ledger_rounds
+    assert after.set_aside == before.set_aside
     assert after.learner.policy_version == before.learner.policy_version
     assert after.learner.scaler == before.learner.scaler
     assert type(after.learner.scaler["growth_interval"]) is int  # torch takes no other
@@ -44,77 +52,84 @@ def test_everything_comes_back_to_the_last_bit(tmp_path: Path) -> None:
         assert new.manifest == old.manifest and np.array_equal(new.buffer, old.buffer)
 
 
-def test_files_are_json_and_safetensors_and_nothing_else(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, checkpoint(), keep=2)
-    names = {file.name for file in path.iterdir()}
+def test_files_are_json_and_safetensors_and_nothing_else(folder: Storage) -> None:
+    path = save_checkpoint(folder, checkpoint(), keep=2)
+    names = set(path.names())
     weights = {"weights-000002.safetensors", "weights-000003.safetensors"}
     assert names == {MANIFEST, "state.json", "optimizer.safetensors", *weights}
-    json.loads((path / "state.json").read_text())
+    json.loads(path.read("state.json"))
     assert {"pickle", "torch"}.isdisjoint(vars(module))
 
 
-def test_only_the_newest_are_kept_and_latest_names_the_last(tmp_path: Path) -> None:
+def test_only_the_newest_are_kept_and_latest_names_the_last(folder: Storage) -> None:
     for rounds_done in (1, 2, 10):
-        save_checkpoint(tmp_path, checkpoint(rounds_done), keep=2)
-    assert sorted(path.name for path in tmp_path.glob("round-*")) == ["round-000002", "round-000010"]
-    assert (tmp_path / "latest").read_text() == "round-000010"
-    assert newest_checkpoint(tmp_path) == tmp_path / "round-000010"
+        save_checkpoint(folder, checkpoint(rounds_done), keep=2)
+    assert folder.names() == ["latest", "round-000002", "round-000010"]
+    assert folder.read("latest") == b"round-000010"
+    assert newest_name(folder) == "round-000010"
 
 
-def test_without_a_checkpoint_there_is_none(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "not there") is None
+def test_without_a_checkpoint_there_is_none(folder: Storage) -> None:
+    assert newest_checkpoint(folder.folder("not there")) is None
 
 
-def test_one_without_a_manifest_was_never_committed(tmp_path: Path) -> None:
-    older = save_checkpoint(tmp_path, checkpoint(1), keep=5)
-    (save_checkpoint(tmp_path, checkpoint(2), keep=5) / MANIFEST).unlink()
-    assert newest_checkpoint(tmp_path) == older
+def test_one_without_a_manifest_was_never_committed(folder: Storage) -> None:
+    older = save_checkpoint(folder, checkpoint(1), keep=5)
+    save_checkpoint(folder, checkpoint(2), keep=5).remove(MANIFEST)
+    assert newest_name(folder) == older.name
 
 
-@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "weights-000002.safetensors"])
-@pytest.mark.parametrize("damage", ["changed", "gone"])
-def test_one_with_a_file_changed_or_gone_is_passed_over(name: str, damage: str, tmp_path: Path) -> None:
-    older = save_checkpoint(tmp_path, checkpoint(1), keep=5)
-    file = save_checkpoint(tmp_path, checkpoint(2), keep=5) / name
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "weights-000002.safetensors", MANIFEST])
+@pytest.mark.parametrize("damage", ["changed", "cut off", "emptied", "gone"])
+def test_one_with_a_file_changed_cut_off_or_gone_is_passed_over(name: str, damage: str, folder: Storage) -> None:
+    older = save_checkpoint(folder, checkpoint(1), keep=5)
+    newest = save_checkpoint(folder, checkpoint(2), keep=5)
+    data = newest.read(name)
     if damage == "gone":
-        file.unlink()
+        newest.remove(name)
     else:
-        file.write_bytes(file.read_bytes()[:-1] + b"x")
-    assert newest_checkpoint(tmp_path) == older
+        newest.write(name, {"changed": data[:-1] + b"x", "cut off": data[: len(data) // 2], "emptied": b""}[damage])
+    assert newest_name(folder) == older.name
 
 
-@pytest.mark.parametrize("failing", range(6))
-def test_a_write_that_fails_at_any_file_leaves_the_older_checkpoint_the_newest(
-    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    older = save_checkpoint(tmp_path, checkpoint(1), keep=1)
-    write, written = module.write_atomically, []
-
-    def write_until_it_fails(path: Path, data: bytes) -> None:
-        if len(written) == failing:
-            raise OSError("no space left on device")
-        written.append(path.name)
-        write(path, data)
-
-    monkeypatch.setattr(module, "write_atomically", write_until_it_fails)
-    with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(tmp_path, checkpoint(2), keep=1)
-    committed = MANIFEST in written  # then only the hint `latest` is missing
-    newest = newest_checkpoint(tmp_path)
-    assert newest == (tmp_path / "round-000002" if committed else older)
-    assert load_checkpoint(newest).rounds_done == (2 if committed else 1)
+def newest_name(folder: Storage) -> str | None:
+    newest = newest_checkpoint(folder)
+    return newest.name if newest else None
 
 
-def test_saving_a_round_again_replaces_what_was_there(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, checkpoint(2), keep=2)
-    again = dataclasses.replace(checkpoint(2), statistics={"a cow": (1.0,)})
-    assert load_checkpoint(save_checkpoint(tmp_path, again, keep=2)).statistics == {"a cow": (1.0,)}
+def test_saving_a_round_again_replaces_what_was_there(folder: Storage) -> None:
+    for cow in (1.0, 2.0, 3.0):
+        again = dataclasses.replace(checkpoint(2), statistics={"a cow": (cow,)})
+        saved = save_checkpoint(folder, again, keep=2)
+        newest = newest_checkpoint(folder)
+        assert newest is not None and newest.location == saved.location
+        assert load_checkpoint(newest).statistics == {"a cow": (cow,)}
+    assert len([name for name in folder.names() if name.startswith("round-")]) == 1
 
 
-def test_weights_that_are_not_what_they_were_saved_as_are_refused(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, checkpoint(2), keep=2)
-    state = json.loads((path / "state.json").read_text())
+def test_a_damaged_one_ahead_does_not_push_out_the_one_just_saved(folder: Storage) -> None:
+    save_checkpoint(folder, checkpoint(1), keep=2)
+    save_checkpoint(folder, checkpoint(9), keep=2).write("state.json", b"{}")
+    saved = save_checkpoint(folder, checkpoint(5), keep=1)
+    newest = newest_checkpoint(folder)
+    assert newest is not None and newest.location == saved.location
+    assert folder.names() == ["latest", "round-000005"]
+
+
+def test_one_saved_without_the_newer_keys_is_read(folder: Storage) -> None:
+    saved = save_checkpoint(folder, checkpoint(2), keep=2)
+    state = json.loads(saved.read("state.json"))
+    for key in ("tracker_ids", "ledger_rounds", "set_aside"):
+        del state[key]
+    saved.write("state.json", json.dumps(state).encode())
+    found = load_checkpoint(saved)
+    assert (found.tracker_ids, found.ledger_rounds, found.set_aside) == ({}, 0, {}) and found.rounds_done == 2
+
+
+def test_weights_that_are_not_what_they_were_saved_as_are_refused(folder: Storage) -> None:
+    path = save_checkpoint(folder, checkpoint(2), keep=2)
+    state = json.loads(path.read("state.json"))
     state["weights"][1]["fingerprint"] = "0" * 64
-    (path / "state.json").write_text(json.dumps(state))
+    path.write("state.json", json.dumps(state).encode())
     with pytest.raises(ValueError, match="weights of version 2 arrived with fingerprint"):
         load_checkpoint(path)

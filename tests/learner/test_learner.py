@@ -8,70 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from common.lora_weights import LoraWeights
 from learner.learner import Learner
+from tests.gradients import (
+    ONE_STEP,
+    gradient_of,
+    model_alphas,
+    reference_network,
+    reference_paths,
+    relative_error,
+    updated,
+)
 from tests.reference import ddpo_reference as reference
 from tests.rounds import DrawnRound, draw_round, learner_of, parts_with, stale
 
-# One optimizer step without beta1, weight decay or a limit on the norm: AdamW's first moment is then the gradient.
-ONE_STEP = {
-    "sampling__batches_per_round": 1,
-    "learner__adam_beta1": 0.0,
-    "learner__weight_decay": 0.0,
-    "learner__max_grad_norm": 1e9,
-}
 SHIFTS = [-4e-3, -4e-4, 0.0, 4e-4, 4e-3]  # some beyond the clip range of 1e-3, on both sides
-
-
-def gradient_of(learner: Learner) -> dict[str, np.ndarray]:
-    moments = learner.state().optimizer
-    return {name.removesuffix("/exp_avg"): value for name, value in moments.items() if name.endswith("/exp_avg")}
-
-
-def relative_error(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
-    assert actual.keys() == expected.keys()
-    difference = math.sqrt(sum(float(((actual[name] - expected[name]) ** 2).sum()) for name in expected))
-    return difference / math.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in expected.values()))
-
-
-def updated(tables: dict, drawn: DrawnRound | None = None, **values: object) -> Learner:
-    """A learner after one update on the round given, else on one drawn for it."""
-    parts = parts_with(tables, **{**ONE_STEP, **values})
-    learner = learner_of(parts)
-    drawn = drawn or draw_round(parts, learner.weights()[-1])
-    learner.update(drawn.batch, *drawn.trajectories)
-    return learner
-
-
-def reference_network(model: Path, weights: LoraWeights) -> torch.nn.Module:
-    """The UNet straight from diffusers and peft, with these adapters, in float64."""
-    from diffusers import UNet2DConditionModel
-    from peft import LoraConfig
-
-    network = UNet2DConditionModel.from_pretrained(model / "unet").eval().requires_grad_(False)
-    network.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    for name, array in weights.arrays().items():
-        network.get_parameter(name).data.copy_(torch.from_numpy(array.copy()))
-    return network.double()
-
-
-def reference_paths(drawn: DrawnRound, model: Path) -> list[reference.ImagePath]:
-    """The round's images, one by one, with embeddings made anew from their prompts."""
-    (trajectory,), (report,) = drawn.trajectories, drawn.batch.reports
-    paths = []
-    for row, prompt in enumerate(report.task.prompts):
-        latents, next_latents = trajectory.latents[row].double(), trajectory.next_latents[row].double()
-        embedding = reference.text_embedding(model, prompt.text).double()
-        steps, log_probs = trajectory.steps[row].tolist(), trajectory.log_probs[row].tolist()
-        advantage = float(drawn.batch.advantages[row])
-        paths.append(reference.ImagePath(embedding, steps, latents, next_latents, log_probs, advantage))
-    return paths
-
-
-def model_alphas(model: Path) -> np.ndarray:
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler.from_pretrained(model / "scheduler").alphas_cumprod.double().numpy()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +71,8 @@ def test_two_optimizer_steps_and_two_inner_epochs_are_counted_and_change_the_wei
     parts = parts_with(tables, learner__inner_epochs=2)
     learner = learner_of(parts)
     drawn = draw_round(parts, learner.weights()[-1])
-    metrics, weights = learner.update(drawn.batch, *drawn.trajectories)
+    metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+    weights = after.weights[-1]
     assert metrics["optimizer_steps"] == 2 * 2  # 8 images, 4 an optimizer step, twice
     steps = {name: value for name, value in learner.state().optimizer.items() if name.endswith("/step")}
     assert {float(value) for value in steps.values()} == {4.0}
@@ -143,7 +94,8 @@ def test_in_bfloat16_at_most_a_hundredth_of_the_pairs_is_outside_the_clip_range_
     parts = parts_with(tables, **values)
     learner = learner_of(parts)
     drawn = draw_round(parts, learner.weights()[-1])
-    metrics, weights = learner.update(drawn.batch, *drawn.trajectories)
+    metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+    weights = after.weights[-1]
     print(f"bfloat16: {metrics['clip_fraction']:.1%} outside, largest |log ratio| {metrics['ratio/max_abs_log']:.1e}")
     assert metrics["clip_fraction"] <= 0.01
     assert weights.fingerprint != drawn.batch.reports[0].fingerprint
@@ -156,7 +108,8 @@ def test_in_float16_a_step_that_overflows_is_left_out_and_counted_while_the_vers
     learner.load_state(dataclasses.replace(state, scaler={**state.scaler, "scale": 2.0**100}))
     before = learner.weights()[-1]
     drawn = draw_round(parts, before)
-    metrics, weights = learner.update(drawn.batch, *drawn.trajectories)
+    metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+    weights = after.weights[-1]
     assert metrics["optimizer_steps"] == metrics["optimizer_steps_skipped"] == 1
     assert weights.policy_version == 1 and weights.fingerprint == before.fingerprint
     assert learner.state().scaler["scale"] == 2.0**99
@@ -179,12 +132,14 @@ def test_a_learner_that_goes_on_from_a_state_arrives_at_the_same_bits(dtype: str
     learner.update(first.batch, *first.trajectories)
     state = learner.state()
     second = draw_round(parts, learner.weights()[0], round=1)
-    expected_metrics, expected = learner.update(second.batch, *second.trajectories)
+    expected_metrics, after = learner.update(second.batch, *second.trajectories)
+    expected = after.weights[-1]
 
     resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
     resumed.load_state(state)
     assert [weights.fingerprint for weights in resumed.weights()] == [weights.fingerprint for weights in state.weights]
-    metrics, weights = resumed.update(second.batch, *second.trajectories)
+    metrics, after = resumed.update(second.batch, *second.trajectories)
+    weights = after.weights[-1]
     assert weights.policy_version == expected.policy_version == 2
     assert weights.fingerprint == expected.fingerprint
     assert {**metrics, "seconds/learn": 0} == {**expected_metrics, "seconds/learn": 0}

@@ -40,7 +40,7 @@ def test_an_empty_folder_begins_with_or_without_resume(tables: dict) -> None:
 
 def test_a_run_is_not_overwritten_unasked(tables: dict) -> None:
     folder = begun(tables)
-    with pytest.raises(ValueError, match=f"the run folder {folder.path} exists: go on with --resume auto"):
+    with pytest.raises(ValueError, match=f"the run folder {folder.location} exists: go on with --resume auto"):
         resume_point(folder, parts_with(tables).resolved(), resume=False)
 
 
@@ -66,6 +66,9 @@ def test_a_run_without_a_checkpoint_begins_again(tables: dict) -> None:
         ("reward_workers__batch_size", 2, "reward_workers.batch_size was 64 and is 2"),
         ("max_policy_lag", 1, "max_policy_lag was 0 and is 1"),
         ("runtime__threads", 2, "runtime.threads was 1 and is 2"),
+        ("runtime__deterministic", "false", "runtime.deterministic was True and is False"),
+        ("runtime__device", "cpu", "runtime.device was 'auto' and is 'cpu'"),
+        ("learner__micro_batch_size", 4, "learner.micro_batch_size was 8 and is 4"),
     ],
 )
 def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str, tables: dict) -> None:
@@ -80,6 +83,28 @@ def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str
         ("rounds", 30),
         ("samplers__count", 4),
         ("samplers__num_cpus", 2),
+        ("samplers__overdue_factor", 9.0),
+        ("samplers__resources", "{sampler = 1.0}"),
+        ("reward_workers__count", 3),
+        ("reward_workers__min", 1),
+        ("reward_workers__max", 5),
+        ("reward_workers__num_cpus", 2),
+        ("reward_workers__num_gpus", 1),
+        ("reward_workers__resources", "{scorer = 1.0}"),
+        ("reward_workers__accelerator_type", "A100"),
+        ("reward_workers__timeout_seconds", 9.0),
+        ("reward_workers__attempts", 9),
+        ("reward_workers__max_set_aside", 0),
+        ("learner__num_cpus", 2),
+        ("learner__num_gpus", 1),
+        ("learner__resources", "{learner = 1.0}"),
+        ("learner__accelerator_type", "A100"),
+        ("learner__log_prob_tolerance", 0.5),
+        ("runtime__ready_seconds", 9.0),
+        ("runtime__watchdog_seconds", 9.0),
+        ("runtime__max_restarts", 0),
+        ("rollouts__keep", "false"),
+        ("rollouts__pictures_every", 5),
         ("checkpoint__every", 1),
         ("checkpoint__keep", 9),
         ("evaluation__images", 8),
@@ -93,7 +118,7 @@ def test_what_does_not_decide_the_weights_may_change(key: str, value: Any, table
 
 def test_a_moved_folder_and_other_trackers_are_no_other_recipe(tables: dict, tmp_path: Path) -> None:
     folder = begun(tables, rounds_done=7)
-    moved = folder.path.rename(tmp_path / "moved")
+    moved = Path(folder.location).rename(tmp_path / "moved")
     other = {**tables, "output_dir": str(tmp_path), "trackers": [{"name": "tensorboard"}]}
     assert resume_point(RunFolder(moved), parts_with(other).resolved(), resume=True) is not None
 

@@ -1,5 +1,7 @@
 """The round buffer: advantages in task order from weighted rewards, statistics that last, metrics by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from common.schedule import Task
 from common.trajectory import Rollout, Scores, TaskReport
 from learner.algorithms.algorithm import AdvantageSettings
 from learner.algorithms.ddpo_is import DDPOImportanceSampling
-from learner.round_buffer import RoundBuffer
+from learner.round_buffer import RoundBuffer, TooManySetAside
 from tests.reference.ddpo_reference import PerPromptTracker
 
 
@@ -18,8 +20,11 @@ def rollout(index: int, prompts: list[str], round: int = 0, **rewards: list[floa
     return Rollout(TaskReport(task, "f", 1, 1, 1.0), scores, None, None)
 
 
-def buffer(weights: dict[str, float], **settings: object) -> RoundBuffer:
-    return RoundBuffer(DDPOImportanceSampling(advantages=AdvantageSettings(**settings)), weights)
+def buffer(
+    weights: dict[str, float], images_per_prompt: int = 1, max_set_aside: int | None = None, **settings: object
+) -> RoundBuffer:
+    algorithm = DDPOImportanceSampling(advantages=AdvantageSettings(**settings))
+    return RoundBuffer(algorithm, weights, images_per_prompt, max_set_aside)
 
 
 def test_advantages_stand_in_task_order() -> None:
@@ -74,3 +79,79 @@ def test_tasks_out_of_order_or_of_two_rounds_are_our_own_error() -> None:
         buffer({"a": 1.0}).train_batch(in_order[::-1])
     with pytest.raises(AssertionError, match="of one round"):
         buffer({"a": 1.0}).train_batch([in_order[0], rollout(1, ["dog"], round=1, a=[2])])
+
+
+def with_failures(rollout: Rollout, set_aside: dict[int, str]) -> Rollout:
+    """The rollout after its reward has failed at these rows."""
+    rewards = {name: values.copy() for name, values in rollout.scores.rewards.items()}
+    for values in rewards.values():
+        values[list(set_aside)] = np.nan
+    return dataclasses.replace(rollout, scores=Scores(rewards, 1.0, set_aside))
+
+
+def test_a_group_is_set_aside_whole_and_the_rest_is_worth_what_it_is_without_it() -> None:
+    ours = buffer({"a": 1.0}, images_per_prompt=2, kind="round")
+    # Groups of the round: cats 1, 2; dogs 3, ?; cows 5, 9. Tasks cut the dogs in two.
+    first = rollout(0, ["cat", "cat", "dog"], a=[1, 2, 3])
+    second = with_failures(rollout(1, ["dog", "cow", "cow"], a=[0, 5, 9]), {0: "it hung"})
+    batch, metrics = ours.train_batch([first, second])
+    deviation = ((3.25**2 + 2.25**2 + 0.75**2 + 4.75**2) / 4) ** 0.5  # of 1, 2, 5, 9 around 4.25
+    expected = np.array([-3.25, -2.25, np.nan, np.nan, 0.75, 4.75]) / deviation
+    assert batch.advantages == pytest.approx(expected, nan_ok=True)
+    assert batch.set_aside == (2, 3) and ours.set_aside == {0: [2, 3]}
+    assert metrics["images"] == 6 and metrics["images_set_aside"] == 2
+    assert metrics["reward/mean"] == metrics["reward/a/mean"] == 4.25
+    assert metrics["reward/std"] == pytest.approx(deviation) and metrics["advantage/std"] == pytest.approx(1)
+    assert "reward/prompt/dog" not in metrics and metrics["reward/prompt/cow"] == 7
+
+
+def test_statistics_of_a_prompt_do_not_know_what_was_set_aside() -> None:
+    ours, tracker = buffer({"a": 1.0}, min_count=2), PerPromptTracker(32, 2)
+    batch, _ = ours.train_batch([with_failures(rollout(0, ["cat", "cat", "cat", "dog"], a=[1, 0, 4, 2]), {1: "x"})])
+    assert ours.statistics == {"cat": (1.0, 4.0), "dog": (2.0,)}
+    expected = tracker.update(["cat", "cat", "dog"], [1.0, 4.0, 2.0])
+    assert np.delete(batch.advantages, 1) == pytest.approx(expected) and np.isnan(batch.advantages[1])
+
+
+def test_a_round_without_failures_sets_nothing_aside() -> None:
+    ours = buffer({"a": 1.0}, max_set_aside=0, kind="round")
+    batch, metrics = ours.train_batch([rollout(0, ["cat", "dog"], a=[1, 2])])
+    assert batch.set_aside == () and ours.set_aside == {} and metrics["images_set_aside"] == 0.0
+
+
+def test_a_round_learned_from_again_sets_aside_what_it_did_before_and_counts_it_once() -> None:
+    ours = buffer({"a": 1.0}, max_set_aside=1, kind="round")
+    failed = [with_failures(rollout(0, ["cat", "dog", "cow"], a=[1, 2, 3]), {1: "it hung"})]
+    before, _ = ours.train_batch(failed)
+    for again in (failed, [rollout(0, ["cat", "dog", "cow"], a=[1, 2, 3])]):
+        assert ours.train_batch(again)[0].advantages == pytest.approx(before.advantages, nan_ok=True)
+    assert ours.set_aside == {0: [1]}
+
+
+def test_one_more_than_the_run_may_lose_ends_it_with_count_limit_and_three_reasons() -> None:
+    ours = buffer({"a": 1.0}, images_per_prompt=2, max_set_aside=4, kind="round")
+    ours.train_batch([with_failures(rollout(0, ["cat"] * 4, a=[1, 2, 3, 4]), {0: "first", 1: "second"})])
+    ours.train_batch([with_failures(rollout(0, ["cat"] * 4, round=1, a=[1, 2, 3, 4]), {3: "third"})])
+    assert sum(len(images) for images in ours.set_aside.values()) == 4
+    text = "6 images of this run .* groups of 2 counted, and at most 4 may be; the reasons: fourth; third; second$"
+    with pytest.raises(TooManySetAside, match=text):
+        ours.train_batch([with_failures(rollout(0, ["cat"] * 4, round=2, a=[1, 2, 3, 4]), {2: "fourth"})])
+
+
+def test_a_limit_counts_what_a_checkpoint_brought_back() -> None:
+    ours = buffer({"a": 1.0}, max_set_aside=2, kind="round")
+    ours.set_aside = {0: [3], 4: [0]}
+    with pytest.raises(TooManySetAside, match="3 images of this run"):
+        ours.train_batch([with_failures(rollout(0, ["cat", "dog"], round=5, a=[1, 2]), {0: "it hung"})])
+
+
+def test_a_round_of_which_nothing_is_left_ends_the_run() -> None:
+    with pytest.raises(TooManySetAside, match="all 2 images of round 0 are set aside: nothing is left.*it hung"):
+        buffer({"a": 1.0}, images_per_prompt=2).train_batch(
+            [with_failures(rollout(0, ["cat", "cat"], a=[1, 2]), {0: "it hung"})]
+        )
+
+
+def test_a_reward_that_is_not_finite_and_has_no_reason_is_our_own_error() -> None:
+    with pytest.raises(AssertionError, match="set aside with its reason"):
+        buffer({"a": 1.0}).train_batch([rollout(0, ["cat", "dog"], a=[1, float("nan")])])

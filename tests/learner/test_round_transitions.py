@@ -61,6 +61,19 @@ def test_micro_batches_are_cut_in_order() -> None:
     assert list(micro_batches(pairs, 2)) == [pairs[:2], pairs[2:]]
 
 
-def test_a_remainder_is_our_own_error() -> None:
-    with pytest.raises(AssertionError, match="3 pairs do not make whole micro-batches of 2"):
-        micro_batches([(0, 0), (1, 0), (0, 1)], 2)
+def test_what_is_left_over_makes_a_smaller_last_micro_batch() -> None:
+    pairs = [(0, 0), (1, 0), (0, 1)]
+    assert list(micro_batches(pairs, 2)) == [pairs[:2], pairs[2:]]
+    assert list(micro_batches([], 2)) == []
+
+
+def test_set_aside_images_are_missing_from_their_optimizer_step_and_move_no_other(
+    transitions: RoundTransitions,
+) -> None:
+    order = np.array([4, 1, 0, 3, 2])
+    assert transitions.optimizer_steps(order, 2, ()) == [
+        [(4, 0), (1, 0), (4, 1), (1, 1)],
+        [(0, 0), (3, 0), (0, 1), (3, 1)],
+        [(2, 0), (2, 1)],
+    ]
+    assert transitions.optimizer_steps(order, 2, (0, 1, 3)) == [[(4, 0), (4, 1)], [], [(2, 0), (2, 1)]]

@@ -1,5 +1,6 @@
 """The update's metrics, each worked out by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -55,6 +56,19 @@ def test_steps_are_counted_also_those_that_were_left_out(summary: dict[str, floa
     assert summary["grad_norm"] == 4.0  # of the step that was taken: that of one left out may be infinite
 
 
+def test_a_step_with_nothing_left_is_counted_and_the_next_is_still_before_any_update() -> None:
+    metrics = UpdateMetrics(num_steps=1, latent_elements=1)
+    metrics.leave_out_optimizer_step()
+    metrics.add_micro_batch(result([1.0], [0.25], [0.0]))
+    metrics.end_optimizer_step(torch.tensor(1.0), skipped=False)
+    metrics.add_micro_batch(result([1.0], [0.5], [0.0]))
+    metrics.end_optimizer_step(torch.tensor(1.0), skipped=False)
+    metrics.add_divergence(torch.tensor([0]), torch.tensor([0.0]))
+    summary = metrics.summary()
+    assert summary["optimizer_steps"] == 3 and summary["optimizer_steps_skipped"] == 1
+    assert summary["ratio/max_abs_log"] == 0.25
+
+
 def test_the_estimate_of_kl_is_right_for_two_gaussians() -> None:
     # KL of N(0, σ²) to N(Δ, σ²) is D Δ² / 2σ² = 32 · 0.01 / 0.5 = 0.64 nats; standard error √(2 · 0.64 / 5000) = 0.016
     generator = torch.Generator().manual_seed(0)
@@ -65,6 +79,22 @@ def test_the_estimate_of_kl_is_right_for_two_gaussians() -> None:
     metrics.end_optimizer_step(torch.tensor(0.0), skipped=False)
     metrics.add_divergence(torch.zeros(5000, dtype=torch.long), log_ratio)
     assert metrics.summary()["kl_nats"] == pytest.approx(0.64, abs=0.05)
+
+
+def test_what_is_masked_counts_neither_in_the_loss_nor_in_its_denominator() -> None:
+    metrics = UpdateMetrics(num_steps=1, latent_elements=1)
+    for kept, weight in (([1.0, 0.0], [1.0, 2.0]), ([0.0, 1.0], [3.0, 4.0])):
+        part = result([kept[0] * 6.0, kept[1] * 4.0], [0.0, 0.0], [0.0, 0.0])
+        weighed = dataclasses.replace(part, kept=torch.tensor(kept), behaviour_weight=torch.tensor(weight))
+        metrics.add_micro_batch(weighed)
+    metrics.end_optimizer_step(torch.tensor(1.0), skipped=False)
+    metrics.add_divergence(torch.tensor([0]), torch.tensor([0.0]))
+    summary = metrics.summary()
+    assert summary["masked_fraction"] == 0.5 and summary["loss"] == 5.0 and summary["behaviour_weight/mean"] == 2.5
+
+
+def test_an_algorithm_that_neither_masks_nor_weighs_has_no_such_metrics(summary: dict[str, float]) -> None:
+    assert "masked_fraction" not in summary and "behaviour_weight/mean" not in summary
 
 
 def test_gathering_keeps_no_graph() -> None:

@@ -101,6 +101,21 @@ def clipped_surrogate(log_prob: float, old_log_prob: float, advantage: float, cl
     return -min(ratio * advantage, held * advantage)
 
 
+def decoupled_surrogate(
+    log_probs: tuple[float, float, float], advantage: float, clip_range: float, band: float | None
+) -> float:
+    """AReaL (arXiv 2505.24298), decoupled PPO as a loss; log-probs of the present, proximal and behaviour policy."""
+    log_prob, proximal, behaviour = log_probs
+    weight = 1.0 if band is None else math.exp(min(max(proximal - behaviour, -band), band))
+    return weight * clipped_surrogate(log_prob, proximal, advantage, clip_range)
+
+
+def gaussian_kl(mean: np.ndarray, other_mean: np.ndarray, sigma: float) -> float:
+    """KL of N(mean, σ² I) to N(other_mean, σ² I) in nats."""
+    pairs = zip(mean.ravel().tolist(), other_mean.ravel().tolist(), strict=True)
+    return math.fsum((one - other) ** 2 for one, other in pairs) / (2 * sigma**2)
+
+
 @dataclass(frozen=True)
 class ImagePath:
     """One image: its prompt's embedding, the steps it is learned from, and what it earned."""

@@ -1,16 +1,15 @@
 """A local Ray cluster of the tests' own, and what the tests ask of a run."""
 
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import ray
 
 from common.config import Recipe
+from common.run_folder import RunFolder
 from learner.checkpoint import load_checkpoint, newest_checkpoint
 from train import train
 
@@ -19,10 +18,6 @@ from train import train
 def cluster() -> Iterator[None]:
     """Eight slots on however many cores; its folder is short, because a socket's path may have 107 bytes."""
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
-    os.environ["RAY_AUTH_MODE"] = "token"
-    token = Path(folder) / "token"
-    token.write_text(secrets.token_hex(32))
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     os.environ.pop("RAY_ADDRESS", None)
     ray.init(
         address="local",
@@ -40,6 +35,6 @@ def cluster() -> Iterator[None]:
 def final_fingerprint(recipe: Recipe, **how: bool) -> str:
     """Run a recipe to its end; the fingerprint of the weights in its last checkpoint."""
     train(recipe, **how)
-    newest = newest_checkpoint(Path(recipe.run_path()) / "checkpoints")
+    newest = newest_checkpoint(RunFolder(recipe.run_path()).checkpoints)
     assert newest is not None and newest.name == f"round-{recipe.rounds:06d}"
     return load_checkpoint(newest).learner.weights[-1].fingerprint

@@ -69,15 +69,16 @@ def wrong_shape(images: np.ndarray, prompts: list[str], metadata: list[dict]) ->
     return np.zeros((len(images), 2))
 
 
-def not_a_number(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
-    return np.array([1.0] * (len(images) - 1) + [np.nan])
+def words(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[str]:
+    return ["ok"] * len(images)
 
 
 @pytest.mark.parametrize(
-    "function, words", [("wrong_shape", ["shape (4, 2)", "(4,)"]), ("not_a_number", ["nan", "never scored 0"])]
+    "function, words",
+    [("wrong_shape", ["shape (4, 2)", "shape (4,)"]), ("words", ["<U2", "real numbers of shape (4,)"])],
 )
 @pytest.mark.parametrize("how", [["--serial"], []])
-def test_a_reward_that_returns_nonsense(
+def test_a_reward_that_returns_nonsense_ends_the_run_at_once(
     recipe_file: Path, capsys: pytest.CaptureFixture, cluster: None, function: str, words: list[str], how: list[str]
 ) -> None:
     path = f"tests.system.test_bad_input:{function}"

@@ -1,12 +1,21 @@
 """A run that was stopped and resumed arrives at the bits of one that was not."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from common.config import Recipe
+from common.ledger import Ledger
+from common.run_folder import RunFolder, is_alive
+from deploy.composition import parts_of
+from deploy.supervision import Stopped
+from learner.checkpoint import load_checkpoint, newest_checkpoint
+from learner.resume import resume_point
 from tests.system.conftest import final_fingerprint
+from tests.system.disturbances import at_round, beside
 from train import train
 
 
@@ -24,7 +33,7 @@ def test_stop_and_resume_changes_no_bit(tables: dict, lag: int) -> None:
     assert run_in_two_parts(tables, 2, serial=True) == whole
 
 
-@pytest.mark.system
+@pytest.mark.same_bits
 def test_stop_and_resume_changes_no_bit_on_ray(tables: dict, cluster: None) -> None:
     tables |= {"rounds": 3}
     whole = final_fingerprint(Recipe.parse({**tables, "name": "whole"}))
@@ -37,6 +46,38 @@ def test_metrics_after_a_resume_have_every_round_once(tables: dict) -> None:
     assert [json.loads(line)["round"] for line in lines] == [0, 1, 2]
 
 
+def test_a_resume_cuts_the_ledger_back_to_the_checkpoint(tables: dict) -> None:
+    recipe = Recipe.parse({**tables, "rounds": 3, "checkpoint": {"every": 1, "keep": 3}})
+    train(recipe, serial=True)
+    folder = RunFolder(recipe.run_path())
+    ledger = Ledger(folder.storage, recipe.rollouts)
+    before = [ledger.read(round).drop_columns(["seconds"]) for round in range(3)]
+    folder.checkpoints.remove("round-000003")
+    folder.storage.write("rollouts/round=000007/images.parquet", b"of rounds that are done again")
+    found = resume_point(folder, parts_of(recipe).resolved(), resume=True)
+    assert found is not None and found.rounds_done == found.ledger_rounds == 2
+    train(recipe, serial=True, resume=True)
+    assert ledger.rounds() == [0, 1, 2]
+    assert [ledger.read(round).drop_columns(["seconds"]) for round in range(3)] == before
+
+
 def test_resume_auto_without_a_run_begins_one(tables: dict) -> None:
     fresh = final_fingerprint(Recipe.parse({**tables, "name": "fresh"}), serial=True)
     assert final_fingerprint(Recipe.parse({**tables, "name": "auto"}), serial=True, resume=True) == fresh
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_signal_in_one_process_commits_the_last_whole_round_and_the_run_goes_on_from_it(
+    tables: dict, lag: int
+) -> None:
+    tables |= {"rounds": 8, "max_policy_lag": lag, "checkpoint": {"every": 100}}
+    recipe = Recipe.parse({**tables, "name": "stopped"})
+    folder = RunFolder(recipe.run_path())
+    terminate = at_round(Path(recipe.run_path()), 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with beside(terminate), pytest.raises(Stopped):
+        train(recipe, serial=True)
+    newest = newest_checkpoint(folder.checkpoints)
+    assert newest is not None and 2 <= load_checkpoint(newest).rounds_done < 8
+    resumed = final_fingerprint(recipe, resume=True, serial=True)
+    assert resumed == final_fingerprint(Recipe.parse({**tables, "name": "calm"}), serial=True)
+    assert not is_alive(folder) and Ledger(folder.storage, recipe.rollouts).rounds() == list(range(8))

@@ -21,7 +21,10 @@ def test_the_function_gets_prompts_and_metadata_in_the_pictures_order_and_may_re
 
 def test_one_number_for_all_pictures_is_refused_with_both_shapes() -> None:
     function = Function(path="tests.user_functions:one_number_for_all").load("cpu")
-    with pytest.raises(ValueError, match=r"one_number_for_all returned the shape \(\): it must be \(2,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"one_number_for_all returned float64 of shape \(\): it must return real numbers of shape \(2,\)",
+    ):
         function(IMAGES, ["a", "b"], [{}, {}])
 
 

@@ -1,5 +1,6 @@
 """All trackers as one: one that breaks while the run goes on is left out, one that cannot start is an error."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ ROUNDS: list[Metrics] = [{"round": float(round)} for round in range(3)]
 
 
 class Book(LiveTracker):
-    def __init__(self, fails_at: str) -> None:
+    def __init__(self, fails_at: str, identity: str) -> None:
         self.calls: list[Any] = []
         self._fails_at = fails_at
+        self._identity = identity
 
     def log(self, metrics: Metrics) -> None:
         self.calls.append(metrics["round"])
@@ -26,9 +28,13 @@ class Book(LiveTracker):
         if self._fails_at == "finish":
             raise RuntimeError("the service is down")
 
+    def identity(self) -> str | None:
+        return self._identity or None
+
 
 class BookKeeper(Tracker):
     fails_at: str = ""
+    identity: str = ""
 
     def check(self) -> None:
         if self.fails_at == "check":
@@ -37,7 +43,7 @@ class BookKeeper(Tracker):
     def start(self, run: RunInfo) -> Book:
         if self.fails_at == "start":
             raise ValueError("no such project")
-        book = Book(self.fails_at)
+        book = Book(self.fails_at, self.identity)
         BOOKS.append(book)
         return book
 
@@ -55,8 +61,11 @@ def run(tmp_path: Path) -> RunInfo:
     return RunInfo("run", tmp_path, {}, 3, 0)
 
 
-def log_all(trackers: list[Tracker], run: RunInfo) -> None:
-    fan_out = FanOut(trackers)
+def named(*trackers: Tracker) -> FanOut:
+    return FanOut({f"book {number}": tracker for number, tracker in enumerate(trackers)})
+
+
+def log_all(fan_out: FanOut, run: RunInfo) -> None:
     fan_out.start(run)
     for metrics in ROUNDS:
         fan_out.log(metrics)
@@ -64,36 +73,36 @@ def log_all(trackers: list[Tracker], run: RunInfo) -> None:
 
 
 def test_every_tracker_gets_every_round(run: RunInfo) -> None:
-    log_all([BookKeeper(), BookKeeper()], run)
+    log_all(named(BookKeeper(), BookKeeper()), run)
     assert [book.calls for book in BOOKS] == [[0, 1, 2, "finish"]] * 2
 
 
 def test_a_tracker_that_breaks_is_reported_once_and_left_out_and_the_others_go_on(
     run: RunInfo, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log_all([BookKeeper(fails_at="round 1"), BookKeeper()], run)
+    log_all(named(BookKeeper(fails_at="round 1"), BookKeeper()), run)
     broken, whole = BOOKS
     assert broken.calls == [0, 1] and whole.calls == [0, 1, 2, "finish"]
-    assert capsys.readouterr().err == "tracker Book failed and is left out from here on: OSError: the disk is full\n"
+    assert capsys.readouterr().err == "tracker book 0 failed and is left out from here on: OSError: the disk is full\n"
 
 
 def test_a_tracker_that_breaks_in_the_end_does_not_keep_the_others_open(
     run: RunInfo, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log_all([BookKeeper(fails_at="finish"), BookKeeper()], run)
+    log_all(named(BookKeeper(fails_at="finish"), BookKeeper()), run)
     assert BOOKS[1].calls[-1] == "finish"
     assert "RuntimeError: the service is down" in capsys.readouterr().err
 
 
 def test_a_tracker_that_cannot_start_is_the_users_error_and_those_already_open_are_closed(run: RunInfo) -> None:
     with pytest.raises(ValueError, match="no such project"):
-        FanOut([BookKeeper(), BookKeeper(fails_at="start")]).start(run)
+        named(BookKeeper(), BookKeeper(fails_at="start")).start(run)
     assert [book.calls for book in BOOKS] == [["finish"]]
 
 
 def test_check_raises_what_a_tracker_lacks_before_any_is_opened() -> None:
     with pytest.raises(ValueError, match="a package is missing"):
-        FanOut([BookKeeper(), BookKeeper(fails_at="check")]).check()
+        named(BookKeeper(), BookKeeper(fails_at="check")).check()
     assert BOOKS == []
 
 
@@ -101,8 +110,16 @@ def test_an_interrupt_is_not_taken_for_a_broken_tracker(run: RunInfo, monkeypatc
     def interrupt(self: Book, metrics: Metrics) -> None:
         raise KeyboardInterrupt
 
-    fan_out = FanOut([BookKeeper()])
+    fan_out = named(BookKeeper())
     fan_out.start(run)
     monkeypatch.setattr(Book, "log", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fan_out.log(ROUNDS[0])
+
+
+def test_a_trackers_identity_is_kept_under_its_name_even_when_it_breaks_or_is_not_there_this_time(
+    run: RunInfo,
+) -> None:
+    fan_out = named(BookKeeper(identity="new", fails_at="round 0"), BookKeeper())
+    log_all(fan_out, dataclasses.replace(run, tracker_ids={"book 0": "old", "a service": "kept"}))
+    assert fan_out.identities() == {"book 0": "new", "a service": "kept"}

@@ -1,11 +1,13 @@
 """Weights & Biases without a network: never asks, keeps to one id, and sends nothing that is not the run's."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from common.trackers.fan_out import FanOut
 from common.trackers.tracker import RunInfo
-from common.trackers.wandb_run import WandbRun, mode, run_id
+from common.trackers.wandb_run import WandbRun, mode
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +22,11 @@ class FakeWandb:
 
     def __init__(self) -> None:
         self.arguments: dict = {}
+        self.id = ""
 
     def init(self, **arguments: object) -> "FakeWandb":
         self.arguments = arguments
+        self.id = arguments["id"]
         return self
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
@@ -58,17 +62,27 @@ def test_with_a_login_it_is_online(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mode() == "online"
 
 
-def test_a_resumed_run_keeps_its_id_and_a_new_one_gets_another(tmp_path: Path) -> None:
-    first = run_id(tmp_path, first_round=0)
-    assert (tmp_path / "wandb_id.txt").read_text().strip() == first
-    assert run_id(tmp_path, first_round=4) == first
-    assert run_id(tmp_path, first_round=0) != first
+def identities_of_a_run(folder: Path, **what: Any) -> dict[str, str]:
+    """What the real wandb, offline, leaves for the checkpoint."""
+    trackers = FanOut({"wandb": WandbRun()})
+    trackers.start(RunInfo("tiny", folder, {}, 5, 0, **what))
+    trackers.finish()
+    return trackers.identities()
+
+
+def test_a_resumed_run_keeps_the_checkpoints_id_and_a_new_one_gets_another(tmp_path: Path) -> None:
+    first = identities_of_a_run(tmp_path / "first")
+    assert identities_of_a_run(tmp_path / "moved", tracker_ids=first) == first
+    assert identities_of_a_run(tmp_path / "first") != first
+    for folder, runs in (("first", 2), ("moved", 1)):
+        assert len(list((tmp_path / folder / "wandb").glob("offline-run-*/run-*.wandb"))) == runs
+    assert list((tmp_path / "moved" / "wandb").glob(f"offline-run-*/run-{first['wandb']}.wandb"))
 
 
 def test_the_keys_and_the_recipe_are_what_wandb_is_started_with(fake: FakeWandb, tmp_path: Path) -> None:
     recipe = {"seed": 3, "reward": {"name": "aesthetic"}}
     tracker = WandbRun(project="cats", entity="lab", group="sweep", tags=("a", "b"))
-    tracker.start(RunInfo("tiny", tmp_path / "tiny", recipe, 5, 0))
+    tracker.start(RunInfo("tiny", tmp_path / "tiny", recipe, 5, 2, {"wandb": "a1b2c3d4", "other": "e5"}))
     expected = {
         "project": "cats",
         "entity": "lab",
@@ -78,7 +92,7 @@ def test_the_keys_and_the_recipe_are_what_wandb_is_started_with(fake: FakeWandb,
         "config": recipe,
     }
     assert fake.arguments | expected == fake.arguments
-    assert fake.arguments["dir"] == tmp_path / "tiny" and fake.arguments["id"] == run_id(tmp_path / "tiny", 1)
+    assert fake.arguments["dir"] == tmp_path / "tiny" and fake.arguments["id"] == "a1b2c3d4"
 
 
 def test_neither_code_nor_git_nor_the_terminals_text_is_sent(fake: FakeWandb, tmp_path: Path) -> None:

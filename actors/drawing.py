@@ -1,0 +1,171 @@
+"""Drawing: tasks in samplers' hands. A task may be in several, and its first answer counts: all would be the same bits."""
+
+import heapq
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from actors.pace import Pace
+from actors.worker_pool import Worker, WorkerPool
+from common.schedule import Task
+from common.trajectory import TaskReport
+
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A task in a sampler's hands: references to its three results."""
+
+    task: Task
+    sampler: Worker
+    report: Any
+    trajectory: Any
+    images: Any
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A task that was drawn: its report, and references to what is heavy."""
+
+    report: TaskReport
+    trajectory: Any
+    images: Any
+
+
+class Drawing:
+    """Gives tasks to samplers in order, one ahead for each; what a dead or overdue sampler had is given to another."""
+
+    def __init__(self, samplers: WorkerPool, pace: Pace, retries: dict[str, int]) -> None:
+        self._samplers = samplers
+        self._pace = pace
+        self._retries = retries  # by reason; the stream reports them
+        self._weights: dict[int, Any] = {}
+        self._queue: list[Place] = []
+        self._open: dict[Place, Task] = {}  # not drawn yet
+        self._attempts: dict[Any, Attempt] = {}
+
+    def publish(self, policy_version: int, weights: Any, versions_kept: int) -> None:
+        """Make a version's weights, by reference, available to tasks; forget those that none can ask for."""
+        self._weights[policy_version] = weights
+        for version in [version for version in self._weights if version <= policy_version - versions_kept]:
+            del self._weights[version]
+
+    def submit(self, task: Task) -> None:
+        """Queue a task. Its policy version must have been published."""
+        self._open[task.place] = task
+        heapq.heappush(self._queue, task.place)
+
+    def references(self) -> list[Any]:
+        """What to wait for."""
+        return list(self._attempts)
+
+    def holds(self, reference: Any) -> bool:
+        """Whether `reference` is one of them."""
+        return reference in self._attempts
+
+    def move(self, now: float) -> None:
+        """Hand out what is queued; then let idle samplers take over from those that are slow."""
+        self._suspect_overdue(now)
+        while self._queue and (sampler := self._samplers.free()):
+            place = heapq.heappop(self._queue)
+            if place in self._open:
+                self._give(self._open[place], sampler, now)
+        while not self._queue and (sampler := self._idle()) and (task := self._waiting_behind()):
+            self._take_over(task, sampler, now)
+
+    def _give(self, task: Task, sampler: Worker, now: float) -> None:
+        draw = sampler.actor.draw.options(num_returns=3)
+        report, trajectory, images = draw.remote(task, self._weights[task.policy_version])
+        self._attempts[report] = Attempt(task, sampler, report, trajectory, images)
+        self._samplers.give(sampler, report, now)
+
+    def _suspect_overdue(self, now: float) -> None:
+        for sampler in self._samplers.loaded:
+            if sampler.calls and not sampler.suspect and self._pace.is_overdue(now - sampler.head_since):
+                sampler.suspect = True
+                for call in sampler.calls:
+                    self._again(self._attempts[call].task, "overdue")
+
+    def _again(self, task: Task, reason: str) -> None:
+        if task.place in self._open and task.place not in self._queue and not self._in_good_hands(task):
+            self._retries[reason] = self._retries.get(reason, 0) + 1
+            heapq.heappush(self._queue, task.place)
+
+    def _in_good_hands(self, task: Task) -> bool:
+        return any(
+            attempt.task.place == task.place and not attempt.sampler.suspect for attempt in self._attempts.values()
+        )
+
+    def _idle(self) -> Worker | None:
+        sampler = self._samplers.free()
+        return sampler if sampler and not sampler.calls else None
+
+    def _waiting_behind(self) -> Task | None:
+        """The first task that waits behind another one in a sampler's hands, and is nowhere else."""
+        behind = [call for sampler in self._samplers.loaded for call in sampler.calls[1:]]
+        tasks = [self._attempts[call].task for call in behind]
+        alone = [task for task in tasks if task.place in self._open and self._attempts_of(task) == 1]
+        return min(alone, key=lambda task: task.place, default=None)
+
+    def _attempts_of(self, task: Task) -> int:
+        return sum(attempt.task.place == task.place for attempt in self._attempts.values())
+
+    def _take_over(self, task: Task, sampler: Worker, now: float) -> None:
+        for attempt in list(self._attempts.values()):
+            if attempt.task.place == task.place:
+                attempt.sampler.actor.forget.options(concurrency_group="health").remote(task.place)
+        self._give(task, sampler, now)
+
+    def finished(self, report: Any, now: float) -> Drawn | None:
+        """What came of a report that is there: the drawn task, or nothing where it is to be drawn again or was drawn twice.
+
+        An error of the sampler's own code is raised.
+        """
+        attempt = self._attempts.pop(report)
+        try:
+            value: TaskReport | None = ray.get(report)
+        except RayActorError as error:
+            self._sampler_died(attempt, str(error))
+            return None
+        except RayTaskError as error:
+            self._samplers.answered(attempt.sampler, report, now)
+            if not isinstance(error.cause, ObjectLostError):
+                raise
+            self._again(attempt.task, "object_lost")  # the weights were lost with their node
+            return None
+        seconds = self._samplers.answered(attempt.sampler, report, now)
+        if value is None:  # it was told to forget the task
+            self._again(attempt.task, "forgotten")
+            return None
+        self._pace.add(seconds)
+        if attempt.task.place not in self._open:
+            return None
+        del self._open[attempt.task.place]
+        return Drawn(value, attempt.trajectory, attempt.images)
+
+    def _sampler_died(self, attempt: Attempt, reason: str) -> None:
+        calls = self._samplers.lost(attempt.sampler, reason)
+        tasks = [attempt.task, *(self._attempts.pop(call).task for call in calls if call in self._attempts)]
+        for task in tasks:
+            self._again(task, "sampler_died")
+
+    def give_up_on_silent(self, now: float, seconds: float) -> None:
+        """End samplers that have not answered for so long, so that others come in their place."""
+        for sampler in list(self._samplers.loaded):
+            if sampler.suspect and now - sampler.head_since > seconds:
+                for call in self._samplers.lost(sampler, f"no answer for {seconds:.0f} s"):
+                    self._again(self._attempts.pop(call).task, "sampler_silent")
+
+    def inflight(self) -> int:
+        """Tasks in samplers' hands."""
+        return len({attempt.task.place for attempt in self._attempts.values()})
+
+    def waiting_for(self) -> list[str]:
+        """Who has what in hand, a line each, for the watchdog's dump."""
+        lines = [f"task {place} is queued" for place in sorted(self._queue)]
+        for attempt in self._attempts.values():
+            lines.append(f"task {attempt.task.place} is in the hands of {attempt.sampler.name}")
+        return lines

@@ -1,0 +1,194 @@
+"""RayRolloutStream: the stream on a Ray cluster, whose samplers and reward workers come, go, die and are replaced."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError, RayError
+
+from actors.drawing import Drawing, Drawn
+from actors.pace import Pace
+from actors.rollout_stream import RolloutStream, StreamSettings
+from actors.scoring import Scoring
+from actors.worker_pool import RestartBudget, WorkerPool
+from common.lora_weights import LoraWeights
+from common.round_metrics import StreamReport
+from common.schedule import Task
+from common.trajectory import ImageBatch, Rollout
+
+POLL_SECONDS = 0.5  # the longest that deadlines, signals and `ddpo scale` go unseen
+STACKS_SECONDS = 5.0
+SILENT = f"it does not answer within {STACKS_SECONDS:g} s: the process is stopped, or has no place yet"
+
+
+class NothingMoves(RuntimeError):
+    """Nobody has finished anything for too long. The text is the dump of who waits for what."""
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Both roles of the acting side."""
+
+    samplers: WorkerPool
+    reward_workers: WorkerPool
+    budget: RestartBudget
+
+    @property
+    def both(self) -> tuple[WorkerPool, WorkerPool]:
+        return self.samplers, self.reward_workers
+
+
+class RayRolloutStream(RolloutStream):
+    """The driver carries references, reports and scores, and opens nothing heavy. Every wait has a deadline."""
+
+    def __init__(self, pools: Pools, reward_names: tuple[str, ...], settings: StreamSettings) -> None:
+        self._pools = pools
+        self._settings = settings
+        self._retries: dict[str, int] = {}
+        self._drawing = Drawing(pools.samplers, Pace(settings.overdue_factor), self._retries)
+        self._scoring = Scoring(pools.reward_workers, reward_names, settings.reward_workers, self._retries)
+        self._done: dict[int, dict[int, Rollout]] = {}
+        self._expected: dict[int, int] = {}
+        self._moved = time.monotonic()
+
+    def publish(self, weights: LoraWeights) -> None:
+        self._drawing.publish(weights.policy_version, ray.put(weights), self._settings.versions_kept)
+
+    def submit(self, tasks: list[Task]) -> None:
+        self._expected[tasks[0].round] = len(tasks)
+        for task in tasks:
+            self._drawing.submit(task)
+        self._drawing.move(time.monotonic())
+
+    def collect(self, round: int) -> list[Rollout]:
+        self._moved = time.monotonic()
+        while len(self._done.get(round, {})) < self._expected[round]:
+            self._wait((), f"round {round} waits for its rollouts")
+        del self._expected[round]
+        done = self._done.pop(round)
+        return [done[index] for index in sorted(done)]
+
+    def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
+        self._moved = time.monotonic()
+        seconds = self._settings.runtime.ready_seconds if loading else None
+        while len(ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)[0]) < len(pending):
+            self._wait(pending, "the learner is at work", seconds)
+
+    def wait_until_loaded(self, samplers: int, reward_workers: int) -> None:
+        """Wait until so many of each role have their place and their models; the others join when they have.
+
+        ValueError: not within runtime.ready_seconds.
+        """
+        started = time.monotonic()
+        wanted = {self._pools.samplers: samplers, self._pools.reward_workers: reward_workers}
+        while lacking := {pool.role: count for pool, count in wanted.items() if len(pool.loaded) < count}:
+            seconds = self._settings.runtime.ready_seconds
+            if time.monotonic() - started > seconds:
+                raise ValueError(
+                    f"after runtime.ready_seconds = {seconds:g} these roles have no place or are not loaded: {lacking}; "
+                    f"the cluster has {ray.cluster_resources()}, of it free {ray.available_resources()}"
+                )
+            self._wait((), f"{lacking} have no place or are not loaded", seconds)
+
+    def _wait(self, pending: tuple[Any, ...], what: str, seconds: float | None = None) -> None:
+        """Sleep until one of all the things under way is done, pass it on, and see to what is due.
+
+        NothingMoves: nothing was done for the watchdog's time, or for `seconds` where that is longer.
+        """
+        self._settings.check()
+        now = time.monotonic()
+        for pool in self._pools.both:
+            pool.tick(now)
+        watchdog_seconds = self._settings.runtime.watchdog_seconds
+        if now - self._moved < watchdog_seconds / 2:  # others go on; else the watchdog is to end the run
+            self._drawing.give_up_on_silent(now, watchdog_seconds)
+        self._drawing.move(now)
+        self._scoring.move(now)
+        waiting = [*self._drawing.references(), *self._scoring.references(), *pending]
+        waiting += [reference for pool in self._pools.both for reference in pool.references()]
+        ready = self._ready(waiting)
+        for reference in ready:
+            self._take(reference)
+        if ready:
+            self._moved = time.monotonic()
+        elif time.monotonic() - self._moved > max(watchdog_seconds, seconds or 0.0):
+            raise NothingMoves(self._dump(what))
+
+    def _ready(self, waiting: list[Any]) -> list[Any]:
+        if not waiting:  # everybody is dead, and the replacements are not due yet
+            time.sleep(POLL_SECONDS)
+            return []
+        # Without fetch_local=False Ray would pull what is ready to the driver's node.
+        first, others = ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
+        if first and others:
+            first = first + ray.wait(others, num_returns=len(others), timeout=0, fetch_local=False)[0]
+        return first
+
+    def _take(self, reference: Any) -> None:
+        now = time.monotonic()
+        if self._drawing.holds(reference):
+            drawn = self._drawing.finished(reference, now)
+            if drawn is not None:
+                self._scoring.submit(drawn)
+        elif self._scoring.holds(reference):
+            self._keep(self._scoring.finished(reference, now))
+        else:
+            for pool in self._pools.both:
+                pool.take_loaded(reference)
+
+    def _keep(self, outcome: Rollout | Drawn | None) -> None:
+        if isinstance(outcome, Drawn):  # its pictures were lost with their node
+            self._drawing.submit(outcome.report.task)
+        elif outcome is not None:
+            task = outcome.report.task
+            self._done.setdefault(task.round, {})[task.index] = outcome
+
+    def _dump(self, what: str) -> str:
+        """Who waits for what, and where the threads of every actor are."""
+        lines = [
+            f"nothing was finished for runtime.watchdog_seconds = {self._settings.runtime.watchdog_seconds:g}: {what}"
+        ]
+        lines += [*self._drawing.waiting_for(), *self._scoring.waiting_for()]
+        for pool in self._pools.both:
+            lines.append(f"{pool.role}: {len(pool.loaded)} loaded of {pool.wanted}")
+            stacks = stacks_of([worker.actor for worker in pool.workers])
+            for worker, text in zip(pool.workers, stacks, strict=True):
+                lines.append(f"--- {worker.name}, {len(worker.calls)} calls in hand\n{text}")
+        return "\n".join(lines)
+
+    def pictures(self, rollout: Rollout) -> ImageBatch | None:
+        try:
+            return ray.get(rollout.images)
+        except ObjectLostError:
+            return None
+
+    def report(self) -> StreamReport:
+        samplers, workers = self._pools.samplers, self._pools.reward_workers
+        retries = dict(self._retries)
+        self._retries.clear()
+        return StreamReport(
+            len(samplers.loaded),
+            samplers.wanted,
+            len(workers.loaded),
+            samplers.report_seconds(),
+            workers.report_seconds(),
+            self._drawing.inflight(),
+            sum(len(rollouts) for rollouts in self._done.values()),
+            retries,
+            self._pools.budget.report(),
+        )
+
+
+def stacks_of(actors: list[Any]) -> list[str]:
+    """The actors' Python stacks, all asked at once, from their threads for such questions."""
+    asked = [actor.stacks.options(concurrency_group="health").remote() for actor in actors]
+    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=STACKS_SECONDS) if asked else ([], [])
+    return [_answer(reference) if reference in answered else SILENT for reference in asked]
+
+
+def _answer(reference: Any) -> str:
+    try:
+        return ray.get(reference)
+    except RayError as error:
+        return f"it cannot be asked: {error}"

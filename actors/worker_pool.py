@@ -1,0 +1,184 @@
+"""WorkerPool: the actors of one role; they come, load, work, die and are replaced, or are retired."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+TASKS_AHEAD = 2  # a worker has one call in hand and one waiting, so that none waits for a round trip
+LONGEST_BACKOFF_SECONDS = 30.0
+
+
+class TooManyRestarts(RuntimeError):
+    """Actors keep dying; starting yet another would hide that something is wrong."""
+
+
+@dataclass
+class RestartBudget:
+    """How many actors of all roles may be started in place of dead ones before a round is done.
+
+    Not in the whole run: over weeks on machines that may be taken away, deaths add up and mean nothing.
+    """
+
+    limit: int
+    by_role: dict[str, int] = field(default_factory=dict)  # since the last report, which is that of the last round
+
+    def spend(self, role: str, reason: str) -> None:
+        """TooManyRestarts: the limit is passed."""
+        self.by_role[role] = self.by_role.get(role, 0) + 1
+        deaths = sum(self.by_role.values())
+        if deaths > self.limit:
+            raise TooManyRestarts(
+                f"actors died {deaths} times without a round done, over runtime.max_restarts = {self.limit}; "
+                f"the last was a {role}: {reason}"
+            )
+
+    def report(self) -> dict[str, int]:
+        """Restarts by role since the last report."""
+        counts, self.by_role = self.by_role, {}
+        return counts
+
+
+@dataclass(eq=False)
+class Worker:
+    """One actor, and the calls in its hands, oldest first."""
+
+    index: int
+    actor: Any
+    loading: Any  # the reference to wait for; None once it is loaded
+    since: float  # when it was started, then when it was loaded
+    calls: list[Any] = field(default_factory=list)
+    head_since: float = 0.0  # since when it works on the first of its calls
+    suspect: bool = False  # overdue: it gets nothing more until it answers
+    retiring: bool = False
+
+    @property
+    def name(self) -> str:
+        return repr(self.actor)
+
+
+class WorkerPool:
+    """Holds as many actors as are wanted. `make(index)` starts one; a dead one is replaced after a growing pause."""
+
+    def __init__(self, role: str, make: Callable[[int], Any], count: int, budget: RestartBudget) -> None:
+        self.role = role
+        self._make = make
+        self._budget = budget
+        self._next_index = 0
+        self._deaths_in_a_row = 0
+        self._start_at: list[float] = []  # when replacements are due
+        self._seconds = 0.0  # of loaded workers that are gone, since the last report
+        self._reported = time.monotonic()
+        self.workers: list[Worker] = []
+        self.wanted = 0
+        self.scale(count)
+
+    @property
+    def loaded(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.loading is None]
+
+    def scale(self, count: int) -> None:
+        """Start as many as are lacking, or retire as many as are too many; a retired one finishes what it has."""
+        self.wanted = count
+        staying = [worker for worker in self.workers if not worker.retiring]
+        for _ in range(count - len(staying) - len(self._start_at)):
+            self._start()
+        too_many = len(staying) + len(self._start_at) - count
+        while too_many > 0 and self._start_at:
+            self._start_at.pop()
+            too_many -= 1
+        for worker in sorted(staying, key=lambda worker: (worker.loading is None, -worker.index))[: max(0, too_many)]:
+            worker.retiring = True
+            self._let_go(worker)
+
+    def _start(self) -> None:
+        actor = self._make(self._next_index)
+        self.workers.append(Worker(self._next_index, actor, actor.ready.remote(), time.monotonic()))
+        self._next_index += 1
+
+    def _let_go(self, worker: Worker) -> None:
+        if worker.retiring and not worker.calls:
+            self._remove(worker)
+
+    def _remove(self, worker: Worker) -> None:
+        if worker.loading is None:
+            self._seconds += time.monotonic() - max(worker.since, self._reported)
+        self.workers.remove(worker)
+        ray.kill(worker.actor)
+
+    def tick(self, now: float) -> None:
+        """Start the replacements that are due."""
+        due = [moment for moment in self._start_at if moment <= now]
+        self._start_at = [moment for moment in self._start_at if moment > now]
+        for _ in due:
+            self._start()
+
+    def references(self) -> list[Any]:
+        """What to wait for: workers that load their models."""
+        return [worker.loading for worker in self.workers if worker.loading is not None]
+
+    def take_loaded(self, reference: Any) -> bool:
+        """Whether `reference` was a worker's loading, which is over now. An error in a constructor is raised."""
+        for worker in self.workers:
+            if worker.loading is not None and worker.loading == reference:
+                try:
+                    ray.get(reference)
+                except RayActorError as error:
+                    if error.actor_init_failed:  # the same would happen to the next one
+                        raise
+                    self.lost(worker, str(error))
+                else:
+                    worker.loading, worker.since = None, time.monotonic()
+                return True
+        return False
+
+    def free(self, avoid: Worker | None = None) -> Worker | None:
+        """The loaded worker with the fewest calls in hand that may be given another; None where none may."""
+        able = [worker for worker in self.loaded if not worker.retiring and not worker.suspect]
+        able = [worker for worker in able if len(worker.calls) < TASKS_AHEAD]
+        others = [worker for worker in able if worker is not avoid]
+        return min(others or able, key=lambda worker: (len(worker.calls), worker.index), default=None)
+
+    def give(self, worker: Worker, call: Any, now: float) -> None:
+        """Note that `worker` has `call` in its hands."""
+        if not worker.calls:
+            worker.head_since = now
+        worker.calls.append(call)
+
+    def answered(self, worker: Worker, call: Any, now: float) -> float:
+        """Note that `call` is over; the seconds that it took, as the driver saw it."""
+        self._deaths_in_a_row = 0
+        seconds = now - worker.head_since
+        worker.calls.remove(call)
+        worker.head_since, worker.suspect = now, False
+        self._let_go(worker)
+        return seconds
+
+    def lost(self, worker: Worker, reason: str) -> list[Any]:
+        """A dead or hung worker: its calls, to be given to others. Another is started after a pause that grows."""
+        if worker not in self.workers:
+            return []
+        calls, worker.calls = worker.calls, []
+        self._remove(worker)
+        if not worker.retiring:
+            self._budget.spend(self.role, reason)
+            pause = min(LONGEST_BACKOFF_SECONDS, 2.0 ** (self._deaths_in_a_row - 1)) if self._deaths_in_a_row else 0.0
+            self._deaths_in_a_row += 1
+            self._start_at.append(time.monotonic() + pause)
+        return calls
+
+    def report_seconds(self) -> float:
+        """Seconds that loaded workers were there since the last report, summed over them."""
+        now = time.monotonic()
+        seconds = self._seconds + sum(now - max(worker.since, self._reported) for worker in self.loaded)
+        self._seconds, self._reported = 0.0, now
+        return seconds
+
+    def close(self) -> None:
+        """End all actors."""
+        for worker in self.workers:
+            ray.kill(worker.actor)
+        self.workers, self._start_at = [], []

@@ -1,0 +1,120 @@
+"""ddpo replay: draw a round again from the checkpointed weights, and compare it with the ledger image by image."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from actors.sampler import Sampler
+from common.ledger import Ledger
+from common.lora_weights import LoraWeights
+from common.prompts import Prompt
+from common.run_folder import RunFolder
+from common.schedule import Task, round_tasks
+from common.storage import Storage
+from deploy.composition import parts_of
+from learner.checkpoint import load_weights, policy_versions, whole_checkpoints
+
+Row = dict[str, Any]  # of the ledger
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came of it: a line for every image that differs, and how many there are."""
+
+    round: int
+    policy_version: int
+    images: int
+    differences: dict[int, list[str]]  # by the image's number in the round
+
+    @property
+    def equal(self) -> bool:
+        return not self.differences
+
+    @property
+    def text(self) -> str:
+        lines = [f"image {image}: {'; '.join(texts)}" for image, texts in sorted(self.differences.items())]
+        drawn = f"round {self.round}, drawn again with policy version {self.policy_version}"
+        count = len(self.differences)
+        summary = f"all {self.images} images are equal" if self.equal else f"{count} of {self.images} images differ"
+        return "\n".join([*lines, f"{drawn}: {summary}"])
+
+
+def replay(run: str, round: int, overrides: list[str]) -> Replay:
+    """Draw `round` of a run again. ValueError: no run, no such round in its ledger, or its weights were not kept."""
+    folder = RunFolder(run)
+    recipe = folder.load_recipe(overrides)
+    rows = Ledger(folder.storage, recipe.rollouts).read(round).to_pylist()
+    version = rows[0]["policy_version"]
+    weights = kept_weights(folder.checkpoints, round, version)
+    parts = parts_of(recipe)
+    scheduled = round_tasks(recipe, round, parts.prompts.load())
+    differences: dict[int, list[str]] = {}
+    for image, text in [*_against_schedule(rows, scheduled), *_against_weights(rows, weights)]:
+        differences.setdefault(image, []).append(text)
+    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
+    drawn: list[str] = []
+    for task in tasks_of(rows):
+        report, _, _ = sampler.draw(task, weights)
+        assert report is not None, "nobody tells this sampler to forget a task"
+        drawn += report.image_fingerprints
+    for row, fingerprint in zip(rows, drawn, strict=True):
+        if row["image_fingerprint"] != fingerprint:
+            text = f"the ledger has {_short(row['image_fingerprint'])}, and drawn again it is {_short(fingerprint)}"
+            differences.setdefault(row["image"], []).append(f"{text} ({row['prompt']!r}, seed {row['seed']})")
+    return Replay(round, version, len(rows), differences)
+
+
+def kept_weights(checkpoints: Storage, round: int, version: int) -> LoraWeights:
+    """The weights of a policy version, from the newest checkpoint that holds them. ValueError: none does."""
+    whole = list(whole_checkpoints(checkpoints))
+    for checkpoint in whole:
+        if version in policy_versions(checkpoint):
+            return next(weights for weights in load_weights(checkpoint) if weights.policy_version == version)
+    held = {checkpoint.name: policy_versions(checkpoint) for checkpoint in whole}
+    there = "; ".join(f"{name} has {versions}" for name, versions in held.items()) or "there are none"
+    raise ValueError(
+        f"round {round} was drawn with policy version {version}, which no checkpoint in {checkpoints.location} holds "
+        f"({there}): a run with a smaller checkpoint.every and a larger checkpoint.keep keeps more of them"
+    )
+
+
+def tasks_of(rows: list[Row]) -> list[Task]:
+    """The tasks as the ledger has them, in order."""
+    tasks = []
+    for index in sorted({row["task"] for row in rows}):
+        of_task = [row for row in rows if row["task"] == index]
+        prompts, seeds = tuple(Prompt(row["prompt"]) for row in of_task), tuple(row["seed"] for row in of_task)
+        tasks.append(Task(of_task[0]["round"], index, of_task[0]["policy_version"], prompts, seeds))
+    return tasks
+
+
+def _against_schedule(rows: list[Row], scheduled: list[Task]) -> list[tuple[int, str]]:
+    expected = [
+        {"task": task.index, "prompt": prompt.text, "seed": seed, "policy_version": task.policy_version}
+        for task in scheduled
+        for prompt, seed in zip(task.prompts, task.seeds, strict=True)
+    ]
+    if len(expected) != len(rows):
+        raise ValueError(
+            f"the ledger has {len(rows)} images of round {rows[0]['round']}, and its recipe {len(expected)}"
+        )
+    return [
+        (row["image"], f"{name} is {row[name]!r} in the ledger, and {value!r} by the recipe")
+        for row, wanted in zip(rows, expected, strict=True)
+        for name, value in wanted.items()
+        if row[name] != value
+    ]
+
+
+def _against_weights(rows: list[Row], weights: LoraWeights) -> list[tuple[int, str]]:
+    return [
+        (
+            row["image"],
+            f"drawn with weights {_short(row['fingerprint'])}, the checkpoint's are {_short(weights.fingerprint)}",
+        )
+        for row in rows
+        if row["fingerprint"] != weights.fingerprint
+    ]
+
+
+def _short(fingerprint: str | None) -> str:
+    return fingerprint[:12] if fingerprint else "no fingerprint"

@@ -1,0 +1,70 @@
+"""Progress: what a run has learned so far, and how much of it is on disk."""
+
+from collections import deque
+
+from common.ledger import Ledger
+from common.round_metrics import RoundClock, memory_now, round_metrics
+from common.run_folder import RunFolder
+from common.trackers.fan_out import FanOut
+from common.trajectory import Rollout, TrainBatch
+from deploy.composition import Parts
+from deploy.workers import Workers
+from learner.checkpoint import Checkpoint, save_checkpoint
+from learner.learner import LearnerState
+from learner.round_buffer import RoundBuffer
+
+Metrics = dict[str, float]
+REMEMBERED = 256  # rounds; a run of many thousands must not grow in memory
+
+
+class Progress:
+    """Takes a round when it is learned from; commits it when a checkpoint is due, or at once when the run is stopped."""
+
+    def __init__(self, parts: Parts, folder: RunFolder, trackers: FanOut, checkpoint: Checkpoint | None) -> None:
+        recipe = parts.recipe
+        self._parts = parts
+        self._checkpoints = folder.checkpoints
+        self._trackers = trackers
+        self._ledger = Ledger(folder.storage, recipe.rollouts)
+        self._done: Checkpoint | None = None  # after the last whole round of this start
+        self.buffer = RoundBuffer(
+            parts.algorithm, parts.reward_weights, recipe.prompts.images_per_prompt, recipe.reward_workers.max_set_aside
+        )
+        self.rounds_done = self._committed = checkpoint.rounds_done if checkpoint else 0
+        self.metrics: deque[Metrics] = deque(maxlen=REMEMBERED)  # of the last rounds since this start
+        if checkpoint:
+            self.buffer.statistics = checkpoint.statistics
+            self.buffer.set_aside = {round: list(images) for round, images in checkpoint.set_aside.items()}
+        self._ledger.cut(self.rounds_done)
+
+    def learned(self, state: LearnerState) -> None:
+        """The learner has this round behind it: from here on a stop commits it."""
+        self.rounds_done = state.policy_version
+        set_aside = {round: list(images) for round, images in self.buffer.set_aside.items()}
+        ids = self._trackers.identities()
+        rounds = self.rounds_done if self._parts.recipe.rollouts.keep else 0
+        self._done = Checkpoint(self.rounds_done, state, self.buffer.statistics, ids, rounds, set_aside)
+
+    def write(
+        self, batch: TrainBatch, rollouts: list[Rollout], figures: Metrics, clock: RoundClock, workers: Workers
+    ) -> None:
+        """The round's rows in the ledger, its metrics to the trackers, and a checkpoint where one is due."""
+        assert self._done is not None, "a round is learned from before it is written"
+        recipe, stream = self._parts.recipe, workers.stream
+        pictures = (
+            [stream.pictures(rollout) for rollout in rollouts] if self._ledger.wants_pictures(batch.round) else []
+        )
+        there = [images.pixels for images in pictures if images is not None]
+        weights = self._parts.reward_weights
+        self._ledger.write_round(batch, rollouts, weights, there if len(there) == len(rollouts) else None)
+        memory = memory_now(self._done.learner.weights[-1].buffer.nbytes)
+        self.metrics.append(round_metrics(batch.round, rollouts, figures, clock, stream.report(), memory))
+        self._trackers.log(self.metrics[-1])
+        if self.rounds_done % recipe.checkpoint.every == 0 or self.rounds_done == recipe.rounds:
+            self.commit()
+
+    def commit(self) -> None:
+        """Save what was learned since the last checkpoint."""
+        if self._done and self._done.rounds_done > self._committed:
+            save_checkpoint(self._checkpoints, self._done, self._parts.recipe.checkpoint.keep)
+            self._committed = self._done.rounds_done

@@ -1,0 +1,120 @@
+"""The lag study's chart and table: reward against pictures drawn, and against the time that a round would take."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Results = list[dict[str, Any]]
+WINDOW = 64  # pictures that a point of a curve is the mean of, whatever the round's size
+PANELS = (
+    ("large rounds as they are: 64 pictures, 4 optimizer steps", ("large-*-plain",)),
+    ("smaller rounds as they are: 32 pictures, 2 steps; 16 pictures, 1 step", ("middle-*-plain", "small-*-plain")),
+    ("large rounds, corrected", ("large-lag0-plain", "large-lag1-*", "large-lag2-*", "large-lag4-*")),
+)
+
+
+def round_seconds(sample: float, score: float, update: float, lag: int, shape: tuple[int, int]) -> float:
+    """Wall-clock of a round with N samplers and one reward worker, each on cores of its own, and nothing lost between.
+
+    `shape` is (N, tasks a round); the last task is scored when all are drawn.
+    """
+    samplers, tasks = shape
+    in_step = sample / samplers + score / tasks + update
+    return in_step if lag == 0 else max(sample / samplers, score, update, in_step / (lag + 1))
+
+
+def seconds_an_image(result: dict[str, Any], samplers: int) -> float:
+    """Of a run, from the medians of what its own rounds took on one thread."""
+    parts = [
+        float(np.median([metrics[f"seconds/{part}"] for metrics in result["rounds"]]))
+        for part in ("sample", "score", "learn")
+    ]
+    return round_seconds(*parts, result["lag"], (samplers, result["tasks"])) / result["round_images"]
+
+
+def curve(result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures drawn, and the mean reward of the last `WINDOW` of them."""
+    size = result["round_images"]
+    rewards = np.array([metrics["reward/mean"] for metrics in result["rounds"]])
+    width = max(1, WINDOW // size)
+    means = np.convolve(rewards, np.full(width, 1 / width), mode="valid")
+    return size * np.arange(width, len(rewards) + 1), means
+
+
+def by_setting(results: Results) -> dict[str, Results]:
+    """Runs that differ in their seed alone, in the order of the results."""
+    groups: dict[str, Results] = defaultdict(list)
+    for result in results:
+        groups[result["setting"]].append(result)
+    return groups
+
+
+def draw_chart(results: Results, path: Path, samplers: int) -> None:
+    """A row a question: on the left what a picture teaches, on the right what a second does."""
+    from fnmatch import fnmatch
+
+    from matplotlib import pyplot as plt
+
+    groups = by_setting(results)
+    figure, rows = plt.subplots(len(PANELS), 2, figsize=(14, 4.4 * len(PANELS)), squeeze=False)
+    for (title, patterns), (left, right) in zip(PANELS, rows, strict=True):
+        shown = [name for name in groups if any(fnmatch(name, pattern) for pattern in patterns)]
+        for name in sorted(shown):
+            color = plt.get_cmap("tab10")(sorted(shown).index(name) % 10)
+            draw_setting(left, name, groups[name], 1.0, color)
+            seconds = float(np.mean([seconds_an_image(result, samplers) for result in groups[name]]))
+            draw_setting(right, name, groups[name], seconds, color)
+        left.set_title(title, fontsize=10)
+        left.set_xlabel("pictures drawn")
+        right.set_xlabel(
+            f"seconds, by the schedule's formula from each run's own times on one thread\n"
+            f"({samplers} sampler{'s' * (samplers > 1)}, reward worker and learner stand in on cores of their own)"
+        )
+        for axis in (left, right):
+            axis.set_ylabel(f"reward, mean of the last {WINDOW} pictures")
+            axis.grid(alpha=0.3)
+            if shown:
+                axis.legend(fontsize=8, loc="lower right")
+    figure.suptitle("band: from the lowest to the highest of the seeds; line: their mean", fontsize=10)
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_setting(axis: Any, name: str, runs: Results, scale: float, color: Any) -> None:
+    """One line with its band; the horizontal axis is pictures times `scale`."""
+    curves = [curve(run) for run in runs]
+    length = min(len(means) for _, means in curves)
+    images, means = curves[0][0][:length] * scale, np.stack([values[:length] for _, values in curves])
+    label = f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+    axis.plot(images, means.mean(0), color=color, label=label, marker="o" if length == 1 else None)
+    axis.fill_between(images, means.min(0), means.max(0), color=color, alpha=0.15)
+
+
+def table(results: Results, samplers: int) -> str:
+    """A line a setting, in markdown: the change on held-out pictures, seed by seed, and what a picture takes."""
+    lines = [
+        "| setting | seeds | change of the reward on held-out pictures | mean | clipped | masked | seconds a picture |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in by_setting(results).items():
+        changes = [
+            (run["held_out"]["reward_after"] - run["held_out"]["reward_before"]) / abs(run["held_out"]["reward_before"])
+            for run in runs
+        ]
+        each = ", ".join(f"{100 * change:+.1f}" for change in changes)
+        seconds = np.mean([seconds_an_image(run, samplers) for run in runs])
+        clipped, masked = share(runs, "clip_fraction"), share(runs, "masked_fraction")
+        lines.append(
+            f"| {name} | {len(runs)} | {each} % | {100 * np.mean(changes):+.1f} % | {clipped} | {masked} | {seconds:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def share(runs: Results, key: str) -> str:
+    """The mean of a share over all rounds, where the runs have it."""
+    values = [metrics[key] for run in runs for metrics in run["rounds"] if key in metrics]
+    return f"{100 * np.mean(values):.0f} %" if values else "–"

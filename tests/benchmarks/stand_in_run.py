@@ -1,0 +1,178 @@
+"""Rounds of stand-ins on the real stream, pools, learner group and schedule; and the ideal that they are held against."""
+
+import functools
+import heapq
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+
+from actors.ray_rollout_stream import Pools, RayRolloutStream
+from actors.rollout_stream import StreamSettings
+from actors.worker_pool import RestartBudget, WorkerPool
+from common.config import Recipe
+from common.prompts import Prompt
+from common.schedule import last_startable_round, round_tasks
+from learner.learner_group import RayLearnerGroup
+from tests.benchmarks.stand_ins import StandInLearner, StandInRewardWorker, StandInSampler
+
+IMAGES_PER_TASK = 4
+WEIGHT_BYTES = 3_000_000  # rank-4 adapters of Stable Diffusion 1.5
+CPUS_OF_A_SLEEPER = 0.01
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """How long each side of a round takes, and how many there are."""
+
+    name: str
+    samplers: int
+    reward_workers: int
+    tasks: int  # a round
+    draw: float  # seconds a task
+    score: float  # seconds a task
+    update: float  # seconds a round
+
+    @property
+    def sampling(self) -> float:
+        """S/N: tasks are whole, so the samplers take them in waves."""
+        return -(-self.tasks // self.samplers) * self.draw
+
+    @property
+    def scoring(self) -> float:
+        """R/M."""
+        return self.tasks * self.score / self.reward_workers
+
+    @property
+    def tail(self) -> float:
+        """r: scoring that is left when the last task is drawn, with the first worker that is free taking the next task."""
+        workers = [0.0] * self.reward_workers
+        for task in range(self.tasks):
+            drawn = (task // self.samplers + 1) * self.draw
+            heapq.heapreplace(workers, max(workers[0], drawn) + self.score)
+        return max(workers) - self.sampling
+
+    def ideal(self, max_policy_lag: int) -> float:
+        """Seconds a round."""
+        return ideal_seconds((self.sampling, self.scoring, self.update), self.tail, max_policy_lag)
+
+
+def ideal_seconds(sides: tuple[float, float, float], tail: float, max_policy_lag: int) -> float:
+    """A round's ideal from S/N, R/M and U: the slowest side, or the way of one round through all, shared by those under way."""
+    sampling, _, update = sides
+    through = sampling + tail + update
+    return through if max_policy_lag == 0 else max(*sides, through / (max_policy_lag + 1))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run of stand-ins took."""
+
+    seconds: float  # a round
+    images_per_second: float
+    driver_cores: float  # CPU seconds of the driver's process a second
+
+
+@contextmanager
+def local_ray(num_cpus: int = 4) -> Iterator[None]:
+    """A cluster of its own. Its folder is short, because a socket's path may have 107 bytes."""
+    folder = tempfile.mkdtemp(prefix="b", dir="/tmp")
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class StandInRun:
+    """The driver's loop as in train.py, without advantages and checkpoints, on stand-ins. It never runs out of rounds."""
+
+    def __init__(self, proportion: Proportion, max_policy_lag: int) -> None:
+        self._lag = max_policy_lag
+        self._recipe = _recipe(proportion, max_policy_lag)
+        budget = RestartBudget(0)
+        self._pools = Pools(
+            WorkerPool("sampler", _maker(StandInSampler, proportion.draw), proportion.samplers, budget),
+            WorkerPool(
+                "reward_worker", _maker(StandInRewardWorker, proportion.score), proportion.reward_workers, budget
+            ),
+            budget,
+        )
+        settings = StreamSettings(
+            self._recipe.reward_workers, self._recipe.runtime, max_policy_lag + 1, 4.0, check=lambda: None
+        )
+        self._stream = RayRolloutStream(self._pools, ("stand_in",), settings)
+        make = _maker(StandInLearner, proportion.update, max_policy_lag + 1, WEIGHT_BYTES)
+        on_death = functools.partial(budget.spend, "learner")
+        self._learner = RayLearnerGroup(make(0), lambda: make(1), self._stream.work_until, on_death)
+        self._stream.wait_until_loaded(proportion.samplers, proportion.reward_workers)
+        self._learner.wait_until_loaded()
+
+    def measure(self, warm_up: int, rounds: int) -> Measured:
+        """Run, and measure after the first rounds."""
+        (weights,) = self._learner.weights()
+        self._stream.publish(weights)
+        submitted, process = 0, psutil.Process()
+        started = busy = 0.0
+        for round in range(warm_up + rounds):
+            if round == warm_up:
+                started, busy = time.monotonic(), _cpu_seconds(process)
+            while submitted <= last_startable_round(round, self._lag):
+                self._stream.submit(round_tasks(self._recipe, submitted, lambda generator: Prompt("nothing")))
+                submitted += 1
+            rollouts = self._stream.collect(round)
+            reports: Any = tuple(rollout.report for rollout in rollouts)
+            _, state = self._learner.update(reports, rollouts)
+            self._stream.publish(state.weights[-1])
+            self._stream.report()
+        seconds = time.monotonic() - started
+        images = rounds * self._recipe.images_per_round
+        return Measured(seconds / rounds, images / seconds, (_cpu_seconds(process) - busy) / seconds)
+
+    def close(self) -> None:
+        """End the actors."""
+        self._learner.close()
+        for pool in self._pools.both:
+            pool.close()
+
+
+def run(proportion: Proportion, max_policy_lag: int, warm_up: int, rounds: int) -> Measured:
+    """Start the stand-ins, measure, end them."""
+    stand_ins = StandInRun(proportion, max_policy_lag)
+    try:
+        return stand_ins.measure(warm_up, rounds)
+    finally:
+        stand_ins.close()
+
+
+def _maker(cls: type, *arguments: Any) -> Callable[[int], Any]:
+    remote = ray.remote(num_cpus=CPUS_OF_A_SLEEPER, concurrency_groups={"health": 1})(cls)
+    return lambda number: remote.remote(*arguments)
+
+
+def _recipe(proportion: Proportion, max_policy_lag: int) -> Recipe:
+    return Recipe.parse(
+        {
+            "name": "stand-ins",
+            "rounds": 1,
+            "max_policy_lag": max_policy_lag,
+            "policy": {"name": "stand_in"},
+            "prompts": {"name": "stand_in"},
+            "sampling": {"batch_size": IMAGES_PER_TASK, "batches_per_round": proportion.tasks, "num_steps": 4},
+            "reward": {"name": "stand_in"},
+            "algorithm": {"name": "stand_in"},
+            "learner": {"batch_size": IMAGES_PER_TASK, "micro_batch_size": 1},
+        }
+    )
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system

@@ -1,0 +1,80 @@
+"""The ideal that overlap is held against, by hand; and stand-ins that do what the real actors do."""
+
+import inspect
+
+import pytest
+
+from actors.reward_worker import RewardWorker
+from actors.sampler import Sampler
+from learner.learner import Learner
+from tests.benchmarks.overlap import PROPORTIONS, model_row
+from tests.benchmarks.stand_in_run import Proportion, ideal_seconds
+from tests.benchmarks.stand_ins import StandInLearner, StandInRewardWorker, StandInSampler
+
+
+def test_without_lag_one_side_waits_for_the_other() -> None:
+    assert ideal_seconds((2.0, 0.5, 1.0), 0.1, 0) == pytest.approx(3.1)
+
+
+@pytest.mark.parametrize(
+    ("sides", "lag", "seconds"),
+    [
+        ((4.0, 0.5, 1.0), 1, 4.0),
+        ((1.0, 4.0, 1.0), 1, 4.0),
+        ((1.0, 0.5, 4.0), 1, 4.0),
+        ((2.0, 0.5, 2.0), 1, 2.05),  # a round's way through all is 4.1 s, and two are under way
+        ((2.0, 0.5, 2.0), 2, 2.0),
+    ],
+)
+def test_with_lag_the_slowest_side_decides_or_the_way_through_all(
+    sides: tuple[float, float, float], lag: int, seconds: float
+) -> None:
+    assert ideal_seconds(sides, 0.1, lag) == pytest.approx(seconds)
+
+
+def test_tasks_are_whole() -> None:
+    assert Proportion("", samplers=4, reward_workers=1, tasks=9, draw=0.5, score=0, update=0).sampling == 1.5
+
+
+@pytest.mark.parametrize(
+    ("reward_workers", "score", "tail"),
+    [
+        (2, 0.1, 0.1),  # of the last two tasks, at once
+        (1, 0.1, 0.2),  # of the last two tasks, in turn
+        (1, 1.0, 3.0),  # at 1, 2, 3, 4 s; drawn after 1 s: 1 + 4 × 1 − 2
+    ],
+)
+def test_what_scoring_is_left_when_the_last_task_is_drawn(reward_workers: int, score: float, tail: float) -> None:
+    proportion = Proportion("", 2, reward_workers, tasks=4, draw=1.0, score=score, update=0)
+    assert proportion.tail == pytest.approx(tail)
+
+
+def test_every_side_and_the_way_through_all_is_what_decides_somewhere() -> None:
+    deciding = set()
+    for proportion in PROPORTIONS:
+        sides = {"sampling": proportion.sampling, "scoring": proportion.scoring, "learning": proportion.update}
+        ideal = proportion.ideal(1)
+        deciding.add(next((side for side, seconds in sides.items() if seconds == ideal), "the way through all"))
+    assert deciding == {"sampling", "scoring", "learning", "the way through all"}
+
+
+def test_the_models_row_leaves_out_the_rounds_that_have_less_beside_them() -> None:
+    metrics = [
+        {"seconds/sample": 2.0, "seconds/score": 0.2, "seconds/learn": 1.0, "seconds/round": seconds}
+        for seconds in (9.0, 9.0, 2.0, 2.4, 9.0)
+    ]
+    assert model_row(1, metrics) == "| 1 | 2.00 | 0.200 | 1.00 | 2.00 s | 2.20 s | 1.100 |"
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "real", "methods"),
+    [
+        (StandInSampler, Sampler, ("ready", "stacks", "forget", "draw")),
+        (StandInRewardWorker, RewardWorker, ("ready", "stacks", "score")),
+        (StandInLearner, Learner, ("ready", "stacks", "weights", "load_state", "update")),
+    ],
+)
+def test_a_stand_in_is_called_like_the_real_one(stand_in: type, real: type, methods: tuple[str, ...]) -> None:
+    for method in methods:
+        ours, theirs = (inspect.signature(getattr(each, method)).parameters for each in (stand_in, real))
+        assert list(ours) == list(theirs), method

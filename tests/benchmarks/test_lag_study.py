@@ -1,0 +1,109 @@
+"""The lag study: its list is what it says it is, its clock is the schedule's formula, and made runs are not made again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config import Recipe
+from deploy.composition import parts_of
+from tests.benchmarks.embedded_model import RECIPE
+from tests.benchmarks.lag_study import IMAGES, SEEDS, all_runs
+from tests.benchmarks.lag_study_chart import curve, round_seconds, seconds_an_image, table
+
+
+def result(setting: str, seed: int, round_images: int, rewards: list[float]) -> dict:
+    seconds = {"seconds/sample": 8.0, "seconds/score": 1.0, "seconds/learn": 6.0}
+    return {
+        "setting": setting,
+        "seed": seed,
+        "images": round_images * len(rewards),
+        "round_images": round_images,
+        "tasks": round_images // 16,
+        "lag": int(setting.split("-")[1].removeprefix("lag")),
+        "rounds": [{"reward/mean": reward, "clip_fraction": 0.25, **seconds} for reward in rewards],
+        "held_out": {"reward_before": -2.0, "reward_after": -1.5 - seed / 10},
+    }
+
+
+def test_there_are_at_most_sixty_runs_and_each_is_a_recipe_that_draws_as_many_pictures() -> None:
+    runs = all_runs(IMAGES)
+    assert len(runs) == len({run.name for run in runs}) <= 60
+    for run in runs:
+        recipe = parts_of(Recipe.load(RECIPE, run.overrides)).recipe
+        assert recipe.rounds * recipe.images_per_round == IMAGES
+        assert recipe.runtime.threads == 1 and recipe.evaluation.split == "tuning"
+        assert (
+            recipe.images_per_round // recipe.learner.images_per_step
+            == {"large": 4, "middle": 2, "small": 1}[run.parts[0]]
+        )
+        assert recipe.max_policy_lag == run.parts[1]
+
+
+def test_every_setting_has_all_seeds_before_a_later_tier_begins() -> None:
+    runs = all_runs(IMAGES)
+    first = [run.setting for run in runs[:3]]
+    assert first == ["large-lag0-plain", "large-lag1-plain", "large-lag2-plain"]
+    assert [(run.setting, run.seed) for run in runs[:9]] == [(setting, seed) for seed in SEEDS for setting in first]
+    assert {run.setting for run in runs[9:18]} == {"small-lag0-plain", "small-lag1-plain", "small-lag2-plain"}
+    assert {run.setting for run in runs[18:24]} == {"large-lag1-proximal", "large-lag2-proximal"}
+
+
+@pytest.mark.parametrize(
+    ("lag", "samplers", "seconds"),
+    [
+        (0, 1, 8 + 1 / 4 + 6),  # one after the other
+        (0, 4, 2 + 1 / 4 + 6),
+        (1, 1, 8.0),  # the samplers hold it up
+        (1, 4, 6.0),  # the learner does
+        (2, 1, 8.0),
+    ],
+)
+def test_a_rounds_time_by_hand(lag: int, samplers: int, seconds: float) -> None:
+    assert round_seconds(8, 1, 6, lag, (samplers, 4)) == pytest.approx(seconds)
+
+
+def test_at_lag_one_a_round_takes_at_least_half_of_one_in_step() -> None:
+    assert round_seconds(5, 4, 5, 1, (1, 1)) == pytest.approx(7)  # (5 + 4 + 5) / 2 is more than any part
+
+
+def test_a_curve_is_the_mean_of_the_last_sixty_four_pictures() -> None:
+    images, means = curve(result("small-lag0-plain", 10, 16, [1, 2, 3, 4, 5, 6]))
+    assert images.tolist() == [64, 80, 96] and means.tolist() == [2.5, 3.5, 4.5]
+    images, means = curve(result("large-lag0-plain", 10, 64, [1, 2]))
+    assert images.tolist() == [64, 128] and means.tolist() == [1, 2]
+
+
+def test_the_tables_line_by_hand() -> None:
+    runs = [result("large-lag0-plain", seed, 64, [1.0, 2.0]) for seed in (0, 1)]
+    line = table(runs, 1).splitlines()[2]
+    seconds = (8 + 1 / 4 + 6) / 64
+    assert line == f"| large-lag0-plain | 2 | +25.0, +20.0 % | +22.5 % | 25 % | – | {seconds:.3f} |"
+    assert seconds_an_image(runs[0], 1) == pytest.approx(seconds)
+
+
+def study(tmp_path: Path, *words: str) -> str:
+    places = ["--results", str(tmp_path / "results.jsonl"), "--picture", str(tmp_path / "chart.png")]
+    command = [sys.executable, "-m", "tests.benchmarks.lag_study", "--folder", str(tmp_path), *places, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_what_the_results_have_is_listed_as_done_not_made_again_and_drawn(tmp_path: Path) -> None:
+    runs = [result("large-lag1-plain", seed, 64, [-2.5] * 12) for seed in SEEDS]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    lines = study(tmp_path, "--list", "--only", "large-lag1-*").splitlines()
+    assert {line.split()[1] for line in lines if line.startswith("done")} == {
+        f"large-lag1-plain-seed{seed}-{IMAGES}images" for seed in SEEDS
+    }
+    assert len(lines) == 5 * len(SEEDS)
+    assert study(tmp_path, "--run", "--only", "large-lag1-plain-*") == ""
+    assert "| large-lag1-plain | 3 |" in study(tmp_path, "--chart")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+def test_a_number_of_pictures_that_makes_no_whole_rounds_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        study(tmp_path, "--list", "--images", "100")
+    assert "--images is 100: it must be a multiple of 64" in refused.value.stderr

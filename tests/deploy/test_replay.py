@@ -1,0 +1,100 @@
+"""ddpo replay: a round drawn again is the round that was learned from, and whatever is not says so."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+import ddpo
+from common.config import Recipe
+from common.ledger import Ledger
+from common.run_folder import RunFolder
+from train import train
+
+
+@pytest.fixture
+def run(tables: dict) -> RunFolder:
+    """Three rounds at lag 1: the last checkpoint holds versions 2 and 3, the one before versions 1 and 2."""
+    tables |= {"rounds": 3, "max_policy_lag": 1, "checkpoint": {"every": 1, "keep": 2}}
+    recipe = Recipe.parse({**tables, "rollouts": {"pictures_every": 2}})
+    train(recipe, serial=True)
+    return RunFolder(recipe.run_path())
+
+
+def replayed(folder: RunFolder, round: int, capsys: pytest.CaptureFixture, *overrides: str) -> tuple[int, str]:
+    """The exit code, and what was printed."""
+    code = ddpo.main(["replay", folder.location, "--round", str(round), *overrides])
+    return code, "".join(capsys.readouterr())
+
+
+def alter(folder: RunFolder, round: int, change: Callable[[list[dict]], None]) -> None:
+    """Change a round's rows in the ledger."""
+    path = Path(folder.location) / f"rollouts/round={round:06d}/images.parquet"
+    table = parquet.ParquetFile(path).read()
+    rows = table.to_pylist()
+    change(rows)
+    parquet.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+
+def test_a_run_writes_every_round_into_its_ledger(run: RunFolder, recipe: Recipe) -> None:
+    ledger = Ledger(run.storage, recipe.rollouts)
+    assert ledger.rounds() == [0, 1, 2]
+    versions = [ledger.read(round).to_pydict()["policy_version"][0] for round in range(3)]
+    assert versions == [0, 0, 1] and ledger.read(1).num_rows == recipe.images_per_round
+    assert ["picture" in ledger.read(round).column_names for round in range(3)] == [True, False, True]
+
+
+def test_a_round_drawn_again_is_equal_image_by_image(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    code, text = replayed(run, 2, capsys)
+    assert code == 0 and text == "round 2, drawn again with policy version 1: all 8 images are equal\n"
+
+
+def test_an_image_that_is_another_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    def change(rows: list[dict]) -> None:
+        rows[5]["image_fingerprint"] = "f" * 64
+
+    alter(run, 2, change)
+    code, text = replayed(run, 2, capsys)
+    lines = text.splitlines()
+    assert code == 1 and len(lines) == 2 and lines[1].endswith(": 1 of 8 images differ")
+    assert lines[0].startswith("image 5: the ledger has ffffffffffff, and drawn again it is ")
+
+
+def test_a_seed_that_is_not_the_schedules_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    def change(rows: list[dict]) -> None:
+        rows[3]["seed"] += 4
+
+    alter(run, 2, change)
+    code, text = replayed(run, 2, capsys)
+    assert code == 1 and "image 3: seed is" in text and "by the recipe; the ledger has" in text
+
+
+def test_weights_that_are_not_the_checkpoints_are_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    def change(rows: list[dict]) -> None:
+        for row in rows:
+            row["fingerprint"] = "e" * 64
+
+    alter(run, 2, change)
+    code, text = replayed(run, 2, capsys)
+    assert code == 1 and "image 0: drawn with weights eeeeeeeeeeee, the checkpoint's are " in text
+    assert "8 of 8 images differ" in text
+
+
+def test_a_recipe_that_draws_otherwise_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    code, text = replayed(run, 2, capsys, "--sampling.guidance_scale", "2.5")
+    assert code == 1 and "8 of 8 images differ" in text
+
+
+def test_weights_that_were_not_kept_are_told_with_those_that_are(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    code, text = replayed(run, 0, capsys)
+    assert code == 2 and "round 0 was drawn with policy version 0, which no checkpoint in" in text
+    assert "(round-000003 has [2, 3]; round-000002 has [1, 2])" in text and "larger checkpoint.keep" in text
+
+
+def test_a_round_that_the_ledger_does_not_have_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    code, text = replayed(run, 7, capsys)
+    assert code == 2 and "has no round 7: it has 3 rounds, 0 to 2" in text
+    code, text = replayed(RunFolder(f"{run.location}/lora"), 7, capsys)
+    assert code == 2 and "is no run's folder" in text

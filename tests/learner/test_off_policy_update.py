@@ -1,0 +1,206 @@
+"""An update off the policy: what the learner gives the algorithm, when, and the gradient that comes of it."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common.diffusion.lora import load_weights, trained_parameters
+from common.diffusion.policy import Policy
+from common.lora_weights import LoraWeights, pack
+from common.trajectory import TransitionBatch
+from deploy.composition import Parts
+from learner.algorithms.algorithm import Algorithm, PairLoss
+from learner.algorithms.ddpo_is import DDPOImportanceSampling
+from learner.learner import Learner
+from learner.round_transitions import Pair, RoundTransitions, round_transitions
+from learner.weight_check import swapped_in
+from tests.gradients import ONE_STEP, gradient_of, relative_error
+from tests.reference import ddpo_reference as reference
+from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
+
+SEEN: list[TransitionBatch] = []
+
+
+class Watching(Algorithm):
+    """DDPO-IS that asks for all references and keeps what it was given."""
+
+    inner: DDPOImportanceSampling = DDPOImportanceSampling(clip_range=1e-3)
+
+    @property
+    def needs_proximal_log_probs(self) -> bool:
+        return True
+
+    @property
+    def needs_behaviour_means(self) -> bool:
+        return True
+
+    def pair_loss(self, policy: Policy, batch: TransitionBatch) -> PairLoss:
+        if torch.is_grad_enabled():
+            SEEN.append(batch)
+        return self.inner.pair_loss(policy, batch)
+
+
+def lagging(parts: Parts) -> tuple[Learner, DrawnRound]:
+    """A learner one version ahead of the round that it is about to learn from; at lag 0 on the round's own."""
+    learner, lag = learner_of(parts), parts.recipe.max_policy_lag
+    for round in range(lag):
+        drawn = draw_round(parts, learner.weights()[0], round)
+        learner.update(drawn.batch, *drawn.trajectories)
+    return learner, draw_round(parts, learner.weights()[0], lag)
+
+
+def transition_under(parts: Parts, weights: LoraWeights, batch: TransitionBatch):
+    policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
+    load_weights(policy.network, weights)
+    with torch.no_grad():
+        return policy.transition(batch.latents, batch.steps, batch.conditioning)
+
+
+@pytest.mark.parametrize("inner_epochs", [1, 2])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_references_are_those_of_the_updates_start_and_of_the_version_that_drew(
+    lag: int, inner_epochs: int, tables: dict
+) -> None:
+    values = {"max_policy_lag": lag, "learner__inner_epochs": inner_epochs}
+    parts = dataclasses.replace(parts_with(tables, **values), algorithm=Watching())
+    learner, drawn = lagging(parts)
+    drew, start = learner.weights()[0], learner.weights()[-1]
+    assert (drew.fingerprint == start.fingerprint) == (lag == 0)
+    SEEN.clear()
+    learner.update(drawn.batch, *drawn.trajectories)
+    assert len(SEEN) == 2 * 2 * inner_epochs  # two optimizer steps of two micro-batches
+    first_step = SEEN[:2]
+    # Where the own pass is under the very weights, none is made twice.
+    assert all((batch.proximal_log_probs is None) == (inner_epochs == 1) for batch in first_step)
+    assert all((batch.behaviour_means is None) == (inner_epochs == 1 and lag == 0) for batch in first_step)
+    for batch in SEEN:
+        if batch.proximal_log_probs is not None:
+            expected = transition_under(parts, start, batch).log_prob(batch.next_latents)
+            torch.testing.assert_close(batch.proximal_log_probs, expected, rtol=0, atol=0)
+        if batch.behaviour_means is not None:
+            torch.testing.assert_close(batch.behaviour_means, transition_under(parts, drew, batch).mean, rtol=0, atol=0)
+    assert all(batch.proximal_log_probs is not None and batch.behaviour_means is not None for batch in SEEN[2:])
+
+
+def test_one_optimizer_step_on_the_present_version_needs_no_pass_at_all(tables: dict) -> None:
+    parts = dataclasses.replace(parts_with(tables, **ONE_STEP), algorithm=Watching())
+    learner, drawn = lagging(parts)
+    SEEN.clear()
+    learner.update(drawn.batch, *drawn.trajectories)
+    assert all(batch.proximal_log_probs is batch.behaviour_means is None for batch in SEEN)
+
+
+def fingerprint_with(tables: dict, off_policy: dict) -> tuple[str, dict[str, float]]:
+    tables = {**tables, "algorithm": {**tables["algorithm"], **off_policy}}
+    learner, drawn = lagging(parts_with(tables, max_policy_lag=1))
+    metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+    return after.weights[-1].fingerprint, metrics
+
+
+def test_defaults_written_out_and_a_mask_that_masks_nothing_change_no_bit(tables: dict) -> None:
+    plain, metrics = fingerprint_with(tables, {})
+    assert fingerprint_with(tables, {"off_policy": {"ratio": "behaviour"}})[0] == plain
+    wide, wide_metrics = fingerprint_with(tables, {"off_policy": {"max_drift_nats": 1e9}})
+    assert wide == plain and wide_metrics["masked_fraction"] == 0
+    assert "masked_fraction" not in metrics and "behaviour_weight/mean" not in metrics
+
+
+def test_each_correction_changes_what_is_learned_and_says_so(tables: dict) -> None:
+    plain, metrics = fingerprint_with(tables, {})
+    proximal, proximal_metrics = fingerprint_with(tables, {"off_policy": {"ratio": "proximal"}})
+    weighed, weighed_metrics = fingerprint_with(tables, {"off_policy": {"ratio": "proximal", "behaviour_weight": 1e-3}})
+    masked, masked_metrics = fingerprint_with(tables, {"off_policy": {"max_drift_nats": 0.05}})
+    assert len({plain, proximal, weighed, masked}) == 4
+    for found in (proximal_metrics, weighed_metrics, masked_metrics):  # of the first micro-batches, against behaviour
+        assert (
+            found["ratio/max_abs_log"] == pytest.approx(metrics["ratio/max_abs_log"], rel=0.2)
+            and found["ratio/max_abs_log"] > 1e-4
+        )
+    assert proximal_metrics["clip_fraction"] < metrics["clip_fraction"]
+    assert math.exp(-1e-3) <= weighed_metrics["behaviour_weight/mean"] <= math.exp(1e-3)
+    assert 0 < masked_metrics["masked_fraction"] < 1
+
+
+def test_where_everything_is_masked_no_step_is_taken(tables: dict) -> None:
+    tables = {**tables, "algorithm": {**tables["algorithm"], "off_policy": {"max_drift_nats": 1e-9}}}
+    parts = parts_with(tables, max_policy_lag=1)
+    learner = learner_of(parts)
+    first = draw_round(parts, learner.weights()[0], 0)
+    metrics, _ = learner.update(first.batch, *first.trajectories)
+    assert metrics["masked_fraction"] == 0.5  # on the policy that drew the first step is free, the second has moved
+    before = learner.weights()[-1].fingerprint
+    drawn = draw_round(parts, learner.weights()[0], 1)
+    metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+    assert metrics["masked_fraction"] == 1 and metrics["optimizer_steps_skipped"] == metrics["optimizer_steps"] == 2
+    assert after.weights[-1].fingerprint == before and metrics["loss"] == 0
+
+
+BAND, CLIP, LIMIT = 2e-4, 2e-4, 0.05
+
+
+def slow_loss(
+    policy: Policy, old: dict[Pair, np.ndarray], pair: Pair, transitions: RoundTransitions
+) -> tuple[torch.Tensor, bool]:
+    """One pair's loss by the formula, from the mean that the behaviour policy has there; and whether it is left."""
+    batch = transitions.batch([pair])
+    transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
+    drift = reference.gaussian_kl(transition.mean.detach().numpy(), old[pair], float(transition.std))
+    log_prob = transition.log_prob(batch.next_latents)
+    # One optimizer step: the proximal policy is the present one, so the ratio is 1 and its gradient that of log_prob.
+    weight = math.exp(min(max(float(log_prob.detach() - batch.old_log_probs), -BAND), BAND))
+    advantage = min(max(float(batch.advantages), -5.0), 5.0)
+    return -weight * advantage * torch.exp(log_prob - log_prob.detach()).sum(), drift <= LIMIT
+
+
+def test_the_gradient_is_that_of_the_decoupled_loss_over_the_pairs_left_taken_pair_by_pair(tables: dict) -> None:
+    off_policy = {"ratio": "proximal", "behaviour_weight": BAND, "max_drift_nats": LIMIT}
+    tables = {**tables, "algorithm": {"name": "ddpo_is", "clip_range": CLIP, "off_policy": off_policy}}
+    parts = parts_with(tables, max_policy_lag=1, **ONE_STEP)
+    learner, drawn = lagging(parts)
+    drew, start = learner.weights()
+    policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
+    transitions = round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
+    pairs = transitions.pairs_of(np.arange(4))
+    load_weights(policy.network, start)
+    old = {}
+    with torch.no_grad(), swapped_in(policy.network, drew, start):
+        for pair in pairs:
+            batch = transitions.batch([pair])
+            old[pair] = policy.transition(batch.latents, batch.steps, batch.conditioning).mean.numpy()
+    results = [slow_loss(policy, old, pair, transitions) for pair in pairs]
+    left = [loss for loss, is_left in results if is_left]
+    assert 4 <= len(left) <= len(pairs) - 4  # the mask has something to do
+    (torch.stack(left).sum() / len(left)).backward()
+    expected = {name: value.grad.numpy() for name, value in trained_parameters(policy.network).items()}
+
+    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    error = relative_error(gradient_of(learner), expected)
+    print(f"relative error {error:.1e}, masked {metrics['masked_fraction']:.2f}")
+    assert error < 1e-4
+    assert metrics["masked_fraction"] == pytest.approx(1 - len(left) / len(pairs))
+
+
+def test_a_learner_that_goes_on_from_a_state_arrives_at_the_same_bits(tables: dict) -> None:
+    off_policy = {"ratio": "proximal", "behaviour_weight": BAND, "max_drift_nats": LIMIT}
+    tables = {**tables, "algorithm": {**tables["algorithm"], "off_policy": off_policy}}
+    parts = parts_with(tables, max_policy_lag=1)
+    learner, drawn = lagging(parts)
+    resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
+    resumed.load_state(learner.state())
+    after = [one.update(drawn.batch, *drawn.trajectories)[1].weights[-1].fingerprint for one in (learner, resumed)]
+    assert after[0] == after[1]
+
+
+def test_weights_that_are_not_the_present_ones_are_given_back_to_the_last_bit(tables: dict) -> None:
+    off_policy = {"max_drift_nats": 1e9}
+    parts = parts_with({**tables, "algorithm": {**tables["algorithm"], "off_policy": off_policy}}, max_policy_lag=1)
+    learner, drawn = lagging(parts)
+    batch, steps = drawn.batch, [[(0, 0), (1, 0)]]
+    transitions = round_transitions(drawn.trajectories, batch.advantages, "cpu")
+    references = learner._references(batch, transitions, steps)
+    arrays = {name: value.detach().numpy() for name, value in learner._parameters.items()}
+    assert set(references.behaviour_means) == {(0, 0), (1, 0)} and not references.proximal_log_probs
+    assert pack(1, arrays).fingerprint == learner.weights()[-1].fingerprint

@@ -1,0 +1,168 @@
+"""Weights that silently did not arrive are found before anything is learned; those that did pass."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from common.diffusion.lora import read_weights
+from common.lora_weights import LoraWeights
+from deploy.composition import Parts
+from learner.learner import Learner
+from learner.round_transitions import RoundTransitions, round_transitions
+from learner.weight_check import WeightsDidNotArrive, log_prob_tolerance, pairs_to_check, swapped_in
+from tests.rounds import DrawnRound, draw_round, learner_of, moved, parts_with
+
+
+def learner_at_lag(parts: Parts) -> tuple[Learner, LoraWeights]:
+    """A learner that is `max_policy_lag` versions ahead of the next round, and the weights which that is drawn with."""
+    learner, lag = learner_of(parts), parts.recipe.max_policy_lag
+    for round in range(lag):
+        drawn = draw_round(parts, learner.weights()[0], round)
+        learner.update(drawn.batch, *drawn.trajectories)
+    return learner, learner.weights()[0]
+
+
+def silently_drawn_with(other: LoraWeights, parts: Parts, claimed: LoraWeights) -> DrawnRound:
+    """The round that comes next, drawn with other weights, whose reports claim the right ones."""
+    drawn = draw_round(parts, other, parts.recipe.max_policy_lag)
+    return DrawnRound(drawn.with_reports(fingerprint=claimed.fingerprint), drawn.trajectories)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_weights_that_silently_did_not_arrive_are_found_and_the_learner_is_left_as_it_was(
+    lag: int, tables: dict
+) -> None:
+    parts = parts_with(tables, max_policy_lag=lag)
+    learner, claimed = learner_at_lag(parts)
+    before = learner.state()
+    drawn = silently_drawn_with(moved(claimed, seed=2), parts, claimed)
+    with pytest.raises(WeightsDidNotArrive, match=r"version 0, and at step \d .* lies .* tolerance of 0.0001: it was"):
+        learner.update(drawn.batch, *drawn.trajectories)
+    assert_same_bits(learner, before)
+
+
+def assert_same_bits(learner: Learner, before) -> None:
+    after = learner.state()
+    present = read_weights(learner._policy.network, after.policy_version)
+    assert present.fingerprint == before.weights[-1].fingerprint
+    assert [weights.fingerprint for weights in after.weights] == [weights.fingerprint for weights in before.weights]
+    assert after.optimizer.keys() == before.optimizer.keys()
+    assert all(np.array_equal(value, before.optimizer[name]) for name, value in after.optimizer.items())
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_a_sampler_that_stayed_on_the_newest_version_or_the_one_before_is_found(lag: int, tables: dict) -> None:
+    parts = parts_with(tables, max_policy_lag=lag)
+    learner, claimed = learner_at_lag(parts)
+    newest = dataclasses.replace(learner.weights()[-1], policy_version=claimed.policy_version)
+    drawn = silently_drawn_with(newest, parts, claimed)
+    with pytest.raises(WeightsDidNotArrive):
+        learner.update(drawn.batch, *drawn.trajectories)
+
+
+def test_one_task_of_a_round_is_enough_to_be_found(tables: dict) -> None:
+    parts = parts_with(tables, learner__micro_batch_size=4)  # less than one image of each task with all its steps
+    learner, claimed = learner_at_lag(parts)
+    right = draw_round(parts, claimed)
+    wrong = silently_drawn_with(moved(claimed, seed=2), parts, claimed)
+    with pytest.raises(WeightsDidNotArrive, match="task 1 says that it was drawn with version 0"):
+        learner.update(right.batch, right.trajectories[0], wrong.trajectories[1])
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+def test_in_float32_what_arrived_passes_whatever_the_batch_is_composed_of(
+    lag: int, micro_batch_size: int, tables: dict
+) -> None:
+    parts = parts_with(tables, max_policy_lag=lag, learner__micro_batch_size=micro_batch_size)
+    learner, weights = learner_at_lag(parts)
+    drawn = draw_round(parts, weights, lag)
+    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    print(f"lag {lag}, {micro_batch_size} pairs: {metrics['log_prob_check/max_abs']:.1e}")
+    assert metrics["log_prob_check/max_abs"] <= 1e-5
+    assert lag == 0 or metrics["ratio/max_abs_log"] > 1e-4  # the policy that learns had moved by then
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_passes_at_its_own_tolerance(dtype: str, tables: dict) -> None:
+    parts = parts_with(tables, policy__dtype=dtype, max_policy_lag=1)
+    learner, weights = learner_at_lag(parts)
+    drawn = draw_round(parts, weights, 1)
+    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    print(f"{dtype}: {metrics['log_prob_check/max_abs']:.1e}")
+    assert metrics["log_prob_check/max_abs"] <= 1e-2
+
+
+def test_after_a_resume_a_version_is_checked_again(tables: dict) -> None:
+    parts = parts_with(tables, max_policy_lag=1)
+    learner, claimed = learner_at_lag(parts)
+    resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
+    resumed.load_state(learner.state())
+    drawn = silently_drawn_with(moved(claimed, seed=2), parts, claimed)
+    with pytest.raises(WeightsDidNotArrive):
+        resumed.update(drawn.batch, *drawn.trajectories)
+
+
+def test_a_log_prob_that_is_no_number_does_not_pass(tables: dict) -> None:
+    parts = parts_with(tables)
+    learner = learner_of(parts)
+    drawn = draw_round(parts, learner.weights()[-1])
+    drawn.trajectories[1].log_probs[0] = torch.nan
+    with pytest.raises(WeightsDidNotArrive, match="task 1 .* lies nan from"):
+        learner.update(drawn.batch, *drawn.trajectories)
+
+
+def test_the_tolerance_is_the_recipes_or_follows_from_the_dtype() -> None:
+    assert log_prob_tolerance(None, "float32") == 1e-4
+    assert log_prob_tolerance(None, "float16") == log_prob_tolerance(None, "bfloat16") == 1e-2
+    assert log_prob_tolerance(0.5, "float32") == 0.5
+
+
+def test_the_recipes_tolerance_is_the_one_that_counts(tables: dict) -> None:
+    parts = parts_with(tables, learner__log_prob_tolerance=1e-12, learner__micro_batch_size=4)
+    learner = learner_of(parts)
+    drawn = draw_round(parts, learner.weights()[-1])
+    drawn.trajectories[0].log_probs[0] += 1e-6
+    with pytest.raises(WeightsDidNotArrive, match="over the tolerance of 1e-12"):
+        learner.update(drawn.batch, *drawn.trajectories)
+
+
+def test_swapping_back_brings_every_bit_back_also_after_an_error(tables: dict) -> None:
+    parts = parts_with(tables)
+    learner = learner_of(parts)
+    network, present = learner._policy.network, learner.weights()[-1]
+    other = moved(present, seed=5)
+    with swapped_in(network, other, present):
+        assert read_weights(network, 0).fingerprint == other.fingerprint
+    assert read_weights(network, 0).fingerprint == present.fingerprint
+    with pytest.raises(KeyError), swapped_in(network, other, present):
+        raise KeyError
+    assert read_weights(network, 0).fingerprint == present.fingerprint
+
+
+def test_nothing_is_laid_anew_where_the_version_is_the_present_one(tables: dict) -> None:
+    parts = parts_with(tables)
+    learner = learner_of(parts)
+    parameters = list(learner._parameters.values())
+    counts = [parameter._version for parameter in parameters]  # torch counts every change in place
+    with swapped_in(learner._policy.network, learner.weights()[-1], learner.weights()[-1]):
+        pass
+    assert [parameter._version for parameter in parameters] == counts
+
+
+@pytest.fixture
+def transitions(tables: dict) -> RoundTransitions:
+    """Two tasks of four images with four steps each."""
+    parts = parts_with(tables)
+    drawn = draw_round(parts, learner_of(parts).weights()[-1])
+    return round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
+
+
+def test_pairs_are_taken_from_the_tasks_in_turn_each_from_its_first_images(transitions: RoundTransitions) -> None:
+    assert pairs_to_check(transitions, (), 5) == [(0, 0), (4, 1), (0, 1), (4, 2), (0, 2)]
+    assert pairs_to_check(transitions, (0, 4, 5), 3) == [(1, 0), (6, 1), (1, 1)]
+    assert pairs_to_check(transitions, (4, 5, 6, 7), 3) == [(0, 0), (0, 1), (0, 2)]
+    everything = pairs_to_check(transitions, (), 1000)
+    assert len(everything) == len(set(everything)) == 8 * 4

@@ -1,0 +1,103 @@
+"""What befalls a run in the tests: kills, scaling, signals; each from a thread beside the run, paced by its rounds."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+ROLES = ("ray::Sampler", "ray::RewardWorker")
+LONGEST_WAIT_SECONDS = 240.0
+
+
+def processes_of(*roles: str) -> list[psutil.Process]:
+    """The actors of these roles on clusters that this process has started, directly or not; loaded or loading."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(roles) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:  # it has just ended
+            continue
+    return sorted(found, key=lambda process: process.pid)
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of the processes that have not ended."""
+    return [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+def rounds_done(run: Path) -> int:
+    """Rounds in a run's metrics."""
+    metrics = run / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = LONGEST_WAIT_SECONDS) -> None:
+    """Poll; TimeoutError names what did not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not happen within {seconds:g} s")
+        time.sleep(0.05)
+
+
+@contextmanager
+def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run `work(over)` in a thread while the body runs; `over` is set when the body has ended. Its error is raised here."""
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work, over)
+        try:
+            yield
+        finally:
+            over.set()
+    working.result()
+
+
+def kill_a_worker_each_round(run: Path, kills: list[int], seed: int = 0) -> Callable[[threading.Event], None]:
+    """After every round, SIGKILL a random sampler or reward worker at a random moment; the process ids go to `kills`."""
+    generator = random.Random(seed)
+
+    def work(over: threading.Event) -> None:
+        seen = 0
+        while not over.is_set():
+            done = rounds_done(run)
+            if done > seen:
+                seen = done
+                time.sleep(generator.random() * 0.3)
+                victims = processes_of(*ROLES)
+                if victims and not over.is_set():
+                    victim = generator.choice(victims)
+                    os.kill(victim.pid, signal.SIGKILL)
+                    kills.append(victim.pid)
+            time.sleep(0.02)
+
+    return work
+
+
+def at_round(run: Path, round: int, act: Callable[[], object]) -> Callable[[threading.Event], None]:
+    """Do something once, as soon as so many rounds are done."""
+
+    def work(over: threading.Event) -> None:
+        wait_until(lambda: rounds_done(run) >= round or over.is_set(), f"round {round}")
+        assert not over.is_set(), f"the run ended before round {round}"
+        act()
+
+    return work
+
+
+def in_turn(*works: Callable[[threading.Event], None]) -> Callable[[threading.Event], None]:
+    """One disturbance after the other."""
+
+    def work(over: threading.Event) -> None:
+        for each in works:
+            each(over)
+
+    return work

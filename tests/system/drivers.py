@@ -1,0 +1,70 @@
+"""Drivers in processes of their own, as a user starts them, and what must be gone when they have ended."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import tomli_w
+
+from common.config import Recipe
+from common.run_folder import RunFolder, without_none
+from learner.checkpoint import load_checkpoint, newest_checkpoint
+from tests.system.disturbances import alive, wait_until
+
+LONGEST_SECONDS = 300.0
+GONE_SECONDS = 60.0
+# Ray 2.60 leaves these two of its own behind when the process that started a local cluster is killed with SIGKILL.
+RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
+class Driver:
+    """`ddpo train` on a recipe, with a local cluster of its own unless `address` names one."""
+
+    def __init__(self, recipe: Recipe, folder: Path, *options: str, address: str | None = None) -> None:
+        file = folder / f"{recipe.name}.toml"
+        file.write_text(tomli_w.dumps(without_none(recipe.model_dump(exclude_defaults=True))))
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        if address:
+            environment["RAY_ADDRESS"] = address
+        self.output = folder / f"{recipe.name}.log"
+        command = [sys.executable, "-m", "ddpo", "train", str(file), *options]
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    def family(self) -> list[psutil.Process]:
+        """Every process that it has started, directly or not, and that lives."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def ended(self) -> int:
+        """Wait for it; its exit code."""
+        return self.process.wait(timeout=LONGEST_SECONDS)
+
+    def said(self) -> str:
+        """All that it wrote."""
+        return self.output.read_text(errors="replace")
+
+
+def wait_until_gone(processes: list[psutil.Process], orphaned: bool = False) -> None:
+    """TimeoutError: some are still there. `orphaned`: their driver had no chance to close its cluster."""
+    agents = [each for each in alive(processes) if orphaned and each.cmdline()[0] in RAYS_OWN]
+    others = [each for each in processes if each not in agents]
+    try:
+        wait_until(lambda: not alive(others), "the end of all processes", GONE_SECONDS)
+    except TimeoutError as error:
+        raise TimeoutError(f"still there: {[each.cmdline()[:6] for each in alive(others)]}") from error
+    for agent in alive(agents):
+        agent.kill()
+
+
+def committed_fingerprint(recipe: Recipe) -> str:
+    """Of the weights in a finished run's last checkpoint."""
+    newest = newest_checkpoint(RunFolder(recipe.run_path()).checkpoints)
+    assert newest is not None and newest.name == f"round-{recipe.rounds:06d}"
+    return load_checkpoint(newest).learner.weights[-1].fingerprint

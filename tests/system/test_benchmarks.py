@@ -1,0 +1,30 @@
+"""The benchmarks of the asynchronous loop run, in a short form, and find what they claim."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.system
+
+
+def printed(benchmark: str, *options: str) -> str:
+    """A process of its own: types are checked in this one, and stand-ins answer with records of their own."""
+    command = [sys.executable, "-m", f"tests.benchmarks.{benchmark}", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_stand_ins_go_round_on_the_real_stream() -> None:
+    text = printed("overlap", "--only", "scaling", "--samplers", "2", "--rounds", "2")
+    ((tasks, seconds, ideal),) = re.findall(r"^\| 2 \| (\d+) \| .* \| (\S+) \((\S+)\) \|", text, flags=re.MULTILINE)
+    assert (int(tasks), float(ideal)) == (4, 2)
+    assert 1.9 < float(seconds) < 4  # nothing is faster than the ideal; how near it comes is the benchmark's matter
+
+
+def test_each_node_takes_a_version_in_once() -> None:
+    text = printed("broadcast", "--versions", "2", "--megabytes", "3", "--nodes", "2")
+    ((fewest, most),) = re.findall(r"(\d\.\d{3}) … (\d\.\d{3}) \|$", text, flags=re.MULTILINE)
+    assert float(fewest) == pytest.approx(1, abs=0.01) and float(most) == pytest.approx(1, abs=0.01)

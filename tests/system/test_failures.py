@@ -1,0 +1,139 @@
+"""What goes wrong in a run, row by row of the failure table: it is found in time, mended where it can be, and counted."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+import ddpo
+from common.config import Recipe
+from common.run_folder import without_none
+from tests.system.conftest import final_fingerprint
+from tests.system.disturbances import alive, at_round, beside, processes_of, rounds_done, wait_until
+from tests.system.drivers import Driver, wait_until_gone
+
+FAULTS = "tests.faulty_rewards"
+
+
+def with_reward(tables: dict, tmp_path: Path, function: str, prompt: object, attempts: int = 1) -> dict:
+    """The recipe with a faulty reward and a prompt that tells it what to do."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(["cat", str(prompt)]))
+    return {
+        **tables,
+        "rounds": 3,
+        "prompts": {"name": "file", "path": str(file), "images_per_prompt": 2},
+        "reward": {"name": "function", "path": f"{FAULTS}:{function}"},
+        "reward_workers": {"count": 2, "timeout_seconds": 4, "attempts": attempts},
+    }
+
+
+def metrics_of(recipe: Recipe) -> list[dict[str, Any]]:
+    lines = (Path(recipe.run_path()) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def total(recipe: Recipe, name: str) -> float:
+    return sum(metrics.get(name, 0) for metrics in metrics_of(recipe))
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(("function", "reason"), [("raises_once", "reward_error"), ("hangs_once", "reward_timeout")])
+def test_a_reward_that_fails_in_passing_is_tried_again_and_changes_no_bit(
+    tables: dict, tmp_path: Path, cluster: None, function: str, reason: str
+) -> None:
+    marker = tmp_path / "failed"
+    tables = with_reward(tables, tmp_path, function, marker, attempts=2)
+    faulty = Recipe.parse({**tables, "name": "faulty"})
+    fingerprint = final_fingerprint(faulty)
+    assert marker.exists() and total(faulty, f"retries/{reason}") == 1 and total(faulty, "images_set_aside") == 0
+    assert final_fingerprint(Recipe.parse({**tables, "name": "calm"}), serial=True) == fingerprint
+
+
+@pytest.mark.parametrize(
+    ("function", "where"),
+    [
+        ("raises_for_bad", "in one process"),
+        ("not_finite_for_bad", "in one process"),
+        pytest.param("raises_for_bad", "on Ray", marks=pytest.mark.system),
+    ],
+)
+def test_what_can_never_be_scored_is_set_aside_by_whole_group_and_counted(
+    tables: dict, tmp_path: Path, function: str, where: str, request: pytest.FixtureRequest
+) -> None:
+    if where == "on Ray":
+        request.getfixturevalue("cluster")
+    recipe = Recipe.parse({**with_reward(tables, tmp_path, function, "bad"), "name": "aside", "rounds": 4})
+    final_fingerprint(recipe, serial=where == "in one process")
+    rounds = metrics_of(recipe)
+    aside = [metrics["images_set_aside"] for metrics in rounds]
+    assert sum(aside) > 0 and all(count % 2 == 0 for count in aside), "groups of two go whole"
+    # The reward of what is left is the number of its kind, 1: a picture scored 0 would pull the mean down.
+    assert [metrics["reward/mean"] for metrics in rounds] == [1.0] * 4
+    assert not any("bad" in name for metrics in rounds for name in metrics)
+
+
+def test_one_bad_picture_costs_its_own_group_only(tables: dict, tmp_path: Path) -> None:
+    fingerprints = set()
+    for function in ("raises_for_bad", "not_finite_for_bad"):
+        recipe = Recipe.parse({**with_reward(tables, tmp_path, function, "bad"), "name": function})
+        fingerprints.add(final_fingerprint(recipe, serial=True))
+    assert len(fingerprints) == 1, "the same pictures set aside lead to the same bits, whatever was wrong with them"
+
+
+def test_beyond_its_budget_of_pictures_a_run_ends_with_the_reason(
+    tables: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tables = with_reward(tables, tmp_path, "raises_for_bad", "bad")
+    tables["reward_workers"] |= {"max_set_aside": 1}
+    file = written(tables, tmp_path)
+    assert ddpo.main(["train", str(file), "--serial", "--rounds", "8"]) == 1
+    said = capsys.readouterr().err
+    assert "TooManySetAside" in said and "KeyError" in said and "at most 1" in said
+
+
+def written(tables: dict, tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.toml"
+    file.write_text(tomli_w.dumps(without_none(tables)))
+    return file
+
+
+@pytest.mark.system
+def test_a_sampler_that_never_answers_ends_the_run_with_a_dump_within_the_deadline(
+    tables: dict, tmp_path: Path
+) -> None:
+    tables |= {"rounds": 400, "runtime": {"watchdog_seconds": 6}, "name": "stuck"}
+    recipe = Recipe.parse(tables)
+    run = Path(recipe.run_path())
+    driver = Driver(recipe, tmp_path)
+    with beside(at_round(run, 2, lambda: processes_of("ray::Sampler")[0].send_signal(signal.SIGSTOP))):
+        wait_until(lambda: driver.process.poll() is not None or rounds_done(run) > 0, "the first round")
+        family = driver.family()
+        assert driver.ended() == 1, driver.said()
+    dump = (run / "watchdog.txt").read_text()
+    assert "nothing was finished for runtime.watchdog_seconds = 6" in dump
+    assert "is in the hands of" in dump and "does not answer" in dump  # the sampler
+    assert "--- learner" in dump and "thread MainThread" in dump  # the others' stacks
+    assert "NothingMoves" in driver.said()
+    wait_until_gone(family)
+    assert not (run / "lease.json").exists()
+
+
+@pytest.mark.system
+def test_a_task_that_is_overdue_is_drawn_a_second_time_elsewhere(tables: dict, cluster: None) -> None:
+    tables |= {"rounds": 12, "samplers": {"count": 2}, "name": "overdue"}
+    recipe = Recipe.parse(tables)
+    run, stopped = Path(recipe.run_path()), []
+
+    def stop() -> None:
+        stopped.append(processes_of("ray::Sampler")[0])
+        stopped[0].suspend()
+
+    with beside(at_round(run, 3, stop)):
+        fingerprint = final_fingerprint(recipe)
+    assert total(recipe, "retries/overdue") >= 1
+    wait_until(lambda: not alive(stopped), "the end of the suspended sampler")
+    assert fingerprint == final_fingerprint(Recipe.parse({**tables, "name": "calm"}), serial=True)
