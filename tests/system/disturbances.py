@@ -18,14 +18,23 @@ LONGEST_WAIT_SECONDS = 240.0
 
 def processes_of(*roles: str) -> list[psutil.Process]:
     """The actors of these roles on clusters that this process has started, directly or not; loaded or loading."""
-    found = []
+    found = [process for process, title in _titles() if title.startswith(roles)]
+    return sorted(found, key=lambda process: process.pid)
+
+
+def loaded(role: str) -> int:
+    """How many actors of a role have their models; Ray writes what an actor is doing into the name of its process."""
+    return sum(title.startswith(role) and "__init__" not in title for _, title in _titles())
+
+
+def _titles() -> Iterator[tuple[psutil.Process, str]]:
     for process in psutil.Process().children(recursive=True):
         try:
-            if " ".join(process.cmdline()).startswith(roles) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+            title, status = " ".join(process.cmdline()), process.status()
         except psutil.NoSuchProcess:  # it has just ended
             continue
-    return sorted(found, key=lambda process: process.pid)
+        if status != psutil.STATUS_ZOMBIE:
+            yield process, title
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -91,6 +100,23 @@ def at_round(run: Path, round: int, act: Callable[[], object]) -> Callable[[thre
         act()
 
     return work
+
+
+def while_held(role: str, act: Callable[[], object], until: Callable[[], bool]) -> Callable[[], None]:
+    """Do something and see its effect while a role's processes are suspended, so that no run is over before it shows."""
+
+    def held() -> None:
+        processes = processes_of(role)
+        for process in processes:
+            process.suspend()
+        try:
+            act()
+            wait_until(until, "what was asked for")
+        finally:
+            for process in processes:
+                process.resume()
+
+    return held
 
 
 def in_turn(*works: Callable[[threading.Event], None]) -> Callable[[threading.Event], None]:

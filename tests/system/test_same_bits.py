@@ -24,9 +24,11 @@ from tests.system.disturbances import (
     beside,
     in_turn,
     kill_a_worker_each_round,
+    loaded,
     processes_of,
     rounds_done,
     wait_until,
+    while_held,
 )
 from tests.system.drivers import Driver, committed_fingerprint, wait_until_gone
 from tests.system.nodes import free_port, local_nodes, spilled_bytes
@@ -78,13 +80,15 @@ def samplers(count: int) -> Scenario:
 def scaled(tables: dict) -> str:
     recipe = recipe_of(tables, "scaled")
     run = Path(recipe.run_path())
-    steps = in_turn(
-        at_round(run, 1, lambda: scale(str(run), {"samplers": 4})),
-        lambda over: wait_until(lambda: len(processes_of("ray::Sampler")) == 4, "four samplers"),
-        at_round(run, 4, lambda: scale(str(run), {"samplers": 2, "reward_workers": 2})),
-        lambda over: wait_until(lambda: len(processes_of("ray::Sampler")) == 2 or over.is_set(), "two samplers"),
-    )
-    with beside(steps):
+
+    def scaled_to(samplers: int, reward_workers: int) -> Callable[[], None]:
+        return while_held(
+            "ray::Learner",
+            lambda: scale(str(run), {"samplers": samplers, "reward_workers": reward_workers}),
+            lambda: (loaded("ray::Sampler"), loaded("ray::RewardWorker")) == (samplers, reward_workers),
+        )
+
+    with beside(in_turn(at_round(run, 1, scaled_to(4, 1)), at_round(run, 4, scaled_to(2, 2)))):
         return final_fingerprint(recipe)
 
 
