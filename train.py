@@ -9,10 +9,10 @@ from common.config import Recipe
 from common.prompts import Draw
 from common.round_metrics import RoundClock
 from common.run_folder import Lease, RunFolder
-from common.schedule import last_startable_round, round_tasks
+from common.schedule import last_startable_round, round_parts, round_tasks
 from common.trackers.fan_out import FanOut
 from common.trackers.tracker import RunInfo
-from common.trajectory import Rollout, TrainBatch
+from common.trajectory import Scored
 from deploy.composition import Parts, parts_of
 from deploy.progress import Progress
 from deploy.supervision import Stopped, Supervision
@@ -68,27 +68,34 @@ def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: 
             while submitted <= min(last_startable_round(round, recipe.max_policy_lag), recipe.rounds - 1):
                 stream.submit(round_tasks(recipe, submitted, draw))  # prompts → sampler
                 submitted += 1
-            rollouts = stream.collect(round)  # sampler → reward → scores and references
+            scored: list[Scored] = []
+            for tasks in round_parts(recipe):  # one, unless the learner is to begin with a round's first tasks
+                rollouts = stream.collect(round, tasks)  # sampler → reward → scores and references
+                scored.append((progress.buffer.train_batch(rollouts), rollouts))  # scores → advantages
+                if len(scored) < recipe.learner.parts_per_round:
+                    workers.learner.begin(*scored[-1])
             collected = time.monotonic()
-            batch, rewards = progress.buffer.train_batch(rollouts)  # scores → advantages
-            learned, state = learn(parts, workers, batch, rollouts, draw)  # trajectories → learner
+            learned, state = learn(parts, workers, scored, draw)  # trajectories → learner
             stream.publish(state.weights[-1])  # weights → sampler
             progress.learned(state)
-            clock = RoundClock(started, collected, time.monotonic())
-            progress.write(batch, rollouts, {**rewards, **learned}, clock, workers)
+            progress.write(scored, learned, RoundClock(started, collected, time.monotonic()), workers)
             supervision.check()
-            del rollouts  # or the store would hold this round's trajectories while the next is collected
+            del rollouts, scored  # or the store would hold this round's trajectories while the next is collected
     except Stopped as stopped:
         if stopped.may_commit:
             progress.commit()
         raise
 
 
-def learn(parts: Parts, workers: Workers, batch: TrainBatch, rollouts: list[Rollout], draw: Draw) -> Learned:
+def learn(parts: Parts, workers: Workers, scored: list[Scored], draw: Draw) -> Learned:
     """Learn from a round while others are drawn; trajectories that were lost with their node are drawn again first."""
     while True:
         try:
-            return workers.learner.update(batch, rollouts)
+            return workers.learner.update(*scored[-1])
         except TrajectoriesLost:
-            workers.stream.submit(round_tasks(parts.recipe, batch.round, draw))
-            rollouts = workers.stream.collect(batch.round)
+            round = scored[-1][0].round
+            workers.stream.submit(round_tasks(parts.recipe, round, draw))
+            again = [workers.stream.collect(round, tasks) for tasks in round_parts(parts.recipe)]
+            scored = [(batch, rollouts) for (batch, _), rollouts in zip(scored, again, strict=True)]
+            for part in scored[:-1]:
+                workers.learner.begin(*part)

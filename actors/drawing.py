@@ -9,10 +9,8 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.pace import Pace
 from actors.worker_pool import Worker, WorkerPool
-from common.schedule import Task
+from common.schedule import Place, Task
 from common.trajectory import TaskReport
-
-Place = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from actors.scoring import Scoring
 from actors.worker_pool import RestartBudget, WorkerPool
 from common.lora_weights import LoraWeights
 from common.round_metrics import StreamReport
-from common.schedule import Task
+from common.schedule import Place, Task
 from common.trajectory import ImageBatch, Rollout
 
 POLL_SECONDS = 0.5  # the longest that deadlines, signals and `ddpo scale` go unseen
@@ -48,26 +48,23 @@ class RayRolloutStream(RolloutStream):
         self._retries: dict[str, int] = {}
         self._drawing = Drawing(pools.samplers, Pace(settings.overdue_factor), self._retries)
         self._scoring = Scoring(pools.reward_workers, reward_names, settings.reward_workers, self._retries)
-        self._done: dict[int, dict[int, Rollout]] = {}
-        self._expected: dict[int, int] = {}
+        self._done: dict[Place, Rollout] = {}
         self._moved = time.monotonic()
 
     def publish(self, weights: LoraWeights) -> None:
         self._drawing.publish(weights.policy_version, ray.put(weights), self._settings.versions_kept)
 
     def submit(self, tasks: list[Task]) -> None:
-        self._expected[tasks[0].round] = len(tasks)
         for task in tasks:
             self._drawing.submit(task)
         self._drawing.move(time.monotonic())
 
-    def collect(self, round: int) -> list[Rollout]:
+    def collect(self, round: int, tasks: range) -> list[Rollout]:
         self._moved = time.monotonic()
-        while len(self._done.get(round, {})) < self._expected[round]:
+        places = [(round, index) for index in tasks]
+        while not self._done.keys() >= set(places):
             self._wait((), f"round {round} waits for its rollouts")
-        del self._expected[round]
-        done = self._done.pop(round)
-        return [done[index] for index in sorted(done)]
+        return [self._done.pop(place) for place in places]
 
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
         self._moved = time.monotonic()
@@ -141,8 +138,7 @@ class RayRolloutStream(RolloutStream):
         if isinstance(outcome, Drawn):  # its pictures were lost with their node
             self._drawing.submit(outcome.report.task)
         elif outcome is not None:
-            task = outcome.report.task
-            self._done.setdefault(task.round, {})[task.index] = outcome
+            self._done[outcome.report.task.place] = outcome
 
     def _dump(self, what: str) -> str:
         """Who waits for what, and where the threads of every actor are."""
@@ -174,7 +170,7 @@ class RayRolloutStream(RolloutStream):
             samplers.report_seconds(),
             workers.report_seconds(),
             self._drawing.inflight(),
-            sum(len(rollouts) for rollouts in self._done.values()),
+            len(self._done),
             retries,
             self._pools.budget.report(),
         )

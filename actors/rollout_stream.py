@@ -12,7 +12,7 @@ from actors.scoring_job import ScoringJob, backoff_seconds
 from common.config import RewardWorkersTable, RuntimeTable
 from common.lora_weights import LoraWeights
 from common.round_metrics import StreamReport
-from common.schedule import Task
+from common.schedule import Place, Task
 from common.trajectory import ImageBatch, Rollout, Scores
 
 # Called between any two steps of work, at least about once a second: to stop a run it raises.
@@ -31,8 +31,11 @@ class RolloutStream(ABC):
         """Queue a round's tasks. Their policy version must have been published."""
 
     @abstractmethod
-    def collect(self, round: int) -> list[Rollout]:
-        """All rollouts of a round, in task order; waits until the last is scored. Errors of workers are raised here."""
+    def collect(self, round: int, tasks: range) -> list[Rollout]:
+        """The rollouts of these tasks of a round, in task order; waits until the last is scored. Each is given out once.
+
+        Errors of workers are raised here.
+        """
 
     @abstractmethod
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
@@ -69,7 +72,7 @@ class SerialRolloutStream(RolloutStream):
         self._reward_worker = reward_worker
         self._settings = settings
         self._weights: dict[int, LoraWeights] = {}
-        self._tasks: dict[int, list[Task]] = {}
+        self._tasks: dict[Place, Task] = {}
         self._retries: dict[str, int] = {}
         self._reported = time.monotonic()
 
@@ -80,10 +83,10 @@ class SerialRolloutStream(RolloutStream):
             del self._weights[version]
 
     def submit(self, tasks: list[Task]) -> None:
-        self._tasks[tasks[0].round] = tasks
+        self._tasks |= {task.place: task for task in tasks}
 
-    def collect(self, round: int) -> list[Rollout]:
-        return [self._rollout(task) for task in self._tasks.pop(round)]
+    def collect(self, round: int, tasks: range) -> list[Rollout]:
+        return [self._rollout(self._tasks.pop((round, index))) for index in tasks]
 
     def _rollout(self, task: Task) -> Rollout:
         self._settings.check()
@@ -121,5 +124,4 @@ class SerialRolloutStream(RolloutStream):
         now = time.monotonic()
         seconds, self._reported = now - self._reported, now
         retries, self._retries = self._retries, {}
-        waiting = sum(len(tasks) for tasks in self._tasks.values())
-        return StreamReport(1, 1, 1, seconds, seconds, waiting, 0, retries, {})
+        return StreamReport(1, 1, 1, seconds, seconds, len(self._tasks), 0, retries, {})

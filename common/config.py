@@ -101,6 +101,7 @@ class LearnerTable(RoleTable):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     micro_batch_size: int = Field(ge=1)  # transitions a forward pass: memory and speed, not mathematics
     inner_epochs: int = Field(default=1, ge=1)
+    parts_per_round: int = Field(default=1, ge=1)  # learned from in task order, each while the tasks after it are drawn
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -188,15 +189,20 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _batches_fit_together(self) -> "Recipe":
-        images, group, step = self.images_per_round, self.prompts.images_per_prompt, self.learner.images_per_step
-        if images % group:
+        group, step = self.prompts.images_per_prompt, self.learner.images_per_step
+        tasks, parts = self.sampling.batches_per_round, self.learner.parts_per_round
+        if tasks % parts:
             raise ValueError(
-                f"a round has sampling.batch_size × batches_per_round = {images} images, "
-                f"which prompts.images_per_prompt = {group} does not divide"
+                f"a round has sampling.batches_per_round = {tasks} tasks, "
+                f"which learner.parts_per_round = {parts} does not divide"
             )
+        images = self.images_per_round // parts
+        which = "a round has sampling.batch_size × batches_per_round" + " / learner.parts_per_round" * (parts > 1)
+        if images % group:
+            raise ValueError(f"{which} = {images} images, which prompts.images_per_prompt = {group} does not divide")
         if images % step:
             raise ValueError(
-                f"a round has sampling.batch_size × batches_per_round = {images} images, which an optimizer step's "
+                f"{which} = {images} images, which an optimizer step's "
                 f"learner.batch_size × gradient_accumulation_steps = {step} does not divide"
             )
         kept = self.sampling.kept_steps(self.sampling.num_steps)

@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 
-from common.trajectory import Rollout
+from common.trajectory import Rollout, TrainBatch
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,24 @@ def round_metrics(
         **_stream_metrics(stream),
         **_memory_metrics(memory),
     }
+
+
+def reward_metrics(batch: TrainBatch, rollouts: list[Rollout], weights: dict[str, float]) -> dict[str, float]:
+    """What the pictures of a whole round were worth, without those set aside; `weights` are the rewards' by name."""
+    prompts = [prompt.text for rollout in rollouts for prompt in rollout.report.task.prompts]
+    kept = np.setdiff1d(np.arange(len(prompts)), batch.set_aside)
+    parts = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts])[kept] for name in weights}
+    rewards = sum((weight * parts[name] for name, weight in weights.items()), np.zeros(len(kept)))
+    metrics = {
+        "images": float(len(prompts)),
+        "images_set_aside": float(len(batch.set_aside)),
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "advantage/std": float(batch.advantages[kept].std()),
+    }
+    metrics |= {f"reward/{name}/mean": float(values.mean()) for name, values in parts.items()}
+    texts = np.array(prompts)[kept]
+    return metrics | {f"reward/prompt/{text}": float(rewards[texts == text].mean()) for text in np.unique(texts)}
 
 
 def _idle(busy: float, there: float) -> float:

@@ -8,6 +8,8 @@ import numpy as np
 from common.config import Recipe
 from common.prompts import Draw, Prompt
 
+Place = tuple[int, int]  # a task's round and its index there
+
 
 class Stream(IntEnum):
     """What an image's seed is for. It stands in the seed's two lowest bits: no two purposes can share a seed."""
@@ -34,7 +36,7 @@ class Task:
     seeds: tuple[int, ...]  # one an image; all of its noise comes from it
 
     @property
-    def place(self) -> tuple[int, int]:
+    def place(self) -> Place:
         """Round and index: a task's name, and its order among all tasks of the run."""
         return self.round, self.index
 
@@ -68,10 +70,23 @@ def round_tasks(recipe: Recipe, round: int, draw: Draw) -> list[Task]:
     ]
 
 
+def round_parts(recipe: Recipe) -> list[range]:
+    """Indices of the tasks that are learned from together, part by part; a round is one part unless the recipe says more."""
+    size = recipe.sampling.batches_per_round // recipe.learner.parts_per_round
+    return [range(first, first + size) for first in range(0, recipe.sampling.batches_per_round, size)]
+
+
 def _draw_prompt(run_seed: int, round: int, group: int, draw: Draw) -> Prompt:
     return draw(np.random.default_rng([run_seed, _PROMPTS, round, group]))
 
 
-def transition_order(run_seed: int, round: int, inner_epoch: int, count: int) -> np.ndarray:
-    """In which order an inner epoch takes a round's `count` images: a permutation, fixed by its place in the run."""
-    return np.random.default_rng([run_seed, _ORDER, round, inner_epoch]).permutation(count)
+def transition_order(
+    run_seed: int, round: int, inner_epoch: int, count: int, place: tuple[int, int] = (0, 1)
+) -> np.ndarray:
+    """In which order an inner epoch takes the `count` images of a round, or of one of its parts; fixed by its place in the run.
+
+    `place` is (part, parts). A part's images keep the order that they have among all of the round.
+    """
+    part, parts = place
+    order = np.random.default_rng([run_seed, _ORDER, round, inner_epoch]).permutation(count * parts)
+    return order[order // count == part] - part * count

@@ -153,12 +153,27 @@ class Rollout:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What a round is worth: one advantage an image, in task order. The trajectories travel beside it."""
+    """What a round, or a part of it, is worth: one advantage an image, in task order. The trajectories travel beside it."""
 
     round: int
     reports: tuple[TaskReport, ...]
     advantages: Float[np.ndarray, "N"]
     set_aside: tuple[int, ...] = ()  # images, in task order, that nothing is learned from: their advantage is NaN
+    part: int = 0
+    parts: int = 1  # of the round, all of one size
+
+
+Scored = tuple[TrainBatch, list[Rollout]]  # a part of a round, or a whole one
+
+
+def whole_round(parts: list[TrainBatch]) -> TrainBatch:
+    """All parts of a round as one batch."""
+    assert [batch.part for batch in parts] == list(range(parts[0].parts)), "a round has all of its parts, in order"
+    reports = tuple(report for batch in parts for report in batch.reports)
+    advantages = np.concatenate([batch.advantages for batch in parts])
+    size = len(parts[0].advantages)
+    set_aside = tuple(batch.part * size + image for batch in parts for image in batch.set_aside)
+    return TrainBatch(parts[0].round, reports, advantages, set_aside)
 
 
 @dataclass(frozen=True)

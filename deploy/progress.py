@@ -3,10 +3,10 @@
 from collections import deque
 
 from common.ledger import Ledger
-from common.round_metrics import RoundClock, memory_now, round_metrics
+from common.round_metrics import RoundClock, memory_now, reward_metrics, round_metrics
 from common.run_folder import RunFolder
 from common.trackers.fan_out import FanOut
-from common.trajectory import Rollout, TrainBatch
+from common.trajectory import Scored, whole_round
 from deploy.composition import Parts
 from deploy.workers import Workers
 from learner.checkpoint import Checkpoint, save_checkpoint
@@ -28,7 +28,11 @@ class Progress:
         self._ledger = Ledger(folder.storage, recipe.rollouts)
         self._done: Checkpoint | None = None  # after the last whole round of this start
         self.buffer = RoundBuffer(
-            parts.algorithm, parts.reward_weights, recipe.prompts.images_per_prompt, recipe.reward_workers.max_set_aside
+            parts.algorithm,
+            parts.reward_weights,
+            recipe.prompts.images_per_prompt,
+            recipe.reward_workers.max_set_aside,
+            recipe.learner.parts_per_round,
         )
         self.rounds_done = self._committed = checkpoint.rounds_done if checkpoint else 0
         self.metrics: deque[Metrics] = deque(maxlen=REMEMBERED)  # of the last rounds since this start
@@ -45,11 +49,11 @@ class Progress:
         rounds = self.rounds_done if self._parts.recipe.rollouts.keep else 0
         self._done = Checkpoint(self.rounds_done, state, self.buffer.statistics, ids, rounds, set_aside)
 
-    def write(
-        self, batch: TrainBatch, rollouts: list[Rollout], figures: Metrics, clock: RoundClock, workers: Workers
-    ) -> None:
+    def write(self, scored: list[Scored], learned: Metrics, clock: RoundClock, workers: Workers) -> None:
         """The round's rows in the ledger, its metrics to the trackers, and a checkpoint where one is due."""
         assert self._done is not None, "a round is learned from before it is written"
+        batch = whole_round([part for part, _ in scored])
+        rollouts = [rollout for _, of_part in scored for rollout in of_part]
         recipe, stream = self._parts.recipe, workers.stream
         pictures = (
             [stream.pictures(rollout) for rollout in rollouts] if self._ledger.wants_pictures(batch.round) else []
@@ -57,6 +61,7 @@ class Progress:
         there = [images.pixels for images in pictures if images is not None]
         weights = self._parts.reward_weights
         self._ledger.write_round(batch, rollouts, weights, there if len(there) == len(rollouts) else None)
+        figures = reward_metrics(batch, rollouts, weights) | learned
         memory = memory_now(self._done.learner.weights[-1].buffer.nbytes)
         self.metrics.append(round_metrics(batch.round, rollouts, figures, clock, stream.report(), memory))
         self._trackers.log(self.metrics[-1])

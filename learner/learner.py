@@ -56,6 +56,7 @@ class Learner:
         self._scaler = torch.amp.GradScaler(self._device, enabled=policy.dtype == "float16")
         self._version = 0
         self._published = (read_weights(self._policy.network, 0),)
+        self._metrics = self._no_metrics()  # of the round that is being learned from
         self._check_micro_batches()
 
     def _check_micro_batches(self) -> None:
@@ -66,6 +67,9 @@ class Learner:
                 f"{self._settings.images_per_step} images × {steps} transitions, which learner.micro_batch_size = {size} "
                 "does not divide"
             )
+
+    def _no_metrics(self) -> UpdateMetrics:
+        return UpdateMetrics(self._policy.num_steps, int(np.prod(self._policy.latent_shape)))
 
     def ready(self) -> bool:
         """True, once the policy is loaded."""
@@ -80,27 +84,39 @@ class Learner:
         return self._published
 
     def update(self, batch: TrainBatch, *trajectories: Trajectory) -> tuple[dict[str, float], LearnerState]:
-        """Learn from a round; its metrics, and the state after it, whose last weights are the next version.
+        """Learn from a round, or from its last part; its metrics, and the state after it with the next version's weights.
 
         RuntimeError: a trajectory was not drawn with the weights that its version stands for, as its report says, or
-        as its log-probs say (WeightsDidNotArrive). The learner is then as it was.
+        as its log-probs say (WeightsDidNotArrive). The learner is then as it was before this call.
         """
-        start = time.perf_counter()
-        for report in batch.reports:
-            self._refuse_mismatch(report)
-        transitions = round_transitions(trajectories, batch.advantages, self._device)
-        metrics = UpdateMetrics(self._policy.num_steps, int(np.prod(self._policy.latent_shape)))
-        largest_difference = self._check_arrival(batch, transitions)
-        steps = self._optimizer_steps_of(batch, transitions)
-        references = self._references(batch, transitions, steps)
-        for pairs in steps:
-            self._optimizer_step(transitions, pairs, references, metrics)
-        self._measure_divergence(transitions, steps, metrics)
+        assert batch.part == batch.parts - 1, f"part {batch.part} of {batch.parts} is not the round's last"
+        self._learn_from(batch, trajectories)
         self._version += 1
         weights = read_weights(self._policy.network, self._version)
         self._published = (*self._published, weights)[-(self._recipe.max_policy_lag + 1) :]
-        checked = {"log_prob_check/max_abs": largest_difference, "seconds/learn": time.perf_counter() - start}
-        return metrics.summary() | checked, self.state()
+        metrics, self._metrics = self._metrics, self._no_metrics()
+        return metrics.summary(), self.state()
+
+    def begin(self, batch: TrainBatch, *trajectories: Trajectory) -> None:
+        """Learn from a part of a round that is not its last: nothing is published yet. Errors are those of `update`."""
+        assert batch.part < batch.parts - 1, f"part {batch.part} of {batch.parts} is the round's last"
+        self._learn_from(batch, trajectories)
+
+    def _learn_from(self, batch: TrainBatch, trajectories: tuple[Trajectory, ...]) -> None:
+        start = time.perf_counter()
+        assert batch.part == self._metrics.parts_done, f"part {self._metrics.parts_done} of round {batch.round} is next"
+        for report in batch.reports:
+            self._refuse_mismatch(report)
+        transitions = round_transitions(trajectories, batch.advantages, self._device)
+        present = self._published[-1] if batch.part == 0 else read_weights(self._policy.network, self._version)
+        largest_difference = self._check_arrival(batch, transitions, present)
+        steps = self._optimizer_steps_of(batch, transitions)
+        references = self._references(batch, transitions, steps, present)
+        for pairs in steps:
+            self._optimizer_step(transitions, pairs, references)
+        if batch.part == batch.parts - 1:
+            self._measure_divergence(transitions, steps)
+        self._metrics.end_part(time.perf_counter() - start, largest_difference)
 
     def _refuse_mismatch(self, report: TaskReport) -> None:
         task, known = report.task, {weights.policy_version: weights.fingerprint for weights in self._published}
@@ -119,11 +135,11 @@ class Learner:
                 f"{place}: its sampler bound {report.modules_bound} of {len(self._parameters)} parameters"
             )
 
-    def _check_arrival(self, batch: TrainBatch, transitions: RoundTransitions) -> float:
+    def _check_arrival(self, batch: TrainBatch, transitions: RoundTransitions, present: LoraWeights) -> float:
         """Every round is checked, and most have a version of their own: so nothing is to be remembered over a resume."""
         drawn_with, size = self._drawn_with(batch), self._settings.micro_batch_size
         pairs = pairs_to_check(transitions, batch.set_aside, size)
-        with swapped_in(self._policy.network, drawn_with, self._published[-1]):
+        with swapped_in(self._policy.network, drawn_with, present):
             return check_arrival(self._policy, transitions, pairs, drawn_with.policy_version, self._tolerance)
 
     def _drawn_with(self, batch: TrainBatch) -> LoraWeights:
@@ -131,14 +147,16 @@ class Learner:
         return next(weights for weights in self._published if weights.policy_version == version)
 
     def _optimizer_steps_of(self, batch: TrainBatch, transitions: RoundTransitions) -> list[list[Pair]]:
-        """The pairs of each optimizer step of the update, one inner epoch after the other."""
-        steps, count = [], len(transitions.images)
+        """The pairs of each optimizer step, one inner epoch after the other."""
+        steps, count, place = [], len(transitions.images), (batch.part, batch.parts)
         for inner_epoch in range(self._settings.inner_epochs):
-            order = transition_order(self._recipe.seed, batch.round, inner_epoch, count)
+            order = transition_order(self._recipe.seed, batch.round, inner_epoch, count, place)
             steps += transitions.optimizer_steps(order, self._settings.images_per_step, batch.set_aside)
         return steps
 
-    def _references(self, batch: TrainBatch, transitions: RoundTransitions, steps: list[list[Pair]]) -> References:
+    def _references(
+        self, batch: TrainBatch, transitions: RoundTransitions, steps: list[list[Pair]], present: LoraWeights
+    ) -> References:
         """What the algorithm wants to know of pairs under other weights than those they will be learned from under."""
         epochs, size = self._settings.inner_epochs, self._settings.micro_batch_size
         first_epoch = [pairs for pairs in steps[: len(steps) // epochs] if pairs]
@@ -149,16 +167,14 @@ class Learner:
             batches = (part for pairs in later for part in micro_batches(pairs, size))
             references.proximal_log_probs.update(log_probs_under(self._policy, transitions, batches))
         if self._algorithm.needs_behaviour_means:
-            drawn_with, present = self._drawn_with(batch), self._published[-1]
+            drawn_with = self._drawn_with(batch)
             wanted = later if drawn_with.fingerprint == present.fingerprint else first_epoch
             batches = (part for pairs in wanted for part in micro_batches(pairs, size))
             with swapped_in(network, drawn_with, present):
                 references.behaviour_means.update(means_under(self._policy, transitions, batches))
         return references
 
-    def _optimizer_step(
-        self, transitions: RoundTransitions, pairs: list[Pair], references: References, metrics: UpdateMetrics
-    ) -> None:
+    def _optimizer_step(self, transitions: RoundTransitions, pairs: list[Pair], references: References) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         masks = []
         for micro_batch in micro_batches(pairs, self._settings.micro_batch_size):
@@ -166,11 +182,11 @@ class Learner:
             result = self._algorithm.pair_loss(self._policy, known)
             # The mean over the optimizer step's pairs, whatever the micro-batch is.
             self._scaler.scale(result.loss.sum() / len(pairs)).backward()
-            metrics.add_micro_batch(result)
+            self._metrics.add_micro_batch(result)
             masks += [] if result.kept is None else [result.kept]
         left = int(torch.cat(masks).sum()) if masks else len(pairs)
         if not left:  # its images are set aside, or its pairs masked: an optimizer step would only follow old momentum
-            metrics.leave_out_optimizer_step()
+            self._metrics.leave_out_optimizer_step()
             return
         self._scaler.unscale_(self._optimizer)
         if left < len(pairs):
@@ -182,12 +198,10 @@ class Learner:
         scale = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
         self._scaler.update()
         skipped = self._scaler.is_enabled() and self._scaler.get_scale() < scale
-        metrics.end_optimizer_step(norm, skipped)
+        self._metrics.end_optimizer_step(norm, skipped)
 
     @torch.no_grad()
-    def _measure_divergence(
-        self, transitions: RoundTransitions, steps: list[list[Pair]], metrics: UpdateMetrics
-    ) -> None:
+    def _measure_divergence(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> None:
         """KL from the sampler's policy to the one learned, on a few images and all of their steps."""
         size = self._settings.micro_batch_size
         last_epoch = steps[-(len(steps) // self._settings.inner_epochs) :]
@@ -195,7 +209,7 @@ class Learner:
         pairs = transitions.pairs_of(np.array(images[: -(-size // transitions.num_places)]))
         for first in range(0, len(pairs), size):
             batch = transitions.batch(pairs[first : first + size])
-            metrics.add_divergence(batch.steps, self._algorithm.pair_loss(self._policy, batch).log_ratio)
+            self._metrics.add_divergence(batch.steps, self._algorithm.pair_loss(self._policy, batch).log_ratio)
 
     def state(self) -> LearnerState:
         """A copy of all state."""
@@ -206,8 +220,10 @@ class Learner:
         return LearnerState(self._version, self._published, optimizer, self._scaler.state_dict())
 
     def load_state(self, state: LearnerState) -> None:
-        """Go on from `state`. ValueError: it belongs to another network."""
+        """Go on from `state`; what was begun of a round is undone. ValueError: it belongs to another network."""
         load_weights(self._policy.network, state.weights[-1])
+        self._optimizer.state.clear()
+        self._metrics = self._no_metrics()
         for name, parameter in self._parameters.items():
             for key, value in _of_parameter(state.optimizer, name).items():
                 # In the parameter's own memory layout, as AdamW made it; fused, it has its step count on the device too.

@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from common.lora_weights import LoraWeights
-from common.trajectory import Rollout, TrainBatch
+from common.trajectory import Rollout, Scored, TrainBatch
 from learner.learner import Learner, LearnerState
 
 STACKS_SECONDS = 5.0
@@ -25,10 +25,14 @@ class LearnerGroup(ABC):
     """The learner's interface, wherever it runs."""
 
     @abstractmethod
-    def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
-        """Learn from a round; its metrics and the state after it. Errors of the update are raised here.
+    def begin(self, batch: TrainBatch, rollouts: list[Rollout]) -> None:
+        """Learn from a part of a round, while the parts after it are still drawn. Errors are raised by `update`."""
 
-        TrajectoriesLost: the round has to be drawn again.
+    @abstractmethod
+    def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
+        """Learn from a round, or from its last part; its metrics and the state after it. Errors of the round are raised here.
+
+        TrajectoriesLost: the round has to be drawn again, and begun anew.
         """
 
     @abstractmethod
@@ -57,6 +61,9 @@ class SerialLearnerGroup(LearnerGroup):
 
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
+
+    def begin(self, batch: TrainBatch, rollouts: list[Rollout]) -> None:
+        self._learner.begin(batch, *(rollout.trajectory for rollout in rollouts))
 
     def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
         return self._learner.update(batch, *(rollout.trajectory for rollout in rollouts))
@@ -90,10 +97,12 @@ class RayLearnerGroup(LearnerGroup):
         self._wait = wait
         self._on_death = on_death
         self._state: LearnerState | None = None  # after the last whole round
+        self._begun: list[Scored] = []  # parts of the present round
+        self._beginning: list[Any] = []  # references to what comes of them
 
     def wait_until_loaded(self) -> None:
         """Wait for the actor; an error of its constructor is raised."""
-        self._call("ready")
+        self._state = self._call("state")
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """One call, on a new actor from the last state where the present one dies."""
@@ -114,22 +123,38 @@ class RayLearnerGroup(LearnerGroup):
         if self._state is not None:
             self._call("load_state", self._state)
 
+    def begin(self, batch: TrainBatch, rollouts: list[Rollout]) -> None:
+        self._begun.append((batch, rollouts))
+        self._beginning.append(self._actor.begin.remote(batch, *(rollout.trajectory for rollout in rollouts)))
+
     def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
         while True:
             trajectories = [rollout.trajectory for rollout in rollouts]
             metrics, state = self._actor.update.options(num_returns=2).remote(batch, *trajectories)
-            self._wait((metrics, state), False)
+            self._wait((*self._beginning, metrics, state), False)
             try:
+                ray.get(self._beginning)  # first: after a part that failed, the next is refused
                 learned: Learned = ray.get(metrics), ray.get(state)
             except RayTaskError as error:  # first: Ray makes it an error of its cause's class too
                 if not isinstance(error.cause, ObjectLostError):
                     raise
+                self._undo()
                 raise TrajectoriesLost(f"round {batch.round}: {error.cause}") from error
             except (RayActorError, ObjectLostError) as error:  # it died, or its node went with the state
                 self._restart(error)
+                for part in self._undo():
+                    self.begin(*part)
             else:
                 self._state = learned[1]
+                self._begun, self._beginning = [], []
                 return learned
+
+    def _undo(self) -> list[Scored]:
+        """Back to the last whole round; the parts that were begun since."""
+        begun, self._begun, self._beginning = self._begun, [], []
+        if begun:
+            self._call("load_state", self._state)
+        return begun
 
     def weights(self) -> tuple[LoraWeights, ...]:
         return self._call("weights")

@@ -24,50 +24,60 @@ class RoundBuffer:
         reward_weights: dict[str, float],
         images_per_prompt: int = 1,
         max_set_aside: int | None = None,
+        parts_per_round: int = 1,
     ) -> None:
         self._algorithm = algorithm
         self._weights = reward_weights
         self._group = images_per_prompt
         self._max_set_aside = max_set_aside
+        self._parts = parts_per_round
         self._reasons: list[str] = []  # of what this process saw set aside, the newest last
         self.statistics: PromptStatistics = {}  # in the checkpoint
         self.set_aside: dict[int, list[int]] = {}  # in the checkpoint: round → images, numbered in task order
 
-    def train_batch(self, rollouts: list[Rollout]) -> tuple[TrainBatch, dict[str, float]]:
-        """The round's advantages in task order, and the metrics of its rewards.
+    def train_batch(self, rollouts: list[Rollout]) -> TrainBatch:
+        """The advantages of a round, or of its next part, in task order; the statistics know no later rewards than these.
 
         What a round set aside before, it sets aside again, so that a round learned from twice arrives at the same bits.
         TooManySetAside: the run has lost more images than it may, or nothing of the round is left.
         """
         tasks = [rollout.report.task for rollout in rollouts]
-        assert [task.index for task in tasks] == list(range(len(tasks))), "a round is learned from in task order"
+        part = tasks[0].index // len(tasks)
+        in_order = range(part * len(tasks), (part + 1) * len(tasks))
+        assert [task.index for task in tasks] == list(in_order), "a round is learned from in task order"
+        assert part < self._parts, "a round has no more parts than the recipe says"
         assert len({task.round for task in tasks}) == 1, "a round's tasks are of one round"
         prompts = [prompt.text for task in tasks for prompt in task.prompts]
-        parts = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts]) for name in self._weights}
-        kept = self._set_aside(tasks[0].round, rollouts, len(prompts))
-        rewards = sum((weight * parts[name] for name, weight in self._weights.items()), np.zeros(len(prompts)))
-        assert np.isfinite(rewards[kept]).all(), "a picture without a finite reward is set aside with its reason"
-        texts = [prompt for prompt, is_kept in zip(prompts, kept, strict=True) if is_kept]
-        self.statistics, worth = self._algorithm.advantages.advantages(self.statistics, texts, rewards[kept])
+        kept = self._kept(tasks[0].round, part, rollouts)
         advantages = np.full(len(prompts), np.nan)
-        advantages[kept] = worth
+        if kept.any():
+            rewards = sum(
+                (weight * _joined(rollouts, name) for name, weight in self._weights.items()), np.zeros(len(prompts))
+            )
+            assert np.isfinite(rewards[kept]).all(), "a picture without a finite reward is set aside with its reason"
+            texts = [prompt for prompt, is_kept in zip(prompts, kept, strict=True) if is_kept]
+            self.statistics, worth = self._algorithm.advantages.advantages(self.statistics, texts, rewards[kept])
+            advantages[kept] = worth
+        reports = tuple(rollout.report for rollout in rollouts)
         set_aside = tuple(np.flatnonzero(~kept).tolist())
-        batch = TrainBatch(tasks[0].round, tuple(rollout.report for rollout in rollouts), advantages, set_aside)
-        counts = {"images": float(len(prompts)), "images_set_aside": float(len(set_aside))}
-        parts = {name: values[kept] for name, values in parts.items()}
-        return batch, counts | _reward_metrics(texts, rewards[kept], parts, worth)
+        return TrainBatch(tasks[0].round, reports, advantages, set_aside, part, self._parts)
 
-    def _set_aside(self, round: int, rollouts: list[Rollout], count: int) -> Bool[np.ndarray, "N"]:
-        """Which of the round's images are learned from. TooManySetAside: too few."""
-        images, first = list(self.set_aside.get(round, [])), 0
+    def _kept(self, round: int, part: int, rollouts: list[Rollout]) -> Bool[np.ndarray, "N"]:
+        """Which of the part's images are learned from. TooManySetAside: too few."""
+        count = sum(len(rollout.report.task.seeds) for rollout in rollouts)
+        images, first = list(self.set_aside.get(round, [])), part * count
         for rollout in rollouts:
             images += [first + row for row in rollout.scores.set_aside]
             self._reasons += rollout.scores.set_aside.values()
             first += len(rollout.report.task.seeds)
         groups = {image // self._group for image in images}
-        kept = np.array([image // self._group not in groups for image in range(count)])
+        kept = np.array([image // self._group not in groups for image in range(count * self._parts)])
         if groups:
             self.set_aside[round] = np.flatnonzero(~kept).tolist()
+        self._refuse_too_few(round, kept)
+        return kept[part * count : (part + 1) * count]
+
+    def _refuse_too_few(self, round: int, kept: Bool[np.ndarray, "N"]) -> None:
         total = sum(len(of_round) for of_round in self.set_aside.values())
         reasons = "; ".join(list(dict.fromkeys(reversed(self._reasons)))[:3]) or "said when they were set aside"
         if self._max_set_aside is not None and total > self._max_set_aside:
@@ -77,21 +87,9 @@ class RoundBuffer:
             )
         if not kept.any():
             raise TooManySetAside(
-                f"all {count} images of round {round} are set aside: nothing is left to learn from; the reasons: {reasons}"
+                f"all {len(kept)} images of round {round} are set aside: nothing is left to learn from; the reasons: {reasons}"
             )
-        return kept
 
 
-def _reward_metrics(
-    prompts: list[str], rewards: Float[np.ndarray, "N"], parts: dict[str, np.ndarray], advantages: np.ndarray
-) -> dict[str, float]:
-    metrics = {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()),
-        "advantage/std": float(advantages.std()),
-    }
-    metrics |= {f"reward/{name}/mean": float(values.mean()) for name, values in parts.items()}
-    for prompt in sorted(set(prompts)):
-        of_prompt = rewards[[text == prompt for text in prompts]]
-        metrics[f"reward/prompt/{prompt}"] = float(of_prompt.mean())
-    return metrics
+def _joined(rollouts: list[Rollout], name: str) -> Float[np.ndarray, "N"]:
+    return np.concatenate([rollout.scores.rewards[name] for rollout in rollouts])

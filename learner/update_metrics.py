@@ -14,6 +14,9 @@ class UpdateMetrics:
     """Gathers per-pair numbers; `summary` gives them their names."""
 
     def __init__(self, num_steps: int, latent_elements: int) -> None:
+        self.parts_done = 0
+        self._seconds = 0.0
+        self._largest_difference = 0.0
         self._num_steps = num_steps
         self._latent_elements = latent_elements
         self._optimizer_steps = 0
@@ -44,6 +47,12 @@ class UpdateMetrics:
         self._optimizer_steps += 1
         self._skipped += 1
 
+    def end_part(self, seconds: float, largest_difference: float) -> None:
+        """A part of the round is learned from; how long it took, and the largest difference that its check found."""
+        self.parts_done += 1
+        self._seconds += seconds
+        self._largest_difference = max(self._largest_difference, largest_difference)
+
     def add_divergence(self, steps: Int[Tensor, "B"], log_ratio: Float[Tensor, "B"]) -> None:
         """log_prob − old_log_prob after the last update, and each pair's step."""
         self._steps.append(steps)
@@ -53,8 +62,6 @@ class UpdateMetrics:
         """Metrics of the round. `kl_nats` is −D · mean(log_prob − old_log_prob), D the number of latent elements."""
         log_ratio = torch.cat([result.log_ratio for result in self._results])
         loss = torch.cat([result.loss for result in self._results])
-        divergence = -torch.cat(self._divergences).double() * self._latent_elements
-        steps = torch.cat(self._steps)
         metrics = {
             "loss": float(loss.mean()),
             "ratio/mean": float(log_ratio.exp().mean()),
@@ -65,11 +72,19 @@ class UpdateMetrics:
             "grad_norm": float(torch.stack(self._gradient_norms).mean()) if self._gradient_norms else math.nan,
             "optimizer_steps": float(self._optimizer_steps),
             "optimizer_steps_skipped": float(self._skipped),
-            "kl_nats": float(divergence.mean()),
+            "log_prob_check/max_abs": self._largest_difference,
+            "seconds/learn": self._seconds,
         }
-        metrics |= self._corrections(loss)
+        return metrics | self._corrections(loss) | self._divergence()
+
+    def _divergence(self) -> dict[str, float]:
+        if not self._divergences:  # all images of the round's last part are set aside
+            return {"kl_nats": math.nan}
+        divergence = -torch.cat(self._divergences).double() * self._latent_elements
+        steps = torch.cat(self._steps)
         by_step = {step: divergence[steps == step] for step in range(self._num_steps)}
-        return metrics | {f"kl_nats/step_{step:02d}": float(part.mean()) for step, part in by_step.items() if len(part)}
+        by_step = {f"kl_nats/step_{step:02d}": float(part.mean()) for step, part in by_step.items() if len(part)}
+        return {"kl_nats": float(divergence.mean())} | by_step
 
     def _corrections(self, loss: Float[Tensor, "N"]) -> dict[str, float]:
         """Of an algorithm that masks pairs or weighs them: how many, how much, and the loss of those left."""

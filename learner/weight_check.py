@@ -44,7 +44,8 @@ def pairs_to_check(transitions: RoundTransitions, set_aside: tuple[int, ...], si
         if image not in set_aside:
             places = [(place + task) % transitions.num_places for place in range(transitions.num_places)]
             of_tasks.setdefault(task, []).extend((image, place) for place in places)
-    in_turn = ((turn, task) for turn in range(max(map(len, of_tasks.values()))) for task in of_tasks)
+    longest = max(map(len, of_tasks.values()), default=0)
+    in_turn = ((turn, task) for turn in range(longest) for task in of_tasks)
     return [of_tasks[task][turn] for turn, task in in_turn if turn < len(of_tasks[task])][:size]
 
 
@@ -54,8 +55,10 @@ def check_arrival(
 ) -> float:
     """The largest |log_prob − old_log_prob| of `pairs`, on the mean scale, with the policy under `version`'s weights.
 
-    WeightsDidNotArrive: it is over `tolerance`.
+    Without pairs, because all images are set aside, it is 0. WeightsDidNotArrive: it is over `tolerance`.
     """
+    if not pairs:
+        return 0.0
     batch = transitions.batch(pairs)
     log_prob = policy.transition(batch.latents, batch.steps, batch.conditioning).log_prob(batch.next_latents)
     differences = (log_prob - batch.old_log_probs).abs()

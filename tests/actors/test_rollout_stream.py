@@ -10,6 +10,7 @@ from actors.rollout_stream import SerialRolloutStream, StreamSettings
 from actors.sampler import Sampler
 from common.lora_weights import LoraWeights, pack
 from common.schedule import Task, round_tasks
+from common.trajectory import Rollout
 from deploy.composition import Parts
 from learner.learner import Learner
 from tests.rounds import moved, parts_with
@@ -32,6 +33,10 @@ def versions(parts: Parts, count: int) -> list[LoraWeights]:
     return [pack(version, moved(first, seed=version).arrays()) for version in range(count)]
 
 
+def collected(stream: SerialRolloutStream, round: int) -> list[Rollout]:
+    return stream.collect(round, range(2))
+
+
 def tasks_of(parts: Parts, round: int) -> list[Task]:
     return round_tasks(parts.recipe, round, parts.prompts.load())
 
@@ -40,7 +45,7 @@ def test_a_round_comes_back_whole_in_task_order_scored_and_with_its_pictures(par
     stream, weights = stream_of(parts), versions(parts, 1)
     stream.publish(weights[0])
     stream.submit(tasks_of(parts, 0))
-    rollouts = stream.collect(0)
+    rollouts = collected(stream, 0)
     assert [rollout.report.task for rollout in rollouts] == tasks_of(parts, 0)
     for rollout in rollouts:
         assert rollout.report.fingerprint == weights[0].fingerprint
@@ -53,11 +58,11 @@ def test_rounds_ahead_are_drawn_with_the_version_they_ask_for_though_a_newer_one
     stream.publish(weights[0])
     stream.submit(tasks_of(parts, 0))
     stream.submit(tasks_of(parts, 1))
-    stream.collect(0)
+    collected(stream, 0)
     stream.publish(weights[1])
     stream.submit(tasks_of(parts, 2))
-    assert {rollout.report.fingerprint for rollout in stream.collect(1)} == {weights[0].fingerprint}
-    assert {rollout.report.fingerprint for rollout in stream.collect(2)} == {weights[1].fingerprint}
+    assert {rollout.report.fingerprint for rollout in collected(stream, 1)} == {weights[0].fingerprint}
+    assert {rollout.report.fingerprint for rollout in collected(stream, 2)} == {weights[1].fingerprint}
 
 
 def test_the_round_is_the_same_whatever_was_drawn_before_it(parts: Parts) -> None:
@@ -68,7 +73,7 @@ def test_the_round_is_the_same_whatever_was_drawn_before_it(parts: Parts) -> Non
         stream.publish(weights[0])
         for round in rounds:
             stream.submit(tasks_of(parts, round))
-        paths.append([stream.collect(round) for round in rounds][-1][1].trajectory.next_latents)
+        paths.append([collected(stream, round) for round in rounds][-1][1].trajectory.next_latents)
     assert torch.equal(paths[0], paths[1])
 
 

@@ -28,10 +28,12 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "weight": {"off_policy.ratio": "proximal", "off_policy.behaviour_weight": 4e-3},  # as wide as the clip
     "mask": {"off_policy.max_drift_nats": 4.0},  # the clip range in nats
     "wide_clip": {"clip_range": 8e-3},
+    "parts": {},  # learned from in four parts, each while the next is drawn
 }
+PARTS = {"parts": 4}
 # What tells most comes first; each line is made with every seed before the next begins.
 TIERS: tuple[tuple[str, ...], ...] = (
-    ("large-lag0-plain", "large-lag1-plain", "large-lag2-plain"),
+    ("large-lag0-plain", "large-lag1-plain", "large-lag2-plain", "large-lag0-parts"),
     ("small-lag0-plain", "small-lag1-plain", "small-lag2-plain"),
     ("large-lag1-proximal", "large-lag2-proximal"),
     ("middle-lag0-plain", "middle-lag1-plain", "large-lag1-mask", "large-lag1-weight"),
@@ -70,6 +72,7 @@ class Run:
             "sampling.batches_per_round": ROUND_IMAGES[size] // TASK,
             "runtime.threads": 1,
             "evaluation.split": "tuning",
+            "learner.parts_per_round": PARTS.get(correction, 1),
             **{f"algorithm.{key}": value for key, value in CORRECTIONS[correction].items()},
         }
         return [word for key, value in changes.items() for word in (f"--{key}", str(value))]
@@ -101,6 +104,7 @@ def make(run: Run, folder: Path) -> dict[str, Any]:
         "round_images": ROUND_IMAGES[size],
         "tasks": ROUND_IMAGES[size] // TASK,
         "lag": lag,
+        "parts": PARTS.get(correction, 1),
         "correction": correction,
         "overrides": run.overrides,
         "rounds": [shortened(metrics) for metrics in rounds],

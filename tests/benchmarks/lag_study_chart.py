@@ -9,18 +9,24 @@ import numpy as np
 Results = list[dict[str, Any]]
 WINDOW = 64  # pictures that a point of a curve is the mean of, whatever the round's size
 PANELS = (
-    ("large rounds as they are: 64 pictures, 4 optimizer steps", ("large-*-plain",)),
+    ("large rounds as they are: 64 pictures, 4 optimizer steps", ("large-*-plain", "large-lag0-parts")),
     ("smaller rounds as they are: 32 pictures, 2 steps; 16 pictures, 1 step", ("middle-*-plain", "small-*-plain")),
     ("large rounds, corrected", ("large-lag0-plain", "large-lag1-*", "large-lag2-*", "large-lag4-*")),
 )
 
 
-def round_seconds(sample: float, score: float, update: float, lag: int, shape: tuple[int, int]) -> float:
+def round_seconds(sample: float, score: float, update: float, lag: int, shape: tuple[int, int, int]) -> float:
     """Wall-clock of a round with N samplers and one reward worker, each on cores of its own, and nothing lost between.
 
-    `shape` is (N, tasks a round); the last task is scored when all are drawn.
+    `shape` is (N, tasks a round, parts it is learned from in); a task is scored while the next are drawn.
     """
-    samplers, tasks = shape
+    samplers, tasks, parts = shape
+    if lag == 0 and parts > 1:
+        done = 0.0
+        for last in range(tasks // parts, tasks + 1, tasks // parts):
+            waves = -(-last // samplers)  # a sampler draws a whole task, alone
+            done = max(done, (waves * sample + score) / tasks) + update / parts
+        return done
     in_step = sample / samplers + score / tasks + update
     return in_step if lag == 0 else max(sample / samplers, score, update, in_step / (lag + 1))
 
@@ -31,7 +37,8 @@ def seconds_an_image(result: dict[str, Any], samplers: int) -> float:
         float(np.median([metrics[f"seconds/{part}"] for metrics in result["rounds"]]))
         for part in ("sample", "score", "learn")
     ]
-    return round_seconds(*parts, result["lag"], (samplers, result["tasks"])) / result["round_images"]
+    shape = (samplers, result["tasks"], result.get("parts", 1))
+    return round_seconds(*parts, result["lag"], shape) / result["round_images"]
 
 
 def curve(result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

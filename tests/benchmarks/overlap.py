@@ -1,6 +1,7 @@
-"""make overlap: seconds a round against the ideal, at lag 0, 1 and 2; how stand-in samplers scale; the embedded model."""
+"""make overlap: seconds a round against the ideal, by lag and in parts; how stand-in samplers scale; the embedded model."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -21,6 +22,11 @@ PROPORTIONS = (
     Proportion("scoring takes longest", 4, 2, 16, draw=0.25, score=0.25, update=0.6),
     Proportion("all alike", 4, 2, 16, draw=0.5, score=0.2, update=2.0),
     Proportion("large tasks, slow rewards", 4, 4, 4, draw=1.0, score=0.8, update=0.4),
+)
+PARTS = (
+    Proportion("sampling takes longest", 4, 2, 16, draw=0.5, score=0.05, update=0.6, parts=4),
+    Proportion("learning takes longest", 4, 2, 16, draw=0.25, score=0.05, update=2.0, parts=4),
+    Proportion("all alike", 4, 2, 16, draw=0.5, score=0.2, update=2.0, parts=4),
 )
 SAMPLERS = (1, 4, 16, 64)
 MODEL_ROUNDS = 9
@@ -44,6 +50,18 @@ def proportions(rounds: int) -> None:
             seconds, ideal = run(proportion, lag, lag + 2, rounds).seconds, proportion.ideal(lag)
             row = f"{ideal:.2f} s | {seconds:.2f} s | {seconds / ideal:.3f}"
             print(f"| {proportion.name} | {sides} | {lag} | {row} |", flush=True)
+
+
+def in_parts(rounds: int) -> None:
+    """The table of rounds that are learned from in parts, at lag 0."""
+    print("\n| proportion | S/N | R/M | U | parts | ideal in one part | ideal | measured | measured / ideal |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for proportion in PARTS:
+        sides = f"{proportion.sampling:.2f} | {proportion.scoring:.2f} | {proportion.update:.2f} | {proportion.parts}"
+        seconds, ideal = run(proportion, 0, 2, rounds).seconds, proportion.ideal(0)
+        whole = dataclasses.replace(proportion, parts=1).ideal(0)
+        row = f"{whole:.2f} s | {ideal:.2f} s | {seconds:.2f} s | {seconds / ideal:.3f}"
+        print(f"| {proportion.name} | {sides} | {row} |", flush=True)
 
 
 def scaling(counts: tuple[int, ...], rounds: int) -> None:
@@ -90,12 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--samplers", type=int, nargs="+", default=list(SAMPLERS))
-    parser.add_argument("--only", choices=["proportions", "scaling", "model"])
+    parser.add_argument("--only", choices=["proportions", "parts", "scaling", "model"])
     options = parser.parse_args()
     print(machine())
     with local_ray():
         if options.only in (None, "proportions"):
             proportions(options.rounds)
+        if options.only in (None, "parts"):
+            in_parts(options.rounds)
         if options.only in (None, "scaling"):
             scaling(tuple(options.samplers), options.rounds)
         if options.only in (None, "model"):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 import ray
 
@@ -18,7 +19,8 @@ from actors.rollout_stream import StreamSettings
 from actors.worker_pool import RestartBudget, WorkerPool
 from common.config import Recipe
 from common.prompts import Prompt
-from common.schedule import last_startable_round, round_tasks
+from common.schedule import last_startable_round, round_parts, round_tasks
+from common.trajectory import Rollout, TrainBatch
 from learner.learner_group import RayLearnerGroup
 from tests.benchmarks.stand_ins import StandInLearner, StandInRewardWorker, StandInSampler
 
@@ -38,6 +40,7 @@ class Proportion:
     draw: float  # seconds a task
     score: float  # seconds a task
     update: float  # seconds a round
+    parts: int = 1  # that a round is learned from in
 
     @property
     def sampling(self) -> float:
@@ -51,16 +54,31 @@ class Proportion:
 
     @property
     def tail(self) -> float:
-        """r: scoring that is left when the last task is drawn, with the first worker that is free taking the next task."""
-        workers = [0.0] * self.reward_workers
+        """r: scoring that is left when the last task is drawn."""
+        return max(self._scored()) - self.sampling
+
+    def _scored(self) -> list[float]:
+        """When each task is scored: the first worker that is free takes the next task."""
+        workers, scored = [0.0] * self.reward_workers, []
         for task in range(self.tasks):
             drawn = (task // self.samplers + 1) * self.draw
-            heapq.heapreplace(workers, max(workers[0], drawn) + self.score)
-        return max(workers) - self.sampling
+            scored.append(max(workers[0], drawn) + self.score)
+            heapq.heapreplace(workers, scored[-1])
+        return scored
 
     def ideal(self, max_policy_lag: int) -> float:
         """Seconds a round."""
+        if self.parts > 1:
+            return self._ideal_in_parts()
         return ideal_seconds((self.sampling, self.scoring, self.update), self.tail, max_policy_lag)
+
+    def _ideal_in_parts(self) -> float:
+        """In step: a part is learned from when its tasks are there, and when the part before it is done."""
+        done, size = 0.0, self.tasks // self.parts
+        there = self._scored()
+        for first in range(0, self.tasks, size):
+            done = max(done, *there[first : first + size]) + self.update / self.parts
+        return done
 
 
 def ideal_seconds(sides: tuple[float, float, float], tail: float, max_policy_lag: int) -> float:
@@ -127,14 +145,21 @@ class StandInRun:
             while submitted <= last_startable_round(round, self._lag):
                 self._stream.submit(round_tasks(self._recipe, submitted, lambda generator: Prompt("nothing")))
                 submitted += 1
-            rollouts = self._stream.collect(round)
-            reports: Any = tuple(rollout.report for rollout in rollouts)
-            _, state = self._learner.update(reports, rollouts)
+            *begun, last = enumerate(round_parts(self._recipe))
+            for part, tasks in begun:
+                self._learner.begin(*self._collected(round, part, tasks))
+            _, state = self._learner.update(*self._collected(round, *last))
             self._stream.publish(state.weights[-1])
             self._stream.report()
         seconds = time.monotonic() - started
         images = rounds * self._recipe.images_per_round
         return Measured(seconds / rounds, images / seconds, (_cpu_seconds(process) - busy) / seconds)
+
+    def _collected(self, round: int, part: int, tasks: range) -> tuple[TrainBatch, list[Rollout]]:
+        rollouts = self._stream.collect(round, tasks)
+        reports = tuple(rollout.report for rollout in rollouts)
+        nothing = np.zeros(len(reports) * IMAGES_PER_TASK)
+        return TrainBatch(round, reports, nothing, part=part, parts=self._recipe.learner.parts_per_round), rollouts
 
     def close(self) -> None:
         """End the actors."""
@@ -168,7 +193,11 @@ def _recipe(proportion: Proportion, max_policy_lag: int) -> Recipe:
             "sampling": {"batch_size": IMAGES_PER_TASK, "batches_per_round": proportion.tasks, "num_steps": 4},
             "reward": {"name": "stand_in"},
             "algorithm": {"name": "stand_in"},
-            "learner": {"batch_size": IMAGES_PER_TASK, "micro_batch_size": 1},
+            "learner": {
+                "batch_size": IMAGES_PER_TASK,
+                "micro_batch_size": 1,
+                "parts_per_round": proportion.parts,
+            },
         }
     )
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from common.lora_weights import LoraWeights, pack
 from common.schedule import Task
+from common.trajectory import TrainBatch
 
 # Past the size up to which Ray sends an answer inside its reply: so it takes the way of real trajectories and pictures.
 HEAVY_BYTES = 200_000
@@ -85,7 +86,7 @@ class StandInRewardWorker:
 
 
 class StandInLearner:
-    """Takes a set time for a round, and publishes weights of a set size."""
+    """Takes a set time for a round, in parts of equal time, and publishes weights of a set size."""
 
     def __init__(self, seconds: float, versions_kept: int, weight_bytes: int) -> None:
         self._seconds = seconds
@@ -105,17 +106,26 @@ class StandInLearner:
     def weights(self) -> tuple[LoraWeights, ...]:
         return self._published
 
+    def state(self) -> StandInState:
+        return StandInState(self._published[-1].policy_version, self._published)
+
     def load_state(self, state: StandInState) -> None:
         self._published = state.weights
 
-    def update(
-        self, batch: tuple[StandInReport, ...], *trajectories: np.ndarray
-    ) -> tuple[dict[str, float], StandInState]:
-        started = time.perf_counter()
+    def begin(self, batch: TrainBatch, *trajectories: np.ndarray) -> None:
+        self._refuse_others(batch, trajectories)
+        time.sleep(self._seconds / batch.parts)
+
+    def _refuse_others(self, batch: TrainBatch, trajectories: tuple[np.ndarray, ...]) -> None:
         known = {weights.policy_version: weights.fingerprint for weights in self._published}
-        assert all(known[report.task.policy_version] == report.fingerprint for report in batch)
-        assert len(trajectories) == len(batch)
+        assert all(known[report.task.policy_version] == report.fingerprint for report in batch.reports)
+        assert len(trajectories) == len(batch.reports)
+
+    def update(self, batch: TrainBatch, *trajectories: np.ndarray) -> tuple[dict[str, float], StandInState]:
+        started = time.perf_counter()
+        self._refuse_others(batch, trajectories)
         weights = self._weights(self._published[-1].policy_version + 1)
         self._published = (*self._published, weights)[-self._versions_kept :]
-        time.sleep(max(0.0, self._seconds - (time.perf_counter() - started)))  # what is done above is part of the time
+        seconds = self._seconds / batch.parts
+        time.sleep(max(0.0, seconds - (time.perf_counter() - started)))  # what is done above is part of the time
         return {"seconds/learn": self._seconds}, StandInState(weights.policy_version, self._published)

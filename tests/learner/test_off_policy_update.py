@@ -200,7 +200,7 @@ def test_weights_that_are_not_the_present_ones_are_given_back_to_the_last_bit(ta
     learner, drawn = lagging(parts)
     batch, steps = drawn.batch, [[(0, 0), (1, 0)]]
     transitions = round_transitions(drawn.trajectories, batch.advantages, "cpu")
-    references = learner._references(batch, transitions, steps)
+    references = learner._references(batch, transitions, steps, learner.weights()[-1])
     arrays = {name: value.detach().numpy() for name, value in learner._parameters.items()}
     assert set(references.behaviour_means) == {(0, 0), (1, 0)} and not references.proximal_log_probs
     assert pack(1, arrays).fingerprint == learner.weights()[-1].fingerprint

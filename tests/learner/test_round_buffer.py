@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from common.prompts import Prompt
+from common.round_metrics import reward_metrics
 from common.schedule import Task
-from common.trajectory import Rollout, Scores, TaskReport
+from common.trajectory import Rollout, Scores, TaskReport, whole_round
 from learner.algorithms.algorithm import AdvantageSettings
 from learner.algorithms.ddpo_is import DDPOImportanceSampling
 from learner.round_buffer import RoundBuffer, TooManySetAside
@@ -21,14 +22,18 @@ def rollout(index: int, prompts: list[str], round: int = 0, **rewards: list[floa
 
 
 def buffer(
-    weights: dict[str, float], images_per_prompt: int = 1, max_set_aside: int | None = None, **settings: object
+    weights: dict[str, float],
+    images_per_prompt: int = 1,
+    max_set_aside: int | None = None,
+    parts_per_round: int = 1,
+    **settings: object,
 ) -> RoundBuffer:
     algorithm = DDPOImportanceSampling(advantages=AdvantageSettings(**settings))
-    return RoundBuffer(algorithm, weights, images_per_prompt, max_set_aside)
+    return RoundBuffer(algorithm, weights, images_per_prompt, max_set_aside, parts_per_round)
 
 
 def test_advantages_stand_in_task_order() -> None:
-    batch, _ = buffer({"a": 1.0}, kind="round").train_batch(
+    batch = buffer({"a": 1.0}, kind="round").train_batch(
         [rollout(0, ["cat", "dog"], a=[1, 2]), rollout(1, ["cow", "hen"], a=[3, 4])]
     )
     deviation = (5 / 4) ** 0.5  # of 1, 2, 3, 4
@@ -37,16 +42,16 @@ def test_advantages_stand_in_task_order() -> None:
 
 
 def test_several_rewards_are_summed_by_their_weights() -> None:
-    _, metrics = buffer({"a": 2.0, "b": -0.5}, kind="round").train_batch([rollout(0, ["x", "y"], a=[1, 2], b=[4, 0])])
+    weights, rollouts = {"a": 2.0, "b": -0.5}, [rollout(0, ["x", "y"], a=[1, 2], b=[4, 0])]
+    metrics = reward_metrics(buffer(weights, kind="round").train_batch(rollouts), rollouts, weights)
     # 2 · 1 − 0.5 · 4 = 0 and 2 · 2 − 0 = 4
     assert metrics["reward/mean"] == 2 and metrics["reward/std"] == 2
     assert metrics["reward/a/mean"] == 1.5 and metrics["reward/b/mean"] == 2
 
 
 def test_metrics_by_hand() -> None:
-    _, metrics = buffer({"a": 1.0}, min_count=1).train_batch(
-        [rollout(0, ["cat", "dog"], a=[1, 5]), rollout(1, ["cat", "cat"], a=[2, 3])]
-    )
+    rollouts = [rollout(0, ["cat", "dog"], a=[1, 5]), rollout(1, ["cat", "cat"], a=[2, 3])]
+    metrics = reward_metrics(buffer({"a": 1.0}, min_count=1).train_batch(rollouts), rollouts, {"a": 1.0})
     assert metrics["images"] == 4 and metrics["reward/mean"] == 2.75
     assert metrics["reward/prompt/cat"] == 2 and metrics["reward/prompt/dog"] == 5
     # cats −1, 0 and 1 by a deviation of √(2/3); the lone dog 0
@@ -60,7 +65,7 @@ def test_statistics_last_over_rounds_as_in_the_reference() -> None:
         prompts = generator.choice(["cat", "dog", "cow"], 6).tolist()
         rewards = generator.normal(size=6).astype(np.float32).tolist()
         halves = [rollout(half, prompts[3 * half :][:3], round, a=rewards[3 * half :][:3]) for half in (0, 1)]
-        batch, _ = ours.train_batch(halves)
+        batch = ours.train_batch(halves)
         assert batch.advantages == pytest.approx(tracker.update(prompts, rewards), rel=1e-5, abs=1e-6)
     assert ours.statistics == {prompt: tuple(ring) for prompt, ring in tracker.rings.items()}
 
@@ -70,7 +75,7 @@ def test_a_buffer_with_its_statistics_given_back_goes_on_as_before() -> None:
     first.train_batch([rollout(0, ["cat", "cat"], a=[1, 2])])
     second.statistics = first.statistics
     after = [rollout(0, ["cat", "dog"], round=1, a=[5, 6])]
-    assert first.train_batch(after)[0].advantages.tolist() == second.train_batch(after)[0].advantages.tolist()
+    assert first.train_batch(after).advantages.tolist() == second.train_batch(after).advantages.tolist()
 
 
 def test_tasks_out_of_order_or_of_two_rounds_are_our_own_error() -> None:
@@ -94,7 +99,8 @@ def test_a_group_is_set_aside_whole_and_the_rest_is_worth_what_it_is_without_it(
     # Groups of the round: cats 1, 2; dogs 3, ?; cows 5, 9. Tasks cut the dogs in two.
     first = rollout(0, ["cat", "cat", "dog"], a=[1, 2, 3])
     second = with_failures(rollout(1, ["dog", "cow", "cow"], a=[0, 5, 9]), {0: "it hung"})
-    batch, metrics = ours.train_batch([first, second])
+    batch = ours.train_batch([first, second])
+    metrics = reward_metrics(batch, [first, second], {"a": 1.0})
     deviation = ((3.25**2 + 2.25**2 + 0.75**2 + 4.75**2) / 4) ** 0.5  # of 1, 2, 5, 9 around 4.25
     expected = np.array([-3.25, -2.25, np.nan, np.nan, 0.75, 4.75]) / deviation
     assert batch.advantages == pytest.approx(expected, nan_ok=True)
@@ -107,7 +113,7 @@ def test_a_group_is_set_aside_whole_and_the_rest_is_worth_what_it_is_without_it(
 
 def test_statistics_of_a_prompt_do_not_know_what_was_set_aside() -> None:
     ours, tracker = buffer({"a": 1.0}, min_count=2), PerPromptTracker(32, 2)
-    batch, _ = ours.train_batch([with_failures(rollout(0, ["cat", "cat", "cat", "dog"], a=[1, 0, 4, 2]), {1: "x"})])
+    batch = ours.train_batch([with_failures(rollout(0, ["cat", "cat", "cat", "dog"], a=[1, 0, 4, 2]), {1: "x"})])
     assert ours.statistics == {"cat": (1.0, 4.0), "dog": (2.0,)}
     expected = tracker.update(["cat", "cat", "dog"], [1.0, 4.0, 2.0])
     assert np.delete(batch.advantages, 1) == pytest.approx(expected) and np.isnan(batch.advantages[1])
@@ -115,16 +121,16 @@ def test_statistics_of_a_prompt_do_not_know_what_was_set_aside() -> None:
 
 def test_a_round_without_failures_sets_nothing_aside() -> None:
     ours = buffer({"a": 1.0}, max_set_aside=0, kind="round")
-    batch, metrics = ours.train_batch([rollout(0, ["cat", "dog"], a=[1, 2])])
-    assert batch.set_aside == () and ours.set_aside == {} and metrics["images_set_aside"] == 0.0
+    batch = ours.train_batch([rollout(0, ["cat", "dog"], a=[1, 2])])
+    assert batch.set_aside == () and ours.set_aside == {}
 
 
 def test_a_round_learned_from_again_sets_aside_what_it_did_before_and_counts_it_once() -> None:
     ours = buffer({"a": 1.0}, max_set_aside=1, kind="round")
     failed = [with_failures(rollout(0, ["cat", "dog", "cow"], a=[1, 2, 3]), {1: "it hung"})]
-    before, _ = ours.train_batch(failed)
+    before = ours.train_batch(failed)
     for again in (failed, [rollout(0, ["cat", "dog", "cow"], a=[1, 2, 3])]):
-        assert ours.train_batch(again)[0].advantages == pytest.approx(before.advantages, nan_ok=True)
+        assert ours.train_batch(again).advantages == pytest.approx(before.advantages, nan_ok=True)
     assert ours.set_aside == {0: [1]}
 
 
@@ -150,6 +156,45 @@ def test_a_round_of_which_nothing_is_left_ends_the_run() -> None:
         buffer({"a": 1.0}, images_per_prompt=2).train_batch(
             [with_failures(rollout(0, ["cat", "cat"], a=[1, 2]), {0: "it hung"})]
         )
+
+
+def test_a_part_is_held_against_the_rewards_up_to_it_and_no_later_ones() -> None:
+    ours, tracker = buffer({"a": 1.0}, min_count=2, parts_per_round=2), PerPromptTracker(32, 2)
+    halves = [rollout(0, ["cat", "cat", "dog"], a=[1, 2, 9]), rollout(1, ["cat", "dog", "dog"], a=[6, 3, 5])]
+    batches = [ours.train_batch([half]) for half in halves]
+    for batch, prompts, rewards in zip(
+        batches, (["cat", "cat", "dog"], ["cat", "dog", "dog"]), ([1, 2, 9], [6, 3, 5]), strict=True
+    ):
+        assert batch.advantages == pytest.approx(tracker.update(prompts, rewards), rel=1e-5, abs=1e-6)
+    assert [(batch.part, batch.parts) for batch in batches] == [(0, 2), (1, 2)]
+    whole = whole_round(batches)
+    assert whole.advantages.tolist() == [*batches[0].advantages, *batches[1].advantages]
+    assert [report.task.index for report in whole.reports] == [0, 1] and (whole.part, whole.parts) == (0, 1)
+    metrics = reward_metrics(whole, halves, {"a": 1.0})
+    assert metrics["images"] == 6 and metrics["reward/prompt/cat"] == 3
+
+
+def test_a_part_may_be_set_aside_whole_and_images_are_numbered_in_the_round() -> None:
+    ours = buffer({"a": 1.0}, images_per_prompt=2, kind="round", parts_per_round=2)
+    first, second = rollout(0, ["cat", "cat"], a=[1, 2]), rollout(1, ["dog", "dog"], a=[3, 4])
+    batches = [ours.train_batch([first]), ours.train_batch([with_failures(second, {1: "it hung"})])]
+    assert [batch.set_aside for batch in batches] == [(), (0, 1)] and ours.set_aside == {0: [2, 3]}
+    assert np.isnan(batches[1].advantages).all()
+    whole = whole_round(batches)
+    assert whole.set_aside == (2, 3)
+    assert reward_metrics(whole, [first, second], {"a": 1.0})["images_set_aside"] == 2
+
+
+def test_a_round_whose_parts_are_all_set_aside_ends_the_run() -> None:
+    ours = buffer({"a": 1.0}, kind="round", parts_per_round=2)
+    ours.train_batch([with_failures(rollout(0, ["cat"], a=[1]), {0: "it hung"})])
+    with pytest.raises(TooManySetAside, match="all 2 images of round 0"):
+        ours.train_batch([with_failures(rollout(1, ["dog"], a=[1]), {0: "it hung again"})])
+
+
+def test_a_part_that_the_recipe_does_not_have_is_our_own_error() -> None:
+    with pytest.raises(AssertionError, match="no more parts"):
+        buffer({"a": 1.0}).train_batch([rollout(1, ["dog"], a=[1])])
 
 
 def test_a_reward_that_is_not_finite_and_has_no_reason_is_our_own_error() -> None:

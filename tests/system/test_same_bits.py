@@ -229,11 +229,17 @@ SCENARIOS: dict[str, Scenario] = {
     "a node removed, another added": node_removed,
     "an object store that spills": spilling,
 }
+IN_PARTS = {
+    "in four parts: 2 samplers": samplers(2),
+    "in four parts: 10 or more kills of samplers and reward workers": killed,
+    "in four parts: learner killed twice": learner_killed,
+}
 SHORT = {(0, "4 samplers"), (2, "10 or more kills of samplers and reward workers")}
 SHORT |= {
     (2, "driver stopped with SIGTERM, resumed"),
     (1, "learner killed twice"),
     (0, "scaled 1 → 4 → 2 while it runs"),
+    (0, "in four parts: learner killed twice"),
 }
 
 
@@ -241,13 +247,20 @@ def _marked(lag: int, what: str) -> object:
     return pytest.param(lag, what, marks=pytest.mark.system if (lag, what) in SHORT else pytest.mark.same_bits)
 
 
-@pytest.mark.parametrize(("lag", "what"), [_marked(lag, what) for lag in (0, 1, 2) for what in SCENARIOS])
+TABLED = [(lag, what) for lag in (0, 1, 2) for what in SCENARIOS] + [(0, what) for what in IN_PARTS]
+
+
+@pytest.mark.parametrize(("lag", "what"), [_marked(lag, what) for lag, what in TABLED])
 def test_the_final_weights_are_those_of_a_calm_run(
     calm: Callable[[int], dict], cluster: None, lag: int, what: str
 ) -> None:
     tables = calm(lag)
+    if what in IN_PARTS:
+        tables = {**tables, "learner": {**tables["learner"], "parts_per_round": 4}}
     device = {"runtime": {"device": "cpu"}} if what.startswith("a node") else {}  # its test nodes have no GPU
     expected = final_fingerprint(Recipe.parse({**tables, **device, "name": "serial"}), serial=True)
-    TABLE.append((lag, "nothing, in one process", expected))
-    TABLE.append((lag, what, SCENARIOS[what](tables)))
+    TABLE.append(
+        (lag, "in four parts: nothing, in one process" if what in IN_PARTS else "nothing, in one process", expected)
+    )
+    TABLE.append((lag, what, (SCENARIOS | IN_PARTS)[what](tables)))
     assert TABLE[-1][2] == expected
