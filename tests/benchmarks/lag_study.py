@@ -38,7 +38,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("large-lag1-proximal", "large-lag2-proximal"),
     ("middle-lag0-plain", "middle-lag1-plain", "large-lag1-mask", "large-lag1-weight"),
     ("large-lag4-plain", "small-lag4-plain", "large-lag4-proximal", "large-lag1-wide_clip"),
-    ("middle-lag2-plain", "large-lag4-mask", "large-lag2-mask", "small-lag4-mask"),
+    ("large-lag4-mask", "large-lag2-mask", "small-lag4-mask"),
 )
 KEPT = ("reward/mean", "seconds/sample", "seconds/score", "seconds/learn", "lag/max", "clip_fraction", "kl_nats")
 ALSO_KEPT = ("ratio/max_abs_log", "masked_fraction", "behaviour_weight/mean")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 Results = list[dict[str, Any]]
+MORE_WORK = ("proximal", "weight", "mask")  # corrections that cost passes of their own
 WINDOW = 64  # pictures that a point of a curve is the mean of, whatever the round's size
 PANELS = (
     ("large rounds as they are: 64 pictures, 4 optimizer steps", ("large-*-plain", "large-lag0-parts")),
@@ -31,14 +32,35 @@ def round_seconds(sample: float, score: float, update: float, lag: int, shape: t
     return in_step if lag == 0 else max(sample / samplers, score, update, in_step / (lag + 1))
 
 
-def seconds_an_image(result: dict[str, Any], samplers: int) -> float:
-    """Of a run, from the medians of what its own rounds took on one thread."""
-    parts = [
-        float(np.median([metrics[f"seconds/{part}"] for metrics in result["rounds"]]))
-        for part in ("sample", "score", "learn")
-    ]
+def paces(results: Results) -> dict[str, tuple[float, float, float]]:
+    """By correction, the median seconds that a picture's drawing, scoring and learning took on one thread.
+
+    A picture's work is the same in every run, but for what a correction adds to learning. So all runs share what drawing
+    and scoring took: what else the machine did while one of them was made favours none.
+    """
+    sample, score = (_median(results, part) for part in ("sample", "score"))
+    works = {result["correction"]: _work(result) for result in results}
+    learn = {work: _median([each for each in results if _work(each) == work], "learn") for work in set(works.values())}
+    return {correction: (sample, score, learn[work]) for correction, work in works.items()}
+
+
+def _work(result: dict[str, Any]) -> str:
+    return result["correction"] if result["correction"] in MORE_WORK else ""
+
+
+def _median(results: Results, part: str) -> float:
+    return float(np.median(np.concatenate([_seconds_a_picture(result, part) for result in results])))
+
+
+def _seconds_a_picture(result: dict[str, Any], part: str) -> np.ndarray:
+    return np.array([metrics[f"seconds/{part}"] for metrics in result["rounds"]]) / result["round_images"]
+
+
+def seconds_an_image(result: dict[str, Any], pace: tuple[float, float, float], samplers: int) -> float:
+    """What a picture of this run's schedule takes, where drawing, scoring and learning one take as long as `pace` says."""
+    sample, score, learn = (seconds * result["round_images"] for seconds in pace)
     shape = (samplers, result["tasks"], result.get("parts", 1))
-    return round_seconds(*parts, result["lag"], shape) / result["round_images"]
+    return round_seconds(sample, score, learn, result["lag"], shape) / result["round_images"]
 
 
 def curve(result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -64,19 +86,20 @@ def draw_chart(results: Results, path: Path, samplers: int) -> None:
 
     from matplotlib import pyplot as plt
 
-    groups = by_setting(results)
+    groups, pace = by_setting(results), paces(results)
     figure, rows = plt.subplots(len(PANELS), 2, figsize=(14, 4.4 * len(PANELS)), squeeze=False)
     for (title, patterns), (left, right) in zip(PANELS, rows, strict=True):
         shown = [name for name in groups if any(fnmatch(name, pattern) for pattern in patterns)]
         for name in sorted(shown):
             color = plt.get_cmap("tab10")(sorted(shown).index(name) % 10)
             draw_setting(left, name, groups[name], 1.0, color)
-            seconds = float(np.mean([seconds_an_image(result, samplers) for result in groups[name]]))
+            first = groups[name][0]
+            seconds = seconds_an_image(first, pace[first["correction"]], samplers)
             draw_setting(right, name, groups[name], seconds, color)
         left.set_title(title, fontsize=10)
         left.set_xlabel("pictures drawn")
         right.set_xlabel(
-            f"seconds, by the schedule's formula from each run's own times on one thread\n"
+            f"seconds, by the schedule's formula from a picture's median times on one thread\n"
             f"({samplers} sampler{'s' * (samplers > 1)}, reward worker and learner stand in on cores of their own)"
         )
         for axis in (left, right):
@@ -102,21 +125,25 @@ def draw_setting(axis: Any, name: str, runs: Results, scale: float, color: Any) 
 
 
 def table(results: Results, samplers: int) -> str:
-    """A line a setting, in markdown: the change on held-out pictures, seed by seed, and what a picture takes."""
+    """A line a setting, in markdown: seed by seed the change on held-out pictures, and the share of the animals named before
+    that are still named; and what a picture takes.
+    """
     lines = [
-        "| setting | seeds | change of the reward on held-out pictures | mean | clipped | masked | seconds a picture |",
+        "| setting | change of the reward on held-out pictures | mean | still named | clipped | masked | seconds a picture |",
         "|---|---|---|---|---|---|---|",
     ]
+    pace = paces(results)
     for name, runs in by_setting(results).items():
         changes = [
             (run["held_out"]["reward_after"] - run["held_out"]["reward_before"]) / abs(run["held_out"]["reward_before"])
             for run in runs
         ]
         each = ", ".join(f"{100 * change:+.1f}" for change in changes)
-        seconds = np.mean([seconds_an_image(run, samplers) for run in runs])
+        seconds = seconds_an_image(runs[0], pace[runs[0]["correction"]], samplers)
+        named = ", ".join(f"{run['held_out']['scorers']['animal_classifier']['kept']:.2f}" for run in runs)
         clipped, masked = share(runs, "clip_fraction"), share(runs, "masked_fraction")
         lines.append(
-            f"| {name} | {len(runs)} | {each} % | {100 * np.mean(changes):+.1f} % | {clipped} | {masked} | {seconds:.3f} |"
+            f"| {name} | {each} % | {100 * np.mean(changes):+.1f} % | {named} | {clipped} | {masked} | {seconds:.3f} |"
         )
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from common.config import Recipe
 from deploy.composition import parts_of
 from tests.benchmarks.embedded_model import RECIPE
 from tests.benchmarks.lag_study import IMAGES, SEEDS, all_runs
-from tests.benchmarks.lag_study_chart import curve, round_seconds, seconds_an_image, table
+from tests.benchmarks.lag_study_chart import curve, paces, round_seconds, seconds_an_image, table
 
 
 def result(setting: str, seed: int, round_images: int, rewards: list[float]) -> dict:
@@ -22,9 +22,14 @@ def result(setting: str, seed: int, round_images: int, rewards: list[float]) -> 
         "images": round_images * len(rewards),
         "round_images": round_images,
         "tasks": round_images // 16,
+        "correction": setting.split("-")[2],
         "lag": int(setting.split("-")[1].removeprefix("lag")),
         "rounds": [{"reward/mean": reward, "clip_fraction": 0.25, **seconds} for reward in rewards],
-        "held_out": {"reward_before": -2.0, "reward_after": -1.5 - seed / 10},
+        "held_out": {
+            "reward_before": -2.0,
+            "reward_after": -1.5 - seed / 10,
+            "scorers": {"animal_classifier": {"kept": 0.75}},
+        },
     }
 
 
@@ -44,11 +49,11 @@ def test_there_are_at_most_sixty_runs_and_each_is_a_recipe_that_draws_as_many_pi
 
 def test_every_setting_has_all_seeds_before_a_later_tier_begins() -> None:
     runs = all_runs(IMAGES)
-    first = [run.setting for run in runs[:3]]
-    assert first == ["large-lag0-plain", "large-lag1-plain", "large-lag2-plain"]
-    assert [(run.setting, run.seed) for run in runs[:9]] == [(setting, seed) for seed in SEEDS for setting in first]
-    assert {run.setting for run in runs[9:18]} == {"small-lag0-plain", "small-lag1-plain", "small-lag2-plain"}
-    assert {run.setting for run in runs[18:24]} == {"large-lag1-proximal", "large-lag2-proximal"}
+    first = [run.setting for run in runs[:4]]
+    assert first == ["large-lag0-plain", "large-lag1-plain", "large-lag2-plain", "large-lag0-parts"]
+    assert [(run.setting, run.seed) for run in runs[:12]] == [(setting, seed) for seed in SEEDS for setting in first]
+    assert {run.setting for run in runs[12:21]} == {"small-lag0-plain", "small-lag1-plain", "small-lag2-plain"}
+    assert {run.setting for run in runs[21:27]} == {"large-lag1-proximal", "large-lag2-proximal"}
 
 
 @pytest.mark.parametrize(
@@ -62,11 +67,34 @@ def test_every_setting_has_all_seeds_before_a_later_tier_begins() -> None:
     ],
 )
 def test_a_rounds_time_by_hand(lag: int, samplers: int, seconds: float) -> None:
-    assert round_seconds(8, 1, 6, lag, (samplers, 4)) == pytest.approx(seconds)
+    assert round_seconds(8, 1, 6, lag, (samplers, 4, 1)) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("samplers", "parts", "seconds"),
+    [
+        (1, 4, 8 + 1 / 4 + 6 / 4),  # drawing holds it up: a task takes 2, a part's update 1.5
+        (1, 2, 8 + 1 / 4 + 6 / 2),
+        (4, 4, 2 + 1 / 4 + 6),  # all tasks come at once
+        (2, 4, 2 + 1 / 4 + 6),  # the parts of the second wave wait for those of the first
+    ],
+)
+def test_a_round_in_parts_by_hand(samplers: int, parts: int, seconds: float) -> None:
+    assert round_seconds(8, 1, 6, 0, (samplers, 4, parts)) == pytest.approx(seconds)
+
+
+def test_all_runs_share_what_a_picture_takes_but_for_what_a_correction_adds() -> None:
+    quiet, loaded = (result("large-lag0-plain", 0, 64, [1.0] * 3) for _ in range(2))
+    loaded["rounds"] = [{**metrics, "seconds/learn": 60.0} for metrics in loaded["rounds"][:1]]
+    in_parts, masked = result("large-lag0-parts", 0, 64, [1.0]), result("large-lag1-mask", 0, 64, [1.0])
+    masked["rounds"][0]["seconds/learn"] = 9.0
+    shared = (8 / 64, 1 / 64)
+    expected = {"plain": (*shared, 6 / 64), "parts": (*shared, 6 / 64), "mask": (*shared, 9 / 64)}
+    assert paces([quiet, loaded, in_parts, masked]) == expected
 
 
 def test_at_lag_one_a_round_takes_at_least_half_of_one_in_step() -> None:
-    assert round_seconds(5, 4, 5, 1, (1, 1)) == pytest.approx(7)  # (5 + 4 + 5) / 2 is more than any part
+    assert round_seconds(5, 4, 5, 1, (1, 1, 1)) == pytest.approx(7)  # (5 + 4 + 5) / 2 is more than any part
 
 
 def test_a_curve_is_the_mean_of_the_last_sixty_four_pictures() -> None:
@@ -80,8 +108,8 @@ def test_the_tables_line_by_hand() -> None:
     runs = [result("large-lag0-plain", seed, 64, [1.0, 2.0]) for seed in (0, 1)]
     line = table(runs, 1).splitlines()[2]
     seconds = (8 + 1 / 4 + 6) / 64
-    assert line == f"| large-lag0-plain | 2 | +25.0, +20.0 % | +22.5 % | 25 % | – | {seconds:.3f} |"
-    assert seconds_an_image(runs[0], 1) == pytest.approx(seconds)
+    assert line == f"| large-lag0-plain | +25.0, +20.0 % | +22.5 % | 0.75, 0.75 | 25 % | – | {seconds:.3f} |"
+    assert seconds_an_image(runs[0], paces(runs)["plain"], 1) == pytest.approx(seconds)
 
 
 def study(tmp_path: Path, *words: str) -> str:
@@ -99,7 +127,7 @@ def test_what_the_results_have_is_listed_as_done_not_made_again_and_drawn(tmp_pa
     }
     assert len(lines) == 5 * len(SEEDS)
     assert study(tmp_path, "--run", "--only", "large-lag1-plain-*") == ""
-    assert "| large-lag1-plain | 3 |" in study(tmp_path, "--chart")
+    assert "| large-lag1-plain | -25.0, -30.0, -35.0 % |" in study(tmp_path, "--chart")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
