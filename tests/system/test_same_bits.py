@@ -233,7 +233,9 @@ IN_PARTS = {
     "in four parts: 2 samplers": samplers(2),
     "in four parts: 10 or more kills of samplers and reward workers": killed,
     "in four parts: learner killed twice": learner_killed,
+    "in four parts: a node removed, another added": node_removed,
 }
+SCENARIO_OF = SCENARIOS | IN_PARTS
 SHORT = {(0, "4 samplers"), (2, "10 or more kills of samplers and reward workers")}
 SHORT |= {
     (2, "driver stopped with SIGTERM, resumed"),
@@ -257,10 +259,10 @@ def test_the_final_weights_are_those_of_a_calm_run(
     tables = calm(lag)
     if what in IN_PARTS:
         tables = {**tables, "learner": {**tables["learner"], "parts_per_round": 4}}
-    device = {"runtime": {"device": "cpu"}} if what.startswith("a node") else {}  # its test nodes have no GPU
+    device = {"runtime": {"device": "cpu"}} if SCENARIO_OF[what] is node_removed else {}  # its test nodes have no GPU
     expected = final_fingerprint(Recipe.parse({**tables, **device, "name": "serial"}), serial=True)
     TABLE.append(
         (lag, "in four parts: nothing, in one process" if what in IN_PARTS else "nothing, in one process", expected)
     )
-    TABLE.append((lag, what, (SCENARIOS | IN_PARTS)[what](tables)))
+    TABLE.append((lag, what, SCENARIO_OF[what](tables)))
     assert TABLE[-1][2] == expected
