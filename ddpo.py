@@ -61,6 +61,11 @@ def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], b
     verb.add_argument("--reward-workers", type=int, metavar="N")
     verb.set_defaults(run=_scale)
 
+    verb = verbs.add_parser("status", help="say how a run stands, from any shell that sees its folder")
+    verb.add_argument("runs", metavar="RUN", help="a run's folder")
+    verb.add_argument("--json", action="store_true", help="as one JSON object")
+    verb.set_defaults(run=_status)
+
     verb = verbs.add_parser("sample", help="draw pictures with a run's weights")
     verb.add_argument("--lora", required=True, metavar="RUN_OR_PATH", help="a run's folder, or a LoRA file or folder")
     verb.add_argument("--recipe", help="whose model and sampling to use; by default the run's own")
@@ -120,6 +125,15 @@ def _scale(options: argparse.Namespace) -> None:
 
     asked = {"samplers": options.samplers, "reward_workers": options.reward_workers}
     print(scale(options.runs, {role: count for role, count in asked.items() if count is not None}))
+
+
+def _status(options: argparse.Namespace) -> None:
+    import json
+
+    from deploy.commands.status import in_words, status
+
+    known = status(options.runs)
+    print(json.dumps(known) if options.json else in_words(known))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -283,10 +283,10 @@ def _lives(owner: dict[str, Any]) -> bool:
         return False
 
 
-def is_alive(folder: RunFolder) -> bool:
-    """Whether a process is at work on this run."""
+def runs_it(folder: RunFolder) -> str | None:
+    """Which process is at work on this run, in words; None: nobody is."""
     try:
         owner = json.loads(folder.storage.read(LEASE))
     except (FileNotFoundError, ValueError):
-        return False
-    return _lives(owner)
+        return None
+    return _who(owner) if _lives(owner) else None

@@ -1,7 +1,7 @@
 """ddpo scale: ask a living run for another number of samplers or reward workers, from any shell that sees its folder."""
 
 from common.config import ElasticTable
-from common.run_folder import RunFolder, is_alive
+from common.run_folder import RunFolder, runs_it
 
 
 def scale(run: str, wanted: dict[str, int]) -> str:
@@ -19,7 +19,7 @@ def scale(run: str, wanted: dict[str, int]) -> str:
             raise ValueError(
                 f"{role} is {count}: it must lie between {role}.min = {table.min} and {role}.max = {table.max or 'none'}"
             )
-    if not is_alive(folder):
+    if runs_it(folder) is None:
         raise ValueError(f"no process runs {folder.location}: start it with --resume auto, and with --samplers.count")
     folder.ask(wanted)
     return "asked for " + " and ".join(f"{count} {role.replace('_', ' ')}" for role, count in wanted.items())

@@ -9,7 +9,7 @@ import pytest
 
 from common.config import Recipe
 from common.ledger import Ledger
-from common.run_folder import RunFolder, is_alive
+from common.run_folder import RunFolder, runs_it
 from deploy.composition import parts_of
 from deploy.supervision import Stopped
 from learner.checkpoint import load_checkpoint, newest_checkpoint
@@ -80,4 +80,4 @@ def test_a_signal_in_one_process_commits_the_last_whole_round_and_the_run_goes_o
     assert newest is not None and 2 <= load_checkpoint(newest).rounds_done < 8
     resumed = final_fingerprint(recipe, resume=True, serial=True)
     assert resumed == final_fingerprint(Recipe.parse({**tables, "name": "calm"}), serial=True)
-    assert not is_alive(folder) and Ledger(folder.storage, recipe.rollouts).rounds() == list(range(8))
+    assert runs_it(folder) is None and Ledger(folder.storage, recipe.rollouts).rounds() == list(range(8))

@@ -1,0 +1,67 @@
+"""ddpo status: how a run stands, from its folder alone, wherever that lies and whoever runs it."""
+
+import json
+from typing import Any
+
+from common.run_folder import RunFolder, runs_it
+
+SHOWN = {
+    "reward": ("reward/mean", ".4g"),
+    "images a second": ("images_per_second", ".3g"),
+    "seconds a round": ("seconds/round", ".3g"),
+    "samplers": ("samplers/alive", ".0f"),
+    "reward workers": ("reward_workers/alive", ".0f"),
+    "samplers idle": ("idle/sampler", ".0%"),
+    "reward workers idle": ("idle/reward_worker", ".0%"),
+    "learner idle": ("idle/learner", ".0%"),
+}
+
+
+def status(run: str) -> dict[str, Any]:
+    """What is known of a run: who runs it, rounds done of how many, its last round's metrics, its newest checkpoint.
+
+    `images_set_aside` and `actor_restarts` are sums over the rounds in metrics.jsonl. ValueError: no run there.
+    """
+    folder = RunFolder(run)
+    recipe = folder.load_recipe([])
+    rounds = _rounds(folder)
+    restarts = [value for metrics in rounds for name, value in metrics.items() if name.startswith("actor_restarts/")]
+    return {
+        "run": folder.location,
+        "run_by": runs_it(folder),
+        "rounds_done": len(rounds),
+        "rounds": recipe.rounds,
+        "checkpoint": _text(folder, "checkpoints/latest"),
+        "images_set_aside": int(sum(metrics["images_set_aside"] for metrics in rounds)),
+        "actor_restarts": int(sum(restarts)),
+        "last_round": {name: rounds[-1].get(name) for name, _ in SHOWN.values()} if rounds else {},
+    }
+
+
+def in_words(known: dict[str, Any]) -> str:
+    """`status`, a line each."""
+    done = known["rounds_done"] == known["rounds"]
+    lines = {
+        known["run"]: f"run by {known['run_by']}" if known["run_by"] else "done" if done else "nobody runs it",
+        "rounds": f"{known['rounds_done']} of {known['rounds']}",
+        "checkpoint": known["checkpoint"] or "none yet",
+        "images set aside": str(known["images_set_aside"]),
+        "actor restarts": str(known["actor_restarts"]),
+    }
+    last = known["last_round"]
+    lines |= {name: format(last[key], form) for name, (key, form) in SHOWN.items() if last.get(key) is not None}
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def _rounds(folder: RunFolder) -> list[dict[str, float]]:
+    """Of metrics.jsonl; a line that is just being written is left out."""
+    text = _text(folder, folder.metrics) or ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _text(folder: RunFolder, place: str) -> str | None:
+    try:
+        return folder.storage.read(place).decode()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,65 @@
+"""ddpo status: what it says of a run that is alive, broke off, is done, or is none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.config import Recipe
+from common.run_folder import Lease, RunFolder
+from ddpo import main
+from deploy.commands.status import in_words, status
+from train import train
+
+
+def test_a_run_before_its_first_round_and_while_a_process_holds_it(tables: dict) -> None:
+    recipe = Recipe.parse(tables)
+    folder = RunFolder(recipe.run_path())
+    folder.create()
+    folder.write_recipe(recipe.model_dump())
+    with Lease(folder):
+        known = status(recipe.run_path())
+        assert known["run_by"].startswith("process ")
+        assert (known["rounds_done"], known["rounds"], known["checkpoint"], known["last_round"]) == (0, 2, None, {})
+        assert "run by process" in in_words(known) and "none yet" in in_words(known)
+    assert "nobody runs it" in in_words(status(recipe.run_path()))
+
+
+def test_a_run_that_is_done_says_so_with_its_last_rounds_figures(tables: dict, capsys: pytest.CaptureFixture) -> None:
+    recipe = Recipe.parse(tables)
+    last = train(recipe, serial=True)
+    capsys.readouterr()
+    assert main(["status", recipe.run_path(), "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["rounds_done"] == 2 and known["run_by"] is None and known["checkpoint"] == "round-000002"
+    assert known["last_round"]["reward/mean"] == last["reward/mean"] and known["images_set_aside"] == 0
+    assert main(["status", recipe.run_path()]) == 0
+    text = capsys.readouterr().out
+    assert "done" in text and "2 of 2" in text and f"{last['reward/mean']:.4g}" in text and "%" in text
+
+
+def test_restarts_and_what_was_set_aside_are_summed_and_a_line_half_written_is_left_out(tables: dict) -> None:
+    recipe = Recipe.parse(tables)
+    folder = RunFolder(recipe.run_path())
+    folder.create()
+    folder.write_recipe(recipe.model_dump())
+    rounds = [{"images_set_aside": 2.0, "actor_restarts/sampler": 1.0, "actor_restarts/learner": 1.0}]
+    rounds += [{"images_set_aside": 1.0, "actor_restarts/sampler": 3.0, "samplers/alive": 4.0}]
+    text = "".join(json.dumps(metrics) + "\n" for metrics in rounds) + '{"images_set'
+    (Path(recipe.run_path()) / "metrics.jsonl").write_text(text)
+    known = status(recipe.run_path())
+    assert (known["images_set_aside"], known["actor_restarts"], known["rounds_done"]) == (3, 5, 2)
+    assert known["last_round"]["samplers/alive"] == 4
+
+
+def test_what_is_no_run_is_the_users_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["status", str(tmp_path)]) == 2
+    assert "is no run's folder: it has no recipe.toml" in capsys.readouterr().err
+
+
+def test_it_starts_without_torch_and_ray() -> None:
+    code = "import sys, deploy.commands.status; print(sorted({'torch', 'ray'} & set(sys.modules)))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == "[]\n"
