@@ -41,8 +41,8 @@ def status(run: str) -> dict[str, Any]:
 def in_words(known: dict[str, Any]) -> str:
     """`status`, a line each."""
     done = known["rounds_done"] == known["rounds"]
+    whose = f"run by {known['run_by']}" if known["run_by"] else "done" if done else "nobody runs it"
     lines = {
-        known["run"]: f"run by {known['run_by']}" if known["run_by"] else "done" if done else "nobody runs it",
         "rounds": f"{known['rounds_done']} of {known['rounds']}",
         "checkpoint": known["checkpoint"] or "none yet",
         "images set aside": str(known["images_set_aside"]),
@@ -51,7 +51,7 @@ def in_words(known: dict[str, Any]) -> str:
     last = known["last_round"]
     lines |= {name: format(last[key], form) for name, (key, form) in SHOWN.items() if last.get(key) is not None}
     width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+    return "\n".join([f"{known['run']}: {whose}", *(f"{name:<{width}}  {value}" for name, value in lines.items())])
 
 
 def _rounds(folder: RunFolder) -> list[dict[str, float]]:
