@@ -28,13 +28,15 @@ def loaded(role: str) -> int:
 
 
 def _titles() -> Iterator[tuple[psutil.Process, str]]:
-    for process in psutil.Process().children(recursive=True):
-        try:
-            title, status = " ".join(process.cmdline()), process.status()
-        except psutil.NoSuchProcess:  # it has just ended
-            continue
-        if status != psutil.STATUS_ZOMBIE:
-            yield process, title
+    return ((process, title_of(process)) for process in psutil.Process().children(recursive=True))
+
+
+def title_of(process: psutil.Process) -> str:
+    """A process's command line; nothing where it has ended, also between two looks."""
+    try:
+        return "" if process.status() == psutil.STATUS_ZOMBIE else " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:

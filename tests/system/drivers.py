@@ -11,7 +11,7 @@ import tomli_w
 from common.config import Recipe
 from common.run_folder import RunFolder, without_none
 from learner.checkpoint import load_checkpoint, newest_checkpoint
-from tests.system.disturbances import alive, wait_until
+from tests.system.disturbances import alive, title_of, wait_until
 
 LONGEST_SECONDS = 300.0
 GONE_SECONDS = 60.0
@@ -53,12 +53,12 @@ class Driver:
 
 def wait_until_gone(processes: list[psutil.Process], orphaned: bool = False) -> None:
     """TimeoutError: some are still there. `orphaned`: their driver had no chance to close its cluster."""
-    agents = [each for each in alive(processes) if orphaned and each.cmdline()[0] in RAYS_OWN]
+    agents = [each for each in alive(processes) if orphaned and title_of(each).startswith(RAYS_OWN)]
     others = [each for each in processes if each not in agents]
     try:
         wait_until(lambda: not alive(others), "the end of all processes", GONE_SECONDS)
     except TimeoutError as error:
-        raise TimeoutError(f"still there: {[each.cmdline()[:6] for each in alive(others)]}") from error
+        raise TimeoutError(f"still there: {[title_of(each)[:200] for each in alive(others)]}") from error
     for agent in alive(agents):
         agent.kill()
 
