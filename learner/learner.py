@@ -71,10 +71,6 @@ class Learner:
     def _no_metrics(self) -> UpdateMetrics:
         return UpdateMetrics(self._policy.num_steps, int(np.prod(self._policy.latent_shape)))
 
-    def ready(self) -> bool:
-        """True, once the policy is loaded."""
-        return True
-
     def stacks(self) -> str:
         """What this process is doing; answered from a thread of its own while it learns."""
         return python_stacks()

@@ -71,7 +71,7 @@ def test_the_models_row_leaves_out_the_rounds_that_have_less_beside_them() -> No
     [
         (StandInSampler, Sampler, ("ready", "stacks", "forget", "draw")),
         (StandInRewardWorker, RewardWorker, ("ready", "stacks", "score")),
-        (StandInLearner, Learner, ("ready", "stacks", "weights", "load_state", "update")),
+        (StandInLearner, Learner, ("stacks", "weights", "state", "load_state", "begin", "update")),
     ],
 )
 def test_a_stand_in_is_called_like_the_real_one(stand_in: type, real: type, methods: tuple[str, ...]) -> None:
