@@ -6,9 +6,10 @@ from actors.ray_rollout_stream import NothingMoves
 from actors.worker_pool import TooManyRestarts
 from common.bottleneck import bottleneck
 from common.config import Recipe
+from common.lease import Lease
 from common.prompts import Draw
 from common.round_metrics import RoundClock
-from common.run_folder import Lease, RunFolder
+from common.run_folder import RunFolder
 from common.schedule import last_startable_round, round_parts, round_tasks
 from common.trackers.fan_out import FanOut
 from common.trackers.tracker import RunInfo
@@ -37,6 +38,8 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
         trackers = FanOut(parts.trackers)
         workers = serial_workers(parts, supervision) if serial else ray_workers(parts, supervision)
         try:
+            with folder.token() as token:
+                workers.learner.check_folder(folder.location, token)
             folder.write_recipe(parts.resolved())
             progress = Progress(parts, folder, trackers, checkpoint)
             ids = checkpoint.tracker_ids if checkpoint else {}

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from types import FrameType
 
 from common.config import ElasticTable, Recipe
-from common.run_folder import CONTROL, Lease, RunFolder
+from common.lease import Lease
+from common.run_folder import CONTROL, RunFolder
 
 POLL_SECONDS = 1.0
 REMOTE_POLL_SECONDS = 5.0  # of an object store, which counts requests

@@ -10,6 +10,7 @@ from common.config import Recipe
 from common.diffusion.lora import load_weights, read_weights, trained_parameters
 from common.diffusion.policy import PolicyConfig
 from common.lora_weights import LoraWeights
+from common.run_folder import RunFolder
 from common.runtime import python_stacks, settle
 from common.schedule import transition_order
 from common.storage import Storage, local_folder
@@ -228,6 +229,14 @@ class Learner:
         if state.scaler:
             self._scaler.load_state_dict(state.scaler)
         self._version, self._published = state.policy_version, state.weights
+
+    def check_folder(self, location: str, token: str) -> None:
+        """ValueError: the run's folder is not the driver's, seen from here, so that the trained weights would be lost."""
+        if not RunFolder(location).has_token(token):
+            raise ValueError(
+                f"output_dir: {location} on the learner's machine is not the driver's: what the learner writes there would be "
+                "lost; give --output_dir a path on storage that all nodes see, or a URI (s3://…)"
+            )
 
     def save_policy(self, location: str) -> str:
         """Write the trained weights for diffusers into a run's folder; where they lie."""

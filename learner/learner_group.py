@@ -44,6 +44,10 @@ class LearnerGroup(ABC):
         """Go on from `state`."""
 
     @abstractmethod
+    def check_folder(self, folder: str, token: str) -> None:
+        """ValueError: where the learner runs, the run's folder is another one than the driver's."""
+
+    @abstractmethod
     def save_policy(self, folder: str) -> str:
         """Write the trained weights for diffusers; the path written."""
 
@@ -73,6 +77,9 @@ class SerialLearnerGroup(LearnerGroup):
 
     def load_state(self, state: LearnerState) -> None:
         self._learner.load_state(state)
+
+    def check_folder(self, folder: str, token: str) -> None:
+        self._learner.check_folder(folder, token)
 
     def save_policy(self, folder: str) -> str:
         return self._learner.save_policy(folder)
@@ -162,6 +169,9 @@ class RayLearnerGroup(LearnerGroup):
     def load_state(self, state: LearnerState) -> None:
         self._state = state
         self._call("load_state", ray.put(state))
+
+    def check_folder(self, folder: str, token: str) -> None:
+        self._call("check_folder", folder, token)
 
     def save_policy(self, folder: str) -> str:
         return self._call("save_policy", folder)

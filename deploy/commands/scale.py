@@ -1,7 +1,8 @@
 """ddpo scale: ask a living run for another number of samplers or reward workers, from any shell that sees its folder."""
 
 from common.config import ElasticTable
-from common.run_folder import RunFolder, runs_it
+from common.lease import runs_it
+from common.run_folder import RunFolder
 
 
 def scale(run: str, wanted: dict[str, int]) -> str:

@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from common.run_folder import RunFolder, runs_it
+from common.lease import runs_it
+from common.run_folder import RunFolder
 
 SHOWN = {
     "reward": ("reward/mean", ".4g"),

@@ -62,6 +62,18 @@ def test_a_folder_without_a_recipe_is_no_run(folder: RunFolder) -> None:
         folder.load_recipe([])
 
 
+@pytest.mark.parametrize("place", ["folder", "remote"])
+def test_a_token_is_read_back_from_the_same_folder_only_and_leaves_nothing(
+    place: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(place)
+    with folder.token() as token:
+        assert RunFolder(folder.location).has_token(token)
+        assert not RunFolder(folder.location).has_token("another start's")
+        assert not RunFolder(tmp_path / "a_disk_of_its_own").has_token(token)
+    assert not folder.has_token(token) and folder.storage.names() == []
+
+
 def test_the_recipes_head_says_which_versions_ran_it(folder: RunFolder, recipe: Recipe) -> None:
     import torch
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from common.config import Recipe
-from common.run_folder import Lease, RunFolder
+from common.lease import Lease
+from common.run_folder import RunFolder
 from ddpo import main
 from deploy.commands.status import in_words, status
 from train import train

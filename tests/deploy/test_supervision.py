@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import ddpo
-from common.run_folder import Lease, RunFolder
+from common.lease import Lease
+from common.run_folder import RunFolder
 from deploy.commands.scale import scale
 from deploy.supervision import Stopped, Supervision
 from tests.rounds import parts_with

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.run_folder import RunFolder
 from learner.learner import Learner
 from tests.gradients import (
     ONE_STEP,
@@ -20,6 +21,16 @@ from tests.gradients import (
 )
 from tests.reference import ddpo_reference as reference
 from tests.rounds import DrawnRound, draw_round, learner_of, parts_with, stale
+
+
+def test_a_learner_that_sees_another_folder_than_the_driver_says_so(tables: dict, tmp_path: Path) -> None:
+    parts = parts_with(tables)
+    learner = Learner(parts.policy, parts.algorithm, parts.recipe)
+    with RunFolder(tmp_path / "shared").token() as token:
+        learner.check_folder(str(tmp_path / "shared"), token)
+        with pytest.raises(ValueError, match="output_dir: .*elsewhere on the learner's machine is not the driver's"):
+            learner.check_folder(str(tmp_path / "elsewhere"), token)
+
 
 SHIFTS = [-4e-3, -4e-4, 0.0, 4e-4, 4e-3]  # some beyond the clip range of 1e-3, on both sides
 

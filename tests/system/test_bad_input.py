@@ -8,7 +8,8 @@ import pytest
 import tomli_w
 
 import ddpo
-from common.run_folder import Lease, RunFolder, without_none
+from common.lease import Lease
+from common.run_folder import RunFolder, without_none
 
 
 @pytest.fixture

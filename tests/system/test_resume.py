@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from common.config import Recipe
+from common.lease import runs_it
 from common.ledger import Ledger
-from common.run_folder import RunFolder, runs_it
+from common.run_folder import RunFolder
 from deploy.composition import parts_of
 from deploy.supervision import Stopped
 from learner.checkpoint import load_checkpoint, newest_checkpoint

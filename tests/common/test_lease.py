@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common import run_folder
-from common.run_folder import LEASE_SECONDS, Lease, RunFolder
+from common import lease
+from common.lease import LEASE_SECONDS, Lease
+from common.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def remote(bucket: str, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(run_folder, "SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.2)
     made = RunFolder(f"{bucket}/runs/one")
     made.create()
     return made
@@ -43,19 +44,19 @@ def dead_pid() -> int:
     return process.pid
 
 
-def lease(folder: RunFolder) -> dict:
+def written(folder: RunFolder) -> dict:
     return json.loads(folder.storage.read("lease.json"))
 
 
 def owner(folder: RunFolder) -> tuple[str, int]:
-    return lease(folder)["host"], lease(folder)["pid"]
+    return written(folder)["host"], written(folder)["pid"]
 
 
 def renewed(folder: RunFolder, seconds: float = 5) -> bool:
     """Whether the lease's time moves on."""
-    first, deadline = lease(folder)["time"], time.monotonic() + seconds
+    first, deadline = written(folder)["time"], time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if lease(folder)["time"] != first:
+        if written(folder)["time"] != first:
             return True
         time.sleep(0.01)
     return False
@@ -126,7 +127,7 @@ def test_a_process_that_has_the_pid_of_a_dead_owner_is_not_that_owner(folder: Ru
         pass
     leave_lease(folder, socket.gethostname(), os.getpid(), age=0, started=started - 3600)
     with Lease(folder):
-        assert lease(folder)["started"] == started
+        assert written(folder)["started"] == started
 
 
 def test_a_dead_process_that_nobody_has_waited_for_does_not_live(folder: RunFolder) -> None:
@@ -142,7 +143,7 @@ def test_a_dead_process_that_nobody_has_waited_for_does_not_live(folder: RunFold
 def test_a_lease_that_never_got_its_text_is_taken_over(
     folder: RunFolder, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.05)
     folder.storage.write("lease.json", b"")
     with Lease(folder):
         assert owner(folder) == (socket.gethostname(), os.getpid())
@@ -154,7 +155,7 @@ def test_a_living_owner_renews_its_lease(
     place: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = request.getfixturevalue(place)
-    monkeypatch.setattr(run_folder, "RENEWAL_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.01)
     with Lease(folder) as held:
         assert renewed(folder) and not held.lost
 
@@ -165,7 +166,7 @@ def test_an_owner_notices_that_its_lease_is_no_longer_its_own_and_leaves_the_new
     place: str, how: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     folder = request.getfixturevalue(place)
-    monkeypatch.setattr(run_folder, "RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.05)
     with Lease(folder) as held:
         if how == "taken":
             leave_lease(folder, "elsewhere", 7, age=0)
@@ -181,8 +182,8 @@ def test_an_owner_notices_that_its_lease_is_no_longer_its_own_and_leaves_the_new
 def test_a_lease_that_cannot_be_renewed_for_a_minute_counts_as_lost(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "RENEWAL_SECONDS", 0.05)
-    monkeypatch.setattr(run_folder, "LEASE_SECONDS", 0.4)
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.4)
     with Lease(folder) as held:
         assert renewed(folder)
         moved = Path(folder.location).rename(Path(folder.location).with_name("away"))
@@ -242,8 +243,8 @@ def test_where_folders_cannot_be_locked_exactly_one_still_wins(
     def refuse(*_: object) -> None:
         raise OSError("Bad file descriptor")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
-    monkeypatch.setattr(run_folder, "SETTLE_SECONDS", 0.3)
+    monkeypatch.setattr(lease.fcntl, "flock", refuse)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.3)
     leave_lease(folder, "elsewhere", 1, age=LEASE_SECONDS + 1)
     barrier, results = threading.Barrier(8), []
     threads = [threading.Thread(target=start, args=(folder.location, barrier, results)) for _ in range(8)]
