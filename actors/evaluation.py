@@ -7,7 +7,7 @@ from jaxtyping import UInt8
 
 from common.config import EvaluationTable, SamplingTable
 from common.diffusion.policy import Policy
-from common.diffusion.rollout import draw
+from common.diffusion.rollout import draw, window_of_pictures
 from common.prompts import Prompt, PromptSource
 from common.schedule import Stream, image_seed
 
@@ -53,6 +53,6 @@ def evaluation_images(policy: Policy, chosen: EvaluationSet, sampling: SamplingT
     for start in range(0, len(chosen.seeds), chosen.batch_size):
         part = slice(start, start + chosen.batch_size)
         texts = [prompt.text for prompt in chosen.prompts[part]]
-        trajectory = draw(policy, texts, list(chosen.seeds[part]), sampling)
+        trajectory = draw(policy, texts, list(chosen.seeds[part]), sampling, window_of_pictures(sampling))
         pictures.append(policy.decode(trajectory.final_latents).cpu().numpy())
     return np.concatenate(pictures)

@@ -7,7 +7,7 @@ import time
 from common.config import RuntimeTable, SamplingTable
 from common.diffusion.lora import load_weights
 from common.diffusion.policy import PolicyConfig
-from common.diffusion.rollout import draw
+from common.diffusion.rollout import draw, refuse_window_without_noise
 from common.lora_weights import LoraWeights
 from common.runtime import python_stacks, settle
 from common.schedule import Task
@@ -20,6 +20,7 @@ class Sampler:
     def __init__(self, policy: PolicyConfig, sampling: SamplingTable, runtime: RuntimeTable) -> None:
         device = settle(runtime)
         self._policy = policy.load(device, sampling, "sampler")
+        refuse_window_without_noise(self._policy, sampling)
         self._sampling = sampling
         self._fingerprint = ""
         self._modules_bound = 0
@@ -49,7 +50,8 @@ class Sampler:
             return None, None, None
         start = time.perf_counter()
         self._swap(task, weights)
-        trajectory = draw(self._policy, [prompt.text for prompt in task.prompts], list(task.seeds), self._sampling)
+        prompts, seeds = [prompt.text for prompt in task.prompts], list(task.seeds)
+        trajectory = draw(self._policy, prompts, seeds, self._sampling, task.window)
         pixels = self._policy.decode(trajectory.final_latents).cpu().numpy()
         seconds = time.perf_counter() - start
         report = TaskReport(

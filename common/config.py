@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from common.overrides import with_overrides
 from common.registry import explain
 
 
@@ -43,11 +44,31 @@ class SamplingTable(Table):
     untrained_last_steps: int = Field(
         default=0, ge=0
     )  # drawn, but not learned from: the nearly clean ones are ill-conditioned
+    # So many neighbouring steps are drawn with noise and learned from, the others without; none: all steps have noise.
+    window: int | None = Field(default=None, ge=1)
+    window_order: Literal["random", "sliding"] = "random"  # where it stands: drawn anew, or one step later each time
+    window_rounds: int = Field(default=1, ge=1)  # for which it stays where it is
     latents_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # how a path is stored, and so scored
 
     def kept_steps(self, noisy_steps: int) -> int:
         """How many of an image's steps with noise are kept and learned from; at least one."""
+        if self.window is not None:
+            return self.window
         return max(1, round(self.step_fraction * (noisy_steps - self.untrained_last_steps)))
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> "SamplingTable":
+        if self.window is not None and self.step_fraction != 1:
+            raise ValueError(
+                f"window is {self.window} and step_fraction {self.step_fraction}: a recipe learns either from a window of steps, "
+                "the same for a round, or from a fraction of them, each image's own"
+            )
+        if self.window is not None and self.window > self.num_steps - self.untrained_last_steps:
+            raise ValueError(
+                f"window {self.window} is longer than num_steps {self.num_steps} less untrained_last_steps "
+                f"{self.untrained_last_steps}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps_are_left_to_learn_from(self) -> "SamplingTable":
@@ -251,36 +272,3 @@ class Recipe(Table):
                 "working directory: give --output_dir an absolute path on storage that all nodes see, or a URI (s3://…)"
             )
         return os.path.join(self.output_dir, self.name)
-
-
-# Not pydantic-settings: its command line knows only declared fields, and a room's table has the chosen class's own keys.
-def with_overrides(tables: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Lay `["--rounds", "6", "--learner.learning_rate", "1e-3"]` over `tables`; values are read as TOML, else as text."""
-    if len(overrides) % 2 or any(not key.startswith("--") for key in overrides[::2]):
-        raise ValueError(f"overrides are pairs of --section.key and VALUE, and these are {overrides}")
-    result: dict[str, Any] = tables
-    for option, text in zip(overrides[::2], overrides[1::2], strict=True):
-        *sections, key = option.removeprefix("--").split(".")
-        result = _with_value(result, sections, key, _toml_value(text))
-    return result
-
-
-def _with_value(tables: Any, sections: list[str], key: str, value: Any) -> Any:
-    if isinstance(tables, list):  # [[trackers]] and the like: the section is a position
-        index = int(sections[0]) if sections and sections[0].isdigit() else -1
-        if not 0 <= index < len(tables):
-            raise ValueError(f"an override says {'.'.join([*sections, key])!r} of a list of {len(tables)} tables")
-        return [*tables[:index], _with_value(tables[index], sections[1:], key, value), *tables[index + 1 :]]
-    if not isinstance(tables, dict):
-        raise ValueError(f"an override names the key {key!r} inside {tables!r}, which is a value and not a table")
-    if not sections:
-        return {**tables, key: value}
-    return {**tables, sections[0]: _with_value(tables.get(sections[0], {}), sections[1:], key, value)}
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        tables = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return tables["value"] if len(tables) == 1 else text

@@ -23,6 +23,7 @@ class Stream(IntEnum):
 # Streams of their own, which give no image seeds.
 _PROMPTS = 4
 _ORDER = 5
+_WINDOW = 6
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Task:
     policy_version: int
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]  # one an image; all of its noise comes from it
+    window: range | None = None  # the steps that are drawn with noise and learned from; None: all have noise
 
     @property
     def place(self) -> Place:
@@ -57,15 +59,31 @@ def last_startable_round(version: int, max_policy_lag: int) -> int:
     return version + max_policy_lag
 
 
+def window_of_round(recipe: Recipe, round: int) -> range | None:
+    """Which steps of a round are drawn with noise and learned from (Flow-GRPO-Fast, MixGRPO); None: all of them.
+
+    One window for the whole round: images of a group that differ in it would be held against what is not their like.
+    """
+    sampling = recipe.sampling
+    if sampling.window is None:
+        return None
+    starts = sampling.num_steps - sampling.untrained_last_steps - sampling.window + 1
+    place = round // sampling.window_rounds
+    start = place % starts
+    if sampling.window_order == "random":
+        start = int(np.random.default_rng([recipe.seed, _WINDOW, place]).integers(starts))
+    return range(start, start + sampling.window)
+
+
 def round_tasks(recipe: Recipe, round: int, draw: Draw) -> list[Task]:
     """All tasks of a round, in order. A pure function of the recipe and the round, given a pure `draw`."""
     group = recipe.prompts.images_per_prompt
     prompts = [_draw_prompt(recipe.seed, round, image // group, draw) for image in range(recipe.images_per_round)]
     seeds = [image_seed(recipe.seed, Stream.TRAINING, round, image) for image in range(recipe.images_per_round)]
     size = recipe.sampling.batch_size
-    version = policy_version(round, recipe.max_policy_lag)
+    version, window = policy_version(round, recipe.max_policy_lag), window_of_round(recipe, round)
     return [
-        Task(round, index, version, tuple(prompts[start : start + size]), tuple(seeds[start : start + size]))
+        Task(round, index, version, tuple(prompts[start : start + size]), tuple(seeds[start : start + size]), window)
         for index, start in enumerate(range(0, recipe.images_per_round, size))
     ]
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from actors.sampler import Sampler
-from common.config import Recipe, with_overrides
+from common.config import Recipe
 from common.lora_weights import LoraWeights, pack
+from common.overrides import with_overrides
 from common.schedule import round_tasks
 from common.trajectory import TaskReport, TrainBatch, Trajectory
 from deploy.composition import Parts, parts_of

@@ -41,9 +41,12 @@ class Policy(ABC):
 
     @abstractmethod
     def transition(
-        self, latents: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], conditioning: Conditioning
+        self, latents: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], conditioning: Conditioning, noisy: bool = True
     ) -> Transition:
-        """The distribution of the next latents. Each row may be at a step of its own; conditioning has a row each."""
+        """The distribution of the next latents. Each row may be at a step of its own; conditioning has a row each.
+
+        Not `noisy`: these steps are taken without noise, standard deviation 0.
+        """
 
     @abstractmethod
     def denoising_loss(

@@ -77,10 +77,10 @@ class StableDiffusionPolicy(Policy):
         return noise
 
     def transition(
-        self, latents: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], conditioning: Conditioning
+        self, latents: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], conditioning: Conditioning, noisy: bool = True
     ) -> Transition:
         output = self._guided(latents, self.table.timesteps[steps], conditioning)
-        return ddim_transition(self.table, latents, output, steps)
+        return ddim_transition(self.table, latents, output, steps, noisy)
 
     def _guided(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Classifier-free guidance (Ho & Salimans 2022), both branches in one batch, joined in float32."""

@@ -24,14 +24,35 @@ def image_noise(seed: int, shape: tuple[int, ...], count: int) -> list[Tensor]:
 def kept_steps(candidates: list[int], count: int, seeds: list[int]) -> Int[Tensor, "B W"]:
     """Which `count` of the candidate steps each image is learned from: in order, and decided by its seed alone."""
     if count == len(candidates):
-        return torch.tensor(candidates).expand(len(seeds), count)
+        return torch.tensor(candidates, dtype=torch.long).expand(len(seeds), count)
     chosen = [np.random.default_rng([seed, _KEPT_STEPS]).permutation(candidates)[:count] for seed in seeds]
     return torch.from_numpy(np.sort(np.stack(chosen), axis=1))
 
 
+def window_of_pictures(sampling: SamplingTable) -> range | None:
+    """For pictures to be looked at and not learned from: as the recipe draws, but no noise where it has a window of it."""
+    return None if sampling.window is None else range(0)
+
+
+def refuse_window_without_noise(policy: Policy, sampling: SamplingTable) -> None:
+    """ValueError: the window may come to stand on a step that has no noise with this model, which is no action."""
+    reached = range(sampling.num_steps - sampling.untrained_last_steps)
+    silent = sorted(set(reached) - set(policy.noisy_steps))
+    if sampling.window is not None and silent:
+        raise ValueError(
+            f"sampling.window may come to stand on the steps {silent}, which have no noise with this model: "
+            f"let it end before them with untrained_last_steps = {sampling.num_steps - silent[0]}"
+        )
+
+
 @torch.no_grad()
-def draw(policy: Policy, prompts: list[str], seeds: list[int], sampling: SamplingTable) -> Trajectory:
-    """One denoising path for each prompt and seed, rounded to `latents_dtype` step by step, with its log-probs."""
+def draw(
+    policy: Policy, prompts: list[str], seeds: list[int], sampling: SamplingTable, window: range | None = None
+) -> Trajectory:
+    """One denoising path for each prompt and seed, rounded to `latents_dtype` step by step, with its log-probs.
+
+    `window`: the steps that have noise and are kept; None: all have noise, and those are kept that the recipe says.
+    """
     latents_dtype = DTYPES[sampling.latents_dtype]
     distinct = list(dict.fromkeys(prompts))
     prompt_index = torch.tensor([distinct.index(prompt) for prompt in prompts])
@@ -44,15 +65,18 @@ def draw(policy: Policy, prompts: list[str], seeds: list[int], sampling: Samplin
     path, log_probs = [latents], []
     for step in range(policy.num_steps):
         steps = torch.full((len(seeds),), step, device=policy.device)
-        transition = policy.transition(latents, steps, rows)
+        transition = policy.transition(latents, steps, rows, window is None or step in window)
         # Rounded first, then scored, and the path goes on from the rounded value: so the learner's ratio is exactly 1.
         latents = transition.sample(noise[step + 1]).to(latents_dtype)
         log_probs.append(transition.log_prob(latents))
         path.append(latents)
     whole_path, all_log_probs = torch.stack(path, dim=1), torch.stack(log_probs, dim=1)
-    noisy_steps = policy.noisy_steps
-    candidates = noisy_steps[: len(noisy_steps) - sampling.untrained_last_steps]
-    kept = kept_steps(candidates, sampling.kept_steps(len(noisy_steps)), seeds)
+    if window is None:
+        noisy_steps = policy.noisy_steps
+        candidates = noisy_steps[: len(noisy_steps) - sampling.untrained_last_steps]
+        kept = kept_steps(candidates, sampling.kept_steps(len(noisy_steps)), seeds)
+    else:
+        kept = kept_steps(list(window), len(window), seeds)
     before, after = _steps_of(whole_path, kept.to(policy.device))
     kept_log_probs = all_log_probs.gather(1, kept.to(policy.device))
     return Trajectory(conditioning, prompt_index, kept, kept_log_probs, before, after, whole_path[:, -1])
@@ -62,7 +86,8 @@ def _steps_of(
     path: Float[Tensor, "B T1 C H W2"], kept: Int[Tensor, "B W"]
 ) -> tuple[Float[Tensor, "B W C H W2"], Float[Tensor, "B W C H W2"]]:
     """The latents entering and leaving the steps kept: views of the path where they are neighbours, the same for all."""
-    first, count = int(kept[0, 0]), kept.shape[1]
+    count = kept.shape[1]
+    first = int(kept[0, 0]) if count else 0
     if torch.equal(kept, torch.arange(first, first + count, device=kept.device).expand_as(kept)):
         return split_path(path[:, first : first + count + 1])
     rows = torch.arange(len(path), device=path.device).unsqueeze(1)

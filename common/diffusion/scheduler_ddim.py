@@ -52,13 +52,20 @@ def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, dev
 
 
 def ddim_transition(
-    table: DDIMTable, latents: Float[Tensor, "B C H W"], model_output: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"]
+    table: DDIMTable,
+    latents: Float[Tensor, "B C H W"],
+    model_output: Float[Tensor, "B C H W"],
+    steps: Int[Tensor, "B"],
+    noisy: bool = True,
 ) -> Transition:
-    """The step's distribution: μ = √ᾱ' x̂0 + √(1 − ᾱ' − σ²) ε (eq. 12). In float32, whatever the network ran in."""
+    """The step's distribution: μ = √ᾱ' x̂0 + √(1 − ᾱ' − σ²) ε (eq. 12). In float32, whatever the network ran in.
+
+    Not `noisy`: the step with σ = 0, whose μ is another one; the μ of the noisy step has lost its variance.
+    """
     latents, model_output = latents.float(), model_output.float()
     alpha, next_alpha = _column(table.alphas_cumprod[steps]), _column(table.next_alphas_cumprod[steps])
     clean, noise = _clean_and_noise(table.prediction_type, latents, model_output, alpha)
-    std = table.std()[steps]
+    std = table.std()[steps] if noisy else torch.zeros_like(alpha).flatten()
     mean = next_alpha.sqrt() * clean + (1 - next_alpha - _column(std).square()).clamp(min=0).sqrt() * noise
     return Transition(mean, std)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from common.config import Recipe
 from common.diffusion.lora import lora_file, read_lora_settings
 from common.diffusion.policy import Policy
-from common.diffusion.rollout import draw
+from common.diffusion.rollout import draw, window_of_pictures
 from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
 from deploy.composition import parts_of
@@ -34,7 +34,9 @@ def sample(request: SampleRequest, overrides: list[str]) -> Iterator[Path]:
     output = Path(request.output)
     output.mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(request.prompts):
-        trajectory = draw(policy, [prompt], [request.seed + index], recipe.sampling)
+        trajectory = draw(
+            policy, [prompt], [request.seed + index], recipe.sampling, window_of_pictures(recipe.sampling)
+        )
         pixels = policy.decode(trajectory.final_latents)[0].cpu().numpy()
         path = output / f"{index:03d}-{_file_name(prompt)}-seed{request.seed + index}.png"
         Image.fromarray(pixels).save(path)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import Recipe
+from common.config import Recipe, SamplingTable
 from common.prompts import Draw, Prompt
 from common.schedule import (
     Stream,
@@ -18,6 +18,7 @@ from common.schedule import (
     policy_version,
     round_tasks,
     transition_order,
+    window_of_round,
 )
 
 seeds, rounds, places = st.integers(0, 2**63 - 1), st.integers(0, 10_000), st.integers(0, 10_000)
@@ -161,3 +162,47 @@ def test_recipe_registry_and_schedule_are_imported_without_torch() -> None:
     root = Path(__file__).parents[2]
     printed = subprocess.run([sys.executable, "-c", check], cwd=root, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "False"
+
+
+def windowed(tables: dict, **sampling: object) -> Recipe:
+    return recipe_with(tables, sampling={**tables["sampling"], "num_steps": 10, **sampling})
+
+
+def test_without_a_window_all_steps_have_noise(recipe: Recipe) -> None:
+    assert window_of_round(recipe, 3) is None
+    assert all(task.window is None for task in round_tasks(recipe, 3, numbered))
+
+
+@given(round=rounds)
+def test_a_window_has_its_length_lies_before_the_untrained_steps_and_is_the_same_for_a_whole_round(round: int) -> None:
+    tables = {"num_steps": 10, "batch_size": 4, "batches_per_round": 2, "window": 3, "untrained_last_steps": 2}
+    recipe = Recipe.model_construct(seed=5, sampling=SamplingTable(**tables))
+    window = window_of_round(recipe, round)
+    assert len(window) == 3 and window.start >= 0 and window.stop <= 8
+    assert window == window_of_round(recipe, round)
+
+
+def test_a_random_window_comes_to_every_place_and_another_run_has_another_order(tables: dict) -> None:
+    recipe, other = windowed(tables, window=4), recipe_with(windowed(tables, window=4).model_dump(), seed=1)
+    starts = [window_of_round(recipe, round).start for round in range(200)]
+    assert set(starts) == set(range(7))
+    assert starts != [window_of_round(other, round).start for round in range(200)]
+    assert [task.window.start for task in round_tasks(recipe, 9, numbered)] == [starts[9]] * 2
+
+
+def test_a_sliding_window_moves_one_step_later_every_so_many_rounds_and_begins_anew(tables: dict) -> None:
+    recipe = windowed(tables, window=8, window_order="sliding", window_rounds=2)
+    assert [window_of_round(recipe, round).start for round in range(8)] == [0, 0, 1, 1, 2, 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"window": 9, "untrained_last_steps": 2}, "window 9 is longer than num_steps 10 less untrained_last_steps 2"),
+        ({"window": 2, "step_fraction": 0.5}, "window is 2 and step_fraction 0.5: .* either from a window"),
+        ({"window": 0}, "sampling.window is 0"),
+    ],
+)
+def test_a_window_that_cannot_be_is_refused(keys: dict, text: str, tables: dict) -> None:
+    with pytest.raises(ValueError, match=text):
+        windowed(tables, **keys)

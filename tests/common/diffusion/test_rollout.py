@@ -5,11 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from common.config import SamplingTable
 from common.diffusion.policy import select_rows
 from common.diffusion.policy_stable_diffusion import StableDiffusion, StableDiffusionPolicy
-from common.diffusion.rollout import draw, image_noise, kept_steps, score
+from common.diffusion.rollout import (
+    draw,
+    image_noise,
+    kept_steps,
+    refuse_window_without_noise,
+    score,
+    window_of_pictures,
+)
 from common.trajectory import DTYPES, Trajectory
 from tests.tiny_pipeline import save_tiny_pipeline
 from tests.tiny_policy import SAMPLING, tiny_policy
@@ -208,3 +216,53 @@ def test_the_last_steps_can_be_drawn_without_being_learned_from(policy: StableDi
     assert torch.equal(early.next_latents, whole.next_latents[:, :3])
     one = draw(policy, PROMPTS, SEEDS, SAMPLING.model_copy(update={"untrained_last_steps": 2, "step_fraction": 0.5}))
     assert one.steps.shape == (4, 1) and int(one.steps.max()) <= 1
+
+
+def test_only_the_windows_steps_have_noise_and_travel(policy: StableDiffusionPolicy) -> None:
+    drawn = draw(policy, PROMPTS, SEEDS, SAMPLING, range(1, 3))
+    assert drawn.steps.tolist() == [[1, 2]] * 4 and drawn.latents.shape[1] == 2
+    assert drawn.log_probs.shape == (4, 2) and drawn.log_probs.isfinite().all()
+    arrived = pickle.loads(pickle.dumps(drawn))
+    whole = draw(policy, PROMPTS, SEEDS, SAMPLING)
+    latent = whole.final_latents.numel() * 4
+    assert whole.num_bytes - drawn.num_bytes == 2 * latent + 2 * 4 * (8 + 4)  # two latents, two steps with log-probs
+    assert arrived.latents.untyped_storage().nbytes() == 3 * latent
+    assert torch.equal(score(policy, arrived), drawn.log_probs)
+
+
+def test_outside_the_window_a_path_goes_as_diffusers_does_without_noise(policy: StableDiffusionPolicy) -> None:
+    """The same path by hand: diffusers' own DDIM steps, with eta 0 outside and eta 1 and the image's noise inside."""
+    window = range(2, 3)
+    drawn = draw(policy, PROMPTS[:1], SEEDS[:1], SAMPLING, window)
+    theirs = DDIMScheduler.from_pretrained(policy.config.model, subfolder="scheduler")
+    theirs.set_timesteps(SAMPLING.num_steps)
+    noise = image_noise(SEEDS[0], policy.latent_shape, SAMPLING.num_steps + 1)
+    embeds = torch.cat([policy.encode([""])["prompt_embeds"], policy.encode(PROMPTS[:1])["prompt_embeds"]])
+    latents = noise[0].unsqueeze(0)
+    with torch.no_grad():
+        for step, timestep in enumerate(theirs.timesteps):
+            plain, prompted = policy.network(latents.repeat(2, 1, 1, 1), timestep, embeds).sample.chunk(2)
+            output = plain + SAMPLING.guidance_scale * (prompted - plain)
+            eta = 1.0 if step in window else 0.0
+            extra = {"variance_noise": noise[step + 1].unsqueeze(0)} if eta else {}
+            latents = theirs.step(output, int(timestep), latents, eta=eta, **extra).prev_sample
+            if step == 1:
+                torch.testing.assert_close(drawn.latents[0, 0], latents[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drawn.final_latents, latents, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_to_be_looked_at_have_no_noise_where_the_recipe_has_a_window(policy: StableDiffusionPolicy) -> None:
+    assert window_of_pictures(SAMPLING) is None
+    window = window_of_pictures(sampling(window=2))
+    drawn = draw(policy, PROMPTS, SEEDS, SAMPLING, window)
+    assert drawn.steps.shape == (4, 0) and drawn.latents.shape[:2] == (4, 0)
+    other_noise = draw(policy, PROMPTS, [seed + 100 for seed in SEEDS], SAMPLING, window)
+    assert not torch.equal(drawn.final_latents, other_noise.final_latents)  # they begin elsewhere
+
+
+def test_a_window_that_could_come_to_a_step_without_noise_is_refused_with_the_number_to_give(tmp_path: Path) -> None:
+    policy = tiny_policy(save_tiny_pipeline(tmp_path, set_alpha_to_one=True))
+    with pytest.raises(ValueError, match=r"stand on the steps \[3\], .* with untrained_last_steps = 1"):
+        refuse_window_without_noise(policy, sampling(window=2))
+    refuse_window_without_noise(policy, sampling(window=2, untrained_last_steps=1))
+    refuse_window_without_noise(policy, sampling())

@@ -88,6 +88,16 @@ def test_the_last_step_into_the_clean_picture_has_no_noise_and_is_the_step_of_et
     assert not torch.allclose(drawn.mean[0], still.mean[0], atol=1e-3)
 
 
+def test_a_step_that_is_taken_without_noise_is_the_step_of_eta_zero_and_not_the_noisy_ones_mean() -> None:
+    ours, without_noise = table(20, 1.0), table(20, 0.0)
+    latents, output = latents_and_output(20)
+    steps = torch.arange(20)
+    still = ddim_transition(ours, latents, output, steps, noisy=False)
+    expected = ddim_transition(without_noise, latents, output, steps)
+    assert torch.equal(still.mean, expected.mean) and not still.std.any()
+    assert not torch.allclose(still.mean, ddim_transition(ours, latents, output, steps).mean, atol=1e-3)
+
+
 def test_with_the_lineages_schedule_every_step_has_noise() -> None:
     assert (table(50).std() > 0).all()
 
