@@ -129,6 +129,9 @@ class LearnerTable(RoleTable):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    max_kl_nats: float | None = Field(
+        default=None, gt=0
+    )  # of a step, from the policy that drew: then no more inner epochs
     # How far sampler's and learner's log_prob may lie apart under the same weights; none: 1e-4 in float32, else 1e-2.
     log_prob_tolerance: float | None = Field(default=None, gt=0)
     ranks: Literal[1] = 1
@@ -225,13 +228,6 @@ class Recipe(Table):
             raise ValueError(
                 f"{which} = {images} images, which an optimizer step's "
                 f"learner.batch_size × gradient_accumulation_steps = {step} does not divide"
-            )
-        kept = self.sampling.kept_steps(self.sampling.num_steps)
-        transitions = step * kept
-        if transitions % self.learner.micro_batch_size:
-            raise ValueError(
-                f"an optimizer step has {step} images × {kept} steps = {transitions} transitions, "
-                f"which learner.micro_batch_size = {self.learner.micro_batch_size} does not divide"
             )
         return self
 

@@ -60,3 +60,10 @@ def verified(weights: LoraWeights) -> LoraWeights:
             f"and were sent with {weights.fingerprint[:12]}"
         )
     return weights
+
+
+def averaged(old: LoraWeights, new: LoraWeights, decay: float) -> LoraWeights:
+    """The moving average `decay` · old + (1 − `decay`) · new, under the version of `new`."""
+    assert old.manifest == new.manifest, "weights of one network"
+    buffer = np.float32(decay) * old.buffer + np.float32(1 - decay) * new.buffer
+    return LoraWeights(new.policy_version, buffer, new.manifest, fingerprint(buffer, new.manifest))

@@ -178,9 +178,9 @@ def whole_round(parts: list[TrainBatch]) -> TrainBatch:
 
 @dataclass(frozen=True)
 class TransitionBatch:
-    """B (image, step) pairs on the device, of any images and steps: what an algorithm's loss is computed on.
+    """B (image, step) pairs on the device, of any images and steps: what a loss on the path is computed on.
 
-    The last two are there where the algorithm asks for them. None: those weights are the ones of this very pass.
+    The last three are there where the algorithm asks for them. None: those weights are the ones of this very pass.
     """
 
     conditioning: dict[str, Tensor]  # one row a pair
@@ -189,6 +189,20 @@ class TransitionBatch:
     next_latents: Float[Tensor, "B C H W"]
     old_log_probs: Float[Tensor, "B"]
     advantages: Float[Tensor, "B"]
-    final_latents: Float[Tensor, "B C H W"]
     proximal_log_probs: Float[Tensor, "B"] | None = None  # under the weights at the start of the round's update
     behaviour_means: Float[Tensor, "B C H W"] | None = None  # of the transitions, under the weights that drew them
+    reference_means: Float[Tensor, "B C H W"] | None = None  # under the pretrained model
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """B finished images noised anew, on the device: what a loss on the forward process is computed on."""
+
+    conditioning: dict[str, Tensor]  # one row a pair
+    timesteps: Int[Tensor, "B"]  # the model's own
+    clean_latents: Float[Tensor, "B C H W"]
+    noise: Float[Tensor, "B C H W"]
+    worth: Float[Tensor, "B"]
+    old_predictions: Float[Tensor, "B C H W"] | None = (
+        None  # under the weights that drew; None: those of this very pass
+    )

@@ -49,6 +49,8 @@ def parts_of(recipe: Recipe) -> Parts:
     policy.check()
     prompts = build(PROMPTS, recipe.prompts.table(), "prompts")
     prompts.load()
+    algorithm: Algorithm = build(ALGORITHMS, recipe.algorithm.table(), "algorithm")
+    algorithm.check(recipe)
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:
         trackers[table.name] = build(TRACKERS, table.table(), "trackers")
@@ -60,7 +62,7 @@ def parts_of(recipe: Recipe) -> Parts:
         prompts,
         {table.name: build_reward(table) for table in recipe.all_rewards},
         {table.name: table.weight for table in recipe.all_rewards},
-        build(ALGORITHMS, recipe.algorithm.table(), "algorithm"),
+        algorithm,
         trackers,
     )
 

@@ -10,7 +10,7 @@ from common.trajectory import Scored, whole_round
 from deploy.composition import Parts
 from deploy.workers import Workers
 from learner.checkpoint import Checkpoint, save_checkpoint
-from learner.learner import LearnerState
+from learner.learner_state import LearnerState
 from learner.round_buffer import RoundBuffer
 
 Metrics = dict[str, float]

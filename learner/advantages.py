@@ -7,6 +7,7 @@ PromptStatistics = dict[str, tuple[float, ...]]  # the last rewards of each prom
 
 ROUND_EPSILON = 1e-8  # ddpo-pytorch and TRL, without tracking
 PROMPT_EPSILON = 1e-6  # the same, with per-prompt tracking
+GROUP_EPSILON = 1e-4  # Flow-GRPO
 
 
 def round_advantages(rewards: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
@@ -41,3 +42,44 @@ def per_prompt_advantages(
         mean, std = (history.mean(), history.std()) if enough else (round_mean, round_std)
         advantages[place] = (reward - mean) / (std + PROMPT_EPSILON)
     return advantages
+
+
+def group_advantages(rewards: Float[np.ndarray, "N"], images_per_prompt: int, deviation: str) -> Float[np.ndarray, "N"]:
+    """(reward − mean of its group) / (std + 1e-4), std of the group or of the round (GRPO; Flow-GRPO); groups are neighbours."""
+    rewards = rewards.astype(np.float64)
+    groups = rewards.reshape(-1, images_per_prompt)
+    std = groups.std(axis=1, keepdims=True) if deviation == "group" else rewards.std()
+    return ((groups - groups.mean(axis=1, keepdims=True)) / (std + GROUP_EPSILON)).ravel()
+
+
+def softmax_weights(
+    rewards: Float[np.ndarray, "N"], groups: list[str], inverse_temperature: float
+) -> Float[np.ndarray, "N"]:
+    """∝ exp(inverse_temperature · reward) among the images with the same name in `groups`, with mean 1 over them."""
+    rewards, names = rewards.astype(np.float64), np.array(groups)
+    weights = np.empty_like(rewards)
+    for name in dict.fromkeys(groups):
+        chosen = names == name
+        powers = np.exp(inverse_temperature * (rewards[chosen] - rewards[chosen].max()))
+        weights[chosen] = powers / powers.mean()
+    return weights
+
+
+def sparse_weights(
+    statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], percentile: float, min_count: int
+) -> Float[np.ndarray, "N"]:
+    """1 at or above the percentile of the prompt's last rewards, this round's among them; else 0.
+
+    A prompt with fewer than `min_count` rewards is held against the whole round instead.
+    """
+    of_round = np.percentile(rewards, percentile)
+    bars = [
+        np.percentile(statistics[prompt], percentile) if len(statistics[prompt]) >= min_count else of_round
+        for prompt in prompts
+    ]
+    return (rewards.astype(np.float64) >= np.array(bars)).astype(np.float64)
+
+
+def optimality(advantages: Float[np.ndarray, "N"], clip: float) -> Float[np.ndarray, "N"]:
+    """r = 1/2 + 1/2 clip(A / `clip`, −1, 1): 0 for the worst, 1 for the best (DiffusionNFT)."""
+    return 0.5 + 0.5 * (advantages / clip).clip(-1, 1)

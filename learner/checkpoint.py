@@ -11,9 +11,10 @@ from safetensors.numpy import load, save
 from common.lora_weights import LoraWeights, verified
 from common.storage import Storage
 from learner.advantages import PromptStatistics
-from learner.learner import LearnerState
+from learner.learner_state import LearnerState
 
 MANIFEST = "manifest.json"
+OWN_WEIGHTS = "weights-trained.safetensors"
 FOLDER_NAME = re.compile(r"round-(\d+)(?:-(\d+))?")  # rounds done, and how often they were committed before
 
 
@@ -79,6 +80,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "rounds_done": checkpoint.rounds_done,
         "policy_version": learner.policy_version,
         "weights": [_weights_header(weights) for weights in learner.weights],
+        "own_weights": _weights_header(learner.own_weights) if learner.own_weights else None,
         "scaler": learner.scaler,
         "statistics": checkpoint.statistics,
         "tracker_ids": checkpoint.tracker_ids,
@@ -86,6 +88,8 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "set_aside": checkpoint.set_aside,
     }
     files = {_weights_file(weights.policy_version): save({"buffer": weights.buffer}) for weights in learner.weights}
+    if learner.own_weights:
+        files[OWN_WEIGHTS] = save({"buffer": learner.own_weights.buffer})
     files["optimizer.safetensors"] = save(learner.optimizer)
     files["state.json"] = json.dumps(state).encode()
     return files
@@ -132,6 +136,7 @@ def load_checkpoint(checkpoint: Storage) -> Checkpoint:
         load_weights(checkpoint),
         load(checkpoint.read("optimizer.safetensors")),
         state["scaler"],
+        _load_weights(checkpoint, OWN_WEIGHTS, state["own_weights"]) if state.get("own_weights") else None,
     )
     return Checkpoint(
         state["rounds_done"],
@@ -151,11 +156,11 @@ def policy_versions(checkpoint: Storage) -> list[int]:
 def load_weights(checkpoint: Storage) -> tuple[LoraWeights, ...]:
     """A checkpoint's policy versions alone, the newest last. ValueError: they are not what they were saved as."""
     state = json.loads(checkpoint.read("state.json"))
-    return tuple(_load_version(checkpoint, header) for header in state["weights"])
+    headers = state["weights"]
+    return tuple(_load_weights(checkpoint, _weights_file(header["policy_version"]), header) for header in headers)
 
 
-def _load_version(checkpoint: Storage, header: dict) -> LoraWeights:
-    version = header["policy_version"]
-    buffer = load(checkpoint.read(_weights_file(version)))["buffer"]
-    manifest = tuple((name, tuple(shape)) for name, shape in header["manifest"])
-    return verified(LoraWeights(version, buffer, manifest, header["fingerprint"]))
+def _load_weights(checkpoint: Storage, name: str, header: dict) -> LoraWeights:
+    buffer = load(checkpoint.read(name))["buffer"]
+    manifest = tuple((parameter, tuple(shape)) for parameter, shape in header["manifest"])
+    return verified(LoraWeights(header["policy_version"], buffer, manifest, header["fingerprint"]))

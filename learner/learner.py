@@ -1,7 +1,6 @@
 """Learner: owns policy and optimizer; turns a round's trajectories and advantages into new weights and metrics."""
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,28 +8,21 @@ import torch
 from common.config import Recipe
 from common.diffusion.lora import load_weights, read_weights, trained_parameters
 from common.diffusion.policy import PolicyConfig
-from common.lora_weights import LoraWeights
+from common.lora_weights import LoraWeights, averaged
 from common.run_folder import RunFolder
 from common.runtime import python_stacks, settle
 from common.schedule import transition_order
 from common.storage import Storage, local_folder
-from common.trajectory import TaskReport, TrainBatch, Trajectory
+from common.trajectory import TaskReport, TrainBatch, Trajectory, TransitionBatch
 from learner.algorithms.algorithm import Algorithm
+from learner.learner_state import LearnerState
 from learner.off_policy import to_those_left
-from learner.reference_passes import References, log_probs_under, means_under
-from learner.round_transitions import Pair, RoundTransitions, micro_batches, round_transitions
-from learner.update_metrics import UpdateMetrics
+from learner.reference_passes import References, Update, references_of
+from learner.round_noisings import RoundNoisings
+from learner.round_pairs import Pair, RoundPairs, micro_batches
+from learner.round_transitions import RoundTransitions, round_transitions
+from learner.update_metrics import Divergence, UpdateMetrics
 from learner.weight_check import check_arrival, log_prob_tolerance, pairs_to_check, swapped_in
-
-
-@dataclass(frozen=True)
-class LearnerState:
-    """All that the learner needs to go on to the last bit."""
-
-    policy_version: int
-    weights: tuple[LoraWeights, ...]  # of the last max_policy_lag + 1 versions, the newest last
-    optimizer: dict[str, np.ndarray]  # "<parameter>/<AdamW's own key>"
-    scaler: dict[str, int | float]  # of float16's gradient scaler; empty otherwise
 
 
 class Learner:
@@ -56,18 +48,12 @@ class Learner:
         self._tolerance = log_prob_tolerance(self._settings.log_prob_tolerance, policy.dtype)
         self._scaler = torch.amp.GradScaler(self._device, enabled=policy.dtype == "float16")
         self._version = 0
-        self._published = (read_weights(self._policy.network, 0),)
+        self._trained = read_weights(self._policy.network, 0)  # at the start of the round
+        self._published = (self._trained,)
         self._metrics = self._no_metrics()  # of the round that is being learned from
-        self._check_micro_batches()
-
-    def _check_micro_batches(self) -> None:
-        steps, size = self._recipe.sampling.kept_steps(len(self._policy.noisy_steps)), self._settings.micro_batch_size
-        if self._settings.images_per_step * steps % size:
-            raise ValueError(
-                f"this model's schedule keeps {steps} steps with noise, so an optimizer step has "
-                f"{self._settings.images_per_step} images × {steps} transitions, which learner.micro_batch_size = {size} "
-                "does not divide"
-            )
+        algorithm.check_micro_batches(
+            recipe, len(self._policy.noisy_steps)
+        )  # which only the loaded model's schedule tells
 
     def _no_metrics(self) -> UpdateMetrics:
         return UpdateMetrics(self._policy.num_steps, int(np.prod(self._policy.latent_shape)))
@@ -89,8 +75,10 @@ class Learner:
         assert batch.part == batch.parts - 1, f"part {batch.part} of {batch.parts} is not the round's last"
         self._learn_from(batch, trajectories)
         self._version += 1
-        weights = read_weights(self._policy.network, self._version)
-        self._published = (*self._published, weights)[-(self._recipe.max_policy_lag + 1) :]
+        self._trained = read_weights(self._policy.network, self._version)
+        decay = self._algorithm.average_decay(self._version)
+        published = self._trained if decay is None else averaged(self._published[-1], self._trained, decay)
+        self._published = (*self._published, published)[-(self._recipe.max_policy_lag + 1) :]
         metrics, self._metrics = self._metrics, self._no_metrics()
         return metrics.summary(), self.state()
 
@@ -105,15 +93,25 @@ class Learner:
         for report in batch.reports:
             self._refuse_mismatch(report)
         transitions = round_transitions(trajectories, batch.advantages, self._device)
-        present = self._published[-1] if batch.part == 0 else read_weights(self._policy.network, self._version)
+        present = self._trained if batch.part == 0 else read_weights(self._policy.network, self._version)
         largest_difference = self._check_arrival(batch, transitions, present)
-        steps = self._optimizer_steps_of(batch, transitions)
-        references = self._references(batch, transitions, steps, present)
-        for pairs in steps:
-            self._optimizer_step(transitions, pairs, references)
+        pairs = self._pairs_of(batch, transitions)
+        epochs = [self._optimizer_steps_of(batch, pairs, epoch) for epoch in range(self._settings.inner_epochs)]
+        update = Update(pairs, epochs, self._drawn_with(batch), present)
+        references = references_of(self._algorithm, self._policy, update, self._settings.micro_batch_size)
+        for steps in epochs:
+            for step in steps:
+                self._optimizer_step(pairs, step, references)
+            if self._spent(transitions, steps):
+                break
         if batch.part == batch.parts - 1:
-            self._measure_divergence(transitions, steps)
+            self._metrics.set_divergence(self._divergence(transitions, steps))
         self._metrics.end_part(time.perf_counter() - start, largest_difference)
+
+    def _spent(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> bool:
+        """Whether the inner epochs have moved the policy as far from the one that drew as the recipe allows."""
+        budget = self._settings.max_kl_nats
+        return budget is not None and self._metrics.kl_nats(self._divergence(transitions, steps)) > budget
 
     def _refuse_mismatch(self, report: TaskReport) -> None:
         task, known = report.task, {weights.policy_version: weights.fingerprint for weights in self._published}
@@ -143,43 +141,30 @@ class Learner:
         (version,) = {report.task.policy_version for report in batch.reports}  # the schedule gives a round one version
         return next(weights for weights in self._published if weights.policy_version == version)
 
-    def _optimizer_steps_of(self, batch: TrainBatch, transitions: RoundTransitions) -> list[list[Pair]]:
-        """The pairs of each optimizer step, one inner epoch after the other."""
-        steps, count, place = [], len(transitions.images), (batch.part, batch.parts)
-        for inner_epoch in range(self._settings.inner_epochs):
-            order = transition_order(self._recipe.seed, batch.round, inner_epoch, count, place)
-            steps += transitions.optimizer_steps(order, self._settings.images_per_step, batch.set_aside)
-        return steps
+    def _pairs_of(self, batch: TrainBatch, transitions: RoundTransitions) -> RoundPairs:
+        """What the algorithm learns from: the path's own steps, or its finished images noised anew."""
+        per_image = self._algorithm.noisings_per_image
+        if per_image is None:
+            return transitions
+        seeds = tuple(seed for report in batch.reports for seed in report.task.seeds)
+        return RoundNoisings(transitions, seeds, per_image, self._policy.num_train_timesteps)
 
-    def _references(
-        self, batch: TrainBatch, transitions: RoundTransitions, steps: list[list[Pair]], present: LoraWeights
-    ) -> References:
-        """What the algorithm wants to know of pairs under other weights than those they will be learned from under."""
-        epochs, size = self._settings.inner_epochs, self._settings.micro_batch_size
-        first_epoch = [pairs for pairs in steps[: len(steps) // epochs] if pairs]
-        # The first optimizer step's own pass is under the weights at the start; a second inner epoch sees its pairs again.
-        later = first_epoch[1:] if epochs == 1 else first_epoch
-        references, network = References(), self._policy.network
-        if self._algorithm.needs_proximal_log_probs:
-            batches = (part for pairs in later for part in micro_batches(pairs, size))
-            references.proximal_log_probs.update(log_probs_under(self._policy, transitions, batches))
-        if self._algorithm.needs_behaviour_means:
-            drawn_with = self._drawn_with(batch)
-            wanted = later if drawn_with.fingerprint == present.fingerprint else first_epoch
-            batches = (part for pairs in wanted for part in micro_batches(pairs, size))
-            with swapped_in(network, drawn_with, present):
-                references.behaviour_means.update(means_under(self._policy, transitions, batches))
-        return references
+    def _optimizer_steps_of(self, batch: TrainBatch, pairs: RoundPairs, inner_epoch: int) -> list[list[Pair]]:
+        """The pairs of each optimizer step of an inner epoch."""
+        place = (batch.part, batch.parts)
+        order = transition_order(self._recipe.seed, batch.round, inner_epoch, pairs.num_images, place)
+        order = order[self._algorithm.teaches(batch.advantages)[order]]
+        return pairs.optimizer_steps(order, self._settings.images_per_step, batch.set_aside, inner_epoch)
 
-    def _optimizer_step(self, transitions: RoundTransitions, pairs: list[Pair], references: References) -> None:
+    def _optimizer_step(self, source: RoundPairs, pairs: list[Pair], references: References) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         masks = []
         for micro_batch in micro_batches(pairs, self._settings.micro_batch_size):
-            known = references.laid_into(transitions.batch(micro_batch), micro_batch)
+            known = references.laid_into(source.batch(micro_batch), micro_batch)
             result = self._algorithm.pair_loss(self._policy, known)
             # The mean over the optimizer step's pairs, whatever the micro-batch is.
             self._scaler.scale(result.loss.sum() / len(pairs)).backward()
-            self._metrics.add_micro_batch(result)
+            self._metrics.add_micro_batch(result, known.steps if isinstance(known, TransitionBatch) else None)
             masks += [] if result.kept is None else [result.kept]
         left = int(torch.cat(masks).sum()) if masks else len(pairs)
         if not left:  # its images are set aside, or its pairs masked: an optimizer step would only follow old momentum
@@ -198,15 +183,16 @@ class Learner:
         self._metrics.end_optimizer_step(norm, skipped)
 
     @torch.no_grad()
-    def _measure_divergence(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> None:
-        """KL from the sampler's policy to the one learned, on a few images and all of their steps."""
+    def _divergence(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> Divergence:
+        """Where the present policy stands against the one that drew, on a few of these images and all of their steps."""
         size = self._settings.micro_batch_size
-        last_epoch = steps[-(len(steps) // self._settings.inner_epochs) :]
-        images = list(dict.fromkeys(image for pairs in last_epoch for image, _ in pairs))
-        pairs = transitions.pairs_of(np.array(images[: -(-size // transitions.num_places)]))
-        for first in range(0, len(pairs), size):
-            batch = transitions.batch(pairs[first : first + size])
-            self._metrics.add_divergence(batch.steps, self._algorithm.pair_loss(self._policy, batch).log_ratio)
+        images = list(dict.fromkeys(image for pairs in steps for image, _ in pairs))
+        found: Divergence = []
+        for part in micro_batches(transitions.pairs_of(np.array(images[: -(-size // transitions.num_places)])), size):
+            batch = transitions.batch(part)
+            transition = self._policy.transition(batch.latents, batch.steps, batch.conditioning)
+            found.append((batch.steps, transition.log_prob(batch.next_latents) - batch.old_log_probs))
+        return found
 
     def state(self) -> LearnerState:
         """A copy of all state."""
@@ -214,11 +200,12 @@ class Learner:
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state[parameter].items():
                 optimizer[f"{name}/{key}"] = value.detach().cpu().contiguous().numpy().copy()
-        return LearnerState(self._version, self._published, optimizer, self._scaler.state_dict())
+        own = None if self._trained.fingerprint == self._published[-1].fingerprint else self._trained
+        return LearnerState(self._version, self._published, optimizer, self._scaler.state_dict(), own)
 
     def load_state(self, state: LearnerState) -> None:
         """Go on from `state`; what was begun of a round is undone. ValueError: it belongs to another network."""
-        load_weights(self._policy.network, state.weights[-1])
+        load_weights(self._policy.network, state.trained)
         self._optimizer.state.clear()
         self._metrics = self._no_metrics()
         for name, parameter in self._parameters.items():
@@ -228,7 +215,7 @@ class Learner:
                 self._optimizer.state[parameter][key] = torch.empty_like(like).copy_(torch.from_numpy(value.copy()))
         if state.scaler:
             self._scaler.load_state_dict(state.scaler)
-        self._version, self._published = state.policy_version, state.weights
+        self._version, self._published, self._trained = state.policy_version, state.weights, state.trained
 
     def check_folder(self, location: str, token: str) -> None:
         """ValueError: the run's folder is not the driver's, seen from here, so that the trained weights would be lost."""

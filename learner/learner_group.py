@@ -9,7 +9,8 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 
 from common.lora_weights import LoraWeights
 from common.trajectory import Rollout, Scored, TrainBatch
-from learner.learner import Learner, LearnerState
+from learner.learner import Learner
+from learner.learner_state import LearnerState
 
 STACKS_SECONDS = 5.0
 

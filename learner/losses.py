@@ -1,8 +1,10 @@
-"""Policy-gradient losses of one denoising step, as pure functions; one value a pair, for the learner to average."""
+"""Losses as pure functions; one value a pair, for the learner to average."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from common.diffusion.transition import Transition
 
 
 def clipped_surrogate(
@@ -12,3 +14,40 @@ def clipped_surrogate(
     ratio = torch.exp(log_prob - old_log_prob)
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+
+
+def score_function(log_prob: Float[Tensor, "B"], advantages: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """−A log π: its gradient is that of the expected reward, on the policy's own data (DDPO-SF, DDPO section 4.3)."""
+    return -advantages * log_prob
+
+
+def gaussian_kl(transition: Transition, reference: Transition) -> Float[Tensor, "B"]:
+    """KL in nats of one step between two policies with the same σ: ‖μ − μ_ref‖² / (2σ²), with gradient (as in DPOK)."""
+    moved = (transition.mean - reference.mean) / transition.std.view(-1, 1, 1, 1)
+    return 0.5 * moved.square().flatten(1).sum(1)
+
+
+def squared_error(predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
+    """The denoising loss of each image (Ho et al. 2020, eq. 14), mean over latent elements."""
+    return (predicted - target).square().flatten(1).mean(1)
+
+
+def negative_aware_loss(
+    predicted: Float[Tensor, "B C H W"],
+    old: Float[Tensor, "B C H W"],
+    target: Float[Tensor, "B C H W"],
+    optimality: Float[Tensor, "B"],
+    beta: float,
+) -> Float[Tensor, "B"]:
+    """r ‖v⁺ − v‖² + (1 − r) ‖v⁻ − v‖², v⁺ = (1−β) v_old + β v_θ, v⁻ = (1+β) v_old − β v_θ (DiffusionNFT's objective).
+
+    In what the network was trained to predict. Each square is divided by its own mean absolute error, without gradient (the
+    paper's adaptive weighting), so that no timestep drowns the others.
+    """
+    positive, negative = (1 - beta) * old + beta * predicted, (1 + beta) * old - beta * predicted
+    return optimality * _self_normalised(positive, target) + (1 - optimality) * _self_normalised(negative, target)
+
+
+def _self_normalised(predicted: Tensor, target: Tensor) -> Float[Tensor, "B"]:
+    scale = (predicted - target).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+    return squared_error(predicted, target) / scale

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.diffusion.transition import Transition
-from learner.losses import clipped_surrogate
+from learner.losses import clipped_surrogate, gaussian_kl
 
 
 def behaviour_weight(
@@ -34,8 +34,7 @@ def decoupled_surrogate(
 
 def drift_nats(transition: Transition, behaviour: Transition) -> Float[Tensor, "B"]:
     """KL of one step between two policies with the same σ: ‖μ − μ_behaviour‖² / (2σ²), without gradient."""
-    moved = (transition.mean - behaviour.mean).detach() / behaviour.std.view(-1, 1, 1, 1)
-    return 0.5 * moved.square().flatten(1).sum(1)
+    return gaussian_kl(transition, behaviour).detach()
 
 
 def within_drift(drift: Float[Tensor, "B"], max_drift_nats: float) -> Float[Tensor, "B"]:

@@ -1,57 +1,109 @@
 """What pairs have under weights that an update moves away from, or that the samplers had: taken before its first step."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from common.diffusion.lora import reference_policy
 from common.diffusion.policy import Policy
-from common.trajectory import TransitionBatch
-from learner.round_transitions import Pair, RoundTransitions
+from common.lora_weights import LoraWeights
+from common.trajectory import NoisedBatch, TransitionBatch
+from learner.algorithms.algorithm import Algorithm
+from learner.round_pairs import Pair, RoundPairs, micro_batches
+from learner.weight_check import swapped_in
+
+Known = dict[Pair, Tensor]
+Batch = TransitionBatch | NoisedBatch
 
 
 @dataclass(frozen=True)
 class References:
     """Of each pair, what the algorithm asks for; nothing of a pair whose own forward pass is under those very weights."""
 
-    proximal_log_probs: dict[Pair, Tensor] = field(default_factory=dict)
-    behaviour_means: dict[Pair, Tensor] = field(default_factory=dict)  # in the host's memory: as large as the paths
+    proximal_log_probs: Known = field(default_factory=dict)
+    behaviour_means: Known = field(default_factory=dict)  # these three in the host's memory: as large as the paths
+    reference_means: Known = field(default_factory=dict)
+    old_predictions: Known = field(default_factory=dict)
 
-    def laid_into(self, batch: TransitionBatch, pairs: list[Pair]) -> TransitionBatch:
+    def laid_into(self, batch: Batch, pairs: list[Pair]) -> Batch:
         """The batch of these pairs, with what is known of them."""
-        device = batch.steps.device
-        return dataclasses.replace(
-            batch,
-            proximal_log_probs=_rows(self.proximal_log_probs, pairs, device),
-            behaviour_means=_rows(self.behaviour_means, pairs, device),
-        )
+        known = {name: _rows(getattr(self, name), pairs, batch) for name in (field.name for field in _FIELDS)}
+        return dataclasses.replace(batch, **{name: rows for name, rows in known.items() if rows is not None})
 
 
-def _rows(known: dict[Pair, Tensor], pairs: list[Pair], device: torch.device) -> Tensor | None:
+_FIELDS = dataclasses.fields(References)
+
+
+def _rows(known: Known, pairs: list[Pair], batch: Batch) -> Tensor | None:
     if pairs[0] not in known:
         return None
+    device = next(iter(batch.conditioning.values())).device
     return torch.stack([known[pair] for pair in pairs]).to(device, non_blocking=True)
 
 
-@torch.no_grad()
-def log_probs_under(policy: Policy, transitions: RoundTransitions, batches: Iterable[list[Pair]]) -> dict[Pair, Tensor]:
-    """Each pair's log_prob under the policy as it is; in micro-batches as they will be learned from, to the same bits."""
-    found = {}
-    for pairs in batches:
-        batch = transitions.batch(pairs)
-        log_prob = policy.transition(batch.latents, batch.steps, batch.conditioning).log_prob(batch.next_latents)
-        found |= zip(pairs, log_prob.unbind(), strict=True)
-    return found
+@dataclass(frozen=True)
+class Update:
+    """Where references are taken: the pairs of each inner epoch's optimizer steps, and the weights of both sides."""
+
+    pairs: RoundPairs
+    epochs: list[list[list[Pair]]]
+    drawn_with: LoraWeights
+    present: LoraWeights
+
+    def steps(self, own_pass_will_do: bool) -> list[list[Pair]]:
+        """The optimizer steps whose pairs are asked for, each pair once.
+
+        `own_pass_will_do`: the first step's own pass is under those very weights; not where its pairs come again later.
+        """
+        again = len(self.epochs) > 1 and self.pairs.places(1) == self.pairs.places(0)
+        steps = self.epochs[0] if again else [pairs for epoch in self.epochs for pairs in epoch]
+        steps = [pairs for pairs in steps if pairs]
+        return steps[1:] if own_pass_will_do and not again else steps
+
+
+def references_of(algorithm: Algorithm, policy: Policy, update: Update, micro_batch_size: int) -> References:
+    """All that the algorithm asks for, in micro-batches as they will be learned from, to the same bits."""
+    same = update.drawn_with.fingerprint == update.present.fingerprint
+
+    def taken(wanted: bool, own_pass_will_do: bool, look: Callable[[Policy, Batch], Tensor]) -> Known:
+        steps = update.steps(own_pass_will_do) if wanted else []
+        batches = (part for pairs in steps for part in micro_batches(pairs, micro_batch_size))
+        return _looked_at(policy, update.pairs, batches, look)
+
+    proximal = taken(algorithm.needs_proximal_log_probs, True, _log_prob)
+    needs_old = algorithm.needs_behaviour_means or algorithm.needs_old_predictions
+    with swapped_in(policy.network, update.drawn_with, update.present) if needs_old else nullcontext():
+        behaviour = taken(algorithm.needs_behaviour_means, same, _mean)
+        old = taken(algorithm.needs_old_predictions, same, _prediction)
+    with reference_policy(policy.network) if algorithm.needs_reference_means else nullcontext():
+        reference = taken(algorithm.needs_reference_means, False, _mean)
+    return References(proximal, behaviour, reference, old)
 
 
 @torch.no_grad()
-def means_under(policy: Policy, transitions: RoundTransitions, batches: Iterable[list[Pair]]) -> dict[Pair, Tensor]:
-    """The mean of each pair's transition under the policy as it is."""
-    found = {}
-    for pairs in batches:
-        batch = transitions.batch(pairs)
-        mean = policy.transition(batch.latents, batch.steps, batch.conditioning).mean
-        found |= zip(pairs, mean.cpu().unbind(), strict=True)
+def _looked_at(
+    policy: Policy, pairs: RoundPairs, batches: Iterable[list[Pair]], look: Callable[[Policy, Batch], Tensor]
+) -> Known:
+    found: Known = {}
+    for part in batches:
+        found |= zip(part, look(policy, pairs.batch(part)).unbind(), strict=True)
     return found
+
+
+def _log_prob(policy: Policy, batch: Batch) -> Tensor:
+    assert isinstance(batch, TransitionBatch)
+    return policy.transition(batch.latents, batch.steps, batch.conditioning).log_prob(batch.next_latents)
+
+
+def _mean(policy: Policy, batch: Batch) -> Tensor:
+    assert isinstance(batch, TransitionBatch)
+    return policy.transition(batch.latents, batch.steps, batch.conditioning).mean.cpu()
+
+
+def _prediction(policy: Policy, batch: Batch) -> Tensor:
+    assert isinstance(batch, NoisedBatch)
+    return policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)[0].cpu()

@@ -56,7 +56,7 @@ class RoundBuffer:
             )
             assert np.isfinite(rewards[kept]).all(), "a picture without a finite reward is set aside with its reason"
             texts = [prompt for prompt, is_kept in zip(prompts, kept, strict=True) if is_kept]
-            self.statistics, worth = self._algorithm.advantages.advantages(self.statistics, texts, rewards[kept])
+            self.statistics, worth = self._algorithm.worth(self.statistics, texts, rewards[kept], self._group)
             advantages[kept] = worth
         reports = tuple(rollout.report for rollout in rollouts)
         set_aside = tuple(np.flatnonzero(~kept).tolist())

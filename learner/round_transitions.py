@@ -1,6 +1,5 @@
-"""A round's (image, step) pairs: which of them make an optimizer step, and their tensors on the device."""
+"""A round's (image, step) pairs: the steps that its images took, as tensors on the device."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +9,11 @@ from torch import Tensor
 
 from common.diffusion.policy import Conditioning, select_rows
 from common.trajectory import Trajectory, TransitionBatch
-
-Pair = tuple[int, int]  # an image of the round, a place among its kept steps
+from learner.round_pairs import Pair, RoundPairs
 
 
 @dataclass(frozen=True)
-class RoundTransitions:
+class RoundTransitions(RoundPairs):
     """Reads pairs straight out of the trajectories' own memory; only what a micro-batch needs is copied to the device."""
 
     trajectories: tuple[Trajectory, ...]
@@ -26,12 +24,18 @@ class RoundTransitions:
     device: str
 
     @property
+    def num_images(self) -> int:
+        return len(self.images)
+
+    @property
     def num_places(self) -> int:
         """Steps that each image is learned from."""
         return self.trajectories[0].steps.shape[1]
 
+    def places(self, inner_epoch: int) -> range:
+        return range(self.num_places)
+
     def batch(self, pairs: list[Pair]) -> TransitionBatch:
-        """These pairs, a row each, on the device."""
         rows = [(self.trajectories[self.images[image][0]], self.images[image][1], place) for image, place in pairs]
         index = torch.tensor([image for image, _ in pairs], device=self.device)
 
@@ -45,17 +49,7 @@ class RoundTransitions:
             stacked([trajectory.next_latents[row, place] for trajectory, row, place in rows]),
             stacked([trajectory.log_probs[row, place] for trajectory, row, place in rows]),
             self.advantages[index],
-            stacked([trajectory.final_latents[row] for trajectory, row, _ in rows]),
         )
-
-    def pairs_of(self, images: np.ndarray) -> list[Pair]:
-        """Every kept step of these images, step by step."""
-        return [(int(image), place) for place in range(self.num_places) for image in images]
-
-    def optimizer_steps(self, order: np.ndarray, size: int, set_aside: tuple[int, ...]) -> list[list[Pair]]:
-        """The pairs of each optimizer step: `size` images in `order`, without those set aside, which move no other."""
-        cut = [order[first : first + size] for first in range(0, len(order), size)]
-        return [self.pairs_of(images[~np.isin(images, set_aside)]) for images in cut]
 
 
 def round_transitions(
@@ -87,8 +81,3 @@ def _joined(trajectories: tuple[Trajectory, ...], name: str) -> Tensor:
     if name.startswith("negative_"):  # the same for all prompts
         return trajectories[0].conditioning[name]
     return torch.cat([trajectory.conditioning[name] for trajectory in trajectories])
-
-
-def micro_batches(pairs: list[Pair], size: int) -> Iterator[list[Pair]]:
-    """Cut `pairs` into batches of `size`; the last is smaller only where images of the optimizer step are set aside."""
-    return (pairs[start : start + size] for start in range(0, len(pairs), size))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from learner.algorithms.algorithm import PairLoss
 
+Divergence = list[tuple[Tensor, Tensor]]  # of batches of pairs: each pair's step, and its log_prob − old_log_prob
+
 
 class UpdateMetrics:
     """Gathers per-pair numbers; `summary` gives them their names."""
@@ -24,14 +26,16 @@ class UpdateMetrics:
         self._any_update = False
         self._first_log_ratios: list[Tensor] = []
         self._results: list[PairLoss] = []
-        self._gradient_norms: list[Tensor] = []
         self._steps: list[Tensor] = []
-        self._divergences: list[Tensor] = []
+        self._gradient_norms: list[Tensor] = []
+        self._divergence: Divergence = []
 
-    def add_micro_batch(self, result: PairLoss) -> None:
-        """A micro-batch that was learned from."""
+    def add_micro_batch(self, result: PairLoss, steps: Int[Tensor, "B"] | None) -> None:
+        """A micro-batch that was learned from, and each pair's step; None: its pairs are not steps of a path."""
         self._results.append(dataclasses.replace(result, loss=result.loss.detach()))
-        if not self._any_update:  # before any update the ratio should be 1
+        if steps is not None:
+            self._steps.append(steps)
+        if not self._any_update and result.log_ratio is not None:  # before any update the ratio should be 1
             self._first_log_ratios.append(result.log_ratio)
 
     def end_optimizer_step(self, gradient_norm: Float[Tensor, ""], skipped: bool) -> None:
@@ -53,47 +57,71 @@ class UpdateMetrics:
         self._seconds += seconds
         self._largest_difference = max(self._largest_difference, largest_difference)
 
-    def add_divergence(self, steps: Int[Tensor, "B"], log_ratio: Float[Tensor, "B"]) -> None:
-        """log_prob − old_log_prob after the last update, and each pair's step."""
-        self._steps.append(steps)
-        self._divergences.append(log_ratio)
+    def set_divergence(self, divergence: Divergence) -> None:
+        """How far the last update has moved from the policy that drew."""
+        self._divergence = divergence
+
+    def kl_nats(self, divergence: Divergence) -> float:
+        """−D · mean(log_prob − old_log_prob), D the number of latent elements; no number where there is no pair."""
+        if not divergence:  # all images of the round's last part are left out
+            return math.nan
+        return float(self._nats(divergence).mean())
+
+    def _nats(self, divergence: Divergence) -> Float[Tensor, "N"]:
+        return -torch.cat([log_ratio for _, log_ratio in divergence]).double() * self._latent_elements
 
     def summary(self) -> dict[str, float]:
-        """Metrics of the round. `kl_nats` is −D · mean(log_prob − old_log_prob), D the number of latent elements."""
-        log_ratio = torch.cat([result.log_ratio for result in self._results])
-        loss = torch.cat([result.loss for result in self._results])
+        """Metrics of the round; of what the algorithm does not look at there are none."""
+        loss = self._joined("loss")
         metrics = {
-            "loss": float(loss.mean()),
-            "ratio/mean": float(log_ratio.exp().mean()),
-            "ratio/min": float(log_ratio.min().exp()),
-            "ratio/max": float(log_ratio.max().exp()),
-            "ratio/max_abs_log": float(torch.cat(self._first_log_ratios).abs().max()),
-            "clip_fraction": float(torch.cat([result.clipped for result in self._results]).mean()),
+            "loss": math.nan if loss is None else float(loss.mean()),
             "grad_norm": float(torch.stack(self._gradient_norms).mean()) if self._gradient_norms else math.nan,
             "optimizer_steps": float(self._optimizer_steps),
             "optimizer_steps_skipped": float(self._skipped),
             "log_prob_check/max_abs": self._largest_difference,
             "seconds/learn": self._seconds,
         }
-        return metrics | self._corrections(loss) | self._divergence()
+        return metrics | self._ratios() | self._corrections(loss) | self._kl()
 
-    def _divergence(self) -> dict[str, float]:
-        if not self._divergences:  # all images of the round's last part are set aside
-            return {"kl_nats": math.nan}
-        divergence = -torch.cat(self._divergences).double() * self._latent_elements
-        steps = torch.cat(self._steps)
-        by_step = {step: divergence[steps == step] for step in range(self._num_steps)}
-        by_step = {f"kl_nats/step_{step:02d}": float(part.mean()) for step, part in by_step.items() if len(part)}
-        return {"kl_nats": float(divergence.mean())} | by_step
+    def _joined(self, name: str) -> Float[Tensor, "N"] | None:
+        """One value of all pairs of the round; None where the algorithm has none."""
+        found = [getattr(result, name) for result in self._results if getattr(result, name) is not None]
+        return torch.cat(found) if found else None
 
-    def _corrections(self, loss: Float[Tensor, "N"]) -> dict[str, float]:
+    def _by_step(self, name: str, values: Float[Tensor, "N"], steps: Int[Tensor, "N"]) -> dict[str, float]:
+        of_steps = {step: values[steps == step] for step in range(self._num_steps)}
+        return {f"{name}/step_{step:02d}": float(part.mean()) for step, part in of_steps.items() if len(part)}
+
+    def _ratios(self) -> dict[str, float]:
+        log_ratio, clipped = self._joined("log_ratio"), self._joined("clipped")
+        metrics = {}
+        if log_ratio is not None:
+            metrics |= {
+                "ratio/mean": float(log_ratio.exp().mean()),
+                "ratio/min": float(log_ratio.min().exp()),
+                "ratio/max": float(log_ratio.max().exp()),
+                "ratio/max_abs_log": float(torch.cat(self._first_log_ratios).abs().max()),
+            }
+        if clipped is not None:
+            metrics |= {"clip_fraction": float(clipped.mean())}
+            metrics |= self._by_step("clip_fraction", clipped, torch.cat(self._steps))
+        return metrics
+
+    def _kl(self) -> dict[str, float]:
+        metrics = {"kl_nats": self.kl_nats(self._divergence)}
+        if self._divergence:
+            steps = torch.cat([of_batch for of_batch, _ in self._divergence])
+            metrics |= self._by_step("kl_nats", self._nats(self._divergence), steps)
+        reference = self._joined("kl_reference")
+        return metrics if reference is None else metrics | {"kl_reference_nats": float(reference.mean())}
+
+    def _corrections(self, loss: Float[Tensor, "N"] | None) -> dict[str, float]:
         """Of an algorithm that masks pairs or weighs them: how many, how much, and the loss of those left."""
         metrics = {}
-        kept = [result.kept for result in self._results if result.kept is not None]
-        if kept:
-            left = float(torch.cat(kept).sum())
+        kept, weight = self._joined("kept"), self._joined("behaviour_weight")
+        if kept is not None and loss is not None:
+            left = float(kept.sum())
             metrics |= {"masked_fraction": 1 - left / len(loss), "loss": float(loss.sum()) / max(left, 1)}
-        weights = [result.behaviour_weight for result in self._results if result.behaviour_weight is not None]
-        if weights:
-            metrics["behaviour_weight/mean"] = float(torch.cat(weights).mean())
+        if weight is not None:
+            metrics["behaviour_weight/mean"] = float(weight.mean())
         return metrics

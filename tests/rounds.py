@@ -14,7 +14,8 @@ from common.overrides import with_overrides
 from common.schedule import round_tasks
 from common.trajectory import TaskReport, TrainBatch, Trajectory
 from deploy.composition import Parts, parts_of
-from learner.learner import Learner, LearnerState
+from learner.learner import Learner
+from learner.learner_state import LearnerState
 
 
 @dataclass(frozen=True)

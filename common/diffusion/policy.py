@@ -24,6 +24,7 @@ class Policy(ABC):
     network: Any  # a diffusers model (its stubs know neither config nor adapters): holds what is trained
     device: str
     num_steps: int
+    num_train_timesteps: int  # of the model's own schedule
     latent_shape: tuple[int, int, int]  # C, H, W of one image's latents
 
     @property
@@ -49,14 +50,17 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def denoising_loss(
+    def denoise(
         self,
         clean_latents: Float[Tensor, "B C H W"],
         noise: Float[Tensor, "B C H W"],
         timesteps: Int[Tensor, "B"],
         conditioning: Conditioning,
-    ) -> Float[Tensor, "B"]:
-        """Mean squared error of what the network predicts of clean latents noised to `timesteps`, an image each."""
+    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
+        """What the network, guided as it samples, predicts of clean latents noised to `timesteps`, and what it should.
+
+        Both float32, in the network's own terms (noise, velocity or clean latents).
+        """
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:

@@ -42,6 +42,7 @@ class StableDiffusionPolicy(Policy):
         self.num_steps = sampling.num_steps
         self.table = ddim_table(pipeline.scheduler.config, sampling.num_steps, sampling.eta, device)
         self.training_alphas = pipeline.scheduler.alphas_cumprod.to(device)
+        self.num_train_timesteps = len(self.training_alphas)
         size = config.latent_size() or self.network.config.sample_size
         self.latent_shape = (self.network.config.in_channels, size, size)
         self._embeddings: dict[str, Tensor] = {}
@@ -97,19 +98,18 @@ class StableDiffusionPolicy(Policy):
         with autocast(self.device, self.dtype):
             return self.network(latents.to(self.dtype), timesteps, embeds.to(self.dtype), return_dict=False)[0]
 
-    def denoising_loss(
+    def denoise(
         self,
         clean_latents: Float[Tensor, "B C H W"],
         noise: Float[Tensor, "B C H W"],
         timesteps: Int[Tensor, "B"],
         conditioning: Conditioning,
-    ) -> Float[Tensor, "B"]:
+    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
         alphas = self.training_alphas[timesteps]
         column = alphas.view(-1, 1, 1, 1)
         noised = column.sqrt() * clean_latents.float() + (1 - column).sqrt() * noise
-        predicted = self._predict(noised, timesteps, conditioning["prompt_embeds"]).float()
-        target = training_target(self.table.prediction_type, clean_latents.float(), noise, alphas)
-        return (predicted - target).square().flatten(1).mean(1)
+        predicted = self._guided(noised, timesteps, conditioning).float()
+        return predicted, training_target(self.table.prediction_type, clean_latents.float(), noise, alphas)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:

@@ -17,6 +17,7 @@ FAMILIES: dict[str, tuple[str, str, Kind]] = {
     "retries/": ("retries", "reason", "counter"),
     "actor_restarts/": ("actor_restarts", "role", "counter"),
     "kl_nats/step_": ("kl_nats_step", "step", "gauge"),
+    "clip_fraction/step_": ("clip_fraction_step", "step", "gauge"),
 }
 # Prompts have no bound, and every node would hold and show each one's series for as long as the run lives.
 LEFT_OUT = ("reward/prompt/",)

@@ -16,7 +16,7 @@ class Plan:
     tasks: int
     optimizer_steps: int  # a round
     images_per_step: int
-    transitions_per_step: int
+    pairs_per_step: int  # transitions, or noisings of finished images
     forward_passes: int  # of the learner, a round
     trajectory_bytes: int  # one image's, as it travels
     round_bytes: int  # all trajectories under way at once
@@ -25,6 +25,7 @@ class Plan:
     sampler_bytes: int
     reward_worker_bytes: int
     sizes: PolicySizes
+    forward_process: bool  # learned from are finished images, noised anew
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -42,7 +43,7 @@ def plan_of(recipe: Recipe) -> Plan:
     weight_bytes = DTYPES[policy.dtype].itemsize
     network = sizes.network_parameters * (weight_bytes if policy.train == "lora" else 4)
     adapters = sizes.trained_parameters * 4 if policy.train == "lora" else 0
-    transitions = learner.images_per_step * kept
+    pairs = learner.images_per_step * parts.algorithm.pairs_per_image(recipe, sampling.num_steps)
     steps = recipe.images_per_round // learner.images_per_step * learner.inner_epochs
     # Gradient and AdamW's two moments, in float32, of each trained parameter.
     training = 3 * 4 * sizes.trained_parameters + learner.micro_batch_size * sizes.activation_bytes
@@ -51,8 +52,8 @@ def plan_of(recipe: Recipe) -> Plan:
         tasks=sampling.batches_per_round,
         optimizer_steps=steps,
         images_per_step=learner.images_per_step,
-        transitions_per_step=transitions,
-        forward_passes=steps * transitions // learner.micro_batch_size,
+        pairs_per_step=pairs,
+        forward_passes=steps * pairs // learner.micro_batch_size,
         trajectory_bytes=trajectory,
         round_bytes=trajectory * recipe.images_per_round * (recipe.max_policy_lag + 1),
         broadcast_bytes=4 * sizes.trained_parameters,
@@ -60,6 +61,7 @@ def plan_of(recipe: Recipe) -> Plan:
         sampler_bytes=network + adapters + sizes.sampler_parameters * weight_bytes,
         reward_worker_bytes=sum(reward.memory_bytes for reward in parts.rewards.values()),
         sizes=sizes,
+        forward_process=parts.algorithm.noisings_per_image is not None,
     )
 
 
@@ -80,9 +82,8 @@ def plan(recipe: Recipe) -> str:
             f"{learner.gradient_accumulation_steps} accumulated) × {learner.inner_epochs} inner epochs",
         ),
         (
-            "transitions an optimizer step",
-            f"{numbers.transitions_per_step} = {numbers.images_per_step} images × "
-            f"{sampling.kept_steps(sampling.num_steps)} of {sampling.num_steps} steps, "
+            "pairs an optimizer step",
+            f"{numbers.pairs_per_step} = {numbers.images_per_step} images × {_of_an_image(recipe, numbers)}, "
             f"in micro-batches of {learner.micro_batch_size}",
         ),
         ("learner's forward passes a round", f"{numbers.forward_passes}"),
@@ -100,6 +101,11 @@ def plan(recipe: Recipe) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _of_an_image(recipe: Recipe, numbers: Plan) -> str:
+    each = numbers.pairs_per_step // numbers.images_per_step
+    return f"{each} noisings" if numbers.forward_process else f"{each} of {recipe.sampling.num_steps} steps"
 
 
 def _activations(recipe: Recipe, numbers: Plan) -> int:

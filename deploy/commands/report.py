@@ -26,7 +26,7 @@ def report(run: str, overrides: list[str]) -> str:
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
         raise ValueError(f"{run} has no whole checkpoint yet: there is nothing to compare")
-    weights = load_checkpoint(newest).learner.weights[-1]
+    weights = load_checkpoint(newest).learner.trained
     comparison = compare(parts_of(recipe), folder)
     rounds = [json.loads(line) for line in folder.storage.read(folder.metrics).splitlines()]
     figures = summary(comparison, list(_scorers(recipe)))

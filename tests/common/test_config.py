@@ -189,11 +189,6 @@ def test_a_reward_that_is_named_twice_is_refused(tables: dict) -> None:
             "a round has sampling.batch_size × batches_per_round = 8 images, which an optimizer step's "
             "learner.batch_size × gradient_accumulation_steps = 12 does not divide",
         ),
-        (
-            "learner.micro_batch_size",
-            5,
-            "an optimizer step has 4 images × 4 steps = 16 transitions, which learner.micro_batch_size = 5 does not divide",
-        ),
     ],
 )
 def test_batches_that_do_not_fit_together_are_refused_with_both_numbers(

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,10 +12,19 @@ from common.diffusion.policy import select_rows
 from common.diffusion.policy_stable_diffusion import StableDiffusionPolicy
 from common.diffusion.rollout import draw
 from common.registry import build
-from common.trajectory import TransitionBatch
+from common.trajectory import NoisedBatch, TransitionBatch
 from learner.algorithms import ALGORITHMS
 from learner.algorithms.algorithm import Algorithm, PairLoss
 from tests.tiny_policy import SAMPLING, scatter, tiny_policy
+
+CORRECTED = {"ratio": "proximal", "behaviour_weight": 1e-3, "max_drift_nats": 1e6}
+CHOICES = [
+    *({"name": name} for name in ALGORITHMS),
+    {"name": "ddpo_is", "off_policy": CORRECTED},
+    {"name": "ddpo_is", "clip_nats": 0.1, "step_weights": [1.0, 0.5, 2.0, 1.0]},
+    {"name": "rwr", "over": "prompt"},
+]
+Batch = TransitionBatch | NoisedBatch
 
 
 @pytest.fixture(scope="module")
@@ -23,41 +33,56 @@ def policy(tiny_model: Path) -> StableDiffusionPolicy:
 
 
 @pytest.fixture(scope="module")
-def batch(policy: StableDiffusionPolicy) -> TransitionBatch:
-    """Eight pairs of four images at mixed steps, drawn before the policy moved a little."""
+def batches(policy: StableDiffusionPolicy) -> dict[str, Batch]:
+    """Eight pairs of four images, drawn before the policy moved a little: at mixed steps, and noised to mixed timesteps."""
     trajectory = draw(policy, ["a cat", "a dog", "a cat", "a cow"], [1, 2, 3, 4], SAMPLING)
-    scatter(policy.network, deviation=1e-3, seed=8)
     images, places = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0]), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
-    return TransitionBatch(
-        select_rows(trajectory.conditioning, trajectory.prompt_index[images]),
+    conditioning = select_rows(trajectory.conditioning, trajectory.prompt_index[images])
+    clean, noise = trajectory.final_latents[images], torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    timesteps = torch.tensor([20, 900, 500, 300, 700, 100, 990, 600])
+    with torch.no_grad():
+        old = policy.denoise(clean, noise, timesteps, conditioning)[0]
+    scatter(policy.network, deviation=1e-3, seed=8)
+    path = TransitionBatch(
+        conditioning,
         trajectory.steps[images, places],
         trajectory.latents[images, places],
         trajectory.next_latents[images, places],
         trajectory.log_probs[images, places],
         torch.tensor([1.5, -1.0, 0.3, -7.0, 0.3, 7.0, -1.0, 1.5]),
-        trajectory.final_latents[images],
+        reference_means=trajectory.next_latents[images, places],  # any means will do for a pull towards them
     )
+    worth = torch.tensor([1.0, 0.2, 0.6, 0.9, 0.1, 0.3, 0.7, 1.0])
+    return {"path": path, "noised": NoisedBatch(conditioning, timesteps, clean, noise, worth, old)}
 
 
-CORRECTED = {"ratio": "proximal", "behaviour_weight": 1e-3, "max_drift_nats": 1e6}
-CHOICES = [*({"name": name} for name in ALGORITHMS), {"name": "ddpo_is", "off_policy": CORRECTED}]
-
-
-@pytest.fixture(params=CHOICES, ids=lambda table: "-".join(["corrected"][: len(table) - 1] + [table["name"]]))
+@pytest.fixture(params=CHOICES, ids=lambda table: "-".join([table["name"], *list(table)[1:]]))
 def algorithm(request: pytest.FixtureRequest) -> Algorithm:
     return build(ALGORITHMS, request.param, "algorithm")
 
 
-def rows_of(batch: TransitionBatch, index: torch.Tensor) -> TransitionBatch:
+@pytest.fixture
+def batch(algorithm: Algorithm, batches: dict[str, Batch]) -> Batch:
+    if algorithm.noisings_per_image:
+        return batches["noised"]
+    path = batches["path"]
+    return path if algorithm.needs_reference_means else dataclasses.replace(path, reference_means=None)
+
+
+def rows_of(batch: Batch, index: torch.Tensor) -> Batch:
     tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     conditioning = {name: value[index] for name, value in tensors.pop("conditioning").items()}
     rows = {name: value[index] for name, value in tensors.items() if value is not None}
-    return TransitionBatch(conditioning, **rows)
+    return type(batch)(conditioning, **rows)
+
+
+def seen(result: PairLoss) -> dict[str, torch.Tensor]:
+    values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def joined(results: list[PairLoss]) -> dict[str, torch.Tensor]:
-    names = ("loss", "log_ratio", "clipped")
-    return {name: torch.cat([getattr(result, name).detach() for result in results]) for name in names}
+    return {name: torch.cat([seen(result)[name].detach() for result in results]) for name in seen(results[0])}
 
 
 def gradients(policy: StableDiffusionPolicy, loss: torch.Tensor) -> dict[str, torch.Tensor | None]:
@@ -66,21 +91,20 @@ def gradients(policy: StableDiffusionPolicy, loss: torch.Tensor) -> dict[str, to
     return {name: parameter.grad for name, parameter in policy.network.named_parameters()}
 
 
-def test_every_pair_has_one_finite_loss(
-    algorithm: Algorithm, policy: StableDiffusionPolicy, batch: TransitionBatch
-) -> None:
+def test_every_pair_has_one_finite_loss(algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch) -> None:
     result = algorithm.pair_loss(policy, batch)
-    for values in (result.loss, result.log_ratio, result.clipped):
+    for values in seen(result).values():
         assert values.shape == (8,) and values.isfinite().all()
     assert result.loss.unique().numel() > 1
-    assert set(result.clipped.tolist()) <= {0.0, 1.0}
+    assert result.clipped is None or set(result.clipped.tolist()) <= {0.0, 1.0}
+    assert (result.log_ratio is None) == isinstance(batch, NoisedBatch)
 
 
 def test_only_the_loss_has_a_gradient_and_it_reaches_every_adapter_and_nothing_else(
-    algorithm: Algorithm, policy: StableDiffusionPolicy, batch: TransitionBatch
+    algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
 ) -> None:
     result = algorithm.pair_loss(policy, batch)
-    assert not result.log_ratio.requires_grad and not result.clipped.requires_grad
+    assert [name for name, value in seen(result).items() if value.requires_grad] == ["loss"]
     trained = trained_parameters(policy.network)
     for name, gradient in gradients(policy, result.loss).items():
         assert (gradient is not None) == (name in trained), name
@@ -88,48 +112,76 @@ def test_only_the_loss_has_a_gradient_and_it_reaches_every_adapter_and_nothing_e
 
 
 def test_splitting_a_micro_batch_changes_no_value(
-    algorithm: Algorithm, policy: StableDiffusionPolicy, batch: TransitionBatch
+    algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
 ) -> None:
     whole = joined([algorithm.pair_loss(policy, batch)])
     halves = [algorithm.pair_loss(policy, rows_of(batch, part)) for part in torch.arange(8).split(4)]
     for name, values in joined(halves).items():
-        torch.testing.assert_close(values, whole[name], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(values, whole[name], rtol=5e-6, atol=5e-6)
 
 
 def test_pairs_in_another_order_have_their_values_in_that_order(
-    algorithm: Algorithm, policy: StableDiffusionPolicy, batch: TransitionBatch
+    algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
 ) -> None:
     order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
     there = joined([algorithm.pair_loss(policy, batch)])
     permuted = joined([algorithm.pair_loss(policy, rows_of(batch, order))])
     for name, values in permuted.items():
-        torch.testing.assert_close(values, there[name][order], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(values, there[name][order], rtol=5e-6, atol=5e-6)
 
 
 def test_images_that_are_worth_no_more_than_others_teach_nothing(
-    algorithm: Algorithm, policy: StableDiffusionPolicy, batch: TransitionBatch
+    algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
 ) -> None:
-    worthless = dataclasses.replace(batch, advantages=torch.zeros(8))
+    """No advantage, no gradient; a weight or r is only ever relative, and so is not asked here."""
+    if isinstance(batch, NoisedBatch):
+        assert algorithm.worth({}, ["a cat"] * 4, np.ones(4), 4)[1].std() == 0
+        return
+    worthless = dataclasses.replace(batch, advantages=torch.zeros(8), reference_means=None)
     result = algorithm.pair_loss(policy, worthless)
     assert all(gradient is None or not gradient.any() for gradient in gradients(policy, result.loss).values())
 
 
 def test_a_better_image_becomes_more_likely_by_a_small_step_down_the_loss(
-    algorithm: Algorithm, policy: StableDiffusionPolicy, batch: TransitionBatch
+    algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
 ) -> None:
-    # The first and the last pair are one image's, whose advantage is positive; the others are worth nothing.
+    # The first and the last pair are one image's, which is worth the most of all; the others are left out.
     wanted = rows_of(batch, torch.tensor([0, 7]))
-    fresh = dataclasses.replace(wanted, old_log_probs=wanted.old_log_probs + log_ratio_of(algorithm, policy, wanted))
-    slopes = gradients(policy, algorithm.pair_loss(policy, fresh).loss)
+    if isinstance(wanted, TransitionBatch):  # on the policy's own data, and without a pull elsewhere
+        fresh = wanted.old_log_probs + algorithm.pair_loss(policy, wanted).log_ratio
+        wanted = dataclasses.replace(wanted, old_log_probs=fresh, reference_means=None)
+    before = likelihood(policy, wanted)
+    slopes = gradients(policy, algorithm.pair_loss(policy, wanted).loss)
     parameters = trained_parameters(policy.network)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.sub_(slopes[name], alpha=1e-3)
-        after = log_ratio_of(algorithm, policy, fresh)
+        after = likelihood(policy, wanted)
         for name, parameter in parameters.items():
             parameter.add_(slopes[name], alpha=1e-3)
-    assert float(after.sum()) > 0
+    assert after > before
 
 
-def log_ratio_of(algorithm: Algorithm, policy: StableDiffusionPolicy, batch: TransitionBatch) -> torch.Tensor:
-    return algorithm.pair_loss(policy, batch).log_ratio
+@torch.no_grad()
+def likelihood(policy: StableDiffusionPolicy, batch: Batch) -> float:
+    """Of the steps that were drawn; of noised images, minus how wrongly they are denoised."""
+    if isinstance(batch, TransitionBatch):
+        transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
+        return float(transition.log_prob(batch.next_latents).double().sum())
+    predicted, target = policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)
+    return -float((predicted - target).double().square().sum())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_worth_goes_with_its_image_whatever_the_order_and_more_reward_is_never_worth_less(name: str) -> None:
+    algorithm = build(ALGORITHMS, {"name": name}, "algorithm")
+    rewards = np.random.default_rng(1).normal(size=12)
+    groups = [f"animal {image // 4}" for image in range(12)]
+    _, worth = algorithm.worth({}, groups, rewards, 4)
+    assert worth.shape == (12,) and np.isfinite(worth).all()
+    swapped = [*range(4, 8), *range(0, 4), *range(8, 12)]  # whole groups change places
+    _, elsewhere = algorithm.worth({}, [groups[image] for image in swapped], rewards[swapped], 4)
+    np.testing.assert_allclose(elsewhere, worth[swapped], rtol=1e-9)
+    for group in range(3):
+        images = np.arange(4 * group, 4 * group + 4)
+        assert (np.diff(worth[images[np.argsort(rewards[images])]]) >= 0).all()

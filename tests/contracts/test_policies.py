@@ -111,16 +111,26 @@ def test_gradients_reach_every_trained_parameter_and_no_other(config: PolicyConf
     assert all(parameter.grad.abs().max() > 0 for parameter in trained.values())
 
 
-def test_a_denoising_loss_is_one_number_an_image_and_its_own(policy: Policy) -> None:
+def test_what_is_predicted_of_a_noised_image_is_its_own_and_float32(policy: Policy) -> None:
     clean, noise = some_latents(policy, 3), some_latents(policy, 3).flip(0)
     timesteps, rows = torch.tensor([900, 500, 10]), select_rows(policy.encode(PROMPTS), torch.arange(3))
     with torch.no_grad():
-        losses = policy.denoising_loss(clean, noise, timesteps, rows)
-        alone = policy.denoising_loss(
+        predicted, target = policy.denoise(clean, noise, timesteps, rows)
+        alone, _ = policy.denoise(
             clean[1:2], noise[1:2], timesteps[1:2], select_rows(policy.encode(PROMPTS[1:2]), torch.tensor([0]))
         )
-    assert losses.shape == (3,) and (losses > 0).all()
-    torch.testing.assert_close(losses[1:2], alone, rtol=1e-4, atol=1e-5)
+    assert predicted.shape == target.shape == clean.shape and predicted.dtype == target.dtype == torch.float32
+    torch.testing.assert_close(predicted[1:2], alone, rtol=1e-4, atol=1e-5)
+    assert policy.num_train_timesteps > int(timesteps.max())
+
+
+def test_a_step_taken_without_noise_has_no_deviation_and_another_mean(policy: Policy) -> None:
+    latents, rows = some_latents(policy, 2), select_rows(policy.encode(PROMPTS[:2]), torch.arange(2))
+    steps = torch.tensor(policy.noisy_steps[:2])
+    with torch.no_grad():
+        drawn, still = (policy.transition(latents, steps, rows, noisy) for noisy in (True, False))
+    assert (drawn.std > 0).all() and not still.std.any()
+    assert not torch.allclose(drawn.mean, still.mean, atol=1e-4)
 
 
 def test_pictures_are_uint8_with_three_channels_last(policy: Policy) -> None:

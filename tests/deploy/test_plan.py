@@ -1,5 +1,6 @@
 """What `ddpo plan` prints is what a run does, and what the lineage's tables say."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_the_plan_of_a_small_recipe_is_what_its_parts_are(recipe: Recipe) -> Non
     learner = Learner(parts.policy, parts.algorithm, recipe)
     assert numbers.broadcast_bytes == learner.weights()[-1].buffer.nbytes
     assert numbers.images == sum(len(task.seeds) for task in round_tasks(recipe, 0, Animals().load()))
-    assert (numbers.tasks, numbers.optimizer_steps, numbers.transitions_per_step) == (2, 2, 16)
+    assert (numbers.tasks, numbers.optimizer_steps, numbers.pairs_per_step) == (2, 2, 16)
     assert numbers.forward_passes == 4
 
 
@@ -68,8 +69,45 @@ def test_the_command_prints_the_arithmetic(capsys: pytest.CaptureFixture) -> Non
 
 def test_neighbouring_steps_share_their_latents_also_where_the_last_are_left_out(recipe: Recipe) -> None:
     whole = plan_of(recipe)
-    early = plan_of(
-        recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"untrained_last_steps": 1})})
-    )
+    sampling = recipe.sampling.model_copy(update={"untrained_last_steps": 1})
+    learner = recipe.learner.model_copy(update={"micro_batch_size": 4})
+    early = plan_of(recipe.model_copy(update={"sampling": sampling, "learner": learner}))
     channels, height, width = whole.sizes.latent_shape
     assert whole.trajectory_bytes - early.trajectory_bytes == channels * height * width * 4 + 12
+
+
+def test_of_a_window_only_its_latents_travel(recipe: Recipe) -> None:
+    sampling = recipe.sampling.model_copy(update={"window": 2})
+    windowed = plan_of(recipe.model_copy(update={"sampling": sampling}))
+    channels, height, width = windowed.sizes.latent_shape
+    assert windowed.pairs_per_step == 4 * 2
+    saved = plan_of(recipe).trajectory_bytes - windowed.trajectory_bytes
+    assert saved == 2 * (channels * height * width * 4 + 12)
+
+
+def test_of_finished_images_the_noisings_are_counted(capsys: pytest.CaptureFixture) -> None:
+    options = ["--algorithm", '{name = "rwr", noisings = 4}', "--sampling.step_fraction", "0.1"]
+    assert ddpo.main(["plan", str(RECIPES / "demo.toml"), *options]) == 0
+    assert "64 = 16 images × 4 noisings, in micro-batches of 32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--learner.micro_batch_size", "7"], "16 images × 8 steps with noise = 128 pairs .* = 7 does not divide"),
+        (["--algorithm", '{name = "rwr"}'], "16 images × 1 noisings = 16 pairs .* = 32 does not divide"),
+        (
+            ["--algorithm", '{name = "grpo"}'],
+            "'group' and prompts.images_per_prompt 1: a group needs at least 2 images",
+        ),
+        (["--algorithm", '{name = "ddpo_sf"}'], "4 optimizer steps a round and max_policy_lag = 0: give .* = 64"),
+        (["--algorithm.step_weights", "[1.0, 0.0]"], "step_weights has 2 numbers .* sampling.num_steps = 15 of them"),
+        (["--algorithm.kl_coef", "0.1", "--policy.train", "full"], "kl_coef is 0.1 and policy.train 'full'"),
+        (["--algorithm.clip_nats", "1"], "clip_range is 0.004 and clip_nats 1.0: give one of the two"),
+    ],
+)
+def test_an_algorithm_that_does_not_go_with_the_rest_is_refused_at_once(
+    options: list[str], text: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert ddpo.main(["plan", str(RECIPES / "demo.toml"), *options]) == 2
+    assert re.search(text, capsys.readouterr().err)

@@ -2,8 +2,19 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from learner.advantages import extend_statistics, per_prompt_advantages, round_advantages
+from learner.advantages import (
+    extend_statistics,
+    group_advantages,
+    optimality,
+    per_prompt_advantages,
+    round_advantages,
+    softmax_weights,
+    sparse_weights,
+)
+from tests.reference import algorithms_reference as others
 from tests.reference.ddpo_reference import PerPromptTracker
 
 
@@ -82,3 +93,92 @@ def test_rewards_that_differ_little_around_a_large_mean_keep_their_digits() -> N
     # In float32 the deviation of 1e6 ± 0.1 would be lost.
     rewards = np.array([1e6 - 0.125, 1e6 + 0.125], np.float32)
     assert round_advantages(rewards) == pytest.approx([-1, 1], abs=1e-6)
+
+
+def test_within_groups_by_hand() -> None:
+    # groups 1, 3 (mean 2, deviation 1) and 10, 30 (mean 20, deviation 10)
+    advantages = group_advantages(np.array([1.0, 3.0, 10.0, 30.0]), 2, "group")
+    assert advantages == pytest.approx([-1 / 1.0001, 1 / 1.0001, -10 / 10.0001, 10 / 10.0001], rel=1e-12)
+    by_round = group_advantages(np.array([1.0, 3.0, 10.0, 30.0]), 2, "round")
+    assert by_round * np.array([1.0, 3.0, 10.0, 30.0]).std() == pytest.approx([-1, 1, -10, 10], rel=1e-4)
+
+
+def test_a_group_of_equal_rewards_has_no_advantage() -> None:
+    assert group_advantages(np.array([2.0, 2.0, 1.0, 3.0]), 2, "group")[:2].tolist() == [0, 0]
+
+
+REWARDS = st.lists(st.floats(-100, 100, width=32), min_size=12, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rewards=REWARDS, constant=st.floats(-1000, 1000), scale=st.floats(0.5, 20))
+def test_group_advantages_are_the_references_and_know_neither_a_constant_nor_almost_a_scale(
+    rewards: list[float], constant: float, scale: float
+) -> None:
+    values = np.array(rewards)
+    for deviation in ("group", "round"):
+        ours = group_advantages(values, 4, deviation)
+        assert ours == pytest.approx(others.group_advantages(rewards, 4, deviation == "round"), rel=1e-9, abs=1e-9)
+        assert group_advantages(values + constant, 4, deviation) == pytest.approx(ours, rel=1e-5, abs=1e-5)
+        spread = values.reshape(3, 4).std(axis=1).min() if deviation == "group" else values.std()
+        if spread > 1:  # there the 1e-4 beside it is small
+            assert group_advantages(values * scale, 4, deviation) == pytest.approx(ours, rel=3e-4, abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rewards=REWARDS, order=st.permutations(range(12)))
+def test_permuting_a_groups_images_permutes_their_advantages(rewards: list[float], order: list[int]) -> None:
+    values = np.array(rewards)
+    assert group_advantages(values[order], 12, "group") == pytest.approx(
+        group_advantages(values, 12, "group")[order], rel=1e-6, abs=1e-6
+    )
+    assert round_advantages(values[order]) == pytest.approx(round_advantages(values)[order], rel=1e-6, abs=1e-6)
+
+
+def test_softmax_weights_by_hand_over_the_round_and_over_each_prompt() -> None:
+    rewards = np.array([0.0, np.log(3.0), 5.0])
+    # 1 : 3 with mean 1 among the cats; the dog is alone
+    assert softmax_weights(rewards, ["cat", "cat", "dog"], 1.0) == pytest.approx([0.5, 1.5, 1.0])
+    assert softmax_weights(rewards[:2], ["", ""], 2.0) == pytest.approx([2 / 10, 2 * 9 / 10])
+
+
+@settings(max_examples=60, deadline=None)
+@given(rewards=REWARDS, inverse_temperature=st.floats(0.01, 1), constant=st.floats(-1e4, 1e4))
+def test_softmax_weights_are_the_references_have_mean_one_and_know_no_constant(
+    rewards: list[float], inverse_temperature: float, constant: float
+) -> None:
+    ours = softmax_weights(np.array(rewards), [""] * 12, inverse_temperature)
+    assert ours == pytest.approx(others.softmax_weights(rewards, inverse_temperature), rel=1e-9, abs=1e-12)
+    assert ours.mean() == pytest.approx(1)
+    raised = softmax_weights(np.array(rewards) + constant, [""] * 12, inverse_temperature)
+    assert raised == pytest.approx(ours, rel=1e-6, abs=1e-9)
+
+
+def test_large_rewards_do_not_overflow_the_exponential() -> None:
+    assert softmax_weights(np.array([1e5, 1e5 - 1]), ["", ""], 1.0) == pytest.approx([1.4621171, 0.5378829])
+
+
+def test_sparse_weights_by_hand() -> None:
+    statistics = extend_statistics({"cat": (0.0, 1.0, 2.0)}, ["cat", "dog", "cat"], np.array([3.0, 9.0, 2.5]), 8)
+    # cats so far 0 1 2 3 2.5: median 2; the dog is alone and held against the round 3 9 2.5: median 3
+    weights = sparse_weights(statistics, ["cat", "dog", "cat"], np.array([3.0, 9.0, 2.5]), 50.0, 2)
+    assert weights.tolist() == [1, 1, 1]
+    assert sparse_weights(statistics, ["cat", "dog", "cat"], np.array([3.0, 9.0, 2.5]), 80.0, 2).tolist() == [1, 1, 0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(rewards=REWARDS, percent=st.floats(0, 99))
+def test_what_counts_is_at_or_above_the_references_percentile_and_never_nothing(
+    rewards: list[float], percent: float
+) -> None:
+    statistics = extend_statistics({}, ["cat"] * 12, np.array(rewards), 64)
+    weights = sparse_weights(statistics, ["cat"] * 12, np.array(rewards), percent, 1)
+    bar = others.percentile(rewards, percent)
+    assert all(
+        weight == (reward >= bar) or abs(reward - bar) < 1e-9 for weight, reward in zip(weights, rewards, strict=True)
+    )
+    assert weights[int(np.argmax(rewards))] == 1
+
+
+def test_how_much_an_image_belongs_to_the_good_ones_by_hand() -> None:
+    assert optimality(np.array([-9.0, -5.0, 0.0, 2.5, 5.0, 9.0]), 5.0).tolist() == [0, 0, 0.5, 0.75, 1, 1]

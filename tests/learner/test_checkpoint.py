@@ -11,7 +11,7 @@ from common.lora_weights import pack
 from common.storage import Storage
 from learner import checkpoint as module
 from learner.checkpoint import MANIFEST, Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from learner.learner import LearnerState
+from learner.learner_state import LearnerState
 
 
 def checkpoint(rounds_done: int = 3) -> Checkpoint:

@@ -10,7 +10,7 @@ import pytest
 from common.lora_weights import pack
 from common.storage import LocalFiles, RemoteFiles, Storage
 from learner.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from learner.learner import LearnerState
+from learner.learner_state import LearnerState
 
 ON_DISK = ("put", "sync", "rename", "unlink", "make_folder", "remove_folder")
 IN_STORE = ("put", "unlink", "remove_folder")

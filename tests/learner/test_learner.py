@@ -35,6 +35,34 @@ def test_a_learner_that_sees_another_folder_than_the_driver_says_so(tables: dict
 SHIFTS = [-4e-3, -4e-4, 0.0, 4e-4, 4e-3]  # some beyond the clip range of 1e-3, on both sides
 
 
+def test_of_two_updates_on_stale_data_the_second_has_the_references_ratios_clip_and_gradient(
+    tables: dict, tiny_model: Path
+) -> None:
+    values = {**ONE_STEP, "learner__learning_rate": 3e-3}
+    once, twice = parts_with(tables, **values), parts_with(tables, **values, learner__inner_epochs=2)
+    learner = learner_of(once)
+    drawn = stale(draw_round(once, learner.weights()[-1]), SHIFTS)
+    first, after = learner.update(drawn.batch, *drawn.trajectories)
+    again = learner_of(twice)
+    both, _ = again.update(drawn.batch, *drawn.trajectories)
+
+    network = reference_network(tiny_model, after.weights[-1])
+    unconditional = reference.text_embedding(tiny_model, "").double()
+    setting = reference.Setting(model_alphas(tiny_model), num_steps=4, guidance_scale=3.0, clip_range=1e-3)
+    paths = reference_paths(drawn, tiny_model)
+    ratios = np.array(reference.ddpo_ratios(network, unconditional, paths, setting))
+    assert both["ratio/min"] == pytest.approx(min(first["ratio/min"], ratios.min()), rel=1e-5)
+    assert both["ratio/max"] == pytest.approx(max(first["ratio/max"], ratios.max()), rel=1e-5)
+    assert 2 * both["ratio/mean"] - first["ratio/mean"] == pytest.approx(ratios.mean(), abs=1e-5)
+    clipped = float((np.abs(ratios - 1) > 1e-3).mean())
+    assert 2 * both["clip_fraction"] - first["clip_fraction"] == pytest.approx(clipped, abs=1e-6)
+    assert clipped != first["clip_fraction"]  # the first update has moved some pairs over the edge
+    expected = reference.ddpo_gradient(network, unconditional, paths, setting)
+    error = relative_error(gradient_of(again), {name: value.numpy() for name, value in expected.items()})
+    print(f"relative error {error:.1e}")
+    assert error < 1e-4
+
+
 @pytest.mark.parametrize(
     ("shifts", "step_fraction"),
     [([0.0], 1.0), (SHIFTS, 1.0), (SHIFTS, 0.5)],
@@ -228,5 +256,5 @@ def test_a_micro_batch_that_does_not_fit_the_steps_with_noise_is_refused_at_the_
 
     model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)  # the last of 4 steps has no noise
     parts = parts_with({**tables, "policy": {**tables["policy"], "model": str(model)}})
-    with pytest.raises(ValueError, match="3 steps with noise.*4 images × 3 transitions, which .* = 8 does not divide"):
+    with pytest.raises(ValueError, match="4 images × 3 steps with noise = 12 pairs .*, which .* = 8 does not divide"):
         Learner(parts.policy, parts.algorithm, parts.recipe)

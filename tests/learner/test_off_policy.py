@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.diffusion.transition import Transition
-from learner.algorithms.algorithm import OffPolicySettings
+from learner.algorithms.policy_gradient import OffPolicySettings
 from learner.off_policy import behaviour_weight, decoupled_surrogate, drift_nats, to_those_left, within_drift
 from tests.reference import ddpo_reference as reference
 

@@ -15,7 +15,9 @@ from deploy.composition import Parts
 from learner.algorithms.algorithm import Algorithm, PairLoss
 from learner.algorithms.ddpo_is import DDPOImportanceSampling
 from learner.learner import Learner
-from learner.round_transitions import Pair, RoundTransitions, round_transitions
+from learner.reference_passes import Update, references_of
+from learner.round_pairs import Pair
+from learner.round_transitions import RoundTransitions, round_transitions
 from learner.weight_check import swapped_in
 from tests.gradients import ONE_STEP, gradient_of, relative_error
 from tests.reference import ddpo_reference as reference
@@ -28,6 +30,9 @@ class Watching(Algorithm):
     """DDPO-IS that asks for all references and keeps what it was given."""
 
     inner: DDPOImportanceSampling = DDPOImportanceSampling(clip_range=1e-3)
+
+    def worth(self, statistics, prompts, rewards, images_per_prompt):
+        return self.inner.worth(statistics, prompts, rewards, images_per_prompt)
 
     @property
     def needs_proximal_log_probs(self) -> bool:
@@ -200,7 +205,9 @@ def test_weights_that_are_not_the_present_ones_are_given_back_to_the_last_bit(ta
     learner, drawn = lagging(parts)
     batch, steps = drawn.batch, [[(0, 0), (1, 0)]]
     transitions = round_transitions(drawn.trajectories, batch.advantages, "cpu")
-    references = learner._references(batch, transitions, steps, learner.weights()[-1])
+    drew, present = learner.weights()
+    update = Update(transitions, [steps], drew, present)
+    references = references_of(learner._algorithm, learner._policy, update, 8)
     arrays = {name: value.detach().numpy() for name, value in learner._parameters.items()}
     assert set(references.behaviour_means) == {(0, 0), (1, 0)} and not references.proximal_log_probs
     assert pack(1, arrays).fingerprint == learner.weights()[-1].fingerprint

@@ -10,7 +10,7 @@ from common.lora_weights import pack
 from common.run_folder import RunFolder
 from deploy.composition import Parts
 from learner.checkpoint import Checkpoint, save_checkpoint
-from learner.learner import LearnerState
+from learner.learner_state import LearnerState
 from learner.resume import resume_point
 from tests.rounds import parts_with
 

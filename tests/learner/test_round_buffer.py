@@ -9,7 +9,7 @@ from common.prompts import Prompt
 from common.round_metrics import reward_metrics
 from common.schedule import Task
 from common.trajectory import Rollout, Scores, TaskReport, whole_round
-from learner.algorithms.algorithm import AdvantageSettings
+from learner.algorithms.advantage_settings import AdvantageSettings
 from learner.algorithms.ddpo_is import DDPOImportanceSampling
 from learner.round_buffer import RoundBuffer, TooManySetAside
 from tests.reference.ddpo_reference import PerPromptTracker

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.trajectory import Trajectory
-from learner.round_transitions import RoundTransitions, micro_batches, round_transitions
+from learner.round_transitions import RoundTransitions, round_transitions
 
 
 def numbered(first_image: int, prompt_index: list[int], steps: list[int]) -> Trajectory:
@@ -40,7 +40,6 @@ def test_each_row_is_the_pair_that_was_asked_for(transitions: RoundTransitions) 
     assert batch.latents[:, 0, 0, 0].tolist() == [403, 107, 7, 303]
     assert batch.next_latents[:, 0, 1, 1].tolist() == [403.5, 107.5, 7.5, 303.5]
     assert batch.old_log_probs.tolist() == [-403, -107, -7, -303]
-    assert batch.final_latents[:, 0, 0, 0].tolist() == [499, 199, 99, 399]
     assert batch.advantages.tolist() == [4, 1, 0, 3]
 
 
@@ -54,17 +53,6 @@ def test_each_row_has_its_own_images_prompt(transitions: RoundTransitions) -> No
 def test_the_pairs_of_images_are_all_their_steps(transitions: RoundTransitions) -> None:
     assert transitions.num_places == 2
     assert transitions.pairs_of(np.array([4, 1])) == [(4, 0), (1, 0), (4, 1), (1, 1)]
-
-
-def test_micro_batches_are_cut_in_order() -> None:
-    pairs = [(0, 0), (1, 0), (0, 1), (1, 1)]
-    assert list(micro_batches(pairs, 2)) == [pairs[:2], pairs[2:]]
-
-
-def test_what_is_left_over_makes_a_smaller_last_micro_batch() -> None:
-    pairs = [(0, 0), (1, 0), (0, 1)]
-    assert list(micro_batches(pairs, 2)) == [pairs[:2], pairs[2:]]
-    assert list(micro_batches([], 2)) == []
 
 
 def test_set_aside_images_are_missing_from_their_optimizer_step_and_move_no_other(

@@ -18,13 +18,15 @@ def result(loss: list[float], log_ratio: list[float], clipped: list[float]) -> P
 def summary() -> dict[str, float]:
     """Two optimizer steps, the first of two micro-batches, then three pairs looked at again."""
     metrics = UpdateMetrics(num_steps=3, latent_elements=1000)
-    metrics.add_micro_batch(result([1.0, 2.0], [0.0, -0.001], [0.0, 0.0]))
-    metrics.add_micro_batch(result([3.0, 6.0], [0.0, 0.0005], [0.0, 0.0]))
+    metrics.add_micro_batch(result([1.0, 2.0], [0.0, -0.001], [0.0, 0.0]), torch.tensor([0, 1]))
+    metrics.add_micro_batch(result([3.0, 6.0], [0.0, 0.0005], [0.0, 0.0]), torch.tensor([0, 1]))
     metrics.end_optimizer_step(torch.tensor(4.0), skipped=False)
-    metrics.add_micro_batch(result([0.0, 0.0, 0.0, 0.0], [math.log(2), 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]))
+    metrics.add_micro_batch(
+        result([0.0, 0.0, 0.0, 0.0], [math.log(2), 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 2])
+    )
     metrics.end_optimizer_step(torch.tensor(2.0), skipped=True)
-    metrics.add_divergence(torch.tensor([0, 1]), torch.tensor([-0.002, -0.006]))
-    metrics.add_divergence(torch.tensor([0]), torch.tensor([0.001]))
+    looked_at = [(torch.tensor([0, 1]), torch.tensor([-0.002, -0.006])), (torch.tensor([0]), torch.tensor([0.001]))]
+    metrics.set_divergence(looked_at)
     return metrics.summary()
 
 
@@ -51,6 +53,11 @@ def test_kl_is_minus_the_mean_log_ratio_times_the_latents_elements(summary: dict
     assert "kl_nats/step_02" not in summary  # nobody looked at that step
 
 
+def test_the_share_that_is_clipped_is_told_step_by_step(summary: dict[str, float]) -> None:
+    of_steps = [summary[f"clip_fraction/step_{step:02d}"] for step in range(3)]
+    assert of_steps == [1 / 4, 0, 0]  # at step 0 the pair that was clipped and three others
+
+
 def test_steps_are_counted_also_those_that_were_left_out(summary: dict[str, float]) -> None:
     assert summary["optimizer_steps"] == 2 and summary["optimizer_steps_skipped"] == 1
     assert summary["grad_norm"] == 4.0  # of the step that was taken: that of one left out may be infinite
@@ -59,11 +66,11 @@ def test_steps_are_counted_also_those_that_were_left_out(summary: dict[str, floa
 def test_a_step_with_nothing_left_is_counted_and_the_next_is_still_before_any_update() -> None:
     metrics = UpdateMetrics(num_steps=1, latent_elements=1)
     metrics.leave_out_optimizer_step()
-    metrics.add_micro_batch(result([1.0], [0.25], [0.0]))
+    metrics.add_micro_batch(result([1.0], [0.25], [0.0]), torch.tensor([0]))
     metrics.end_optimizer_step(torch.tensor(1.0), skipped=False)
-    metrics.add_micro_batch(result([1.0], [0.5], [0.0]))
+    metrics.add_micro_batch(result([1.0], [0.5], [0.0]), torch.tensor([0]))
     metrics.end_optimizer_step(torch.tensor(1.0), skipped=False)
-    metrics.add_divergence(torch.tensor([0]), torch.tensor([0.0]))
+    metrics.set_divergence([(torch.tensor([0]), torch.tensor([0.0]))])
     summary = metrics.summary()
     assert summary["optimizer_steps"] == 3 and summary["optimizer_steps_skipped"] == 1
     assert summary["ratio/max_abs_log"] == 0.25
@@ -75,9 +82,9 @@ def test_the_estimate_of_kl_is_right_for_two_gaussians() -> None:
     drawn = torch.randn(5000, 32, generator=generator) * 0.5
     log_ratio = (drawn.square() - (drawn - 0.1).square()).mean(1) / (2 * 0.25)
     metrics = UpdateMetrics(num_steps=1, latent_elements=32)
-    metrics.add_micro_batch(result([0.0], [0.0], [0.0]))
+    metrics.add_micro_batch(result([0.0], [0.0], [0.0]), torch.tensor([0]))
     metrics.end_optimizer_step(torch.tensor(0.0), skipped=False)
-    metrics.add_divergence(torch.zeros(5000, dtype=torch.long), log_ratio)
+    metrics.set_divergence([(torch.zeros(5000, dtype=torch.long), log_ratio)])
     assert metrics.summary()["kl_nats"] == pytest.approx(0.64, abs=0.05)
 
 
@@ -86,9 +93,9 @@ def test_what_is_masked_counts_neither_in_the_loss_nor_in_its_denominator() -> N
     for kept, weight in (([1.0, 0.0], [1.0, 2.0]), ([0.0, 1.0], [3.0, 4.0])):
         part = result([kept[0] * 6.0, kept[1] * 4.0], [0.0, 0.0], [0.0, 0.0])
         weighed = dataclasses.replace(part, kept=torch.tensor(kept), behaviour_weight=torch.tensor(weight))
-        metrics.add_micro_batch(weighed)
+        metrics.add_micro_batch(weighed, torch.tensor([0, 0]))
     metrics.end_optimizer_step(torch.tensor(1.0), skipped=False)
-    metrics.add_divergence(torch.tensor([0]), torch.tensor([0.0]))
+    metrics.set_divergence([(torch.tensor([0]), torch.tensor([0.0]))])
     summary = metrics.summary()
     assert summary["masked_fraction"] == 0.5 and summary["loss"] == 5.0 and summary["behaviour_weight/mean"] == 2.5
 
@@ -100,5 +107,23 @@ def test_an_algorithm_that_neither_masks_nor_weighs_has_no_such_metrics(summary:
 def test_gathering_keeps_no_graph() -> None:
     parameter = torch.tensor([2.0], requires_grad=True)
     metrics = UpdateMetrics(num_steps=1, latent_elements=1)
-    metrics.add_micro_batch(PairLoss(parameter * 3, torch.zeros(1), torch.zeros(1)))
+    metrics.add_micro_batch(PairLoss(parameter * 3, torch.zeros(1), torch.zeros(1)), torch.tensor([0]))
     assert not metrics._results[0].loss.requires_grad
+
+
+def test_a_loss_without_a_ratio_has_no_metrics_of_one_and_a_kl_to_the_pretrained_model_has_its_mean() -> None:
+    metrics = UpdateMetrics(num_steps=2, latent_elements=4)
+    metrics.add_micro_batch(PairLoss(torch.tensor([1.0, 2.0])), None)
+    metrics.end_optimizer_step(torch.tensor(1.0), skipped=False)
+    summary = metrics.summary()
+    assert summary["loss"] == 1.5 and not [name for name in summary if name.startswith(("ratio", "clip"))]
+    assert "kl_reference_nats" not in summary and math.isnan(summary["kl_nats"])
+    pulled = dataclasses.replace(result([0.0, 0.0], [0.0, 0.0], [0.0, 0.0]), kl_reference=torch.tensor([1.0, 3.0]))
+    metrics = UpdateMetrics(num_steps=2, latent_elements=4)
+    metrics.add_micro_batch(pulled, torch.tensor([0, 1]))
+    assert metrics.summary()["kl_reference_nats"] == 2
+
+
+def test_a_round_in_which_nothing_is_learned_from_has_no_number_for_its_loss() -> None:
+    summary = UpdateMetrics(num_steps=1, latent_elements=1).summary()
+    assert math.isnan(summary["loss"]) and summary["optimizer_steps"] == 0

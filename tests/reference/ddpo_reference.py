@@ -163,7 +163,14 @@ def ddpo_gradient(
     return {name: value.grad.clone() for name, value in unet.named_parameters() if value.grad is not None}
 
 
-def _step_loss(unet: nn.Module, unconditional: Tensor, path: ImagePath, place: int, setting: Setting) -> Tensor:
+@torch.no_grad()
+def ddpo_ratios(unet: nn.Module, unconditional: Tensor, paths: list[ImagePath], setting: Setting) -> list[float]:
+    """π_θ / π_old of every step of every image."""
+    places = [(path, place) for path in paths for place in range(len(path.steps))]
+    return [float(_ratio(unet, unconditional, path, place, setting)) for path, place in places]
+
+
+def _ratio(unet: nn.Module, unconditional: Tensor, path: ImagePath, place: int, setting: Setting) -> Tensor:
     timestep = leading_timesteps(setting.num_steps)[path.steps[place]]
     alpha = float(setting.alphas[timestep])
     following_alpha = next_alpha(setting.alphas, timestep, setting.num_steps, set_alpha_to_one=False)
@@ -175,7 +182,11 @@ def _step_loss(unet: nn.Module, unconditional: Tensor, path: ImagePath, place: i
     mean = ddim_mean(*clean_and_noise("epsilon", latents, output, alpha), following_alpha, sigma)
     constant = math.log(sigma * math.sqrt(2 * math.pi))
     log_prob = (-((next_latents - mean) ** 2) / (2 * sigma**2)).mean() - constant
-    ratio = torch.exp(log_prob - path.old_log_probs[place])
+    return torch.exp(log_prob - path.old_log_probs[place])
+
+
+def _step_loss(unet: nn.Module, unconditional: Tensor, path: ImagePath, place: int, setting: Setting) -> Tensor:
+    ratio = _ratio(unet, unconditional, path, place, setting)
     advantage = min(max(path.advantage, -5.0), 5.0)
     held = torch.clamp(ratio, 1 - setting.clip_range, 1 + setting.clip_range)
     return torch.max(-advantage * ratio, -advantage * held)

@@ -37,4 +37,4 @@ def final_fingerprint(recipe: Recipe, **how: bool) -> str:
     train(recipe, **how)
     newest = newest_checkpoint(RunFolder(recipe.run_path()).checkpoints)
     assert newest is not None and newest.name == f"round-{recipe.rounds:06d}"
-    return load_checkpoint(newest).learner.weights[-1].fingerprint
+    return load_checkpoint(newest).learner.trained.fingerprint

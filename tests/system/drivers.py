@@ -67,4 +67,4 @@ def committed_fingerprint(recipe: Recipe) -> str:
     """Of the weights in a finished run's last checkpoint."""
     newest = newest_checkpoint(RunFolder(recipe.run_path()).checkpoints)
     assert newest is not None and newest.name == f"round-{recipe.rounds:06d}"
-    return load_checkpoint(newest).learner.weights[-1].fingerprint
+    return load_checkpoint(newest).learner.trained.fingerprint

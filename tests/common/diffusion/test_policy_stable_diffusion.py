@@ -114,18 +114,19 @@ def test_pictures_are_those_of_diffusers_own_pipeline(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @torch.no_grad()
-def test_the_denoising_loss_is_the_mean_squared_error_of_the_prediction_by_hand(kind: str, tmp_path: Path) -> None:
+def test_denoising_gives_the_guided_prediction_and_its_target_by_hand(kind: str, tmp_path: Path) -> None:
     policy = tiny_policy(save_tiny_pipeline(tmp_path / "model", prediction_type=kind), "sampler")
     clean, noise, timesteps = some_latents(3, 1), some_latents(3, 2), torch.tensor([900, 500, 3])
     conditioning = rows_of(policy, ["a cat", "a dog", "a cow"])
-    losses = policy.denoising_loss(clean, noise, timesteps, conditioning)
+    predicted, target = policy.denoise(clean, noise, timesteps, conditioning)
     for row, timestep in enumerate(timesteps.tolist()):
         alpha = float(ALPHAS[timestep])
         noised = alpha**0.5 * clean[row : row + 1] + (1 - alpha) ** 0.5 * noise[row : row + 1]
-        # No guidance here: the network is asked about the prompt alone.
-        predicted = policy.network(noised, timestep, conditioning["prompt_embeds"][row : row + 1]).sample[0]
-        target = noise[row] if kind == "epsilon" else alpha**0.5 * noise[row] - (1 - alpha) ** 0.5 * clean[row]
-        assert float(losses[row]) == pytest.approx(float(((predicted - target) ** 2).mean()), rel=1e-4)
+        plain = policy.network(noised, timestep, policy.encode([""])["prompt_embeds"]).sample[0]
+        prompted = policy.network(noised, timestep, conditioning["prompt_embeds"][row : row + 1]).sample[0]
+        torch.testing.assert_close(predicted[row], plain + 3.0 * (prompted - plain), rtol=1e-4, atol=1e-5)
+        expected = noise[row] if kind == "epsilon" else alpha**0.5 * noise[row] - (1 - alpha) ** 0.5 * clean[row]
+        torch.testing.assert_close(target[row], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_learner_has_neither_text_encoder_nor_decoder_and_the_same_network(

@@ -1,0 +1,53 @@
+"""How advantages come from rewards: the keys of `[algorithm.advantages]`."""
+
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+from pydantic import Field, model_validator
+
+from common.config import Recipe
+from common.registry import Entry
+from learner.advantages import (
+    PromptStatistics,
+    extend_statistics,
+    group_advantages,
+    per_prompt_advantages,
+    round_advantages,
+)
+
+
+class AdvantageSettings(Entry):
+    """Per-prompt running statistics (the default of the lineage), the whole round's, or a group's (GRPO)."""
+
+    kind: Literal["per_prompt", "round", "group"] = "per_prompt"
+    buffer_size: int = Field(default=32, ge=1)  # rewards kept a prompt
+    min_count: int = Field(default=16, ge=1)  # with fewer, the whole round's mean and deviation
+    group_deviation: Literal["group", "round"] = "group"  # by whose deviation a group's distances are divided
+
+    @model_validator(mode="after")
+    def _buffer_holds_min_count(self) -> "AdvantageSettings":
+        if self.min_count > self.buffer_size:
+            raise ValueError(
+                f"min_count {self.min_count} is above buffer_size {self.buffer_size}: it would never be reached"
+            )
+        return self
+
+    def check(self, recipe: Recipe) -> None:
+        """ValueError: advantages within groups, and groups of one."""
+        if self.kind == "group" and recipe.prompts.images_per_prompt < 2:
+            raise ValueError(
+                f"algorithm.advantages.kind is 'group' and prompts.images_per_prompt {recipe.prompts.images_per_prompt}: "
+                "a group needs at least 2 images of one prompt"
+            )
+
+    def advantages(
+        self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
+    ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
+        """The statistics with this round in them, and each image's advantage."""
+        if self.kind == "round":
+            return statistics, round_advantages(rewards)
+        if self.kind == "group":
+            return statistics, group_advantages(rewards, images_per_prompt, self.group_deviation)
+        statistics = extend_statistics(statistics, prompts, rewards, self.buffer_size)
+        return statistics, per_prompt_advantages(statistics, prompts, rewards, self.min_count)

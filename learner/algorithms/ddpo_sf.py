@@ -1,0 +1,31 @@
+"""DDPO-SF: the score-function estimator, REINFORCE on every denoising step (DDPO, section 4.3)."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from common.config import Recipe
+from common.diffusion.transition import Transition
+from common.trajectory import TransitionBatch
+from learner.algorithms.algorithm import PairLoss
+from learner.algorithms.policy_gradient import PolicyGradient
+from learner.losses import score_function
+
+
+class DDPOScoreFunction(PolicyGradient):
+    """It has no ratio, so its data must be the present policy's own: one optimizer step a round, and no lag."""
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        steps = recipe.images_per_round // recipe.learner.images_per_step * recipe.learner.inner_epochs
+        if steps != 1 or recipe.max_policy_lag:
+            raise ValueError(
+                f"ddpo_sf is an estimate on fresh data alone, and this recipe has {steps} optimizer steps a round and "
+                f"max_policy_lag = {recipe.max_policy_lag}: give learner.batch_size × gradient_accumulation_steps = "
+                f"{recipe.images_per_round}, inner_epochs = 1 and max_policy_lag = 0, or use ddpo_is"
+            )
+
+    def transition_loss(
+        self, transition: Transition, batch: TransitionBatch, advantages: Float[Tensor, "B"]
+    ) -> PairLoss:
+        log_prob = transition.log_prob(batch.next_latents)
+        return PairLoss(score_function(log_prob, advantages), (log_prob - batch.old_log_probs).detach())

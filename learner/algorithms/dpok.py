@@ -1,0 +1,11 @@
+"""DPOK (Fan et al. 2023, arXiv 2305.16381): the policy gradient with a KL to the pretrained model; no value network."""
+
+from pydantic import Field
+
+from learner.algorithms.policy_gradient import ClippedPolicyGradient
+
+
+class DPOK(ClippedPolicyGradient):
+    """The pretrained model is the same network with its adapters switched off: no second one is held."""
+
+    kl_coef: float = Field(default=0.01, ge=0)

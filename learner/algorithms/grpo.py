@@ -1,0 +1,10 @@
+"""GRPO on denoising steps (Flow-GRPO, arXiv 2505.05470; DanceGRPO): advantages within a prompt's group, optional KL."""
+
+from learner.algorithms.advantage_settings import AdvantageSettings
+from learner.algorithms.policy_gradient import ClippedPolicyGradient
+
+
+class GRPO(ClippedPolicyGradient):
+    """A group is the `prompts.images_per_prompt` images of one prompt in one round; `kl_coef` 0 leaves the KL out."""
+
+    advantages: AdvantageSettings = AdvantageSettings(kind="group")

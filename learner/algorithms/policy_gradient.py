@@ -1,0 +1,161 @@
+"""What algorithms on the path's own steps share: advantages, weights of steps, the clip, and the KL to the pretrained model."""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from common.config import Recipe
+from common.diffusion.policy import Policy
+from common.diffusion.transition import Transition
+from common.registry import Entry
+from common.trajectory import NoisedBatch, TransitionBatch
+from learner.advantages import PromptStatistics
+from learner.algorithms.advantage_settings import AdvantageSettings
+from learner.algorithms.algorithm import Algorithm, PairLoss
+from learner.losses import gaussian_kl
+from learner.off_policy import behaviour_weight, decoupled_surrogate, drift_nats, within_drift
+
+CLIP_RANGE = 1e-4  # the lineage's, on the mean scale
+
+
+class OffPolicySettings(Entry):
+    """What is made of a policy that has moved since it drew (`learner/off_policy.py`); by default nothing but the ratio."""
+
+    ratio: Literal["behaviour", "proximal"] = "behaviour"  # against the policy that drew, or that at the update's start
+    # Weigh pairs by π_prox / π_behaviour, its logarithm held within ± this on the scale of log_prob; none: by 1.
+    behaviour_weight: float | None = Field(default=None, gt=0)
+    max_drift_nats: float | None = Field(default=None, gt=0)  # of a step's mean; a pair beyond is left out
+
+    @model_validator(mode="after")
+    def _weight_belongs_to_the_proximal_ratio(self) -> "OffPolicySettings":
+        if self.behaviour_weight is not None and self.ratio != "proximal":
+            raise ValueError(
+                f"behaviour_weight is {self.behaviour_weight} and ratio {self.ratio!r}, which has that weight in it "
+                'already: give ratio = "proximal", or no behaviour_weight'
+            )
+        return self
+
+
+class PolicyGradient(Algorithm, ABC):
+    """An algorithm that moves the log_prob of the steps that were drawn; advantages are held within a limit."""
+
+    advantages: AdvantageSettings = AdvantageSettings()
+    advantage_clip: float = Field(default=5.0, gt=0)
+    step_weights: tuple[float, ...] = ()  # of the loss, one a step of the path; none: all 1
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        self.advantages.check(recipe)
+        count, steps = len(self.step_weights), recipe.sampling.num_steps
+        if self.step_weights and (count != steps or min(self.step_weights) < 0 or not any(self.step_weights)):
+            raise ValueError(
+                f"algorithm.step_weights has {count} numbers from {min(self.step_weights)} to {max(self.step_weights)}: "
+                f"it must have sampling.num_steps = {steps} of them, none below 0 and not all of them 0"
+            )
+
+    def worth(
+        self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
+    ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
+        return self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)
+
+    def pair_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch) -> PairLoss:
+        assert isinstance(batch, TransitionBatch), "the path's own steps are learned from"
+        transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
+        limited = batch.advantages.clamp(-self.advantage_clip, self.advantage_clip)
+        if self.step_weights:
+            limited = limited * torch.tensor(self.step_weights, device=limited.device)[batch.steps]
+        return self.transition_loss(transition, batch, limited)
+
+    @abstractmethod
+    def transition_loss(
+        self, transition: Transition, batch: TransitionBatch, advantages: Float[Tensor, "B"]
+    ) -> PairLoss:
+        """The loss of each pair, from its distribution under the present weights and its advantage, limited and weighted."""
+
+
+class ClippedPolicyGradient(PolicyGradient, ABC):
+    """PPO's clipped surrogate on every denoising step, with what may be made of lag and of the pretrained model.
+
+    `clip_range` stands on the scale of `log_prob`, the mean over latent elements; `clip_nats` on that of a step, whatever the
+    resolution. `kl_coef` stands on the mean scale and `kl_coef_nats` on that of a step in the same way.
+    """
+
+    clip_range: float | None = Field(default=None, gt=0)  # neither this nor clip_nats: CLIP_RANGE
+    clip_nats: float | None = Field(default=None, gt=0)
+    kl_coef: float = Field(default=0.0, ge=0)
+    kl_coef_nats: float = Field(default=0.0, ge=0)
+    off_policy: OffPolicySettings = OffPolicySettings()
+
+    @model_validator(mode="after")
+    def _one_scale_each(self) -> "ClippedPolicyGradient":
+        if self.clip_range is not None and self.clip_nats is not None:
+            raise ValueError(f"clip_range is {self.clip_range} and clip_nats {self.clip_nats}: give one of the two")
+        if self.kl_coef and self.kl_coef_nats:
+            raise ValueError(f"kl_coef is {self.kl_coef} and kl_coef_nats {self.kl_coef_nats}: give one of the two")
+        return self
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        if self.needs_reference_means and recipe.policy.table().get("train") == "full":
+            raise ValueError(
+                f"algorithm.kl_coef is {self.kl_coef or self.kl_coef_nats} and policy.train 'full': the pretrained model is "
+                'the network with its adapters switched off, so a KL to it needs policy.train = "lora"'
+            )
+
+    def clip(self, latent_elements: int) -> float:
+        """The clip range on the mean scale, for latents of so many elements."""
+        return self.clip_nats / latent_elements if self.clip_nats is not None else self.clip_range or CLIP_RANGE
+
+    @property
+    def needs_proximal_log_probs(self) -> bool:
+        return self.off_policy.ratio == "proximal"
+
+    @property
+    def needs_behaviour_means(self) -> bool:
+        return self.off_policy.max_drift_nats is not None
+
+    @property
+    def needs_reference_means(self) -> bool:
+        return self.kl_coef > 0 or self.kl_coef_nats > 0
+
+    def transition_loss(
+        self, transition: Transition, batch: TransitionBatch, advantages: Float[Tensor, "B"]
+    ) -> PairLoss:
+        clip_range = self.clip(batch.latents[0].numel())
+        log_prob = transition.log_prob(batch.next_latents)
+        log_ratio = (log_prob - batch.old_log_probs).detach()
+        anchor = self._ratios_denominator(log_prob, batch)
+        kept = self._kept(transition, batch)
+        if kept is not None:  # a masked pair has ratio 1 and no gradient, however far it has moved
+            log_prob = torch.where(kept > 0, log_prob, anchor)
+        weight = self._weight(anchor, batch)
+        ones = torch.ones_like(anchor)
+        loss = decoupled_surrogate(log_prob, anchor, ones if weight is None else weight, advantages, clip_range)
+        clipped = (((log_prob - anchor).detach().exp() - 1).abs() > clip_range).float()
+        loss = loss if kept is None else loss * kept
+        if batch.reference_means is None:
+            return PairLoss(loss, log_ratio, clipped, kept, weight)
+        kl = gaussian_kl(transition, Transition(batch.reference_means, transition.std))
+        pull = (self.kl_coef_nats or self.kl_coef / batch.latents[0].numel()) * kl
+        return PairLoss(loss + pull, log_ratio, clipped, kept, weight, kl.detach())
+
+    def _ratios_denominator(self, log_prob: Float[Tensor, "B"], batch: TransitionBatch) -> Float[Tensor, "B"]:
+        if self.off_policy.ratio == "behaviour":
+            return batch.old_log_probs
+        return log_prob.detach() if batch.proximal_log_probs is None else batch.proximal_log_probs
+
+    def _weight(self, anchor: Float[Tensor, "B"], batch: TransitionBatch) -> Float[Tensor, "B"] | None:
+        band = self.off_policy.behaviour_weight
+        return None if band is None else behaviour_weight(anchor, batch.old_log_probs, band)
+
+    def _kept(self, transition: Transition, batch: TransitionBatch) -> Float[Tensor, "B"] | None:
+        limit = self.off_policy.max_drift_nats
+        if limit is None:
+            return None
+        means = transition.mean.detach() if batch.behaviour_means is None else batch.behaviour_means
+        return within_drift(drift_nats(transition, Transition(means, transition.std)), limit)

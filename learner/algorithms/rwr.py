@@ -1,0 +1,31 @@
+"""RWR: reward-weighted regression, the denoising loss with each image weighted by its reward (DDPO, section 4.2)."""
+
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from common.trajectory import NoisedBatch
+from learner.advantages import PromptStatistics, softmax_weights
+from learner.algorithms.forward_process import ForwardProcess
+from learner.losses import squared_error
+
+
+class RewardWeightedRegression(ForwardProcess):
+    """An image's weight is ∝ exp(inverse_temperature · reward), with mean 1 over the round or over the prompt's images in it."""
+
+    inverse_temperature: float = Field(default=0.2, gt=0)
+    over: Literal["round", "prompt"] = "round"
+
+    def worth(
+        self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
+    ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
+        groups = prompts if self.over == "prompt" else [""] * len(prompts)
+        return statistics, softmax_weights(rewards, groups, self.inverse_temperature)
+
+    def noised_loss(
+        self, predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], batch: NoisedBatch
+    ) -> Float[Tensor, "B"]:
+        return batch.worth * squared_error(predicted, target)

@@ -1,0 +1,36 @@
+"""RWR-sparse: reward-weighted regression with weights 0 and 1, so on the best images alone (DDPO, section 4.2)."""
+
+import numpy as np
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from common.trajectory import NoisedBatch
+from learner.advantages import PromptStatistics, extend_statistics, sparse_weights
+from learner.algorithms.forward_process import ForwardProcess
+from learner.losses import squared_error
+
+
+class SparseRewardWeightedRegression(ForwardProcess):
+    """An image counts where its reward is at or above this percentile of its prompt's last rewards, this round's among them.
+
+    A prompt with fewer than `min_count` of them is held against the whole round. What does not count enters no optimizer step.
+    """
+
+    percentile: float = Field(default=90.0, ge=0, lt=100)
+    buffer_size: int = Field(default=256, ge=1)  # rewards kept a prompt
+    min_count: int = Field(default=16, ge=1)
+
+    def teaches(self, worth: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
+        return worth != 0
+
+    def worth(
+        self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
+    ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
+        statistics = extend_statistics(statistics, prompts, rewards, self.buffer_size)
+        return statistics, sparse_weights(statistics, prompts, rewards, self.percentile, self.min_count)
+
+    def noised_loss(
+        self, predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], batch: NoisedBatch
+    ) -> Float[Tensor, "B"]:
+        return squared_error(predicted, target)

@@ -1,0 +1,207 @@
+"""Updates of every algorithm on a real pipeline: what is learned from, under which weights, and to which bits."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.diffusion.lora import load_weights, trained_parameters
+from common.lora_weights import averaged, pack
+from common.storage import Storage
+from deploy.composition import Parts
+from learner.algorithms import ALGORITHMS
+from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from learner.learner import Learner
+from learner.learner_state import LearnerState
+from learner.round_transitions import RoundTransitions, round_transitions
+from tests.gradients import ONE_STEP, gradient_of, relative_error
+from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
+
+
+def of(tables: dict, name: str, **values: object) -> Parts:
+    """The small recipe with another algorithm, in a shape that goes with any: groups of two, one optimizer step."""
+    keys = {"prompts__images_per_prompt": 2, "learner__batch_size": 8, "learner__micro_batch_size": 8}
+    return parts_with({**tables, "algorithm": {"name": name}}, **{**keys, **values})
+
+
+def worthy(drawn: DrawnRound, parts: Parts) -> DrawnRound:
+    """The round with what the algorithm makes of rewards that it could have had."""
+    rewards = np.random.default_rng(drawn.batch.round).normal(size=len(drawn.batch.advantages))
+    prompts = [prompt.text for report in drawn.batch.reports for prompt in report.task.prompts]
+    _, worth = parts.algorithm.worth({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
+    return DrawnRound(dataclasses.replace(drawn.batch, advantages=worth), drawn.trajectories)
+
+
+def learn(learner: Learner, parts: Parts, round: int) -> tuple[dict[str, float], LearnerState]:
+    lag = parts.recipe.max_policy_lag
+    drawn = worthy(draw_round(parts, learner.weights()[0] if lag else learner.weights()[-1], round), parts)
+    return learner.update(drawn.batch, *drawn.trajectories)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_run_that_goes_on_from_its_checkpoint_arrives_at_the_same_bits(
+    name: str, tables: dict, tmp_path: Path
+) -> None:
+    parts = of(tables, name)
+    learner = learner_of(parts)
+    _, after = learn(learner, parts, 0)
+    saved = save_checkpoint(Storage(tmp_path), Checkpoint(1, after, {}), keep=1)
+    resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
+    resumed.load_state(load_checkpoint(saved).learner)
+    ends = [learn(each, parts, 1)[1] for each in (learner, resumed)]
+    assert ends[0].trained.fingerprint == ends[1].trained.fingerprint != after.trained.fingerprint
+    assert [each.weights[-1].fingerprint for each in ends] == [ends[0].weights[-1].fingerprint] * 2
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "ddpo_sf"])
+def test_at_a_lag_every_algorithm_learns_from_what_an_older_version_drew(name: str, tables: dict) -> None:
+    parts = of(tables, name, max_policy_lag=1)
+    learner = learner_of(parts)
+    first, _ = learn(learner, parts, 0)
+    metrics, _ = learn(learner, parts, 1)
+    assert (
+        metrics["log_prob_check/max_abs"] < 1e-5 and np.isfinite(metrics["loss"]) and first["loss"] != metrics["loss"]
+    )
+
+
+def test_samplers_draw_with_the_moving_average_where_the_algorithm_has_one(tables: dict) -> None:
+    tables = {**tables, "algorithm": {"name": "diffusion_nft", "average_decay_growth": 0.25, "average_decay_max": 0.4}}
+    parts = parts_with(tables, learner__micro_batch_size=4)
+    learner = learner_of(parts)
+    start = learner.weights()[-1]
+    _, one = learn(learner, parts, 0)
+    _, two = learn(learner, parts, 1)
+    first = 0.25 * start.buffer + 0.75 * one.trained.buffer
+    np.testing.assert_allclose(one.weights[-1].buffer, first, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(two.weights[-1].buffer, 0.4 * first + 0.6 * two.trained.buffer, rtol=1e-6, atol=1e-8)
+    assert two.own_weights is not None and two.weights[-1].policy_version == two.own_weights.policy_version == 2
+    assert averaged(start, one.trained, 0.0).fingerprint == one.trained.fingerprint
+
+
+def test_an_algorithm_without_an_average_publishes_what_it_trains_and_saves_it_once(tables: dict) -> None:
+    parts = of(tables, "ddpo_is")
+    _, after = learn(learner_of(parts), parts, 0)
+    assert after.own_weights is None and after.trained is after.weights[-1]
+
+
+def test_old_predictions_are_those_of_the_weights_that_drew(tables: dict) -> None:
+    """At lag 1: the gradient of a network that is held against what it predicted two versions ago."""
+    algorithm = {"name": "diffusion_nft", "noisings": 2}
+    parts = parts_with({**tables, "algorithm": algorithm}, max_policy_lag=1, learner__micro_batch_size=1, **ONE_STEP)
+    learner = learner_of(parts)
+    learn(learner, parts, 0)
+    drew, present = learner.weights()[0], learner.state().trained
+    drawn = worthy(draw_round(parts, drew, 1), parts)
+    policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
+    pairs = learner._pairs_of(drawn.batch, _transitions(drawn))
+    load_weights(policy.network, drew)
+    every = pairs.pairs_of(np.arange(4))
+    with torch.no_grad():
+        old = [_denoise(policy, pairs.batch([pair]))[0] for pair in every]
+    load_weights(policy.network, present)
+    loss = torch.zeros(())
+    for pair, before in zip(every, old, strict=True):
+        batch = pairs.batch([pair])
+        predicted, target = _denoise(policy, batch)
+        r = float(batch.worth)
+        for share, branch in ((r, predicted), (1 - r, 2 * before - predicted)):  # β = 1
+            error = branch - target
+            loss = loss + share * error.square().mean() / error.detach().abs().mean() / len(every)
+    loss.backward()
+    expected = {name: value.grad.numpy() for name, value in trained_parameters(policy.network).items()}
+    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    error = relative_error(gradient_of(learner), expected)
+    print(f"relative error {error:.1e}")
+    assert error < 1e-4 and metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+def _transitions(drawn: DrawnRound) -> RoundTransitions:
+    return round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
+
+
+def _denoise(policy, batch):
+    return policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)
+
+
+def test_a_fresh_adapter_has_no_kl_to_the_pretrained_model_and_a_moved_one_has_the_one_by_hand(tables: dict) -> None:
+    parts = parts_with({**tables, "algorithm": {"name": "dpok"}}, **ONE_STEP)
+    fresh = Learner(parts.policy, parts.algorithm, parts.recipe)
+    drawn = draw_round(parts, fresh.weights()[-1])
+    assert fresh.update(drawn.batch, *drawn.trajectories)[0]["kl_reference_nats"] == 0
+
+    learner = learner_of(parts)
+    drawn = draw_round(parts, learner.weights()[-1])
+    policy = parts.policy.load(
+        "cpu", parts.recipe.sampling, "learner"
+    )  # adapters fresh from their start change nothing
+    transitions = _transitions(drawn)
+    batch = transitions.batch(transitions.pairs_of(np.arange(4)))
+    with torch.no_grad():
+        pretrained = policy.transition(batch.latents, batch.steps, batch.conditioning)
+        load_weights(policy.network, learner.weights()[-1])
+        moved = policy.transition(batch.latents, batch.steps, batch.conditioning)
+    distance = ((moved.mean - pretrained.mean).double() / moved.std.view(-1, 1, 1, 1)).square().flatten(1).sum(1) / 2
+    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    assert metrics["kl_reference_nats"] == pytest.approx(float(distance.mean()), rel=1e-4)
+    assert float(distance.mean()) > 1
+
+
+def test_the_kl_pulls_the_policy_back_to_the_pretrained_model(tables: dict) -> None:
+    def distance(coefficient: float) -> float:
+        table = {"name": "dpok", "kl_coef": coefficient}
+        parts = parts_with({**tables, "algorithm": table}, learner__learning_rate=1e-2)
+        learner = learner_of(parts)
+        for round in range(3):
+            drawn = draw_round(parts, learner.weights()[-1], round)
+            batch = dataclasses.replace(drawn.batch, advantages=np.zeros(8))
+            metrics, _ = learner.update(batch, *drawn.trajectories)
+        return metrics["kl_reference_nats"]
+
+    assert distance(10.0) < 0.8 * distance(1e-9)
+
+
+def test_only_the_images_that_count_enter_the_sparse_steps(tables: dict) -> None:
+    parts = parts_with({**tables, "algorithm": {"name": "rwr_sparse"}}, learner__micro_batch_size=2)
+    learner = learner_of(parts)
+    drawn = draw_round(parts, learner.weights()[-1])
+    batch = dataclasses.replace(drawn.batch, advantages=np.array([1.0, 0, 0, 1, 1, 0, 1, 1]), set_aside=())
+    steps = learner._optimizer_steps_of(batch, learner._pairs_of(batch, _transitions(drawn)), 0)
+    assert [len(step) for step in steps] == [4, 1]
+    assert {image for step in steps for image, _ in step} == {0, 3, 4, 6, 7}
+    metrics, _ = learner.update(batch, *drawn.trajectories)
+    assert metrics["optimizer_steps"] == 2 and "ratio/mean" not in metrics and np.isfinite(metrics["kl_nats"])
+
+
+def test_inner_epochs_end_when_the_budget_of_kl_is_spent(tables: dict) -> None:
+    values = {"learner__inner_epochs": 4, "learner__learning_rate": 3e-3}
+
+    def update(**more: object) -> tuple[float, str]:
+        parts = parts_with(tables, **values, **more)
+        learner = learner_of(parts)
+        drawn = draw_round(parts, learner.weights()[-1])
+        metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+        return metrics["optimizer_steps"], after.trained.fingerprint
+
+    assert update() == update(learner__max_kl_nats=1e9)
+    assert update()[0] == 8 and update(learner__max_kl_nats=1e-9)[0] == 2
+    assert update(learner__max_kl_nats=1e-9)[1] == update(learner__max_kl_nats=1e-9)[1] != update()[1]
+
+
+def test_a_window_is_learned_from_with_a_ratio_of_one(tables: dict) -> None:
+    parts = parts_with(tables, sampling__window=2, learner__micro_batch_size=4)
+    learner = learner_of(parts)
+    drawn = draw_round(parts, learner.weights()[-1])
+    assert all(trajectory.steps.shape == (4, 2) for trajectory in drawn.trajectories)
+    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    assert metrics["ratio/max_abs_log"] < 1e-5
+    start = int(drawn.trajectories[0].steps[0, 0])
+    assert {name for name in metrics if name.startswith("kl_nats/")} == {
+        f"kl_nats/step_{start + step:02d}" for step in (0, 1)
+    }
+
+
+def test_an_average_of_weights_is_packed_like_them() -> None:
+    old, new = pack(3, {"a": np.array([1.0, 2.0], np.float32)}), pack(4, {"a": np.array([3.0, 6.0], np.float32)})
+    assert averaged(old, new, 0.25).buffer.tolist() == [2.5, 5.0] and averaged(old, new, 0.25).policy_version == 4
