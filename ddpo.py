@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +83,18 @@ def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], b
     verb.add_argument("replayed", metavar="RUN", help="a run's folder")
     verb.add_argument("--round", type=int, required=True, help="counted from 0")
     verb.set_defaults(run=_replay)
+    _add_migrate(verbs)
     return parser, lambda options: options.verb in ("train", "plan", "report", "sample", "replay")
+
+
+def _add_migrate(verbs: Any) -> None:
+    verb = verbs.add_parser("migrate", help="turn the DDPOConfig of a run in TRL into a recipe")
+    verb.add_argument("config", help="its fields as a JSON object; what is missing has TRL's default")
+    verb.add_argument("--processes", type=int, default=1, metavar="N", help="that accelerate had")
+    verb.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="by default %(default)s")
+    verb.add_argument("--reward", default="aesthetic", help="a name, or module:function; by default %(default)s")
+    verb.add_argument("--output", metavar="FILE", help="where to write the recipe; by default it is printed")
+    verb.set_defaults(run=_migrate)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -148,6 +160,20 @@ def _replay(options: argparse.Namespace) -> int:
     replayed = replay(options.replayed, options.round, options.overrides)
     print(replayed.text)
     return 0 if replayed.equal else 1
+
+
+def _migrate(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from deploy.commands.migrate import Beside, migrate, read_config, write_recipe
+
+    beside = Beside(options.processes, options.model, options.reward)
+    migrated = migrate(read_config(Path(options.config)), beside)
+    print(*migrated.lines, sep="\n", file=sys.stderr)
+    if options.output:
+        print(write_recipe(Path(options.output), migrated))
+    else:
+        print(migrated.toml, end="")
 
 
 if __name__ == "__main__":

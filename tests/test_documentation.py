@@ -67,6 +67,7 @@ def test_the_example_rewards_score_pictures(tmp_path: Path) -> None:
 @pytest.mark.system
 def test_the_readmes_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
     (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    (tmp_path / "config.json").write_text(blocks(ROOT / "docs" / "coming_from_trl.md", "json")[0])
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in commands("ddpo "):
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
