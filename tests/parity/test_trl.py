@@ -96,7 +96,8 @@ def test_three_rounds_with_statistics_of_each_prompt_are_those_of_trl(tables: di
     both = run_both(parts, rewards, tmp_path / "job")
     assert_equal_but_for_rounding(both, clip_range=2e-4)
     assert len(both.gradient_errors()) == 6
-    assert np.sqrt(sum(float((both.ours[f"round2/step1/gradient/{name}"] ** 2).sum()) for name in both.start)) < 0.0101
+    last = [both.trl[f"round2/step1/gradient/{name}"] for name in both.start]
+    assert np.sqrt(sum(float((gradient**2).sum()) for gradient in last)) == pytest.approx(0.01, rel=1e-3)  # limited
 
 
 def test_an_update_on_stale_data_is_clipped_as_in_trl(tables: dict, tmp_path: Path) -> None:
