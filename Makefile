@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TRL_VENV := .venv-parity
 # Ray switches token authentication on by itself; both sides of a cluster must agree, so it is said here.
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system same-bits check bench demo-seeds lag-study overlap broadcast soak pretrain clean
+.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study overlap broadcast soak pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -14,13 +15,16 @@ demo: $(VENV)/installed
 	$(BIN)/ddpo report runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not system and not same_bits" tests
+	$(BIN)/python -m pytest -m "not system and not same_bits and not parity" tests
 
 test-system: $(VENV)/installed
 	$(BIN)/python -m pytest -m system tests
 
 same-bits: $(VENV)/installed
 	$(BIN)/python -m pytest -m "system or same_bits" tests/system/test_same_bits.py tests/system/test_resume.py
+
+parity: $(VENV)/installed $(TRL_VENV)/installed
+	$(BIN)/python -m pytest -m parity -s tests/parity
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -57,5 +61,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+$(TRL_VENV)/installed: tests/parity/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --requirement tests/parity/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(TRL_VENV) runs
