@@ -8,8 +8,8 @@ from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 where it went well, 1 where a run broke off or a replay differs, 2 where the user has to change
-    something.
+    """Run one verb; 0 where it went well, 1 where a run broke off, a replay differs or the doctor finds a fault, 2 where
+    the user has to change something.
 
     128 + its number where a signal stopped it.
     """
@@ -56,6 +56,10 @@ def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], b
     verb.add_argument("recipe")
     verb.set_defaults(run=_plan)
 
+    verb = verbs.add_parser("doctor", help="say what would go wrong with a recipe here, before it does")
+    verb.add_argument("recipe")
+    verb.set_defaults(run=_doctor)
+
     verb = verbs.add_parser("scale", help="give a living run another number of samplers or reward workers")
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
     verb.add_argument("--samplers", type=int, metavar="N")
@@ -84,7 +88,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], b
     verb.add_argument("--round", type=int, required=True, help="counted from 0")
     verb.set_defaults(run=_replay)
     _add_migrate(verbs)
-    return parser, lambda options: options.verb in ("train", "plan", "report", "sample", "replay")
+    return parser, lambda options: options.verb in ("train", "plan", "doctor", "report", "sample", "replay")
 
 
 def _add_migrate(verbs: Any) -> None:
@@ -122,6 +126,13 @@ def _plan(options: argparse.Namespace) -> None:
     from deploy.commands.plan import plan
 
     print(plan(Recipe.load(options.recipe, options.overrides)))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from common.config import Recipe
+    from deploy.commands.doctor import doctor
+
+    return doctor(Recipe.load(options.recipe, options.overrides))
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -38,6 +40,31 @@ def hub_answers(seconds: float = 5) -> bool:
     except OSError:
         return False
     return True
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Files that an entry of a recipe reads, from a folder of this machine or from what was downloaded of a repository."""
+
+    source: str  # the folder, or owner/model
+    files: tuple[str, ...]  # the first lies directly in it, by its name; the others may be patterns
+    key: str  # of the recipe, that says where they are
+
+
+def missing_files(weights: Weights) -> list[str]:
+    """Which of the files are not on this machine. Asks no hub and loads nothing."""
+    folder = _folder_here(weights)
+    return [name for name in weights.files if folder is None or not any(folder.glob(name))]
+
+
+def _folder_here(weights: Weights) -> Path | None:
+    folder = Path(weights.source).expanduser()
+    if folder.is_dir() or not is_hub_name(weights.source):
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(weights.source, weights.files[0])
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def is_hub_name(name: str) -> bool:

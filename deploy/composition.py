@@ -45,21 +45,28 @@ class Parts:
 
 def parts_of(recipe: Recipe) -> Parts:
     """Build every entry the recipe names. ValueError: a name or key is not known, or what an entry needs is not there."""
-    policy = build(POLICIES, recipe.policy.table(), "policy")
-    policy.check()
-    prompts = build(PROMPTS, recipe.prompts.table(), "prompts")
-    prompts.load()
+    parts = entries_of(recipe)
+    parts.policy.check()
+    parts.prompts.load()
+    for tracker in parts.trackers.values():
+        tracker.check()
+    return parts
+
+
+def entries_of(recipe: Recipe) -> Parts:
+    """The same without asking whether what an entry needs is there.
+
+    ValueError: a name or key is not known, or the algorithm does not go with the rest.
+    """
     algorithm: Algorithm = build(ALGORITHMS, recipe.algorithm.table(), "algorithm")
     algorithm.check(recipe)
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:
         trackers[table.name] = build(TRACKERS, table.table(), "trackers")
-    for tracker in trackers.values():
-        tracker.check()
     return Parts(
         recipe,
-        policy,
-        prompts,
+        build(POLICIES, recipe.policy.table(), "policy"),
+        build(PROMPTS, recipe.prompts.table(), "prompts"),
         {table.name: build_reward(table) for table in recipe.all_rewards},
         {table.name: table.weight for table in recipe.all_rewards},
         algorithm,

@@ -112,14 +112,20 @@ def connect(recipe: Recipe) -> None:
     ray.init(address="local", num_cpus=int(max(os.cpu_count() or 1, -(-asked // 1))), log_to_driver=False)
 
 
+def place_options(table: RoleTable) -> dict[str, Any]:
+    """What an actor of a role asks of the cluster, as Ray's options."""
+    options: dict[str, Any] = {"num_cpus": table.num_cpus, "num_gpus": table.num_gpus, "resources": table.resources}
+    if table.accelerator_type:
+        options["accelerator_type"] = table.accelerator_type
+    return options
+
+
 def _maker(cls: type, role: str, table: RoleTable, recipe: Recipe, arguments: tuple[Any, ...]) -> Callable[[int], Any]:
     """What starts an actor of this role, named by run, role and number. The driver owns it: it ends with the driver.
 
     Every actor states its resources, so that an autoscaler sees what is lacking.
     """
-    options: dict[str, Any] = {"num_cpus": table.num_cpus, "num_gpus": table.num_gpus, "resources": table.resources}
-    if table.accelerator_type:
-        options["accelerator_type"] = table.accelerator_type
+    options = place_options(table)
     # A thread of its own answers what is asked of a busy actor; its work stays one call after the other, in order.
     options["concurrency_groups"] = {"health": 1}
     remote = ray.remote(**options)(cls)

@@ -84,6 +84,11 @@ def references_of(algorithm: Algorithm, policy: Policy, update: Update, micro_ba
     return References(proximal, behaviour, reference, old)
 
 
+def log_probs_under(policy: Policy, pairs: RoundPairs, batches: Iterable[list[Pair]]) -> Known:
+    """Each pair's log_prob under the policy as it is, a batch after the other."""
+    return _looked_at(policy, pairs, batches, _log_prob)
+
+
 @torch.no_grad()
 def _looked_at(
     policy: Policy, pairs: RoundPairs, batches: Iterable[list[Pair]], look: Callable[[Policy, Batch], Tensor]

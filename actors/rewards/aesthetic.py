@@ -13,7 +13,7 @@ from torch import Tensor
 from actors.rewards.reward import Images, LoadedReward, Reward
 from common.aesthetic_head import read_head
 from common.clip_preprocessing import clip_pixels
-from common.model_hub import first_line, is_hub_name, read_from_hub
+from common.model_hub import Weights, first_line, is_hub_name, read_from_hub
 from common.trajectory import DTYPES
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -39,6 +39,13 @@ class Aesthetic(Reward):
     def memory_bytes(self) -> int:
         # On "auto" a plan counts what a GPU would take.
         return VIT_L_14_PARAMETERS * DTYPES["float16" if self.dtype == "auto" else self.dtype].itemsize
+
+    def needs(self) -> tuple[Weights, ...]:
+        head = Path(self.head or HEAD_FILE).expanduser().absolute()
+        return (
+            Weights(self.clip, ("config.json", "*.safetensors"), "reward.clip"),
+            Weights(str(head.parent) if self.head else HEAD_REPOSITORY, (head.name,), "reward.head"),
+        )
 
     def load(self, device: str) -> LoadedReward:
         head = read_head(self.head or _head_from_hub()).to(device)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from common.model_hub import Weights
 from common.registry import Entry
 
 Images = UInt8[np.ndarray, "B H W 3"]
@@ -24,6 +25,10 @@ class Reward(Entry, ABC):
     def memory_bytes(self) -> int:
         """What its weights take on the reward worker's device, for `ddpo plan`; 0 where it has none."""
         return 0
+
+    def needs(self) -> tuple[Weights, ...]:
+        """The files that `load` reads beside what is installed, for `ddpo doctor`; none where it has no weights."""
+        return ()
 
     @abstractmethod
     def load(self, device: str) -> LoadedReward:

@@ -11,6 +11,7 @@ from torch import Tensor
 from common.config import SamplingTable
 from common.diffusion.sizes import PolicySizes
 from common.diffusion.transition import Transition
+from common.model_hub import Weights
 from common.registry import Entry
 
 Role = Literal["sampler", "learner"]
@@ -85,6 +86,10 @@ class PolicyConfig(Entry, ABC):
     @abstractmethod
     def check(self) -> None:
         """ValueError where it can be told without loading that the model is not there."""
+
+    def needs(self) -> tuple[Weights, ...]:
+        """The files that a sampler's `load` reads, for `ddpo doctor`."""
+        return ()
 
     @abstractmethod
     def sizes(self, sampling: SamplingTable) -> PolicySizes:

@@ -16,7 +16,7 @@ from common.diffusion.scheduler_ddim import ddim_table, ddim_transition, trainin
 from common.diffusion.sizes import PolicySizes
 from common.diffusion.stable_diffusion_sizes import part_config, stable_diffusion_sizes
 from common.diffusion.transition import Transition
-from common.model_hub import read_from_hub
+from common.model_hub import Weights, read_from_hub
 from common.trajectory import DTYPES
 
 EMBEDDINGS_KEPT = 4096  # prompts; 118 kB each for SD 1.5 in half precision
@@ -160,6 +160,11 @@ class StableDiffusion(PolicyConfig):
         config = part_config(self.model, self._folder(), "vae")
         channels = config.get("block_out_channels") or config["encoder_block_out_channels"]  # AutoencoderTiny's
         return self.resolution // 2 ** (len(channels) - 1)
+
+    def needs(self) -> tuple[Weights, ...]:
+        source = str(self._folder()) if self._folder().exists() else self.model
+        parts = tuple(f"{part}/*.safetensors" for part in ("unet", "vae", "text_encoder"))
+        return (Weights(source, ("model_index.json", *parts), "policy.model"),)
 
     def sizes(self, sampling: SamplingTable) -> PolicySizes:
         configs = {part: part_config(self.model, self._folder(), part) for part in ("unet", "vae", "text_encoder")}

@@ -70,6 +70,14 @@ def ddim_transition(
     return Transition(mean, std)
 
 
+def output_sensitivity(table: DDIMTable) -> Float[Tensor, "T"]:
+    """|dμ/dε| / σ of each step: by how many σ its mean moves when the model's output moves by one; infinity where σ is 0."""
+    steps = torch.arange(len(table.timesteps), device=table.timesteps.device)
+    zero = torch.zeros(len(steps), 1, 1, 1, device=steps.device)
+    at_zero, at_one = (ddim_transition(table, zero, output, steps) for output in (zero, zero + 1))
+    return (at_one.mean - at_zero.mean).abs().flatten() / at_one.std
+
+
 def _column(values: Float[Tensor, "B"]) -> Float[Tensor, "B 1 1 1"]:
     return values.view(-1, 1, 1, 1)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from common.config import Recipe
 from common.diffusion.sizes import PolicySizes
 from common.trajectory import DTYPES
-from deploy.composition import parts_of
+from deploy.composition import Parts, parts_of
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,12 @@ class Plan:
 
 def plan_of(recipe: Recipe) -> Plan:
     """All numbers of a recipe. ValueError: the recipe or its model cannot be used."""
-    parts = parts_of(recipe)
-    policy = parts.policy
+    return plan_of_parts(parts_of(recipe))
+
+
+def plan_of_parts(parts: Parts) -> Plan:
+    """The same of a recipe's parts, whether or not all that they need is there."""
+    recipe, policy = parts.recipe, parts.policy
     sizes = policy.sizes(recipe.sampling)
     sampling, learner = recipe.sampling, recipe.learner
     channels, height, width = sizes.latent_shape
@@ -88,15 +92,15 @@ def plan(recipe: Recipe) -> str:
         ),
         ("learner's forward passes a round", f"{numbers.forward_passes}"),
         ("parameters trained", f"{numbers.sizes.trained_parameters:,} of {numbers.sizes.network_parameters:,}"),
-        ("a trajectory", f"{_bytes(numbers.trajectory_bytes)} an image, {_bytes(numbers.round_bytes)} under way"),
-        ("a broadcast", f"{_bytes(numbers.broadcast_bytes)} to each sampler's node, once a round"),
+        ("a trajectory", f"{in_bytes(numbers.trajectory_bytes)} an image, {in_bytes(numbers.round_bytes)} under way"),
+        ("a broadcast", f"{in_bytes(numbers.broadcast_bytes)} to each sampler's node, once a round"),
         (
             "learner's memory",
-            f"{_bytes(numbers.learner_bytes)}, of it activations {_bytes(_activations(recipe, numbers))}",
+            f"{in_bytes(numbers.learner_bytes)}, of it activations {in_bytes(_activations(recipe, numbers))}",
         ),
-        ("a sampler's memory", f"{_bytes(numbers.sampler_bytes)} and its working buffers"),
-        ("a reward worker's memory", _bytes(numbers.reward_worker_bytes)),
-        ("memory in all", f"{_bytes(memory)}: 1 learner, {recipe.samplers.count} samplers, {workers} reward workers"),
+        ("a sampler's memory", f"{in_bytes(numbers.sampler_bytes)} and its working buffers"),
+        ("a reward worker's memory", in_bytes(numbers.reward_worker_bytes)),
+        ("memory in all", f"{in_bytes(memory)}: 1 learner, {recipe.samplers.count} samplers, {workers} reward workers"),
         ("GPUs asked for", _gpus(recipe)),
     ]
     width = max(len(name) for name, _ in rows)
@@ -119,7 +123,8 @@ def _gpus(recipe: Recipe) -> str:
     return f"{total:g} = learner {recipe.learner.num_gpus:g} + samplers {samplers:g} + reward workers {workers:g}"
 
 
-def _bytes(count: int) -> str:
+def in_bytes(count: int) -> str:
+    """A number of bytes in the unit that suits it."""
     return (
         f"{count / 1e9:.2f} GB"
         if count >= 1e9

@@ -5,11 +5,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from common import model_hub
-from common.model_hub import hub_answers, is_hub_name, read_from_hub
+from common.model_hub import Weights, hub_answers, is_hub_name, missing_files, read_from_hub
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -100,3 +101,29 @@ def test_owner_and_model_is_a_hub_name(name: str) -> None:
 @pytest.mark.parametrize("name", ["/clip", "./clip", "../clip", "~/clip", "models/clip/large", "clip", "owner/"])
 def test_a_path_or_a_bare_word_is_no_hub_name(name: str) -> None:
     assert not is_hub_name(name)
+
+
+def test_files_of_a_folder_are_found_by_name_and_by_pattern(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / "model_index.json").touch()
+    files = ("model_index.json", "unet/*.safetensors", "vae/*.safetensors")
+    assert missing_files(Weights(str(tmp_path), files, "policy.model")) == ["vae/*.safetensors"]
+    assert missing_files(Weights(str(tmp_path / "nowhere"), files, "policy.model")) == list(files)
+
+
+def test_files_of_a_hub_name_are_looked_for_in_what_was_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Weights("owner/model", ("config.json", "*.safetensors"), "reward.clip")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert missing_files(weights) == ["config.json", "*.safetensors"]
+    snapshot = tmp_path / "models--owner--model" / "snapshots" / "abc"
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    assert missing_files(weights) == ["*.safetensors"]
+    (snapshot / "model.safetensors").touch()
+    assert missing_files(weights) == []

@@ -1,5 +1,6 @@
 """A cluster of several nodes on this machine, and what its object stores have spilled."""
 
+import os
 import shutil
 import socket
 import tempfile
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._common.utils import get_ray_address_file
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.cluster_utils import Cluster
 
@@ -18,6 +20,8 @@ def local_nodes(dashboard: bool = False) -> Iterator[Cluster]:
     `dashboard`: jobs can be submitted to it.
     """
     folder = tempfile.mkdtemp(prefix="n", dir="/tmp")
+    # Wherever its folder is, a Cluster writes its address here, and does not make the place.
+    os.makedirs(os.path.dirname(get_ray_address_file(None)), exist_ok=True)
     # Ports of its own: a job's agent does not come up on one that another cluster of this machine has.
     ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()} if dashboard else {}
     cluster = Cluster(

@@ -8,7 +8,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from common.diffusion.scheduler_ddim import DDIMTable, ddim_table, ddim_transition, training_target
+from common.diffusion.scheduler_ddim import (
+    DDIMTable,
+    ddim_table,
+    ddim_transition,
+    output_sensitivity,
+    training_target,
+)
 from tests.reference import ddpo_reference as reference
 
 STABLE_DIFFUSION = {
@@ -43,6 +49,17 @@ def test_fifty_steps_go_from_981_to_1() -> None:
     timesteps = table(50).timesteps.tolist()
     assert timesteps[:3] == [981, 961, 941] and timesteps[-3:] == [41, 21, 1]
     assert timesteps == reference.leading_timesteps(50)
+
+
+def test_the_step_at_21_of_fifty_is_several_times_as_sensitive_as_the_others() -> None:
+    of_all = dict(zip(table(50).timesteps.tolist(), output_sensitivity(table(50)).tolist(), strict=True))
+    assert of_all[21] == pytest.approx(3.28, abs=0.01)
+    others = [value for timestep, value in of_all.items() if timestep not in (1, 21)]
+    assert min(others) > 0.3 and max(others) < 1.1
+
+
+def test_a_step_without_noise_is_infinitely_sensitive() -> None:
+    assert output_sensitivity(table(50, set_alpha_to_one=True))[-1] == torch.inf
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,0 +1,242 @@
+"""ddpo doctor: what would go wrong with a recipe, before it does, on the hardware at hand."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import torch
+from ray.exceptions import RayError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.config import Recipe, RoleTable
+from common.model_hub import first_line
+from deploy.commands.doctor_checks import (
+    LOADING_FAILS,
+    Finding,
+    authentication_finding,
+    device_finding,
+    disk_finding,
+    folder_findings,
+    reward_findings,
+    tracker_findings,
+    version_findings,
+    weights_findings,
+)
+from deploy.commands.doctor_resources import (
+    Machine,
+    Resources,
+    cores_finding,
+    memory_findings,
+    place_findings,
+    roles_of,
+)
+from deploy.commands.plan import Plan, in_bytes, plan_of_parts
+from deploy.commands.ratio_measurement import draw_some, score_again
+from deploy.commands.ratio_noise import Noise, clip_range, noise_findings, table_rows, worst_in_words
+from deploy.composition import Parts, build_reward, entries_of
+from deploy.workers import place_options
+from learner.weight_check import log_prob_tolerance
+
+STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
+MARK, SUBJECT = 9, 15  # columns
+At = Callable[
+    ..., Any
+]  # (role's table, function, its arguments) -> what it returns, where an actor of that role would be
+
+
+def doctor(recipe: Recipe) -> int:
+    """Print a line for everything that was looked at; 1 where something will not work, else 0.
+
+    ValueError: the recipe names what is not known, so that nothing can be said.
+    """
+    parts, console, faults, warnings = entries_of(recipe), Console(highlight=False), 0, 0
+    for result in _examined(recipe, parts):
+        if isinstance(result, Noise):
+            _print_noise(console, result, clip_range(parts.algorithm, result.latent_elements))
+            continue
+        _print(console, result)
+        faults += result.level == "fault"
+        warnings += result.level == "warning"
+    counted = f"{faults} fault{'s' * (faults != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+    console.print(f"\n{counted}: {'this will not work as it is' if faults else 'nothing stands in the way'}")
+    return 1 if faults else 0
+
+
+def _examined(recipe: Recipe, parts: Parts) -> Iterator[Finding | Noise]:
+    """Findings, as soon as there are any, and the noise where it could be measured."""
+    yield from version_findings()
+    yield device_finding(recipe)
+    yield from folder_findings(recipe)
+    yield from tracker_findings(parts.trackers)
+    yield authentication_finding(os.environ, Path.home())
+    numbers = _numbers(parts)
+    yield numbers if isinstance(numbers, Finding) else disk_finding(recipe, numbers)
+    started_here = not ray.is_initialized()
+    try:
+        yield from _on_the_machines(parts, numbers if isinstance(numbers, Plan) else None)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _numbers(parts: Parts) -> Plan | Finding:
+    try:
+        parts.prompts.load()
+        parts.policy.check()
+        return plan_of_parts(parts)
+    except ValueError as error:
+        return Finding("fault", "recipe", str(error))
+
+
+def _on_the_machines(parts: Parts, numbers: Plan | None) -> Iterator[Finding | Noise]:
+    """`numbers`: None where model or prompts are not there; then nothing is drawn."""
+    recipe, attached = parts.recipe, _attach()
+    if isinstance(attached, Finding):
+        yield attached
+        return
+    nodes = _nodes() if attached else [_this_machine(recipe)]
+    places = list(place_findings(roles_of(recipe), nodes))
+    yield from places
+    yield _leftovers(recipe) if attached else cores_finding(recipe, os.cpu_count() or 1)
+    if numbers:
+        yield from [_memory_elsewhere(numbers)] if attached else memory_findings(recipe, numbers, _free_memory())
+    homeless = ", ".join(place.subject for place in places if place.level == "fault")
+    if homeless and attached:
+        yield Finding("warning", "not looked at", f"weights and ratio: no place for {homeless}")
+        return
+    yield from _tried_out(parts, _at_cluster(recipe) if attached else _here, numbers is not None and not homeless)
+
+
+def _tried_out(parts: Parts, at: At, may_draw: bool) -> Iterator[Finding | Noise]:
+    try:
+        weights = list(_weights(parts, at))
+        yield from weights
+        if may_draw and weights[-1].level == "ok":
+            yield from _noise(parts, at)
+        else:
+            yield Finding("warning", "not looked at", "the ratio: what is said above stands in the way of drawing")
+    except TimeoutError:
+        found = f"weights and ratio: not done in runtime.ready_seconds = {parts.recipe.runtime.ready_seconds:g}"
+        yield Finding("warning", "not looked at", found, "where the cluster is busy, try again when there is room")
+    except (*LOADING_FAILS, RayError) as error:
+        cause = getattr(error, "cause", None) or error
+        yield Finding("fault", "trial", f"{type(cause).__name__}: {first_line(cause)}")
+
+
+def _weights(parts: Parts, at: At) -> Iterator[Finding]:
+    """Of every reward and scorer, and last of the model."""
+    recipe = parts.recipe
+    rewards = [("reward", table) for table in recipe.all_rewards]
+    scorers = [("scorer", table) for table in recipe.evaluation.scorers]
+    for kind, table in rewards + scorers:
+        yield from at(recipe.reward_workers, reward_findings, kind, table.name, build_reward(table))
+    lacking = at(recipe.samplers, weights_findings, "model", "the policy", parts.policy.needs())
+    yield from lacking or [Finding("ok", "model", f"{parts.policy.model} is there")]
+
+
+def _noise(parts: Parts, at: At) -> Iterator[Finding | Noise]:
+    recipe = parts.recipe
+    noise = at(recipe.learner, score_again, recipe, at(recipe.samplers, draw_some, recipe))
+    yield noise
+    clip = clip_range(parts.algorithm, noise.latent_elements)
+    tolerance = log_prob_tolerance(recipe.learner.log_prob_tolerance, parts.policy.dtype)
+    yield from noise_findings(noise, clip, tolerance, recipe.sampling)
+
+
+def _here(table: RoleTable, function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _at_cluster(recipe: Recipe) -> At:
+    """Run a function where an actor of a role would be.
+
+    TimeoutError: it had no place, or was not done, in `runtime.ready_seconds`. RayError: its node died.
+    """
+
+    def run(table: RoleTable, function: Callable[..., Any], *arguments: Any) -> Any:
+        done = ray.remote(max_retries=0, **place_options(table))(function).remote(*arguments)
+        return ray.get(done, timeout=recipe.runtime.ready_seconds)
+
+    return run
+
+
+def _attach() -> bool | Finding:
+    """Whether this process is on a cluster; a finding where it cannot reach the one it should be on."""
+    if ray.is_initialized():
+        return True
+    if "RAY_ADDRESS" not in os.environ:
+        return False
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        advice = "see that it runs, and that both sides agree on the token: export RAY_AUTH_MODE=token"
+        return Finding("fault", "cluster", f"the one of RAY_ADDRESS cannot be reached: {first_line(error)}", advice)
+    return True
+
+
+def _free_memory() -> Machine:
+    gpus = range(torch.cuda.device_count())
+    return Machine(psutil.virtual_memory().available, tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus))
+
+
+def _nodes() -> list[Resources]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _this_machine(recipe: Recipe) -> Resources:
+    """What a cluster started here would have: as many CPUs as are asked for, and the GPUs that are there."""
+    roles = roles_of(recipe)
+    cpus = sum(role.table.num_cpus * role.count for role in roles)
+    gpus = torch.cuda.device_count()
+    names = " ".join(torch.cuda.get_device_name(index) for index in range(gpus))
+    asked = [role.table.accelerator_type for role in roles]
+    accelerators = {f"accelerator_type:{kind}": 1.0 for kind in asked if kind and kind in names}
+    return {"CPU": max(os.cpu_count() or 1, cpus), "GPU": gpus, **accelerators}
+
+
+def _leftovers(recipe: Recipe) -> Finding:
+    actors: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+    ours = sorted(actor["name"] for actor in actors if actor["name"].startswith(f"{recipe.name}/"))
+    if ours:
+        found = f"the cluster has living actors of a run called {recipe.name}: {', '.join(ours)}"
+        return Finding("warning", "leftovers", found, "see `ddpo status` whether it goes on; else stop its job")
+    return Finding("ok", "leftovers", f"no actors of a run called {recipe.name} on the cluster")
+
+
+def _memory_elsewhere(numbers: Plan) -> Finding:
+    needs = {"learner": numbers.learner_bytes, "a sampler": numbers.sampler_bytes}
+    needs["a reward worker"] = numbers.reward_worker_bytes
+    store = ray.cluster_resources().get("object_store_memory", 0)
+    found = ", ".join(f"{role} {in_bytes(size)}" for role, size in needs.items())
+    under_way = f"{in_bytes(numbers.round_bytes)} of trajectories, in stores of {in_bytes(int(store))}"
+    if numbers.round_bytes > store:
+        return Finding("warning", "memory", f"{found}; {under_way}", "it will spill to disk: lower batches_per_round")
+    return Finding("ok", "memory", f"{found}; {under_way}")
+
+
+def _print(console: Console, finding: Finding) -> None:
+    mark = Text(f"{finding.level:<{MARK}}", STYLES[finding.level])
+    console.print(mark, Text(f"{finding.subject:<{SUBJECT}} {finding.found}"), sep="", soft_wrap=True)
+    if finding.advice:
+        console.print(Text(" " * (MARK + SUBJECT) + f" → {finding.advice}"), soft_wrap=True)
+
+
+def _print_noise(console: Console, noise: Noise, clip: float | None) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("largest |log ratio|, scored again", no_wrap=True)
+    table.add_column("clip ranges", justify="right")
+    table.add_column("nats", justify="right")
+    table.add_column("step by step", no_wrap=True)
+    for row in table_rows(noise, clip):
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+    if noise.unavailable:
+        console.print(f"not to be had on {noise.device}: {', '.join(noise.unavailable)}", style="dim")
+    console.print(f"{worst_in_words(noise, clip)}\n", soft_wrap=True)

@@ -1,0 +1,137 @@
+"""Draw a few paths as a sampler does, and score them again as the learner does and in other ways."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common.config import Recipe, RoleTable, RuntimeTable
+from common.diffusion.lora import load_weights, read_weights
+from common.diffusion.policy import Policy
+from common.diffusion.rollout import draw, score
+from common.diffusion.scheduler_ddim import DDIMTable, output_sensitivity
+from common.lora_weights import LoraWeights
+from common.runtime import settle
+from common.schedule import round_tasks, transition_order
+from common.trajectory import DTYPES, Trajectory
+from deploy.commands.ratio_noise import Comparison, Kind, Noise
+from deploy.composition import entries_of
+from learner.reference_passes import log_probs_under
+from learner.round_pairs import micro_batches
+from learner.round_transitions import RoundTransitions, round_transitions
+
+IMAGES = 4  # of the run's first task; with all steps learned from, hundreds of transitions
+KERNELS = {
+    "math attention": SDPBackend.MATH,
+    "memory-efficient attention": SDPBackend.EFFICIENT_ATTENTION,
+    "flash attention": SDPBackend.FLASH_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a sampler has drawn: the same noise twice where paths are stored in half precision, and with which weights."""
+
+    as_stored: Trajectory
+    in_float32: Trajectory
+    weights: LoraWeights
+
+
+def runtime_of(table: RoleTable, runtime: RuntimeTable) -> RuntimeTable:
+    """The recipe's `[runtime]` for a role: without num_gpus an actor computes on the CPU, whatever the machine has."""
+    return runtime if table.num_gpus else runtime.model_copy(update={"device": "cpu"})
+
+
+def draw_some(recipe: Recipe) -> Drawn:
+    """The first images of the run's first task, with every step that the recipe learns from."""
+    parts = entries_of(recipe)
+    task = round_tasks(recipe, 0, parts.prompts.load())[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        policy = parts.policy.load(settle(runtime_of(recipe.samplers, recipe.runtime)), recipe.sampling, "sampler")
+    sampling = recipe.sampling.model_copy(update={"step_fraction": 1.0, "window": None})
+    prompts, seeds = [prompt.text for prompt in task.prompts[:IMAGES]], list(task.seeds[:IMAGES])
+    as_stored = draw(policy, prompts, seeds, sampling)
+    in_float32 = (
+        as_stored
+        if sampling.latents_dtype == "float32"
+        else draw(policy, prompts, seeds, sampling.model_copy(update={"latents_dtype": "float32"}))
+    )
+    return Drawn(as_stored, in_float32, read_weights(policy.network, 0))
+
+
+def score_again(recipe: Recipe, drawn: Drawn) -> Noise:
+    """Every comparison that this device can make."""
+    device = settle(runtime_of(recipe.learner, recipe.runtime))
+    policy = entries_of(recipe).policy.load(device, recipe.sampling, "learner")
+    load_weights(policy.network, drawn.weights)
+    unavailable: list[str] = []
+    comparisons = tuple(_comparisons(policy, recipe, drawn, unavailable))
+    return Noise(
+        comparisons,
+        tuple(unavailable),
+        int(np.prod(policy.latent_shape)),
+        _sensitivity(policy, np.unique(drawn.as_stored.steps.cpu().numpy())),
+        device,
+    )
+
+
+def _comparisons(policy: Policy, recipe: Recipe, drawn: Drawn, unavailable: list[str]) -> Iterator[Comparison]:
+    path, stored = drawn.as_stored, recipe.sampling.latents_dtype
+    size = recipe.learner.micro_batch_size
+    transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
+    yield _compared(f"as drawn, {stored} as stored", "other", path, score(policy, path))
+    yield _compared(f"learner's micro-batches of {size}", "run", path, _in_batches(policy, recipe, transitions, size))
+    single = round_transitions((_first_image(path),), np.zeros(1), policy.device)
+    yield _compared("one transition at a time", "other", _first_image(path), _in_batches(policy, recipe, single, 1))
+    for name, kernel in KERNELS.items():
+        try:
+            with sdpa_kernel(kernel), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says at length why a kernel is not to be had
+                log_probs = _in_batches(policy, recipe, transitions, size)
+        except RuntimeError:
+            unavailable.append(name)
+            continue
+        yield _compared(name, "other", path, log_probs)
+    for dtype in ("float16", "bfloat16") if stored == "float32" else (stored,):
+        path = _rounded(drawn.in_float32, DTYPES[dtype])
+        rounded = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
+        log_probs = _in_batches(policy, recipe, rounded, size)
+        yield _compared(f"rounded to {dtype} once scored", "rounded", path, log_probs)
+
+
+def _compared(name: str, kind: Kind, path: Trajectory, log_probs: torch.Tensor) -> Comparison:
+    difference = log_probs.cpu() - path.log_probs.cpu()
+    return Comparison(name, kind, difference.numpy(), path.steps.cpu().numpy())
+
+
+def _in_batches(policy: Policy, recipe: Recipe, transitions: RoundTransitions, size: int) -> torch.Tensor:
+    """Log-probs [N, W], images and steps mixed in the order in which the learner takes them."""
+    images = transition_order(recipe.seed, 0, 0, len(transitions.images))
+    pairs = transitions.pairs_of(images)
+    found = log_probs_under(policy, transitions, micro_batches(pairs, size))
+    rows = [[found[image, place] for place in range(transitions.num_places)] for image in range(len(images))]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def _first_image(path: Trajectory) -> Trajectory:
+    """One image is enough where each of its transitions is a forward pass."""
+    rows = {name: getattr(path, name)[:1] for name in ("prompt_index", "steps", "log_probs", "latents", "next_latents")}
+    return dataclasses.replace(path, **rows, final_latents=path.final_latents[:1])
+
+
+def _rounded(path: Trajectory, dtype: torch.dtype) -> Trajectory:
+    """The path as it would be stored, with the log-probs that it had before."""
+    return dataclasses.replace(path, latents=path.latents.to(dtype), next_latents=path.next_latents.to(dtype))
+
+
+def _sensitivity(policy: Policy, steps: np.ndarray) -> dict[int, float]:
+    table = getattr(policy, "table", None)
+    if not isinstance(table, DDIMTable):
+        return {}
+    of_all = output_sensitivity(table)
+    return {int(step): float(of_all[step]) for step in steps}

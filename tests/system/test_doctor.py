@@ -1,0 +1,77 @@
+"""ddpo doctor on real clusters: what lacks on their nodes, who is left over there, and a cluster that refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+import tomli_w
+
+import ddpo
+from common.run_folder import without_none
+from tests.system.nodes import local_nodes
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture
+def recipe_file(tables: dict, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps(without_none(tables)))
+    return path
+
+
+def doctor(recipe_file: Path, address: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "ddpo.py", "doctor", str(recipe_file), *options]
+    root = Path(__file__).parents[2]
+    # As in a job, whose working directory all of its workers share.
+    there = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(root), **environment}
+    return subprocess.run(command, cwd=root, env=there, capture_output=True, text=True, timeout=300)
+
+
+def test_fewer_samplers_than_asked_for_are_a_warning_and_a_resource_that_no_node_has_a_fault(recipe_file: Path) -> None:
+    with local_nodes() as cluster:
+        cluster.add_node(num_cpus=4)
+        few = doctor(recipe_file, cluster.address, "--samplers.count", "3")
+        none = doctor(recipe_file, cluster.address, "--samplers.resources", "{ sampler = 1 }")
+    assert few.returncode == 1, few.stdout + few.stderr  # three samplers and the learner leave no reward worker a place
+    assert "samplers        3 of 3 have a place" in few.stdout
+    assert "fault    reward_workers  0 of 1 have a place" in few.stdout and "lacks CPU (at most 0 free)" in few.stdout
+    assert none.returncode == 1 and "lacks sampler (at most 0 free)" in none.stdout
+
+
+def test_a_cluster_with_room_is_drawn_on_and_one_sampler_less_is_a_warning(recipe_file: Path) -> None:
+    with local_nodes() as cluster:
+        cluster.add_node(num_cpus=4, resources={"sampler": 2})
+        options = ("--samplers.count", "3", "--samplers.resources", "{ sampler = 1 }")
+        done = doctor(recipe_file, cluster.address, *options, "--samplers.num_cpus", "0.5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning  samplers        2 of 3 have a place" in done.stdout
+    assert "learner's micro-batches of 8" in done.stdout and "ok       ratio" in done.stdout
+    assert "no actors of a run called tiny on the cluster" in done.stdout
+
+
+def test_actors_of_a_run_of_the_same_name_are_found(
+    recipe_file: Path, capsys: pytest.CaptureFixture, cluster: None
+) -> None:
+    class Sampler:
+        pass
+
+    actor = ray.remote(num_cpus=1)(Sampler).options(name="tiny/sampler-0").remote()
+    try:
+        ddpo.main(["doctor", str(recipe_file)])
+    finally:
+        ray.kill(actor)
+    assert "living actors of a run called tiny: tiny/sampler-0" in capsys.readouterr().out
+
+
+def test_a_cluster_that_asks_for_a_token_and_gets_none_is_a_fault_with_the_line_that_helps(recipe_file: Path) -> None:
+    with local_nodes() as cluster:
+        done = doctor(recipe_file, cluster.address, RAY_AUTH_MODE="disabled")
+    assert done.returncode == 1
+    assert "fault    cluster         the one of RAY_ADDRESS cannot be reached" in done.stdout
+    assert "export RAY_AUTH_MODE=token" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
+    assert token not in done.stdout + done.stderr
