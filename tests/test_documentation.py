@@ -39,10 +39,13 @@ def test_every_make_target_that_is_named_exists() -> None:
     assert [target for target in targets if f"\n{target}:" not in makefile] == []
 
 
-@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "deploy" / "recipes").glob("*.toml")))
-def test_every_recipe_is_checked_and_named_in_the_readme(recipe: str) -> None:
-    parts_of(Recipe.load(ROOT / "deploy" / "recipes" / recipe))
-    assert f"`{recipe}`" in (ROOT / "README.md").read_text()
+RECIPES = ROOT / "deploy" / "recipes"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml")))
+def test_every_recipe_is_checked_and_named_in_the_readme_or_on_the_page_of_algorithms(recipe: str) -> None:
+    parts_of(Recipe.load(RECIPES / recipe))
+    assert f"`{recipe}`" in (ROOT / "README.md").read_text() + (ROOT / "docs" / "algorithms.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -13,6 +13,7 @@ class Plan:
     """Numbers of one round, and bytes. Everything is counted but temporary buffers and the libraries' own memory."""
 
     images: int
+    images_learned_from: int  # about so many, where the algorithm leaves the others out
     tasks: int
     optimizer_steps: int  # a round
     images_per_step: int
@@ -48,11 +49,13 @@ def plan_of_parts(parts: Parts) -> Plan:
     network = sizes.network_parameters * (weight_bytes if policy.train == "lora" else 4)
     adapters = sizes.trained_parameters * 4 if policy.train == "lora" else 0
     pairs = learner.images_per_step * parts.algorithm.pairs_per_image(recipe, sampling.num_steps)
-    steps = recipe.images_per_round // learner.images_per_step * learner.inner_epochs
+    learned_from = round(recipe.images_per_round * parts.algorithm.share_that_teaches)
+    steps = -(-learned_from // learner.images_per_step) * learner.inner_epochs
     # Gradient and AdamW's two moments, in float32, of each trained parameter.
     training = 3 * 4 * sizes.trained_parameters + learner.micro_batch_size * sizes.activation_bytes
     return Plan(
         images=recipe.images_per_round,
+        images_learned_from=learned_from,
         tasks=sampling.batches_per_round,
         optimizer_steps=steps,
         images_per_step=learner.images_per_step,
@@ -82,7 +85,7 @@ def plan(recipe: Recipe) -> str:
         ("images in all", f"{numbers.images * recipe.rounds} in {recipe.rounds} rounds"),
         (
             "optimizer steps a round",
-            f"{numbers.optimizer_steps} = {numbers.images} / ({learner.batch_size} × "
+            f"{numbers.optimizer_steps} = {_learned_from(numbers)} / ({learner.batch_size} × "
             f"{learner.gradient_accumulation_steps} accumulated) × {learner.inner_epochs} inner epochs",
         ),
         (
@@ -105,6 +108,11 @@ def plan(recipe: Recipe) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _learned_from(numbers: Plan) -> str:
+    chosen = numbers.images_learned_from
+    return f"{chosen}" if chosen == numbers.images else f"about {chosen} that count"
 
 
 def _of_an_image(recipe: Recipe, numbers: Plan) -> str:

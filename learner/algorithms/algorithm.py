@@ -72,6 +72,11 @@ class Algorithm(Entry, ABC):
         """Whether `pair_loss` reads `old_predictions`, which cost a forward pass under the weights that drew."""
         return False
 
+    @property
+    def share_that_teaches(self) -> float:
+        """About how many of a round's images enter optimizer steps; for plans."""
+        return 1.0
+
     def average_decay(self, policy_version: int) -> float | None:
         """Samplers draw with decay · the version before + (1 − decay) · the trained weights; None: with the trained weights."""
         return None

@@ -21,6 +21,10 @@ class SparseRewardWeightedRegression(ForwardProcess):
     buffer_size: int = Field(default=256, ge=1)  # rewards kept a prompt
     min_count: int = Field(default=16, ge=1)
 
+    @property
+    def share_that_teaches(self) -> float:
+        return 1 - self.percentile / 100
+
     def teaches(self, worth: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
         return worth != 0
 

@@ -111,3 +111,25 @@ def test_an_algorithm_that_does_not_go_with_the_rest_is_refused_at_once(
 ) -> None:
     assert ddpo.main(["plan", str(RECIPES / "demo.toml"), *options]) == 2
     assert re.search(text, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "batch", "updates"),
+    [("ddpo_is", 256, 64, 4), ("ddpo_sf", 256, 256, 1), ("rwr", 10_240, 128, 400), ("rwr_sparse", 10_240, 128, 400)],
+)
+@pytest.mark.parametrize("reward", ["compressibility", "aesthetic"])
+def test_the_papers_recipes_have_its_tables_numbers(
+    name: str, images: int, batch: int, updates: int, reward: str
+) -> None:
+    recipe = Recipe.load(RECIPES / "paper" / f"{name}_{reward}.toml")
+    numbers = plan_of(recipe)
+    assert (numbers.images, numbers.images_per_step, numbers.optimizer_steps) == (images, batch, updates)
+    learner, sampling = recipe.learner, recipe.sampling
+    assert (learner.learning_rate, learner.weight_decay, learner.max_grad_norm) == (1e-5, 1e-4, 1.0)
+    assert (sampling.num_steps, sampling.guidance_scale, sampling.eta) == (50, 5.0, 1.0)
+    assert numbers.sizes.trained_parameters == numbers.sizes.network_parameters  # the whole UNet
+
+
+def test_ddpo_pytorchs_recipe_has_four_updates_of_64_images_a_round() -> None:
+    numbers = plan_of(Recipe.load(RECIPES / "ddpo_pytorch_compressibility.toml"))
+    assert (numbers.images, numbers.images_per_step, numbers.optimizer_steps) == (256, 64, 4)
