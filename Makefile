@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study overlap broadcast soak pretrain clean
+.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study algorithm-study overlap broadcast soak pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -52,6 +52,10 @@ demo-seeds: $(VENV)/installed
 lag-study: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.lag_study --run --jobs 2
 	$(BIN)/python -m tests.benchmarks.lag_study --chart
+
+algorithm-study: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.algorithm_study --run --jobs 2
+	$(BIN)/python -m tests.benchmarks.algorithm_study --chart
 
 pretrain: $(VENV)/installed
 	$(BIN)/python -m learner.pretrain --output common/tiny_animals

@@ -9,8 +9,7 @@ import pytest
 
 from common.config import Recipe
 from deploy.composition import parts_of
-from tests.benchmarks.embedded_model import RECIPE
-from tests.benchmarks.lag_study import IMAGES, SEEDS, all_runs
+from tests.benchmarks.lag_study import IMAGES, SEEDS, all_runs, setting_parts
 from tests.benchmarks.lag_study_chart import curve, paces, round_seconds, seconds_an_image, table
 
 
@@ -37,14 +36,14 @@ def test_there_are_at_most_sixty_runs_and_each_is_a_recipe_that_draws_as_many_pi
     runs = all_runs(IMAGES)
     assert len(runs) == len({run.name for run in runs}) <= 60
     for run in runs:
-        recipe = parts_of(Recipe.load(RECIPE, run.overrides)).recipe
+        recipe = parts_of(Recipe.load(run.recipe, list(run.overrides))).recipe
         assert recipe.rounds * recipe.images_per_round == IMAGES
         assert recipe.runtime.threads == 1 and recipe.evaluation.split == "tuning"
         assert (
             recipe.images_per_round // recipe.learner.images_per_step
-            == {"large": 4, "middle": 2, "small": 1}[run.parts[0]]
+            == {"large": 4, "middle": 2, "small": 1}[setting_parts(run.setting)[0]]
         )
-        assert recipe.max_policy_lag == run.parts[1]
+        assert recipe.max_policy_lag == setting_parts(run.setting)[1]
 
 
 def test_every_setting_has_all_seeds_before_a_later_tier_begins() -> None:

@@ -1,0 +1,52 @@
+"""The algorithm study: every algorithm of the room has its runs, at as many pictures, and its table and CSV are right by hand."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from common.config import Recipe
+from deploy.composition import parts_of
+from learner.algorithms import ALGORITHMS
+from tests.benchmarks.algorithm_study import SEEDS, all_runs, draw_chart, seconds_a_picture, table, write_csv
+
+
+def result(setting: str, seed: int, rewards: list[float]) -> dict:
+    seconds = {"seconds/sample": 4.0, "seconds/score": 1.0, "seconds/learn": 3.0}
+    return {
+        "setting": setting,
+        "seed": seed,
+        "images": 64 * len(rewards),
+        "round_images": 64,
+        "rounds": [{"reward/mean": reward, "clip_fraction": 0.25, **seconds} for reward in rewards],
+        "held_out": {
+            "reward_before": -2.0,
+            "reward_after": -1.8 + seed / 10,
+            "paired_standard_error": 0.05,
+            "scorers": {"animal_classifier": {"kept": 0.75}},
+        },
+    }
+
+
+def test_every_algorithm_of_the_room_is_in_it_with_three_seeds_at_as_many_pictures() -> None:
+    runs = all_runs()
+    assert len(runs) == len({run.name for run in runs}) and {run.seed for run in runs} == set(SEEDS) and len(SEEDS) >= 3
+    recipes = {run.setting: parts_of(Recipe.load(run.recipe, list(run.overrides))).recipe for run in runs}
+    assert {recipe.algorithm.name for recipe in recipes.values()} == set(ALGORITHMS)
+    drawn = {name: recipe.rounds * recipe.images_per_round for name, recipe in recipes.items()}
+    assert {images for name, images in drawn.items() if name != "window"} == {768}  # equal images
+    assert all(run.images == drawn[run.setting] for run in runs)
+
+
+def test_table_csv_and_chart_by_hand(tmp_path: Path) -> None:
+    runs = [result("ddpo_is", seed, [-2.0, -1.5]) for seed in (0, 1)]
+    assert seconds_a_picture(runs) == pytest.approx(8 / 64)
+    # changes of 0.2 and 0.3 of 2; the smaller is 4 standard errors
+    line = "| `ddpo_is` | 128 | +10.0, +15.0 % | +12.5 % | 4.0 | 0.75, 0.75 | 25 % | 0.125 |"
+    assert table(runs).splitlines()[2] == line
+    write_csv(runs, tmp_path / "study.csv")
+    rows = list(csv.DictReader((tmp_path / "study.csv").open()))
+    assert rows[1] == {"algorithm": "ddpo_is", "seed": "0", "pictures": "128", "seconds": "16.0", "reward": "-1.5000"}
+    assert len(rows) == 4
+    draw_chart(runs, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
