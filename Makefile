@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study algorithm-study overlap broadcast soak pretrain clean
+.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study algorithm-study window overlap broadcast soak pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -34,6 +34,9 @@ check: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.embedded_model
+
+window: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.window
 
 overlap: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.overlap

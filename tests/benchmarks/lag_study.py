@@ -4,10 +4,12 @@
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.embedded_model import RECIPE
-from tests.benchmarks.lag_study_chart import draw_chart, table
+from tests.benchmarks.lag_study_chart import MORE_WORK, draw_chart, table
+from tests.benchmarks.lag_study_costs import measure, read_costs
 from tests.benchmarks.study import StudyRun, list_or_make, read_results, study_parser
 
 SEEDS = (10, 11, 12)  # those of the demo's figures are not looked at here
@@ -23,14 +25,14 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "parts": {},  # learned from in four parts, each while the next is drawn
 }
 PARTS = {"parts": 4}
+COSTED = ("plain", *MORE_WORK)  # whose updates are timed side by side
 # What tells most comes first; each line is made with every seed before the next begins.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("large-lag0-plain", "large-lag1-plain", "large-lag2-plain", "large-lag0-parts"),
     ("small-lag0-plain", "small-lag1-plain", "small-lag2-plain"),
     ("large-lag1-proximal", "large-lag2-proximal"),
-    ("middle-lag0-plain", "middle-lag1-plain", "large-lag1-mask", "large-lag1-weight"),
-    ("large-lag4-plain", "small-lag4-plain", "large-lag4-proximal", "large-lag1-wide_clip"),
-    ("large-lag4-mask", "large-lag2-mask", "small-lag4-mask"),
+    ("large-lag4-plain", "large-lag4-proximal", "large-lag1-mask", "large-lag1-weight"),
+    ("large-lag1-wide_clip", "large-lag2-mask", "middle-lag1-plain"),
 )
 
 
@@ -73,14 +75,18 @@ def main() -> int:
     parser = study_parser(__doc__, "lag_study")
     parser.add_argument("--images", type=int, default=IMAGES, help="pictures drawn in each run")
     parser.add_argument("--samplers", type=int, default=1, help="of the chart's wall-clock")
+    parser.add_argument("--costs", type=Path, default=Path("docs/lag_study_costs.json"))
     options = parser.parse_args()
     if options.images < 1 or options.images % max(ROUND_IMAGES.values()):
         parser.error(f"--images is {options.images}: it must be a multiple of {max(ROUND_IMAGES.values())}")
+    if options.run and not options.costs.exists():
+        measure({name: run_of(f"large-lag1-{name}", SEEDS[0], options.images) for name in COSTED}, options.costs)
     if not options.chart:
         return list_or_make(options, all_runs(options.images))
     results = [result for result in read_results(options.results) if result["images"] == options.images]
-    draw_chart(results, options.picture, options.samplers)
-    print(table(results, options.samplers))
+    costs = read_costs(options.costs)
+    draw_chart(results, options.picture, options.samplers, costs)
+    print(table(results, options.samplers, costs))
     return 0
 
 

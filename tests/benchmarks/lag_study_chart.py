@@ -32,20 +32,15 @@ def round_seconds(sample: float, score: float, update: float, lag: int, shape: t
     return in_step if lag == 0 else max(sample / samplers, score, update, in_step / (lag + 1))
 
 
-def paces(results: Results) -> dict[str, tuple[float, float, float]]:
+def paces(results: Results, costs: dict[str, float]) -> dict[str, tuple[float, float, float]]:
     """By correction, the median seconds that a picture's drawing, scoring and learning took on one thread.
 
-    A picture's work is the same in every run, but for what a correction adds to learning. So all runs share what drawing
-    and scoring took: what else the machine did while one of them was made favours none.
+    A picture's work is the same in every run, but for the passes that a correction adds to learning. So all runs share the
+    medians: what else the machine did while one of them was made favours none. What passes add is `costs`, from one run.
     """
     sample, score = (_median(results, part) for part in ("sample", "score"))
-    works = {result["correction"]: _work(result) for result in results}
-    learn = {work: _median([each for each in results if _work(each) == work], "learn") for work in set(works.values())}
-    return {correction: (sample, score, learn[work]) for correction, work in works.items()}
-
-
-def _work(result: dict[str, Any]) -> str:
-    return result["correction"] if result["correction"] in MORE_WORK else ""
+    learn = _median([each for each in results if each["correction"] not in MORE_WORK] or results, "learn")
+    return {each["correction"]: (sample, score, learn * costs.get(each["correction"], 1.0)) for each in results}
 
 
 def _median(results: Results, part: str) -> float:
@@ -80,13 +75,13 @@ def by_setting(results: Results) -> dict[str, Results]:
     return groups
 
 
-def draw_chart(results: Results, path: Path, samplers: int) -> None:
+def draw_chart(results: Results, path: Path, samplers: int, costs: dict[str, float]) -> None:
     """A row a question: on the left what a picture teaches, on the right what a second does."""
     from fnmatch import fnmatch
 
     from matplotlib import pyplot as plt
 
-    groups, pace = by_setting(results), paces(results)
+    groups, pace = by_setting(results), paces(results, costs)
     figure, rows = plt.subplots(len(PANELS), 2, figsize=(14, 4.4 * len(PANELS)), squeeze=False)
     for (title, patterns), (left, right) in zip(PANELS, rows, strict=True):
         shown = [name for name in groups if any(fnmatch(name, pattern) for pattern in patterns)]
@@ -124,7 +119,7 @@ def draw_setting(axis: Any, name: str, runs: Results, scale: float, color: Any) 
     axis.fill_between(images, means.min(0), means.max(0), color=color, alpha=0.15)
 
 
-def table(results: Results, samplers: int) -> str:
+def table(results: Results, samplers: int, costs: dict[str, float]) -> str:
     """A line a setting, in markdown: seed by seed the change on held-out pictures, and the share of the animals named before
     that are still named; and what a picture takes.
     """
@@ -132,7 +127,7 @@ def table(results: Results, samplers: int) -> str:
         "| setting | change of the reward on held-out pictures | mean | still named | clipped | masked | seconds a picture |",
         "|---|---|---|---|---|---|---|",
     ]
-    pace = paces(results)
+    pace = paces(results, costs)
     for name, runs in by_setting(results).items():
         changes = [
             (run["held_out"]["reward_after"] - run["held_out"]["reward_before"]) / abs(run["held_out"]["reward_before"])

@@ -157,6 +157,9 @@ def node_removed(tables: dict) -> str:
         wait_until(lambda: rounds_done(run) >= 3 or driver.process.poll() is not None, "round 3")
         nodes.remove_node(removed, allow_graceful=False)
         nodes.add_node(num_cpus=4, resources={"acting": 4}, object_store_memory=100_000_000)
+        appeared = time.monotonic()
+        wait_until(lambda: loaded("ray::Sampler") == 2 or driver.process.poll() is not None, "samplers on the new node")
+        print(f"\nboth samplers were loaded {time.monotonic() - appeared:.1f} s after their node had appeared")
         assert driver.ended() == 0, driver.said()
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sum(round.get("actor_restarts/sampler", 0) for round in metrics) >= 2, "both samplers went with the node"
@@ -180,7 +183,7 @@ def submitted(client: JobSubmissionClient, command: str) -> str:
 
 
 def job_stopped(tables: dict) -> str:
-    """Submitted as a job, stopped with `ray job stop`'s own grace period, and submitted again."""
+    """Submitted as a job, scaled by another, stopped with `ray job stop`'s own grace period, and submitted again."""
     recipe = recipe_of(tables, "job", 2)
     run, file = Path(recipe.run_path()), Path(recipe.output_dir).parent / "job.toml"
     file.write_text(tomli_w.dumps(without_none(recipe.model_dump(exclude_defaults=True))))
@@ -191,6 +194,9 @@ def job_stopped(tables: dict) -> str:
         first = submitted(client, command)
         ended = (JobStatus.STOPPED, JobStatus.SUCCEEDED, JobStatus.FAILED)
         wait_until(lambda: rounds_done(run) >= 4 or client.get_job_status(first) in ended, "round 4")
+        scaled_by = submitted(client, f"cd {ROOT} && {sys.executable} -m ddpo scale {run} --samplers 3")
+        wait_until(lambda: "samplers: 2 → 3, as asked" in client.get_job_logs(first), "another number of samplers")
+        assert client.get_job_status(scaled_by) != JobStatus.FAILED, client.get_job_logs(scaled_by)
         client.stop_job(first)
         wait_until(lambda: client.get_job_status(first) in ended, "the job's end")
         assert client.get_job_status(first) == JobStatus.STOPPED, client.get_job_logs(first)
@@ -225,7 +231,7 @@ SCENARIOS: dict[str, Scenario] = {
     "learner killed twice": learner_killed,
     "driver killed with SIGKILL, resumed": driver_signalled(signal.SIGKILL),
     "driver stopped with SIGTERM, resumed": driver_signalled(signal.SIGTERM),
-    "stopped with ray job stop, submitted again": job_stopped,
+    "scaled by a job, stopped with ray job stop, submitted again": job_stopped,
     "a node removed, another added": node_removed,
     "an object store that spills": spilling,
 }
