@@ -153,11 +153,11 @@ class Rollout:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What a round, or a part of it, is worth: one advantage an image, in task order. The trajectories travel beside it."""
+    """What a round, or a part of it, is worth: one number an image, in task order. The trajectories travel beside it."""
 
     round: int
     reports: tuple[TaskReport, ...]
-    advantages: Float[np.ndarray, "N"]
+    advantages: Float[np.ndarray, "N"]  # as the algorithm's `worth` gives it: an advantage, or a weight
     set_aside: tuple[int, ...] = ()  # images, in task order, that nothing is learned from: their advantage is NaN
     part: int = 0
     parts: int = 1  # of the round, all of one size

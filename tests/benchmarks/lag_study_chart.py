@@ -12,7 +12,8 @@ WINDOW = 64  # pictures that a point of a curve is the mean of, whatever the rou
 PANELS = (
     ("large rounds as they are: 64 pictures, 4 optimizer steps", ("large-*-plain", "large-lag0-parts")),
     ("smaller rounds as they are: 32 pictures, 2 steps; 16 pictures, 1 step", ("middle-*-plain", "small-*-plain")),
-    ("large rounds, corrected", ("large-lag0-plain", "large-lag1-*", "large-lag2-*", "large-lag4-*")),
+    ("large rounds at lag 1, with and without corrections", ("large-lag0-plain", "large-lag1-*")),
+    ("large rounds at lag 2 and 4, with and without corrections", ("large-lag0-plain", "large-lag2-*", "large-lag4-*")),
 )
 
 
@@ -101,7 +102,7 @@ def draw_chart(results: Results, path: Path, samplers: int, costs: dict[str, flo
             axis.set_ylabel(f"reward, mean of the last {WINDOW} pictures")
             axis.grid(alpha=0.3)
             if shown:
-                axis.legend(fontsize=8, loc="lower right")
+                axis.legend(fontsize=8, loc="upper left")
     figure.suptitle("band: from the lowest to the highest of the seeds; line: their mean", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     path.parent.mkdir(parents=True, exist_ok=True)
