@@ -247,7 +247,6 @@ SHORT |= {
     (2, "driver stopped with SIGTERM, resumed"),
     (1, "learner killed twice"),
     (0, "scaled 1 → 4 → 2 while it runs"),
-    (0, "in four parts: learner killed twice"),
 }
 
 
