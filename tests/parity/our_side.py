@@ -92,9 +92,9 @@ class Watched:
 
     @contextmanager
     def _pairs_watched(self, trajectories: list[Trajectory]) -> Iterator[None]:
-        """Loss and ratio of every pair that is learned from, found by its image's last latents and its step."""
-        final = torch.cat([one.final_latents for one in trajectories])
-        shape = (self._recipe.learner.inner_epochs, len(final), trajectories[0].steps.shape[1])
+        """Loss and ratio of every pair that is learned from, found by its step and the latents that enter it."""
+        entering = torch.cat([one.latents for one in trajectories])  # of all steps
+        shape = (self._recipe.learner.inner_epochs, *entering.shape[:2])
         losses, ratios, pairs = np.full(shape, np.nan), np.full(shape, np.nan), itertools.count()
         own = DDPOImportanceSampling.pair_loss
 
@@ -102,7 +102,8 @@ class Watched:
             result = own(algorithm, policy, batch)
             if torch.is_grad_enabled():  # not the measurement of the divergence
                 for row, step in enumerate(batch.steps.tolist()):
-                    (image,) = (final == batch.final_latents[row]).flatten(1).all(1).nonzero().flatten().tolist()
+                    same = (entering[:, step] == batch.latents[row]).flatten(1).all(1)
+                    (image,) = same.nonzero().flatten().tolist()
                     place = (next(pairs) // (shape[1] * shape[2]), image, step)
                     losses[place], ratios[place] = result.loss[row].detach(), result.log_ratio[row].exp()
             return result
