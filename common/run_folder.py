@@ -81,8 +81,10 @@ class RunFolder:
         """Something that only this start knows lies in the folder meanwhile, for processes elsewhere to read back."""
         token = secrets.token_hex(8)
         self.storage.write(TOKEN, token.encode())
-        yield token
-        self.storage.remove(TOKEN)
+        try:
+            yield token
+        finally:
+            self.storage.remove(TOKEN)
 
     def has_token(self, token: str) -> bool:
         """Whether this is, seen from this process, the folder that `token` lies in."""

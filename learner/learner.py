@@ -51,9 +51,8 @@ class Learner:
         self._trained = read_weights(self._policy.network, 0)  # at the start of the round
         self._published = (self._trained,)
         self._metrics = self._no_metrics()  # of the round that is being learned from
-        algorithm.check_micro_batches(
-            recipe, len(self._policy.noisy_steps)
-        )  # which only the loaded model's schedule tells
+        # Only the loaded model's schedule tells how many steps have noise.
+        algorithm.check_micro_batches(recipe, len(self._policy.noisy_steps))
 
     def _no_metrics(self) -> UpdateMetrics:
         return UpdateMetrics(self._policy.num_steps, int(np.prod(self._policy.latent_shape)))

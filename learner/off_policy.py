@@ -34,7 +34,7 @@ def decoupled_surrogate(
 
 def drift_nats(transition: Transition, behaviour: Transition) -> Float[Tensor, "B"]:
     """KL of one step between two policies with the same σ: ‖μ − μ_behaviour‖² / (2σ²), without gradient."""
-    return gaussian_kl(transition, behaviour).detach()
+    return gaussian_kl(Transition(transition.mean.detach(), transition.std), behaviour)
 
 
 def within_drift(drift: Float[Tensor, "B"], max_drift_nats: float) -> Float[Tensor, "B"]:

@@ -31,7 +31,7 @@ class References:
 
     def laid_into(self, batch: Batch, pairs: list[Pair]) -> Batch:
         """The batch of these pairs, with what is known of them."""
-        known = {name: _rows(getattr(self, name), pairs, batch) for name in (field.name for field in _FIELDS)}
+        known = {field.name: _rows(getattr(self, field.name), pairs, batch) for field in _FIELDS}
         return dataclasses.replace(batch, **{name: rows for name, rows in known.items() if rows is not None})
 
 

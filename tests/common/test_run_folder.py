@@ -72,6 +72,9 @@ def test_a_token_is_read_back_from_the_same_folder_only_and_leaves_nothing(
         assert not RunFolder(folder.location).has_token("another start's")
         assert not RunFolder(tmp_path / "a_disk_of_its_own").has_token(token)
     assert not folder.has_token(token) and folder.storage.names() == []
+    with pytest.raises(ZeroDivisionError), folder.token():
+        raise ZeroDivisionError
+    assert folder.storage.names() == []
 
 
 def test_the_recipes_head_says_which_versions_ran_it(folder: RunFolder, recipe: Recipe) -> None:
