@@ -25,6 +25,10 @@ def jpeg_kilobytes(images: Images) -> Float[np.ndarray, "B"]:
 class JpegCompressibility(Reward):
     """Minus the size in kilobytes: smaller files are better."""
 
+    @property
+    def independent_of_batch(self) -> bool:
+        return True
+
     def load(self, device: str) -> LoadedReward:
         def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
             return -jpeg_kilobytes(images)
@@ -34,6 +38,10 @@ class JpegCompressibility(Reward):
 
 class JpegIncompressibility(Reward):
     """The size in kilobytes: larger files are better."""
+
+    @property
+    def independent_of_batch(self) -> bool:
+        return True
 
     def load(self, device: str) -> LoadedReward:
         def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:

@@ -26,6 +26,11 @@ class Reward(Entry, ABC):
         """What its weights take on the reward worker's device, for `ddpo plan`; 0 where it has none."""
         return 0
 
+    @property
+    def independent_of_batch(self) -> bool:
+        """Whether a picture scores the same bits in whatever batch it stands; only then are batches cut across tasks."""
+        return False
+
     def needs(self) -> tuple[Weights, ...]:
         """The files that `load` reads beside what is installed, for `ddpo doctor`; none where it has no weights."""
         return ()
