@@ -24,6 +24,27 @@ def read_from_hub(read: Callable[[bool], T], missing: str) -> T:
         raise ValueError(f"{missing} ({first_line(error)})") from None
 
 
+def file_from_hub(repository: str, file: str, missing: str) -> str:
+    """The path of one file of a repository. ValueError: `missing`, and why."""
+    from huggingface_hub import hf_hub_download
+
+    def read(local_files_only: bool) -> str:
+        return hf_hub_download(repository, file, local_files_only=local_files_only)
+
+    return read_from_hub(read, missing)
+
+
+def read_from_folder_or_hub(read: Callable[[str | Path, bool], T], source: str, missing: str) -> T:
+    """`read(source, local_files_only)` of a folder, as a Path, or of a hub name. A path that is not there asks no hub."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and is_hub_name(source):
+        return read_from_hub(lambda local_files_only: read(source, local_files_only), missing)
+    try:
+        return read(folder, True)
+    except OSError as error:
+        raise ValueError(f"{missing} ({first_line(error)})") from None
+
+
 def hub_answers(seconds: float = 5) -> bool:
     """Asked first because the hub's own client tries again for most of a minute where there is no network."""
     from huggingface_hub import constants
@@ -49,6 +70,15 @@ class Weights:
     source: str  # the folder, or owner/model
     files: tuple[str, ...]  # the first lies directly in it, by its name; the others may be patterns
     key: str  # of the recipe, that says where they are
+
+
+def cannot_load(weights: Weights) -> str:
+    """What to say where they are not to be had: which key names them, which files, and what to do without the hub."""
+    return (
+        f"{weights.key} is {weights.source!r}, which cannot be loaded: it must be a folder of this machine or a repository "
+        f"of the hub that has {', '.join(weights.files)}; where the hub cannot be reached, copy them to this machine, and "
+        f"set {weights.key} to where they are"
+    )
 
 
 def missing_files(weights: Weights) -> list[str]:
