@@ -1,10 +1,8 @@
-"""CLIP's two towers: pictures and prompts as embeddings, from a folder or the hub; weights that lack are an error."""
+"""CLIP's two towers: pictures and prompts as embeddings of L2 norm 1, whose cosine says how well they fit."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,27 +10,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from common.clip_preprocessing import clip_pixels
-from common.model_hub import Weights, cannot_load, read_from_folder_or_hub
-from common.trajectory import DTYPES
+from common.model_hub import Weights, cannot_load
+from common.pretrained import read_model, read_tokenizer
 
-Precision = Literal["auto", "float32", "float16", "bfloat16"]  # auto: half on CUDA, float32 elsewhere
 EmbedImages = Callable[[UInt8[Tensor, "B H W 3"]], Float[Tensor, "B D"]]
 EmbedTexts = Callable[[list[str]], Float[Tensor, "B D"]]
 
-CLIP_FILES = ("config.json", "*.safetensors")
-TOKENIZER_FILE = "tokenizer.json"
 HIGHEST_TOKEN = 2  # what old configurations say of the end-of-text token, and transformers then takes the highest one
-
-
-def torch_dtype(precision: Precision, device: str) -> torch.dtype:
-    """What weights and activations are in on `device`."""
-    automatic = "float16" if device.startswith("cuda") else "float32"
-    return DTYPES[automatic if precision == "auto" else precision]
-
-
-def weight_bytes(parameters: int, precision: Precision) -> int:
-    """What so many weights take; on "auto" what a GPU would take."""
-    return parameters * torch_dtype(precision, "cuda").itemsize
 
 
 @dataclass(frozen=True)
@@ -57,7 +41,7 @@ def load_image_embedder(clip: str, device: str, dtype: torch.dtype, missing: str
     """The image tower alone, and the dimension of its embeddings. ValueError: `missing`, and why."""
     from transformers import CLIPVisionModelWithProjection
 
-    tower = _read_model(CLIPVisionModelWithProjection, clip, dtype, missing).to(device)
+    tower = read_model(CLIPVisionModelWithProjection, clip, dtype, missing).to(device)
     side = tower.config.image_size
 
     @torch.no_grad()
@@ -71,14 +55,13 @@ def load_clip(clip: Weights, tokenizer: Weights, device: str, dtype: torch.dtype
     """A whole CLIP of transformers'. ValueError: the key of the recipe whose files cannot be read, and why."""
     from transformers import CLIPModel
 
-    model = _read_model(CLIPModel, clip.source, dtype, cannot_load(clip))
-    return clip_towers(model, tokenizer, device)
+    return clip_towers(read_model(CLIPModel, clip.source, dtype, cannot_load(clip)), tokenizer, device)
 
 
 def clip_towers(model: Any, tokenizer: Weights, device: str, whole: bool = False) -> ClipTowers:
     """The towers of a CLIPModel. `whole`: pictures that are not square keep their edges (clip_preprocessing)."""
-    model = model.to(device).eval().requires_grad_(False)
-    tokens = load_tokenizer(tokenizer, model.config.text_config)
+    model = model.to(device)
+    tokens = _tokenizer_for(model.config.text_config, tokenizer)
     side, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
@@ -100,20 +83,11 @@ def unit(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
     return embeddings / embeddings.norm(dim=-1, keepdim=True)
 
 
-def load_tokenizer(tokenizer: Weights, text_config: Any) -> Any:
-    """CLIP's tokenizer. ValueError: it is not there, or it is not the one that the text tower learned with."""
-    from huggingface_hub import hf_hub_download
+def _tokenizer_for(text_config: Any, tokenizer: Weights) -> Any:
     from transformers import CLIPTokenizer
 
-    def read(source: str | Path, local_files_only: bool) -> Any:
-        # Looked for first: of a source without a vocabulary transformers makes a tokenizer that knows no word.
-        if isinstance(source, Path):
-            (source / TOKENIZER_FILE).open().close()
-        else:
-            hf_hub_download(source, TOKENIZER_FILE, local_files_only=local_files_only)
-        return CLIPTokenizer.from_pretrained(source, local_files_only=local_files_only)
-
-    tokens = read_from_folder_or_hub(read, tokenizer.source, cannot_load(tokenizer))
+    tokens = read_tokenizer(CLIPTokenizer, tokenizer)
+    # With another vocabulary, or another end to look for, every prompt would get an embedding, and a wrong one.
     ends_alike = text_config.eos_token_id in (HIGHEST_TOKEN, tokens.eos_token_id)
     if len(tokens) != text_config.vocab_size or not ends_alike:
         raise ValueError(
@@ -121,36 +95,3 @@ def load_tokenizer(tokenizer: Weights, text_config: Any) -> Any:
             f"{tokens.eos_token_id}: CLIP's text tower here takes {text_config.vocab_size} and {text_config.eos_token_id}"
         )
     return tokens
-
-
-def _read_model(cls: Any, clip: str, dtype: torch.dtype, missing: str) -> Any:
-    def read(source: str | Path, local_files_only: bool) -> Any:
-        return loaded(cls, source, missing, dtype=dtype, local_files_only=local_files_only)
-
-    return read_from_folder_or_hub(read, clip, missing).eval().requires_grad_(False)
-
-
-def loaded(cls: Any, source: str | Path | None, missing: str, **options: Any) -> Any:
-    """`cls.from_pretrained`, and a ValueError where transformers would fill weights with random numbers."""
-    with _errors_only():  # a whole CLIP has a text tower, and each of its weights would be reported as not needed
-        model, found = cls.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    absent, misfits = sorted(found["missing_keys"]), sorted(name for name, *_ in found["mismatched_keys"])
-    if absent or misfits:
-        fault = "weights are missing" if absent else "weights are of another size than the configuration says"
-        raise ValueError(f"{missing} ({fault}: {(absent or misfits)[0]}, {len(absent or misfits)} in all)")
-    return model
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -1,17 +1,15 @@
 """A checkpoint of open_clip's as a CLIP of transformers': the same network, under other names."""
 
 import math
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from common.clip_towers import loaded
+from common.pretrained import loaded
+from common.weight_file import named_weights
 
 State = dict[str, Tensor]
 
@@ -50,31 +48,13 @@ def load_open_clip(path: str | Path, heads: int, dtype: torch.dtype) -> Any:
     """
     from transformers import CLIPConfig, CLIPModel
 
-    state = read_state(Path(path).expanduser())
+    state = named_weights(path, "the checkpoint", ".pt")
     try:
         config, weights = CLIPConfig(**sizes(state, heads)), as_transformers(state)
     except KeyError as error:
         raise ValueError(f"the checkpoint {path} is no open_clip ViT with a text tower: {error.args[0]}") from None
     missing = f"the checkpoint {path} is no open_clip ViT with a text tower"
     return loaded(CLIPModel, None, missing, config=config, state_dict=weights, dtype=dtype)
-
-
-def read_state(path: Path) -> State:
-    """What the file holds, without unpickling anything but tensors and plain containers."""
-    if not path.is_file():
-        raise ValueError(f"the checkpoint {path} is not there: give the path of its weights, .safetensors or .pt")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"the checkpoint {path} cannot be read: it must be a .safetensors file, or a .pt file of weights only"
-        ) from error
-    state = held.get("state_dict", held) if isinstance(held, dict) else held
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"the checkpoint {path} holds {type(state).__name__}: it must hold named weights")
-    return state
 
 
 def as_transformers(state: State) -> State:

@@ -9,8 +9,9 @@ from jaxtyping import Float
 
 from actors.rewards.reward import Images, LoadedReward, Reward
 from common.aesthetic_head import read_head
-from common.clip_towers import CLIP_FILES, EmbedImages, Precision, load_image_embedder, torch_dtype, weight_bytes
+from common.clip_towers import EmbedImages, load_image_embedder
 from common.model_hub import Weights, file_from_hub
+from common.pretrained import MODEL_FILES, Precision, torch_dtype, weight_bytes
 
 CLIP = "openai/clip-vit-large-patch14"
 HEAD_REPOSITORY, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
@@ -36,7 +37,7 @@ class Aesthetic(Reward):
     def needs(self) -> tuple[Weights, ...]:
         head = Path(self.head or HEAD_FILE).expanduser().absolute()
         return (
-            Weights(self.clip, CLIP_FILES, "reward.clip"),
+            Weights(self.clip, MODEL_FILES, "reward.clip"),
             Weights(str(head.parent) if self.head else HEAD_REPOSITORY, (head.name,), "reward.head"),
         )
 

@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Float
 
 from actors.rewards.reward import Images, LoadedReward, Reward
-from common.clip_towers import CLIP_FILES, TOKENIZER_FILE, Precision, load_clip, torch_dtype, weight_bytes
+from common.clip_towers import load_clip
 from common.model_hub import Weights
+from common.pretrained import MODEL_FILES, TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
 
 CLIP = "openai/clip-vit-large-patch14"
 VIT_L_14_PARAMETERS = 427_616_513  # both towers, their projections and the logit scale
@@ -28,7 +29,7 @@ class ClipScore(Reward):
         return weight_bytes(VIT_L_14_PARAMETERS, self.dtype)
 
     def needs(self) -> tuple[Weights, ...]:
-        return (Weights(self.clip, (*CLIP_FILES, TOKENIZER_FILE), "reward.clip"),)
+        return (Weights(self.clip, (*MODEL_FILES, TOKENIZER_FILE), "reward.clip"),)
 
     def load(self, device: str) -> LoadedReward:
         (clip,) = self.needs()

@@ -7,9 +7,10 @@ import numpy as np
 from jaxtyping import Float
 
 from actors.rewards.reward import Images, LoadedReward, Reward
-from common.clip_towers import TOKENIZER_FILE, Precision, clip_towers, torch_dtype, weight_bytes
+from common.clip_towers import clip_towers
 from common.model_hub import Weights, cannot_load, file_from_hub
 from common.open_clip_weights import load_open_clip
+from common.pretrained import TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
 
 REPOSITORY, CHECKPOINT = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

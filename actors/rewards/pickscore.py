@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Float
 
 from actors.rewards.reward import Images, LoadedReward, Reward
-from common.clip_towers import CLIP_FILES, TOKENIZER_FILE, Precision, load_clip, torch_dtype, weight_bytes
+from common.clip_towers import load_clip
 from common.model_hub import Weights
+from common.pretrained import MODEL_FILES, TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
 
 CLIP = "yuvalkirstain/PickScore_v1"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the model's own repository is read for its weights alone
@@ -30,7 +31,7 @@ class PickScore(Reward):
 
     def needs(self) -> tuple[Weights, ...]:
         return (
-            Weights(self.clip, CLIP_FILES, "reward.clip"),
+            Weights(self.clip, MODEL_FILES, "reward.clip"),
             Weights(self.tokenizer, (TOKENIZER_FILE,), "reward.tokenizer"),
         )
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.clip_towers import CLIP_FILES, TOKENIZER_FILE, ClipTowers, load_clip, torch_dtype, weight_bytes
+from common.clip_towers import ClipTowers, load_clip
 from common.model_hub import Weights
+from common.pretrained import MODEL_FILES, TOKENIZER_FILE, torch_dtype, weight_bytes
 from tests.tiny_clip import save_tiny_clip
 
 PROMPTS = ["a cat", "a dog in the rain", "a cat", "", "dog cat " * 1250]
@@ -22,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, tokenizer: Path | None = None) -> ClipTowers:
     return load_clip(
-        Weights(str(folder), CLIP_FILES, "reward.clip"),
+        Weights(str(folder), MODEL_FILES, "reward.clip"),
         Weights(str(tokenizer or folder), (TOKENIZER_FILE,), "reward.tokenizer"),
         "cpu",
         torch.float32,
@@ -78,7 +79,7 @@ def test_a_prompt_that_occurs_several_times_is_encoded_once(folder: Path, images
 
 
 def test_embeddings_have_norm_one_and_are_in_float32_also_from_half_precision(folder: Path, images: np.ndarray) -> None:
-    weights = Weights(str(folder), CLIP_FILES, "reward.clip")
+    weights = Weights(str(folder), MODEL_FILES, "reward.clip")
     half = load_clip(weights, weights, "cpu", torch.float16)
     for embeddings in (half.embed_images(torch.from_numpy(images)), half.embed_texts(["cat", "dog"])):
         assert embeddings.dtype == torch.float32
@@ -133,7 +134,7 @@ def test_a_tokenizer_that_is_not_on_this_machine_is_named(
 ) -> None:
     monkeypatch.setattr("common.model_hub.hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
-    weights = Weights(str(folder), CLIP_FILES, "reward.clip")
+    weights = Weights(str(folder), MODEL_FILES, "reward.clip")
     with pytest.raises(ValueError, match="reward.tokenizer is 'nobody/words', .*the hub does not answer"):
         load_clip(weights, Weights("nobody/words", (TOKENIZER_FILE,), "reward.tokenizer"), "cpu", torch.float32)
 

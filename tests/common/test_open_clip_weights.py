@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d, gelu, layer_norm, multi_head_attention_f
 from common.clip_preprocessing import clip_pixels
 from common.clip_towers import ClipTowers, clip_towers
 from common.model_hub import Weights
-from common.open_clip_weights import State, as_transformers, load_open_clip, read_state, sizes
+from common.open_clip_weights import State, as_transformers, load_open_clip, sizes
 from tests.tiny_clip import (
     EMBEDDING,
     SIDE,
@@ -151,24 +151,3 @@ def test_a_weight_of_another_architecture_is_refused_by_name(tmp_path: Path, nam
     torch.save(tiny_open_clip_state() | {name: torch.zeros(1)}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=f"no open_clip ViT with a text tower: it has '{name}'"):
         load_open_clip(tmp_path / "weights.pt", HEADS, torch.float32)
-
-
-class Payload:
-    """What would run code when unpickled."""
-
-    def __reduce__(self) -> tuple:
-        return exec, ("raise SystemExit('unpickled')",)
-
-
-def test_a_checkpoint_that_carries_code_is_refused_and_not_run(tmp_path: Path) -> None:
-    torch.save({"state_dict": Payload()}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="cannot be read: it must be a .safetensors file, or a .pt file of weights"):
-        read_state(tmp_path / "weights.pt")
-
-
-def test_what_is_not_there_or_holds_no_weights_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere.pt is not there"):
-        read_state(tmp_path / "nowhere.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="holds list: it must hold named weights"):
-        read_state(tmp_path / "list.pt")
