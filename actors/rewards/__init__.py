@@ -14,6 +14,7 @@ REWARDS: Room = {
     "clip_score": "actors.rewards.clip_score:ClipScore",
     "pickscore": "actors.rewards.pickscore:PickScore",
     "hps_v2": "actors.rewards.hps_v2:HpsV2",
+    "image_reward": "actors.rewards.image_reward:ImageReward",
     "animal_classifier": "actors.rewards.animal_classifier:AnimalClassifier",
     "function": "actors.rewards.function:Function",
 }

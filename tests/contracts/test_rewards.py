@@ -9,6 +9,7 @@ import pytest
 from actors.rewards import REWARDS
 from actors.rewards.reward import LoadedReward
 from common.registry import build
+from tests.tiny_blip import save_tiny_bert_tokenizer, save_tiny_image_reward
 from tests.tiny_clip import save_tiny_clip, save_tiny_head, save_tiny_open_clip
 
 PROMPTS = ["cat", "dog", "horse", "cat"]
@@ -24,6 +25,10 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         "aesthetic": {"clip": str(clip), "head": str(head)},
         "clip_score": {"clip": str(clip)},
         "pickscore": {"clip": str(clip), "tokenizer": str(clip)},
+        "image_reward": {
+            "checkpoint": str(save_tiny_image_reward(folder / "image_reward.pt")),
+            "tokenizer": str(save_tiny_bert_tokenizer(folder / "bert")),
+        },
         "hps_v2": {"checkpoint": str(save_tiny_open_clip(folder / "hps.pt")), "tokenizer": str(clip)},
         "dark_share": {"below": 0.9},  # by default all of these pictures but one would score 0
         "function": {"path": "tests.user_functions:brightness"},
