@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from common.clip_towers import ClipTowers, load_clip
 from common.model_hub import Weights
-from common.pretrained import MODEL_FILES, TOKENIZER_FILE, torch_dtype, weight_bytes
+from common.pretrained import MODEL_FILES, TOKENIZER_FILE
 from tests.tiny_clip import save_tiny_clip
 
 PROMPTS = ["a cat", "a dog in the rain", "a cat", "", "dog cat " * 1250]
@@ -158,9 +158,3 @@ def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(folder: Path, t
     end, count = words["<|endoftext|>"], len(words)
     with pytest.raises(ValueError, match=f"has {count} tokens and ends a text with number {end}: .* takes 519 and 518"):
         load(folder, tokenizer=tmp_path)
-
-
-def test_automatic_precision_is_half_on_cuda_and_full_elsewhere() -> None:
-    assert torch_dtype("auto", "cuda:1") == torch.float16 and torch_dtype("auto", "cpu") == torch.float32
-    assert torch_dtype("bfloat16", "cuda") == torch.bfloat16
-    assert [weight_bytes(10, precision) for precision in ("auto", "float32", "bfloat16")] == [20, 40, 20]
