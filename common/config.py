@@ -108,6 +108,12 @@ class SamplersTable(ElasticTable):
 
 class RewardTable(Choice):
     weight: float = 1.0
+    floor: float | None = None  # images below it rank under all others, whatever the other rewards say
+
+
+class CompositionTable(Table):
+    # Of several rewards: as they are; each less its mean over its deviation; advantages of each; win rates in a group.
+    join: Literal["sum", "normalised", "advantages", "win_rate"] = "sum"
 
 
 class RewardWorkersTable(ElasticTable):
@@ -184,6 +190,7 @@ class Recipe(Table):
     samplers: SamplersTable = SamplersTable()
     reward: RewardTable | None = None
     rewards: tuple[RewardTable, ...] = ()
+    composition: CompositionTable = CompositionTable()
     reward_workers: RewardWorkersTable = RewardWorkersTable()
     algorithm: Choice
     learner: LearnerTable
@@ -209,6 +216,13 @@ class Recipe(Table):
         names = [reward.name for reward in self.all_rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"[[rewards]] names {names}: each may be there once")
+        if not any(reward.weight or reward.floor is not None for reward in self.all_rewards):
+            raise ValueError(f"every weight of {names} is 0 and none has a floor: there is nothing to learn")
+        if self.composition.join == "win_rate" and self.prompts.images_per_prompt < 2:
+            raise ValueError(
+                f"composition.join is 'win_rate' and prompts.images_per_prompt {self.prompts.images_per_prompt}: "
+                "a group needs at least 2 images of one prompt"
+            )
         return self
 
     @model_validator(mode="after")

@@ -161,6 +161,9 @@ class TrainBatch:
     set_aside: tuple[int, ...] = ()  # images, in task order, that nothing is learned from: their advantage is NaN
     part: int = 0
     parts: int = 1  # of the round, all of one size
+    joined_from: dict[str, Float[np.ndarray, "N"]] = field(
+        default_factory=dict
+    )  # each reward as joined, where not as it is
 
 
 Scored = tuple[TrainBatch, list[Rollout]]  # a part of a round, or a whole one
@@ -173,7 +176,8 @@ def whole_round(parts: list[TrainBatch]) -> TrainBatch:
     advantages = np.concatenate([batch.advantages for batch in parts])
     size = len(parts[0].advantages)
     set_aside = tuple(batch.part * size + image for batch in parts for image in batch.set_aside)
-    return TrainBatch(parts[0].round, reports, advantages, set_aside)
+    joined_from = {name: np.concatenate([batch.joined_from[name] for batch in parts]) for name in parts[0].joined_from}
+    return TrainBatch(parts[0].round, reports, advantages, set_aside, joined_from=joined_from)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from common.trackers import TRACKERS
 from common.trackers.tracker import Tracker
 from learner.algorithms import ALGORITHMS
 from learner.algorithms.algorithm import Algorithm
+from learner.reward_composition import RewardComposition
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Parts:
     policy: PolicyConfig
     prompts: PromptSource
     rewards: dict[str, Reward]
-    reward_weights: dict[str, float]
+    composition: RewardComposition
     algorithm: Algorithm
     trackers: dict[str, Tracker]
 
@@ -60,6 +61,8 @@ def entries_of(recipe: Recipe) -> Parts:
     """
     algorithm: Algorithm = build(ALGORITHMS, recipe.algorithm.table(), "algorithm")
     algorithm.check(recipe)
+    composition = RewardComposition.of(recipe)
+    composition.check(algorithm)
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:
         trackers[table.name] = build(TRACKERS, table.table(), "trackers")
@@ -68,7 +71,7 @@ def entries_of(recipe: Recipe) -> Parts:
         build(POLICIES, recipe.policy.table(), "policy"),
         build(PROMPTS, recipe.prompts.table(), "prompts"),
         {table.name: build_reward(table) for table in recipe.all_rewards},
-        {table.name: table.weight for table in recipe.all_rewards},
+        composition,
         algorithm,
         trackers,
     )

@@ -59,7 +59,8 @@ def compare(parts: Parts, folder: RunFolder) -> Comparison:
     after = evaluation_images(policy, chosen, recipe.sampling)
     scores = [worker.score(ImageBatch(pixels, chosen.prompts)).rewards for pixels in (before, after)]
     trained_on = [
-        np.sum([weight * values[name] for name, weight in parts.reward_weights.items()], axis=0) for values in scores
+        np.sum([weight * values[name] for name, weight in parts.composition.weights.items()], axis=0)
+        for values in scores
     ]
     return Comparison(
         chosen, before, after, {**scores[0], "reward": trained_on[0]}, {**scores[1], "reward": trained_on[1]}

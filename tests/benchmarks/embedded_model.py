@@ -96,7 +96,7 @@ def learning(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
         weights = learner.weights()[-1]
         report, trajectory, images = sampler.draw(replace(task, policy_version=weights.policy_version), weights)
         rollout = Rollout(report, worker.score(images), trajectory, images)
-        batch = RoundBuffer(parts.algorithm, parts.reward_weights).train_batch([rollout])
+        batch = RoundBuffer(parts.algorithm, parts.composition).train_batch([rollout])
         return batch, trajectory
 
     bare_seconds, our_seconds = [], []

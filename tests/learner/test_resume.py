@@ -27,7 +27,7 @@ def begun(tables: dict, rounds_done: int | None = None) -> RunFolder:
     folder.write_recipe(parts.resolved())
     if rounds_done:
         weights = pack(rounds_done, {"a": np.ones((2, 2))})
-        state = Checkpoint(rounds_done, LearnerState(rounds_done, (weights,), {}, {}), {"a cat": (1.0,)})
+        state = Checkpoint(rounds_done, LearnerState(rounds_done, (weights,), {}, {}), {"joined": {"a cat": (1.0,)}})
         save_checkpoint(folder.checkpoints, state, keep=2)
     return folder
 
@@ -47,7 +47,7 @@ def test_a_run_is_not_overwritten_unasked(tables: dict) -> None:
 def test_a_run_goes_on_from_its_newest_checkpoint(tables: dict) -> None:
     folder = begun(tables, rounds_done=7)
     found = resume_point(folder, parts_with(tables).resolved(), resume=True)
-    assert found is not None and found.rounds_done == 7 and found.statistics == {"a cat": (1.0,)}
+    assert found is not None and found.rounds_done == 7 and found.statistics == {"joined": {"a cat": (1.0,)}}
 
 
 def test_a_run_without_a_checkpoint_begins_again(tables: dict) -> None:
