@@ -14,7 +14,7 @@ from common.schedule import last_startable_round, round_parts, round_tasks
 from common.trackers.fan_out import FanOut
 from common.trackers.tracker import RunInfo
 from common.trajectory import Scored
-from deploy.composition import Parts, parts_of
+from deploy.parts import Parts, parts_of
 from deploy.progress import Progress
 from deploy.supervision import Stopped, Supervision
 from deploy.workers import Workers, ray_workers, serial_workers

@@ -7,7 +7,7 @@ from common.round_metrics import RoundClock, memory_now, reward_metrics, round_m
 from common.run_folder import RunFolder
 from common.trackers.fan_out import FanOut
 from common.trajectory import Scored, whole_round
-from deploy.composition import Parts
+from deploy.parts import Parts
 from deploy.workers import Workers
 from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.learner_state import LearnerState

@@ -16,7 +16,7 @@ from actors.rollout_stream import RolloutStream, SerialRolloutStream, StreamSett
 from actors.sampler import Sampler
 from actors.worker_pool import RestartBudget, WorkerPool
 from common.config import Recipe, RoleTable
-from deploy.composition import Parts
+from deploy.parts import Parts
 from deploy.supervision import Supervision
 from learner.learner import Learner
 from learner.learner_group import LearnerGroup, RayLearnerGroup, SerialLearnerGroup

@@ -12,7 +12,7 @@ import tomli_w
 
 from actors.rewards.reward import Reward
 from common.config import Recipe
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -39,7 +39,7 @@ from deploy.commands.doctor_resources import (
 from deploy.commands.plan import Plan, in_bytes, plan_of_parts
 from deploy.commands.ratio_measurement import draw_some, score_again
 from deploy.commands.ratio_noise import Noise, clip_range, noise_findings, table_rows, worst_in_words
-from deploy.composition import Parts, build_reward, entries_of
+from deploy.parts import Parts, build_reward, entries_of
 from deploy.workers import place_options
 from learner.weight_check import log_prob_tolerance
 

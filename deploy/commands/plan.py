@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from common.config import Recipe
 from common.diffusion.sizes import PolicySizes
 from common.trajectory import DTYPES
-from deploy.composition import Parts, parts_of
+from deploy.parts import Parts, parts_of
 
 
 @dataclass(frozen=True)

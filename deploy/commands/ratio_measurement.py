@@ -19,7 +19,7 @@ from common.runtime import settle
 from common.schedule import round_tasks, transition_order
 from common.trajectory import DTYPES, Trajectory
 from deploy.commands.ratio_noise import Comparison, Kind, Noise
-from deploy.composition import entries_of
+from deploy.parts import entries_of
 from learner.reference_passes import log_probs_under
 from learner.round_pairs import micro_batches
 from learner.round_transitions import RoundTransitions, round_transitions

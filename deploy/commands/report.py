@@ -14,7 +14,7 @@ from common.runtime import settle
 from common.storage import local_folder
 from common.trajectory import ImageBatch
 from deploy.commands.report_pictures import before_after_picture, reward_curve
-from deploy.composition import Parts, build_reward, parts_of
+from deploy.parts import Parts, build_reward, parts_of
 from learner.checkpoint import load_checkpoint, newest_checkpoint
 
 

@@ -11,7 +11,7 @@ from actors.sampler import Sampler
 from common.lora_weights import LoraWeights, pack
 from common.schedule import Task, round_tasks
 from common.trajectory import Rollout
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.learner import Learner
 from tests.rounds import moved, parts_with
 

@@ -18,7 +18,7 @@ from common.config import Recipe
 from common.diffusion.lora import trained_parameters
 from common.schedule import round_tasks
 from common.trajectory import Rollout, TrainBatch, Trajectory
-from deploy.composition import Parts, parts_of
+from deploy.parts import Parts, parts_of
 from learner.learner import Learner
 from learner.round_buffer import RoundBuffer
 from train import train

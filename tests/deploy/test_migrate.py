@@ -12,7 +12,7 @@ from ddpo import main
 from deploy.commands.migrate import Beside, Migrated, migrate, read_config
 from deploy.commands.trl_config import DDPOConfig, TrlRun
 from deploy.commands.trl_fields import COUNTERPARTS
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 
 ROOT = Path(__file__).parents[2]
 SD15 = Beside(processes=1, model="stable-diffusion-v1-5/stable-diffusion-v1-5", reward="aesthetic")

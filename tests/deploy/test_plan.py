@@ -10,7 +10,7 @@ from common.config import Recipe
 from common.prompts import Animals
 from common.schedule import round_tasks
 from deploy.commands.plan import plan, plan_of
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 from learner.learner import Learner
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"

@@ -8,7 +8,7 @@ import pytest
 
 from common.lora_weights import pack
 from common.run_folder import RunFolder
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.learner_state import LearnerState
 from learner.resume import resume_point

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from common.config import Recipe
 from common.overrides import with_overrides
-from deploy.composition import entries_of
+from deploy.parts import entries_of
 from learner.advantages import feasible_first, shortfall, win_rates
 from learner.algorithms.advantage_settings import AdvantageSettings
+from learner.algorithms.algorithm import Algorithm
 from learner.algorithms.ddpo_is import DDPOImportanceSampling
 from learner.algorithms.diffusion_nft import DiffusionNFT
 from learner.reward_composition import RewardComposition, Statistics, Worth
@@ -20,7 +21,7 @@ numbers = st.lists(st.floats(-100, 100).map(lambda value: round(value, 3)), min_
 
 
 def joined(
-    composition: RewardComposition, algorithm: DDPOImportanceSampling = ROUND, group: int = 1, **rewards: list[float]
+    composition: RewardComposition, rewards: dict[str, list], algorithm: Algorithm = ROUND, group: int = 1
 ) -> Worth:
     arrays = {name: np.array(values, np.float32) for name, values in rewards.items()}
     prompts = ["cat"] * len(next(iter(arrays.values())))
@@ -28,7 +29,7 @@ def joined(
 
 
 def test_a_sum_is_of_the_rewards_as_they_are_and_keeps_no_parts() -> None:
-    worth = joined(RewardComposition({"a": 2.0, "b": -1.0}), a=[1, 2, 3], b=[0, 4, 0])
+    worth = joined(RewardComposition({"a": 2.0, "b": -1.0}), {"a": [1, 2, 3], "b": [0, 4, 0]})
     # 2, 0, 6: mean 8/3, deviation √(56/9)
     assert worth.advantages == pytest.approx((np.array([2, 0, 6]) - 8 / 3) / (56 / 9) ** 0.5)
     assert worth.parts == {}
@@ -36,10 +37,10 @@ def test_a_sum_is_of_the_rewards_as_they_are_and_keeps_no_parts() -> None:
 
 def test_normalised_rewards_count_by_their_weights_and_not_by_their_units() -> None:
     composition = RewardComposition({"a": 1.0, "b": 0.5}, "normalised")
-    worth = joined(composition, a=[0, 1], b=[0, -1000])
+    worth = joined(composition, {"a": [0, 1], "b": [0, -1000]})
     assert worth.parts["a"] == pytest.approx([-1, 1]) and worth.parts["b"] == pytest.approx([1, -1])
     assert worth.advantages == pytest.approx([-1, 1])  # −1 + 0.5 and 1 − 0.5, over their deviation
-    in_other_units = joined(composition, a=[0, 7], b=[5, 4])
+    in_other_units = joined(composition, {"a": [0, 7], "b": [5, 4]})
     assert in_other_units.advantages == pytest.approx(worth.advantages)
 
 
@@ -64,8 +65,8 @@ def test_win_rates_as_a_slow_count_of_pairs_has_them(rewards: list[float], group
 
 def test_an_outlier_that_rules_a_sum_is_one_win_among_win_rates() -> None:
     weights, rewards = {"a": 1.0, "b": 1.0}, {"a": [1000, 1, 2, 0], "b": [0, 3, 2, 1]}
-    summed = joined(RewardComposition(weights), GROUP, 4, **rewards).advantages
-    by_wins = joined(RewardComposition(weights, "win_rate"), GROUP, 4, **rewards)
+    summed = joined(RewardComposition(weights), rewards, GROUP, 4).advantages
+    by_wins = joined(RewardComposition(weights, "win_rate"), rewards, GROUP, 4)
     assert summed.argmax() == 0
     # Win rates 1, 1/3, 2/3, 0 and 0, 1, 2/3, 1/3: sums 1, 4/3, 4/3, 1/3
     assert by_wins.parts["a"] + by_wins.parts["b"] == pytest.approx([1, 4 / 3, 4 / 3, 1 / 3])
@@ -75,8 +76,8 @@ def test_an_outlier_that_rules_a_sum_is_one_win_among_win_rates() -> None:
 def test_gdpo_tells_apart_what_a_sum_before_comparing_makes_alike() -> None:
     """Rewards (0, 1) and (1, 0) have the same sum; compared each, the one that fewer of the group have is worth more."""
     weights, rewards = {"a": 1.0, "b": 1.0}, {"a": [0, 0, 0, 1], "b": [1, 0, 1, 0]}
-    summed = joined(RewardComposition(weights), GROUP, 4, **rewards).advantages
-    apart = joined(RewardComposition(weights, "advantages"), GROUP, 4, **rewards)
+    summed = joined(RewardComposition(weights), rewards, GROUP, 4).advantages
+    apart = joined(RewardComposition(weights, "advantages"), rewards, GROUP, 4)
     assert summed[0] == summed[2] == summed[3]
     assert apart.advantages[3] > apart.advantages[0] == apart.advantages[2] > apart.advantages[1]
     deviations = {"a": (3 / 16) ** 0.5 + 1e-4, "b": 0.5 + 1e-4}
@@ -144,17 +145,15 @@ def test_a_floor_never_lets_an_image_below_it_beat_one_that_keeps_it(
 @pytest.mark.parametrize("join", ["sum", "normalised", "advantages", "win_rate"])
 def test_a_floor_holds_in_every_way_of_joining(join: str) -> None:
     composition = RewardComposition({"aim": 1.0, "guard": 0.0}, join, {"guard": 0.5})
-    worth = joined(composition, GROUP, 4, aim=[10, 1, 2, 9], guard=[0.1, 0.9, 0.8, 0.4])
+    worth = joined(composition, {"aim": [10, 1, 2, 9], "guard": [0.1, 0.9, 0.8, 0.4]}, GROUP, 4)
     assert worth.advantages.argsort().tolist() == [0, 3, 1, 2]
 
 
 def test_a_floor_that_all_images_keep_changes_nothing() -> None:
     rewards = {"aim": [4.0, 1.0, 2.0], "guard": [0.9, 0.9, 0.5]}
-    with_floor = RewardComposition({"aim": 1.0, "guard": 0.0}, "sum", {"guard": 0.5})
-    assert (
-        joined(with_floor, **rewards).advantages.tolist()
-        == joined(RewardComposition({"aim": 1.0, "guard": 0.0}), **rewards).advantages.tolist()
-    )
+    without = RewardComposition({"aim": 1.0, "guard": 0.0})
+    with_floor = RewardComposition(without.weights, "sum", {"guard": 0.5})
+    assert joined(with_floor, rewards).advantages.tolist() == joined(without, rewards).advantages.tolist()
 
 
 TWO = {"rewards": [{"name": "jpeg_compressibility"}, {"name": "animal_classifier", "weight": 0.5, "floor": -1.0}]}

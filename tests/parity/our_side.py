@@ -16,7 +16,7 @@ from common.config import Recipe
 from common.lora_weights import LoraWeights
 from common.schedule import round_tasks, transition_order
 from common.trajectory import Rollout, Scores, Trajectory
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.algorithms.algorithm import PairLoss
 from learner.algorithms.ddpo_is import DDPOImportanceSampling
 from learner.learner import Learner
