@@ -63,7 +63,8 @@ def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], b
     verb = verbs.add_parser("scale", help="give a living run another number of samplers or reward workers")
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
     verb.add_argument("--samplers", type=int, metavar="N")
-    verb.add_argument("--reward-workers", type=int, metavar="N")
+    workers = "of [reward_workers], or NAME=N for a reward with workers of its own; may be given several times"
+    verb.add_argument("--reward-workers", action="append", default=[], metavar="N", help=workers)
     verb.set_defaults(run=_scale)
 
     verb = verbs.add_parser("status", help="say how a run stands, from any shell that sees its folder")
@@ -144,10 +145,10 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _scale(options: argparse.Namespace) -> None:
-    from deploy.commands.scale import scale
+    from deploy.commands.scale import counts_of, scale
 
-    asked = {"samplers": options.samplers, "reward_workers": options.reward_workers}
-    print(scale(options.runs, {role: count for role, count in asked.items() if count is not None}))
+    asked = {} if options.samplers is None else {"samplers": options.samplers}
+    print(scale(options.runs, asked | counts_of(options.reward_workers)))
 
 
 def _status(options: argparse.Namespace) -> None:

@@ -106,9 +106,19 @@ class SamplersTable(ElasticTable):
     overdue_factor: float = Field(default=4.0, gt=1)  # × its peers' time: then a task is drawn a second time elsewhere
 
 
+class RewardPoolTable(ElasticTable):
+    """Reward workers that are all alike."""
+
+    batch_size: int = Field(default=64, ge=1)  # images a scoring batch, cut from a task in order
+    timeout_seconds: float = Field(default=600.0, gt=0)  # for one scoring batch
+    attempts: int = Field(default=3, ge=1)  # at a scoring batch that fails, before it is halved to find the picture
+    cache: int = Field(default=0, ge=0)  # scores a worker remembers by picture; of rewards independent of their batch
+
+
 class RewardTable(Choice):
     weight: float = 1.0
     floor: float | None = None  # images below it rank under all others, whatever the other rewards say
+    workers: RewardPoolTable | None = None  # of its own; none: those of [reward_workers]
 
 
 class CompositionTable(Table):
@@ -116,10 +126,9 @@ class CompositionTable(Table):
     join: Literal["sum", "normalised", "advantages", "win_rate"] = "sum"
 
 
-class RewardWorkersTable(ElasticTable):
-    batch_size: int = Field(default=64, ge=1)  # images a scoring batch, cut from a task in order
-    timeout_seconds: float = Field(default=600.0, gt=0)  # for one scoring batch
-    attempts: int = Field(default=3, ge=1)  # at a scoring batch that fails, before it is halved to find the picture
+class RewardWorkersTable(RewardPoolTable):
+    """Those of all rewards that have none of their own; and of the whole run."""
+
     max_set_aside: int = Field(default=32, ge=0)  # images of the whole run; one more ends it
 
 

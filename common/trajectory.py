@@ -141,6 +141,13 @@ class Scores:
     set_aside: dict[int, str] = field(default_factory=dict)  # row: why it could not be scored
 
 
+def merged_scores(parts: list[Scores]) -> Scores:
+    """One task's scores by different rewards as one; a picture that one of them set aside is set aside."""
+    rewards = {name: values for part in parts for name, values in part.rewards.items()}
+    reasons = {row: reason for part in reversed(parts) for row, reason in part.set_aside.items()}
+    return Scores(rewards, sum(part.seconds for part in parts), dict(sorted(reasons.items())))
+
+
 @dataclass(frozen=True)
 class Rollout:
     """A task that was drawn and scored. `trajectory` and `images` are references on Ray: the driver never opens them."""

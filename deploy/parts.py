@@ -10,6 +10,7 @@ from common.diffusion import POLICIES
 from common.diffusion.policy import PolicyConfig
 from common.prompts import PROMPTS, PromptSource
 from common.registry import build
+from common.reward_pools import RewardPool, reward_pools
 from common.trackers import TRACKERS
 from common.trackers.tracker import Tracker
 from learner.algorithms import ALGORITHMS
@@ -28,6 +29,10 @@ class Parts:
     composition: RewardComposition
     algorithm: Algorithm
     trackers: dict[str, Tracker]
+
+    def rewards_of(self, pool: RewardPool) -> dict[str, Reward]:
+        """The rewards that a pool of reward workers holds."""
+        return {name: self.rewards[name] for name in pool.rewards}
 
     def resolved(self) -> dict[str, Any]:
         """The recipe's tables with every default filled in, those of the entries too."""
@@ -66,15 +71,26 @@ def entries_of(recipe: Recipe) -> Parts:
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:
         trackers[table.name] = build(TRACKERS, table.table(), "trackers")
+    rewards = {table.name: build_reward(table) for table in recipe.all_rewards}
+    _check_caches(recipe, rewards)
     return Parts(
         recipe,
         build(POLICIES, recipe.policy.table(), "policy"),
         build(PROMPTS, recipe.prompts.table(), "prompts"),
-        {table.name: build_reward(table) for table in recipe.all_rewards},
+        rewards,
         composition,
         algorithm,
         trackers,
     )
+
+
+def _check_caches(recipe: Recipe, rewards: dict[str, Reward]) -> None:
+    for pool in reward_pools(recipe):
+        if pool.table.cache and not any(rewards[name].independent_of_batch for name in pool.rewards):
+            raise ValueError(
+                f"{pool.name}.cache is {pool.table.cache}, and the scores of {list(pool.rewards)} depend on the batch that a "
+                "picture stands in, so that a remembered one may differ in bits: set it to 0"
+            )
 
 
 def build_reward(table: RewardTable) -> Reward:

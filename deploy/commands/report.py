@@ -49,7 +49,7 @@ def compare(parts: Parts, folder: RunFolder) -> Comparison:
     device = settle(recipe.runtime)
     chosen = evaluation_set(recipe.evaluation, parts.prompts)
     scorers = {name: build_reward(table) for name, table in _scorers(recipe).items()}
-    worker = RewardWorker(scorers, recipe.reward_workers.batch_size, recipe.runtime)
+    worker = RewardWorker(scorers, recipe.reward_workers, recipe.runtime)
     policy = parts.policy.load(device, recipe.sampling, "sampler")
     before = evaluation_images(
         policy, chosen, recipe.sampling

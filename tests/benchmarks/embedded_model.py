@@ -90,7 +90,7 @@ def learning(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
         for parameter in parameters:
             parameter.grad = None
 
-    worker = RewardWorker(parts.rewards, recipe.reward_workers.batch_size, recipe.runtime)
+    worker = RewardWorker(parts.rewards, recipe.reward_workers, recipe.runtime)
 
     def drawn() -> tuple[TrainBatch, Trajectory]:
         weights = learner.weights()[-1]
@@ -113,7 +113,7 @@ def scoring(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
     """A task's pictures through the reward worker against the reward's own function."""
     task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
     images = sampler.draw(task, learner.weights()[-1])[2]
-    worker = RewardWorker(parts.rewards, parts.recipe.reward_workers.batch_size, parts.recipe.runtime)
+    worker = RewardWorker(parts.rewards, parts.recipe.reward_workers, parts.recipe.runtime)
     times = interleaved(
         lambda: [jpeg_kilobytes(images.pixels) for _ in range(20)], lambda: [worker.score(images) for _ in range(20)]
     )
