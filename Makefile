@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(BIN)/ddpo report runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not system and not same_bits and not parity" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not system and not same_bits and not parity" tests
 
 test-system: $(VENV)/installed
 	$(BIN)/python -m pytest -m system tests
