@@ -116,9 +116,17 @@ class RewardPoolTable(ElasticTable):
 
 
 class RewardTable(Choice):
+    label: str | None = Field(
+        default=None, pattern=r"^\w[\w-]*$"
+    )  # what it is called in metrics and rows; none: its name
     weight: float = 1.0
     floor: float | None = None  # images below it rank under all others, whatever the other rewards say
     workers: RewardPoolTable | None = None  # of its own; none: those of [reward_workers]
+
+    @property
+    def called(self) -> str:
+        """The label, else the name."""
+        return self.label or self.name
 
 
 class CompositionTable(Table):
@@ -222,9 +230,9 @@ class Recipe(Table):
     def _one_way_of_giving_rewards(self) -> "Recipe":
         if (self.reward is None) == (not self.rewards):
             raise ValueError("a recipe has either one [reward] or several [[rewards]], and this one has both or none")
-        names = [reward.name for reward in self.all_rewards]
+        names = [reward.called for reward in (*self.all_rewards, *self.evaluation.scorers)]
         if len(set(names)) < len(names):
-            raise ValueError(f"[[rewards]] names {names}: each may be there once")
+            raise ValueError(f"rewards and evaluation.scorers are called {names}: give a label to those of one name")
         if not any(reward.weight or reward.floor is not None for reward in self.all_rewards):
             raise ValueError(f"every weight of {names} is 0 and none has a floor: there is nothing to learn")
         if self.composition.join == "win_rate" and self.prompts.images_per_prompt < 2:

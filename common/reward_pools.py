@@ -18,9 +18,9 @@ class RewardPool:
 
 def reward_pools(recipe: Recipe) -> tuple[RewardPool, ...]:
     """The pools of a recipe; the shared one first, unless every reward has workers of its own."""
-    shared = tuple(table.name for table in recipe.all_rewards if table.workers is None)
+    shared = tuple(table.called for table in recipe.all_rewards if table.workers is None)
     pools = [RewardPool(SHARED, shared, recipe.reward_workers)] if shared else []
-    own = [(table.name, table.workers) for table in recipe.all_rewards if table.workers is not None]
+    own = [(table.called, table.workers) for table in recipe.all_rewards if table.workers is not None]
     return (*pools, *(RewardPool(f"{SHARED}.{name}", (name,), workers) for name, workers in own))
 
 

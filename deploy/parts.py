@@ -41,7 +41,9 @@ class Parts:
         tables["prompts"] |= self.prompts.model_dump()
         tables["algorithm"] |= self.algorithm.model_dump()
         named = "rewards" if self.recipe.rewards else "reward"
-        rewards = [{**table.model_dump(), **self.rewards[table.name].model_dump()} for table in self.recipe.all_rewards]
+        rewards = [
+            {**table.model_dump(), **self.rewards[table.called].model_dump()} for table in self.recipe.all_rewards
+        ]
         tables[named] = rewards if named == "rewards" else rewards[0]
         tables["trackers"] = [
             {**table.model_dump(), **self.trackers[table.name].model_dump()} for table in self.recipe.trackers
@@ -71,7 +73,7 @@ def entries_of(recipe: Recipe) -> Parts:
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:
         trackers[table.name] = build(TRACKERS, table.table(), "trackers")
-    rewards = {table.name: build_reward(table) for table in recipe.all_rewards}
+    rewards = {table.called: build_reward(table) for table in recipe.all_rewards}
     _check_caches(recipe, rewards)
     return Parts(
         recipe,

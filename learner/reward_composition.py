@@ -33,8 +33,8 @@ class RewardComposition:
     @classmethod
     def of(cls, recipe: Recipe) -> "RewardComposition":
         """What the recipe's reward tables say."""
-        floors = {table.name: table.floor for table in recipe.all_rewards if table.floor is not None}
-        return cls({table.name: table.weight for table in recipe.all_rewards}, recipe.composition.join, floors)
+        floors = {table.called: table.floor for table in recipe.all_rewards if table.floor is not None}
+        return cls({table.called: table.weight for table in recipe.all_rewards}, recipe.composition.join, floors)
 
     @property
     def compared(self) -> tuple[str, ...]:

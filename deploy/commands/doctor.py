@@ -135,7 +135,7 @@ def _weights(parts: Parts, at: At) -> Iterator[Finding]:
     rewards = [("reward", table) for table in recipe.all_rewards]
     scorers = [("scorer", table) for table in recipe.evaluation.scorers]
     for kind, table in rewards + scorers:
-        yield from at(table.workers or recipe.reward_workers, reward_findings, kind, table.name, build_reward(table))
+        yield from at(table.workers or recipe.reward_workers, reward_findings, kind, table.called, build_reward(table))
     lacking = at(recipe.samplers, weights_findings, "model", "the policy", parts.policy.needs())
     yield from lacking or [Finding("ok", "model", f"{parts.policy.model} is there")]
 

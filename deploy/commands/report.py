@@ -68,7 +68,7 @@ def compare(parts: Parts, folder: RunFolder) -> Comparison:
 
 
 def _scorers(recipe: Recipe) -> dict[str, RewardTable]:
-    return {table.name: table for table in (*recipe.all_rewards, *recipe.evaluation.scorers)}
+    return {table.called: table for table in (*recipe.all_rewards, *recipe.evaluation.scorers)}
 
 
 def summary(comparison: Comparison, scorers: list[str]) -> dict[str, Any]:
