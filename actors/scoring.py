@@ -137,7 +137,7 @@ class Scoring:
         """
         call = self._calls.pop(reference)
         try:
-            answer: Scores | list[Scores] = ray.get(reference)
+            answer = ray.get(reference)  # one batch's scores, or a list of several's
         except RayActorError as error:
             lost = self._workers.lost(call.worker, str(error))
             for other in (call, *(self._calls.pop(each) for each in lost if each in self._calls)):
@@ -152,7 +152,8 @@ class Scoring:
             self._failed(call, str(error.cause), "reward_error", now)
             return self._done(call)
         self._workers.answered(call.worker, reference, now)
-        for (open, batch), scores in zip(call.parts, [answer] if isinstance(answer, Scores) else answer, strict=True):
+        answers = [answer] if len(call.parts) == 1 else answer
+        for (open, batch), scores in zip(call.parts, answers, strict=True):
             if not open.job.scored(batch, scores):
                 self._count("reward_not_finite")
                 self._pause(open, batch, call.worker, now)

@@ -149,4 +149,4 @@ def _refuse_what_cannot_be_held(role: str, table: RoleTable) -> None:
     available = ray.cluster_resources()
     lacking = {name: amount for name, amount in asked.items() if amount > available.get(name, 0)}
     if lacking and "RAY_ADDRESS" not in os.environ:
-        raise ValueError(f"a {role} asks for {lacking}, and the whole cluster has {available}")
+        raise ValueError(f"{role}: one asks for {lacking}, and the whole cluster has {available}")
