@@ -1,5 +1,6 @@
 """What every reward promises, asked of each entry of the room."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 from actors.rewards import REWARDS
+from actors.rewards.jpeg import JpegCompressibility
 from actors.rewards.reward import LoadedReward
 from common.registry import build
+from tests.reward_services import serving
 from tests.tiny_clip import save_tiny_clip, save_tiny_head
 
 PROMPTS = ["cat", "dog", "horse", "cat"]
@@ -16,13 +19,20 @@ METADATA: list[dict[str, Any]] = [{} for _ in PROMPTS]
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+def service() -> Iterator[str]:
+    with serving(JpegCompressibility()) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory, service: str) -> dict[str, dict[str, str]]:
     """The keys that an entry cannot do without; most need none."""
     folder = tmp_path_factory.mktemp("weights")
     clip, head = save_tiny_clip(folder / "clip"), save_tiny_head(folder / "head.safetensors")
     return {
         "aesthetic": {"clip": str(clip), "head": str(head)},
         "function": {"path": "tests.user_functions:brightness"},
+        "http": {"url": service},
     }
 
 
