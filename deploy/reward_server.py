@@ -168,10 +168,6 @@ class _Handler(BaseHTTPRequestHandler):
         if self._unread:
             self.close_connection = True
         self._send(refusal.status, Fault(error=str(refusal)))
-        # Closed with bytes unread, the connection would be reset, and the asker might never read why it was refused.
-        if self._unread <= 2 * self.server.max_bytes:
-            for _ in self._parts():
-                pass
 
     def _send(self, status: int, reply: Message) -> None:
         body = reply.model_dump_json().encode()
