@@ -45,7 +45,7 @@ class Request:
     body: bytes
 
 
-Answer = tuple[int, bytes, dict[str, str]] | Callable[["_Scripted"], None]
+Answer = tuple[int, bytes, dict[str, str]] | Callable[["Scripted"], None]
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Script:
     asked: list[Request] = field(default_factory=list)
 
 
-class _Scripted(http.server.BaseHTTPRequestHandler):
+class Scripted(http.server.BaseHTTPRequestHandler):
     script: Script
 
     def _answer(self) -> None:
@@ -84,6 +84,6 @@ class _Scripted(http.server.BaseHTTPRequestHandler):
 def scripted(*answers: Answer) -> Iterator[tuple[str, Script]]:
     """A service that gives these answers: its URL, and what it was asked so far."""
     script = Script(list(answers))
-    handler = type("Handler", (_Scripted,), {"script": script})
+    handler = type("Handler", (Scripted,), {"script": script})
     with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as url:
         yield url, script

@@ -20,7 +20,7 @@ from actors.rewards.reward import RewardMistake
 from common.config import RuntimeTable
 from common.prompts import Prompt
 from common.trajectory import ImageBatch
-from tests.reward_services import Answer, _Scripted, scripted, serving
+from tests.reward_services import Answer, Scripted, scripted, serving
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), np.uint8)
 PROMPTS = ["cat", "dog", "horse"]
@@ -51,7 +51,7 @@ def test_prompts_and_metadata_arrive_with_their_pictures() -> None:
 def test_a_prompt_arrives_to_the_letter(prompt: str) -> None:
     seen: list[list[str]] = []
 
-    def remember(handler: _Scripted) -> None:
+    def remember(handler: Scripted) -> None:
         seen.append(json.loads(handler.script.asked[-1].body)["prompts"])
         handler.wfile.write(b'HTTP/1.0 200 OK\r\n\r\n{"scores": [1]}')
 
@@ -128,11 +128,11 @@ def test_attempts_end() -> None:
     assert len(script.asked) == 2
 
 
-def hang(handler: _Scripted) -> None:
+def hang(handler: Scripted) -> None:
     time.sleep(1.0)
 
 
-def drip(handler: _Scripted) -> None:
+def drip(handler: Scripted) -> None:
     """A byte now and then: no single read ever takes long."""
     handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
     for _ in range(20):
@@ -140,13 +140,13 @@ def drip(handler: _Scripted) -> None:
         handler.wfile.write(b" ")
 
 
-def flood(handler: _Scripted) -> None:
+def flood(handler: Scripted) -> None:
     handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
     for _ in range(40):
         handler.wfile.write(b" " * 1_000_000)
 
 
-def hang_up(handler: _Scripted) -> None:
+def hang_up(handler: Scripted) -> None:
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
