@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+OVERRIDABLE = ("train", "plan", "doctor", "report", "sample", "replay", "serve-reward")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 where it went well, 1 where a run broke off, a replay differs or the doctor finds a fault, 2 where
@@ -88,8 +90,19 @@ def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], b
     verb.add_argument("replayed", metavar="RUN", help="a run's folder")
     verb.add_argument("--round", type=int, required=True, help="counted from 0")
     verb.set_defaults(run=_replay)
+    _add_serve_reward(verbs)
     _add_migrate(verbs)
-    return parser, lambda options: options.verb in ("train", "plan", "doctor", "report", "sample", "replay")
+    return parser, lambda options: options.verb in OVERRIDABLE
+
+
+def _add_serve_reward(verbs: Any) -> None:
+    verb = verbs.add_parser("serve-reward", help="score pictures for others: a recipe's reward over HTTP")
+    verb.add_argument("recipe")
+    verb.add_argument("--reward", metavar="NAME", help="which of the recipe's rewards; needed where it has several")
+    verb.add_argument("--host", default="127.0.0.1", help="the address to listen at; by default %(default)s")
+    verb.add_argument("--port", type=int, default=8000, help="0: any that is free; by default %(default)s")
+    verb.add_argument("--token-variable", metavar="NAME", help="of the environment variable with the token to ask for")
+    verb.set_defaults(run=_serve_reward)
 
 
 def _add_migrate(verbs: Any) -> None:
@@ -134,6 +147,14 @@ def _doctor(options: argparse.Namespace) -> int:
     from deploy.commands.doctor import doctor
 
     return doctor(Recipe.load(options.recipe, options.overrides))
+
+
+def _serve_reward(options: argparse.Namespace) -> None:
+    from common.config import Recipe
+    from deploy.commands.serve_reward import Listening, serve_reward
+
+    listening = Listening(options.host, options.port, options.token_variable)
+    serve_reward(Recipe.load(options.recipe, options.overrides), options.reward, listening)
 
 
 def _sample(options: argparse.Namespace) -> None:

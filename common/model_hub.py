@@ -3,7 +3,8 @@
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +23,30 @@ def read_from_hub(read: Callable[[bool], T], missing: str) -> T:
         return read(False)
     except OSError as error:
         raise ValueError(f"{missing} ({first_line(error)})") from None
+
+
+def read_pretrained(source: str, read: Callable[[str | Path, bool], T], missing: str) -> T:
+    """`read(where, local_files_only)`, through transformers, of a folder or a hub name. ValueError: `missing`, and why."""
+    folder = Path(source).expanduser()
+    with _errors_only():  # weights that are there and not needed, such as another task's head, would be reported
+        if not folder.is_dir() and is_hub_name(source):
+            return read_from_hub(lambda local_files_only: read(source, local_files_only), missing)
+        try:
+            return read(folder, True)
+        except OSError as error:
+            raise ValueError(f"{missing} ({first_line(error)})") from None
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def hub_answers(seconds: float = 5) -> bool:

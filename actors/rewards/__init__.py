@@ -7,5 +7,7 @@ REWARDS: Room = {
     "jpeg_incompressibility": "actors.rewards.jpeg:JpegIncompressibility",
     "aesthetic": "actors.rewards.aesthetic:Aesthetic",
     "animal_classifier": "actors.rewards.animal_classifier:AnimalClassifier",
+    "vlm_alignment": "actors.rewards.vlm_alignment:VlmAlignment",
+    "http": "actors.rewards.http:Http",
     "function": "actors.rewards.function:Function",
 }

@@ -212,7 +212,7 @@ def _lack(subject: str, name: str, weights: Weights, missing: list[str]) -> Find
 
 
 def reward_findings(subject: str, name: str, reward: Reward) -> list[Finding]:
-    """Whether a reward's weights are there, and whether it can be loaded."""
+    """Whether a reward's weights are there, whether it can be loaded, and whether what it asks elsewhere answers."""
     lacking = weights_findings(subject, name, reward.needs())
     if lacking:
         return lacking
@@ -220,4 +220,8 @@ def reward_findings(subject: str, name: str, reward: Reward) -> list[Finding]:
         reward.load("cpu")
     except LOADING_FAILS as error:
         return [Finding("fault", subject, f"{name} cannot be loaded: {type(error).__name__}: {first_line(error)}")]
+    try:
+        reward.check()
+    except ValueError as error:
+        return [Finding("fault", subject, f"{name} does not answer: {first_line(error)}", "see that it runs")]
     return [Finding("ok", subject, f"{name} can be loaded")]

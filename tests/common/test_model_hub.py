@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common import model_hub
-from common.model_hub import Weights, hub_answers, is_hub_name, missing_files, read_from_hub
+from common.model_hub import Weights, hub_answers, is_hub_name, missing_files, read_from_hub, read_pretrained
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -127,3 +127,25 @@ def test_files_of_a_hub_name_are_looked_for_in_what_was_downloaded(
     assert missing_files(weights) == ["*.safetensors"]
     (snapshot / "model.safetensors").touch()
     assert missing_files(weights) == []
+
+
+def test_what_is_pretrained_is_read_from_a_folder_or_from_the_hub_and_never_a_folder_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, bool]] = []
+
+    def read(where: object, local_files_only: bool) -> str:
+        asked.append((where, local_files_only))
+        if where != tmp_path:
+            raise OSError("not there\nread the manual at …")
+        return "read"
+
+    monkeypatch.setattr(model_hub, "hub_answers", lambda: True)
+    assert read_pretrained(str(tmp_path), read, "needed") == "read"
+    for source in (str(tmp_path / "nowhere"), "./nowhere"):
+        with pytest.raises(ValueError, match=r"^needed \(not there\)$"):
+            read_pretrained(source, read, "needed")
+    assert all(local_files_only for _, local_files_only in asked)
+    with pytest.raises(ValueError, match=r"^needed \(not there\)$"):
+        read_pretrained("owner/model", read, "needed")
+    assert asked[-2:] == [("owner/model", True), ("owner/model", False)]

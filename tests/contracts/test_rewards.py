@@ -1,5 +1,6 @@
 """What every reward promises, asked of each entry of the room."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,32 +8,47 @@ import numpy as np
 import pytest
 
 from actors.rewards import REWARDS
+from actors.rewards.jpeg import JpegCompressibility
 from actors.rewards.reward import LoadedReward
 from common.registry import build
+from tests.reward_services import serving
 from tests.tiny_clip import save_tiny_clip, save_tiny_head
+from tests.tiny_vlm import save_tiny_encoder, save_tiny_vlm
 
 PROMPTS = ["cat", "dog", "horse", "cat"]
 METADATA: list[dict[str, Any]] = [{} for _ in PROMPTS]
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+def service() -> Iterator[str]:
+    with serving(JpegCompressibility()) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory, service: str) -> dict[str, dict[str, Any]]:
     """The keys that an entry cannot do without; most need none."""
     folder = tmp_path_factory.mktemp("weights")
     clip, head = save_tiny_clip(folder / "clip"), save_tiny_head(folder / "head.safetensors")
     return {
         "aesthetic": {"clip": str(clip), "head": str(head)},
         "function": {"path": "tests.user_functions:brightness"},
+        "http": {"url": service},
+        "vlm_alignment": {
+            "model": str(save_tiny_vlm(folder / "vlm")),
+            "scorer": str(save_tiny_encoder(folder / "encoder")),
+            "scorer_layer": 2,
+        },
     }
 
 
 @pytest.fixture(params=REWARDS)
-def table(request: pytest.FixtureRequest, keys: dict[str, dict[str, str]]) -> dict[str, str]:
+def table(request: pytest.FixtureRequest, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"name": request.param, **keys.get(request.param, {})}
 
 
 @pytest.fixture
-def reward(table: dict[str, str]) -> LoadedReward:
+def reward(table: dict[str, Any]) -> LoadedReward:
     return build(REWARDS, table, "reward").load("cpu")
 
 
@@ -60,7 +76,7 @@ def test_a_reward_tells_different_pictures_apart(reward: LoadedReward, images: n
 
 
 def test_the_same_input_has_the_same_reward_also_after_loading_again(
-    table: dict[str, str], reward: LoadedReward, images: np.ndarray
+    table: dict[str, Any], reward: LoadedReward, images: np.ndarray
 ) -> None:
     first = reward(images, PROMPTS, METADATA)
     again = reward(images, PROMPTS, METADATA)
@@ -82,13 +98,13 @@ def test_a_reward_leaves_its_input_as_it_was(reward: LoadedReward, images: np.nd
     assert np.array_equal(given, images) and prompts == PROMPTS and metadata == METADATA
 
 
-def test_an_unknown_key_is_named_with_the_keys_there_are(table: dict[str, str]) -> None:
+def test_an_unknown_key_is_named_with_the_keys_there_are(table: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"reward\.sharpness is not a key that is known: the keys here are \["):
         build(REWARDS, {**table, "sharpness": 1}, "reward")
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_an_entry_is_checked_without_importing_what_is_heavy(name: str, keys: dict[str, dict[str, str]]) -> None:
+def test_an_entry_is_checked_without_importing_what_is_heavy(name: str, keys: dict[str, dict[str, Any]]) -> None:
     import subprocess
     import sys
 
