@@ -9,7 +9,7 @@ from email.message import Message
 
 from actors.reward_worker import RewardWorker
 from actors.rewards.reward import Reward
-from common.config import RuntimeTable
+from common.config import RewardPoolTable, RuntimeTable
 from deploy.reward_server import MAX_REQUEST_BYTES, RewardServer
 
 
@@ -31,7 +31,7 @@ def serving(
     reward: Reward, token: str | None = None, port: int = 0, max_bytes: int = MAX_REQUEST_BYTES, name: str = "served"
 ) -> Iterator[str]:
     """The shipped service around a reward."""
-    worker = RewardWorker({name: reward}, 64, RuntimeTable(device="cpu"))
+    worker = RewardWorker({name: reward}, RewardPoolTable(), RuntimeTable(device="cpu"))
     with running(RewardServer(("127.0.0.1", port), worker, token, max_bytes)) as url:
         yield url
 

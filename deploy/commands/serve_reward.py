@@ -8,7 +8,7 @@ from actors.reward_worker import RewardWorker
 from actors.rewards.http import Http
 from common.config import Recipe, RewardTable
 from common.reward_protocol import SCORE_PATH, read_token
-from deploy.composition import build_reward
+from deploy.parts import build_reward
 from deploy.reward_server import RewardServer
 
 
@@ -43,7 +43,7 @@ def reward_server(recipe: Recipe, name: str | None, listening: Listening) -> Rew
     reward = build_reward(table)
     if isinstance(reward, Http):
         raise ValueError("the recipe's reward is itself asked for over HTTP: give a recipe with the reward to serve")
-    worker = RewardWorker({table.name: reward}, recipe.reward_workers.batch_size, recipe.runtime)
+    worker = RewardWorker({table.called: reward}, table.workers or recipe.reward_workers, recipe.runtime)
     try:
         return RewardServer((listening.host, listening.port), worker, token)
     except OSError as error:
@@ -51,7 +51,7 @@ def reward_server(recipe: Recipe, name: str | None, listening: Listening) -> Rew
 
 
 def _chosen(recipe: Recipe, name: str | None) -> RewardTable:
-    tables = {table.name: table for table in recipe.all_rewards}
+    tables = {table.called: table for table in recipe.all_rewards}
     if name is None and len(tables) == 1:
         return next(iter(tables.values()))
     if name not in tables:

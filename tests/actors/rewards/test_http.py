@@ -17,7 +17,7 @@ from actors.rewards.function import Function
 from actors.rewards.http import Http
 from actors.rewards.jpeg import JpegCompressibility
 from actors.rewards.reward import RewardMistake
-from common.config import RuntimeTable
+from common.config import RewardPoolTable, RuntimeTable
 from common.prompts import Prompt
 from common.trajectory import ImageBatch
 from tests.reward_services import Answer, Scripted, scripted, serving
@@ -86,7 +86,7 @@ def test_a_scoring_batch_goes_in_one_request_or_in_as_many_as_are_asked_for() ->
 
 def test_a_picture_without_a_score_is_set_aside_by_the_worker_and_never_scored() -> None:
     with scripted((200, b'{"scores": [1, null, 1e300]}', {})) as (url, _):
-        scores = RewardWorker({"http": Http(url=url)}, 8, RuntimeTable(device="cpu")).score(
+        scores = RewardWorker({"http": Http(url=url)}, RewardPoolTable(batch_size=8), RuntimeTable(device="cpu")).score(
             ImageBatch(IMAGES, tuple(Prompt(text) for text in PROMPTS))
         )
     assert sorted(scores.set_aside) == [1, 2] and scores.rewards["http"][0] == 1

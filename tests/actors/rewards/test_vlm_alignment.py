@@ -12,7 +12,7 @@ from actors.reward_worker import RewardWorker, ScoringFailed
 from actors.rewards import vlm_alignment
 from actors.rewards.vlm_alignment import VlmAlignment, asked_and_right, says
 from common.bert_score import load_bert_score
-from common.config import RuntimeTable
+from common.config import RewardPoolTable, RuntimeTable
 from common.model_hub import missing_files
 from common.prompts import Prompt
 from common.trajectory import ImageBatch
@@ -185,7 +185,9 @@ def test_what_strict_cannot_judge_is_an_error_and_no_score(prompt: str, metadata
 
 
 def test_an_error_reaches_the_worker_as_one(folders: dict[str, str], images: np.ndarray) -> None:
-    worker = RewardWorker({"vlm": reward(folders, measure="strict")}, 8, RuntimeTable(device="cpu"))
+    worker = RewardWorker(
+        {"vlm": reward(folders, measure="strict")}, RewardPoolTable(batch_size=8), RuntimeTable(device="cpu")
+    )
     with pytest.raises(ScoringFailed, match="strict needs a word to look for"):
         worker.score(ImageBatch(images, tuple(Prompt(text) for text in ("cat", "", "dog"))))
 
