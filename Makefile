@@ -62,7 +62,7 @@ algorithm-study: $(VENV)/installed
 
 three-steps: $(VENV)/installed
 	rm -rf runs/three-steps
-	$(BIN)/python -m tests.benchmarks.three_steps --picture runs/three-steps/before_after.png
+	$(BIN)/python -m tests.benchmarks.three_steps --picture runs/three-steps/before_after.png --runtime.threads 2
 
 pretrain: $(VENV)/installed
 	$(BIN)/python -m learner.pretrain --output common/tiny_animals
