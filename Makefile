@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study algorithm-study window overlap broadcast soak pretrain clean
+.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study algorithm-study three-steps window overlap broadcast soak pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -59,6 +59,10 @@ lag-study: $(VENV)/installed
 algorithm-study: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.algorithm_study --run --jobs 2
 	$(BIN)/python -m tests.benchmarks.algorithm_study --chart
+
+three-steps: $(VENV)/installed
+	rm -rf runs/three-steps
+	$(BIN)/python -m tests.benchmarks.three_steps --picture runs/three-steps/before_after.png --runtime.threads 2
 
 pretrain: $(VENV)/installed
 	$(BIN)/python -m learner.pretrain --output common/tiny_animals

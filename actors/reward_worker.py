@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
 from actors.score_cache import ScoreCache
-from common.config import RewardPoolTable, RuntimeTable
+from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.runtime import python_stacks, settle
 from common.trajectory import ImageBatch, Scores
 

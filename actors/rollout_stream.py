@@ -9,8 +9,8 @@ from typing import Any
 from actors.reward_worker import RewardWorker, ScoringFailed
 from actors.sampler import Sampler
 from actors.scoring_job import ScoringJob, backoff_seconds
-from common.config import RewardPoolTable, RuntimeTable
 from common.lora_weights import LoraWeights
+from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.round_metrics import StreamReport
 from common.schedule import Place, Task
 from common.trajectory import ImageBatch, Rollout, Scores, merged_scores

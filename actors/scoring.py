@@ -10,7 +10,7 @@ from actors.drawing import Drawn
 from actors.reward_worker import ScoringFailed
 from actors.scoring_job import ScoringBatch, ScoringJob, backoff_seconds
 from actors.worker_pool import Worker, WorkerPool
-from common.config import RewardPoolTable
+from common.recipe_tables import RewardPoolTable
 from common.trajectory import Scores
 
 
@@ -137,7 +137,7 @@ class Scoring:
         """
         call = self._calls.pop(reference)
         try:
-            answer = ray.get(reference)  # one batch's scores, or a list of several's
+            answer: Any = ray.get(reference)  # one batch's scores, or a list of several's
         except RayActorError as error:
             lost = self._workers.lost(call.worker, str(error))
             for other in (call, *(self._calls.pop(each) for each in lost if each in self._calls)):
@@ -152,7 +152,7 @@ class Scoring:
             self._failed(call, str(error.cause), "reward_error", now)
             return self._done(call)
         self._workers.answered(call.worker, reference, now)
-        answers = [answer] if len(call.parts) == 1 else answer
+        answers: list[Scores] = [answer] if len(call.parts) == 1 else answer
         for (open, batch), scores in zip(call.parts, answers, strict=True):
             if not open.job.scored(batch, scores):
                 self._count("reward_not_finite")

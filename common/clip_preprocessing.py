@@ -1,12 +1,22 @@
 """CLIP's own picture preprocessing, for a batch on its device: resize, centre crop, normalise."""
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue of the pictures CLIP learned from, in 0 … 1
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def rgb_pixels(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture of any mode as CLIPProcessor takes it: what is transparent lies on white, and no EXIF tag turns it."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return np.array(image.convert("RGB"))
 
 
 def clip_pixels(images: UInt8[Tensor, "B H W 3"], side: int = 224) -> Float[Tensor, "B 3 {side} {side}"]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 from jaxtyping import UInt8
 from PIL import Image
 
-from common.config import RolloutsTable
+from common.recipe_tables import RolloutsTable
 from common.storage import Storage
 from common.trajectory import Rollout, TaskReport, TrainBatch
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from common.config import ElasticTable, Recipe, RewardPoolTable
+from common.config import Recipe
+from common.recipe_tables import ElasticTable, RewardPoolTable
 
 SHARED = "reward_workers"
 

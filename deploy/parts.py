@@ -5,10 +5,11 @@ from typing import Any
 
 from actors.rewards import REWARDS
 from actors.rewards.reward import Reward
-from common.config import Choice, Recipe, RewardTable
+from common.config import Recipe
 from common.diffusion import POLICIES
 from common.diffusion.policy import PolicyConfig
 from common.prompts import PROMPTS, PromptSource
+from common.recipe_tables import Choice, RewardTable
 from common.registry import build
 from common.reward_pools import RewardPool, reward_pools
 from common.trackers import TRACKERS

@@ -16,7 +16,8 @@ from actors.rollout_stream import RolloutStream, SerialPool, SerialRolloutStream
 from actors.sampler import Sampler
 from actors.scoring import ScoringPool
 from actors.worker_pool import RestartBudget, WorkerPool
-from common.config import Recipe, RoleTable
+from common.config import Recipe
+from common.recipe_tables import RoleTable
 from common.reward_pools import RewardPool, elastic_roles, reward_pools
 from deploy.parts import Parts
 from deploy.supervision import Supervision

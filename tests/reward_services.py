@@ -9,7 +9,7 @@ from email.message import Message
 
 from actors.reward_worker import RewardWorker
 from actors.rewards.reward import Reward
-from common.config import RewardPoolTable, RuntimeTable
+from common.recipe_tables import RewardPoolTable, RuntimeTable
 from deploy.reward_server import MAX_REQUEST_BYTES, RewardServer
 
 

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.config import Recipe, RoleTable
+from common.config import Recipe
 from common.model_hub import first_line
+from common.recipe_tables import RoleTable
 from deploy.commands.doctor_checks import (
     LOADING_FAILS,
     Finding,
@@ -210,10 +211,9 @@ def _leftovers(recipe: Recipe) -> Finding:
 
 
 def _memory_elsewhere(numbers: Plan) -> Finding:
-    needs = {"learner": numbers.learner_bytes, "a sampler": numbers.sampler_bytes}
-    needs["a reward worker"] = numbers.reward_worker_bytes
+    needs = {"learner": numbers.learner_bytes, "samplers": numbers.sampler_bytes, **numbers.reward_worker_bytes}
     store = ray.cluster_resources().get("object_store_memory", 0)
-    found = ", ".join(f"{role} {in_bytes(size)}" for role, size in needs.items())
+    found = "one of each: " + ", ".join(f"{role} {in_bytes(size)}" for role, size in needs.items())
     under_way = f"{in_bytes(numbers.round_bytes)} of trajectories, in stores of {in_bytes(int(store))}"
     if numbers.round_bytes > store:
         return Finding("warning", "memory", f"{found}; {under_way}", "it will spill to disk: lower batches_per_round")

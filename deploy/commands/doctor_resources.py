@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from common.config import Recipe, RoleTable
+from common.config import Recipe
+from common.recipe_tables import RoleTable
 from common.reward_pools import elastic_roles
 from deploy.commands.doctor_checks import Finding, compared
 from deploy.commands.plan import Plan, in_bytes

@@ -8,7 +8,8 @@ import numpy as np
 
 from actors.evaluation import Comparison, evaluation_images, evaluation_set
 from actors.reward_worker import RewardWorker
-from common.config import Recipe, RewardTable
+from common.config import Recipe
+from common.recipe_tables import RewardTable
 from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
 from common.storage import local_folder

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from actors.reward_worker import RewardWorker
 from actors.rewards.http import Http
-from common.config import Recipe, RewardTable
+from common.config import Recipe
+from common.recipe_tables import RewardTable
 from common.reward_protocol import SCORE_PATH, read_token
 from deploy.parts import build_reward
 from deploy.reward_server import RewardServer

@@ -7,8 +7,8 @@ import pytest
 
 from actors.reward_worker import RewardWorker, ScoringFailed
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
-from common.config import RewardPoolTable, RuntimeTable
 from common.prompts import Prompt
+from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.trajectory import ImageBatch
 
 SEEN: list[tuple[list[int], list[str], list[dict[str, Any]]]] = []

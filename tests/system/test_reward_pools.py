@@ -12,8 +12,9 @@ from actors.reward_worker import RewardWorker
 from actors.rewards import REWARDS
 from actors.scoring import Scoring, ScoringPool
 from actors.worker_pool import RestartBudget, WorkerPool
-from common.config import Recipe, RewardPoolTable, RuntimeTable
+from common.config import Recipe
 from common.prompts import Prompt
+from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.registry import build
 from common.schedule import Task
 from common.trajectory import ImageBatch, TaskReport

@@ -17,8 +17,8 @@ from actors.rewards.function import Function
 from actors.rewards.http import Http
 from actors.rewards.jpeg import JpegCompressibility
 from actors.rewards.reward import RewardMistake
-from common.config import RewardPoolTable, RuntimeTable
 from common.prompts import Prompt
+from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.trajectory import ImageBatch
 from tests.reward_services import Answer, Scripted, scripted, serving
 

@@ -12,9 +12,9 @@ from actors.reward_worker import RewardWorker, ScoringFailed
 from actors.rewards import vlm_alignment
 from actors.rewards.vlm_alignment import VlmAlignment, asked_and_right, says
 from common.bert_score import load_bert_score
-from common.config import RewardPoolTable, RuntimeTable
 from common.model_hub import missing_files
 from common.prompts import Prompt
+from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.trajectory import ImageBatch
 from tests.tiny_vlm import WORDS, save_tiny_encoder, save_tiny_vlm
 
