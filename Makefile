@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study algorithm-study three-steps window overlap broadcast soak pretrain clean
+.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward window overlap broadcast soak pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -63,6 +63,11 @@ algorithm-study: $(VENV)/installed
 three-steps: $(VENV)/installed
 	rm -rf runs/three-steps
 	$(BIN)/python -m tests.benchmarks.three_steps --picture runs/three-steps/before_after.png --runtime.threads 2
+
+animal-reward: $(VENV)/installed
+	rm -rf runs/tiny_animal_classifier
+	$(BIN)/ddpo train deploy/recipes/tiny/animal_classifier.toml
+	$(BIN)/ddpo report runs/tiny_animal_classifier
 
 pretrain: $(VENV)/installed
 	$(BIN)/python -m learner.pretrain --output common/tiny_animals
