@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study algorithm-study window overlap broadcast rewards-bench soak pretrain clean
+.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward window overlap broadcast rewards-bench soak pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(BIN)/ddpo report runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not system and not same_bits and not parity" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not system and not same_bits and not parity" tests
 
 test-system: $(VENV)/installed
 	$(BIN)/python -m pytest -m system tests
@@ -62,6 +62,15 @@ lag-study: $(VENV)/installed
 algorithm-study: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.algorithm_study --run --jobs 2
 	$(BIN)/python -m tests.benchmarks.algorithm_study --chart
+
+three-steps: $(VENV)/installed
+	rm -rf runs/three-steps
+	$(BIN)/python -m tests.benchmarks.three_steps --picture runs/three-steps/before_after.png --runtime.threads 2
+
+animal-reward: $(VENV)/installed
+	rm -rf runs/tiny_animal_classifier
+	$(BIN)/ddpo train deploy/recipes/tiny/animal_classifier.toml
+	$(BIN)/ddpo report runs/tiny_animal_classifier
 
 pretrain: $(VENV)/installed
 	$(BIN)/python -m learner.pretrain --output common/tiny_animals

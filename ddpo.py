@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+OVERRIDABLE = ("train", "plan", "doctor", "report", "sample", "replay", "serve-reward")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 where it went well, 1 where a run broke off, a replay differs or the doctor finds a fault, 2 where
@@ -60,16 +62,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], b
     verb.add_argument("recipe")
     verb.set_defaults(run=_doctor)
 
-    verb = verbs.add_parser("scale", help="give a living run another number of samplers or reward workers")
-    verb.add_argument("runs", metavar="RUN", help="a run's folder")
-    verb.add_argument("--samplers", type=int, metavar="N")
-    verb.add_argument("--reward-workers", type=int, metavar="N")
-    verb.set_defaults(run=_scale)
-
-    verb = verbs.add_parser("status", help="say how a run stands, from any shell that sees its folder")
-    verb.add_argument("runs", metavar="RUN", help="a run's folder")
-    verb.add_argument("--json", action="store_true", help="as one JSON object")
-    verb.set_defaults(run=_status)
+    _add_of_living_runs(verbs)
 
     verb = verbs.add_parser("sample", help="draw pictures with a run's weights")
     verb.add_argument("--lora", required=True, metavar="RUN_OR_PATH", help="a run's folder, or a LoRA file or folder")
@@ -87,8 +80,34 @@ def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], b
     verb.add_argument("replayed", metavar="RUN", help="a run's folder")
     verb.add_argument("--round", type=int, required=True, help="counted from 0")
     verb.set_defaults(run=_replay)
+    _add_serve_reward(verbs)
     _add_migrate(verbs)
-    return parser, lambda options: options.verb in ("train", "plan", "doctor", "report", "sample", "replay")
+    _add_fit_aesthetic(verbs)
+    return parser, lambda options: options.verb in OVERRIDABLE
+
+
+def _add_of_living_runs(verbs: Any) -> None:
+    verb = verbs.add_parser("scale", help="give a living run another number of samplers or reward workers")
+    verb.add_argument("runs", metavar="RUN", help="a run's folder")
+    verb.add_argument("--samplers", type=int, metavar="N")
+    workers = "of [reward_workers], or NAME=N for a reward with workers of its own; may be given several times"
+    verb.add_argument("--reward-workers", action="append", default=[], metavar="N", help=workers)
+    verb.set_defaults(run=_scale)
+
+    verb = verbs.add_parser("status", help="say how a run stands, from any shell that sees its folder")
+    verb.add_argument("runs", metavar="RUN", help="a run's folder")
+    verb.add_argument("--json", action="store_true", help="as one JSON object")
+    verb.set_defaults(run=_status)
+
+
+def _add_serve_reward(verbs: Any) -> None:
+    verb = verbs.add_parser("serve-reward", help="score pictures for others: a recipe's reward over HTTP")
+    verb.add_argument("recipe")
+    verb.add_argument("--reward", metavar="NAME", help="which of the recipe's rewards; needed where it has several")
+    verb.add_argument("--host", default="127.0.0.1", help="the address to listen at; by default %(default)s")
+    verb.add_argument("--port", type=int, default=8000, help="0: any that is free; by default %(default)s")
+    verb.add_argument("--token-variable", metavar="NAME", help="of the environment variable with the token to ask for")
+    verb.set_defaults(run=_serve_reward)
 
 
 def _add_migrate(verbs: Any) -> None:
@@ -99,6 +118,27 @@ def _add_migrate(verbs: Any) -> None:
     verb.add_argument("--reward", default="aesthetic", help="a name, or module:function; by default %(default)s")
     verb.add_argument("--output", metavar="FILE", help="where to write the recipe; by default it is printed")
     verb.set_defaults(run=_migrate)
+
+
+def _add_fit_aesthetic(verbs: Any) -> None:
+    verb = verbs.add_parser("fit-aesthetic", help="fit an aesthetic head on rated pictures")
+    verb.add_argument("pictures", help="the folder that the table's paths begin at")
+    verb.add_argument("table", help="csv, parquet, AVA.txt, or json of vote histograms: docs/aesthetic.md")
+    verb.add_argument("--output", required=True, metavar="FOLDER", help="goes on with the embeddings that are there")
+    verb.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub name; %(default)s")
+    verb.add_argument("--head", choices=["linear", "mlp", "mlp-relu"], default="linear", help="by default %(default)s")
+    verb.add_argument("--format", choices=["csv", "parquet", "ava", "json"], help="by default as the table looks")
+    verb.add_argument("--split-file", metavar="FILE", help="the test pictures: a path or an id a line")
+    verb.add_argument("--validation", type=float, default=0.1, help="share; by default %(default)s")
+    verb.add_argument("--test", type=float, default=0.1, help="share, without --split-file; by default %(default)s")
+    verb.add_argument("--seed", type=int, default=0, help="of the split and of the MLP's training")
+    verb.add_argument("--epochs", type=int, default=50, help="of the MLP; by default %(default)s")
+    verb.add_argument("--batch-size", type=int, default=256, help="of the MLP's training; by default %(default)s")
+    verb.add_argument("--embedding-batch-size", type=int, default=32, help="of CLIP; by default %(default)s")
+    verb.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="of CLIP")
+    verb.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    verb.add_argument("--threads", type=int, default=1, help="of torch; by default %(default)s")
+    verb.set_defaults(run=_fit_aesthetic)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -135,6 +175,14 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor(Recipe.load(options.recipe, options.overrides))
 
 
+def _serve_reward(options: argparse.Namespace) -> None:
+    from common.config import Recipe
+    from deploy.commands.serve_reward import Listening, serve_reward
+
+    listening = Listening(options.host, options.port, options.token_variable)
+    serve_reward(Recipe.load(options.recipe, options.overrides), options.reward, listening)
+
+
 def _sample(options: argparse.Namespace) -> None:
     from deploy.commands.sample import SampleRequest, sample
 
@@ -144,10 +192,10 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _scale(options: argparse.Namespace) -> None:
-    from deploy.commands.scale import scale
+    from deploy.commands.scale import counts_of, scale
 
-    asked = {"samplers": options.samplers, "reward_workers": options.reward_workers}
-    print(scale(options.runs, {role: count for role, count in asked.items() if count is not None}))
+    asked = {} if options.samplers is None else {"samplers": options.samplers}
+    print(scale(options.runs, asked | counts_of(options.reward_workers)))
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -185,6 +233,12 @@ def _migrate(options: argparse.Namespace) -> None:
         print(write_recipe(Path(options.output), migrated))
     else:
         print(migrated.toml, end="")
+
+
+def _fit_aesthetic(options: argparse.Namespace) -> None:
+    from deploy.commands.fit_aesthetic import fit_aesthetic, request_of
+
+    print(fit_aesthetic(request_of(options)))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from common.bottleneck import bottleneck
 from common.config import Recipe
 from common.lease import Lease
 from common.prompts import Draw
+from common.reward_pools import reward_pools
 from common.round_metrics import RoundClock
 from common.run_folder import RunFolder
 from common.schedule import last_startable_round, round_parts, round_tasks
 from common.trackers.fan_out import FanOut
 from common.trackers.tracker import RunInfo
 from common.trajectory import Scored
-from deploy.composition import Parts, parts_of
+from deploy.parts import Parts, parts_of
 from deploy.progress import Progress
 from deploy.supervision import Stopped, Supervision
 from deploy.workers import Workers, ray_workers, serial_workers
@@ -55,7 +56,8 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
         finally:
             trackers.finish()
             workers.close()
-    print(bottleneck(list(progress.metrics), recipe.max_policy_lag, recipe.samplers.count, recipe.reward_workers.count))
+    scoring = sum(pool.table.count for pool in reward_pools(recipe))
+    print(bottleneck(list(progress.metrics), recipe.max_policy_lag, recipe.samplers.count, scoring))
     return progress.metrics[-1] if progress.metrics else {}
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt8
 
-from common.config import EvaluationTable, SamplingTable
 from common.diffusion.policy import Policy
 from common.diffusion.rollout import draw, window_of_pictures
 from common.prompts import Prompt, PromptSource
+from common.recipe_tables import EvaluationTable, SamplingTable
 from common.schedule import Stream, image_seed
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError
 
-from actors.drawing import Drawing, Drawn
+from actors.drawing import Drawing
 from actors.pace import Pace
 from actors.rollout_stream import RolloutStream, StreamSettings
-from actors.scoring import Scoring
+from actors.scoring import ScoringOutcome, ScoringPool
+from actors.scoring_pools import ScoringPools
 from actors.worker_pool import RestartBudget, WorkerPool
 from common.lora_weights import LoraWeights
 from common.round_metrics import StreamReport
@@ -28,26 +29,26 @@ class NothingMoves(RuntimeError):
 
 @dataclass(frozen=True)
 class Pools:
-    """Both roles of the acting side."""
+    """The roles of the acting side."""
 
     samplers: WorkerPool
-    reward_workers: WorkerPool
+    scoring: tuple[ScoringPool, ...]
     budget: RestartBudget
 
     @property
-    def both(self) -> tuple[WorkerPool, WorkerPool]:
-        return self.samplers, self.reward_workers
+    def all(self) -> tuple[WorkerPool, ...]:
+        return self.samplers, *(pool.workers for pool in self.scoring)
 
 
 class RayRolloutStream(RolloutStream):
     """The driver carries references, reports and scores, and opens nothing heavy. Every wait has a deadline."""
 
-    def __init__(self, pools: Pools, reward_names: tuple[str, ...], settings: StreamSettings) -> None:
+    def __init__(self, pools: Pools, settings: StreamSettings) -> None:
         self._pools = pools
         self._settings = settings
         self._retries: dict[str, int] = {}
         self._drawing = Drawing(pools.samplers, Pace(settings.overdue_factor), self._retries)
-        self._scoring = Scoring(pools.reward_workers, reward_names, settings.reward_workers, self._retries)
+        self._scoring = ScoringPools(pools.scoring, self._retries)
         self._done: dict[Place, Rollout] = {}
         self._moved = time.monotonic()
 
@@ -72,14 +73,14 @@ class RayRolloutStream(RolloutStream):
         while len(ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)[0]) < len(pending):
             self._wait(pending, "the learner is at work", seconds)
 
-    def wait_until_loaded(self, samplers: int, reward_workers: int) -> None:
-        """Wait until so many of each role have their place and their models; the others join when they have.
+    def wait_until_loaded(self, wanted: dict[str, int]) -> None:
+        """Wait until so many of each role, by its name, have their place and their models; the others join when they have.
 
         ValueError: not within runtime.ready_seconds.
         """
         started = time.monotonic()
-        wanted = {self._pools.samplers: samplers, self._pools.reward_workers: reward_workers}
-        while lacking := {pool.role: count for pool, count in wanted.items() if len(pool.loaded) < count}:
+        pools = {pool.name: pool for pool in self._pools.all}
+        while lacking := {name: count for name, count in wanted.items() if len(pools[name].loaded) < count}:
             seconds = self._settings.runtime.ready_seconds
             if time.monotonic() - started > seconds:
                 raise ValueError(
@@ -95,7 +96,7 @@ class RayRolloutStream(RolloutStream):
         """
         self._settings.check()
         now = time.monotonic()
-        for pool in self._pools.both:
+        for pool in self._pools.all:
             pool.tick(now)
         watchdog_seconds = self._settings.runtime.watchdog_seconds
         if now - self._moved < watchdog_seconds / 2:  # others go on; else the watchdog is to end the run
@@ -103,7 +104,7 @@ class RayRolloutStream(RolloutStream):
         self._drawing.move(now)
         self._scoring.move(now)
         waiting = [*self._drawing.references(), *self._scoring.references(), *pending]
-        waiting += [reference for pool in self._pools.both for reference in pool.references()]
+        waiting += [reference for pool in self._pools.all for reference in pool.references()]
         ready = self._ready(waiting)
         for reference in ready:
             self._take(reference)
@@ -131,14 +132,14 @@ class RayRolloutStream(RolloutStream):
         elif self._scoring.holds(reference):
             self._keep(self._scoring.finished(reference, now))
         else:
-            for pool in self._pools.both:
+            for pool in self._pools.all:
                 pool.take_loaded(reference)
 
-    def _keep(self, outcome: Rollout | Drawn | None) -> None:
-        if isinstance(outcome, Drawn):  # its pictures were lost with their node
-            self._drawing.submit(outcome.report.task)
-        elif outcome is not None:
-            self._done[outcome.report.task.place] = outcome
+    def _keep(self, outcome: ScoringOutcome) -> None:
+        for drawn in outcome.lost:  # with the node that held its pictures
+            self._drawing.submit(drawn.report.task)
+        for drawn, scores in outcome.scored:
+            self._done[drawn.report.task.place] = Rollout(drawn.report, scores, drawn.trajectory, drawn.images)
 
     def _dump(self, what: str) -> str:
         """Who waits for what, and where the threads of every actor are."""
@@ -146,8 +147,8 @@ class RayRolloutStream(RolloutStream):
             f"nothing was finished for runtime.watchdog_seconds = {self._settings.runtime.watchdog_seconds:g}: {what}"
         ]
         lines += [*self._drawing.waiting_for(), *self._scoring.waiting_for()]
-        for pool in self._pools.both:
-            lines.append(f"{pool.role}: {len(pool.loaded)} loaded of {pool.wanted}")
+        for pool in self._pools.all:
+            lines.append(f"{pool.name}: {len(pool.loaded)} loaded of {pool.wanted}")
             stacks = stacks_of([worker.actor for worker in pool.workers])
             for worker, text in zip(pool.workers, stacks, strict=True):
                 lines.append(f"--- {worker.name}, {len(worker.calls)} calls in hand\n{text}")
@@ -160,15 +161,15 @@ class RayRolloutStream(RolloutStream):
             return None
 
     def report(self) -> StreamReport:
-        samplers, workers = self._pools.samplers, self._pools.reward_workers
+        samplers, workers = self._pools.samplers, [pool.workers for pool in self._pools.scoring]
         retries = dict(self._retries)
         self._retries.clear()
         return StreamReport(
             len(samplers.loaded),
             samplers.wanted,
-            len(workers.loaded),
+            sum(len(pool.loaded) for pool in workers),
             samplers.report_seconds(),
-            workers.report_seconds(),
+            sum(pool.report_seconds() for pool in workers),
             self._drawing.inflight(),
             len(self._done),
             retries,

@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Float
 
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
-from common.config import RuntimeTable
+from actors.score_cache import ScoreCache
+from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.runtime import python_stacks, settle
 from common.trajectory import ImageBatch, Scores
 
@@ -18,10 +19,16 @@ class ScoringFailed(Exception):
 class RewardWorker:
     """Holds the loaded rewards, by name, and scores batches of a set size cut from a task in order."""
 
-    def __init__(self, rewards: dict[str, Reward], batch_size: int, runtime: RuntimeTable) -> None:
+    def __init__(self, rewards: dict[str, Reward], table: RewardPoolTable, runtime: RuntimeTable) -> None:
         device = settle(runtime)
         self._rewards = {name: reward.load(device) for name, reward in rewards.items()}
-        self._batch_size = batch_size
+        if table.cache:
+            self._rewards |= {
+                name: ScoreCache(self._rewards[name], table.cache)
+                for name, reward in rewards.items()
+                if reward.independent_of_batch
+            }
+        self._batch_size = table.batch_size
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,6 +59,18 @@ class RewardWorker:
                 values[row] = np.nan
         return Scores(rewards, time.perf_counter() - start, set_aside)
 
+    def score_together(self, cuts: tuple[tuple[int, int], ...], *images: ImageBatch) -> list[Scores]:
+        """The pictures `first` … `last` − 1 of several tasks as one batch, and each task's scores: for rewards independent
+        of their batch.
+        """
+        pieces = [batch.pixels[first:last] for (first, last), batch in zip(cuts, images, strict=True)]
+        prompts = [
+            prompt for (first, last), batch in zip(cuts, images, strict=True) for prompt in batch.prompts[first:last]
+        ]
+        together = self.score(ImageBatch(np.concatenate(pieces), tuple(prompts)))
+        ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+        return [_rows(together, end - len(piece), end) for piece, end in zip(pieces, ends, strict=True)]
+
     def _score_all(self, name: str, reward: LoadedReward, images: ImageBatch, wanted: range) -> Float[np.ndarray, "B"]:
         parts = []
         for start in range(wanted.start, wanted.stop, self._batch_size):
@@ -67,6 +86,14 @@ class RewardWorker:
                 raise ScoringFailed(f"the reward {name!r} raised {type(error).__name__}: {error}") from error
             parts.append(_checked(name, values, len(texts)))
         return np.concatenate(parts)
+
+
+def _rows(scores: Scores, first: int, last: int) -> Scores:
+    """A part of a batch's scores; of its seconds, its share."""
+    count = len(next(iter(scores.rewards.values())))
+    rewards = {name: values[first:last] for name, values in scores.rewards.items()}
+    set_aside = {row - first: reason for row, reason in scores.set_aside.items() if first <= row < last}
+    return Scores(rewards, scores.seconds * (last - first) / count, set_aside)
 
 
 def _checked(name: str, values: np.ndarray, count: int) -> Float[np.ndarray, "B"]:

@@ -9,11 +9,11 @@ from typing import Any
 from actors.reward_worker import RewardWorker, ScoringFailed
 from actors.sampler import Sampler
 from actors.scoring_job import ScoringJob, backoff_seconds
-from common.config import RewardWorkersTable, RuntimeTable
 from common.lora_weights import LoraWeights
+from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.round_metrics import StreamReport
 from common.schedule import Place, Task
-from common.trajectory import ImageBatch, Rollout, Scores
+from common.trajectory import ImageBatch, Rollout, Scores, merged_scores
 
 # Called between any two steps of work, at least about once a second: to stop a run it raises.
 Check = Callable[[], None]
@@ -57,19 +57,26 @@ class RolloutStream(ABC):
 class StreamSettings:
     """What both streams are told of the recipe and of the driver."""
 
-    reward_workers: RewardWorkersTable
     runtime: RuntimeTable
     versions_kept: int
     overdue_factor: float
     check: Check
 
 
+@dataclass(frozen=True)
+class SerialPool:
+    """The one reward worker of a pool, in this process, and how it is asked."""
+
+    worker: RewardWorker
+    table: RewardPoolTable
+
+
 class SerialRolloutStream(RolloutStream):
     """Everything in this process, one task after the other, when its round is collected. Here no call has a deadline."""
 
-    def __init__(self, sampler: Sampler, reward_worker: RewardWorker, settings: StreamSettings) -> None:
+    def __init__(self, sampler: Sampler, pools: tuple[SerialPool, ...], settings: StreamSettings) -> None:
         self._sampler = sampler
-        self._reward_worker = reward_worker
+        self._pools = pools
         self._settings = settings
         self._weights: dict[int, LoraWeights] = {}
         self._tasks: dict[Place, Task] = {}
@@ -92,17 +99,17 @@ class SerialRolloutStream(RolloutStream):
         self._settings.check()
         report, trajectory, images = self._sampler.draw(task, self._weights[task.policy_version])
         assert report is not None and images is not None, "nobody tells this sampler to forget a task"
-        return Rollout(report, self._scores(images), trajectory, images)
+        scores = merged_scores([self._scores(pool, images) for pool in self._pools])
+        return Rollout(report, scores, trajectory, images)
 
-    def _scores(self, images: ImageBatch) -> Scores:
-        table = self._settings.reward_workers
-        job = ScoringJob(self._reward_worker.names, len(images.prompts), table.batch_size, table.attempts)
+    def _scores(self, pool: SerialPool, images: ImageBatch) -> Scores:
+        job = ScoringJob(pool.worker.names, len(images.prompts), pool.table.batch_size, pool.table.attempts)
         while not job.finished:
             self._settings.check()
             batch = job.waiting.pop(0)
             time.sleep(backoff_seconds(batch.failures))
             try:
-                scores = self._reward_worker.score(images, batch.first, batch.last)
+                scores = pool.worker.score(images, batch.first, batch.last)
             except ScoringFailed as error:
                 self._count("reward_error")
                 job.failed(batch, str(error))
@@ -124,4 +131,4 @@ class SerialRolloutStream(RolloutStream):
         now = time.monotonic()
         seconds, self._reported = now - self._reported, now
         retries, self._retries = self._retries, {}
-        return StreamReport(1, 1, 1, seconds, seconds, len(self._tasks), 0, retries, {})
+        return StreamReport(1, 1, len(self._pools), seconds, seconds, len(self._tasks), 0, retries, {})

@@ -4,11 +4,11 @@ import os
 import socket
 import time
 
-from common.config import RuntimeTable, SamplingTable
 from common.diffusion.lora import load_weights
 from common.diffusion.policy import PolicyConfig
 from common.diffusion.rollout import draw, refuse_window_without_noise
 from common.lora_weights import LoraWeights
+from common.recipe_tables import RuntimeTable, SamplingTable
 from common.runtime import python_stacks, settle
 from common.schedule import Task
 from common.trajectory import ImageBatch, TaskReport, Trajectory, image_fingerprints

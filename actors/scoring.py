@@ -1,4 +1,4 @@
-"""Scoring: drawn tasks in reward workers' hands, with a deadline for each batch and another worker after a failure."""
+"""Scoring: drawn tasks in the hands of a pool of reward workers, with a deadline a batch and another worker after a failure."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +10,26 @@ from actors.drawing import Drawn
 from actors.reward_worker import ScoringFailed
 from actors.scoring_job import ScoringBatch, ScoringJob, backoff_seconds
 from actors.worker_pool import Worker, WorkerPool
-from common.config import RewardWorkersTable
-from common.trajectory import Rollout, Scores
+from common.recipe_tables import RewardPoolTable
+from common.trajectory import Scores
+
+
+@dataclass(frozen=True)
+class ScoringPool:
+    """Reward workers that hold the same rewards, and how they are asked."""
+
+    workers: WorkerPool
+    names: tuple[str, ...]  # of the rewards
+    table: RewardPoolTable
+    independent: bool  # whether a picture's scores do not depend on its batch: then batches are made of several tasks
+
+
+@dataclass(frozen=True)
+class ScoringOutcome:
+    """What came of a call that is over: tasks whose pictures all have their scores, and tasks whose pictures are lost."""
+
+    scored: tuple[tuple[Drawn, Scores], ...] = ()
+    lost: tuple[Drawn, ...] = ()
 
 
 @dataclass(eq=False)
@@ -27,29 +45,26 @@ class _Open:
 
 @dataclass(frozen=True)
 class _Call:
-    """A batch in a reward worker's hands."""
+    """Batches in a reward worker's hands: one, or several that are scored as one."""
 
-    open: _Open
-    batch: ScoringBatch
+    parts: tuple[tuple[_Open, ScoringBatch], ...]
     worker: Worker
 
 
 class Scoring:
     """Hands batches out in order; counts only the reward's own errors, time-outs and non-finite answers against it."""
 
-    def __init__(
-        self, workers: WorkerPool, names: tuple[str, ...], table: RewardWorkersTable, retries: dict[str, int]
-    ) -> None:
-        self._workers = workers
-        self._names = names
-        self._table = table
+    def __init__(self, pool: ScoringPool, retries: dict[str, int]) -> None:
+        self._pool = pool
+        self._workers = pool.workers
         self._retries = retries
         self._open: list[_Open] = []
         self._calls: dict[Any, _Call] = {}
 
     def submit(self, drawn: Drawn) -> None:
         """Queue a drawn task."""
-        job = ScoringJob(self._names, len(drawn.report.task.seeds), self._table.batch_size, self._table.attempts)
+        table = self._pool.table
+        job = ScoringJob(self._pool.names, len(drawn.report.task.seeds), table.batch_size, table.attempts)
         self._open.append(_Open(drawn, job))
 
     def references(self) -> list[Any]:
@@ -63,51 +78,71 @@ class Scoring:
     def move(self, now: float) -> None:
         """End workers whose batch is past its deadline, and hand out what waits."""
         for worker in list(self._workers.loaded):
-            if worker.calls and now - worker.head_since > self._table.timeout_seconds:
+            if worker.calls and now - worker.head_since > self._pool.table.timeout_seconds:
                 self._timed_out(worker, now)
         for open in self._open:
             while open.job.waiting and now >= open.not_before and (worker := self._workers.free(open.last_failed)):
-                batch = open.job.waiting.pop(0)
-                call = worker.actor.score.remote(open.drawn.images, batch.first, batch.last)
-                self._calls[call] = _Call(open, batch, worker)
-                self._workers.give(worker, call, now)
+                self._give(worker, self._next_parts(open, now), now)
+
+    def _next_parts(self, open: _Open, now: float) -> tuple[tuple[_Open, ScoringBatch], ...]:
+        """The task's next batch; where batches do not matter, filled up with what other tasks have waiting now."""
+        parts = [(open, open.job.waiting.pop(0))]
+        if self._pool.independent and not parts[0][1].failures:
+            room = self._pool.table.batch_size - parts[0][1].size
+            for other in [each for each in self._open if now >= each.not_before]:
+                while other.job.waiting and not other.job.waiting[0].failures and other.job.waiting[0].size <= room:
+                    parts.append((other, other.job.waiting.pop(0)))
+                    room -= parts[-1][1].size
+        return tuple(parts)
+
+    def _give(self, worker: Worker, parts: tuple[tuple[_Open, ScoringBatch], ...], now: float) -> None:
+        if len(parts) == 1:
+            ((open, batch),) = parts
+            reference = worker.actor.score.remote(open.drawn.images, batch.first, batch.last)
+        else:
+            cuts = tuple((batch.first, batch.last) for _, batch in parts)
+            reference = worker.actor.score_together.remote(cuts, *(open.drawn.images for open, _ in parts))
+        self._calls[reference] = _Call(parts, worker)
+        self._workers.give(worker, reference, now)
 
     def _timed_out(self, worker: Worker, now: float) -> None:
-        reason = f"no scores within reward_workers.timeout_seconds = {self._table.timeout_seconds:g}"
+        reason = f"no scores within reward_workers.timeout_seconds = {self._pool.table.timeout_seconds:g}"
         head, *others = self._workers.lost(worker, reason)
-        for call in others:
-            self._again(self._calls.pop(call))
+        for reference in others:
+            self._again(self._calls.pop(reference))
         self._failed(self._calls.pop(head), reason, "reward_timeout", now)
 
     def _again(self, call: _Call) -> None:
         self._count("reward_worker_died")
-        call.open.job.lost(call.batch)
+        for open, batch in reversed(call.parts):
+            open.job.lost(batch)
 
     def _failed(self, call: _Call, reason: str, kind: str, now: float) -> None:
         self._count(kind)
-        call.open.job.failed(call.batch, reason)
-        self._pause(call, now)
+        for open, batch in call.parts:
+            open.job.failed(batch, reason)
+            self._pause(open, batch, call.worker, now)
 
-    def _pause(self, call: _Call, now: float) -> None:
-        call.open.not_before = now + backoff_seconds(call.batch.failures + 1)
-        call.open.last_failed = call.worker
+    def _pause(self, open: _Open, batch: ScoringBatch, worker: Worker, now: float) -> None:
+        open.not_before = now + backoff_seconds(batch.failures + 1)
+        open.last_failed = worker
 
     def _count(self, reason: str) -> None:
         self._retries[reason] = self._retries.get(reason, 0) + 1
 
-    def finished(self, reference: Any, now: float) -> Rollout | Drawn | None:
-        """What came of a call that is over: a scored task, a task whose pictures are lost, or nothing yet.
+    def finished(self, reference: Any, now: float) -> ScoringOutcome:
+        """What came of a call that is over.
 
         RewardMistake, and any error that is not the reward's over one batch, is raised.
         """
         call = self._calls.pop(reference)
         try:
-            scores: Scores = ray.get(reference)
+            answer: Any = ray.get(reference)  # one batch's scores, or a list of several's
         except RayActorError as error:
             lost = self._workers.lost(call.worker, str(error))
             for other in (call, *(self._calls.pop(each) for each in lost if each in self._calls)):
                 self._again(other)
-            return None
+            return ScoringOutcome()
         except RayTaskError as error:
             self._workers.answered(call.worker, reference, now)
             if isinstance(error.cause, ObjectLostError):
@@ -115,31 +150,46 @@ class Scoring:
             if not isinstance(error.cause, ScoringFailed):
                 raise
             self._failed(call, str(error.cause), "reward_error", now)
-            return self._rollout(call.open)
+            return self._done(call)
         self._workers.answered(call.worker, reference, now)
-        if not call.open.job.scored(call.batch, scores):
-            self._count("reward_not_finite")
-            self._pause(call, now)
-        return self._rollout(call.open)
+        answers: list[Scores] = [answer] if len(call.parts) == 1 else answer
+        for (open, batch), scores in zip(call.parts, answers, strict=True):
+            if not open.job.scored(batch, scores):
+                self._count("reward_not_finite")
+                self._pause(open, batch, call.worker, now)
+        return self._done(call)
 
-    def _pictures_lost(self, call: _Call) -> Drawn | None:
-        """The task, to be drawn again; once, however many of its batches were under way."""
+    def _pictures_lost(self, call: _Call) -> ScoringOutcome:
+        """The call's tasks, to be drawn again; each once, however many of its batches were under way.
+
+        Of several tasks one alone may have lost its pictures, and Ray does not say which.
+        """
         self._count("object_lost")
-        if call.open.gone:
-            return None
-        call.open.gone = True
-        self._open.remove(call.open)
-        return call.open.drawn
+        lost = [open for open in dict.fromkeys(open for open, _ in call.parts) if not open.gone]
+        for open in lost:
+            self._close(open)
+        return ScoringOutcome(lost=tuple(open.drawn for open in lost))
 
-    def _rollout(self, open: _Open) -> Rollout | None:
-        if open.gone or not open.job.finished:
-            return None
+    def forget(self, drawn: Drawn) -> None:
+        """The task's pictures are lost, as another pool has found: it will be submitted again."""
+        for open in [open for open in self._open if open.drawn is drawn]:
+            self._close(open)
+
+    def _close(self, open: _Open) -> None:
+        open.gone = True
         self._open.remove(open)
-        return Rollout(open.drawn.report, open.job.scores(), open.drawn.trajectory, open.drawn.images)
+
+    def _done(self, call: _Call) -> ScoringOutcome:
+        done = [open for open in dict.fromkeys(open for open, _ in call.parts) if not open.gone and open.job.finished]
+        for open in done:
+            self._open.remove(open)
+        return ScoringOutcome(tuple((open.drawn, open.job.scores()) for open in done))
 
     def waiting_for(self) -> list[str]:
         """Who has what in hand, a line each, for the watchdog's dump."""
-        lines = [f"pictures of task {open.drawn.report.task.place} wait for scores" for open in self._open]
+        what = ", ".join(self._pool.names)
+        lines = [f"pictures of task {open.drawn.report.task.place} wait for scores of {what}" for open in self._open]
         for call in self._calls.values():
-            lines.append(f"task {call.open.drawn.report.task.place} is in the hands of {call.worker.name}")
+            places = ", ".join(str(open.drawn.report.task.place) for open, _ in call.parts)
+            lines.append(f"task {places} is in the hands of {call.worker.name}")
         return lines

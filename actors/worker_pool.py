@@ -63,8 +63,9 @@ class Worker:
 class WorkerPool:
     """Holds as many actors as are wanted. `make(index)` starts one; a dead one is replaced after a growing pause."""
 
-    def __init__(self, role: str, make: Callable[[int], Any], count: int, budget: RestartBudget) -> None:
-        self.role = role
+    def __init__(self, name: str, role: str, make: Callable[[int], Any], count: int, budget: RestartBudget) -> None:
+        self.name = name  # as `ddpo scale` knows it
+        self.role = role  # as restarts are counted
         self._make = make
         self._budget = budget
         self._next_index = 0

@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 from jaxtyping import UInt8
 from PIL import Image
 
-from common.config import RolloutsTable
+from common.recipe_tables import RolloutsTable
 from common.storage import Storage
 from common.trajectory import Rollout, TaskReport, TrainBatch
 
@@ -66,7 +66,8 @@ class Ledger:
             reasons.get(image, OF_ITS_GROUP if image in batch.set_aside else None) for image in range(images)
         ]
         columns["advantage"] = batch.advantages
-        types = COLUMNS | {name: pa.float64() for name in columns if name.startswith("reward/")}
+        columns |= {f"joined/{name}": values for name, values in batch.joined_from.items()}
+        types = COLUMNS | {name: pa.float64() for name in columns if name.startswith(("reward/", "joined/"))}
         table = pa.table({name: pa.array(columns[name], kind, from_pandas=True) for name, kind in types.items()})
         if pictures is not None and self.wants_pictures(batch.round):
             table = table.append_column("picture", pa.array([_png(image) for task in pictures for image in task]))

@@ -3,7 +3,8 @@
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -34,15 +35,32 @@ def file_from_hub(repository: str, file: str, missing: str) -> str:
     return read_from_hub(read, missing)
 
 
-def read_from_folder_or_hub(read: Callable[[str | Path, bool], T], source: str, missing: str) -> T:
-    """`read(source, local_files_only)` of a folder, as a Path, or of a hub name. A path that is not there asks no hub."""
+def read_pretrained(source: str, read: Callable[[str | Path, bool], T], missing: str) -> T:
+    """`read(where, local_files_only)`, through transformers, of a folder or a hub name. ValueError: `missing`, and why."""
     folder = Path(source).expanduser()
-    if not folder.is_dir() and is_hub_name(source):
-        return read_from_hub(lambda local_files_only: read(source, local_files_only), missing)
+    with errors_only():  # weights that are there and not needed, such as another task's head, would be reported
+        if not folder.is_dir() and is_hub_name(source):
+            return read_from_hub(lambda local_files_only: read(source, local_files_only), missing)
+        try:
+            return read(folder, True)
+        except OSError as error:
+            raise ValueError(f"{missing} ({first_line(error)})") from None
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Transformers tells of errors, and of nothing else."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        return read(folder, True)
-    except OSError as error:
-        raise ValueError(f"{missing} ({first_line(error)})") from None
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def hub_answers(seconds: float = 5) -> bool:

@@ -1,13 +1,11 @@
 """Read models and tokenizers of transformers' so that what lacks is an error: left alone, it makes them up at random."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from common.model_hub import Weights, cannot_load, read_from_folder_or_hub
+from common.model_hub import Weights, cannot_load, errors_only, read_pretrained
 from common.trajectory import DTYPES
 
 Precision = Literal["auto", "float32", "float16", "bfloat16"]  # auto: half on CUDA, float32 elsewhere
@@ -32,12 +30,12 @@ def read_model(cls: Any, source: str, dtype: torch.dtype, missing: str) -> Any:
     def read(place: str | Path, local_files_only: bool) -> Any:
         return loaded(cls, place, missing, dtype=dtype, local_files_only=local_files_only)
 
-    return read_from_folder_or_hub(read, source, missing)
+    return read_pretrained(source, read, missing)
 
 
 def loaded(cls: Any, place: str | Path | None, missing: str, **options: Any) -> Any:
     """`cls.from_pretrained`, for use and not for training. ValueError: `missing`, where a weight lacks or does not fit."""
-    with _errors_only():  # a whole CLIP has a text tower, and each of its weights would be reported as not needed
+    with errors_only():  # a whole CLIP has a text tower, and each of its weights would be reported as not needed
         model, found = cls.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     absent, misfits = sorted(found["missing_keys"]), sorted(name for name, *_ in found["mismatched_keys"])
     if absent or misfits:
@@ -58,19 +56,4 @@ def read_tokenizer(cls: Any, tokenizer: Weights) -> Any:
             hf_hub_download(place, TOKENIZER_FILE, local_files_only=local_files_only)
         return cls.from_pretrained(place, local_files_only=local_files_only)
 
-    return read_from_folder_or_hub(read, tokenizer.source, cannot_load(tokenizer))
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    return read_pretrained(tokenizer.source, read, cannot_load(tokenizer))

@@ -14,6 +14,7 @@ from common.registry import Entry, Room, import_object
 
 PROMPTS: Room = {
     "animals": "common.prompts:Animals",
+    "texts": "common.prompts:Texts",
     "file": "common.prompts:File",
     "function": "common.prompts:Function",
 }
@@ -62,6 +63,18 @@ class Animals(PromptSource):
 
     def listed(self) -> list[str]:
         return _read_lines(PROMPT_LISTS / "animals.txt")
+
+    def load(self) -> Draw:
+        return _draw_from(self.listed())
+
+
+class Texts(PromptSource):
+    """A few prompts, in the recipe itself."""
+
+    texts: tuple[str, ...] = Field(min_length=1)
+
+    def listed(self) -> list[str]:
+        return list(self.texts)
 
     def load(self) -> Draw:
         return _draw_from(self.listed())

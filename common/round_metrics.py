@@ -77,8 +77,10 @@ def round_metrics(
     }
 
 
-def reward_metrics(batch: TrainBatch, rollouts: list[Rollout], weights: dict[str, float]) -> dict[str, float]:
-    """What the pictures of a whole round were worth, without those set aside; `weights` are the rewards' by name."""
+def reward_metrics(
+    batch: TrainBatch, rollouts: list[Rollout], weights: dict[str, float], floors: dict[str, float] | None = None
+) -> dict[str, float]:
+    """What the pictures of a whole round were worth, without those set aside; `weights` and `floors` by the reward's name."""
     prompts = [prompt.text for rollout in rollouts for prompt in rollout.report.task.prompts]
     kept = np.setdiff1d(np.arange(len(prompts)), batch.set_aside)
     parts = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts])[kept] for name in weights}
@@ -90,7 +92,10 @@ def reward_metrics(batch: TrainBatch, rollouts: list[Rollout], weights: dict[str
         "reward/std": float(rewards.std()),
         "advantage/std": float(batch.advantages[kept].std()),
     }
-    metrics |= {f"reward/{name}/mean": float(values.mean()) for name, values in parts.items()}
+    for name, values in parts.items():
+        metrics |= {f"reward/{name}/mean": float(values.mean()), f"reward/{name}/std": float(values.std())}
+    for name, floor in (floors or {}).items():
+        metrics[f"reward/{name}/below_floor"] = float((parts[name] < floor).mean())
     texts = np.array(prompts)[kept]
     return metrics | {f"reward/prompt/{text}": float(rewards[texts == text].mean()) for text in np.unique(texts)}
 

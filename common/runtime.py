@@ -7,7 +7,7 @@ import traceback
 
 import torch
 
-from common.config import RuntimeTable
+from common.recipe_tables import RuntimeTable
 
 
 def settle(runtime: RuntimeTable) -> str:

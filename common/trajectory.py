@@ -141,6 +141,13 @@ class Scores:
     set_aside: dict[int, str] = field(default_factory=dict)  # row: why it could not be scored
 
 
+def merged_scores(parts: list[Scores]) -> Scores:
+    """One task's scores by different rewards as one; a picture that one of them set aside is set aside."""
+    rewards = {name: values for part in parts for name, values in part.rewards.items()}
+    reasons = {row: reason for part in reversed(parts) for row, reason in part.set_aside.items()}
+    return Scores(rewards, sum(part.seconds for part in parts), dict(sorted(reasons.items())))
+
+
 @dataclass(frozen=True)
 class Rollout:
     """A task that was drawn and scored. `trajectory` and `images` are references on Ray: the driver never opens them."""
@@ -161,6 +168,9 @@ class TrainBatch:
     set_aside: tuple[int, ...] = ()  # images, in task order, that nothing is learned from: their advantage is NaN
     part: int = 0
     parts: int = 1  # of the round, all of one size
+    joined_from: dict[str, Float[np.ndarray, "N"]] = field(
+        default_factory=dict
+    )  # each reward as joined, where not as it is
 
 
 Scored = tuple[TrainBatch, list[Rollout]]  # a part of a round, or a whole one
@@ -173,7 +183,8 @@ def whole_round(parts: list[TrainBatch]) -> TrainBatch:
     advantages = np.concatenate([batch.advantages for batch in parts])
     size = len(parts[0].advantages)
     set_aside = tuple(batch.part * size + image for batch in parts for image in batch.set_aside)
-    return TrainBatch(parts[0].round, reports, advantages, set_aside)
+    joined_from = {name: np.concatenate([batch.joined_from[name] for batch in parts]) for name in parts[0].joined_from}
+    return TrainBatch(parts[0].round, reports, advantages, set_aside, joined_from=joined_from)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from common.round_metrics import RoundClock, memory_now, reward_metrics, round_m
 from common.run_folder import RunFolder
 from common.trackers.fan_out import FanOut
 from common.trajectory import Scored, whole_round
-from deploy.composition import Parts
+from deploy.parts import Parts
 from deploy.workers import Workers
 from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.learner_state import LearnerState
@@ -29,7 +29,7 @@ class Progress:
         self._done: Checkpoint | None = None  # after the last whole round of this start
         self.buffer = RoundBuffer(
             parts.algorithm,
-            parts.reward_weights,
+            parts.composition,
             recipe.prompts.images_per_prompt,
             recipe.reward_workers.max_set_aside,
             recipe.learner.parts_per_round,
@@ -59,9 +59,9 @@ class Progress:
             [stream.pictures(rollout) for rollout in rollouts] if self._ledger.wants_pictures(batch.round) else []
         )
         there = [images.pixels for images in pictures if images is not None]
-        weights = self._parts.reward_weights
+        weights, floors = self._parts.composition.weights, self._parts.composition.floors
         self._ledger.write_round(batch, rollouts, weights, there if len(there) == len(rollouts) else None)
-        figures = reward_metrics(batch, rollouts, weights) | learned
+        figures = reward_metrics(batch, rollouts, weights, floors) | learned
         memory = memory_now(self._done.learner.weights[-1].buffer.nbytes)
         self.metrics.append(round_metrics(batch.round, rollouts, figures, clock, stream.report(), memory))
         self._trackers.log(self.metrics[-1])

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from common.config import ElasticTable, Recipe
+from common.config import Recipe
 from common.lease import Lease
+from common.reward_pools import elastic_roles
 from common.run_folder import CONTROL, RunFolder
 
 POLL_SECONDS = 1.0
 REMOTE_POLL_SECONDS = 5.0  # of an object store, which counts requests
-ROLES = ("samplers", "reward_workers")
 
 
 class Stopped(Exception):
@@ -72,9 +72,9 @@ class Supervision:
             self._scale()
 
     def _scale(self) -> None:
-        asked = self._folder.asked()
+        asked, tables = self._folder.asked(), elastic_roles(self._recipe)
         for role, scale in self.on_scale.items():
-            table: ElasticTable = getattr(self._recipe, role)
+            table = tables[role]
             count = asked.get(role, self._asked.get(role, table.count))
             if count != self._asked.get(role, table.count):
                 print(f"{role}: {self._asked.get(role, table.count)} → {count}, as asked", file=sys.stderr, flush=True)

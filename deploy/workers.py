@@ -12,11 +12,14 @@ import ray
 
 from actors.ray_rollout_stream import Pools, RayRolloutStream
 from actors.reward_worker import RewardWorker
-from actors.rollout_stream import RolloutStream, SerialRolloutStream, StreamSettings
+from actors.rollout_stream import RolloutStream, SerialPool, SerialRolloutStream, StreamSettings
 from actors.sampler import Sampler
+from actors.scoring import ScoringPool
 from actors.worker_pool import RestartBudget, WorkerPool
-from common.config import Recipe, RoleTable
-from deploy.composition import Parts
+from common.config import Recipe
+from common.recipe_tables import RoleTable
+from common.reward_pools import RewardPool, elastic_roles, reward_pools
+from deploy.parts import Parts
 from deploy.supervision import Supervision
 from learner.learner import Learner
 from learner.learner_group import LearnerGroup, RayLearnerGroup, SerialLearnerGroup
@@ -41,9 +44,12 @@ def serial_workers(parts: Parts, supervision: Supervision) -> Workers:
     """Everything in this process, for debugging."""
     recipe = parts.recipe
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
-    reward_worker = RewardWorker(parts.rewards, recipe.reward_workers.batch_size, recipe.runtime)
+    pools = tuple(
+        SerialPool(RewardWorker(parts.rewards_of(pool), pool.table, recipe.runtime), pool.table)
+        for pool in reward_pools(recipe)
+    )
     learner = Learner(parts.policy, parts.algorithm, recipe)
-    stream = SerialRolloutStream(sampler, reward_worker, _settings(recipe, supervision))
+    stream = SerialRolloutStream(sampler, pools, _settings(recipe, supervision))
     return Workers(stream, SerialLearnerGroup(learner))
 
 
@@ -55,8 +61,7 @@ def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
     recipe = parts.recipe
     connect(recipe)
     supervision.listen()
-    roles = {"learner": recipe.learner, "sampler": recipe.samplers, "reward-worker": recipe.reward_workers}
-    for role, table in roles.items():  # before any of them is started
+    for role, table in {"learner": recipe.learner, **elastic_roles(recipe)}.items():  # before any of them is started
         _refuse_what_cannot_be_held(role, table)
     budget = RestartBudget(recipe.runtime.max_restarts)
     # The learner comes first: on a cluster that is too small for all, it must have its place.
@@ -64,35 +69,38 @@ def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
         _maker(Learner, "learner", recipe.learner, recipe, (parts.policy, parts.algorithm, recipe))
     )
     learner_actor = make_learner()
-    pools = Pools(_samplers(parts, budget), _reward_workers(parts, budget), budget)
-    stream = RayRolloutStream(pools, tuple(parts.rewards), _settings(recipe, supervision))
+    scoring = tuple(_reward_workers(parts, pool, budget) for pool in reward_pools(recipe))
+    pools = Pools(_samplers(parts, budget), scoring, budget)
+    stream = RayRolloutStream(pools, _settings(recipe, supervision))
     on_death = functools.partial(budget.spend, "learner")
     learner = RayLearnerGroup(learner_actor, make_learner, stream.work_until, on_death)
-    workers = Workers(stream, learner, pools.both)
+    workers = Workers(stream, learner, pools.all)
     with contextlib.ExitStack() as unless_loaded:
         unless_loaded.callback(workers.close)
-        stream.wait_until_loaded(recipe.samplers.min, recipe.reward_workers.min)
+        stream.wait_until_loaded({name: table.min for name, table in elastic_roles(recipe).items()})
         learner.wait_until_loaded()
         unless_loaded.pop_all()
-    supervision.on_scale = {"samplers": pools.samplers.scale, "reward_workers": pools.reward_workers.scale}
+    supervision.on_scale = {pool.name: pool.scale for pool in pools.all}
     return workers
 
 
 def _samplers(parts: Parts, budget: RestartBudget) -> WorkerPool:
     table, recipe = parts.recipe.samplers, parts.recipe
     make = _maker(Sampler, "sampler", table, recipe, (parts.policy, recipe.sampling, recipe.runtime))
-    return WorkerPool("sampler", make, table.count, budget)
+    return WorkerPool("samplers", "sampler", make, table.count, budget)
 
 
-def _reward_workers(parts: Parts, budget: RestartBudget) -> WorkerPool:
-    table, recipe = parts.recipe.reward_workers, parts.recipe
-    make = _maker(RewardWorker, "reward-worker", table, recipe, (parts.rewards, table.batch_size, recipe.runtime))
-    return WorkerPool("reward_worker", make, table.count, budget)
+def _reward_workers(parts: Parts, pool: RewardPool, budget: RestartBudget) -> ScoringPool:
+    recipe, rewards = parts.recipe, parts.rewards_of(pool)
+    role = pool.name.replace("reward_workers", "reward-worker").replace(".", "-")
+    make = _maker(RewardWorker, role, pool.table, recipe, (rewards, pool.table, recipe.runtime))
+    independent = all(reward.independent_of_batch for reward in rewards.values())
+    workers = WorkerPool(pool.name, "reward_worker", make, pool.table.count, budget)
+    return ScoringPool(workers, pool.rewards, pool.table, independent)
 
 
 def _settings(recipe: Recipe, supervision: Supervision) -> StreamSettings:
     return StreamSettings(
-        recipe.reward_workers,
         recipe.runtime,
         recipe.max_policy_lag + 1,
         recipe.samplers.overdue_factor,
@@ -107,8 +115,7 @@ def connect(recipe: Recipe) -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False)
         return
-    roles = ((recipe.samplers, recipe.samplers.count), (recipe.reward_workers, recipe.reward_workers.count))
-    asked = recipe.learner.num_cpus + sum(table.num_cpus * count for table, count in roles)
+    asked = recipe.learner.num_cpus + sum(table.num_cpus * table.count for table in elastic_roles(recipe).values())
     ray.init(address="local", num_cpus=int(max(os.cpu_count() or 1, -(-asked // 1))), log_to_driver=False)
 
 
@@ -143,4 +150,4 @@ def _refuse_what_cannot_be_held(role: str, table: RoleTable) -> None:
     available = ray.cluster_resources()
     lacking = {name: amount for name, amount in asked.items() if amount > available.get(name, 0)}
     if lacking and "RAY_ADDRESS" not in os.environ:
-        raise ValueError(f"a {role} asks for {lacking}, and the whole cluster has {available}")
+        raise ValueError(f"{role}: one asks for {lacking}, and the whole cluster has {available}")

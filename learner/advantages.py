@@ -52,6 +52,34 @@ def group_advantages(rewards: Float[np.ndarray, "N"], images_per_prompt: int, de
     return ((groups - groups.mean(axis=1, keepdims=True)) / (std + GROUP_EPSILON)).ravel()
 
 
+def win_rates(rewards: Float[np.ndarray, "N"], images_per_prompt: int) -> Float[np.ndarray, "N"]:
+    """The share of the other images of its group that an image beats, a tie counting half (Pref-GRPO, arXiv 2508.20751).
+
+    It knows order and no distance, so an outlier is worth no more than the best.
+    """
+    groups = rewards.reshape(-1, images_per_prompt).astype(np.float64)
+    beats = np.sign(groups[:, :, None] - groups[:, None, :]).sum(axis=2)  # those below less those above
+    return (0.5 + 0.5 * beats / (images_per_prompt - 1)).ravel()
+
+
+def shortfall(rewards: Float[np.ndarray, "N"], floor: float) -> Float[np.ndarray, "N"]:
+    """How far images lie below a reward's floor, in that reward's deviations over the round; 0 at the floor or above."""
+    rewards = rewards.astype(np.float64)
+    return np.maximum(0.0, floor - rewards) / (rewards.std() + ROUND_EPSILON)
+
+
+def feasible_first(joined: Float[np.ndarray, "N"], shortfalls: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    """Images below a floor rank under all those that keep it, by how far below (Deb 2000, constraint handling).
+
+    The worst that keeps it, less `shortfalls` in deviations of `joined`; where none keeps it, the shortfall alone counts.
+    """
+    keeps = shortfalls == 0
+    if not keeps.any():
+        return -shortfalls
+    scale = joined.std() or 1.0
+    return np.where(keeps, joined, joined[keeps].min() - scale * shortfalls)
+
+
 def softmax_weights(
     rewards: Float[np.ndarray, "N"], groups: list[str], inverse_temperature: float
 ) -> Float[np.ndarray, "N"]:

@@ -10,8 +10,8 @@ from safetensors.numpy import load, save
 
 from common.lora_weights import LoraWeights, verified
 from common.storage import Storage
-from learner.advantages import PromptStatistics
 from learner.learner_state import LearnerState
+from learner.reward_composition import Statistics
 
 MANIFEST = "manifest.json"
 OWN_WEIGHTS = "weights-trained.safetensors"
@@ -24,7 +24,7 @@ class Checkpoint:
 
     rounds_done: int
     learner: LearnerState
-    statistics: PromptStatistics
+    statistics: Statistics
     tracker_ids: dict[str, str] = field(default_factory=dict)  # under which a tracker goes on, by its name
     ledger_rounds: int = 0  # in the ledger
     set_aside: dict[int, list[int]] = field(default_factory=dict)  # round: its images that were not learned from
@@ -141,7 +141,10 @@ def load_checkpoint(checkpoint: Storage) -> Checkpoint:
     return Checkpoint(
         state["rounds_done"],
         learner,
-        {prompt: tuple(rewards) for prompt, rewards in state["statistics"].items()},
+        {
+            compared: {prompt: tuple(rewards) for prompt, rewards in of_prompts.items()}
+            for compared, of_prompts in state["statistics"].items()
+        },
         state.get("tracker_ids", {}),
         state.get("ledger_rounds", 0),
         {int(round): images for round, images in state.get("set_aside", {}).items()},

@@ -1,5 +1,6 @@
 """Where a run goes on: from its newest checkpoint, or from the start; never over another run's results."""
 
+from fnmatch import fnmatch
 from typing import Any
 
 from common.run_folder import RunFolder, without_none
@@ -7,15 +8,21 @@ from learner.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 
 # What may change between a run and its continuation without changing the weights it arrives at.
 ROLE = ("num_cpus", "num_gpus", "resources", "accelerator_type")
-FREE = {
+WORKERS = ("count", "min", "max", "cache", *ROLE)
+# These decide what becomes of a scoring batch that fails, so which pictures are set aside: where none fails they
+# decide nothing, and where some do a run must be able to go on with more patience.
+PATIENCE = ("timeout_seconds", "attempts")
+FREE = (
     *("output_dir", "rounds", "samplers", "checkpoint", "rollouts", "evaluation", "trackers"),
-    *(f"reward_workers.{key}" for key in ("count", "min", "max", *ROLE)),
-    # These decide what becomes of a scoring batch that fails, so which pictures are set aside: where none fails they
-    # decide nothing, and where some do a run must be able to go on with more patience.
-    *(f"reward_workers.{key}" for key in ("timeout_seconds", "attempts", "max_set_aside")),
+    *(
+        f"{pool}.{key}"
+        for pool in ("reward_workers", "reward.workers", "rewards.*.workers")
+        for key in WORKERS + PATIENCE
+    ),
+    "reward_workers.max_set_aside",
     *(f"learner.{key}" for key in (*ROLE, "log_prob_tolerance")),
     *(f"runtime.{key}" for key in ("ready_seconds", "watchdog_seconds", "max_restarts")),
-}
+)
 
 
 def resume_point(folder: RunFolder, tables: dict[str, Any], resume: bool) -> Checkpoint | None:
@@ -39,11 +46,18 @@ def resume_point(folder: RunFolder, tables: dict[str, Any], resume: bool) -> Che
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
     for key in sorted(before.keys() | now.keys()):
-        if f"{prefix}{key}" in FREE:
+        if any(fnmatch(f"{prefix}{key}", free) for free in FREE):
             continue
-        old, new = before.get(key), now.get(key)
+        old, new = _by_place(before.get(key)), _by_place(now.get(key))
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{key}.")
         elif old != new:
             found.append(f"{prefix}{key} was {old!r} and is {new!r}")
     return found
+
+
+def _by_place(value: Any) -> Any:
+    """A list of tables as a table of them, so that those of the same place are compared key by key."""
+    if isinstance(value, list | tuple) and value and all(isinstance(table, dict) for table in value):
+        return {str(place): table for place, table in enumerate(value)}
+    return value

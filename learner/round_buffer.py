@@ -4,8 +4,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from common.trajectory import Rollout, TrainBatch
-from learner.advantages import PromptStatistics
 from learner.algorithms.algorithm import Algorithm
+from learner.reward_composition import RewardComposition, Statistics, Worth
 
 
 class TooManySetAside(RuntimeError):
@@ -21,18 +21,18 @@ class RoundBuffer:
     def __init__(
         self,
         algorithm: Algorithm,
-        reward_weights: dict[str, float],
+        composition: RewardComposition,
         images_per_prompt: int = 1,
         max_set_aside: int | None = None,
         parts_per_round: int = 1,
     ) -> None:
         self._algorithm = algorithm
-        self._weights = reward_weights
+        self._composition = composition
         self._group = images_per_prompt
         self._max_set_aside = max_set_aside
         self._parts = parts_per_round
         self._reasons: list[str] = []  # of what this process saw set aside, the newest last
-        self.statistics: PromptStatistics = {}  # in the checkpoint
+        self.statistics: Statistics = {}  # in the checkpoint
         self.set_aside: dict[int, list[int]] = {}  # in the checkpoint: round → images, numbered in task order
 
     def train_batch(self, rollouts: list[Rollout]) -> TrainBatch:
@@ -49,18 +49,27 @@ class RoundBuffer:
         assert len({task.round for task in tasks}) == 1, "a round's tasks are of one round"
         prompts = [prompt.text for task in tasks for prompt in task.prompts]
         kept = self._kept(tasks[0].round, part, rollouts)
-        advantages = np.full(len(prompts), np.nan)
-        if kept.any():
-            rewards = sum(
-                (weight * _joined(rollouts, name) for name, weight in self._weights.items()), np.zeros(len(prompts))
-            )
-            assert np.isfinite(rewards[kept]).all(), "a picture without a finite reward is set aside with its reason"
-            texts = [prompt for prompt, is_kept in zip(prompts, kept, strict=True) if is_kept]
-            self.statistics, worth = self._algorithm.worth(self.statistics, texts, rewards[kept], self._group)
-            advantages[kept] = worth
+        worth = self._worth(prompts, rollouts, kept)
         reports = tuple(rollout.report for rollout in rollouts)
         set_aside = tuple(np.flatnonzero(~kept).tolist())
-        return TrainBatch(tasks[0].round, reports, advantages, set_aside, part, self._parts)
+        return TrainBatch(tasks[0].round, reports, worth.advantages, set_aside, part, self._parts, worth.parts)
+
+    def _worth(self, prompts: list[str], rollouts: list[Rollout], kept: Bool[np.ndarray, "N"]) -> Worth:
+        """What the images that are kept are worth, NaN for the others."""
+        everywhere = {name: np.full(len(prompts), np.nan) for name in self._composition.compared}
+        worth = Worth(np.full(len(prompts), np.nan), everywhere)
+        if kept.any():
+            rewards = {name: _concatenated(rollouts, name)[kept] for name in self._composition.weights}
+            finite = all(np.isfinite(values).all() for values in rewards.values())
+            assert finite, "a picture without a finite reward is set aside with its reason"
+            texts = [prompt for prompt, is_kept in zip(prompts, kept, strict=True) if is_kept]
+            self.statistics, of_kept = self._composition.worth(
+                self._algorithm, self.statistics, texts, rewards, self._group
+            )
+            worth.advantages[kept] = of_kept.advantages
+            for name, values in of_kept.parts.items():
+                everywhere[name][kept] = values
+        return worth
 
     def _kept(self, round: int, part: int, rollouts: list[Rollout]) -> Bool[np.ndarray, "N"]:
         """Which of the part's images are learned from. TooManySetAside: too few."""
@@ -91,5 +100,5 @@ class RoundBuffer:
             )
 
 
-def _joined(rollouts: list[Rollout], name: str) -> Float[np.ndarray, "N"]:
+def _concatenated(rollouts: list[Rollout], name: str) -> Float[np.ndarray, "N"]:
     return np.concatenate([rollout.scores.rewards[name] for rollout in rollouts])

@@ -13,7 +13,7 @@ from common.lora_weights import LoraWeights, pack
 from common.overrides import with_overrides
 from common.schedule import round_tasks
 from common.trajectory import TaskReport, TrainBatch, Trajectory
-from deploy.composition import Parts, parts_of
+from deploy.parts import Parts, parts_of
 from learner.learner import Learner
 from learner.learner_state import LearnerState
 

@@ -12,7 +12,9 @@ import tomli_w
 
 from actors.rewards.reward import Reward
 from common.config import Recipe
-from deploy.composition import parts_of
+from deploy.parts import parts_of
+from tests.rated_pictures import save_pictures, write_ratings
+from tests.tiny_clip import save_tiny_clip
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,9 +46,10 @@ RECIPES = ROOT / "deploy" / "recipes"
 
 
 @pytest.mark.parametrize("recipe", sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml")))
-def test_every_recipe_is_checked_and_named_in_the_readme_or_on_the_page_of_algorithms(recipe: str) -> None:
+def test_every_recipe_is_checked_and_named_in_the_readme_or_on_a_page_of_recipes(recipe: str) -> None:
     parts_of(Recipe.load(RECIPES / recipe))
-    assert f"`{recipe}`" in (ROOT / "README.md").read_text() + (ROOT / "docs" / "algorithms.md").read_text()
+    pages = [ROOT / "README.md", ROOT / "docs" / "algorithms.md", ROOT / "docs" / "aesthetic.md"]
+    assert f"`{recipe}`" in "".join(page.read_text() for page in pages)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -71,6 +74,8 @@ def test_the_example_rewards_score_pictures(tmp_path: Path) -> None:
 @pytest.mark.system
 def test_the_readmes_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
     (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    write_ratings(tmp_path / "ratings.csv", save_pictures(tmp_path / "pictures", 100))
+    save_tiny_clip(tmp_path / "clip")
     (tmp_path / "config.json").write_text(blocks(ROOT / "docs" / "coming_from_trl.md", "json")[0])
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in commands("ddpo "):

@@ -56,15 +56,15 @@ DOCUMENTED = '"""What it is for."""\n'
 LONG_FUNCTION = "def long():\n" + "    print()\n" * 50
 PLANTED = [
     ("layers", "common/schedule.py", "from learner.learner import Learner"),
-    ("layers", "common/diffusion/lora.py", "import deploy.composition"),
+    ("layers", "common/diffusion/lora.py", "import deploy.parts"),
     ("layers", "actors/sampler.py", "from learner import losses"),
     ("layers", "learner/learner.py", "def f():\n    import actors.sampler"),
-    ("layers", "learner/learner.py", "from deploy.composition import parts_of"),
+    ("layers", "learner/learner.py", "from deploy.parts import parts_of"),
     ("layers", "actors/sampler.py", "import train"),
     ("layers", "common/registry.py", 'ROOM = {"jpeg": "actors.rewards.jpeg:Jpeg"}'),
     ("layers", "common/registry.py", 'importlib.import_module("actors.sampler")'),
     ("composers", "deploy/workers.py", "from train import train"),
-    ("composers", "deploy/composition.py", "from deploy.commands.plan import plan"),
+    ("composers", "deploy/parts.py", "from deploy.commands.plan import plan"),
     ("composers", "train.py", "from deploy.commands import report"),
     ("composers", "deploy/commands/plan.py", "import ddpo"),
     ("composers", "deploy/commands/plan.py", "from train import train"),
@@ -151,7 +151,7 @@ from common.config import Recipe
 from common.diffusion import POLICIES
 from common.registry import entry_class
 from common.trackers import TRACKERS
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 from learner.algorithms import ALGORITHMS
 parts_of(Recipe.load("deploy/recipes/demo.toml"))
 for room in (POLICIES, TRACKERS, REWARDS, ALGORITHMS):

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from common.config import SamplingTable
 from common.diffusion.lora import trained_parameters
 from common.diffusion.policy import Role
 from common.diffusion.policy_stable_diffusion import StableDiffusion, StableDiffusionPolicy
+from common.recipe_tables import SamplingTable
 
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
 

@@ -16,5 +16,7 @@ REWARDS: Room = {
     "hps_v2": "actors.rewards.hps_v2:HpsV2",
     "image_reward": "actors.rewards.image_reward:ImageReward",
     "animal_classifier": "actors.rewards.animal_classifier:AnimalClassifier",
+    "vlm_alignment": "actors.rewards.vlm_alignment:VlmAlignment",
+    "http": "actors.rewards.http:Http",
     "function": "actors.rewards.function:Function",
 }

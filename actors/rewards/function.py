@@ -13,6 +13,11 @@ class Function(Reward):
     """`path` is module:function; the function takes (images uint8 [B,H,W,3], prompts, metadata) and returns [B]."""
 
     path: str = Field(pattern=r"^[\w.]+:\w+$")
+    independent: bool = False  # whether it scores a picture alike, to the bit, in whatever batch
+
+    @property
+    def independent_of_batch(self) -> bool:
+        return self.independent
 
     def load(self, device: str) -> LoadedReward:
         function = import_object(self.path, "reward.path")

@@ -35,6 +35,9 @@ class Reward(Entry, ABC):
         """The files that `load` reads beside what is installed, for `ddpo doctor`; none where it has no weights."""
         return ()
 
+    def check(self) -> None:
+        """ValueError: what it asks elsewhere does not answer as it should. For `ddpo doctor`; loads and changes nothing."""
+
     @abstractmethod
     def load(self, device: str) -> LoadedReward:
         """The function that scores: (images uint8 [B H W 3], prompts, metadata) -> finite float [B], higher is better."""

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from common.config import SamplingTable
 from common.diffusion.sizes import PolicySizes
 from common.diffusion.transition import Transition
 from common.model_hub import Weights
+from common.recipe_tables import SamplingTable
 from common.registry import Entry
 
 Role = Literal["sampler", "learner"]

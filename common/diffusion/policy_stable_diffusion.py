@@ -9,7 +9,6 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import Field
 from torch import Tensor
 
-from common.config import SamplingTable
 from common.diffusion.lora import LoraSettings, load_lora, make_trainable, save_lora
 from common.diffusion.policy import EMBEDDED_MODELS, Conditioning, Policy, PolicyConfig, Role, autocast, quiet_libraries
 from common.diffusion.scheduler_ddim import ddim_table, ddim_transition, training_target
@@ -17,6 +16,7 @@ from common.diffusion.sizes import PolicySizes
 from common.diffusion.stable_diffusion_sizes import part_config, stable_diffusion_sizes
 from common.diffusion.transition import Transition
 from common.model_hub import Weights, read_from_hub
+from common.recipe_tables import SamplingTable
 from common.trajectory import DTYPES
 
 EMBEDDINGS_KEPT = 4096  # prompts; 118 kB each for SD 1.5 in half precision

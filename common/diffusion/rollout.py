@@ -5,8 +5,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from common.config import SamplingTable
 from common.diffusion.policy import Policy, select_rows
+from common.recipe_tables import SamplingTable
 from common.trajectory import DTYPES, Trajectory, split_path
 
 _KEPT_STEPS = 6  # what an image's seed is hashed with to choose them

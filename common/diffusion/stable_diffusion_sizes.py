@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.config import SamplingTable
 from common.diffusion.lora import LoraSettings, make_trainable, trained_parameters
 from common.diffusion.policy import quiet_libraries
 from common.diffusion.sizes import PolicySizes, count_parameters, saved_activation_bytes
+from common.recipe_tables import SamplingTable
 
 # Architecture of SD 1.1 … 1.5 (Rombach et al. 2022), as in the configuration files of the published models.
 SD1 = {

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.config import Recipe, RoleTable
+from common.config import Recipe
 from common.model_hub import first_line
+from common.recipe_tables import RoleTable
 from deploy.commands.doctor_checks import (
     LOADING_FAILS,
     Finding,
@@ -39,7 +40,7 @@ from deploy.commands.doctor_resources import (
 from deploy.commands.plan import Plan, in_bytes, plan_of_parts
 from deploy.commands.ratio_measurement import draw_some, score_again
 from deploy.commands.ratio_noise import Noise, clip_range, noise_findings, table_rows, worst_in_words
-from deploy.composition import Parts, build_reward, entries_of
+from deploy.parts import Parts, build_reward, entries_of
 from deploy.workers import place_options
 from learner.weight_check import log_prob_tolerance
 
@@ -135,7 +136,7 @@ def _weights(parts: Parts, at: At) -> Iterator[Finding]:
     rewards = [("reward", table) for table in recipe.all_rewards]
     scorers = [("scorer", table) for table in recipe.evaluation.scorers]
     for kind, table in rewards + scorers:
-        yield from at(recipe.reward_workers, reward_findings, kind, table.name, build_reward(table))
+        yield from at(table.workers or recipe.reward_workers, reward_findings, kind, table.called, build_reward(table))
     lacking = at(recipe.samplers, weights_findings, "model", "the policy", parts.policy.needs())
     yield from lacking or [Finding("ok", "model", f"{parts.policy.model} is there")]
 
@@ -210,10 +211,9 @@ def _leftovers(recipe: Recipe) -> Finding:
 
 
 def _memory_elsewhere(numbers: Plan) -> Finding:
-    needs = {"learner": numbers.learner_bytes, "a sampler": numbers.sampler_bytes}
-    needs["a reward worker"] = numbers.reward_worker_bytes
+    needs = {"learner": numbers.learner_bytes, "samplers": numbers.sampler_bytes, **numbers.reward_worker_bytes}
     store = ray.cluster_resources().get("object_store_memory", 0)
-    found = ", ".join(f"{role} {in_bytes(size)}" for role, size in needs.items())
+    found = "one of each: " + ", ".join(f"{role} {in_bytes(size)}" for role, size in needs.items())
     under_way = f"{in_bytes(numbers.round_bytes)} of trajectories, in stores of {in_bytes(int(store))}"
     if numbers.round_bytes > store:
         return Finding("warning", "memory", f"{found}; {under_way}", "it will spill to disk: lower batches_per_round")

@@ -18,6 +18,7 @@ from actors.rewards.reward import Reward
 from common.config import Recipe
 from common.lease import runs_it
 from common.model_hub import Weights, first_line, hub_answers, is_hub_name, missing_files
+from common.reward_pools import elastic_roles
 from common.run_folder import VERSIONED, RunFolder
 from common.trackers.tracker import Tracker
 from deploy.commands.plan import Plan, in_bytes
@@ -80,7 +81,7 @@ def _installed(package: str) -> str | None:
 def device_finding(recipe: Recipe) -> Finding:
     """What this machine computes on, and whether the recipe makes use of it."""
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    roles = {"learner": recipe.learner, "samplers": recipe.samplers, "reward_workers": recipe.reward_workers}
+    roles = {"learner": recipe.learner, **elastic_roles(recipe)}
     without = [f"{role}.num_gpus" for role, table in roles.items() if not table.num_gpus]
     names = ", ".join(f"{gpu.name} with {in_bytes(gpu.total_memory)}" for gpu in gpus)
     here = names or f"CPU, {os.cpu_count()} cores, no GPU"
@@ -211,7 +212,7 @@ def _lack(subject: str, name: str, weights: Weights, missing: list[str]) -> Find
 
 
 def reward_findings(subject: str, name: str, reward: Reward) -> list[Finding]:
-    """Whether a reward's weights are there, and whether it can be loaded."""
+    """Whether a reward's weights are there, whether it can be loaded, and whether what it asks elsewhere answers."""
     lacking = weights_findings(subject, name, reward.needs())
     if lacking:
         return lacking
@@ -219,4 +220,8 @@ def reward_findings(subject: str, name: str, reward: Reward) -> list[Finding]:
         reward.load("cpu")
     except LOADING_FAILS as error:
         return [Finding("fault", subject, f"{name} cannot be loaded: {type(error).__name__}: {first_line(error)}")]
+    try:
+        reward.check()
+    except ValueError as error:
+        return [Finding("fault", subject, f"{name} does not answer: {first_line(error)}", "see that it runs")]
     return [Finding("ok", subject, f"{name} can be loaded")]

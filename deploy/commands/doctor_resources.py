@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from common.config import Recipe, RoleTable
+from common.config import Recipe
+from common.recipe_tables import RoleTable
+from common.reward_pools import elastic_roles
 from deploy.commands.doctor_checks import Finding, compared
 from deploy.commands.plan import Plan, in_bytes
 
@@ -42,14 +44,13 @@ class Machine:
 
 def roles_of(recipe: Recipe, numbers: Plan | None = None) -> tuple[Role, ...]:
     """In the order in which a run starts them; with a plan, with their memory."""
-    samplers, workers = recipe.samplers, recipe.reward_workers
-    learner_bytes, sampler_bytes, worker_bytes = (
-        (numbers.learner_bytes, numbers.sampler_bytes, numbers.reward_worker_bytes) if numbers else (0, 0, 0)
-    )
+    elastic = {"samplers": numbers.sampler_bytes, **numbers.reward_worker_bytes} if numbers else {}
     return (
-        Role("learner", recipe.learner, 1, 1, learner_bytes),
-        Role("samplers", samplers, samplers.count, samplers.min, sampler_bytes),
-        Role("reward_workers", workers, workers.count, workers.min, worker_bytes),
+        Role("learner", recipe.learner, 1, 1, numbers.learner_bytes if numbers else 0),
+        *(
+            Role(name, table, table.count, table.min, elastic.get(name, 0))
+            for name, table in elastic_roles(recipe).items()
+        ),
     )
 
 

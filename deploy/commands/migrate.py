@@ -15,7 +15,7 @@ from common.diffusion.policy import EMBEDDED_MODELS
 from common.registry import explain
 from deploy.commands.trl_config import TRL_VERSION, DDPOConfig, TrlRun
 from deploy.commands.trl_fields import COUNTERPARTS
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 
 LORA = {"rank": 4, "alpha": 4, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 NOT_IN_A_CONFIG = (

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from common.config import Recipe
 from common.diffusion.sizes import PolicySizes
+from common.reward_pools import SHARED, RewardPool, reward_pools
 from common.trajectory import DTYPES
-from deploy.composition import Parts, parts_of
+from deploy.parts import Parts, parts_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Plan:
     broadcast_bytes: int  # one policy version
     learner_bytes: int
     sampler_bytes: int
-    reward_worker_bytes: int
+    reward_worker_bytes: dict[str, int]  # by pool, of one worker
     sizes: PolicySizes
     forward_process: bool  # learned from are finished images, noised anew
 
@@ -66,7 +67,10 @@ def plan_of_parts(parts: Parts) -> Plan:
         broadcast_bytes=4 * sizes.trained_parameters,
         learner_bytes=network + adapters + training,
         sampler_bytes=network + adapters + sizes.sampler_parameters * weight_bytes,
-        reward_worker_bytes=sum(reward.memory_bytes for reward in parts.rewards.values()),
+        reward_worker_bytes={
+            pool.name: sum(reward.memory_bytes for reward in parts.rewards_of(pool).values())
+            for pool in reward_pools(recipe)
+        },
         sizes=sizes,
         forward_process=parts.algorithm.noisings_per_image is not None,
     )
@@ -76,10 +80,10 @@ def plan(recipe: Recipe) -> str:
     """The plan in words."""
     numbers = plan_of(recipe)
     sampling, learner = recipe.sampling, recipe.learner
-    workers = recipe.reward_workers.count
-    memory = (
-        numbers.learner_bytes + numbers.sampler_bytes * recipe.samplers.count + numbers.reward_worker_bytes * workers
-    )
+    pools = reward_pools(recipe)
+    workers = sum(pool.table.count for pool in pools)
+    scoring = sum(numbers.reward_worker_bytes[pool.name] * pool.table.count for pool in pools)
+    memory = numbers.learner_bytes + numbers.sampler_bytes * recipe.samplers.count + scoring
     rows = [
         ("images a round", f"{numbers.images} = {numbers.tasks} tasks × {sampling.batch_size}"),
         ("images in all", f"{numbers.images * recipe.rounds} in {recipe.rounds} rounds"),
@@ -102,7 +106,10 @@ def plan(recipe: Recipe) -> str:
             f"{in_bytes(numbers.learner_bytes)}, of it activations {in_bytes(_activations(recipe, numbers))}",
         ),
         ("a sampler's memory", f"{in_bytes(numbers.sampler_bytes)} and its working buffers"),
-        ("a reward worker's memory", in_bytes(numbers.reward_worker_bytes)),
+        *(
+            (f"a reward worker's memory{_own(pool)}", in_bytes(numbers.reward_worker_bytes[pool.name]))
+            for pool in pools
+        ),
         ("memory in all", f"{in_bytes(memory)}: 1 learner, {recipe.samplers.count} samplers, {workers} reward workers"),
         ("GPUs asked for", _gpus(recipe)),
     ]
@@ -120,13 +127,17 @@ def _of_an_image(recipe: Recipe, numbers: Plan) -> str:
     return f"{each} noisings" if numbers.forward_process else f"{each} of {recipe.sampling.num_steps} steps"
 
 
+def _own(pool: RewardPool) -> str:
+    return "" if pool.name == SHARED else f" ({', '.join(pool.rewards)})"
+
+
 def _activations(recipe: Recipe, numbers: Plan) -> int:
     return recipe.learner.micro_batch_size * numbers.sizes.activation_bytes
 
 
 def _gpus(recipe: Recipe) -> str:
     samplers = recipe.samplers.num_gpus * recipe.samplers.count
-    workers = recipe.reward_workers.num_gpus * recipe.reward_workers.count
+    workers = sum(pool.table.num_gpus * pool.table.count for pool in reward_pools(recipe))
     total = recipe.learner.num_gpus + samplers + workers
     return f"{total:g} = learner {recipe.learner.num_gpus:g} + samplers {samplers:g} + reward workers {workers:g}"
 

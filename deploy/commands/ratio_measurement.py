@@ -9,17 +9,18 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.config import Recipe, RoleTable, RuntimeTable
+from common.config import Recipe
 from common.diffusion.lora import load_weights, read_weights
 from common.diffusion.policy import Policy
 from common.diffusion.rollout import draw, score
 from common.diffusion.scheduler_ddim import DDIMTable, output_sensitivity
 from common.lora_weights import LoraWeights
+from common.recipe_tables import RoleTable, RuntimeTable
 from common.runtime import settle
 from common.schedule import round_tasks, transition_order
 from common.trajectory import DTYPES, Trajectory
 from deploy.commands.ratio_noise import Comparison, Kind, Noise
-from deploy.composition import entries_of
+from deploy.parts import entries_of
 from learner.reference_passes import log_probs_under
 from learner.round_pairs import micro_batches
 from learner.round_transitions import RoundTransitions, round_transitions

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from common.config import SamplingTable
+from common.recipe_tables import SamplingTable
 from deploy.commands.doctor_checks import Finding
 from learner.algorithms.algorithm import Algorithm
 from learner.algorithms.policy_gradient import ClippedPolicyGradient

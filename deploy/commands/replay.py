@@ -10,7 +10,7 @@ from common.prompts import Prompt
 from common.run_folder import RunFolder
 from common.schedule import Task, round_tasks
 from common.storage import Storage
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 from learner.checkpoint import load_weights, policy_versions, whole_checkpoints
 
 Row = dict[str, Any]  # of the ledger

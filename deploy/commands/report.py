@@ -8,13 +8,14 @@ import numpy as np
 
 from actors.evaluation import Comparison, evaluation_images, evaluation_set
 from actors.reward_worker import RewardWorker
-from common.config import Recipe, RewardTable
+from common.config import Recipe
+from common.recipe_tables import RewardTable
 from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
 from common.storage import local_folder
 from common.trajectory import ImageBatch
 from deploy.commands.report_pictures import before_after_picture, reward_curve
-from deploy.composition import Parts, build_reward, parts_of
+from deploy.parts import Parts, build_reward, parts_of
 from learner.checkpoint import load_checkpoint, newest_checkpoint
 
 
@@ -49,7 +50,7 @@ def compare(parts: Parts, folder: RunFolder) -> Comparison:
     device = settle(recipe.runtime)
     chosen = evaluation_set(recipe.evaluation, parts.prompts)
     scorers = {name: build_reward(table) for name, table in _scorers(recipe).items()}
-    worker = RewardWorker(scorers, recipe.reward_workers.batch_size, recipe.runtime)
+    worker = RewardWorker(scorers, recipe.reward_workers, recipe.runtime)
     policy = parts.policy.load(device, recipe.sampling, "sampler")
     before = evaluation_images(
         policy, chosen, recipe.sampling
@@ -59,7 +60,8 @@ def compare(parts: Parts, folder: RunFolder) -> Comparison:
     after = evaluation_images(policy, chosen, recipe.sampling)
     scores = [worker.score(ImageBatch(pixels, chosen.prompts)).rewards for pixels in (before, after)]
     trained_on = [
-        np.sum([weight * values[name] for name, weight in parts.reward_weights.items()], axis=0) for values in scores
+        np.sum([weight * values[name] for name, weight in parts.composition.weights.items()], axis=0)
+        for values in scores
     ]
     return Comparison(
         chosen, before, after, {**scores[0], "reward": trained_on[0]}, {**scores[1], "reward": trained_on[1]}
@@ -67,7 +69,7 @@ def compare(parts: Parts, folder: RunFolder) -> Comparison:
 
 
 def _scorers(recipe: Recipe) -> dict[str, RewardTable]:
-    return {table.name: table for table in (*recipe.all_rewards, *recipe.evaluation.scorers)}
+    return {table.called: table for table in (*recipe.all_rewards, *recipe.evaluation.scorers)}
 
 
 def summary(comparison: Comparison, scorers: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from common.diffusion.policy import Policy
 from common.diffusion.rollout import draw, window_of_pictures
 from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,24 @@
 """ddpo scale: ask a living run for another number of samplers or reward workers, from any shell that sees its folder."""
 
-from common.config import ElasticTable
 from common.lease import runs_it
+from common.reward_pools import SHARED, elastic_roles
 from common.run_folder import RunFolder
 
 
 def scale(run: str, wanted: dict[str, int]) -> str:
     """Write what is wanted, by role, where the run's driver looks about once a second; what was asked, in words.
 
-    ValueError: no run there, none alive, or a number outside its recipe's min … max.
+    ValueError: no run there, none alive, no such role, or a number outside its recipe's min … max.
     """
     folder = RunFolder(run)
     recipe = folder.load_recipe([])
     if not wanted:
         raise ValueError("ddpo scale needs --samplers N, --reward-workers N, or both")
+    tables = elastic_roles(recipe)
     for role, count in wanted.items():
-        table: ElasticTable = getattr(recipe, role)
+        if role not in tables:
+            raise ValueError(f"this run has no {role}: it has {', '.join(tables)}")
+        table = tables[role]
         if count < table.min or (table.max is not None and count > table.max):
             raise ValueError(
                 f"{role} is {count}: it must lie between {role}.min = {table.min} and {role}.max = {table.max or 'none'}"
@@ -24,3 +27,14 @@ def scale(run: str, wanted: dict[str, int]) -> str:
         raise ValueError(f"no process runs {folder.location}: start it with --resume auto, and with --samplers.count")
     folder.ask(wanted)
     return "asked for " + " and ".join(f"{count} {role.replace('_', ' ')}" for role, count in wanted.items())
+
+
+def counts_of(words: list[str]) -> dict[str, int]:
+    """How many reward workers are asked for, by pool: "2" of the shared one, "aesthetic=2" of that reward's own."""
+    counts = {}
+    for word in words:
+        name, _, number = word.rpartition("=")
+        if not number.isdecimal():
+            raise ValueError(f"--reward-workers is {word!r}: it must be a number, or NAME=N")
+        counts[f"{SHARED}.{name}" if name else SHARED] = int(number)
+    return counts

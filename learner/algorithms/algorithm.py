@@ -12,6 +12,7 @@ from common.diffusion.policy import Policy
 from common.registry import Entry
 from common.trajectory import NoisedBatch, TransitionBatch
 from learner.advantages import PromptStatistics
+from learner.algorithms.advantage_settings import AdvantageSettings
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,15 @@ class Algorithm(Entry, ABC):
     def teaches(self, worth: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
         """Which images enter optimizer steps at all."""
         return np.ones(len(worth), bool)
+
+    @property
+    def comparison(self) -> AdvantageSettings | None:
+        """How its advantages come from rewards; None: it makes weights of rewards, which rewards apart do not have."""
+        return None
+
+    def from_advantages(self, advantages: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+        """What images with these advantages are worth."""
+        return advantages
 
     @abstractmethod
     def worth(

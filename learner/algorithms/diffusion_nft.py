@@ -37,11 +37,18 @@ class DiffusionNFT(ForwardProcess):
     def average_decay(self, policy_version: int) -> float:
         return min(self.average_decay_max, self.average_decay_growth * policy_version)
 
+    @property
+    def comparison(self) -> AdvantageSettings:
+        return self.advantages
+
+    def from_advantages(self, advantages: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+        return optimality(advantages, self.advantage_clip)
+
     def worth(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
         statistics, advantages = self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)
-        return statistics, optimality(advantages, self.advantage_clip)
+        return statistics, self.from_advantages(advantages)
 
     def noised_loss(
         self, predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], batch: NoisedBatch

@@ -58,6 +58,10 @@ class PolicyGradient(Algorithm, ABC):
                 f"it must have sampling.num_steps = {steps} of them, none below 0 and not all of them 0"
             )
 
+    @property
+    def comparison(self) -> AdvantageSettings:
+        return self.advantages
+
     def worth(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from actors.evaluation import evaluation_images, evaluation_set
-from common.config import EvaluationTable, Recipe
+from common.config import Recipe
 from common.prompts import Animals, Function
+from common.recipe_tables import EvaluationTable
 from common.schedule import round_tasks
 from tests.tiny_policy import SAMPLING, tiny_policy
 

@@ -7,8 +7,8 @@ import pytest
 
 from actors.reward_worker import RewardWorker, ScoringFailed
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
-from common.config import RuntimeTable
 from common.prompts import Prompt
+from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.trajectory import ImageBatch
 
 SEEN: list[tuple[list[int], list[str], list[dict[str, Any]]]] = []
@@ -41,7 +41,7 @@ def images(count: int) -> ImageBatch:
 
 
 def worker(batch_size: int = 8, **rewards: Reward) -> RewardWorker:
-    return RewardWorker(rewards, batch_size, RuntimeTable(device="cpu"))
+    return RewardWorker(rewards, RewardPoolTable(batch_size=batch_size), RuntimeTable(device="cpu"))
 
 
 def test_a_task_is_cut_into_batches_in_order_and_its_scores_joined_in_order() -> None:
@@ -59,6 +59,18 @@ def test_every_reward_is_given_by_its_name() -> None:
         "bright": [0, 10, 20],
         "given": [3, 1, 2],
     }
+
+
+def test_several_tasks_scored_together_have_each_its_own_scores_reasons_and_share_of_the_time() -> None:
+    SEEN.clear()
+    together = worker(bright=Brightness(), given=Answers(answers=[np.array([1.0, np.nan, 3.0])]))
+    first, second = together.score_together(((1, 3), (0, 1)), images(3), images(2))
+    assert [seen[0] for seen in SEEN] == [[10, 20, 0]] and SEEN[0][1] == ["animal 1", "animal 2", "animal 0"]
+    assert first.rewards["bright"].tolist() == [10, 20] and second.rewards["bright"].tolist() == [0]
+    assert (
+        first.set_aside == {1: "the reward 'given' gave nan for the picture of 'animal 2'"} and second.set_aside == {}
+    )
+    assert second.rewards["given"].tolist() == [3] and first.seconds == pytest.approx(2 * second.seconds)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import torch
 
 from actors.reward_worker import RewardWorker
 from actors.rewards.jpeg import jpeg_kilobytes
-from actors.rollout_stream import SerialRolloutStream, StreamSettings
+from actors.rollout_stream import SerialPool, SerialRolloutStream, StreamSettings
 from actors.sampler import Sampler
 from common.lora_weights import LoraWeights, pack
+from common.reward_pools import reward_pools
 from common.schedule import Task, round_tasks
 from common.trajectory import Rollout
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.learner import Learner
 from tests.rounds import moved, parts_with
 
@@ -23,9 +24,12 @@ def parts(tables: dict) -> Parts:
 
 def stream_of(parts: Parts, versions_kept: int = 2) -> SerialRolloutStream:
     recipe = parts.recipe
-    worker = RewardWorker(parts.rewards, recipe.reward_workers.batch_size, recipe.runtime)
-    settings = StreamSettings(recipe.reward_workers, recipe.runtime, versions_kept, 4.0, lambda: None)
-    return SerialRolloutStream(Sampler(parts.policy, recipe.sampling, recipe.runtime), worker, settings)
+    pools = tuple(
+        SerialPool(RewardWorker(parts.rewards_of(pool), pool.table, recipe.runtime), pool.table)
+        for pool in reward_pools(recipe)
+    )
+    settings = StreamSettings(recipe.runtime, versions_kept, 4.0, lambda: None)
+    return SerialRolloutStream(Sampler(parts.policy, recipe.sampling, recipe.runtime), pools, settings)
 
 
 def versions(parts: Parts, count: int) -> list[LoraWeights]:

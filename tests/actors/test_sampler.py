@@ -11,7 +11,7 @@ from common.diffusion.lora import load_weights
 from common.diffusion.rollout import draw
 from common.lora_weights import LoraWeights, pack
 from common.schedule import Task, round_tasks
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.learner import Learner
 from tests.rounds import moved, parts_with
 

@@ -18,7 +18,7 @@ from common.config import Recipe
 from common.diffusion.lora import trained_parameters
 from common.schedule import round_tasks
 from common.trajectory import Rollout, TrainBatch, Trajectory
-from deploy.composition import Parts, parts_of
+from deploy.parts import Parts, parts_of
 from learner.learner import Learner
 from learner.round_buffer import RoundBuffer
 from train import train
@@ -90,13 +90,13 @@ def learning(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
         for parameter in parameters:
             parameter.grad = None
 
-    worker = RewardWorker(parts.rewards, recipe.reward_workers.batch_size, recipe.runtime)
+    worker = RewardWorker(parts.rewards, recipe.reward_workers, recipe.runtime)
 
     def drawn() -> tuple[TrainBatch, Trajectory]:
         weights = learner.weights()[-1]
         report, trajectory, images = sampler.draw(replace(task, policy_version=weights.policy_version), weights)
         rollout = Rollout(report, worker.score(images), trajectory, images)
-        batch = RoundBuffer(parts.algorithm, parts.reward_weights).train_batch([rollout])
+        batch = RoundBuffer(parts.algorithm, parts.composition).train_batch([rollout])
         return batch, trajectory
 
     bare_seconds, our_seconds = [], []
@@ -113,7 +113,7 @@ def scoring(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
     """A task's pictures through the reward worker against the reward's own function."""
     task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
     images = sampler.draw(task, learner.weights()[-1])[2]
-    worker = RewardWorker(parts.rewards, parts.recipe.reward_workers.batch_size, parts.recipe.runtime)
+    worker = RewardWorker(parts.rewards, parts.recipe.reward_workers, parts.recipe.runtime)
     times = interleaved(
         lambda: [jpeg_kilobytes(images.pixels) for _ in range(20)], lambda: [worker.score(images) for _ in range(20)]
     )

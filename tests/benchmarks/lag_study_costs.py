@@ -11,7 +11,7 @@ from actors.sampler import Sampler
 from common.config import Recipe
 from common.schedule import round_tasks
 from common.trajectory import TrainBatch, Trajectory
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 from learner.learner import Learner
 from learner.learner_state import LearnerState
 from tests.benchmarks.embedded_model import machine, seconds

@@ -1,4 +1,4 @@
-"""make overlap: seconds a round against the ideal, by lag and in parts; how stand-in samplers scale; the embedded model."""
+"""make overlap: seconds a round against the ideal, by lag and in parts; how much of scoring is hidden; scaling."""
 
 import argparse
 import dataclasses
@@ -28,6 +28,8 @@ PARTS = (
     Proportion("learning takes longest", 4, 2, 16, draw=0.25, score=0.05, update=2.0, parts=4),
     Proportion("all alike", 4, 2, 16, draw=0.5, score=0.2, update=2.0, parts=4),
 )
+REWARDS = Proportion("rewards", 4, 2, 16, draw=0.5, score=0.0, update=0.6)
+SCORING = (0.05, 0.1, 0.2)  # seconds a task
 SAMPLERS = (1, 4, 16, 64)
 MODEL_ROUNDS = 9
 MODEL_TASKS = 2
@@ -62,6 +64,21 @@ def in_parts(rounds: int) -> None:
         whole = dataclasses.replace(proportion, parts=1).ideal(0)
         row = f"{whole:.2f} s | {ideal:.2f} s | {seconds:.2f} s | {seconds / ideal:.3f}"
         print(f"| {proportion.name} | {sides} | {row} |", flush=True)
+
+
+def rewards(rounds: int) -> None:
+    """The table of how much of scoring is hidden behind drawing and learning: rounds with rewards of some speeds."""
+    print(
+        "\n| scoring a task | R/M | lag | round | round if scoring took no time | hidden |\n|---|---|---|---|---|---|"
+    )
+    for lag in LAGS[:2]:
+        free = run(dataclasses.replace(REWARDS, score=0.0), lag, lag + 2, rounds).seconds
+        for score in SCORING:
+            proportion = dataclasses.replace(REWARDS, score=score)
+            seconds = run(proportion, lag, lag + 2, rounds).seconds
+            hidden = 1 - (seconds - free) / proportion.scoring
+            row = f"{proportion.scoring:.2f} s | {lag} | {seconds:.2f} s | {free:.2f} s | {hidden:.0%}"
+            print(f"| {score:g} s | {row} |", flush=True)
 
 
 def scaling(counts: tuple[int, ...], rounds: int) -> None:
@@ -108,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--samplers", type=int, nargs="+", default=list(SAMPLERS))
-    parser.add_argument("--only", choices=["proportions", "parts", "scaling", "model"])
+    parser.add_argument("--only", choices=["proportions", "parts", "rewards", "scaling", "model"])
     options = parser.parse_args()
     print(machine())
     with local_ray():
@@ -116,6 +133,8 @@ def main() -> None:
             proportions(options.rounds)
         if options.only in (None, "parts"):
             in_parts(options.rounds)
+        if options.only in (None, "rewards"):
+            rewards(options.rounds)
         if options.only in (None, "scaling"):
             scaling(tuple(options.samplers), options.rounds)
         if options.only in (None, "model"):

@@ -16,6 +16,7 @@ import ray
 
 from actors.ray_rollout_stream import Pools, RayRolloutStream
 from actors.rollout_stream import StreamSettings
+from actors.scoring import ScoringPool
 from actors.worker_pool import RestartBudget, WorkerPool
 from common.config import Recipe
 from common.prompts import Prompt
@@ -116,21 +117,19 @@ class StandInRun:
         self._lag = max_policy_lag
         self._recipe = _recipe(proportion, max_policy_lag)
         budget = RestartBudget(0)
+        make_scorer = _maker(StandInRewardWorker, proportion.score)
+        scorers = WorkerPool("reward_workers", "reward_worker", make_scorer, proportion.reward_workers, budget)
         self._pools = Pools(
-            WorkerPool("sampler", _maker(StandInSampler, proportion.draw), proportion.samplers, budget),
-            WorkerPool(
-                "reward_worker", _maker(StandInRewardWorker, proportion.score), proportion.reward_workers, budget
-            ),
+            WorkerPool("samplers", "sampler", _maker(StandInSampler, proportion.draw), proportion.samplers, budget),
+            (ScoringPool(scorers, ("stand_in",), self._recipe.reward_workers, independent=False),),
             budget,
         )
-        settings = StreamSettings(
-            self._recipe.reward_workers, self._recipe.runtime, max_policy_lag + 1, 4.0, check=lambda: None
-        )
-        self._stream = RayRolloutStream(self._pools, ("stand_in",), settings)
+        settings = StreamSettings(self._recipe.runtime, max_policy_lag + 1, 4.0, check=lambda: None)
+        self._stream = RayRolloutStream(self._pools, settings)
         make = _maker(StandInLearner, proportion.update, max_policy_lag + 1, WEIGHT_BYTES)
         on_death = functools.partial(budget.spend, "learner")
         self._learner = RayLearnerGroup(make(0), lambda: make(1), self._stream.work_until, on_death)
-        self._stream.wait_until_loaded(proportion.samplers, proportion.reward_workers)
+        self._stream.wait_until_loaded({"samplers": proportion.samplers, "reward_workers": proportion.reward_workers})
         self._learner.wait_until_loaded()
 
     def measure(self, warm_up: int, rounds: int) -> Measured:
@@ -164,7 +163,7 @@ class StandInRun:
     def close(self) -> None:
         """End the actors."""
         self._learner.close()
-        for pool in self._pools.both:
+        for pool in self._pools.all:
             pool.close()
 
 

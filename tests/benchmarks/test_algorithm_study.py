@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.config import Recipe
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 from learner.algorithms import ALGORITHMS
 from tests.benchmarks.algorithm_study import SEEDS, all_runs, draw_chart, seconds_a_picture, table, write_csv
 

@@ -77,4 +77,7 @@ def test_the_models_row_leaves_out_the_rounds_that_have_less_beside_them() -> No
 def test_a_stand_in_is_called_like_the_real_one(stand_in: type, real: type, methods: tuple[str, ...]) -> None:
     for method in methods:
         ours, theirs = (inspect.signature(getattr(each, method)).parameters for each in (stand_in, real))
-        assert list(ours) == list(theirs), method
+        # Ray adds a parameter of its own to the methods of a class that was made an actor in this process.
+        assert [name for name in ours if not name.startswith("_ray")] == [
+            name for name in theirs if not name.startswith("_ray")
+        ], method

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.config import Recipe
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 from tests.benchmarks.lag_study import IMAGES, SEEDS, all_runs, setting_parts
 from tests.benchmarks.lag_study_chart import curve, paces, round_seconds, seconds_an_image, table
 

@@ -9,7 +9,7 @@ from actors.sampler import Sampler
 from common.config import Recipe
 from common.schedule import round_tasks
 from common.trajectory import TrainBatch
-from deploy.composition import Parts, parts_of
+from deploy.parts import Parts, parts_of
 from learner.learner import Learner
 from tests.benchmarks.embedded_model import machine, seconds
 

@@ -161,11 +161,17 @@ def test_one_reward_or_several_but_not_both_and_not_none(tables: dict) -> None:
     assert [reward.name for reward in Recipe.parse(tables).all_rewards] == ["jpeg_compressibility"]
 
 
-def test_a_reward_that_is_named_twice_is_refused(tables: dict) -> None:
+def test_rewards_of_one_name_need_labels_and_scorers_do_too(tables: dict) -> None:
     del tables["reward"]
-    tables["rewards"] = [{"name": "aesthetic"}, {"name": "aesthetic"}]
-    with pytest.raises(ValueError, match=r"\[\[rewards\]\] names \['aesthetic', 'aesthetic'\]: each may be there once"):
-        Recipe.parse(tables)
+    first, second = {"name": "aesthetic", "label": "taste"}, {"name": "aesthetic", "clip": "owner/other"}
+    recipe = Recipe.parse({**tables, "rewards": [first, second]})
+    assert [reward.called for reward in recipe.all_rewards] == ["taste", "aesthetic"]
+    alike = ([second, second], []), ([first, second], [second]), ([first, {**second, "label": "taste"}], [])
+    for rewards, scorers in alike:
+        with pytest.raises(ValueError, match="rewards and evaluation.scorers are called .*: give a label"):
+            Recipe.parse({**tables, "rewards": rewards, "evaluation": {"scorers": scorers}})
+    with pytest.raises(ValueError, match="rewards.0.label is 'a.b'"):
+        Recipe.parse({**tables, "rewards": [{**first, "label": "a.b"}]})
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from common.config import RolloutsTable
 from common.ledger import OF_ITS_GROUP, Ledger
 from common.prompts import Prompt
+from common.recipe_tables import RolloutsTable
 from common.schedule import Task
 from common.storage import LocalFiles, Storage
 from common.trajectory import Rollout, Scores, TaskReport, TrainBatch

@@ -17,8 +17,8 @@ from common.model_hub import (
     hub_answers,
     is_hub_name,
     missing_files,
-    read_from_folder_or_hub,
     read_from_hub,
+    read_pretrained,
 )
 
 
@@ -57,26 +57,6 @@ def test_what_is_not_on_disk_is_downloaded_where_the_hub_answers(monkeypatch: py
 
     monkeypatch.setattr(model_hub, "hub_answers", lambda: True)
     assert read_from_hub(read, "missing") == "downloaded"
-
-
-def test_a_folder_is_read_as_one_and_a_hub_name_as_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def read(source: str | Path, local_files_only: bool) -> tuple[str | Path, bool]:
-        return source, local_files_only
-
-    assert read_from_folder_or_hub(read, str(tmp_path), "missing") == (tmp_path, True)
-    assert read_from_folder_or_hub(read, "owner/model", "missing") == ("owner/model", True)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner" / "model").mkdir(parents=True)
-    assert read_from_folder_or_hub(read, "owner/model", "missing") == (Path("owner/model"), True)
-
-
-def test_a_path_that_is_not_there_asks_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail() -> bool:
-        raise AssertionError("the hub was asked")
-
-    monkeypatch.setattr(model_hub, "hub_answers", fail)
-    with pytest.raises(ValueError, match="^missing .*No such file.*nowhere"):
-        read_from_folder_or_hub(lambda source, _: Path(source).read_bytes(), str(tmp_path / "nowhere"), "missing")
 
 
 def test_a_file_that_was_downloaded_is_found_and_another_is_missing(
@@ -177,3 +157,25 @@ def test_files_of_a_hub_name_are_looked_for_in_what_was_downloaded(
     assert missing_files(weights) == ["*.safetensors"]
     (snapshot / "model.safetensors").touch()
     assert missing_files(weights) == []
+
+
+def test_what_is_pretrained_is_read_from_a_folder_or_from_the_hub_and_never_a_folder_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, bool]] = []
+
+    def read(where: object, local_files_only: bool) -> str:
+        asked.append((where, local_files_only))
+        if where != tmp_path:
+            raise OSError("not there\nread the manual at …")
+        return "read"
+
+    monkeypatch.setattr(model_hub, "hub_answers", lambda: True)
+    assert read_pretrained(str(tmp_path), read, "needed") == "read"
+    for source in (str(tmp_path / "nowhere"), "./nowhere"):
+        with pytest.raises(ValueError, match=r"^needed \(not there\)$"):
+            read_pretrained(source, read, "needed")
+    assert all(local_files_only for _, local_files_only in asked)
+    with pytest.raises(ValueError, match=r"^needed \(not there\)$"):
+        read_pretrained("owner/model", read, "needed")
+    assert asked[-2:] == [("owner/model", True), ("owner/model", False)]

@@ -9,7 +9,7 @@ from common.prompts import PROMPTS, Prompt
 from common.registry import build
 
 
-def source(**table: str):
+def source(**table: object):
     return build(PROMPTS, table, "prompts")
 
 
@@ -31,6 +31,14 @@ def test_every_animal_is_drawn_about_as_often_as_every_other() -> None:
     counts = [texts.count(animal) for animal in source(name="animals").listed()]
     # 200 each, and a standard deviation of 14: five of them to each side.
     assert min(counts) > 130 and max(counts) < 270
+
+
+def test_texts_of_the_recipe_are_the_prompts() -> None:
+    few = source(name="texts", texts=["a red cat", "dog"])
+    assert few.listed() == ["a red cat", "dog"]
+    assert {prompt.text for prompt in drawn(few.load(), 50)} == {"a red cat", "dog"}
+    with pytest.raises(ValueError, match="prompts.texts"):
+        source(name="texts", texts=[])
 
 
 def test_the_same_generator_draws_the_same_prompts() -> None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import Recipe, SamplingTable
+from common.config import Recipe
 from common.prompts import Draw, Prompt
+from common.recipe_tables import SamplingTable
 from common.schedule import (
     Stream,
     image_seed,

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config import SamplingTable
 from common.diffusion import POLICIES
 from common.diffusion.lora import trained_parameters
 from common.diffusion.policy import Policy, PolicyConfig, select_rows
 from common.diffusion.rollout import draw, score
+from common.recipe_tables import SamplingTable
 from common.registry import build
 from tests.tiny_pipeline import save_tiny_pipeline
 from tests.tiny_policy import scatter

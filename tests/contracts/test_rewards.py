@@ -1,5 +1,6 @@
 """What every reward promises, asked of each entry of the room."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,26 @@ import numpy as np
 import pytest
 
 from actors.rewards import REWARDS
+from actors.rewards.jpeg import JpegCompressibility
 from actors.rewards.reward import LoadedReward
 from common.registry import build
+from tests.reward_services import serving
 from tests.tiny_blip import save_tiny_bert_tokenizer, save_tiny_image_reward
 from tests.tiny_clip import save_tiny_clip, save_tiny_head, save_tiny_open_clip
+from tests.tiny_vlm import save_tiny_encoder, save_tiny_vlm
 
 PROMPTS = ["cat", "dog", "horse", "cat"]
 METADATA: list[dict[str, Any]] = [{} for _ in PROMPTS]
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def service() -> Iterator[str]:
+    with serving(JpegCompressibility()) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory, service: str) -> dict[str, dict[str, Any]]:
     """The keys that an entry cannot do without; most need none."""
     folder = tmp_path_factory.mktemp("weights")
     clip, head = save_tiny_clip(folder / "clip"), save_tiny_head(folder / "head.safetensors")
@@ -32,6 +42,12 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         "hps_v2": {"checkpoint": str(save_tiny_open_clip(folder / "hps.pt")), "tokenizer": str(clip)},
         "dark_share": {"below": 0.9},  # by default all of these pictures but one would score 0
         "function": {"path": "tests.user_functions:brightness"},
+        "http": {"url": service},
+        "vlm_alignment": {
+            "model": str(save_tiny_vlm(folder / "vlm")),
+            "scorer": str(save_tiny_encoder(folder / "encoder")),
+            "scorer_layer": 2,
+        },
     }
 
 

@@ -43,6 +43,15 @@ def test_a_role_without_a_place_for_one_or_for_its_least_is_a_fault_that_names_w
     assert found["reward_workers"].level == "fault" and found["reward_workers"].found.startswith("2 of 3")
 
 
+def test_a_reward_with_workers_of_its_own_has_a_place_of_its_own(tables: dict) -> None:
+    recipe = with_roles(tables, reward={"workers": {"count": 2, "num_gpus": 0.5, "resources": {"scorer": 1}}})
+    found = by_subject(place_findings(roles_of(recipe), [{"CPU": 4}, {"CPU": 1, "GPU": 1, "scorer": 1}]))
+    assert "reward_workers" not in found
+    finding = found["reward_workers.jpeg_compressibility"]
+    assert finding.level == "warning" and finding.found.startswith("1 of 2 have a place")
+    assert "lacks scorer (at most 0 free)" in finding.found
+
+
 def test_an_actor_has_its_place_on_one_node_not_on_a_sum_of_nodes(tables: dict) -> None:
     recipe = with_roles(tables, learner={"num_cpus": 2, "num_gpus": 1})
     found = by_subject(place_findings(roles_of(recipe), [{"CPU": 4}, {"CPU": 1, "GPU": 1}]))
@@ -80,7 +89,7 @@ def numbers(recipe: Recipe) -> Plan:
         plan_of(recipe),
         learner_bytes=8 * GIGABYTE,
         sampler_bytes=4 * GIGABYTE,
-        reward_worker_bytes=GIGABYTE,
+        reward_worker_bytes={"reward_workers": GIGABYTE},
         round_bytes=GIGABYTE,
     )
 

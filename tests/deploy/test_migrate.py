@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from actors.rewards.function import Function
 from common.config import Recipe
 from ddpo import main
 from deploy.commands.migrate import Beside, Migrated, migrate, read_config
 from deploy.commands.trl_config import DDPOConfig, TrlRun
 from deploy.commands.trl_fields import COUNTERPARTS
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 
 ROOT = Path(__file__).parents[2]
 SD15 = Beside(processes=1, model="stable-diffusion-v1-5/stable-diffusion-v1-5", reward="aesthetic")
@@ -224,7 +225,7 @@ def test_the_command_prints_a_recipe_and_says_the_notes_beside_it(
     assert main(command) == 0
     printed, said = capsys.readouterr()
     recipe = Recipe.parse(tomllib.loads(printed))
-    assert parts_of(recipe).rewards["function"].model_dump() == {"path": "my_rewards:brightness"}
+    assert parts_of(recipe).rewards["function"] == Function(path="my_rewards:brightness")
     assert [line.removeprefix("# ") for line in printed.splitlines() if line.startswith("#")] == said.splitlines()
     assert main([*command, "--output", str(tmp_path / "mine.toml")]) == 0
     assert (tmp_path / "mine.toml").read_text() == printed

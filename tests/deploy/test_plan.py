@@ -10,7 +10,7 @@ from common.config import Recipe
 from common.prompts import Animals
 from common.schedule import round_tasks
 from deploy.commands.plan import plan, plan_of
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 from learner.learner import Learner
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
@@ -53,11 +53,21 @@ def test_stable_diffusion_1_5_has_the_numbers_of_the_lineage() -> None:
 def test_the_single_gpu_recipe_fits_the_gpu_it_names() -> None:
     recipe = Recipe.load(RECIPES / "sd15_aesthetic.toml")
     text, numbers = plan(recipe), plan_of(recipe)
-    assert numbers.reward_worker_bytes == 2 * 303_966_208
-    assert (
-        14e9 < numbers.learner_bytes + numbers.sampler_bytes + numbers.reward_worker_bytes < 40e9
-    )  # of the smaller A100
+    assert numbers.reward_worker_bytes == {"reward_workers": 2 * 303_966_208}
+    together = numbers.learner_bytes + numbers.sampler_bytes + numbers.reward_worker_bytes["reward_workers"]
+    assert 14e9 < together < 40e9  # of the smaller A100
     assert "GPUs asked for" in text and "1 = learner 0.6 + samplers 0.3 + reward workers 0.1" in text
+
+
+def test_rewards_with_workers_of_their_own_are_counted_with_them(tables: dict) -> None:
+    aesthetic = {"name": "aesthetic", "dtype": "float16", "workers": {"count": 3, "num_gpus": 0.25}}
+    rewards = [{"name": "jpeg_compressibility"}, aesthetic]
+    one_reward = {key: value for key, value in tables.items() if key != "reward"}
+    recipe = Recipe.parse({**one_reward, "rewards": rewards, "reward_workers": {"count": 2}})
+    text, numbers = plan(recipe), plan_of(recipe)
+    assert numbers.reward_worker_bytes == {"reward_workers": 0, "reward_workers.aesthetic": 2 * 303_966_208}
+    assert "a reward worker's memory (aesthetic)" in text and "1 samplers, 5 reward workers" in text
+    assert "0.75 = learner 0 + samplers 0 + reward workers 0.75" in text
 
 
 def test_the_command_prints_the_arithmetic(capsys: pytest.CaptureFixture) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import Recipe, RoleTable, RuntimeTable
+from common.config import Recipe
 from common.diffusion.rollout import score
+from common.recipe_tables import RoleTable, RuntimeTable
 from deploy.commands.ratio_measurement import draw_some, runtime_of, score_again
 from deploy.commands.ratio_noise import Comparison, Noise, share_outside
 from tests.tiny_policy import tiny_policy

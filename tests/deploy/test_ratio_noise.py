@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.config import SamplingTable
+from common.recipe_tables import SamplingTable
 from deploy.commands.ratio_noise import (
     Comparison,
     Noise,

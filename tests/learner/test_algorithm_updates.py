@@ -10,7 +10,7 @@ import torch
 from common.diffusion.lora import load_weights, trained_parameters
 from common.lora_weights import averaged, pack
 from common.storage import Storage
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.algorithms import ALGORITHMS
 from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from learner.learner import Learner

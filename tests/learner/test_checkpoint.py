@@ -25,7 +25,7 @@ def checkpoint(rounds_done: int = 3) -> Checkpoint:
         "a.lora_A/step": np.array(12.0, np.float32),
     }
     state = LearnerState(rounds_done, weights, optimizer, {"scale": 65536.0, "growth_interval": 2000})
-    statistics = {"a cat": (1 / 3, -2.5e-17, float(np.float32(0.1))), 'a "dog" é': (7.0,)}
+    statistics = {"joined": {"a cat": (1 / 3, -2.5e-17, float(np.float32(0.1))), 'a "dog" é': (7.0,)}}
     return Checkpoint(rounds_done, state, statistics, {"wandb": "abc123"}, rounds_done, {0: [3, 4], 2: [0]})
 
 
@@ -99,11 +99,11 @@ def newest_name(folder: Storage) -> str | None:
 
 def test_saving_a_round_again_replaces_what_was_there(folder: Storage) -> None:
     for cow in (1.0, 2.0, 3.0):
-        again = dataclasses.replace(checkpoint(2), statistics={"a cow": (cow,)})
+        again = dataclasses.replace(checkpoint(2), statistics={"joined": {"a cow": (cow,)}})
         saved = save_checkpoint(folder, again, keep=2)
         newest = newest_checkpoint(folder)
         assert newest is not None and newest.location == saved.location
-        assert load_checkpoint(newest).statistics == {"a cow": (cow,)}
+        assert load_checkpoint(newest).statistics == {"joined": {"a cow": (cow,)}}
     assert len([name for name in folder.names() if name.startswith("round-")]) == 1
 
 

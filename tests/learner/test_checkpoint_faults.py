@@ -20,7 +20,7 @@ DEATH = 9  # exit code of a process that was made to die
 def checkpoint(rounds_done: int, reward: float) -> Checkpoint:
     weights = pack(rounds_done, {"a": np.full((2, 3), reward)})
     state = LearnerState(rounds_done, (weights,), {"a/exp_avg": np.full(6, reward, np.float32)}, {})
-    return Checkpoint(rounds_done, state, {"a cat": (reward,)})
+    return Checkpoint(rounds_done, state, {"joined": {"a cat": (reward,)}})
 
 
 def reward_found(folder: Storage) -> float:
@@ -28,7 +28,7 @@ def reward_found(folder: Storage) -> float:
     newest = newest_checkpoint(folder)
     assert newest is not None
     found = load_checkpoint(newest)
-    (reward,) = found.statistics["a cat"]
+    (reward,) = found.statistics["joined"]["a cat"]
     assert np.all(found.learner.weights[0].buffer == np.float32(reward))
     assert np.all(found.learner.optimizer["a/exp_avg"] == np.float32(reward))
     return reward

@@ -11,7 +11,7 @@ from common.diffusion.lora import load_weights, trained_parameters
 from common.diffusion.policy import Policy
 from common.lora_weights import LoraWeights, pack
 from common.trajectory import TransitionBatch
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.algorithms.algorithm import Algorithm, PairLoss
 from learner.algorithms.ddpo_is import DDPOImportanceSampling
 from learner.learner import Learner

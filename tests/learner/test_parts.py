@@ -5,7 +5,7 @@ import pytest
 
 from common.schedule import round_parts, transition_order
 from common.trajectory import TrainBatch
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.learner import Learner
 from tests.rounds import DrawnRound, draw_round, learner_of, parts_with, stale
 

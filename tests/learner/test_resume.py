@@ -8,7 +8,7 @@ import pytest
 
 from common.lora_weights import pack
 from common.run_folder import RunFolder
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.learner_state import LearnerState
 from learner.resume import resume_point
@@ -27,7 +27,7 @@ def begun(tables: dict, rounds_done: int | None = None) -> RunFolder:
     folder.write_recipe(parts.resolved())
     if rounds_done:
         weights = pack(rounds_done, {"a": np.ones((2, 2))})
-        state = Checkpoint(rounds_done, LearnerState(rounds_done, (weights,), {}, {}), {"a cat": (1.0,)})
+        state = Checkpoint(rounds_done, LearnerState(rounds_done, (weights,), {}, {}), {"joined": {"a cat": (1.0,)}})
         save_checkpoint(folder.checkpoints, state, keep=2)
     return folder
 
@@ -47,7 +47,7 @@ def test_a_run_is_not_overwritten_unasked(tables: dict) -> None:
 def test_a_run_goes_on_from_its_newest_checkpoint(tables: dict) -> None:
     folder = begun(tables, rounds_done=7)
     found = resume_point(folder, parts_with(tables).resolved(), resume=True)
-    assert found is not None and found.rounds_done == 7 and found.statistics == {"a cat": (1.0,)}
+    assert found is not None and found.rounds_done == 7 and found.statistics == {"joined": {"a cat": (1.0,)}}
 
 
 def test_a_run_without_a_checkpoint_begins_again(tables: dict) -> None:
@@ -95,6 +95,7 @@ def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str
         ("reward_workers__timeout_seconds", 9.0),
         ("reward_workers__attempts", 9),
         ("reward_workers__max_set_aside", 0),
+        ("reward_workers__cache", 9),
         ("learner__num_cpus", 2),
         ("learner__num_gpus", 1),
         ("learner__resources", "{learner = 1.0}"),
@@ -127,3 +128,23 @@ def test_a_key_given_at_its_default_is_the_same_recipe(tables: dict) -> None:
     folder = begun(tables, rounds_done=7)
     spelled_out = parts_with(tables, sampling__eta=1.0, learner__ranks=1, policy__lora__alpha=4)
     assert resume_point(folder, spelled_out.resolved(), resume=True) is not None
+
+
+def test_of_several_rewards_workers_may_change_and_weights_and_order_may_not(tables: dict) -> None:
+    first = {"name": "jpeg_compressibility", "weight": 0.5, "workers": {"count": 1, "batch_size": 4}}
+    second = {"name": "animal_classifier"}
+    one_reward = {key: value for key, value in tables.items() if key != "reward"}
+
+    def with_rewards(*rewards: dict) -> dict[str, Any]:
+        return parts_with({**one_reward, "rewards": list(rewards)}).resolved()
+
+    folder = begun({**one_reward, "rewards": [first, second]}, rounds_done=7)
+    more = {**first, "workers": {"count": 8, "batch_size": 4, "num_gpus": 0.5}}
+    assert resume_point(folder, with_rewards(more, second), resume=True) is not None
+    for changed, text in (
+        (({**first, "weight": 2.0}, second), "rewards.0.weight was 0.5 and is 2.0"),
+        (({**first, "workers": {"batch_size": 8}}, second), "rewards.0.workers.batch_size was 4 and is 8"),
+        ((second, first), "rewards.0.name was 'jpeg_compressibility' and is 'animal_classifier'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            resume_point(folder, with_rewards(*changed), resume=True)

@@ -11,6 +11,7 @@ from common.schedule import Task
 from common.trajectory import Rollout, Scores, TaskReport, whole_round
 from learner.algorithms.advantage_settings import AdvantageSettings
 from learner.algorithms.ddpo_is import DDPOImportanceSampling
+from learner.reward_composition import RewardComposition
 from learner.round_buffer import RoundBuffer, TooManySetAside
 from tests.reference.ddpo_reference import PerPromptTracker
 
@@ -29,7 +30,7 @@ def buffer(
     **settings: object,
 ) -> RoundBuffer:
     algorithm = DDPOImportanceSampling(advantages=AdvantageSettings(**settings))
-    return RoundBuffer(algorithm, weights, images_per_prompt, max_set_aside, parts_per_round)
+    return RoundBuffer(algorithm, RewardComposition(weights), images_per_prompt, max_set_aside, parts_per_round)
 
 
 def test_advantages_stand_in_task_order() -> None:
@@ -67,7 +68,7 @@ def test_statistics_last_over_rounds_as_in_the_reference() -> None:
         halves = [rollout(half, prompts[3 * half :][:3], round, a=rewards[3 * half :][:3]) for half in (0, 1)]
         batch = ours.train_batch(halves)
         assert batch.advantages == pytest.approx(tracker.update(prompts, rewards), rel=1e-5, abs=1e-6)
-    assert ours.statistics == {prompt: tuple(ring) for prompt, ring in tracker.rings.items()}
+    assert ours.statistics == {"joined": {prompt: tuple(ring) for prompt, ring in tracker.rings.items()}}
 
 
 def test_a_buffer_with_its_statistics_given_back_goes_on_as_before() -> None:
@@ -114,7 +115,7 @@ def test_a_group_is_set_aside_whole_and_the_rest_is_worth_what_it_is_without_it(
 def test_statistics_of_a_prompt_do_not_know_what_was_set_aside() -> None:
     ours, tracker = buffer({"a": 1.0}, min_count=2), PerPromptTracker(32, 2)
     batch = ours.train_batch([with_failures(rollout(0, ["cat", "cat", "cat", "dog"], a=[1, 0, 4, 2]), {1: "x"})])
-    assert ours.statistics == {"cat": (1.0, 4.0), "dog": (2.0,)}
+    assert ours.statistics == {"joined": {"cat": (1.0, 4.0), "dog": (2.0,)}}
     expected = tracker.update(["cat", "cat", "dog"], [1.0, 4.0, 2.0])
     assert np.delete(batch.advantages, 1) == pytest.approx(expected) and np.isnan(batch.advantages[1])
 

@@ -10,7 +10,7 @@ import torch
 
 from common.diffusion.lora import load_weights, read_weights, trained_parameters
 from common.schedule import transition_order
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.round_transitions import round_transitions
 from tests.gradients import ONE_STEP, gradient_of, model_alphas, reference_network, reference_paths, relative_error
 from tests.reference import ddpo_reference as reference

@@ -8,7 +8,7 @@ import torch
 
 from common.diffusion.lora import read_weights
 from common.lora_weights import LoraWeights
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.learner import Learner
 from learner.round_transitions import RoundTransitions, round_transitions
 from learner.weight_check import WeightsDidNotArrive, log_prob_tolerance, pairs_to_check, swapped_in

@@ -16,10 +16,11 @@ from common.config import Recipe
 from common.lora_weights import LoraWeights
 from common.schedule import round_tasks, transition_order
 from common.trajectory import Rollout, Scores, Trajectory
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.algorithms.algorithm import PairLoss
 from learner.algorithms.ddpo_is import DDPOImportanceSampling
 from learner.learner import Learner
+from learner.reward_composition import RewardComposition
 from learner.round_buffer import RoundBuffer
 
 Seen = dict[str, np.ndarray]  # "round0/latents" and so on: an array's first axes are image and step
@@ -61,7 +62,7 @@ class Watched:
     def __init__(self, parts: Parts, learner: Learner) -> None:
         self._parts, self._recipe, self._learner = parts, parts.recipe, learner
         self._sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
-        self._buffer = RoundBuffer(parts.algorithm, {"given": 1.0})
+        self._buffer = RoundBuffer(parts.algorithm, RewardComposition({"given": 1.0}))
         self._prefix = ""
         self.seen: Seen = {}
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.algorithms.ddpo_is import DDPOImportanceSampling
 from tests.gradients import relative_error
 from tests.parity.our_side import Seen, Watched, described

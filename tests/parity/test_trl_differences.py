@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.composition import Parts
+from deploy.parts import Parts
 from learner.advantages import extend_statistics, per_prompt_advantages
 from tests.parity.our_side import described, prompted, rewards_of
 from tests.parity.sides import run_both, run_ours

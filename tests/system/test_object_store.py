@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import ddpo
-from common.config import Recipe, RolloutsTable
+from common.config import Recipe
 from common.ledger import Ledger
+from common.recipe_tables import RolloutsTable
 from common.run_folder import RunFolder
 from tests.conftest import SECRET
 from tests.system.conftest import final_fingerprint

@@ -11,7 +11,7 @@ from common.config import Recipe
 from common.lease import runs_it
 from common.ledger import Ledger
 from common.run_folder import RunFolder
-from deploy.composition import parts_of
+from deploy.parts import parts_of
 from deploy.supervision import Stopped
 from learner.checkpoint import load_checkpoint, newest_checkpoint
 from learner.resume import resume_point

@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from common.config import SamplingTable
 from common.diffusion.policy import select_rows
 from common.diffusion.policy_stable_diffusion import StableDiffusion, StableDiffusionPolicy
 from common.diffusion.rollout import (
@@ -18,6 +17,7 @@ from common.diffusion.rollout import (
     score,
     window_of_pictures,
 )
+from common.recipe_tables import SamplingTable
 from common.trajectory import DTYPES, Trajectory
 from tests.tiny_pipeline import save_tiny_pipeline
 from tests.tiny_policy import SAMPLING, tiny_policy

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from common.config import SamplingTable
 from common.diffusion.lora import LoraSettings, trained_parameters
 from common.diffusion.policy_stable_diffusion import StableDiffusion
 from common.diffusion.sizes import count_parameters, saved_activation_bytes
+from common.recipe_tables import SamplingTable
 from tests.tiny_policy import SAMPLING, tiny_policy
 
 

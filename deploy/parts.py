@@ -5,15 +5,18 @@ from typing import Any
 
 from actors.rewards import REWARDS
 from actors.rewards.reward import Reward
-from common.config import Choice, Recipe, RewardTable
+from common.config import Recipe
 from common.diffusion import POLICIES
 from common.diffusion.policy import PolicyConfig
 from common.prompts import PROMPTS, PromptSource
+from common.recipe_tables import Choice, RewardTable
 from common.registry import build
+from common.reward_pools import RewardPool, reward_pools
 from common.trackers import TRACKERS
 from common.trackers.tracker import Tracker
 from learner.algorithms import ALGORITHMS
 from learner.algorithms.algorithm import Algorithm
+from learner.reward_composition import RewardComposition
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,13 @@ class Parts:
     policy: PolicyConfig
     prompts: PromptSource
     rewards: dict[str, Reward]
-    reward_weights: dict[str, float]
+    composition: RewardComposition
     algorithm: Algorithm
     trackers: dict[str, Tracker]
+
+    def rewards_of(self, pool: RewardPool) -> dict[str, Reward]:
+        """The rewards that a pool of reward workers holds."""
+        return {name: self.rewards[name] for name in pool.rewards}
 
     def resolved(self) -> dict[str, Any]:
         """The recipe's tables with every default filled in, those of the entries too."""
@@ -35,7 +42,9 @@ class Parts:
         tables["prompts"] |= self.prompts.model_dump()
         tables["algorithm"] |= self.algorithm.model_dump()
         named = "rewards" if self.recipe.rewards else "reward"
-        rewards = [{**table.model_dump(), **self.rewards[table.name].model_dump()} for table in self.recipe.all_rewards]
+        rewards = [
+            {**table.model_dump(), **self.rewards[table.called].model_dump()} for table in self.recipe.all_rewards
+        ]
         tables[named] = rewards if named == "rewards" else rewards[0]
         tables["trackers"] = [
             {**table.model_dump(), **self.trackers[table.name].model_dump()} for table in self.recipe.trackers
@@ -60,18 +69,31 @@ def entries_of(recipe: Recipe) -> Parts:
     """
     algorithm: Algorithm = build(ALGORITHMS, recipe.algorithm.table(), "algorithm")
     algorithm.check(recipe)
+    composition = RewardComposition.of(recipe)
+    composition.check(algorithm)
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:
         trackers[table.name] = build(TRACKERS, table.table(), "trackers")
+    rewards = {table.called: build_reward(table) for table in recipe.all_rewards}
+    _check_caches(recipe, rewards)
     return Parts(
         recipe,
         build(POLICIES, recipe.policy.table(), "policy"),
         build(PROMPTS, recipe.prompts.table(), "prompts"),
-        {table.name: build_reward(table) for table in recipe.all_rewards},
-        {table.name: table.weight for table in recipe.all_rewards},
+        rewards,
+        composition,
         algorithm,
         trackers,
     )
+
+
+def _check_caches(recipe: Recipe, rewards: dict[str, Reward]) -> None:
+    for pool in reward_pools(recipe):
+        if pool.table.cache and not any(rewards[name].independent_of_batch for name in pool.rewards):
+            raise ValueError(
+                f"{pool.name}.cache is {pool.table.cache}, and the scores of {list(pool.rewards)} depend on the batch that a "
+                "picture stands in, so that a remembered one may differ in bits: set it to 0"
+            )
 
 
 def build_reward(table: RewardTable) -> Reward:

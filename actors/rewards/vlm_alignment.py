@@ -1,0 +1,184 @@
+"""Does the picture show what was asked for: a vision-language model says what it sees (DDPO, section 5.2)."""
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal, TypeGuard
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from pydantic import Field, field_validator
+
+from actors.rewards.reward import Images, LoadedReward, Reward
+from common.bert_score import load_bert_score
+from common.model_hub import Weights, read_pretrained
+from common.trajectory import DTYPES
+
+MODEL, SCORER = "llava-hf/llava-1.5-7b-hf", "microsoft/deberta-xlarge-mnli"
+SCORER_LAYER = 40  # of 48: the one that agrees best with people, by the table of the paper's code
+PARAMETERS, SCORER_PARAMETERS = 7_063_427_072, 757_804_032
+WANTED = (
+    f"vlm_alignment needs a vision-language model (the files of the hub's {MODEL}, say) and, to compare texts, an encoder "
+    f"({SCORER}); where the hub cannot be reached, copy their folders to this machine, and set reward.model and "
+    "reward.scorer to them"
+)
+ARTICLES = {"a", "an", "the"}
+
+Describe = Callable[[list[Image.Image], list[str]], list[str]]
+Metadata = list[dict[str, Any]]
+
+
+class VlmAlignment(Reward):
+    """`model` and `scorer`: folders or hub names. `measure` says how an answer is held against the prompt."""
+
+    model: str = MODEL
+    measure: Literal["bertscore_recall", "strict"] = "bertscore_recall"
+    """bertscore_recall: how much of `reference` the answer says, up to 1; strict: the share of answers that are right."""
+    question: str = "Answer concisely: what is going on in this image?"
+    reference: str = "The image contains {prompt}"
+    scorer: str = SCORER
+    scorer_layer: int = Field(default=SCORER_LAYER, ge=1)  # whose output is compared, counted from 1
+    max_new_tokens: int = Field(default=64, ge=1)  # of an answer
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = (
+        "auto"  # the model's; auto: half on CUDA, float32 elsewhere
+    )
+
+    @field_validator("reference")
+    @classmethod
+    def _has_the_prompt(cls, reference: str) -> str:
+        if "{prompt}" not in reference:
+            raise ValueError("it must have {prompt} where the prompt belongs")
+        return reference
+
+    @property
+    def memory_bytes(self) -> int:
+        # Of the models that are the default. On "auto" a plan counts what a GPU would take.
+        model = PARAMETERS * DTYPES["float16" if self.dtype == "auto" else self.dtype].itemsize
+        return model + (4 * SCORER_PARAMETERS if self.measure == "bertscore_recall" else 0)
+
+    def needs(self) -> tuple[Weights, ...]:
+        model = Weights(self.model, ("config.json", "*.safetensors", "tokenizer*"), "reward.model")
+        # Some encoders have no safetensors; their .bin is read as weights alone.
+        scorer = Weights(self.scorer, ("config.json", "*model.[bs]*"), "reward.scorer")
+        return (model, scorer) if self.measure == "bertscore_recall" else (model,)
+
+    def load(self, device: str) -> LoadedReward:
+        dtype = self.dtype if self.dtype != "auto" else "float16" if device.startswith("cuda") else "float32"
+        describe = _load_describer(self.model, device, DTYPES[dtype], self.max_new_tokens)
+        if self.measure == "strict":
+            return _strict(describe, self.question)
+        return self._recalled(describe, device)
+
+    def _recalled(self, describe: Describe, device: str) -> LoadedReward:
+        missing = f"reward.scorer is {self.scorer!r}, which cannot be loaded: {WANTED}"
+        bert_score = load_bert_score(self.scorer, self.scorer_layer, device, missing)
+
+        def score(images: Images, prompts: list[str], metadata: Metadata) -> Float[np.ndarray, "B"]:
+            answers = describe(_pictures(images), [self.question] * len(images))
+            references = [self.reference.replace("{prompt}", prompt) for prompt in prompts]
+            return bert_score.recall(answers, references).cpu().numpy()
+
+        return score
+
+
+def _strict(describe: Describe, question: str) -> LoadedReward:
+    def score(images: Images, prompts: list[str], metadata: Metadata) -> Float[np.ndarray, "B"]:
+        asked = [asked_and_right(prompt, about, question) for prompt, about in zip(prompts, metadata, strict=True)]
+        counts = [len(pairs) for pairs in asked]
+        pictures = [picture for picture, count in zip(_pictures(images), counts, strict=True) for _ in range(count)]
+        pairs = [pair for each in asked for pair in each]
+        answers = describe(pictures, [about for about, _ in pairs])
+        right = [says(answer, words) for answer, (_, words) in zip(answers, pairs, strict=True)]
+        ends = np.cumsum(counts)
+        return np.array([np.mean(part) for part in np.split(right, ends[:-1])], dtype=np.float32)
+
+    return score
+
+
+def asked_and_right(prompt: str, metadata: dict[str, Any], question: str) -> list[tuple[str, str]]:
+    """The questions about a picture and their right answers: from its prompt's metadata, as in the paper's code, or what
+    it shows, and the prompt. ValueError: they do not pair up, or there is nothing to find in an answer.
+    """
+    if "questions" in metadata or "answers" in metadata:
+        questions, answers = metadata.get("questions"), metadata.get("answers")
+        if not (_texts(questions) and _texts(answers) and len(questions) == len(answers) > 0):
+            raise ValueError(
+                f"the metadata of prompt {prompt!r} has questions {questions!r} and answers {answers!r}: "
+                "strict needs a list of texts each, as many of one as of the other"
+            )
+    else:
+        questions, answers = [question], [prompt]
+    for answer in answers:
+        if not _words(answer):
+            raise ValueError(f"prompt {prompt!r} has the right answer {answer!r}: strict needs a word to look for")
+    return list(zip(questions, answers, strict=True))
+
+
+def says(answer: str, right: str) -> bool:
+    """Whether every word of `right` but articles stands in the answer, as a whole word or its plural in -s or -es."""
+    said = set(re.findall(r"\w+", answer.casefold()))
+    return all(said & {word, f"{word}s", f"{word}es"} for word in _words(right))
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold())) - ARTICLES
+
+
+def _texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+
+
+def _pictures(images: Images) -> list[Image.Image]:
+    return [Image.fromarray(image) for image in images]
+
+
+def _load_describer(name: str, device: str, dtype: torch.dtype, max_new_tokens: int) -> Describe:
+    model, processor = _read(name, dtype)
+    model = model.to(device).eval().requires_grad_(False)
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"  # an answer goes on where its question ends
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    @torch.no_grad()
+    def describe(pictures: list[Image.Image], questions: list[str]) -> list[str]:
+        """One answer each, the likeliest token after the other."""
+        conversations = [
+            [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+            for picture, question in zip(pictures, questions, strict=True)
+        ]
+        inputs = processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True},
+        ).to(device, dtype)
+        tokens = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id
+        )
+        answers = tokens[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in processor.batch_decode(answers, skip_special_tokens=True)]
+
+    return describe
+
+
+def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    missing = f"reward.model is {name!r}, which cannot be loaded: {WANTED}"
+
+    def read(where: Any, local_files_only: bool) -> tuple[Any, Any, Any]:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            where, dtype=dtype, local_files_only=local_files_only, output_loading_info=True
+        )
+        return *loaded, AutoProcessor.from_pretrained(where, local_files_only=local_files_only)
+
+    model, loading, processor = read_pretrained(name, read, missing)
+    if loading["missing_keys"]:
+        # Transformers would fill them with random numbers, and the answers would be noise.
+        raise ValueError(f"{missing} (weights are missing: {sorted(loading['missing_keys'])[0]} and others)")
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(f"reward.model is {name!r}, which has no chat template: it is no model that answers questions")
+    return model, processor

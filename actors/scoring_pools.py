@@ -1,0 +1,60 @@
+"""ScoringPools: every pool of reward workers scores every drawn task, side by side; a task is done when all of them are."""
+
+from typing import Any
+
+from actors.drawing import Drawn
+from actors.scoring import Scoring, ScoringOutcome, ScoringPool
+from common.schedule import Place
+from common.trajectory import Scores, merged_scores
+
+
+class ScoringPools:
+    """The same interface as one pool's `Scoring`, over several."""
+
+    def __init__(self, pools: tuple[ScoringPool, ...], retries: dict[str, int]) -> None:
+        self._pools = tuple(Scoring(pool, retries) for pool in pools)
+        self._scores: dict[
+            Place, dict[int, Scores]
+        ] = {}  # of tasks that some pools are done with, by the pool's number
+
+    def submit(self, drawn: Drawn) -> None:
+        """Queue a drawn task with every pool."""
+        for pool in self._pools:
+            pool.submit(drawn)
+
+    def references(self) -> list[Any]:
+        """What to wait for."""
+        return [reference for pool in self._pools for reference in pool.references()]
+
+    def holds(self, reference: Any) -> bool:
+        """Whether `reference` is one of them."""
+        return any(pool.holds(reference) for pool in self._pools)
+
+    def move(self, now: float) -> None:
+        """See to what is due in every pool."""
+        for pool in self._pools:
+            pool.move(now)
+
+    def finished(self, reference: Any, now: float) -> ScoringOutcome:
+        """What came of a call that is over: tasks that every pool is done with, with all of their scores."""
+        number = next(number for number, pool in enumerate(self._pools) if pool.holds(reference))
+        outcome = self._pools[number].finished(reference, now)
+        for drawn in outcome.lost:
+            self._scores.pop(drawn.report.task.place, None)
+            for pool in self._pools:
+                pool.forget(drawn)
+        scored = [(drawn, self._joined(drawn, number, scores)) for drawn, scores in outcome.scored]
+        return ScoringOutcome(tuple((drawn, scores) for drawn, scores in scored if scores), outcome.lost)
+
+    def _joined(self, drawn: Drawn, number: int, scores: Scores) -> Scores | None:
+        place = drawn.report.task.place
+        of_task = self._scores.setdefault(place, {})
+        of_task[number] = scores
+        if len(of_task) < len(self._pools):
+            return None
+        del self._scores[place]
+        return merged_scores([of_task[pool] for pool in range(len(self._pools))])
+
+    def waiting_for(self) -> list[str]:
+        """Who has what in hand, a line each, for the watchdog's dump."""
+        return [line for pool in self._pools for line in pool.waiting_for()]

@@ -1,0 +1,187 @@
+"""The tables of a recipe: their keys, typed and bounded, each checked by itself (no torch)."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Table(BaseModel):
+    """A table of the recipe: its keys are known, typed and bounded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Choice(BaseModel):
+    """A table that names a choice in a room. Its other keys belong to the class chosen, which checks them itself."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    name: str
+
+    def table(self) -> dict[str, Any]:
+        """The name and the chosen class's own keys, as `registry.build` takes them."""
+        return {"name": self.name, **(self.model_extra or {})}
+
+
+class PromptsTable(Choice):
+    images_per_prompt: int = Field(default=1, ge=1)  # a group; 1: every image draws its prompt
+
+
+class SamplingTable(Table):
+    num_steps: int = Field(default=50, ge=2, le=1000)
+    guidance_scale: float = Field(default=5.0, ge=0)  # 1: no guidance, one forward pass instead of two
+    eta: float = Field(default=1.0, gt=0, le=1)  # 0 would leave no noise, so no action and no log_prob
+    batch_size: int = Field(default=8, ge=1)  # images a task
+    batches_per_round: int = Field(default=4, ge=1)  # tasks a round
+    step_fraction: float = Field(
+        default=1.0, gt=0, le=1
+    )  # of an image's steps, drawn from its seed, that are learned from
+    untrained_last_steps: int = Field(
+        default=0, ge=0
+    )  # drawn, but not learned from: the nearly clean ones are ill-conditioned
+    # So many neighbouring steps are drawn with noise and learned from, the others without; none: all steps have noise.
+    window: int | None = Field(default=None, ge=1)
+    window_order: Literal["random", "sliding"] = "random"  # where it stands: drawn anew, or one step later each time
+    window_rounds: int = Field(default=1, ge=1)  # for which it stays where it is
+    latents_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # how a path is stored, and so scored
+
+    def kept_steps(self, noisy_steps: int) -> int:
+        """How many of an image's steps with noise are kept and learned from; at least one."""
+        if self.window is not None:
+            return self.window
+        return max(1, round(self.step_fraction * (noisy_steps - self.untrained_last_steps)))
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> "SamplingTable":
+        if self.window is not None and self.step_fraction != 1:
+            raise ValueError(
+                f"window is {self.window} and step_fraction {self.step_fraction}: a recipe learns either from a window of steps, "
+                "the same for a round, or from a fraction of them, each image's own"
+            )
+        if self.window is not None and self.window > self.num_steps - self.untrained_last_steps:
+            raise ValueError(
+                f"window {self.window} is longer than num_steps {self.num_steps} less untrained_last_steps "
+                f"{self.untrained_last_steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_are_left_to_learn_from(self) -> "SamplingTable":
+        if self.untrained_last_steps >= self.num_steps - 1:
+            raise ValueError(
+                f"untrained_last_steps {self.untrained_last_steps} of num_steps {self.num_steps} leaves too few to learn from"
+            )
+        return self
+
+
+class RoleTable(Table):
+    """What one actor of a role asks of the cluster."""
+
+    num_cpus: float = Field(default=1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    resources: dict[str, float] = {}
+    accelerator_type: str | None = None
+
+
+class ElasticTable(RoleTable):
+    """A role whose number may change while the run goes on."""
+
+    count: int = Field(default=1, ge=1)  # at the start
+    min: int = Field(default=1, ge=1)  # so many must be loaded before the run starts; the others join it
+    max: int | None = Field(default=None, ge=1)  # `ddpo scale` goes no higher; none: no limit
+
+    @model_validator(mode="after")
+    def _count_lies_between(self) -> "ElasticTable":
+        if self.count < self.min or (self.max is not None and self.count > self.max):
+            raise ValueError(f"count {self.count} must lie between min {self.min} and max {self.max}")
+        return self
+
+
+class SamplersTable(ElasticTable):
+    overdue_factor: float = Field(default=4.0, gt=1)  # × its peers' time: then a task is drawn a second time elsewhere
+
+
+class RewardPoolTable(ElasticTable):
+    """Reward workers that are all alike."""
+
+    batch_size: int = Field(default=64, ge=1)  # images a scoring batch, cut from a task in order
+    timeout_seconds: float = Field(default=600.0, gt=0)  # for one scoring batch
+    attempts: int = Field(default=3, ge=1)  # at a scoring batch that fails, before it is halved to find the picture
+    cache: int = Field(default=0, ge=0)  # scores a worker remembers by picture; of rewards independent of their batch
+
+
+class RewardTable(Choice):
+    label: str | None = Field(
+        default=None, pattern=r"^\w[\w-]*$"
+    )  # what it is called in metrics and rows; none: its name
+    weight: float = 1.0
+    floor: float | None = None  # images below it rank under all others, whatever the other rewards say
+    workers: RewardPoolTable | None = None  # of its own; none: those of [reward_workers]
+
+    @property
+    def called(self) -> str:
+        """The label, else the name."""
+        return self.label or self.name
+
+
+class CompositionTable(Table):
+    # Of several rewards: as they are; each less its mean over its deviation; advantages of each; win rates in a group.
+    join: Literal["sum", "normalised", "advantages", "win_rate"] = "sum"
+
+
+class RewardWorkersTable(RewardPoolTable):
+    """Those of all rewards that have none of their own; and of the whole run."""
+
+    max_set_aside: int = Field(default=32, ge=0)  # images of the whole run; one more ends it
+
+
+class LearnerTable(RoleTable):
+    batch_size: int = Field(ge=1)  # images that enter an optimizer step at once
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    micro_batch_size: int = Field(ge=1)  # transitions a forward pass: memory and speed, not mathematics
+    inner_epochs: int = Field(default=1, ge=1)
+    parts_per_round: int = Field(default=1, ge=1)  # learned from in task order, each while the tasks after it are drawn
+    learning_rate: float = Field(default=3e-4, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_kl_nats: float | None = Field(
+        default=None, gt=0
+    )  # of a step, from the policy that drew: then no more inner epochs
+    # How far sampler's and learner's log_prob may lie apart under the same weights; none: 1e-4 in float32, else 1e-2.
+    log_prob_tolerance: float | None = Field(default=None, gt=0)
+    ranks: Literal[1] = 1
+
+    @property
+    def images_per_step(self) -> int:
+        """Images an optimizer step learns from."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+
+class RuntimeTable(Table):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(default=1, ge=1)  # of torch, in every process that computes
+    deterministic: bool = True
+    ready_seconds: float = Field(default=600.0, gt=0)  # until an actor has its place and has loaded its model
+    watchdog_seconds: float = Field(default=1800.0, gt=0)  # without anything done: the run ends with a dump
+    max_restarts: int = Field(default=100, ge=0)  # of actors, before a round is done
+
+
+class RolloutsTable(Table):
+    keep: bool = True  # the ledger: a parquet row an image
+    pictures_every: int = Field(default=0, ge=0)  # rounds whose rows hold their picture; 0: none does
+
+
+class CheckpointTable(Table):
+    every: int = Field(default=10, ge=1)  # rounds
+    keep: int = Field(default=2, ge=1)
+
+
+class EvaluationTable(Table):
+    prompts: tuple[str, ...] = ()  # none: those of the prompt source, in order
+    images: int = Field(default=64, ge=2)
+    batch_size: int = Field(default=16, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    split: Literal["evaluation", "tuning"] = "evaluation"  # choose a recipe's numbers on "tuning" pictures only
+    scorers: tuple[RewardTable, ...] = ()  # looked at beside the reward, never trained on

@@ -1,0 +1,112 @@
+"""What `ddpo fit-aesthetic` says of a head: on the terminal, and in the model card that lies beside it."""
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+VERSIONED = ("ray-ddpo", "torch", "transformers", "numpy", "pillow")
+KINDS = {
+    "linear": "one linear layer, fitted by ridge regression",
+    "mlp": "1024-128-64-16 with dropout and without activations, the layout of improved-aesthetic-predictor",
+    "mlp-relu": "1024-128-64-16 with ReLU and dropout, the layout of improved-aesthetic-predictor's reluMSE",
+}
+FIGURES = {"pictures": "d", "mse": ".4f", "mse_of_mean": ".4f", "srcc": ".4f", "plcc": ".4f"}
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the head's bits."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED}
+
+
+def recipe_lines(clip: str, head: str) -> str:
+    """The table of a recipe that takes the head as its reward."""
+    return f'[reward]\nname = "aesthetic"\nclip = {json.dumps(clip)}\nhead = {json.dumps(head)}'
+
+
+def in_words(figures: dict[str, Any], output: Path) -> str:
+    """The summary that is printed."""
+    lines = [
+        f"{figures['head']} head on {figures['pictures']} rated pictures; {_chosen(figures)}",
+        f"broken pictures: {figures['broken']}" + (f", listed in {output / 'broken.csv'}" if figures["broken"] else ""),
+        "",
+        f"{'':<12}" + "".join(f"{name:>13}" for name in FIGURES),
+    ]
+    lines += [f"{split:<12}" + "".join(f"{cell:>13}" for cell in row) for split, row in _rows(figures).items()]
+    files = ("head.safetensors", "metrics.json", "calibration.png", "README.md")
+    lines += ["", "look at:", *(f"  {output / name}" for name in files)]
+    return "\n".join(
+        [*lines, "", "use it in a recipe:", "", recipe_lines(figures["clip"], str(output / "head.safetensors"))]
+    )
+
+
+def model_card(figures: dict[str, Any]) -> str:
+    """README.md of the output folder, in the form that model hubs read."""
+    rows = "\n".join(f"| {split} | {' | '.join(row)} |" for split, row in _rows(figures).items())
+    mean, std, least, most = (figures["ratings"][name] for name in ("mean", "std", "min", "max"))
+    used = "\n".join(f"| {name} | {version} |" for name, version in figures["versions"].items())
+    return f"""---
+license: # fill in: what the licences of the ratings, of the pictures and of CLIP allow
+tags: [aesthetic-predictor, clip, ray-ddpo]
+---
+
+# Aesthetic head
+
+Rates a picture from its CLIP embedding. Fitted by `ddpo fit-aesthetic`.
+
+| | |
+|---|---|
+| ratings | `{figures["table"]}`: {figures["pictures"]} pictures; {figures["broken"]} more were broken |
+| their distribution | mean {mean:.3f}, standard deviation {std:.3f}, from {least:.2f} to {most:.2f} |
+| CLIP | `{figures["clip"]}`, fingerprint `{figures["clip_fingerprint"]}` |
+| head | `{figures["head"]}`: {KINDS[figures["head"]]} |
+| chosen | {_chosen(figures)} |
+| seed | {figures["seed"]} |
+
+## How well it rates
+
+| split | {" | ".join(FIGURES)} |
+|---|{"---|" * len(FIGURES)}
+{rows}
+
+`mse_of_mean` is the error of rating every picture with the mean; `srcc` and `plcc` are the correlations of ranks and of
+values. The validation pictures chose among the fits, so only test pictures judge it without favour.
+
+![Predicted against true ratings](calibration.png)
+
+## How to use it
+
+```toml
+{recipe_lines(figures["clip"], "head.safetensors")}
+```
+
+`clip` must be the same CLIP as above; `head` is the path of this folder's `head.safetensors`. Its ratings mean nothing for
+pictures unlike those that it was fitted on, and a model that is trained against it finds such pictures: look at them, and
+compare with a second measure.
+
+## Versions
+
+| | |
+|---|---|
+{used}
+"""
+
+
+def _rows(figures: dict[str, Any]) -> dict[str, list[str]]:
+    return {
+        split: ["–" if values[name] is None else format(values[name], form) for name, form in FIGURES.items()]
+        for split, values in figures["splits"].items()
+    }
+
+
+def _chosen(figures: dict[str, Any]) -> str:
+    ((name, value),) = figures["chosen"].items()
+    return f"{name} {value:g} of {len(figures['tried'])}, by the validation pictures"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "from its source"

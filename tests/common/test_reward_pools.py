@@ -1,0 +1,40 @@
+"""Which workers score what: the shared pool, workers of a reward's own, and what `ddpo scale` may ask for."""
+
+import pytest
+
+from common.config import Recipe
+from common.reward_pools import RewardPool, elastic_roles, reward_pools
+from deploy.parts import entries_of
+
+
+def with_rewards(tables: dict, *rewards: dict, **workers: object) -> Recipe:
+    one_reward = {key: value for key, value in tables.items() if key != "reward"}
+    return Recipe.parse({**one_reward, "rewards": list(rewards), "reward_workers": workers})
+
+
+def test_rewards_share_workers_unless_they_have_their_own(tables: dict) -> None:
+    rewards = [{"name": "jpeg_compressibility"}, {"name": "aesthetic", "workers": {"count": 3}}]
+    recipe = with_rewards(tables, *rewards, {"name": "animal_classifier"}, count=2)
+    shared, own = reward_pools(recipe)
+    assert shared == RewardPool("reward_workers", ("jpeg_compressibility", "animal_classifier"), recipe.reward_workers)
+    assert own.name == "reward_workers.aesthetic" and own.rewards == ("aesthetic",) and own.table.count == 3
+    counts = {name: table.count for name, table in elastic_roles(recipe).items()}
+    assert counts == {"samplers": 1, "reward_workers": 2, "reward_workers.aesthetic": 3}
+
+
+def test_there_is_no_shared_pool_where_every_reward_has_its_own(tables: dict) -> None:
+    recipe = with_rewards(tables, {"name": "aesthetic", "workers": {}})
+    assert [pool.name for pool in reward_pools(recipe)] == ["reward_workers.aesthetic"]
+
+
+def test_a_cache_for_a_reward_whose_score_depends_on_its_batch_is_refused(tables: dict) -> None:
+    entries_of(with_rewards(tables, {"name": "jpeg_compressibility"}, cache=10))
+    with pytest.raises(
+        ValueError, match=r"reward_workers.cache is 10, and the scores of \['animal_classifier'\] depend"
+    ):
+        entries_of(with_rewards(tables, {"name": "animal_classifier"}, cache=10))
+
+
+def test_an_unknown_key_of_a_rewards_own_workers_is_named(tables: dict) -> None:
+    with pytest.raises(ValueError, match=r"rewards.0.workers.nmu_gpus is not a key that is known: .*'num_gpus'"):
+        with_rewards(tables, {"name": "aesthetic", "workers": {"nmu_gpus": 1}})

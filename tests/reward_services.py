@@ -1,0 +1,89 @@
+"""Reward services on real sockets: the shipped one around any reward, and one that answers what it is told to."""
+
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.message import Message
+
+from actors.reward_worker import RewardWorker
+from actors.rewards.reward import Reward
+from common.recipe_tables import RewardPoolTable, RuntimeTable
+from deploy.reward_server import MAX_REQUEST_BYTES, RewardServer
+
+
+@contextmanager
+def running(server: http.server.HTTPServer) -> Iterator[str]:
+    """Serve in a thread; the service's URL."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def serving(
+    reward: Reward, token: str | None = None, port: int = 0, max_bytes: int = MAX_REQUEST_BYTES, name: str = "served"
+) -> Iterator[str]:
+    """The shipped service around a reward."""
+    worker = RewardWorker({name: reward}, RewardPoolTable(), RuntimeTable(device="cpu"))
+    with running(RewardServer(("127.0.0.1", port), worker, token, max_bytes)) as url:
+        yield url
+
+
+@dataclass
+class Request:
+    """What a scripted service was asked."""
+
+    path: str
+    headers: Message
+    body: bytes
+
+
+Answer = tuple[int, bytes, dict[str, str]] | Callable[["Scripted"], None]
+
+
+@dataclass
+class Script:
+    """Answers in order, the last one again and again; a function gets the handler and writes to its socket itself."""
+
+    answers: list[Answer]
+    asked: list[Request] = field(default_factory=list)
+
+
+class Scripted(http.server.BaseHTTPRequestHandler):
+    script: Script
+
+    def _answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        answers = self.script.answers
+        answer = answers[min(len(self.script.asked), len(answers) - 1)]
+        self.script.asked.append(Request(self.path, self.headers, body))
+        if callable(answer):
+            answer(self)
+            return
+        status, reply, headers = answer
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(reply)
+
+    do_GET = do_POST = _answer
+
+    def log_message(self, *_: object) -> None:
+        """Not into the tests' output."""
+
+
+@contextmanager
+def scripted(*answers: Answer) -> Iterator[tuple[str, Script]]:
+    """A service that gives these answers: its URL, and what it was asked so far."""
+    script = Script(list(answers))
+    handler = type("Handler", (Scripted,), {"script": script})
+    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as url:
+        yield url, script
