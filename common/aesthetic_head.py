@@ -1,6 +1,5 @@
 """The aesthetic head: from a CLIP image embedding to a rating of about 1 to 10, in every layout that is published."""
 
-import pickle
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,10 +8,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear
+
+from common.weight_file import read_weight_file
 
 Layer = tuple[
     Float[Tensor, "_ _"], Float[Tensor, "_"]
@@ -59,27 +58,14 @@ def affine_map(layers: tuple[Layer, ...]) -> Layer:
 
 def read_head(path: str | Path) -> AestheticHead:
     """A head from its weights, in float32. ValueError: no such file, nothing readable in it, or no published layout."""
-    weights = _read_weights(Path(path).expanduser())
-    layers = _layers_in_order(weights)
+    weights = read_weight_file(path, "the aesthetic head")
+    layers = layers_in_order(weights)
     if layers is None:
         raise ValueError(f"the aesthetic head {path} has the weights {_described(weights)}: it must have {LAYOUTS}")
     return AestheticHead(layers)
 
 
-def _read_weights(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"the aesthetic head {path} is not there: give the path of its weights, .safetensors or .pth")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"the aesthetic head {path} cannot be read: it must be a .safetensors file, or a .pth file of weights only"
-        ) from error
-
-
-def _layers_in_order(weights: Any) -> tuple[Layer, ...] | None:
+def layers_in_order(weights: Any) -> tuple[Layer, ...] | None:
     """The layers if `weights` has one of the layouts, collapsed where it has no activations; else None."""
     if not isinstance(weights, dict):
         return None

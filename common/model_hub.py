@@ -25,10 +25,20 @@ def read_from_hub(read: Callable[[bool], T], missing: str) -> T:
         raise ValueError(f"{missing} ({first_line(error)})") from None
 
 
+def file_from_hub(repository: str, file: str, missing: str) -> str:
+    """The path of one file of a repository. ValueError: `missing`, and why."""
+    from huggingface_hub import hf_hub_download
+
+    def read(local_files_only: bool) -> str:
+        return hf_hub_download(repository, file, local_files_only=local_files_only)
+
+    return read_from_hub(read, missing)
+
+
 def read_pretrained(source: str, read: Callable[[str | Path, bool], T], missing: str) -> T:
     """`read(where, local_files_only)`, through transformers, of a folder or a hub name. ValueError: `missing`, and why."""
     folder = Path(source).expanduser()
-    with _errors_only():  # weights that are there and not needed, such as another task's head, would be reported
+    with errors_only():  # weights that are there and not needed, such as another task's head, would be reported
         if not folder.is_dir() and is_hub_name(source):
             return read_from_hub(lambda local_files_only: read(source, local_files_only), missing)
         try:
@@ -38,15 +48,19 @@ def read_pretrained(source: str, read: Callable[[str | Path, bool], T], missing:
 
 
 @contextmanager
-def _errors_only() -> Iterator[None]:
+def errors_only() -> Iterator[None]:
+    """Transformers tells of errors, and of nothing else."""
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def hub_answers(seconds: float = 5) -> bool:
@@ -74,6 +88,15 @@ class Weights:
     source: str  # the folder, or owner/model
     files: tuple[str, ...]  # the first lies directly in it, by its name; the others may be patterns
     key: str  # of the recipe, that says where they are
+
+
+def cannot_load(weights: Weights) -> str:
+    """What to say where they are not to be had: which key names them, which files, and what to do without the hub."""
+    return (
+        f"{weights.key} is {weights.source!r}, which cannot be loaded: it must be a folder of this machine or a repository "
+        f"of the hub that has {', '.join(weights.files)}; where the hub cannot be reached, copy them to this machine, and "
+        f"set {weights.key} to where they are"
+    )
 
 
 def missing_files(weights: Weights) -> list[str]:

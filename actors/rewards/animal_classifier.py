@@ -42,5 +42,6 @@ def class_index(prompt: str, classes: list[str]) -> int:
     """Which class the prompt names: the one of its words that is a class name."""
     named = sorted(set(re.findall(r"\w+", prompt.lower())) & set(classes))
     if len(named) != 1:
-        raise ValueError(f"prompt {prompt!r} names {named or 'no animal'}: animal_classifier needs one of {classes}")
+        shown = repr(prompt if len(prompt) <= 200 else f"{prompt[:200]}…")
+        raise ValueError(f"prompt {shown} names {named or 'no animal'}: animal_classifier needs one of {classes}")
     return classes.index(named[0])

@@ -72,6 +72,31 @@ def test_the_main_head_is_one_affine_map_to_a_hundred_thousandth() -> None:
 
 
 @needs_data
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        (MAIN, "vit_l_14"),
+        ("sa_0_4_vit_l_14_linear.pth", "vit_l_14"),
+        ("sa_0_4_vit_b_32_linear.pth", "vit_b_32"),
+    ],
+)
+def test_the_embeddings_of_the_ratings_0_to_9_are_rated_in_order(name: str, model: str) -> None:
+    ratings = read_head(HEADS / name)(rating_embeddings(model))
+    assert len(ratings) == 10 and (ratings.diff() > 0).all()
+
+
+@needs_data
+@pytest.mark.parametrize("name", [MAIN, "ava+logos-l14-linearMSE.pth"])
+def test_collapsing_a_head_changes_no_rating_by_more_than_a_hundred_thousandth(name: str) -> None:
+    weights = torch.load(HEADS / name, map_location="cpu", weights_only=True)
+    directions = torch.randn(500, 768, generator=torch.Generator().manual_seed(0))
+    directions /= directions.norm(dim=1, keepdim=True)
+    head = read_head(HEADS / name)
+    assert len(head.layers) == 1
+    torch.testing.assert_close(head(directions), layer_by_layer(weights, directions, relu=False), atol=1e-5, rtol=0)
+
+
+@needs_data
 def test_the_head_with_relu_is_read_with_its_relu() -> None:
     path = HEADS / "ava+logos-l14-reluMSE.pth"
     weights = torch.load(path, map_location="cpu", weights_only=True)

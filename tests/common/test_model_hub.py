@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from common import model_hub
-from common.model_hub import Weights, hub_answers, is_hub_name, missing_files, read_from_hub, read_pretrained
+from common.model_hub import (
+    Weights,
+    cannot_load,
+    file_from_hub,
+    hub_answers,
+    is_hub_name,
+    missing_files,
+    read_from_hub,
+    read_pretrained,
+)
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -48,6 +57,27 @@ def test_what_is_not_on_disk_is_downloaded_where_the_hub_answers(monkeypatch: py
 
     monkeypatch.setattr(model_hub, "hub_answers", lambda: True)
     assert read_from_hub(read, "missing") == "downloaded"
+
+
+def test_a_file_that_was_downloaded_is_found_and_another_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(model_hub, "hub_answers", lambda: False)
+    repository = tmp_path / "models--owner--model"
+    for folder in ("refs", "snapshots/abc"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots" / "abc" / "weights.pt").write_text("numbers")
+    assert Path(file_from_hub("owner/model", "weights.pt", "missing")).read_text() == "numbers"
+    with pytest.raises(ValueError, match="^weights lack .*the hub does not answer"):
+        file_from_hub("owner/model", "other.pt", "weights lack")
+
+
+def test_what_cannot_be_loaded_is_said_with_key_files_and_remedy() -> None:
+    said = cannot_load(Weights("owner/model", ("config.json", "*.safetensors"), "reward.clip"))
+    assert said.startswith("reward.clip is 'owner/model', which cannot be loaded")
+    assert "config.json, *.safetensors" in said and said.endswith("set reward.clip to where they are")
 
 
 @pytest.mark.parametrize(("answers", "reason"), [(False, "the hub does not answer"), (True, "no such model")])

@@ -12,7 +12,8 @@ from actors.rewards.jpeg import JpegCompressibility
 from actors.rewards.reward import LoadedReward
 from common.registry import build
 from tests.reward_services import serving
-from tests.tiny_clip import save_tiny_clip, save_tiny_head
+from tests.tiny_blip import save_tiny_bert_tokenizer, save_tiny_image_reward
+from tests.tiny_clip import save_tiny_clip, save_tiny_head, save_tiny_open_clip
 from tests.tiny_vlm import save_tiny_encoder, save_tiny_vlm
 
 PROMPTS = ["cat", "dog", "horse", "cat"]
@@ -32,6 +33,14 @@ def keys(tmp_path_factory: pytest.TempPathFactory, service: str) -> dict[str, di
     clip, head = save_tiny_clip(folder / "clip"), save_tiny_head(folder / "head.safetensors")
     return {
         "aesthetic": {"clip": str(clip), "head": str(head)},
+        "clip_score": {"clip": str(clip)},
+        "pickscore": {"clip": str(clip), "tokenizer": str(clip)},
+        "image_reward": {
+            "checkpoint": str(save_tiny_image_reward(folder / "image_reward.pt")),
+            "tokenizer": str(save_tiny_bert_tokenizer(folder / "bert")),
+        },
+        "hps_v2": {"checkpoint": str(save_tiny_open_clip(folder / "hps.pt")), "tokenizer": str(clip)},
+        "dark_share": {"below": 0.9},  # by default all of these pictures but one would score 0
         "function": {"path": "tests.user_functions:brightness"},
         "http": {"url": service},
         "vlm_alignment": {
@@ -101,6 +110,49 @@ def test_a_reward_leaves_its_input_as_it_was(reward: LoadedReward, images: np.nd
 def test_an_unknown_key_is_named_with_the_keys_there_are(table: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"reward\.sharpness is not a key that is known: the keys here are \["):
         build(REWARDS, {**table, "sharpness": 1}, "reward")
+
+
+HOSTILE = {
+    "black": np.zeros((2, 48, 48, 3), np.uint8),
+    "one colour": np.full((2, 48, 48, 3), (200, 30, 90), np.uint8),
+    "1x1": np.full((2, 1, 1, 3), 77, np.uint8),
+    "very wide": np.random.default_rng(0).integers(0, 256, (2, 3, 900, 3), dtype=np.uint8),
+    "4096x4096": np.random.default_rng(0).integers(0, 256, (1, 4096, 4096, 3), dtype=np.uint8),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_picture_has_a_finite_score(reward: LoadedReward, kind: str) -> None:
+    images = HOSTILE[kind]
+    rewards = reward(images, ["cat"] * len(images), [{}] * len(images))
+    assert rewards.shape == (len(images),) and rewards.dtype == np.float32 and np.isfinite(rewards).all()
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "cat " + "very furry " * 1000, "猫 \x00 <|endoftext|> cat"])
+def test_a_hostile_prompt_has_a_finite_score_or_a_clear_error(
+    reward: LoadedReward, images: np.ndarray, prompt: str
+) -> None:
+    try:
+        rewards = reward(images[:2], [prompt, "cat"], METADATA[:2])
+    except ValueError as error:
+        assert "prompt" in str(error) and len(str(error)) < 1000
+    else:
+        assert rewards.shape == (2,) and np.isfinite(rewards).all()
+        # The picture beside it is scored as ever: nothing of the one prompt got into the other's score.
+        np.testing.assert_allclose(rewards[1], reward(images[1:2], ["cat"], [{}])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_only_a_reward_that_says_so_may_score_a_picture_alike_in_every_batch_and_then_to_the_bit(
+    table: dict[str, Any], reward: LoadedReward, images: np.ndarray
+) -> None:
+    if not build(REWARDS, table, "reward").independent_of_batch:
+        pytest.skip(f"{table['name']} does not say that it is independent of the batch")
+    together = reward(images, PROMPTS, METADATA).tobytes()
+    for batches in ([[0], [1], [2], [3]], [[0, 1], [2, 3]], [[2, 0], [3, 1]], [[3, 2, 1, 0]], [[0, 1, 2, 3, 0, 0, 1]]):
+        found = np.zeros(4, np.float32)
+        for places in batches:
+            found[places] = reward(images[places], [PROMPTS[place] for place in places], [{} for _ in places])
+        assert found.tobytes() == together, batches
 
 
 @pytest.mark.parametrize("name", REWARDS)

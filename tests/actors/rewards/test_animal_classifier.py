@@ -41,6 +41,12 @@ def test_a_prompt_without_exactly_one_animal_is_refused_by_name(prompt):
         class_index(prompt, ["dog", "cat"])
 
 
+def test_of_a_prompt_of_10_000_characters_the_error_shows_the_beginning():
+    with pytest.raises(ValueError, match="prompt 'dragons dragons .*…' names no animal") as error:
+        class_index("dragons " * 1250, ["dog", "cat"])
+    assert len(str(error.value)) < 300
+
+
 def test_the_shipped_probe_knows_the_45_animals():
     animals = (PROBE_FILE.parents[1] / "prompt_lists" / "animals.txt").read_text().split()
     assert load_probe(PROBE_FILE).classes == animals

@@ -1,0 +1,41 @@
+"""How well a picture fits its prompt, as CLIP sees it: CLIPScore (Hessel et al. 2021)."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from actors.rewards.reward import Images, LoadedReward, Reward
+from common.clip_towers import load_clip
+from common.model_hub import Weights
+from common.pretrained import MODEL_FILES, TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
+
+CLIP = "openai/clip-vit-large-patch14"
+VIT_L_14_PARAMETERS = 427_616_513  # both towers, their projections and the logit scale
+
+
+class ClipScore(Reward):
+    """100 times the cosine between the embeddings of picture and prompt, mostly 15 to 35. `clip`: a folder or a hub name.
+
+    The scale is torchmetrics'; the paper's is 2.5 times the cosine, so a fortieth. Both cut at 0, which is left out here:
+    below 0 a worse picture still scores less, and a reward that stands still says nothing to learn from.
+    """
+
+    clip: str = CLIP
+    dtype: Precision = "auto"  # CLIP's
+
+    @property
+    def memory_bytes(self) -> int:
+        return weight_bytes(VIT_L_14_PARAMETERS, self.dtype)
+
+    def needs(self) -> tuple[Weights, ...]:
+        return (Weights(self.clip, (*MODEL_FILES, TOKENIZER_FILE), "reward.clip"),)
+
+    def load(self, device: str) -> LoadedReward:
+        (clip,) = self.needs()
+        towers = load_clip(clip, clip, device, torch_dtype(self.dtype, device))
+
+        def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+            return 100 * towers.cosines(images, prompts)
+
+        return score

@@ -1,0 +1,52 @@
+"""What people prefer among generated pictures: HPS v2.1, an open_clip ViT-H/14 tuned on preferences (Wu et al. 2023)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from actors.rewards.reward import Images, LoadedReward, Reward
+from common.clip_towers import clip_towers
+from common.model_hub import Weights, cannot_load, file_from_hub
+from common.open_clip_weights import load_open_clip
+from common.pretrained import TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
+
+REPOSITORY, CHECKPOINT = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+VIT_H_14_PARAMETERS = 986_109_441  # both towers, their projections and the logit scale
+HEADS = 16  # of attention in either tower of a ViT-H/14: the one size that the weights' shapes do not tell
+
+
+class HpsV2(Reward):
+    """The cosine between the embeddings of picture and prompt, mostly 0.2 to 0.35: the paper's score, not times 100.
+
+    `checkpoint`: a path, None: v2.1 from the hub; `tokenizer`: a folder or a hub name.
+    """
+
+    checkpoint: str | None = None
+    tokenizer: str = TOKENIZER
+    dtype: Precision = "auto"  # CLIP's
+
+    @property
+    def memory_bytes(self) -> int:
+        return weight_bytes(VIT_H_14_PARAMETERS, self.dtype)
+
+    def needs(self) -> tuple[Weights, ...]:
+        path = Path(self.checkpoint or CHECKPOINT).expanduser().absolute()
+        return (
+            Weights(str(path.parent) if self.checkpoint else REPOSITORY, (path.name,), "reward.checkpoint"),
+            Weights(self.tokenizer, (TOKENIZER_FILE,), "reward.tokenizer"),
+        )
+
+    def load(self, device: str) -> LoadedReward:
+        checkpoint, tokenizer = self.needs()
+        path = self.checkpoint or file_from_hub(REPOSITORY, CHECKPOINT, cannot_load(checkpoint))
+        model = load_open_clip(path, HEADS, torch_dtype(self.dtype, device))
+        # The paper's code pads a picture that is not square with black, and does not cut it.
+        towers = clip_towers(model, tokenizer, device, whole=True)
+
+        def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+            return towers.cosines(images, prompts)
+
+        return score

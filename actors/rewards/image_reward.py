@@ -1,0 +1,82 @@
+"""How much people would like a picture for its prompt: ImageReward, a BLIP tuned on rankings (Xu et al. 2023)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from actors.rewards.reward import Images, LoadedReward, Reward
+from common.aesthetic_head import AestheticHead, layers_in_order
+from common.blip_weights import load_blip, without_prefix
+from common.clip_preprocessing import clip_pixels
+from common.model_hub import Weights, cannot_load, file_from_hub
+from common.pretrained import TOKENIZER_FILE, Precision, read_tokenizer, torch_dtype, weight_bytes
+from common.weight_file import named_weights
+
+REPOSITORY, CHECKPOINT = "THUDM/ImageReward", "ImageReward.pt"
+TOKENIZER = "google-bert/bert-base-uncased"
+PARAMETERS = 445_278_720  # both towers: ViT-L/16, and BERT with cross-attention
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the paper's raw scores
+MAX_TOKENS = 35
+ADDED_WORDS = 2  # [DEC] and [ENC], which BLIP adds to BERT's and no prompt has
+
+
+class ImageReward(Reward):
+    """The paper's score, about -2.3 to 2, of mean 0 and standard deviation 1 over its pictures.
+
+    `checkpoint`: a path, None: from the hub; `tokenizer`: a folder or a hub name. Prompts are cut at 35 tokens, as there.
+    """
+
+    checkpoint: str | None = None
+    tokenizer: str = TOKENIZER
+    dtype: Precision = "auto"  # BLIP's
+
+    @property
+    def memory_bytes(self) -> int:
+        return weight_bytes(PARAMETERS, self.dtype)
+
+    def needs(self) -> tuple[Weights, ...]:
+        path = Path(self.checkpoint or CHECKPOINT).expanduser().absolute()
+        return (
+            Weights(str(path.parent) if self.checkpoint else REPOSITORY, (path.name,), "reward.checkpoint"),
+            Weights(self.tokenizer, (TOKENIZER_FILE,), "reward.tokenizer"),
+        )
+
+    def load(self, device: str) -> LoadedReward:
+        checkpoint, tokenizer = self.needs()
+        path = self.checkpoint or file_from_hub(REPOSITORY, CHECKPOINT, cannot_load(checkpoint))
+        state = named_weights(path, "the checkpoint", ".pt")
+        missing = f"the checkpoint {path} has not the weights of ImageReward"
+        towers = load_blip(without_prefix(state, "blip."), torch_dtype(self.dtype, device), missing)
+        images_tower, texts_tower = (tower.to(device) for tower in towers)
+        layers = layers_in_order(without_prefix(state, "mlp."))
+        if layers is None or layers[0][0].shape[1] != texts_tower.config.hidden_size:
+            raise ValueError(f"{missing} (its head, mlp.layers.0, 2, 4, 6 and 7, lacks or does not fit)")
+        head, tokens = AestheticHead(layers).to(device), _tokenizer_for(texts_tower, tokenizer)
+        side = images_tower.config.image_size
+
+        @torch.no_grad()
+        def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+            pixels = clip_pixels(torch.from_numpy(np.array(images)).to(device), side).to(images_tower.dtype)
+            seen = images_tower(pixel_values=pixels).last_hidden_state
+            asked = tokens(prompts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt").to(
+                device
+            )
+            read = texts_tower(asked["input_ids"], asked["attention_mask"], encoder_hidden_states=seen)
+            return ((head(read.last_hidden_state[:, 0].float()) - MEAN) / STD).cpu().numpy()
+
+        return score
+
+
+def _tokenizer_for(texts_tower: Any, tokenizer: Weights) -> Any:
+    from transformers import BertTokenizer
+
+    tokens, words = read_tokenizer(BertTokenizer, tokenizer), texts_tower.config.vocab_size
+    if len(tokens) not in (words, words - ADDED_WORDS):
+        raise ValueError(
+            f"{tokenizer.key} is {tokenizer.source!r}, whose tokenizer has {len(tokens)} tokens: ImageReward's text tower "
+            f"takes {words}, of which {ADDED_WORDS} are not BERT's"
+        )
+    return tokens

@@ -1,0 +1,45 @@
+"""Which of two pictures people would pick for a prompt: PickScore, a CLIP ViT-H/14 tuned on choices (Kirstain et al. 2023)."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from actors.rewards.reward import Images, LoadedReward, Reward
+from common.clip_towers import load_clip
+from common.model_hub import Weights
+from common.pretrained import MODEL_FILES, TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
+
+CLIP = "yuvalkirstain/PickScore_v1"
+TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the model's own repository is read for its weights alone
+VIT_H_14_PARAMETERS = 986_109_441  # both towers, their projections and the logit scale
+
+
+class PickScore(Reward):
+    """CLIP's logit of picture and prompt, mostly 18 to 24; of two pictures, exp of the difference is the odds of the pick.
+
+    `clip` and `tokenizer`: a folder or a hub name each.
+    """
+
+    clip: str = CLIP
+    tokenizer: str = TOKENIZER
+    dtype: Precision = "auto"  # CLIP's
+
+    @property
+    def memory_bytes(self) -> int:
+        return weight_bytes(VIT_H_14_PARAMETERS, self.dtype)
+
+    def needs(self) -> tuple[Weights, ...]:
+        return (
+            Weights(self.clip, MODEL_FILES, "reward.clip"),
+            Weights(self.tokenizer, (TOKENIZER_FILE,), "reward.tokenizer"),
+        )
+
+    def load(self, device: str) -> LoadedReward:
+        clip, tokenizer = self.needs()
+        towers = load_clip(clip, tokenizer, device, torch_dtype(self.dtype, device))
+
+        def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+            return (towers.logit_scale * towers.cosines(images, prompts)).astype(np.float32)
+
+        return score

@@ -1,0 +1,59 @@
+"""Read models and tokenizers of transformers' so that what lacks is an error: left alone, it makes them up at random."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from common.model_hub import Weights, cannot_load, errors_only, read_pretrained
+from common.trajectory import DTYPES
+
+Precision = Literal["auto", "float32", "float16", "bfloat16"]  # auto: half on CUDA, float32 elsewhere
+MODEL_FILES = ("config.json", "*.safetensors")
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def torch_dtype(precision: Precision, device: str) -> torch.dtype:
+    """What weights and activations are in on `device`."""
+    automatic = "float16" if device.startswith("cuda") else "float32"
+    return DTYPES[automatic if precision == "auto" else precision]
+
+
+def weight_bytes(parameters: int, precision: Precision) -> int:
+    """What so many weights take; on "auto" what a GPU would take."""
+    return parameters * torch_dtype(precision, "cuda").itemsize
+
+
+def read_model(cls: Any, source: str, dtype: torch.dtype, missing: str) -> Any:
+    """A model of class `cls` from a folder or the hub, on the CPU. ValueError: `missing`, and why."""
+
+    def read(place: str | Path, local_files_only: bool) -> Any:
+        return loaded(cls, place, missing, dtype=dtype, local_files_only=local_files_only)
+
+    return read_pretrained(source, read, missing)
+
+
+def loaded(cls: Any, place: str | Path | None, missing: str, **options: Any) -> Any:
+    """`cls.from_pretrained`, for use and not for training. ValueError: `missing`, where a weight lacks or does not fit."""
+    with errors_only():  # a whole CLIP has a text tower, and each of its weights would be reported as not needed
+        model, found = cls.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    absent, misfits = sorted(found["missing_keys"]), sorted(name for name, *_ in found["mismatched_keys"])
+    if absent or misfits:
+        fault = "weights are missing" if absent else "weights are of another size than the configuration says"
+        raise ValueError(f"{missing} ({fault}: {(absent or misfits)[0]}, {len(absent or misfits)} in all)")
+    return model.eval().requires_grad_(False)
+
+
+def read_tokenizer(cls: Any, tokenizer: Weights) -> Any:
+    """A tokenizer of class `cls`. ValueError: there is none."""
+    from huggingface_hub import hf_hub_download
+
+    def read(place: str | Path, local_files_only: bool) -> Any:
+        # Looked for first: where there is no vocabulary, transformers makes a tokenizer that knows no word.
+        if isinstance(place, Path):
+            (place / TOKENIZER_FILE).open().close()
+        else:
+            hf_hub_download(place, TOKENIZER_FILE, local_files_only=local_files_only)
+        return cls.from_pretrained(place, local_files_only=local_files_only)
+
+    return read_pretrained(tokenizer.source, read, cannot_load(tokenizer))

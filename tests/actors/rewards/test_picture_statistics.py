@@ -1,0 +1,64 @@
+"""Statistics of a picture against numbers worked out by hand."""
+
+import numpy as np
+import pytest
+
+from actors.rewards import REWARDS
+from common.registry import build
+
+BLACK, WHITE, RED, GREEN, BLUE = (0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def measured(name: str, *pictures: list, **keys: float) -> list[float]:
+    images = np.array(pictures, dtype=np.uint8)
+    reward = build(REWARDS, {"name": name, **keys}, "reward")
+    return reward.load("cpu")(images, [""] * len(images), [{}] * len(images)).tolist()
+
+
+def test_brightness_is_the_mean_luma() -> None:
+    # Three quarters of a white picture; and what red, green and blue weigh, one by one.
+    assert measured("brightness", [[WHITE, WHITE], [WHITE, BLACK]]) == [0.75]
+    primaries = measured("brightness", [[RED]], [[GREEN]], [[BLUE]], [[BLACK]], [[WHITE]])
+    assert primaries == pytest.approx([0.299, 0.587, 0.114, 0, 1], abs=1e-7)
+
+
+def test_colourfulness_of_grey_is_nothing_and_of_red_and_green_by_hand() -> None:
+    assert measured("colourfulness", [[(7, 7, 7), (90, 90, 90)]]) == [0]
+    # Pure red everywhere: rg = 255, yb = 127.5, no spread: 0.3 · sqrt(255² + 127.5²) = 0.3 · 285.0987
+    assert measured("colourfulness", [[RED, RED]]) == pytest.approx([85.52961], abs=1e-4)
+    # Red beside green: rg = ±255 (spread 255, mean 0), yb = 127.5 twice: 255 + 0.3 · 127.5
+    assert measured("colourfulness", [[RED, GREEN]]) == pytest.approx([293.25], abs=1e-4)
+    # Blue beside yellow: yb = -255 and 255, rg = 0: 255
+    assert measured("colourfulness", [[BLUE, (255, 255, 0)]]) == pytest.approx([255], abs=1e-4)
+
+
+def test_sharpness_of_one_bright_pixel_by_hand() -> None:
+    picture = np.zeros((3, 3, 3), np.uint8)
+    picture[1, 1] = 10
+    # The Laplacian is -40 in the middle, 10 at its four neighbours, 0 in the corners: mean 0, (1600 + 4 · 100) / 9
+    assert measured("sharpness", picture.tolist()) == pytest.approx([2000 / 9], rel=1e-6)
+    # An edge 0 | 100 over two columns: +100 and -100 with the edge repeated, so the variance is 100²
+    assert measured("sharpness", [[BLACK, (100, 100, 100)]]) == [10_000]
+    assert measured("sharpness", [[WHITE, WHITE]]) == [0]
+
+
+def test_entropy_counts_the_bits_of_the_grey_levels() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    assert measured("entropy", ramp.tolist()) == [8]
+    assert measured("entropy", [[BLACK, BLACK], [BLACK, BLACK]], [[BLACK, WHITE], [WHITE, BLACK]]) == [0, 1]
+    # Levels in shares of 1/2, 1/4 and 1/4: 0.5 · 1 + 2 · 0.25 · 2 bits
+    assert measured("entropy", [[BLACK, BLACK], [WHITE, (9, 9, 9)]]) == [1.5]
+
+
+def test_dark_share_counts_pixels_under_the_threshold() -> None:
+    # 25/255 = 0.098 is under 0.1, and 26/255 = 0.102 is not.
+    picture = [[(25, 25, 25), (26, 26, 26)], [BLACK, WHITE]]
+    assert measured("dark_share", picture) == [0.5]
+    assert measured("dark_share", picture, below=0.05) == [0.25]
+    assert measured("dark_share", picture, below=1.0) == [0.75]  # white itself is not under white
+
+
+@pytest.mark.parametrize("below", [0, 1.1])
+def test_a_threshold_that_is_no_luma_is_refused(below: float) -> None:
+    with pytest.raises(ValueError, match=f"reward.below is {below}: input should be"):
+        build(REWARDS, {"name": "dark_share", "below": below}, "reward")
