@@ -48,7 +48,7 @@ RECIPES = ROOT / "deploy" / "recipes"
 @pytest.mark.parametrize("recipe", sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml")))
 def test_every_recipe_is_checked_and_named_in_the_readme_or_on_a_page_of_recipes(recipe: str) -> None:
     parts_of(Recipe.load(RECIPES / recipe))
-    pages = [ROOT / "README.md", ROOT / "docs" / "algorithms.md", ROOT / "docs" / "aesthetic.md"]
+    pages = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("algorithms.md", "aesthetic.md", "rewards.md"))]
     assert f"`{recipe}`" in "".join(page.read_text() for page in pages)
 
 
@@ -60,15 +60,18 @@ def test_every_file_that_is_linked_exists(page: Path) -> None:
 
 def test_the_example_rewards_score_pictures(tmp_path: Path) -> None:
     function, entry = [
-        block for block in blocks(ROOT / "docs" / "extending.md", "python") if "brightness" in block.lower()
+        block
+        for block in blocks(ROOT / "docs" / "extending.md", "python")
+        if "def brightness" in block or "Warmth" in block
     ]
     images = np.stack([np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)])
     spaces: list[dict] = [{"__name__": "example"}, {"__name__": "example"}]
     exec(compile(function, "function", "exec"), spaces[0])
     exec(compile(entry, "entry", "exec"), spaces[1])
-    reward: Reward = spaces[1]["Brightness"](gamma=2.0)
+    reward: Reward = spaces[1]["Warmth"](strength=2.0)
     assert spaces[0]["brightness"](images, ["a", "b"], [{}, {}]).tolist() == [0, 1]
-    assert reward.load("cpu")(images, ["a", "b"], [{}, {}]).tolist() == [0, 1]
+    images[1, :, :, 2] = 0
+    assert reward.load("cpu")(images, ["a", "b"], [{}, {}]).tolist() == [0, 2]
 
 
 @pytest.mark.system
