@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from actors.rewards.reward import Images, LoadedReward, Reward
 from common.bert_score import load_bert_score
 from common.model_hub import Weights, read_pretrained
-from common.trajectory import DTYPES
+from common.pretrained import Precision, loaded, torch_dtype, weight_bytes
 
 MODEL, SCORER = "llava-hf/llava-1.5-7b-hf", "microsoft/deberta-xlarge-mnli"
 SCORER_LAYER = 40  # of 48: the one that agrees best with people, by the table of the paper's code
@@ -40,9 +40,7 @@ class VlmAlignment(Reward):
     scorer: str = SCORER
     scorer_layer: int = Field(default=SCORER_LAYER, ge=1)  # whose output is compared, counted from 1
     max_new_tokens: int = Field(default=64, ge=1)  # of an answer
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = (
-        "auto"  # the model's; auto: half on CUDA, float32 elsewhere
-    )
+    dtype: Precision = "auto"  # the model's
 
     @field_validator("reference")
     @classmethod
@@ -53,8 +51,7 @@ class VlmAlignment(Reward):
 
     @property
     def memory_bytes(self) -> int:
-        # Of the models that are the default. On "auto" a plan counts what a GPU would take.
-        model = PARAMETERS * DTYPES["float16" if self.dtype == "auto" else self.dtype].itemsize
+        model = weight_bytes(PARAMETERS, self.dtype)  # of the models that are the default
         return model + (4 * SCORER_PARAMETERS if self.measure == "bertscore_recall" else 0)
 
     def needs(self) -> tuple[Weights, ...]:
@@ -64,8 +61,7 @@ class VlmAlignment(Reward):
         return (model, scorer) if self.measure == "bertscore_recall" else (model,)
 
     def load(self, device: str) -> LoadedReward:
-        dtype = self.dtype if self.dtype != "auto" else "float16" if device.startswith("cuda") else "float32"
-        describe = _load_describer(self.model, device, DTYPES[dtype], self.max_new_tokens)
+        describe = _load_describer(self.model, device, torch_dtype(self.dtype, device), self.max_new_tokens)
         if self.measure == "strict":
             return _strict(describe, self.question)
         return self._recalled(describe, device)
@@ -135,7 +131,7 @@ def _pictures(images: Images) -> list[Image.Image]:
 
 def _load_describer(name: str, device: str, dtype: torch.dtype, max_new_tokens: int) -> Describe:
     model, processor = _read(name, dtype)
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.to(device)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"  # an answer goes on where its question ends
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -169,16 +165,11 @@ def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
     missing = f"reward.model is {name!r}, which cannot be loaded: {WANTED}"
 
-    def read(where: Any, local_files_only: bool) -> tuple[Any, Any, Any]:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            where, dtype=dtype, local_files_only=local_files_only, output_loading_info=True
-        )
-        return *loaded, AutoProcessor.from_pretrained(where, local_files_only=local_files_only)
+    def read(where: Any, local_files_only: bool) -> tuple[Any, Any]:
+        model = loaded(AutoModelForImageTextToText, where, missing, dtype=dtype, local_files_only=local_files_only)
+        return model, AutoProcessor.from_pretrained(where, local_files_only=local_files_only)
 
-    model, loading, processor = read_pretrained(name, read, missing)
-    if loading["missing_keys"]:
-        # Transformers would fill them with random numbers, and the answers would be noise.
-        raise ValueError(f"{missing} (weights are missing: {sorted(loading['missing_keys'])[0]} and others)")
+    model, processor = read_pretrained(name, read, missing)
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"reward.model is {name!r}, which has no chat template: it is no model that answers questions")
     return model, processor
