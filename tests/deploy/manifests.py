@@ -17,12 +17,23 @@ from common.recipe_tables import RoleTable
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 README = (DEPLOY / "README.md").read_text(encoding="utf-8")
+PINNED = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 STANDARD = {"CPU", "GPU", "memory"}
 
 
 def document(name: str) -> dict[str, Any]:
     """A YAML file of deploy/ that holds one document."""
     return yaml.safe_load((DEPLOY / name).read_text(encoding="utf-8"))
+
+
+def values(tree: Any, key: str) -> list[Any]:
+    """All values under a key, however deep."""
+    if isinstance(tree, list):
+        return [value for branch in tree for value in values(branch, key)]
+    if not isinstance(tree, dict):
+        return []
+    return [value for name, value in tree.items() if name == key] + values(list(tree.values()), key)
 
 
 @dataclass(frozen=True)

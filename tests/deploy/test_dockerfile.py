@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.deploy.lint import tool
-from tests.deploy.test_deploy_files import PINNED, PYPROJECT, ROOT
+from tests.deploy.manifests import PINNED, PYPROJECT, ROOT
 
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 
@@ -36,6 +36,12 @@ def test_it_is_not_root_and_kubernetes_can_tell() -> None:
     assert users == ["1000:1000"]
     after = instructions()[[word for word, _ in instructions()].index("USER") :]
     assert [word for word, _ in after].count("COPY") == len(copied())  # nothing of ours belongs to root
+
+
+def test_a_login_shell_finds_the_program_too() -> None:
+    (path,) = re.findall(r"PATH=(\S+):\$PATH ", next(text for word, text in instructions() if word == "ENV") + " ")
+    assert f'"PATH={path}:\\$PATH" > /etc/profile.d/venv.sh' in instructions()[1][1]
+    assert f"python -m venv {path.removesuffix('/bin')} " in " ".join(text for _, text in instructions())
 
 
 def test_the_dependencies_are_a_layer_before_the_source() -> None:
