@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Submit a run to the Ray cluster that RAY_API_SERVER_ADDRESS names, and follow it; the exit code is `ray job submit`'s.
+# Submitted again, the run goes on from its newest checkpoint.
+set -euo pipefail
+
+usage="usage: deploy/submit.sh RECIPE OUTPUT_DIR [--section.key VALUE ...]"
+
+refuse() {
+    printf 'submit.sh: %s\n' "$1" >&2
+    exit 2
+}
+
+[ $# -ge 2 ] || refuse "$usage"
+recipe=$1
+output_dir=$2
+shift 2
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ -f "$recipe" ] || refuse "there is no recipe at $recipe, seen from $PWD, which is what is uploaded"
+case $recipe in
+/* | ../*) refuse "the recipe $recipe must lie inside $PWD, which is what is uploaded, and be named from there" ;;
+esac
+case $output_dir in
+/* | *://*) ;;
+*) refuse "OUTPUT_DIR is $output_dir: give an absolute path on storage that all nodes see, or a URI (s3://...)" ;;
+esac
+command -v ray > /dev/null || refuse "there is no ray on the PATH: put .venv/bin on it, which 'make demo' makes"
+
+# The run's name is in the recipe's head, before its first table, unless an override says otherwise.
+name=$(sed -n '/^\[/q; s/^name *= *"\([^"]*\)".*/\1/p' "$recipe")
+previous=
+for word in "$@"; do
+    if [ "$previous" = --name ]; then name=$word; fi
+    case $word in --name=*) name=${word#--name=} ;; esac
+    previous=$word
+done
+[[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || refuse "the run's name is '$name': $recipe needs a line like name = \"demo\""
+
+# Both sides have to agree that a token is asked for.
+export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
+
+# Sixty seconds for the last whole round to be committed after `ray job stop`; Ray's own three are short for large weights.
+exec ray job submit \
+    --working-dir . \
+    --metadata-json "{\"run\": \"$name\"}" \
+    --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}' \
+    -- python ddpo.py train "$recipe" --output_dir "$output_dir" --resume auto "$@"

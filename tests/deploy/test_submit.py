@@ -1,0 +1,131 @@
+"""deploy/submit.sh: what it hands to `ray job submit`, recorded by a stand-in for ray on the PATH, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import ddpo
+from common.config import Recipe
+from tests.deploy.lint import tool
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "deploy" / "submit.sh"
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "deploy" / "recipes").rglob("*.toml"))
+DEMO = "deploy/recipes/demo.toml"
+STAND_IN = """#!/bin/sh
+printf '%s\\0' "$@" > "$RECORD/arguments"
+printf '%s\\0' "$PWD" "$RAY_AUTH_MODE" > "$RECORD/surroundings"
+exit "$STAND_IN_EXIT"
+"""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What became of one call of the script."""
+
+    returncode: int
+    stderr: str
+    arguments: list[str]  # ray's; none: it was not called
+    surroundings: list[str]  # its working directory and RAY_AUTH_MODE
+
+    def option(self, name: str) -> str:
+        return self.arguments[self.arguments.index(name) + 1]
+
+    @property
+    def entrypoint(self) -> list[str]:
+        return self.arguments[self.arguments.index("--") + 1 :]
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    (tmp_path / "ray").write_text(STAND_IN)
+    (tmp_path / "ray").chmod(0o755)
+    for name in ("bash", "dirname", "sed"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+    return tmp_path
+
+
+def submit(record: Path, *words: str, exit_code: int = 0, **environment: str) -> Submitted:
+    surroundings = {"PATH": str(record), "RECORD": str(record), "STAND_IN_EXIT": str(exit_code), **environment}
+    done = subprocess.run(["bash", SCRIPT, *words], cwd="/", env=surroundings, capture_output=True, text=True)
+    read = [(record / name).read_text().split("\0")[:-1] if (record / name).exists() else [] for name in RECORDED]
+    return Submitted(done.returncode, done.stderr, *read)
+
+
+RECORDED = ("arguments", "surroundings")
+
+
+def test_a_run_is_submitted_from_the_root_with_its_name_a_grace_and_resume(record: Path) -> None:
+    submitted = submit(record, DEMO, "s3://bucket/runs", "--learner.num_gpus", "0.9")
+    assert submitted.returncode == 0, submitted.stderr
+    assert submitted.arguments[:2] == ["job", "submit"]
+    assert submitted.surroundings == [str(ROOT), "token"]
+    assert submitted.option("--working-dir") == "."
+    assert json.loads(submitted.option("--metadata-json")) == {"run": "demo"}
+    assert json.loads(submitted.option("--runtime-env-json")) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
+    train = ["python", "ddpo.py", "train", DEMO, "--output_dir", "s3://bucket/runs", "--resume", "auto"]
+    assert submitted.entrypoint == [*train, "--learner.num_gpus", "0.9"]
+
+
+def test_what_is_submitted_is_a_command_that_ddpo_takes(record: Path) -> None:
+    words = submit(record, DEMO, "/shared/runs", "--learner.num_gpus", "0.9").entrypoint
+    parser, overridable = ddpo._parser()
+    options, rest = parser.parse_known_args(words[2:])
+    assert overridable(options) and options.resume == "auto"
+    recipe = Recipe.load(ROOT / options.recipe, ddpo._overrides(rest))
+    assert (recipe.run_path(), recipe.learner.num_gpus) == ("/shared/runs/demo", 0.9)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_metadata_has_the_name_that_the_recipe_has(recipe: str, record: Path) -> None:
+    submitted = submit(record, recipe, "/shared/runs")
+    assert json.loads(submitted.option("--metadata-json")) == {"run": Recipe.load(ROOT / recipe).name}
+
+
+@pytest.mark.parametrize("override", [["--name", "mine"], ["--name=mine"]], ids=" ".join)
+def test_a_name_that_is_overridden_is_the_one_in_the_metadata(override: list[str], record: Path) -> None:
+    submitted = submit(record, DEMO, "/shared/runs", "--rounds", "3", *override)
+    assert json.loads(submitted.option("--metadata-json")) == {"run": "mine"}
+
+
+def test_the_exit_code_is_that_of_ray(record: Path) -> None:
+    assert submit(record, DEMO, "/shared/runs", exit_code=1).returncode == 1
+
+
+def test_a_mode_of_authentication_that_is_set_stays(record: Path) -> None:
+    assert submit(record, DEMO, "/shared/runs", RAY_AUTH_MODE="disabled").surroundings[1] == "disabled"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "usage"),
+        ([DEMO], "usage"),
+        (["deploy/recipes/none.toml", "/shared/runs"], "no recipe at deploy/recipes/none.toml"),
+        ([str(ROOT / DEMO), "/shared/runs"], "must lie inside"),
+        ([DEMO, "runs"], "OUTPUT_DIR is runs"),
+        ([DEMO, "./runs"], "OUTPUT_DIR is ./runs"),
+        ([DEMO, "/shared/runs", "--name", 'a", "b": "c'], "the run's name is"),
+        (["pyproject.toml", "/shared/runs"], "the run's name is ''"),
+    ],
+)
+def test_what_would_go_wrong_is_refused_before_anything_is_uploaded(words: list[str], said: str, record: Path) -> None:
+    refused = submit(record, *words)
+    assert (refused.returncode, refused.arguments) == (2, [])
+    assert refused.stderr.startswith("submit.sh: ") and said in refused.stderr
+
+
+def test_a_missing_ray_is_named(record: Path) -> None:
+    (record / "ray").unlink()
+    assert "no ray on the PATH" in submit(record, DEMO, "/shared/runs").stderr
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    assert os.access(SCRIPT, os.X_OK)
+    done = subprocess.run([tool("shellcheck"), SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
