@@ -43,8 +43,8 @@ def report(run: str, overrides: list[str]) -> str:
     with local_folder(folder.report) as path:
         before_after_picture(comparison, path / "before_after.png")
         reward_curve(rounds, path / "reward_curve.png")
-    run = FinishedRun(folder, recipe, overrides, rounds, weights.fingerprint, weights.policy_version)
-    folder.report.write("report.html", report_page(run, comparison).encode())
+    finished = FinishedRun(folder, recipe, overrides, rounds, weights.fingerprint, weights.policy_version)
+    folder.report.write("report.html", report_page(finished, comparison).encode())
     folder.report.write("summary.json", json.dumps(figures, indent=1).encode())
     return in_words(figures, folder)
 

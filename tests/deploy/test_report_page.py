@@ -20,7 +20,6 @@ from common.ledger import Ledger
 from common.prompts import Prompt
 from common.run_folder import RunFolder
 from deploy.commands.report import in_words, logged_rounds
-from deploy.commands.report_page import charts
 from deploy.commands.report_page.numbers import number, signed
 from deploy.commands.report_page.page import HERE, FinishedRun, report_page, versions
 from deploy.commands.report_page.pictures import EDGE, data_uri, gallery, worst_and_best
@@ -28,6 +27,7 @@ from deploy.commands.report_page.prompts import PromptRow, held_out_table, train
 from deploy.commands.report_page.scores import headline, paired, scores
 from deploy.commands.report_page.words import summary_in_words
 from deploy.parts import parts_of
+from tests.logged_rounds import logged
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}", "</style></pre>&amp;'")
 
@@ -48,6 +48,9 @@ class Markup(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
         self._open = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = ""
 
     def handle_data(self, data: str) -> None:
         self.texts.append((self._open, data))
@@ -72,14 +75,6 @@ def compared(before: dict[str, Any], after: dict[str, Any], prompts: tuple[str, 
     return Comparison(chosen, pixels[0], pixels[1], *found)
 
 
-def logged(round: int, **changes: float) -> dict[str, float]:
-    """What a run logs of a round, as far as the page reads it."""
-    parts = {f"seconds/{part}": 2.0 for part in ("sample", "score", "learn", "round", "wait")}
-    idle = {f"idle/{role}": 0.25 for role in ("sampler", "reward_worker", "learner")}
-    rewards = {"reward/mean": 1.0 + round, "reward/std": 0.5, "kl_nats": 0.01}
-    return {"round": float(round), "images": 8.0, "images_set_aside": 0.0, **parts, **idle, **rewards, **changes}
-
-
 def run_of(recipe: Recipe, rounds: int = 3) -> FinishedRun:
     folder = RunFolder(recipe.run_path())
     folder.write_recipe(parts_of(recipe).resolved())
@@ -89,13 +84,10 @@ def run_of(recipe: Recipe, rounds: int = 3) -> FinishedRun:
 def keep_rows(folder: RunFolder, round: int, rows: list[tuple[str, float | None, str | None]]) -> None:
     """A round of a ledger, of prompt, reward and why it was set aside."""
     prompts, rewards, reasons = zip(*rows, strict=True)
-    columns = {
-        "prompt": prompts,
-        "reward": pa.array(rewards, pa.float64()),
-        "set_aside": pa.array(reasons, pa.string()),
-    }
+    values = pa.array(rewards, pa.float64())
+    columns = {"prompt": list(prompts), "reward": values, "reward/jpeg_compressibility": values}
     buffer = io.BytesIO()
-    parquet.write_table(pa.table({name: list(values) for name, values in columns.items()}), buffer)
+    parquet.write_table(pa.table({**columns, "set_aside": pa.array(reasons, pa.string())}), buffer)
     folder.storage.write(f"rollouts/round={round:06d}/images.parquet", buffer.getvalue())
 
 
@@ -240,45 +232,6 @@ def test_a_scorer_that_falls_while_the_reward_rises_is_pointed_out(tables: dict,
     after = {"jpeg_compressibility": [2, 3.1, 3.9, 5], "animal_classifier": probe}
     sentences = summary_in_words(scores(compared(before, after), Recipe.parse(tables)), [logged(0)])
     assert any("it may have been fooled" in sentence for sentence in sentences) == fooled
-
-
-def test_a_chart_by_hand() -> None:
-    made = charts.chart("t", "c", np.arange(3.0), [charts.Series("a", np.array([0.0, 10.0, 5.0]))])
-    assert made is not None
-    # Rounds 0, 1, 2 from 46 to 330; values 0 to 10 from 166 up to 8.
-    assert made.curves[0].path == "M46 166L188 8L330 87"
-    assert made.x_ticks == [("46", "0"), ("188", "1"), ("330", "2")] and ("166", "0") in made.y_ticks
-
-
-def test_a_curve_is_broken_where_a_round_has_no_value_and_its_band_goes_around_it() -> None:
-    values = np.array([0.0, math.nan, 5.0, 10.0])
-    made = charts.chart("t", "c", np.arange(4.0), [charts.Series("a", values)])
-    assert made is not None and [part.count("L") for part in made.curves[0].path.split("M")[1:]] == [0, 1]
-    banded = charts.chart("t", "c", np.arange(2.0), [charts.Series("a", np.array([2.0, 8.0]), np.array([2.0, 2.0]))])
-    assert banded is not None and banded.curves[0].band == "M46 102.8L330 8L330 71.2L46 166z"
-    assert charts.chart("t", "c", np.arange(2.0), [charts.Series("a", np.full(2, math.nan))]) is None
-
-
-def test_a_long_run_is_averaged_and_says_so() -> None:
-    values = np.arange(1000.0)
-    assert charts.binned(values)[:2].tolist() == [2.0, 7.0] and len(charts.binned(values)) == charts.POINTS
-    made = charts.chart("t", "c", values, [charts.Series("a", values)])
-    assert made is not None and made.caption.endswith("mean of about 5 rounds") and made.curves[0].dots == []
-
-
-def test_only_what_was_logged_is_drawn() -> None:
-    rounds = [logged(0), logged(1, clip_fraction=0.5)]
-    titles = [chart.title for chart in charts.run_charts(rounds, ["a"])]
-    assert titles == ["reward", "KL", "clip fraction", "seconds by part"]
-    assert "clip fraction" not in [chart.title for chart in charts.run_charts([logged(0)], ["a"])]
-    rounds = [logged(0, **{"reward/a/mean": 1.0, "reward/a/std": 1.0, "reward/b/mean": 2.0})]
-    assert [chart.title for chart in charts.run_charts(rounds, ["a", "b"])][:3] == ["reward", "reward a", "reward b"]
-
-
-def test_who_was_busy_by_hand() -> None:
-    samplers, workers, learner = charts.strips([logged(0, **{"idle/reward_worker": math.nan}), logged(1)])
-    assert samplers.path == "M0 100v-75h50v75zM50 100v-75h50v75z" and samplers.busy == 0.75
-    assert workers.path == "M50 100v-75h50v75z" and workers.busy == 0.75 and learner.role == "learner"
 
 
 def opened(uri: str) -> Image.Image:

@@ -17,7 +17,7 @@ def signed(value: float | None) -> str:
     return _typeset(value, "+#.3g")
 
 
-def tick(value: float) -> str:
+def tick(value: float | None) -> str:
     """A round number on an axis."""
     return _typeset(value, ".4g")
 
