@@ -24,6 +24,7 @@ class Page:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._loop, self._socket, self._sent = loop, socket, 0
+        self.width = 0  # pixels, as last set
         self.complaints: list[str] = []  # errors, warnings and whatever else the console was told
         self.requests: list[str] = []
 
@@ -48,6 +49,7 @@ class Page:
 
     def resize(self, width: int, height: int) -> None:
         """A screen of so many pixels; a narrow one is a phone."""
+        self.width = width
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
