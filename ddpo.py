@@ -72,7 +72,9 @@ def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], b
     verb.add_argument("prompts", nargs="+", metavar="PROMPT")
     verb.set_defaults(run=_sample)
 
-    verb = verbs.add_parser("report", help="write before/after pictures, the reward's curve and summary.json")
+    verb = verbs.add_parser(
+        "report", help="write report.html, before/after pictures, the reward's curve and summary.json"
+    )
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
     verb.set_defaults(run=_report)
 

@@ -1,6 +1,7 @@
-"""ddpo report: what a run has changed, as pictures before and after, the reward's curve, and summary.json."""
+"""ddpo report: what a run has changed, as a page to look at, its pictures one by one, and summary.json."""
 
 import json
+import math
 import time
 from typing import Any
 
@@ -14,6 +15,8 @@ from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
 from common.storage import local_folder
 from common.trajectory import ImageBatch
+from deploy.commands.report_page.page import FinishedRun, report_page
+from deploy.commands.report_page.scores import paired, paired_error, share_kept
 from deploy.commands.report_pictures import before_after_picture, reward_curve
 from deploy.parts import Parts, build_reward, parts_of
 from learner.checkpoint import load_checkpoint, newest_checkpoint
@@ -29,7 +32,7 @@ def report(run: str, overrides: list[str]) -> str:
         raise ValueError(f"{run} has no whole checkpoint yet: there is nothing to compare")
     weights = load_checkpoint(newest).learner.trained
     comparison = compare(parts_of(recipe), folder)
-    rounds = [json.loads(line) for line in folder.storage.read(folder.metrics).splitlines()]
+    rounds = logged_rounds(folder)
     figures = summary(comparison, list(_scorers(recipe)))
     figures |= {
         "fingerprint": weights.fingerprint,
@@ -40,8 +43,17 @@ def report(run: str, overrides: list[str]) -> str:
     with local_folder(folder.report) as path:
         before_after_picture(comparison, path / "before_after.png")
         reward_curve(rounds, path / "reward_curve.png")
+    finished = FinishedRun(folder, recipe, overrides, rounds, weights.fingerprint, weights.policy_version)
+    folder.report.write("report.html", report_page(finished, comparison).encode())
     folder.report.write("summary.json", json.dumps(figures, indent=1).encode())
     return in_words(figures, folder)
+
+
+def logged_rounds(folder: RunFolder) -> list[dict[str, float]]:
+    """What the run has logged, an entry a round, NaN for `null`; without a last line that a kill cut off."""
+    lines = folder.storage.read(folder.metrics).decode().splitlines(keepends=True)
+    rounds = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{name: math.nan if value is None else value for name, value in metrics.items()} for metrics in rounds]
 
 
 def compare(parts: Parts, folder: RunFolder) -> Comparison:
@@ -74,36 +86,35 @@ def _scorers(recipe: Recipe) -> dict[str, RewardTable]:
 
 def summary(comparison: Comparison, scorers: list[str]) -> dict[str, Any]:
     """The figures of summary.json; the standard error is of the mean paired difference."""
-    before, after = comparison.scores_before["reward"], comparison.scores_after["reward"]
-    difference = after - before
+    before, after = paired(comparison, "reward")
     return {
         "reward_before": float(before.mean()),
         "reward_after": float(after.mean()),
-        "paired_standard_error": float(difference.std(ddof=1) / np.sqrt(len(difference))),
-        "images_compared": len(difference),
+        "paired_standard_error": paired_error(before, after),
+        "images_compared": len(before),
         "scorers": {name: _scorer_figures(comparison, name) for name in scorers},
     }
 
 
 def _scorer_figures(comparison: Comparison, name: str) -> dict[str, float]:
-    before, after = comparison.scores_before[name], comparison.scores_after[name]
+    before, after = paired(comparison, name)
+    kept = share_kept(before, after)  # of a yes-or-no scorer: how many it still says yes to
     figures = {"before": float(before.mean()), "after": float(after.mean())}
-    if before.any() and np.isin([before, after], [0, 1]).all():  # a yes-or-no scorer: how many it still says yes to
-        figures["kept"] = float(after[before == 1].mean())
-    return figures
+    return figures if kept is None else {**figures, "kept": kept}
 
 
 def in_words(figures: dict[str, Any], folder: RunFolder) -> str:
     """The report on the terminal: the figures, then where everything lies."""
     before, after, error = figures["reward_before"], figures["reward_after"], figures["paired_standard_error"]
     errors = f" ({(after - before) / error:+.1f} paired standard errors)" if error else ""
+    change = f", {100 * (after - before) / abs(before):+.1f} %" if before else ""
     lines = [
         f"reward on {figures['images_compared']} held-out pictures, same prompts and noise: "
-        f"{before:.3f} before, {after:.3f} after, {100 * (after - before) / abs(before):+.1f} %{errors}"
+        f"{before:.3f} before, {after:.3f} after{change}{errors}"
     ]
     for name, values in figures["scorers"].items():
         kept = f"; of those with 1 before, {100 * values['kept']:.0f} % still have it" if "kept" in values else ""
         lines.append(f"{name}: {values['before']:.3f} before, {values['after']:.3f} after{kept}")
     lines.append(f"weights after round {figures['policy_version']}: fingerprint {figures['fingerprint'][:12]}")
-    files = ("before_after.png", "reward_curve.png", "summary.json")
+    files = ("report.html", "before_after.png", "reward_curve.png", "summary.json")
     return "\n".join([*lines, "look at:", *(f"  {folder.report.location}/{name}" for name in files)])

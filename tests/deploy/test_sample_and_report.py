@@ -14,7 +14,10 @@ import ddpo
 from actors.evaluation import Comparison, EvaluationSet
 from common.config import Recipe
 from common.diffusion.policy import EMBEDDED_MODELS
+from common.run_folder import RunFolder
 from deploy.commands.report import summary
+from deploy.commands.report_page.numbers import number
+from tests.conftest import SECRET
 from train import train
 
 
@@ -75,9 +78,37 @@ def test_the_report_says_what_changed(run: Path, capsys: pytest.CaptureFixture) 
     assert figures["images_compared"] == 8
     assert figures["reward_before"] != figures["reward_after"]
     printed = capsys.readouterr().out
-    for name in ("before_after.png", "reward_curve.png", "summary.json"):
+    for name in ("report.html", "before_after.png", "reward_curve.png", "summary.json"):
         assert (run / "report" / name).is_file() and str(run / "report" / name) in printed
     assert len(np.unique(np.asarray(Image.open(run / "report" / "before_after.png")))) > 50
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_page_tells_of_every_reward_and_of_the_rows_that_were_kept(tables: dict, keep: bool) -> None:
+    del tables["reward"]
+    tables["rewards"] = [
+        {"name": "jpeg_compressibility", "label": "small", "floor": -9.0},
+        {"name": "jpeg_incompressibility", "label": "rich", "weight": 0.5},
+    ]
+    tables["prompts"] = {"name": "texts", "texts": ["cat", "<b>dog</b>"]}
+    recipe = Recipe.parse({**tables, "evaluation": {"images": 4}, "rollouts": {"keep": keep}})
+    train(recipe, serial=True)
+    assert ddpo.main(["report", recipe.run_path()]) == 0
+    page = (Path(recipe.run_path()) / "report" / "report.html").read_text()
+    figures = json.loads((Path(recipe.run_path()) / "report" / "summary.json").read_text())
+    assert {"small", "rich"} == set(figures["scorers"]) and "<b>small</b>" in page and "<b>rich</b>" in page
+    assert f"{number(figures['reward_before'])} → {number(figures['reward_after'])}" in page
+    assert ("round 0</th>" in page) == ("pictures learned from, by prompt" in page) == keep
+    assert "&lt;b&gt;dog&lt;/b&gt;" in page and "<b>dog" not in page
+
+
+def test_a_run_of_one_round_in_a_bucket_has_its_page_there(tables: dict, bucket: str) -> None:
+    tables |= {"output_dir": f"{bucket}/runs", "rounds": 1, "evaluation": {"images": 4}}
+    recipe = Recipe.parse(tables)
+    train(recipe, serial=True)
+    assert ddpo.main(["report", recipe.run_path()]) == 0
+    page = RunFolder(recipe.run_path()).report.read("report.html").decode()
+    assert "in one round" in page and SECRET not in page and "testing-key" not in page
 
 
 def test_an_untrained_run_changes_nothing(tables: dict) -> None:

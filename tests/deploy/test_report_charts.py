@@ -1,0 +1,47 @@
+"""The report's curves and its utilisation, against coordinates worked out by hand."""
+
+import math
+
+import numpy as np
+
+from deploy.commands.report_page import charts
+from tests.logged_rounds import logged
+
+
+def test_a_chart_by_hand() -> None:
+    made = charts.chart("t", "c", np.arange(3.0), [charts.Series("a", np.array([0.0, 10.0, 5.0]))])
+    assert made is not None
+    # Rounds 0, 1, 2 from 46 to 330; values 0 to 10 from 166 up to 8.
+    assert made.curves[0].path == "M46 166L188 8L330 87"
+    assert made.x_ticks == [("46", "0"), ("188", "1"), ("330", "2")] and ("166", "0") in made.y_ticks
+
+
+def test_a_curve_is_broken_where_a_round_has_no_value_and_its_band_goes_around_it() -> None:
+    values = np.array([0.0, math.nan, 5.0, 10.0])
+    made = charts.chart("t", "c", np.arange(4.0), [charts.Series("a", values)])
+    assert made is not None and [part.count("L") for part in made.curves[0].path.split("M")[1:]] == [0, 1]
+    banded = charts.chart("t", "c", np.arange(2.0), [charts.Series("a", np.array([2.0, 8.0]), np.array([2.0, 2.0]))])
+    assert banded is not None and banded.curves[0].band == "M46 102.8L330 8L330 71.2L46 166z"
+    assert charts.chart("t", "c", np.arange(2.0), [charts.Series("a", np.full(2, math.nan))]) is None
+
+
+def test_a_long_run_is_averaged_and_says_so() -> None:
+    values = np.arange(1000.0)
+    assert charts.binned(values)[:2].tolist() == [2.0, 7.0] and len(charts.binned(values)) == charts.POINTS
+    made = charts.chart("t", "c", values, [charts.Series("a", values)])
+    assert made is not None and made.caption.endswith("mean of about 5 rounds") and made.curves[0].dots == []
+
+
+def test_only_what_was_logged_is_drawn() -> None:
+    rounds = [logged(0), logged(1, clip_fraction=0.5)]
+    titles = [chart.title for chart in charts.run_charts(rounds, ["a"])]
+    assert titles == ["reward", "KL", "clip fraction", "seconds by part"]
+    assert "clip fraction" not in [chart.title for chart in charts.run_charts([logged(0)], ["a"])]
+    rounds = [logged(0, **{"reward/a/mean": 1.0, "reward/a/std": 1.0, "reward/b/mean": 2.0})]
+    assert [chart.title for chart in charts.run_charts(rounds, ["a", "b"])][:3] == ["reward", "reward a", "reward b"]
+
+
+def test_who_was_busy_by_hand() -> None:
+    samplers, workers, learner = charts.strips([logged(0, **{"idle/reward_worker": math.nan}), logged(1)])
+    assert samplers.path == "M0 100v-75h50v75zM50 100v-75h50v75z" and samplers.busy == 0.75
+    assert workers.path == "M50 100v-75h50v75z" and workers.busy == 0.75 and learner.role == "learner"
