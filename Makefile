@@ -61,6 +61,7 @@ lag-study: $(VENV)/installed
 
 algorithm-study: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.algorithm_study --run --jobs 2
+	$(BIN)/python -m tests.benchmarks.algorithm_study_costs
 	$(BIN)/python -m tests.benchmarks.algorithm_study --chart
 
 three-steps: $(VENV)/installed

@@ -1,7 +1,7 @@
 """make algorithm-study: every algorithm on the embedded model by its small recipe, three run seeds each.
 
 `--list` prints the runs, `--run` makes those that the results do not have yet, `--chart` draws them, writes the CSV and prints a
-table.
+table, with what `algorithm_study_costs.py` has measured.
 """
 
 import csv
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.config import Recipe
+from tests.benchmarks.algorithm_study_costs import COSTS, read_costs
 from tests.benchmarks.lag_study_chart import by_setting, curve, draw_setting, share
 from tests.benchmarks.study import StudyRun, list_or_make, read_results, study_parser
 
@@ -33,15 +34,7 @@ def all_runs() -> list[StudyRun]:
     return [run_of(name, seed) for seed in SEEDS for name in ALGORITHMS]
 
 
-def seconds_a_picture(runs: Results) -> float:
-    """Drawing, scoring and learning of one picture, in one process on one thread: the median of all rounds of these runs."""
-    parts = ("seconds/sample", "seconds/score", "seconds/learn")
-    return float(
-        np.median([sum(each[part] for part in parts) / run["round_images"] for run in runs for each in run["rounds"]])
-    )
-
-
-def draw_chart(results: Results, path: Path) -> None:
+def draw_chart(results: Results, path: Path, costs: dict[str, float]) -> None:
     """On the left what a picture teaches, on the right what a second does."""
     from matplotlib import pyplot as plt
 
@@ -49,9 +42,9 @@ def draw_chart(results: Results, path: Path) -> None:
     for index, (name, runs) in enumerate(by_setting(results).items()):
         color = plt.get_cmap("tab10")(index % 10)
         draw_setting(left, name, runs, 1.0, color)
-        draw_setting(right, name, runs, seconds_a_picture(runs), color)
+        draw_setting(right, name, runs, costs[name], color)
     left.set_xlabel("pictures drawn")
-    right.set_xlabel("seconds of one process on one thread, at each algorithm's median time a picture")
+    right.set_xlabel("seconds of one process on one thread, by what a picture costs under each algorithm")
     for axis in (left, right):
         axis.set_ylabel("reward of the pictures that were learned from")
         axis.grid(alpha=0.3)
@@ -62,19 +55,18 @@ def draw_chart(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def write_csv(results: Results, path: Path) -> None:
+def write_csv(results: Results, path: Path, costs: dict[str, float]) -> None:
     """A row a point of the chart's curves."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("algorithm", "seed", "pictures", "seconds", "reward"))
         for name, runs in by_setting(results).items():
-            seconds = seconds_a_picture(runs)
             for run in runs:
                 for images, reward in zip(*curve(run), strict=True):
-                    writer.writerow((name, run["seed"], int(images), f"{images * seconds:.1f}", f"{reward:.4f}"))
+                    writer.writerow((name, run["seed"], int(images), f"{images * costs[name]:.1f}", f"{reward:.4f}"))
 
 
-def table(results: Results) -> str:
+def table(results: Results, costs: dict[str, float]) -> str:
     """A line an algorithm, in markdown: what its runs changed on held-out pictures, and in how many standard errors."""
     lines = [
         "| recipe | pictures | change of the reward on held-out pictures | mean | fewest paired standard errors "
@@ -90,7 +82,7 @@ def table(results: Results) -> str:
         named = ", ".join(f"{each['scorers']['animal_classifier']['kept']:.2f}" for each in held_out)
         lines.append(
             f"| `{name}` | {runs[0]['images']:,} | {each_seed} % | {np.mean(changes):+.1f} % | {errors:.1f} | {named} "
-            f"| {share(runs, 'clip_fraction')} | {seconds_a_picture(runs):.3f} |"
+            f"| {share(runs, 'clip_fraction')} | {costs[name]:.3f} |"
         )
     return "\n".join(lines)
 
@@ -100,10 +92,10 @@ def main() -> int:
     options = study_parser(__doc__, "algorithm_study").parse_args()
     if not options.chart:
         return list_or_make(options, all_runs())
-    results = read_results(options.results)
-    draw_chart(results, options.picture)
-    write_csv(results, options.results.with_suffix(".csv"))
-    print(table(results))
+    results, costs = read_results(options.results), read_costs(COSTS)
+    draw_chart(results, options.picture, costs)
+    write_csv(results, options.results.with_suffix(".csv"), costs)
+    print(table(results, costs))
     return 0
 
 

@@ -3,12 +3,14 @@
 import csv
 from pathlib import Path
 
-import pytest
+import tomli_w
 
 from common.config import Recipe
+from common.run_folder import without_none
 from deploy.parts import parts_of
 from learner.algorithms import ALGORITHMS
-from tests.benchmarks.algorithm_study import SEEDS, all_runs, draw_chart, seconds_a_picture, table, write_csv
+from tests.benchmarks.algorithm_study import SEEDS, all_runs, draw_chart, table, write_csv
+from tests.benchmarks.algorithm_study_costs import measure, read_costs
 
 
 def result(setting: str, seed: int, rewards: list[float]) -> dict:
@@ -40,13 +42,24 @@ def test_every_algorithm_of_the_room_is_in_it_with_three_seeds_at_as_many_pictur
 
 def test_table_csv_and_chart_by_hand(tmp_path: Path) -> None:
     runs = [result("ddpo_is", seed, [-2.0, -1.5]) for seed in (0, 1)]
-    assert seconds_a_picture(runs) == pytest.approx(8 / 64)
+    costs = {"ddpo_is": 0.125}
     # changes of 0.2 and 0.3 of 2; the smaller is 4 standard errors
     line = "| `ddpo_is` | 128 | +10.0, +15.0 % | +12.5 % | 4.0 | 0.75, 0.75 | 25 % | 0.125 |"
-    assert table(runs).splitlines()[2] == line
-    write_csv(runs, tmp_path / "study.csv")
+    assert table(runs, costs).splitlines()[2] == line
+    write_csv(runs, tmp_path / "study.csv", costs)
     rows = list(csv.DictReader((tmp_path / "study.csv").open()))
     assert rows[1] == {"algorithm": "ddpo_is", "seed": "0", "pictures": "128", "seconds": "16.0", "reward": "-1.5000"}
     assert len(rows) == 4
-    draw_chart(runs, tmp_path / "chart.png")
+    draw_chart(runs, tmp_path / "chart.png", costs)
     assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+def test_a_picture_costs_more_where_the_same_pictures_are_learned_from_more_often(tables: dict, tmp_path: Path) -> None:
+    tables["sampling"] |= {"batches_per_round": 1}
+    recipes = {}
+    for name, epochs in (("once", 1), ("often", 6)):
+        recipes[name] = str(tmp_path / f"{name}.toml")
+        learner = {**tables["learner"], "inner_epochs": epochs}
+        Path(recipes[name]).write_text(tomli_w.dumps(without_none({**tables, "learner": learner})))
+    costs = measure(recipes, tmp_path / "costs.json", repeats=1)
+    assert costs == read_costs(tmp_path / "costs.json") and costs["often"] > costs["once"] > 0
