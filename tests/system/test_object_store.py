@@ -58,7 +58,7 @@ def test_report_and_sample_read_a_run_from_an_object_store(
     assert ddpo.main(["report", f"{bucket}/runs/tiny"]) == 0
     assert f"{bucket}/runs/tiny/report/summary.json" in capsys.readouterr().out
     report = RunFolder(f"{bucket}/runs/tiny").report
-    assert report.names() == ["before_after.png", "reward_curve.png", "summary.json"]
+    assert report.names() == ["before_after.png", "report.html", "reward_curve.png", "summary.json"]
     assert json.loads(report.read("summary.json"))["images_compared"] == 4
     for place in ("", "/lora", "/lora/pytorch_lora_weights.safetensors"):
         recipe = ["--recipe", "recipe.toml"] if place else []
