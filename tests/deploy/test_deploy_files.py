@@ -64,7 +64,9 @@ def test_a_yaml_file_is_read_and_opens_with_what_it_is_for(name: str) -> None:
 
 def test_every_file_is_named_in_the_readme() -> None:
     files = [path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix not in (".py", ".toml", ".pyc")]
-    files = [path for path in files if DEPLOY / "commands" not in path.parents]  # what commands read is no file to deploy
+    files = [
+        path for path in files if DEPLOY / "commands" not in path.parents
+    ]  # what commands read is no file to deploy
     assert len(files) >= 11
     assert [path.name for path in files if path.name not in README and path.name != "README.md"] == []
 
