@@ -48,7 +48,7 @@ def draw_chart(results: Results, path: Path, costs: dict[str, float]) -> None:
     for axis in (left, right):
         axis.set_ylabel("reward of the pictures that were learned from")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
+        axis.legend(fontsize=8, loc="upper left")
     figure.suptitle("band: from the lowest to the highest of the seeds; line: their mean", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
