@@ -106,7 +106,7 @@ class Scoring:
         self._workers.give(worker, reference, now)
 
     def _timed_out(self, worker: Worker, now: float) -> None:
-        reason = f"no scores within reward_workers.timeout_seconds = {self._pool.table.timeout_seconds:g}"
+        reason = f"no scores within timeout_seconds = {self._pool.table.timeout_seconds:g} of {self._workers.name}"
         head, *others = self._workers.lost(worker, reason)
         for reference in others:
             self._again(self._calls.pop(reference))

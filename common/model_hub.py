@@ -99,6 +99,14 @@ def cannot_load(weights: Weights) -> str:
     )
 
 
+def file_of(path: str | None, repository: str, file: str, key: str) -> Weights:
+    """The file at `path`; where none is given, the repository's. `key`: of the recipe, for `path`."""
+    if path is None:
+        return Weights(repository, (file,), key)
+    whole = Path(path).expanduser().absolute()
+    return Weights(str(whole.parent), (whole.name,), key)
+
+
 def missing_files(weights: Weights) -> list[str]:
     """Which of the files are not on this machine. Asks no hub and loads nothing."""
     folder = _folder_here(weights)

@@ -1,6 +1,5 @@
 """How people would rate a picture: CLIP ViT-L/14's embedding under a head fitted on ratings (DDPO, section 5.2)."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from jaxtyping import Float
 from actors.rewards.reward import Images, LoadedReward, Reward
 from common.aesthetic_head import read_head
 from common.clip_towers import EmbedImages, load_image_embedder
-from common.model_hub import Weights, file_from_hub
+from common.model_hub import Weights, file_from_hub, file_of
 from common.pretrained import MODEL_FILES, Precision, torch_dtype, weight_bytes
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -35,10 +34,9 @@ class Aesthetic(Reward):
         return weight_bytes(VIT_L_14_PARAMETERS, self.dtype)
 
     def needs(self) -> tuple[Weights, ...]:
-        head = Path(self.head or HEAD_FILE).expanduser().absolute()
         return (
             Weights(self.clip, MODEL_FILES, "reward.clip"),
-            Weights(str(head.parent) if self.head else HEAD_REPOSITORY, (head.name,), "reward.head"),
+            file_of(self.head, HEAD_REPOSITORY, HEAD_FILE, "reward.head"),
         )
 
     def load(self, device: str) -> LoadedReward:

@@ -1,6 +1,5 @@
 """What people prefer among generated pictures: HPS v2.1, an open_clip ViT-H/14 tuned on preferences (Wu et al. 2023)."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ from jaxtyping import Float
 
 from actors.rewards.reward import Images, LoadedReward, Reward
 from common.clip_towers import clip_towers
-from common.model_hub import Weights, cannot_load, file_from_hub
+from common.model_hub import Weights, cannot_load, file_from_hub, file_of
 from common.open_clip_weights import load_open_clip
 from common.pretrained import TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
 
@@ -33,9 +32,8 @@ class HpsV2(Reward):
         return weight_bytes(VIT_H_14_PARAMETERS, self.dtype)
 
     def needs(self) -> tuple[Weights, ...]:
-        path = Path(self.checkpoint or CHECKPOINT).expanduser().absolute()
         return (
-            Weights(str(path.parent) if self.checkpoint else REPOSITORY, (path.name,), "reward.checkpoint"),
+            file_of(self.checkpoint, REPOSITORY, CHECKPOINT, "reward.checkpoint"),
             Weights(self.tokenizer, (TOKENIZER_FILE,), "reward.tokenizer"),
         )
 

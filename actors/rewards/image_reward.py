@@ -1,6 +1,5 @@
 """How much people would like a picture for its prompt: ImageReward, a BLIP tuned on rankings (Xu et al. 2023)."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from actors.rewards.reward import Images, LoadedReward, Reward
 from common.aesthetic_head import AestheticHead, layers_in_order
 from common.blip_weights import load_blip, without_prefix
 from common.clip_preprocessing import clip_pixels
-from common.model_hub import Weights, cannot_load, file_from_hub
+from common.model_hub import Weights, cannot_load, file_from_hub, file_of
 from common.pretrained import TOKENIZER_FILE, Precision, read_tokenizer, torch_dtype, weight_bytes
 from common.weight_file import named_weights
 
@@ -38,9 +37,8 @@ class ImageReward(Reward):
         return weight_bytes(PARAMETERS, self.dtype)
 
     def needs(self) -> tuple[Weights, ...]:
-        path = Path(self.checkpoint or CHECKPOINT).expanduser().absolute()
         return (
-            Weights(str(path.parent) if self.checkpoint else REPOSITORY, (path.name,), "reward.checkpoint"),
+            file_of(self.checkpoint, REPOSITORY, CHECKPOINT, "reward.checkpoint"),
             Weights(self.tokenizer, (TOKENIZER_FILE,), "reward.tokenizer"),
         )
 
