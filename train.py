@@ -15,6 +15,7 @@ from common.schedule import last_startable_round, round_parts, round_tasks
 from common.trackers.fan_out import FanOut
 from common.trackers.tracker import RunInfo
 from common.trajectory import Scored
+from deploy.evaluating import Evaluating
 from deploy.parts import Parts, parts_of
 from deploy.progress import Progress
 from deploy.supervision import Stopped, Supervision
@@ -42,14 +43,18 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
             with folder.token() as token:
                 workers.learner.check_folder(folder.location, token)
             folder.write_recipe(parts.resolved())
-            progress = Progress(parts, folder, trackers, checkpoint)
+            evaluating = Evaluating(parts, folder, workers)
+            progress = Progress(parts, trackers, evaluating, folder, checkpoint)
             ids = checkpoint.tracker_ids if checkpoint else {}
             run = RunInfo(recipe.name, folder.location, parts.resolved(), recipe.rounds, progress.rounds_done, ids)
             trackers.start(run)
+            pretrained = workers.learner.weights()[-1]
             if checkpoint:
                 workers.learner.load_state(checkpoint.learner)
+            evaluating.begin(pretrained, checkpoint)
             run_rounds(parts, workers, progress, supervision)
             workers.learner.save_policy(folder.location)
+            evaluating.end()
         except NothingMoves as stuck:
             folder.write_watchdog(f"{stuck}\n--- learner\n{workers.learner.stacks()}\n")
             raise
@@ -69,10 +74,13 @@ def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: 
     submitted = progress.rounds_done
     try:
         for round in range(progress.rounds_done, recipe.rounds):
+            if progress.evaluating.is_over:  # the guard has had enough
+                break
             started = time.monotonic()
             while submitted <= min(last_startable_round(round, recipe.max_policy_lag), recipe.rounds - 1):
                 stream.submit(round_tasks(recipe, submitted, draw))  # prompts → sampler
                 submitted += 1
+            progress.evaluating.submit(round)  # held-out prompts → sampler, behind them
             scored: list[Scored] = []
             for tasks in round_parts(recipe):  # one, unless the learner is to begin with a round's first tasks
                 rollouts = stream.collect(round, tasks)  # sampler → reward → scores and references
@@ -82,7 +90,7 @@ def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: 
             collected = time.monotonic()
             learned, state = learn(parts, workers, scored, draw)  # trajectories → learner
             stream.publish(state.weights[-1])  # weights → sampler
-            progress.learned(state)
+            progress.learned(state, learned)
             progress.write(scored, learned, RoundClock(started, collected, time.monotonic()), workers)
             supervision.check()
             del rollouts, scored  # or the store would hold this round's trajectories while the next is collected

@@ -9,19 +9,31 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.pace import Pace
 from actors.worker_pool import Worker, WorkerPool
-from common.schedule import Place, Task
+from common.schedule import Place, Stream, Task
 from common.trajectory import TaskReport
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task, and a reference to the weights that it is drawn with."""
+
+    task: Task
+    weights: Any
 
 
 @dataclass(frozen=True)
 class Attempt:
     """A task in a sampler's hands: references to its three results."""
 
-    task: Task
+    asked: Asked
     sampler: Worker
     report: Any
     trajectory: Any
     images: Any
+
+    @property
+    def task(self) -> Task:
+        return self.asked.task
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class Drawn:
     report: TaskReport
     trajectory: Any
     images: Any
+    weights: Any  # that drew it
 
 
 class Drawing:
@@ -42,7 +55,7 @@ class Drawing:
         self._retries = retries  # by reason; the stream reports them
         self._weights: dict[int, Any] = {}
         self._queue: list[Place] = []
-        self._open: dict[Place, Task] = {}  # not drawn yet
+        self._open: dict[Place, Asked] = {}  # not drawn yet
         self._attempts: dict[Any, Attempt] = {}
 
     def publish(self, policy_version: int, weights: Any, versions_kept: int) -> None:
@@ -51,9 +64,9 @@ class Drawing:
         for version in [version for version in self._weights if version <= policy_version - versions_kept]:
             del self._weights[version]
 
-    def submit(self, task: Task) -> None:
-        """Queue a task. Its policy version must have been published."""
-        self._open[task.place] = task
+    def submit(self, task: Task, weights: Any = None) -> None:
+        """Queue a task. Its policy version must have been published, or it comes with its weights, by reference."""
+        self._open[task.place] = Asked(task, self._weights[task.policy_version] if weights is None else weights)
         heapq.heappush(self._queue, task.place)
 
     def references(self) -> list[Any]:
@@ -67,22 +80,38 @@ class Drawing:
     def move(self, now: float) -> None:
         """Hand out what is queued; then let idle samplers take over from those that are slow."""
         self._suspect_overdue(now)
-        while self._queue and (sampler := self._samplers.free()):
-            place = heapq.heappop(self._queue)
-            if place in self._open:
-                self._give(self._open[place], sampler, now)
-        while not self._queue and (sampler := self._idle()) and (task := self._waiting_behind()):
-            self._take_over(task, sampler, now)
+        while self._rounds_wait() and (sampler := self._samplers.free()):
+            self._give_next(sampler, now)
+        # None has a task waiting that is only looked at: a round that comes meanwhile waits for one of them at most.
+        while not self._rounds_wait() and (sampler := self._idle()):
+            if asked := self._waiting_behind():
+                self._take_over(asked, sampler, now)
+            elif self._queue:
+                self._give_next(sampler, now)
+            else:
+                break
 
-    def _give(self, task: Task, sampler: Worker, now: float) -> None:
+    def _rounds_wait(self) -> bool:
+        """Whether a task is queued that is to be learned from."""
+        return any(stream == Stream.TRAINING for _, stream, _ in self._queue)
+
+    def _give_next(self, sampler: Worker, now: float) -> None:
+        place = heapq.heappop(self._queue)
+        if place in self._open:
+            self._give(self._open[place], sampler, now)
+
+    def _give(self, asked: Asked, sampler: Worker, now: float) -> None:
         draw = sampler.actor.draw.options(num_returns=3)
-        report, trajectory, images = draw.remote(task, self._weights[task.policy_version])
-        self._attempts[report] = Attempt(task, sampler, report, trajectory, images)
+        report, trajectory, images = draw.remote(asked.task, asked.weights)
+        self._attempts[report] = Attempt(asked, sampler, report, trajectory, images)
         self._samplers.give(sampler, report, now)
 
     def _suspect_overdue(self, now: float) -> None:
         for sampler in self._samplers.loaded:
-            if sampler.calls and not sampler.suspect and self._pace.is_overdue(now - sampler.head_since):
+            if not sampler.calls or sampler.suspect:
+                continue
+            images = len(self._attempts[sampler.calls[0]].task.seeds)
+            if self._pace.is_overdue(now - sampler.head_since, images):
                 sampler.suspect = True
                 for call in sampler.calls:
                     self._again(self._attempts[call].task, "overdue")
@@ -101,21 +130,22 @@ class Drawing:
         sampler = self._samplers.free()
         return sampler if sampler and not sampler.calls else None
 
-    def _waiting_behind(self) -> Task | None:
+    def _waiting_behind(self) -> Asked | None:
         """The first task that waits behind another one in a sampler's hands, and is nowhere else."""
         behind = [call for sampler in self._samplers.loaded for call in sampler.calls[1:]]
-        tasks = [self._attempts[call].task for call in behind]
-        alone = [task for task in tasks if task.place in self._open and self._attempts_of(task) == 1]
-        return min(alone, key=lambda task: task.place, default=None)
+        asked = [self._attempts[call].asked for call in behind]
+        alone = [each for each in asked if each.task.place in self._open and self._attempts_of(each.task) == 1]
+        return min(alone, key=lambda each: each.task.place, default=None)
 
     def _attempts_of(self, task: Task) -> int:
         return sum(attempt.task.place == task.place for attempt in self._attempts.values())
 
-    def _take_over(self, task: Task, sampler: Worker, now: float) -> None:
+    def _take_over(self, asked: Asked, sampler: Worker, now: float) -> None:
+        place = asked.task.place
         for attempt in list(self._attempts.values()):
-            if attempt.task.place == task.place:
-                attempt.sampler.actor.forget.options(concurrency_group="health").remote(task.place)
-        self._give(task, sampler, now)
+            if attempt.task.place == place:
+                attempt.sampler.actor.forget.options(concurrency_group="health").remote(place)
+        self._give(asked, sampler, now)
 
     def finished(self, report: Any, now: float) -> Drawn | None:
         """What came of a report that is there: the drawn task, or nothing where it is to be drawn again or was drawn twice.
@@ -138,11 +168,11 @@ class Drawing:
         if value is None:  # it was told to forget the task
             self._again(attempt.task, "forgotten")
             return None
-        self._pace.add(seconds)
+        self._pace.add(seconds, len(attempt.task.seeds))
         if attempt.task.place not in self._open:
             return None
         del self._open[attempt.task.place]
-        return Drawn(value, attempt.trajectory, attempt.images)
+        return Drawn(value, attempt.trajectory, attempt.images, attempt.asked.weights)
 
     def _sampler_died(self, attempt: Attempt, reason: str) -> None:
         calls = self._samplers.lost(attempt.sampler, reason)

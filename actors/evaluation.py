@@ -1,4 +1,4 @@
-"""Evaluation: fixed prompts and fixed seeds, drawn and scored in the same way before and after."""
+"""Evaluation: fixed prompts and fixed seeds, drawn and scored in the same way at every version."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from common.diffusion.policy import Policy
 from common.diffusion.rollout import draw, window_of_pictures
 from common.prompts import Prompt, PromptSource
 from common.recipe_tables import EvaluationTable, SamplingTable
-from common.schedule import Stream, image_seed
+from common.schedule import Stream, Task, image_seed
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,20 @@ class EvaluationSet:
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
     batch_size: int
+
+    @property
+    def num_tasks(self) -> int:
+        return -(-len(self.seeds) // self.batch_size)
+
+    def tasks(self, policy_version: int, round: int, first: int, sampling: SamplingTable) -> list[Task]:
+        """The set's pictures for the stream, numbered from `first`; drawn behind what is learned from in `round`."""
+        window = window_of_pictures(sampling)
+        starts = range(0, len(self.seeds), self.batch_size)
+        parts = [slice(start, start + self.batch_size) for start in starts]
+        return [
+            Task(round, index, policy_version, self.prompts[part], self.seeds[part], window, Stream.EVALUATION)
+            for index, part in enumerate(parts, first)
+        ]
 
 
 @dataclass(frozen=True)
@@ -33,9 +47,9 @@ class Comparison:
 
 
 def evaluation_set(table: EvaluationTable, source: PromptSource) -> EvaluationSet:
-    """The prompts named in the recipe, else those of its source, one after the other until there are enough pictures."""
+    """The recipe's prompts, else those that its source leaves out, else all of it, in turn until there are enough pictures."""
     stream = Stream.EVALUATION if table.split == "evaluation" else Stream.TUNING
-    listed = table.prompts or source.listed()
+    listed = table.prompts or source.held_out() or source.listed()
     if listed:
         prompts = [Prompt(listed[image % len(listed)]) for image in range(table.images)]
     else:

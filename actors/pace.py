@@ -1,4 +1,4 @@
-"""Pace: how long a task takes its peers, and so when one is overdue; no clock of its own."""
+"""Pace: how long an image of a task takes its peers, and so when one is overdue; no clock of its own."""
 
 from collections import deque
 from statistics import median
@@ -9,18 +9,18 @@ SHORTEST_SECONDS = 1.0  # below, a busy machine's jitter would look like a fault
 
 
 class Pace:
-    """Remembers the last tasks' seconds."""
+    """Remembers the last tasks' seconds an image: tasks of an evaluation may have more of them than those of a round."""
 
     def __init__(self, overdue_factor: float) -> None:
         self._factor = overdue_factor
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
 
-    def add(self, seconds: float) -> None:
-        """A task was done in so many seconds."""
-        self._seconds.append(seconds)
+    def add(self, seconds: float, images: int) -> None:
+        """A task of so many images was done in so many seconds."""
+        self._seconds.append(seconds / images)
 
-    def is_overdue(self, seconds: float) -> bool:
-        """Whether a task that has taken so many seconds is over the factor of its peers' median."""
+    def is_overdue(self, seconds: float, images: int) -> bool:
+        """Whether a task of so many images that has taken so many seconds is over the factor of its peers' median."""
         if len(self._seconds) < FEWEST:
             return False
-        return seconds > max(SHORTEST_SECONDS, self._factor * median(self._seconds))
+        return seconds > max(SHORTEST_SECONDS, self._factor * median(self._seconds) * images)

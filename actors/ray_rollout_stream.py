@@ -15,7 +15,7 @@ from actors.scoring_pools import ScoringPools
 from actors.worker_pool import RestartBudget, WorkerPool
 from common.lora_weights import LoraWeights
 from common.round_metrics import StreamReport
-from common.schedule import Place, Task
+from common.schedule import Place, Stream, Task
 from common.trajectory import ImageBatch, Rollout
 
 POLL_SECONDS = 0.5  # the longest that deadlines, signals and `ddpo scale` go unseen
@@ -50,21 +50,23 @@ class RayRolloutStream(RolloutStream):
         self._drawing = Drawing(pools.samplers, Pace(settings.overdue_factor), self._retries)
         self._scoring = ScoringPools(pools.scoring, self._retries)
         self._done: dict[Place, Rollout] = {}
+        self._evaluation_seconds = 0.0  # of drawing, since the last report
         self._moved = time.monotonic()
 
     def publish(self, weights: LoraWeights) -> None:
         self._drawing.publish(weights.policy_version, ray.put(weights), self._settings.versions_kept)
 
-    def submit(self, tasks: list[Task]) -> None:
+    def submit(self, tasks: list[Task], weights: LoraWeights | None = None) -> None:
+        given = None if weights is None else ray.put(weights)
         for task in tasks:
-            self._drawing.submit(task)
+            self._drawing.submit(task, given)
         self._drawing.move(time.monotonic())
 
-    def collect(self, round: int, tasks: range) -> list[Rollout]:
+    def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
         self._moved = time.monotonic()
-        places = [(round, index) for index in tasks]
+        places = [(round, int(stream), index) for index in tasks]
         while not self._done.keys() >= set(places):
-            self._wait((), f"round {round} waits for its rollouts")
+            self._wait((), f"round {round} waits for its {stream.name.lower()} rollouts")
         return [self._done.pop(place) for place in places]
 
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
@@ -137,8 +139,10 @@ class RayRolloutStream(RolloutStream):
 
     def _keep(self, outcome: ScoringOutcome) -> None:
         for drawn in outcome.lost:  # with the node that held its pictures
-            self._drawing.submit(drawn.report.task)
+            self._drawing.submit(drawn.report.task, drawn.weights)
         for drawn, scores in outcome.scored:
+            if not drawn.report.task.trains:
+                self._evaluation_seconds += drawn.report.seconds
             self._done[drawn.report.task.place] = Rollout(drawn.report, scores, drawn.trajectory, drawn.images)
 
     def _dump(self, what: str) -> str:
@@ -161,9 +165,10 @@ class RayRolloutStream(RolloutStream):
             return None
 
     def report(self) -> StreamReport:
-        samplers, workers = self._pools.samplers, [pool.workers for pool in self._pools.scoring]
+        samplers, workers = self._pools.samplers, [pool.workers for pool in self._pools.scoring if pool.trains]
         retries = dict(self._retries)
         self._retries.clear()
+        evaluation, self._evaluation_seconds = self._evaluation_seconds, 0.0
         return StreamReport(
             len(samplers.loaded),
             samplers.wanted,
@@ -174,6 +179,7 @@ class RayRolloutStream(RolloutStream):
             len(self._done),
             retries,
             self._pools.budget.report(),
+            evaluation,
         )
 
 

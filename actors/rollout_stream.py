@@ -12,7 +12,7 @@ from actors.scoring_job import ScoringJob, backoff_seconds
 from common.lora_weights import LoraWeights
 from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.round_metrics import StreamReport
-from common.schedule import Place, Task
+from common.schedule import Place, Stream, Task
 from common.trajectory import ImageBatch, Rollout, Scores, merged_scores
 
 # Called between any two steps of work, at least about once a second: to stop a run it raises.
@@ -27,11 +27,11 @@ class RolloutStream(ABC):
         """Make a policy version available to tasks."""
 
     @abstractmethod
-    def submit(self, tasks: list[Task]) -> None:
-        """Queue a round's tasks. Their policy version must have been published."""
+    def submit(self, tasks: list[Task], weights: LoraWeights | None = None) -> None:
+        """Queue tasks. Their policy version must have been published, or they come with its weights."""
 
     @abstractmethod
-    def collect(self, round: int, tasks: range) -> list[Rollout]:
+    def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
         """The rollouts of these tasks of a round, in task order; waits until the last is scored. Each is given out once.
 
         Errors of workers are raised here.
@@ -69,6 +69,7 @@ class SerialPool:
 
     worker: RewardWorker
     table: RewardPoolTable
+    trains: bool = True  # else it holds scorers, which are asked only of pictures that are looked at
 
 
 class SerialRolloutStream(RolloutStream):
@@ -79,9 +80,10 @@ class SerialRolloutStream(RolloutStream):
         self._pools = pools
         self._settings = settings
         self._weights: dict[int, LoraWeights] = {}
-        self._tasks: dict[Place, Task] = {}
+        self._tasks: dict[Place, tuple[Task, LoraWeights | None]] = {}
         self._retries: dict[str, int] = {}
         self._reported = time.monotonic()
+        self._evaluation_seconds = 0.0  # of drawing, since the last report
 
     def publish(self, weights: LoraWeights) -> None:
         self._weights[weights.policy_version] = weights
@@ -89,17 +91,20 @@ class SerialRolloutStream(RolloutStream):
         for version in [version for version in self._weights if version <= oldest]:
             del self._weights[version]
 
-    def submit(self, tasks: list[Task]) -> None:
-        self._tasks |= {task.place: task for task in tasks}
+    def submit(self, tasks: list[Task], weights: LoraWeights | None = None) -> None:
+        self._tasks |= {task.place: (task, weights) for task in tasks}
 
-    def collect(self, round: int, tasks: range) -> list[Rollout]:
-        return [self._rollout(self._tasks.pop((round, index))) for index in tasks]
+    def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
+        return [self._rollout(*self._tasks.pop((round, int(stream), index))) for index in tasks]
 
-    def _rollout(self, task: Task) -> Rollout:
+    def _rollout(self, task: Task, weights: LoraWeights | None) -> Rollout:
         self._settings.check()
-        report, trajectory, images = self._sampler.draw(task, self._weights[task.policy_version])
+        report, trajectory, images = self._sampler.draw(task, weights or self._weights[task.policy_version])
         assert report is not None and images is not None, "nobody tells this sampler to forget a task"
-        scores = merged_scores([self._scores(pool, images) for pool in self._pools])
+        pools = [pool for pool in self._pools if pool.trains or not task.trains]
+        scores = merged_scores([self._scores(pool, images) for pool in pools])
+        if not task.trains:
+            self._evaluation_seconds += report.seconds
         return Rollout(report, scores, trajectory, images)
 
     def _scores(self, pool: SerialPool, images: ImageBatch) -> Scores:
@@ -131,4 +136,6 @@ class SerialRolloutStream(RolloutStream):
         now = time.monotonic()
         seconds, self._reported = now - self._reported, now
         retries, self._retries = self._retries, {}
-        return StreamReport(1, 1, len(self._pools), seconds, seconds, len(self._tasks), 0, retries, {})
+        evaluation, self._evaluation_seconds = self._evaluation_seconds, 0.0
+        training = sum(pool.trains for pool in self._pools)
+        return StreamReport(1, 1, training, seconds, seconds, len(self._tasks), 0, retries, {}, evaluation)

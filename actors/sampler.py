@@ -10,7 +10,7 @@ from common.diffusion.rollout import draw, refuse_window_without_noise
 from common.lora_weights import LoraWeights
 from common.recipe_tables import RuntimeTable, SamplingTable
 from common.runtime import python_stacks, settle
-from common.schedule import Task
+from common.schedule import Place, Task
 from common.trajectory import ImageBatch, TaskReport, Trajectory, image_fingerprints
 
 
@@ -24,7 +24,7 @@ class Sampler:
         self._sampling = sampling
         self._fingerprint = ""
         self._modules_bound = 0
-        self._forgotten: set[tuple[int, int]] = set()
+        self._forgotten: set[Place] = set()
 
     def ready(self) -> bool:
         """True, once the policy is loaded."""
@@ -34,15 +34,16 @@ class Sampler:
         """What this process is doing; answered from a thread of its own while a task is drawn."""
         return python_stacks()
 
-    def forget(self, place: tuple[int, int]) -> None:
+    def forget(self, place: Place) -> None:
         """Leave this task out if it has not been begun: another sampler draws it. Comes in while a task is drawn."""
         self._forgotten.add(place)
 
     def draw(
         self, task: Task, weights: LoraWeights
-    ) -> tuple[TaskReport, Trajectory, ImageBatch] | tuple[None, None, None]:
+    ) -> tuple[TaskReport, Trajectory | None, ImageBatch] | tuple[None, None, None]:
         """One task, in three parts, so that each can go to whom it concerns; nothing where it was to be forgotten.
 
+        No trajectory where nothing is learned from it: it would only fill the store on its way.
         ValueError: these are not the weights that the task asks for.
         """
         if task.place in self._forgotten:
@@ -58,12 +59,12 @@ class Sampler:
             task,
             self._fingerprint,
             self._modules_bound,
-            trajectory.num_bytes,
+            trajectory.num_bytes if task.trains else 0,
             seconds,
             image_fingerprints(pixels),
             f"{socket.gethostname()}/{os.getpid()}",
         )
-        return report, trajectory, ImageBatch(pixels, task.prompts)
+        return report, trajectory if task.trains else None, ImageBatch(pixels, task.prompts)
 
     def _swap(self, task: Task, weights: LoraWeights) -> None:
         if weights.policy_version != task.policy_version:

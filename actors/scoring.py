@@ -11,6 +11,7 @@ from actors.reward_worker import ScoringFailed
 from actors.scoring_job import ScoringBatch, ScoringJob, backoff_seconds
 from actors.worker_pool import Worker, WorkerPool
 from common.recipe_tables import RewardPoolTable
+from common.schedule import Task
 from common.trajectory import Scores
 
 
@@ -22,6 +23,11 @@ class ScoringPool:
     names: tuple[str, ...]  # of the rewards
     table: RewardPoolTable
     independent: bool  # whether a picture's scores do not depend on its batch: then batches are made of several tasks
+    trains: bool = True  # else it holds scorers, which are asked only of pictures that are looked at
+
+    def scores(self, task: Task) -> bool:
+        """Whether a task's pictures are for these workers."""
+        return self.trains or not task.trains
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Scoring:
         for worker in list(self._workers.loaded):
             if worker.calls and now - worker.head_since > self._pool.table.timeout_seconds:
                 self._timed_out(worker, now)
-        for open in self._open:
+        for open in sorted(self._open, key=lambda open: open.drawn.report.task.place):
             while open.job.waiting and now >= open.not_before and (worker := self._workers.free(open.last_failed)):
                 self._give(worker, self._next_parts(open, now), now)
 

@@ -1,4 +1,4 @@
-"""ScoringPools: every pool of reward workers scores every drawn task, side by side; a task is done when all of them are."""
+"""ScoringPools: every pool of reward workers scores the drawn tasks that concern it; a task is done when all of those are."""
 
 from typing import Any
 
@@ -12,15 +12,19 @@ class ScoringPools:
     """The same interface as one pool's `Scoring`, over several."""
 
     def __init__(self, pools: tuple[ScoringPool, ...], retries: dict[str, int]) -> None:
+        self._asked = pools
         self._pools = tuple(Scoring(pool, retries) for pool in pools)
         self._scores: dict[
             Place, dict[int, Scores]
         ] = {}  # of tasks that some pools are done with, by the pool's number
 
     def submit(self, drawn: Drawn) -> None:
-        """Queue a drawn task with every pool."""
-        for pool in self._pools:
-            pool.submit(drawn)
+        """Queue a drawn task with every pool that it concerns."""
+        for number in self._concerned(drawn):
+            self._pools[number].submit(drawn)
+
+    def _concerned(self, drawn: Drawn) -> list[int]:
+        return [number for number, pool in enumerate(self._asked) if pool.scores(drawn.report.task)]
 
     def references(self) -> list[Any]:
         """What to wait for."""
@@ -50,10 +54,11 @@ class ScoringPools:
         place = drawn.report.task.place
         of_task = self._scores.setdefault(place, {})
         of_task[number] = scores
-        if len(of_task) < len(self._pools):
+        concerned = self._concerned(drawn)
+        if len(of_task) < len(concerned):
             return None
         del self._scores[place]
-        return merged_scores([of_task[pool] for pool in range(len(self._pools))])
+        return merged_scores([of_task[number] for number in concerned])
 
     def waiting_for(self) -> list[str]:
         """Who has what in hand, a line each, for the watchdog's dump."""

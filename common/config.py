@@ -13,6 +13,7 @@ from common.recipe_tables import (
     Choice,
     CompositionTable,
     EvaluationTable,
+    GuardTable,
     LearnerTable,
     PromptsTable,
     RewardTable,
@@ -48,6 +49,7 @@ class Recipe(Table):
     checkpoint: CheckpointTable = CheckpointTable()
     rollouts: RolloutsTable = RolloutsTable()
     evaluation: EvaluationTable = EvaluationTable()
+    guard: GuardTable = GuardTable()
     trackers: tuple[Choice, ...] = ()
 
     @property
@@ -92,6 +94,23 @@ class Recipe(Table):
             raise ValueError(
                 f"{which} = {images} images, which an optimizer step's "
                 f"learner.batch_size × gradient_accumulation_steps = {step} does not divide"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_guard_can_see(self) -> "Recipe":
+        known = ["reward", *(table.called for table in (*self.all_rewards, *self.evaluation.scorers))]
+        if self.guard.best_by not in known:
+            raise ValueError(f"guard.best_by is {self.guard.best_by!r}: it must be one of {known}")
+        if self.guard.on_alarm != "go_on" and not self.evaluation.every:
+            raise ValueError(
+                f"guard.on_alarm is {self.guard.on_alarm!r} and evaluation.every 0: the guard judges evaluations, so give "
+                "the rounds between two of them"
+            )
+        if self.guard.max_kl_nats is not None and self.policy.table().get("train") == "full":
+            raise ValueError(
+                f"guard.max_kl_nats is {self.guard.max_kl_nats:g} and policy.train 'full': the pretrained model is the network "
+                'with its adapters switched off, so a KL to it needs policy.train = "lora"'
             )
         return self
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 from jaxtyping import UInt8
-from PIL import Image
 
+from common.png import png
 from common.recipe_tables import RolloutsTable
 from common.storage import Storage
 from common.trajectory import Rollout, TaskReport, TrainBatch
@@ -70,7 +70,7 @@ class Ledger:
         types = COLUMNS | {name: pa.float64() for name in columns if name.startswith(("reward/", "joined/"))}
         table = pa.table({name: pa.array(columns[name], kind, from_pandas=True) for name, kind in types.items()})
         if pictures is not None and self.wants_pictures(batch.round):
-            table = table.append_column("picture", pa.array([_png(image) for task in pictures for image in task]))
+            table = table.append_column("picture", pa.array([png(image) for task in pictures for image in task]))
         buffer = io.BytesIO()
         parquet.write_table(table, buffer)
         self._storage.write(f"{_folder(batch.round)}/{FILE}", buffer.getvalue())
@@ -138,9 +138,3 @@ def _reasons(rollouts: list[Rollout]) -> dict[int, str]:
         found |= {first + row: reason for row, reason in rollout.scores.set_aside.items()}
         first += len(rollout.report.task.seeds)
     return found
-
-
-def _png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()

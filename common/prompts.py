@@ -41,7 +41,11 @@ class PromptSource(Entry, ABC):
 
     @abstractmethod
     def listed(self) -> list[str] | None:
-        """All prompts there are, in order, for evaluation; None where only drawing tells."""
+        """All prompts that are drawn from, in order; None where only drawing tells."""
+
+    def held_out(self) -> list[str]:
+        """Prompts of the source that are never drawn, for evaluation."""
+        return []
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -54,6 +58,19 @@ def _read_lines(path: Path) -> list[str]:
     return prompts
 
 
+def _without(prompts: list[str], left_out: tuple[str, ...]) -> list[str]:
+    """ValueError: a prompt to be left out is not there, or none would be left."""
+    unknown = [prompt for prompt in left_out if prompt not in prompts]
+    if unknown:
+        raise ValueError(
+            f"prompts.leave_out has {unknown}, which is not among the {len(prompts)} prompts of the source"
+        )
+    left = [prompt for prompt in prompts if prompt not in left_out]
+    if not left:
+        raise ValueError(f"prompts.leave_out has all {len(prompts)} prompts of the source: there is nothing to draw")
+    return left
+
+
 def _draw_from(prompts: list[str]) -> Draw:
     return lambda generator: Prompt(prompts[int(generator.integers(len(prompts)))])
 
@@ -61,8 +78,13 @@ def _draw_from(prompts: list[str]) -> Draw:
 class Animals(PromptSource):
     """The 45 animals of the DDPO paper (section 6), by their bare names."""
 
+    leave_out: tuple[str, ...] = ()  # never drawn: for evaluation
+
     def listed(self) -> list[str]:
-        return _read_lines(PROMPT_LISTS / "animals.txt")
+        return _without(_read_lines(PROMPT_LISTS / "animals.txt"), self.leave_out)
+
+    def held_out(self) -> list[str]:
+        return list(self.leave_out)
 
     def load(self) -> Draw:
         return _draw_from(self.listed())
@@ -84,9 +106,13 @@ class File(PromptSource):
     """A text file with one prompt a line; empty lines are passed over."""
 
     path: str
+    leave_out: tuple[str, ...] = ()  # never drawn: for evaluation
 
     def listed(self) -> list[str]:
-        return _read_lines(Path(os.path.expanduser(self.path)))
+        return _without(_read_lines(Path(os.path.expanduser(self.path))), self.leave_out)
+
+    def held_out(self) -> list[str]:
+        return list(self.leave_out)
 
     def load(self) -> Draw:
         return _draw_from(self.listed())

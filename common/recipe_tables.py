@@ -179,9 +179,33 @@ class CheckpointTable(Table):
 
 
 class EvaluationTable(Table):
-    prompts: tuple[str, ...] = ()  # none: those of the prompt source, in order
+    every: int = Field(default=0, ge=0)  # rounds between two evaluations while it trains; 0: only in the report
+    prompts: tuple[str, ...] = ()  # none: those that the prompt source leaves out, else all of it, in order
     images: int = Field(default=64, ge=2)
     batch_size: int = Field(default=16, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     split: Literal["evaluation", "tuning"] = "evaluation"  # choose a recipe's numbers on "tuning" pictures only
     scorers: tuple[RewardTable, ...] = ()  # looked at beside the reward, never trained on
+    workers: RewardPoolTable = RewardPoolTable()  # that hold the scorers while it trains
+    average_decay: float | None = Field(default=None, gt=0, lt=1)  # of the versions' moving average, drawn with as well
+    pictures: int = Field(default=8, ge=0)  # of each evaluation that are kept, the first ones
+
+    def is_due(self, policy_version: int, rounds: int) -> bool:
+        """Whether this version is evaluated in a run of so many rounds: every so often, and at the end."""
+        return self.every > 0 and (policy_version % self.every == 0 or policy_version == rounds)
+
+
+class GuardTable(Table):
+    """From where on an evaluation's findings are an alarm: the reward may be fooled. Shares are of the pretrained model's."""
+
+    scorer_fall: float = Field(default=0.5, gt=0)  # of a scorer's mean, in standard deviations of its scores before
+    certainty: float = Field(default=3.0, ge=0)  # and in paired standard errors
+    dark_share: float = Field(default=0.5, ge=0, le=1)  # of pixels that are nearly black, over the pretrained model's
+    sharpness: float = Field(default=0.1, ge=0)  # share that must be left; 0: not watched, so with the next two
+    entropy: float = Field(default=0.5, ge=0)
+    diversity: float = Field(default=0.25, ge=0)  # between pictures of one prompt
+    max_kl_nats: float | None = Field(default=None, gt=0)  # of a step, to the pretrained model; none: not watched
+    patience: int = Field(default=1, ge=1)  # evaluations in a row with an alarm, before on_alarm is done
+    # Go on with a warning; end the run; or end it with the best version's weights in place of the last.
+    on_alarm: Literal["go_on", "stop", "roll_back"] = "go_on"
+    best_by: str = "reward"  # whose mean over the evaluation tells the best version: "reward", a reward, or a scorer

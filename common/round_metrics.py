@@ -22,6 +22,7 @@ class StreamReport:
     tasks_ready: int
     retries: dict[str, int]  # by reason
     restarts: dict[str, int]  # of actors, by role
+    evaluation_seconds: float = 0.0  # of drawing what is only looked at, summed over tasks
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def round_metrics(
         "seconds/score": scoring,
         "seconds/wait": clock.collected - clock.started,
         "seconds/round": seconds,
-        "idle/sampler": _idle(sampling, stream.sampler_seconds),
+        "idle/sampler": _idle(sampling + stream.evaluation_seconds, stream.sampler_seconds),
         "idle/reward_worker": _idle(scoring, stream.reward_worker_seconds),
         "idle/learner": _idle(learned["seconds/learn"], seconds),
         "images_per_second": images / seconds,

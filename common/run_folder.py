@@ -50,6 +50,11 @@ class RunFolder:
         return self.storage.folder("lora")
 
     @property
+    def best(self) -> Storage:
+        """The weights that were best on held-out pictures, laid out as the run's own are."""
+        return self.storage.folder("best")
+
+    @property
     def report(self) -> Storage:
         return self.storage.folder("report")
 
@@ -61,6 +66,8 @@ class RunFolder:
             "metrics": self.metrics,
             "rollouts": "rollouts",
             "checkpoints": "checkpoints",
+            "evaluations": "evaluations.jsonl",
+            "best weights": "best",
             "recipe": self.recipe,
         }
         there = {name: place for name, place in places.items() if self.storage.exists(place)}

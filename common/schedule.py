@@ -8,7 +8,7 @@ import numpy as np
 from common.config import Recipe
 from common.prompts import Draw, Prompt
 
-Place = tuple[int, int]  # a task's round and its index there
+Place = tuple[int, int, int]  # a task's round, what it is for, and its index there: also the order of all tasks
 
 
 class Stream(IntEnum):
@@ -36,11 +36,17 @@ class Task:
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]  # one an image; all of its noise comes from it
     window: range | None = None  # the steps that are drawn with noise and learned from; None: all have noise
+    stream: Stream = Stream.TRAINING  # of its seeds
 
     @property
     def place(self) -> Place:
-        """Round and index: a task's name, and its order among all tasks of the run."""
-        return self.round, self.index
+        """A task's name, and its order among all tasks of the run. In a round what is only looked at comes last."""
+        return self.round, int(self.stream), self.index
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is learned from."""
+        return self.stream == Stream.TRAINING
 
 
 def image_seed(run_seed: int, stream: Stream, round: int, image: int) -> int:

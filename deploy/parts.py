@@ -27,13 +27,14 @@ class Parts:
     policy: PolicyConfig
     prompts: PromptSource
     rewards: dict[str, Reward]
+    scorers: dict[str, Reward]  # looked at, never trained on
     composition: RewardComposition
     algorithm: Algorithm
     trackers: dict[str, Tracker]
 
     def rewards_of(self, pool: RewardPool) -> dict[str, Reward]:
         """The rewards that a pool of reward workers holds."""
-        return {name: self.rewards[name] for name in pool.rewards}
+        return {name: (self.rewards | self.scorers)[name] for name in pool.rewards}
 
     def resolved(self) -> dict[str, Any]:
         """The recipe's tables with every default filled in, those of the entries too."""
@@ -75,12 +76,14 @@ def entries_of(recipe: Recipe) -> Parts:
     for table in recipe.trackers:
         trackers[table.name] = build(TRACKERS, table.table(), "trackers")
     rewards = {table.called: build_reward(table) for table in recipe.all_rewards}
+    scorers = {table.called: build_reward(table) for table in recipe.evaluation.scorers}
     _check_caches(recipe, rewards)
     return Parts(
         recipe,
         build(POLICIES, recipe.policy.table(), "policy"),
         build(PROMPTS, recipe.prompts.table(), "prompts"),
         rewards,
+        scorers,
         composition,
         algorithm,
         trackers,

@@ -1,5 +1,7 @@
 """Progress: what a run has learned so far, and how much of it is on disk."""
 
+import dataclasses
+import time
 from collections import deque
 
 from common.ledger import Ledger
@@ -7,6 +9,7 @@ from common.round_metrics import RoundClock, memory_now, reward_metrics, round_m
 from common.run_folder import RunFolder
 from common.trackers.fan_out import FanOut
 from common.trajectory import Scored, whole_round
+from deploy.evaluating import Evaluating
 from deploy.parts import Parts
 from deploy.workers import Workers
 from learner.checkpoint import Checkpoint, save_checkpoint
@@ -20,11 +23,14 @@ REMEMBERED = 256  # rounds; a run of many thousands must not grow in memory
 class Progress:
     """Takes a round when it is learned from; commits it when a checkpoint is due, or at once when the run is stopped."""
 
-    def __init__(self, parts: Parts, folder: RunFolder, trackers: FanOut, checkpoint: Checkpoint | None) -> None:
+    def __init__(
+        self, parts: Parts, trackers: FanOut, evaluating: Evaluating, folder: RunFolder, checkpoint: Checkpoint | None
+    ) -> None:
         recipe = parts.recipe
         self._parts = parts
         self._checkpoints = folder.checkpoints
         self._trackers = trackers
+        self.evaluating = evaluating
         self._ledger = Ledger(folder.storage, recipe.rollouts)
         self._done: Checkpoint | None = None  # after the last whole round of this start
         self.buffer = RoundBuffer(
@@ -41,9 +47,10 @@ class Progress:
             self.buffer.set_aside = {round: list(images) for round, images in checkpoint.set_aside.items()}
         self._ledger.cut(self.rounds_done)
 
-    def learned(self, state: LearnerState) -> None:
+    def learned(self, state: LearnerState, metrics: Metrics) -> None:
         """The learner has this round behind it: from here on a stop commits it."""
         self.rounds_done = state.policy_version
+        self.evaluating.learned(state.weights[-1], metrics.get("kl_reference_nats"))
         set_aside = {round: list(images) for round, images in self.buffer.set_aside.items()}
         ids = self._trackers.identities()
         rounds = self.rounds_done if self._parts.recipe.rollouts.keep else 0
@@ -63,13 +70,21 @@ class Progress:
         self._ledger.write_round(batch, rollouts, weights, there if len(there) == len(rollouts) else None)
         figures = reward_metrics(batch, rollouts, weights, floors) | learned
         memory = memory_now(self._done.learner.weights[-1].buffer.nbytes)
-        self.metrics.append(round_metrics(batch.round, rollouts, figures, clock, stream.report(), memory))
-        self._trackers.log(self.metrics[-1])
-        if self.rounds_done % recipe.checkpoint.every == 0 or self.rounds_done == recipe.rounds:
+        metrics = round_metrics(batch.round, rollouts, figures, clock, stream.report(), memory)
+        began = time.monotonic()
+        try:
+            found = self.evaluating.read(batch.round)
+            metrics |= found | ({"seconds/evaluation": time.monotonic() - began} if found else {})
+        finally:  # whoever stops the run while it waits for an evaluation: the round itself is done
+            self.metrics.append(metrics)
+            self._trackers.log(metrics)
+        due = self.rounds_done % recipe.checkpoint.every == 0 or self.rounds_done == recipe.rounds
+        if due or self.evaluating.is_over:
             self.commit()
 
     def commit(self) -> None:
         """Save what was learned since the last checkpoint."""
         if self._done and self._done.rounds_done > self._committed:
-            save_checkpoint(self._checkpoints, self._done, self._parts.recipe.checkpoint.keep)
+            done = dataclasses.replace(self._done, evaluation=self.evaluating.state)
+            save_checkpoint(self._checkpoints, done, self._parts.recipe.checkpoint.keep)
             self._committed = self._done.rounds_done

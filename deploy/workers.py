@@ -18,7 +18,7 @@ from actors.scoring import ScoringPool
 from actors.worker_pool import RestartBudget, WorkerPool
 from common.config import Recipe
 from common.recipe_tables import RoleTable
-from common.reward_pools import RewardPool, elastic_roles, reward_pools
+from common.reward_pools import RewardPool, all_pools, elastic_roles
 from deploy.parts import Parts
 from deploy.supervision import Supervision
 from learner.learner import Learner
@@ -45,8 +45,8 @@ def serial_workers(parts: Parts, supervision: Supervision) -> Workers:
     recipe = parts.recipe
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
     pools = tuple(
-        SerialPool(RewardWorker(parts.rewards_of(pool), pool.table, recipe.runtime), pool.table)
-        for pool in reward_pools(recipe)
+        SerialPool(RewardWorker(parts.rewards_of(pool), pool.table, recipe.runtime), pool.table, pool.trains)
+        for pool in all_pools(recipe)
     )
     learner = Learner(parts.policy, parts.algorithm, recipe)
     stream = SerialRolloutStream(sampler, pools, _settings(recipe, supervision))
@@ -69,7 +69,7 @@ def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
         _maker(Learner, "learner", recipe.learner, recipe, (parts.policy, parts.algorithm, recipe))
     )
     learner_actor = make_learner()
-    scoring = tuple(_reward_workers(parts, pool, budget) for pool in reward_pools(recipe))
+    scoring = tuple(_reward_workers(parts, pool, budget) for pool in all_pools(recipe))
     pools = Pools(_samplers(parts, budget), scoring, budget)
     stream = RayRolloutStream(pools, _settings(recipe, supervision))
     on_death = functools.partial(budget.spend, "learner")
@@ -92,11 +92,11 @@ def _samplers(parts: Parts, budget: RestartBudget) -> WorkerPool:
 
 def _reward_workers(parts: Parts, pool: RewardPool, budget: RestartBudget) -> ScoringPool:
     recipe, rewards = parts.recipe, parts.rewards_of(pool)
-    role = pool.name.replace("reward_workers", "reward-worker").replace(".", "-")
+    role = pool.name.replace("reward_workers", "reward-worker").replace(".", "-") if pool.trains else "scorer"
     make = _maker(RewardWorker, role, pool.table, recipe, (rewards, pool.table, recipe.runtime))
     independent = all(reward.independent_of_batch for reward in rewards.values())
-    workers = WorkerPool(pool.name, "reward_worker", make, pool.table.count, budget)
-    return ScoringPool(workers, pool.rewards, pool.table, independent)
+    workers = WorkerPool(pool.name, "reward_worker" if pool.trains else "scorer", make, pool.table.count, budget)
+    return ScoringPool(workers, pool.rewards, pool.table, independent, pool.trains)
 
 
 def _settings(recipe: Recipe, supervision: Supervision) -> StreamSettings:

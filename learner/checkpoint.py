@@ -10,7 +10,7 @@ from safetensors.numpy import load, save
 
 from common.lora_weights import LoraWeights, verified
 from common.storage import Storage
-from learner.learner_state import LearnerState
+from learner.learner_state import Evaluated, EvaluationState, LearnerState
 from learner.reward_composition import Statistics
 
 MANIFEST = "manifest.json"
@@ -28,6 +28,7 @@ class Checkpoint:
     tracker_ids: dict[str, str] = field(default_factory=dict)  # under which a tracker goes on, by its name
     ledger_rounds: int = 0  # in the ledger
     set_aside: dict[int, list[int]] = field(default_factory=dict)  # round: its images that were not learned from
+    evaluation: EvaluationState = EvaluationState()
 
 
 def save_checkpoint(folder: Storage, checkpoint: Checkpoint, keep: int) -> Storage:
@@ -86,13 +87,42 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "tracker_ids": checkpoint.tracker_ids,
         "ledger_rounds": checkpoint.ledger_rounds,
         "set_aside": checkpoint.set_aside,
+        "evaluation": _evaluation_header(checkpoint.evaluation),
     }
     files = {_weights_file(weights.policy_version): save({"buffer": weights.buffer}) for weights in learner.weights}
     if learner.own_weights:
         files[OWN_WEIGHTS] = save({"buffer": learner.own_weights.buffer})
+    files |= {name: save({"buffer": weights.buffer}) for name, weights in _evaluated(checkpoint.evaluation).items()}
     files["optimizer.safetensors"] = save(learner.optimizer)
     files["state.json"] = json.dumps(state).encode()
     return files
+
+
+def _evaluated(state: EvaluationState) -> dict[str, LoraWeights]:
+    """The weights of an evaluation's state by the file that each lies in."""
+    found = {"average": state.average}
+    for each in state.pending:
+        found |= {
+            f"current-{each.policy_version:06d}": each.current,
+            f"average-{each.policy_version:06d}": each.average,
+        }
+    return {f"evaluation-{name}.safetensors": weights for name, weights in found.items() if weights is not None}
+
+
+def _evaluation_header(state: EvaluationState) -> dict[str, object]:
+    pending = [{"policy_version": each.policy_version, "kl": each.kl_reference_nats} for each in state.pending]
+    files = {name: _weights_header(weights) for name, weights in _evaluated(state).items()}
+    return {"pending": pending, "files": files}
+
+
+def _load_evaluation(checkpoint: Storage, header: dict) -> EvaluationState:
+    files = {name: _load_weights(checkpoint, name, of_file) for name, of_file in header.get("files", {}).items()}
+    pending = []
+    for each in header.get("pending", ()):
+        place = f"{each['policy_version']:06d}.safetensors"
+        current, average = files[f"evaluation-current-{place}"], files.get(f"evaluation-average-{place}")
+        pending.append(Evaluated(current, average, each["kl"]))
+    return EvaluationState(files.get("evaluation-average.safetensors"), tuple(pending))
 
 
 def _weights_file(policy_version: int) -> str:
@@ -148,6 +178,7 @@ def load_checkpoint(checkpoint: Storage) -> Checkpoint:
         state.get("tracker_ids", {}),
         state.get("ledger_rounds", 0),
         {int(round): images for round, images in state.get("set_aside", {}).items()},
+        _load_evaluation(checkpoint, state.get("evaluation", {})),
     )
 
 

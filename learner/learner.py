@@ -1,12 +1,13 @@
 """Learner: owns policy and optimizer; turns a round's trajectories and advantages into new weights and metrics."""
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from common.config import Recipe
-from common.diffusion.lora import load_weights, read_weights, trained_parameters
+from common.diffusion.lora import load_weights, read_weights, reference_policy, trained_parameters
 from common.diffusion.policy import PolicyConfig
 from common.lora_weights import LoraWeights, averaged
 from common.run_folder import RunFolder
@@ -16,6 +17,7 @@ from common.storage import Storage, local_folder
 from common.trajectory import TaskReport, TrainBatch, Trajectory, TransitionBatch
 from learner.algorithms.algorithm import Algorithm
 from learner.learner_state import LearnerState
+from learner.losses import gaussian_kl
 from learner.off_policy import to_those_left
 from learner.reference_passes import References, Update, references_of
 from learner.round_noisings import RoundNoisings
@@ -105,6 +107,8 @@ class Learner:
                 break
         if batch.part == batch.parts - 1:
             self._metrics.set_divergence(self._divergence(transitions, steps))
+            if self._asks_for_reference(self._version + 1):
+                self._metrics.set_reference_kl(self._reference_kl(transitions, steps))
         self._metrics.end_part(time.perf_counter() - start, largest_difference)
 
     def _spent(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> bool:
@@ -184,13 +188,33 @@ class Learner:
     @torch.no_grad()
     def _divergence(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> Divergence:
         """Where the present policy stands against the one that drew, on a few of these images and all of their steps."""
-        size = self._settings.micro_batch_size
-        images = list(dict.fromkeys(image for pairs in steps for image, _ in pairs))
         found: Divergence = []
-        for part in micro_batches(transitions.pairs_of(np.array(images[: -(-size // transitions.num_places)])), size):
-            batch = transitions.batch(part)
+        for batch in self._few(transitions, steps):
             transition = self._policy.transition(batch.latents, batch.steps, batch.conditioning)
             found.append((batch.steps, transition.log_prob(batch.next_latents) - batch.old_log_probs))
+        return found
+
+    def _few(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> Iterator[TransitionBatch]:
+        """About a micro-batch of what was learned from: a few images with all of their steps."""
+        size = self._settings.micro_batch_size
+        images = list(dict.fromkeys(image for pairs in steps for image, _ in pairs))
+        pairs = transitions.pairs_of(np.array(images[: -(-size // transitions.num_places)]))
+        return (transitions.batch(part) for part in micro_batches(pairs, size))
+
+    def _asks_for_reference(self, policy_version: int) -> bool:
+        """Whether this version is evaluated, and the pretrained policy is at hand to be held against it."""
+        due = self._recipe.evaluation.is_due(policy_version, self._recipe.rounds)
+        return due and self._recipe.policy.table().get("train", "lora") == "lora"
+
+    @torch.no_grad()
+    def _reference_kl(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> list[torch.Tensor]:
+        """KL to the pretrained policy, of the same pairs; taken after the update, so that it decides nothing."""
+        found = []
+        for batch in self._few(transitions, steps):
+            present = self._policy.transition(batch.latents, batch.steps, batch.conditioning)
+            with reference_policy(self._policy.network):
+                pretrained = self._policy.transition(batch.latents, batch.steps, batch.conditioning)
+            found.append(gaussian_kl(present, pretrained))
         return found
 
     def state(self) -> LearnerState:
@@ -224,10 +248,10 @@ class Learner:
                 "lost; give --output_dir a path on storage that all nodes see, or a URI (s3://…)"
             )
 
-    def save_policy(self, location: str) -> str:
-        """Write the trained weights for diffusers into a run's folder; where they lie."""
-        storage = Storage(location)
-        with local_folder(storage) as folder:
+    def save_policy(self, location: str, weights: LoraWeights | None = None) -> str:
+        """Write the trained weights, or those given, for diffusers into a run's folder; where they lie."""
+        storage, present = Storage(location), self._trained
+        with local_folder(storage) as folder, swapped_in(self._policy.network, weights or present, present):
             written = self._policy.save(folder).relative_to(folder)
         return storage.folder(str(written)).location
 

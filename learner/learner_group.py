@@ -49,8 +49,8 @@ class LearnerGroup(ABC):
         """ValueError: where the learner runs, the run's folder is another one than the driver's."""
 
     @abstractmethod
-    def save_policy(self, folder: str) -> str:
-        """Write the trained weights for diffusers; the path written."""
+    def save_policy(self, folder: str, weights: LoraWeights | None = None) -> str:
+        """Write the trained weights, or those given, for diffusers; the path written."""
 
     @abstractmethod
     def stacks(self) -> str:
@@ -82,8 +82,8 @@ class SerialLearnerGroup(LearnerGroup):
     def check_folder(self, folder: str, token: str) -> None:
         self._learner.check_folder(folder, token)
 
-    def save_policy(self, folder: str) -> str:
-        return self._learner.save_policy(folder)
+    def save_policy(self, folder: str, weights: LoraWeights | None = None) -> str:
+        return self._learner.save_policy(folder, weights)
 
     def stacks(self) -> str:
         return self._learner.stacks()
@@ -174,8 +174,8 @@ class RayLearnerGroup(LearnerGroup):
     def check_folder(self, folder: str, token: str) -> None:
         self._call("check_folder", folder, token)
 
-    def save_policy(self, folder: str) -> str:
-        return self._call("save_policy", folder)
+    def save_policy(self, folder: str, weights: LoraWeights | None = None) -> str:
+        return self._call("save_policy", folder, weights)
 
     def stacks(self) -> str:
         try:

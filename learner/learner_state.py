@@ -1,4 +1,4 @@
-"""LearnerState: all that the learner needs to go on to the last bit; what a checkpoint holds of it."""
+"""LearnerState: all that the learner needs to go on to the last bit; and what evaluation needs beside it."""
 
 from dataclasses import dataclass
 
@@ -21,3 +21,24 @@ class LearnerState:
     def trained(self) -> LoraWeights:
         """The weights that are trained; they are the newest published ones, unless those are an average."""
         return self.own_weights or self.weights[-1]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A version that is being evaluated, or is to be."""
+
+    current: LoraWeights  # as samplers draw with them
+    average: LoraWeights | None = None  # the moving average of the versions up to it
+    kl_reference_nats: float | None = None  # of a step, to the pretrained model; None: not measured
+
+    @property
+    def policy_version(self) -> int:
+        return self.current.policy_version
+
+
+@dataclass(frozen=True)
+class EvaluationState:
+    """The moving average of all versions so far, and the versions whose evaluation has not been read."""
+
+    average: LoraWeights | None = None
+    pending: tuple[Evaluated, ...] = ()

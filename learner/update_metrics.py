@@ -29,6 +29,7 @@ class UpdateMetrics:
         self._steps: list[Tensor] = []
         self._gradient_norms: list[Tensor] = []
         self._divergence: Divergence = []
+        self._reference_kl: list[Tensor] = []
 
     def add_micro_batch(self, result: PairLoss, steps: Int[Tensor, "B"] | None) -> None:
         """A micro-batch that was learned from, and each pair's step; None: its pairs are not steps of a path."""
@@ -60,6 +61,10 @@ class UpdateMetrics:
     def set_divergence(self, divergence: Divergence) -> None:
         """How far the last update has moved from the policy that drew."""
         self._divergence = divergence
+
+    def set_reference_kl(self, kl: list[Tensor]) -> None:
+        """KL of pairs to the pretrained policy after the update, in batches; for algorithms that do not look at it."""
+        self._reference_kl = kl
 
     def kl_nats(self, divergence: Divergence) -> float:
         """−D · mean(log_prob − old_log_prob), D the number of latent elements; no number where there is no pair."""
@@ -113,6 +118,8 @@ class UpdateMetrics:
             steps = torch.cat([of_batch for of_batch, _ in self._divergence])
             metrics |= self._by_step("kl_nats", self._nats(self._divergence), steps)
         reference = self._joined("kl_reference")
+        if reference is None and self._reference_kl:
+            reference = torch.cat(self._reference_kl)
         return metrics if reference is None else metrics | {"kl_reference_nats": float(reference.mean())}
 
     def _corrections(self, loss: Float[Tensor, "N"] | None) -> dict[str, float]:

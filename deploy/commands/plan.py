@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from common.config import Recipe
 from common.diffusion.sizes import PolicySizes
-from common.reward_pools import SHARED, RewardPool, reward_pools
+from common.reward_pools import SHARED, RewardPool, all_pools
 from common.trajectory import DTYPES
 from deploy.parts import Parts, parts_of
 
@@ -69,7 +69,7 @@ def plan_of_parts(parts: Parts) -> Plan:
         sampler_bytes=network + adapters + sizes.sampler_parameters * weight_bytes,
         reward_worker_bytes={
             pool.name: sum(reward.memory_bytes for reward in parts.rewards_of(pool).values())
-            for pool in reward_pools(recipe)
+            for pool in all_pools(recipe)
         },
         sizes=sizes,
         forward_process=parts.algorithm.noisings_per_image is not None,
@@ -80,7 +80,7 @@ def plan(recipe: Recipe) -> str:
     """The plan in words."""
     numbers = plan_of(recipe)
     sampling, learner = recipe.sampling, recipe.learner
-    pools = reward_pools(recipe)
+    pools = all_pools(recipe)
     workers = sum(pool.table.count for pool in pools)
     scoring = sum(numbers.reward_worker_bytes[pool.name] * pool.table.count for pool in pools)
     memory = numbers.learner_bytes + numbers.sampler_bytes * recipe.samplers.count + scoring
@@ -106,10 +106,7 @@ def plan(recipe: Recipe) -> str:
             f"{in_bytes(numbers.learner_bytes)}, of it activations {in_bytes(_activations(recipe, numbers))}",
         ),
         ("a sampler's memory", f"{in_bytes(numbers.sampler_bytes)} and its working buffers"),
-        *(
-            (f"a reward worker's memory{_own(pool)}", in_bytes(numbers.reward_worker_bytes[pool.name]))
-            for pool in pools
-        ),
+        *((f"{_who(pool)} memory{_own(pool)}", in_bytes(numbers.reward_worker_bytes[pool.name])) for pool in pools),
         ("memory in all", f"{in_bytes(memory)}: 1 learner, {recipe.samplers.count} samplers, {workers} reward workers"),
         ("GPUs asked for", _gpus(recipe)),
     ]
@@ -127,6 +124,10 @@ def _of_an_image(recipe: Recipe, numbers: Plan) -> str:
     return f"{each} noisings" if numbers.forward_process else f"{each} of {recipe.sampling.num_steps} steps"
 
 
+def _who(pool: RewardPool) -> str:
+    return "a reward worker's" if pool.trains else "scorers'"
+
+
 def _own(pool: RewardPool) -> str:
     return "" if pool.name == SHARED else f" ({', '.join(pool.rewards)})"
 
@@ -137,7 +138,7 @@ def _activations(recipe: Recipe, numbers: Plan) -> int:
 
 def _gpus(recipe: Recipe) -> str:
     samplers = recipe.samplers.num_gpus * recipe.samplers.count
-    workers = sum(pool.table.num_gpus * pool.table.count for pool in reward_pools(recipe))
+    workers = sum(pool.table.num_gpus * pool.table.count for pool in all_pools(recipe))
     total = recipe.learner.num_gpus + samplers + workers
     return f"{total:g} = learner {recipe.learner.num_gpus:g} + samplers {samplers:g} + reward workers {workers:g}"
 

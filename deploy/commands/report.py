@@ -10,13 +10,14 @@ import numpy as np
 from actors.evaluation import Comparison, evaluation_images, evaluation_set
 from actors.reward_worker import RewardWorker
 from common.config import Recipe
+from common.paired import paired_error
 from common.recipe_tables import RewardTable
 from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
 from common.storage import local_folder
 from common.trajectory import ImageBatch
 from deploy.commands.report_page.page import FinishedRun, report_page
-from deploy.commands.report_page.scores import paired, paired_error, share_kept
+from deploy.commands.report_page.scores import paired, share_kept
 from deploy.commands.report_pictures import before_after_picture, reward_curve
 from deploy.parts import Parts, build_reward, parts_of
 from learner.checkpoint import load_checkpoint, newest_checkpoint

@@ -7,10 +7,10 @@ from jaxtyping import Float
 
 from actors.evaluation import Comparison
 from common.config import Recipe
+from common.paired import in_errors, paired_error
 from deploy.commands.report_page.numbers import tick
 
 JOINED = "reward"  # the weighted sum, in a comparison's scores
-ROUNDING = 1e-6  # of a change: what the scores' float32 leaves of a standard error that is none
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Score:
     @property
     def errors(self) -> float | None:
         """The change in standard errors; None where every picture changed alike."""
-        return self.change / self.error if self.error > ROUNDING * abs(self.change) else None
+        return in_errors(self.change, self.error)
 
     @property
     def percent(self) -> float | None:
@@ -63,11 +63,6 @@ def share_kept(before: Float[np.ndarray, "N"], after: Float[np.ndarray, "N"]) ->
     if before.any() and np.isin([before, after], [0, 1]).all():
         return float(after[before == 1].mean())
     return None
-
-
-def paired_error(before: Float[np.ndarray, "N"], after: Float[np.ndarray, "N"]) -> float:
-    """Standard error of the mean of the paired differences."""
-    return float((after - before).std(ddof=1) / np.sqrt(len(before)))
 
 
 def headline(recipe: Recipe) -> str:

@@ -1,0 +1,105 @@
+"""What evaluations have found: `evaluations.jsonl`, an object a version, and `evaluations/version=000012/images.parquet`."""
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as compute
+import pyarrow.parquet as parquet
+from jaxtyping import UInt8
+
+from common.png import png
+from common.prompts import Prompt
+from common.storage import Storage
+
+FIGURES = "evaluations.jsonl"
+FOLDER = "evaluations"
+FILE = "images.parquet"
+
+
+@dataclass(frozen=True)
+class EvaluatedImages:
+    """The pictures of one version, or of the moving average at it, with their scores."""
+
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    scores: dict[str, np.ndarray]  # by reward and scorer, [N], NaN where a picture has none
+    pixels: UInt8[np.ndarray, "N H W 3"]
+
+
+class EvaluationLog:
+    """Writes and reads both. A version is there when its line is, which is written last."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def figures(self) -> list[dict[str, Any]]:
+        """The versions' objects, in the order in which they were written; without a last line that a kill cut off."""
+        if not self._storage.exists(FIGURES):
+            return []
+        lines = self._storage.read(FIGURES).decode().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def keep(self, figures: list[dict[str, Any]]) -> None:
+        """Forget every version but these."""
+        kept = {_folder(each["policy_version"]) for each in figures}
+        self._storage.write(FIGURES, "".join(_line(each) for each in figures).encode())
+        for name in self._storage.names(FOLDER):
+            if name not in kept:
+                self._storage.remove(f"{FOLDER}/{name}")
+
+    def write(self, figures: dict[str, Any], variants: dict[str, EvaluatedImages], pictures: int) -> None:
+        """Add a version: its object, and a row an image, of which the first so many hold their picture."""
+        tables = [_table(variant, images, pictures) for variant, images in variants.items()]
+        buffer = io.BytesIO()
+        parquet.write_table(pa.concat_tables(tables), buffer)
+        self._storage.write(f"{FOLDER}/{_folder(figures['policy_version'])}/{FILE}", buffer.getvalue())
+        self._storage.append(FIGURES, _line(figures).encode())
+
+    def read(self, policy_version: int) -> pa.Table:
+        """A version's rows, in the order of the evaluation set. FileNotFoundError: it was not evaluated."""
+        return parquet.read_table(pa.BufferReader(self._storage.read(f"{FOLDER}/{_folder(policy_version)}/{FILE}")))
+
+    def scores(self, policy_version: int) -> dict[str, np.ndarray]:
+        """Its pictures' scores by reward and scorer, NaN where one has none."""
+        table = self.read(policy_version)
+        rows = table.filter(compute.equal(table["variant"], "current"))
+        names = [name for name in rows.column_names if name.startswith("score/")]
+        return {name.removeprefix("score/"): rows[name].to_numpy().astype(np.float64) for name in names}
+
+
+def _folder(policy_version: int) -> str:
+    return f"version={policy_version:06d}"
+
+
+def _line(figures: dict[str, Any]) -> str:
+    return json.dumps(_without_nan(figures)) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: what is no finite number is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(variant: str, images: EvaluatedImages, pictures: int) -> pa.Table:
+    count = len(images.seeds)
+    shown = [png(pixels) if image < pictures else None for image, pixels in enumerate(images.pixels)]
+    columns = {
+        "variant": pa.array([variant] * count),
+        "image": pa.array(range(count), pa.int32()),
+        "prompt": pa.array([prompt.text for prompt in images.prompts]),
+        "seed": pa.array(images.seeds, pa.int64()),
+        "picture": pa.array(shown, pa.binary()),
+    }
+    scores = {
+        f"score/{name}": pa.array(values.astype(np.float64), from_pandas=True) for name, values in images.scores.items()
+    }
+    return pa.table(columns | scores)

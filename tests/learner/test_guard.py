@@ -1,0 +1,93 @@
+"""Guard: alarms, the best version and the end of a run, with numbers worked out by hand."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common.recipe_tables import GuardTable
+from learner.guard import Alarm, Judged, Look, alarms, best_version, is_over
+
+SETTINGS = GuardTable(dark_share=0.3, sharpness=0.5, entropy=0.5, diversity=0.5)
+PICTURES = {"dark_share": 0.1, "sharpness": 100.0, "entropy": 6.0, "diversity": 0.2}
+BASE = Look({"clip_score": np.array([1.0, 3.0, 2.0, 2.0])}, PICTURES)  # spread: √(2/3) = .816
+
+
+def about(now: Look, settings: GuardTable = SETTINGS) -> list[str]:
+    return [alarm.about for alarm in alarms(BASE, now, list(BASE.scores), settings)]
+
+
+def with_scores(*scores: float) -> Look:
+    return replace(BASE, scores={"clip_score": np.array(scores)})
+
+
+def with_pictures(**values: float) -> Look:
+    return replace(BASE, pictures=PICTURES | values)
+
+
+def test_nothing_is_found_where_nothing_changed() -> None:
+    assert about(BASE) == []
+
+
+def test_a_scorer_may_fall_by_half_a_standard_deviation_of_its_scores() -> None:
+    assert about(with_scores(0.6, 2.6, 1.6, 1.61)) == []  # by .3975, half of .816 is .408
+    assert about(with_scores(0.58, 2.58, 1.58, 1.59)) == ["clip_score"]  # by .4175, its differences nearly alike
+
+
+def test_a_fall_of_every_picture_alike_is_as_certain_as_can_be() -> None:
+    assert about(with_scores(0.5, 2.5, 1.5, 1.5)) == ["clip_score"]
+
+
+def test_a_fall_that_may_be_chance_is_none() -> None:
+    fallen = with_scores(-4.0, 5.0, 2.0, -1.0)  # mean fall 1.5, paired error 1.56: one standard error
+    assert about(fallen) == []
+    assert about(fallen, SETTINGS.model_copy(update={"certainty": 0.9})) == ["clip_score"]
+
+
+def test_a_rise_and_pictures_without_a_score_are_no_fall() -> None:
+    assert about(with_scores(9.0, 9.0, 9.0, 9.0)) == []
+    assert about(with_scores(math.nan, math.nan, math.nan, -9.0)) == []
+
+
+def test_the_dark_share_may_rise_by_so_much() -> None:
+    assert about(with_pictures(dark_share=0.4)) == [] and about(with_pictures(dark_share=0.41)) == ["dark_share"]
+
+
+@pytest.mark.parametrize("name", ["sharpness", "entropy", "diversity"])
+def test_a_share_of_the_pretrained_models_must_be_left(name: str) -> None:
+    assert about(with_pictures(**{name: PICTURES[name] * 0.5})) == []
+    assert about(with_pictures(**{name: PICTURES[name] * 0.49})) == [name]
+    assert about(with_pictures(**{name: 0.0}), SETTINGS.model_copy(update={name: 0.0})) == []
+    assert about(with_pictures(**{name: math.nan})) == []
+
+
+def test_the_kl_is_watched_where_the_recipe_has_a_limit() -> None:
+    far = replace(BASE, kl_reference_nats=5.0)
+    assert about(far) == []
+    limited = SETTINGS.model_copy(update={"max_kl_nats": 4.0})
+    assert about(far, limited) == ["kl"] and about(replace(BASE, kl_reference_nats=4.0), limited) == []
+
+
+def test_an_alarm_says_its_numbers() -> None:
+    (alarm,) = alarms(BASE, with_pictures(sharpness=20.0), [], SETTINGS)
+    assert alarm.says == "sharpness is 20 and was 100: 20% of it is left, under 50%"
+
+
+def judged(*versions: tuple[int, float, bool]) -> list[Judged]:
+    return [Judged(version, score, (Alarm("x", "x"),) if alarm else ()) for version, score, alarm in versions]
+
+
+def test_the_best_version_is_the_highest_without_an_alarm() -> None:
+    assert best_version(judged((0, 1.0, False), (5, 2.0, False), (10, 9.0, True))) == 5
+    assert best_version(judged((0, 1.0, False), (5, 1.0, False))) == 0
+    assert best_version(judged((0, math.nan, False), (5, 2.0, True))) is None
+
+
+def test_a_run_is_over_when_the_alarms_have_lasted() -> None:
+    stop = GuardTable(on_alarm="stop", patience=2)
+    assert not is_over(judged((0, 1.0, False), (5, 2.0, True)), stop)
+    assert is_over(judged((0, 1.0, False), (5, 2.0, True), (10, 2.0, True)), stop)
+    assert not is_over(judged((5, 2.0, True), (10, 2.0, False)), stop)
+    assert not is_over(judged((5, 2.0, True)), stop)
+    assert not is_over(judged((5, 2.0, True), (10, 2.0, True)), GuardTable(patience=2))
