@@ -7,6 +7,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from common.config import Recipe
+from common.evaluation_log import EvaluationLog
+from common.storage import Storage
 from tests.system.conftest import final_fingerprint
 
 
@@ -15,9 +17,14 @@ def changed(tables: dict, **top_level: object) -> Recipe:
 
 
 def test_two_samplers_on_ray_arrive_at_the_bits_of_one_process(tables: dict, cluster: None) -> None:
-    alone = final_fingerprint(changed(tables, name="alone", max_policy_lag=1, rounds=3), serial=True)
-    on_ray = final_fingerprint(changed(tables, name="ray", max_policy_lag=1, rounds=3, samplers={"count": 2}))
-    assert on_ray == alone
+    """Of the weights, and of what the evaluations beside them have found."""
+    scorers = [{"name": "brightness"}]
+    evaluation = {"every": 2, "images": 6, "batch_size": 4, "scorers": scorers, "average_decay": 0.5}
+    tables = {**tables, "max_policy_lag": 1, "rounds": 3, "evaluation": evaluation}
+    alone, on_ray = changed(tables, name="alone"), changed(tables, name="ray", samplers={"count": 2})
+    assert final_fingerprint(alone, serial=True) == final_fingerprint(on_ray)
+    found, on_ray_found = (EvaluationLog(Storage(recipe.run_path())).figures() for recipe in (alone, on_ray))
+    assert found == on_ray_found and [each["policy_version"] for each in found] == [0, 2, 3]
 
 
 def test_lag_changes_what_is_learned(tables: dict) -> None:

@@ -15,7 +15,9 @@ import tomli_w
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from common.config import Recipe
+from common.evaluation_log import EvaluationLog
 from common.run_folder import RunFolder, without_none
+from common.storage import Storage
 from deploy.commands.scale import scale
 from learner.checkpoint import load_checkpoint, newest_checkpoint
 from tests.system.conftest import final_fingerprint
@@ -93,10 +95,14 @@ def scaled(tables: dict) -> str:
 
 
 def killed(tables: dict) -> str:
-    recipe, kills = recipe_of(tables, "killed", 2, 2), []
+    """With evaluations beside it, which the calm run has none of."""
+    evaluation = {"every": 3, "images": 8, "batch_size": 4, "scorers": [{"name": "brightness"}]}
+    recipe, kills = recipe_of({**tables, "evaluation": evaluation}, "killed", 2, 2), []
     with beside(kill_a_worker_each_round(Path(recipe.run_path()), kills)):
         fingerprint = final_fingerprint(recipe)
     assert len(kills) >= 10, kills
+    figures = EvaluationLog(Storage(recipe.run_path())).figures()
+    assert [each["policy_version"] for each in figures] == [0, 3, 6, 9, 12]
     return fingerprint
 
 
