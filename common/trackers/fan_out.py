@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 
+from common.trackers.exhibits import Exhibits
 from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 
@@ -39,6 +40,10 @@ class FanOut:
     def log(self, metrics: Metrics) -> None:
         """Give one round's metrics to all."""
         self._each(lambda live: live.log(metrics))
+
+    def show(self, exhibits: Exhibits) -> None:
+        """Give pictures, tables and histograms to all; those of numbers alone ignore them."""
+        self._each(lambda live: live.show(exhibits))
 
     def finish(self) -> None:
         """Close all; none is left to log to."""

@@ -13,6 +13,7 @@ from typing import Any
 from common.registry import Entry
 from common.storage import Storage
 from common.trackers import TRACKERS
+from common.trackers.exhibits import Exhibits
 
 Metrics = dict[str, float]
 
@@ -61,6 +62,9 @@ class LiveTracker(ABC):
     @abstractmethod
     def finish(self) -> None:
         """Write out what is still held, and close."""
+
+    def show(self, exhibits: Exhibits) -> None:  # noqa: B027  a tracker of numbers alone shows nothing
+        """Take pictures, tables and histograms, before the metrics of their round, which end it."""
 
     def identity(self) -> str | None:
         """What a resumed run must be told to go on in the same place of a service; None where the folder says it."""

@@ -1,17 +1,20 @@
 """What every tracker promises, asked of each entry of the room."""
 
+import dataclasses
 import json
 import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.config import Recipe
 from common.registry import build
 from common.storage import Storage
 from common.trackers import TRACKERS
+from common.trackers.exhibits import Exhibits, Picture, ShownTable
 from common.trackers.tracker import Metrics, RunInfo
 
 # A figure may be missing in some rounds, as an evaluation's, or not be finite.
@@ -21,6 +24,13 @@ ROUNDS: list[Metrics] = [
     {"round": 2.0, "reward/mean": -3.0, "images_per_second": 2.0},
 ]
 REWARD_MEANS = {0: 1.5, 1: 2.25, 2: -3.0}
+RED, BLUE = (np.full((8, 12, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
+EXHIBITS = Exhibits(
+    1,
+    pictures={"evaluation": (Picture(RED, "a red fox, 1.5"), Picture(BLUE, "a | blue <jay>"))},
+    tables={"evaluation": ShownTable(("prompt", "seed", "picture", "reward"), (("a red fox", 7, Picture(RED), 1.5),))},
+    histograms={"reward": np.array([1.0, 2.0, 2.0, 9.0])},
+)
 
 
 def from_jsonl(folder: Path, printed: str) -> dict[int, float]:
@@ -118,6 +128,18 @@ def test_logging_leaves_the_metrics_as_they_were(name: str, recipe: Recipe, tmp_
     live.log(metrics)
     live.finish()
     assert metrics == ROUNDS[1]
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_exhibits_before_a_rounds_metrics_leave_these_as_they_would_be(
+    name: str, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = build(TRACKERS, {"name": name}, "trackers.0").start(RunInfo("tiny", tmp_path, recipe.model_dump(), 3, 0))
+    for metrics in ROUNDS:
+        live.show(dataclasses.replace(EXHIBITS, round=int(metrics["round"])))
+        live.log(metrics)
+    live.finish()
+    assert READ_BACK[name](tmp_path, capsys.readouterr().out) == REWARD_MEANS
 
 
 @pytest.mark.parametrize("name", TRACKERS)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from common.trackers.exhibits import Exhibits
 from common.trackers.fan_out import FanOut
 from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
@@ -22,6 +23,11 @@ class Book(LiveTracker):
         self.calls.append(metrics["round"])
         if self._fails_at == f"round {metrics['round']:.0f}":
             raise OSError("the disk is full")
+
+    def show(self, exhibits: Exhibits) -> None:
+        self.calls.append(exhibits)
+        if self._fails_at == "show":
+            raise ConnectionError("the service is down")
 
     def finish(self) -> None:
         self.calls.append("finish")
@@ -84,6 +90,18 @@ def test_a_tracker_that_breaks_is_reported_once_and_left_out_and_the_others_go_o
     broken, whole = BOOKS
     assert broken.calls == [0, 1] and whole.calls == [0, 1, 2, "finish"]
     assert capsys.readouterr().err == "tracker book 0 failed and is left out from here on: OSError: the disk is full\n"
+
+
+def test_every_tracker_gets_the_exhibits_and_one_that_breaks_on_them_is_left_out(
+    run: RunInfo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fan_out, exhibits = named(BookKeeper(fails_at="show"), BookKeeper()), Exhibits(0)
+    fan_out.start(run)
+    fan_out.show(exhibits)
+    fan_out.log(ROUNDS[0])
+    broken, whole = BOOKS
+    assert broken.calls == [exhibits] and whole.calls == [exhibits, 0]
+    assert "tracker book 0 failed and is left out from here on: ConnectionError" in capsys.readouterr().err
 
 
 def test_a_tracker_that_breaks_in_the_end_does_not_keep_the_others_open(

@@ -1,0 +1,39 @@
+"""What a run has to show beside its metrics: pictures with captions, tables and histograms, as plain values."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Shaped, UInt8
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and the text below it."""
+
+    pixels: UInt8[np.ndarray, "H W 3"]
+    caption: str = ""
+
+
+Cell = int | float | str | Picture
+
+
+@dataclass(frozen=True)
+class ShownTable:
+    """Rows under named columns."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.columns) for row in self.rows), "a row has one cell a column"
+
+
+@dataclass(frozen=True)
+class Exhibits:
+    """What there is to see of one round. Names are those of panels: "rollouts", "evaluation"."""
+
+    round: int
+    pictures: dict[str, tuple[Picture, ...]] = field(default_factory=dict)
+    tables: dict[str, ShownTable] = field(default_factory=dict)
+    histograms: dict[str, Shaped[np.ndarray, "..."]] = field(default_factory=dict)  # values, not counted yet
+    every_round: bool = False  # there are such in every round, so that a tracker may leave some out
