@@ -43,7 +43,7 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
             with folder.token() as token:
                 workers.learner.check_folder(folder.location, token)
             folder.write_recipe(parts.resolved())
-            evaluating = Evaluating(parts, folder, workers)
+            evaluating = Evaluating(parts, folder, workers, trackers)
             progress = Progress(parts, trackers, evaluating, folder, checkpoint)
             ids = checkpoint.tracker_ids if checkpoint else {}
             run = RunInfo(recipe.name, folder.location, parts.resolved(), recipe.rounds, progress.rounds_done, ids)

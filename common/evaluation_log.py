@@ -12,7 +12,7 @@ import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 from jaxtyping import UInt8
 
-from common.png import png
+from common.png import from_png, png
 from common.prompts import Prompt
 from common.storage import Storage
 
@@ -64,10 +64,17 @@ class EvaluationLog:
         """A version's rows, in the order of the evaluation set. FileNotFoundError: it was not evaluated."""
         return parquet.read_table(pa.BufferReader(self._storage.read(f"{FOLDER}/{_folder(policy_version)}/{FILE}")))
 
+    def pictures(self, policy_version: int) -> list[UInt8[np.ndarray, "H W 3"]]:
+        """Those of its pictures that were kept, the first ones."""
+        return [from_png(data) for data in self._current(policy_version)["picture"].to_pylist() if data is not None]
+
+    def _current(self, policy_version: int) -> pa.Table:
+        table = self.read(policy_version)
+        return table.filter(compute.equal(table["variant"], "current"))
+
     def scores(self, policy_version: int) -> dict[str, np.ndarray]:
         """Its pictures' scores by reward and scorer, NaN where one has none."""
-        table = self.read(policy_version)
-        rows = table.filter(compute.equal(table["variant"], "current"))
+        rows = self._current(policy_version)
         names = [name for name in rows.column_names if name.startswith("score/")]
         return {name.removeprefix("score/"): rows[name].to_numpy().astype(np.float64) for name in names}
 

@@ -17,7 +17,9 @@ from common.evaluation_log import EvaluatedImages, EvaluationLog
 from common.lora_weights import LoraWeights, averaged
 from common.run_folder import RunFolder
 from common.schedule import Stream, Task, last_startable_round
+from common.trackers.fan_out import FanOut
 from deploy.best_version import BestVersion
+from deploy.evaluation_exhibits import evaluation_exhibits
 from deploy.evaluation_figures import Verdict, as_judged, as_metrics, figures_of, identity_of
 from deploy.parts import Parts
 from deploy.workers import Workers
@@ -45,13 +47,14 @@ class _Drawing:
 class Evaluating:
     """The driver's side of `[evaluation]` and `[guard]`; where `evaluation.every` is 0 it does nothing."""
 
-    def __init__(self, parts: Parts, folder: RunFolder, workers: Workers) -> None:
+    def __init__(self, parts: Parts, folder: RunFolder, workers: Workers, trackers: FanOut) -> None:
         self._parts = parts
         self._table = parts.recipe.evaluation
         self._stream: RolloutStream = workers.stream
         self._chosen = evaluation_set(self._table, parts.prompts)
         self._identity = identity_of(parts.recipe, self._chosen)
         self._folder = folder
+        self._trackers = trackers
         self._log = EvaluationLog(folder.storage)
         self._best = BestVersion(folder, workers.learner, parts.recipe.guard)
         self._drawing: list[_Drawing] = []
@@ -148,11 +151,11 @@ class Evaluating:
             self.submit(round + 1)
         metrics: Metrics = {}
         for drawing in [each for each in self._drawing if last or each.round <= round]:
-            metrics = self._judge(drawing)
+            metrics = self._judge(drawing, round)
             self._drawing.remove(drawing)
         return metrics
 
-    def _judge(self, drawing: _Drawing) -> Metrics:
+    def _judge(self, drawing: _Drawing, round: int) -> Metrics:
         variants = self._images(drawing)
         summary = picture_summary(variants["current"].pixels, [prompt.text for prompt in self._chosen.prompts])
         base = self._verdicts[0] if self._verdicts else None
@@ -163,6 +166,9 @@ class Evaluating:
         self._best.consider(self._judged(), drawing.version.current)
         figures |= {"set": self._identity, "best_version": self._best.policy_version}
         self._log.write(figures, variants, self._table.pictures)
+        shown = variants["current"]
+        before = self._log.pictures(0)
+        self._trackers.show(evaluation_exhibits(round, shown, before, self._verdicts[0].look.scores["reward"]))
         return as_metrics(figures)
 
     def _images(self, drawing: _Drawing) -> dict[str, EvaluatedImages]:

@@ -63,3 +63,22 @@ def test_the_pictures_do_not_depend_on_how_many_are_drawn_at_once(batch_size: in
     difference = np.abs(whole.astype(int) - parts.astype(int))
     assert difference.max() <= 1 and (difference > 0).mean() < 0.001
     assert not np.array_equal(whole[0], whole[2])  # the same prompt from another seed
+
+
+def test_prompts_that_the_source_leaves_out_come_before_those_that_are_learned_from() -> None:
+    chosen = evaluation_set(EvaluationTable(images=3), Animals(leave_out=("deer", "bear")))
+    assert [prompt.text for prompt in chosen.prompts] == ["deer", "bear", "deer"]
+    named = evaluation_set(EvaluationTable(images=2, prompts=("dune",)), Animals(leave_out=("deer",)))
+    assert [prompt.text for prompt in named.prompts] == ["dune", "dune"]
+
+
+def test_its_tasks_are_the_set_in_order_behind_what_the_round_learns_from(tables: dict) -> None:
+    recipe = Recipe.parse(tables)
+    chosen = evaluation_set(EvaluationTable(images=5, batch_size=2, prompts=("a cat", "a dog")), Animals())
+    tasks = chosen.tasks(3, 4, 6, recipe.sampling)
+    assert len(tasks) == chosen.num_tasks == 3 and [task.index for task in tasks] == [6, 7, 8]
+    assert sum((task.seeds for task in tasks), ()) == chosen.seeds
+    assert sum((task.prompts for task in tasks), ()) == chosen.prompts
+    assert all(task.policy_version == 3 and not task.trains for task in tasks)
+    of_round = [[task.place for task in round_tasks(recipe, round, Animals().load())] for round in (4, 5)]
+    assert max(of_round[0]) < tasks[0].place < tasks[-1].place < min(of_round[1])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.lora_weights import LoraWeights, pack
-from common.schedule import Task
+from common.schedule import Place, Task
 from common.trajectory import TrainBatch
 
 # Past the size up to which Ray sends an answer inside its reply: so it takes the way of real trajectories and pictures.
@@ -44,7 +44,7 @@ class StandInSampler:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._forgotten: set[tuple[int, int]] = set()
+        self._forgotten: set[Place] = set()
 
     def ready(self) -> bool:
         return True
@@ -52,7 +52,7 @@ class StandInSampler:
     def stacks(self) -> str:
         return "asleep"
 
-    def forget(self, place: tuple[int, int]) -> None:
+    def forget(self, place: Place) -> None:
         self._forgotten.add(place)
 
     def draw(

@@ -90,3 +90,20 @@ def test_a_function_that_gives_no_prompt_is_named_with_what_it_gave() -> None:
 def test_a_path_that_is_no_module_and_function_is_refused() -> None:
     with pytest.raises(ValueError, match="prompts.path is 'prompts.py'"):
         source(name="function", path="prompts.py")
+
+
+def test_prompts_that_are_left_out_are_never_drawn(tmp_path: Path) -> None:
+    animals = source(name="animals", leave_out=["bear", "deer"])
+    assert len(animals.listed()) == 43 and animals.held_out() == ["bear", "deer"]
+    assert not {"bear", "deer"} & {prompt.text for prompt in drawn(animals.load(), 2000)}
+    (tmp_path / "few.txt").write_text("a\nb\nc\n")
+    few = source(name="file", path=str(tmp_path / "few.txt"), leave_out=["b"])
+    assert few.listed() == ["a", "c"] and few.held_out() == ["b"]
+    assert source(name="texts", texts=["a"]).held_out() == []
+
+
+@pytest.mark.parametrize(("left_out", "says"), [(["unicorn"], "unicorn"), (["a", "b"], "nothing to draw")])
+def test_what_cannot_be_left_out_is_said(tmp_path: Path, left_out: list[str], says: str) -> None:
+    (tmp_path / "few.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=f"prompts.leave_out has .*{says}"):
+        source(name="file", path=str(tmp_path / "few.txt"), leave_out=left_out).load()

@@ -3,7 +3,7 @@
 import pytest
 
 from common.config import Recipe
-from common.reward_pools import RewardPool, elastic_roles, reward_pools
+from common.reward_pools import RewardPool, all_pools, elastic_roles, reward_pools
 from deploy.parts import entries_of
 
 
@@ -38,3 +38,15 @@ def test_a_cache_for_a_reward_whose_score_depends_on_its_batch_is_refused(tables
 def test_an_unknown_key_of_a_rewards_own_workers_is_named(tables: dict) -> None:
     with pytest.raises(ValueError, match=r"rewards.0.workers.nmu_gpus is not a key that is known: .*'num_gpus'"):
         with_rewards(tables, {"name": "aesthetic", "workers": {"nmu_gpus": 1}})
+
+
+def test_scorers_have_workers_of_their_own_where_they_are_asked_while_it_trains(tables: dict) -> None:
+    scorers = {"scorers": [{"name": "brightness"}], "workers": {"count": 2}}
+    in_the_report_only = Recipe.parse({**tables, "evaluation": scorers})
+    assert [pool.name for pool in all_pools(in_the_report_only)] == ["reward_workers"]
+    beside = Recipe.parse({**tables, "evaluation": {**scorers, "every": 5}})
+    shared, own = all_pools(beside)
+    assert (own.name, own.rewards, own.trains, own.table.count) == ("evaluation.workers", ("brightness",), False, 2)
+    assert shared.trains and reward_pools(beside) == (shared,)
+    assert elastic_roles(beside)["evaluation.workers"].count == 2
+    assert list(entries_of(beside).rewards_of(own)) == ["brightness"]

@@ -11,7 +11,7 @@ from common.lora_weights import pack
 from common.storage import Storage
 from learner import checkpoint as module
 from learner.checkpoint import MANIFEST, Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from learner.learner_state import LearnerState
+from learner.learner_state import Evaluated, EvaluationState, LearnerState
 
 
 def checkpoint(rounds_done: int = 3) -> Checkpoint:
@@ -133,3 +133,20 @@ def test_weights_that_are_not_what_they_were_saved_as_are_refused(folder: Storag
     path.write("state.json", json.dumps(state).encode())
     with pytest.raises(ValueError, match="weights of version 2 arrived with fingerprint"):
         load_checkpoint(path)
+
+
+def test_versions_whose_evaluation_is_not_read_yet_come_back(folder: Storage) -> None:
+    before = checkpoint()
+    average = pack(3, {"a.lora_A": np.ones((2, 3)), "a.lora_B": np.zeros((3, 2))})
+    pending = (Evaluated(before.learner.weights[0], None, 0.25), Evaluated(before.learner.weights[1], average))
+    state = EvaluationState(average, pending)
+    after = load_checkpoint(save_checkpoint(folder, dataclasses.replace(before, evaluation=state), keep=2)).evaluation
+    assert after.average is not None and after.average.fingerprint == average.fingerprint
+    assert [each.policy_version for each in after.pending] == [2, 3]
+    assert [each.kl_reference_nats for each in after.pending] == [0.25, None]
+    first, second = after.pending
+    assert (
+        first.average is None and second.average is not None and np.array_equal(second.average.buffer, average.buffer)
+    )
+    assert first.current.fingerprint == pending[0].current.fingerprint
+    assert load_checkpoint(save_checkpoint(folder, checkpoint(4), keep=2)).evaluation == EvaluationState()

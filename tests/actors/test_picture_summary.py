@@ -1,0 +1,18 @@
+"""The summary of an evaluation's pictures is the mean of what each statistic says of one."""
+
+import numpy as np
+import pytest
+
+from actors.picture_summary import picture_summary
+
+
+def test_the_summary_of_a_black_and_a_checkered_picture_by_hand() -> None:
+    black = np.zeros((32, 32, 3), np.uint8)
+    halves = np.zeros((32, 32, 3), np.uint8)
+    halves[:, 16:] = 255
+    found = picture_summary(np.stack([black, halves]), ["cat", "cat"])
+    assert found["dark_share"] == pytest.approx((1 + 0.5) / 2)
+    assert found["entropy"] == pytest.approx((0 + 1) / 2)  # one level; two levels equally often
+    # The Laplacian is ±255 in the two columns at the edge and 0 elsewhere: variance 255² / 16.
+    assert found["sharpness"] == pytest.approx(255**2 / 16 / 2)
+    assert found["diversity"] == pytest.approx(0.5**0.5)  # half of the pixels differ by 1

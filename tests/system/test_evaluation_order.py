@@ -1,0 +1,86 @@
+"""Who is drawn first: what is learned from goes before what is only looked at, on the real stream with actors that sleep."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from actors.ray_rollout_stream import Pools, RayRolloutStream
+from actors.rollout_stream import StreamSettings
+from actors.scoring import ScoringPool
+from actors.worker_pool import RestartBudget, WorkerPool
+from common.lora_weights import LoraWeights, pack
+from common.prompts import Prompt
+from common.recipe_tables import RewardPoolTable, RuntimeTable
+from common.schedule import Stream, Task
+from common.trajectory import ImageBatch, Scores, TaskReport
+
+SECONDS = 0.3  # a task
+
+
+class Sleeper:
+    """Draws and scores by waiting."""
+
+    def ready(self) -> bool:
+        return True
+
+    def draw(self, task: Task, weights: LoraWeights) -> tuple[TaskReport, None, ImageBatch]:
+        time.sleep(SECONDS)
+        pixels = np.zeros((len(task.seeds), 2, 2, 3), np.uint8)
+        return TaskReport(task, weights.fingerprint, 1, 0, SECONDS), None, ImageBatch(pixels, task.prompts)
+
+    def score(self, images: ImageBatch, first: int, last: int) -> Scores:
+        return Scores({"nothing": np.zeros(last - first, np.float32)}, 0.0)
+
+
+def tasks(round: int, count: int, stream: Stream) -> list[Task]:
+    return [Task(round, index, 0, (Prompt("x"),), (index,), stream=stream) for index in range(count)]
+
+
+@pytest.fixture
+def stream(cluster: None) -> Iterator[RayRolloutStream]:
+    """One sampler, one reward worker, version 0."""
+    remote, budget = ray.remote(num_cpus=0.01)(Sleeper), RestartBudget(0)
+    samplers, workers = (
+        WorkerPool(name, name, lambda number: remote.remote(), 1, budget) for name in ("sampler", "reward_worker")
+    )
+    pools = Pools(samplers, (ScoringPool(workers, ("nothing",), RewardPoolTable(), independent=False),), budget)
+    stream = RayRolloutStream(pools, StreamSettings(RuntimeTable(), 1, 100.0, check=lambda: None))
+    stream.wait_until_loaded({"sampler": 1, "reward_worker": 1})
+    stream.publish(pack(0, {"a": np.zeros(1)}))
+    yield stream
+    for pool in pools.all:
+        pool.close()
+
+
+def drawn_in_order(stream: RayRolloutStream, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """A list that grows with every task whose drawing is over."""
+    order: list[tuple[str, int]] = []
+    finished: Any = stream._drawing.finished
+
+    def noted(report: Any, now: float) -> Any:
+        drawn = finished(report, now)
+        if drawn is not None:
+            order.append((drawn.report.task.stream.name, drawn.report.task.round))
+        return drawn
+
+    monkeypatch.setattr(stream._drawing, "finished", noted)
+    return order
+
+
+def test_a_round_waits_for_one_task_of_an_evaluation_at_most(
+    stream: RayRolloutStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = drawn_in_order(stream, monkeypatch)
+    stream.submit(tasks(1, 4, Stream.EVALUATION))  # nothing else to do: the sampler begins with them
+    stream.submit(tasks(1, 3, Stream.TRAINING))
+    stream.submit(tasks(2, 2, Stream.TRAINING))
+    stream.collect(1, range(3))
+    assert order[:4] == [("EVALUATION", 1), *[("TRAINING", 1)] * 3]
+    stream.collect(1, range(4), Stream.EVALUATION)
+    stream.collect(2, range(2))
+    # The evaluation belongs to round 1: it comes before round 2, so that a busy sampler does not put it off for ever.
+    assert order[4:] == [*[("EVALUATION", 1)] * 3, *[("TRAINING", 2)] * 2]
