@@ -69,8 +69,7 @@ class EvaluationLog:
         return [from_png(data) for data in self._current(policy_version)["picture"].to_pylist() if data is not None]
 
     def _current(self, policy_version: int) -> pa.Table:
-        table = self.read(policy_version)
-        return table.filter(compute.equal(table["variant"], "current"))
+        return self.read(policy_version).filter(compute.field("variant") == "current")
 
     def scores(self, policy_version: int) -> dict[str, np.ndarray]:
         """Its pictures' scores by reward and scorer, NaN where one has none."""

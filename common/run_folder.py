@@ -19,6 +19,8 @@ from common.storage import Storage
 CONTROL = "control.json"  # what `ddpo scale` asks of the driver
 WATCHDOG = "watchdog.txt"
 TOKEN = "token.txt"
+GUARD = "guard.json"  # in the folder of a run that the guard has ended
+BEST = "best.json"  # in `best/`, written last: which version lies beside it
 VERSIONED = ("ray-ddpo", "torch", "diffusers", "transformers", "peft", "ray", "numpy")
 WEIGHTS = ("lora", "unet")  # folders of a run, whichever was trained
 
@@ -101,6 +103,14 @@ class RunFolder:
         """The recipe as resolved, which is itself a recipe, with the versions that ran it in its head."""
         versions = "".join(f"# {package} {_version(package)}\n" for package in VERSIONED)
         self.storage.write(self.recipe, (versions + tomli_w.dumps(without_none(tables))).encode())
+
+    def guard_ended(self) -> dict[str, Any] | None:
+        """Where the guard has ended the run: at which version, its alarms, and whose weights are the run's (None: the last's)."""
+        return json.loads(self.storage.read(GUARD)) if self.storage.exists(GUARD) else None
+
+    def best_version(self) -> dict[str, Any] | None:
+        """Of the weights in `best/`: version, fingerprint, and the score that it was chosen by; None where none is kept."""
+        return json.loads(self.best.read(BEST)) if self.best.exists(BEST) else None
 
     def write_watchdog(self, dump: str) -> None:
         """Keep the dump of a run that the watchdog ended."""

@@ -4,11 +4,9 @@ import json
 
 from common.lora_weights import LoraWeights
 from common.recipe_tables import GuardTable
-from common.run_folder import WEIGHTS, RunFolder
+from common.run_folder import BEST, WEIGHTS, RunFolder
 from learner.guard import Judged, best_version
 from learner.learner_group import LearnerGroup
-
-SAYS = "best.json"  # written last: which version lies beside it
 
 
 class BestVersion:
@@ -33,13 +31,14 @@ class BestVersion:
             "best_by": self._settings.best_by,
             "score": newest.score,
         }
-        self._folder.best.write(SAYS, json.dumps(says, indent=1).encode())
+        self._folder.best.write(BEST, json.dumps(says, indent=1).encode())
 
-    def roll_back(self) -> int:
-        """Put its weights in the place of the run's own; its version."""
+    def roll_back(self) -> int | None:
+        """Put its weights in the place of the run's own; its version. None: no version was ever without an alarm."""
+        says = self._folder.best_version()
         best = self._folder.best
         for name in [name for name in WEIGHTS if best.exists(name)]:
             self._folder.storage.remove(name)
             for file in best.names(name):
                 self._folder.storage.write(f"{name}/{file}", best.read(f"{name}/{file}"))
-        return json.loads(best.read(SAYS))["policy_version"]
+        return says["policy_version"] if says else None

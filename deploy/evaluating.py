@@ -15,7 +15,7 @@ from actors.picture_summary import picture_summary
 from actors.rollout_stream import RolloutStream
 from common.evaluation_log import EvaluatedImages, EvaluationLog
 from common.lora_weights import LoraWeights, averaged
-from common.run_folder import RunFolder
+from common.run_folder import GUARD, RunFolder
 from common.schedule import Stream, Task, last_startable_round
 from common.trackers.fan_out import FanOut
 from deploy.best_version import BestVersion
@@ -28,7 +28,6 @@ from learner.guard import Judged, is_over
 from learner.learner_state import Evaluated, EvaluationState
 
 Metrics = dict[str, float]
-ENDED = "guard.json"  # in the folder of a run that the guard has ended
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Evaluating:
     def end(self) -> None:
         """After the run's last round: where the guard has ended it, say so, and put the best weights in place if asked for."""
         if not self.is_over:
-            self._folder.storage.remove(ENDED)
+            self._folder.storage.remove(GUARD)
             return
         alarms = [alarm.says for alarm in self._verdicts[-1].alarms]
         ended = {"policy_version": self._verdicts[-1].policy_version, "alarms": alarms, "weights_of": None}
@@ -134,7 +133,7 @@ class Evaluating:
         if self._parts.recipe.guard.on_alarm == "roll_back":
             ended["weights_of"] = self._best.roll_back()
             says += f"; its weights are those of version {ended['weights_of']}"
-        self._folder.storage.write(ENDED, json.dumps(ended, indent=1).encode())
+        self._folder.storage.write(GUARD, json.dumps(ended, indent=1).encode())
         print(says, file=sys.stderr, flush=True)
 
     def _ask(self, drawing: _Drawing) -> None:

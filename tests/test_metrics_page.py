@@ -49,6 +49,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> set[st
         "reward": {"name": "jpeg_compressibility"},
         "algorithm": {"name": "ddpo_is"},
         "learner": {"batch_size": 4, "micro_batch_size": 8},
+        "evaluation": {"every": 1, "images": 4, "scorers": [{"name": "brightness"}], "average_decay": 0.5},
     }
     recipe = Recipe.parse(tables)
     train(recipe, serial=True)
@@ -58,6 +59,12 @@ def logged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> set[st
 def test_every_metric_that_is_logged_has_one_row(logged: set[str]) -> None:
     found = {name: [row.metric for row in rows() if row.describes(name)] for name in logged}
     assert {name: metrics for name, metrics in found.items() if len(metrics) != 1} == {}
+
+
+def test_what_an_evaluation_finds_is_logged(logged: set[str]) -> None:
+    expected = [row for row in rows() if row.logged == "only when an evaluation is read"]
+    assert len(expected) == 8 and "evaluation/brightness/average_mean" in logged
+    assert [row.metric for row in expected if not any(row.describes(name) for name in logged)] == []
 
 
 def test_every_metric_that_is_said_to_be_there_in_every_round_is(logged: set[str]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from actors.evaluation import Comparison, evaluation_images, evaluation_set
 from actors.reward_worker import RewardWorker
 from common.config import Recipe
+from common.lora_weights import LoraWeights
 from common.paired import paired_error
 from common.recipe_tables import RewardTable
 from common.run_folder import RunFolder, weights_here
@@ -32,22 +33,31 @@ def report(run: str, overrides: list[str]) -> str:
     if newest is None:
         raise ValueError(f"{run} has no whole checkpoint yet: there is nothing to compare")
     weights = load_checkpoint(newest).learner.trained
+    version, fingerprint = _compared(folder, weights)
     comparison = compare(parts_of(recipe), folder)
     rounds = logged_rounds(folder)
     figures = summary(comparison, list(_scorers(recipe)))
     figures |= {
-        "fingerprint": weights.fingerprint,
-        "policy_version": weights.policy_version,
+        "fingerprint": fingerprint,
+        "policy_version": version,
         "seconds": sum(metrics["seconds/round"] for metrics in rounds),
         "seconds_report": time.perf_counter() - start,
     }
     with local_folder(folder.report) as path:
         before_after_picture(comparison, path / "before_after.png")
         reward_curve(rounds, path / "reward_curve.png")
-    finished = FinishedRun(folder, recipe, overrides, rounds, weights.fingerprint, weights.policy_version)
+    finished = FinishedRun(folder, recipe, overrides, rounds, fingerprint, version)
     folder.report.write("report.html", report_page(finished, comparison).encode())
     folder.report.write("summary.json", json.dumps(figures, indent=1).encode())
     return in_words(figures, folder)
+
+
+def _compared(folder: RunFolder, trained: LoraWeights) -> tuple[int, str]:
+    """Version and fingerprint of the run's weights: the last ones, unless the guard has put the best in their place."""
+    ended, best = folder.guard_ended(), folder.best_version()
+    if ended and best and ended["weights_of"] is not None:
+        return best["policy_version"], best["fingerprint"]
+    return trained.policy_version, trained.fingerprint
 
 
 def logged_rounds(folder: RunFolder) -> list[dict[str, float]]:

@@ -33,6 +33,7 @@ def status(run: str) -> dict[str, Any]:
         "rounds_done": len(rounds),
         "rounds": recipe.rounds,
         "checkpoint": _text(folder, "checkpoints/latest"),
+        "ended_by_guard": folder.guard_ended(),
         "images_set_aside": int(sum(metrics["images_set_aside"] for metrics in rounds)),
         "actor_restarts": int(sum(restarts)),
         "last_round": {name: rounds[-1].get(name) for name, _ in SHOWN.values()} if rounds else {},
@@ -42,13 +43,17 @@ def status(run: str) -> dict[str, Any]:
 def in_words(known: dict[str, Any]) -> str:
     """`status`, a line each."""
     done = known["rounds_done"] == known["rounds"]
-    whose = f"run by {known['run_by']}" if known["run_by"] else "done" if done else "nobody runs it"
+    ended = known["ended_by_guard"]
+    nobody = "done" if done else "ended by the guard" if ended else "nobody runs it"
+    whose = f"run by {known['run_by']}" if known["run_by"] else nobody
     lines = {
         "rounds": f"{known['rounds_done']} of {known['rounds']}",
         "checkpoint": known["checkpoint"] or "none yet",
         "images set aside": str(known["images_set_aside"]),
         "actor restarts": str(known["actor_restarts"]),
     }
+    if ended:
+        lines["guard"] = f"version {ended['policy_version']}: {'; '.join(ended['alarms'])}"
     last = known["last_round"]
     lines |= {name: format(last[key], form) for name, (key, form) in SHOWN.items() if last.get(key) is not None}
     width = max(map(len, lines))

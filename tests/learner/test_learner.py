@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.diffusion.lora import load_weights, reference_policy
+from common.diffusion.policy import select_rows
 from common.run_folder import RunFolder
 from learner.learner import Learner
 from tests.gradients import (
@@ -258,3 +260,27 @@ def test_a_micro_batch_that_does_not_fit_the_steps_with_noise_is_refused_at_the_
     parts = parts_with({**tables, "policy": {**tables["policy"], "model": str(model)}})
     with pytest.raises(ValueError, match="4 images × 3 steps with noise = 12 pairs .*, which .* = 8 does not divide"):
         Learner(parts.policy, parts.algorithm, parts.recipe)
+
+
+def test_the_kl_to_the_pretrained_model_is_that_of_both_policies_transitions(tables: dict) -> None:
+    values = {"learner__batch_size": 8, "learner__micro_batch_size": 32, "rounds": 4}  # all pairs are looked at
+    evaluated, others = (parts_with(tables, **values, evaluation__every=every) for every in (1, 0))
+    learner, unwatched = learner_of(evaluated), learner_of(others)
+    drawn = draw_round(evaluated, learner.weights()[-1])
+    metrics, state = learner.update(drawn.batch, *drawn.trajectories)
+    without, same = unwatched.update(drawn.batch, *drawn.trajectories)
+    assert same.trained.fingerprint == state.trained.fingerprint and "kl_reference_nats" not in without
+    policy = evaluated.policy.load("cpu", evaluated.recipe.sampling, "learner")
+    load_weights(policy.network, state.trained)
+    found = []
+    with torch.no_grad():
+        for trajectory in drawn.trajectories:
+            rows = select_rows(trajectory.conditioning, trajectory.prompt_index)
+            for place in range(trajectory.steps.shape[1]):
+                arguments = trajectory.latents[:, place], trajectory.steps[:, place], rows
+                present = policy.transition(*arguments)
+                with reference_policy(policy.network):
+                    pretrained = policy.transition(*arguments)
+                moved = (present.mean - pretrained.mean).flatten(1).square().sum(1)
+                found.append(moved / (2 * present.std**2))
+    assert metrics["kl_reference_nats"] == pytest.approx(float(torch.cat(found).mean()), rel=1e-4)

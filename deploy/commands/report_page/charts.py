@@ -45,6 +45,7 @@ class Chart:
     x_ticks: list[tuple[str, str]]
     y_ticks: list[tuple[str, str]]
     in_words: str
+    along: str = "round"  # what the horizontal axis counts
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,15 @@ def column(rounds: list[Metrics], metric: str) -> Float[np.ndarray, "R"]:
     return np.array([metrics.get(metric, math.nan) for metrics in rounds], dtype=np.float64)
 
 
-def chart(title: str, caption: str, rounds: Float[np.ndarray, "R"], lines: list[Series]) -> Chart | None:
+def chart(
+    title: str, caption: str, rounds: Float[np.ndarray, "R"], lines: list[Series], along: str = "round"
+) -> Chart | None:
     """Lay the series out on common axes; None where none has a value."""
     lines = [line for line in lines if np.isfinite(line.values).any()]
     if not lines:
         return None
     if len(rounds) > POINTS:
-        caption += f"; each point is the mean of about {len(rounds) / POINTS:.3g} rounds"
+        caption += f"; each point is the mean of about {len(rounds) / POINTS:.3g} {along}s"
     at = binned(rounds)
     shown = [
         Series(line.name, binned(line.values), None if line.deviation is None else binned(line.deviation))
@@ -111,7 +114,8 @@ def chart(title: str, caption: str, rounds: Float[np.ndarray, "R"], lines: list[
         [_curve(line, at, x_scale, y_scale) for line in shown],
         x_ticks,
         y_ticks,
-        "; ".join(_in_words(line) for line in lines),
+        "; ".join(_in_words(line, along) for line in lines),
+        along,
     )
 
 
@@ -196,9 +200,9 @@ def _band(line: Series, at: Float[np.ndarray, "P"], x_scale: tuple, y_scale: tup
     return f"M{'L'.join(corners)}z" if corners else ""
 
 
-def _in_words(line: Series) -> str:
+def _in_words(line: Series, along: str) -> str:
     known = line.values[np.isfinite(line.values)]
-    return f"{line.name}: {number(known[0])} in the first round, {number(known[-1])} in the last"
+    return f"{line.name}: {number(known[0])} in the first {along}, {number(known[-1])} in the last"
 
 
 def _short(value: float) -> str:

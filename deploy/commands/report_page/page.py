@@ -15,6 +15,7 @@ from common.config import Recipe
 from common.ledger import Ledger
 from common.run_folder import RunFolder
 from deploy.commands.report_page import charts, numbers
+from deploy.commands.report_page.evaluation import evaluation_told, guard_sentences
 from deploy.commands.report_page.pictures import are_reduced, gallery, worst_and_best
 from deploy.commands.report_page.prompts import held_out_table, training_table
 from deploy.commands.report_page.scores import headline, scores
@@ -64,8 +65,9 @@ def _told(run: FinishedRun, comparison: Comparison) -> dict[str, Any]:
         "run": run,
         "recipe": run.recipe,
         "scores": found,
-        "sentences": summary_in_words(found, run.rounds),
+        "sentences": [*summary_in_words(found, run.rounds), *guard_sentences(run.folder)],
         "charts": charts.run_charts(run.rounds, [table.called for table in run.recipe.all_rewards]),
+        "evaluation": evaluation_told(run.folder, run.recipe),
         "drawing": (charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
         "pairs": gallery(comparison, score),
         "images": len(comparison.before),
