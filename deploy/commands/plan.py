@@ -81,7 +81,6 @@ def plan(recipe: Recipe) -> str:
     numbers = plan_of(recipe)
     sampling, learner = recipe.sampling, recipe.learner
     pools = all_pools(recipe)
-    workers = sum(pool.table.count for pool in pools)
     scoring = sum(numbers.reward_worker_bytes[pool.name] * pool.table.count for pool in pools)
     memory = numbers.learner_bytes + numbers.sampler_bytes * recipe.samplers.count + scoring
     rows = [
@@ -107,7 +106,7 @@ def plan(recipe: Recipe) -> str:
         ),
         ("a sampler's memory", f"{in_bytes(numbers.sampler_bytes)} and its working buffers"),
         *((f"{_who(pool)} memory{_own(pool)}", in_bytes(numbers.reward_worker_bytes[pool.name])) for pool in pools),
-        ("memory in all", f"{in_bytes(memory)}: 1 learner, {recipe.samplers.count} samplers, {workers} reward workers"),
+        ("memory in all", f"{in_bytes(memory)}: {', '.join(f'{count} {role}' for role, count, _ in _actors(recipe))}"),
         ("GPUs asked for", _gpus(recipe)),
     ]
     width = max(len(name) for name, _ in rows)
@@ -125,7 +124,7 @@ def _of_an_image(recipe: Recipe, numbers: Plan) -> str:
 
 
 def _who(pool: RewardPool) -> str:
-    return "a reward worker's" if pool.trains else "scorers'"
+    return "a reward worker's" if pool.trains else "a scorer's"
 
 
 def _own(pool: RewardPool) -> str:
@@ -136,11 +135,21 @@ def _activations(recipe: Recipe, numbers: Plan) -> int:
     return recipe.learner.micro_batch_size * numbers.sizes.activation_bytes
 
 
+def _actors(recipe: Recipe) -> list[tuple[str, int, float]]:
+    """Of each role its name, how many there are, and the GPUs that they ask for together."""
+    workers = [pool.table for pool in all_pools(recipe) if pool.trains]
+    scorers = [pool.table for pool in all_pools(recipe) if not pool.trains]
+    roles = [("samplers", [recipe.samplers]), ("reward workers", workers), *([("scorers", scorers)] if scorers else [])]
+    counted = [
+        (role, sum(table.count for table in tables), sum(table.count * table.num_gpus for table in tables))
+        for role, tables in roles
+    ]
+    return [("learner", 1, recipe.learner.num_gpus), *counted]
+
+
 def _gpus(recipe: Recipe) -> str:
-    samplers = recipe.samplers.num_gpus * recipe.samplers.count
-    workers = sum(pool.table.num_gpus * pool.table.count for pool in all_pools(recipe))
-    total = recipe.learner.num_gpus + samplers + workers
-    return f"{total:g} = learner {recipe.learner.num_gpus:g} + samplers {samplers:g} + reward workers {workers:g}"
+    actors = _actors(recipe)
+    return f"{sum(gpus for *_, gpus in actors):g} = {' + '.join(f'{role} {gpus:g}' for role, _, gpus in actors)}"
 
 
 def in_bytes(count: int) -> str:

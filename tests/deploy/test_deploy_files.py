@@ -146,7 +146,8 @@ def test_all_that_is_said_to_be_submitted_is_the_same_run() -> None:
 @pytest.mark.parametrize("kind", MACHINES)
 def test_each_role_of_the_run_has_a_place_and_only_there(kind: str) -> None:
     machines, recipe = MACHINES[kind](), run_of_the_job()
-    learners = [machine for machine in machines.values() if machine.holds(recipe.learner, recipe.reward_workers)]
+    beside = (recipe.learner, recipe.reward_workers, recipe.evaluation.workers)
+    learners = [machine for machine in machines.values() if machine.holds(*beside)]
     samplers = [machine for machine in machines.values() if machine.holds(recipe.samplers)]
     assert [(machine.market, machine.fewest) for machine in learners] == [("on-demand", 1)]
     assert [(machine.market, machine.fewest) for machine in samplers] == [("spot", 0)]
@@ -156,9 +157,8 @@ def test_each_role_of_the_run_has_a_place_and_only_there(kind: str) -> None:
 @pytest.mark.parametrize("kind", MACHINES)
 def test_the_resources_of_the_machines_are_those_that_recipes_ask_for(kind: str) -> None:
     recipe = run_of_the_job()
-    custom = {
-        name for role in (recipe.learner, recipe.samplers, recipe.reward_workers) for name in asked(role)
-    } - STANDARD
+    roles = (recipe.learner, recipe.samplers, recipe.reward_workers, recipe.evaluation.workers)
+    custom = {name for role in roles for name in asked(role)} - STANDARD
     assert custom == {"learner", "sampler", "reward"}
     given = {name for machine in MACHINES[kind]().values() for name in machine.resources}
     assert {name for name in given - STANDARD if not name.startswith("accelerator_type:")} == custom

@@ -53,10 +53,12 @@ def test_stable_diffusion_1_5_has_the_numbers_of_the_lineage() -> None:
 def test_the_single_gpu_recipe_fits_the_gpu_it_names() -> None:
     recipe = Recipe.load(RECIPES / "sd15_aesthetic.toml")
     text, numbers = plan(recipe), plan_of(recipe)
-    assert numbers.reward_worker_bytes == {"reward_workers": 2 * 303_966_208}
-    together = numbers.learner_bytes + numbers.sampler_bytes + numbers.reward_worker_bytes["reward_workers"]
+    # Half precision: CLIP ViT-L/14's image tower for the aesthetic head; the same and the text tower, 427,616,513 in all.
+    assert numbers.reward_worker_bytes == {"reward_workers": 2 * 303_966_208, "evaluation.workers": 2 * 427_616_513}
+    together = numbers.learner_bytes + numbers.sampler_bytes + sum(numbers.reward_worker_bytes.values())
     assert 14e9 < together < 40e9  # of the smaller A100
-    assert "GPUs asked for" in text and "1 = learner 0.6 + samplers 0.3 + reward workers 0.1" in text
+    assert "1 learner, 1 samplers, 1 reward workers, 1 scorers" in text
+    assert "1 = learner 0.5 + samplers 0.3 + reward workers 0.1 + scorers 0.1" in text
 
 
 def test_rewards_with_workers_of_their_own_are_counted_with_them(tables: dict) -> None:

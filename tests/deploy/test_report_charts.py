@@ -11,9 +11,9 @@ from tests.logged_rounds import logged
 def test_a_chart_by_hand() -> None:
     made = charts.chart("t", "c", np.arange(3.0), [charts.Series("a", np.array([0.0, 10.0, 5.0]))])
     assert made is not None
-    # Rounds 0, 1, 2 from 46 to 330; values 0 to 10 from 166 up to 8.
-    assert made.curves[0].path == "M46 166L188 8L330 87"
-    assert made.x_ticks == [("46", "0"), ("188", "1"), ("330", "2")] and ("166", "0") in made.y_ticks
+    # Rounds 0, 1, 2 from 54 to 330; values 0 to 10 from 166 up to 8.
+    assert made.curves[0].path == "M54 166L192 8L330 87"
+    assert made.x_ticks == [("54", "0"), ("192", "1"), ("330", "2")] and ("166", "0") in made.y_ticks
 
 
 def test_a_curve_is_broken_where_a_round_has_no_value_and_its_band_goes_around_it() -> None:
@@ -21,7 +21,7 @@ def test_a_curve_is_broken_where_a_round_has_no_value_and_its_band_goes_around_i
     made = charts.chart("t", "c", np.arange(4.0), [charts.Series("a", values)])
     assert made is not None and [part.count("L") for part in made.curves[0].path.split("M")[1:]] == [0, 1]
     banded = charts.chart("t", "c", np.arange(2.0), [charts.Series("a", np.array([2.0, 8.0]), np.array([2.0, 2.0]))])
-    assert banded is not None and banded.curves[0].band == "M46 102.8L330 8L330 71.2L46 166z"
+    assert banded is not None and banded.curves[0].band == "M54 102.8L330 8L330 71.2L54 166z"
     assert charts.chart("t", "c", np.arange(2.0), [charts.Series("a", np.full(2, math.nan))]) is None
 
 

@@ -20,6 +20,7 @@ pytestmark = [
 ]
 LONG = "a photograph of " + "very " * 40 + "supercalifragilisticexpialidocious" * 4
 PROMPTS = ["cat", "dog", "<script>document.title = 'taken over'</script>", LONG]
+PROBE = {"name": "jpeg_compressibility", "label": "probe"}
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
@@ -40,7 +41,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         "algorithm": {"name": "ddpo_is", "clip_range": 1e-3},
         "learner": {"batch_size": 4, "micro_batch_size": 8, "learning_rate": 1e-3},
-        "evaluation": {"images": 8, "batch_size": 4, "scorers": [{"name": "jpeg_compressibility", "label": "probe"}]},
+        "evaluation": {"every": 1, "images": 8, "batch_size": 4, "scorers": [PROBE]},
+        "guard": {"max_kl_nats": 1e-9},
     }
     recipe = Recipe.parse(tables)
     train(recipe, serial=True)
@@ -106,6 +108,20 @@ def test_the_slider_moves_by_pointer_by_key_and_all_at_once(opened: Page) -> Non
     assert seen(opened, first) == pytest.approx(before - 1)  # towards the picture after
     opened.click("#all", at=(0.999, 0.5))
     assert seen(opened, first) == seen(opened, last) == 0
+
+
+def test_what_was_seen_along_the_way_can_be_read(opened: Page) -> None:
+    """Versions 0, 1 and 2; the last two have an alarm about the KL."""
+    assert opened.evaluate("document.querySelectorAll('#evaluation .chart').length") >= 6
+    texts = (
+        "[...document.querySelectorAll('#evaluation tbody tr')].map((row) => row.innerText.split('\\t').slice(0, 2))"
+    )
+    assert opened.evaluate(texts) == [["1", "kl"], ["2", "kl"]]
+    outside = """[...document.querySelectorAll('.chart text')].filter((text) => {
+        const [inner, outer] = [text, text.closest('svg')].map((element) => element.getBoundingClientRect());
+        return inner.left < outer.left - 1 || inner.right > outer.right + 1;
+    }).map((text) => text.textContent)"""
+    assert opened.evaluate(outside) == []
 
 
 def test_a_table_sorts_by_a_click_on_its_head(opened: Page) -> None:

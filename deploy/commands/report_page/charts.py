@@ -11,7 +11,7 @@ from deploy.commands.report_page.numbers import number, tick
 
 Metrics = dict[str, float]
 WIDTH, HEIGHT = 340, 190  # of the drawing; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24  # what the axes leave free
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 8, 24  # what the axes leave free
 POINTS = 200  # a curve of more rounds is averaged to so many
 DOTS = 40  # a curve of more points has no dots
 

@@ -1,0 +1,96 @@
+"""What the report, and whoever asks for a run's weights, say of the evaluations along the way and of the guard."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import ddpo
+from common.config import Recipe
+from common.evaluation_log import EvaluationLog
+from common.run_folder import RunFolder
+from deploy.commands.report_page.evaluation import evaluation_told, guard_sentences
+from train import train
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    tables = {
+        "name": "told",
+        "rounds": 4,
+        "sampling": {},
+        "output_dir": str(tmp_path_factory.mktemp("runs")),
+        "policy": {"name": "stable_diffusion", "model": "tiny_animals"},
+        "prompts": {"name": "animals"},
+        "reward": {"name": "brightness"},
+        "algorithm": {"name": "ddpo_is", "clip_range": 1e-3},
+        "learner": {"batch_size": 4, "micro_batch_size": 8},
+        "evaluation": {"every": 2, "scorers": [{"name": "entropy"}]},
+    }
+    return Recipe.parse(tables)
+
+
+def found(version: int, brightness: float, entropy: float, sharpness: float, *alarms: str) -> dict:
+    """A line of evaluations.jsonl as far as the page reads it."""
+    scores = {"brightness": brightness, "reward": brightness, "entropy": entropy}
+    return {
+        "policy_version": version,
+        "scores": {name: {"mean": mean, "standard_error": 0.5} for name, mean in scores.items()},
+        "pictures": {"dark_share": 0.25, "sharpness": sharpness, "entropy": entropy, "diversity": 2.0},
+        "kl_reference_nats": version or None,
+        "alarms": [{"about": "entropy", "says": says} for says in alarms],
+    }
+
+
+def written(recipe: Recipe, *figures: dict) -> RunFolder:
+    folder = RunFolder(recipe.run_path())
+    folder.create()
+    EvaluationLog(folder.storage).keep(list(figures))
+    return folder
+
+
+def test_curves_over_the_versions_by_hand(recipe: Recipe) -> None:
+    folder = written(recipe, found(4, 20, 4, 5, "it fell"), found(0, 10, 8, 20), found(2, 15, 6, 10))
+    told = evaluation_told(folder, recipe)
+    charts = {chart.title: chart for chart in told.charts}
+    # One reward is its own sum, so `reward` would be the same curve again; nothing was averaged.
+    assert list(charts) == ["brightness", "entropy", "what is left", "dark share", "KL to the pretrained model"]
+    assert charts["brightness"].in_words == "newest version: 10.00 in the first version, 20.00 in the last"
+    assert charts["brightness"].curves[0].band and charts["entropy"].caption.startswith("not trained on")
+    assert "not trained on" not in charts["brightness"].caption
+    assert charts["what is left"].in_words.startswith("sharpness: 1.000 in the first version, 0.2500 in the last")
+    assert [text for _, text in charts["brightness"].x_ticks] == ["0", "1", "2", "3", "4"]
+    assert told.alarms == [(4, "entropy", "it fell")] and told.sentences == []
+    assert guard_sentences(folder) == []  # the last line is version 2's
+
+
+def test_one_version_alone_is_no_curve_and_a_calm_guard_says_so(recipe: Recipe) -> None:
+    assert evaluation_told(written(recipe, found(0, 10, 8, 20)), recipe).charts == []
+    told = evaluation_told(written(recipe, found(0, 10, 8, 20), found(2, 9, 8, 20)), recipe)
+    assert told.sentences == ["The guard has found nothing."]
+
+
+def test_an_alarm_at_the_last_version_stands_in_the_summary(recipe: Recipe) -> None:
+    folder = written(recipe, found(0, 10, 8, 20), found(2, 9, 8, 20, "this", "that"))
+    assert guard_sentences(folder) == ["At the last version the guard has found: this; that."]
+
+
+def test_a_run_that_was_rolled_back_is_compared_by_the_weights_that_it_has(
+    tables: dict, capsys: pytest.CaptureFixture
+) -> None:
+    evaluation = {"every": 2, "prompts": ["cat", "dog"], "images": 6, "batch_size": 4}
+    guard = {"max_kl_nats": 1e-9, "on_alarm": "roll_back"}
+    recipe = Recipe.parse({**tables, "rounds": 5, "evaluation": evaluation, "guard": guard})
+    train(recipe, serial=True)
+    run = Path(recipe.run_path())
+    assert ddpo.main(["status", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "ended by the guard" in said and "guard" in said and "version 2: the policy is" in said
+    assert ddpo.main(["report", str(run)]) == 0
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    best = json.loads((run / "best" / "best.json").read_text())
+    assert (summary["policy_version"], summary["fingerprint"]) == (0, best["fingerprint"])
+    assert summary["reward_after"] == pytest.approx(summary["reward_before"])  # version 0 is the pretrained model
+    page = (run / "report" / "report.html").read_text()
+    assert "The guard has ended the run at version 2: the policy is" in page
+    assert "The run&#39;s weights are those of version 0." in page and "While it trained" in page
