@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward window overlap broadcast rewards-bench soak pretrain clean
+.PHONY: demo test test-system same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast rewards-bench soak pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -72,6 +72,16 @@ animal-reward: $(VENV)/installed
 	rm -rf runs/tiny_animal_classifier
 	$(BIN)/ddpo train deploy/recipes/tiny/animal_classifier.toml
 	$(BIN)/ddpo report runs/tiny_animal_classifier
+
+guard: $(VENV)/installed
+	rm -rf runs/tiny_guard
+	$(BIN)/ddpo train deploy/recipes/tiny/guard.toml
+	$(BIN)/ddpo report runs/tiny_guard
+
+held-out: $(VENV)/installed
+	rm -rf runs/tiny_held_out
+	$(BIN)/ddpo train deploy/recipes/tiny/held_out.toml
+	$(BIN)/ddpo report runs/tiny_held_out
 
 pretrain: $(VENV)/installed
 	$(BIN)/python -m learner.pretrain --output common/tiny_animals
