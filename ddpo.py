@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,13 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options) or 0
     except ValueError as error:
         # An actor's error comes wrapped in Ray's, which prints the whole remote traceback: the user needs its cause.
-        print(f"ddpo {options.verb}: {getattr(error, 'cause', error)}", file=sys.stderr)
+        print(f"ddpo {options.verb}: {_without_passwords(str(getattr(error, 'cause', error)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
             f"ddpo {options.verb}: stopped; a run goes on from its last checkpoint with --resume auto", file=sys.stderr
         )
         return 130
+
+
+def _without_passwords(text: str) -> str:
+    """What is said of a wrong value repeats it, and goes where a job's log is kept."""
+    return re.sub(r"(:/+)[^/\s]*@", r"\1…@", text)
 
 
 def _overrides(rest: list[str]) -> list[str]:
@@ -156,7 +162,7 @@ def _train(options: argparse.Namespace) -> int:
         return stopped.exit_code
     except BROKE_OFF as error:
         cause = getattr(error, "cause", error)
-        print(f"ddpo train: {type(cause).__name__}: {cause}", file=sys.stderr)
+        print(f"ddpo train: {type(cause).__name__}: {_without_passwords(str(cause))}", file=sys.stderr)
         return 1
     print(RunFolder(recipe.run_path()).where_everything_lies())
     print(f"{'look at it':<13} ddpo report {recipe.run_path()}")

@@ -164,7 +164,7 @@ def load_checkpoint(checkpoint: Storage) -> Checkpoint:
     """Read a checkpoint. ValueError: it is not laid out as checkpoints are, or its weights are not what they were saved as."""
     try:
         return _load_checkpoint(checkpoint)
-    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{checkpoint.location} is no checkpoint that can be read: {type(error).__name__}: {error}"
         ) from error

@@ -88,18 +88,12 @@ def test_a_checkpoint_reads_no_weights_from_outside(tmp_path: Path, secret: Path
         load_checkpoint(checkpoint)
 
 
-def test_what_lies_in_a_bucket_is_copied_nowhere_else(bucket: str, tmp_path: Path) -> None:
-    bucket_name = bucket.removeprefix("s3://")
-    for key in ("runs/one/lora/../../../evil", "runs/one/lora//etc/evil", "runs/one/lora/good"):
-        boto3.client("s3").put_object(Bucket=bucket_name, Key=key, Body=b"x")
-    before = {path for path in tmp_path.parent.rglob("evil*")}
-    try:
+def test_an_object_whose_key_leads_out_is_copied_nowhere(bucket: str, tmp_path: Path) -> None:
+    key = "runs/one/lora/../../../evil"
+    boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=b"x")
+    with pytest.raises(ValueError, match="leads out of the folder"):
         Storage(f"{bucket}/runs/one").copy_out("lora", tmp_path / "copies")
-    except ValueError as error:
-        assert "leads out of the folder" in str(error)
-    assert {path for path in tmp_path.parent.rglob("evil*")} <= before | {
-        path for path in (tmp_path / "copies" / "lora").rglob("evil")
-    }
+    assert list(tmp_path.rglob("evil")) == []
 
 
 def test_best_and_a_ledger_hold_only_what_their_names_allow(tmp_path: Path, secret: Path) -> None:
