@@ -3,10 +3,12 @@
 import argparse
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+NOBODY_READS = 141  # what a shell says of a program that SIGPIPE has ended
 OVERRIDABLE = ("train", "plan", "doctor", "report", "sample", "replay", "serve-reward")
 
 
@@ -14,8 +16,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 where it went well, 1 where a run broke off, a replay differs or the doctor finds a fault, 2 where
     the user has to change something.
 
-    128 + its number where a signal stopped it.
+    128 + its number where a signal stopped it, and 141 where nobody reads what it prints any more, as `| head` does.
     """
+    try:
+        try:
+            return _verb(arguments)
+        finally:
+            sys.stdout.flush()  # here, where it can still be seen that nobody reads
+    except BrokenPipeError:
+        if not _nobody_reads():  # another's pipe, which is a fault
+            raise
+        return NOBODY_READS
+
+
+def _nobody_reads() -> bool:
+    """Whether what is printed has no reader; then what is left of it is dropped, or Python would complain at its end."""
+    closed = False
+    for descriptor in (1, 2):  # what is printed and what is complained of
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        if any(events & select.POLLERR for _, events in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            closed = True
+    return closed
+
+
+def _verb(arguments: Sequence[str] | None) -> int:
     sys.path.append(os.getcwd())  # a user's module:function lies where the command is typed
     parser, overridable = _parser()
     options, rest = parser.parse_known_args(arguments)
