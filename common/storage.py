@@ -18,10 +18,7 @@ UNFINISHED = ".unfinished"  # the end of a local file's name while it is written
 
 
 class Storage:
-    """A folder, which need not be there yet. A name in it may lead through folders, `round-000012/state.json`, never out.
-
-    Every method that takes a name raises ValueError where it would: names may come from files that somebody else wrote.
-    """
+    """A folder, which need not be there yet. A name may lead through folders in it, `a/state.json`, never out (ValueError)."""
 
     def __init__(self, location: str | Path) -> None:
         """ValueError: the location is no path and no URI of a filesystem that is known."""
