@@ -2,10 +2,13 @@
 
 import argparse
 import os
+import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+NOBODY_READS = 141  # what a shell says of a program that SIGPIPE has ended
 OVERRIDABLE = ("train", "plan", "doctor", "report", "sample", "replay", "serve-reward")
 
 
@@ -13,8 +16,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 where it went well, 1 where a run broke off, a replay differs or the doctor finds a fault, 2 where
     the user has to change something.
 
-    128 + its number where a signal stopped it.
+    128 + its number where a signal stopped it, and 141 where nobody reads what it prints any more, as `| head` does.
     """
+    try:
+        try:
+            return _verb(arguments)
+        finally:
+            sys.stdout.flush()  # here, where it can still be seen that nobody reads
+    except BrokenPipeError:
+        if not _nobody_reads():  # another's pipe, which is a fault
+            raise
+        return NOBODY_READS
+
+
+def _nobody_reads() -> bool:
+    """Whether what is printed has no reader; then what is left of it is dropped, or Python would complain at its end."""
+    closed = False
+    for descriptor in (1, 2):  # what is printed and what is complained of
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        if any(events & select.POLLERR for _, events in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            closed = True
+    return closed
+
+
+def _verb(arguments: Sequence[str] | None) -> int:
     sys.path.append(os.getcwd())  # a user's module:function lies where the command is typed
     parser, overridable = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -25,13 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options) or 0
     except ValueError as error:
         # An actor's error comes wrapped in Ray's, which prints the whole remote traceback: the user needs its cause.
-        print(f"ddpo {options.verb}: {getattr(error, 'cause', error)}", file=sys.stderr)
+        print(f"ddpo {options.verb}: {_without_passwords(str(getattr(error, 'cause', error)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
             f"ddpo {options.verb}: stopped; a run goes on from its last checkpoint with --resume auto", file=sys.stderr
         )
         return 130
+
+
+def _without_passwords(text: str) -> str:
+    """What is said of a wrong value repeats it, and goes where a job's log is kept."""
+    return re.sub(r"(:/+)[^/\s]*@", r"\1…@", text)
 
 
 def _overrides(rest: list[str]) -> list[str]:
@@ -156,7 +188,7 @@ def _train(options: argparse.Namespace) -> int:
         return stopped.exit_code
     except BROKE_OFF as error:
         cause = getattr(error, "cause", error)
-        print(f"ddpo train: {type(cause).__name__}: {cause}", file=sys.stderr)
+        print(f"ddpo train: {type(cause).__name__}: {_without_passwords(str(cause))}", file=sys.stderr)
         return 1
     print(RunFolder(recipe.run_path()).where_everything_lies())
     print(f"{'look at it':<13} ddpo report {recipe.run_path()}")

@@ -63,9 +63,15 @@ def load_bert_score(source: str, layer: int, device: str, missing: str) -> BertS
 
     def read(where: Any, local_files_only: bool) -> tuple[Any, Any, Any]:
         model, loading = AutoModel.from_pretrained(
-            where, dtype=torch.float32, local_files_only=local_files_only, output_loading_info=True
+            where,
+            dtype=torch.float32,
+            local_files_only=local_files_only,
+            output_loading_info=True,
+            trust_remote_code=False,
+            weights_only=True,  # the paper's scorer is published as a pickle only
         )
-        return model, loading, AutoTokenizer.from_pretrained(where, local_files_only=local_files_only)
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local_files_only, trust_remote_code=False)
+        return model, loading, tokenizer
 
     model, loading, tokenizer = read_pretrained(source, read, missing)
     lacking = sorted(name for name in loading["missing_keys"] if "pooler" not in name)  # which comes after all layers

@@ -1,7 +1,9 @@
 """The recipe: every table that a run is made from, checked against each other, read from TOML (no torch)."""
 
 import os
+import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from common.recipe_tables import (
     Table,
 )
 from common.registry import explain
+
+URI_WITH_A_USER = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*@")
 
 
 class Recipe(Table):
@@ -116,7 +120,12 @@ class Recipe(Table):
 
     @classmethod
     def parse(cls, tables: dict[str, Any]) -> "Recipe":
-        """Check a recipe's tables. ValueError: one line that names every key at fault."""
+        """Check a recipe's tables. ValueError: one line that names every key at fault, and shows no password."""
+        if shown := list(_holding_a_user(tables)):
+            raise ValueError(
+                f"the recipe cannot be used: {', '.join(shown)} holds a URI with a user's name or password, and a run keeps its "
+                "recipe where others read it: leave it out, keys and tokens come from the environment"
+            )
         try:
             return cls.model_validate(tables)
         except ValidationError as error:
@@ -151,3 +160,15 @@ class Recipe(Table):
                 "working directory: give --output_dir an absolute path on storage that all nodes see, or a URI (s3://…)"
             )
         return os.path.join(self.output_dir, self.name)
+
+
+def _holding_a_user(value: Any, key: str = "") -> Iterator[str]:
+    """The keys below which a text has scheme://user@ or scheme://user:password@ in it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _holding_a_user(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _holding_a_user(inner, key)
+    elif isinstance(value, str) and URI_WITH_A_USER.search(value):
+        yield key

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import psutil
+from pydantic import BaseModel, Field, ValidationError
 
 from common.run_folder import RunFolder
 from common.storage import Storage
@@ -22,6 +23,16 @@ LEASE_SECONDS = 60.0  # a lease that was not renewed for longer has lost its own
 RENEWAL_SECONDS = 15.0
 SETTLE_SECONDS = 2.0  # after which two starts at the same instant see which of them wrote last
 START_TOLERANCE = 2.0  # seconds; a process's start is told from the machine's, which a clock may move a little
+
+
+class Owner(BaseModel):
+    """What a lease says of who holds it."""
+
+    host: str
+    pid: int = Field(ge=1, lt=2**31)
+    time: float  # seconds since 1970, of the last renewal
+    started: float | None = None
+    token: str | None = None
 
 
 class Lease:
@@ -74,13 +85,11 @@ class Lease:
         self._renewed = now
 
     def _owner(self) -> dict[str, Any] | None:
-        """What the lease says of its owner; nothing of one that was just made, or never got its text. None: no lease."""
+        """What the lease says of its owner; nothing of one that is no lease's text, as of one just made. None: no lease."""
         try:
-            return json.loads(self._storage.read(LEASE))
+            return _read_owner(self._storage.read(LEASE))
         except FileNotFoundError:
             return None
-        except ValueError:
-            return {}
 
     def _remove_left_behind(self) -> None:
         owner = self._owner()
@@ -141,6 +150,13 @@ def _alone_in(storage: Storage) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def _read_owner(text: bytes) -> dict[str, Any]:
+    try:
+        return Owner.model_validate_json(text).model_dump(exclude_none=True)
+    except ValidationError:
+        return {}
+
+
 def _who(owner: dict[str, Any]) -> str:
     return f"process {owner['pid']} on {owner['host']}" if owner else "a start that did not get far"
 
@@ -160,7 +176,7 @@ def _lives(owner: dict[str, Any]) -> bool:
 def runs_it(folder: RunFolder) -> str | None:
     """Which process is at work on this run, in words; None: nobody is."""
     try:
-        owner = json.loads(folder.storage.read(LEASE))
-    except (FileNotFoundError, ValueError):
+        owner = _read_owner(folder.storage.read(LEASE))
+    except FileNotFoundError:
         return None
-    return _who(owner) if _lives(owner) else None
+    return _who(owner) if owner and _lives(owner) else None

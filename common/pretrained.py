@@ -34,9 +34,13 @@ def read_model(cls: Any, source: str, dtype: torch.dtype, missing: str) -> Any:
 
 
 def loaded(cls: Any, place: str | Path | None, missing: str, **options: Any) -> Any:
-    """`cls.from_pretrained`, for use and not for training. ValueError: `missing`, where a weight lacks or does not fit."""
+    """`cls.from_pretrained`, for use and not for training; no pickle is opened, and no code that lies beside the weights run.
+
+    ValueError: `missing`, where a weight lacks or does not fit.
+    """
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with errors_only():  # a whole CLIP has a text tower, and each of its weights would be reported as not needed
-        model, found = cls.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        model, found = cls.from_pretrained(place, use_safetensors=True, trust_remote_code=False, **options)
     absent, misfits = sorted(found["missing_keys"]), sorted(name for name, *_ in found["mismatched_keys"])
     if absent or misfits:
         fault = "weights are missing" if absent else "weights are of another size than the configuration says"
@@ -44,8 +48,8 @@ def loaded(cls: Any, place: str | Path | None, missing: str, **options: Any) -> 
     return model.eval().requires_grad_(False)
 
 
-def read_tokenizer(cls: Any, tokenizer: Weights) -> Any:
-    """A tokenizer of class `cls`. ValueError: there is none."""
+def read_tokenizer(tokenizer_class: Any, tokenizer: Weights) -> Any:
+    """A tokenizer of this class. ValueError: there is none."""
     from huggingface_hub import hf_hub_download
 
     def read(place: str | Path, local_files_only: bool) -> Any:
@@ -54,6 +58,6 @@ def read_tokenizer(cls: Any, tokenizer: Weights) -> Any:
             (place / TOKENIZER_FILE).open().close()
         else:
             hf_hub_download(place, TOKENIZER_FILE, local_files_only=local_files_only)
-        return cls.from_pretrained(place, local_files_only=local_files_only)
+        return tokenizer_class.from_pretrained(place, local_files_only=local_files_only, trust_remote_code=False)
 
     return read_pretrained(tokenizer.source, read, cannot_load(tokenizer))

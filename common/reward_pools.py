@@ -40,6 +40,17 @@ def all_pools(recipe: Recipe) -> tuple[RewardPool, ...]:
     return (*reward_pools(recipe), *([RewardPool(SCORERS, scorers, table.workers)] if table.every and scorers else []))
 
 
+def refused(roles: dict[str, ElasticTable], role: str, count: int) -> str | None:
+    """Why there cannot be `count` of a role, in words; None: there can."""
+    if role not in roles:
+        return f"this run has no {role}: it has {', '.join(roles)}"
+    table = roles[role]
+    if count < table.min or (table.max is not None and count > table.max):
+        bounds = f"{role}.min = {table.min} and {role}.max = {table.max or 'none'}"
+        return f"{role} is {count}: it must lie between {bounds}"
+    return None
+
+
 def elastic_roles(recipe: Recipe) -> dict[str, ElasticTable]:
     """What `ddpo scale` may change in number, by name."""
     return {"samplers": recipe.samplers, **{pool.name: pool.table for pool in all_pools(recipe)}}

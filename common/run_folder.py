@@ -9,9 +9,10 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
+from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 
 from common.config import Recipe
 from common.storage import Storage
@@ -22,6 +23,7 @@ TOKEN = "token.txt"
 GUARD = "guard.json"  # in the folder of a run that the guard has ended
 BEST = "best.json"  # in `best/`, written last: which version lies beside it
 VERSIONED = ("ray-ddpo", "torch", "diffusers", "transformers", "peft", "ray", "numpy")
+ASKED = TypeAdapter(dict[str, Annotated[StrictInt, Field(ge=1)]])
 WEIGHTS = ("lora", "unet")  # folders of a run, whichever was trained
 
 
@@ -117,11 +119,16 @@ class RunFolder:
         self.storage.write(WATCHDOG, dump.encode())
 
     def asked(self) -> dict[str, int]:
-        """The numbers of workers that `ddpo scale` has asked for, by role."""
+        """The numbers of workers that `ddpo scale` has asked for, by role. ValueError: something else stands there."""
         try:
-            return json.loads(self.storage.read(CONTROL))
+            return ASKED.validate_json(self.storage.read(CONTROL))
         except FileNotFoundError:
             return {}
+        except ValidationError as error:
+            raise ValueError(
+                f"{self.location}/{CONTROL} cannot be used: it must be a JSON object with a number of workers, 1 or more, for "
+                f"each role, as ddpo scale writes it ({error.errors()[0]['msg']})"
+            ) from None
 
     def ask(self, wanted: dict[str, int]) -> None:
         """Ask for numbers of workers, by role; the driver looks about once a second."""

@@ -18,7 +18,7 @@ UNFINISHED = ".unfinished"  # the end of a local file's name while it is written
 
 
 class Storage:
-    """A folder, which need not be there yet. A name in it may lead through folders: `round-000012/state.json`."""
+    """A folder, which need not be there yet. A name may lead through folders in it, `a/state.json`, never out (ValueError)."""
 
     def __init__(self, location: str | Path) -> None:
         """ValueError: the location is no path and no URI of a filesystem that is known."""
@@ -90,6 +90,8 @@ class Storage:
             (folder / name).write_bytes(self.read(name))
 
     def _path(self, name: str) -> str:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{name!r} leads out of the folder {self.location}: no file there may be called that")
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
 

@@ -9,7 +9,7 @@ from types import FrameType
 
 from common.config import Recipe
 from common.lease import Lease
-from common.reward_pools import elastic_roles
+from common.reward_pools import elastic_roles, refused
 from common.run_folder import CONTROL, RunFolder
 
 POLL_SECONDS = 1.0
@@ -37,6 +37,7 @@ class Supervision:
         self._before: dict[signal.Signals, signal._HANDLER] = {}
         self._next_poll = 0.0
         self._asked: dict[str, int] = {}
+        self._told = ""  # last, of what was asked and cannot be done
         self.on_scale: dict[str, Callable[[int], None]] = {}  # by role; set by who can
 
     def __enter__(self) -> "Supervision":
@@ -72,7 +73,15 @@ class Supervision:
             self._scale()
 
     def _scale(self) -> None:
-        asked, tables = self._folder.asked(), elastic_roles(self._recipe)
+        tables = elastic_roles(self._recipe)
+        try:
+            asked = self._folder.asked()
+            wrong = [why for role, count in asked.items() if (why := refused(tables, role, count))]
+        except ValueError as error:
+            asked, wrong = {}, [str(error)]
+        if wrong:  # no reason to end a run
+            self._tell(f"what was asked is not done: {'; '.join(wrong)}")
+            return
         for role, scale in self.on_scale.items():
             table = tables[role]
             count = asked.get(role, self._asked.get(role, table.count))
@@ -80,3 +89,9 @@ class Supervision:
                 print(f"{role}: {self._asked.get(role, table.count)} → {count}, as asked", file=sys.stderr, flush=True)
                 scale(count)
                 self._asked[role] = count
+
+    def _tell(self, text: str) -> None:
+        """Once, though it is found again at every look."""
+        if text != self._told:
+            print(text, file=sys.stderr, flush=True)
+            self._told = text

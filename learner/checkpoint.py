@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from common.lora_weights import LoraWeights, verified
@@ -15,6 +16,7 @@ from learner.reward_composition import Statistics
 
 MANIFEST = "manifest.json"
 OWN_WEIGHTS = "weights-trained.safetensors"
+MISSHAPEN = (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, AttributeError, TypeError)
 FOLDER_NAME = re.compile(r"round-(\d+)(?:-(\d+))?")  # rounds done, and how often they were committed before
 
 
@@ -154,12 +156,21 @@ def _is_whole(checkpoint: Storage) -> bool:
     try:
         manifest = json.loads(checkpoint.read(MANIFEST))
         return all(hashlib.sha256(checkpoint.read(name)).hexdigest() == digest for name, digest in manifest.items())
-    except (FileNotFoundError, ValueError, AttributeError):  # no manifest, one that was cut off, a file that is gone
+    except MISSHAPEN:  # no manifest, one that was cut off or names what cannot be there, a file that is gone
         return False
 
 
 def load_checkpoint(checkpoint: Storage) -> Checkpoint:
-    """Read a checkpoint. ValueError: its weights are not what they were saved as."""
+    """Read a checkpoint. ValueError: it is not laid out as checkpoints are, or its weights are not what they were saved as."""
+    try:
+        return _load_checkpoint(checkpoint)
+    except (KeyError, TypeError, AttributeError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{checkpoint.location} is no checkpoint that can be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
     state = json.loads(checkpoint.read("state.json"))
     learner = LearnerState(
         state["policy_version"],

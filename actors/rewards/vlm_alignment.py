@@ -167,7 +167,8 @@ def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
     def read(where: Any, local_files_only: bool) -> tuple[Any, Any]:
         model = loaded(AutoModelForImageTextToText, where, missing, dtype=dtype, local_files_only=local_files_only)
-        return model, AutoProcessor.from_pretrained(where, local_files_only=local_files_only)
+        processor = AutoProcessor.from_pretrained(where, local_files_only=local_files_only, trust_remote_code=False)
+        return model, processor
 
     model, processor = read_pretrained(name, read, missing)
     if not getattr(processor, "chat_template", None):

@@ -127,11 +127,17 @@ def read_lora_settings(path: Path) -> LoraSettings | None:
 
 
 def load_lora(network: nn.Module, path: Path) -> None:
-    """Lay a LoRA file into the network's own adapter, never beside it. ValueError: it does not fit name by name."""
+    """Lay a LoRA file into the network's own adapter, never beside it.
+
+    ValueError: it is not safetensors, or does not fit name by name.
+    """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    state = {name.removeprefix("unet."): value for name, value in load_file(lora_file(path)).items()}
+    try:
+        state = {name.removeprefix("unet."): value for name, value in load_file(lora_file(path)).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
     wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(network).items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     if wanted != given:

@@ -178,10 +178,12 @@ class StableDiffusion(PolicyConfig):
         self.check()
         source = self._folder() if self._folder().exists() else self.model
         left_out = {part: None for part in LEARNER_NEEDS_NO if role == "learner"}
-        keys = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True, **left_out}
+        keys = {"safety_checker": None, "requires_safety_checker": False, **left_out}
         keys["dtype"] = torch.float32 if self.train == "full" else DTYPES[self.dtype]  # master weights are float32
         pipeline = read_from_hub(
-            lambda local: StableDiffusionPipeline.from_pretrained(source, local_files_only=local, **keys),
+            lambda local: StableDiffusionPipeline.from_pretrained(
+                source, local_files_only=local, use_safetensors=True, trust_remote_code=False, **keys
+            ),
             f"policy.model is {self.model!r}, which cannot be loaded",
         )
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)

@@ -1,7 +1,7 @@
 """ddpo scale: ask a living run for another number of samplers or reward workers, from any shell that sees its folder."""
 
 from common.lease import runs_it
-from common.reward_pools import SHARED, elastic_roles
+from common.reward_pools import SHARED, elastic_roles, refused
 from common.run_folder import RunFolder
 
 
@@ -16,13 +16,8 @@ def scale(run: str, wanted: dict[str, int]) -> str:
         raise ValueError("ddpo scale needs --samplers N, --reward-workers N, or both")
     tables = elastic_roles(recipe)
     for role, count in wanted.items():
-        if role not in tables:
-            raise ValueError(f"this run has no {role}: it has {', '.join(tables)}")
-        table = tables[role]
-        if count < table.min or (table.max is not None and count > table.max):
-            raise ValueError(
-                f"{role} is {count}: it must lie between {role}.min = {table.min} and {role}.max = {table.max or 'none'}"
-            )
+        if why := refused(tables, role, count):
+            raise ValueError(why)
     if runs_it(folder) is None:
         raise ValueError(f"no process runs {folder.location}: start it with --resume auto, and with --samplers.count")
     folder.ask(wanted)

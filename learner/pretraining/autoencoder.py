@@ -60,7 +60,7 @@ def save_autoencoder(autoencoder: AutoencoderTiny, work: Path) -> None:
 
 def load_autoencoder(work: Path) -> AutoencoderTiny:
     """What `save_autoencoder` kept."""
-    return AutoencoderTiny.from_pretrained(work / "autoencoder").requires_grad_(False).eval()
+    return AutoencoderTiny.from_pretrained(work / "autoencoder", use_safetensors=True).requires_grad_(False).eval()
 
 
 def _fit(autoencoder: AutoencoderTiny, pictures: UInt8[Tensor, "N 3 64 64"], steps: int, seed: int) -> None:

@@ -22,7 +22,7 @@ CAPTION_HEIGHT = 12
 def load_pipeline(model: Path) -> StableDiffusionPipeline:
     """The pipeline in float32, silent."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

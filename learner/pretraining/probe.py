@@ -76,7 +76,9 @@ def labels_of(drawings: list[Drawing], repeats: int) -> Int[Tensor, "N"]:
 
 def fit_on_drawings(model: Path, features: ImageFeatures, seed: int, console: Console) -> LinearProbe:
     """Fit on all styles but one; say how the probe fares on that one."""
-    autoencoder = AutoencoderTiny.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32).eval()
+    autoencoder = AutoencoderTiny.from_pretrained(
+        model, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
+    ).eval()
     drawings = read_drawings()
     known = [drawing for drawing in drawings if drawing.style != HELD_OUT_STYLE]
     unseen = [drawing for drawing in drawings if drawing.style == HELD_OUT_STYLE]

@@ -1,14 +1,28 @@
-"""Programs that check files of other languages: used where they are installed."""
+"""Programs that check files of other languages: those of the `dev` extra are there, others are used where installed."""
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+INSTALLED = ("hadolint", "shellcheck", "yamllint", "check-jsonschema", "kubernetes-validate")
+
 
 def tool(name: str) -> str:
-    """Where a program is, beside this Python or on the PATH; without it the test is skipped."""
+    """Where a program is, beside this Python or on the PATH. One that the `dev` extra does not bring may lack: a skip."""
     found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if not found and name in INSTALLED:
+        raise FileNotFoundError(
+            f"{name} is not installed: pip install --constraint constraints.txt --editable '.[dev]'"
+        )
     return found or pytest.skip(f"{name} is not installed")
+
+
+def complaint(name: str, *arguments: str | Path, text: str | None = None) -> str:
+    """What a program says against the files that it is given, or the `text`; nothing where it ends with 0."""
+    command = [tool(name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, input=text, timeout=120)
+    return "" if done.returncode == 0 else done.stdout + done.stderr

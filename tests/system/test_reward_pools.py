@@ -62,7 +62,7 @@ def drawn(index: int, levels: list[int]) -> Drawn:
     prompts = tuple(Prompt("cat") for _ in levels)
     images = ImageBatch(np.stack([np.full((4, 4, 3), level, np.uint8) for level in levels]), prompts)
     task = Task(0, index, 0, prompts, tuple(range(len(levels))))
-    return Drawn(TaskReport(task, "f", 1, 1, 1.0), None, ray.put(images))
+    return Drawn(TaskReport(task, "f", 1, 1, 1.0), None, ray.put(images), None)
 
 
 @pytest.mark.system

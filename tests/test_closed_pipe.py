@@ -1,0 +1,69 @@
+"""`ddpo … | head -1`: a reader that has seen enough ends the program quietly, whatever the verb."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+import ddpo
+from common.run_folder import RunFolder, without_none
+
+ROOT = Path(__file__).parents[1]
+QUIET = (0, ddpo.NOBODY_READS)
+
+
+def unread(folder: Path, *words: str, stderr_too: bool = False) -> tuple[int, str]:
+    """The exit code of `ddpo` when nobody reads what it prints, and what it complains of."""
+    command = [sys.executable, "-m", "ddpo", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    errors = subprocess.STDOUT if stderr_too else subprocess.PIPE
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors) as process:
+        assert process.stdout
+        process.stdout.close()
+        complaint = process.stderr.read().decode() if process.stderr else ""
+        return process.wait(timeout=120), complaint
+
+
+def verbs() -> list[str]:
+    parser, _ = ddpo._parser()
+    (action,) = [action for action in parser._actions if action.dest == "verb"]
+    assert isinstance(action.choices, dict)
+    return list(action.choices)
+
+
+def test_every_verb_is_quiet_when_nobody_reads_its_help(tmp_path: Path) -> None:
+    assert {"train", "plan", "status", "report"} <= set(verbs())
+    ended = {verb: unread(tmp_path, verb, "--help") for verb in ["--help", *verbs()]}
+    assert {verb: how for verb, how in ended.items() if how[0] not in QUIET or how[1]} == {}
+
+
+@pytest.fixture
+def recipe_file(tables: dict, tmp_path: Path) -> str:
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(without_none(tables)))
+    return "recipe.toml"
+
+
+def test_what_is_printed_for_nobody_is_no_fault(tmp_path: Path, recipe_file: str) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.storage.write("recipe.toml", (tmp_path / recipe_file).read_bytes())
+    assert unread(tmp_path, "plan", recipe_file) == (ddpo.NOBODY_READS, "")
+    assert unread(tmp_path, "status", "run", "--json") == (ddpo.NOBODY_READS, "")
+    assert unread(tmp_path, "status", "nowhere", stderr_too=True)[0] == ddpo.NOBODY_READS
+
+
+def test_a_run_that_nobody_reads_closes_its_folder(tmp_path: Path, recipe_file: str) -> None:
+    code, complaint = unread(tmp_path, "train", recipe_file, "--serial", "--output_dir", "runs")
+    assert code in QUIET and "Traceback" not in complaint
+    assert (tmp_path / "runs/tiny/recipe.toml").exists() and not (tmp_path / "runs/tiny/lease.json").exists()
+
+
+def test_the_pipe_of_another_is_still_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(options: object) -> None:
+        raise BrokenPipeError("a reward service hung up")
+
+    monkeypatch.setattr(ddpo, "_plan", broken)
+    with pytest.raises(BrokenPipeError, match="hung up"):
+        ddpo.main(["plan", "recipe.toml"])
