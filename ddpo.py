@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-OVERRIDABLE = ("train", "plan", "doctor", "report", "sample", "replay", "serve-reward")
+OVERRIDABLE = ("train", "plan", "doctor", "report", "sample", "replay", "serve-reward", "push")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 where it went well, 1 where a run broke off, a replay differs or the doctor finds a fault, 2 where
-    the user has to change something.
+    the user has to change something, 3 where a run is whole and was not published.
 
     128 + its number where a signal stopped it.
     """
@@ -82,6 +82,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], b
     verb.add_argument("replayed", metavar="RUN", help="a run's folder")
     verb.add_argument("--round", type=int, required=True, help="counted from 0")
     verb.set_defaults(run=_replay)
+    _add_push(verbs)
     _add_serve_reward(verbs)
     _add_migrate(verbs)
     _add_fit_aesthetic(verbs)
@@ -100,6 +101,19 @@ def _add_of_living_runs(verbs: Any) -> None:
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
     verb.add_argument("--json", action="store_true", help="as one JSON object")
     verb.set_defaults(run=_status)
+
+
+def _add_push(verbs: Any) -> None:
+    verb = verbs.add_parser("push", help="publish a run's weights with a model card on the Hugging Face hub")
+    verb.add_argument("pushed", metavar="RUN", help="a run's folder")
+    verb.add_argument("repo", metavar="REPO", help="owner/name on the hub; the token is in HF_TOKEN")
+    verb.add_argument(
+        "--dry-run", metavar="FOLDER", help="write what would be uploaded there, without network or token"
+    )
+    verb.add_argument("--private", action="store_true", help="for who may read the repository alone")
+    verb.add_argument("--revision", metavar="BRANCH", help="made where it is not there; by default main")
+    verb.add_argument("--version", choices=["last", "best"], help="the run's own weights, or those under best/")
+    verb.set_defaults(run=_push)
 
 
 def _add_serve_reward(verbs: Any) -> None:
@@ -160,6 +174,20 @@ def _train(options: argparse.Namespace) -> int:
         return 1
     print(RunFolder(recipe.run_path()).where_everything_lies())
     print(f"{'look at it':<13} ddpo report {recipe.run_path()}")
+    return _publish(recipe) if recipe.push.repo else 0
+
+
+def _publish(recipe: Any) -> int:
+    from deploy.commands.push import push
+    from deploy.hub import NotPushed
+
+    try:
+        print(push(recipe.run_path(), []))
+    # RuntimeError: the report's pictures, which this machine may have no memory for.
+    except (NotPushed, ValueError, OSError, RuntimeError) as error:
+        by_hand = f"ddpo push {recipe.run_path()} {recipe.push.repo}"
+        print(f"ddpo train: the run is whole, and was not pushed: {error}; push it with: {by_hand}", file=sys.stderr)
+        return 3
     return 0
 
 
@@ -213,6 +241,23 @@ def _report(options: argparse.Namespace) -> None:
     from deploy.commands.report import report
 
     print(report(options.runs, options.overrides))
+
+
+def _push(options: argparse.Namespace) -> int:
+    import json
+
+    from deploy.commands.push import push
+    from deploy.hub import NotPushed
+
+    said = {"repo": options.repo, "revision": options.revision, "version": options.version}
+    overrides = [word for key, value in said.items() if value for word in (f"--push.{key}", json.dumps(value))]
+    overrides += ["--push.private", "true"] if options.private else []
+    try:
+        print(push(options.pushed, options.overrides + overrides, options.dry_run))
+    except NotPushed as error:
+        print(f"ddpo push: not pushed: {error}", file=sys.stderr)
+        return 3
+    return 0
 
 
 def _replay(options: argparse.Namespace) -> int:
