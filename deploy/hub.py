@@ -5,10 +5,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -20,6 +19,7 @@ from common.recipe_tables import PushTable
 Files = dict[str, Path | bytes]  # what a repository is to hold, by its place there
 TOKEN = "HF_TOKEN"
 TIMEOUT_SECONDS = 120.0  # for an answer: the hub's own client would wait for ever
+TAGS = ("diffusers", "ddpo", "ray-ddpo", "reinforcement-learning", "text-to-image", "stable-diffusion")
 REFUSALS = (400, 401, 402, 403, 404)  # statuses by which the hub says no; others are its own trouble, and may pass
 # Licences that the weights of known models bind whatever is trained from them to.
 LICENSES = {
@@ -57,23 +57,37 @@ def license_of(recipe: Recipe) -> str:
     return found
 
 
+def metadata(recipe: Recipe) -> ModelCardData:
+    """What the hub sorts and finds models by. ValueError: the licence is not known."""
+    full, base = recipe.policy.table().get("train") == "full", base_model(recipe)
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=("finetune" if full else "adapter") if base else None,
+        library_name="diffusers",
+        license=license_of(recipe),
+        pipeline_tag="text-to-image",
+        tags=[*(() if full else ("lora",)), *TAGS],
+    )
+
+
 def check_push(recipe: Recipe) -> None:
     """Before training: whether the recipe, if it asks for it, can be published. Makes the repository. ValueError: it cannot."""
     if recipe.push.repo is None:
         return
-    license_of(recipe)
     try:
-        prepare(recipe.push)
+        prepare(recipe)
     except NotPushed as error:
         advice = "leave push.repo out, and push the run when it has ended"
         raise ValueError(f"push.repo is {recipe.push.repo!r}, and {error}: {advice}") from None
 
 
-def may_push(push: PushTable) -> str:
-    """Who would push. Asks, and changes nothing. ValueError: they may not. NotPushed: the hub does not say."""
+def may_push(recipe: Recipe) -> str:
+    """Who would push. Asks, and changes nothing. ValueError: they may not, or not so. NotPushed: the hub does not say."""
+    card, push = ModelCard(f"---\n{metadata(recipe).to_yaml()}\n---\n"), recipe.push
     token, repo = _token(push), _repo(push)
     with _answers(push, token):
         known = _api(token).whoami()
+        card.validate()
     namespace, user = repo.partition("/")[0], known.get("name", "?")
     roles = {user: "owner"} | {each["name"]: each.get("roleInOrg") for each in known.get("orgs", [])}
     if namespace not in roles:
@@ -85,9 +99,10 @@ def may_push(push: PushTable) -> str:
     return user
 
 
-def prepare(push: PushTable) -> None:
+def prepare(recipe: Recipe) -> None:
     """Make repository and branch where they are not there. ValueError: that is refused. NotPushed: the hub does not answer."""
-    may_push(push)
+    may_push(recipe)
+    push = recipe.push
     token, repo = _token(push), _repo(push)
     api = _api(token)
     with _answers(push, token):
@@ -151,17 +166,19 @@ def _answers(push: PushTable, token: str) -> Iterator[None]:
     """What the hub's client raises as one of two errors, and never with the token in it."""
     try:
         yield
-    except HfHubHTTPError as error:
-        says = error.server_message or first_line(error)
-        status = error.response.status_code
-        if status in REFUSALS:
-            which = f"the hub does not know the token {TOKEN}" if status == 401 else f"the hub refuses it ({status})"
-            raise ValueError(_hidden(f"push.repo is {push.repo!r}, and {which}: {says}", token)) from None
-        raise NotPushed(_hidden(f"the hub answers {status}: {says}", token)) from None
-    # RuntimeError: an upload that failed in a thread. ValueError: an answer that is not the hub's.
+    # RuntimeError: an upload that failed in a thread. ValueError: an answer that is not the hub's, or metadata that it refuses.
     except (OSError, httpx2.HTTPError, RuntimeError, ValueError) as error:
-        cause: Any = error.__cause__ or error
-        raise NotPushed(_hidden(f"the hub does not answer as it should: {first_line(cause)}", token)) from None
+        answer = next(
+            (each for each in (error, error.__cause__, error.__context__) if isinstance(each, HfHubHTTPError)), None
+        )
+        if answer is None:
+            why = f"the hub does not answer as it should: {type(error).__name__}: {first_line(error)}"
+            raise NotPushed(_hidden(why, token)) from None
+        status, says = answer.response.status_code, answer.server_message or first_line(answer)
+        if status not in REFUSALS:
+            raise NotPushed(_hidden(f"the hub answers {status}: {says}", token)) from None
+        which = f"the hub does not know the token {TOKEN}" if status == 401 else f"the hub refuses it ({status})"
+        raise ValueError(_hidden(f"push.repo is {push.repo!r}, and {which}: {says}", token)) from None
 
 
 def _hidden(text: str, token: str) -> str:

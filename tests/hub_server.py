@@ -52,7 +52,7 @@ class Hub:
 class Refused(Exception):
     """The answer is an error."""
 
-    def __init__(self, status: int, says: str, **more: str) -> None:
+    def __init__(self, status: int, says: str, **more: Any) -> None:
         super().__init__(says)
         self.status, self.answer = status, {"error": says, **more}
 
@@ -166,8 +166,9 @@ def _validate(handler: Handler, body: bytes) -> Any:
     if not isinstance(data, dict):
         raise Refused(400, "no metadata")
     wrong = [key for key, value in data.items() if not isinstance(value, TEXTS.get(key, list))]
-    if wrong or data["license"] not in LICENSES or not all(isinstance(tag, str) for tag in data["tags"]):
-        raise Refused(400, f"metadata: {wrong or data}")
+    wrong += [] if data["license"] in LICENSES else ["license"]
+    if wrong or not all(isinstance(tag, str) for tag in data["tags"]):
+        raise Refused(400, f"{wrong} is not allowed", errors=[{"message": f"{wrong} is not allowed"}])
     return {"errors": [], "warnings": []}
 
 

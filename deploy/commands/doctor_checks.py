@@ -201,14 +201,13 @@ def push_findings(recipe: Recipe) -> Iterator[Finding]:
     if recipe.push.repo is None:
         return
     try:
-        license = license_of(recipe)
-        user = may_push(recipe.push)
+        user = may_push(recipe)
     except (ValueError, NotPushed) as error:
         yield Finding(
             "fault", "push", str(error), "or leave push.repo out: `ddpo push` publishes a run when it has ended"
         )
         return
-    yield Finding("ok", "push", f"{user} may publish {recipe.push.repo}, under {license}")
+    yield Finding("ok", "push", f"{user} may publish {recipe.push.repo}, under {license_of(recipe)}")
 
 
 def weights_findings(subject: str, name: str, needs: tuple[Weights, ...]) -> list[Finding]:

@@ -33,7 +33,7 @@ def push(run: str, overrides: list[str], dry_run: str | None = None) -> str:
     recipe = folder.load_recipe(overrides)
     license_of(recipe)
     if dry_run is None:
-        prepare(recipe.push)  # before pictures are drawn
+        prepare(recipe)  # before pictures are drawn
     elif Path(dry_run).exists() and (not Path(dry_run).is_dir() or any(Path(dry_run).iterdir())):
         raise ValueError(
             f"{dry_run} is there and not an empty folder: what would be pushed would be mixed with what is in it"

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ddpo
+import deploy.hub
 from common.config import Recipe
 from common.run_folder import RunFolder
 from deploy.commands.doctor_checks import push_findings
 from deploy.hub import base_model, license_of
 from learner.resume import resume_point
 from tests.hub_server import Hub, Repository, hub, user
+from tests.reward_services import scripted
 
 TOKEN = "hf_s3cretNeverToBeShown"
 READS = "hf_readsAlone"
@@ -231,24 +234,26 @@ def test_where_to_publish_may_change_on_resume(run: Path) -> None:
 
 
 def test_a_hub_in_trouble_after_training_costs_nothing(
-    online: Hub, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture
+    online: Hub, tmp_path: Path, tiny_model: Path, bucket: str, capsys: pytest.CaptureFixture
 ) -> None:
     online.failing["/commit/"] = 503
     changes = {
         "guard": {"max_kl_nats": 1e-9, "on_alarm": "roll_back"},
         "push": {"repo": "zoo/rolled", "license": "mit"},
+        "output_dir": f"{bucket}/runs",
     }
-    recipe, run = recipe_file(tmp_path, tiny_model, **changes), tmp_path / "runs" / "tiny"
+    recipe, run = recipe_file(tmp_path, tiny_model, **changes), f"{bucket}/runs/tiny"
     assert ddpo.main(["train", str(recipe), "--serial"]) == 3
     printed = capsys.readouterr()
     assert "the run is whole, and was not pushed: the hub answers 503: not today" in printed.err
     assert f"ddpo push {run} zoo/rolled" in printed.err and TOKEN not in printed.out + printed.err
     assert online.files("zoo/rolled") == {}
     online.failing.clear()
-    assert ddpo.main(["push", str(run), "zoo/rolled"]) == 0
+    assert ddpo.main(["push", run, "zoo/rolled"]) == 0
     files, name = online.files("zoo/rolled"), "pytorch_lora_weights.safetensors"
-    kept = json.loads((run / "best" / "best.json").read_text())
-    assert files[name] == (run / "best" / "lora" / name).read_bytes()  # the guard has put them in the run's place
+    best = RunFolder(run).best
+    kept = json.loads(best.read("best.json"))
+    assert files[name] == best.read(f"lora/{name}")  # the guard has put them in the run's place
     assert json.loads(files["summary.json"])["fingerprint"] == kept["fingerprint"]
     assert "The guard has ended the run at version 2" in files["README.md"].decode()
     assert "weights are those of version 0" in files["README.md"].decode()
@@ -265,6 +270,7 @@ REFUSED = [
     ({}, {"repo": "alice/open", "private": True}, "alice/open is there and public"),
     ({}, {"repo": "tiny"}, "push.repo is 'tiny'"),
     ({}, {"license": None}, "push.license is not given"),
+    ({}, {"license": "mine-alone"}, "['license'] is not allowed"),
 ]
 
 
@@ -299,6 +305,16 @@ def test_a_hub_that_does_not_answer_is_said_before_training(
     online.failing[endpoint] = 500
     assert ddpo.main(["train", str(recipe_file(tmp_path, tiny_model)), "--serial"]) == 2
     assert "the hub answers 500" in capsys.readouterr().err and not (tmp_path / "runs/tiny/metrics.jsonl").exists()
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(
+    run: Path, online: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(deploy.hub, "TIMEOUT_SECONDS", 0.2)
+    with scripted(lambda _: time.sleep(1)) as (url, _):
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        assert ddpo.main(["push", str(run), "alice/tiny"]) == 3
+    assert "not pushed: the hub does not answer as it should: ReadTimeout" in capsys.readouterr().err
 
 
 def test_nobody_there_is_exit_code_3_of_push(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from common.config import Recipe
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
@@ -17,10 +17,9 @@ from deploy.commands.report_page.evaluation import evaluation_told, guard_senten
 from deploy.commands.report_page.numbers import number, tick
 from deploy.commands.report_page.page import versions
 from deploy.commands.run_weights import RunWeights
-from deploy.hub import base_model, license_of
+from deploy.hub import base_model, license_of, metadata
 
 HERE = Path(__file__).parent
-TAGS = ("diffusers", "ddpo", "ray-ddpo", "reinforcement-learning", "text-to-image", "stable-diffusion")
 
 
 @dataclass(frozen=True)
@@ -50,22 +49,7 @@ def model_card(run: Published) -> ModelCard:
     )
     environment.filters |= {"number": number, "cell": cell, "line": line}
     body = environment.get_template("card.md.jinja").render(**_told(run))
-    return ModelCard(f"---\n{metadata(run).to_yaml()}\n---\n\n{body}")
-
-
-def metadata(run: Published) -> ModelCardData:
-    """What the hub sorts and finds models by."""
-    full = run.policy.train == "full"
-    base = base_model(run.recipe)
-    relation = "finetune" if full else "adapter"
-    return ModelCardData(
-        base_model=base,
-        base_model_relation=relation if base else None,
-        library_name="diffusers",
-        license=license_of(run.recipe),
-        pipeline_tag="text-to-image",
-        tags=[*(() if full else ("lora",)), *TAGS],
-    )
+    return ModelCard(f"---\n{metadata(run.recipe).to_yaml()}\n---\n\n{body}")
 
 
 def line(text: object) -> str:
