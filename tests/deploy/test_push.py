@@ -228,6 +228,22 @@ def test_weights_that_are_not_the_runs_are_not_published(
     assert "the run has gone on and not ended" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_report_with_another_scorer_is_told_as_it_is(run: Path, tmp_path: Path) -> None:
+    summary = run / "report" / "summary.json"
+    ours = summary.read_text()
+    told = json.loads(ours)
+    told["scorers"] = {
+        "jpeg_compressibility": told["scorers"]["jpeg_compressibility"],
+        "be|uty": {"before": 1, "after": 2},
+    }
+    try:
+        summary.write_text(json.dumps(told))
+        card = dry(run, tmp_path / "out")["README.md"].decode()
+    finally:
+        summary.write_text(ours)
+    assert "| be\\|uty | only looked at | 1.000 | 2.000 |" in card and "brightness | only" not in card
+
+
 def test_where_to_publish_may_change_on_resume(run: Path) -> None:
     tables = RunFolder(run).recipe_tables()
     assert resume_point(RunFolder(run), {**tables, "push": {"repo": "zoo/other"}}, resume=True) is not None

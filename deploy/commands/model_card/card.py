@@ -75,7 +75,7 @@ def _told(run: Published) -> dict[str, Any]:
         "sentences": changes(run.figures),
         "code": loading(recipe, run.policy, base, run.prompt),
         "facts": _facts(run),
-        "rewards": _rewards(recipe),
+        "rewards": _rewards(recipe, run.figures["scorers"]),
         "figures": run.figures,
         "guard": _guard(run),
         "alarms": evaluation_told(run.folder, recipe).alarms,
@@ -105,9 +105,10 @@ def _facts(run: Published) -> list[tuple[str, str]]:
     return [*facts, *versions(run.folder.storage.read(run.folder.recipe).decode())]
 
 
-def _rewards(recipe: Recipe) -> list[tuple[str, str]]:
-    trained = [(table.called, f"trained on, weight {tick(table.weight)}") for table in recipe.all_rewards]
-    return [*trained, *((table.called, "only looked at") for table in recipe.evaluation.scorers)]
+def _rewards(recipe: Recipe, scorers: dict[str, Any]) -> list[tuple[str, str]]:
+    """Those of summary.json, and what part they had."""
+    part = {table.called: f"trained on, weight {tick(table.weight)}" for table in recipe.all_rewards}
+    return [(name, part.get(name, "only looked at")) for name in scorers]
 
 
 def _guard(run: Published) -> list[str]:
