@@ -16,6 +16,7 @@ from common.trackers.fan_out import FanOut
 from common.trackers.tracker import RunInfo
 from common.trajectory import Scored
 from deploy.evaluating import Evaluating
+from deploy.hub import check_push
 from deploy.parts import Parts, parts_of
 from deploy.progress import Progress
 from deploy.supervision import Stopped, Supervision
@@ -37,6 +38,7 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
     folder.create()
     with Lease(folder) as lease, Supervision(folder, recipe, lease) as supervision:
         checkpoint = resume_point(folder, parts.resolved(), resume)
+        check_push(recipe)
         trackers = FanOut(parts.trackers)
         workers = serial_workers(parts, supervision) if serial else ray_workers(parts, supervision)
         try:

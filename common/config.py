@@ -18,6 +18,7 @@ from common.recipe_tables import (
     GuardTable,
     LearnerTable,
     PromptsTable,
+    PushTable,
     RewardTable,
     RewardWorkersTable,
     RolloutsTable,
@@ -54,6 +55,7 @@ class Recipe(Table):
     rollouts: RolloutsTable = RolloutsTable()
     evaluation: EvaluationTable = EvaluationTable()
     guard: GuardTable = GuardTable()
+    push: PushTable = PushTable()
     trackers: tuple[Choice, ...] = ()
 
     @property

@@ -209,3 +209,16 @@ class GuardTable(Table):
     # Go on with a warning; end the run; or end it with the best version's weights in place of the last.
     on_alarm: Literal["go_on", "stop", "roll_back"] = "go_on"
     best_by: str = "reward"  # whose mean over the evaluation tells the best version: "reward", a reward, or a scorer
+
+
+class PushTable(Table):
+    """Whether the weights are published on the Hugging Face hub when the run has ended, and how; `ddpo push` goes by it too."""
+
+    repo: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")  # owner/name; none: nothing is published
+    private: bool = False
+    revision: str | None = Field(default=None, min_length=1)  # a branch, made where it is not there; none: main
+    version: Literal["last", "best"] = "last"  # the run's own weights, or those under best/
+    license: str | None = Field(default=None, min_length=1)  # none: that of policy.model, where it is known
+    base_model: str | None = Field(
+        default=None, pattern=r"^[\w.-]+/[\w.-]+$"
+    )  # its hub name, where policy.model is a folder

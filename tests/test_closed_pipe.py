@@ -10,6 +10,7 @@ import tomli_w
 
 import ddpo
 from common.run_folder import RunFolder, without_none
+from deploy.commands.command_line import parser
 
 ROOT = Path(__file__).parents[1]
 QUIET = (0, ddpo.NOBODY_READS)
@@ -28,8 +29,7 @@ def unread(folder: Path, *words: str, stderr_too: bool = False) -> tuple[int, st
 
 
 def verbs() -> list[str]:
-    parser, _ = ddpo._parser()
-    (action,) = [action for action in parser._actions if action.dest == "verb"]
+    (action,) = [action for action in parser()._actions if action.dest == "verb"]
     assert isinstance(action.choices, dict)
     return list(action.choices)
 

@@ -24,6 +24,7 @@ from deploy.commands.doctor_checks import (
     device_finding,
     disk_finding,
     folder_findings,
+    push_findings,
     reward_findings,
     tracker_findings,
     version_findings,
@@ -75,6 +76,7 @@ def _examined(recipe: Recipe, parts: Parts) -> Iterator[Finding | Noise]:
     yield device_finding(recipe)
     yield from folder_findings(recipe)
     yield from tracker_findings(parts.trackers)
+    yield from push_findings(recipe)
     yield authentication_finding(os.environ, Path.home())
     numbers = _numbers(parts)
     yield numbers if isinstance(numbers, Finding) else disk_finding(recipe, numbers)

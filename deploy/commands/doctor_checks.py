@@ -22,6 +22,7 @@ from common.reward_pools import elastic_roles
 from common.run_folder import VERSIONED, RunFolder
 from common.trackers.tracker import Tracker
 from deploy.commands.plan import Plan, in_bytes
+from deploy.hub import NotPushed, license_of, may_push
 
 Level = Literal["ok", "warning", "fault"]
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -193,6 +194,20 @@ def tracker_findings(trackers: dict[str, Tracker]) -> Iterator[Finding]:
         asked = "WANDB_MODE" in os.environ
         yield Finding("ok" if where == "online" or asked else "warning", "wandb", where, "" if asked else advice)
     yield Finding("ok", "trackers", ", ".join(trackers))
+
+
+def push_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Whether the run may be published, where the recipe asks for that. Makes nothing on the hub."""
+    if recipe.push.repo is None:
+        return
+    try:
+        user = may_push(recipe)
+    except (ValueError, NotPushed) as error:
+        yield Finding(
+            "fault", "push", str(error), "or leave push.repo out: `ddpo push` publishes a run when it has ended"
+        )
+        return
+    yield Finding("ok", "push", f"{user} may publish {recipe.push.repo}, under {license_of(recipe)}")
 
 
 def weights_findings(subject: str, name: str, needs: tuple[Weights, ...]) -> list[Finding]:

@@ -10,7 +10,6 @@ import numpy as np
 from actors.evaluation import Comparison, evaluation_images, evaluation_set
 from actors.reward_worker import RewardWorker
 from common.config import Recipe
-from common.lora_weights import LoraWeights
 from common.paired import paired_error
 from common.recipe_tables import RewardTable
 from common.run_folder import RunFolder, weights_here
@@ -20,8 +19,8 @@ from common.trajectory import ImageBatch
 from deploy.commands.report_page.page import FinishedRun, report_page
 from deploy.commands.report_page.scores import paired, share_kept
 from deploy.commands.report_pictures import before_after_picture, reward_curve
+from deploy.commands.run_weights import RunWeights, run_weights
 from deploy.parts import Parts, build_reward, parts_of
-from learner.checkpoint import load_checkpoint, newest_checkpoint
 
 
 def report(run: str, overrides: list[str]) -> str:
@@ -29,35 +28,27 @@ def report(run: str, overrides: list[str]) -> str:
     start = time.perf_counter()
     folder = RunFolder(run)
     recipe = folder.load_recipe(overrides)
-    newest = newest_checkpoint(folder.checkpoints)
-    if newest is None:
-        raise ValueError(f"{run} has no whole checkpoint yet: there is nothing to compare")
-    weights = load_checkpoint(newest).learner.trained
-    version, fingerprint = _compared(folder, weights)
-    comparison = compare(parts_of(recipe), folder)
-    rounds = logged_rounds(folder)
-    figures = summary(comparison, list(_scorers(recipe)))
-    figures |= {
-        "fingerprint": fingerprint,
-        "policy_version": version,
-        "seconds": sum(metrics["seconds/round"] for metrics in rounds),
-        "seconds_report": time.perf_counter() - start,
-    }
+    weights, rounds = run_weights(folder), logged_rounds(folder)
+    comparison = compare(parts_of(recipe), weights.location)
+    figures = figures_of(comparison, recipe, rounds, weights) | {"seconds_report": time.perf_counter() - start}
     with local_folder(folder.report) as path:
         before_after_picture(comparison, path / "before_after.png")
         reward_curve(rounds, path / "reward_curve.png")
-    finished = FinishedRun(folder, recipe, overrides, rounds, fingerprint, version)
+    finished = FinishedRun(folder, recipe, overrides, rounds, weights.fingerprint, weights.policy_version)
     folder.report.write("report.html", report_page(finished, comparison).encode())
     folder.report.write("summary.json", json.dumps(figures, indent=1).encode())
     return in_words(figures, folder)
 
 
-def _compared(folder: RunFolder, trained: LoraWeights) -> tuple[int, str]:
-    """Version and fingerprint of the run's weights: the last ones, unless the guard has put the best in their place."""
-    ended, best = folder.guard_ended(), folder.best_version()
-    if ended and best and ended["weights_of"] is not None:
-        return best["policy_version"], best["fingerprint"]
-    return trained.policy_version, trained.fingerprint
+def figures_of(
+    comparison: Comparison, recipe: Recipe, rounds: list[dict[str, float]], weights: RunWeights
+) -> dict[str, Any]:
+    """What summary.json says of these weights."""
+    return summary(comparison, list(_scorers(recipe))) | {
+        "fingerprint": weights.fingerprint,
+        "policy_version": weights.policy_version,
+        "seconds": sum(metrics["seconds/round"] for metrics in rounds),
+    }
 
 
 def logged_rounds(folder: RunFolder) -> list[dict[str, float]]:
@@ -67,8 +58,8 @@ def logged_rounds(folder: RunFolder) -> list[dict[str, float]]:
     return [{name: math.nan if value is None else value for name, value in metrics.items()} for metrics in rounds]
 
 
-def compare(parts: Parts, folder: RunFolder) -> Comparison:
-    """Draw and score the evaluation's pictures under the pretrained weights, then under those of the run."""
+def compare(parts: Parts, location: str) -> Comparison:
+    """Draw and score the evaluation's pictures under the pretrained weights, then under those that lie at `location`."""
     recipe = parts.recipe
     device = settle(recipe.runtime)
     chosen = evaluation_set(recipe.evaluation, parts.prompts)
@@ -78,7 +69,7 @@ def compare(parts: Parts, folder: RunFolder) -> Comparison:
     before = evaluation_images(
         policy, chosen, recipe.sampling
     )  # new adapters change nothing: this is the pretrained model
-    with weights_here(folder.location) as path:
+    with weights_here(location) as path:
         policy.restore(path / "unet" if parts.policy.train == "full" else path)
     after = evaluation_images(policy, chosen, recipe.sampling)
     scores = [worker.score(ImageBatch(pixels, chosen.prompts)).rewards for pixels in (before, after)]
@@ -116,6 +107,12 @@ def _scorer_figures(comparison: Comparison, name: str) -> dict[str, float]:
 
 def in_words(figures: dict[str, Any], folder: RunFolder) -> str:
     """The report on the terminal: the figures, then where everything lies."""
+    files = ("report.html", "before_after.png", "reward_curve.png", "summary.json")
+    return "\n".join([*changes(figures), "look at:", *(f"  {folder.report.location}/{name}" for name in files)])
+
+
+def changes(figures: dict[str, Any]) -> list[str]:
+    """The figures, a line each, and whose they are."""
     before, after, error = figures["reward_before"], figures["reward_after"], figures["paired_standard_error"]
     errors = f" ({(after - before) / error:+.1f} paired standard errors)" if error else ""
     change = f", {100 * (after - before) / abs(before):+.1f} %" if before else ""
@@ -126,6 +123,4 @@ def in_words(figures: dict[str, Any], folder: RunFolder) -> str:
     for name, values in figures["scorers"].items():
         kept = f"; of those with 1 before, {100 * values['kept']:.0f} % still have it" if "kept" in values else ""
         lines.append(f"{name}: {values['before']:.3f} before, {values['after']:.3f} after{kept}")
-    lines.append(f"weights after round {figures['policy_version']}: fingerprint {figures['fingerprint'][:12]}")
-    files = ("report.html", "before_after.png", "reward_curve.png", "summary.json")
-    return "\n".join([*lines, "look at:", *(f"  {folder.report.location}/{name}" for name in files)])
+    return [*lines, f"weights after round {figures['policy_version']}: fingerprint {figures['fingerprint'][:12]}"]

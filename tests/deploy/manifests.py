@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-import ddpo
 from common.config import Recipe
 from common.recipe_tables import RoleTable
+from deploy.commands.command_line import read
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -95,11 +95,10 @@ def run_of_the_job() -> Recipe:
     """What the RayJob's entrypoint trains; the image has the repository in /app."""
     words = shlex.split(document("kuberay/ray_job.yaml")["spec"]["entrypoint"])
     assert words[0] == "ddpo"
-    parser, overridable = ddpo._parser()
-    options, rest = parser.parse_known_args(words[1:])
-    assert overridable(options) and options.resume == "auto"
+    options = read(words[1:])
+    assert options.resume == "auto"
     assert options.recipe.startswith("/app/")
-    return Recipe.load(ROOT / options.recipe.removeprefix("/app/"), ddpo._overrides(rest))
+    return Recipe.load(ROOT / options.recipe.removeprefix("/app/"), options.overrides)
 
 
 def run_of_the_readme() -> Recipe:

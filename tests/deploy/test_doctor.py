@@ -75,6 +75,15 @@ def test_a_model_that_is_not_there_is_a_fault_and_the_reward_is_still_looked_at(
     assert finding(lines, "model")[0] == "fault" and finding(lines, "reward")[0] == "ok"
 
 
+def test_a_run_that_could_not_be_published_is_a_fault(
+    recipe_file: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    options = ("--policy.model", "nobody/nothing", "--push.repo", "alice/animals", "--push.license", "mit")
+    mark, text = finding(said(capsys, 1, recipe_file, *options), "push")
+    assert mark == "fault" and "HF_TOKEN is not set" in text and "leave push.repo out" in text
+
+
 def test_an_output_folder_that_cannot_be_written_is_a_fault(
     recipe_file: Path, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import ddpo
 from common.config import Recipe
+from deploy.commands.command_line import read
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "deploy" / "submit.sh"
@@ -73,10 +73,9 @@ def test_a_run_is_submitted_from_the_root_with_its_name_a_grace_and_resume(recor
 
 def test_what_is_submitted_is_a_command_that_ddpo_takes(record: Path) -> None:
     words = submit(record, DEMO, "/shared/runs", "--learner.num_gpus", "0.9").entrypoint
-    parser, overridable = ddpo._parser()
-    options, rest = parser.parse_known_args(words[2:])
-    assert overridable(options) and options.resume == "auto"
-    recipe = Recipe.load(ROOT / options.recipe, ddpo._overrides(rest))
+    options = read(words[2:])
+    assert options.resume == "auto"
+    recipe = Recipe.load(ROOT / options.recipe, options.overrides)
     assert (recipe.run_path(), recipe.learner.num_gpus) == ("/shared/runs/demo", 0.9)
 
 

@@ -1,0 +1,110 @@
+"""ddpo push: publish a run's weights with a model card on the Hugging Face hub, or write what would be to a folder."""
+
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import tomli_w
+
+from actors.evaluation import evaluation_set
+from common.config import Recipe
+from common.evaluation_log import FIGURES
+from common.run_folder import RunFolder
+from deploy.commands.model_card.card import Published, model_card
+from deploy.commands.report import compare, figures_of, logged_rounds, report
+from deploy.commands.report_pictures import before_after_picture, reward_curve
+from deploy.commands.run_weights import RunWeights, best_weights, run_weights
+from deploy.hub import Files, license_of, prepare, upload
+from deploy.parts import entries_of, parts_of
+
+BEFORE_AFTER, CURVE, SUMMARY = "before_after.png", "reward_curve.png", "summary.json"
+LOOKED_AT = (BEFORE_AFTER, CURVE, SUMMARY)  # of what `ddpo report` makes
+PRIVATE = ("output_dir", "push")  # of the recipe: where it lay, and what says nothing of the weights
+
+
+def push(run: str, overrides: list[str], dry_run: str | None = None) -> str:
+    """Publish as the recipe's `[push]` says; what was done, in words. With `dry_run`: write the same files there, and ask nobody.
+
+    ValueError: no finished run there, or it may not be published so. NotPushed: the hub does not answer.
+    """
+    folder = RunFolder(run)
+    recipe = folder.load_recipe(overrides)
+    license_of(recipe)
+    if dry_run is None:
+        prepare(recipe)  # before pictures are drawn
+    elif Path(dry_run).exists() and (not Path(dry_run).is_dir() or any(Path(dry_run).iterdir())):
+        raise ValueError(
+            f"{dry_run} is there and not an empty folder: what would be pushed would be mixed with what is in it"
+        )
+    weights = best_weights(folder) if recipe.push.version == "best" else run_weights(folder)
+    with weights.here() as path:
+        files = _files(folder, recipe, weights, _looked_at(folder, recipe, overrides, weights)) | _weights(path)
+        if dry_run is not None:
+            return _written(files, Path(dry_run))
+        message = f"{recipe.name}: version {weights.policy_version}, fingerprint {weights.fingerprint[:12]}"
+        return f"pushed {len(files)} files: {upload(recipe.push, files, message)}"
+
+
+def _looked_at(folder: RunFolder, recipe: Recipe, overrides: list[str], weights: RunWeights) -> dict[str, bytes]:
+    """The report's pictures and summary of these weights; where it has not been made of them, it is now."""
+    if weights.location == folder.location and not _is_of(folder, weights):
+        print(f"{folder.location} has no report of these weights: it is made now", file=sys.stderr, flush=True)
+        report(folder.location, overrides)
+    if _is_of(folder, weights):
+        return {name: folder.report.read(name) for name in LOOKED_AT}
+    print("the report is not of these weights: their pictures are drawn now", file=sys.stderr, flush=True)
+    rounds, comparison = logged_rounds(folder), compare(parts_of(recipe), weights.location)
+    figures = figures_of(comparison, recipe, rounds, weights)
+    with tempfile.TemporaryDirectory() as scratch:
+        before_after_picture(comparison, Path(scratch) / BEFORE_AFTER)
+        reward_curve(rounds, Path(scratch) / CURVE)
+        drawn = {name: (Path(scratch) / name).read_bytes() for name in (BEFORE_AFTER, CURVE)}
+    return {**drawn, SUMMARY: json.dumps(figures).encode()}
+
+
+def _is_of(folder: RunFolder, weights: RunWeights) -> bool:
+    if not all(folder.report.exists(name) for name in LOOKED_AT):
+        return False
+    return json.loads(folder.report.read(SUMMARY)).get("fingerprint") == weights.fingerprint
+
+
+def _files(folder: RunFolder, recipe: Recipe, weights: RunWeights, looked_at: dict[str, bytes]) -> Files:
+    """All but the weights."""
+    parts = entries_of(recipe)
+    figures = {name: value for name, value in json.loads(looked_at[SUMMARY]).items() if name != "seconds_report"}
+    recipe_text = _recipe_text(folder)
+    left = [name for name in (folder.metrics, FIGURES) if folder.storage.exists(name)]
+    files: Files = {
+        **looked_at,
+        SUMMARY: json.dumps(figures, indent=1).encode(),
+        folder.recipe: recipe_text.encode(),
+        **{name: folder.storage.read(name) for name in left},
+    }
+    prompt = evaluation_set(recipe.evaluation, parts.prompts).prompts[0].text
+    beside = sorted(files.keys() - {BEFORE_AFTER, CURVE})
+    told = Published(folder, recipe, parts.policy, weights, figures, logged_rounds(folder), recipe_text, prompt, beside)
+    return {"README.md": str(model_card(told)).encode(), **files}
+
+
+def _recipe_text(folder: RunFolder) -> str:
+    """The run's recipe with the versions in its head, without what is nobody else's business."""
+    text = folder.storage.read(folder.recipe).decode()
+    head = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
+    return head + tomli_w.dumps({key: value for key, value in folder.recipe_tables().items() if key not in PRIVATE})
+
+
+def _weights(path: Path) -> Files:
+    """Where diffusers looks for them: a LoRA at the top, a whole UNet in its folder."""
+    unet, lora = path / "unet", path / "lora"
+    if unet.is_dir():
+        return {f"unet/{file.name}": file for file in sorted(unet.iterdir())}
+    return {file.name: file for file in sorted(lora.iterdir())}
+
+
+def _written(files: Files, folder: Path) -> str:
+    for place, file in files.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
+    return "\n".join(["would be pushed:", *(f"  {folder / place}" for place in sorted(files))])

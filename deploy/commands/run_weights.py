@@ -1,0 +1,82 @@
+"""Whose weights a run has: where they lie, which version they are, and that the files hold these very bits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.numpy import load_file
+
+from common.diffusion.lora import lora_file
+from common.lora_weights import LoraWeights, Manifest, pack
+from common.run_folder import RunFolder, weights_here
+from learner.checkpoint import load_checkpoint, newest_checkpoint
+
+
+@dataclass(frozen=True)
+class RunWeights:
+    """Weights that a run has left, as `lora` or `unet` in the folder at `location`."""
+
+    location: str
+    policy_version: int
+    fingerprint: str
+    manifest: Manifest
+
+    @contextmanager
+    def here(self) -> Iterator[Path]:
+        """A folder on this machine with `lora` or `unet`. ValueError: the files hold other weights, or there are none."""
+        with weights_here(self.location) as path:
+            if not any((path / name).is_dir() for name in ("lora", "unet")):
+                raise ValueError(
+                    f"{self.location} has no weights: the run has not ended; it goes on with --resume auto"
+                )
+            found = _stored(path, self.manifest, self.policy_version).fingerprint
+            if found != self.fingerprint:
+                raise ValueError(
+                    f"the weights in {self.location} have fingerprint {found[:12]}, and those of version {self.policy_version} "
+                    f"have {self.fingerprint[:12]}: the run has gone on and not ended; it goes on with --resume auto"
+                )
+            yield path
+
+
+def run_weights(folder: RunFolder) -> RunWeights:
+    """The run's own: the last, unless the guard has put the best in their place. ValueError: no checkpoint."""
+    trained, ended, best = _trained(folder), folder.guard_ended(), folder.best_version()
+    if ended and best and ended["weights_of"] is not None:
+        return RunWeights(folder.location, best["policy_version"], best["fingerprint"], trained.manifest)
+    return RunWeights(folder.location, trained.policy_version, trained.fingerprint, trained.manifest)
+
+
+def best_weights(folder: RunFolder) -> RunWeights:
+    """Those under `best/`. ValueError: no checkpoint, or no version is kept there."""
+    best = folder.best_version()
+    if best is None:
+        raise ValueError(
+            f"{folder.location} keeps no best version: that needs evaluation.every, and an evaluation without an alarm"
+        )
+    manifest = _trained(folder).manifest
+    return RunWeights(folder.best.location, best["policy_version"], best["fingerprint"], manifest)
+
+
+def _trained(folder: RunFolder) -> LoraWeights:
+    newest = newest_checkpoint(folder.checkpoints)
+    if newest is None:
+        raise ValueError(f"{folder.location} has no whole checkpoint yet: no weights are known")
+    return load_checkpoint(newest).learner.trained
+
+
+def _stored(path: Path, manifest: Manifest, policy_version: int) -> LoraWeights:
+    """What the files hold, under the names that the parameters have in the network."""
+    if (path / "unet").is_dir():
+        arrays = {
+            name: array for file in (path / "unet").glob("*.safetensors") for name, array in load_file(file).items()
+        }
+        names = {name: name for name, _ in manifest}
+    else:
+        arrays = load_file(lora_file(path))
+        # In the network an adapter has a name, in diffusers' files it has none.
+        names = {name: f"unet.{name.replace('.default.', '.')}" for name, _ in manifest}
+    lacking = sorted(set(names.values()) - arrays.keys())
+    if lacking:
+        raise ValueError(f"the weights in {path} lack {lacking[:3]}: they are not those of this run")
+    return pack(policy_version, {name: arrays[stored] for name, stored in names.items()})

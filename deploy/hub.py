@@ -1,0 +1,185 @@
+"""The Hugging Face hub: whether a run may be published there, and the upload of its files."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, get_session
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from common.config import Recipe
+from common.diffusion.policy import EMBEDDED_MODELS
+from common.model_hub import first_line, is_hub_name
+from common.recipe_tables import PushTable
+
+Files = dict[str, Path | bytes]  # what a repository is to hold, by its place there
+TOKEN = "HF_TOKEN"
+TIMEOUT_SECONDS = 120.0  # for an answer: the hub's own client would wait for ever
+TAGS = ("diffusers", "ddpo", "ray-ddpo", "reinforcement-learning", "text-to-image", "stable-diffusion")
+REFUSALS = (400, 401, 402, 403, 404)  # statuses by which the hub says no; others are its own trouble, and may pass
+# Licences that the weights of known models bind whatever is trained from them to.
+LICENSES = {
+    "tiny_animals": "apache-2.0",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2": "openrail++",
+    "stabilityai/stable-diffusion-2-base": "openrail++",
+    "stabilityai/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-2-1-base": "openrail++",
+}
+
+
+class NotPushed(Exception):
+    """The hub does not answer, or has trouble of its own. Nothing is lost: the run can be pushed again."""
+
+
+def base_model(recipe: Recipe) -> str | None:
+    """The hub's name for the model that was trained from; None where it has none."""
+    model = recipe.policy.table().get("model", "")
+    on_the_hub = is_hub_name(model) and model not in EMBEDDED_MODELS and not Path(model).expanduser().is_dir()
+    return recipe.push.base_model or (model if on_the_hub else None)
+
+
+def license_of(recipe: Recipe) -> str:
+    """What the weights may be used for. ValueError: the recipe does not say, and the model's licence is not known."""
+    model = recipe.push.base_model or recipe.policy.table().get("model", "")
+    found = recipe.push.license or LICENSES.get(model)
+    if found is None:
+        raise ValueError(
+            f"push.license is not given, and the licence of {model!r} is not known: give the identifier under which the hub "
+            "lists it, such as apache-2.0"
+        )
+    return found
+
+
+def metadata(recipe: Recipe) -> ModelCardData:
+    """What the hub sorts and finds models by. ValueError: the licence is not known."""
+    full, base = recipe.policy.table().get("train") == "full", base_model(recipe)
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=("finetune" if full else "adapter") if base else None,
+        library_name="diffusers",
+        license=license_of(recipe),
+        pipeline_tag="text-to-image",
+        tags=[*(() if full else ("lora",)), *TAGS],
+    )
+
+
+def check_push(recipe: Recipe) -> None:
+    """Before training: whether the recipe, if it asks for it, can be published. Makes the repository. ValueError: it cannot."""
+    if recipe.push.repo is None:
+        return
+    try:
+        prepare(recipe)
+    except NotPushed as error:
+        advice = "leave push.repo out, and push the run when it has ended"
+        raise ValueError(f"push.repo is {recipe.push.repo!r}, and {error}: {advice}") from None
+
+
+def may_push(recipe: Recipe) -> str:
+    """Who would push. Asks, and changes nothing. ValueError: they may not, or not so. NotPushed: the hub does not say."""
+    card, push = ModelCard(f"---\n{metadata(recipe).to_yaml()}\n---\n"), recipe.push
+    token, repo = _token(push), _repo(push)
+    with _answers(push, token):
+        known = _api(token).whoami()
+        card.validate()
+    namespace, user = repo.partition("/")[0], known.get("name", "?")
+    roles = {user: "owner"} | {each["name"]: each.get("roleInOrg") for each in known.get("orgs", [])}
+    if namespace not in roles:
+        raise ValueError(f"push.repo is {repo!r}: {user}, whose token {TOKEN} is, may write in {sorted(roles)} alone")
+    kind = known.get("auth", {}).get("accessToken", {}).get("role")
+    if kind == "read" or roles[namespace] == "read":
+        why = f"the token {TOKEN} of {user}" if kind == "read" else f"{user} in {namespace}"
+        raise ValueError(f"push.repo is {repo!r}: {why} may only read")
+    return user
+
+
+def prepare(recipe: Recipe) -> None:
+    """Make repository and branch where they are not there. ValueError: that is refused. NotPushed: the hub does not answer."""
+    may_push(recipe)
+    push = recipe.push
+    token, repo = _token(push), _repo(push)
+    api = _api(token)
+    with _answers(push, token):
+        api.create_repo(repo, private=push.private or None, exist_ok=True)
+        api.auth_check(repo, write=True)  # one that is there already says nothing of who may write
+        is_public = push.private and not api.model_info(repo).private
+        if push.revision and not is_public:
+            api.create_branch(repo, branch=push.revision, exist_ok=True)
+    if is_public:
+        raise ValueError(
+            f"push.private is true, and {repo} is there and public: make it private, or name another push.repo"
+        )
+
+
+def upload(push: PushTable, files: Files, message: str) -> str:
+    """Make one commit of the files, after `prepare`; its URL. Of what `replaced` names nothing else stays.
+
+    ValueError: the hub refuses them. NotPushed: it does not answer, or not to the end.
+    """
+    token, repo = _token(push), _repo(push)
+    api, operations = _api(token), [CommitOperationAdd(place, file) for place, file in files.items()]
+    with _answers(push, token):
+        there = [place for place in api.list_repo_files(repo, revision=push.revision) if replaced(place)]
+        gone = [CommitOperationDelete(place) for place in there if place not in files]
+        commit = api.create_commit(repo, [*operations, *gone], commit_message=message, revision=push.revision)
+    return commit.commit_url
+
+
+def replaced(place: str) -> bool:
+    """Whether a file of a repository is one of those that a push writes: weights of an earlier one would be loaded too."""
+    return place.startswith("unet/") or place in ("pytorch_lora_weights.safetensors", "evaluations.jsonl")
+
+
+def _api(token: str) -> HfApi:
+    get_session().timeout = TIMEOUT_SECONDS
+    return HfApi(token=token, library_name="ray-ddpo")
+
+
+def _token(push: PushTable) -> str:
+    token = os.environ.get(TOKEN, "").replace("\r", "").replace("\n", "").strip()  # as the hub's own client does
+    if not token:
+        raise ValueError(
+            f"push.repo is {push.repo!r}, and {TOKEN} is not set: export a token of the hub that may write"
+        )
+    if not re.fullmatch(r"[!-~]+", token):  # such a one would be refused in an error that quotes it
+        raise ValueError(f"{TOKEN} has characters that no token has")
+    return token
+
+
+def _repo(push: PushTable) -> str:
+    assert push.repo is not None, "whoever pushes says where to"
+    try:
+        validate_repo_id(push.repo)
+    except HFValidationError as error:
+        raise ValueError(f"push.repo is {push.repo!r}: {first_line(error)}") from None
+    return push.repo
+
+
+@contextmanager
+def _answers(push: PushTable, token: str) -> Iterator[None]:
+    """What the hub's client raises as one of two errors, and never with the token in it."""
+    try:
+        yield
+    # RuntimeError: an upload that failed in a thread. ValueError: an answer that is not the hub's, or metadata that it refuses.
+    except (OSError, httpx2.HTTPError, RuntimeError, ValueError) as error:
+        answer = next(
+            (each for each in (error, error.__cause__, error.__context__) if isinstance(each, HfHubHTTPError)), None
+        )
+        if answer is None:
+            why = f"the hub does not answer as it should: {type(error).__name__}: {first_line(error)}"
+            raise NotPushed(_hidden(why, token)) from None
+        status, says = answer.response.status_code, answer.server_message or first_line(answer)
+        if status not in REFUSALS:
+            raise NotPushed(_hidden(f"the hub answers {status}: {says}", token)) from None
+        which = f"the hub does not know the token {TOKEN}" if status == 401 else f"the hub refuses it ({status})"
+        raise ValueError(_hidden(f"push.repo is {push.repo!r}, and {which}: {says}", token)) from None
+
+
+def _hidden(text: str, token: str) -> str:
+    return text.replace(token, f"${TOKEN}")
