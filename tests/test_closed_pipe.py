@@ -64,6 +64,6 @@ def test_the_pipe_of_another_is_still_a_fault(monkeypatch: pytest.MonkeyPatch) -
     def broken(options: object) -> None:
         raise BrokenPipeError("a reward service hung up")
 
-    monkeypatch.setattr(ddpo, "_plan", broken)
+    monkeypatch.setitem(ddpo.RUN, "plan", broken)
     with pytest.raises(BrokenPipeError, match="hung up"):
         ddpo.main(["plan", "recipe.toml"])
