@@ -10,15 +10,17 @@ import numpy as np
 from actors.evaluation import Comparison, evaluation_images, evaluation_set
 from actors.reward_worker import RewardWorker
 from common.config import Recipe
+from common.evaluation_log import EvaluationLog
 from common.paired import paired_error
 from common.recipe_tables import RewardTable
 from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
 from common.storage import local_folder
 from common.trajectory import ImageBatch
+from deploy.commands.report_page.evaluation import evaluated, shown_versions
 from deploy.commands.report_page.page import FinishedRun, report_page
 from deploy.commands.report_page.scores import paired, share_kept
-from deploy.commands.report_pictures import before_after_picture, reward_curve
+from deploy.commands.report_pictures import before_after_picture, reward_curve, versions_picture
 from deploy.commands.run_weights import RunWeights, run_weights
 from deploy.parts import Parts, build_reward, parts_of
 
@@ -34,6 +36,7 @@ def report(run: str, overrides: list[str]) -> str:
     with local_folder(folder.report) as path:
         before_after_picture(comparison, path / "before_after.png")
         reward_curve(rounds, path / "reward_curve.png")
+        versions_picture(EvaluationLog(folder.storage), shown_versions(evaluated(folder)), path / "versions.png")
     finished = FinishedRun(folder, recipe, overrides, rounds, weights.fingerprint, weights.policy_version)
     folder.report.write("report.html", report_page(finished, comparison).encode())
     folder.report.write("summary.json", json.dumps(figures, indent=1).encode())
@@ -107,8 +110,9 @@ def _scorer_figures(comparison: Comparison, name: str) -> dict[str, float]:
 
 def in_words(figures: dict[str, Any], folder: RunFolder) -> str:
     """The report on the terminal: the figures, then where everything lies."""
-    files = ("report.html", "before_after.png", "reward_curve.png", "summary.json")
-    return "\n".join([*changes(figures), "look at:", *(f"  {folder.report.location}/{name}" for name in files)])
+    files = ("report.html", "before_after.png", "reward_curve.png", "versions.png", "summary.json")
+    there = [f"  {folder.report.location}/{name}" for name in files if folder.report.exists(name)]
+    return "\n".join([*changes(figures), "look at:", *there])
 
 
 def changes(figures: dict[str, Any]) -> list[str]:

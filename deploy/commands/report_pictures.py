@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from actors.evaluation import Comparison
+from common.evaluation_log import EvaluationLog
 
 COLUMNS = 12
 
@@ -29,6 +30,27 @@ def before_after_picture(comparison: Comparison, path: Path) -> None:
         below.set_title(f"{change[index]:+.2f}", fontsize=7, pad=1, color="green" if change[index] > 0 else "firebrick")
     figure.suptitle("above: before · below: after, same prompt and noise, with the reward's change", fontsize=10)
     figure.tight_layout(pad=0.3, rect=(0, 0, 1, 0.98))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def versions_picture(log: EvaluationLog, shown: list[dict[str, Any]], path: Path) -> None:
+    """A row a version: its kept pictures, with the same prompts and noise; red where there was an alarm. Without any, no file."""
+    from matplotlib import pyplot as plt
+
+    rows = [log.pictures(figures["policy_version"]) for figures in shown]
+    if not any(rows):
+        return
+    figure, axes = plt.subplots(
+        len(rows), len(rows[0]), figsize=(1.25 * len(rows[0]) + 1, 1.25 * len(rows)), squeeze=False
+    )
+    for line, pictures, figures in zip(axes, rows, shown, strict=True):
+        for axis, picture in zip(line, pictures, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        colour = "firebrick" if figures["alarms"] else "black"
+        line[0].set_ylabel(f"version {figures['policy_version']}", rotation=0, ha="right", va="center", color=colour)
+    figure.tight_layout(pad=0.2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -1,13 +1,18 @@
 """What the report, and whoever asks for a run's weights, say of the evaluations along the way and of the guard."""
 
+import base64
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import ddpo
 from common.config import Recipe
-from common.evaluation_log import EvaluationLog
+from common.evaluation_log import EvaluatedImages, EvaluationLog
+from common.prompts import Prompt
 from common.run_folder import RunFolder
 from deploy.commands.report_page.evaluation import evaluation_told, guard_sentences
 from train import train
@@ -45,8 +50,17 @@ def found(version: int, brightness: float, entropy: float, sharpness: float, *al
 def written(recipe: Recipe, *figures: dict) -> RunFolder:
     folder = RunFolder(recipe.run_path())
     folder.create()
-    EvaluationLog(folder.storage).keep(list(figures))
+    log = EvaluationLog(folder.storage)
+    log.keep([])
+    for each in figures:
+        log.write(each, {"current": pictures_of(each)}, pictures=2)
     return folder
+
+
+def pictures_of(figures: dict) -> EvaluatedImages:
+    """Three grey pictures, as grey as the version's number."""
+    pixels = np.full((3, 8, 8, 3), figures["policy_version"], np.uint8)
+    return EvaluatedImages((Prompt("cat"),) * 3, (1, 2, 3), {"brightness": np.ones(3)}, pixels)
 
 
 def test_curves_over_the_versions_by_hand(recipe: Recipe) -> None:
@@ -61,6 +75,7 @@ def test_curves_over_the_versions_by_hand(recipe: Recipe) -> None:
     assert charts["what is left"].in_words.startswith("sharpness: 1.000 in the first version, 0.2500 in the last")
     assert [text for _, text in charts["brightness"].x_ticks] == ["0", "1", "2", "3", "4"]
     assert told.alarms == [(4, "entropy", "it fell")] and told.sentences == []
+    assert [(row.policy_version, row.alarm) for row in told.rows] == [(0, False), (2, False), (4, True)]
     assert guard_sentences(folder) == []  # the last line is version 2's
 
 
@@ -68,6 +83,15 @@ def test_one_version_alone_is_no_curve_and_a_calm_guard_says_so(recipe: Recipe) 
     assert evaluation_told(written(recipe, found(0, 10, 8, 20)), recipe).charts == []
     told = evaluation_told(written(recipe, found(0, 10, 8, 20), found(2, 9, 8, 20)), recipe)
     assert told.sentences == ["The guard has found nothing."]
+
+
+def test_of_many_versions_a_few_are_shown_with_the_pictures_that_were_kept(recipe: Recipe) -> None:
+    folder = written(recipe, *(found(version, 10, 8, 20) for version in range(0, 40, 2)))
+    rows = evaluation_told(folder, recipe).rows
+    assert [row.policy_version for row in rows] == [0, 6, 10, 16, 22, 28, 32, 38]
+    data = base64.b64decode(rows[1].pictures[0].partition(",")[2])
+    assert np.asarray(Image.open(io.BytesIO(data))).tolist() == np.full((8, 8, 3), 6).tolist()
+    assert (len(rows[1].pictures), rows[1].width) == (2, 8)
 
 
 def test_an_alarm_at_the_last_version_stands_in_the_summary(recipe: Recipe) -> None:
@@ -94,3 +118,4 @@ def test_a_run_that_was_rolled_back_is_compared_by_the_weights_that_it_has(
     page = (run / "report" / "report.html").read_text()
     assert "The guard has ended the run at version 2: the policy is" in page
     assert "The run&#39;s weights are those of version 0." in page and "While it trained" in page
+    assert (run / "report" / "versions.png").stat().st_size > 1000

@@ -12,10 +12,22 @@ from common.evaluation_log import EvaluationLog
 from common.run_folder import RunFolder
 from deploy.commands.report_page.charts import Chart, Series, chart
 from deploy.commands.report_page.numbers import number
+from deploy.commands.report_page.pictures import data_uri
 
 Figures = dict[str, Any]
 BAND = "mean ± standard error of the difference from the pretrained model"
 SHARES = ("sharpness", "entropy", "diversity")
+ROWS = 8  # versions whose pictures are shown: the first, the last, and between them at even distances
+
+
+@dataclass(frozen=True)
+class VersionRow:
+    """The pictures of one version that were kept, as data URIs, and whether the guard has found something."""
+
+    policy_version: int
+    pictures: list[str]
+    width: int
+    alarm: bool
 
 
 @dataclass(frozen=True)
@@ -25,15 +37,35 @@ class EvaluationTold:
     charts: list[Chart]
     sentences: list[str]
     alarms: list[tuple[int, str, str]]  # version, what it is about, what it says
+    rows: list[VersionRow]
 
 
 def evaluation_told(folder: RunFolder, recipe: Recipe) -> EvaluationTold:
     """From the run's `evaluations.jsonl`; of one version alone there is no curve."""
-    figures = sorted(EvaluationLog(folder.storage).figures(), key=lambda each: each["policy_version"])
+    log, figures = EvaluationLog(folder.storage), evaluated(folder)
     if len(figures) < 2:
-        return EvaluationTold([], [], [])
+        return EvaluationTold([], [], [], [])
     alarms = [(each["policy_version"], alarm["about"], alarm["says"]) for each in figures for alarm in each["alarms"]]
-    return EvaluationTold(evaluation_charts(figures, recipe), _sentences(folder, figures), alarms)
+    rows = [_row(log, each) for each in shown_versions(figures)]
+    return EvaluationTold(evaluation_charts(figures, recipe), _sentences(folder, figures), alarms, rows)
+
+
+def evaluated(folder: RunFolder) -> list[Figures]:
+    """What was found of each version, by number."""
+    return sorted(EvaluationLog(folder.storage).figures(), key=lambda each: each["policy_version"])
+
+
+def shown_versions(figures: list[Figures]) -> list[Figures]:
+    """At most ROWS of the versions, by number: the first, the last, and between them at even distances."""
+    if len(figures) <= ROWS:
+        return figures
+    return [figures[round(place)] for place in np.linspace(0, len(figures) - 1, ROWS)]
+
+
+def _row(log: EvaluationLog, figures: Figures) -> VersionRow:
+    pictures = log.pictures(figures["policy_version"])
+    width = pictures[0].shape[1] if pictures else 0
+    return VersionRow(figures["policy_version"], [data_uri(each) for each in pictures], width, bool(figures["alarms"]))
 
 
 def evaluation_charts(figures: list[Figures], recipe: Recipe) -> list[Chart]:
