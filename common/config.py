@@ -15,6 +15,7 @@ from common.recipe_tables import (
     Choice,
     CompositionTable,
     EvaluationTable,
+    ExhibitsTable,
     GuardTable,
     LearnerTable,
     PromptsTable,
@@ -54,6 +55,7 @@ class Recipe(Table):
     rollouts: RolloutsTable = RolloutsTable()
     evaluation: EvaluationTable = EvaluationTable()
     guard: GuardTable = GuardTable()
+    exhibits: ExhibitsTable = ExhibitsTable()
     trackers: tuple[Choice, ...] = ()
 
     @property

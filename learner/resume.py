@@ -13,7 +13,7 @@ WORKERS = ("count", "min", "max", "cache", *ROLE)
 # decide nothing, and where some do a run must be able to go on with more patience.
 PATIENCE = ("timeout_seconds", "attempts")
 FREE = (
-    *("output_dir", "rounds", "samplers", "checkpoint", "rollouts", "evaluation", "guard", "trackers"),
+    *("output_dir", "rounds", "samplers", "checkpoint", "rollouts", "evaluation", "guard", "exhibits", "trackers"),
     *(
         f"{pool}.{key}"
         for pool in ("reward_workers", "reward.workers", "rewards.*.workers")
