@@ -23,9 +23,9 @@ def rounds_in(data: bytes) -> int:
     # The module makes its types at run time.
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
-    histories = (Record.FromString(record).history for record in records(data))
-    found = [int(json.loads(item.value_json)) for history in histories for item in history.item if item.key == "round"]
-    return max(found, default=-1) + 1
+    items = (item for record in records(data) for item in Record.FromString(record).history.item)
+    found = [json.loads(item.value_json) for item in items if "round" in (item.key, *item.nested_key[:1])]
+    return int(max(found, default=-1)) + 1
 
 
 def records(data: bytes) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from common.trackers.wandb_files import rounds_in_files
 
 NAME = "wandb"
 FOLDER = "wandb"  # where wandb writes, by its own choice
+DATA_FOLDER = "WANDB_DATA_DIR"
 BINS = 64
 FLUSH_SECONDS = 1.0  # between two writings to its file: what it has not written is lost with a process that is killed
 
@@ -45,7 +47,20 @@ class OpenRun(LiveTracker):
 
     def show(self, exhibits: Exhibits) -> None:
         if exhibits.round >= self._rounds_there:
-            self._run.log(as_wandb_has_it(exhibits), step=exhibits.round, commit=False)
+            with self._nothing_elsewhere():
+                self._run.log(as_wandb_has_it(exhibits), step=exhibits.round, commit=False)
+
+    @contextmanager
+    def _nothing_elsewhere(self) -> Iterator[None]:
+        """wandb copies what is in a table to where it is sent from: by default in the user's home, and if offline for ever."""
+        if DATA_FOLDER in os.environ:
+            yield
+            return
+        os.environ[DATA_FOLDER] = str(self._info.local_folder / FOLDER)
+        try:
+            yield
+        finally:
+            del os.environ[DATA_FOLDER]
 
     def finish(self) -> None:
         import wandb
