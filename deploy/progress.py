@@ -72,9 +72,9 @@ class Progress:
         figures = reward_metrics(batch, rollouts, weights, floors) | learned
         memory = memory_now(self._done.learner.weights[-1].buffer.nbytes)
         metrics = round_metrics(batch.round, rollouts, figures, clock, stream.report(), memory)
-        began = time.monotonic()
         try:
             self._show(batch, rollouts, workers)
+            began = time.monotonic()
             found = self.evaluating.read(batch.round)
             metrics |= found | ({"seconds/evaluation": time.monotonic() - began} if found else {})
         finally:  # whoever stops the run while it waits for one of them: the round itself is done
