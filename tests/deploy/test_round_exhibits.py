@@ -4,9 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.config import Recipe
 from common.ledger import Ledger
 from common.png import from_png
 from common.prompts import Prompt
@@ -14,8 +12,7 @@ from common.run_folder import RunFolder
 from common.schedule import Task
 from common.trajectory import ImageBatch, Rollout, Scores, TaskReport, TrainBatch
 from deploy.round_exhibits import first_pictures, round_exhibits
-from learner.checkpoint import load_checkpoint, newest_checkpoint
-from train import train
+from tests.shown_rounds import fingerprint, run, shown_in
 
 CAT, DOG = Prompt("cat"), Prompt("dog")
 
@@ -80,38 +77,6 @@ def test_several_rewards_have_a_distribution_each() -> None:
     assert shown.histograms["reward/size"].tolist() == [1, 1, 1, 1, 1]
 
 
-def fingerprint(recipe: Recipe) -> str:
-    newest = newest_checkpoint(RunFolder(recipe.run_path()).checkpoints)
-    assert newest is not None
-    return load_checkpoint(newest).learner.trained.fingerprint
-
-
-def shown_in(recipe: Recipe) -> dict:
-    """The pictures, by round and place, and the counts of log-ratios, by round."""
-    events = EventAccumulator(
-        str(Path(recipe.run_path()) / "tensorboard"), size_guidance={"histograms": 0, "images": 0}
-    )
-    events.Reload()
-    images = {tag: events.Images(tag) for tag in events.Tags()["images"]}
-    found: dict = {
-        (event.step, int(tag[-2:])): from_png(event.encoded_image_string).tobytes()
-        for tag, of_tag in images.items()
-        for event in of_tag
-    }
-    log_ratios = {
-        event.step: (event.histogram_value.num, event.histogram_value.sum)
-        for event in events.Histograms("histograms/log_ratio")
-    }
-    return found | {"log_ratios": log_ratios}
-
-
-def run(tables: dict, name: str, serial: bool, **changes: object) -> Recipe:
-    own = {"name": name, "rounds": 4, "exhibits": {"every": 2, "pictures": 5}, "rollouts": {"pictures_every": 1}}
-    recipe = Recipe.parse({**tables, **own, "trackers": [{"name": "tensorboard"}], **changes})
-    train(recipe, serial=serial)
-    return recipe
-
-
 def test_a_run_shows_the_pictures_of_its_ledger_and_its_bits_stay_the_same(tables: dict) -> None:
     tables["learner"]["parts_per_round"] = 2
     shown, blind = run(tables, "shown", True), run(tables, "blind", True, exhibits={"every": 0})
@@ -127,10 +92,3 @@ def test_a_run_shows_the_pictures_of_its_ledger_and_its_bits_stay_the_same(table
     assert pictures == expected and len(pictures) == 15
     assert {round: count for round, (count, _) in log_ratios.items()} == {0: 32, 2: 32, 3: 32}  # 8 images of 4 steps
     assert not list(Path(blind.run_path()).glob("tensorboard/*/*"))
-
-
-@pytest.mark.system
-def test_on_ray_with_two_samplers_the_same_is_shown(tables: dict, cluster: None) -> None:
-    serial = run(tables, "serial", True)
-    ray = run(tables, "ray", False, samplers={"count": 2}, max_policy_lag=0)
-    assert shown_in(ray) == shown_in(serial) and fingerprint(ray) == fingerprint(serial)
