@@ -15,6 +15,7 @@ from common.recipe_tables import (
     Choice,
     CompositionTable,
     EvaluationTable,
+    ExhibitsTable,
     GuardTable,
     LearnerTable,
     PromptsTable,
@@ -56,6 +57,7 @@ class Recipe(Table):
     evaluation: EvaluationTable = EvaluationTable()
     guard: GuardTable = GuardTable()
     push: PushTable = PushTable()
+    exhibits: ExhibitsTable = ExhibitsTable()
     trackers: tuple[Choice, ...] = ()
 
     @property

@@ -173,6 +173,17 @@ class RolloutsTable(Table):
     pictures_every: int = Field(default=0, ge=0)  # rounds whose rows hold their picture; 0: none does
 
 
+class ExhibitsTable(Table):
+    """What wandb and TensorBoard are shown of rounds, beside their metrics."""
+
+    every: int = Field(default=10, ge=0)  # rounds between two that are shown; the last one is too; 0: none is
+    pictures: int = Field(default=8, ge=0)  # of such a round, the first ones
+
+    def is_due(self, round: int, rounds: int) -> bool:
+        """Whether this round is shown, in a run of so many."""
+        return self.every > 0 and (round % self.every == 0 or round == rounds - 1)
+
+
 class CheckpointTable(Table):
     every: int = Field(default=10, ge=1)  # rounds
     keep: int = Field(default=2, ge=1)

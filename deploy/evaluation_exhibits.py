@@ -23,7 +23,8 @@ def evaluation_exhibits(
         reward, change = images.scores["reward"][image], images.scores["reward"][image] - reward_before[image]
         side_by_side = np.concatenate([earlier, images.pixels[image]], axis=1)
         pairs.append(Picture(side_by_side, f"{prompt}: reward {reward:.4g} ({change:+.3g})"))
-        cells: list[Cell] = [prompt, images.seeds[image], Picture(earlier), Picture(images.pixels[image])]
+        # As text, for a page's numbers are exact to 53 bits only.
+        cells: list[Cell] = [prompt, str(images.seeds[image]), Picture(earlier), Picture(images.pixels[image])]
         rows.append((*cells, *(float(images.scores[name][image]) for name in names)))
     columns = ("prompt", "seed", "before", "now", *names)
     scores = {f"{PANEL}/{name}": values[np.isfinite(values)] for name, values in images.scores.items()}

@@ -8,9 +8,10 @@ from common.ledger import Ledger
 from common.round_metrics import RoundClock, memory_now, reward_metrics, round_metrics
 from common.run_folder import RunFolder
 from common.trackers.fan_out import FanOut
-from common.trajectory import Scored, whole_round
+from common.trajectory import Rollout, Scored, TrainBatch, whole_round
 from deploy.evaluating import Evaluating
 from deploy.parts import Parts
+from deploy.round_exhibits import first_pictures, round_exhibits
 from deploy.workers import Workers
 from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.learner_state import LearnerState
@@ -71,16 +72,25 @@ class Progress:
         figures = reward_metrics(batch, rollouts, weights, floors) | learned
         memory = memory_now(self._done.learner.weights[-1].buffer.nbytes)
         metrics = round_metrics(batch.round, rollouts, figures, clock, stream.report(), memory)
-        began = time.monotonic()
         try:
+            self._show(batch, rollouts, workers)
+            began = time.monotonic()
             found = self.evaluating.read(batch.round)
             metrics |= found | ({"seconds/evaluation": time.monotonic() - began} if found else {})
-        finally:  # whoever stops the run while it waits for an evaluation: the round itself is done
+        finally:  # whoever stops the run while it waits for one of them: the round itself is done
             self.metrics.append(metrics)
             self._trackers.log(metrics)
         due = self.rounds_done % recipe.checkpoint.every == 0 or self.rounds_done == recipe.rounds
         if due or self.evaluating.is_over:
             self.commit()
+
+    def _show(self, batch: TrainBatch, rollouts: list[Rollout], workers: Workers) -> None:
+        """Pictures, a table and histograms of the round, where it is its turn and a tracker shows them."""
+        table, rounds = self._parts.recipe.exhibits, self._parts.recipe.rounds
+        if table.is_due(batch.round, rounds) and self._trackers.shows:
+            pictures = first_pictures(rollouts, table.pictures, workers.stream.pictures)
+            weights, log_ratios = self._parts.composition.weights, workers.learner.log_ratios()
+            self._trackers.show(round_exhibits(batch, rollouts, weights, pictures, log_ratios))
 
     def commit(self) -> None:
         """Save what was learned since the last checkpoint."""

@@ -53,6 +53,7 @@ class Learner:
         self._trained = read_weights(self._policy.network, 0)  # at the start of the round
         self._published = (self._trained,)
         self._metrics = self._no_metrics()  # of the round that is being learned from
+        self._log_ratios: torch.Tensor | None = None  # of the round before it
         # Only the loaded model's schedule tells how many steps have noise.
         algorithm.check_micro_batches(recipe, len(self._policy.noisy_steps))
 
@@ -81,7 +82,12 @@ class Learner:
         published = self._trained if decay is None else averaged(self._published[-1], self._trained, decay)
         self._published = (*self._published, published)[-(self._recipe.max_policy_lag + 1) :]
         metrics, self._metrics = self._metrics, self._no_metrics()
+        self._log_ratios = metrics.log_ratios()
         return metrics.summary(), self.state()
+
+    def log_ratios(self) -> np.ndarray:
+        """log_prob − old_log_prob of the pairs of the last round learned from; empty where there is none."""
+        return np.empty(0) if self._log_ratios is None else self._log_ratios.double().cpu().numpy()
 
     def begin(self, batch: TrainBatch, *trajectories: Trajectory) -> None:
         """Learn from a part of a round that is not its last: nothing is published yet. Errors are those of `update`."""
@@ -230,7 +236,7 @@ class Learner:
         """Go on from `state`; what was begun of a round is undone. ValueError: it belongs to another network."""
         load_weights(self._policy.network, state.trained)
         self._optimizer.state.clear()
-        self._metrics = self._no_metrics()
+        self._metrics, self._log_ratios = self._no_metrics(), None
         for name, parameter in self._parameters.items():
             for key, value in _of_parameter(state.optimizer, name).items():
                 # In the parameter's own memory layout, as AdamW made it; fused, it has its step count on the device too.

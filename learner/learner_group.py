@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import ray
+from jaxtyping import Float
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from common.lora_weights import LoraWeights
@@ -41,6 +43,10 @@ class LearnerGroup(ABC):
         """The versions that samplers may be asked for, the newest last."""
 
     @abstractmethod
+    def log_ratios(self) -> Float[np.ndarray, "N"]:
+        """log_prob − old_log_prob of the pairs of the last round, to be looked at; empty where the learner has none."""
+
+    @abstractmethod
     def load_state(self, state: LearnerState) -> None:
         """Go on from `state`."""
 
@@ -75,6 +81,9 @@ class SerialLearnerGroup(LearnerGroup):
 
     def weights(self) -> tuple[LoraWeights, ...]:
         return self._learner.weights()
+
+    def log_ratios(self) -> Float[np.ndarray, "N"]:
+        return self._learner.log_ratios()
 
     def load_state(self, state: LearnerState) -> None:
         self._learner.load_state(state)
@@ -166,6 +175,9 @@ class RayLearnerGroup(LearnerGroup):
 
     def weights(self) -> tuple[LoraWeights, ...]:
         return self._call("weights")
+
+    def log_ratios(self) -> Float[np.ndarray, "N"]:
+        return self._call("log_ratios")
 
     def load_state(self, state: LearnerState) -> None:
         self._state = state

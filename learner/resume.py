@@ -13,7 +13,8 @@ WORKERS = ("count", "min", "max", "cache", *ROLE)
 # decide nothing, and where some do a run must be able to go on with more patience.
 PATIENCE = ("timeout_seconds", "attempts")
 FREE = (
-    *("output_dir", "rounds", "samplers", "checkpoint", "rollouts", "evaluation", "guard", "push", "trackers"),
+    *("output_dir", "rounds", "samplers", "checkpoint", "rollouts", "evaluation", "guard", "exhibits", "push"),
+    "trackers",
     *(
         f"{pool}.{key}"
         for pool in ("reward_workers", "reward.workers", "rewards.*.workers")

@@ -75,6 +75,10 @@ class UpdateMetrics:
     def _nats(self, divergence: Divergence) -> Float[Tensor, "N"]:
         return -torch.cat([log_ratio for _, log_ratio in divergence]).double() * self._latent_elements
 
+    def log_ratios(self) -> Float[Tensor, "N"] | None:
+        """log_prob − old_log_prob of every pair, when it was learned from; None where the algorithm has no ratio."""
+        return self._joined("log_ratio")
+
     def summary(self) -> dict[str, float]:
         """Metrics of the round; of what the algorithm does not look at there are none."""
         loss = self._joined("loss")

@@ -15,6 +15,7 @@ class Picture:
 
 
 Cell = int | float | str | Picture
+Values = Shaped[np.ndarray, "N"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,15 @@ class ShownTable:
 
 @dataclass(frozen=True)
 class Exhibits:
-    """What there is to see of one round. Names are those of panels: "rollouts", "evaluation"."""
+    """What there is to see of one round. Names are those of panels: "round", "evaluation"."""
 
     round: int
     pictures: dict[str, tuple[Picture, ...]] = field(default_factory=dict)
     tables: dict[str, ShownTable] = field(default_factory=dict)
-    histograms: dict[str, Shaped[np.ndarray, "..."]] = field(default_factory=dict)  # values, not counted yet
-    every_round: bool = False  # there are such in every round, so that a tracker may leave some out
+    histograms: dict[str, Values] = field(default_factory=dict)  # values, not counted yet
+
+    @property
+    def countable(self) -> dict[str, Values]:
+        """The finite values of every histogram that has some."""
+        finite = {name: values[np.isfinite(values)] for name, values in self.histograms.items()}
+        return {name: values for name, values in finite.items() if len(values)}

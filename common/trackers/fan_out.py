@@ -41,6 +41,11 @@ class FanOut:
         """Give one round's metrics to all."""
         self._each(lambda live: live.log(metrics))
 
+    @property
+    def shows(self) -> bool:
+        """Whether any of them shows more than numbers, so that it is worth the making."""
+        return any(type(live).show is not LiveTracker.show for live in self._live.values())
+
     def show(self, exhibits: Exhibits) -> None:
         """Give pictures, tables and histograms to all; those of numbers alone ignore them."""
         self._each(lambda live: live.show(exhibits))

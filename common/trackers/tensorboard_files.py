@@ -1,10 +1,33 @@
 """Metrics as TensorBoard's event files, in the folder `tensorboard` of the run's."""
 
+import html
 from typing import Any
 
+from common.trackers.exhibits import Cell, Exhibits, Picture, ShownTable
 from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
 
 FOLDER = "tensorboard"
+
+
+def markdown(table: ShownTable) -> str:
+    """As TensorBoard's text shows it, which has no pictures: their columns are left out."""
+    shown = [
+        place for place in range(len(table.columns)) if not any(isinstance(row[place], Picture) for row in table.rows)
+    ]
+    rows = [table.columns, ("---",) * len(table.columns), *table.rows]
+    return "\n".join("| " + " | ".join(_text(row[place]) for place in shown) + " |" for row in rows)
+
+
+def _text(cell: Cell) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return html.escape(" ".join(str(cell).split())).replace("|", "&#124;")
+
+
+def _captions(pictures: tuple[Picture, ...]) -> ShownTable:
+    return ShownTable(
+        ("picture", "caption"), tuple((f"{place:02d}", picture.caption) for place, picture in enumerate(pictures))
+    )
 
 
 class EventFiles(LiveTracker):
@@ -18,6 +41,18 @@ class EventFiles(LiveTracker):
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, global_step=int(metrics["round"]))
         self._writer.flush()
+
+    def show(self, exhibits: Exhibits) -> None:
+        step = exhibits.round
+        for panel, pictures in exhibits.pictures.items():
+            for place, picture in enumerate(pictures):
+                tag = f"pictures/{panel}/{place:02d}"
+                self._writer.add_image(tag, picture.pixels, global_step=step, dataformats="HWC")
+            self._writer.add_text(f"captions/{panel}", markdown(_captions(pictures)), global_step=step)
+        for panel, table in exhibits.tables.items():
+            self._writer.add_text(f"tables/{panel}", markdown(table), global_step=step)
+        for name, values in exhibits.countable.items():
+            self._writer.add_histogram(f"histograms/{name}", values, global_step=step)
 
     def finish(self) -> None:
         self._writer.close()

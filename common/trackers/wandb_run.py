@@ -1,27 +1,66 @@
 """Metrics to Weights & Biases: online where somebody is logged in, else kept on disk for `wandb sync`."""
 
+import json
+import math
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
+import PIL.Image
+
+from common.run_folder import RunFolder
+from common.trackers.exhibits import Exhibits, Picture
 from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
+from common.trackers.wandb_files import rounds_in_files
 
 NAME = "wandb"
 FOLDER = "wandb"  # where wandb writes, by its own choice
+DATA_FOLDER = "WANDB_DATA_DIR"
+BINS = 64
+FLUSH_SECONDS = 1.0  # between two writings to its file: what it has not written is lost with a process that is killed
 
 
 class OpenRun(LiveTracker):
-    """A run that wandb keeps open in this process."""
+    """A run that wandb keeps open in this process. wandb's step is the round, and may not go back.
 
-    def __init__(self, run: Any, info: RunInfo) -> None:
+    A history cannot be changed. What a resumed run does again is not sent again: it has the same bits. What was done
+    before the checkpoint and is not in wandb is sent anew.
+    """
+
+    def __init__(self, run: Any, info: RunInfo, rounds_there: int) -> None:
+        """`rounds_there`: so many has wandb of earlier starts."""
         self._run = run
         self._info = info
-        # Not wandb's own step: that may not go back, and a resumed run does some rounds again.
+        self._rounds_there = rounds_there
         run.define_metric("round")
         run.define_metric("*", step_metric="round")
+        for metrics in _rounds_before(info):
+            self.log(metrics)
 
     def log(self, metrics: Metrics) -> None:
-        self._run.log(metrics)
+        round = int(metrics["round"])
+        if round >= self._rounds_there:
+            self._run.log(metrics, step=round, commit=True)
+
+    def show(self, exhibits: Exhibits) -> None:
+        if exhibits.round >= self._rounds_there:
+            with self._nothing_elsewhere():
+                self._run.log(as_wandb_has_it(exhibits), step=exhibits.round, commit=False)
+
+    @contextmanager
+    def _nothing_elsewhere(self) -> Iterator[None]:
+        """wandb copies what is in a table to where it is sent from: by default in the user's home, and if offline for ever."""
+        if DATA_FOLDER in os.environ:
+            yield
+            return
+        os.environ[DATA_FOLDER] = str(self._info.local_folder / FOLDER)
+        try:
+            yield
+        finally:
+            del os.environ[DATA_FOLDER]
 
     def finish(self) -> None:
         import wandb
@@ -49,7 +88,12 @@ class WandbRun(Tracker):
         import wandb
 
         # Neither terminal output nor code nor the git state: what is in them is not ours to send.
-        settings = wandb.Settings(console="off", disable_code=True, disable_git=True)
+        settings = wandb.Settings(
+            console="off", disable_code=True, disable_git=True, x_transaction_log_flush_interval=FLUSH_SECONDS
+        )
+        identity, way = run.tracker_ids.get(NAME) or uuid.uuid4().hex[:8], mode()
+        # Before it is opened, for then there is a new file.
+        rounds_there = rounds_in_files(run.storage.folder(FOLDER), identity) if way == "offline" else 0
         opened = wandb.init(
             project=self.project,
             entity=self.entity,
@@ -58,12 +102,43 @@ class WandbRun(Tracker):
             name=run.name,
             config=run.recipe,
             dir=run.local_folder,
-            id=run.tracker_ids.get(NAME) or uuid.uuid4().hex[:8],
+            id=identity,
             resume="allow",
-            mode=mode(),
+            mode=way,
             settings=settings,
         )
-        return OpenRun(opened, run)
+        return OpenRun(opened, run, opened.starting_step if way == "online" else rounds_there)
+
+
+def as_wandb_has_it(exhibits: Exhibits) -> dict[str, Any]:
+    """By what it is and then by its panel: `pictures/evaluation`, `tables/evaluation`, `histograms/reward`."""
+    import wandb
+
+    shown: dict[str, Any] = {}
+    for panel, pictures in exhibits.pictures.items():
+        shown[f"pictures/{panel}"] = [_image(picture) for picture in pictures]
+    for panel, table in exhibits.tables.items():
+        rows = [[_image(cell) if isinstance(cell, Picture) else cell for cell in row] for row in table.rows]
+        shown[f"tables/{panel}"] = wandb.Table(columns=list(table.columns), data=rows)
+    for name, values in exhibits.countable.items():
+        shown[f"histograms/{name}"] = wandb.Histogram(np_histogram=np.histogram(values, bins=BINS))
+    return shown
+
+
+def _image(picture: Picture) -> Any:
+    import wandb
+
+    # From an array wandb would first guess whether to stretch its values.
+    return wandb.Image(PIL.Image.fromarray(picture.pixels), caption=picture.caption or None)
+
+
+def _rounds_before(info: RunInfo) -> Iterator[Metrics]:
+    """The metrics of the rounds before this start's first."""
+    folder = RunFolder(info.folder)
+    text = folder.storage.read(folder.metrics).decode() if folder.storage.exists(folder.metrics) else ""
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n") and (metrics := json.loads(line))["round"] < info.first_round:
+            yield {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
 def mode() -> Literal["online", "offline", "disabled"]:

@@ -27,7 +27,7 @@ def test_as_many_pairs_as_there_are_pictures_of_before() -> None:
     table = shown.tables["evaluation"]
     assert table.columns == ("prompt", "seed", "before", "now", "reward", "beauty") and len(table.rows) == 2
     prompt, seed, before, now, *scores = table.rows[0]
-    assert (prompt, seed, scores) == ("cat", 7, [1.0, 0.5])
+    assert (prompt, seed, scores) == ("cat", "7", [1.0, 0.5])
     assert isinstance(before, Picture) and isinstance(now, Picture) and np.array_equal(now.pixels, PIXELS[0])
     assert shown.histograms["evaluation/beauty"].tolist() == [0.5, 0.25] and shown.round == 4
 

@@ -106,6 +106,8 @@ def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str
         ("runtime__max_restarts", 0),
         ("rollouts__keep", "false"),
         ("rollouts__pictures_every", 5),
+        ("exhibits__every", 1),
+        ("exhibits__pictures", 1),
         ("checkpoint__every", 1),
         ("checkpoint__keep", 9),
         ("evaluation__images", 8),

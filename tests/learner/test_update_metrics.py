@@ -127,3 +127,12 @@ def test_a_loss_without_a_ratio_has_no_metrics_of_one_and_a_kl_to_the_pretrained
 def test_a_round_in_which_nothing_is_learned_from_has_no_number_for_its_loss() -> None:
     summary = UpdateMetrics(num_steps=1, latent_elements=1).summary()
     assert math.isnan(summary["loss"]) and summary["optimizer_steps"] == 0
+
+
+def test_the_log_ratios_of_all_pairs_are_kept_to_be_looked_at() -> None:
+    metrics = UpdateMetrics(num_steps=3, latent_elements=1000)
+    assert metrics.log_ratios() is None
+    metrics.add_micro_batch(result([1.0, 2.0], [0.0, -0.5], [0.0, 0.0]), torch.tensor([0, 1]))
+    metrics.add_micro_batch(result([1.0], [0.25], [0.0]), torch.tensor([2]))
+    log_ratios = metrics.log_ratios()
+    assert log_ratios is not None and log_ratios.tolist() == [0.0, -0.5, 0.25]

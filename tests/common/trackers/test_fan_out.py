@@ -8,6 +8,7 @@ import pytest
 
 from common.trackers.exhibits import Exhibits
 from common.trackers.fan_out import FanOut
+from common.trackers.jsonl import Jsonl
 from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 ROUNDS: list[Metrics] = [{"round": float(round)} for round in range(3)]
@@ -133,6 +134,15 @@ def test_an_interrupt_is_not_taken_for_a_broken_tracker(run: RunInfo, monkeypatc
     monkeypatch.setattr(Book, "log", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fan_out.log(ROUNDS[0])
+
+
+def test_whether_anything_but_numbers_is_shown_follows_from_the_trackers_that_are_open(run: RunInfo) -> None:
+    numbers, pictures = named(Jsonl()), FanOut({"jsonl": Jsonl(), "book": BookKeeper(fails_at="show")})
+    numbers.start(run)
+    pictures.start(run)
+    assert not numbers.shows and pictures.shows
+    pictures.show(Exhibits(0))  # it breaks, and is left out
+    assert not pictures.shows
 
 
 def test_a_trackers_identity_is_kept_under_its_name_even_when_it_breaks_or_is_not_there_this_time(

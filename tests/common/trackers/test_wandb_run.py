@@ -1,10 +1,12 @@
 """Weights & Biases without a network: never asks, keeps to one id, and sends nothing that is not the run's."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.trackers.exhibits import Exhibits
 from common.trackers.fan_out import FanOut
 from common.trackers.tracker import RunInfo
 from common.trackers.wandb_run import WandbRun, mode
@@ -23,6 +25,8 @@ class FakeWandb:
     def __init__(self) -> None:
         self.arguments: dict = {}
         self.id = ""
+        self.starting_step = 0  # as the service says
+        self.logged: list[tuple[int, dict]] = []
 
     def init(self, **arguments: object) -> "FakeWandb":
         self.arguments = arguments
@@ -31,6 +35,9 @@ class FakeWandb:
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         """As wandb's own."""
+
+    def log(self, what: dict, step: int, commit: bool) -> None:
+        self.logged.append((step, what))
 
 
 @pytest.fixture
@@ -93,6 +100,24 @@ def test_the_keys_and_the_recipe_are_what_wandb_is_started_with(fake: FakeWandb,
     }
     assert fake.arguments | expected == fake.arguments
     assert fake.arguments["dir"] == tmp_path / "tiny" and fake.arguments["id"] == "a1b2c3d4"
+
+
+@pytest.mark.parametrize(("there", "sent"), [(0, [0, 1, 2, 3, 4]), (2, [2, 3, 4]), (4, [4]), (9, [])])
+def test_online_the_service_says_which_rounds_it_has_and_it_is_sent_the_others(
+    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, sent: list[int]
+) -> None:
+    monkeypatch.setattr("wandb.login", lambda prompt: not prompt)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"round": 0.0, "loss": null}\n{"round": 1.0, "loss": 4.0}\n{"round": 2.0}\n'
+    )
+    fake.starting_step = there
+    live = WandbRun().start(RunInfo("tiny", tmp_path, {}, 5, 2, {"wandb": "a1b2c3d4"}))
+    for round in range(2, 5):
+        live.show(Exhibits(round))
+        live.log({"round": float(round)})
+    assert list(dict.fromkeys(step for step, _ in fake.logged)) == sent
+    if not there:
+        assert math.isnan(fake.logged[0][1]["loss"]) and fake.logged[1][1]["loss"] == 4.0
 
 
 def test_neither_code_nor_git_nor_the_terminals_text_is_sent(fake: FakeWandb, tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""A small run with TensorBoard, and what it shows, for tests of what is shown of rounds."""
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common.config import Recipe
+from common.png import from_png
+from common.run_folder import RunFolder
+from learner.checkpoint import load_checkpoint, newest_checkpoint
+from train import train
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Of the weights in the last checkpoint."""
+    newest = newest_checkpoint(RunFolder(recipe.run_path()).checkpoints)
+    assert newest is not None
+    return load_checkpoint(newest).learner.trained.fingerprint
+
+
+def shown_in(recipe: Recipe) -> dict:
+    """The pictures, by round and place, and the counts of log-ratios, by round."""
+    events = EventAccumulator(
+        str(Path(recipe.run_path()) / "tensorboard"), size_guidance={"histograms": 0, "images": 0}
+    )
+    events.Reload()
+    images = {tag: events.Images(tag) for tag in events.Tags()["images"]}
+    found: dict = {
+        (event.step, int(tag[-2:])): from_png(event.encoded_image_string).tobytes()
+        for tag, of_tag in images.items()
+        for event in of_tag
+    }
+    log_ratios = {
+        event.step: (event.histogram_value.num, event.histogram_value.sum)
+        for event in events.Histograms("histograms/log_ratio")
+    }
+    return found | {"log_ratios": log_ratios}
+
+
+def run(tables: dict, name: str, serial: bool, **changes: object) -> Recipe:
+    """Four rounds, three of them shown; the recipe."""
+    own = {"name": name, "rounds": 4, "exhibits": {"every": 2, "pictures": 5}, "rollouts": {"pictures_every": 1}}
+    recipe = Recipe.parse({**tables, **own, "trackers": [{"name": "tensorboard"}], **changes})
+    train(recipe, serial=serial)
+    return recipe
