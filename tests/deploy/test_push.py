@@ -1,84 +1,26 @@
-"""ddpo push against a hub on this machine: what is uploaded, that it loads, what is refused early; and no token is seen."""
+"""ddpo push against a hub on this machine: what is uploaded, that it loads, that it is the run's; and no token is seen."""
 
 import io
 import json
-import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tomli_w
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file
 
 import ddpo
-import deploy.hub
 from common.config import Recipe
 from common.run_folder import RunFolder
-from deploy.commands.doctor_checks import push_findings
-from deploy.hub import base_model, license_of
 from learner.resume import resume_point
-from tests.hub_server import Hub, Repository, hub, user
-from tests.reward_services import scripted
+from tests.hub_server import Hub, Repository
+from tests.publishing import TOKEN, recipe_file, with_the_hub
 
-TOKEN = "hf_s3cretNeverToBeShown"
-READS = "hf_readsAlone"
 ROOT = Path(__file__).parents[2]
-TOKENS = {TOKEN: user("alice", orgs={"zoo": "write", "museum": "read"}), READS: user("alice", role="read")}
-EVALUATION = {"every": 1, "prompts": ["cat", "dog"], "images": 4, "batch_size": 4, "scorers": [{"name": "brightness"}]}
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[str, Hub]]:
-    with hub(TOKENS) as (url, held):
-        yield url, held
-
-
-@pytest.fixture
-def online(served: tuple[str, Hub], monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """This process speaks to the hub of the tests, as HF_ENDPOINT would make a new one do."""
-    url, held = served
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    held.failing.clear()
-    held.asked.clear()
-    return held
-
-
-def recipe_file(folder: Path, model: Path, **changes: object) -> Path:
-    """A run of two short rounds on the tiny pipeline; its policy is soon further off than the guard allows."""
-    tables: dict = {
-        "name": "tiny",
-        "output_dir": str(folder / "runs"),
-        "rounds": 2,
-        "policy": {"name": "stable_diffusion", "model": str(model)},
-        "prompts": {"name": "animals"},
-        "sampling": {"num_steps": 4, "guidance_scale": 3.0, "batch_size": 4, "batches_per_round": 1},
-        "reward": {"name": "jpeg_compressibility"},
-        "algorithm": {"name": "ddpo_is", "clip_range": 1e-3},
-        "learner": {"batch_size": 4, "micro_batch_size": 8, "learning_rate": 1e-3},
-        "evaluation": EVALUATION,
-        "guard": {"max_kl_nats": 1e-9},
-        "push": {"repo": "alice/tiny", "license": "mit"},
-        **changes,
-    }
-    path = folder / "recipe.toml"
-    path.write_text(tomli_w.dumps(tables))
-    return path
-
-
-def with_the_hub(url: str) -> dict[str, str]:
-    added = {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    return {**os.environ, **added, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -275,72 +217,6 @@ def test_a_hub_in_trouble_after_training_costs_nothing(
     assert "weights are those of version 0" in files["README.md"].decode()
 
 
-REFUSED = [
-    ({"HF_TOKEN": ""}, {}, "HF_TOKEN is not set"),
-    ({"HF_TOKEN": "hf_ünheard"}, {}, "HF_TOKEN has characters that no token has"),
-    ({"HF_TOKEN": "hf_of_nobody"}, {}, "the hub does not know the token HF_TOKEN"),
-    ({"HF_TOKEN": READS}, {}, "the token HF_TOKEN of alice may only read"),
-    ({}, {"repo": "bob/tiny"}, "alice, whose token HF_TOKEN is, may write in ['alice', 'museum', 'zoo'] alone"),
-    ({}, {"repo": "museum/tiny"}, "alice in museum may only read"),
-    ({}, {"repo": "alice/ti--ny"}, "Cannot have -- or .. in repo_id"),
-    ({}, {"repo": "alice/open", "private": True}, "alice/open is there and public"),
-    ({}, {"repo": "tiny"}, "push.repo is 'tiny'"),
-    ({}, {"license": None}, "push.license is not given"),
-    ({}, {"license": "mine-alone"}, "['license'] is not allowed"),
-]
-
-
-@pytest.mark.parametrize(("environment", "push", "says"), REFUSED, ids=[says for _, _, says in REFUSED])
-def test_what_will_not_be_taken_is_said_before_training(
-    environment: dict,
-    push: dict,
-    says: str,
-    online: Hub,
-    tmp_path: Path,
-    tiny_model: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    online.repositories.setdefault("alice/open", Repository(private=False))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    asked = {"repo": "alice/new", "license": "mit", **push}
-    recipe = recipe_file(tmp_path, tiny_model, push={key: value for key, value in asked.items() if value is not None})
-    before = set(online.repositories)
-    assert ddpo.main(["train", str(recipe), "--serial"]) == 2
-    printed = capsys.readouterr()
-    token = os.environ["HF_TOKEN"]
-    assert says in printed.err and not (token and token in printed.out + printed.err)
-    assert set(online.repositories) == before and not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize("endpoint", ["whoami", "repos/create", "auth-check"])
-def test_a_hub_that_does_not_answer_is_said_before_training(
-    endpoint: str, online: Hub, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture
-) -> None:
-    online.failing[endpoint] = 500
-    assert ddpo.main(["train", str(recipe_file(tmp_path, tiny_model)), "--serial"]) == 2
-    assert "the hub answers 500" in capsys.readouterr().err and not (tmp_path / "runs/tiny/metrics.jsonl").exists()
-
-
-def test_a_hub_that_never_answers_is_not_waited_for(
-    run: Path, online: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(deploy.hub, "TIMEOUT_SECONDS", 0.2)
-    with scripted(lambda _: time.sleep(1)) as (url, _):
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        assert ddpo.main(["push", str(run), "alice/tiny"]) == 3
-    assert "not pushed: the hub does not answer as it should: ReadTimeout" in capsys.readouterr().err
-
-
-def test_nobody_there_is_exit_code_3_of_push(
-    run: Path, online: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert ddpo.main(["push", str(run), "alice/tiny"]) == 3
-    assert "not pushed: the hub does not answer" in capsys.readouterr().err
-
-
 def test_a_whole_network_is_published_in_its_folder_and_loads(
     online: Hub, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,44 +240,3 @@ def test_a_whole_network_is_published_in_its_folder_and_loads(
     trained = load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
     assert all((space["unet"].state_dict()[name] == value).all() for name, value in trained.items())
     assert Image.open(io.BytesIO((tmp_path / "picture.png").read_bytes())).size == (16, 16)
-
-
-def test_the_doctor_says_who_may_publish_and_makes_nothing(
-    online: Hub, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = Recipe.load(recipe_file(tmp_path, tiny_model, push={"repo": "zoo/planned", "license": "mit"}))
-    (finding,) = push_findings(recipe)
-    assert (finding.level, finding.found) == ("ok", "alice may publish zoo/planned, under mit")
-    assert "zoo/planned" not in online.repositories
-    monkeypatch.delenv("HF_TOKEN")
-    (finding,) = push_findings(recipe)
-    assert finding.level == "fault" and "HF_TOKEN is not set" in finding.found
-    assert list(push_findings(Recipe.load(recipe_file(tmp_path, tiny_model, push={})))) == []
-
-
-@pytest.mark.parametrize(
-    ("model", "push", "license", "base"),
-    [
-        ("tiny_animals", {}, "apache-2.0", None),
-        (
-            "stable-diffusion-v1-5/stable-diffusion-v1-5",
-            {},
-            "creativeml-openrail-m",
-            "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        ),
-        (
-            "/models/sd15",
-            {"base_model": "CompVis/stable-diffusion-v1-4"},
-            "creativeml-openrail-m",
-            "CompVis/stable-diffusion-v1-4",
-        ),
-        ("somebody/model", {"license": "mit"}, "mit", "somebody/model"),
-    ],
-)
-def test_licence_and_base_model_follow_from_the_model(
-    model: str, push: dict, license: str, base: str | None, tmp_path: Path
-) -> None:
-    recipe = Recipe.load(
-        recipe_file(tmp_path, tmp_path, policy={"name": "stable_diffusion", "model": model}, push=push)
-    )
-    assert (license_of(recipe), base_model(recipe)) == (license, base)
