@@ -18,7 +18,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not system and not same_bits and not parity" tests
 
 test-system: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m system tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m system tests
 
 same-bits: $(VENV)/installed
 	DDPO_TEST_ROUNDS=12 $(BIN)/python -m pytest -m "system or same_bits" tests/system/test_same_bits.py tests/system/test_resume.py

@@ -184,9 +184,9 @@ def test_inner_epochs_end_when_the_budget_of_kl_is_spent(tables: dict) -> None:
         metrics, after = learner.update(drawn.batch, *drawn.trajectories)
         return metrics["optimizer_steps"], after.trained.fingerprint
 
-    assert update() == update(learner__max_kl_nats=1e9)
-    assert update()[0] == 8 and update(learner__max_kl_nats=1e-9)[0] == 2
-    assert update(learner__max_kl_nats=1e-9)[1] == update(learner__max_kl_nats=1e-9)[1] != update()[1]
+    free, spent = update(), update(learner__max_kl_nats=1e-9)
+    assert free == update(learner__max_kl_nats=1e9) and spent == update(learner__max_kl_nats=1e-9)
+    assert (free[0], spent[0]) == (8, 2) and free[1] != spent[1]
 
 
 def test_a_window_is_learned_from_with_a_ratio_of_one(tables: dict) -> None:

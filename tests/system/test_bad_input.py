@@ -75,13 +75,23 @@ def words(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[
 
 
 @pytest.mark.parametrize(
-    "function, words",
-    [("wrong_shape", ["shape (4, 2)", "shape (4,)"]), ("words", ["<U2", "real numbers of shape (4,)"])],
+    "how, function, words",
+    [
+        (["--serial"], "wrong_shape", ["shape (4, 2)", "shape (4,)"]),
+        (["--serial"], "words", ["<U2", "real numbers of shape (4,)"]),
+        ([], "wrong_shape", ["shape (4, 2)", "shape (4,)"]),
+    ],
 )
-@pytest.mark.parametrize("how", [["--serial"], []])
 def test_a_reward_that_returns_nonsense_ends_the_run_at_once(
-    recipe_file: Path, capsys: pytest.CaptureFixture, cluster: None, function: str, words: list[str], how: list[str]
+    recipe_file: Path,
+    capsys: pytest.CaptureFixture,
+    how: list[str],
+    function: str,
+    words: list[str],
+    request: pytest.FixtureRequest,
 ) -> None:
+    if not how:
+        request.getfixturevalue("cluster")
     path = f"tests.system.test_bad_input:{function}"
     text = said(capsys, "train", recipe_file, *how, "--reward.name", "function", "--reward.path", path)
     assert all(word in text for word in words), text

@@ -71,14 +71,14 @@ def test_resume_auto_without_a_run_begins_one(tables: dict) -> None:
 def test_a_signal_in_one_process_commits_the_last_whole_round_and_the_run_goes_on_from_it(
     tables: dict, lag: int
 ) -> None:
-    tables |= {"rounds": 8, "max_policy_lag": lag, "checkpoint": {"every": 100}}
+    tables |= {"rounds": 6, "max_policy_lag": lag, "checkpoint": {"every": 100}}
     recipe = Recipe.parse({**tables, "name": "stopped"})
     folder = RunFolder(recipe.run_path())
     terminate = at_round(Path(recipe.run_path()), 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with beside(terminate), pytest.raises(Stopped):
         train(recipe, serial=True)
     newest = newest_checkpoint(folder.checkpoints)
-    assert newest is not None and 2 <= load_checkpoint(newest).rounds_done < 8
+    assert newest is not None and 2 <= load_checkpoint(newest).rounds_done < 6
     resumed = final_fingerprint(recipe, resume=True, serial=True)
     assert resumed == final_fingerprint(Recipe.parse({**tables, "name": "calm"}), serial=True)
-    assert runs_it(folder) is None and Ledger(folder.storage, recipe.rollouts).rounds() == list(range(8))
+    assert runs_it(folder) is None and Ledger(folder.storage, recipe.rollouts).rounds() == list(range(6))
