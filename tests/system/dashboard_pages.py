@@ -1,0 +1,64 @@
+"""Ray's dashboard in a real browser, with the cluster's token: what its pages say, and pictures of them.
+
+`python -m tests.system.dashboard_pages http://127.0.0.1:8265 FOLDER` leaves them in FOLDER; the token is in RAY_AUTH_TOKEN.
+"""
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.browser import Page, browser
+
+DESKTOP = (1440, 900)
+
+
+@dataclass(frozen=True)
+class LookedAt:
+    """A page as a person has it."""
+
+    text: str
+    picture: bytes  # PNG
+    found: bool  # whether the words that were looked for came
+
+
+def looked_at(api: str, token: str, wanted: dict[str, tuple[str, str]], folder: Path) -> dict[str, LookedAt]:
+    """Pages by any name: each by its path behind `#/`, and words to wait for. `folder`: for the browser to fill."""
+    with browser(folder) as page:
+        page.resize(*DESKTOP)
+        log_in(page, api, token)
+        return {name: _look(page, f"{api}/#/{path}", words) for name, (path, words) in wanted.items()}
+
+
+def log_in(page: Page, api: str, token: str) -> None:
+    """As the dashboard's own form does: it hands the token in, and is given a cookie that no script can read."""
+    page.visit(f"{api}/")
+    status = page.evaluate(
+        f"fetch('/api/authenticate', {{method: 'POST', headers: {{Authorization: 'Bearer {token}'}}}}).then((a) => a.status)"
+    )
+    assert status == 200, f"the dashboard answers {status} to its token"
+
+
+def _look(page: Page, url: str, words: str) -> LookedAt:
+    page.visit("about:blank")  # or another page of the same program would still be there
+    page.visit(url)
+    found = True
+    try:
+        page.wait_for(f"document.body.innerText.includes({words!r})", words)
+    except AssertionError:
+        found = False
+    return LookedAt(page.evaluate("document.body.innerText"), page.screenshot(), found)
+
+
+def main(api: str, folder: Path) -> None:
+    """Pictures of the two pages that list everything."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pages = {"jobs": ("jobs", "Submission ID"), "actors": ("actors", "Actor ID")}
+    with tempfile.TemporaryDirectory() as profile:
+        for name, page in looked_at(api, os.environ["RAY_AUTH_TOKEN"], pages, Path(profile)).items():
+            (folder / f"{name}.png").write_bytes(page.picture)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
