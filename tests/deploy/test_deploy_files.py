@@ -125,6 +125,7 @@ def test_the_resources_of_the_machines_are_those_that_recipes_ask_for(kind: str)
     custom = {name for role in roles for name in asked(role)} - STANDARD
     assert custom == {"learner", "sampler", "reward"}
     given = {name for machine in MACHINES[kind]().values() for name in machine.resources}
+    custom |= {"driver"}  # for DRIVER_RESOURCES of submit.sh
     assert {name for name in given - STANDARD if not name.startswith("accelerator_type:")} == custom
     assert {name for resources in machines_of_the_readme().values() for name in resources} == custom
 
@@ -136,6 +137,13 @@ def test_nothing_but_the_driver_has_a_place_on_the_head(kind: str) -> None:
     assert head.resources["CPU"] == 0 and "GPU" not in head.resources
     spot = [machine for machine in machines.values() if machine.market == "spot"]
     assert len(spot) == 2 and head not in spot
+
+
+@pytest.mark.parametrize("kind", MACHINES)
+def test_a_driver_that_is_not_on_the_head_is_where_nobody_takes_the_machine_away(kind: str) -> None:
+    places = [machine for machine in MACHINES[kind]().values() if machine.resources.get("driver")]
+    assert [(machine.market, machine.fewest) for machine in places] == [("on-demand", 1)]
+    assert all("learner" in resources for resources in machines_of_the_readme().values() if "driver" in resources)
 
 
 def test_a_machine_holds_only_what_it_has() -> None:

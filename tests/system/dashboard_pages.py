@@ -24,11 +24,14 @@ class LookedAt:
 
 
 def looked_at(api: str, token: str, wanted: dict[str, tuple[str, str]], folder: Path) -> dict[str, LookedAt]:
-    """Pages by any name: each by its path behind `#/`, and words to wait for. `folder`: for the browser to fill."""
-    with browser(folder) as page:
+    """Pages by any name: each by its path behind `#/`, and words to wait for. Their pictures are left in `folder`."""
+    with tempfile.TemporaryDirectory() as profile, browser(Path(profile)) as page:
         page.resize(*DESKTOP)
         log_in(page, api, token)
-        return {name: _look(page, f"{api}/#/{path}", words) for name, (path, words) in wanted.items()}
+        pages = {name: _look(page, f"{api}/#/{path}", words) for name, (path, words) in wanted.items()}
+    for name, looked in pages.items():
+        (folder / f"{name}.png").write_bytes(looked.picture)
+    return pages
 
 
 def log_in(page: Page, api: str, token: str) -> None:
@@ -54,10 +57,9 @@ def _look(page: Page, url: str, words: str) -> LookedAt:
 def main(api: str, folder: Path) -> None:
     """Pictures of the two pages that list everything."""
     folder.mkdir(parents=True, exist_ok=True)
-    pages = {"jobs": ("jobs", "Submission ID"), "actors": ("actors", "Actor ID")}
-    with tempfile.TemporaryDirectory() as profile:
-        for name, page in looked_at(api, os.environ["RAY_AUTH_TOKEN"], pages, Path(profile)).items():
-            (folder / f"{name}.png").write_bytes(page.picture)
+    looked_at(
+        api, os.environ["RAY_AUTH_TOKEN"], {"jobs": ("jobs", "Submission ID"), "actors": ("actors", "Actor ID")}, folder
+    )
 
 
 if __name__ == "__main__":

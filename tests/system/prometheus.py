@@ -1,7 +1,6 @@
 """Debian's Prometheus beside a cluster of the tests, with the configuration that deploy/ has for one."""
 
 import json
-import shutil
 import subprocess
 import urllib.parse
 import urllib.request
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from tests.deploy.lint import tool
 from tests.system.disturbances import wait_until
 from tests.system.started_nodes import free_ports
 
@@ -46,8 +46,7 @@ class Prometheus:
 @contextmanager
 def prometheus(discovery: Path, folder: Path) -> Iterator[Prometheus]:
     """One that reads the file in which Ray lists its nodes, every second, so that a short run is seen."""
-    program = shutil.which("prometheus")
-    assert program is not None, "there is no Prometheus here: apt-get install prometheus"
+    program = tool("prometheus")
     configuration = yaml.safe_load(CONFIGURATION.read_text())
     configuration["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     (job,) = configuration["scrape_configs"]
