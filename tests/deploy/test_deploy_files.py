@@ -95,7 +95,9 @@ def test_the_launchers_file_meets_its_schema() -> None:
 def test_one_run_and_a_cluster_that_stays_have_the_same_machines() -> None:
     job = document("kuberay/ray_job.yaml")["spec"]
     assert job["rayClusterSpec"] == document("kuberay/ray_cluster.yaml")["spec"]
-    assert job["metadata"] == {"run": run_of_the_job().name}
+    run = run_of_the_job()
+    places = {"folder": run.run_path(), "report": f"{run.run_path()}/report/report.html"}
+    assert job["metadata"] == {"run": run.name, "rounds": str(run.rounds), **places}
     assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
 
 
