@@ -102,8 +102,7 @@ class Drawing:
 
     def _give(self, asked: Asked, sampler: Worker, now: float) -> None:
         # In the dashboard; the class comes first because Ray also makes it the name of the sampler's process.
-        title = f"Sampler: draw {asked.task.title} (version {asked.task.policy_version})"
-        draw = sampler.actor.draw.options(num_returns=3, name=title)
+        draw = sampler.actor.draw.options(num_returns=3, name=f"Sampler: draw {asked.task.title}")
         report, trajectory, images = draw.remote(asked.task, asked.weights)
         self._attempts[report] = Attempt(asked, sampler, report, trajectory, images)
         self._samplers.give(sampler, report, now)

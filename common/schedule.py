@@ -50,9 +50,10 @@ class Task:
 
     @property
     def title(self) -> str:
-        """What it is, for people: `round 12, task 3`, or `evaluation of version 4, task 0`."""
-        whole = f"round {self.round}" if self.trains else f"evaluation of version {self.policy_version}"
-        return f"{whole}, task {self.index}"
+        """What it is, for people: `round 12, task 3 (version 11)`, or `evaluation of version 4, task 0`."""
+        if self.trains:
+            return f"round {self.round}, task {self.index} (version {self.policy_version})"
+        return f"evaluation of version {self.policy_version}, task {self.index}"
 
 
 def image_seed(run_seed: int, stream: Stream, round: int, image: int) -> int:

@@ -90,8 +90,8 @@ def test_actors_are_named_by_run_and_role_and_say_what_they_hold(story: Story) -
 def test_tasks_say_what_is_drawn_scored_and_learned_from(story: Story) -> None:
     expected = {
         "Sampler: draw round 0, task 0 (version 0)": "Sampler.draw",
-        "Sampler: draw evaluation of version 0, task 0 (version 0)": "Sampler.draw",
-        "RewardWorker: score round 0, task 0, images 0-3": "RewardWorker.score",
+        "Sampler: draw evaluation of version 0, task 0": "Sampler.draw",
+        "RewardWorker: score round 0, task 0 (version 0), images 0-3": "RewardWorker.score",
         "Learner: learn from round 0": "Learner.update",
     }
     assert {name: story.seen.tasks.get(name) for name in expected} == expected
