@@ -198,6 +198,17 @@ def test_prometheus_finds_the_ports_of_every_pod() -> None:
     ] * 3
 
 
+def test_no_task_of_a_run_becomes_a_series_wherever_prometheus_runs() -> None:
+    (job,) = document("prometheus.yaml")["scrape_configs"]
+    (rule,) = job["metric_relabel_configs"]
+    ((of_pods,),) = values(document("kuberay/pod_monitor.yaml"), "metricRelabelings")
+    assert (of_pods["regex"], of_pods["action"]) == (rule["regex"], rule["action"])
+    assert of_pods["sourceLabels"] == rule["source_labels"] == ["__name__", "Name"]
+    for dropped in ("ray_tasks;Sampler: draw round 1, task 2 (version 0)", "ray_tasks;Learner: learn from round 3"):
+        assert re.fullmatch(rule["regex"], dropped)
+    assert not re.fullmatch(rule["regex"], "ray_tasks;Sampler.ready")
+
+
 def test_compose_listens_on_this_machine_alone_and_mounts_what_is_there() -> None:
     compose = document("compose.yaml")
     ports = [port for service in compose["services"].values() for port in service["ports"]]
