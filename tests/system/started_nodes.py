@@ -1,9 +1,9 @@
 """A cluster as an operator starts it: a `ray start` for each machine, all on this one, and what its job API and nodes answer."""
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -60,10 +60,10 @@ class StartedNode:
         """SIGKILL to all of it at once, as if the machine's power had gone."""
         self.killed = True
         processes = self.processes()
-        for process in processes:
-            process.suspend()  # or one would see another's end, and do something about it
-        for process in processes:
-            os.kill(process.pid, signal.SIGKILL)
+        for act in ("suspend", "kill"):  # first all are held, or one would see another's end and do something about it
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    getattr(process, act)()
         self.process.wait(START_SECONDS)
 
 
