@@ -23,12 +23,21 @@ class LookedAt:
     found: bool  # whether the words that were looked for came
 
 
-def looked_at(api: str, token: str, wanted: dict[str, tuple[str, str]], folder: Path) -> dict[str, LookedAt]:
-    """Pages by any name: each by its path behind `#/`, and words to wait for. Their pictures are left in `folder`."""
+@dataclass(frozen=True)
+class Wanted:
+    """A page by its path behind `#/`, and words to wait for: in a section that has to be opened first, if one is named."""
+
+    path: str
+    words: str
+    section: str = ""
+
+
+def looked_at(api: str, token: str, wanted: dict[str, Wanted], folder: Path) -> dict[str, LookedAt]:
+    """Pages by any name. Their pictures are left in `folder`."""
     with tempfile.TemporaryDirectory() as profile, browser(Path(profile)) as page:
         page.resize(*DESKTOP)
         log_in(page, api, token)
-        pages = {name: _look(page, f"{api}/#/{path}", words) for name, (path, words) in wanted.items()}
+        pages = {name: _look(page, api, each) for name, each in wanted.items()}
     for name, looked in pages.items():
         (folder / f"{name}.png").write_bytes(looked.picture)
     return pages
@@ -43,12 +52,16 @@ def log_in(page: Page, api: str, token: str) -> None:
     assert status == 200, f"the dashboard answers {status} to its token"
 
 
-def _look(page: Page, url: str, words: str) -> LookedAt:
+def _look(page: Page, api: str, wanted: Wanted) -> LookedAt:
     page.visit("about:blank")  # or another page of the same program would still be there
-    page.visit(url)
+    page.visit(f"{api}/#/{wanted.path}")
     found = True
     try:
-        page.wait_for(f"document.body.innerText.includes({words!r})", words)
+        if wanted.section:
+            page.wait_for(f"document.body.innerText.includes({wanted.section!r})", wanted.section)
+            headings = f"[...document.querySelectorAll('*')].filter((e) => e.innerText === {wanted.section!r})"
+            page.evaluate(f"{headings}.pop().click()")  # the innermost
+        page.wait_for(f"document.body.innerText.includes({wanted.words!r})", wanted.words)
     except AssertionError:
         found = False
     return LookedAt(page.evaluate("document.body.innerText"), page.screenshot(), found)
@@ -58,7 +71,10 @@ def main(api: str, folder: Path) -> None:
     """Pictures of the two pages that list everything."""
     folder.mkdir(parents=True, exist_ok=True)
     looked_at(
-        api, os.environ["RAY_AUTH_TOKEN"], {"jobs": ("jobs", "Submission ID"), "actors": ("actors", "Actor ID")}, folder
+        api,
+        os.environ["RAY_AUTH_TOKEN"],
+        {"jobs": Wanted("jobs", "Submission ID"), "actors": Wanted("actors", "Actor ID")},
+        folder,
     )
 
 

@@ -125,6 +125,11 @@ class StartedCluster:
         answer = self.get(f"/api/v0/{what}?detail=1&limit=10000{words}")
         return answer["data"]["result"]["result"]
 
+    def job_log(self, submission_id: str) -> str:
+        """What a job's driver wrote, on whichever node. Ray looks at the first with the driver's address: here all have it."""
+        logs = self.folder.glob(f"*/session_latest/logs/job-driver-{submission_id}.log")
+        return max((log.read_text(errors="replace") for log in logs), key=len)
+
     def living_nodes(self) -> int:
         """How many nodes the head counts, itself among them."""
         return len(self.listed("nodes", state="ALIVE"))

@@ -11,13 +11,13 @@ import psutil
 from common.config import Recipe
 from common.run_folder import RunFolder
 from learner.checkpoint import load_checkpoint, newest_checkpoint
-from tests.system.dashboard_pages import LookedAt, looked_at
+from tests.system.dashboard_pages import LookedAt, Wanted, looked_at
 from tests.system.disturbances import loaded, processes_of, rounds_done, title_of, wait_until, while_held
 from tests.system.started_nodes import BIN, StartedCluster, StartedNode, cluster_token, node_environment
 
 ROOT = Path(__file__).parents[2]
 DEMO = "deploy/recipes/demo.toml"
-ROUNDS = 12
+ROUNDS = 10
 LONGEST_SECONDS = 240.0
 SHORT_FORM = [
     *("--rounds", str(ROUNDS), "--max_policy_lag", "1", "--runtime.threads", "1", "--checkpoint.every", "5"),
@@ -53,7 +53,7 @@ class Story:
     committed_when_stopped: int = 0
     lease_was_left: bool = True
     exit_codes: list[int] = field(default_factory=list)  # of both calls of submit.sh
-    said: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)  # by both drivers
     jobs: list[dict[str, Any]] = field(default_factory=list)  # as the job API has them in the end
     end: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)  # from the start
@@ -71,7 +71,7 @@ class Submission:
     """One call of submit.sh, which follows its job."""
 
     def __init__(self, cluster: StartedCluster, story: Story) -> None:
-        self._story = story
+        self._cluster, self._story = cluster, story
         self._output = story.run.parent.parent / f"submission-{len(story.exit_codes)}.log"
         words = ["deploy/submit.sh", DEMO, story.recipe.output_dir, *SHORT_FORM, *PLACES]
         with self._output.open("wb") as output:
@@ -88,7 +88,7 @@ class Submission:
     def end(self) -> None:
         """Wait for it, and keep what came of it."""
         self._story.exit_codes.append(self._process.wait(LONGEST_SECONDS))
-        self._story.said.append(self._output.read_text(errors="replace"))
+        self._story.said.append(self._cluster.job_log(jobs_of(self._cluster)[-1]["submission_id"]))
 
 
 def users_environment(cluster: StartedCluster) -> dict[str, str]:
@@ -154,10 +154,10 @@ def look(cluster: StartedCluster, pictures: Path) -> Seen:
     job = jobs_of(cluster)[0]["submission_id"]
     sampler = next(actor["actor_id"] for actor in actors if actor["name"] == "demo/sampler-0")
     wanted = {
-        "jobs": ("jobs", job),
-        "job": (f"jobs/{job}", "Sampler: draw "),
-        "actors": ("actors", "demo/sampler-0"),
-        "actor": (f"actors/{sampler}", "Sampler: draw "),
+        "jobs": Wanted("jobs", job),
+        "job": Wanted(f"jobs/{job}", ": draw round ", "Task Table"),
+        "actors": Wanted("actors", "demo/sampler-0"),
+        "actor": Wanted(f"actors/{sampler}", ": draw round ", "Tasks History"),
     }
     return Seen(
         nodes,
