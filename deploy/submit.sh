@@ -37,10 +37,10 @@ for word in "$@"; do
 done
 [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || refuse "the run's name is '$name': $recipe needs a line like name = \"demo\""
 
-# What the dashboard shows of the job, beside its id, in which the run's name stands.
+# What the dashboard shows of the job: job_name in its list, all of it on the job's page.
 folder=${output_dir%/}/$name
 case $folder$rounds in *[\"\\[:cntrl:]]*) refuse "OUTPUT_DIR or --rounds has a quote, a backslash or a control character" ;; esac
-metadata="{\"run\": \"$name\", \"rounds\": \"$rounds\", \"folder\": \"$folder\", \"report\": \"$folder/report/report.html\"}"
+metadata="{\"job_name\": \"$name\", \"rounds\": \"$rounds\", \"folder\": \"$folder\", \"report\": \"$folder/report/report.html\"}"
 submission=$name-$(date -u +%Y%m%d-%H%M%S)
 
 # Both sides have to agree that a token is asked for.

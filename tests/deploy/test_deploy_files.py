@@ -97,7 +97,7 @@ def test_one_run_and_a_cluster_that_stays_have_the_same_machines() -> None:
     assert job["rayClusterSpec"] == document("kuberay/ray_cluster.yaml")["spec"]
     run = run_of_the_job()
     places = {"folder": run.run_path(), "report": f"{run.run_path()}/report/report.html"}
-    assert job["metadata"] == {"run": run.name, "rounds": str(run.rounds), **places}
+    assert job["metadata"] == {"job_name": run.name, "rounds": str(run.rounds), **places}
     assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
 
 

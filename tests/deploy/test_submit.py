@@ -68,7 +68,7 @@ def test_a_run_is_submitted_from_the_root_with_its_name_a_grace_and_resume(recor
     assert submitted.option("--working-dir") == "."
     assert re.fullmatch(r"demo-\d{8}-\d{6}", submitted.option("--submission-id"))
     assert metadata_of(submitted) == {
-        "run": "demo",
+        "job_name": "demo",
         "rounds": "12",
         "folder": "s3://bucket/runs/demo",
         "report": "s3://bucket/runs/demo/report/report.html",
@@ -94,7 +94,7 @@ def test_what_is_submitted_is_a_command_that_ddpo_takes(record: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_metadata_is_what_the_recipe_says(recipe: str, record: Path) -> None:
     metadata, loaded = metadata_of(submit(record, recipe, "/shared/runs/")), Recipe.load(ROOT / recipe)
-    assert (metadata["run"], metadata["rounds"]) == (loaded.name, str(loaded.rounds))
+    assert (metadata["job_name"], metadata["rounds"]) == (loaded.name, str(loaded.rounds))
     assert metadata["folder"] == f"/shared/runs/{loaded.name}"
 
 
@@ -102,7 +102,7 @@ def test_the_metadata_is_what_the_recipe_says(recipe: str, record: Path) -> None
 def test_what_is_overridden_is_so_in_the_metadata(override: list[str], record: Path) -> None:
     submitted = submit(record, DEMO, "/shared/runs", *override)
     metadata = metadata_of(submitted)
-    assert (metadata["run"], metadata["rounds"], metadata["folder"]) == ("mine", "3", "/shared/runs/mine")
+    assert (metadata["job_name"], metadata["rounds"], metadata["folder"]) == ("mine", "3", "/shared/runs/mine")
     assert submitted.option("--submission-id").startswith("mine-")
 
 

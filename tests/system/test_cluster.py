@@ -108,6 +108,7 @@ def test_the_dashboards_pages_show_the_run_and_what_it_does(story: Story) -> Non
     assert {name: page.found for name, page in story.seen.pages.items()} == dict.fromkeys(
         ("jobs", "job", "actors", "actor"), True
     )
+    assert "\tdemo\t" in story.seen.pages["jobs"].text and '"rounds": "10"' in story.seen.pages["job"].text
 
 
 # What has no series here, and why; the query itself must still be one that Prometheus can read.
