@@ -25,7 +25,7 @@ class LookedAt:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A page by its path behind `#/`, and words to wait for: in a section that has to be opened first, if one is named."""
+    """A page by its path behind `#/`, and what to wait for, a pattern: in a section to be opened first, if one is named."""
 
     path: str
     words: str
@@ -61,7 +61,7 @@ def _look(page: Page, api: str, wanted: Wanted) -> LookedAt:
             page.wait_for(f"document.body.innerText.includes({wanted.section!r})", wanted.section)
             headings = f"[...document.querySelectorAll('*')].filter((e) => e.innerText === {wanted.section!r})"
             page.evaluate(f"{headings}.pop().click()")  # the innermost
-        page.wait_for(f"document.body.innerText.includes({wanted.words!r})", wanted.words)
+        page.wait_for(f"new RegExp({wanted.words!r}).test(document.body.innerText)", wanted.words)
     except AssertionError:
         found = False
     return LookedAt(page.evaluate("document.body.innerText"), page.screenshot(), found)

@@ -155,9 +155,11 @@ def look(cluster: StartedCluster, pictures: Path) -> Seen:
     sampler = next(actor["actor_id"] for actor in actors if actor["name"] == "demo/sampler-0")
     wanted = {
         "jobs": Wanted("jobs", job),
-        "job": Wanted(f"jobs/{job}", ": draw round ", "Task Table"),
+        "job": Wanted(
+            f"jobs/{job}", ": (draw|score|learn from) round [0-9]+", "Task Table"
+        ),  # its first ten, in no order
         "actors": Wanted("actors", "demo/sampler-0"),
-        "actor": Wanted(f"actors/{sampler}", ": draw round ", "Tasks History"),
+        "actor": Wanted(f"actors/{sampler}", ": draw round [0-9]+, task [0-9]+", "Tasks History"),
     }
     return Seen(
         nodes,
