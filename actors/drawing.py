@@ -101,7 +101,8 @@ class Drawing:
             self._give(self._open[place], sampler, now)
 
     def _give(self, asked: Asked, sampler: Worker, now: float) -> None:
-        draw = sampler.actor.draw.options(num_returns=3)
+        # In the dashboard; the class comes first because Ray also makes it the name of the sampler's process.
+        draw = sampler.actor.draw.options(num_returns=3, name=f"Sampler: draw {asked.task.title}")
         report, trajectory, images = draw.remote(asked.task, asked.weights)
         self._attempts[report] = Attempt(asked, sampler, report, trajectory, images)
         self._samplers.give(sampler, report, now)

@@ -29,6 +29,11 @@ class RewardWorker:
                 if reward.independent_of_batch
             }
         self._batch_size = table.batch_size
+        self._device = device
+
+    def __repr__(self) -> str:
+        """As the dashboard's page of actors has it, beside run, role and number."""
+        return f"RewardWorker of {', '.join(self.names)} on {self._device}"
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -25,6 +25,11 @@ class Sampler:
         self._fingerprint = ""
         self._modules_bound = 0
         self._forgotten: set[Place] = set()
+        self._called = f"Sampler of {policy.model} on {device}"
+
+    def __repr__(self) -> str:
+        """As the dashboard's page of actors has it, beside run, role and number."""
+        return self._called
 
     def ready(self) -> bool:
         """True, once the policy is loaded."""

@@ -56,6 +56,14 @@ class _Call:
     parts: tuple[tuple[_Open, ScoringBatch], ...]
     worker: Worker
 
+    @property
+    def title(self) -> str:
+        """As the dashboard shows it."""
+        pieces = [
+            f"{open.drawn.report.task.title}, images {batch.first}-{batch.last - 1}" for open, batch in self.parts
+        ]
+        return f"RewardWorker: score {'; '.join(pieces)}"
+
 
 class Scoring:
     """Hands batches out in order; counts only the reward's own errors, time-outs and non-finite answers against it."""
@@ -102,13 +110,16 @@ class Scoring:
         return tuple(parts)
 
     def _give(self, worker: Worker, parts: tuple[tuple[_Open, ScoringBatch], ...], now: float) -> None:
+        call = _Call(parts, worker)
         if len(parts) == 1:
             ((open, batch),) = parts
-            reference = worker.actor.score.remote(open.drawn.images, batch.first, batch.last)
+            score = worker.actor.score.options(name=call.title)
+            reference = score.remote(open.drawn.images, batch.first, batch.last)
         else:
             cuts = tuple((batch.first, batch.last) for _, batch in parts)
-            reference = worker.actor.score_together.remote(cuts, *(open.drawn.images for open, _ in parts))
-        self._calls[reference] = _Call(parts, worker)
+            score = worker.actor.score_together.options(name=call.title)
+            reference = score.remote(cuts, *(open.drawn.images for open, _ in parts))
+        self._calls[reference] = call
         self._workers.give(worker, reference, now)
 
     def _timed_out(self, worker: Worker, now: float) -> None:

@@ -48,6 +48,13 @@ class Task:
         """Whether it is learned from."""
         return self.stream == Stream.TRAINING
 
+    @property
+    def title(self) -> str:
+        """What it is, for people: `round 12, task 3 (version 11)`, or `evaluation of version 4, task 0`."""
+        if self.trains:
+            return f"round {self.round}, task {self.index} (version {self.policy_version})"
+        return f"evaluation of version {self.policy_version}, task {self.index}"
+
 
 def image_seed(run_seed: int, stream: Stream, round: int, image: int) -> int:
     """The seed of one image, 0 … 2**63 − 1: a hash of its place in the run, with its purpose in the lowest two bits."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Submit a run to the Ray cluster that RAY_API_SERVER_ADDRESS names, and follow it; the exit code is `ray job submit`'s.
-# Submitted again, the run goes on from its newest checkpoint.
+# Submitted again, the run goes on from its newest checkpoint. The driver runs on the head, or where DRIVER_RESOURCES has its place.
 set -euo pipefail
 
 usage="usage: deploy/submit.sh RECIPE OUTPUT_DIR [--section.key VALUE ...]"
@@ -26,22 +26,31 @@ case $output_dir in
 esac
 command -v ray > /dev/null || refuse "there is no ray on the PATH: put .venv/bin on it, which 'make demo' makes"
 
-# The run's name is in the recipe's head, before its first table, unless an override says otherwise.
+# The run's name and rounds are in the recipe's head, before its first table, unless an override says otherwise.
 name=$(sed -n '/^\[/q; s/^name *= *"\([^"]*\)".*/\1/p' "$recipe")
+rounds=$(sed -n '/^\[/q; s/^rounds *= *\([0-9]*\).*/\1/p' "$recipe")
 previous=
 for word in "$@"; do
-    if [ "$previous" = --name ]; then name=$word; fi
-    case $word in --name=*) name=${word#--name=} ;; esac
+    case $previous in --name) name=$word ;; --rounds) rounds=$word ;; esac
+    case $word in --name=*) name=${word#--name=} ;; --rounds=*) rounds=${word#--rounds=} ;; esac
     previous=$word
 done
 [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || refuse "the run's name is '$name': $recipe needs a line like name = \"demo\""
+
+# What the dashboard shows of the job: job_name in its list, all of it on the job's page.
+folder=${output_dir%/}/$name
+case $folder$rounds in *[\"\\[:cntrl:]]*) refuse "OUTPUT_DIR or --rounds has a quote, a backslash or a control character" ;; esac
+metadata="{\"job_name\": \"$name\", \"rounds\": \"$rounds\", \"folder\": \"$folder\", \"report\": \"$folder/report/report.html\"}"
+submission=$name-$(date -u +%Y%m%d-%H%M%S)
 
 # Both sides have to agree that a token is asked for.
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
 
 # Sixty seconds for the last whole round to be committed after `ray job stop`; Ray's own three are short for large weights.
 exec ray job submit \
+    --submission-id "$submission" \
     --working-dir . \
-    --metadata-json "{\"run\": \"$name\"}" \
+    --metadata-json "$metadata" \
+    ${DRIVER_RESOURCES:+--entrypoint-resources "$DRIVER_RESOURCES"} \
     --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}' \
     -- python ddpo.py train "$recipe" --output_dir "$output_dir" --resume auto "$@"

@@ -57,6 +57,10 @@ class Learner:
         # Only the loaded model's schedule tells how many steps have noise.
         algorithm.check_micro_batches(recipe, len(self._policy.noisy_steps))
 
+    def __repr__(self) -> str:
+        """As the dashboard's page of actors has it, beside run, role and number."""
+        return f"Learner of {self._recipe.policy.table()['model']} by {self._recipe.algorithm.name} on {self._device}"
+
     def _no_metrics(self) -> UpdateMetrics:
         return UpdateMetrics(self._policy.num_steps, int(np.prod(self._policy.latent_shape)))
 

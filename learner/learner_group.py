@@ -101,6 +101,11 @@ class SerialLearnerGroup(LearnerGroup):
         """It ends with this process."""
 
 
+def title_of(batch: TrainBatch) -> str:
+    """What is learned from, as the dashboard shows it; the class comes first because Ray makes it the process's name too."""
+    return f"Learner: learn from round {batch.round}" + (f", part {batch.part}" if batch.parts > 1 else "")
+
+
 class RayLearnerGroup(LearnerGroup):
     """The learner on a Ray actor; trajectories go to it by reference, straight from the sampler's node.
 
@@ -142,12 +147,14 @@ class RayLearnerGroup(LearnerGroup):
 
     def begin(self, batch: TrainBatch, rollouts: list[Rollout]) -> None:
         self._begun.append((batch, rollouts))
-        self._beginning.append(self._actor.begin.remote(batch, *(rollout.trajectory for rollout in rollouts)))
+        begin = self._actor.begin.options(name=title_of(batch))
+        self._beginning.append(begin.remote(batch, *(rollout.trajectory for rollout in rollouts)))
 
     def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
         while True:
             trajectories = [rollout.trajectory for rollout in rollouts]
-            metrics, state = self._actor.update.options(num_returns=2).remote(batch, *trajectories)
+            update = self._actor.update.options(num_returns=2, name=title_of(batch))
+            metrics, state = update.remote(batch, *trajectories)
             self._wait((*self._beginning, metrics, state), False)
             try:
                 ray.get(self._beginning)  # first: after a part that failed, the next is refused

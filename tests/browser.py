@@ -16,6 +16,8 @@ import aiohttp
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
+# Under CI what needs a browser fails without one, or nobody would see that a test has gone.
+MAY_BE_SKIPPED = CHROMIUM is None and not os.environ.get("CI")
 START_SECONDS = 60
 
 
@@ -34,12 +36,22 @@ class Page:
 
     def open(self, path: Path) -> None:
         """Load a file and wait until it is there."""
+        self.visit(path.as_uri())
+
+    def visit(self, url: str) -> None:
+        """Load an address and wait until it is there."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=url)
+        protocol = url.split(":")[0] + ":"
+        self.wait_for(f"document.readyState + location.protocol === {'complete' + protocol!r}", url)
+
+    def wait_for(self, condition: str, what: str) -> None:
+        """Until a JavaScript expression is true."""
         deadline = time.monotonic() + START_SECONDS
-        while self.evaluate("document.readyState + location.protocol") != "completefile:":
-            assert time.monotonic() < deadline, f"{path} was not loaded in {START_SECONDS} s"
+        while not self.evaluate(condition):
+            assert time.monotonic() < deadline, f"{what} did not come in {START_SECONDS} s"
+            time.sleep(0.05)
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
@@ -97,7 +109,7 @@ class Page:
 @contextmanager
 def browser(profile: Path) -> Iterator[Page]:
     """A Chromium of its own with one empty tab, ended afterwards; `profile` is a folder that it may fill."""
-    assert CHROMIUM is not None, "there is no Chromium here"
+    assert CHROMIUM is not None, "there is no Chromium here: apt-get install chromium"
     flags = ["--headless=new", "--remote-debugging-port=0", f"--user-data-dir={profile}", "--disable-gpu"]
     flags += ["--no-first-run", "--disable-background-networking", "--hide-scrollbars"]
     flags += ["--no-sandbox"] * (os.geteuid() == 0)  # Chromium refuses root otherwise

@@ -1,5 +1,6 @@
 """The arithmetic of a run: who draws what under which version, from the recipe alone."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from common.prompts import Draw, Prompt
 from common.recipe_tables import SamplingTable
 from common.schedule import (
     Stream,
+    Task,
     image_seed,
     last_startable_round,
     policy_version,
@@ -121,6 +123,13 @@ def test_a_drawing_that_takes_more_random_numbers_does_not_shift_the_prompts_aft
         return [prompt for task in round_tasks(recipe_with(tables), 0, draw) for prompt in task.prompts]
 
     assert prompts(greedy) == prompts(numbered)
+
+
+def test_a_tasks_title_says_what_it_is_for() -> None:
+    task = Task(12, 3, 11, (Prompt("cat"),), (4,))
+    assert task.title == "round 12, task 3 (version 11)"
+    looked_at = dataclasses.replace(task, stream=Stream.EVALUATION)
+    assert looked_at.title == "evaluation of version 11, task 3"
 
 
 def test_versions_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Programs that check files of other languages: those of the `dev` extra are there, others are used where installed."""
+"""Programs that check files of other languages: those of the `dev` extra and, under CI, Debian's are there; others may lack."""
 
 import os
 import shutil
@@ -9,15 +9,22 @@ from pathlib import Path
 import pytest
 
 INSTALLED = ("hadolint", "shellcheck", "yamllint", "check-jsonschema", "kubernetes-validate")
+# Debian's packages, by their programs; .ci/run installs them.
+PACKAGES = {"chromium": "chromium", "prometheus": "prometheus", "promtool": "prometheus"}
 
 
 def tool(name: str) -> str:
-    """Where a program is, beside this Python or on the PATH. One that the `dev` extra does not bring may lack: a skip."""
+    """Where a program is, beside this Python or on the PATH. One that the `dev` extra does not bring may lack: a skip.
+
+    Under CI one that Debian has must be there, or nobody would see that a test has gone.
+    """
     found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if not found and name in INSTALLED:
         raise FileNotFoundError(
             f"{name} is not installed: pip install --constraint constraints.txt --editable '.[dev]'"
         )
+    if not found and name in PACKAGES and os.environ.get("CI"):
+        raise FileNotFoundError(f"{name} is not installed: apt-get install --no-install-recommends {PACKAGES[name]}")
     return found or pytest.skip(f"{name} is not installed")
 
 

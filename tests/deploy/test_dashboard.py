@@ -38,14 +38,15 @@ ASKED_FOR = {
     *("ray_ddpo_reward_mean", "ray_ddpo_reward_std", "ray_ddpo_kl_nats", "ray_ddpo_clip_fraction"),
     *("ray_ddpo_idle_sampler", "ray_ddpo_idle_reward_worker", "ray_ddpo_idle_learner"),
     *("ray_ddpo_tasks_inflight", "ray_ddpo_tasks_ready", "ray_ddpo_lag_max_last"),
+    *("ray_ddpo_evaluation_reward_mean", "ray_ddpo_guard_alarms", "ray_ddpo_kl_reference_nats"),
     *("ray_ddpo_actor_restarts_total", "ray_ddpo_retries_total", "ray_ddpo_images_set_aside_total"),
     *("ray_object_store_memory", "ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_mem_used_host"),
 }
 
 
 def of_the_program() -> dict[str, set[str]]:
-    """The names of docs/metrics.md as Ray exports them, with their own tags."""
-    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    """The names of docs/metrics.md as Ray exports them, with their own tags. Of what is evaluated, `reward` is always there."""
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").replace("<score>", "reward")
     cells = [line.rsplit("|", 2)[1] for line in page.splitlines() if line.startswith("| `")]
     found = {}
     for cell in cells:
@@ -56,12 +57,15 @@ def of_the_program() -> dict[str, set[str]]:
 
 
 def metrics_in(query: str) -> set[str]:
-    return set(re.findall(r"\bray_\w+", query))
+    """By their names; of metrics that are asked for by a pattern, those of the program that it fits."""
+    patterns = re.findall(r'__name__=~"([^"]*)"', query)
+    named = set(re.findall(r"\bray_\w+", re.sub(r'__name__=~"[^"]*"', "", query)))
+    return named.union(*({name for name in of_the_program() if re.fullmatch(each, name)} for each in patterns))
 
 
 def labels_in(query: str) -> set[str]:
     grouped = {label.strip() for labels in re.findall(r"\bby \(([^)]*)\)", query) for label in labels.split(",")}
-    return grouped | set(re.findall(r"(\w+)=~?\"", query))
+    return (grouped | set(re.findall(r"(\w+)=~?\"", query))) - {"__name__"}
 
 
 def test_the_dashboard_shows_what_it_is_asked_for() -> None:
@@ -88,7 +92,9 @@ def test_the_metrics_of_ray_are_those_of_the_ray_that_is_installed() -> None:
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_a_query_keeps_to_the_runs_or_clusters_that_are_chosen(query: str) -> None:
-    selectors = re.findall(r"ray_\w+(\{[^}]*\})?", query)
+    selectors = re.findall(r"ray_\w+(\{[^}]*\})|(?<!\w)(\{__name__[^}]*\})", query)
+    selectors = ["".join(found) for found in selectors]
+    assert len(selectors) >= len(re.findall(r"\{", query))
     assert all('run=~"$run"' in selector or 'SessionName=~"$session"' in selector for selector in selectors)
 
 

@@ -95,7 +95,9 @@ def test_the_launchers_file_meets_its_schema() -> None:
 def test_one_run_and_a_cluster_that_stays_have_the_same_machines() -> None:
     job = document("kuberay/ray_job.yaml")["spec"]
     assert job["rayClusterSpec"] == document("kuberay/ray_cluster.yaml")["spec"]
-    assert job["metadata"] == {"run": run_of_the_job().name}
+    run = run_of_the_job()
+    places = {"folder": run.run_path(), "report": f"{run.run_path()}/report/report.html"}
+    assert job["metadata"] == {"job_name": run.name, "rounds": str(run.rounds), **places}
     assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
 
 
@@ -125,6 +127,7 @@ def test_the_resources_of_the_machines_are_those_that_recipes_ask_for(kind: str)
     custom = {name for role in roles for name in asked(role)} - STANDARD
     assert custom == {"learner", "sampler", "reward"}
     given = {name for machine in MACHINES[kind]().values() for name in machine.resources}
+    custom |= {"driver"}  # for DRIVER_RESOURCES of submit.sh
     assert {name for name in given - STANDARD if not name.startswith("accelerator_type:")} == custom
     assert {name for resources in machines_of_the_readme().values() for name in resources} == custom
 
@@ -136,6 +139,13 @@ def test_nothing_but_the_driver_has_a_place_on_the_head(kind: str) -> None:
     assert head.resources["CPU"] == 0 and "GPU" not in head.resources
     spot = [machine for machine in machines.values() if machine.market == "spot"]
     assert len(spot) == 2 and head not in spot
+
+
+@pytest.mark.parametrize("kind", MACHINES)
+def test_a_driver_that_is_not_on_the_head_is_where_nobody_takes_the_machine_away(kind: str) -> None:
+    places = [machine for machine in MACHINES[kind]().values() if machine.resources.get("driver")]
+    assert [(machine.market, machine.fewest) for machine in places] == [("on-demand", 1)]
+    assert all("learner" in resources for resources in machines_of_the_readme().values() if "driver" in resources)
 
 
 def test_a_machine_holds_only_what_it_has() -> None:
@@ -186,6 +196,17 @@ def test_prometheus_finds_the_ports_of_every_pod() -> None:
     assert [[port["name"] for port in ports] for ports in values(spec["workerGroupSpecs"], "ports")] == [
         ["metrics"]
     ] * 3
+
+
+def test_no_task_of_a_run_becomes_a_series_wherever_prometheus_runs() -> None:
+    (job,) = document("prometheus.yaml")["scrape_configs"]
+    (rule,) = job["metric_relabel_configs"]
+    ((of_pods,),) = values(document("kuberay/pod_monitor.yaml"), "metricRelabelings")
+    assert (of_pods["regex"], of_pods["action"]) == (rule["regex"], rule["action"])
+    assert of_pods["sourceLabels"] == rule["source_labels"] == ["__name__", "Name"]
+    for dropped in ("ray_tasks;Sampler: draw round 1, task 2 (version 0)", "ray_tasks;Learner: learn from round 3"):
+        assert re.fullmatch(rule["regex"], dropped)
+    assert not re.fullmatch(rule["regex"], "ray_tasks;Sampler.ready")
 
 
 def test_compose_listens_on_this_machine_alone_and_mounts_what_is_there() -> None:

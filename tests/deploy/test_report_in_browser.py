@@ -10,13 +10,13 @@ from PIL import Image
 
 import ddpo
 from common.config import Recipe
-from tests.browser import CHROMIUM, Page, browser
+from tests.browser import MAY_BE_SKIPPED, Page, browser
 from tests.tiny_pipeline import save_tiny_pipeline
 from train import train
 
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)"),
+    pytest.mark.skipif(MAY_BE_SKIPPED, reason="there is no Chromium here (Debian: apt-get install chromium)"),
 ]
 LONG = "a photograph of " + "very " * 40 + "supercalifragilisticexpialidocious" * 4
 PROMPTS = ["cat", "dog", "<script>document.title = 'taken over'</script>", LONG]

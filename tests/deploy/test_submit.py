@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Submitted:
 def record(tmp_path: Path) -> Path:
     (tmp_path / "ray").write_text(STAND_IN)
     (tmp_path / "ray").chmod(0o755)
-    for name in ("bash", "dirname", "sed"):
+    for name in ("bash", "date", "dirname", "sed"):
         (tmp_path / name).symlink_to(shutil.which(name) or name)
     return tmp_path
 
@@ -65,10 +66,21 @@ def test_a_run_is_submitted_from_the_root_with_its_name_a_grace_and_resume(recor
     assert submitted.arguments[:2] == ["job", "submit"]
     assert submitted.surroundings == [str(ROOT), "token"]
     assert submitted.option("--working-dir") == "."
-    assert json.loads(submitted.option("--metadata-json")) == {"run": "demo"}
+    assert re.fullmatch(r"demo-\d{8}-\d{6}", submitted.option("--submission-id"))
+    assert metadata_of(submitted) == {
+        "job_name": "demo",
+        "rounds": "12",
+        "folder": "s3://bucket/runs/demo",
+        "report": "s3://bucket/runs/demo/report/report.html",
+    }
+    assert "--entrypoint-resources" not in submitted.arguments
     assert json.loads(submitted.option("--runtime-env-json")) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
     train = ["python", "ddpo.py", "train", DEMO, "--output_dir", "s3://bucket/runs", "--resume", "auto"]
     assert submitted.entrypoint == [*train, "--learner.num_gpus", "0.9"]
+
+
+def metadata_of(submitted: Submitted) -> dict[str, str]:
+    return json.loads(submitted.option("--metadata-json"))
 
 
 def test_what_is_submitted_is_a_command_that_ddpo_takes(record: Path) -> None:
@@ -80,15 +92,23 @@ def test_what_is_submitted_is_a_command_that_ddpo_takes(record: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_metadata_has_the_name_that_the_recipe_has(recipe: str, record: Path) -> None:
-    submitted = submit(record, recipe, "/shared/runs")
-    assert json.loads(submitted.option("--metadata-json")) == {"run": Recipe.load(ROOT / recipe).name}
+def test_the_metadata_is_what_the_recipe_says(recipe: str, record: Path) -> None:
+    metadata, loaded = metadata_of(submit(record, recipe, "/shared/runs/")), Recipe.load(ROOT / recipe)
+    assert (metadata["job_name"], metadata["rounds"]) == (loaded.name, str(loaded.rounds))
+    assert metadata["folder"] == f"/shared/runs/{loaded.name}"
 
 
-@pytest.mark.parametrize("override", [["--name", "mine"], ["--name=mine"]], ids=" ".join)
-def test_a_name_that_is_overridden_is_the_one_in_the_metadata(override: list[str], record: Path) -> None:
-    submitted = submit(record, DEMO, "/shared/runs", "--rounds", "3", *override)
-    assert json.loads(submitted.option("--metadata-json")) == {"run": "mine"}
+@pytest.mark.parametrize("override", [["--name", "mine", "--rounds", "3"], ["--name=mine", "--rounds=3"]], ids=" ".join)
+def test_what_is_overridden_is_so_in_the_metadata(override: list[str], record: Path) -> None:
+    submitted = submit(record, DEMO, "/shared/runs", *override)
+    metadata = metadata_of(submitted)
+    assert (metadata["job_name"], metadata["rounds"], metadata["folder"]) == ("mine", "3", "/shared/runs/mine")
+    assert submitted.option("--submission-id").startswith("mine-")
+
+
+def test_the_driver_has_its_place_where_the_environment_says(record: Path) -> None:
+    submitted = submit(record, DEMO, "/shared/runs", DRIVER_RESOURCES='{"driver": 1}')
+    assert json.loads(submitted.option("--entrypoint-resources")) == {"driver": 1}
 
 
 def test_the_exit_code_is_that_of_ray(record: Path) -> None:
@@ -110,6 +130,8 @@ def test_a_mode_of_authentication_that_is_set_stays(record: Path) -> None:
         ([DEMO, "./runs"], "OUTPUT_DIR is ./runs"),
         ([DEMO, "/shared/runs", "--name", 'a", "b": "c'], "the run's name is"),
         (["pyproject.toml", "/shared/runs"], "the run's name is ''"),
+        ([DEMO, '/shared/"runs'], "has a quote"),
+        ([DEMO, "/shared/runs", "--rounds", '3"'], "has a quote"),
     ],
 )
 def test_what_would_go_wrong_is_refused_before_anything_is_uploaded(words: list[str], said: str, record: Path) -> None:
