@@ -110,9 +110,9 @@ def _scorer_figures(comparison: Comparison, name: str) -> dict[str, float]:
 
 def in_words(figures: dict[str, Any], folder: RunFolder) -> str:
     """The report on the terminal: the figures, then where everything lies."""
-    files = ("report.html", "before_after.png", "reward_curve.png", "versions.png", "summary.json")
-    there = [f"  {folder.report.location}/{name}" for name in files if folder.report.exists(name)]
-    return "\n".join([*changes(figures), "look at:", *there])
+    versions = ("versions.png",) if folder.report.exists("versions.png") else ()
+    files = ("report.html", "before_after.png", "reward_curve.png", *versions, "summary.json")
+    return "\n".join([*changes(figures), "look at:", *(f"  {folder.report.location}/{name}" for name in files)])
 
 
 def changes(figures: dict[str, Any]) -> list[str]:

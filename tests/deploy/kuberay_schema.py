@@ -116,10 +116,17 @@ class Relabeling(Known):
     targetLabel: Annotated[StrictStr, Field(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]*$")]
 
 
+class Dropping(Known):
+    sourceLabels: list[Annotated[StrictStr, Field(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]*$")]]
+    regex: StrictStr
+    action: Literal["drop", "keep"]
+
+
 class MetricsEndpoint(Known):
     port: Annotated[StrictStr, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?$")]  # a port's name
     interval: Duration
     relabelings: list[Relabeling] = []
+    metricRelabelings: list[Relabeling | Dropping] = []
 
 
 class Selector(Known):

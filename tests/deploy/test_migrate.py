@@ -83,7 +83,8 @@ def test_the_blogs_config_is_the_recipe_that_ships() -> None:
     migrated = parts_of(recipe_of(migrate(BLOG, SD15))).resolved()
     shipped = parts_of(Recipe.load(ROOT / "deploy/recipes/sd15_aesthetic.toml")).resolved()
     differing = {key for key in shipped if shipped[key] != migrated[key]}
-    assert differing == {"name", "checkpoint"}
+    assert differing == {"name", "checkpoint", "evaluation", "learner"}  # the shipped one is evaluated on the same GPU
+    assert migrated["learner"] == {**shipped["learner"], "num_gpus": 0.6}
     assert (migrated["checkpoint"], shipped["checkpoint"]["keep"]) == ({"every": 1, "keep": 5}, 2)
 
 
