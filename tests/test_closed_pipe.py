@@ -46,6 +46,7 @@ def recipe_file(tables: dict, tmp_path: Path) -> str:
     return "recipe.toml"
 
 
+@pytest.mark.thorough
 def test_what_is_printed_for_nobody_is_no_fault(tmp_path: Path, recipe_file: str) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.storage.write("recipe.toml", (tmp_path / recipe_file).read_bytes())
@@ -54,6 +55,7 @@ def test_what_is_printed_for_nobody_is_no_fault(tmp_path: Path, recipe_file: str
     assert unread(tmp_path, "status", "nowhere", stderr_too=True)[0] == ddpo.NOBODY_READS
 
 
+@pytest.mark.thorough
 def test_a_run_that_nobody_reads_closes_its_folder(tmp_path: Path, recipe_file: str) -> None:
     code, complaint = unread(tmp_path, "train", recipe_file, "--serial", "--output_dir", "runs")
     assert code in QUIET and "Traceback" not in complaint

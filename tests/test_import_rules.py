@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = ("common", "actors", "learner", "deploy")
 
 
+@cache  # each is parsed once for all rules
 def sources_in(*folders: str) -> list[Source]:
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     return [Source(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
 
 
+@cache
 def program() -> list[Source]:
     return [*sources_in(*PROGRAM), *(Source(name, (ROOT / name).read_text()) for name in ("train.py", "ddpo.py"))]
 

@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import pytest
 import tomli_w
 
 from common.config import Recipe
@@ -54,6 +55,7 @@ def test_table_csv_and_chart_by_hand(tmp_path: Path) -> None:
     assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
+@pytest.mark.thorough
 def test_a_picture_costs_more_where_the_same_pictures_are_learned_from_more_often(tables: dict, tmp_path: Path) -> None:
     tables["sampling"] |= {"batches_per_round": 1}
     recipes = {}

@@ -118,6 +118,7 @@ def study(tmp_path: Path, *words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.thorough
 def test_what_the_results_have_is_listed_as_done_not_made_again_and_drawn(tmp_path: Path) -> None:
     runs = [result("large-lag1-plain", seed, 64, [-2.5] * 12) for seed in SEEDS]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
@@ -132,6 +133,7 @@ def test_what_the_results_have_is_listed_as_done_not_made_again_and_drawn(tmp_pa
     assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
+@pytest.mark.thorough
 def test_a_number_of_pictures_that_makes_no_whole_rounds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as refused:
         study(tmp_path, "--list", "--images", "100")

@@ -31,7 +31,9 @@ def test_an_output_dir_that_cannot_be_written_is_named_with_the_reason(tmp_path:
         RunFolder(path).create()
 
 
-@pytest.mark.parametrize("bucket_name", ["s3://no-such-bucket-here", "bucket"])
+@pytest.mark.parametrize(
+    "bucket_name", ["s3://no-such-bucket-here", pytest.param("bucket", marks=pytest.mark.thorough)]
+)
 def test_an_object_store_that_cannot_be_written_is_named_without_a_key(
     bucket_name: str, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

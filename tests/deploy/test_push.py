@@ -20,6 +20,8 @@ from learner.resume import resume_point
 from tests.hub_server import Hub, Repository
 from tests.publishing import TOKEN, recipe_file, with_the_hub
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -43,7 +43,7 @@ assert not any(name.partition(".")[0] in ("common", "actors", "learner") for nam
 """
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny_animals"])
+@pytest.mark.parametrize("model", [pytest.param("tiny", marks=pytest.mark.thorough), "tiny_animals"])
 def test_plain_diffusers_draws_the_pictures_of_ddpo_sample(model: str, tables: dict, tmp_path: Path) -> None:
     if model == "tiny_animals":
         tables["policy"] |= {"model": model}
@@ -102,6 +102,7 @@ def test_the_page_tells_of_every_reward_and_of_the_rows_that_were_kept(tables: d
     assert "&lt;b&gt;dog&lt;/b&gt;" in page and "<b>dog" not in page
 
 
+@pytest.mark.thorough
 def test_a_run_of_one_round_in_a_bucket_has_its_page_there(tables: dict, bucket: str) -> None:
     tables |= {"output_dir": f"{bucket}/runs", "rounds": 1, "evaluation": {"images": 4}}
     recipe = Recipe.parse(tables)

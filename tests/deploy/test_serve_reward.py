@@ -47,6 +47,7 @@ def served(recipe: Path) -> Iterator[str]:
         process.stdout.close()
 
 
+@pytest.mark.thorough
 def test_a_run_through_the_service_has_the_fingerprint_of_the_run_without_it(
     tables: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

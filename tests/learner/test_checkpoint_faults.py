@@ -116,6 +116,7 @@ def test_a_fault_at_any_file_operation_leaves_the_old_checkpoint_or_the_new(
     assert set(found) == {1.0, 2.0} and sorted(found) == found, "old until the manifest, new from then on"
 
 
+@pytest.mark.thorough
 def test_a_fault_at_any_operation_in_an_object_store_leaves_the_old_checkpoint_or_the_new(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

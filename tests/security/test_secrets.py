@@ -24,6 +24,7 @@ SECRETS = {
     "AWS_SESSION_TOKEN": "sessionQQQQwwwwEEEErrrrTTTTyyyyUUUU",
     "REWARD_TOKEN": "rewardservicebearerXyZ0123456789token",
 }
+pytestmark = pytest.mark.thorough
 TRAIN_AND_REPORT = """
 import sys
 import ddpo

@@ -79,7 +79,7 @@ def words(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[
     [
         (["--serial"], "wrong_shape", ["shape (4, 2)", "shape (4,)"]),
         (["--serial"], "words", ["<U2", "real numbers of shape (4,)"]),
-        ([], "wrong_shape", ["shape (4, 2)", "shape (4,)"]),
+        pytest.param([], "wrong_shape", ["shape (4, 2)", "shape (4,)"], marks=pytest.mark.thorough),
     ],
 )
 def test_a_reward_that_returns_nonsense_ends_the_run_at_once(

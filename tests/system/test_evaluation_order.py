@@ -18,6 +18,8 @@ from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.schedule import Stream, Task
 from common.trajectory import ImageBatch, Scores, TaskReport
 
+pytestmark = pytest.mark.thorough
+
 SECONDS = 0.3  # a task
 
 

@@ -29,6 +29,7 @@ def in_two_parts(tables: dict, name: str, **how: bool) -> str:
     return final_fingerprint(Recipe.parse({**tables, "name": name, "checkpoint": checkpoint}), resume=True, **how)
 
 
+@pytest.mark.thorough
 def test_a_serial_run_goes_on_in_an_object_store_to_the_bits_of_one_on_a_disk(
     tables: dict, bucket: str, home: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -50,6 +51,7 @@ def test_a_serial_run_goes_on_in_an_object_store_to_the_bits_of_one_on_a_disk(
     assert SECRET.encode() not in folder.storage.read("recipe.toml")
 
 
+@pytest.mark.thorough
 def test_report_and_sample_read_a_run_from_an_object_store(
     tables: dict, bucket: str, home: Path, capsys: pytest.CaptureFixture
 ) -> None:

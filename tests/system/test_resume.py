@@ -27,7 +27,7 @@ def run_in_two_parts(tables: dict, first: int, **how: bool) -> str:
     return final_fingerprint(Recipe.parse({**tables, "name": "parts", "checkpoint": checkpoint}), resume=True, **how)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_stop_and_resume_changes_no_bit(tables: dict, lag: int) -> None:
     tables |= {"rounds": 4, "max_policy_lag": lag}
     whole = final_fingerprint(Recipe.parse({**tables, "name": "whole"}), serial=True)
@@ -67,7 +67,7 @@ def test_resume_auto_without_a_run_begins_one(tables: dict) -> None:
     assert final_fingerprint(Recipe.parse({**tables, "name": "auto"}), serial=True, resume=True) == fresh
 
 
-@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.thorough), 2])
 def test_a_signal_in_one_process_commits_the_last_whole_round_and_the_run_goes_on_from_it(
     tables: dict, lag: int
 ) -> None:

@@ -104,6 +104,7 @@ def save_fresh_adapter(model: Path, folder: Path) -> None:
     save_lora(network_with(model, LoraSettings()), LoraSettings(), folder)
 
 
+@pytest.mark.thorough
 def test_equal_weights_give_an_equal_file_in_processes_that_hash_differently(tiny_model: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)  # of the adapters
     save_fresh_adapter(tiny_model, tmp_path / "here")

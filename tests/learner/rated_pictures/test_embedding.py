@@ -103,6 +103,7 @@ embed_pictures(Path(sys.argv[1]), PATHS, embedder(slow), EmbeddingStore.open(Sto
 """
 
 
+@pytest.mark.thorough
 def test_a_killed_process_loses_at_most_one_part(
     pictures: Path, opened: Callable[[], EmbeddingStore], tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_avas_own_file_is_known_by_its_shape(tmp_path: Path) -> None:
     assert pictures.ratings == pytest.approx([699 / 124, 592 / 126])
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not AVA_LABELS.is_file(), reason=f"AVA's vote histograms are not in {AVA_LABELS.parent}")
 def test_avas_vote_histograms_have_the_published_mean() -> None:
     pictures = read_table(AVA_LABELS)
