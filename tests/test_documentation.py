@@ -76,7 +76,7 @@ def test_the_example_rewards_score_pictures(tmp_path: Path) -> None:
     assert reward.load("cpu")(images, ["a", "b"], [{}, {}]).tolist() == [0, 2]
 
 
-@pytest.mark.system
+@pytest.mark.thorough
 def test_the_readmes_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "deploy" / "recipes", tmp_path / "deploy" / "recipes")
     demo = tmp_path / "deploy" / "recipes" / "demo.toml"
@@ -101,7 +101,7 @@ def test_the_readmes_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2
 
 
-@pytest.mark.system
+@pytest.mark.thorough
 def test_a_reward_beside_the_command_is_found_on_ray(tmp_path: Path, tables: dict) -> None:
     function = next(block for block in blocks(ROOT / "docs" / "extending.md", "python") if "def brightness" in block)
     (tmp_path / "my_rewards.py").write_text(function)
