@@ -1,0 +1,38 @@
+"""A reward that is easily fooled is learned from for real: the guard ends the run, and the better version is kept."""
+
+from pathlib import Path
+
+import pytest
+
+from common.config import Recipe
+from common.evaluation_log import EvaluationLog
+from common.run_folder import RunFolder
+from deploy.commands.run_weights import run_weights
+from train import train
+
+pytestmark = pytest.mark.thorough
+GUARD = Path(__file__).parents[2] / "deploy" / "recipes" / "tiny" / "guard.toml"
+
+
+def test_dark_pictures_are_an_alarm_and_the_better_version_is_kept(tmp_path: Path) -> None:
+    """The recipe as it stands, evaluated half as often: it takes minutes."""
+    recipe = Recipe.load(GUARD, ["--evaluation.every", "4", "--output_dir", str(tmp_path)])
+    train(recipe, serial=True)
+    folder = RunFolder(recipe.run_path())
+    figures = EvaluationLog(folder.storage).figures()
+    ended, best = folder.guard_ended(), folder.best_version()
+    assert ended is not None and best is not None
+    assert ended["policy_version"] < recipe.rounds and "animal_classifier fell from" in ended["alarms"][0]
+    darker = figures[-1]["scores"]["reward"]  # that is what made it an alarm and no failure to learn
+    assert darker["change"] > 10 * darker["standard_error"]
+    alarms = {each["policy_version"]: each["alarms"] for each in figures}
+    assert (
+        best["policy_version"] == ended["weights_of"] < ended["policy_version"] and not alarms[best["policy_version"]]
+    )
+    assert (
+        max(figures[:-1], key=lambda each: each["scores"]["reward"]["mean"])["policy_version"] == best["policy_version"]
+    )
+    weights = run_weights(folder)
+    assert (weights.policy_version, weights.fingerprint) == (best["policy_version"], best["fingerprint"])
+    with weights.here() as path:  # which holds the files' bits against the fingerprint
+        assert (path / "lora").is_dir()
