@@ -113,8 +113,8 @@ def test_the_slider_moves_by_pointer_by_key_and_all_at_once(opened: Page) -> Non
 def test_what_was_seen_along_the_way_can_be_read(opened: Page) -> None:
     """Versions 0, 1 and 2; the last two have an alarm about the KL."""
     assert opened.evaluate("document.querySelectorAll('#evaluation .chart').length") >= 6
-    texts = "[...document.querySelectorAll('#evaluation .sortable tbody tr')].map((row) => row.innerText.split('\\t').slice(0, 2))"
-    assert opened.evaluate(texts) == [["1", "kl"], ["2", "kl"]]
+    rows = "[...document.querySelectorAll('#evaluation .sortable tbody tr')]"
+    assert opened.evaluate(f"{rows}.map((row) => row.innerText.split('\\t').slice(0, 2))") == [["1", "kl"], ["2", "kl"]]
     outside = """[...document.querySelectorAll('.chart text')].filter((text) => {
         const [inner, outer] = [text, text.closest('svg')].map((element) => element.getBoundingClientRect());
         return inner.left < outer.left - 1 || inner.right > outer.right + 1;
