@@ -11,6 +11,7 @@ from actors.sampler import Sampler
 from common.config import Recipe
 from common.lora_weights import LoraWeights, pack
 from common.overrides import with_overrides
+from common.run_folder import RunFolder
 from common.schedule import round_tasks
 from common.trajectory import TaskReport, TrainBatch, Trajectory
 from deploy.parts import Parts, parts_of
@@ -73,3 +74,12 @@ def stale(drawn: DrawnRound, shifts: list[float], seed: int = 0) -> DrawnRound:
         log_probs = trajectory.log_probs + torch.tensor(shifts)[chosen]
         trajectories.append(dataclasses.replace(trajectory, log_probs=log_probs))
     return DrawnRound(drawn.batch, tuple(trajectories))
+
+
+def begun_run(tables: dict) -> RunFolder:
+    """The folder of a run with a recipe and no round yet; it may have one to four samplers."""
+    parts = parts_with({**tables, "samplers": {"count": 1, "max": 4}})
+    folder = RunFolder(parts.recipe.run_path())
+    folder.create()
+    folder.write_recipe(parts.resolved())
+    return folder

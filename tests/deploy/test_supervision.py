@@ -11,16 +11,12 @@ from common.lease import Lease
 from common.run_folder import RunFolder
 from deploy.commands.scale import scale
 from deploy.supervision import Stopped, Supervision
-from tests.rounds import parts_with
+from tests.rounds import begun_run
 
 
 @pytest.fixture
 def folder(tables: dict) -> RunFolder:
-    parts = parts_with({**tables, "samplers": {"count": 1, "max": 4}})
-    made = RunFolder(parts.recipe.run_path())
-    made.create()
-    made.write_recipe(parts.resolved())
-    return made
+    return begun_run(tables)
 
 
 def supervised(folder: RunFolder, lease: Lease) -> Supervision:

@@ -14,7 +14,7 @@ from common.run_folder import RunFolder
 from common.storage import Storage
 from deploy.supervision import Supervision
 from learner.checkpoint import MANIFEST, load_checkpoint, newest_checkpoint
-from tests.rounds import parts_with
+from tests.rounds import begun_run
 from tests.security.test_file_names import committed
 
 NO_OWNER = (b"", b"{", b"[]", b"null", b'"me"', b"7", b"{}", b'{"pid": 1}', b"\xff\xfe", b"[" * 5000)
@@ -33,11 +33,7 @@ ASKED_TOO_MUCH = ((b'{"samplers": 5}', "samplers.max = 4"), (b'{"cooks": 2}', "t
 
 @pytest.fixture
 def folder(tables: dict) -> RunFolder:
-    parts = parts_with({**tables, "samplers": {"count": 1, "max": 4}})
-    made = RunFolder(parts.recipe.run_path())
-    made.create()
-    made.write_recipe(parts.resolved())
-    return made
+    return begun_run(tables)
 
 
 def test_what_is_no_lease_is_taken_over_and_said(

@@ -13,7 +13,7 @@ from common.evaluation_log import EvaluationLog
 from common.run_folder import RunFolder
 from deploy.commands.model_card.code import loading
 from deploy.commands.report import changes
-from deploy.commands.report_page.evaluation import evaluation_told, guard_sentences
+from deploy.commands.report_page.evaluation import alarms_told, evaluated, guard_sentences
 from deploy.commands.report_page.numbers import number, tick
 from deploy.commands.report_page.page import versions
 from deploy.commands.run_weights import RunWeights
@@ -78,7 +78,7 @@ def _told(run: Published) -> dict[str, Any]:
         "rewards": _rewards(recipe, run.figures["scorers"]),
         "figures": run.figures,
         "guard": _guard(run),
-        "alarms": evaluation_told(run.folder, recipe).alarms,
+        "alarms": alarms_told(evaluated(run.folder)),
         "recipe_text": run.recipe_text.strip(),
         "beside": ", ".join(f"`{name}`" for name in run.files),
         "license": license_of(recipe),

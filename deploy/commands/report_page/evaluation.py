@@ -45,14 +45,18 @@ def evaluation_told(folder: RunFolder, recipe: Recipe) -> EvaluationTold:
     log, figures = EvaluationLog(folder.storage), evaluated(folder)
     if len(figures) < 2:
         return EvaluationTold([], [], [], [])
-    alarms = [(each["policy_version"], alarm["about"], alarm["says"]) for each in figures for alarm in each["alarms"]]
     rows = [_row(log, each) for each in shown_versions(figures)]
-    return EvaluationTold(evaluation_charts(figures, recipe), _sentences(folder, figures), alarms, rows)
+    return EvaluationTold(evaluation_charts(figures, recipe), _sentences(folder, figures), alarms_told(figures), rows)
 
 
 def evaluated(folder: RunFolder) -> list[Figures]:
     """What was found of each version, by number."""
     return sorted(EvaluationLog(folder.storage).figures(), key=lambda each: each["policy_version"])
+
+
+def alarms_told(figures: list[Figures]) -> list[tuple[int, str, str]]:
+    """Version, what it is about and what it says, of everything that the guard has found."""
+    return [(each["policy_version"], alarm["about"], alarm["says"]) for each in figures for alarm in each["alarms"]]
 
 
 def shown_versions(figures: list[Figures]) -> list[Figures]:
