@@ -4,7 +4,6 @@ import os
 import socket
 import time
 
-from common.diffusion.lora import load_weights
 from common.diffusion.policy import PolicyConfig
 from common.diffusion.rollout import draw, refuse_window_without_noise
 from common.lora_weights import LoraWeights
@@ -21,6 +20,8 @@ class Sampler:
         device = settle(runtime)
         self._policy = policy.load(device, sampling, "sampler")
         refuse_window_without_noise(self._policy, sampling)
+        if policy.is_compiled("sampler"):
+            self._policy.compile(sampling.batch_size)
         self._sampling = sampling
         self._fingerprint = ""
         self._modules_bound = 0
@@ -78,5 +79,5 @@ class Sampler:
                 f"and came with weights of version {weights.policy_version}"
             )
         if weights.fingerprint != self._fingerprint:
-            self._modules_bound = load_weights(self._policy.network, weights)
+            self._modules_bound = self._policy.lay_in(weights)
             self._fingerprint = weights.fingerprint

@@ -6,6 +6,7 @@ import threading
 import traceback
 
 import torch
+from torch import Tensor
 
 from common.recipe_tables import RuntimeTable
 
@@ -26,6 +27,13 @@ def settle(runtime: RuntimeTable) -> str:
     torch.use_deterministic_algorithms(runtime.deterministic)
     torch.backends.cudnn.benchmark = False
     return "cuda" if runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def to_device(tensor: Tensor, device: str) -> Tensor:
+    """The tensor there, without a wait: from ordinary memory the host would stand still until the GPU has done all before it."""
+    if tensor.device.type == "cpu" and device.startswith("cuda"):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def python_stacks() -> str:

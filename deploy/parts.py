@@ -72,6 +72,8 @@ def entries_of(recipe: Recipe) -> Parts:
     algorithm.check(recipe)
     composition = RewardComposition.of(recipe)
     composition.check(algorithm)
+    policy: PolicyConfig = build(POLICIES, recipe.policy.table(), "policy")
+    algorithm.check_policy(policy)
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:
         trackers[table.name] = build(TRACKERS, table.table(), "trackers")
@@ -80,7 +82,7 @@ def entries_of(recipe: Recipe) -> Parts:
     _check_caches(recipe, rewards)
     return Parts(
         recipe,
-        build(POLICIES, recipe.policy.table(), "policy"),
+        policy,
         build(PROMPTS, recipe.prompts.table(), "prompts"),
         rewards,
         scorers,

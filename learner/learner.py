@@ -38,6 +38,8 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)  # the adapters' first values
             self._policy = policy.load(self._device, recipe.sampling, "learner")
+        if policy.is_compiled("learner"):
+            self._policy.compile(self._settings.micro_batch_size)
         self._parameters = trained_parameters(self._policy.network)
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(),
@@ -47,7 +49,7 @@ class Learner:
             weight_decay=self._settings.weight_decay,
             fused=True,
         )
-        self._tolerance = log_prob_tolerance(self._settings.log_prob_tolerance, policy.dtype)
+        self._tolerance = log_prob_tolerance(self._settings.log_prob_tolerance, policy)
         self._scaler = torch.amp.GradScaler(self._device, enabled=policy.dtype == "float16")
         self._version = 0
         self._trained = read_weights(self._policy.network, 0)  # at the start of the round

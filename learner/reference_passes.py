@@ -11,6 +11,7 @@ from torch import Tensor
 from common.diffusion.lora import reference_policy
 from common.diffusion.policy import Policy
 from common.lora_weights import LoraWeights
+from common.runtime import to_device
 from common.trajectory import NoisedBatch, TransitionBatch
 from learner.algorithms.algorithm import Algorithm
 from learner.round_pairs import Pair, RoundPairs, micro_batches
@@ -42,7 +43,7 @@ def _rows(known: Known, pairs: list[Pair], batch: Batch) -> Tensor | None:
     if pairs[0] not in known:
         return None
     device = next(iter(batch.conditioning.values())).device
-    return torch.stack([known[pair] for pair in pairs]).to(device, non_blocking=True)
+    return to_device(torch.stack([known[pair] for pair in pairs]), str(device))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.diffusion.policy import select_rows
+from common.runtime import to_device
 from common.trajectory import NoisedBatch
 from learner.round_pairs import Pair, RoundPairs
 from learner.round_transitions import RoundTransitions
@@ -33,15 +34,15 @@ class RoundNoisings(RoundPairs):
 
     def batch(self, pairs: list[Pair]) -> NoisedBatch:
         of, device = self.transitions, self.transitions.device
-        index = torch.tensor([image for image, _ in pairs], device=device)
+        index = to_device(torch.tensor([image for image, _ in pairs]), device)
         rows = [of.images[image] for image, _ in pairs]
         clean = torch.stack([of.trajectories[trajectory].final_latents[row] for trajectory, row in rows])
         drawn = [self._drawn(image, place, clean.shape[1:]) for image, place in pairs]
         return NoisedBatch(
             select_rows(of.conditioning, of.prompt_rows[index]),
-            torch.tensor([timestep for timestep, _ in drawn], device=device),
-            clean.to(device, non_blocking=True),
-            torch.stack([noise for _, noise in drawn]).to(device, non_blocking=True),
+            to_device(torch.tensor([timestep for timestep, _ in drawn]), device),
+            to_device(clean, device),
+            to_device(torch.stack([noise for _, noise in drawn]), device),
             of.advantages[index],
         )
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from common.diffusion.policy import Conditioning, select_rows
+from common.runtime import to_device
 from common.trajectory import Trajectory, TransitionBatch
 from learner.round_pairs import Pair, RoundPairs
 
@@ -37,10 +38,10 @@ class RoundTransitions(RoundPairs):
 
     def batch(self, pairs: list[Pair]) -> TransitionBatch:
         rows = [(self.trajectories[self.images[image][0]], self.images[image][1], place) for image, place in pairs]
-        index = torch.tensor([image for image, _ in pairs], device=self.device)
+        index = to_device(torch.tensor([image for image, _ in pairs]), self.device)
 
         def stacked(tensors: list[Tensor]) -> Tensor:
-            return torch.stack(tensors).to(self.device, non_blocking=True)
+            return to_device(torch.stack(tensors), self.device)
 
         return TransitionBatch(
             select_rows(self.conditioning, self.prompt_rows[index]),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from common.diffusion.lora import load_weights
-from common.diffusion.policy import Policy
+from common.diffusion.policy import Policy, PolicyConfig
 from common.lora_weights import LoraWeights
 from learner.round_transitions import Pair, RoundTransitions
 
@@ -16,9 +16,11 @@ class WeightsDidNotArrive(RuntimeError):
     """A batch was not drawn with the weights that its version stands for, whatever its reports say."""
 
 
-def log_prob_tolerance(given: float | None, dtype: str) -> float:
-    """How far sampler and learner may lie apart: as the recipe says, else by how exactly the network computes."""
-    return given if given is not None else 1e-4 if dtype == "float32" else 1e-2
+def log_prob_tolerance(given: float | None, policy: PolicyConfig) -> float:
+    """How far sampler and learner may lie apart: as the recipe says, else by how exactly the networks compute."""
+    if given is not None:
+        return given
+    return 1e-2 if policy.dtype != "float32" or policy.numerics_differ else 1e-4
 
 
 @contextmanager

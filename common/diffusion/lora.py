@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from pydantic import Field
@@ -77,6 +77,28 @@ def load_weights(network: nn.Module, weights: LoraWeights) -> int:
         # A copy: the buffer may be a read-only view of Ray's store, and torch would warn that it is.
         parameters[name].copy_(torch.from_numpy(array.copy()))
     return len(parameters)
+
+
+@final
+class MergedAdapters:
+    """Adapters added to the weights beside them, which a forward pass then uses alone.
+
+    Each time from the pretrained weights anew: adding and taking away again would let rounding grow from version to version.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        self._layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
+        self._pretrained = [layer.get_base_layer().weight.detach().clone() for layer in self._layers]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapters as they are now."""
+        for layer, pretrained in zip(self._layers, self._pretrained, strict=True):
+            layer.get_base_layer().weight.copy_(pretrained)
+            layer.merged_adapters.clear()
+            layer.merge()
 
 
 @contextmanager

@@ -6,13 +6,17 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
+from pydantic import model_validator
 from torch import Tensor
 
+from common.diffusion.lora import MergedAdapters, load_weights
 from common.diffusion.sizes import PolicySizes
 from common.diffusion.transition import Transition
+from common.lora_weights import LoraWeights
 from common.model_hub import Weights
 from common.recipe_tables import SamplingTable
 from common.registry import Entry
+from common.trajectory import DTYPES
 
 Role = Literal["sampler", "learner"]
 Conditioning = dict[str, Tensor]
@@ -27,6 +31,18 @@ class Policy(ABC):
     num_steps: int
     num_train_timesteps: int  # of the model's own schedule
     latent_shape: tuple[int, int, int]  # C, H, W of one image's latents
+    merged: MergedAdapters | None = None  # a sampler's, where the recipe has them merged
+
+    @abstractmethod
+    def compile(self, batch_size: int) -> None:
+        """From here on the network runs compiled, on batches of this size: smaller ones are filled up, larger ones cut."""
+
+    def lay_in(self, weights: LoraWeights) -> int:
+        """Lay a version's weights into the network; how many parameters were bound. Errors are those of `load_weights`."""
+        bound = load_weights(self.network, weights)
+        if self.merged:
+            self.merged.merge()
+        return bound
 
     @property
     @abstractmethod
@@ -82,10 +98,37 @@ class PolicyConfig(Entry, ABC):
     model: str
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     train: Literal["lora", "full"] = "lora"
+    compile: Literal["none", "sampler", "both"] = "none"  # where the network runs through torch.compile
+    sampler_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of a sampler's network; none: dtype
+    merge_adapters: bool = False  # a sampler adds them to the network's own weights: fewer and larger kernels
+
+    @model_validator(mode="after")
+    def _only_adapters_are_merged(self) -> "PolicyConfig":
+        if self.merge_adapters and self.train == "full":
+            raise ValueError('merge_adapters is true and train "full": only a LoRA\'s adapters are merged')
+        return self
 
     @abstractmethod
     def check(self) -> None:
         """ValueError where it can be told without loading that the model is not there."""
+
+    def dtype_of(self, role: Role) -> torch.dtype:
+        """What a role's network computes in."""
+        return DTYPES[self.sampler_dtype or self.dtype if role == "sampler" else self.dtype]
+
+    def is_compiled(self, role: Role) -> bool:
+        """Whether a role's network is."""
+        return self.compile == "both" or self.compile == role
+
+    @property
+    def numerics_differ(self) -> bool:
+        """Whether sampler and learner give a step log_probs that lie further apart than rounding in float32 puts them.
+
+        In half precision a compiled network rounds in other places, and merging rounds what was learned away.
+        """
+        half = {self.dtype_of("sampler"), self.dtype_of("learner")} != {torch.float32}
+        other = self.compile != "none" or self.merge_adapters
+        return self.dtype_of("sampler") != self.dtype_of("learner") or (half and other)
 
     def needs(self) -> tuple[Weights, ...]:
         """The files that a sampler's `load` reads, for `ddpo doctor`."""

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import Field
 from torch import Tensor
 
-from common.diffusion.lora import LoraSettings, load_lora, make_trainable, save_lora
+from common.diffusion.compiled import CompiledNetwork
+from common.diffusion.lora import LoraSettings, MergedAdapters, load_lora, make_trainable, save_lora
 from common.diffusion.policy import EMBEDDED_MODELS, Conditioning, Policy, PolicyConfig, Role, autocast, quiet_libraries
 from common.diffusion.scheduler_ddim import ddim_table, ddim_transition, training_target
 from common.diffusion.sizes import PolicySizes
@@ -26,14 +27,18 @@ LEARNER_NEEDS_NO = ("vae", "text_encoder", "tokenizer")
 class StableDiffusionPolicy(Policy):
     """A loaded pipeline as a policy. Runs the same numerics in sampler and learner."""
 
-    def __init__(self, config: "StableDiffusion", pipeline: Any, device: str, sampling: SamplingTable) -> None:
+    def __init__(
+        self, config: "StableDiffusion", pipeline: Any, device: str, sampling: SamplingTable, role: Role
+    ) -> None:
         self.config = config
         self.device = device
-        self.dtype = DTYPES[config.dtype]
+        self.dtype = config.dtype_of(role)
         # Channels last is what GPUs convolve fastest; on a CPU the embedded model is a seventh slower in it.
         layout = torch.channels_last if device.startswith("cuda") else torch.contiguous_format
         self.network: Any = pipeline.unet.to(device, memory_format=layout).eval()
-        self.vae: Any = pipeline.vae.to(device).eval().requires_grad_(False) if pipeline.vae else None
+        self.vae: Any = None
+        if pipeline.vae:
+            self.vae = pipeline.vae.to(device, memory_format=layout).eval().requires_grad_(False)
         self.text_encoder: Any = (
             pipeline.text_encoder.to(device).eval().requires_grad_(False) if pipeline.text_encoder else None
         )
@@ -47,6 +52,12 @@ class StableDiffusionPolicy(Policy):
         self.latent_shape = (self.network.config.in_channels, size, size)
         self._embeddings: dict[str, Tensor] = {}
         make_trainable(self.network, config.train, config.lora)
+        self.merged = MergedAdapters(self.network) if config.merge_adapters and role == "sampler" else None
+        self._compiled: CompiledNetwork | None = None
+
+    def compile(self, batch_size: int) -> None:
+        branches = 1 if self.guidance_scale == 1 else 2
+        self._compiled = CompiledNetwork(self.network, batch_size * branches)
 
     @property
     def noisy_steps(self) -> list[int]:
@@ -95,8 +106,9 @@ class StableDiffusionPolicy(Policy):
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def _predict(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+        inputs = latents.to(self.dtype), timesteps, embeds.to(self.dtype)
         with autocast(self.device, self.dtype):
-            return self.network(latents.to(self.dtype), timesteps, embeds.to(self.dtype), return_dict=False)[0]
+            return self._compiled(*inputs) if self._compiled else self.network(*inputs, return_dict=False)[0]
 
     def denoise(
         self,
@@ -187,4 +199,6 @@ class StableDiffusion(PolicyConfig):
             f"policy.model is {self.model!r}, which cannot be loaded",
         )
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        return StableDiffusionPolicy(self, pipeline, device, sampling)
+        if role == "sampler" and self.train == "lora":  # text encoder and decoder stay as they are
+            pipeline.unet.to(self.dtype_of(role))
+        return StableDiffusionPolicy(self, pipeline, device, sampling, role)

@@ -1,5 +1,7 @@
 """Draw trajectories, and give the same trajectories their log_prob again under newer weights: side by side."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -7,18 +9,20 @@ from torch import Tensor
 
 from common.diffusion.policy import Policy, select_rows
 from common.recipe_tables import SamplingTable
+from common.runtime import to_device
 from common.trajectory import DTYPES, Trajectory, split_path
 
 _KEPT_STEPS = 6  # what an image's seed is hashed with to choose them
 
 
-def image_noise(seed: int, shape: tuple[int, ...], count: int) -> list[Tensor]:
-    """`count` draws of standard normal noise, from the image's own seed and on the CPU: nothing else decides it.
+def image_noise(seeds: list[int], shape: tuple[int, ...]) -> Iterator[Float[Tensor, "B ..."]]:
+    """Standard normal noise again and again, a row an image from its own seed and on the CPU: nothing else decides it.
 
     One draw after the other, as diffusers draws with a generator for each image.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for _ in range(count)]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    while True:
+        yield torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def kept_steps(candidates: list[int], count: int, seeds: list[int]) -> Int[Tensor, "B W"]:
@@ -58,16 +62,16 @@ def draw(
     prompt_index = torch.tensor([distinct.index(prompt) for prompt in prompts])
     conditioning = policy.encode(distinct)
     rows = select_rows(conditioning, prompt_index.to(policy.device))
-    per_image = [torch.stack(image_noise(seed, policy.latent_shape, policy.num_steps + 1)) for seed in seeds]
-    noise = torch.stack(per_image, dim=1).to(policy.device, non_blocking=True)  # [T + 1, B, C, H, W]
+    # Drawn when it is needed: a GPU is then still at the step before, for which nobody waits.
+    noise = (to_device(each, policy.device) for each in image_noise(seeds, policy.latent_shape))
 
-    latents = policy.initial_latents(noise[0]).to(latents_dtype)
+    latents = policy.initial_latents(next(noise)).to(latents_dtype)
     path, log_probs = [latents], []
     for step in range(policy.num_steps):
         steps = torch.full((len(seeds),), step, device=policy.device)
         transition = policy.transition(latents, steps, rows, window is None or step in window)
         # Rounded first, then scored, and the path goes on from the rounded value: so the learner's ratio is exactly 1.
-        latents = transition.sample(noise[step + 1]).to(latents_dtype)
+        latents = transition.sample(next(noise)).to(latents_dtype)
         log_probs.append(transition.log_prob(latents))
         path.append(latents)
     whole_path, all_log_probs = torch.stack(path, dim=1), torch.stack(log_probs, dim=1)

@@ -148,7 +148,7 @@ def _noise(parts: Parts, at: At) -> Iterator[Finding | Noise]:
     noise = at(recipe.learner, score_again, recipe, at(recipe.samplers, draw_some, recipe))
     yield noise
     clip = clip_range(parts.algorithm, noise.latent_elements)
-    tolerance = log_prob_tolerance(recipe.learner.log_prob_tolerance, parts.policy.dtype)
+    tolerance = log_prob_tolerance(recipe.learner.log_prob_tolerance, parts.policy)
     yield from noise_findings(noise, clip, tolerance, recipe.sampling)
 
 

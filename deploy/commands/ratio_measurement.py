@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.config import Recipe
-from common.diffusion.lora import load_weights, read_weights
+from common.diffusion.lora import read_weights, trained_parameters
 from common.diffusion.policy import Policy
 from common.diffusion.rollout import draw, score
 from common.diffusion.scheduler_ddim import DDIMTable, output_sensitivity
@@ -25,6 +25,7 @@ from learner.reference_passes import log_probs_under
 from learner.round_pairs import micro_batches
 from learner.round_transitions import RoundTransitions, round_transitions
 
+TRAINED = 0.02  # of a merged adapter's numbers: their standard deviation
 IMAGES = 4  # of the run's first task; with all steps learned from, hundreds of transitions
 KERNELS = {
     "math attention": SDPBackend.MATH,
@@ -54,6 +55,10 @@ def draw_some(recipe: Recipe) -> Drawn:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         policy = parts.policy.load(settle(runtime_of(recipe.samplers, recipe.runtime)), recipe.sampling, "sampler")
+        weights = _trained_a_little(policy)
+    if parts.policy.is_compiled("sampler"):
+        policy.compile(recipe.sampling.batch_size)
+    policy.lay_in(weights)
     sampling = recipe.sampling.model_copy(update={"step_fraction": 1.0, "window": None})
     prompts, seeds = [prompt.text for prompt in task.prompts[:IMAGES]], list(task.seeds[:IMAGES])
     as_stored = draw(policy, prompts, seeds, sampling)
@@ -62,16 +67,28 @@ def draw_some(recipe: Recipe) -> Drawn:
         if sampling.latents_dtype == "float32"
         else draw(policy, prompts, seeds, sampling.model_copy(update={"latents_dtype": "float32"}))
     )
-    return Drawn(as_stored, in_float32, read_weights(policy.network, 0))
+    return Drawn(as_stored, in_float32, weights)
+
+
+@torch.no_grad()
+def _trained_a_little(policy: Policy) -> LoraWeights:
+    """Weights as after some rounds: adapters begin as zero, and of zero nothing is lost where it is merged and rounded."""
+    if policy.merged:
+        for parameter in trained_parameters(policy.network).values():
+            parameter.add_(TRAINED * torch.randn_like(parameter))
+    return read_weights(policy.network, 0)
 
 
 def score_again(recipe: Recipe, drawn: Drawn) -> Noise:
     """Every comparison that this device can make."""
-    device = settle(runtime_of(recipe.learner, recipe.runtime))
-    policy = entries_of(recipe).policy.load(device, recipe.sampling, "learner")
-    load_weights(policy.network, drawn.weights)
+    device, config = settle(runtime_of(recipe.learner, recipe.runtime)), entries_of(recipe).policy
+    policy = config.load(device, recipe.sampling, "learner")
+    policy.lay_in(drawn.weights)
     unavailable: list[str] = []
     comparisons = tuple(_comparisons(policy, recipe, drawn, unavailable))
+    if config.is_compiled("learner"):  # last, for every other comparison would be compiled anew
+        policy.compile(recipe.learner.micro_batch_size)
+        comparisons = (*map(_not_compiled, comparisons), _as_the_learner(policy, recipe, drawn.as_stored))
     return Noise(
         comparisons,
         tuple(unavailable),
@@ -86,7 +103,7 @@ def _comparisons(policy: Policy, recipe: Recipe, drawn: Drawn, unavailable: list
     size = recipe.learner.micro_batch_size
     transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
     yield _compared(f"as drawn, {stored} as stored", "other", path, score(policy, path))
-    yield _compared(f"learner's micro-batches of {size}", "run", path, _in_batches(policy, recipe, transitions, size))
+    yield _as_the_learner(policy, recipe, path)
     single = round_transitions((_first_image(path),), np.zeros(1), policy.device)
     yield _compared("one transition at a time", "other", _first_image(path), _in_batches(policy, recipe, single, 1))
     for name, kernel in KERNELS.items():
@@ -103,6 +120,17 @@ def _comparisons(policy: Policy, recipe: Recipe, drawn: Drawn, unavailable: list
         rounded = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
         log_probs = _in_batches(policy, recipe, rounded, size)
         yield _compared(f"rounded to {dtype} once scored", "rounded", path, log_probs)
+
+
+def _as_the_learner(policy: Policy, recipe: Recipe, path: Trajectory) -> Comparison:
+    size = recipe.learner.micro_batch_size
+    transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
+    return _compared(f"learner's micro-batches of {size}", "run", path, _in_batches(policy, recipe, transitions, size))
+
+
+def _not_compiled(comparison: Comparison) -> Comparison:
+    kind: Kind = "other" if comparison.kind == "run" else comparison.kind
+    return dataclasses.replace(comparison, name=f"{comparison.name}, not compiled", kind=kind)
 
 
 def _compared(name: str, kind: Kind, path: Trajectory, log_probs: torch.Tensor) -> Comparison:

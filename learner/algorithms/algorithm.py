@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from common.config import Recipe
-from common.diffusion.policy import Policy
+from common.diffusion.policy import Policy, PolicyConfig
 from common.registry import Entry
 from common.trajectory import NoisedBatch, TransitionBatch
 from learner.advantages import PromptStatistics
@@ -33,6 +33,9 @@ class Algorithm(Entry, ABC):
     def check(self, recipe: Recipe) -> None:
         """ValueError: the rest of the recipe does not go with this algorithm."""
         self.check_micro_batches(recipe, recipe.sampling.num_steps)
+
+    def check_policy(self, policy: PolicyConfig) -> None:
+        """ValueError: the algorithm does not go with how sampler and learner compute."""
 
     def check_micro_batches(self, recipe: Recipe, noisy_steps: int) -> None:
         """ValueError: `learner.micro_batch_size` does not divide the pairs of an optimizer step, of so many steps with noise."""

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from common.config import Recipe
-from common.diffusion.policy import Policy
+from common.diffusion.policy import Policy, PolicyConfig
 from common.diffusion.transition import Transition
 from common.registry import Entry
 from common.trajectory import NoisedBatch, TransitionBatch
@@ -109,6 +109,14 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
             raise ValueError(
                 f"algorithm.kl_coef is {self.kl_coef or self.kl_coef_nats} and policy.train 'full': the pretrained model is "
                 'the network with its adapters switched off, so a KL to it needs policy.train = "lora"'
+            )
+
+    def check_policy(self, policy: PolicyConfig) -> None:
+        if policy.numerics_differ and self.off_policy.ratio == "behaviour":
+            raise ValueError(
+                f"policy.dtype is {policy.dtype!r}, sampler_dtype {policy.sampler_dtype!r}, compile {policy.compile!r} and "
+                f"merge_adapters {policy.merge_adapters}: sampler and learner then round differently, by far more than the clip "
+                'range, so the ratio must be to the learner\'s own log-probs: give algorithm.off_policy.ratio = "proximal"'
             )
 
     def clip(self, latent_elements: int) -> float:

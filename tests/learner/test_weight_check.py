@@ -1,12 +1,15 @@
 """Weights that silently did not arrive are found before anything is learned; those that did pass."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from common.diffusion.lora import read_weights
+from common.diffusion.policy import PolicyConfig
+from common.diffusion.policy_stable_diffusion import StableDiffusion
 from common.lora_weights import LoraWeights
 from deploy.parts import Parts
 from learner.learner import Learner
@@ -116,10 +119,15 @@ def test_a_log_prob_that_is_no_number_does_not_pass(tables: dict) -> None:
         learner.update(drawn.batch, *drawn.trajectories)
 
 
-def test_the_tolerance_is_the_recipes_or_follows_from_the_dtype() -> None:
-    assert log_prob_tolerance(None, "float32") == 1e-4
-    assert log_prob_tolerance(None, "float16") == log_prob_tolerance(None, "bfloat16") == 1e-2
-    assert log_prob_tolerance(0.5, "float32") == 0.5
+def test_the_tolerance_is_the_recipes_or_follows_from_how_exactly_both_compute() -> None:
+    def policy(**keys: Any) -> PolicyConfig:
+        return StableDiffusion(model="tiny_animals", **keys)
+
+    exact = [policy(), policy(compile="both"), policy(compile="sampler", merge_adapters=True)]
+    assert [log_prob_tolerance(None, each) for each in exact] == [1e-4] * 3
+    half = [policy(dtype="float16"), policy(dtype="bfloat16"), policy(sampler_dtype="bfloat16")]
+    assert [log_prob_tolerance(None, each) for each in half] == [1e-2] * 3
+    assert log_prob_tolerance(0.5, policy()) == 0.5
 
 
 def test_the_recipes_tolerance_is_the_one_that_counts(tables: dict) -> None:
