@@ -45,7 +45,7 @@ def save_tiny_pipeline(folder: Path, seed: int = 0, **scheduler: object) -> Path
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),
-        tokenizer=_tokenizer(),
+        tokenizer=tiny_tokenizer(),
         unet=unet,
         scheduler=DDIMScheduler(**config),
         safety_checker=None,
@@ -55,10 +55,13 @@ def save_tiny_pipeline(folder: Path, seed: int = 0, **scheduler: object) -> Path
     return folder
 
 
-def _tokenizer() -> Any:
+def tiny_tokenizer(max_length: int = 8) -> Any:
+    """Letters are its tokens: 514 in all."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
     letters = sorted(ByteLevel.alphabet())
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=8)
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=max_length
+    )

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from common.diffusion.lora import LoraSettings, make_trainable, trained_parameters
 from common.diffusion.policy import quiet_libraries
@@ -54,8 +53,8 @@ def stable_diffusion_sizes(
 ) -> PolicySizes:
     """Build every part on the meta device and count. `configs` has one configuration a part."""
     quiet_libraries()
-    unet = _unet(configs["unet"])
-    text_encoder, vae = _text_encoder(configs["text_encoder"]), _vae(configs["vae"])
+    parts = meta_parts(configs)
+    unet, text_encoder, vae = parts["unet"], parts["text_encoder"], parts["vae"]
     text = configs["text_encoder"]
     network_parameters = count_parameters(unet)
     unet.to(dtype if train == "lora" else torch.float32)
@@ -79,22 +78,14 @@ def stable_diffusion_sizes(
     )
 
 
-def _unet(config: dict[str, Any]) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)
-
-
-def _vae(config: dict[str, Any]) -> nn.Module:
+def meta_parts(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A pipeline's networks on the meta device, by the names that diffusers gives them."""
     import diffusers
-
-    with torch.device("meta"):
-        return getattr(diffusers, config["_class_name"]).from_config(config)
-
-
-def _text_encoder(config: dict[str, Any]) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):
-        return CLIPTextModel(CLIPTextConfig(**config))
+        return {
+            "unet": diffusers.UNet2DConditionModel.from_config(configs["unet"]),
+            "vae": getattr(diffusers, configs["vae"]["_class_name"]).from_config(configs["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        }

@@ -1,0 +1,31 @@
+"""The pipeline of random weights is one: it loads, draws and learns in half precision, and is always the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.diffusion.policy_stable_diffusion import StableDiffusion
+from common.diffusion.rollout import draw
+from common.recipe_tables import SamplingTable
+from tests.benchmarks.random_stable_diffusion import save_random_pipeline
+
+SAMPLING = SamplingTable(num_steps=2)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_it_draws_pictures_that_are_neither_flat_nor_overflown(dtype: str, tmp_path: Path) -> None:
+    model = save_random_pipeline(tmp_path / "model", "tiny")
+    policy = StableDiffusion(model=str(model), dtype=dtype).load("cpu", SAMPLING, "sampler")
+    trajectory = draw(policy, ["a cat", "a cat with a very long name"], [1, 2], SAMPLING)
+    pictures = policy.decode(trajectory.final_latents)
+    assert pictures.shape == (2, 16, 16, 3)
+    assert pictures.float().std() > 10
+    assert trajectory.log_probs.isfinite().all()
+    assert trajectory.conditioning["prompt_embeds"].shape == (2, 77, 16)
+
+
+def test_equal_calls_write_equal_weights(tmp_path: Path) -> None:
+    first, second = (save_random_pipeline(tmp_path / name, "tiny", torch.bfloat16) for name in ("a", "b"))
+    for file in first.rglob("*.safetensors"):
+        assert file.read_bytes() == (second / file.relative_to(first)).read_bytes()
