@@ -25,6 +25,8 @@ def settle(runtime: RuntimeTable) -> str:
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic)
+    # It would fill every new tensor, so that a read of memory that nobody wrote is found; bits do not depend on it.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     return "cuda" if runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
 

@@ -48,6 +48,22 @@ def make_trainable(network: Any, train: str, lora: LoraSettings) -> None:
         parameter.data = parameter.data.float()
 
 
+def compute_adapters_in(network: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Let float32 adapters compute in the half precision of the layers beside them, by autocast in these layers alone.
+
+    Autocast around the whole network would have every norm in float32, with its activations written and read twice as wide.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            adapted: Any = layer
+            adapted.cast_input_dtype_enabled = (
+                False  # else to float32, which autocast takes back: the same bits, two copies
+            )
+            adapted.forward = torch.autocast(device.partition(":")[0], dtype)(adapted.forward)
+
+
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """Name to parameter, in the network's own order, which is the order in every LoraWeights."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}

@@ -152,7 +152,7 @@ def select_rows(conditioning: Conditioning, index: Int[Tensor, "B"]) -> Conditio
 
 
 def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
-    """Half precision for the network around float32 adapters; nothing where the network is float32."""
+    """Half precision for a network whose weights are float32; nothing where it is to compute in float32."""
     return torch.autocast(device.partition(":")[0], dtype, enabled=dtype != torch.float32)
 
 

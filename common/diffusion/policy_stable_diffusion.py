@@ -10,7 +10,14 @@ from pydantic import Field
 from torch import Tensor
 
 from common.diffusion.compiled import CompiledNetwork
-from common.diffusion.lora import LoraSettings, MergedAdapters, load_lora, make_trainable, save_lora
+from common.diffusion.lora import (
+    LoraSettings,
+    MergedAdapters,
+    compute_adapters_in,
+    load_lora,
+    make_trainable,
+    save_lora,
+)
 from common.diffusion.policy import EMBEDDED_MODELS, Conditioning, Policy, PolicyConfig, Role, autocast, quiet_libraries
 from common.diffusion.scheduler_ddim import ddim_table, ddim_transition, training_target
 from common.diffusion.sizes import PolicySizes
@@ -52,6 +59,9 @@ class StableDiffusionPolicy(Policy):
         self.latent_shape = (self.network.config.in_channels, size, size)
         self._embeddings: dict[str, Tensor] = {}
         make_trainable(self.network, config.train, config.lora)
+        if config.train == "lora" and self.dtype != torch.float32:
+            compute_adapters_in(self.network, device, self.dtype)
+        self._autocast = autocast(device, self.dtype if config.train == "full" else torch.float32)
         self.merged = MergedAdapters(self.network) if config.merge_adapters and role == "sampler" else None
         self._compiled: CompiledNetwork | None = None
 
@@ -107,7 +117,7 @@ class StableDiffusionPolicy(Policy):
 
     def _predict(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
         inputs = latents.to(self.dtype), timesteps, embeds.to(self.dtype)
-        with autocast(self.device, self.dtype):
+        with self._autocast:
             return self._compiled(*inputs) if self._compiled else self.network(*inputs, return_dict=False)[0]
 
     def denoise(

@@ -17,7 +17,7 @@ from common.trajectory import Rollout
 from deploy.parts import Parts, parts_of
 from learner.learner import Learner
 from learner.round_buffer import RoundBuffer
-from tests.benchmarks.embedded_model import machine, seconds
+from tests.benchmarks.timing import machine, seconds
 
 ROUND_IMAGES = 64
 REPEATS = 2

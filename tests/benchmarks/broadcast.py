@@ -14,7 +14,7 @@ import ray
 from ray._private.internal_api import node_stats
 
 from common.lora_weights import LoraWeights, pack
-from tests.benchmarks.embedded_model import machine
+from tests.benchmarks.timing import machine
 from tests.system.nodes import local_nodes
 
 MEGABYTES = (3, 50)

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.benchmarks.embedded_model import RECIPE, machine
+from tests.benchmarks.embedded_model import RECIPE
+from tests.benchmarks.timing import machine
 
 
 def run(seed: int, folder: Path, overrides: list[str]) -> dict:

@@ -1,10 +1,6 @@
 """make bench: sampling, scoring and learning on the embedded model, each beside a bare loop over the same network."""
 
-import os
-import platform
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
@@ -21,6 +17,7 @@ from common.trajectory import Rollout, TrainBatch, Trajectory
 from deploy.parts import Parts, parts_of
 from learner.learner import Learner
 from learner.round_buffer import RoundBuffer
+from tests.benchmarks.timing import machine, seconds
 from train import train
 
 RECIPE = "deploy/recipes/demo.toml"
@@ -42,13 +39,6 @@ class Row:
         ratio = median(first / second for first, second in zip(self.bare, self.ours, strict=True))
         rate = f"{self.count / ours:8.1f} {self.unit}/s"
         return f"| {self.what:<9} | {bare:7.3f} s | {ours:7.3f} s | {rate:<22} | {ratio:5.2f} |"
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """How long `work` takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def interleaved(bare: Callable[[], object], ours: Callable[[], object]) -> tuple[list[float], list[float]]:
@@ -139,13 +129,6 @@ def ray_rounds() -> str:
     return (
         f"Ray, lag 1, a thread a role: {metrics['seconds/round']:.2f} s a round; parts {spelled} s; ratio {ratio:.2f}"
     )
-
-
-def machine() -> str:
-    """What the figures belong to."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    date = time.strftime("%Y-%m-%d")
-    return f"{date}, commit {commit}, {os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}"
 
 
 def main() -> None:

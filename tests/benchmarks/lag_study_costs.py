@@ -14,8 +14,8 @@ from common.trajectory import TrainBatch, Trajectory
 from deploy.parts import parts_of
 from learner.learner import Learner
 from learner.learner_state import LearnerState
-from tests.benchmarks.embedded_model import machine, seconds
 from tests.benchmarks.study import StudyRun
+from tests.benchmarks.timing import machine, seconds
 
 REPEATS = 3
 

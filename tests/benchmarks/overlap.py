@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import mean
 
 from common.config import Recipe
-from tests.benchmarks.embedded_model import RECIPE, machine
+from tests.benchmarks.embedded_model import RECIPE
 from tests.benchmarks.stand_in_run import Proportion, ideal_seconds, local_ray, run
+from tests.benchmarks.timing import machine
 from train import train
 
 LAGS = (0, 1, 2)

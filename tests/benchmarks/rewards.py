@@ -16,7 +16,7 @@ import torch
 from actors.rewards import REWARDS
 from actors.rewards.reward import LoadedReward
 from common.registry import build
-from tests.benchmarks.embedded_model import machine, seconds
+from tests.benchmarks.timing import machine, seconds
 from tests.tiny_clip import save_tiny_head, save_tiny_tokenizer, vocabulary
 
 ANIMALS = ["cat", "dog", "horse", "ant"]

@@ -13,8 +13,8 @@ import psutil
 
 from common.config import Recipe
 from deploy.commands.scale import scale
-from tests.benchmarks.embedded_model import machine
 from tests.benchmarks.memory import Event, Sample, chart, growths, sample
+from tests.benchmarks.timing import machine
 from tests.system.disturbances import ROLES, rounds_done, wait_until
 from tests.system.drivers import Driver, committed_fingerprint, wait_until_gone
 from tests.tiny_pipeline import save_tiny_pipeline

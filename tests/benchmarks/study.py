@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.embedded_model import machine
+from tests.benchmarks.timing import machine
 
 KEPT = ("reward/mean", "seconds/sample", "seconds/score", "seconds/learn", "lag/max", "clip_fraction", "kl_nats")
 ALSO_KEPT = ("ratio/max_abs_log", "masked_fraction", "behaviour_weight/mean", "kl_reference_nats")

@@ -21,7 +21,7 @@ from common.config import Recipe
 from common.diffusion.rollout import draw
 from common.runtime import settle
 from deploy.parts import parts_of
-from tests.benchmarks.embedded_model import machine
+from tests.benchmarks.timing import machine
 from tests.rated_pictures import warmth, write_csv
 from tests.tiny_clip import save_tiny_clip
 

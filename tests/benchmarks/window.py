@@ -11,7 +11,7 @@ from common.schedule import round_tasks
 from common.trajectory import TrainBatch
 from deploy.parts import Parts, parts_of
 from learner.learner import Learner
-from tests.benchmarks.embedded_model import machine, seconds
+from tests.benchmarks.timing import machine, seconds
 
 RECIPE = "deploy/recipes/demo.toml"
 REPEATS = 5

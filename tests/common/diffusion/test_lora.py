@@ -13,6 +13,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from common.diffusion.lora import (
     FILE_NAME,
     LoraSettings,
+    MergedAdapters,
+    compute_adapters_in,
     load_lora,
     load_weights,
     lora_file,
@@ -184,3 +186,40 @@ def test_weights_of_other_names_are_refused_with_what_is_lacking_and_what_is_for
     ) as error:
         load_weights(network, renamed)
     assert name in str(error.value)
+
+
+def test_merged_adapters_give_the_same_output_and_leave_nothing_of_the_version_before(tiny_model: Path) -> None:
+    network, separate = network_with(tiny_model, RANK_2), network_with(tiny_model, RANK_2)
+    first, second = read_weights(network, 1), read_weights(network_with(tiny_model, RANK_2, seed=2), 2)
+    merged, seen = MergedAdapters(network), []
+    for weights in (first, second, first):
+        load_weights(network, weights)
+        load_weights(separate, weights)
+        merged.merge()
+        seen.append(output(network))
+        torch.testing.assert_close(seen[-1], output(separate), rtol=1e-5, atol=1e-5)
+    assert torch.equal(seen[0], seen[2])  # to the bit, however many versions came between
+    assert not torch.allclose(seen[0], seen[1], atol=1e-2)
+    assert len(trained_parameters(network)) == len(trained_parameters(separate))
+
+
+def test_adapters_compute_in_half_precision_as_under_autocast_and_norms_are_not_widened(tiny_model: Path) -> None:
+    network = network_with(tiny_model, RANK_2).to(torch.bfloat16)
+    for parameter in trained_parameters(network).values():
+        parameter.data = parameter.data.float()
+    layer = next(module for name, module in network.named_modules() if name.endswith("attn1.to_q"))
+    rows = torch.randn(2, 8, layer.get_base_layer().in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(rows)
+    compute_adapters_in(network, "cpu", torch.bfloat16)
+    assert torch.equal(layer(rows), expected) and layer(rows).dtype == torch.bfloat16
+    dtypes: set[torch.dtype] = set()
+    for module in network.modules():
+        if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            module.register_forward_hook(lambda _, given, result: dtypes.update((given[0].dtype, result.dtype)))
+    result = network(
+        torch.randn(2, 4, 8, 8).bfloat16(), torch.tensor([900, 10]), torch.randn(2, 8, 16).bfloat16()
+    ).sample
+    result.float().square().mean().backward()
+    assert dtypes == {torch.bfloat16}
+    assert {parameter.grad.dtype for parameter in trained_parameters(network).values()} == {torch.float32}

@@ -219,3 +219,33 @@ def test_whole_networks_do_not_train_in_float16(tiny_model: Path) -> None:
 def test_the_embedded_models_resolution_is_counted_by_its_own_autoencoder() -> None:
     assert StableDiffusion(model="tiny_animals", resolution=32).latent_size() == 8
     assert StableDiffusion(model="tiny_animals").latent_size() is None
+
+
+def test_a_samplers_network_may_have_a_dtype_of_its_own_and_nothing_else_has(tiny_model: Path) -> None:
+    config = StableDiffusion(model=str(tiny_model), sampler_dtype="bfloat16")
+    sampler, learner = (config.load("cpu", SAMPLING, role) for role in ("sampler", "learner"))
+    assert sampler.network.conv_in.weight.dtype == torch.bfloat16
+    assert sampler.vae.dtype == sampler.text_encoder.dtype == learner.network.conv_in.weight.dtype == torch.float32
+    assert {value.dtype for value in trained_parameters(sampler.network).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("keys", "differ"),
+    [
+        ({}, False),
+        ({"compile": "both", "merge_adapters": True}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"dtype": "bfloat16", "sampler_dtype": "bfloat16"}, False),
+        ({"sampler_dtype": "float16"}, True),
+        ({"dtype": "bfloat16", "sampler_dtype": "float32"}, True),
+        ({"dtype": "float16", "compile": "both"}, True),
+        ({"dtype": "float16", "merge_adapters": True}, True),
+    ],
+)
+def test_numerics_differ_where_rounding_in_half_precision_falls_elsewhere(keys: dict, differ: bool) -> None:
+    assert StableDiffusion(model="tiny_animals", **keys).numerics_differ is differ
+
+
+def test_only_adapters_are_merged() -> None:
+    with pytest.raises(ValueError, match='merge_adapters is true and train "full"'):
+        StableDiffusion(model="tiny_animals", train="full", merge_adapters=True)
