@@ -36,6 +36,7 @@ TRL_KEYS = {  # the demo's recipe in TRL's form: learned from all steps, each pr
     "sampling.step_fraction": "1.0",
     "sampling.untrained_last_steps": "0",
     "learner.learning_rate": "4e-3",
+    "learner.micro_batch_size": "16",  # as train_batch_size, which decides it with TRL
     "rounds": str(TRL_ROUNDS),
 }
 HELD_OUT = {"evaluation.images": "90"}  # drawn as TRL draws: all 15 steps with noise
