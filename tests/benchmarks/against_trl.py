@@ -22,7 +22,7 @@ from tests.parity.sides import trl_config
 
 TRL = "TRL"
 FOLDER = Path("runs/bench")
-REPEATS = 4
+REPEATS = 3
 THREADS = 2
 SAME = {  # for both sides
     "sampling.num_steps": "20",

@@ -25,7 +25,7 @@ class RoundProcess:
     """One such process; it is silent but for its answers, and its log says the rest."""
 
     def __init__(self, command: list[str], log: Path) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         with log.open("w") as errors:
             self._process = subprocess.Popen(
                 command,

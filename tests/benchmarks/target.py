@@ -109,7 +109,7 @@ def versions(side: str, seed: int, folder: Path) -> list[Version]:
 
 
 def evaluate(seeds: list[int], folder: Path, overrides: list[str]) -> Iterator[Point]:
-    """Every second version, TRL's first, which set the target; and of each side the one before it reached that."""
+    """Every second version up to the last, TRL's first, which set the target; and of each side the one before it got there."""
     held_out = HeldOut(trl_recipe(0, [*words(HELD_OUT), *overrides]))
     before = held_out.worth(None)
     for seed in seeds:
@@ -117,7 +117,7 @@ def evaluate(seeds: list[int], folder: Path, overrides: list[str]) -> Iterator[P
         for side in (TRL, OURS):
             yield Point(side, seed, 0, 0.0, before.reward, before.top1)
             of_side, seen = versions(side, seed, folder), []
-            for version in of_side[VERSIONS_APART - 1 :: VERSIONS_APART]:
+            for version in of_side[::-VERSIONS_APART][::-1]:
                 seen.append(point_of(version, held_out))
                 yield seen[-1]
             target = seen[-1].reward if target is None else target

@@ -59,7 +59,11 @@ def test_both_sides_of_the_target_train_the_same_model_on_as_many_pictures_of_th
     assert ours.recipe.images_per_round == theirs.recipe.images_per_round == 64
     assert TRL_KEYS["rounds"] == str(theirs.recipe.rounds)
     assert ours.recipe.sampling.guidance_scale == theirs.recipe.sampling.guidance_scale
-    assert (ours.policy, ours.rewards, ours.prompts.listed()) == (theirs.policy, theirs.rewards, theirs.prompts.listed())
+    assert (ours.policy, ours.rewards, ours.prompts.listed()) == (
+        theirs.policy,
+        theirs.rewards,
+        theirs.prompts.listed(),
+    )
 
 
 CURVES = [
