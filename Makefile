@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system test-thorough same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast rewards-bench soak pretrain clean
+.PHONY: demo test test-system test-thorough same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast rewards-bench soak bench-trl bench-target pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -27,7 +27,7 @@ same-bits: $(VENV)/installed
 	DDPO_TEST_ROUNDS=12 $(BIN)/python -m pytest -m "system or same_bits" tests/system/test_same_bits.py tests/system/test_resume.py
 
 parity: $(VENV)/installed $(TRL_VENV)/installed
-	$(BIN)/python -m pytest -m parity -s tests/parity
+	$(BIN)/python -m pytest -m parity -s tests/parity tests/benchmarks/test_against_trl.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -49,6 +49,12 @@ broadcast: $(VENV)/installed
 
 rewards-bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.rewards
+
+bench-trl: $(VENV)/installed $(TRL_VENV)/installed
+	$(BIN)/python -m tests.benchmarks.against_trl
+
+bench-target: $(VENV)/installed $(TRL_VENV)/installed
+	$(BIN)/python -m tests.benchmarks.target --chart docs/against_trl.png
 
 soak: $(VENV)/installed
 	rm -rf runs/soak

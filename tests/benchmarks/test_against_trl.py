@@ -1,0 +1,150 @@
+"""The comparison with TRL: its tables by hand, what each side is told, and, in TRL's environment, rounds of both."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+from safetensors.numpy import load_file
+
+from common.config import Recipe
+from deploy.parts import parts_of
+from tests.benchmarks import target_results
+from tests.benchmarks.against_trl import SAME, TRL, caption, one_round, read_rows, table, trl_job, words, write_rows
+from tests.benchmarks.embedded_model import RECIPE
+from tests.benchmarks.round_process import our_process, trl_process
+from tests.benchmarks.target import FAST, TRL_KEYS, Version, evaluate, trl_recipe, versions
+from tests.benchmarks.target_results import OURS, Point, draw_chart, first_past, read_points, write_points
+from train import train
+
+
+def row(side: str, repeat: int, scale: float, **more: float) -> dict:
+    times = {"sampling": 2 * scale, "scoring": 0.5, "learning": 5 * scale, "round": 8 * scale}
+    facts = {"machine": "2 cores", "versions": "torch 2", "peak_bytes": 1e9 * scale}
+    return {"side": side, "repeat": repeat, **times, **more, **facts}
+
+
+def test_the_table_leaves_the_first_round_out_and_takes_ratios_within_a_repeat(tmp_path: Path) -> None:
+    ours = [
+        row("a, b", repeat, scale, bare_sampling=1.0, bare_learning=4.0) for repeat, scale in enumerate((9, 1, 2, 1))
+    ]
+    rows = [*(row(TRL, repeat, scale) for repeat, scale in enumerate((7, 3, 4, 5))), *ours]
+    write_rows(iter(rows), tmp_path / "rows.csv")
+    again = read_rows(tmp_path / "rows.csv")
+    assert again == rows and "bare_sampling" not in again[0]
+    lines = table(again).splitlines()
+    # Ratios are 3/1, 4/2 and 5/1; the bare loop's 1/2, 1/4, 1/2 and 4/5, 4/10, 4/5.
+    assert lines[2] == "| TRL | 8.00 s | 20.00 s | 32.00 s | 1.00 | 1.00 | 1.00 | – | – | 56.0 s | 7,000 MB |"
+    assert lines[3] == "| a, b | 2.00 s | 5.00 s | 8.00 s | 3.00 | 3.00 | 3.00 | 0.50 | 0.80 | 72.0 s | 9,000 MB |"
+    assert len({line.count("|") for line in lines}) == 1
+    assert "medians of 3 interleaved rounds" in caption(again)
+
+
+def test_trl_is_told_the_same_rounds() -> None:
+    parts = parts_of(Recipe.load(RECIPE, [*words(SAME, {"rounds": "3"}), "--seed", "4"]))
+    job = trl_job(parts)
+    config, sampling = job["config"], parts.recipe.sampling
+    assert Path(job["model"], "model_index.json").is_file() and len(job["prompts"]) == 45
+    assert (config["sample_batch_size"], config["sample_num_batches_per_epoch"], config["sample_num_steps"]) == (
+        8,
+        4,
+        20,
+    )
+    assert (config["train_batch_size"], config["train_learning_rate"], config["seed"]) == (8, 3e-4, 4)
+    assert sampling.kept_steps(sampling.num_steps) == 20 and job["device"] == "cpu"  # TRL learns from all of them
+
+
+def test_both_sides_of_the_target_train_the_same_model_on_as_many_pictures_of_the_same_reward_a_round() -> None:
+    ours, theirs = parts_of(Recipe.load(FAST)), parts_of(trl_recipe(0, []))
+    assert ours.recipe.images_per_round == theirs.recipe.images_per_round == 64
+    assert TRL_KEYS["rounds"] == str(theirs.recipe.rounds)
+    assert ours.recipe.sampling.guidance_scale == theirs.recipe.sampling.guidance_scale
+    assert (ours.policy, ours.rewards, ours.prompts.listed()) == (
+        theirs.policy,
+        theirs.rewards,
+        theirs.prompts.listed(),
+    )
+
+
+CURVES = [
+    *(Point(TRL, 0, round, 60.0 * round, -2.0 + 0.1 * round, 0.9) for round in range(4)),
+    *(Point(OURS, 0, round, 30.0 * round, -2.0 + 0.16 * round, 0.8) for round in range(4)),
+    *(Point(TRL, 1, round, 60.0 * round, (-2.0, -1.5, -1.6)[round], 0.9) for round in range(3)),
+    *(Point(OURS, 1, round, 30.0 * round, -2.0, 0.8) for round in range(3)),
+]
+
+
+def test_the_target_is_trls_end_and_the_first_version_past_it_counts(tmp_path: Path) -> None:
+    write_points(reversed(CURVES), tmp_path / "points.csv", "2 cores")
+    points, machine = read_points(tmp_path / "points.csv")
+    assert machine == "2 cores" and sorted(map(str, points)) == sorted(map(str, CURVES))
+    lines = target_results.table(points).splitlines()
+    first = "3.00 min, round 3, named 0.90 | 1.00 min, round 2, named 0.80 | 3.00 |"
+    assert lines[2] == f"| 0 | -2.000 | -1.700 (+15.0 %) | {first}"
+    # TRL itself was there a round before its end, and that round is its time.
+    assert lines[3] == "| 1 | -2.000 | -1.600 (+20.0 %) | 1.00 min, round 1, named 0.90 | not reached | – |"
+    assert lines[-1] == "median: 3.00 ×"
+    assert first_past([], -3.0) is None
+    draw_chart(points, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def small(tables: dict, tmp_path: Path) -> str:
+    """The path of the tiny recipe, with what an evaluation needs."""
+    scorer = {"name": "animal_classifier", "measure": "top1"}
+    tables = {**tables, "evaluation": {"images": 3, "scorers": [scorer]}, "checkpoint": {"every": 1, "keep": 9}}
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return str(tmp_path / "recipe.toml")
+
+
+def test_our_side_makes_rounds_that_are_those_of_the_command(small: str, tmp_path: Path) -> None:
+    with our_process(small, [], tmp_path, "ours") as process:
+        assert set(process.answer()["versions"]) >= {"torch", "diffusers"}
+        one_round(process, bare=True)
+        last = process.ask(save=str(tmp_path / "weights.safetensors"))
+    train(Recipe.load(small), serial=True)
+    (*_, version) = our_versions(small, tmp_path)
+    assert same_arrays(load_file(tmp_path / "weights.safetensors"), version.arrays())
+    parts = ("sampling", "scoring", "learning")
+    assert 0 < sum(last[part] for part in parts) <= last["round"] and last["peak_bytes"] > 1e8
+
+
+def our_versions(small: str, folder: Path) -> list[Version]:
+    (folder / "ours-seed0").symlink_to(Recipe.load(small).run_path())
+    return versions(OURS, 0, folder)
+
+
+def same_arrays(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parity
+def test_both_sides_make_rounds_and_their_adapters_are_drawn_with(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "trl-seed0"
+    place.mkdir()
+    job = trl_job(parts_of(Recipe.load(small)))
+    with trl_process(job, place) as process:
+        assert process.answer()["versions"]["trl"] == "0.23.1"
+        answers = [process.ask(save=str(place / f"{round:06d}.safetensors")) for round in (1, 2)]
+    for answer in answers:
+        parts = [answer[part] for part in ("sampling", "scoring", "learning")]
+        assert min(parts) > 0 and sum(parts) <= answer["round"] and answer["reward"] < 0
+    (place / "times.json").write_text("[1.5, 3.0]")
+    train(Recipe.load(small), serial=True)
+    our_versions(small, tmp_path)
+    monkeypatch.setattr("tests.benchmarks.target.RECIPE", small)
+    points = list(evaluate([0], tmp_path, []))
+    rewards = {(point.side, point.round): point.reward for point in points}
+    assert rewards[TRL, 0] == rewards[OURS, 0] and rewards[TRL, 2] not in (rewards[TRL, 0], rewards[OURS, 2])
+    assert next(point.seconds for point in points if (point.side, point.round) == (TRL, 2)) == 3.0
+
+
+def test_a_side_that_dies_says_why(small: str, tmp_path: Path) -> None:
+    with (
+        our_process(small, ["--rounds", "0"], tmp_path, "ours") as process,
+        pytest.raises(RuntimeError, match="rounds"),
+    ):
+        process.answer()
