@@ -65,8 +65,9 @@ class RayRolloutStream(RolloutStream):
     def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
         self._moved = time.monotonic()
         places = [(round, int(stream), index) for index in tasks]
-        while not self._done.keys() >= set(places):
-            self._wait((), f"round {round} waits for its {stream.name.lower()} rollouts")
+        for place in places:
+            while place not in self._done:
+                self._wait((), f"round {round} waits for its {stream.name.lower()} rollouts")
         return [self._done.pop(place) for place in places]
 
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
