@@ -1,7 +1,6 @@
 """Many images' seeds at once: numpy's SeedSequence over a range of last words, bit for bit, in arithmetic on whole arrays."""
 
 import numpy as np
-from jaxtyping import UInt32, UInt64
 
 # Of numpy.random.SeedSequence, whose results numpy promises to keep (NEP 19); after O'Neill's seed_seq_fe.
 INIT_A, MULT_A = 0x43B0D7E5, 0x931E8875
@@ -19,14 +18,14 @@ class _Hash:
         self._constant = constant
         self._multiplier = multiplier
 
-    def __call__(self, values: UInt32[np.ndarray, "N"]) -> UInt32[np.ndarray, "N"]:
+    def __call__(self, values: np.ndarray) -> np.ndarray:
         values = values ^ np.uint32(self._constant)
         self._constant = self._constant * self._multiplier & MASK
         values = values * np.uint32(self._constant)
         return values ^ values >> SHIFT
 
 
-def _mixed(first: UInt32[np.ndarray, "N"], second: UInt32[np.ndarray, "N"]) -> UInt32[np.ndarray, "N"]:
+def _mixed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     values = MIX_LEFT * first - MIX_RIGHT * second
     return values ^ values >> SHIFT
 
@@ -39,8 +38,8 @@ def _words(number: int) -> list[int]:
     return words
 
 
-def hashed_words(entropy: list[int], count: int) -> UInt64[np.ndarray, "N"]:
-    """For each number i below `count`: SeedSequence([*entropy, i]).generate_state(1, numpy.uint64)."""
+def hashed_words(entropy: list[int], count: int) -> np.ndarray:
+    """For each number i below `count`: SeedSequence([*entropy, i]).generate_state(1, numpy.uint64), as uint64 [count]."""
     assert 0 <= count <= MASK, "a last word of 32 bits"
     constant = [word for number in entropy for word in _words(number)]
     words = [np.full(count, word, np.uint32) for word in constant] + [np.arange(count, dtype=np.uint32)]
