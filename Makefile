@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system test-thorough same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast rewards-bench soak pretrain clean
+.PHONY: demo test test-system test-thorough same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast scale rewards-bench soak pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -46,6 +46,9 @@ overlap: $(VENV)/installed
 
 broadcast: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.broadcast
+
+scale: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.scale
 
 rewards-bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.rewards

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -33,24 +32,13 @@ from deploy.workers import Workers
 from learner.learner_group import RayLearnerGroup
 from learner.learner_state import LearnerState
 from tests.benchmarks.broadcast import stored_bytes
+from tests.benchmarks.scale_fit import Cost
 from tests.benchmarks.scale_stand_ins import SamplerHandle, SamplerHost, ScorerStandIn, Setting
 from tests.benchmarks.stand_in_run import CPUS_OF_A_SLEEPER, local_ray
 from train import run_rounds
 
 REWARD_WORKERS = 2
 WARM_UP = 1  # rounds: connections are made, caches filled
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a round of a setting took, means over the rounds measured."""
-
-    seconds: float  # a round, beyond what its samplers were told to take
-    driver_cpu: float  # seconds of the driver's process, Ray's threads in it included
-    driver_python: float  # of these, of its own thread
-    cluster_cpu: float  # seconds of Ray's own processes: GCS, raylet, agents
-    driver_peak: float  # MB: the highest resident memory over that before the first round
-    stored: float  # MB a round that the object store took in
 
 
 class LearnerStandIn:
