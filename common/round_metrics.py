@@ -9,6 +9,10 @@ import psutil
 from common.named_rows import rows_by_name
 from common.trajectory import Rollout, TrainBatch
 
+MOST_PROMPTS = (
+    1000  # of a round, that have a metric each: trackers keep every name, and the driver the last rounds' metrics
+)
+
 
 @dataclass(frozen=True)
 class StreamReport:
@@ -99,6 +103,8 @@ def reward_metrics(
     for name, floor in (floors or {}).items():
         metrics[f"reward/{name}/below_floor"] = float((parts[name] < floor).mean())
     of_prompts = rows_by_name([prompts[image] for image in kept])
+    if len(of_prompts) > MOST_PROMPTS:
+        return metrics
     return metrics | {f"reward/prompt/{text}": float(rewards[of_prompts[text]].mean()) for text in sorted(of_prompts)}
 
 
