@@ -29,6 +29,8 @@ class Actor:
     ready: Call = field(default_factory=Call)
     draw: Call = field(default_factory=Call)
     forget: Call = field(default_factory=Call)
+    score: Call = field(default_factory=Call)
+    score_together: Call = field(default_factory=Call)
 
 
 class Answers:
