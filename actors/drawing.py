@@ -80,8 +80,8 @@ class Drawing:
             self._queued_rounds += task.trains
 
     def references(self) -> list[Any]:
-        """What to wait for."""
-        return list(self._attempts)
+        """What to wait for: the first call of each sampler, which answers them in order."""
+        return [sampler.calls[0] for sampler in self._samplers.workers if sampler.calls]
 
     def holds(self, reference: Any) -> bool:
         """Whether `reference` is one of them."""

@@ -120,11 +120,10 @@ class RayRolloutStream(RolloutStream):
         if not waiting:  # everybody is dead, and the replacements are not due yet
             time.sleep(POLL_SECONDS)
             return []
-        # Without fetch_local=False Ray would pull what is ready to the driver's node.
-        first, others = ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
-        if first and others:
-            first = first + ray.wait(others, num_returns=len(others), timeout=0, fetch_local=False)[0]
-        return first
+        # Ray looks at all of them in each call: one call finds many while much is ready, and one of them while little is.
+        # Without fetch_local=False it would pull what is ready to the driver's node.
+        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
+        return ready or ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)[0]
 
     def _take(self, reference: Any) -> None:
         now = time.monotonic()

@@ -23,7 +23,9 @@ AXES: dict[str, list[Setting]] = {
     "images_per_task": [Setting(images=256 * size, images_per_task=size, pixels=64) for size in (1, 4, 16, 64)],
     "steps": [Setting(steps=steps) for steps in (1, 10, 25, 50)],
     "pixels": [Setting(pixels=pixels) for pixels in (64, 128, 256, 512)],
-    "samplers": [Setting(MANY_TASKS, samplers=samplers, busy_seconds=2) for samplers in (1, 4, 16, 64, 256)],
+    "samplers": [
+        Setting(MANY_TASKS, samplers=samplers, busy_seconds=2, uneven=True) for samplers in (1, 4, 16, 64, 256)
+    ],
     "processes": [Setting(2048, samplers=32, processes=processes) for processes in (1, 4, 16, 32)],
     "weight_bytes": [Setting(weight_bytes=size) for size in (1_000, 1_000_000, 10_000_000, 50_000_000, 200_000_000)],
 }

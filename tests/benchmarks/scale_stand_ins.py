@@ -27,6 +27,7 @@ class Setting:
     processes: int = 4  # that the samplers share
     weight_bytes: int = 3_000_000  # rank-4 adapters of Stable Diffusion 1.5
     busy_seconds: float = 0.0  # that every sampler draws in a round
+    uneven: bool = False  # every second sampler is half as fast as the others, and together they are as fast
 
     @property
     def tasks(self) -> int:
@@ -44,10 +45,10 @@ class Setting:
         """An image's pixels."""
         return 3 * self.pixels * self.pixels
 
-    @property
-    def task_seconds(self) -> float:
+    def task_seconds(self, sampler: int) -> float:
         """How long a sampler sleeps over a task."""
-        return self.busy_seconds * self.samplers / self.tasks
+        slowness = (0.75, 1.5)[sampler % 2] if self.uneven else 1.0
+        return slowness * self.busy_seconds * self.samplers / self.tasks
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ class SamplerHost:
             if task.place in self._forgotten:
                 self._forgotten.remove(task.place)
                 return None, None, None
-            if self._setting.task_seconds:
-                await asyncio.sleep(self._setting.task_seconds)
-            images, seconds = len(task.seeds), self._setting.task_seconds
+            images, seconds = len(task.seeds), self._setting.task_seconds(sampler)
+            if seconds:
+                await asyncio.sleep(seconds)
             trajectory = np.zeros(images * self._setting.trajectory_bytes, np.uint8)
             pictures = np.zeros((images, self._setting.picture_bytes), np.uint8)
             fingerprints = tuple(f"{seed:064x}" for seed in task.seeds)
