@@ -18,6 +18,7 @@ SIZES = {
     "MB of weights": lambda setting: setting.weight_bytes / 1e6,
     "MB drawn": lambda setting: setting.images * (setting.trajectory_bytes + setting.picture_bytes) / 1e6,
 }
+ROUNDING = 1e-9  # of the solution
 FITTED = ("driver_cpu", "cluster_cpu", "driver_peak")
 ON_PAPER = (
     Setting(1024, 8, samplers=16),
@@ -69,15 +70,16 @@ def least_squares(sizes: np.ndarray, costs: np.ndarray) -> np.ndarray:
 
     A cost that would be negative is noise about 0: its column is left out, the most negative first.
     """
-    weight = 1 / np.maximum(costs, 1e-9)
-    kept = [column for column in range(sizes.shape[1]) if sizes[:, column].any()]
+    shares = sizes / np.maximum(costs, 1e-9)[:, None]
+    lengths = np.linalg.norm(shares, axis=0)
+    kept = [column for column in range(sizes.shape[1]) if lengths[column]]
     while True:
-        found, *_ = np.linalg.lstsq(sizes[:, kept] * weight[:, None], costs * weight, rcond=None)
-        if not kept or found.min() >= 0:
+        found, *_ = np.linalg.lstsq(shares[:, kept] / lengths[kept], np.ones(len(costs)), rcond=None)
+        if not kept or found.min() >= -ROUNDING * np.abs(found).max():
             break
         kept.pop(int(found.argmin()))
     costs_a_unit = np.zeros(sizes.shape[1])
-    costs_a_unit[kept] = found
+    costs_a_unit[kept] = found.clip(0) / lengths[kept]
     return costs_a_unit
 
 
