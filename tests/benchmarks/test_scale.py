@@ -50,6 +50,7 @@ FOUND = [
     *(measured("images", Setting(images=images)) for images in (64, 512, 4096)),
     *(measured("images_per_task", Setting(images=64 * size, images_per_task=size)) for size in (1, 16)),
     *(measured("samplers", Setting(samplers=samplers)) for samplers in (1, 64)),
+    measured("steps", Setting(steps=50)),
 ]
 
 
