@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from actors.call_names import CallNames
 from actors.pace import Pace
 from actors.worker_pool import Worker, WorkerPool
 from common.schedule import Place, Stream, Task
@@ -53,6 +54,7 @@ class Drawing:
         self._samplers = samplers
         self._pace = pace
         self._retries = retries  # by reason; the stream reports them
+        self._names = CallNames()
         self._weights: dict[int, Any] = {}
         self._queue: list[Place] = []
         self._queued: set[Place] = set()  # what is in the queue
@@ -114,7 +116,8 @@ class Drawing:
 
     def _give(self, asked: Asked, sampler: Worker, now: float) -> None:
         # In the dashboard; the class comes first because Ray also makes it the name of the sampler's process.
-        draw = sampler.actor.draw.options(num_returns=3, name=f"Sampler: draw {asked.task.title}")
+        name = self._names.of(f"Sampler: draw {asked.task.title}", f"Sampler: draw {asked.task.title_of_round}")
+        draw = sampler.actor.draw.options(num_returns=3, name=name)
         report, trajectory, images = draw.remote(asked.task, asked.weights)
         attempt = Attempt(asked, sampler, report, trajectory, images)
         self._attempts[report] = self._in_hands.setdefault(asked.task.place, {})[report] = attempt

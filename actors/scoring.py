@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from actors.call_names import CallNames
 from actors.drawing import Drawn
 from actors.reward_worker import ScoringFailed
 from actors.scoring_job import ScoringBatch, ScoringJob, backoff_seconds
@@ -71,6 +72,11 @@ class _Call:
         ]
         return f"RewardWorker: score {'; '.join(pieces)}"
 
+    @property
+    def title_of_round(self) -> str:
+        """The same of the first task's round."""
+        return f"RewardWorker: score {self.parts[0][0].drawn.report.task.title_of_round}"
+
 
 class Scoring:
     """Hands batches out in order; counts only the reward's own errors, time-outs and non-finite answers against it."""
@@ -79,6 +85,7 @@ class Scoring:
         self._pool = pool
         self._workers = pool.workers
         self._retries = retries
+        self._names = CallNames()
         self._open: dict[Place, _Open] = {}
         self._listed: list[Place] = []  # a heap: tasks with batches that wait for a worker
         self._paused: list[_Open] = []  # tasks whose batches wait for their time, after a failure
@@ -146,13 +153,14 @@ class Scoring:
 
     def _give(self, worker: Worker, parts: tuple[tuple[_Open, ScoringBatch], ...], now: float) -> None:
         call = _Call(parts, worker)
+        name = self._names.of(call.title, call.title_of_round)
         if len(parts) == 1:
             ((open, batch),) = parts
-            score = worker.actor.score.options(name=call.title)
+            score = worker.actor.score.options(name=name)
             reference = score.remote(open.drawn.images, batch.first, batch.last)
         else:
             cuts = tuple((batch.first, batch.last) for _, batch in parts)
-            score = worker.actor.score_together.options(name=call.title)
+            score = worker.actor.score_together.options(name=name)
             reference = score.remote(cuts, *(open.drawn.images for open, _ in parts))
         self._calls[reference] = call
         self._workers.give(worker, reference, now)

@@ -52,9 +52,13 @@ class Task:
     @property
     def title(self) -> str:
         """What it is, for people: `round 12, task 3 (version 11)`, or `evaluation of version 4, task 0`."""
-        if self.trains:
-            return f"round {self.round}, task {self.index} (version {self.policy_version})"
-        return f"evaluation of version {self.policy_version}, task {self.index}"
+        version = f" (version {self.policy_version})" if self.trains else ""
+        return f"{self.title_of_round}, task {self.index}{version}"
+
+    @property
+    def title_of_round(self) -> str:
+        """What it is a task of: `round 12`, or `evaluation of version 4`."""
+        return f"round {self.round}" if self.trains else f"evaluation of version {self.policy_version}"
 
 
 def image_seed(run_seed: int, stream: Stream, round: int, image: int) -> int:
