@@ -22,10 +22,10 @@ def extend_statistics(
     statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], buffer_size: int
 ) -> PromptStatistics:
     """The statistics with a round's rewards added in task order, keeping the last `buffer_size` of each prompt."""
-    extended = dict(statistics)
-    for prompt, rows in rows_by_name(prompts).items():
-        extended[prompt] = (*extended.get(prompt, ()), *rewards[rows].tolist())[-buffer_size:]
-    return extended
+    added: dict[str, list[float]] = {}
+    for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+        added.setdefault(prompt, []).append(reward)
+    return statistics | {name: (*statistics.get(name, ()), *new)[-buffer_size:] for name, new in added.items()}
 
 
 def per_prompt_advantages(
