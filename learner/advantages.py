@@ -36,13 +36,11 @@ def per_prompt_advantages(
     A prompt with fewer than `min_count` rewards is held against the whole round instead.
     """
     rewards = rewards.astype(np.float64)
-    round_mean, round_std = rewards.mean(), rewards.std()
-    advantages = np.empty_like(rewards)
+    advantages = (rewards - rewards.mean()) / (rewards.std() + PROMPT_EPSILON)
     for prompt, rows in rows_by_name(prompts).items():
-        history = np.array(statistics[prompt])
-        enough = len(history) >= min_count
-        mean, std = (history.mean(), history.std()) if enough else (round_mean, round_std)
-        advantages[rows] = (rewards[rows] - mean) / (std + PROMPT_EPSILON)
+        if len(statistics[prompt]) >= min_count:
+            history = np.array(statistics[prompt])
+            advantages[rows] = (rewards[rows] - history.mean()) / (history.std() + PROMPT_EPSILON)
     return advantages
 
 
