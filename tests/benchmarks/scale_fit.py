@@ -32,7 +32,7 @@ ON_PAPER = (
 class Cost:
     """What a round of a setting took, means over the rounds measured."""
 
-    seconds: float  # a round, beyond what its samplers were told to take
+    seconds: float  # a round, beyond what its samplers take if none is ever idle
     driver_cpu: float  # seconds of the driver's process, Ray's threads in it included
     driver_python: float  # of these, of its own thread
     cluster_cpu: float  # seconds of Ray's own processes: GCS, raylet, agents

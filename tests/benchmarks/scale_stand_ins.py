@@ -45,10 +45,18 @@ class Setting:
         """An image's pixels."""
         return 3 * self.pixels * self.pixels
 
+    @property
+    def drawing_seconds(self) -> float:
+        """How long all samplers together take for a round, if none is ever idle."""
+        speeds = [1 / self._slowness(sampler) for sampler in range(self.samplers)]
+        return self.busy_seconds * self.samplers / sum(speeds)
+
+    def _slowness(self, sampler: int) -> float:
+        return (0.75, 1.5)[sampler % 2] if self.uneven else 1.0
+
     def task_seconds(self, sampler: int) -> float:
         """How long a sampler sleeps over a task."""
-        slowness = (0.75, 1.5)[sampler % 2] if self.uneven else 1.0
-        return slowness * self.busy_seconds * self.samplers / self.tasks
+        return self._slowness(sampler) * self.busy_seconds * self.samplers / self.tasks
 
 
 @dataclass(frozen=True)
