@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system test-thorough same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast rewards-bench soak bench-trl bench-target pretrain clean
+.PHONY: demo test test-system test-thorough same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast rewards-bench soak scale bench-trl bench-target bench-gpu pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -47,6 +47,9 @@ overlap: $(VENV)/installed
 broadcast: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.broadcast
 
+scale: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.scale
+
 rewards-bench: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.rewards
 
@@ -55,6 +58,10 @@ bench-trl: $(VENV)/installed $(TRL_VENV)/installed
 
 bench-target: $(VENV)/installed $(TRL_VENV)/installed
 	$(BIN)/python -m tests.benchmarks.target --chart docs/against_trl.png
+
+# On a machine with a GPU; TRL's environment is made with that machine's torch.
+bench-gpu: $(VENV)/installed $(TRL_VENV)/installed
+	$(BIN)/python -m tests.benchmarks.gpu --trl-python $(TRL_VENV)/bin/python
 
 soak: $(VENV)/installed
 	rm -rf runs/soak

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from actors.call_names import CallNames
 from actors.pace import Pace
 from actors.worker_pool import Worker, WorkerPool
 from common.schedule import Place, Stream, Task
@@ -53,10 +54,15 @@ class Drawing:
         self._samplers = samplers
         self._pace = pace
         self._retries = retries  # by reason; the stream reports them
+        self._names = CallNames()
         self._weights: dict[int, Any] = {}
         self._queue: list[Place] = []
+        self._queued: set[Place] = set()  # what is in the queue
+        self._queued_rounds = 0  # of these, to be learned from
         self._open: dict[Place, Asked] = {}  # not drawn yet
         self._attempts: dict[Any, Attempt] = {}
+        self._in_hands: dict[Place, dict[Any, Attempt]] = {}  # the same, by task
+        self._behind: list[Place] = []  # a heap: tasks that wait behind another one in a sampler's hands, or did once
 
     def publish(self, policy_version: int, weights: Any, versions_kept: int) -> None:
         """Make a version's weights, by reference, available to tasks; forget those that none can ask for."""
@@ -67,11 +73,17 @@ class Drawing:
     def submit(self, task: Task, weights: Any = None) -> None:
         """Queue a task. Its policy version must have been published, or it comes with its weights, by reference."""
         self._open[task.place] = Asked(task, self._weights[task.policy_version] if weights is None else weights)
-        heapq.heappush(self._queue, task.place)
+        self._enqueue(task)
+
+    def _enqueue(self, task: Task) -> None:
+        if task.place not in self._queued:
+            heapq.heappush(self._queue, task.place)
+            self._queued.add(task.place)
+            self._queued_rounds += task.trains
 
     def references(self) -> list[Any]:
-        """What to wait for."""
-        return list(self._attempts)
+        """What to wait for: the first call of each sampler, which answers them in order."""
+        return [sampler.calls[0] for sampler in self._samplers.workers if sampler.calls]
 
     def holds(self, reference: Any) -> bool:
         """Whether `reference` is one of them."""
@@ -93,19 +105,36 @@ class Drawing:
 
     def _rounds_wait(self) -> bool:
         """Whether a task is queued that is to be learned from."""
-        return any(stream == Stream.TRAINING for _, stream, _ in self._queue)
+        return self._queued_rounds > 0
 
     def _give_next(self, sampler: Worker, now: float) -> None:
         place = heapq.heappop(self._queue)
+        self._queued.remove(place)
+        self._queued_rounds -= place[1] == Stream.TRAINING
         if place in self._open:
             self._give(self._open[place], sampler, now)
 
     def _give(self, asked: Asked, sampler: Worker, now: float) -> None:
         # In the dashboard; the class comes first because Ray also makes it the name of the sampler's process.
-        draw = sampler.actor.draw.options(num_returns=3, name=f"Sampler: draw {asked.task.title}")
+        name = self._names.of(f"Sampler: draw {asked.task.title}", f"Sampler: draw {asked.task.title_of_round}")
+        draw = sampler.actor.draw.options(num_returns=3, name=name)
         report, trajectory, images = draw.remote(asked.task, asked.weights)
-        self._attempts[report] = Attempt(asked, sampler, report, trajectory, images)
+        attempt = Attempt(asked, sampler, report, trajectory, images)
+        self._attempts[report] = self._in_hands.setdefault(asked.task.place, {})[report] = attempt
+        if sampler.calls:
+            heapq.heappush(self._behind, asked.task.place)
         self._samplers.give(sampler, report, now)
+
+    def _let_go(self, report: Any) -> Attempt:
+        """An attempt that is over."""
+        attempt = self._attempts.pop(report)
+        of_task = self._in_hands[attempt.task.place]
+        del of_task[report]
+        if not of_task:
+            del self._in_hands[attempt.task.place]
+        elif len(of_task) == 1:  # it may wait behind another one, and is nowhere else now
+            heapq.heappush(self._behind, attempt.task.place)
+        return attempt
 
     def _suspect_overdue(self, now: float) -> None:
         for sampler in self._samplers.loaded:
@@ -118,14 +147,12 @@ class Drawing:
                     self._again(self._attempts[call].task, "overdue")
 
     def _again(self, task: Task, reason: str) -> None:
-        if task.place in self._open and task.place not in self._queue and not self._in_good_hands(task):
+        if task.place in self._open and task.place not in self._queued and not self._in_good_hands(task):
             self._retries[reason] = self._retries.get(reason, 0) + 1
-            heapq.heappush(self._queue, task.place)
+            self._enqueue(task)
 
     def _in_good_hands(self, task: Task) -> bool:
-        return any(
-            attempt.task.place == task.place and not attempt.sampler.suspect for attempt in self._attempts.values()
-        )
+        return any(not attempt.sampler.suspect for attempt in self._in_hands.get(task.place, {}).values())
 
     def _idle(self) -> Worker | None:
         sampler = self._samplers.free()
@@ -133,19 +160,16 @@ class Drawing:
 
     def _waiting_behind(self) -> Asked | None:
         """The first task that waits behind another one in a sampler's hands, and is nowhere else."""
-        behind = [call for sampler in self._samplers.loaded for call in sampler.calls[1:]]
-        asked = [self._attempts[call].asked for call in behind]
-        alone = [each for each in asked if each.task.place in self._open and self._attempts_of(each.task) == 1]
-        return min(alone, key=lambda each: each.task.place, default=None)
-
-    def _attempts_of(self, task: Task) -> int:
-        return sum(attempt.task.place == task.place for attempt in self._attempts.values())
+        while self._behind:
+            attempts = list(self._in_hands.get(heapq.heappop(self._behind), {}).values())
+            alone = attempts[0] if len(attempts) == 1 else None
+            if alone and alone.task.place in self._open and alone.sampler.calls[0] != alone.report:
+                return alone.asked
+        return None
 
     def _take_over(self, asked: Asked, sampler: Worker, now: float) -> None:
-        place = asked.task.place
-        for attempt in list(self._attempts.values()):
-            if attempt.task.place == place:
-                attempt.sampler.actor.forget.options(concurrency_group="health").remote(place)
+        for attempt in self._in_hands[asked.task.place].values():
+            attempt.sampler.actor.forget.options(concurrency_group="health").remote(asked.task.place)
         self._give(asked, sampler, now)
 
     def finished(self, report: Any, now: float) -> Drawn | None:
@@ -153,7 +177,7 @@ class Drawing:
 
         An error of the sampler's own code is raised.
         """
-        attempt = self._attempts.pop(report)
+        attempt = self._let_go(report)
         try:
             value: TaskReport | None = ray.get(report)
         except RayActorError as error:
@@ -177,7 +201,7 @@ class Drawing:
 
     def _sampler_died(self, attempt: Attempt, reason: str) -> None:
         calls = self._samplers.lost(attempt.sampler, reason)
-        tasks = [attempt.task, *(self._attempts.pop(call).task for call in calls if call in self._attempts)]
+        tasks = [attempt.task, *(self._let_go(call).task for call in calls if call in self._attempts)]
         for task in tasks:
             self._again(task, "sampler_died")
 
@@ -186,11 +210,11 @@ class Drawing:
         for sampler in list(self._samplers.loaded):
             if sampler.suspect and now - sampler.head_since > seconds:
                 for call in self._samplers.lost(sampler, f"no answer for {seconds:.0f} s"):
-                    self._again(self._attempts.pop(call).task, "sampler_silent")
+                    self._again(self._let_go(call).task, "sampler_silent")
 
     def inflight(self) -> int:
         """Tasks in samplers' hands."""
-        return len({attempt.task.place for attempt in self._attempts.values()})
+        return len(self._in_hands)
 
     def waiting_for(self) -> list[str]:
         """Who has what in hand, a line each, for the watchdog's dump."""

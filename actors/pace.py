@@ -14,13 +14,15 @@ class Pace:
     def __init__(self, overdue_factor: float) -> None:
         self._factor = overdue_factor
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
+        self._usual = 0.0  # their median
 
     def add(self, seconds: float, images: int) -> None:
         """A task of so many images was done in so many seconds."""
         self._seconds.append(seconds / images)
+        self._usual = median(self._seconds)
 
     def is_overdue(self, seconds: float, images: int) -> bool:
         """Whether a task of so many images that has taken so many seconds is over the factor of its peers' median."""
         if len(self._seconds) < FEWEST:
             return False
-        return seconds > max(SHORTEST_SECONDS, self._factor * median(self._seconds) * images)
+        return seconds > max(SHORTEST_SECONDS, self._factor * self._usual * images)

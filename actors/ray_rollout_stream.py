@@ -65,8 +65,9 @@ class RayRolloutStream(RolloutStream):
     def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
         self._moved = time.monotonic()
         places = [(round, int(stream), index) for index in tasks]
-        while not self._done.keys() >= set(places):
-            self._wait((), f"round {round} waits for its {stream.name.lower()} rollouts")
+        for place in places:
+            while place not in self._done:
+                self._wait((), f"round {round} waits for its {stream.name.lower()} rollouts")
         return [self._done.pop(place) for place in places]
 
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
@@ -119,11 +120,10 @@ class RayRolloutStream(RolloutStream):
         if not waiting:  # everybody is dead, and the replacements are not due yet
             time.sleep(POLL_SECONDS)
             return []
-        # Without fetch_local=False Ray would pull what is ready to the driver's node.
-        first, others = ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
-        if first and others:
-            first = first + ray.wait(others, num_returns=len(others), timeout=0, fetch_local=False)[0]
-        return first
+        # Ray looks at all of them in each call: one call finds many while much is ready, and one of them while little is.
+        # Without fetch_local=False it would pull what is ready to the driver's node.
+        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
+        return ready or ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)[0]
 
     def _take(self, reference: Any) -> None:
         now = time.monotonic()

@@ -1,17 +1,19 @@
 """Scoring: drawn tasks in the hands of a pool of reward workers, with a deadline a batch and another worker after a failure."""
 
+import heapq
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from actors.call_names import CallNames
 from actors.drawing import Drawn
 from actors.reward_worker import ScoringFailed
 from actors.scoring_job import ScoringBatch, ScoringJob, backoff_seconds
 from actors.worker_pool import Worker, WorkerPool
 from common.recipe_tables import RewardPoolTable
-from common.schedule import Task
+from common.schedule import Place, Task
 from common.trajectory import Scores
 
 
@@ -45,8 +47,14 @@ class _Open:
     drawn: Drawn
     job: ScoringJob
     not_before: float = 0.0
+    paused: bool = False  # until then, after a failure
     last_failed: Worker | None = None
     gone: bool = False  # its pictures are lost: the task is drawn again
+    listed: bool = False  # among those that a worker may be given now
+
+    @property
+    def place(self) -> Place:
+        return self.drawn.report.task.place
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,11 @@ class _Call:
         ]
         return f"RewardWorker: score {'; '.join(pieces)}"
 
+    @property
+    def title_of_round(self) -> str:
+        """The same of the first task's round."""
+        return f"RewardWorker: score {self.parts[0][0].drawn.report.task.title_of_round}"
+
 
 class Scoring:
     """Hands batches out in order; counts only the reward's own errors, time-outs and non-finite answers against it."""
@@ -72,14 +85,23 @@ class Scoring:
         self._pool = pool
         self._workers = pool.workers
         self._retries = retries
-        self._open: list[_Open] = []
+        self._names = CallNames()
+        self._open: dict[Place, _Open] = {}
+        self._listed: list[Place] = []  # a heap: tasks with batches that wait for a worker
+        self._paused: list[_Open] = []  # tasks whose batches wait for their time, after a failure
         self._calls: dict[Any, _Call] = {}
 
     def submit(self, drawn: Drawn) -> None:
         """Queue a drawn task."""
         table = self._pool.table
         job = ScoringJob(self._pool.names, len(drawn.report.task.seeds), table.batch_size, table.attempts)
-        self._open.append(_Open(drawn, job))
+        open = self._open[drawn.report.task.place] = _Open(drawn, job)
+        self._list(open)
+
+    def _list(self, open: _Open) -> None:
+        if open.job.waiting and not (open.listed or open.paused or open.gone):
+            open.listed = True
+            heapq.heappush(self._listed, open.place)
 
     def references(self) -> list[Any]:
         """What to wait for."""
@@ -94,30 +116,51 @@ class Scoring:
         for worker in list(self._workers.loaded):
             if worker.calls and now - worker.head_since > self._pool.table.timeout_seconds:
                 self._timed_out(worker, now)
-        for open in sorted(self._open, key=lambda open: open.drawn.report.task.place):
-            while open.job.waiting and now >= open.not_before and (worker := self._workers.free(open.last_failed)):
-                self._give(worker, self._next_parts(open, now), now)
+        self._list_paused(now)
+        while (open := self._next()) and (worker := self._workers.free(open.last_failed)):
+            self._give(worker, self._next_parts(open), now)
 
-    def _next_parts(self, open: _Open, now: float) -> tuple[tuple[_Open, ScoringBatch], ...]:
-        """The task's next batch; where batches do not matter, filled up with what other tasks have waiting now."""
+    def _list_paused(self, now: float) -> None:
+        """Whoever was paused, from his time on."""
+        paused, self._paused = self._paused, []
+        for open in paused:
+            if now < open.not_before:
+                self._paused.append(open)
+            else:
+                open.paused = False
+                self._list(open)
+
+    def _next(self) -> _Open | None:
+        """The first task with a batch that a worker may be given now."""
+        while self._listed:
+            open = self._open.get(self._listed[0])
+            if open and open.listed and open.job.waiting:
+                return open
+            heapq.heappop(self._listed)
+            if open:
+                open.listed = False
+        return None
+
+    def _next_parts(self, open: _Open) -> tuple[tuple[_Open, ScoringBatch], ...]:
+        """The task's next batch; where batches do not matter, filled up with what the next tasks have waiting now."""
         parts = [(open, open.job.waiting.pop(0))]
         if self._pool.independent and not parts[0][1].failures:
             room = self._pool.table.batch_size - parts[0][1].size
-            for other in [each for each in self._open if now >= each.not_before]:
-                while other.job.waiting and not other.job.waiting[0].failures and other.job.waiting[0].size <= room:
-                    parts.append((other, other.job.waiting.pop(0)))
-                    room -= parts[-1][1].size
+            while (other := self._next()) and not other.job.waiting[0].failures and other.job.waiting[0].size <= room:
+                parts.append((other, other.job.waiting.pop(0)))
+                room -= parts[-1][1].size
         return tuple(parts)
 
     def _give(self, worker: Worker, parts: tuple[tuple[_Open, ScoringBatch], ...], now: float) -> None:
         call = _Call(parts, worker)
+        name = self._names.of(call.title, call.title_of_round)
         if len(parts) == 1:
             ((open, batch),) = parts
-            score = worker.actor.score.options(name=call.title)
+            score = worker.actor.score.options(name=name)
             reference = score.remote(open.drawn.images, batch.first, batch.last)
         else:
             cuts = tuple((batch.first, batch.last) for _, batch in parts)
-            score = worker.actor.score_together.options(name=call.title)
+            score = worker.actor.score_together.options(name=name)
             reference = score.remote(cuts, *(open.drawn.images for open, _ in parts))
         self._calls[reference] = call
         self._workers.give(worker, reference, now)
@@ -133,6 +176,7 @@ class Scoring:
         self._count("reward_worker_died")
         for open, batch in reversed(call.parts):
             open.job.lost(batch)
+            self._list(open)
 
     def _failed(self, call: _Call, reason: str, kind: str, now: float) -> None:
         self._count(kind)
@@ -143,6 +187,10 @@ class Scoring:
     def _pause(self, open: _Open, batch: ScoringBatch, worker: Worker, now: float) -> None:
         open.not_before = now + backoff_seconds(batch.failures + 1)
         open.last_failed = worker
+        open.listed = False
+        if not open.paused:
+            open.paused = True
+            self._paused.append(open)
 
     def _count(self, reason: str) -> None:
         self._retries[reason] = self._retries.get(reason, 0) + 1
@@ -189,24 +237,25 @@ class Scoring:
 
     def forget(self, drawn: Drawn) -> None:
         """The task's pictures are lost, as another pool has found: it will be submitted again."""
-        for open in [open for open in self._open if open.drawn is drawn]:
+        open = self._open.get(drawn.report.task.place)
+        if open and open.drawn is drawn:
             self._close(open)
 
     def _close(self, open: _Open) -> None:
         open.gone = True
-        self._open.remove(open)
+        del self._open[open.place]
 
     def _done(self, call: _Call) -> ScoringOutcome:
         done = [open for open in dict.fromkeys(open for open, _ in call.parts) if not open.gone and open.job.finished]
         for open in done:
-            self._open.remove(open)
+            del self._open[open.place]
         return ScoringOutcome(tuple((open.drawn, open.job.scores()) for open in done))
 
     def waiting_for(self) -> list[str]:
         """Who has what in hand, a line each, for the watchdog's dump."""
         what = ", ".join(self._pool.names)
-        lines = [f"pictures of task {open.drawn.report.task.place} wait for scores of {what}" for open in self._open]
+        lines = [f"pictures of task {open.place} wait for scores of {what}" for open in self._open.values()]
         for call in self._calls.values():
-            places = ", ".join(str(open.drawn.report.task.place) for open, _ in call.parts)
+            places = ", ".join(str(open.place) for open, _ in call.parts)
             lines.append(f"task {places} is in the hands of {call.worker.name}")
         return lines

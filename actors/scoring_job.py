@@ -44,6 +44,8 @@ class ScoringJob:
         return sum(batch.size for batch, _ in self._scored) + self._alone_without_scores() == self.count
 
     def _alone_without_scores(self) -> int:
+        if not self._set_aside:
+            return 0
         scored = {row for batch, _ in self._scored for row in range(batch.first, batch.last)}
         return len(self._set_aside.keys() - scored)
 

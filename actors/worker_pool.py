@@ -1,5 +1,6 @@
 """WorkerPool: the actors of one role; they come, load, work, die and are replaced, or are retired."""
 
+import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Worker:
     head_since: float = 0.0  # since when it works on the first of its calls
     suspect: bool = False  # overdue: it gets nothing more until it answers
     retiring: bool = False
+    gone: bool = False  # no longer of its pool
 
     @property
     def name(self) -> str:
@@ -74,6 +76,11 @@ class WorkerPool:
         self._seconds = 0.0  # of loaded workers that are gone, since the last report
         self._reported = time.monotonic()
         self.workers: list[Worker] = []
+        self._loading: dict[Any, Worker] = {}  # by the reference to wait for
+        self._able: list[
+            tuple[int, int]
+        ] = []  # a heap: calls in hand and index of who may be given another, or could once
+        self._listed: dict[tuple[int, int], Worker] = {}  # what is in the heap
         self.wanted = 0
         self.scale(count)
 
@@ -97,7 +104,9 @@ class WorkerPool:
 
     def _start(self) -> None:
         actor = self._make(self._next_index)
-        self.workers.append(Worker(self._next_index, actor, actor.ready.remote(), time.monotonic()))
+        worker = Worker(self._next_index, actor, actor.ready.remote(), time.monotonic())
+        self.workers.append(worker)
+        self._loading[worker.loading] = worker
         self._next_index += 1
 
     def _let_go(self, worker: Worker) -> None:
@@ -105,13 +114,21 @@ class WorkerPool:
             self._remove(worker)
 
     def _remove(self, worker: Worker) -> None:
+        worker.gone = True
+        for calls in range(TASKS_AHEAD):
+            self._listed.pop((calls, worker.index), None)
+        self._able = sorted(self._listed)
         if worker.loading is None:
             self._seconds += time.monotonic() - max(worker.since, self._reported)
+        else:
+            self._loading.pop(worker.loading, None)
         self.workers.remove(worker)
         ray.kill(worker.actor)
 
     def tick(self, now: float) -> None:
         """Start the replacements that are due."""
+        if not self._start_at:
+            return
         due = [moment for moment in self._start_at if moment <= now]
         self._start_at = [moment for moment in self._start_at if moment > now]
         for _ in due:
@@ -119,35 +136,61 @@ class WorkerPool:
 
     def references(self) -> list[Any]:
         """What to wait for: workers that load their models."""
-        return [worker.loading for worker in self.workers if worker.loading is not None]
+        return list(self._loading)
 
     def take_loaded(self, reference: Any) -> bool:
         """Whether `reference` was a worker's loading, which is over now. An error in a constructor is raised."""
-        for worker in self.workers:
-            if worker.loading is not None and worker.loading == reference:
-                try:
-                    ray.get(reference)
-                except RayActorError as error:
-                    if error.actor_init_failed:  # the same would happen to the next one
-                        raise
-                    self.lost(worker, str(error))
-                else:
-                    worker.loading, worker.since = None, time.monotonic()
-                return True
-        return False
+        worker = self._loading.get(reference)
+        if worker is None:
+            return False
+        try:
+            ray.get(reference)
+        except RayActorError as error:
+            if error.actor_init_failed:  # the same would happen to the next one
+                raise
+            self.lost(worker, str(error))
+        else:
+            del self._loading[reference]
+            worker.loading, worker.since = None, time.monotonic()
+            self._list(worker)
+        return True
 
     def free(self, avoid: Worker | None = None) -> Worker | None:
         """The loaded worker with the fewest calls in hand that may be given another; None where none may."""
-        able = [worker for worker in self.loaded if not worker.retiring and not worker.suspect]
-        able = [worker for worker in able if len(worker.calls) < TASKS_AHEAD]
-        others = [worker for worker in able if worker is not avoid]
-        return min(others or able, key=lambda worker: (len(worker.calls), worker.index), default=None)
+        first = self._first_able()
+        if first is None or first is not avoid:
+            return first
+        entry = heapq.heappop(self._able)
+        other = self._first_able()
+        heapq.heappush(self._able, entry)
+        return other or first
+
+    def _first_able(self) -> Worker | None:
+        """The first of the heap, without what is no longer as it was when it was listed."""
+        while self._able:
+            worker = self._listed[self._able[0]]
+            if self._able[0] == self._place_of(worker):
+                return worker
+            del self._listed[heapq.heappop(self._able)]
+        return None
+
+    def _place_of(self, worker: Worker) -> tuple[int, int] | None:
+        """Where a worker stands among those that may be given another call; None: it may not."""
+        able = worker.loading is None and not worker.retiring and not worker.suspect
+        return (len(worker.calls), worker.index) if able and len(worker.calls) < TASKS_AHEAD else None
+
+    def _list(self, worker: Worker) -> None:
+        place = self._place_of(worker)
+        if place is not None and place not in self._listed:
+            self._listed[place] = worker
+            heapq.heappush(self._able, place)
 
     def give(self, worker: Worker, call: Any, now: float) -> None:
         """Note that `worker` has `call` in its hands."""
         if not worker.calls:
             worker.head_since = now
         worker.calls.append(call)
+        self._list(worker)
 
     def answered(self, worker: Worker, call: Any, now: float) -> float:
         """Note that `call` is over; the seconds that it took, as the driver saw it."""
@@ -156,11 +199,12 @@ class WorkerPool:
         worker.calls.remove(call)
         worker.head_since, worker.suspect = now, False
         self._let_go(worker)
+        self._list(worker)
         return seconds
 
     def lost(self, worker: Worker, reason: str) -> list[Any]:
         """A dead or hung worker: its calls, to be given to others. Another is started after a pause that grows."""
-        if worker not in self.workers:
+        if worker.gone:
             return []
         calls, worker.calls = worker.calls, []
         self._remove(worker)
@@ -182,4 +226,5 @@ class WorkerPool:
         """End all actors."""
         for worker in self.workers:
             ray.kill(worker.actor)
-        self.workers, self._start_at = [], []
+            worker.gone = True
+        self.workers, self._start_at, self._loading = [], [], {}

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 
+from common.named_rows import rows_by_name
 from common.trajectory import Rollout, TrainBatch
+
+MOST_PROMPTS = (
+    1000  # of a round, that have a metric each: trackers keep every name, and the driver the last rounds' metrics
+)
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,10 @@ def reward_metrics(
         metrics |= {f"reward/{name}/mean": float(values.mean()), f"reward/{name}/std": float(values.std())}
     for name, floor in (floors or {}).items():
         metrics[f"reward/{name}/below_floor"] = float((parts[name] < floor).mean())
-    texts = np.array(prompts)[kept]
-    return metrics | {f"reward/prompt/{text}": float(rewards[texts == text].mean()) for text in np.unique(texts)}
+    of_prompts = rows_by_name([prompts[image] for image in kept])
+    if len(of_prompts) > MOST_PROMPTS:
+        return metrics
+    return metrics | {f"reward/prompt/{text}": float(rewards[of_prompts[text]].mean()) for text in sorted(of_prompts)}
 
 
 def _idle(busy: float, there: float) -> float:

@@ -6,6 +6,7 @@ from enum import IntEnum
 import numpy as np
 
 from common.config import Recipe
+from common.image_seeds import hashed_words
 from common.prompts import Draw, Prompt
 
 Place = tuple[int, int, int]  # a task's round, what it is for, and its index there: also the order of all tasks
@@ -51,15 +52,25 @@ class Task:
     @property
     def title(self) -> str:
         """What it is, for people: `round 12, task 3 (version 11)`, or `evaluation of version 4, task 0`."""
-        if self.trains:
-            return f"round {self.round}, task {self.index} (version {self.policy_version})"
-        return f"evaluation of version {self.policy_version}, task {self.index}"
+        version = f" (version {self.policy_version})" if self.trains else ""
+        return f"{self.title_of_round}, task {self.index}{version}"
+
+    @property
+    def title_of_round(self) -> str:
+        """What it is a task of: `round 12`, or `evaluation of version 4`."""
+        return f"round {self.round}" if self.trains else f"evaluation of version {self.policy_version}"
 
 
 def image_seed(run_seed: int, stream: Stream, round: int, image: int) -> int:
     """The seed of one image, 0 … 2**63 − 1: a hash of its place in the run, with its purpose in the lowest two bits."""
     word = np.random.SeedSequence([run_seed, int(stream), round, image]).generate_state(1, np.uint64)[0]
     return int(word) >> 1 & ~0b11 | int(stream)
+
+
+def image_seeds(run_seed: int, stream: Stream, round: int, count: int) -> list[int]:
+    """`image_seed` of a round's first `count` images, all at once: one by one, a million of them take many seconds."""
+    words = hashed_words([run_seed, int(stream), round], count)
+    return (words >> np.uint64(1) & ~np.uint64(0b11) | np.uint64(stream)).tolist()
 
 
 def policy_version(round: int, max_policy_lag: int) -> int:
@@ -91,8 +102,10 @@ def window_of_round(recipe: Recipe, round: int) -> range | None:
 def round_tasks(recipe: Recipe, round: int, draw: Draw) -> list[Task]:
     """All tasks of a round, in order. A pure function of the recipe and the round, given a pure `draw`."""
     group = recipe.prompts.images_per_prompt
-    prompts = [_draw_prompt(recipe.seed, round, image // group, draw) for image in range(recipe.images_per_round)]
-    seeds = [image_seed(recipe.seed, Stream.TRAINING, round, image) for image in range(recipe.images_per_round)]
+    groups = range(-(-recipe.images_per_round // group))
+    of_groups = [_draw_prompt(recipe.seed, round, number, draw) for number in groups]
+    prompts = [of_groups[image // group] for image in range(recipe.images_per_round)]
+    seeds = image_seeds(recipe.seed, Stream.TRAINING, round, recipe.images_per_round)
     size = recipe.sampling.batch_size
     version, window = policy_version(round, recipe.max_policy_lag), window_of_round(recipe, round)
     return [

@@ -3,6 +3,8 @@
 import numpy as np
 from jaxtyping import Float
 
+from common.named_rows import rows_by_name
+
 PromptStatistics = dict[str, tuple[float, ...]]  # the last rewards of each prompt, oldest first
 
 ROUND_EPSILON = 1e-8  # ddpo-pytorch and TRL, without tracking
@@ -20,10 +22,10 @@ def extend_statistics(
     statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], buffer_size: int
 ) -> PromptStatistics:
     """The statistics with a round's rewards added in task order, keeping the last `buffer_size` of each prompt."""
-    extended = dict(statistics)
-    for prompt, reward in zip(prompts, rewards, strict=True):
-        extended[prompt] = (*extended.get(prompt, ()), float(reward))[-buffer_size:]
-    return extended
+    added: dict[str, list[float]] = {}
+    for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+        added.setdefault(prompt, []).append(reward)
+    return statistics | {name: (*statistics.get(name, ()), *new)[-buffer_size:] for name, new in added.items()}
 
 
 def per_prompt_advantages(
@@ -34,13 +36,11 @@ def per_prompt_advantages(
     A prompt with fewer than `min_count` rewards is held against the whole round instead.
     """
     rewards = rewards.astype(np.float64)
-    round_mean, round_std = rewards.mean(), rewards.std()
-    advantages = np.empty_like(rewards)
-    for place, (prompt, reward) in enumerate(zip(prompts, rewards, strict=True)):
-        history = np.array(statistics[prompt])
-        enough = len(history) >= min_count
-        mean, std = (history.mean(), history.std()) if enough else (round_mean, round_std)
-        advantages[place] = (reward - mean) / (std + PROMPT_EPSILON)
+    advantages = (rewards - rewards.mean()) / (rewards.std() + PROMPT_EPSILON)
+    for prompt, rows in rows_by_name(prompts).items():
+        if len(statistics[prompt]) >= min_count:
+            history = np.array(statistics[prompt])
+            advantages[rows] = (rewards[rows] - history.mean()) / (history.std() + PROMPT_EPSILON)
     return advantages
 
 
@@ -84,10 +84,9 @@ def softmax_weights(
     rewards: Float[np.ndarray, "N"], groups: list[str], inverse_temperature: float
 ) -> Float[np.ndarray, "N"]:
     """∝ exp(inverse_temperature · reward) among the images with the same name in `groups`, with mean 1 over them."""
-    rewards, names = rewards.astype(np.float64), np.array(groups)
+    rewards = rewards.astype(np.float64)
     weights = np.empty_like(rewards)
-    for name in dict.fromkeys(groups):
-        chosen = names == name
+    for chosen in rows_by_name(groups).values():
         powers = np.exp(inverse_temperature * (rewards[chosen] - rewards[chosen].max()))
         weights[chosen] = powers / powers.mean()
     return weights
@@ -101,11 +100,11 @@ def sparse_weights(
     A prompt with fewer than `min_count` rewards is held against the whole round instead.
     """
     of_round = np.percentile(rewards, percentile)
-    bars = [
-        np.percentile(statistics[prompt], percentile) if len(statistics[prompt]) >= min_count else of_round
-        for prompt in prompts
-    ]
-    return (rewards.astype(np.float64) >= np.array(bars)).astype(np.float64)
+    bars = np.empty(len(prompts))
+    for prompt, rows in rows_by_name(prompts).items():
+        enough = len(statistics[prompt]) >= min_count
+        bars[rows] = np.percentile(statistics[prompt], percentile) if enough else of_round
+    return (rewards.astype(np.float64) >= bars).astype(np.float64)
 
 
 def optimality(advantages: Float[np.ndarray, "N"], clip: float) -> Float[np.ndarray, "N"]:

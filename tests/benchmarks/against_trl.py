@@ -16,8 +16,9 @@ from typing import Any
 from common.config import Recipe
 from common.diffusion.policy import EMBEDDED_MODELS
 from deploy.parts import Parts, parts_of
-from tests.benchmarks.embedded_model import RECIPE, machine
+from tests.benchmarks.embedded_model import RECIPE
 from tests.benchmarks.round_process import RoundProcess, our_process, trl_process
+from tests.benchmarks.timing import machine
 from tests.parity.sides import trl_config
 
 TRL = "TRL"

@@ -22,7 +22,7 @@ from common.config import Recipe
 from common.diffusion.lora import trained_parameters
 from common.schedule import round_tasks
 from common.trajectory import Rollout
-from deploy.parts import Parts, parts_of
+from deploy.parts import Parts, entries_of
 from learner.learner import Learner
 from learner.round_buffer import RoundBuffer
 
@@ -122,7 +122,7 @@ def main(path: Path) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     job = json.loads(path.read_text(encoding="utf-8"))
-    rounds = OurRounds(parts_of(Recipe.load(job["recipe"], job["overrides"])))
+    rounds = OurRounds(entries_of(Recipe.load(job["recipe"], job["overrides"])))
     print(json.dumps({"ready": True, "versions": {name: version(name) for name in LIBRARIES}}), file=answers)
     for line in sys.stdin:
         print(json.dumps(answer(rounds, json.loads(line))), file=answers)

@@ -23,10 +23,11 @@ from common.run_folder import RunFolder
 from deploy.parts import parts_of
 from learner.checkpoint import MANIFEST, load_weights
 from tests.benchmarks.against_trl import FOLDER, TRL, trl_job, words
-from tests.benchmarks.embedded_model import RECIPE, machine
+from tests.benchmarks.embedded_model import RECIPE
 from tests.benchmarks.held_out import HeldOut
 from tests.benchmarks.round_process import trl_process
 from tests.benchmarks.target_results import OURS, Point, draw_chart, read_points, table, write_points
+from tests.benchmarks.timing import machine
 
 FAST = "deploy/recipes/tiny/fast.toml"
 SEEDS = (0, 1, 2)

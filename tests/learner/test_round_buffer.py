@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from common import round_metrics
 from common.prompts import Prompt
 from common.round_metrics import reward_metrics
 from common.schedule import Task
@@ -57,6 +58,13 @@ def test_metrics_by_hand() -> None:
     assert metrics["reward/prompt/cat"] == 2 and metrics["reward/prompt/dog"] == 5
     # cats −1, 0 and 1 by a deviation of √(2/3); the lone dog 0
     assert metrics["advantage/std"] == pytest.approx(((1.5 + 1.5) / 4) ** 0.5, rel=1e-5)
+
+
+def test_prompts_have_metrics_of_their_own_where_they_are_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(round_metrics, "MOST_PROMPTS", 1)
+    rollouts = [rollout(0, ["cat", "dog"], a=[1, 7])]
+    metrics = reward_metrics(buffer({"a": 1.0}).train_batch(rollouts), rollouts, {"a": 1.0})
+    assert not any(name.startswith("reward/prompt/") for name in metrics) and metrics["reward/mean"] == 4
 
 
 def test_statistics_last_over_rounds_as_in_the_reference() -> None:

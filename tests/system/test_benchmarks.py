@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +29,13 @@ def test_each_node_takes_a_version_in_once() -> None:
     text = printed("broadcast", "--versions", "2", "--megabytes", "3", "--nodes", "2")
     ((fewest, most),) = re.findall(r"(\d\.\d{3}) … (\d\.\d{3}) \|$", text, flags=re.MULTILINE)
     assert float(fewest) == pytest.approx(1, abs=0.01) and float(most) == pytest.approx(1, abs=0.01)
+
+
+def test_a_rounds_cost_is_measured_and_fitted(tmp_path: Path) -> None:
+    text = printed("scale", "--short", "--rounds", "1", "--folder", str(tmp_path))
+    images = re.findall(r"^\| images \| (\d+) \| (\d+) \| \S+ \| (\S+) \|", text, flags=re.MULTILINE)
+    assert [(images, tasks) for images, tasks, _ in images] == [("64", "8"), ("512", "64")]
+    assert 0 < float(images[0][2]) < float(images[1][2]) < 10  # CPU seconds of the driver
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
+    rows = (tmp_path / "scale.csv").read_text().splitlines()
+    assert len(rows) == 5 and rows[0].startswith("axis,value,images,")

@@ -1,0 +1,123 @@
+"""The books of tasks in samplers' hands: what is taken over is what a search through all attempts finds, whatever came before."""
+
+import random
+
+import pytest
+from ray.exceptions import RayActorError
+
+from actors import drawing, worker_pool
+from actors.drawing import Drawing
+from actors.pace import Pace
+from actors.worker_pool import RestartBudget, WorkerPool
+from common.prompts import Prompt
+from common.schedule import Place, Stream, Task
+from common.trajectory import TaskReport
+from tests.actors.stand_in_actors import Actor, Answers
+
+ACTS = ("submit", "submit", "answer", "answer", "answer", "die", "slow", "forgotten", "move")
+
+
+def searched(drawing: Drawing) -> Place | None:
+    """The first task that waits behind another one in a sampler's hands, and is nowhere else; by looking at all."""
+    behind = [call for sampler in drawing._samplers.loaded for call in sampler.calls[1:]]
+    places = [attempt.task.place for attempt in drawing._attempts.values()]
+    waiting = [drawing._attempts[call].task.place for call in behind]
+    return min((place for place in waiting if place in drawing._open and places.count(place) == 1), default=None)
+
+
+class Driver:
+    """What befalls a drawing, one thing after the other."""
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers = answers
+        self.pool = WorkerPool("samplers", "sampler", lambda index: Actor(), 3, RestartBudget(10**6))
+        self.drawing = Drawing(self.pool, Pace(4.0), {})
+        self.drawing.publish(0, "weights", 1)
+        self.submitted = 0
+        self.drawn: list[Place] = []
+        self.load()
+
+    def load(self) -> None:
+        self.pool.tick(float("inf"))
+        for reference in self.pool.references():
+            self.pool.take_loaded(reference)
+
+    def act(self, what: str, number: int) -> None:
+        held = [sampler for sampler in self.pool.loaded if sampler.calls]
+        if what == "submit":
+            stream = Stream.EVALUATION if number % 4 == 0 else Stream.TRAINING
+            self.drawing.submit(Task(number % 3, self.submitted, 0, (Prompt("a cat"),), (1,), stream=stream))
+            self.submitted += 1
+        elif what == "slow" and held:
+            sampler = held[number % len(held)]
+            sampler.suspect = True
+            for call in sampler.calls:
+                self.drawing._again(self.drawing._attempts[call].task, "overdue")
+        elif what in ("answer", "die", "forgotten") and held:
+            self.end(held[number % len(held)].calls[0], what)
+        self.drawing.move(0.0)
+
+    def end(self, call: int, what: str) -> None:
+        task = self.drawing._attempts[call].task
+        self.answers.say(call, {"answer": lambda: report(task), "die": died, "forgotten": lambda: None}[what])
+        done = self.drawing.finished(call, 0.0)
+        if done:
+            self.drawn.append(done.report.task.place)
+        self.load()
+
+
+def report(task: Task) -> TaskReport:
+    return TaskReport(task, "", 1, 0, 0.0)
+
+
+def died() -> None:
+    raise RayActorError
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    given = Answers()
+    for module in (drawing, worker_pool):
+        monkeypatch.setattr(module, "ray", given)
+    return given
+
+
+@pytest.fixture
+def taken_over(monkeypatch: pytest.MonkeyPatch) -> list[Place]:
+    """Every task that is found to be taken over, held against the search."""
+    found: list[Place] = []
+    waiting_behind = Drawing._waiting_behind
+
+    def watched(self: Drawing) -> drawing.Asked | None:
+        expected = searched(self)
+        asked = waiting_behind(self)
+        assert (asked.task.place if asked else None) == expected
+        found.extend([asked.task.place] if asked else [])
+        return asked
+
+    monkeypatch.setattr(Drawing, "_waiting_behind", watched)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_task_is_drawn_once_whatever_befalls_the_samplers(
+    answers: Answers, taken_over: list[Place], seed: int
+) -> None:
+    chance, driver = random.Random(seed), Driver(answers)
+    for _ in range(80):
+        driver.act(chance.choice(ACTS), chance.randrange(20))
+    for _ in range(10 * (driver.submitted + 1)):
+        driver.act("answer", 0)
+    assert len(driver.drawn) == len(set(driver.drawn)) == driver.submitted
+    assert driver.drawing.inflight() == 0 and driver.drawing.waiting_for() == []
+
+
+def test_an_idle_sampler_takes_over_what_waits_behind_another_task(answers: Answers, taken_over: list[Place]) -> None:
+    driver = Driver(answers)
+    for _ in range(4):  # three in hand, one behind the first
+        driver.act("submit", 1)
+    (behind,) = [sampler.calls[1] for sampler in driver.pool.loaded if len(sampler.calls) > 1]
+    place = driver.drawing._attempts[behind].task.place
+    driver.end(driver.pool.loaded[1].calls[0], "answer")
+    driver.drawing.move(0.0)
+    assert taken_over == [place]

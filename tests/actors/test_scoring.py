@@ -1,0 +1,121 @@
+"""The books of tasks that wait for their scores: each gets them once, in order, whatever befalls the reward workers."""
+
+import random
+
+import numpy as np
+import pytest
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from actors import scoring, worker_pool
+from actors.drawing import Drawn
+from actors.reward_worker import ScoringFailed
+from actors.scoring import Scoring, ScoringPool
+from actors.worker_pool import RestartBudget, WorkerPool
+from common.prompts import Prompt
+from common.recipe_tables import RewardPoolTable
+from common.schedule import Place, Task
+from common.trajectory import Scores, TaskReport
+from tests.actors.stand_in_actors import Actor, Answers
+
+ENDS = ("answer", "answer", "answer", "answer", "fail", "die", "lose", "not finite")
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    given = Answers()
+    for module in (scoring, worker_pool):
+        monkeypatch.setattr(module, "ray", given)
+    return given
+
+
+class Driver:
+    """What befalls a pool's scoring, one thing after the other; its clock goes on a second at a time."""
+
+    def __init__(self, answers: Answers, independent: bool, workers: int = 2) -> None:
+        self.answers = answers
+        self.pool = WorkerPool("reward_workers", "reward_worker", lambda index: Actor(), workers, RestartBudget(10**6))
+        table = RewardPoolTable(batch_size=4, attempts=100, timeout_seconds=1e9)
+        self.scoring = Scoring(ScoringPool(self.pool, ("a",), table, independent), {})
+        self.now = 0.0
+        self.submitted = 0
+        self.scored: list[Place] = []
+
+    def submit(self, round: int, images: int) -> None:
+        task = Task(round, self.submitted, 0, (Prompt("a cat"),) * images, tuple(range(images)))
+        self.scoring.submit(Drawn(TaskReport(task, "", 1, 0, 0.0), None, None, None))
+        self.submitted += 1
+
+    def move(self, seconds: float = 1.0) -> None:
+        self.now += seconds
+        self.pool.tick(float("inf"))
+        for reference in self.pool.references():
+            self.pool.take_loaded(reference)
+        self.scoring.move(self.now)
+
+    def end(self, reference: int, how: str) -> None:
+        call = self.scoring._calls[reference]
+        self.answers.say(reference, lambda: answer(call, how))
+        outcome = self.scoring.finished(reference, self.now)
+        self.scored += [drawn.report.task.place for drawn, _ in outcome.scored]
+        for drawn in outcome.lost:
+            self.scoring.submit(drawn)
+
+
+def answer(call: scoring._Call, how: str) -> Scores | list[Scores]:
+    """What a reward worker has to say."""
+    if how == "fail":
+        raise RayTaskError("score", "", ScoringFailed("it failed"))
+    if how == "lose":
+        raise RayTaskError("score", "", ObjectLostError("", "", ""))
+    if how == "die":
+        raise RayActorError
+    values = [np.zeros(batch.size, np.float32) for _, batch in call.parts]
+    bad = [{0: "nan"} if how == "not finite" else {} for _ in values]
+    scores = [Scores({"a": value}, 0.0, reasons) for value, reasons in zip(values, bad, strict=True)]
+    return scores if len(scores) > 1 else scores[0]
+
+
+@pytest.mark.parametrize("independent", [False, True])
+@pytest.mark.parametrize("seed", range(30))
+def test_every_task_is_scored_once_whatever_befalls_the_reward_workers(
+    answers: Answers, seed: int, independent: bool
+) -> None:
+    chance, driver = random.Random(seed), Driver(answers, independent)
+    for _ in range(60):
+        if chance.random() < 0.5:
+            driver.submit(chance.randrange(3), chance.choice((1, 2, 3, 6, 9)))
+        driver.move(chance.choice((0.1, 1.0)))
+        for reference in chance.sample(driver.scoring.references(), min(2, len(driver.scoring.references()))):
+            if driver.scoring.holds(reference):
+                driver.end(reference, chance.choice(ENDS))
+    for _ in range(30 * driver.submitted):
+        driver.move(40.0)
+        for reference in driver.scoring.references():
+            driver.end(reference, "answer")
+    assert sorted(driver.scored) == sorted(set(driver.scored)) and len(driver.scored) == driver.submitted
+    assert driver.scoring.waiting_for() == []
+
+
+def test_earlier_tasks_come_first_and_a_task_that_failed_waits_for_its_time(answers: Answers) -> None:
+    driver = Driver(answers, independent=False, workers=1)
+    for round in (2, 0, 1):
+        driver.submit(round, 4)
+    driver.move()
+    first, _ = driver.scoring.references()
+    in_hands = [call.parts[0][0].place[0] for call in driver.scoring._calls.values()]
+    assert in_hands == [0, 1]
+    driver.end(first, "fail")
+    driver.move(0.1)  # the pause is half a second
+    assert [call.parts[0][0].place[0] for call in driver.scoring._calls.values()] == [1, 2]
+    driver.end(driver.scoring.references()[0], "answer")
+    driver.move(0.5)
+    assert [call.parts[0][0].place[0] for call in driver.scoring._calls.values()] == [2, 0]
+
+
+def test_what_fits_goes_in_one_batch_where_batches_do_not_matter(answers: Answers) -> None:
+    driver = Driver(answers, independent=True, workers=1)
+    for images in (1, 2, 3):
+        driver.submit(0, images)
+    driver.move()
+    sizes = [[batch.size for _, batch in call.parts] for call in driver.scoring._calls.values()]
+    assert sizes == [[1, 2], [3]]
