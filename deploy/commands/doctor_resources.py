@@ -7,7 +7,7 @@ from common.config import Recipe
 from common.recipe_tables import RoleTable
 from common.reward_pools import elastic_roles
 from deploy.commands.doctor_checks import Finding, compared
-from deploy.commands.plan import Plan, in_bytes
+from deploy.commands.plan_numbers import Plan, in_bytes
 
 Resources = dict[str, float]  # of a node, by Ray's names
 LITTLE = 1e-9  # by which a sum of fractions may be wrong

@@ -15,7 +15,7 @@ from deploy.commands.doctor_resources import (
     place_findings,
     roles_of,
 )
-from deploy.commands.plan import Plan, plan_of
+from deploy.commands.plan_numbers import Plan, plan_of
 
 GIGABYTE = 10**9
 

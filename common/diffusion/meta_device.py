@@ -1,0 +1,93 @@
+"""What real devices do and the meta device does not: autocast, fused attention, and memory that kernels take for a moment."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from common.diffusion.live_bytes import Scratch, no_scratch
+
+# What torch.autocast runs in half precision and what in float32, of the functions that denoising networks are made of.
+IN_HALF = {F.linear, torch.conv2d, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
+IN_FLOAT32 = {"cuda": {F.group_norm, F.layer_norm, F.softmax, torch.softmax}, "cpu": set()}
+
+BLAS_BYTES = 2 * 2**25  # cuBLAS's workspaces of 32 MiB, of the forward and of the backward thread
+TRANSPOSED_SHARE = 1.0  # of a convolution's input and output, that cuDNN lays out anew where they are not channels-last
+SPLITS = 132  # of deterministic fused attention's backward pass: one a multiprocessor of an H100, at least one a head
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+
+class LikeDevice(TorchFunctionMode):
+    """The network on the meta device as it runs on `device`: with autocast to `dtype` unless float32, attention fused."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._device = device
+        self._dtype = dtype
+        self._autocast = dtype != torch.float32
+        self._weights: dict[int, Tensor] = {}  # in half precision
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._autocast and func in IN_HALF | IN_FLOAT32[self._device]:
+            dtype = self._dtype if func in IN_HALF else torch.float32
+            args = tuple(self._cast(value, dtype) for value in args)
+            kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
+        if func is F.scaled_dot_product_attention:
+            names = ("query", "key", "value")
+            return FusedAttention.apply(*args[:3], *(kwargs[name] for name in names if name in kwargs))
+        return func(*args, **kwargs)
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if not (value.is_leaf and value.requires_grad and dtype == self._dtype):
+            return value.to(dtype)
+        if id(value) not in self._weights:  # autocast keeps the trained weights' copies until its end
+            self._weights[id(value)] = value.to(dtype)
+        return self._weights[id(value)]
+
+
+class FusedAttention(torch.autograd.Function):
+    """What fused attention holds: its inputs, its output and a float32 a query for the backward pass, never the matrix."""
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # Its memory lies as the projections left the query's: heads side by side within a token.
+        output = torch.empty_like(query)
+        context.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = context.saved_tensors
+        images, heads, tokens, width = query.shape
+        splits = max(1, math.ceil(SPLITS / (images * heads)))
+        summed = query.new_empty((splits, images, heads, tokens, 32 * math.ceil(width / 32)), dtype=torch.float32)
+        gradients = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        del summed
+        return gradients
+
+
+def cuda_scratch(operation: Any, args: tuple[Any, ...], output: Any) -> int:
+    """Bytes that cuDNN takes while a convolution runs: its input and output once more where they are to be laid out anew."""
+    if operation not in _CONVOLUTIONS:
+        return 0
+    tensors = [leaf for leaf in (*args[:2], output) if isinstance(leaf, Tensor) and leaf.ndim == 4]
+    if isinstance(output, tuple):
+        tensors += [leaf for leaf in output[:1] if isinstance(leaf, Tensor)]
+    anew = [leaf.nbytes for leaf in tensors if not leaf.is_contiguous(memory_format=torch.channels_last)]
+    return round(TRANSPOSED_SHARE * sum(anew))
+
+
+def library_bytes(device: str) -> int:
+    """What the libraries hold for themselves of what torch allocates."""
+    return BLAS_BYTES if device == "cuda" else 0
+
+
+def scratch_on(device: str) -> Scratch:
+    """What the device's kernels take for themselves. A CPU's take it outside of torch's allocator."""
+    return cuda_scratch if device == "cuda" else no_scratch
