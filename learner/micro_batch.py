@@ -1,6 +1,5 @@
 """The largest micro-batch that the learner's device holds: found by trying on a GPU, by prediction on a CPU."""
 
-import math
 from collections.abc import Callable
 
 import psutil
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor
 
 from common.config import Recipe
-from common.diffusion.live_bytes import with_peak_memory
+from common.diffusion.live_bytes import allocated_peak
 from common.diffusion.lora import trained_parameters
 from common.diffusion.policy import Policy, PolicyConfig
-from common.diffusion.sizes import LEFT_FREE, PolicySizes, largest_divisor, usable_bytes
+from common.diffusion.sizes import LEFT_FREE, PolicySizes, largest_divisor, parameter_bytes, usable_bytes
 from common.trajectory import NoisedBatch, TransitionBatch
 from learner.algorithms.algorithm import Algorithm
 
@@ -79,19 +78,10 @@ class StepTrial:
 
     def peak(self, pairs: int) -> float:
         """The most bytes allocated at once in an optimizer step with micro-batches of so many; infinite: out of memory."""
-        try:
-            return self._held() + with_peak_memory(lambda: self._step(pairs), self._policy.device)
-        except torch.cuda.OutOfMemoryError:
-            return math.inf
-        finally:
-            self._policy.network.zero_grad(set_to_none=True)
-            if self._policy.device.startswith("cuda"):
-                torch.cuda.empty_cache()
-
-    def _held(self) -> int:
-        if self._policy.device.startswith("cuda"):
-            return torch.cuda.memory_allocated()
-        return sum(parameter.nbytes for parameter in self._policy.network.parameters())
+        held = parameter_bytes(self._policy.network)
+        peak = allocated_peak(lambda: self._step(pairs), self._policy.device, held)
+        self._policy.network.zero_grad(set_to_none=True)
+        return peak
 
     def _step(self, pairs: int) -> None:
         """Two micro-batches, for the second has gradients beside it, as most have; and AdamW's moments."""

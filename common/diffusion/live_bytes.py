@@ -1,5 +1,7 @@
 """The most bytes that tensors hold at once while a piece of work is done: counted operation by operation, on any device."""
 
+import gc
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -101,13 +103,24 @@ def line_through(peak: Callable[[int], int], few: int, many: int) -> PeakBytes:
     return PeakBytes(least - few * each, each)
 
 
-def with_peak_memory(work: Callable[[], object], device: str) -> int:
-    """The peak of `work` in bytes that it took beyond what was held before: of CUDA's allocator, or counted here."""
+def allocated_peak(work: Callable[[], object], device: str, held: int) -> float:
+    """The most bytes allocated at once while `work` is done, with all that was before; infinite: the GPU has no more.
+
+    On a GPU the allocator says so. Elsewhere it is counted, beside the `held` bytes of what the work begins with.
+    """
     if not device.startswith("cuda"):
-        return peak_bytes(work)
+        return held + peak_bytes(work)
+    try:
+        _let_go()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    except torch.cuda.OutOfMemoryError:
+        return math.inf
+
+
+def _let_go() -> None:
+    gc.collect()  # an error's traceback holds the tensors of the frames it went through
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()

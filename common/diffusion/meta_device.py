@@ -38,7 +38,7 @@ class LikeDevice(TorchFunctionMode):
             kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:
             names = ("query", "key", "value")
-            return FusedAttention.apply(*args[:3], *(kwargs[name] for name in names if name in kwargs))
+            return FusedAttention.apply(self._device, *args[:3], *(kwargs[name] for name in names if name in kwargs))
         return func(*args, **kwargs)
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
@@ -55,21 +55,26 @@ class FusedAttention(torch.autograd.Function):
     """What fused attention holds: its inputs, its output and a float32 a query for the backward pass, never the matrix."""
 
     @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # Its memory lies as the projections left the query's: heads side by side within a token.
+    def forward(context: Any, device: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = torch.empty_like(query)
+        context.device = device
         context.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
         return output
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(context: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         query, key, value, *_ = context.saved_tensors
-        images, heads, tokens, width = query.shape
-        splits = max(1, math.ceil(SPLITS / (images * heads)))
-        summed = query.new_empty((splits, images, heads, tokens, 32 * math.ceil(width / 32)), dtype=torch.float32)
-        gradients = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        summed = _query_sums(query) if context.device == "cuda" else None
+        gradient = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         del summed
-        return gradients
+        return None, *gradient
+
+
+def _query_sums(query: Tensor) -> Tensor:
+    """In what the kernel adds up the query's gradient: float32, its width rounded up, in parts that are added in order."""
+    images, heads, tokens, width = query.shape
+    splits = math.ceil(SPLITS / (images * heads))
+    return query.new_empty((splits, images, heads, tokens, 32 * math.ceil(width / 32)), dtype=torch.float32)
 
 
 def cuda_scratch(operation: Any, args: tuple[Any, ...], output: Any) -> int:
