@@ -48,24 +48,22 @@ def micro_batch_size(policy: Policy, config: PolicyConfig, algorithm: Algorithm,
     return found
 
 
-def gpu_limit(num_gpus: float) -> float:
+def gpu_limit(num_gpus: float | int) -> float:
     """Bytes that a learner may allocate with such a share of a GPU: of what is its own, and is free at this moment."""
     free, total = torch.cuda.mem_get_info()
     own = usable_bytes(min(num_gpus, 1.0) * total if num_gpus else total)
     return min(own, (1 - LEFT_FREE) * (free + torch.cuda.memory_reserved()))
 
 
-def largest_that_fits(pairs: int, limit: float, predicted: int, peak: Callable[[int], float]) -> int:
+def largest_that_fits(pairs: int, limit: float | int, predicted: int, peak: Callable[[int], float]) -> int:
     """The largest divisor of `pairs` whose peak is not above `limit`, looked for from the predicted one; 0: none."""
     sizes = [size for size in range(1, pairs + 1) if pairs % size == 0]
     place = max(0, sum(size <= predicted for size in sizes) - 1)
-    while place >= 0 and peak(sizes[place]) > limit:
-        place -= 1
-    if place < 0:
-        return 0
-    while place + 1 < len(sizes) and sizes[place] >= predicted // 2 and peak(sizes[place + 1]) <= limit:
-        place += 1
-    return sizes[place]
+    if peak(sizes[place]) <= limit:
+        while place + 1 < len(sizes) and peak(sizes[place + 1]) <= limit:
+            place += 1
+        return sizes[place]
+    return next((size for size in reversed(sizes[:place]) if peak(size) <= limit), 0)
 
 
 class StepTrial:
@@ -76,7 +74,7 @@ class StepTrial:
         self._algorithm = algorithm
         self._sizes = sizes
 
-    def peak(self, pairs: int) -> float:
+    def peak(self, pairs: int) -> float | int:
         """The most bytes allocated at once in an optimizer step with micro-batches of so many; infinite: out of memory."""
         held = parameter_bytes(self._policy.network)
         peak = allocated_peak(lambda: self._step(pairs), self._policy.device, held)

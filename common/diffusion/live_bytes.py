@@ -80,18 +80,18 @@ def peak_bytes(work: Callable[[], object], scratch: Scratch = no_scratch) -> int
 class PeakBytes:
     """A peak that grows with the rows of a batch along a line."""
 
-    fixed: float
-    each: float  # a row
+    fixed: float | int
+    each: float | int  # a row
 
     def of(self, batch: int) -> int:
         """The peak of so many rows."""
         return round(self.fixed + batch * self.each)
 
-    def plus(self, fixed: float, each: float = 0.0) -> "PeakBytes":
+    def plus(self, fixed: float | int, each: float | int = 0) -> "PeakBytes":
         """The same with more bytes beside it."""
         return PeakBytes(self.fixed + fixed, self.each + each)
 
-    def largest(self, bytes: float) -> int:
+    def largest(self, bytes: float | int) -> int:
         """The most rows whose peak is not above `bytes`; 0 where not even one fits."""
         return max(0, int((bytes - self.fixed) // self.each))
 
@@ -103,7 +103,7 @@ def line_through(peak: Callable[[int], int], few: int, many: int) -> PeakBytes:
     return PeakBytes(least - few * each, each)
 
 
-def allocated_peak(work: Callable[[], object], device: str, held: int) -> float:
+def allocated_peak(work: Callable[[], object], device: str, held: int) -> float | int:
     """The most bytes allocated at once while `work` is done, with all that was before; infinite: the GPU has no more.
 
     On a GPU the allocator says so. Elsewhere it is counted, beside the `held` bytes of what the work begins with.

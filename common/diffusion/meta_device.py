@@ -15,7 +15,7 @@ IN_HALF = {F.linear, torch.conv2d, F.conv2d, torch.matmul, torch.bmm, torch.badd
 IN_FLOAT32 = {"cuda": {F.group_norm, F.layer_norm, F.softmax, torch.softmax}, "cpu": set()}
 
 BLAS_BYTES = 2 * 2**25  # cuBLAS's workspaces of 32 MiB, of the forward and of the backward thread
-TRANSPOSED_SHARE = 1.0  # of a convolution's input and output, that cuDNN lays out anew where they are not channels-last
+TRANSPOSED_SHARE = 1.0  # of what a convolution reads and writes, that cuDNN lays out anew where it is not channels-last
 SPLITS = 132  # of deterministic fused attention's backward pass: one a multiprocessor of an H100, at least one a head
 _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
@@ -78,7 +78,7 @@ def _query_sums(query: Tensor) -> Tensor:
 
 
 def cuda_scratch(operation: Any, args: tuple[Any, ...], output: Any) -> int:
-    """Bytes that cuDNN takes while a convolution runs: its input and output once more where they are to be laid out anew."""
+    """Bytes that cuDNN takes while a convolution runs: what is to be laid out anew, once more."""
     if operation not in _CONVOLUTIONS:
         return 0
     tensors = [leaf for leaf in (*args[:2], output) if isinstance(leaf, Tensor) and leaf.ndim == 4]

@@ -13,7 +13,7 @@ CONTEXT_BYTES = 600_000_000  # of a process on a GPU beside the allocator's: CUD
 LEFT_FREE = 0.1  # of the rest: what is allocated does not lie without gaps, and a prediction may be wrong by as much
 
 
-def usable_bytes(memory: float, processes: int = 1) -> float:
+def usable_bytes(memory: float | int, processes: int = 1) -> float:
     """What tensors may take of a GPU's memory that so many processes share."""
     return (1 - LEFT_FREE) * (memory - processes * CONTEXT_BYTES)
 
@@ -36,7 +36,7 @@ class PolicySizes:
         """A sampler's peak over a task of so many images."""
         return max(self.drawing.of(batch), self.decoding.of(batch))
 
-    def largest_batch(self, bytes: float) -> int:
+    def largest_batch(self, bytes: float | int) -> int:
         """The most images of a task that a sampler can draw and decode with so many bytes; 0: not one."""
         return min(self.drawing.largest(bytes), self.decoding.largest(bytes))
 
