@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,30 +12,48 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Scratch = Callable[[Any, tuple[Any, ...], Any], int]  # operation, arguments, output: bytes held while it runs
+
+class Kernels(ABC):
+    """What a device's kernels do beyond what operations say."""
+
+    @abstractmethod
+    def laid_out(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
+        """The output as the device's kernel lays it out."""
+
+    @abstractmethod
+    def scratch(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> int:
+        """Bytes that it takes while it runs."""
 
 
-def no_scratch(*_: Any) -> int:
-    """No operation takes memory of its own."""
-    return 0
+class PlainKernels(Kernels):
+    """Nothing beyond it."""
+
+    def laid_out(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
+        return output
+
+    def scratch(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> int:
+        return 0
+
+
+PLAIN = PlainKernels()
 
 
 class LiveBytes(TorchDispatchMode):
     """Bytes of the tensors that come into being while it is entered: `live` now, and the `peak`.
 
-    The work's inputs are not among them, nor is what a kernel takes and gives back by itself; `scratch` says of that.
+    The work's inputs are not among them, nor is what a kernel takes and gives back by itself; `kernels` say of that.
     On the meta device nothing is computed, so a large model's step is counted in a second.
     """
 
-    def __init__(self, scratch: Scratch = no_scratch) -> None:
+    def __init__(self, kernels: Kernels = PLAIN) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._scratch = scratch
+        self._kernels = kernels
         self._known: dict[int, int] = {}  # storages that are live: identity, bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        output = self._kernels.laid_out(func, args, func(*args, **(kwargs or {})))
         made = [leaf for leaf in _tensors(output) if _identity(leaf) not in self._known]
         if made:
             # A view of what was there before the work began is not its making.
@@ -42,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
             for leaf in made:
                 if _identity(leaf) not in before:
                     self._keep(leaf)
-        self.peak = max(self.peak, self.live + self._scratch(func, args, output))
+        self.peak = max(self.peak, self.live + self._kernels.scratch(func, args, output))
         return output
 
     def _keep(self, tensor: Tensor) -> None:
@@ -68,9 +87,9 @@ def _identity(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def peak_bytes(work: Callable[[], object], scratch: Scratch = no_scratch) -> int:
+def peak_bytes(work: Callable[[], object], kernels: Kernels = PLAIN) -> int:
     """The most bytes held at once while `work` is done, without those that it began with."""
-    with LiveBytes(scratch) as counter:
+    with LiveBytes(kernels) as counter:
         result = work()
     del result  # kept until here: what the work gives back is held at its end
     return counter.peak

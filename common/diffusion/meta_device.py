@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from common.diffusion.live_bytes import Scratch, no_scratch
+from common.diffusion.live_bytes import PLAIN, Kernels
 
 # What torch.autocast runs in half precision and what in float32, of the functions that denoising networks are made of.
 IN_HALF = {F.linear, torch.conv2d, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
@@ -17,7 +17,7 @@ IN_FLOAT32 = {"cuda": {F.group_norm, F.layer_norm, F.softmax, torch.softmax}, "c
 BLAS_BYTES = 2 * 2**25  # cuBLAS's workspaces of 32 MiB, of the forward and of the backward thread
 TRANSPOSED_SHARE = 1.0  # of what a convolution reads and writes, that cuDNN lays out anew where it is not channels-last
 SPLITS = 132  # of deterministic fused attention's backward pass: one a multiprocessor of an H100, at least one a head
-_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
 class LikeDevice(TorchFunctionMode):
@@ -77,15 +77,37 @@ def _query_sums(query: Tensor) -> Tensor:
     return query.new_empty((splits, images, heads, tokens, 32 * math.ceil(width / 32)), dtype=torch.float32)
 
 
-def cuda_scratch(operation: Any, args: tuple[Any, ...], output: Any) -> int:
-    """Bytes that cuDNN takes while a convolution runs: what is to be laid out anew, once more."""
-    if operation not in _CONVOLUTIONS:
-        return 0
-    tensors = [leaf for leaf in (*args[:2], output) if isinstance(leaf, Tensor) and leaf.ndim == 4]
-    if isinstance(output, tuple):
-        tensors += [leaf for leaf in output[:1] if isinstance(leaf, Tensor)]
-    anew = [leaf.nbytes for leaf in tensors if not leaf.is_contiguous(memory_format=torch.channels_last)]
-    return round(TRANSPOSED_SHARE * sum(anew))
+class CudaKernels(Kernels):
+    """cuDNN's convolutions: channels-last if weights or input are, and what is not is laid out anew meanwhile."""
+
+    def laid_out(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
+        if operation not in CONVOLUTIONS or not any(map(_is_channels_last, arguments[:3])):
+            return output
+        if isinstance(output, Tensor):
+            return _channels_last_like(output)
+        return tuple(each if each is None or each.ndim != 4 else _channels_last_like(each) for each in output)
+
+    def scratch(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> int:
+        if operation not in CONVOLUTIONS:
+            return 0
+        outputs = [output] if isinstance(output, Tensor) else [output[0]]
+        tensors = [each for each in (*arguments[:2], *outputs) if isinstance(each, Tensor) and each.ndim == 4]
+        anew = [each.nbytes for each in tensors if not each.is_contiguous(memory_format=torch.channels_last)]
+        return round(TRANSPOSED_SHARE * sum(anew))
+
+
+def _is_channels_last(value: Any) -> bool:
+    """And not only because both layouts are the same."""
+    if not isinstance(value, Tensor) or value.ndim != 4:
+        return False
+    return value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
+
+
+def _channels_last_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.channels_last)
+
+
+CUDA = CudaKernels()
 
 
 def library_bytes(device: str) -> int:
@@ -93,6 +115,6 @@ def library_bytes(device: str) -> int:
     return BLAS_BYTES if device == "cuda" else 0
 
 
-def scratch_on(device: str) -> Scratch:
-    """What the device's kernels take for themselves. A CPU's take it outside of torch's allocator."""
-    return cuda_scratch if device == "cuda" else no_scratch
+def kernels_of(device: str) -> Kernels:
+    """The device's kernels. A CPU's take what they need outside of torch's allocator."""
+    return CUDA if device == "cuda" else PLAIN

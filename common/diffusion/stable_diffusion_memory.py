@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from common.diffusion.live_bytes import PeakBytes, line_through, peak_bytes
-from common.diffusion.meta_device import LikeDevice, scratch_on
+from common.diffusion.meta_device import LikeDevice, kernels_of
 from common.diffusion.sizes import DeviceKind
 
 BATCHES = (1, 2)  # a peak is a line in the batch, and two points tell it
@@ -58,7 +58,7 @@ class StableDiffusionMemory:
         return self._line(decode)
 
     def _line(self, work: Callable[[int], None]) -> PeakBytes:
-        return line_through(lambda rows: peak_bytes(lambda: work(rows), scratch_on(self._device)), *BATCHES)
+        return line_through(lambda rows: peak_bytes(lambda: work(rows), kernels_of(self._device)), *BATCHES)
 
     def _learn(self, pairs: int, branches: int) -> None:
         with LikeDevice(self._device, self._dtype):

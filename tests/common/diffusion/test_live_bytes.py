@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.diffusion.live_bytes import allocated_peak, line_through, peak_bytes
-from common.diffusion.meta_device import LikeDevice, cuda_scratch
+from common.diffusion.meta_device import CUDA, LikeDevice
 from common.diffusion.policy import Policy
 from common.diffusion.policy_stable_diffusion import StableDiffusion
 from common.diffusion.rollout import draw
@@ -79,9 +79,9 @@ def test_a_convolution_that_is_laid_out_anew_takes_all_of_it_once_more() -> None
             convolution(inputs)
 
     assert peak_bytes(work) == own
-    assert peak_bytes(work, cuda_scratch) == own + 4 * (2 * 4 * 16 * 16 + 8 * 4 * 3 * 3) + own
+    assert peak_bytes(work, CUDA) == own + 4 * (2 * 4 * 16 * 16 + 8 * 4 * 3 * 3) + own
     convolution, inputs = (each.to(memory_format=torch.channels_last) for each in (convolution, inputs))
-    assert peak_bytes(work, cuda_scratch) == own
+    assert peak_bytes(work, CUDA) == own
 
 
 def test_two_points_make_the_line() -> None:
