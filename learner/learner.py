@@ -92,7 +92,7 @@ class Learner:
         self._published = (*self._published, published)[-(self._recipe.max_policy_lag + 1) :]
         metrics, self._metrics = self._metrics, self._no_metrics()
         self._log_ratios = metrics.log_ratios()
-        return {**metrics.summary(), "micro_batch_size": float(self._micro_batch_size)}, self.state()
+        return {**metrics.summary(), "learner/micro_batch_size": float(self._micro_batch_size)}, self.state()
 
     def log_ratios(self) -> np.ndarray:
         """log_prob − old_log_prob of the pairs of the last round learned from; empty where there is none."""

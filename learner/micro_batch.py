@@ -45,6 +45,9 @@ def micro_batch_size(policy: Policy, config: PolicyConfig, algorithm: Algorithm,
             f'learner.micro_batch_size is "auto", and one pair takes {sizes.learner.of(1) / 1e9:.2f} GB of the '
             f"{limit / 1e9:.2f} GB that may be used: give {advice}, or half precision"
         )
+    print(
+        f"learner.micro_batch_size: {found} of an optimizer step's {pairs} pairs, found for {policy.device}", flush=True
+    )
     return found
 
 

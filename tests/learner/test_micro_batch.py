@@ -55,7 +55,7 @@ def test_the_number_found_learns_as_the_same_number_given(tables: dict) -> None:
     found, given = (learner_of(parts_with(tables, learner__micro_batch_size=size)) for size in ("auto", 16))
     drawn = draw_round(parts_with(tables, **AUTO), found.weights()[-1])
     (metrics, state), (_, other) = (learner.update(drawn.batch, *drawn.trajectories) for learner in (found, given))
-    assert metrics["micro_batch_size"] == 16
+    assert metrics["learner/micro_batch_size"] == 16
     assert state.trained.fingerprint == other.trained.fingerprint
     assert state.micro_batch_size == other.micro_batch_size == 16
 
