@@ -1,6 +1,6 @@
 """The tables of a recipe: their keys, typed and bounded, each checked by itself (no torch)."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -137,7 +137,8 @@ class RewardWorkersTable(RewardPoolTable):
 class LearnerTable(RoleTable):
     batch_size: int = Field(ge=1)  # images that enter an optimizer step at once
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    micro_batch_size: int = Field(ge=1)  # transitions a forward pass: memory and speed, not mathematics
+    # Transitions a forward pass: memory and speed, not mathematics; "auto": the most that the device holds, found at the start.
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"]
     inner_epochs: int = Field(default=1, ge=1)
     parts_per_round: int = Field(default=1, ge=1)  # learned from in task order, each while the tasks after it are drawn
     learning_rate: float = Field(default=3e-4, gt=0)

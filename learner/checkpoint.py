@@ -85,6 +85,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "weights": [_weights_header(weights) for weights in learner.weights],
         "own_weights": _weights_header(learner.own_weights) if learner.own_weights else None,
         "scaler": learner.scaler,
+        "micro_batch_size": learner.micro_batch_size,
         "statistics": checkpoint.statistics,
         "tracker_ids": checkpoint.tracker_ids,
         "ledger_rounds": checkpoint.ledger_rounds,
@@ -178,6 +179,7 @@ def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
         load(checkpoint.read("optimizer.safetensors")),
         state["scaler"],
         _load_weights(checkpoint, OWN_WEIGHTS, state["own_weights"]) if state.get("own_weights") else None,
+        state.get("micro_batch_size"),
     )
     return Checkpoint(
         state["rounds_done"],

@@ -18,6 +18,7 @@ from common.trajectory import TaskReport, TrainBatch, Trajectory, TransitionBatc
 from learner.algorithms.algorithm import Algorithm
 from learner.learner_state import LearnerState
 from learner.losses import gaussian_kl
+from learner.micro_batch import micro_batch_size
 from learner.off_policy import to_those_left
 from learner.reference_passes import References, Update, references_of
 from learner.round_noisings import RoundNoisings
@@ -38,8 +39,12 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)  # the adapters' first values
             self._policy = policy.load(self._device, recipe.sampling, "learner")
-        if policy.is_compiled("learner"):
-            self._policy.compile(self._settings.micro_batch_size)
+        # Only the loaded model's schedule tells how many steps have noise.
+        algorithm.check_micro_batches(recipe, len(self._policy.noisy_steps))
+        self._micro_batch_size = micro_batch_size(self._policy, policy, algorithm, recipe)
+        self._compiles = policy.is_compiled("learner")
+        if self._compiles:
+            self._policy.compile(self._micro_batch_size)
         self._parameters = trained_parameters(self._policy.network)
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(),
@@ -56,8 +61,6 @@ class Learner:
         self._published = (self._trained,)
         self._metrics = self._no_metrics()  # of the round that is being learned from
         self._log_ratios: torch.Tensor | None = None  # of the round before it
-        # Only the loaded model's schedule tells how many steps have noise.
-        algorithm.check_micro_batches(recipe, len(self._policy.noisy_steps))
 
     def __repr__(self) -> str:
         """As the dashboard's page of actors has it, beside run, role and number."""
@@ -89,7 +92,7 @@ class Learner:
         self._published = (*self._published, published)[-(self._recipe.max_policy_lag + 1) :]
         metrics, self._metrics = self._metrics, self._no_metrics()
         self._log_ratios = metrics.log_ratios()
-        return metrics.summary(), self.state()
+        return {**metrics.summary(), "learner/micro_batch_size": float(self._micro_batch_size)}, self.state()
 
     def log_ratios(self) -> np.ndarray:
         """log_prob − old_log_prob of the pairs of the last round learned from; empty where there is none."""
@@ -111,7 +114,7 @@ class Learner:
         pairs = self._pairs_of(batch, transitions)
         epochs = [self._optimizer_steps_of(batch, pairs, epoch) for epoch in range(self._settings.inner_epochs)]
         update = Update(pairs, epochs, self._drawn_with(batch), present)
-        references = references_of(self._algorithm, self._policy, update, self._settings.micro_batch_size)
+        references = references_of(self._algorithm, self._policy, update, self._micro_batch_size)
         for steps in epochs:
             for step in steps:
                 self._optimizer_step(pairs, step, references)
@@ -147,7 +150,7 @@ class Learner:
 
     def _check_arrival(self, batch: TrainBatch, transitions: RoundTransitions, present: LoraWeights) -> float:
         """Every round is checked, and most have a version of their own: so nothing is to be remembered over a resume."""
-        drawn_with, size = self._drawn_with(batch), self._settings.micro_batch_size
+        drawn_with, size = self._drawn_with(batch), self._micro_batch_size
         pairs = pairs_to_check(transitions, batch.set_aside, size)
         with swapped_in(self._policy.network, drawn_with, present):
             return check_arrival(self._policy, transitions, pairs, drawn_with.policy_version, self._tolerance)
@@ -174,7 +177,7 @@ class Learner:
     def _optimizer_step(self, source: RoundPairs, pairs: list[Pair], references: References) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         masks = []
-        for micro_batch in micro_batches(pairs, self._settings.micro_batch_size):
+        for micro_batch in micro_batches(pairs, self._micro_batch_size):
             known = references.laid_into(source.batch(micro_batch), micro_batch)
             result = self._algorithm.pair_loss(self._policy, known)
             # The mean over the optimizer step's pairs, whatever the micro-batch is.
@@ -208,7 +211,7 @@ class Learner:
 
     def _few(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> Iterator[TransitionBatch]:
         """About a micro-batch of what was learned from: a few images with all of their steps."""
-        size = self._settings.micro_batch_size
+        size = self._micro_batch_size
         images = list(dict.fromkeys(image for pairs in steps for image, _ in pairs))
         pairs = transitions.pairs_of(np.array(images[: -(-size // transitions.num_places)]))
         return (transitions.batch(part) for part in micro_batches(pairs, size))
@@ -236,7 +239,8 @@ class Learner:
             for key, value in self._optimizer.state[parameter].items():
                 optimizer[f"{name}/{key}"] = value.detach().cpu().contiguous().numpy().copy()
         own = None if self._trained.fingerprint == self._published[-1].fingerprint else self._trained
-        return LearnerState(self._version, self._published, optimizer, self._scaler.state_dict(), own)
+        scaler = self._scaler.state_dict()
+        return LearnerState(self._version, self._published, optimizer, scaler, own, self._micro_batch_size)
 
     def load_state(self, state: LearnerState) -> None:
         """Go on from `state`; what was begun of a round is undone. ValueError: it belongs to another network."""
@@ -251,6 +255,15 @@ class Learner:
         if state.scaler:
             self._scaler.load_state_dict(state.scaler)
         self._version, self._published, self._trained = state.policy_version, state.weights, state.trained
+        self._take_micro_batch_size(state)
+
+    def _take_micro_batch_size(self, state: LearnerState) -> None:
+        """Where it was found and not given, go on with what was found: another one has other last bits."""
+        if self._settings.micro_batch_size != "auto" or state.micro_batch_size in (None, self._micro_batch_size):
+            return
+        self._micro_batch_size = state.micro_batch_size
+        if self._compiles:
+            self._policy.compile(self._micro_batch_size)
 
     def check_folder(self, location: str, token: str) -> None:
         """ValueError: the run's folder is not the driver's, seen from here, so that the trained weights would be lost."""

@@ -16,6 +16,7 @@ class LearnerState:
     optimizer: dict[str, np.ndarray]  # "<parameter>/<AdamW's own key>"
     scaler: dict[str, int | float]  # of float16's gradient scaler; empty otherwise
     own_weights: LoraWeights | None = None  # those that are trained, where samplers draw with an average of versions
+    micro_batch_size: int | None = None  # that it learns with, for it decides the last bits; none: not known
 
     @property
     def trained(self) -> LoraWeights:

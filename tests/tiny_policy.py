@@ -1,5 +1,6 @@
 """The tiny pipeline as a policy, with adapters that already do something."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,18 @@ def scatter(network: torch.nn.Module, deviation: float = 0.05, seed: int = 1) ->
     generator = torch.Generator().manual_seed(seed)
     for parameter in trained_parameters(network).values():
         parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=deviation)
+
+
+def pair_step(policy: StableDiffusionPolicy, pairs: int) -> Callable[[], None]:
+    """What gives the trained parameters a gradient from made-up pairs, the same at each call."""
+    generator = torch.Generator().manual_seed(2)
+    latents, next_latents = torch.randn(2, pairs, *policy.latent_shape, generator=generator)
+    text = policy.network.config.cross_attention_dim
+    embeds = torch.randn(2, pairs, 77, text, generator=generator)
+    conditioning = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+    steps = torch.full((pairs,), policy.noisy_steps[0])
+
+    def step() -> None:
+        policy.transition(latents, steps, conditioning).log_prob(next_latents).sum().backward()
+
+    return step

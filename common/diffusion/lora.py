@@ -117,6 +117,14 @@ class MergedAdapters:
             layer.merge()
 
 
+def base_weight_bytes(network: nn.Module) -> int:
+    """What the weights take that adapters are merged into, of which `MergedAdapters` keeps a copy."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
+    return sum(layer.get_base_layer().weight.nbytes for layer in layers)
+
+
 @contextmanager
 def reference_policy(network: Any) -> Iterator[None]:
     """The pretrained network, by switching its adapters off: no second copy of it."""

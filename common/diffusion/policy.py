@@ -10,7 +10,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from common.diffusion.lora import MergedAdapters, load_weights
-from common.diffusion.sizes import PolicySizes
+from common.diffusion.sizes import DeviceKind, PolicySizes
 from common.diffusion.transition import Transition
 from common.lora_weights import LoraWeights
 from common.model_hub import Weights
@@ -98,6 +98,7 @@ class PolicyConfig(Entry, ABC):
     model: str
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     train: Literal["lora", "full"] = "lora"
+    gradient_checkpointing: bool = False  # the learner keeps few activations and computes the others anew: same bits
     compile: Literal["none", "sampler", "both"] = "none"  # where the network runs through torch.compile
     sampler_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of a sampler's network; none: dtype
     merge_adapters: bool = False  # a sampler adds them to the network's own weights: fewer and larger kernels
@@ -135,8 +136,8 @@ class PolicyConfig(Entry, ABC):
         return ()
 
     @abstractmethod
-    def sizes(self, sampling: SamplingTable) -> PolicySizes:
-        """What `ddpo plan` needs to know, without loading weights."""
+    def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
+        """What `ddpo plan` needs to know, without loading weights; memory is that of such a device."""
 
     @abstractmethod
     def load(self, device: str, sampling: SamplingTable, role: Role) -> Policy:

@@ -20,8 +20,8 @@ from common.diffusion.lora import (
 )
 from common.diffusion.policy import EMBEDDED_MODELS, Conditioning, Policy, PolicyConfig, Role, autocast, quiet_libraries
 from common.diffusion.scheduler_ddim import ddim_table, ddim_transition, training_target
-from common.diffusion.sizes import PolicySizes
-from common.diffusion.stable_diffusion_sizes import part_config, stable_diffusion_sizes
+from common.diffusion.sizes import DeviceKind, PolicySizes
+from common.diffusion.stable_diffusion_sizes import Training, part_config, stable_diffusion_sizes
 from common.diffusion.transition import Transition
 from common.model_hub import Weights, read_from_hub
 from common.recipe_tables import SamplingTable
@@ -188,10 +188,12 @@ class StableDiffusion(PolicyConfig):
         parts = tuple(f"{part}/*.safetensors" for part in ("unet", "vae", "text_encoder"))
         return (Weights(source, ("model_index.json", *parts), "policy.model"),)
 
-    def sizes(self, sampling: SamplingTable) -> PolicySizes:
+    def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
         configs = {part: part_config(self.model, self._folder(), part) for part in ("unet", "vae", "text_encoder")}
         configs["unet"] = {**configs["unet"], "sample_size": self.latent_size() or configs["unet"]["sample_size"]}
-        return stable_diffusion_sizes(configs, self.train, self.lora, DTYPES[self.dtype], sampling)
+        dtypes = self.dtype_of("learner"), self.dtype_of("sampler")
+        training = Training(self.train, self.lora, *dtypes, self.gradient_checkpointing, self.merge_adapters)
+        return stable_diffusion_sizes(configs, training, sampling, device)
 
     def load(self, device: str, sampling: SamplingTable, role: Role) -> StableDiffusionPolicy:
         quiet_libraries()
@@ -211,4 +213,6 @@ class StableDiffusion(PolicyConfig):
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         if role == "sampler" and self.train == "lora":  # text encoder and decoder stay as they are
             pipeline.unet.to(self.dtype_of(role))
+        if self.gradient_checkpointing and role == "learner":
+            pipeline.unet.enable_gradient_checkpointing()
         return StableDiffusionPolicy(self, pipeline, device, sampling, role)

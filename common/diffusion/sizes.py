@@ -1,23 +1,44 @@
-"""How large a model is, without loading it: parameters and activations counted on torch's meta device."""
+"""How large a model is and what its work takes, without loading it: counted on torch's meta device."""
 
 from dataclasses import dataclass
-from typing import Any
-from unittest import mock
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from common.diffusion.live_bytes import PeakBytes
+
+DeviceKind = Literal["cpu", "cuda"]
+
+CONTEXT_BYTES = 600_000_000  # of a process on a GPU beside the allocator's: CUDA's context, and the libraries' kernels
+LEFT_FREE = 0.1  # of the rest: what is allocated does not lie without gaps, and a prediction may be wrong by as much
+
+
+def usable_bytes(memory: float | int, processes: int = 1) -> float:
+    """What tensors may take of a GPU's memory that so many processes share."""
+    return (1 - LEFT_FREE) * (memory - processes * CONTEXT_BYTES)
 
 
 @dataclass(frozen=True)
 class PolicySizes:
-    """What `ddpo plan` multiplies. Bytes are of the dtype the recipe gives."""
+    """What `ddpo plan` multiplies. Bytes are of the dtype the recipe gives, and the most that is allocated at once."""
 
     latent_shape: tuple[int, int, int]
+    conditioning_shape: dict[str, tuple[int, ...]]  # of one prompt's row, by name
     conditioning_bytes: int  # of one prompt's embeddings
     network_parameters: int  # of the network that is trained, without adapters
     trained_parameters: int
     sampler_parameters: int  # of what only samplers load: text encoder and decoder
-    activation_bytes: int  # kept for the backward pass of one transition, both branches of guidance
+    learner: PeakBytes  # by the pairs of a micro-batch, both branches of guidance, with weights and optimizer
+    drawing: PeakBytes  # of a sampler, by the images of a task, with its weights
+    decoding: PeakBytes
+
+    def sampler_bytes(self, batch: int) -> int:
+        """A sampler's peak over a task of so many images."""
+        return max(self.drawing.of(batch), self.decoding.of(batch))
+
+    def largest_batch(self, bytes: float | int) -> int:
+        """The most images of a task that a sampler can draw and decode with so many bytes; 0: not one."""
+        return min(self.drawing.largest(bytes), self.decoding.largest(bytes))
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -25,42 +46,11 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-class _FusedAttention(torch.autograd.Function):
-    """What fused attention keeps for its backward pass: its inputs and its output, never the matrix of weights."""
-
-    @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
-        context.save_for_backward(query, key, value, output)
-        return output
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> None:
-        raise NotImplementedError("only what the forward pass keeps is counted")
+def parameter_bytes(module: nn.Module) -> int:
+    """What a module's parameters take, each in its own dtype."""
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _FusedAttention.apply(query, key, value)
-
-
-def saved_activation_bytes(network: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Bytes that autograd keeps of a forward pass for its backward pass, without the parameters themselves."""
-    parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    saved: dict[int, int] = {}
-    held: list[Tensor] = []  # a storage that was freed could lend its number to another
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            saved[storage._cdata] = storage.nbytes()
-            held.append(tensor)
-        return tensor
-
-    # The meta device has no fused attention of its own, which is what runs on every real device.
-    with (
-        mock.patch("torch.nn.functional.scaled_dot_product_attention", _attention),
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        network(*inputs, return_dict=False)
-    return sum(saved.values())
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is not above `most`; 0: there is none."""
+    return next((size for size in range(min(number, most), 0, -1) if number % size == 0), 0)

@@ -1,15 +1,21 @@
 """The sizes of a Stable Diffusion from its configuration files; SD 1.x's are known here, so that planning needs no hub."""
 
+import functools
 import json
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.diffusion.lora import LoraSettings, make_trainable, trained_parameters
+from common.diffusion.lora import LoraSettings, base_weight_bytes, make_trainable, trained_parameters
+from common.diffusion.meta_device import library_bytes
 from common.diffusion.policy import quiet_libraries
-from common.diffusion.sizes import PolicySizes, count_parameters, saved_activation_bytes
+from common.diffusion.sizes import DeviceKind, PolicySizes, count_parameters, parameter_bytes
+from common.diffusion.stable_diffusion_memory import StableDiffusionMemory
 from common.recipe_tables import SamplingTable
+from common.trajectory import DTYPES
 
 # Architecture of SD 1.1 … 1.5 (Rombach et al. 2022), as in the configuration files of the published models.
 SD1 = {
@@ -48,33 +54,69 @@ def part_config(model: str, folder: Path, part: str) -> dict[str, Any]:
         raise ValueError(f"policy.model is {model!r}: its {part}/config.json cannot be read: {error}") from error
 
 
+@dataclass(frozen=True)
+class Training:
+    """What of `[policy]` decides a model's memory."""
+
+    train: str
+    lora: LoraSettings
+    dtype: torch.dtype
+    sampler_dtype: torch.dtype
+    gradient_checkpointing: bool
+    merge_adapters: bool
+
+    @property
+    def loaded(self) -> torch.dtype:
+        """Of weights as they are read: those of a whole network that is trained are float32."""
+        return torch.float32 if self.train == "full" else self.dtype
+
+
 def stable_diffusion_sizes(
-    configs: dict[str, dict[str, Any]], train: str, lora: LoraSettings, dtype: torch.dtype, sampling: SamplingTable
+    configs: dict[str, dict[str, Any]], training: Training, sampling: SamplingTable, device: DeviceKind
 ) -> PolicySizes:
     """Build every part on the meta device and count. `configs` has one configuration a part."""
+    branches = 1 if sampling.guidance_scale == 1 else 2
+    sizes = _counted(json.dumps(configs, sort_keys=True), training, branches, device)
+    path = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # numbers an image
+    kept = DTYPES[sampling.latents_dtype].itemsize
+    return replace(
+        sizes,
+        drawing=sizes.drawing.plus(0, path * (4 + 2 * kept)),  # noise, the path step by step, and as one tensor
+        decoding=sizes.decoding.plus(0, path * kept),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _counted(configs: str, training: Training, branches: int, device: DeviceKind) -> PolicySizes:
     quiet_libraries()
-    parts = meta_parts(configs)
-    unet, text_encoder, vae = parts["unet"], parts["text_encoder"], parts["vae"]
-    text = configs["text_encoder"]
+    tables = json.loads(configs)
+    parts = meta_parts(tables)
+    for part in parts.values():
+        part.to(training.loaded)
+    unet, text = parts["unet"], tables["text_encoder"]
     network_parameters = count_parameters(unet)
-    unet.to(dtype if train == "lora" else torch.float32)
-    make_trainable(unet, train, lora)
+    make_trainable(unet, training.train, training.lora)
     trained = sum(parameter.numel() for parameter in trained_parameters(unet).values())
-    if train == "full":
-        unet.to(dtype)  # activations are what autocast makes of them
-    size, branches = configs["unet"]["sample_size"], 1 if sampling.guidance_scale == 1 else 2
-    tokens, width = text["max_position_embeddings"], text["hidden_size"]
-    with torch.device("meta"):
-        latents = torch.empty(branches, unet.config.in_channels, size, size, dtype=dtype)
-        inputs = (latents, torch.empty(branches), torch.empty(branches, tokens, width, dtype=dtype))
-    activations = saved_activation_bytes(unet, inputs)
+    text_shape, size = (text["max_position_embeddings"], text["hidden_size"]), unet.config.sample_size
+    memory = StableDiffusionMemory(unet, text_shape, training.dtype, device)
+    # Gradient and AdamW's two moments, in float32, of each trained parameter.
+    learning = parameter_bytes(unet) + 3 * 4 * trained + library_bytes(device)
+    learner = memory.learning(branches, training.gradient_checkpointing).plus(learning)
+    if training.train == "lora":
+        memory.change_dtype(training.sampler_dtype)
+    held = sum(parameter_bytes(part) for part in parts.values()) + library_bytes(device)
+    if training.merge_adapters:  # the weights beside adapters are kept as they were
+        held += base_weight_bytes(unet)
     return PolicySizes(
         (unet.config.in_channels, size, size),
-        tokens * width * dtype.itemsize,
+        {"prompt_embeds": text_shape, "negative_prompt_embeds": text_shape},
+        math.prod(text_shape) * training.dtype.itemsize,
         network_parameters,
         trained,
-        count_parameters(text_encoder) + count_parameters(vae),
-        activations,
+        count_parameters(parts["text_encoder"]) + count_parameters(parts["vae"]),
+        learner,
+        memory.drawing(branches).plus(held),
+        memory.decoding(parts["vae"]).plus(held),
     )
 
 

@@ -38,7 +38,7 @@ from deploy.commands.doctor_resources import (
     place_findings,
     roles_of,
 )
-from deploy.commands.plan import Plan, in_bytes, plan_of_parts
+from deploy.commands.plan_numbers import Plan, in_bytes, plan_of_parts
 from deploy.commands.ratio_measurement import draw_some, score_again
 from deploy.commands.ratio_noise import Noise, clip_range, noise_findings, table_rows, worst_in_words
 from deploy.parts import Parts, build_reward, entries_of

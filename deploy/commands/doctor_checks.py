@@ -21,7 +21,7 @@ from common.model_hub import Weights, first_line, hub_answers, is_hub_name, miss
 from common.reward_pools import elastic_roles
 from common.run_folder import VERSIONED, RunFolder
 from common.trackers.tracker import Tracker
-from deploy.commands.plan import Plan, in_bytes
+from deploy.commands.plan_numbers import Plan, in_bytes
 from deploy.hub import NotPushed, license_of, may_push
 
 Level = Literal["ok", "warning", "fault"]

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common.config import Recipe
+from common.diffusion.sizes import CONTEXT_BYTES
 from common.recipe_tables import RoleTable
 from common.reward_pools import elastic_roles
 from deploy.commands.doctor_checks import Finding, compared
-from deploy.commands.plan import Plan, in_bytes
+from deploy.commands.plan_numbers import Plan, in_bytes
 
 Resources = dict[str, float]  # of a node, by Ray's names
 LITTLE = 1e-9  # by which a sum of fractions may be wrong
@@ -110,7 +111,7 @@ def memory_findings(recipe: Recipe, numbers: Plan, machine: Machine) -> Iterator
     yield compared("memory", what, on_cpu, machine.memory, "lower learner.micro_batch_size or samplers.count")
     if machine.gpu_memory and any(role.table.num_gpus for role in roles):
         fullest, memory = max(_gpu_loads(roles, machine.gpu_memory), key=lambda load: load[0] / load[1])
-        advice = "lower learner.micro_batch_size, or let fewer roles share a GPU (num_gpus)"
+        advice = "lower learner.micro_batch_size, set policy.gradient_checkpointing, or let fewer roles share a GPU (num_gpus)"
         yield compared("GPU memory", f"{in_bytes(fullest)} on the fullest GPU", fullest, memory, advice)
     store = int(STORE_SHARE * machine.memory)
     found = f"{in_bytes(numbers.round_bytes)} of trajectories under way, and a store of about {in_bytes(store)}"
@@ -131,5 +132,5 @@ def _gpu_loads(roles: tuple[Role, ...], memory: tuple[int, ...]) -> list[tuple[i
             place = next((index for index, left in enumerate(free) if left + LITTLE >= share), None)
             if place is not None:
                 free[place] -= share
-                loads[place] += role.bytes
+                loads[place] += role.bytes + CONTEXT_BYTES
     return list(zip(loads, memory, strict=True))

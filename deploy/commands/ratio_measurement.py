@@ -21,6 +21,7 @@ from common.schedule import round_tasks, transition_order
 from common.trajectory import DTYPES, Trajectory
 from deploy.commands.ratio_noise import Comparison, Kind, Noise
 from deploy.parts import entries_of
+from learner.micro_batch import micro_batch_size
 from learner.reference_passes import log_probs_under
 from learner.round_pairs import micro_batches
 from learner.round_transitions import RoundTransitions, round_transitions
@@ -81,14 +82,16 @@ def _trained_a_little(policy: Policy) -> LoraWeights:
 
 def score_again(recipe: Recipe, drawn: Drawn) -> Noise:
     """Every comparison that this device can make."""
-    device, config = settle(runtime_of(recipe.learner, recipe.runtime)), entries_of(recipe).policy
+    device, parts = settle(runtime_of(recipe.learner, recipe.runtime)), entries_of(recipe)
+    config = parts.policy
     policy = config.load(device, recipe.sampling, "learner")
+    size = micro_batch_size(policy, config, parts.algorithm, recipe)
     policy.lay_in(drawn.weights)
     unavailable: list[str] = []
-    comparisons = tuple(_comparisons(policy, recipe, drawn, unavailable))
+    comparisons = tuple(_comparisons(policy, recipe, drawn, size, unavailable))
     if config.is_compiled("learner"):  # last, for every other comparison would be compiled anew
-        policy.compile(recipe.learner.micro_batch_size)
-        comparisons = (*map(_not_compiled, comparisons), _as_the_learner(policy, recipe, drawn.as_stored))
+        policy.compile(size)
+        comparisons = (*map(_not_compiled, comparisons), _as_the_learner(policy, recipe, drawn.as_stored, size))
     return Noise(
         comparisons,
         tuple(unavailable),
@@ -98,12 +101,13 @@ def score_again(recipe: Recipe, drawn: Drawn) -> Noise:
     )
 
 
-def _comparisons(policy: Policy, recipe: Recipe, drawn: Drawn, unavailable: list[str]) -> Iterator[Comparison]:
+def _comparisons(
+    policy: Policy, recipe: Recipe, drawn: Drawn, size: int, unavailable: list[str]
+) -> Iterator[Comparison]:
     path, stored = drawn.as_stored, recipe.sampling.latents_dtype
-    size = recipe.learner.micro_batch_size
     transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
     yield _compared(f"as drawn, {stored} as stored", "other", path, score(policy, path))
-    yield _as_the_learner(policy, recipe, path)
+    yield _as_the_learner(policy, recipe, path, size)
     single = round_transitions((_first_image(path),), np.zeros(1), policy.device)
     yield _compared("one transition at a time", "other", _first_image(path), _in_batches(policy, recipe, single, 1))
     for name, kernel in KERNELS.items():
@@ -122,8 +126,7 @@ def _comparisons(policy: Policy, recipe: Recipe, drawn: Drawn, unavailable: list
         yield _compared(f"rounded to {dtype} once scored", "rounded", path, log_probs)
 
 
-def _as_the_learner(policy: Policy, recipe: Recipe, path: Trajectory) -> Comparison:
-    size = recipe.learner.micro_batch_size
+def _as_the_learner(policy: Policy, recipe: Recipe, path: Trajectory, size: int) -> Comparison:
     transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
     return _compared(f"learner's micro-batches of {size}", "run", path, _in_batches(policy, recipe, transitions, size))
 

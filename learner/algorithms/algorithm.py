@@ -40,11 +40,12 @@ class Algorithm(Entry, ABC):
     def check_micro_batches(self, recipe: Recipe, noisy_steps: int) -> None:
         """ValueError: `learner.micro_batch_size` does not divide the pairs of an optimizer step, of so many steps with noise."""
         images, each = recipe.learner.images_per_step, self.pairs_per_image(recipe, noisy_steps)
-        if images * each % recipe.learner.micro_batch_size:
+        size = recipe.learner.micro_batch_size
+        if size != "auto" and images * each % size:
             what = "noisings" if self.noisings_per_image else "steps with noise"
             raise ValueError(
                 f"an optimizer step has {images} images × {each} {what} = {images * each} pairs to learn from, "
-                f"which learner.micro_batch_size = {recipe.learner.micro_batch_size} does not divide"
+                f"which learner.micro_batch_size = {size} does not divide"
             )
 
     def pairs_per_image(self, recipe: Recipe, noisy_steps: int) -> int:

@@ -228,9 +228,9 @@ def test_the_sizes_in_the_readme_are_those_of_the_plan() -> None:
         lines = dict(
             re.split(r"  +", line, maxsplit=1) for line in plan(Recipe.load(DEPLOY / "recipes" / name)).splitlines()
         )
-        learner, activations = lines["learner's memory"].split(", of it activations ")
+        learner, pair = lines["learner's memory"].removesuffix(" a pair").split(" at the most, of it ")
         under_way = lines["a trajectory"].split(", ")[1].removesuffix(" under way")
-        expected = [learner, activations, lines["a sampler's memory"].removesuffix(" and its working buffers")]
+        expected = [learner, pair, lines["a sampler's memory"].split(" at the most")[0]]
         expected += [lines["a reward worker's memory"], under_way, lines["a broadcast"].split(" to ")[0]]
         assert cells.split(" | ") == expected
 

@@ -26,7 +26,7 @@ from deploy.commands.doctor_checks import (
     version_findings,
     weights_findings,
 )
-from deploy.commands.plan import plan_of
+from deploy.commands.plan_numbers import plan_of
 from tests.tiny_clip import save_tiny_clip, save_tiny_head
 
 TOKEN = "f00dfacef00dfacef00dface"

@@ -9,7 +9,8 @@ import ddpo
 from common.config import Recipe
 from common.prompts import Animals
 from common.schedule import round_tasks
-from deploy.commands.plan import plan, plan_of
+from deploy.commands.plan import plan
+from deploy.commands.plan_numbers import plan_of
 from deploy.parts import parts_of
 from learner.learner import Learner
 

@@ -24,7 +24,8 @@ def checkpoint(rounds_done: int = 3) -> Checkpoint:
         "a.lora_A/exp_avg": generator.normal(size=(2, 3)).astype(np.float32),
         "a.lora_A/step": np.array(12.0, np.float32),
     }
-    state = LearnerState(rounds_done, weights, optimizer, {"scale": 65536.0, "growth_interval": 2000})
+    scaler = {"scale": 65536.0, "growth_interval": 2000}
+    state = LearnerState(rounds_done, weights, optimizer, scaler, micro_batch_size=6)
     statistics = {"joined": {"a cat": (1 / 3, -2.5e-17, float(np.float32(0.1))), 'a "dog" é': (7.0,)}}
     return Checkpoint(rounds_done, state, statistics, {"wandb": "abc123"}, rounds_done, {0: [3, 4], 2: [0]})
 
@@ -41,7 +42,7 @@ def test_everything_comes_back_to_the_last_bit(folder: Storage) -> None:
     assert after.tracker_ids == before.tracker_ids and after.ledger_rounds == before.ledger_rounds
     assert after.set_aside == before.set_aside
     assert after.learner.policy_version == before.learner.policy_version
-    assert after.learner.scaler == before.learner.scaler
+    assert after.learner.scaler == before.learner.scaler and after.learner.micro_batch_size == 6
     assert type(after.learner.scaler["growth_interval"]) is int  # torch takes no other
     assert after.learner.optimizer.keys() == before.learner.optimizer.keys()
     for name, value in before.learner.optimizer.items():

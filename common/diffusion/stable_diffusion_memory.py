@@ -1,0 +1,103 @@
+"""The peak memory of a Stable Diffusion's work: a learner's step, a sampler's forward pass, a decoding, on the meta device."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from common.diffusion.live_bytes import PeakBytes, line_through, peak_bytes
+from common.diffusion.meta_device import LikeDevice, kernels_of
+from common.diffusion.sizes import DeviceKind
+
+BATCHES = (1, 2)  # a peak is a line in the batch, and two points tell it
+
+
+class StableDiffusionMemory:
+    """A UNet on the meta device, with what is trained in it, as it works with embeddings of `tokens` × `width`."""
+
+    def __init__(self, unet: Any, text_shape: tuple[int, int], dtype: torch.dtype, device: DeviceKind) -> None:
+        self._unet = unet.to(memory_format=torch.channels_last) if device == "cuda" else unet
+        self._text_shape = text_shape
+        self._dtype = dtype
+        self._device: DeviceKind = device
+
+    def change_dtype(self, dtype: torch.dtype) -> None:
+        """What is not trained, in `dtype`, as samplers may have it."""
+        self._dtype = dtype
+        for parameter in self._unet.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+    def learning(self, branches: int, checkpointing: bool) -> PeakBytes:
+        """What a step takes beside weights, gradients and the optimizer's moments, by pairs."""
+        for parameter in self._unet.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        with _checkpointing(self._unet, self._recomputed) if checkpointing else contextlib.nullcontext():
+            return self._line(lambda pairs: self._learn(pairs, branches))
+
+    def drawing(self, branches: int) -> PeakBytes:
+        """What a denoising step without gradient takes beside the weights, by images."""
+        return self._line(lambda images: self._draw(images, branches))
+
+    def decoding(self, vae: Any) -> PeakBytes:
+        """What the decoder takes from latents to pictures beside its weights, by images."""
+        size = (self._unet.config.in_channels, self._unet.config.sample_size, self._unet.config.sample_size)
+
+        if self._device == "cuda":
+            vae.to(memory_format=torch.channels_last)
+
+        def decode(images: int) -> None:
+            with torch.no_grad(), LikeDevice(self._device, torch.float32):  # it runs in its own dtype
+                scaled = torch.empty(images, *size, device="meta", dtype=vae.dtype) / 1.0
+                pixels = vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5
+                (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+
+        return self._line(decode)
+
+    def _line(self, work: Callable[[int], None]) -> PeakBytes:
+        return line_through(lambda rows: peak_bytes(lambda: work(rows), kernels_of(self._device)), *BATCHES)
+
+    def _learn(self, pairs: int, branches: int) -> None:
+        with LikeDevice(self._device, self._dtype):
+            predicted = self._predict(pairs, branches)
+            torch.autograd.backward((predicted - torch.empty_like(predicted)).square().mean())
+
+    def _draw(self, images: int, branches: int) -> None:
+        with torch.no_grad(), LikeDevice(self._device, self._dtype):
+            mean = self._predict(images, branches)
+            latents = mean + torch.empty_like(mean)
+            (latents - mean).square().flatten(1).mean(1)
+
+    def _predict(self, rows: int, branches: int) -> Tensor:
+        channels, size = self._unet.config.in_channels, self._unet.config.sample_size
+        latents = torch.empty(rows, channels, size, size, device="meta").repeat(branches, 1, 1, 1)
+        embeds = torch.empty(rows, *self._text_shape, device="meta", dtype=self._dtype)
+        output = self._unet(
+            latents.to(self._dtype),
+            torch.empty(branches * rows, device="meta"),
+            torch.cat([embeds] * branches),
+            return_dict=False,
+        )[0].float()
+        if branches == 1:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return unconditional + 5.0 * (conditional - unconditional)
+
+    def _recomputed(self, module: Any, *args: Any) -> Any:
+        # The backward pass leaves function modes behind, so what it computes anew enters one of its own.
+        def contexts() -> tuple[Any, Any]:
+            return contextlib.nullcontext(), LikeDevice(self._device, self._dtype)
+
+        return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _checkpointing(unet: Any, function: Callable[..., Any]) -> Iterator[None]:
+    unet.enable_gradient_checkpointing(function)
+    try:
+        yield
+    finally:
+        unet.disable_gradient_checkpointing()

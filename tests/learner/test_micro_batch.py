@@ -1,0 +1,96 @@
+"""The largest micro-batch is found, kept over a resume, and refused with advice where not one pair fits."""
+
+import dataclasses
+from collections import namedtuple
+
+import pytest
+import torch
+
+import learner.micro_batch as module
+from learner.micro_batch import MOST_ON_CPU, StepTrial, largest_that_fits
+from tests.rounds import draw_round, learner_of, parts_with
+
+Memory = namedtuple("Memory", "available")
+AUTO = {"learner__micro_batch_size": "auto"}
+
+
+def of_size(monkeypatch: pytest.MonkeyPatch, available: float) -> None:
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: Memory(available))
+
+
+@pytest.mark.parametrize("predicted", [0, 1, 3, 5, 12, 100])
+@pytest.mark.parametrize(("limit", "largest"), [(9, 0), (10, 1), (35, 3), (59, 4), (119, 6), (120, 12), (1000, 12)])
+def test_the_largest_divisor_that_fits_is_found_from_any_prediction_that_is_near(
+    predicted: int, limit: int, largest: int
+) -> None:
+    tried: list[int] = []
+
+    def peak(pairs: int) -> float:
+        tried.append(pairs)
+        return 10.0 * pairs
+
+    assert largest_that_fits(12, limit, predicted, peak) == largest
+    assert len(tried) == len(set(tried))
+
+
+def test_a_run_with_room_takes_the_most_that_is_worth_it_on_a_cpu(tables: dict) -> None:
+    learner = learner_of(parts_with(tables, **AUTO))
+    assert learner.state().micro_batch_size == 16  # all pairs of an optimizer step
+    assert MOST_ON_CPU >= 16
+
+
+def test_a_run_with_little_memory_takes_less_and_says_what_to_do_about_none(
+    tables: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = parts_with(tables, **AUTO)
+    sizes = parts.policy.sizes(parts.recipe.sampling, "cpu")
+    of_size(monkeypatch, sizes.learner.of(7) / 0.9)
+    assert learner_of(parts).state().micro_batch_size == 4
+    of_size(monkeypatch, sizes.learner.of(1))
+    with pytest.raises(ValueError, match=r'"auto", and one pair takes .* GB .* policy\.gradient_checkpointing = true'):
+        learner_of(parts)
+
+
+def test_the_number_found_learns_as_the_same_number_given(tables: dict) -> None:
+    found, given = (learner_of(parts_with(tables, learner__micro_batch_size=size)) for size in ("auto", 16))
+    drawn = draw_round(parts_with(tables, **AUTO), found.weights()[-1])
+    (metrics, state), (_, other) = (learner.update(drawn.batch, *drawn.trajectories) for learner in (found, given))
+    assert metrics["learner/micro_batch_size"] == 16
+    assert state.trained.fingerprint == other.trained.fingerprint
+    assert state.micro_batch_size == other.micro_batch_size == 16
+
+
+def test_a_learner_goes_on_with_the_number_that_was_found_before(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_with(tables, **AUTO)
+    before = learner_of(parts)
+    of_size(monkeypatch, parts.policy.sizes(parts.recipe.sampling, "cpu").learner.of(2) / 0.9)
+    after = learner_of(parts)
+    assert after.state().micro_batch_size == 2
+    after.load_state(before.state())
+    drawn = draw_round(parts, before.weights()[-1])
+    trained = [learner.update(drawn.batch, *drawn.trajectories)[1].trained for learner in (before, after)]
+    assert trained[0].fingerprint == trained[1].fingerprint
+    after.load_state(dataclasses.replace(before.state(), micro_batch_size=None))  # of an older checkpoint
+    assert after.state().micro_batch_size == 16
+
+
+def test_a_number_that_is_given_stays_whatever_the_state_says(tables: dict) -> None:
+    learner = learner_of(parts_with(tables, learner__micro_batch_size=4))
+    learner.load_state(dataclasses.replace(learner.state(), micro_batch_size=2))
+    assert learner.state().micro_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    "algorithm", [{"name": "ddpo_is"}, {"name": "ddpo_is", "kl_coef": 0.1}, {"name": "diffusion_nft"}], ids=str
+)
+def test_a_trial_takes_what_is_predicted_and_leaves_no_trace(algorithm: dict, tables: dict) -> None:
+    parts = parts_with({**tables, "algorithm": algorithm}, learner__micro_batch_size=4)
+    policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
+    sizes = parts.policy.sizes(parts.recipe.sampling, "cpu")
+    before = {name: value.clone() for name, value in policy.network.state_dict().items()}
+    random = torch.get_rng_state()
+    peak = StepTrial(policy, parts.algorithm, sizes).peak(4)
+    assert peak == pytest.approx(sizes.learner.of(4), rel=0.05)
+    assert all(torch.equal(value, before[name]) for name, value in policy.network.state_dict().items())
+    assert all(parameter.grad is None for parameter in policy.network.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
