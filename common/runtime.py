@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import traceback
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ def settle(runtime: RuntimeTable) -> str:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(runtime.deterministic)
     # It would fill every new tensor, so that a read of memory that nobody wrote is found; bits do not depend on it.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     return "cuda" if runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
 
