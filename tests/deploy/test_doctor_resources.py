@@ -115,7 +115,7 @@ def test_roles_that_share_a_gpu_are_summed_on_it(tables: dict, numbers: Plan, gp
 def test_roles_with_a_gpu_each_are_not_summed(tables: dict, numbers: Plan) -> None:
     recipe = with_roles(tables, learner={"num_gpus": 1}, samplers={"num_gpus": 1})
     machine = Machine(64 * GIGABYTE, (10 * GIGABYTE, 10 * GIGABYTE))
-    assert "8.00 GB on the fullest" in by_subject(memory_findings(recipe, numbers, machine))["GPU memory"].found
+    assert "8.60 GB on the fullest" in by_subject(memory_findings(recipe, numbers, machine))["GPU memory"].found
 
 
 def test_trajectories_that_do_not_fit_the_object_store_are_a_warning(recipe: Recipe, numbers: Plan) -> None:

@@ -10,6 +10,7 @@ from common.config import Recipe
 from common.prompts import Animals
 from common.schedule import round_tasks
 from deploy.commands.plan import plan
+from deploy.commands.plan_memory import GIGABYTES, largest_micro_batch
 from deploy.commands.plan_numbers import plan_of
 from deploy.parts import parts_of
 from learner.learner import Learner
@@ -60,6 +61,33 @@ def test_the_single_gpu_recipe_fits_the_gpu_it_names() -> None:
     assert 14e9 < together < 40e9  # of the smaller A100
     assert "1 learner, 1 samplers, 1 reward workers, 1 scorers" in text
     assert "1 = learner 0.5 + samplers 0.3 + reward workers 0.1 + scorers 0.1" in text
+
+
+def test_for_a_gpu_the_plan_says_what_fits_on_which() -> None:
+    recipe = Recipe.load(RECIPES / "sd15_aesthetic.toml")
+    numbers = plan_of(recipe)
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in plan(recipe).splitlines())
+    alone = [int(size) for size in lines["learner alone: micro-batch"].split()]
+    assert len(alone) == len(GIGABYTES) and alone == sorted(alone)
+    for gigabytes, size in zip(GIGABYTES, alone, strict=True):
+        assert numbers.pairs_per_step % size == 0
+        assert numbers.sizes.learner.of(size) < 0.9 * (gigabytes * 2**30 - 600e6)
+    # With three others beside it not one pair is left on 8 GB, and checkpointing makes room for many times as many.
+    together = lines["all roles on one: micro-batch"].split()
+    assert together[0] == "-" and int(together[-1]) < alone[-1]
+    policy = recipe.policy.model_copy(update={"gradient_checkpointing": True})
+    assert largest_micro_batch(plan_of(recipe.model_copy(update={"policy": policy})), 8) > 3 * alone[0]
+
+
+def test_without_a_gpu_there_is_no_such_table(recipe: Recipe) -> None:
+    assert "GPU of so many GB" not in plan(recipe)
+
+
+def test_a_micro_batch_that_is_to_be_found_is_planned_with_the_least(tables: dict) -> None:
+    recipe = Recipe.parse({**tables, "learner": {**tables["learner"], "micro_batch_size": "auto"}})
+    numbers, text = plan_of(recipe), plan(recipe)
+    assert numbers.learner_bytes == numbers.sizes.learner.of(1) + numbers.conditioning_bytes
+    assert "in micro-batches found at the start" in text and "so with micro-batches of 1" in text
 
 
 def test_rewards_with_workers_of_their_own_are_counted_with_them(tables: dict) -> None:
