@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +24,23 @@ class StableDiffusionMemory:
         self._text_shape = text_shape
         self._dtype = dtype
         self._device: DeviceKind = device
+        adapted = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
+        self._has_adapters = bool(adapted)  # else autocast is around the network
+        for layer in adapted:
+            self._autocast_alone(layer)
+
+    def _autocast_alone(self, layer: Any) -> None:
+        """As `compute_adapters_in` has it on a real device."""
+        forward, layer.cast_input_dtype_enabled = layer.forward, False
+
+        def in_half(*args: Any, **keys: Any) -> Tensor:
+            with LikeDevice(self._device, self._dtype):
+                return forward(*args, **keys)
+
+        layer.forward = in_half
+
+    def _like_device(self) -> LikeDevice:
+        return LikeDevice(self._device, torch.float32 if self._has_adapters else self._dtype)
 
     def change_dtype(self, dtype: torch.dtype) -> None:
         """What is not trained, in `dtype`, as samplers may have it."""
@@ -61,12 +79,12 @@ class StableDiffusionMemory:
         return line_through(lambda rows: peak_bytes(lambda: work(rows), kernels_of(self._device)), *BATCHES)
 
     def _learn(self, pairs: int, branches: int) -> None:
-        with LikeDevice(self._device, self._dtype):
+        with self._like_device():
             predicted = self._predict(pairs, branches)
             torch.autograd.backward((predicted - torch.empty_like(predicted)).square().mean())
 
     def _draw(self, images: int, branches: int) -> None:
-        with torch.no_grad(), LikeDevice(self._device, self._dtype):
+        with torch.no_grad(), self._like_device():
             mean = self._predict(images, branches)
             latents = mean + torch.empty_like(mean)
             (latents - mean).square().flatten(1).mean(1)
@@ -89,7 +107,7 @@ class StableDiffusionMemory:
     def _recomputed(self, module: Any, *args: Any) -> Any:
         # The backward pass leaves function modes behind, so what it computes anew enters one of its own.
         def contexts() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), LikeDevice(self._device, self._dtype)
+            return contextlib.nullcontext(), self._like_device()
 
         return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
 
