@@ -1,13 +1,15 @@
 """make bench-gpu: a Stable Diffusion 1.5 with random weights on one GPU, beside TRL and beside what the GPU can do.
 
 Needs no network and no Ray: `python -m tests.benchmarks.gpu`. TRL runs in the Python that --trl-python names. Each section is
-written to the folder when it is done, and none is begun after --seconds. `--tiny --device cpu` goes the same way anywhere.
+written to the folder when it is done; what is still at work after --seconds is ended. `--only` chooses sections, so that what is
+missing can be measured later. `--tiny --device cpu` goes the same way anywhere.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ TRL_SIZES = {"TRL, its example's batches": (6, 3), "TRL, largest batches": (16, 
 SIZES = (16, 8)  # ours: images a task, transitions a micro-batch
 OURS: dict[str, list[str]] = {
     "ours, eager": [],
+    "ours, not deterministic": ["--runtime.deterministic", "false"],
     "ours, compiled": ["--policy.compile", "both", "--algorithm.off_policy.ratio", "proximal"],
 }
 
@@ -48,6 +51,12 @@ class Job:
     steps: int
     images: int
     tiny: bool
+    ends: float  # by the monotonic clock
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(1.0, self.ends - time.monotonic())
 
     def recipe(self, *overrides: str) -> list[str]:
         """Overrides of `RECIPE`: this model, a round of so many images, one optimizer step on all of them."""
@@ -107,7 +116,7 @@ def trl_section(job: Job, sizes: tuple[int, int]) -> dict[str, Any]:
     path = job.folder / f"trl_{sampled}.json"
     path.write_text(json.dumps(asked), encoding="utf-8")
     process = RoundProcess([job.trl_python, str(SCRIPTS / "trl_rounds.py"), str(path)], path.with_suffix(".log"))
-    return {"steps": job.steps, **_rounds(process, sampled * batches, bare=False)}
+    return {"steps": job.steps, **_rounds(job, process, sampled * batches, bare=False)}
 
 
 def our_section(job: Job, overrides: list[str]) -> dict[str, Any]:
@@ -115,37 +124,45 @@ def our_section(job: Job, overrides: list[str]) -> dict[str, Any]:
     path = job.folder / f"ours_{len(overrides)}.json"
     path.write_text(json.dumps({"recipe": RECIPE, "overrides": job.recipe(*overrides)}), encoding="utf-8")
     process = RoundProcess([sys.executable, "-m", "tests.benchmarks.our_rounds", str(path)], path.with_suffix(".log"))
-    return {"steps": job.steps, **_rounds(process, job.images, bare=True)}
+    return {"steps": job.steps, **_rounds(job, process, job.images, bare=True)}
 
 
-def _rounds(process: RoundProcess, images: int, bare: bool) -> dict[str, Any]:
+def _rounds(job: Job, process: RoundProcess, images: int, bare: bool) -> dict[str, Any]:
+    ending = threading.Timer(job.left, process.kill)
+    ending.start()
     try:
         ready = process.answer()
         answers = [process.ask() for _ in range(2)]
         alone = process.ask(bare=True) if bare else {}
     finally:
+        ending.cancel()
         process.close()
     return {"images": images, "first": answers[0], "round": answers[-1], "bare": alone, "versions": ready["versions"]}
 
 
 def process_section(job: Job, module: str, *arguments: str) -> None:
     """A section that is a program of its own; it writes its answers itself."""
-    subprocess.run([sys.executable, "-m", f"tests.benchmarks.{module}", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", f"tests.benchmarks.{module}", *arguments], check=True, timeout=job.left)
 
 
 def sections(job: Job) -> dict[str, Callable[[], Any]]:
     """All of them, the most asked for first."""
     answers, device = job.folder / "variants.jsonl", ["--device", job.device]
     tiny = ["--tiny"] if job.tiny else []
+    ours = {name: lambda words=words: our_section(job, words) for name, words in OURS.items()}
+    trl = {name: lambda sizes=sizes: trl_section(job, sizes) for name, sizes in TRL_SIZES.items()}
+    compiled = ours.pop("ours, compiled")
     return {
         "device": lambda: device_section(job),
-        "ours, eager": lambda: our_section(job, OURS["ours, eager"]),
-        **{name: lambda sizes=sizes: trl_section(job, sizes) for name, sizes in TRL_SIZES.items()},
-        "ours, compiled": lambda: our_section(job, OURS["ours, compiled"]),
-        "variants": lambda: process_section(job, "gpu_variants", RECIPE, str(answers), *job.recipe()),
-        "noise": lambda: process_section(job, "gpu_noise", RECIPE, str(job.folder / "noise.jsonl"), *job.recipe()),
+        **ours,
+        **trl,
+        "memory": lambda: process_section(
+            job, "gpu_memory", "--out", str(job.folder), "--model", str(job.model), *device, *tiny
+        ),
         "rewards": lambda: process_section(job, "gpu_rewards", str(job.folder / "rewards.jsonl"), *device, *tiny),
-        "memory": lambda: process_section(job, "gpu_memory", "--output", str(job.folder / "memory"), *device, *tiny),
+        "variants": lambda: process_section(job, "gpu_variants", RECIPE, str(answers), *job.recipe()),
+        "ours, compiled": compiled,
+        "noise": lambda: process_section(job, "gpu_noise", RECIPE, str(job.folder / "noise.jsonl"), *job.recipe()),
     }
 
 
@@ -165,7 +182,8 @@ def main() -> None:
     if not model.exists():
         save_random_pipeline(model, "tiny" if given.tiny else "sd15", torch.bfloat16)
     steps, images = (2, 4) if given.tiny else (50, 16)
-    job = Job(given.output, model, given.device, given.trl_python, steps, images, given.tiny)
+    ends = started + given.seconds
+    job = Job(given.output, model, given.device, given.trl_python, steps, images, given.tiny, ends)
     print(f"model made in {time.monotonic() - started:.0f} s", flush=True)
     for name, section in sections(job).items():
         if given.only and name not in given.only:
@@ -175,7 +193,12 @@ def main() -> None:
             continue
         try:
             found = section()
-        except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:  # the others are still worth having
+        except (
+            RuntimeError,
+            ValueError,
+            OSError,
+            subprocess.SubprocessError,
+        ) as error:  # the others are still worth having
             print(f"{name} failed: {error}", flush=True)
             continue
         if found is not None:

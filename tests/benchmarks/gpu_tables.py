@@ -25,6 +25,7 @@ def markdown(folder: Path) -> str:
         _variants(lines_of(folder / "variants.jsonl"), device),
         _noise(lines_of(folder / "noise.jsonl")),
         _rewards(lines_of(folder / "rewards.jsonl")),
+        (folder / "gpu_memory.md").read_text().splitlines() if (folder / "gpu_memory.md").is_file() else [],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
 

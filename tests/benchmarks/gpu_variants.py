@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.config import Recipe
 from common.diffusion.lora import MergedAdapters, trained_parameters
+from common.diffusion.policy import autocast
 from common.runtime import settle
 from deploy.parts import Parts, entries_of
 from tests.benchmarks.timing import median_seconds, seconds
@@ -66,6 +67,22 @@ def checkpointed(policy: Any) -> Iterator[None]:
         policy.network.disable_gradient_checkpointing()
 
 
+@contextmanager
+def filled_first(policy: Any) -> Iterator[None]:
+    """Every new tensor is filled before it is written, as torch does by itself where it is deterministic."""
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        deterministic.fill_uninitialized_memory = False
+
+
+def autocast_around(policy: Any) -> Any:
+    """Norms in float32, and their activations twice as wide."""
+    return autocast(policy.device, policy.dtype)
+
+
 def plain(policy: Any) -> Any:
     """As the recipe has it."""
     return nullcontext()
@@ -83,6 +100,8 @@ def unfused_attention(policy: Any) -> Any:
 
 FORWARD: dict[str, Setting] = {
     "as it is": plain,
+    "new tensors filled first": filled_first,
+    "autocast around the network": autocast_around,
     "contiguous": contiguous,
     "attention not fused": unfused_attention,
     "cuDNN's attention": cudnn_attention,
@@ -91,6 +110,8 @@ FORWARD: dict[str, Setting] = {
 }
 BACKWARD: dict[str, Setting] = {
     "as it is": plain,
+    "new tensors filled first": filled_first,
+    "autocast around the network": autocast_around,
     "contiguous": contiguous,
     "cuDNN's attention": cudnn_attention,
     "not deterministic": not_deterministic,
@@ -158,18 +179,18 @@ def main(recipe: str, answers: str, overrides: list[str]) -> None:
     """All variants, those that are not compiled first."""
     parts = entries_of(Recipe.load(recipe, overrides))
     variants = Variants(parts, Path(answers))
-    policy = variants.policy()
-    variants.forward(policy, FORWARD)
-    variants.backward(policy, BACKWARD)
-    policy.compile(parts.recipe.learner.micro_batch_size)
-    variants.backward(policy, {"as it is": plain}, "compiled")
-    merged = variants.policy()
+    policy, merged = variants.policy(), variants.policy()
     MergedAdapters(merged.network).merge()
+    variants.forward(policy, FORWARD)
     variants.forward(merged, {"as it is": plain}, "merged")
-    merged.compile(parts.recipe.sampling.batch_size)
-    variants.forward(merged, {"as it is": plain}, "merged, compiled")
+    variants.backward(policy, BACKWARD)
+    # Compiled last: it takes minutes.
     policy.compile(parts.recipe.sampling.batch_size)
     variants.forward(policy, {"as it is": plain, "cuDNN's attention": cudnn_attention}, "compiled")
+    policy.compile(parts.recipe.learner.micro_batch_size)
+    variants.backward(policy, {"as it is": plain}, "compiled")
+    merged.compile(parts.recipe.sampling.batch_size)
+    variants.forward(merged, {"as it is": plain}, "merged, compiled")
 
 
 if __name__ == "__main__":

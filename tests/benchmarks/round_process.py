@@ -55,6 +55,10 @@ class RoundProcess:
         self._process.stdin.flush()
         return self.answer()
 
+    def kill(self) -> None:
+        """End it at once, whatever it does; who waits for its answer is told."""
+        self._process.kill()
+
     def close(self) -> None:
         """Let it end: by the end of its input, or where it does not listen, by force."""
         assert self._process.stdin is not None

@@ -1,0 +1,69 @@
+"""The GPU benchmark: its tables by hand, and its way through on a CPU, where Ray cannot be imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.gpu_tables import PUBLISHED, markdown
+
+ROOT = Path(__file__).parents[2]
+DEVICE = {"flops": 1e12, "copied": 2e9, "forward_flops": 1e9, "both_flops": 3e9, "machine": "a day, a commit, a GPU"}
+
+
+def round_of(sampling: float, learning: float, images: int, bare: dict[str, float]) -> dict:
+    seconds = {"sampling": sampling, "scoring": 0.0, "learning": learning, "round": sampling + learning}
+    times = {**seconds, "peak_bytes": 2e9}
+    return {"steps": 50, "images": images, "first": {"round": 7.0}, "round": times, "bare": bare}
+
+
+def test_costs_shares_and_ratios_are_those_worked_out_by_hand(tmp_path: Path) -> None:
+    found = {
+        "device": DEVICE,
+        "ours, eager": round_of(8.0, 12.0, 16, {"sampling": 7.2, "learning": 9.0}),
+        "TRL, its example's batches": round_of(6.0, 12.0, 6, {}),
+    }
+    lines = [json.dumps({"section": section, "found": values}) for section, values in found.items()]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines))
+    variants = [
+        {"passes": "forward", "variant": "as it is", "rows": 4, "seconds": 0.02, "first": 1.0, "peak": 1e9},
+        {"passes": "forward", "variant": "contiguous", "rows": 4, "seconds": 0.016, "first": 1.0, "peak": 1e9},
+    ]
+    (tmp_path / "variants.jsonl").write_text("\n".join(map(json.dumps, variants)))
+    page = markdown(tmp_path)
+    # 100 rows an image at 1e9 operations in half a second are 0.2 TFLOP/s of 1; 3e9 in 0.75 s are 0.4.
+    assert "| ours, eager | 0.500 | 0.750 | 1.250 | 7 s | 2.0 | 20%, 40% | 0.90, 0.75 |" in page
+    assert "| TRL, its example's batches | 1.000 | 2.000 | 3.000 | 7 s | 2.0 | 10%, 15% | – |" in page
+    assert "against TRL, its example's batches: sampling 2.00 ×, learning 2.67 ×, round 2.40 ×" in page
+    assert f"0.80 images/s a GPU, 1.25 GPU-seconds an image, where {PUBLISHED} A100-seconds" in page
+    assert "| forward | contiguous | 4.00 | 25% | 1.25 × | 1.0 s | 1.0 |" in page
+    assert "at the matrix rate 1.00 and 3.00 ms" in page
+
+
+@pytest.mark.thorough
+def test_every_section_but_trls_runs_on_a_cpu_without_ray(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['ray'] = None\n")
+    # Compiling every network would take many minutes: the calls go the same way without it.
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    sections = ["device", "ours, eager", "ours, not deterministic", "ours, compiled", "variants", "noise", "memory"]
+    command = ["-m", "tests.benchmarks.gpu", "--tiny", "--device", "cpu", "--output", str(tmp_path / "found")]
+    done = subprocess.run(
+        [sys.executable, *command, "--only", *sections],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "failed" not in done.stdout, done.stdout
+    for row in (
+        "| ours, compiled |",
+        "| forward and backward | compiled |",
+        "| both compiled | learner's micro-batches",
+    ):
+        assert row in done.stdout, done.stdout
+    assert "learner" in (tmp_path / "found/gpu_memory.md").read_text()
