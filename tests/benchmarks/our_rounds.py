@@ -75,7 +75,7 @@ class OurRounds:
                 policy._predict(*inputs)
         drawn = self.now()
         rows = sampling.batch_size * sampling.kept_steps(len(policy.noisy_steps))
-        size = min(self._recipe.learner.micro_batch_size, rows)
+        size = min(self._learner._micro_batch_size, rows)
         inputs = self._inputs(size)
         begun = self.now()
         for _ in range(rows // size):
