@@ -8,6 +8,7 @@ input it ends.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,9 @@ class RoundProcess:
     """One such process; it is silent but for its answers, and its log says the rest."""
 
     def __init__(self, command: list[str], log: Path) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        compiled = log.with_name(f"{log.stem}-compiled").absolute()
+        shutil.rmtree(compiled, ignore_errors=True)  # what an earlier run has compiled would be free otherwise
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
         with log.open("w") as errors:
             self._process = subprocess.Popen(
                 command,

@@ -32,7 +32,7 @@ from tests.benchmarks.timing import machine
 FAST = "deploy/recipes/tiny/fast.toml"
 SEEDS = (0, 1, 2)
 TUNING = ("--seeds", "10", "--evaluation.split", "tuning")  # by which numbers are chosen
-TRL_ROUNDS = 10
+TRL_ROUNDS = 8
 TRL_KEYS = {  # the demo's recipe in TRL's form: learned from all steps, each prompt against its own past
     "sampling.step_fraction": "1.0",
     "sampling.untrained_last_steps": "0",
