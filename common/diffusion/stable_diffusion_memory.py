@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +19,8 @@ class StableDiffusionMemory:
     """A UNet on the meta device, with what is trained in it, as it works with embeddings of `tokens` × `width`."""
 
     def __init__(self, unet: Any, text_shape: tuple[int, int], dtype: torch.dtype, device: DeviceKind) -> None:
+        from peft.tuners.lora import LoraLayer
+
         self._unet = unet.to(memory_format=torch.channels_last) if device == "cuda" else unet
         self._text_shape = text_shape
         self._dtype = dtype
