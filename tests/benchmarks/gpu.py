@@ -160,6 +160,7 @@ def sections(job: Job) -> dict[str, Callable[[], Any]]:
             job, "gpu_memory", "--out", str(job.folder), "--model", str(job.model), *device, *tiny
         ),
         "rewards": lambda: process_section(job, "gpu_rewards", str(job.folder / "rewards.jsonl"), *device, *tiny),
+        "waits": lambda: process_section(job, "gpu_waits", RECIPE, str(job.folder / "waits.jsonl"), *job.recipe()),
         "variants": lambda: process_section(job, "gpu_variants", RECIPE, str(answers), *job.recipe()),
         "ours, compiled": compiled,
         "noise": lambda: process_section(job, "gpu_noise", RECIPE, str(job.folder / "noise.jsonl"), *job.recipe()),

@@ -25,6 +25,7 @@ def markdown(folder: Path) -> str:
         _variants(lines_of(folder / "variants.jsonl"), device),
         _noise(lines_of(folder / "noise.jsonl")),
         _rewards(lines_of(folder / "rewards.jsonl")),
+        _waits(lines_of(folder / "waits.jsonl")),
         (folder / "gpu_memory.md").read_text().splitlines() if (folder / "gpu_memory.md").is_file() else [],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
@@ -114,5 +115,12 @@ def _noise(found: list[dict[str, Any]]) -> list[str]:
 def _rewards(found: list[dict[str, Any]]) -> list[str]:
     return [
         f"{each['reward']}: {each['batch'] / each['seconds']:.0f} images/s in batches of {each['batch']}"
+        for each in found
+    ]
+
+
+def _waits(found: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"the host waits at {each['place']} {each['times']} times in a round of {each['micro_batches']} micro-batches"
         for each in found
     ]

@@ -48,7 +48,16 @@ def test_every_section_but_trls_runs_on_a_cpu_without_ray(tmp_path: Path) -> Non
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['ray'] = None\n")
     # Compiling every network would take many minutes: the calls go the same way without it.
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    sections = ["device", "ours, eager", "ours, not deterministic", "ours, compiled", "variants", "noise", "memory"]
+    sections = [
+        "device",
+        "ours, eager",
+        "ours, not deterministic",
+        "ours, compiled",
+        "variants",
+        "noise",
+        "memory",
+        "waits",
+    ]
     command = ["-m", "tests.benchmarks.gpu", "--tiny", "--device", "cpu", "--output", str(tmp_path / "found")]
     done = subprocess.run(
         [sys.executable, *command, "--only", *sections],
@@ -66,4 +75,5 @@ def test_every_section_but_trls_runs_on_a_cpu_without_ray(tmp_path: Path) -> Non
         "| both compiled | learner's micro-batches",
     ):
         assert row in done.stdout, done.stdout
+    assert "0 waits in a round of 8 micro-batches" in done.stdout
     assert "learner" in (tmp_path / "found/gpu_memory.md").read_text()
