@@ -14,7 +14,7 @@ from common.diffusion.sizes import LEFT_FREE, PolicySizes, largest_divisor, para
 from common.trajectory import NoisedBatch, TransitionBatch
 from learner.algorithms.algorithm import Algorithm
 
-# A CPU learns no faster from more pairs at once than these: they fill its cores and leave its caches.
+# What the recipes for a CPU have; whether more would be faster there was not measured.
 MOST_ON_CPU = 32
 
 
