@@ -98,6 +98,7 @@ def small(tables: dict, tmp_path: Path) -> str:
     return str(tmp_path / "recipe.toml")
 
 
+@pytest.mark.thorough
 def test_our_side_makes_rounds_that_are_those_of_the_command(small: str, tmp_path: Path) -> None:
     with our_process(small, [], tmp_path, "ours") as process:
         assert set(process.answer()["versions"]) >= {"torch", "diffusers"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.thorough
 def test_what_the_plan_lets_onto_a_device_runs_there_and_takes_what_it_said(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.benchmarks.gpu_memory", "--tiny", "--device", "cpu", "--dtype", "float32"]
     subprocess.run([*command, "--threads", "1", "--out", str(tmp_path)], check=True, timeout=300)

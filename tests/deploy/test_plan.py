@@ -63,6 +63,7 @@ def test_the_single_gpu_recipe_fits_the_gpu_it_names() -> None:
     assert "1 = learner 0.5 + samplers 0.3 + reward workers 0.1 + scorers 0.1" in text
 
 
+@pytest.mark.thorough
 def test_for_a_gpu_the_plan_says_what_fits_on_which() -> None:
     recipe = Recipe.load(RECIPES / "sd15_aesthetic.toml")
     numbers = plan_of(recipe)

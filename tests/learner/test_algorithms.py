@@ -37,6 +37,9 @@ class Toy(Policy):
     def noisy_steps(self) -> list[int]:
         return [0, 1, 2]
 
+    def compile(self, batch_size: int) -> None:
+        raise NotImplementedError
+
     def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning, noisy: bool = True) -> Transition:
         return Transition(self.network["theta"] * latents, torch.full((len(latents),), STD, dtype=torch.float64))
 
