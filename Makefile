@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system test-thorough same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast rewards-bench soak scale bench-trl bench-target bench-gpu pretrain clean
+.PHONY: demo test test-system test-thorough compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast rewards-bench soak scale bench-trl bench-target bench-gpu pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -15,13 +15,16 @@ demo: $(VENV)/installed
 	$(BIN)/ddpo report runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not system and not thorough and not same_bits and not parity" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not system and not thorough and not same_bits and not parity and not compiled" tests
 
 test-system: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m system tests
 
 test-thorough: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m thorough tests
+
+compiled: $(VENV)/installed
+	$(BIN)/python -m pytest -m compiled tests
 
 same-bits: $(VENV)/installed
 	DDPO_TEST_ROUNDS=12 $(BIN)/python -m pytest -m "system or same_bits" tests/system/test_same_bits.py tests/system/test_resume.py

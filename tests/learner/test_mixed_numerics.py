@@ -46,7 +46,7 @@ def test_a_merged_sampler_in_float32_stays_within_the_usual_tolerance(tables: di
     assert 0 < metrics["ratio/max_abs_log"] < 1e-5
 
 
-@pytest.mark.thorough
+@pytest.mark.compiled
 def test_compiled_both_learn_the_same_as_eager_within_rounding(tables: dict) -> None:
     def learned(**keys: str) -> tuple[dict[str, float], torch.Tensor]:
         parts = parts_with(tables, **keys)
