@@ -101,6 +101,7 @@ KINDS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pairs", [1, 3, 8])
 def test_a_learners_step_takes_what_was_predicted(kind: str, pairs: int, model: Path) -> None:
@@ -117,6 +118,7 @@ def test_a_learners_step_takes_what_was_predicted(kind: str, pairs: int, model: 
     assert predicted == pytest.approx(held + _of_the_allocator(step), rel=0.1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("images", [1, 3, 8])
 def test_a_samplers_task_takes_what_was_predicted(images: int, model: Path) -> None:
     policy = tiny_policy(model, "sampler", SAMPLING)

@@ -38,6 +38,7 @@ def test_the_counts_are_those_of_the_model_once_it_is_loaded(keys: dict, tiny_mo
     assert sizes.conditioning_bytes == embeds.numel() * embeds.element_size()
 
 
+@pytest.mark.thorough
 def test_guidance_doubles_a_pair_and_half_precision_needs_fewer_bytes(tiny_model: Path) -> None:
     def pair(dtype: str, guidance_scale: float) -> float:
         sampling = SamplingTable(num_steps=4, guidance_scale=guidance_scale)
