@@ -28,8 +28,9 @@ class PromptsTable(Choice):
 
 class SamplingTable(Table):
     num_steps: int = Field(default=50, ge=2, le=1000)
-    guidance_scale: float = Field(default=5.0, ge=0)  # 1: no guidance, one forward pass instead of two
-    eta: float = Field(default=1.0, gt=0, le=1)  # 0 would leave no noise, so no action and no log_prob
+    guidance_scale: float = Field(default=5.0, ge=0)  # 1: no guidance, one forward pass instead of two; FLUX is told it
+    # DDIM's η, or flow matching's noise level a; 0 would leave no noise, so no action and no log_prob.
+    eta: float = Field(default=1.0, gt=0, le=1)
     batch_size: int = Field(default=8, ge=1)  # images a task
     batches_per_round: int = Field(default=4, ge=1)  # tasks a round
     step_fraction: float = Field(

@@ -1,10 +1,11 @@
 """A network compiled for batches of one size: smaller ones are filled up, larger ones cut, so that it is compiled once."""
 
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @final
@@ -15,19 +16,24 @@ class CompiledNetwork:
     batches give equal bits in every process, whatever it did before.
     """
 
-    def __init__(self, network: nn.Module, rows: int) -> None:
-        """`rows`: of every batch that the network will see."""
-        self._compiled: Any = torch.compile(network, dynamic=False, fullgraph=True)
+    def __init__(self, call: Callable[..., Tensor], rows: int) -> None:
+        """`call` takes tensors by name, with a row each; `rows`: of every batch that the network will see."""
+        self._compiled: Any = torch.compile(call, dynamic=False, fullgraph=True)
         self._rows = rows
 
-    def __call__(self, *inputs: Tensor) -> Float[Tensor, "B ..."]:
+    def __call__(self, **inputs: Tensor) -> Float[Tensor, "B ..."]:
         """The network's output for inputs with a row each."""
-        parts = zip(*(each.split(self._rows) for each in inputs), strict=True)
-        outputs = [self._run(part) for part in parts]
+        parts = zip(*(each.split(self._rows) for each in inputs.values()), strict=True)
+        outputs = [self._run(dict(zip(inputs, part, strict=True))) for part in parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        count = len(inputs[0])
+    def _run(self, inputs: dict[str, Tensor]) -> Tensor:
+        count = len(next(iter(inputs.values())))
         if count < self._rows:
-            inputs = tuple(torch.cat([each, each[:1].expand(self._rows - count, *each.shape[1:])]) for each in inputs)
-        return self._compiled(*inputs, return_dict=False)[0][:count]
+            inputs = {name: _filled_up(value, self._rows) for name, value in inputs.items()}
+        return self._compiled(**inputs)[:count]
+
+
+def _filled_up(rows: Tensor, count: int) -> Tensor:
+    """As many rows as that, with the first again and again."""
+    return torch.cat([rows, rows[:1].expand(count - len(rows), *rows.shape[1:])])

@@ -17,6 +17,7 @@ from common.registry import Entry
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+TRAINED_PARTS = ("unet", "transformer")  # what a pipeline calls its network
 
 
 class LoraSettings(Entry):
@@ -135,16 +136,18 @@ def reference_policy(network: Any) -> Iterator[None]:
         network.enable_adapters()
 
 
-def save_lora(network: nn.Module, lora: LoraSettings, folder: Path) -> Path:
+def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = "unet") -> Path:
     """The adapter in the file that diffusers' `load_lora_weights` reads. Equal weights give equal bytes.
+
+    `part`: what the network is called in its pipeline.
 
     Written here and not by diffusers, whose metadata holds a set and so has another order in each process.
     """
     from peft import get_peft_model_state_dict
 
-    layers = {f"unet.{name}": value.cpu().contiguous() for name, value in get_peft_model_state_dict(network).items()}
+    layers = {f"{part}.{name}": value.cpu().contiguous() for name, value in get_peft_model_state_dict(network).items()}
     settings = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
-    metadata = json.dumps({f"unet.{name}": value for name, value in settings.items()}, sort_keys=True)
+    metadata = json.dumps({f"{part}.{name}": value for name, value in settings.items()}, sort_keys=True)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(layers, folder / FILE_NAME, {METADATA: metadata})
     return folder / FILE_NAME
@@ -166,10 +169,11 @@ def read_lora_settings(path: Path) -> LoraSettings | None:
             metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if "unet.r" not in metadata:
+    part = next((part for part in TRAINED_PARTS if f"{part}.r" in metadata), None)
+    if part is None:
         return None
-    targets = tuple(metadata["unet.target_modules"])
-    return LoraSettings(rank=metadata["unet.r"], alpha=metadata["unet.lora_alpha"], target_modules=targets)
+    targets = tuple(metadata[f"{part}.target_modules"])
+    return LoraSettings(rank=metadata[f"{part}.r"], alpha=metadata[f"{part}.lora_alpha"], target_modules=targets)
 
 
 def load_lora(network: nn.Module, path: Path) -> None:
@@ -181,7 +185,7 @@ def load_lora(network: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        state = {name.removeprefix("unet."): value for name, value in load_file(lora_file(path)).items()}
+        state = {_in_network(name): value for name, value in load_file(lora_file(path)).items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(network).items()}
@@ -190,3 +194,9 @@ def load_lora(network: nn.Module, path: Path) -> None:
         differing = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
         raise ValueError(f"the LoRA {path} does not fit the network at {differing[:3]}: another model, or another rank")
     set_peft_model_state_dict(network, state)
+
+
+def _in_network(name: str) -> str:
+    """A LoRA file's name of a weight as the network calls it."""
+    part, _, rest = name.partition(".")
+    return rest if part in TRAINED_PARTS else name

@@ -7,11 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from common.diffusion.denoising_steps import DenoisingSteps, Noised, column
 from common.diffusion.transition import Transition
 
 
 @dataclass(frozen=True)
-class DDIMTable:
+class DDIMTable(DenoisingSteps):
     """What a step needs to know of its place on the path, for each of the T steps."""
 
     timesteps: Int[Tensor, "T"]  # the model's own, 999 … 0
@@ -19,17 +20,40 @@ class DDIMTable:
     next_alphas_cumprod: Float[Tensor, "T"]  # ᾱ where it ends
     eta: Float[Tensor, "T"]  # 0: this step is drawn without noise
     prediction_type: str  # epsilon, v_prediction or sample
+    training_alphas_cumprod: Float[Tensor, "N"]  # ᾱ of each of the model's own timesteps
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.training_alphas_cumprod)
 
     def std(self) -> Float[Tensor, "T"]:
         """σ of each step (eq. 16); 0 where the step has no noise."""
         variance = (1 - self.next_alphas_cumprod) / (1 - self.alphas_cumprod)
         return self.eta * (variance * (1 - self.alphas_cumprod / self.next_alphas_cumprod)).clamp(min=0).sqrt()
 
+    def transition(
+        self,
+        latents: Float[Tensor, "B C H W"],
+        model_output: Float[Tensor, "B C H W"],
+        steps: Int[Tensor, "B"],
+        noisy: bool = True,
+    ) -> Transition:
+        return ddim_transition(self, latents, model_output, steps, noisy)
+
+    def noised(
+        self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]
+    ) -> Noised:
+        alphas = self.training_alphas_cumprod[timesteps]
+        signal, spread = column(alphas).sqrt(), (1 - column(alphas)).sqrt()
+        target = training_target(self.prediction_type, clean_latents, noise, alphas)
+        return signal * clean_latents + spread * noise, timesteps, target
+
 
 def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, device: str) -> DDIMTable:
     """The table of `num_steps` steps for a diffusers scheduler configuration (of any of SD's schedulers).
 
-    ValueError: the configuration clips or thresholds the sample, so that no step would be Gaussian.
+    ValueError: the configuration clips or thresholds the sample, so that no step would be Gaussian, or a path starts from
+    pure noise, of which a predicted noise says nothing.
     """
     from diffusers import DDIMScheduler
 
@@ -41,6 +65,10 @@ def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, dev
     timesteps = scheduler.timesteps.long()
     following = timesteps - scheduler.config["num_train_timesteps"] // num_steps
     final = scheduler.final_alpha_cumprod.to(scheduler.alphas_cumprod)
+    if scheduler.config["prediction_type"] == "epsilon" and not scheduler.alphas_cumprod[timesteps].all():
+        raise ValueError(
+            "the model's scheduler has rescale_betas_zero_snr=True and prediction_type epsilon: its first step divides by 0"
+        )
     next_alphas = torch.where(following >= 0, scheduler.alphas_cumprod[following.clamp(min=0)], final)
     return DDIMTable(
         timesteps.to(device),
@@ -48,6 +76,7 @@ def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, dev
         next_alphas.to(device),
         torch.full((num_steps,), eta, device=device),
         scheduler.config["prediction_type"],
+        scheduler.alphas_cumprod.to(device),
     )
 
 
@@ -63,23 +92,11 @@ def ddim_transition(
     Not `noisy`: the step with σ = 0, whose μ is another one; the μ of the noisy step has lost its variance.
     """
     latents, model_output = latents.float(), model_output.float()
-    alpha, next_alpha = _column(table.alphas_cumprod[steps]), _column(table.next_alphas_cumprod[steps])
+    alpha, next_alpha = column(table.alphas_cumprod[steps]), column(table.next_alphas_cumprod[steps])
     clean, noise = _clean_and_noise(table.prediction_type, latents, model_output, alpha)
     std = table.std()[steps] if noisy else torch.zeros_like(alpha).flatten()
-    mean = next_alpha.sqrt() * clean + (1 - next_alpha - _column(std).square()).clamp(min=0).sqrt() * noise
+    mean = next_alpha.sqrt() * clean + (1 - next_alpha - column(std).square()).clamp(min=0).sqrt() * noise
     return Transition(mean, std)
-
-
-def output_sensitivity(table: DDIMTable) -> Float[Tensor, "T"]:
-    """|dμ/dε| / σ of each step: by how many σ its mean moves when the model's output moves by one; infinity where σ is 0."""
-    steps = torch.arange(len(table.timesteps), device=table.timesteps.device)
-    zero = torch.zeros(len(steps), 1, 1, 1, device=steps.device)
-    at_zero, at_one = (ddim_transition(table, zero, output, steps) for output in (zero, zero + 1))
-    return (at_one.mean - at_zero.mean).abs().flatten() / at_one.std
-
-
-def _column(values: Float[Tensor, "B"]) -> Float[Tensor, "B 1 1 1"]:
-    return values.view(-1, 1, 1, 1)
 
 
 def _clean_and_noise(prediction_type: str, latents: Tensor, output: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,6 +117,6 @@ def training_target(
     prediction_type: str, clean: Tensor, noise: Float[Tensor, "B C H W"], alphas_cumprod: Float[Tensor, "B"]
 ) -> Float[Tensor, "B C H W"]:
     """What the network should have predicted of √ᾱ x0 + √(1−ᾱ) ε."""
-    signal, spread = _column(alphas_cumprod).sqrt(), (1 - _column(alphas_cumprod)).sqrt()
+    signal, spread = column(alphas_cumprod).sqrt(), (1 - column(alphas_cumprod)).sqrt()
     targets = {"epsilon": noise, "v_prediction": signal * noise - spread * clean, "sample": clean}
     return targets[prediction_type]

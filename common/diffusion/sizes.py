@@ -23,21 +23,24 @@ class PolicySizes:
     """What `ddpo plan` multiplies. Bytes are of the dtype the recipe gives, and the most that is allocated at once."""
 
     latent_shape: tuple[int, int, int]
+    noisy_steps: int  # of a path
     conditioning_shape: dict[str, tuple[int, ...]]  # of one prompt's row, by name
     conditioning_bytes: int  # of one prompt's embeddings
     network_parameters: int  # of the network that is trained, without adapters
     trained_parameters: int
-    sampler_parameters: int  # of what only samplers load: text encoder and decoder
     learner: PeakBytes  # by the pairs of a micro-batch, both branches of guidance, with weights and optimizer
     drawing: PeakBytes  # of a sampler, by the images of a task, with its weights
     decoding: PeakBytes
+    encoding_bytes: int  # the weights that a sampler holds while it encodes prompts
 
     def sampler_bytes(self, batch: int) -> int:
         """A sampler's peak over a task of so many images."""
-        return max(self.drawing.of(batch), self.decoding.of(batch))
+        return max(self.drawing.of(batch), self.decoding.of(batch), self.encoding_bytes)
 
     def largest_batch(self, bytes: float | int) -> int:
         """The most images of a task that a sampler can draw and decode with so many bytes; 0: not one."""
+        if self.encoding_bytes > bytes:
+            return 0
         return min(self.drawing.largest(bytes), self.decoding.largest(bytes))
 
 

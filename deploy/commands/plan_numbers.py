@@ -44,11 +44,11 @@ def plan_of_parts(parts: Parts) -> Plan:
     sampling, learner = recipe.sampling, recipe.learner
     channels, height, width = sizes.latent_shape
     latent_bytes = channels * height * width * DTYPES[sampling.latents_dtype].itemsize
-    kept = sampling.kept_steps(sampling.num_steps)
+    kept = sampling.kept_steps(sizes.noisy_steps)
     # Neighbouring steps share what leaves one and enters the next; steps drawn by themselves travel with both.
     latents = kept + 2 if sampling.step_fraction == 1 else 2 * kept + 1
     trajectory = latents * latent_bytes + kept * 12 + sizes.conditioning_bytes
-    pairs = learner.images_per_step * parts.algorithm.pairs_per_image(recipe, sampling.num_steps)
+    pairs = learner.images_per_step * parts.algorithm.pairs_per_image(recipe, sizes.noisy_steps)
     learned_from = round(recipe.images_per_round * parts.algorithm.share_that_teaches)
     steps = -(-learned_from // learner.images_per_step) * learner.inner_epochs
     micro_batch = 1 if learner.micro_batch_size == "auto" else learner.micro_batch_size

@@ -10,10 +10,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.config import Recipe
+from common.diffusion.denoising_steps import DenoisingSteps, output_sensitivity
 from common.diffusion.lora import read_weights, trained_parameters
 from common.diffusion.policy import Policy
 from common.diffusion.rollout import draw, score
-from common.diffusion.scheduler_ddim import DDIMTable, output_sensitivity
 from common.lora_weights import LoraWeights
 from common.recipe_tables import RoleTable, RuntimeTable
 from common.runtime import settle
@@ -162,8 +162,8 @@ def _rounded(path: Trajectory, dtype: torch.dtype) -> Trajectory:
 
 
 def _sensitivity(policy: Policy, steps: np.ndarray) -> dict[int, float]:
-    table = getattr(policy, "table", None)
-    if not isinstance(table, DDIMTable):
+    of_path = getattr(policy, "steps", None)
+    if not isinstance(of_path, DenoisingSteps):
         return {}
-    of_all = output_sensitivity(table)
+    of_all = output_sensitivity(of_path)
     return {int(step): float(of_all[step]) for step in steps}

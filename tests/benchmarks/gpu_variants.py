@@ -120,11 +120,11 @@ BACKWARD: dict[str, Setting] = {
 }
 
 
-def inputs_of(policy: Any, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_of(policy: Any, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A batch for the network: so many rows of latents, steps and prompts."""
     steps = torch.randint(0, policy.num_train_timesteps, (rows,), device=policy.device)
     embeds = torch.randn(rows, 77, policy.network.config.cross_attention_dim, device=policy.device)
-    return torch.randn(rows, *policy.latent_shape, device=policy.device), steps, embeds
+    return torch.randn(rows, *policy.latent_shape, device=policy.device), steps, {"prompt_embeds": embeds}
 
 
 class Variants:

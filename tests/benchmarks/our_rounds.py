@@ -86,14 +86,14 @@ class OurRounds:
         whole = rows / (rows // size * size)  # what no full micro-batch is left of
         return {"sampling": tasks * (drawn - started), "learning": tasks * whole * learned}
 
-    def _inputs(self, images: int) -> tuple[torch.Tensor, ...]:
+    def _inputs(self, images: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Of a forward pass for so many images, with both branches of guidance where there is guidance."""
         policy = self._sampler._policy
         rows = images if policy.guidance_scale == 1 else 2 * images
         latents = torch.randn(rows, *policy.latent_shape, device=policy.device)
         timesteps = torch.randint(0, policy.num_train_timesteps, (rows,), device=policy.device)
         embeddings = policy.encode([""])["prompt_embeds"]
-        return latents, timesteps, embeddings.repeat(rows, 1, 1)
+        return latents, timesteps, {"prompt_embeds": embeddings.repeat(rows, 1, 1)}
 
     def save(self, path: str) -> None:
         """The newest weights by their names in the network."""

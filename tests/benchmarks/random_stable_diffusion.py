@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from common.diffusion.model_sizes import meta_parts
 from common.diffusion.policy import quiet_libraries
-from common.diffusion.stable_diffusion_sizes import SD1, meta_parts
+from common.diffusion.policy_stable_diffusion import SD1, StableDiffusion
 from tests.tiny_pipeline import tiny_tokenizer
 
 Scale = Literal["sd15", "tiny"]
@@ -60,7 +61,7 @@ def save_random_pipeline(folder: Path, scale: Scale = "sd15", dtype: torch.dtype
 
     configs = SD1 if scale == "sd15" else TINY
     text = {**configs["text_encoder"], "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    parts = meta_parts({**configs, "text_encoder": text})
+    parts = meta_parts(StableDiffusion(model=str(folder)), {**configs, "text_encoder": text})
     for seed, part in enumerate(parts.values()):
         _fill(part.to(dtype).to_empty(device="cpu"), seed)
     StableDiffusionPipeline(

@@ -6,7 +6,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.diffusion.policy_stable_diffusion import StableDiffusion
-from common.diffusion.stable_diffusion_sizes import part_config
 
 
 def work_of_a_row(config: StableDiffusion) -> dict[str, float]:
@@ -15,7 +14,7 @@ def work_of_a_row(config: StableDiffusion) -> dict[str, float]:
 
     from common.diffusion.lora import make_trainable
 
-    sizes = part_config(config.model, config._folder(), "unet")
+    sizes = config.part_config("unet")
     with torch.device("meta"):
         network: Any = UNet2DConditionModel.from_config(sizes)
         latents = torch.randn(1, sizes.get("in_channels", 4), *[sizes["sample_size"]] * 2)

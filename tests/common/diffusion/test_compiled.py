@@ -29,12 +29,12 @@ def network() -> Small:
 
 @pytest.fixture(scope="module")
 def compiled(network: Small) -> CompiledNetwork:
-    return CompiledNetwork(network, ROWS)
+    return CompiledNetwork(lambda **given: network(**given, return_dict=False)[0], ROWS)
 
 
-def inputs(count: int) -> tuple[Tensor, Tensor]:
+def inputs(count: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(11, 3, generator=generator)[:count], torch.arange(1.0, 12.0)[:count]
+    return {"latents": torch.randn(11, 3, generator=generator)[:count], "timesteps": torch.arange(1.0, 12.0)[:count]}
 
 
 @torch.no_grad()
@@ -43,16 +43,16 @@ def test_batches_of_any_size_get_the_networks_own_rows_from_one_compiled_shape(
 ) -> None:
     torch._dynamo.utils.counters.clear()
     for count in (1, 3, ROWS, 7, 11):
-        own = network(*inputs(count), return_dict=False)[0]
-        torch.testing.assert_close(compiled(*inputs(count)), own, rtol=1e-6, atol=1e-6)
+        own = network(**inputs(count), return_dict=False)[0]
+        torch.testing.assert_close(compiled(**inputs(count)), own, rtol=1e-6, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @torch.no_grad()
 def test_a_row_has_the_same_bits_in_a_filled_up_batch_as_in_a_whole_one(compiled: CompiledNetwork) -> None:
-    whole = compiled(*inputs(ROWS))
+    whole = compiled(**inputs(ROWS))
     for count in range(1, ROWS):
-        assert torch.equal(compiled(*inputs(count)), whole[:count])
+        assert torch.equal(compiled(**inputs(count)), whole[:count])
 
 
 @pytest.mark.parametrize("count", [3, 7])
@@ -60,9 +60,9 @@ def test_rows_that_only_fill_up_have_no_part_in_the_gradient(
     network: Small, compiled: CompiledNetwork, count: int
 ) -> None:
     gradients = []
-    for run in (lambda *given: network(*given, return_dict=False)[0], compiled):
+    for run in (lambda **given: network(**given, return_dict=False)[0], compiled):
         network.zero_grad()
-        run(*inputs(count)).square().sum().backward()
+        run(**inputs(count)).square().sum().backward()
         assert network.layer.weight.grad is not None
         gradients.append(network.layer.weight.grad.clone())
     torch.testing.assert_close(*gradients)

@@ -129,7 +129,7 @@ def test_a_samplers_task_takes_what_was_predicted(images: int, model: Path) -> N
         policy.decode(draw(policy, prompts, seeds, SAMPLING).final_latents)
 
     task()  # the prompts' embeddings are kept
-    parts = (policy.network, policy.vae, policy.text_encoder)
+    parts = (policy.network, policy.vae, *policy.text_encoders)
     held = sum(parameter.nbytes for part in parts for parameter in part.parameters())
     print(
         f"{images} images: {sizes.sampler_bytes(images) / (held + _of_the_allocator(task)):.3f} of the allocator's peak"

@@ -133,7 +133,7 @@ def test_a_learner_has_neither_text_encoder_nor_decoder_and_the_same_network(
     policy: StableDiffusionPolicy, tiny_model: Path
 ) -> None:
     learner = tiny_policy(tiny_model, "learner")
-    assert learner.vae is None and learner.text_encoder is None and learner.tokenizer is None
+    assert learner.vae is None and learner.text_encoders == [None] and learner.pipeline.tokenizer is None
     for name, value in policy.network.state_dict().items():
         assert torch.equal(value, learner.network.state_dict()[name]), name
 
@@ -225,7 +225,7 @@ def test_a_samplers_network_may_have_a_dtype_of_its_own_and_nothing_else_has(tin
     config = StableDiffusion(model=str(tiny_model), sampler_dtype="bfloat16")
     sampler, learner = (config.load("cpu", SAMPLING, role) for role in ("sampler", "learner"))
     assert sampler.network.conv_in.weight.dtype == torch.bfloat16
-    assert sampler.vae.dtype == sampler.text_encoder.dtype == learner.network.conv_in.weight.dtype == torch.float32
+    assert sampler.vae.dtype == sampler.text_encoders[0].dtype == learner.network.conv_in.weight.dtype == torch.float32
     assert {value.dtype for value in trained_parameters(sampler.network).values()} == {torch.float32}
 
 

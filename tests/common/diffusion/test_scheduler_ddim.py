@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from common.diffusion.denoising_steps import output_sensitivity
 from common.diffusion.scheduler_ddim import (
     DDIMTable,
     ddim_table,
     ddim_transition,
-    output_sensitivity,
     training_target,
 )
 from tests.reference import ddpo_reference as reference

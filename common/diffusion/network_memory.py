@@ -1,7 +1,8 @@
-"""The peak memory of a Stable Diffusion's work: a learner's step, a sampler's forward pass, a decoding, on the meta device."""
+"""The peak memory of a policy's work: a learner's step, a sampler's forward pass, a decoding, on the meta device."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,17 +16,27 @@ from common.diffusion.sizes import DeviceKind
 BATCHES = (1, 2)  # a peak is a line in the batch, and two points tell it
 
 
-class StableDiffusionMemory:
-    """A UNet on the meta device, with what is trained in it, as it works with embeddings of `tokens` × `width`."""
+@dataclass(frozen=True)
+class Inputs:
+    """What the network is called with, a row each."""
 
-    def __init__(self, unet: Any, text_shape: tuple[int, int], dtype: torch.dtype, device: DeviceKind) -> None:
+    call: Callable[..., Tensor]  # (network, latents, timesteps, **rows of conditioning) → output
+    latent_shape: tuple[int, int, int]
+    conditioning_shapes: dict[str, tuple[int, ...]]
+    branches: int  # rows an image
+
+
+class NetworkMemory:
+    """A network on the meta device, with what is trained in it, as it works."""
+
+    def __init__(self, network: Any, inputs: Inputs, dtype: torch.dtype, device: DeviceKind) -> None:
         from peft.tuners.lora import LoraLayer
 
-        self._unet = unet.to(memory_format=torch.channels_last) if device == "cuda" else unet
-        self._text_shape = text_shape
+        self._network = network.to(memory_format=torch.channels_last) if device == "cuda" else network
+        self._inputs = inputs
         self._dtype = dtype
         self._device: DeviceKind = device
-        adapted = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
+        adapted = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
         self._has_adapters = bool(adapted)  # else autocast is around the network
         for layer in adapted:
             self._autocast_alone(layer)
@@ -46,31 +57,29 @@ class StableDiffusionMemory:
     def change_dtype(self, dtype: torch.dtype) -> None:
         """What is not trained, in `dtype`, as samplers may have it."""
         self._dtype = dtype
-        for parameter in self._unet.parameters():
+        for parameter in self._network.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
 
-    def learning(self, branches: int, checkpointing: bool) -> PeakBytes:
+    def learning(self, checkpointing: bool) -> PeakBytes:
         """What a step takes beside weights, gradients and the optimizer's moments, by pairs."""
-        for parameter in self._unet.parameters():
+        for parameter in self._network.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        with _checkpointing(self._unet, self._recomputed) if checkpointing else contextlib.nullcontext():
-            return self._line(lambda pairs: self._learn(pairs, branches))
+        with _checkpointing(self._network, self._recomputed) if checkpointing else contextlib.nullcontext():
+            return self._line(self._learn)
 
-    def drawing(self, branches: int) -> PeakBytes:
+    def drawing(self) -> PeakBytes:
         """What a denoising step without gradient takes beside the weights, by images."""
-        return self._line(lambda images: self._draw(images, branches))
+        return self._line(self._draw)
 
     def decoding(self, vae: Any) -> PeakBytes:
         """What the decoder takes from latents to pictures beside its weights, by images."""
-        size = (self._unet.config.in_channels, self._unet.config.sample_size, self._unet.config.sample_size)
-
         if self._device == "cuda":
             vae.to(memory_format=torch.channels_last)
 
         def decode(images: int) -> None:
             with torch.no_grad(), LikeDevice(self._device, torch.float32):  # it runs in its own dtype
-                scaled = torch.empty(images, *size, device="meta", dtype=vae.dtype) / 1.0
+                scaled = torch.empty(images, *self._inputs.latent_shape, device="meta", dtype=vae.dtype) / 1.0
                 pixels = vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5
                 (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -79,27 +88,26 @@ class StableDiffusionMemory:
     def _line(self, work: Callable[[int], None]) -> PeakBytes:
         return line_through(lambda rows: peak_bytes(lambda: work(rows), kernels_of(self._device)), *BATCHES)
 
-    def _learn(self, pairs: int, branches: int) -> None:
+    def _learn(self, pairs: int) -> None:
         with self._like_device():
-            predicted = self._predict(pairs, branches)
+            predicted = self._predict(pairs)
             torch.autograd.backward((predicted - torch.empty_like(predicted)).square().mean())
 
-    def _draw(self, images: int, branches: int) -> None:
+    def _draw(self, images: int) -> None:
         with torch.no_grad(), self._like_device():
-            mean = self._predict(images, branches)
+            mean = self._predict(images)
             latents = mean + torch.empty_like(mean)
             (latents - mean).square().flatten(1).mean(1)
 
-    def _predict(self, rows: int, branches: int) -> Tensor:
-        channels, size = self._unet.config.in_channels, self._unet.config.sample_size
-        latents = torch.empty(rows, channels, size, size, device="meta").repeat(branches, 1, 1, 1)
-        embeds = torch.empty(rows, *self._text_shape, device="meta", dtype=self._dtype)
-        output = self._unet(
-            latents.to(self._dtype),
-            torch.empty(branches * rows, device="meta"),
-            torch.cat([embeds] * branches),
-            return_dict=False,
-        )[0].float()
+    def _predict(self, rows: int) -> Tensor:
+        branches = self._inputs.branches
+        latents = torch.empty(rows, *self._inputs.latent_shape, device="meta").repeat(branches, 1, 1, 1)
+        conditioning = {
+            name: torch.cat([torch.empty(rows, *shape, device="meta", dtype=self._dtype)] * branches)
+            for name, shape in self._inputs.conditioning_shapes.items()
+        }
+        timesteps = torch.empty(branches * rows, device="meta")
+        output = self._inputs.call(self._network, latents.to(self._dtype), timesteps, **conditioning).float()
         if branches == 1:
             return output
         unconditional, conditional = output.chunk(2)
@@ -114,9 +122,9 @@ class StableDiffusionMemory:
 
 
 @contextlib.contextmanager
-def _checkpointing(unet: Any, function: Callable[..., Any]) -> Iterator[None]:
-    unet.enable_gradient_checkpointing(function)
+def _checkpointing(network: Any, function: Callable[..., Any]) -> Iterator[None]:
+    network.enable_gradient_checkpointing(function)
     try:
         yield
     finally:
-        unet.disable_gradient_checkpointing()
+        network.disable_gradient_checkpointing()

@@ -1,0 +1,170 @@
+"""A pipeline of diffusers as a policy: guidance, steps, decoding and files, which are alike in all families."""
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from common.diffusion.compiled import CompiledNetwork
+from common.diffusion.denoising_steps import DenoisingSteps
+from common.diffusion.lora import MergedAdapters, compute_adapters_in, load_lora, make_trainable, save_lora
+from common.diffusion.policy import Conditioning, Policy, Role, autocast
+from common.diffusion.transition import Transition
+from common.recipe_tables import SamplingTable
+
+if TYPE_CHECKING:
+    from common.diffusion.diffusers_config import DiffusersConfig
+
+EMBEDDING_BYTES = 1 << 29  # of prompts that are remembered: 4,500 of SD 1.5 in half precision, 127 of FLUX
+
+NetworkCall = Callable[..., Tensor]  # (network, latents, timesteps, **rows of conditioning) → the network's output
+
+
+class DiffusersPolicy(Policy):
+    """A loaded pipeline as a policy. Runs the same numerics in sampler and learner."""
+
+    def __init__(
+        self, config: "DiffusersConfig", pipeline: Any, device: str, sampling: SamplingTable, role: Role
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = config.dtype_of(role)
+        # Channels last is what GPUs convolve fastest; on a CPU the embedded model is a seventh slower in it.
+        layout = torch.channels_last if device.startswith("cuda") else torch.contiguous_format
+        self.network: Any = getattr(pipeline, config.network_name).to(device, memory_format=layout).eval()
+        self.pipeline = pipeline
+        self.vae: Any = pipeline.vae
+        self.text_encoders: list[Any] = [getattr(pipeline, part, None) for part in config.text_parts]
+        waits = "cpu" if config.offload else device
+        for part in self._beside():
+            part.to(waits, memory_format=layout).eval().requires_grad_(False)
+        self.guidance_scale = sampling.guidance_scale
+        self.branches = config.branches(sampling)
+        self.num_steps = sampling.num_steps
+        self.latent_shape = config.latent_shape(dict(self.network.config))
+        self.steps: DenoisingSteps = self._table(sampling)
+        self.num_train_timesteps = self.steps.num_train_timesteps
+        self._call = functools.partial(config.network_call(sampling), self.network)
+        self._embeddings: dict[str, Conditioning] = {}
+        make_trainable(self.network, config.train, config.lora)
+        if config.train == "lora" and self.dtype != torch.float32:
+            compute_adapters_in(self.network, device, self.dtype)
+        self._autocast = autocast(device, self.dtype if config.train == "full" else torch.float32)
+        self.merged = MergedAdapters(self.network) if config.merge_adapters and role == "sampler" else None
+        self._compiled: CompiledNetwork | None = None
+
+    @abstractmethod
+    def _table(self, sampling: SamplingTable) -> DenoisingSteps:
+        """The path's steps, on the device; `pipeline`, `latent_shape` and `device` are there."""
+
+    @abstractmethod
+    def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
+        """One prompt's row of everything, in the text encoders' dtype; `with_negative`: what all prompts share as well."""
+
+    def _beside(self) -> list[Any]:
+        """The parts that only samplers have."""
+        return [part for part in (self.vae, *self.text_encoders) if part is not None]
+
+    @contextmanager
+    def _at_work(self, *parts: Any) -> Iterator[None]:
+        """On the device, also where they wait in the host's memory."""
+        parts = tuple(part for part in parts if part is not None) if self.config.offload else ()
+        for part in parts:
+            part.to(self.device)
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.to("cpu")
+
+    def compile(self, batch_size: int) -> None:
+        self._compiled = CompiledNetwork(self._call, batch_size * self.branches)
+
+    @property
+    def noisy_steps(self) -> list[int]:
+        return torch.nonzero(self.steps.std() > 0).flatten().tolist()
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        # One prompt at a time: in a batch its last bits would depend on which prompts stand beside it.
+        missing = [prompt for prompt in ("", *prompts) if prompt not in self._embeddings]
+        new: dict[str, Conditioning] = {}
+        if missing:
+            with self._at_work(*self.text_encoders):
+                new = {prompt: self._encode(prompt, with_negative=not prompt) for prompt in missing}
+        known = self._embeddings | new
+        shared = {name: value for name, value in known[""].items() if name.startswith("negative_")}
+        rows = [known[prompt] for prompt in prompts]
+        names = [name for name in known[""] if name not in shared]
+        self._remember(new)
+        return {**{name: torch.cat([row[name] for row in rows]) for name in names}, **shared}
+
+    def _remember(self, new: dict[str, Conditioning]) -> None:
+        for prompt, row in new.items():
+            most = EMBEDDING_BYTES // sum(value.nbytes for value in row.values())
+            if len(self._embeddings) >= max(most, 2):  # the oldest but the empty one, which each task needs
+                del self._embeddings[next(known for known in self._embeddings if known)]
+            self._embeddings[prompt] = row
+
+    def initial_latents(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return noise
+
+    def transition(
+        self, latents: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], conditioning: Conditioning, noisy: bool = True
+    ) -> Transition:
+        output = self._guided(latents, self.steps.timesteps[steps], conditioning)
+        return self.steps.transition(latents, output, steps, noisy)
+
+    def _guided(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022), both branches in one batch, joined in float32."""
+        rows = {name: value for name, value in conditioning.items() if not name.startswith("negative_")}
+        if self.branches == 1:
+            return self._predict(latents, timesteps, rows)
+        joined = {name: torch.cat([conditioning[f"negative_{name}"], value]) for name, value in rows.items()}
+        both = self._predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), joined)
+        unconditional, conditional = both.float().chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, rows: Conditioning) -> Tensor:
+        in_dtype = {name: value.to(self.dtype) for name, value in rows.items()}
+        with self._autocast:
+            return (self._compiled or self._call)(latents=latents.to(self.dtype), timesteps=timesteps, **in_dtype)
+
+    def denoise(
+        self,
+        clean_latents: Float[Tensor, "B C H W"],
+        noise: Float[Tensor, "B C H W"],
+        timesteps: Int[Tensor, "B"],
+        conditioning: Conditioning,
+    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
+        noised, told, target = self.steps.noised(clean_latents.float(), noise, timesteps)
+        return self._guided(noised, told, conditioning).float(), target
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:
+        config = self.vae.config
+        scaled = latents.to(self.vae.dtype) / config.scaling_factor
+        shift = getattr(config, "shift_factor", None)
+        with self._at_work(self.vae):
+            pixels = self.vae.decode(scaled if shift is None else scaled + shift, return_dict=False)[0]
+        pixels = pixels.float() / 2 + 0.5
+        return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+    def save(self, folder: Path) -> Path:
+        name = self.config.network_name
+        if self.config.train == "full":
+            self.network.save_pretrained(folder / name, safe_serialization=True)
+            return folder / name
+        return save_lora(self.network, self.config.lora, folder / "lora", name)
+
+    def restore(self, path: Path) -> None:
+        if self.config.train == "lora":
+            return load_lora(self.network, path)
+        whole = type(self.network).from_pretrained(path, use_safetensors=True)
+        self.network.load_state_dict(whole.state_dict())

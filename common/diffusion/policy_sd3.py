@@ -1,0 +1,167 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024): a transformer with classifier-free guidance, flow-matching steps."""
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from common.diffusion.diffusers_config import DiffusersConfig
+from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from common.diffusion.lora import LoraSettings
+from common.diffusion.model_sizes import Configs
+from common.diffusion.policy import Conditioning, Role
+from common.diffusion.scheduler_flow_match import FlowMatchTable, flow_match_table
+from common.recipe_tables import SamplingTable
+
+NAMES = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+# As in the configuration files of stabilityai/stable-diffusion-3.5-medium and stable-diffusion-3-medium-diffusers.
+MEDIUM = {
+    "_class_name": "SD3Transformer2DModel",
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+TEXT_AND_DECODER: Configs = {
+    "vae": {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+    },
+    "text_encoder": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "projection_dim": 768,
+    },
+    "text_encoder_2": {
+        "vocab_size": 49408,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "max_position_embeddings": 77,
+        "projection_dim": 1280,
+        "hidden_act": "gelu",
+    },
+    "text_encoder_3": {
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+    },
+}
+SD35_MEDIUM: Configs = {
+    "transformer": MEDIUM
+    | {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+    **TEXT_AND_DECODER,
+}
+
+
+def call_transformer(
+    network: Any, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor
+) -> Tensor:
+    """The velocity that the transformer predicts, of a row each."""
+    return network(
+        hidden_states=latents,
+        timestep=timesteps,
+        encoder_hidden_states=prompt_embeds,
+        pooled_projections=pooled_prompt_embeds,
+        return_dict=False,
+    )[0]
+
+
+class SD3Policy(DiffusersPolicy):
+    """A loaded StableDiffusion3Pipeline."""
+
+    config: "SD3"
+
+    def _table(self, sampling: SamplingTable) -> FlowMatchTable:
+        patch = self.network.config.patch_size
+        tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
+        table = flow_match_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, tokens, False)
+        return table.to(self.device)
+
+    def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
+        encoded = self.pipeline.encode_prompt(
+            prompt,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=with_negative,
+            max_sequence_length=self.config.max_sequence_length,
+        )
+        return {name: value for name, value in zip(NAMES, encoded, strict=True) if value is not None}
+
+
+class SD3(DiffusersConfig):
+    """Keys beside those of every pipeline: those of its third text encoder, a T5 of 9.5 GB in half precision."""
+
+    pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
+    network_name: ClassVar[str] = "transformer"
+    network_class: ClassVar[str] = "SD3Transformer2DModel"
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    published: ClassVar[dict[str, Configs]] = {
+        "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
+        "stabilityai/stable-diffusion-3-medium-diffusers": {"transformer": MEDIUM, **TEXT_AND_DECODER},
+    }
+
+    # Flow-GRPO's adapter (Liu et al. 2025), which has the text's projections too.
+    lora: LoraSettings = LoraSettings(
+        rank=32,
+        alpha=64,
+        target_modules=(
+            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        ),
+    )
+    max_sequence_length: int = Field(default=256, ge=1, le=512)  # tokens of a prompt that T5 reads
+    t5: bool = True  # false: T5 is left out, and zeros stand in its place
+
+    @property
+    def text_parts(self) -> dict[str, tuple[str, str]]:
+        clip = ("CLIPTextConfig", "CLIPTextModelWithProjection")
+        third = {"text_encoder_3": ("T5Config", "T5EncoderModel")} if self.t5 else {}
+        return {"text_encoder": clip, "text_encoder_2": clip, **third}
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        return {} if self.t5 else {"text_encoder_3": None, "tokenizer_3": None}
+
+    def network_call(self, sampling: SamplingTable) -> NetworkCall:
+        return call_transformer
+
+    def noisy_steps(self, sampling: SamplingTable) -> int:
+        return sampling.num_steps - 1
+
+    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
+        first, second, network = configs["text_encoder"], configs["text_encoder_2"], configs["transformer"]
+        tokens = first["max_position_embeddings"] + self.max_sequence_length
+        return {
+            "prompt_embeds": (tokens, network["joint_attention_dim"]),
+            "pooled_prompt_embeds": (first["projection_dim"] + second["projection_dim"],),
+        }
+
+    def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> SD3Policy:
+        return SD3Policy(self, pipeline, device, sampling, role)

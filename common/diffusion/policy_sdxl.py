@@ -1,0 +1,127 @@
+"""Stable Diffusion XL (Podell et al. 2023): two text encoders, pooled text and size ids beside the latents, DDIM steps."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from common.diffusion.diffusers_config import DiffusersConfig
+from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from common.diffusion.model_sizes import Configs
+from common.diffusion.policy import Conditioning, Role
+from common.diffusion.scheduler_ddim import DDIMTable, ddim_table
+from common.recipe_tables import SamplingTable
+
+PIXELS = 8  # that a latent stands for, a side
+
+# As in the configuration files of stabilityai/stable-diffusion-xl-base-1.0.
+BASE: Configs = {
+    "unet": {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "vae": {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "sample_size": 1024,
+        "scaling_factor": 0.13025,
+    },
+    "text_encoder": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "projection_dim": 768,
+    },
+    "text_encoder_2": {
+        "vocab_size": 49408,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "max_position_embeddings": 77,
+        "projection_dim": 1280,
+        "hidden_act": "gelu",
+    },
+}
+
+
+def call_unet(
+    network: Any, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor
+) -> Tensor:
+    """What the UNet predicts, of a row each, for pictures that were never cropped or scaled down."""
+    height, width = (PIXELS * side for side in latents.shape[-2:])
+    # (height, width) before cropping, (top, left) of the crop, (height, width) that is wanted; made on the device.
+    size_ids = torch.zeros(len(latents), 6, device=latents.device, dtype=prompt_embeds.dtype)
+    size_ids[:, 0::4] = height
+    size_ids[:, 1::4] = width
+    added = {"text_embeds": pooled_prompt_embeds, "time_ids": size_ids}
+    return network(latents, timesteps, prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+
+class SDXLPolicy(DiffusersPolicy):
+    """A loaded StableDiffusionXLPipeline."""
+
+    def _table(self, sampling: SamplingTable) -> DDIMTable:
+        return ddim_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, self.device)
+
+    def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
+        # Without a negative prompt, and not with an empty one, which this family was not trained to take for none.
+        embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
+            prompt, device=self.device, do_classifier_free_guidance=with_negative
+        )
+        shared = {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative_pooled}
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled} | (shared if with_negative else {})
+
+
+class SDXL(DiffusersConfig):
+    """Keys: those of every pipeline of diffusers'."""
+
+    pipeline_class: ClassVar[str] = "StableDiffusionXLPipeline"
+    network_name: ClassVar[str] = "unet"
+    network_class: ClassVar[str] = "UNet2DConditionModel"
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    published: ClassVar[dict[str, Configs]] = {"stabilityai/stable-diffusion-xl-base-1.0": BASE}
+
+    @property
+    def text_parts(self) -> dict[str, tuple[str, str]]:
+        with_projection = ("CLIPTextConfig", "CLIPTextModelWithProjection")
+        return {"text_encoder": ("CLIPTextConfig", "CLIPTextModel"), "text_encoder_2": with_projection}
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        return {"add_watermarker": False}
+
+    def network_call(self, sampling: SamplingTable) -> NetworkCall:
+        return call_unet
+
+    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
+        first, second = configs["text_encoder"], configs["text_encoder_2"]
+        width = first["hidden_size"] + second["hidden_size"]
+        return {
+            "prompt_embeds": (first["max_position_embeddings"], width),
+            "pooled_prompt_embeds": (second["projection_dim"],),
+        }
+
+    @property
+    def decoder_dtype(self) -> torch.dtype:
+        # Its activations overflow in float16, and pictures come out black.
+        return torch.float32 if self.loaded_dtype == torch.float16 else self.loaded_dtype
+
+    def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> SDXLPolicy:
+        return SDXLPolicy(self, pipeline, device, sampling, role)

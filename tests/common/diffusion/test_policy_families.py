@@ -1,0 +1,199 @@
+"""Every family against diffusers' own pipeline: pictures, adapters and whole networks as that loads them."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.diffusion import POLICIES
+from common.diffusion.diffusers_config import DiffusersConfig
+from common.diffusion.diffusers_policy import DiffusersPolicy
+from common.diffusion.lora import lora_file, read_lora_settings
+from common.diffusion.policy_flux import Flux, packed, token_places, unpacked
+from common.diffusion.policy_sd3 import SD3
+from common.diffusion.rollout import draw, image_noise
+from common.recipe_tables import SamplingTable
+from common.registry import build
+from tests.tiny_families import save_tiny_flux, save_tiny_sd3, save_tiny_sdxl
+from tests.tiny_pipeline import save_tiny_pipeline
+from tests.tiny_policy import scatter
+
+SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
+PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
+MAKERS: dict[str, Any] = {
+    "stable_diffusion": save_tiny_pipeline,
+    "sdxl": save_tiny_sdxl,
+    "sd3": save_tiny_sd3,
+    "flux": save_tiny_flux,
+}
+KEYS: dict[str, dict[str, Any]] = {
+    "sd3": {"max_sequence_length": 12},
+    "flux": {"max_sequence_length": 12, "resolution": 16},
+}
+CALL_KEYS: dict[str, dict[str, Any]] = {
+    "stable_diffusion": {"eta": 0.0},
+    "sdxl": {"eta": 0.0},
+    "sd3": {"max_sequence_length": 12},
+    "flux": {"max_sequence_length": 12, "height": 16, "width": 16},
+}
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, MAKERS[request.param](tmp_path_factory.mktemp("model"))
+
+
+def config_of(family: tuple[str, Path], **keys: Any) -> DiffusersConfig:
+    name, model = family
+    return build(POLICIES, {"name": name, "model": str(model), **KEYS.get(name, {}), **keys}, "policy")
+
+
+def loaded(config: DiffusersConfig, role: Any = "sampler") -> DiffusersPolicy:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return config.load("cpu", SAMPLING, role)
+
+
+def pictures(policy: DiffusersPolicy) -> np.ndarray:
+    """Drawn without noise along the path, as pipelines draw."""
+    return policy.decode(draw(policy, PROMPTS, SEEDS, SAMPLING, range(0)).final_latents).numpy().astype(int)
+
+
+def pipeline_of(family: tuple[str, Path]) -> Any:
+    pipeline: Any = getattr(diffusers, config_of(family).pipeline_class).from_pretrained(
+        family[1], **({"safety_checker": None} if family[0] == "stable_diffusion" else {})
+    )
+    if family[0] in ("stable_diffusion", "sdxl"):
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pipelines_pictures(family: tuple[str, Path], pipeline: Any, shape: tuple[int, ...]) -> np.ndarray:
+    noise = next(image_noise(SEEDS, shape))
+    latents = packed(noise) if family[0] == "flux" else noise
+    keys = {"num_inference_steps": 4, "guidance_scale": 3.0, **CALL_KEYS[family[0]]}
+    images = pipeline(PROMPTS, latents=latents, **keys).images
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def assert_alike(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Latents agree to a few 1e-6, which may push a value over a rounding edge here and there, never further."""
+    difference = np.abs(ours - theirs)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.005
+    assert theirs.std() > 5
+
+
+def test_pictures_are_those_of_diffusers_own_pipeline(family: tuple[str, Path]) -> None:
+    policy = loaded(config_of(family))
+    assert_alike(pictures(policy), pipelines_pictures(family, pipeline_of(family), policy.latent_shape))
+
+
+def test_a_lora_loads_in_plain_diffusers_and_draws_the_same_pictures(family: tuple[str, Path], tmp_path: Path) -> None:
+    policy = loaded(config_of(family))
+    before = pictures(policy)
+    scatter(policy.network, deviation=0.3)
+    after = pictures(policy)
+    assert np.abs(after - before).max() > 3
+    policy.save(tmp_path)
+    settings = read_lora_settings(lora_file(tmp_path))
+    assert settings is not None and settings.rank == policy.config.lora.rank
+    assert set(settings.target_modules) == set(policy.config.lora.target_modules)
+    pipeline = pipeline_of(family)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    assert_alike(after, pipelines_pictures(family, pipeline, policy.latent_shape))
+
+
+def test_a_whole_network_loads_in_plain_diffusers_and_draws_the_same_pictures(
+    family: tuple[str, Path], tmp_path: Path
+) -> None:
+    policy = loaded(config_of(family, train="full"))
+    before = pictures(policy)
+    scatter(policy.network, deviation=0.02)
+    after = pictures(policy)
+    assert np.abs(after - before).max() > 3
+    written = policy.save(tmp_path)
+    pipeline = pipeline_of(family)
+    network = type(getattr(pipeline, policy.config.network_name)).from_pretrained(written)
+    setattr(pipeline, policy.config.network_name, network)
+    assert_alike(after, pipelines_pictures(family, pipeline, policy.latent_shape))
+
+
+def test_a_learner_has_neither_text_encoders_nor_a_decoder(family: tuple[str, Path]) -> None:
+    learner = loaded(config_of(family), "learner")
+    assert learner.vae is None and not any(learner.text_encoders)
+    assert not any(getattr(learner.pipeline, name) for name in learner.config.tokenizers)
+
+
+def test_what_waits_in_the_hosts_memory_gives_the_same_bits(family: tuple[str, Path]) -> None:
+    there, waiting = (loaded(config_of(family, offload=offload)) for offload in (False, True))
+    assert np.array_equal(pictures(there), pictures(waiting))
+
+
+def test_a_decoder_that_takes_pictures_apart_draws_nearly_the_same(family: tuple[str, Path]) -> None:
+    whole, sliced = (loaded(config_of(family, vae_slicing=slicing)) for slicing in (False, True))
+    assert np.abs(pictures(whole) - pictures(sliced)).max() <= 1
+    assert sliced.vae.use_slicing and not whole.vae.use_slicing
+    tiled = loaded(config_of(family, vae_tiling=True))
+    assert tiled.vae.use_tiling and pictures(tiled).shape == pictures(whole).shape
+
+
+def test_prompts_are_remembered_up_to_a_number_of_bytes(
+    family: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = loaded(config_of(family))
+    of_one = policy.encode(["a cat"])
+    row = sum(value[:1].nbytes for value in policy._encode("a cat", False).values())
+    monkeypatch.setattr("common.diffusion.diffusers_policy.EMBEDDING_BYTES", 3 * row)
+    for letter in "bcdef":
+        policy.encode([f"a {letter}ow"])
+    assert len(policy._embeddings) <= 3 and "" in policy._embeddings
+    again = policy.encode(["a cat"])
+    assert all(torch.equal(value, of_one[name]) for name, value in again.items())
+
+
+def test_latents_are_packed_as_diffusers_packs_them_and_come_back() -> None:
+    latents = torch.arange(2 * 4 * 6 * 8.0).view(2, 4, 6, 8)
+    theirs = diffusers.FluxPipeline._pack_latents(latents, 2, 4, 6, 8)
+    assert torch.equal(packed(latents), theirs)
+    assert torch.equal(unpacked(theirs, 6, 8), latents)
+    places = diffusers.FluxPipeline._prepare_latent_image_ids(1, 3, 4, torch.device("cpu"), torch.float32)
+    assert torch.equal(token_places(6, 8, latents), places)
+
+
+def test_guidance_that_was_distilled_is_told_to_the_network_which_runs_once(tmp_path: Path) -> None:
+    model = save_tiny_flux(tmp_path / "model")
+    seen: list[tuple[int, Tensor]] = []
+    for scale in (1.0, 3.5):
+        config = Flux(model=str(model), max_sequence_length=12, resolution=16)
+        policy = config.load("cpu", SAMPLING.model_copy(update={"guidance_scale": scale}), "sampler")
+        policy.network.register_forward_pre_hook(
+            lambda _, __, named: seen.append((len(named["hidden_states"]), named["guidance"])), with_kwargs=True
+        )
+        draw(policy, PROMPTS, SEEDS, SAMPLING)
+    assert {rows for rows, _ in seen} == {2}
+    assert [float(guidance[0]) for _, guidance in seen] == [1.0] * 4 + [3.5] * 4
+
+
+def test_without_t5_zeros_stand_in_its_place(tmp_path: Path) -> None:
+    model = save_tiny_sd3(tmp_path / "model")
+    keys = {"model": str(model), "max_sequence_length": 12}
+    whole, without = (SD3(**keys, t5=t5).load("cpu", SAMPLING, "sampler") for t5 in (True, False))
+    embeds, zeros = (policy.encode(["a cat"])["prompt_embeds"] for policy in (whole, without))
+    assert torch.equal(embeds[:, :8], zeros[:, :8])  # of the two CLIPs
+    assert embeds[:, 8:].abs().max() > 0.1 and not zeros[:, 8:].any() and zeros.shape == embeds.shape
+    sizes = [SD3(**keys, t5=t5).sizes(SAMPLING, "cpu").encoding_bytes for t5 in (True, False)]
+    assert sizes[0] > sizes[1]
+
+
+def test_an_sdxl_in_float16_decodes_in_float32(tmp_path: Path) -> None:
+    model = save_tiny_sdxl(tmp_path / "model")
+    dtypes = [
+        build(POLICIES, {"name": "sdxl", "model": str(model), "dtype": dtype}, "policy").decoder_dtype
+        for dtype in ("float32", "float16", "bfloat16")
+    ]
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
