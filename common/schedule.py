@@ -6,7 +6,6 @@ from enum import IntEnum
 import numpy as np
 
 from common.config import Recipe
-from common.image_seeds import hashed_words
 from common.prompts import Draw, Prompt
 
 Place = tuple[int, int, int]  # a task's round, what it is for, and its index there: also the order of all tasks
@@ -67,12 +66,6 @@ def image_seed(run_seed: int, stream: Stream, round: int, image: int) -> int:
     return int(word) >> 1 & ~0b11 | int(stream)
 
 
-def image_seeds(run_seed: int, stream: Stream, round: int, count: int) -> list[int]:
-    """`image_seed` of a round's first `count` images, all at once: one by one, a million of them take many seconds."""
-    words = hashed_words([run_seed, int(stream), round], count)
-    return (words >> np.uint64(1) & ~np.uint64(0b11) | np.uint64(stream)).tolist()
-
-
 def policy_version(round: int, max_policy_lag: int) -> int:
     """The version that a round is drawn with: `max_policy_lag` behind, but never before the first."""
     return max(0, round - max_policy_lag)
@@ -105,7 +98,7 @@ def round_tasks(recipe: Recipe, round: int, draw: Draw) -> list[Task]:
     groups = range(-(-recipe.images_per_round // group))
     of_groups = [_draw_prompt(recipe.seed, round, number, draw) for number in groups]
     prompts = [of_groups[image // group] for image in range(recipe.images_per_round)]
-    seeds = image_seeds(recipe.seed, Stream.TRAINING, round, recipe.images_per_round)
+    seeds = [image_seed(recipe.seed, Stream.TRAINING, round, image) for image in range(recipe.images_per_round)]
     size = recipe.sampling.batch_size
     version, window = policy_version(round, recipe.max_policy_lag), window_of_round(recipe, round)
     return [

@@ -35,7 +35,6 @@ TORCH_FREE = {
     "common.reward_pools",
     "common.registry",
     "common.schedule",
-    "common.image_seeds",
     "common.prompts",
 }
 MAY_CATCH_ALL = {"common/trackers/fan_out.py", "actors/reward_worker.py"}

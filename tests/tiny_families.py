@@ -1,11 +1,12 @@
-"""Small pipelines of the other model families with random weights, of diffusers' own classes and in their format."""
+"""Small pipelines of the model families with random weights, of diffusers' own classes and in their format."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.tiny_pipeline import tiny_tokenizer
+from tests.tiny_pipeline import save_tiny_pipeline, tiny_tokenizer
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 AUTOENCODER = {
@@ -168,3 +169,20 @@ def _t5(width: int) -> Any:
             feed_forward_proj="gated-gelu",
         )
     )
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "stable_diffusion": save_tiny_pipeline,
+    "sdxl": save_tiny_sdxl,
+    "sd3": save_tiny_sd3,
+    "flux": save_tiny_flux,
+}
+KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model needs
+    "sd3": {"max_sequence_length": 12},
+    "flux": {"max_sequence_length": 12, "resolution": 16},
+}
+
+
+def policy_table(name: str, model: Path, **keys: Any) -> dict[str, Any]:
+    """The recipe's `[policy]` for a family's small model."""
+    return {"name": name, "model": str(model), **KEYS.get(name, {}), **keys}

