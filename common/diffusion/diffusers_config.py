@@ -25,6 +25,7 @@ class DiffusersConfig(PolicyConfig):
     network_name: ClassVar[str]  # of the part that is trained
     network_class: ClassVar[str]
     tokenizers: ClassVar[tuple[str, ...]]
+    scheduler_class: ClassVar[str | None] = None  # of diffusers, that draws as samplers do; none: the pipeline's own
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
     lora: LoraSettings = LoraSettings()

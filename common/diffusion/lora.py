@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from common.diffusion.weight_files import TRAINED_PARTS, part_of
 from common.lora_weights import LoraWeights, pack, verified
 from common.registry import Entry
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
-TRAINED_PARTS = ("unet", "transformer")  # what a pipeline calls its network
 
 
 class LoraSettings(Entry):
@@ -185,7 +185,7 @@ def load_lora(network: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        state = {_in_network(name): value for name, value in load_file(lora_file(path)).items()}
+        state = {name.removeprefix(f"{part_of(name)}."): value for name, value in load_file(lora_file(path)).items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(network).items()}
@@ -194,9 +194,3 @@ def load_lora(network: nn.Module, path: Path) -> None:
         differing = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
         raise ValueError(f"the LoRA {path} does not fit the network at {differing[:3]}: another model, or another rank")
     set_peft_model_state_dict(network, state)
-
-
-def _in_network(name: str) -> str:
-    """A LoRA file's name of a weight as the network calls it."""
-    part, _, rest = name.partition(".")
-    return rest if part in TRAINED_PARTS else name

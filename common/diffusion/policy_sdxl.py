@@ -96,6 +96,7 @@ class SDXL(DiffusersConfig):
     network_name: ClassVar[str] = "unet"
     network_class: ClassVar[str] = "UNet2DConditionModel"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    scheduler_class: ClassVar[str | None] = "DDIMScheduler"
     published: ClassVar[dict[str, Configs]] = {"stabilityai/stable-diffusion-xl-base-1.0": BASE}
 
     @property

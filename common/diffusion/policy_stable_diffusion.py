@@ -76,6 +76,7 @@ class StableDiffusion(DiffusersConfig):
     network_name: ClassVar[str] = "unet"
     network_class: ClassVar[str] = "UNet2DConditionModel"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    scheduler_class: ClassVar[str | None] = "DDIMScheduler"
     published: ClassVar[dict[str, Configs]] = {
         "stable-diffusion-v1-5/stable-diffusion-v1-5": SD1,
         "CompVis/stable-diffusion-v1-4": SD1,

@@ -10,6 +10,7 @@ import tomli_w
 
 from actors.evaluation import evaluation_set
 from common.config import Recipe
+from common.diffusion.weight_files import network_folder
 from common.evaluation_log import FIGURES
 from common.run_folder import RunFolder
 from deploy.commands.model_card.card import Published, model_card
@@ -96,11 +97,11 @@ def _recipe_text(folder: RunFolder) -> str:
 
 
 def _weights(path: Path) -> Files:
-    """Where diffusers looks for them: a LoRA at the top, a whole UNet in its folder."""
-    unet, lora = path / "unet", path / "lora"
-    if unet.is_dir():
-        return {f"unet/{file.name}": file for file in sorted(unet.iterdir())}
-    return {file.name: file for file in sorted(lora.iterdir())}
+    """Where diffusers looks for them: a LoRA at the top, a whole network in its folder."""
+    network = network_folder(path)
+    if network:
+        return {f"{network.name}/{file.name}": file for file in sorted(network.iterdir())}
+    return {file.name: file for file in sorted((path / "lora").iterdir())}
 
 
 def _written(files: Files, folder: Path) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from actors.evaluation import Comparison, evaluation_images, evaluation_set
 from actors.reward_worker import RewardWorker
 from common.config import Recipe
+from common.diffusion.weight_files import network_folder
 from common.evaluation_log import EvaluationLog
 from common.paired import paired_error
 from common.recipe_tables import RewardTable
@@ -73,7 +74,7 @@ def compare(parts: Parts, location: str) -> Comparison:
         policy, chosen, recipe.sampling
     )  # new adapters change nothing: this is the pretrained model
     with weights_here(location) as path:
-        policy.restore(path / "unet" if parts.policy.train == "full" else path)
+        policy.restore(network_folder(path) or path)
     after = evaluation_images(policy, chosen, recipe.sampling)
     scores = [worker.score(ImageBatch(pixels, chosen.prompts)).rewards for pixels in (before, after)]
     trained_on = [

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 from common.diffusion.lora import lora_file
+from common.diffusion.weight_files import network_folder, part_of
 from common.lora_weights import LoraWeights, Manifest, pack
 from common.run_folder import RunFolder, weights_here
 from learner.checkpoint import load_checkpoint, newest_checkpoint
@@ -15,7 +16,7 @@ from learner.checkpoint import load_checkpoint, newest_checkpoint
 
 @dataclass(frozen=True)
 class RunWeights:
-    """Weights that a run has left, as `lora` or `unet` in the folder at `location`."""
+    """Weights that a run has left, as `lora` or a whole network in the folder at `location`."""
 
     location: str
     policy_version: int
@@ -24,9 +25,9 @@ class RunWeights:
 
     @contextmanager
     def here(self) -> Iterator[Path]:
-        """A folder on this machine with `lora` or `unet`. ValueError: the files hold other weights, or there are none."""
+        """A folder on this machine with them. ValueError: the files hold other weights, or there are none."""
         with weights_here(self.location) as path:
-            if not any((path / name).is_dir() for name in ("lora", "unet")):
+            if not (path / "lora").is_dir() and network_folder(path) is None:
                 raise ValueError(
                     f"{self.location} has no weights: the run has not ended; it goes on with --resume auto"
                 )
@@ -67,15 +68,15 @@ def _trained(folder: RunFolder) -> LoraWeights:
 
 def _stored(path: Path, manifest: Manifest, policy_version: int) -> LoraWeights:
     """What the files hold, under the names that the parameters have in the network."""
-    if (path / "unet").is_dir():
-        arrays = {
-            name: array for file in (path / "unet").glob("*.safetensors") for name, array in load_file(file).items()
-        }
+    network = network_folder(path)
+    if network:
+        arrays = {name: array for file in network.glob("*.safetensors") for name, array in load_file(file).items()}
         names = {name: name for name, _ in manifest}
     else:
         arrays = load_file(lora_file(path))
         # In the network an adapter has a name, in diffusers' files it has none.
-        names = {name: f"unet.{name.replace('.default.', '.')}" for name, _ in manifest}
+        part = part_of(next(iter(arrays)))
+        names = {name: f"{part}.{name.replace('.default.', '.')}" for name, _ in manifest}
     lacking = sorted(set(names.values()) - arrays.keys())
     if lacking:
         raise ValueError(f"the weights in {path} lack {lacking[:3]}: they are not those of this run")

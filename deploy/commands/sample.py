@@ -10,6 +10,7 @@ from common.config import Recipe
 from common.diffusion.lora import lora_file, read_lora_settings
 from common.diffusion.policy import Policy
 from common.diffusion.rollout import draw, window_of_pictures
+from common.diffusion.weight_files import network_folder
 from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
 from deploy.parts import parts_of
@@ -49,7 +50,7 @@ def load_policy(recipe: Recipe, weights: Path) -> Policy:
     device = settle(recipe.runtime)
     if policy_config.train == "full":
         policy = policy_config.load(device, recipe.sampling, "sampler")
-        policy.restore(weights / "unet" if (weights / "unet").is_dir() else weights)
+        policy.restore(network_folder(weights) or weights)
         return policy
     path = lora_file(weights)
     settings = read_lora_settings(path)

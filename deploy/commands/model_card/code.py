@@ -3,23 +3,27 @@
 from pathlib import Path
 
 from common.config import Recipe
+from common.diffusion.diffusers_config import DiffusersConfig
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
 
 
 def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str) -> str:
-    """Python that draws a picture as the run's samplers do; diffusers is all that it needs."""
-    push, full = recipe.push, policy.train == "full"
+    """Python that draws a picture with the run's weights; diffusers is all that it needs, where the model is of its own."""
+    if not isinstance(policy, DiffusersConfig):
+        return f"# {type(policy).__name__} is no pipeline of diffusers: ddpo sample draws with these weights"
+    push, full, part = recipe.push, policy.train == "full", policy.network_name
     revision = f", revision={push.revision!r}" if push.revision else ""
-    imports = ["DDIMScheduler", "StableDiffusionPipeline", *(["UNet2DConditionModel"] if full else [])]
+    names = [policy.pipeline_class, *([policy.network_class] if full else [])]
+    imports = sorted([*names, *([policy.scheduler_class] if policy.scheduler_class else [])])
     lines = ["import torch", f"from diffusers import {', '.join(imports)}", ""]
-    unet = ""
+    network = ""
     if full:
-        lines.append(f'unet = UNet2DConditionModel.from_pretrained({push.repo!r}, subfolder="unet"{revision})')
-        unet = ", unet=unet"
-    lines.append(
-        f"pipeline = StableDiffusionPipeline.from_pretrained({_source(policy, base)!r}{unet}){_where(policy, base)}"
-    )
-    lines.append("pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)")
+        lines.append(f'{part} = {policy.network_class}.from_pretrained({push.repo!r}, subfolder="{part}"{revision})')
+        network = f", {part}={part}"
+    source = f"{_source(policy, base)!r}{network}"
+    lines.append(f"pipeline = {policy.pipeline_class}.from_pretrained({source}){_where(policy, base)}")
+    if policy.scheduler_class:
+        lines.append(f"pipeline.scheduler = {policy.scheduler_class}.from_config(pipeline.scheduler.config)")
     if not full:
         weights = 'weight_name="pytorch_lora_weights.safetensors"'
         lines.append(f"pipeline.load_lora_weights({push.repo!r}, {weights}{revision})")
@@ -27,27 +31,28 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
     return "\n".join(lines)
 
 
-def _drawing(recipe: Recipe, policy: PolicyConfig, prompt: str) -> list[str]:
-    sampling, side = recipe.sampling, getattr(policy, "resolution", None)
+def _drawing(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> list[str]:
+    sampling, side = recipe.sampling, policy.resolution
     size = f", height={side}, width={side}" if side else ""
+    noise = f"eta={sampling.eta}" if policy.scheduler_class else ""  # a flow's pipeline adds none
     return [
         "picture = pipeline(",
         f"    {prompt!r}, num_inference_steps={sampling.num_steps}, guidance_scale={sampling.guidance_scale}, "
-        f"eta={sampling.eta}{size},",
+        f"{noise}{size},".replace(", ,", ","),
         "    generator=torch.Generator().manual_seed(0),",
         ").images[0]",
         'picture.save("picture.png")',
     ]
 
 
-def _source(policy: PolicyConfig, base: str | None) -> str:
+def _source(policy: DiffusersConfig, base: str | None) -> str:
     embedded = EMBEDDED_MODELS.get(policy.model)
     if embedded:
         return embedded.relative_to(Path(__file__).parents[3]).as_posix()
     return base or policy.model
 
 
-def _where(policy: PolicyConfig, base: str | None) -> str:
+def _where(policy: DiffusersConfig, base: str | None) -> str:
     if policy.model in EMBEDDED_MODELS:
         return "  # a folder of ray-ddpo's source"
     return "" if base else "  # a folder of the machine that trained it"
