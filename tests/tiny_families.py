@@ -16,6 +16,11 @@ AUTOENCODER = {
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "norm_num_groups": 4,
 }
+EIGHTFOLD = AUTOENCODER | {  # 8 × 8 pixels of a latent, which SDXL is told of
+    "block_out_channels": (8,) * 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
 FLOW_AUTOENCODER = AUTOENCODER | {
     "latent_channels": 4,
     "use_quant_conv": False,
@@ -46,7 +51,7 @@ def save_tiny_sdxl(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     )
     config: Any = DDIM | {"set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading", **scheduler}
     StableDiffusionXLPipeline(
-        vae=AutoencoderKL(**AUTOENCODER, scaling_factor=0.13),
+        vae=AutoencoderKL(**EIGHTFOLD, scaling_factor=0.13),
         text_encoder=_clip(16, with_projection=False),
         text_encoder_2=_clip(24, with_projection=True),
         tokenizer=tiny_tokenizer(),

@@ -155,4 +155,9 @@ class DiffusersConfig(PolicyConfig):
         if self.vae_slicing:
             vae.enable_slicing()
         if self.vae_tiling:
+            if type(vae).__name__ != "AutoencoderKL":  # AutoencoderTiny's own fails on pictures smaller than a tile
+                raise ValueError(
+                    f"policy.vae_tiling is true, and the model's decoder is an {type(vae).__name__}: only that of an "
+                    "AutoencoderKL can take pictures in tiles"
+                )
             vae.enable_tiling()

@@ -31,7 +31,8 @@ class FlowMatchTable(DenoisingSteps):
 
     def diffusion(self) -> Float[Tensor, "T"]:
         """s = √(σ / (1 − σ′)) · a, where σ′ is σ, and at σ = 1 the path's second one (Flow-GRPO, section 4.2)."""
-        finite = torch.where(self.sigmas == 1, self.next_sigmas[0], self.sigmas)
+        # What is shifted may miss 1 by a rounding error, on either side.
+        finite = torch.where(self.sigmas > 1 - 1e-5, self.next_sigmas[0], self.sigmas)
         return (self.sigmas / (1 - finite)).sqrt() * self.noise_level
 
     def std(self) -> Float[Tensor, "T"]:

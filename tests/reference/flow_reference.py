@@ -19,7 +19,7 @@ def flux_sigmas(num_steps: int, tokens: int) -> list[float]:
     """σ even from 1 to 1/T, then moved by e^μ, with μ linear in the tokens: 0.5 at 256, 1.15 at 4096."""
     mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
     even = [1 - index / num_steps for index in range(num_steps)]
-    return [*(math.exp(mu) / (math.exp(mu) + 1 / sigma - 1) for sigma in even), 0.0]
+    return [*(math.exp(mu) / (math.exp(mu) + (1 / sigma - 1)) for sigma in even), 0.0]
 
 
 def diffusion(sigma: float, second_sigma: float, level: float) -> float:

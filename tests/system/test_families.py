@@ -27,7 +27,9 @@ def recipe_of(tables: dict, folder: Path, family: str, **changes: Any) -> Recipe
     if not model.exists():
         MAKERS[family](model)
     sampling = {**tables["sampling"], "eta": 0.7}
-    return Recipe.parse({**tables, "policy": policy_table(family, model), "sampling": sampling, **changes})
+    learner = {**tables["learner"], "micro_batch_size": 4}  # a flow has one step with noise less
+    small = {**tables, "policy": policy_table(family, model), "sampling": sampling, "learner": learner}
+    return Recipe.parse({**small, **changes})
 
 
 @pytest.mark.parametrize("family", ON_RAY)
