@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ def model_sizes(
     config: "DiffusersConfig", configs: Configs, sampling: SamplingTable, device: DeviceKind
 ) -> PolicySizes:
     """Build every part on the meta device and count. `configs` has one configuration a part."""
-    sizes = _counted(config, json.dumps(configs, sort_keys=True), sampling, device)
+    sizes = _counted(_Work(config, json.dumps(configs, sort_keys=True), sampling, device))
     path = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # numbers an image
     kept = DTYPES[sampling.latents_dtype].itemsize
     return replace(
@@ -51,10 +51,20 @@ def model_sizes(
     )
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is counted once and remembered."""
+
+    config: "DiffusersConfig"
+    files: str  # the parts' configurations
+    sampling: SamplingTable
+    device: DeviceKind
+
+
 @functools.lru_cache(maxsize=16)
-def _counted(config: "DiffusersConfig", files: str, sampling: SamplingTable, device: DeviceKind) -> PolicySizes:
+def _counted(work: _Work) -> PolicySizes:
     quiet_libraries()
-    configs = json.loads(files)
+    config, sampling, device, configs = work.config, work.sampling, work.device, json.loads(work.files)
     parts = meta_parts(config, configs)
     for part in parts.values():
         part.to(config.loaded_dtype)

@@ -14,8 +14,8 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
     push, full, part = recipe.push, policy.train == "full", policy.network_name
     revision = f", revision={push.revision!r}" if push.revision else ""
     names = [policy.pipeline_class, *([policy.network_class] if full else [])]
-    imports = sorted([*names, *([policy.scheduler_class] if policy.scheduler_class else [])])
-    lines = ["import torch", f"from diffusers import {', '.join(imports)}", ""]
+    names += [policy.scheduler_class] if policy.scheduler_class else []
+    lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}", ""]
     network = ""
     if full:
         lines.append(f'{part} = {policy.network_class}.from_pretrained({push.repo!r}, subfolder="{part}"{revision})')
