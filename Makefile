@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system test-thorough compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast rewards-bench soak scale bench-trl bench-target bench-gpu pretrain clean
+.PHONY: demo test test-system test-thorough compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast rewards-bench soak scale bench-trl bench-target bench-gpu bench-gpu-families pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -65,6 +65,9 @@ bench-target: $(VENV)/installed $(TRL_VENV)/installed
 # On a machine with a GPU; TRL's environment is made with that machine's torch.
 bench-gpu: $(VENV)/installed $(TRL_VENV)/installed
 	$(BIN)/python -m tests.benchmarks.gpu --trl-python $(TRL_VENV)/bin/python
+
+bench-gpu-families: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.gpu_families
 
 soak: $(VENV)/installed
 	rm -rf runs/soak

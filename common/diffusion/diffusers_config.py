@@ -143,14 +143,15 @@ class DiffusersConfig(PolicyConfig):
         )
         network = getattr(pipeline, self.network_name)
         if role == "sampler":
-            self._set_up_decoder(pipeline.vae)
+            self.set_up_decoder(pipeline.vae)
             if self.train == "lora":  # text encoder and decoder stay as they are
                 network.to(self.dtype_of(role))
         if self.gradient_checkpointing and role == "learner":
             network.enable_gradient_checkpointing()
         return self.make_policy(pipeline, device, sampling, role)
 
-    def _set_up_decoder(self, vae: Any) -> None:
+    def set_up_decoder(self, vae: Any) -> None:
+        """As the recipe has it. ValueError: the decoder cannot do that."""
         vae.to(self.decoder_dtype)
         if self.vae_slicing:
             vae.enable_slicing()

@@ -68,7 +68,8 @@ def _counted(work: _Work) -> PolicySizes:
     parts = meta_parts(config, configs)
     for part in parts.values():
         part.to(config.loaded_dtype)
-    network, vae = parts.pop(config.network_name), parts.pop("vae").to(config.decoder_dtype)
+    network, vae = parts.pop(config.network_name), parts.pop("vae")
+    config.set_up_decoder(vae)
     network_parameters = count_parameters(network)
     make_trainable(network, config.train, config.lora)
     trained = sum(parameter.numel() for parameter in trained_parameters(network).values())

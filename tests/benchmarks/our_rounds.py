@@ -81,6 +81,12 @@ class OurRounds:
         for _ in range(rows // size):
             learning._predict(*inputs).square().mean().backward()
         learned = self.now() - begun
+        if self._parts.algorithm.needs_proximal_log_probs:  # one more pass over all optimizer steps but the first
+            begun = self.now()
+            with torch.no_grad():
+                for _ in range(rows // size):
+                    learning._predict(*inputs)
+            learned += (1 - self._recipe.learner.images_per_step / self._recipe.images_per_round) * (self.now() - begun)
         for parameter in trained_parameters(learning.network).values():
             parameter.grad = None
         whole = rows / (rows // size * size)  # what no full micro-batch is left of

@@ -63,7 +63,7 @@ def save_random_pipeline(folder: Path, scale: Scale = "sd15", dtype: torch.dtype
     text = {**configs["text_encoder"], "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     parts = meta_parts(StableDiffusion(model=str(folder)), {**configs, "text_encoder": text})
     for seed, part in enumerate(parts.values()):
-        _fill(part.to(dtype).to_empty(device="cpu"), seed)
+        fill(part.to(dtype).to_empty(device="cpu"), seed)
     StableDiffusionPipeline(
         **parts,
         tokenizer=tiny_tokenizer(text["max_position_embeddings"]),
@@ -75,11 +75,11 @@ def save_random_pipeline(folder: Path, scale: Scale = "sd15", dtype: torch.dtype
     return folder
 
 
-def _fill(part: nn.Module, seed: int) -> None:
+def fill(part: nn.Module, seed: int) -> None:
     """Gains of about 1, so that half precision overflows nowhere; each parameter by a generator and a thread of its own."""
 
     @torch.no_grad()  # here, for each thread has its own mode
-    def fill(numbered: tuple[int, tuple[str, nn.Parameter]]) -> None:
+    def filled(numbered: tuple[int, tuple[str, nn.Parameter]]) -> None:
         index, (name, parameter) = numbered
         if parameter.ndim == 1:  # biases, and the scales of norms
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
@@ -89,4 +89,4 @@ def _fill(part: nn.Module, seed: int) -> None:
         parameter.normal_(0, deviation, generator=generator)
 
     with ThreadPoolExecutor() as threads:
-        list(threads.map(fill, enumerate(part.named_parameters())))
+        list(threads.map(filled, enumerate(part.named_parameters())))

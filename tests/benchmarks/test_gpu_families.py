@@ -1,0 +1,49 @@
+"""The benchmark of other families goes its whole way in its small form, and its random pipelines load and draw."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.diffusion import POLICIES
+from common.diffusion.diffusers_config import DiffusersConfig
+from common.diffusion.rollout import draw
+from common.recipe_tables import SamplingTable
+from common.registry import build
+from tests.benchmarks.gpu_families import save_random_family
+from tests.tiny_families import MAKERS, policy_table
+
+
+@pytest.mark.thorough
+def test_a_round_of_each_family_is_measured_in_the_small_form(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.gpu_families",
+        "--tiny",
+        "--device",
+        "cpu",
+        "--folder",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| sdxl", "| sd3"))]
+    assert len(rows) == 2 and all("nan" not in row for row in rows)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_a_pipeline_of_random_weights_draws_pictures(family: str, tmp_path: Path) -> None:
+    """From the configuration files of a small one, where the benchmark has those of the published."""
+    keys = {"t5": False} if family == "sd3" else {}
+    config: DiffusersConfig = build(
+        POLICIES, policy_table(family, MAKERS[family](tmp_path / "small"), **keys), "policy"
+    )
+    model = save_random_family(tmp_path / "random", config)
+    sampling = SamplingTable(num_steps=2)
+    policy = build(POLICIES, policy_table(family, model, **keys), "policy").load("cpu", sampling, "sampler")
+    trajectory = draw(policy, ["a cat"], [1], sampling)
+    assert trajectory.log_probs.isfinite().all()
+    assert policy.decode(trajectory.final_latents).to(torch.float32).std() > 5
