@@ -41,11 +41,14 @@ def model_sizes(
     config: "DiffusersConfig", configs: Configs, sampling: SamplingTable, device: DeviceKind
 ) -> PolicySizes:
     """Build every part on the meta device and count. `configs` has one configuration a part."""
-    sizes = _counted(_Work(config, json.dumps(configs, sort_keys=True), sampling, device))
+    # How far a guided path is guided and how long it is changes nothing of a step: one count does for all.
+    alike = SamplingTable(guidance_scale=1.0 if sampling.guidance_scale == 1 else 2.0)
+    sizes = _counted(_Work(config, json.dumps(configs, sort_keys=True), alike, device))
     path = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # numbers an image
     kept = DTYPES[sampling.latents_dtype].itemsize
     return replace(
         sizes,
+        noisy_steps=config.noisy_steps(sampling),
         drawing=sizes.drawing.plus(0, path * (4 + 2 * kept)),  # noise, the path step by step, and as one tensor
         decoding=sizes.decoding.plus(0, path * kept),
     )
