@@ -51,7 +51,7 @@ def figures(run: Path) -> list[dict]:
     return EvaluationLog(Storage(run)).figures()
 
 
-@pytest.mark.parametrize(("lag", "read_in"), [(0, [0, 2, 4]), (2, [2, 4])])
+@pytest.mark.parametrize(("lag", "read_in"), [pytest.param(0, [0, 2, 4], marks=pytest.mark.thorough), (2, [2, 4])])
 def test_on_or_off_the_weights_are_the_same_bits(tables: dict, lag: int, read_in: list[int]) -> None:
     off = run_of(tables, "off", max_policy_lag=lag)
     on = run_of(tables, "on", max_policy_lag=lag, evaluation=EVALUATION, guard={"max_kl_nats": 1e-9})
@@ -130,6 +130,7 @@ def stop_after(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Supervision, "check", seen)
 
 
+@pytest.mark.thorough
 def test_other_pictures_begin_anew(tables: dict, capsys: pytest.CaptureFixture) -> None:
     run = run_of(tables, "run", evaluation=EVALUATION)
     assert len(figures(run)) == 4

@@ -40,7 +40,13 @@ def learn(learner: Learner, parts: Parts, round: int) -> tuple[dict[str, float],
     return learner.update(drawn.batch, *drawn.trajectories)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+RESUMED = [  # one of each kind always; the others share its lines
+    pytest.param(name, marks=() if name in ("ddpo_is", "diffusion_nft") else pytest.mark.thorough)
+    for name in ALGORITHMS
+]
+
+
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_run_that_goes_on_from_its_checkpoint_arrives_at_the_same_bits(
     name: str, tables: dict, tmp_path: Path
 ) -> None:

@@ -44,7 +44,7 @@ def test_a_run_on_ray_learns_and_arrives_at_the_bits_of_one_process(
     assert rounds[0]["ratio/max_abs_log"] <= 1e-5 and rounds[1]["kl_nats"] != 0
 
 
-@pytest.mark.parametrize("family", POLICIES)
+@pytest.mark.parametrize("family", thorough_but("sdxl", "sd3", "flux"))
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits_and_its_lora_loads_in_diffusers(
     family: str, tables: dict, tmp_path: Path
 ) -> None:
@@ -65,7 +65,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits_and_its_lora_loads_in_d
     assert sum("lora_B" in name for name, _ in network.named_parameters()) == sum("lora_B" in name for name in learned)
 
 
-@pytest.mark.parametrize("family", POLICIES)
+@pytest.mark.parametrize("family", thorough_but("sd3"))
 def test_a_whole_network_learns_and_goes_on_to_the_same_bits(family: str, tables: dict, tmp_path: Path) -> None:
     tables = {**tables, "learner": {**tables["learner"], "learning_rate": 1e-4}, "checkpoint": {"every": 1, "keep": 2}}
 
