@@ -22,6 +22,11 @@ ON_RAY = [
 ]
 
 
+def thorough_but(*names: str) -> list[Any]:
+    """All families, of which only these belong to every run of the tests."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.thorough) for name in POLICIES]
+
+
 def recipe_of(tables: dict, folder: Path, family: str, **changes: Any) -> Recipe:
     model = folder / family
     if not model.exists():
