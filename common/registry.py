@@ -34,20 +34,29 @@ def import_object(path: str, what: str) -> Any:
     return getattr(module, attribute)
 
 
-def entry_class(room: Room, name: str, what: str) -> type[Entry]:
-    """The class that a recipe's name stands for."""
-    if name not in room:
-        raise ValueError(f"{what}.name is {name!r}: it must be one of {sorted(room)}")
-    return import_object(room[name], f"{what}.name")
+def entry_class(room: Room, name: str, what: str, kind: type[Entry] | None = None) -> type[Entry]:
+    """The class that a recipe's name stands for: one of the room's or, where there is a `kind`, "module:Class" of that kind."""
+    if name in room:
+        return import_object(room[name], f"{what}.name")
+    if kind is None or ":" not in name:
+        own = f", or module:Class with a {kind.__name__} of your own" if kind else ""
+        raise ValueError(f"{what}.name is {name!r}: it must be one of {sorted(room)}{own}")
+    cls = import_object(name, f"{what}.name")
+    if not (isinstance(cls, type) and issubclass(cls, kind)):
+        raise ValueError(f"{what}.name is {name!r}: it must be derived from {kind.__name__} in {kind.__module__}")
+    if lacking := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise ValueError(f"{what}.name is {name!r}: it lacks {lacking}")
+    return cls
 
 
-def build(room: Room, table: dict[str, Any], what: str) -> Any:
+def build(room: Room, table: dict[str, Any], what: str, kind: type[Entry] | None = None) -> Any:
     """Make the entry that `table` names from the table's other keys. `what` is the table's name, for the errors.
 
-    ValueError: the name is not in the room, or a key is unknown, of the wrong type or out of range.
+    `kind`: what a class from outside the room must be; none: the room's are all that there are.
+    ValueError: the name stands for no such class, or a key is unknown, of the wrong type or out of range.
     """
     keys = {key: value for key, value in table.items() if key != "name"}
-    cls = entry_class(room, table["name"], what)
+    cls = entry_class(room, table["name"], what, kind)
     try:
         return cls(**keys)
     except ValidationError as error:

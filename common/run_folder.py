@@ -15,6 +15,7 @@ import tomli_w
 from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 
 from common.config import Recipe
+from common.diffusion.weight_files import TRAINED_PARTS
 from common.storage import Storage
 
 CONTROL = "control.json"  # what `ddpo scale` asks of the driver
@@ -24,7 +25,7 @@ GUARD = "guard.json"  # in the folder of a run that the guard has ended
 BEST = "best.json"  # in `best/`, written last: which version lies beside it
 VERSIONED = ("ray-ddpo", "torch", "diffusers", "transformers", "peft", "ray", "numpy")
 ASKED = TypeAdapter(dict[str, Annotated[StrictInt, Field(ge=1)]])
-WEIGHTS = ("lora", "unet")  # folders of a run, whichever was trained
+WEIGHTS = ("lora", *TRAINED_PARTS)  # folders of a run, whichever was trained
 
 
 class RunFolder:
@@ -66,7 +67,7 @@ class RunFolder:
         """What a finished run has left, a line each."""
         places = {
             "weights": "lora/pytorch_lora_weights.safetensors",
-            "whole network": "unet",
+            **{f"whole {part}": part for part in TRAINED_PARTS},
             "metrics": self.metrics,
             "rollouts": "rollouts",
             "checkpoints": "checkpoints",

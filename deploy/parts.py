@@ -72,7 +72,7 @@ def entries_of(recipe: Recipe) -> Parts:
     algorithm.check(recipe)
     composition = RewardComposition.of(recipe)
     composition.check(algorithm)
-    policy: PolicyConfig = build(POLICIES, recipe.policy.table(), "policy")
+    policy: PolicyConfig = build(POLICIES, recipe.policy.table(), "policy", PolicyConfig)
     algorithm.check_policy(policy)
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:

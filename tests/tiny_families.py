@@ -133,6 +133,17 @@ def save_tiny_flux(folder: Path, seed: int = 0, **scheduler: object) -> Path:
     return folder
 
 
+def save_tiny_digits(folder: Path, seed: int = 0) -> Path:
+    """Write the network of docs/digits."""
+    from digit_transformer import DigitTransformer
+
+    torch.manual_seed(seed)
+    DigitTransformer(size=8, patch=2, width=16, num_heads=2, num_blocks=2).save_pretrained(
+        folder, safe_serialization=True
+    )
+    return folder
+
+
 def tiny_t5_tokenizer(max_length: int = 12) -> Any:
     """Letters are its tokens."""
     from transformers import T5TokenizerFast
@@ -182,6 +193,8 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
 }
+FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {"digits:Digits": save_tiny_digits}  # as docs/extending.md has it
+PROMPTS = {"digits:Digits": ["seven", "3", "a two"]}
 KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model needs
     "sd3": {"max_sequence_length": 12},
     "flux": {"max_sequence_length": 12, "resolution": 16},

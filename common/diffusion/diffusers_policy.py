@@ -13,8 +13,10 @@ from torch import Tensor
 
 from common.diffusion.compiled import CompiledNetwork
 from common.diffusion.denoising_steps import DenoisingSteps
-from common.diffusion.lora import MergedAdapters, compute_adapters_in, load_lora, make_trainable, save_lora
+from common.diffusion.guidance import guided
+from common.diffusion.lora import MergedAdapters, compute_adapters_in, make_trainable
 from common.diffusion.policy import Conditioning, Policy, Role, autocast
+from common.diffusion.trained_weights import restore_trained, save_trained
 from common.diffusion.transition import Transition
 from common.recipe_tables import SamplingTable
 
@@ -122,14 +124,9 @@ class DiffusersPolicy(Policy):
         return self.steps.transition(latents, output, steps, noisy)
 
     def _guided(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022), both branches in one batch, joined in float32."""
-        rows = {name: value for name, value in conditioning.items() if not name.startswith("negative_")}
-        if self.branches == 1:
-            return self._predict(latents, timesteps, rows)
-        joined = {name: torch.cat([conditioning[f"negative_{name}"], value]) for name, value in rows.items()}
-        both = self._predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), joined)
-        unconditional, conditional = both.float().chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        return guided(
+            self._predict, latents, timesteps, conditioning, self.guidance_scale if self.branches == 2 else None
+        )
 
     def _predict(self, latents: Tensor, timesteps: Tensor, rows: Conditioning) -> Tensor:
         in_dtype = {name: value.to(self.dtype) for name, value in rows.items()}
@@ -157,14 +154,8 @@ class DiffusersPolicy(Policy):
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def save(self, folder: Path) -> Path:
-        name = self.config.network_name
-        if self.config.train == "full":
-            self.network.save_pretrained(folder / name, safe_serialization=True)
-            return folder / name
-        return save_lora(self.network, self.config.lora, folder / "lora", name)
+        config = self.config
+        return save_trained(self.network, config.train, config.lora, folder, config.network_name)
 
     def restore(self, path: Path) -> None:
-        if self.config.train == "lora":
-            return load_lora(self.network, path)
-        whole = type(self.network).from_pretrained(path, use_safetensors=True)
-        self.network.load_state_dict(whole.state_dict())
+        restore_trained(self.network, self.config.train, path)

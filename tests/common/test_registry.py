@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,49 @@ def test_a_missing_key_is_named() -> None:
 def test_an_unknown_name_is_answered_with_the_rooms_names() -> None:
     with pytest.raises(ValueError, match=r"reward.name is 'rwa': it must be one of \['cooked', 'lost', 'plain'\]"):
         build(ROOM, {"name": "rwa"}, "reward")
+
+
+class Raw(Entry, ABC):
+    """What an entry of a kind is to be derived from."""
+
+    @abstractmethod
+    def cook(self) -> None: ...
+
+
+class Fried(Raw):
+    heat: int = 3
+
+    def cook(self) -> None: ...
+
+
+def test_a_class_from_outside_the_room_is_named_by_its_module_where_there_is_a_kind() -> None:
+    assert build(ROOM, {"name": f"{PLACE}:Fried", "heat": 4}, "policy", Raw) == Fried(heat=4)
+    with pytest.raises(ValueError, match=r"policy.heat is 'x': input should be a valid integer"):
+        build(ROOM, {"name": f"{PLACE}:Fried", "heat": "x"}, "policy", Raw)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fried", "it must be one of ['cooked', 'lost', 'plain'], or module:Class with a Raw of your own"),
+        ("no_such_module:Fried", "there is no module 'no_such_module' to import"),
+        (f"{PLACE}:Boiled", f"module '{PLACE}' has no 'Boiled'"),
+        (f"{PLACE}:Cooked", "it must be derived from Raw in"),
+        (f"{PLACE}:PLACE", "it must be derived from Raw in"),
+        (f"{PLACE}:Raw", "it lacks ['cook']"),
+    ],
+)
+def test_what_is_no_class_of_the_kind_is_named_with_the_reason(name: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        build(ROOM, {"name": name}, "policy", Raw)
+    assert str(error.value).startswith(f"policy.name is {name!r}: {message}")
+
+
+def test_without_a_kind_there_is_nothing_outside_the_room() -> None:
+    with pytest.raises(
+        ValueError, match=r"is 'cooked_for_tests:Fried': it must be one of \['cooked', 'lost', 'plain'\]$"
+    ):
+        build(ROOM, {"name": f"{PLACE}:Fried"}, "reward")
 
 
 @pytest.mark.parametrize(

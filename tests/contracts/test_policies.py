@@ -1,4 +1,4 @@
-"""What every model family promises, for each in its room; a new one needs a tiny model of its kind here."""
+"""What every model family promises, for each in its room and one from outside; a new one needs a tiny model of its kind."""
 
 import pickle
 from pathlib import Path
@@ -11,24 +11,33 @@ from common.diffusion.lora import trained_parameters
 from common.diffusion.policy import Policy, PolicyConfig, select_rows
 from common.diffusion.rollout import draw, score
 from common.recipe_tables import SamplingTable
-from common.registry import build, entry_class
-from tests.tiny_families import MAKERS, policy_table
+from common.registry import build
+from tests.tiny_families import FROM_OUTSIDE, MAKERS, PROMPTS, policy_table
 from tests.tiny_policy import scatter
 
+ALL_MAKERS = MAKERS | FROM_OUTSIDE
 LEADS_NOWHERE = {"sd3": ("transformer_blocks.1.attn.add_q_proj",)}  # the last block's text is not read any more
-NAMES = {entry_class(POLICIES, name, "policy"): name for name in POLICIES}
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
-PROMPTS = ["a cat", "a dog", "a cow"]
 
 
 def test_every_model_family_has_a_tiny_model_to_be_tested_with() -> None:
     assert MAKERS.keys() == POLICIES.keys()
 
 
-@pytest.fixture(scope="module", params=POLICIES)
-def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PolicyConfig:
-    model = MAKERS[request.param](tmp_path_factory.mktemp("model"))
-    return build(POLICIES, policy_table(request.param, model), "policy")
+@pytest.fixture(scope="module", params=ALL_MAKERS)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def prompts(family: str) -> list[str]:
+    return PROMPTS.get(family, ["a cat", "a dog", "a cow"])
+
+
+@pytest.fixture(scope="module")
+def config(family: str, tmp_path_factory: pytest.TempPathFactory) -> PolicyConfig:
+    model = ALL_MAKERS[family](tmp_path_factory.mktemp("model"))
+    return build(POLICIES, policy_table(family, model), "policy", PolicyConfig)
 
 
 def loaded(config: PolicyConfig, role: str) -> Policy:
@@ -48,8 +57,10 @@ def some_latents(policy: Policy, count: int) -> torch.Tensor:
     return torch.randn(count, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
 
 
-def test_conditioning_has_one_row_a_prompt_and_one_for_all_of_what_is_negative(policy: Policy) -> None:
-    conditioning = policy.encode(PROMPTS)
+def test_conditioning_has_one_row_a_prompt_and_one_for_all_of_what_is_negative(
+    policy: Policy, prompts: list[str]
+) -> None:
+    conditioning = policy.encode(prompts)
     for name, value in conditioning.items():
         assert len(value) == (1 if name.startswith("negative_") else 3), name
         assert value.isfinite().all()
@@ -57,14 +68,16 @@ def test_conditioning_has_one_row_a_prompt_and_one_for_all_of_what_is_negative(p
     assert positive and not any(torch.equal(conditioning[name][0], conditioning[name][1]) for name in positive)
 
 
-def test_a_prompts_conditioning_does_not_depend_on_its_neighbours(policy: Policy) -> None:
-    together, alone = policy.encode(PROMPTS), policy.encode(PROMPTS[1:2])
+def test_a_prompts_conditioning_does_not_depend_on_its_neighbours(policy: Policy, prompts: list[str]) -> None:
+    together, alone = policy.encode(prompts), policy.encode(prompts[1:2])
     for name, value in alone.items():
         assert torch.equal(value, together[name] if name.startswith("negative_") else together[name][1:2]), name
 
 
-def test_a_transition_is_a_float32_distribution_over_latents_of_the_same_shape(policy: Policy) -> None:
-    latents, rows = some_latents(policy, 3), select_rows(policy.encode(PROMPTS), torch.arange(3))
+def test_a_transition_is_a_float32_distribution_over_latents_of_the_same_shape(
+    policy: Policy, prompts: list[str]
+) -> None:
+    latents, rows = some_latents(policy, 3), select_rows(policy.encode(prompts), torch.arange(3))
     with torch.no_grad():
         transition = policy.transition(latents, torch.tensor([0, 2, 3]), rows)
     assert transition.mean.shape == latents.shape and transition.std.shape == (3,)
@@ -72,62 +85,69 @@ def test_a_transition_is_a_float32_distribution_over_latents_of_the_same_shape(p
     assert transition.mean.isfinite().all()
 
 
-def test_noise_is_above_zero_exactly_on_the_steps_called_noisy(policy: Policy) -> None:
+def test_noise_is_above_zero_exactly_on_the_steps_called_noisy(policy: Policy, prompts: list[str]) -> None:
     steps = torch.arange(policy.num_steps)
-    rows = select_rows(policy.encode(PROMPTS[:1]), torch.zeros(policy.num_steps, dtype=torch.long))
+    rows = select_rows(policy.encode(prompts[:1]), torch.zeros(policy.num_steps, dtype=torch.long))
     with torch.no_grad():
         std = policy.transition(some_latents(policy, policy.num_steps), steps, rows).std
     assert policy.noisy_steps and torch.nonzero(std > 0).flatten().tolist() == policy.noisy_steps
 
 
-def test_the_prompt_and_the_trained_weights_move_the_distribution(policy: Policy, config: PolicyConfig) -> None:
+def test_the_prompt_and_the_trained_weights_move_the_distribution(
+    policy: Policy, config: PolicyConfig, prompts: list[str]
+) -> None:
     latents, steps = some_latents(policy, 1), torch.tensor([0])
+    first, second, _ = prompts
 
     def mean(of: Policy, prompt: str) -> torch.Tensor:
         with torch.no_grad():
             return of.transition(latents, steps, select_rows(policy.encode([prompt]), torch.tensor([0]))).mean
 
     other = loaded(config, "learner")
-    assert torch.equal(mean(other, "a cat"), mean(policy, "a cat"))
-    assert not torch.equal(mean(policy, "a cat"), mean(policy, "a dog"))
+    assert torch.equal(mean(other, first), mean(policy, first))
+    assert not torch.equal(mean(policy, first), mean(policy, second))
     scatter(other.network, seed=9)
-    assert not torch.equal(mean(other, "a cat"), mean(policy, "a cat"))
+    assert not torch.equal(mean(other, first), mean(policy, first))
 
 
-def test_the_learner_gives_what_the_sampler_drew_its_very_log_prob(policy: Policy, config: PolicyConfig) -> None:
-    trajectory = draw(policy, PROMPTS, [1, 2, 3], SAMPLING)
+def test_the_learner_gives_what_the_sampler_drew_its_very_log_prob(
+    policy: Policy, config: PolicyConfig, prompts: list[str]
+) -> None:
+    trajectory = draw(policy, prompts, [1, 2, 3], SAMPLING)
     arrived = pickle.loads(pickle.dumps(trajectory))
     assert torch.equal(score(loaded(config, "learner"), arrived), trajectory.log_probs)
 
 
-def test_gradients_reach_every_trained_parameter_and_no_other(config: PolicyConfig, policy: Policy) -> None:
+def test_gradients_reach_every_trained_parameter_and_no_other(
+    family: str, config: PolicyConfig, policy: Policy, prompts: list[str]
+) -> None:
     learner = loaded(config, "learner")
-    latents, rows = some_latents(policy, 2), select_rows(policy.encode(PROMPTS[:2]), torch.arange(2))
+    latents, rows = some_latents(policy, 2), select_rows(policy.encode(prompts[:2]), torch.arange(2))
     transition = learner.transition(latents, torch.tensor([0, 1]), rows)
     transition.log_prob(transition.sample(torch.ones_like(latents)).detach()).sum().backward()
     trained = trained_parameters(learner.network)
     for name, parameter in learner.network.named_parameters():
         assert (parameter.grad is not None) == (name in trained), name
-    left_out = LEADS_NOWHERE.get(NAMES[type(config)], ())
+    left_out = LEADS_NOWHERE.get(family, ())
     for name, parameter in trained.items():
         assert bool(parameter.grad.abs().max() > 0) != (bool(left_out) and name.startswith(left_out)), name
 
 
-def test_what_is_predicted_of_a_noised_image_is_its_own_and_float32(policy: Policy) -> None:
+def test_what_is_predicted_of_a_noised_image_is_its_own_and_float32(policy: Policy, prompts: list[str]) -> None:
     clean, noise = some_latents(policy, 3), some_latents(policy, 3).flip(0)
-    timesteps, rows = torch.tensor([900, 500, 10]), select_rows(policy.encode(PROMPTS), torch.arange(3))
+    timesteps, rows = torch.tensor([900, 500, 10]), select_rows(policy.encode(prompts), torch.arange(3))
     with torch.no_grad():
         predicted, target = policy.denoise(clean, noise, timesteps, rows)
         alone, _ = policy.denoise(
-            clean[1:2], noise[1:2], timesteps[1:2], select_rows(policy.encode(PROMPTS[1:2]), torch.tensor([0]))
+            clean[1:2], noise[1:2], timesteps[1:2], select_rows(policy.encode(prompts[1:2]), torch.tensor([0]))
         )
     assert predicted.shape == target.shape == clean.shape and predicted.dtype == target.dtype == torch.float32
     torch.testing.assert_close(predicted[1:2], alone, rtol=1e-4, atol=1e-5)
     assert policy.num_train_timesteps > int(timesteps.max())
 
 
-def test_a_step_taken_without_noise_has_no_deviation_and_another_mean(policy: Policy) -> None:
-    latents, rows = some_latents(policy, 2), select_rows(policy.encode(PROMPTS[:2]), torch.arange(2))
+def test_a_step_taken_without_noise_has_no_deviation_and_another_mean(policy: Policy, prompts: list[str]) -> None:
+    latents, rows = some_latents(policy, 2), select_rows(policy.encode(prompts[:2]), torch.arange(2))
     steps = torch.tensor(policy.noisy_steps[:2])
     with torch.no_grad():
         drawn, still = (policy.transition(latents, steps, rows, noisy) for noisy in (True, False))

@@ -1,0 +1,26 @@
+"""Classifier-free guidance (Ho & Salimans 2022): one prediction out of two."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]  # (latents, timesteps, rows of conditioning) → output
+
+
+def guided(
+    predict: Predict,
+    latents: Float[Tensor, "B C H W"],
+    timesteps: Num[Tensor, "B"],
+    conditioning: dict[str, Tensor],
+    guidance_scale: float | None,
+) -> Float[Tensor, "B C H W"]:
+    """Both branches in one batch, joined in float32. No scale: the prompt's branch alone, as the network gives it."""
+    rows = {name: value for name, value in conditioning.items() if not name.startswith("negative_")}
+    if guidance_scale is None:
+        return predict(latents, timesteps, rows)
+    joined = {name: torch.cat([conditioning[f"negative_{name}"], value]) for name, value in rows.items()}
+    both = predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), joined)
+    unconditional, conditional = both.float().chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)

@@ -1,0 +1,90 @@
+"""Makes the model that is fine-tuned: draws digits in a few fonts, and trains the transformer on them by flow matching."""
+
+import argparse
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from digit_transformer import DigitTransformer
+from jaxtyping import Float, Int
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # matplotlib ships with fonts
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSans-Oblique")
+SIZE, FINER = 16, 4  # pixels a side of a picture, and how much finer it is drawn
+BATCH, ANY_DIGIT = 128, 0.1  # share of pictures whose digit the network is not told, for guidance
+
+
+def drawn(digit: int, font: str, height: float, angle: float, place: tuple[float, float]) -> Float[np.ndarray, "S S"]:
+    """A digit's picture, −1 black and 1 white: `height` of its font and `place` of its middle in pixels, turned in degrees."""
+    side = SIZE * FINER
+    picture = Image.new("L", (side, side))
+    letters = ImageFont.truetype(FOLDER / f"{font}.ttf", round(FINER * height))
+    middle = tuple(side / 2 + FINER * offset for offset in place)
+    ImageDraw.Draw(picture).text(middle, str(digit), fill=255, font=letters, anchor="mm")
+    small = picture.rotate(angle, Image.Resampling.BILINEAR).resize((SIZE, SIZE), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float32) / 127.5 - 1
+
+
+def data(count: int, seed: int = 0) -> tuple[Float[Tensor, "N 1 S S"], Int[Tensor, "N"]]:
+    """Pictures and their digits."""
+    generator = np.random.default_rng(seed)
+    digits = generator.integers(10, size=count)
+    pictures = [
+        drawn(
+            digit,
+            str(generator.choice(FONTS)),
+            generator.uniform(13, 17),
+            generator.normal(0, 6),
+            (generator.normal(0, 0.7), generator.normal(0, 0.7)),
+        )
+        for digit in digits
+    ]
+    return torch.from_numpy(np.stack(pictures)).unsqueeze(1), torch.from_numpy(digits)
+
+
+def flow_matching_loss(
+    network: DigitTransformer, clean: Float[Tensor, "B 1 S S"], digit: Float[Tensor, "B 10"]
+) -> Float[Tensor, ""]:
+    """E |v − (ε − x0)|² at x_σ = (1 − σ) x0 + σ ε (Lipman et al. 2023)."""
+    noise, sigma = torch.randn_like(clean), torch.sigmoid(torch.randn(len(clean)))
+    share = sigma.view(-1, 1, 1, 1)
+    velocity = network((1 - share) * clean + share * noise, 1000 * sigma, digit)
+    return F.mse_loss(velocity, noise - clean)
+
+
+def pretrain(steps: int, pictures: int, seed: int = 0) -> DigitTransformer:
+    """The network whose weights are the moving average over the training."""
+    clean, digits = data(pictures, seed)
+    torch.manual_seed(seed)
+    network = DigitTransformer(SIZE)
+    average = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+    for step in range(steps):
+        chosen = torch.randint(len(clean), (BATCH,))
+        told = (torch.rand(BATCH, 1) >= ANY_DIGIT) * F.one_hot(digits[chosen], 10).float()
+        loss = flow_matching_loss(network, clean[chosen], told)
+        optimizer.param_groups[0]["lr"] = 2e-3 * math.cos(math.pi / 2 * step / steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(network)
+        if step % 100 == 0:
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+    return average.module
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", default="runs/pretrained", help="the folder for the network")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--pictures", type=int, default=8000)
+    options = parser.parse_args()
+    pretrain(options.steps, options.pictures).save_pretrained(options.output, safe_serialization=True)
+    print(options.output)
