@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 from digits_policy import digit_of
-from jaxtyping import Float, UInt8
-from pretrain_digits import FONTS, drawn
+from jaxtyping import Float, Int, UInt8
+from pretrain_digits import SIZE, data
 
 Pictures = UInt8[np.ndarray, "B H W 3"]
 
@@ -17,17 +17,18 @@ def ink(images: Pictures, prompts: list[str], metadata: list[dict[str, Any]]) ->
 
 
 def reads(images: Pictures, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
-    """1 where the picture is more like a printed one of the digit that was asked for than of any other, else 0."""
-    asked = np.array([digit_of(prompt) for prompt in prompts])
-    found = (_unit(images[..., 0]) @ _printed(images.shape[1]).T).argmax(axis=1)
-    return (found // len(FONTS) == asked).astype(np.float32)
+    """1 where the printed digit that the picture is most like is the one that was asked for, else 0."""
+    zoom = images.shape[1] // SIZE
+    printed, digits = _printed()
+    found = digits[(_unit(images[:, ::zoom, ::zoom, 0]) @ printed.T).argmax(axis=1)]
+    return (found == [digit_of(prompt) for prompt in prompts]).astype(np.float32)
 
 
 @cache
-def _printed(side: int) -> Float[np.ndarray, "D N"]:
-    """Each digit in each font, in that order."""
-    small = np.stack([drawn(digit, font, 15, 0, (0, 0)) for digit in range(10) for font in FONTS])
-    return _unit(np.kron(small, np.ones((side // small.shape[1],) * 2)))
+def _printed() -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, "N"]]:
+    """Printed digits, none of which the model was trained on, and what they are."""
+    pictures, digits = data(3000, seed=1)
+    return _unit(pictures.numpy()), digits.numpy()
 
 
 def _unit(pictures: np.ndarray) -> Float[np.ndarray, "N D"]:

@@ -68,7 +68,7 @@ class Digits(PolicyConfig):
         inputs = Inputs(call_network, self.latent_shape, shapes, 1 if self.guidance(sampling) is None else 2)
         memory = NetworkMemory(network, inputs, torch.float32, device)
         held = parameter_bytes(network) + library_bytes(device)
-        path = 3 * 4 * (sampling.num_steps + 1) * math.prod(self.latent_shape)  # noise, the path in steps and in one
+        path = 4 * (sampling.num_steps + 1) * math.prod(self.latent_shape)  # bytes of all latents of an image
         return PolicySizes(
             latent_shape=self.latent_shape,
             noisy_steps=sampling.num_steps - 1,
@@ -77,7 +77,7 @@ class Digits(PolicyConfig):
             network_parameters=parameters,
             trained_parameters=trained,
             learner=memory.learning(checkpointing=False).plus(held + 3 * 4 * trained),  # gradient, AdamW's two moments
-            drawing=memory.drawing().plus(held, path),
+            drawing=memory.drawing().plus(held, 3 * path),
             decoding=line_through(lambda images: peak_bytes(lambda: self._decoded(images)), 1, 2).plus(held, path),
             encoding_bytes=held,
         )
