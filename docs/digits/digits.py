@@ -15,7 +15,7 @@ from common.diffusion.live_bytes import line_through, peak_bytes
 from common.diffusion.lora import LoraSettings, make_trainable, trained_parameters
 from common.diffusion.meta_device import library_bytes
 from common.diffusion.network_memory import Inputs, NetworkMemory
-from common.diffusion.policy import PolicyConfig, Role
+from common.diffusion.policy import PolicyConfig, Role, quiet_libraries
 from common.diffusion.sizes import DeviceKind, PolicySizes, count_parameters, parameter_bytes
 from common.model_hub import Weights
 from common.recipe_tables import SamplingTable
@@ -57,6 +57,7 @@ class Digits(PolicyConfig):
         return (Weights(str(self.folder()), ("config.json", "*.safetensors"), "policy.model"),)
 
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
+        quiet_libraries()
         from digit_transformer import DigitTransformer
 
         with torch.device("meta"):  # nothing is loaded, and nothing computed
@@ -86,6 +87,7 @@ class Digits(PolicyConfig):
         return pictures_of(torch.empty(images, *self.latent_shape, device="meta"), self.zoom)
 
     def load(self, device: str, sampling: SamplingTable, role: Role) -> DigitsPolicy:
+        quiet_libraries()
         from digit_transformer import DigitTransformer
 
         self.check()
