@@ -135,18 +135,9 @@ def test_the_example_is_pretrained_trained_reported_and_sampled(
 ) -> None:
     pretrain(steps=2, pictures=20).save_pretrained("runs/pretrained")
     parts_of(Recipe.load("digits.toml"))  # the recipe as it stands
-    smaller = [
-        "--rounds",
-        "1",
-        "--sampling.batches_per_round",
-        "1",
-        "--sampling.num_steps",
-        "4",
-        "--evaluation.images",
-        "10",
-    ]
+    smaller = "--rounds 1 --sampling.batches_per_round 1 --learner.batch_size 32 --sampling.num_steps 4 --evaluation.images 10"
     run = beside_the_example / "runs" / "digits"
-    assert ddpo.main(["train", "digits.toml", "--serial", "--policy.train", train, *smaller]) == 0
+    assert ddpo.main(["train", "digits.toml", "--serial", "--policy.train", train, *smaller.split()]) == 0
     assert f"{run}/{'lora' if train == 'lora' else 'transformer'}" in capsys.readouterr().out
     for command in (["plan", "digits.toml"], ["report", str(run)], ["push", str(run), "--dry-run", "published"]):
         assert ddpo.main(command) == 0, command

@@ -31,10 +31,14 @@ class Digits(PolicyConfig):
         """Where the network lies."""
         return Path(os.path.expanduser(self.model))
 
+    def network_config(self) -> dict[str, Any]:
+        """What the network is made with, from its file."""
+        return json.loads((self.folder() / "config.json").read_text())
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """C, H, W, from the network's configuration."""
-        size = json.loads((self.folder() / "config.json").read_text())["size"]
+        """C, H, W."""
+        size = self.network_config()["size"]
         return 1, size, size
 
     def guidance(self, sampling: SamplingTable) -> float | None:
@@ -61,7 +65,7 @@ class Digits(PolicyConfig):
         from digit_transformer import DigitTransformer
 
         with torch.device("meta"):  # nothing is loaded, and nothing computed
-            network: Any = DigitTransformer.from_config(DigitTransformer.load_config(self.folder()))
+            network: Any = DigitTransformer.from_config(self.network_config())
         parameters = count_parameters(network)
         make_trainable(network, self.train, self.lora)
         trained = sum(parameter.numel() for parameter in trained_parameters(network).values())

@@ -3,6 +3,7 @@
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,7 +25,7 @@ def drawn(digit: int, font: str, height: float, angle: float, place: tuple[float
     side = SIZE * FINER
     picture = Image.new("L", (side, side))
     letters = ImageFont.truetype(FOLDER / f"{font}.ttf", round(FINER * height))
-    middle = tuple(side / 2 + FINER * offset for offset in place)
+    middle = (side / 2 + FINER * place[0], side / 2 + FINER * place[1])
     ImageDraw.Draw(picture).text(middle, str(digit), fill=255, font=letters, anchor="mm")
     small = picture.rotate(angle, Image.Resampling.BILINEAR).resize((SIZE, SIZE), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float32) / 127.5 - 1
@@ -62,7 +63,7 @@ def pretrain(steps: int, pictures: int, seed: int = 0) -> DigitTransformer:
     clean, digits = data(pictures, seed)
     torch.manual_seed(seed)
     network = DigitTransformer(SIZE)
-    average = torch.optim.swa_utils.AveragedModel(
+    average: Any = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
     )
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
