@@ -139,8 +139,13 @@ def test_the_example_is_pretrained_trained_reported_and_sampled(
     run = beside_the_example / "runs" / "digits"
     assert ddpo.main(["train", "digits.toml", "--serial", "--policy.train", train, *smaller.split()]) == 0
     assert f"{run}/{'lora' if train == 'lora' else 'transformer'}" in capsys.readouterr().out
-    for command in (["plan", "digits.toml"], ["report", str(run)], ["push", str(run), "--dry-run", "published"]):
+    for command in (
+        ["plan", "digits.toml"],
+        ["report", str(run)],
+        ["push", str(run), "zoo/digits", "--dry-run", "published", "--push.license", "mit"],
+    ):
         assert ddpo.main(command) == 0, command
+    assert "ddpo sample draws with these weights" in Path("published/README.md").read_text()
     assert "reads" in json.loads((run / "report" / "summary.json").read_text())["scorers"]
     assert ddpo.main(["sample", "--lora", str(run), "seven", "a 3"]) == 0
     assert len(list(Path("samples").glob("*.png"))) == 2
