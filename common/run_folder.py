@@ -67,7 +67,7 @@ class RunFolder:
         """What a finished run has left, a line each."""
         places = {
             "weights": "lora/pytorch_lora_weights.safetensors",
-            **{f"whole {part}": part for part in TRAINED_PARTS},
+            **{part: part for part in TRAINED_PARTS},
             "metrics": self.metrics,
             "rollouts": "rollouts",
             "checkpoints": "checkpoints",

@@ -107,6 +107,14 @@ def test_weights_in_an_object_store_come_to_this_machine_by_run_folder_and_file(
         assert path.read_bytes() == b"1"
 
 
+@pytest.mark.parametrize("part", ["unet", "transformer"])
+def test_a_whole_network_in_an_object_store_comes_to_this_machine(part: str, remote: RunFolder) -> None:
+    remote.storage.write(f"{part}/model.safetensors", b"1")
+    with weights_here(remote.location) as path:
+        assert (path / part / "model.safetensors").read_bytes() == b"1"
+    assert remote.where_everything_lies().split() == [part, f"{remote.location}/{part}"]
+
+
 def test_weights_on_a_disk_stay_where_they_are(folder: RunFolder) -> None:
     with weights_here(folder.location) as path:
         assert path == Path(folder.location)
