@@ -85,19 +85,19 @@ class Ranks:
         for parameter, part in zip(trained, parts, strict=True):
             _gradient(parameter).copy_(part.view(parameter.shape))
 
-    def total(self, number: float) -> float:
+    def total(self, number: float | int) -> float | int:
         """The sum of all ranks' numbers."""
         return self._over_all(number, distributed.ReduceOp.SUM)
 
-    def largest(self, number: float) -> float:
+    def largest(self, number: float | int) -> float | int:
         """The largest of all ranks' numbers."""
         return self._over_all(number, distributed.ReduceOp.MAX)
 
-    def least(self, number: float) -> float:
+    def least(self, number: float | int) -> float | int:
         """The least of all ranks' numbers."""
         return self._over_all(number, distributed.ReduceOp.MIN)
 
-    def _over_all(self, number: float, operation: distributed.ReduceOp.RedOpType) -> float:
+    def _over_all(self, number: float | int, operation: distributed.ReduceOp.RedOpType) -> float | int:
         if self.count == 1:
             return number
         found = torch.tensor(float(number), dtype=torch.float64, device=self._device)

@@ -62,10 +62,13 @@ class Update:
         `own_pass_will_do`: the first step's own pass is under those very weights; not where its pairs come again later.
         """
         again = len(self.epochs) > 1 and self.pairs.places(1) == self.pairs.places(0)
-        steps = self.epochs[0] if again else [pairs for epoch in self.epochs for pairs in epoch]
-        steps = [pairs for pairs in steps if pairs]
-        asked = steps[1:] if own_pass_will_do and not again else steps
-        return [share_of(pairs, *self.share) for pairs in asked]
+        steps = [pairs for epoch in self.epochs for pairs in epoch if pairs]
+        asked, taken = [], set()
+        for pairs in steps[1:] if own_pass_will_do and not again else steps:
+            # Of several ranks, one may have in a later epoch what was another's in the first.
+            asked.append([pair for pair in share_of(pairs, *self.share) if pair not in taken])
+            taken.update(asked[-1])
+        return [pairs for pairs in asked if pairs]
 
 
 def references_of(algorithm: Algorithm, policy: Policy, update: Update, micro_batch_size: int) -> References:

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from common.lora_weights import pack
 from common.schedule import transition_order
 from common.trajectory import TrainBatch
 from learner.learner_group import title_of
 from learner.rank_group import Ranks, ranks_of
 from learner.reference_passes import Update
 from learner.round_pairs import share_of
+from learner.round_transitions import RoundTransitions, round_transitions
 from tests.conftest import small_tables
+from tests.gradients import relative_error
 from tests.rank_processes import Case, Outcome, learn, run_in_ranks
-from tests.rounds import learner_of, parts_with
+from tests.rounds import draw_round, learner_of, parts_with
 
 TWO_RANKS = {"batch_size": 4, "ranks": 2}
 ONE_RANK = {"batch_size": 2, "gradient_accumulation_steps": 2, "ranks": 1}  # the same images an optimizer step
@@ -28,7 +31,7 @@ def _algorithm(name: str, **keys: object) -> dict:
     return {"algorithm": {"name": name, **keys}}
 
 
-MASK = {"ratio": "proximal", "max_drift_nats": 1e-4}
+MASK = {"ratio": "proximal", "max_drift_nats": 0.03}
 FIRST_STEP = tuple(sorted(transition_order(0, 0, 0, 8)[:4].tolist()))  # its images, at the recipe's seed
 DOUBLE = {"double": True}
 # Of each case, what is changed in the small recipe, and what else is to be said of it.
@@ -88,11 +91,6 @@ def alone(small: dict) -> Callable[[str], Outcome]:
     return lambda name: learn(_case(small, name, ONE_RANK), Ranks())
 
 
-def _farthest(first: Outcome, second: Outcome) -> float:
-    assert first.weights.keys() == second.weights.keys() and first.weights
-    return max(float(np.abs(first.weights[name] - second.weights[name]).max()) for name in first.weights)
-
-
 @pytest.mark.parametrize("name", LEARNED)
 def test_both_ranks_have_the_same_bits_after_every_optimizer_step(
     name: str, outcomes: dict[str, list[Outcome]]
@@ -116,12 +114,18 @@ def test_they_learn_what_one_rank_learns_with_twice_the_accumulation(
     """Weights and metrics; in float32 the order of a sum is left, in float64 nothing."""
     two, one = outcomes[name][0], alone(name)
     assert len(two.steps) == len(one.steps)
-    difference = _farthest(two, one)
-    print(f"{name}: {difference:.1e}")
-    assert difference < (1e-10 if name.startswith("double") else 1e-5)
-    for found, expected in zip(two.metrics, one.metrics, strict=True):
-        assert _comparable(found) == pytest.approx(_comparable(expected), rel=1e-3, abs=1e-6, nan_ok=True)
-    assert sorted(two.log_ratios) == pytest.approx(sorted(one.log_ratios), abs=1e-6)
+    error = relative_error(two.weights, one.weights)
+    largest = max(float(np.abs(two.weights[key] - value).max()) for key, value in one.weights.items())
+    print(f"{name}: relative {error:.1e}, the farthest weight {largest:.1e}")
+    assert error < (1e-10 if name.startswith("double") else 1e-3 if name == "float16" else 1e-5)
+    rounding = 1e-2 if name == "float16" else 1e-3
+    for found, expected in zip(map(_comparable, two.metrics), map(_comparable, one.metrics), strict=True):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            # A KL is a difference of log-probs, hardly more than their rounding, times the latents' elements.
+            smallest = (2e-4 if key.startswith("kl_nats") else 1e-6) * rounding / 1e-3
+            assert found[key] == pytest.approx(value, rel=rounding, abs=smallest, nan_ok=True), key
+    assert sorted(two.log_ratios) == pytest.approx(sorted(one.log_ratios), abs=1e-6 * rounding / 1e-3)
 
 
 def test_what_the_cases_are_for_has_happened_in_them(outcomes: dict[str, list[Outcome]]) -> None:
@@ -176,12 +180,32 @@ def test_all_shares_together_are_the_optimizer_step(count: int) -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 3, "one image more, at the most"
 
 
-def test_references_are_taken_of_a_ranks_own_pairs_and_the_first_step_is_the_whole_learners() -> None:
+@pytest.fixture(scope="module")
+def transitions(small: dict) -> RoundTransitions:
+    parts = parts_with(small)
+    drawn = draw_round(parts, learner_of(parts).weights()[-1])
+    return round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
+
+
+def _asked(pairs: RoundTransitions, epochs: list, share: tuple[int, int], own_pass_will_do: bool) -> list:
+    weights = pack(0, {"weight": np.zeros(1, np.float32)})
+    return Update(pairs, epochs, weights, weights, share).steps(own_pass_will_do)
+
+
+def test_references_are_taken_of_a_ranks_own_pairs_and_the_first_step_is_the_whole_learners(
+    transitions: RoundTransitions,
+) -> None:
     """A rank without a pair in the first step takes those of the second: the policy has moved under it by then."""
     epochs = [[[(0, 0)], [(1, 0), (2, 0)], [(3, 0)]]]
-    update = Update(None, epochs, None, None, (1, 2))
-    assert update.steps(own_pass_will_do=True) == [[(2, 0)], []]
-    assert update.steps(own_pass_will_do=False) == [[], [(2, 0)], []]
+    assert _asked(transitions, epochs, (1, 2), own_pass_will_do=True) == [[(2, 0)]]
+    assert _asked(transitions, epochs, (0, 2), own_pass_will_do=True) == [[(1, 0)], [(3, 0)]]
+    assert _asked(transitions, epochs, (0, 2), own_pass_will_do=False) == [[(0, 0)], [(1, 0)], [(3, 0)]]
+
+
+def test_what_was_another_ranks_in_the_first_inner_epoch_has_its_references_too(transitions: RoundTransitions) -> None:
+    epochs = [[[(0, 0), (1, 0)], [(2, 0), (3, 0)]], [[(1, 0), (2, 0)], [(0, 0), (3, 0)]]]
+    assert _asked(transitions, epochs, (0, 2), own_pass_will_do=True) == [[(0, 0)], [(2, 0)], [(1, 0)]]
+    assert _asked(transitions, epochs, (0, 1), own_pass_will_do=True) == epochs[0]
 
 
 def test_ranks_are_told_apart_where_actors_and_their_work_are_listed(small: dict) -> None:
