@@ -73,7 +73,7 @@ class RayRolloutStream(RolloutStream):
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
         self._moved = time.monotonic()
         seconds = self._settings.runtime.ready_seconds if loading else None
-        while len(ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)[0]) < len(pending):
+        while pending and not ray.wait(list(pending), num_returns=1, timeout=0, fetch_local=False)[0]:
             self._wait(pending, "the learner is at work", seconds)
 
     def wait_until_loaded(self, wanted: dict[str, int]) -> None:

@@ -39,7 +39,7 @@ class RolloutStream(ABC):
 
     @abstractmethod
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
-        """Keep samplers and reward workers busy until other work, given by its references, is done.
+        """Keep samplers and reward workers busy until one of other pieces of work, given by their references, is done.
 
         `loading`: that work begins with a model to load, which may take runtime.ready_seconds.
         """

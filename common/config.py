@@ -103,6 +103,11 @@ class Recipe(Table):
                 f"{which} = {images} images, which an optimizer step's "
                 f"learner.batch_size × gradient_accumulation_steps = {step} does not divide"
             )
+        if step % self.learner.ranks:
+            raise ValueError(
+                f"an optimizer step has learner.batch_size × gradient_accumulation_steps = {step} images, "
+                f"which learner.ranks = {self.learner.ranks} does not divide"
+            )
         return self
 
     @model_validator(mode="after")

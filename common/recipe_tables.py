@@ -153,12 +153,17 @@ class LearnerTable(RoleTable):
     )  # of a step, from the policy that drew: then no more inner epochs
     # How far sampler's and learner's log_prob may lie apart under the same weights; none: 1e-4 in float32, else 1e-2.
     log_prob_tolerance: float | None = Field(default=None, gt=0)
-    ranks: Literal[1] = 1
+    ranks: int = Field(default=1, ge=1)  # processes that share every optimizer step; each has this table's resources
 
     @property
     def images_per_step(self) -> int:
         """Images an optimizer step learns from."""
         return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def images_per_rank(self) -> int:
+        """Of these, a rank's own."""
+        return self.images_per_step // self.ranks
 
 
 class RuntimeTable(Table):

@@ -23,6 +23,7 @@ from deploy.parts import Parts
 from deploy.supervision import Supervision
 from learner.learner import Learner
 from learner.learner_group import LearnerGroup, RayLearnerGroup, SerialLearnerGroup
+from learner.rank_group import ranks_of
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,13 @@ class Workers:
 
 
 def serial_workers(parts: Parts, supervision: Supervision) -> Workers:
-    """Everything in this process, for debugging."""
+    """Everything in this process, for debugging. ValueError: the learner has several ranks."""
     recipe = parts.recipe
+    if recipe.learner.ranks > 1:
+        raise ValueError(
+            f"learner.ranks is {recipe.learner.ranks} and --serial has one process: leave --serial out, or give "
+            "--learner.ranks 1"
+        )
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
     pools = tuple(
         SerialPool(RewardWorker(parts.rewards_of(pool), pool.table, recipe.runtime), pool.table, pool.trains)
@@ -61,19 +67,18 @@ def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
     recipe = parts.recipe
     connect(recipe)
     supervision.listen()
-    for role, table in {"learner": recipe.learner, **elastic_roles(recipe)}.items():  # before any of them is started
+    _refuse_what_cannot_be_held("learner", recipe.learner, recipe.learner.ranks)  # before any of them is started
+    for role, table in elastic_roles(recipe).items():
         _refuse_what_cannot_be_held(role, table)
     budget = RestartBudget(recipe.runtime.max_restarts)
     # The learner comes first: on a cluster that is too small for all, it must have its place.
-    make_learner = _numbered(
-        _maker(Learner, "learner", recipe.learner, recipe, (parts.policy, parts.algorithm, recipe))
-    )
-    learner_actor = make_learner()
+    make_learner = _learner_maker(parts)
+    learner_actors = make_learner()
     scoring = tuple(_reward_workers(parts, pool, budget) for pool in all_pools(recipe))
     pools = Pools(_samplers(parts, budget), scoring, budget)
     stream = RayRolloutStream(pools, _settings(recipe, supervision))
     on_death = functools.partial(budget.spend, "learner")
-    learner = RayLearnerGroup(learner_actor, make_learner, stream.work_until, on_death)
+    learner = RayLearnerGroup(learner_actors, make_learner, stream.work_until, on_death)
     workers = Workers(stream, learner, pools.all)
     with contextlib.ExitStack() as unless_loaded:
         unless_loaded.callback(workers.close)
@@ -115,7 +120,8 @@ def connect(recipe: Recipe) -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False)
         return
-    asked = recipe.learner.num_cpus + sum(table.num_cpus * table.count for table in elastic_roles(recipe).values())
+    learner = recipe.learner.num_cpus * recipe.learner.ranks
+    asked = learner + sum(table.num_cpus * table.count for table in elastic_roles(recipe).values())
     ray.init(address="local", num_cpus=int(max(os.cpu_count() or 1, -(-asked // 1))), log_to_driver=False)
 
 
@@ -127,27 +133,32 @@ def place_options(table: RoleTable) -> dict[str, Any]:
     return options
 
 
-def _maker(cls: type, role: str, table: RoleTable, recipe: Recipe, arguments: tuple[Any, ...]) -> Callable[[int], Any]:
-    """What starts an actor of this role, named by run, role and number. The driver owns it: it ends with the driver.
+def _maker(cls: type, role: str, table: RoleTable, recipe: Recipe, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """What starts an actor of this role, named by run, role and number, and what is its own behind all others' arguments.
 
+    The driver owns it: it ends with the driver.
     Every actor states its resources, so that an autoscaler sees what is lacking.
     """
     options = place_options(table)
     # A thread of its own answers what is asked of a busy actor; its work stays one call after the other, in order.
     options["concurrency_groups"] = {"health": 1}
     remote = ray.remote(**options)(cls)
-    return lambda number: remote.options(name=f"{recipe.name}/{role}-{number}").remote(*arguments)
+    return lambda number, *own: remote.options(name=f"{recipe.name}/{role}-{number}").remote(*arguments, *own)
 
 
-def _numbered(make: Callable[[int], Any]) -> Callable[[], Any]:
-    numbers = itertools.count()
-    return lambda: make(next(numbers))
+def _learner_maker(parts: Parts) -> Callable[[], list[Any]]:
+    """What starts all ranks of the learner, rank 0 first; those started later have other numbers."""
+    recipe, numbers = parts.recipe, itertools.count()
+    make = _maker(Learner, "learner", recipe.learner, recipe, (parts.policy, parts.algorithm, recipe))
+    return lambda: [make(next(numbers), ranks) for ranks in ranks_of(recipe)]
 
 
-def _refuse_what_cannot_be_held(role: str, table: RoleTable) -> None:
+def _refuse_what_cannot_be_held(role: str, table: RoleTable, count: int = 1) -> None:
     """On a cluster that we attach to, nodes may still come: there the deadline of `runtime.ready_seconds` tells."""
     asked = {"CPU": table.num_cpus, "GPU": table.num_gpus, **table.resources}
+    asked = {name: amount * count for name, amount in asked.items()}
     available = ray.cluster_resources()
     lacking = {name: amount for name, amount in asked.items() if amount > available.get(name, 0)}
     if lacking and "RAY_ADDRESS" not in os.environ:
-        raise ValueError(f"{role}: one asks for {lacking}, and the whole cluster has {available}")
+        who = "one asks" if count == 1 else f"its {count} ranks ask"
+        raise ValueError(f"{role}: {who} for {lacking}, and the whole cluster has {available}")

@@ -1,37 +1,42 @@
 """Learner: owns policy and optimizer; turns a round's trajectories and advantages into new weights and metrics."""
 
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from common.config import Recipe
-from common.diffusion.lora import load_weights, read_weights, reference_policy, trained_parameters
+from common.diffusion.lora import load_weights, read_weights, trained_parameters
 from common.diffusion.policy import PolicyConfig
 from common.lora_weights import LoraWeights, averaged
 from common.run_folder import RunFolder
 from common.runtime import python_stacks, settle
 from common.schedule import transition_order
 from common.storage import Storage, local_folder
-from common.trajectory import TaskReport, TrainBatch, Trajectory, TransitionBatch
+from common.trajectory import TrainBatch, Trajectory, TransitionBatch
 from learner.algorithms.algorithm import Algorithm
+from learner.drift import divergence, few, reference_kl
 from learner.learner_state import LearnerState
-from learner.losses import gaussian_kl
 from learner.micro_batch import micro_batch_size
 from learner.off_policy import to_those_left
+from learner.rank_group import Ranks
 from learner.reference_passes import References, Update, references_of
 from learner.round_noisings import RoundNoisings
 from learner.round_pairs import Pair, RoundPairs, micro_batches
 from learner.round_transitions import RoundTransitions, round_transitions
 from learner.update_metrics import Divergence, UpdateMetrics
-from learner.weight_check import check_arrival, log_prob_tolerance, pairs_to_check, swapped_in
+from learner.weight_check import check_arrival, log_prob_tolerance, pairs_to_check, refuse_mismatch, swapped_in
 
 
 class Learner:
-    """One process, one device. `update` is a pure function of its state, the batch and the trajectories."""
+    """One process, one device. `update` is a pure function of its state, the batch and the trajectories.
 
-    def __init__(self, policy: PolicyConfig, algorithm: Algorithm, recipe: Recipe) -> None:
+    Of several ranks, each is such a process with its share of every optimizer step; all are called alike, in one order.
+    """
+
+    def __init__(self, policy: PolicyConfig, algorithm: Algorithm, recipe: Recipe, ranks: Ranks | None = None) -> None:
+        """`ranks`: its place among several; it has to `join` them. None: it is the only one."""
+        self._ranks = ranks or Ranks()
         self._device = settle(recipe.runtime)
         self._recipe = recipe
         self._settings = recipe.learner
@@ -64,10 +69,17 @@ class Learner:
 
     def __repr__(self) -> str:
         """As the dashboard's page of actors has it, beside run, role and number."""
-        return f"Learner of {self._recipe.policy.table()['model']} by {self._recipe.algorithm.name} on {self._device}"
+        which = f"Learner {self._ranks}," if self._ranks.count > 1 else "Learner"
+        return f"{which} of {self._recipe.policy.table()['model']} by {self._recipe.algorithm.name} on {self._device}"
 
     def _no_metrics(self) -> UpdateMetrics:
         return UpdateMetrics(self._policy.num_steps, int(np.prod(self._policy.latent_shape)))
+
+    def join(self, meeting: str) -> None:
+        """Find the other ranks. RuntimeError: they do not begin with the same weights."""
+        self._ranks.join(meeting, self._device)
+        self._use_micro_batch_size(int(self._ranks.least(self._micro_batch_size)))
+        self._ranks.check_equal(self._parameters.values())
 
     def stacks(self) -> str:
         """What this process is doing; answered from a thread of its own while it learns."""
@@ -83,6 +95,14 @@ class Learner:
         RuntimeError: a trajectory was not drawn with the weights that its version stands for, as its report says, or
         as its log-probs say (WeightsDidNotArrive). The learner is then as it was before this call.
         """
+        return self._learn_last_part(batch, trajectories), self.state()
+
+    def follow(self, batch: TrainBatch, *trajectories: Trajectory) -> str:
+        """`update` on a rank whose metrics and state nobody asks for; the fingerprint of its weights, to be compared."""
+        self._learn_last_part(batch, trajectories)
+        return self._trained.fingerprint
+
+    def _learn_last_part(self, batch: TrainBatch, trajectories: tuple[Trajectory, ...]) -> dict[str, float]:
         assert batch.part == batch.parts - 1, f"part {batch.part} of {batch.parts} is not the round's last"
         self._learn_from(batch, trajectories)
         self._version += 1
@@ -91,8 +111,9 @@ class Learner:
         published = self._trained if decay is None else averaged(self._published[-1], self._trained, decay)
         self._published = (*self._published, published)[-(self._recipe.max_policy_lag + 1) :]
         metrics, self._metrics = self._metrics, self._no_metrics()
+        metrics.gather(self._ranks)
         self._log_ratios = metrics.log_ratios()
-        return {**metrics.summary(), "learner/micro_batch_size": float(self._micro_batch_size)}, self.state()
+        return {**metrics.summary(), "learner/micro_batch_size": float(self._micro_batch_size)}
 
     def log_ratios(self) -> np.ndarray:
         """log_prob − old_log_prob of the pairs of the last round learned from; empty where there is none."""
@@ -107,13 +128,14 @@ class Learner:
         start = time.perf_counter()
         assert batch.part == self._metrics.parts_done, f"part {self._metrics.parts_done} of round {batch.round} is next"
         for report in batch.reports:
-            self._refuse_mismatch(report)
+            refuse_mismatch(report, self._published, len(self._parameters))
         transitions = round_transitions(trajectories, batch.advantages, self._device)
         present = self._trained if batch.part == 0 else read_weights(self._policy.network, self._version)
         largest_difference = self._check_arrival(batch, transitions, present)
         pairs = self._pairs_of(batch, transitions)
         epochs = [self._optimizer_steps_of(batch, pairs, epoch) for epoch in range(self._settings.inner_epochs)]
-        update = Update(pairs, epochs, self._drawn_with(batch), present)
+        share = (self._ranks.rank, self._ranks.count)
+        update = Update(pairs, epochs, self._drawn_with(batch), present, share)
         references = references_of(self._algorithm, self._policy, update, self._micro_batch_size)
         for steps in epochs:
             for step in steps:
@@ -123,37 +145,28 @@ class Learner:
         if batch.part == batch.parts - 1:
             self._metrics.set_divergence(self._divergence(transitions, steps))
             if self._asks_for_reference(self._version + 1):
-                self._metrics.set_reference_kl(self._reference_kl(transitions, steps))
+                some = few(transitions, steps, self._micro_batch_size, self._ranks)
+                self._metrics.set_reference_kl(reference_kl(self._policy, some, self._ranks))
         self._metrics.end_part(time.perf_counter() - start, largest_difference)
 
     def _spent(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> bool:
         """Whether the inner epochs have moved the policy as far from the one that drew as the recipe allows."""
         budget = self._settings.max_kl_nats
-        return budget is not None and self._metrics.kl_nats(self._divergence(transitions, steps)) > budget
-
-    def _refuse_mismatch(self, report: TaskReport) -> None:
-        task, known = report.task, {weights.policy_version: weights.fingerprint for weights in self._published}
-        place = f"task {task.index} of round {task.round}"
-        if task.policy_version not in known:
-            raise RuntimeError(
-                f"{place} was drawn with version {task.policy_version}, and the learner keeps {sorted(known)}"
-            )
-        if known[task.policy_version] != report.fingerprint:
-            raise RuntimeError(
-                f"{place} was drawn with weights {report.fingerprint[:12]}, and version {task.policy_version} "
-                f"is {known[task.policy_version][:12]}"
-            )
-        if report.modules_bound != len(self._parameters):
-            raise RuntimeError(
-                f"{place}: its sampler bound {report.modules_bound} of {len(self._parameters)} parameters"
-            )
+        if budget is None:
+            return False
+        over = self._metrics.kl_nats(self._divergence(transitions, steps)) > budget
+        return self._ranks.largest(over) > 0  # all stop or none, also where their machines round differently
 
     def _check_arrival(self, batch: TrainBatch, transitions: RoundTransitions, present: LoraWeights) -> float:
-        """Every round is checked, and most have a version of their own: so nothing is to be remembered over a resume."""
+        """Every round is checked, and most have a version of their own: so nothing is to be remembered over a resume.
+
+        Each rank checks a part of the pairs, its own numerics with them.
+        """
         drawn_with, size = self._drawn_with(batch), self._micro_batch_size
-        pairs = pairs_to_check(transitions, batch.set_aside, size)
-        with swapped_in(self._policy.network, drawn_with, present):
-            return check_arrival(self._policy, transitions, pairs, drawn_with.policy_version, self._tolerance)
+        pairs = pairs_to_check(transitions, batch.set_aside, size)[self._ranks.rank :: self._ranks.count]
+        with self._ranks.failing_together(), swapped_in(self._policy.network, drawn_with, present):
+            largest = check_arrival(self._policy, transitions, pairs, drawn_with.policy_version, self._tolerance)
+        return self._ranks.largest(largest)
 
     def _drawn_with(self, batch: TrainBatch) -> LoraWeights:
         (version,) = {report.task.policy_version for report in batch.reports}  # the schedule gives a round one version
@@ -176,18 +189,21 @@ class Learner:
 
     def _optimizer_step(self, source: RoundPairs, pairs: list[Pair], references: References) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-        masks = []
-        for micro_batch in micro_batches(pairs, self._micro_batch_size):
+        masks, own = [], self._ranks.share(pairs)
+        for micro_batch in micro_batches(own, self._micro_batch_size):
             known = references.laid_into(source.batch(micro_batch), micro_batch)
             result = self._algorithm.pair_loss(self._policy, known)
-            # The mean over the optimizer step's pairs, whatever the micro-batch is.
+            # The mean over the optimizer step's pairs, whatever the micro-batch is, and however many ranks there are.
             self._scaler.scale(result.loss.sum() / len(pairs)).backward()
             self._metrics.add_micro_batch(result, known.steps if isinstance(known, TransitionBatch) else None)
             masks += [] if result.kept is None else [result.kept]
-        left = int(torch.cat(masks).sum()) if masks else len(pairs)
+        left = int(self._ranks.total(int(torch.cat(masks).sum()) if masks else len(own)))
         if not left:  # its images are set aside, or its pairs masked: an optimizer step would only follow old momentum
             self._metrics.leave_out_optimizer_step()
             return
+        if not own:
+            self._scaler.scale(torch.zeros(1, device=self._device))  # it makes its scale at its first use
+        self._ranks.reduce_gradients(self._parameters.values())
         self._scaler.unscale_(self._optimizer)
         if left < len(pairs):
             for gradient in (parameter.grad for parameter in self._parameters.values()):
@@ -199,38 +215,16 @@ class Learner:
         self._scaler.update()
         skipped = self._scaler.is_enabled() and self._scaler.get_scale() < scale
         self._metrics.end_optimizer_step(norm, skipped)
+        self._ranks.check_equal(self._parameters.values())
 
-    @torch.no_grad()
     def _divergence(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> Divergence:
-        """Where the present policy stands against the one that drew, on a few of these images and all of their steps."""
-        found: Divergence = []
-        for batch in self._few(transitions, steps):
-            transition = self._policy.transition(batch.latents, batch.steps, batch.conditioning)
-            found.append((batch.steps, transition.log_prob(batch.next_latents) - batch.old_log_probs))
-        return found
-
-    def _few(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> Iterator[TransitionBatch]:
-        """About a micro-batch of what was learned from: a few images with all of their steps."""
-        size = self._micro_batch_size
-        images = list(dict.fromkeys(image for pairs in steps for image, _ in pairs))
-        pairs = transitions.pairs_of(np.array(images[: -(-size // transitions.num_places)]))
-        return (transitions.batch(part) for part in micro_batches(pairs, size))
+        some = few(transitions, steps, self._micro_batch_size, self._ranks)
+        return divergence(self._policy, some, self._ranks)
 
     def _asks_for_reference(self, policy_version: int) -> bool:
         """Whether this version is evaluated, and the pretrained policy is at hand to be held against it."""
         due = self._recipe.evaluation.is_due(policy_version, self._recipe.rounds)
         return due and self._recipe.policy.table().get("train", "lora") == "lora"
-
-    @torch.no_grad()
-    def _reference_kl(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> list[torch.Tensor]:
-        """KL to the pretrained policy, of the same pairs; taken after the update, so that it decides nothing."""
-        found = []
-        for batch in self._few(transitions, steps):
-            present = self._policy.transition(batch.latents, batch.steps, batch.conditioning)
-            with reference_policy(self._policy.network):
-                pretrained = self._policy.transition(batch.latents, batch.steps, batch.conditioning)
-            found.append(gaussian_kl(present, pretrained))
-        return found
 
     def state(self) -> LearnerState:
         """A copy of all state."""
@@ -259,11 +253,15 @@ class Learner:
 
     def _take_micro_batch_size(self, state: LearnerState) -> None:
         """Where it was found and not given, go on with what was found: another one has other last bits."""
-        if self._settings.micro_batch_size != "auto" or state.micro_batch_size in (None, self._micro_batch_size):
+        if self._settings.micro_batch_size == "auto" and state.micro_batch_size is not None:
+            self._use_micro_batch_size(state.micro_batch_size)
+
+    def _use_micro_batch_size(self, size: int) -> None:
+        if size == self._micro_batch_size:
             return
-        self._micro_batch_size = state.micro_batch_size
+        self._micro_batch_size = size
         if self._compiles:
-            self._policy.compile(self._micro_batch_size)
+            self._policy.compile(size)
 
     def check_folder(self, location: str, token: str) -> None:
         """ValueError: the run's folder is not the driver's, seen from here, so that the trained weights would be lost."""

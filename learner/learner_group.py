@@ -1,4 +1,4 @@
-"""LearnerGroup: the learner as the driver sees it, on a Ray actor or in the driver's own process."""
+"""LearnerGroup: the learner as the driver sees it, on Ray actors, one a rank, or in the driver's own process."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,10 +13,12 @@ from common.lora_weights import LoraWeights
 from common.trajectory import Rollout, Scored, TrainBatch
 from learner.learner import Learner
 from learner.learner_state import LearnerState
+from learner.rank_group import Meeting, OtherRankFailed, RankLost
 
 STACKS_SECONDS = 5.0
 
-Wait = Callable[[tuple[Any, ...], bool], None]  # keeps the other side at work until these are there; is a model loaded?
+# Keeps the other side at work until one of these is there; is a model loaded?
+Wait = Callable[[tuple[Any, ...], bool], None]
 Learned = tuple[dict[str, float], LearnerState]
 
 
@@ -101,84 +103,149 @@ class SerialLearnerGroup(LearnerGroup):
         """It ends with this process."""
 
 
-def title_of(batch: TrainBatch) -> str:
+def title_of(batch: TrainBatch, rank: int = 0, ranks: int = 1) -> str:
     """What is learned from, as the dashboard shows it; the class comes first because Ray makes it the process's name too."""
-    return f"Learner: learn from round {batch.round}" + (f", part {batch.part}" if batch.parts > 1 else "")
+    which = f"Learner rank {rank} of {ranks}" if ranks > 1 else "Learner"
+    return f"{which}: learn from round {batch.round}" + (f", part {batch.part}" if batch.parts > 1 else "")
 
 
 class RayLearnerGroup(LearnerGroup):
-    """The learner on a Ray actor; trajectories go to it by reference, straight from the sampler's node.
+    """The learner's ranks, one or several, each on a Ray actor; trajectories go to them by reference, straight from their nodes.
 
-    After each update the driver takes its state over, so a learner that dies is started again from the last whole round.
+    After each update the driver takes rank 0's state over, so where a rank dies all are started again from the last whole round:
+    the others would wait for it in their next collective.
     """
 
-    def __init__(self, actor: Any, make: Callable[[], Any], wait: Wait, on_death: Callable[[str], None]) -> None:
-        """`make` starts another actor, `wait` waits for references, `on_death` counts deaths and may refuse another start."""
-        self._actor = actor
+    def __init__(
+        self, actors: list[Any], make: Callable[[], list[Any]], wait: Wait, on_death: Callable[[str], None]
+    ) -> None:
+        """The ranks' actors, rank 0 first. `make` starts others in their place, `wait` waits until one of some references is
+        there, `on_death` counts deaths and may refuse another start."""
+        self._actors = actors
         self._make = make
         self._wait = wait
         self._on_death = on_death
+        self._meeting: Meeting | None = None  # has to outlive the ranks
         self._state: LearnerState | None = None  # after the last whole round
         self._begun: list[Scored] = []  # parts of the present round
         self._beginning: list[Any] = []  # references to what comes of them
 
     def wait_until_loaded(self) -> None:
-        """Wait for the actor; an error of its constructor is raised."""
+        """Wait for the actors, and until they have met; an error of a constructor is raised."""
+        self._meet()
         self._state = self._call("state")
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        """One call, on a new actor from the last state where the present one dies."""
+    def _meet(self) -> None:
+        if len(self._actors) == 1:
+            return
+        self._meeting = Meeting(ray.util.get_node_ip_address())
+        try:
+            self._answers([actor.join.remote(self._meeting.address) for actor in self._actors], loading=True)
+        except RayError as error:
+            self._restart(error)
+
+    def _answers(self, references: list[Any], loading: bool = False) -> list[Any]:
+        """What these lead to. The first that fails ends it: what another rank waits for may never come."""
+        left, found, follows = references, {}, None
+        while left:
+            self._wait(tuple(left), loading)
+            done, left = ray.wait(left, num_returns=len(left), timeout=0, fetch_local=False)
+            for reference in done:
+                try:
+                    found[reference] = ray.get(reference)
+                except RayTaskError as error:
+                    if not isinstance(error.cause, OtherRankFailed):  # the other one says why, and is heard too
+                        raise
+                    follows = error
+        if follows:
+            raise follows
+        return [found[reference] for reference in references]
+
+    def _call(self, method: str, *arguments: Any, everywhere: bool = False) -> Any:
+        """One call on rank 0, or on all; on new actors from the last state where one dies."""
         while True:
-            reference = getattr(self._actor, method).remote(*arguments)
-            self._wait((reference,), True)
+            actors = self._actors if everywhere else self._actors[:1]
             try:
-                return ray.get(reference)
-            except RayActorError as error:
+                return self._answers([getattr(actor, method).remote(*arguments) for actor in actors], loading=True)[0]
+            except RayError as error:
                 self._restart(error)
 
     def _restart(self, error: RayError) -> None:
-        if isinstance(error, RayActorError) and error.actor_init_failed:  # the same would happen to the next one
+        """Others in the place of all ranks, if `error` is that one of them has died; else it is raised."""
+        missed = isinstance(error, RayTaskError) and isinstance(
+            error.cause, RankLost
+        )  # by another rank, before Ray tells
+        died = isinstance(error, RayActorError) and not error.actor_init_failed  # the same would happen to the next one
+        if not (missed or died or isinstance(error, ObjectLostError)):
             raise error
         self._on_death(str(error))
-        ray.kill(self._actor)
-        self._actor = self._make()
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self.close()
+        self._actors = self._make()
+        self._meet()
         if self._state is not None:
-            self._call("load_state", self._state)
+            self._call("load_state", ray.put(self._state), everywhere=True)
 
     def begin(self, batch: TrainBatch, rollouts: list[Rollout]) -> None:
         self._begun.append((batch, rollouts))
-        begin = self._actor.begin.options(name=title_of(batch))
-        self._beginning.append(begin.remote(batch, *(rollout.trajectory for rollout in rollouts)))
+        trajectories = [rollout.trajectory for rollout in rollouts]
+        for rank, actor in enumerate(self._actors):
+            begin = actor.begin.options(name=title_of(batch, rank, len(self._actors)))
+            self._beginning.append(begin.remote(batch, *trajectories))
 
     def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
         while True:
-            trajectories = [rollout.trajectory for rollout in rollouts]
-            update = self._actor.update.options(num_returns=2, name=title_of(batch))
-            metrics, state = update.remote(batch, *trajectories)
-            self._wait((*self._beginning, metrics, state), False)
             try:
-                ray.get(self._beginning)  # first: after a part that failed, the next is refused
-                learned: Learned = ray.get(metrics), ray.get(state)
+                learned = self._update(batch, [rollout.trajectory for rollout in rollouts])
             except RayTaskError as error:  # first: Ray makes it an error of its cause's class too
                 if not isinstance(error.cause, ObjectLostError):
-                    raise
+                    self._begin_again(error)
+                    continue
                 self._undo()
                 raise TrajectoriesLost(f"round {batch.round}: {error.cause}") from error
             except (RayActorError, ObjectLostError) as error:  # it died, or its node went with the state
-                self._restart(error)
-                for part in self._undo():
-                    self.begin(*part)
+                self._begin_again(error)
             else:
                 self._state = learned[1]
                 self._begun, self._beginning = [], []
                 return learned
 
-    def _undo(self) -> list[Scored]:
-        """Back to the last whole round; the parts that were begun since."""
+    def _update(self, batch: TrainBatch, trajectories: list[Any]) -> Learned:
+        """One attempt. RuntimeError: ranks have arrived at different weights."""
+        first, *others = self._actors
+        count = len(self._actors)
+        update = first.update.options(num_returns=2, name=title_of(batch, 0, count))
+        metrics, state = update.remote(batch, *trajectories)
+        followed = [
+            actor.follow.options(name=title_of(batch, rank, count)).remote(batch, *trajectories)
+            for rank, actor in enumerate(others, start=1)
+        ]
+        self._answers(self._beginning)  # first: after a part that failed, the next is refused
+        found, *fingerprints = self._answers([metrics, *followed])
+        learned: Learned = found, ray.get(state)
+        own = learned[1].trained.fingerprint
+        differing = [rank for rank, fingerprint in enumerate(fingerprints, start=1) if fingerprint != own]
+        if differing:
+            raise RuntimeError(
+                f"after round {batch.round} the weights of learner ranks {differing} are not those of rank 0"
+            )
+        return learned
+
+    def _begin_again(self, error: RayError) -> None:
         begun, self._begun, self._beginning = self._begun, [], []
-        if begun:
+        self._restart(error)
+        for part in begun:
+            self.begin(*part)
+
+    def _undo(self) -> None:
+        """Back to the last whole round."""
+        begun, self._begun, self._beginning = self._begun, [], []
+        if len(self._actors) > 1:  # those that had their trajectories wait for the one that had not
+            self._start_anew()
+        elif begun:
             self._call("load_state", self._state)
-        return begun
 
     def weights(self) -> tuple[LoraWeights, ...]:
         return self._call("weights")
@@ -188,7 +255,7 @@ class RayLearnerGroup(LearnerGroup):
 
     def load_state(self, state: LearnerState) -> None:
         self._state = state
-        self._call("load_state", ray.put(state))
+        self._call("load_state", ray.put(state), everywhere=True)
 
     def check_folder(self, folder: str, token: str) -> None:
         self._call("check_folder", folder, token)
@@ -197,12 +264,20 @@ class RayLearnerGroup(LearnerGroup):
         return self._call("save_policy", folder, weights)
 
     def stacks(self) -> str:
-        try:
-            return ray.get(self._actor.stacks.options(concurrency_group="health").remote(), timeout=STACKS_SECONDS)
-        except GetTimeoutError:
-            return f"it does not answer within {STACKS_SECONDS:g} s"
-        except RayError as error:
-            return f"it cannot be asked: {error}"
+        asked = [actor.stacks.options(concurrency_group="health").remote() for actor in self._actors]
+        if len(asked) == 1:
+            return _stack(asked[0])
+        return "\n".join(f"--- rank {rank}\n{_stack(reference)}" for rank, reference in enumerate(asked))
 
     def close(self) -> None:
-        ray.kill(self._actor)
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+def _stack(reference: Any) -> str:
+    try:
+        return ray.get(reference, timeout=STACKS_SECONDS)
+    except GetTimeoutError:
+        return f"it does not answer within {STACKS_SECONDS:g} s"
+    except RayError as error:
+        return f"it cannot be asked: {error}"

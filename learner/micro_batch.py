@@ -13,25 +13,27 @@ from common.diffusion.policy import Policy, PolicyConfig
 from common.diffusion.sizes import LEFT_FREE, PolicySizes, largest_divisor, parameter_bytes, usable_bytes
 from common.trajectory import NoisedBatch, TransitionBatch
 from learner.algorithms.algorithm import Algorithm
+from learner.rank_group import buffer_bytes
 
 # What the recipes for a CPU have; whether more would be faster there was not measured.
 MOST_ON_CPU = 32
 
 
 def micro_batch_size(policy: Policy, config: PolicyConfig, algorithm: Algorithm, recipe: Recipe) -> int:
-    """The recipe's number; where that is "auto", the largest divisor of an optimizer step's pairs that the device holds.
+    """The recipe's number; where that is "auto", the largest divisor of a rank's pairs of a step that the device holds.
 
     ValueError: not even one pair fits.
     """
     given, per_image = recipe.learner.micro_batch_size, algorithm.pairs_per_image(recipe, len(policy.noisy_steps))
     if given != "auto":
         return given
-    pairs = recipe.learner.images_per_step * per_image
+    pairs = recipe.learner.images_per_rank * per_image
     on_gpu = policy.device.startswith("cuda")
     sizes = config.sizes(recipe.sampling, "cuda" if on_gpu else "cpu")
     if on_gpu:
         limit = gpu_limit(recipe.learner.num_gpus)
         beside = recipe.images_per_round * sizes.conditioning_bytes
+        beside += buffer_bytes(sizes.trained_parameters, recipe.learner.ranks)
         trial = StepTrial(policy, algorithm, sizes)
         found = largest_that_fits(pairs, limit - beside, sizes.learner.largest(limit - beside), trial.peak)
     else:
@@ -45,9 +47,8 @@ def micro_batch_size(policy: Policy, config: PolicyConfig, algorithm: Algorithm,
             f'learner.micro_batch_size is "auto", and one pair takes {sizes.learner.of(1) / 1e9:.2f} GB of the '
             f"{limit / 1e9:.2f} GB that may be used: give {advice}, or half precision"
         )
-    print(
-        f"learner.micro_batch_size: {found} of an optimizer step's {pairs} pairs, found for {policy.device}", flush=True
-    )
+    whose = "an optimizer step's" if recipe.learner.ranks == 1 else "a rank's"
+    print(f"learner.micro_batch_size: {found} of {whose} {pairs} pairs, found for {policy.device}", flush=True)
     return found
 
 

@@ -14,7 +14,7 @@ from common.lora_weights import LoraWeights
 from common.runtime import to_device
 from common.trajectory import NoisedBatch, TransitionBatch
 from learner.algorithms.algorithm import Algorithm
-from learner.round_pairs import Pair, RoundPairs, micro_batches
+from learner.round_pairs import Pair, RoundPairs, micro_batches, share_of
 from learner.weight_check import swapped_in
 
 Known = dict[Pair, Tensor]
@@ -54,16 +54,21 @@ class Update:
     epochs: list[list[list[Pair]]]
     drawn_with: LoraWeights
     present: LoraWeights
+    share: tuple[int, int] = (0, 1)  # rank, and how many there are: each takes its own pairs' alone
 
     def steps(self, own_pass_will_do: bool) -> list[list[Pair]]:
-        """The optimizer steps whose pairs are asked for, each pair once.
+        """The optimizer steps whose pairs are asked for, each pair once; of each its share.
 
         `own_pass_will_do`: the first step's own pass is under those very weights; not where its pairs come again later.
         """
         again = len(self.epochs) > 1 and self.pairs.places(1) == self.pairs.places(0)
-        steps = self.epochs[0] if again else [pairs for epoch in self.epochs for pairs in epoch]
-        steps = [pairs for pairs in steps if pairs]
-        return steps[1:] if own_pass_will_do and not again else steps
+        steps = [pairs for epoch in self.epochs for pairs in epoch if pairs]
+        asked, taken = [], set()
+        for pairs in steps[1:] if own_pass_will_do and not again else steps:
+            # Of several ranks, one may have in a later epoch what was another's in the first.
+            asked.append([pair for pair in share_of(pairs, *self.share) if pair not in taken])
+            taken.update(asked[-1])
+        return [pairs for pairs in asked if pairs]
 
 
 def references_of(algorithm: Algorithm, policy: Policy, update: Update, micro_batch_size: int) -> References:

@@ -41,3 +41,14 @@ class RoundPairs(ABC):
 def micro_batches(pairs: list[Pair], size: int) -> Iterator[list[Pair]]:
     """Cut `pairs` into batches of `size`; the last is smaller only where images of the optimizer step are left out."""
     return (pairs[start : start + size] for start in range(0, len(pairs), size))
+
+
+def share_of(pairs: list[Pair], rank: int, count: int) -> list[Pair]:
+    """A rank's part of an optimizer step's pairs: every `count`-th of its images with all of their places.
+
+    Equal parts, but where images are left out and `count` does not divide those that stay: then some ranks have one more.
+    """
+    if count == 1:
+        return pairs
+    own = set(list(dict.fromkeys(image for image, _ in pairs))[rank::count])
+    return [pair for pair in pairs if pair[0] in own]

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from learner.algorithms.algorithm import PairLoss
+from learner.rank_group import Ranks
 
 Divergence = list[tuple[Tensor, Tensor]]  # of batches of pairs: each pair's step, and its log_prob − old_log_prob
 
@@ -66,6 +67,21 @@ class UpdateMetrics:
         """KL of pairs to the pretrained policy after the update, in batches; for algorithms that do not look at it."""
         self._reference_kl = kl
 
+    def gather(self, ranks: Ranks) -> None:
+        """Take in what the other ranks have learned from, so that the summary is that of all pairs."""
+        if ranks.count == 1:
+            return
+
+        def of_all(values: Tensor | None) -> Tensor | None:
+            found = ranks.gathered(values)
+            return None if found is None else found.float()
+
+        joined = {field.name: of_all(self._joined(field.name)) for field in dataclasses.fields(PairLoss)}
+        loss, steps, first = joined.pop("loss"), of_all(_cat(self._steps)), of_all(_cat(self._first_log_ratios))
+        self._results = [] if loss is None else [PairLoss(loss, **joined)]
+        self._steps = [] if steps is None else [steps.long()]
+        self._first_log_ratios = [] if first is None else [first]
+
     def kl_nats(self, divergence: Divergence) -> float:
         """−D · mean(log_prob − old_log_prob), D the number of latent elements; no number where there is no pair."""
         if not divergence:  # all images of the round's last part are left out
@@ -94,8 +110,7 @@ class UpdateMetrics:
 
     def _joined(self, name: str) -> Float[Tensor, "N"] | None:
         """One value of all pairs of the round; None where the algorithm has none."""
-        found = [getattr(result, name) for result in self._results if getattr(result, name) is not None]
-        return torch.cat(found) if found else None
+        return _cat([getattr(result, name) for result in self._results if getattr(result, name) is not None])
 
     def _by_step(self, name: str, values: Float[Tensor, "N"], steps: Int[Tensor, "N"]) -> dict[str, float]:
         of_steps = {step: values[steps == step] for step in range(self._num_steps)}
@@ -136,3 +151,7 @@ class UpdateMetrics:
         if weight is not None:
             metrics["behaviour_weight/mean"] = float(weight.mean())
         return metrics
+
+
+def _cat(values: list[Tensor]) -> Tensor | None:
+    return torch.cat(values) if values else None

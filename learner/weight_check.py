@@ -1,4 +1,4 @@
-"""Proof that weights arrived: a few of a batch's transitions are scored again under the version that it claims."""
+"""Proof that weights arrived: by the samplers' reports, and by a few transitions scored again under the version claimed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ import torch
 from common.diffusion.lora import load_weights
 from common.diffusion.policy import Policy, PolicyConfig
 from common.lora_weights import LoraWeights
+from common.trajectory import TaskReport
 from learner.round_transitions import Pair, RoundTransitions
 
 
@@ -34,6 +35,23 @@ def swapped_in(network: Any, wanted: LoraWeights, present: LoraWeights) -> Itera
         yield
     finally:
         load_weights(network, present)
+
+
+def refuse_mismatch(report: TaskReport, published: tuple[LoraWeights, ...], parameters: int) -> None:
+    """RuntimeError: a task was not drawn with the weights that its version stands for, as its report says."""
+    task, known = report.task, {weights.policy_version: weights.fingerprint for weights in published}
+    place = f"task {task.index} of round {task.round}"
+    if task.policy_version not in known:
+        raise RuntimeError(
+            f"{place} was drawn with version {task.policy_version}, and the learner keeps {sorted(known)}"
+        )
+    if known[task.policy_version] != report.fingerprint:
+        raise RuntimeError(
+            f"{place} was drawn with weights {report.fingerprint[:12]}, and version {task.policy_version} "
+            f"is {known[task.policy_version][:12]}"
+        )
+    if report.modules_bound != parameters:
+        raise RuntimeError(f"{place}: its sampler bound {report.modules_bound} of {parameters} parameters")
 
 
 def pairs_to_check(transitions: RoundTransitions, set_aside: tuple[int, ...], size: int) -> list[Pair]:

@@ -32,20 +32,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_pipeline(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture
-def tables(tiny_model: Path, tmp_path: Path) -> dict:
-    """A recipe on the tiny pipeline that runs in seconds: 2 rounds of 2 tasks of 4 images, 4 steps."""
+def small_tables(model: Path, folder: Path) -> dict:
+    """A recipe on a tiny pipeline that runs in seconds: 2 rounds of 2 tasks of 4 images, 4 steps."""
     return {
         "name": "tiny",
-        "output_dir": str(tmp_path / "runs"),
+        "output_dir": str(folder / "runs"),
         "rounds": 2,
-        "policy": {"name": "stable_diffusion", "model": str(tiny_model)},
+        "policy": {"name": "stable_diffusion", "model": str(model)},
         "prompts": {"name": "animals"},
         "sampling": {"num_steps": 4, "guidance_scale": 3.0, "batch_size": 4, "batches_per_round": 2},
         "reward": {"name": "jpeg_compressibility"},
         "algorithm": {"name": "ddpo_is", "clip_range": 1e-3},
         "learner": {"batch_size": 4, "micro_batch_size": 8, "learning_rate": 1e-3},
     }
+
+
+@pytest.fixture
+def tables(tiny_model: Path, tmp_path: Path) -> dict:
+    """The small recipe."""
+    return small_tables(tiny_model, tmp_path)
 
 
 @pytest.fixture

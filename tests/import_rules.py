@@ -28,6 +28,7 @@ RAY = {
     "deploy/commands/scale.py",
     "deploy/commands/status.py",
 }
+RANKS = {"learner/rank_group.py", "learner/pretraining/denoiser.py"}
 TORCH_FREE = {
     "common.config",
     "common.overrides",
@@ -114,6 +115,12 @@ def ray_where_it_distributes(source: Source) -> Iterator[str]:
         yield "imports ray"
 
 
+def distributed_where_ranks_are(source: Source) -> Iterator[str]:
+    """Rule 4: so is torch.distributed: of a learner, one file knows that it may have several ranks."""
+    if source.path not in RANKS and any(names_module(imported, "torch.distributed") for imported in source.imports):
+        yield "imports torch.distributed"
+
+
 def torch_free(source: Source) -> Iterator[str]:
     """Rule 5: a recipe and a schedule are read without torch, so these files import only each other and light things."""
     heavy = ("torch", "jaxtyping", "diffusers", "transformers", "peft")
@@ -198,6 +205,7 @@ RULES: tuple[Callable[[Source], Iterator[str]], ...] = (
     composers,
     rooms,
     ray_where_it_distributes,
+    distributed_where_ranks_are,
     torch_free,
     absolute_imports,
     no_utils,

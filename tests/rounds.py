@@ -17,6 +17,7 @@ from common.trajectory import TaskReport, TrainBatch, Trajectory
 from deploy.parts import Parts, parts_of
 from learner.learner import Learner
 from learner.learner_state import LearnerState
+from learner.rank_group import Ranks
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ def parts_with(tables: dict, **values: Any) -> Parts:
     return parts_of(Recipe.parse(with_overrides(tables, [word for pair in overrides for word in pair])))
 
 
-def learner_of(parts: Parts) -> Learner:
+def learner_of(parts: Parts, ranks: Ranks | None = None) -> Learner:
     """A learner whose adapters already do something, still at version 0."""
-    learner = Learner(parts.policy, parts.algorithm, parts.recipe)
+    learner = Learner(parts.policy, parts.algorithm, parts.recipe, ranks)
     learner.load_state(LearnerState(0, (moved(learner.weights()[-1]),), {}, {}))
     return learner
 

@@ -47,7 +47,13 @@ def roles_of(recipe: Recipe, numbers: Plan | None = None) -> tuple[Role, ...]:
     """In the order in which a run starts them; with a plan, with their memory."""
     elastic = {"samplers": numbers.sampler_bytes, **numbers.reward_worker_bytes} if numbers else {}
     return (
-        Role("learner", recipe.learner, 1, 1, numbers.learner_bytes if numbers else 0),
+        Role(
+            "learner",
+            recipe.learner,
+            recipe.learner.ranks,
+            recipe.learner.ranks,
+            numbers.learner_bytes if numbers else 0,
+        ),
         *(
             Role(name, table, table.count, table.min, elastic.get(name, 0))
             for name, table in elastic_roles(recipe).items()
@@ -94,7 +100,8 @@ def cores_finding(recipe: Recipe, cores: int) -> Finding:
     learner, *actors = ((role.count, role.table.num_cpus) for role in roles_of(recipe))
     acting = sum(count * cpus for count, cpus in actors)
     overlap = recipe.max_policy_lag > 0 or recipe.learner.parts_per_round > 1
-    at_once = acting + learner[1] if overlap else max(acting, learner[1])
+    learning = learner[0] * learner[1]
+    at_once = acting + learning if overlap else max(acting, learning)
     found = f"{cores} here, and {at_once:g} CPUs are asked for by what works at once"
     if at_once > cores:
         advice = "it works, but they share the cores: lower samplers.count, or set RAY_ADDRESS to a cluster"

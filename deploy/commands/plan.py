@@ -12,7 +12,7 @@ def plan(recipe: Recipe) -> str:
     sampling, learner = recipe.sampling, recipe.learner
     pools = all_pools(recipe)
     scoring = sum(numbers.reward_worker_bytes[pool.name] * pool.table.count for pool in pools)
-    memory = numbers.learner_bytes + numbers.sampler_bytes * recipe.samplers.count + scoring
+    memory = numbers.learner_bytes * numbers.ranks + numbers.sampler_bytes * recipe.samplers.count + scoring
     rows = [
         ("images a round", f"{numbers.images} = {numbers.tasks} tasks × {sampling.batch_size}"),
         ("images in all", f"{numbers.images * recipe.rounds} in {recipe.rounds} rounds"),
@@ -26,11 +26,12 @@ def plan(recipe: Recipe) -> str:
             f"{numbers.pairs_per_step} = {numbers.images_per_step} images × {_of_an_image(recipe, numbers)}, "
             f"in micro-batches {_micro_batches(recipe)}",
         ),
+        *_of_ranks(numbers),
         ("learner's forward passes a round", f"{numbers.forward_passes}"),
         ("parameters trained", f"{numbers.sizes.trained_parameters:,} of {numbers.sizes.network_parameters:,}"),
         ("a trajectory", f"{in_bytes(numbers.trajectory_bytes)} an image, {in_bytes(numbers.round_bytes)} under way"),
         ("a broadcast", f"{in_bytes(numbers.broadcast_bytes)} to each sampler's node, once a round"),
-        ("learner's memory", _learners(recipe, numbers)),
+        ("learner's memory" if numbers.ranks == 1 else "a learner rank's memory", _learners(recipe, numbers)),
         ("a sampler's memory", f"{in_bytes(numbers.sampler_bytes)} at the most, with tasks of {sampling.batch_size}"),
         *((f"{_who(pool)} memory{_own(pool)}", in_bytes(numbers.reward_worker_bytes[pool.name])) for pool in pools),
         ("memory in all", f"{in_bytes(memory)}: {', '.join(f'{count} {role}' for role, count, _ in _actors(recipe))}"),
@@ -49,6 +50,18 @@ def _learned_from(numbers: Plan) -> str:
 def _of_an_image(recipe: Recipe, numbers: Plan) -> str:
     each = numbers.pairs_per_step // numbers.images_per_step
     return f"{each} noisings" if numbers.forward_process else f"{each} of {recipe.sampling.num_steps} steps"
+
+
+def _of_ranks(numbers: Plan) -> list[tuple[str, str]]:
+    """How the learner's ranks divide an optimizer step; nothing to say of one."""
+    if numbers.ranks == 1:
+        return []
+    images, reduced = numbers.images_per_step // numbers.ranks, in_bytes(numbers.reduced_bytes)
+    shares = f"{images} of {numbers.images_per_step} images, {numbers.pairs_per_rank} of {numbers.pairs_per_step} pairs"
+    return [
+        ("each of the learner's ranks takes", f"{shares} an optimizer step"),
+        ("ranks sum up", f"{reduced} of gradients an optimizer step, among {numbers.ranks}"),
+    ]
 
 
 def _who(pool: RewardPool) -> str:
@@ -78,7 +91,8 @@ def _actors(recipe: Recipe) -> list[tuple[str, int, float]]:
         (role, sum(table.count for table in tables), sum(table.count * table.num_gpus for table in tables))
         for role, tables in roles
     ]
-    return [("learner", 1, recipe.learner.num_gpus), *counted]
+    ranks = recipe.learner.ranks
+    return [("learner" if ranks == 1 else "learner ranks", ranks, ranks * recipe.learner.num_gpus), *counted]
 
 
 def _gpus(recipe: Recipe) -> str:

@@ -16,10 +16,11 @@ def gpu_rows(recipe: Recipe, numbers: Plan) -> list[tuple[str, str]]:
         "a GPU of so many GB": [f"{size}" for size in GIGABYTES],
         "learner alone: micro-batch": [_or_none(largest_micro_batch(numbers, size)) for size in GIGABYTES],
         "sampler alone: images a task": [_or_none(largest_task(numbers, size)) for size in GIGABYTES],
-        "all roles on one: micro-batch": [
-            _or_none(largest_micro_batch(numbers, size, *_beside_learner(recipe, numbers))) for size in GIGABYTES
-        ],
     }
+    if numbers.ranks == 1:  # several have a GPU each
+        beside = _beside_learner(recipe, numbers)
+        together = [_or_none(largest_micro_batch(numbers, size, *beside)) for size in GIGABYTES]
+        rows["all roles on one: micro-batch"] = together
     return [(name, "".join(f"{value:>6}" for value in values).lstrip()) for name, values in rows.items()]
 
 
@@ -36,9 +37,9 @@ def _beside_learner(recipe: Recipe, numbers: Plan) -> tuple[int, int]:
 
 
 def largest_micro_batch(numbers: Plan, gigabytes: int, processes: int = 1, others: int = 0) -> int:
-    """The largest divisor of an optimizer step's pairs that fits on a GPU, beside other bytes; 0: not one pair."""
-    free = usable_bytes(gigabytes * 2**30, processes) - others - numbers.conditioning_bytes
-    return largest_divisor(numbers.pairs_per_step, numbers.sizes.learner.largest(free))
+    """The largest divisor of a rank's pairs of an optimizer step that fits on a GPU, beside other bytes; 0: not one pair."""
+    free = usable_bytes(gigabytes * 2**30, processes) - others - numbers.conditioning_bytes - numbers.reduced_bytes
+    return largest_divisor(numbers.pairs_per_rank, numbers.sizes.learner.largest(free))
 
 
 def largest_task(numbers: Plan, gigabytes: int) -> int:

@@ -7,6 +7,7 @@ from common.diffusion.sizes import DeviceKind, PolicySizes
 from common.reward_pools import all_pools
 from common.trajectory import DTYPES
 from deploy.parts import Parts, parts_of
+from learner.rank_group import buffer_bytes
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Plan:
     images_per_step: int
     pairs_per_step: int  # transitions, or noisings of finished images
     micro_batch_size: int  # where it is found at the start, the least
-    forward_passes: int  # of the learner, a round
+    forward_passes: int  # of the learner, a round, of all its ranks together
     trajectory_bytes: int  # one image's, as it travels
     round_bytes: int  # all trajectories under way at once
     broadcast_bytes: int  # one policy version
@@ -30,6 +31,13 @@ class Plan:
     reward_worker_bytes: dict[str, int]  # by pool, of one worker
     sizes: PolicySizes
     forward_process: bool  # learned from are finished images, noised anew
+    ranks: int = 1  # of the learner, each with `learner_bytes`
+    reduced_bytes: int = 0  # of a rank, once more for its gradients where several ranks sum them up
+
+    @property
+    def pairs_per_rank(self) -> int:
+        """Of an optimizer step."""
+        return self.pairs_per_step // self.ranks
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -53,6 +61,7 @@ def plan_of_parts(parts: Parts) -> Plan:
     steps = -(-learned_from // learner.images_per_step) * learner.inner_epochs
     micro_batch = 1 if learner.micro_batch_size == "auto" else learner.micro_batch_size
     conditioning = recipe.images_per_round * sizes.conditioning_bytes
+    reduced = buffer_bytes(sizes.trained_parameters, learner.ranks)
     return Plan(
         images=recipe.images_per_round,
         images_learned_from=learned_from,
@@ -66,7 +75,7 @@ def plan_of_parts(parts: Parts) -> Plan:
         round_bytes=trajectory * recipe.images_per_round * (recipe.max_policy_lag + 1),
         broadcast_bytes=4 * sizes.trained_parameters,
         conditioning_bytes=conditioning,
-        learner_bytes=sizes.learner.of(micro_batch) + conditioning,
+        learner_bytes=sizes.learner.of(micro_batch) + conditioning + reduced,
         sampler_bytes=sizes.sampler_bytes(sampling.batch_size),
         reward_worker_bytes={
             pool.name: sum(reward.memory_bytes for reward in parts.rewards_of(pool).values())
@@ -74,6 +83,8 @@ def plan_of_parts(parts: Parts) -> Plan:
         },
         sizes=sizes,
         forward_process=parts.algorithm.noisings_per_image is not None,
+        ranks=learner.ranks,
+        reduced_bytes=reduced,
     )
 
 

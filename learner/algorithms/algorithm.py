@@ -38,13 +38,14 @@ class Algorithm(Entry, ABC):
         """ValueError: the algorithm does not go with how sampler and learner compute."""
 
     def check_micro_batches(self, recipe: Recipe, noisy_steps: int) -> None:
-        """ValueError: `learner.micro_batch_size` does not divide the pairs of an optimizer step, of so many steps with noise."""
-        images, each = recipe.learner.images_per_step, self.pairs_per_image(recipe, noisy_steps)
-        size = recipe.learner.micro_batch_size
+        """ValueError: `learner.micro_batch_size` does not divide a rank's pairs of an optimizer step, of so many noisy steps."""
+        images, each = recipe.learner.images_per_rank, self.pairs_per_image(recipe, noisy_steps)
+        size, ranks = recipe.learner.micro_batch_size, recipe.learner.ranks
         if size != "auto" and images * each % size:
             what = "noisings" if self.noisings_per_image else "steps with noise"
             raise ValueError(
-                f"an optimizer step has {images} images × {each} {what} = {images * each} pairs to learn from, "
+                f"an optimizer step has {images} images × {each} {what} = {images * each} pairs to learn from"
+                f"{f' on each of {ranks} ranks' if ranks > 1 else ''}, "
                 f"which learner.micro_batch_size = {size} does not divide"
             )
 

@@ -150,7 +150,7 @@ def _workers(parts: Parts, setting: Setting) -> Workers:
     pools = Pools(samplers, (scoring,), budget)
     stream = RayRolloutStream(pools, StreamSettings(recipe.runtime, 1, 1e9, check=lambda: None))
     make = functools.partial(ray.remote(**options)(LearnerStandIn).remote, setting)
-    learner = RayLearnerGroup(make(), make, stream.work_until, functools.partial(budget.spend, "learner"))
+    learner = RayLearnerGroup([make()], lambda: [make()], stream.work_until, functools.partial(budget.spend, "learner"))
     stream.wait_until_loaded({"samplers": setting.samplers, "reward_workers": REWARD_WORKERS})
     learner.wait_until_loaded()
     return Workers(stream, learner)

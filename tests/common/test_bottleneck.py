@@ -67,8 +67,8 @@ def test_samplers_that_wait_for_the_learner_are_too_many() -> None:
     # 12 s of drawing in a round of 10 s: three samplers are busy 40 %, and two would be ready after 6 s.
     sentence = bottleneck([rounds_of(12.0, 1.0, 9.8, seconds=10.0, samplers=3)], 1, samplers=3, reward_workers=1)
     assert sentence == (
-        "samplers idle 60 %: the learner is the bottleneck (busy 98 % of the time); a faster device for it or a larger "
-        "learner.micro_batch_size would help; 2 of the 3 samplers would do"
+        "samplers idle 60 %: the learner is the bottleneck (busy 98 % of the time); a faster device for it, more "
+        "learner.ranks or a larger learner.micro_batch_size would help; 2 of the 3 samplers would do"
     )
 
 

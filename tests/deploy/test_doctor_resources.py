@@ -61,6 +61,21 @@ def test_an_actor_has_its_place_on_one_node_not_on_a_sum_of_nodes(tables: dict) 
     assert "GPU (at most 1 free)" in found["learner"].found
 
 
+def test_every_rank_of_the_learner_needs_a_place_its_cores_and_its_memory(tables: dict, numbers: Plan) -> None:
+    recipe = with_roles(tables, learner={"ranks": 2, "num_gpus": 1, "num_cpus": 4})
+    nodes = [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}]
+    assert by_subject(place_findings(roles_of(recipe), nodes))["learner"].found.startswith("2 of 2 have a place")
+    finding = by_subject(place_findings(roles_of(recipe), nodes[:1]))["learner"]
+    assert finding.level == "fault" and finding.found.startswith("1 of 2 have a place")
+    assert "lacks GPU (at most 0 free)" in finding.found
+    assert "8 CPUs" in cores_finding(recipe, 2).found
+    machine = Machine(64 * GIGABYTE, (10 * GIGABYTE, 10 * GIGABYTE))
+    assert "8.60 GB on the fullest" in by_subject(memory_findings(recipe, numbers, machine))["GPU memory"].found
+    on_cpu = with_roles(tables, learner={"ranks": 2})
+    found = by_subject(memory_findings(on_cpu, numbers, machine))["memory"].found
+    assert found.startswith(f"{2 * 8 + 4 + 1 + 5 * 0.45:.2f} GB for 5 processes")
+
+
 def test_three_tenths_six_tenths_and_a_tenth_fill_one_gpu(tables: dict) -> None:
     roles = {"learner": {"num_gpus": 0.6}, "samplers": {"num_gpus": 0.3}, "reward_workers": {"num_gpus": 0.1}}
     found = by_subject(place_findings(roles_of(with_roles(tables, **roles)), [{"CPU": 3, "GPU": 1}]))

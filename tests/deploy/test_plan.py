@@ -102,6 +102,25 @@ def test_rewards_with_workers_of_their_own_are_counted_with_them(tables: dict) -
     assert "0.75 = learner 0 + samplers 0 + reward workers 0.75" in text
 
 
+def test_of_a_learner_of_several_ranks_each_has_its_share_its_memory_and_its_gpu() -> None:
+    options = ["--learner.ranks", "2", "--learner.num_gpus", "1", "--learner.batch_size", "6"]
+    one, two = (Recipe.load(RECIPES / "sd15_aesthetic.toml", options[first:]) for first in (2, 0))
+    text, numbers, before = plan(two), plan_of(two), plan_of(one)
+    assert numbers.pairs_per_step == before.pairs_per_step == 2 * numbers.pairs_per_rank
+    assert numbers.forward_passes == before.forward_passes
+    # A rank has its gradients a second time, in the buffer in which they are summed up.
+    assert numbers.reduced_bytes == 4 * 797_184 == numbers.learner_bytes - before.learner_bytes
+    lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
+    images, pairs = numbers.images_per_step, numbers.pairs_per_step
+    shares = f"{images // 2} of {images} images, {pairs // 2} of {pairs} pairs an optimizer step"
+    assert lines["each of the learner's ranks takes"] == shares
+    assert lines["ranks sum up"] == "3.19 MB of gradients an optimizer step, among 2"
+    assert lines["GPUs asked for"].startswith("2.5 = learner ranks 2 + samplers 0.3")
+    assert "a learner rank's memory" in lines and ": 2 learner ranks, 1 samplers" in lines["memory in all"]
+    assert "all roles on one: micro-batch" not in lines and "all roles on one: micro-batch" in plan(one)
+    assert "ranks" not in plan(one)
+
+
 def test_the_command_prints_the_arithmetic(capsys: pytest.CaptureFixture) -> None:
     assert ddpo.main(["plan", str(RECIPES / "demo.toml"), "--sampling.batches_per_round", "2"]) == 0
     printed = capsys.readouterr().out

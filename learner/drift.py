@@ -1,0 +1,51 @@
+"""How far an update has moved the policy, from the one that drew and from the pretrained one: on a few of its pairs."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from common.diffusion.lora import reference_policy
+from common.diffusion.policy import Policy
+from common.trajectory import TransitionBatch
+from learner.losses import gaussian_kl
+from learner.rank_group import Ranks
+from learner.round_pairs import Pair, micro_batches
+from learner.round_transitions import RoundTransitions
+from learner.update_metrics import Divergence
+
+
+def few(transitions: RoundTransitions, steps: list[list[Pair]], size: int, ranks: Ranks) -> Iterator[TransitionBatch]:
+    """About `size` of the pairs learned from: a few images with all of their steps; of them this rank's share."""
+    images = list(dict.fromkeys(image for pairs in steps for image, _ in pairs))
+    pairs = transitions.pairs_of(np.array(images[: -(-size // transitions.num_places)]))
+    return (transitions.batch(part) for part in micro_batches(ranks.share(pairs), size))
+
+
+@torch.no_grad()
+def divergence(policy: Policy, batches: Iterator[TransitionBatch], ranks: Ranks) -> Divergence:
+    """Where the present policy stands against the one that drew: of all ranks' pairs."""
+    found: Divergence = []
+    for batch in batches:
+        transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
+        found.append((batch.steps, transition.log_prob(batch.next_latents) - batch.old_log_probs))
+    if ranks.count == 1:
+        return found
+    steps = ranks.gathered(torch.cat([of_batch for of_batch, _ in found]) if found else None)
+    log_ratios = ranks.gathered(torch.cat([of_batch for _, of_batch in found]) if found else None)
+    return [] if steps is None or log_ratios is None else [(steps.long(), log_ratios.float())]
+
+
+@torch.no_grad()
+def reference_kl(policy: Policy, batches: Iterator[TransitionBatch], ranks: Ranks) -> list[torch.Tensor]:
+    """KL to the pretrained policy; taken after the update, so that it decides nothing. Of all ranks' pairs."""
+    found = []
+    for batch in batches:
+        present = policy.transition(batch.latents, batch.steps, batch.conditioning)
+        with reference_policy(policy.network):
+            pretrained = policy.transition(batch.latents, batch.steps, batch.conditioning)
+        found.append(gaussian_kl(present, pretrained))
+    if ranks.count == 1:
+        return found
+    gathered = ranks.gathered(torch.cat(found) if found else None)
+    return [] if gathered is None else [gathered.float()]

@@ -1,0 +1,80 @@
+"""The tiny network as a policy that computes in float64 throughout, so that what is left of a difference is a mistake."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role
+from common.diffusion.policy_stable_diffusion import StableDiffusion
+from common.diffusion.sizes import DeviceKind, PolicySizes
+from common.diffusion.transition import Transition
+from common.recipe_tables import SamplingTable
+
+STD = 0.3
+
+
+class DoublePolicy(Policy):
+    """Steps of its own, for those of diffusion are in float32: a little of what the network predicts, and noise."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.network = inner.network.double()
+        self.device = inner.device
+        self.num_steps = inner.num_steps
+        self.num_train_timesteps = inner.num_train_timesteps
+        self.latent_shape = inner.latent_shape
+
+    def compile(self, batch_size: int) -> None:
+        raise AssertionError("it is never compiled")
+
+    @property
+    def noisy_steps(self) -> list[int]:
+        return list(range(self.num_steps))
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        return self._inner.encode(prompts)
+
+    def initial_latents(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def _predicted(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        embeds = conditioning["prompt_embeds"].double()
+        return self.network(latents.double(), timesteps, embeds, return_dict=False)[0]
+
+    def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning, noisy: bool = True) -> Transition:
+        timesteps = (self.num_steps - steps) * self.num_train_timesteps // (self.num_steps + 1)
+        predicted = self._predicted(latents, timesteps, conditioning)
+        std = torch.full((len(steps),), STD if noisy else 0.0, dtype=torch.float64)
+        return Transition(0.9 * latents.double() - 0.1 * predicted, std)
+
+    def denoise(
+        self, clean_latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor]:
+        return self._predicted(0.5 * clean_latents + noise, timesteps, conditioning), noise.double()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._inner.decode(latents)
+
+    def save(self, folder: Path) -> Path:
+        raise AssertionError("it is never saved")
+
+    def restore(self, path: Path) -> None:
+        raise AssertionError("it is never restored")
+
+
+class Double(PolicyConfig):
+    """`model`: the folder of a tiny pipeline."""
+
+    def check(self) -> None:
+        pass
+
+    def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
+        return self._single().sizes(sampling, device)
+
+    def load(self, device: str, sampling: SamplingTable, role: Role) -> DoublePolicy:
+        return DoublePolicy(self._single().load(device, sampling, role))
+
+    def _single(self) -> StableDiffusion:
+        return StableDiffusion(model=self.model, train=self.train)

@@ -1,0 +1,239 @@
+"""A learner of two ranks, each a process: it learns what one alone learns, and both arrive at the same bits."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.lora_weights import pack
+from common.schedule import transition_order
+from common.trajectory import TrainBatch
+from learner.learner_group import title_of
+from learner.rank_group import Ranks, ranks_of
+from learner.reference_passes import Update
+from learner.round_pairs import share_of
+from learner.round_transitions import RoundTransitions, round_transitions
+from tests.conftest import small_tables
+from tests.gradients import relative_error
+from tests.rank_processes import Case, Outcome, learn, run_in_ranks
+from tests.rounds import draw_round, learner_of, parts_with
+
+TWO_RANKS = {"batch_size": 4, "ranks": 2}
+ONE_RANK = {"batch_size": 2, "gradient_accumulation_steps": 2, "ranks": 1}  # the same images an optimizer step
+GROUPS = {"prompts": {"name": "animals", "images_per_prompt": 2}}
+TWICE = {"learner": {"inner_epochs": 2}}
+
+
+def _algorithm(name: str, **keys: object) -> dict:
+    return {"algorithm": {"name": name, **keys}}
+
+
+MASK = {"ratio": "proximal", "max_drift_nats": 0.03}
+FIRST_STEP = tuple(sorted(transition_order(0, 0, 0, 8)[:4].tolist()))  # its images, at the recipe's seed
+DOUBLE = {"double": True}
+IN_FLOAT16 = (
+    "optimizer_steps",
+    "optimizer_steps_skipped",
+    "learner/micro_batch_size",
+)  # the others are rounded too far
+# Of each case, what is changed in the small recipe, and what else is to be said of it.
+LEARNED: dict[str, tuple[dict, dict]] = {
+    "ddpo_is": (TWICE, {"rounds": 2}),
+    "evaluated": ({"evaluation": {"every": 1, "images": 2}, "learner": {"micro_batch_size": 4}}, {"rounds": 2}),
+    "full": ({"policy": {"train": "full"}, **TWICE}, {}),
+    "grpo": ({**_algorithm("grpo", clip_range=1e-3), **GROUPS}, {"rounds": 2}),
+    "rwr": ({**_algorithm("rwr", noisings=4), **TWICE}, {}),
+    "dpok": (_algorithm("dpok", kl_coef=0.1, clip_range=1e-3), {}),
+    "diffusion_nft": ({**_algorithm("diffusion_nft", noisings=4), "max_policy_lag": 1}, {"rounds": 2}),
+    "mask": ({**_algorithm("ddpo_is", clip_range=1e-3, off_policy=MASK), **TWICE}, {}),
+    "set aside": (TWICE, {"set_aside": (2, 5, 6)}),
+    "one image left": (_algorithm("ddpo_is", off_policy={"ratio": "proximal"}), {"set_aside": FIRST_STEP[1:]}),
+    "nothing left": ({}, {"set_aside": FIRST_STEP}),
+    "a budget of KL": ({"learner": {"inner_epochs": 4, "max_kl_nats": 1e-4}}, {}),
+    "float16": ({"policy": {"dtype": "float16"}}, {"rounds": 2}),
+    "double": (TWICE, DOUBLE),
+    "double full": ({"policy": {"train": "full"}, **TWICE}, DOUBLE),
+    "double grpo": ({**_algorithm("grpo"), **GROUPS}, DOUBLE),
+    "double rwr": (_algorithm("rwr", noisings=4), DOUBLE),
+    "double dpok": (_algorithm("dpok", kl_coef=0.1), DOUBLE),
+    "double set aside": (TWICE, {**DOUBLE, "set_aside": (2, 5, 6)}),
+}
+DEEDS = ("meet_a_bad_trajectory", "go_apart", "find_least_micro_batch", "lose_one")  # none comes after the last
+
+
+def _joined(tables: dict, changes: dict) -> dict:
+    for key, value in changes.items():
+        tables = {**tables, key: {**tables.get(key, {}), **value} if isinstance(value, dict) else value}
+    return tables
+
+
+def _case(tables: dict, name: str, learner: dict) -> Case:
+    changes, more = LEARNED[name]
+    algorithm = {"algorithm": changes["algorithm"]} if "algorithm" in changes else {}
+    return Case(_joined(_joined(tables, changes), {"learner": learner}) | algorithm, **more)
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return small_tables(tiny_model, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(small: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
+    """Of all cases, each rank's."""
+    tables = _joined(small, {"learner": TWO_RANKS})
+    auto = _joined(tables, {"learner": {"micro_batch_size": "auto"}})
+    cases = {name: _case(small, name, TWO_RANKS) for name in LEARNED}
+    cases |= {deed: Case(auto if deed == "find_least_micro_batch" else tables, deed) for deed in DEEDS}
+    return run_in_ranks(cases, tmp_path_factory.mktemp("outcomes"))
+
+
+@pytest.fixture(scope="module")
+def alone(small: dict) -> Callable[[str], Outcome]:
+    return lambda name: learn(_case(small, name, ONE_RANK), Ranks())
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_both_ranks_have_the_same_bits_after_every_optimizer_step(
+    name: str, outcomes: dict[str, list[Outcome]]
+) -> None:
+    first, second = outcomes[name]
+    assert first.steps == second.steps and len(set(first.steps)) == len(first.steps) > 0
+    assert first.metrics and all(
+        _comparable(one) == pytest.approx(other, nan_ok=True)
+        for one, other in zip(first.metrics, map(_comparable, second.metrics), strict=True)
+    )
+
+
+def _comparable(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith("seconds/")}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_they_learn_what_one_rank_learns_with_twice_the_accumulation(
+    name: str, outcomes: dict[str, list[Outcome]], alone: Callable[[str], Outcome]
+) -> None:
+    """Weights and metrics; in float32 the order of a sum is left, in float64 nothing."""
+    two, one = outcomes[name][0], alone(name)
+    assert len(two.steps) == len(one.steps)
+    error = relative_error(two.weights, one.weights)
+    largest = max(float(np.abs(two.weights[key] - value).max()) for key, value in one.weights.items())
+    print(f"{name}: relative {error:.1e}, the farthest weight {largest:.1e}")
+    assert error < (1e-10 if name.startswith("double") else 1e-3 if name == "float16" else 1e-5)
+    for found, expected in zip(map(_comparable, two.metrics), map(_comparable, one.metrics), strict=True):
+        assert found.keys() == expected.keys()
+        for key in expected if name != "float16" else IN_FLOAT16:
+            # A KL is a difference of log-probs, hardly more than their rounding, times the latents' elements.
+            smallest = 2e-4 if key.startswith("kl_nats") else 1e-6
+            assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=smallest, nan_ok=True), key
+    if name != "float16":
+        assert sorted(two.log_ratios) == pytest.approx(sorted(one.log_ratios), rel=1e-4, abs=1e-5)
+
+
+def test_what_the_cases_are_for_has_happened_in_them(outcomes: dict[str, list[Outcome]]) -> None:
+    assert 0 < outcomes["mask"][0].metrics[0]["masked_fraction"] < 1
+    assert outcomes["nothing left"][0].metrics[0]["optimizer_steps_skipped"] == 1
+    assert len(outcomes["a budget of KL"][0].steps) < 8
+    assert "kl_reference_nats" in outcomes["evaluated"][0].metrics[0]
+    assert outcomes["one image left"][0].metrics[0]["optimizer_steps_skipped"] == 0
+
+
+def test_what_one_rank_finds_wrong_stops_both_and_leaves_them_as_they_were(
+    outcomes: dict[str, list[Outcome]], small: dict
+) -> None:
+    zero, one = outcomes["meet_a_bad_trajectory"]
+    assert (zero.errors, one.errors) == (["OtherRankFailed"], ["WeightsDidNotArrive"])
+    calm = learn(Case(_joined(small, {"learner": ONE_RANK})), Ranks())
+    assert zero.steps == one.steps and len(zero.steps) == 2
+    assert zero.metrics[0]["loss"] == pytest.approx(calm.metrics[0]["loss"], abs=1e-6)
+
+
+def test_ranks_whose_weights_go_apart_are_told_by_name(outcomes: dict[str, list[Outcome]]) -> None:
+    for outcome in outcomes["go_apart"]:
+        (error,) = outcome.errors
+        assert "the weights of rank 1 of 2 are not those of rank 0" in error
+        assert len(outcome.steps) == 1, "at the first optimizer step"
+
+
+def test_of_two_micro_batches_that_are_found_both_take_the_smaller(outcomes: dict[str, list[Outcome]]) -> None:
+    assert [outcome.micro_batch_size for outcome in outcomes["find_least_micro_batch"]] == [2.0, 2.0]
+
+
+def test_a_rank_whose_other_is_gone_says_so_and_does_not_wait_for_ever(outcomes: dict[str, list[Outcome]]) -> None:
+    left, gone = outcomes["lose_one"]
+    assert not gone.errors and left.seconds < 30
+    (error,) = left.errors
+    assert error.startswith("rank 0 of 2 has lost the others")
+
+
+def test_a_rank_takes_every_other_image_with_all_of_its_places() -> None:
+    pairs = [(image, place) for place in (0, 1) for image in (7, 3, 9, 4)]
+    assert share_of(pairs, 0, 1) is pairs
+    assert share_of(pairs, 0, 2) == [(7, 0), (9, 0), (7, 1), (9, 1)]
+    assert share_of(pairs, 1, 2) == [(3, 0), (4, 0), (3, 1), (4, 1)]
+    assert share_of(pairs[:3], 2, 4) == [(9, 0)] and share_of(pairs[:3], 3, 4) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_all_shares_together_are_the_optimizer_step(count: int) -> None:
+    pairs = [(image, place) for place in range(3) for image in (5, 1, 4, 2)]
+    shares = [share_of(pairs, rank, count) for rank in range(count)]
+    assert sorted(pair for share in shares for pair in share) == sorted(pairs)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 3, "one image more, at the most"
+
+
+@pytest.fixture(scope="module")
+def transitions(small: dict) -> RoundTransitions:
+    parts = parts_with(small)
+    drawn = draw_round(parts, learner_of(parts).weights()[-1])
+    return round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
+
+
+def _asked(pairs: RoundTransitions, epochs: list, share: tuple[int, int], own_pass_will_do: bool) -> list:
+    weights = pack(0, {"weight": np.zeros(1, np.float32)})
+    return Update(pairs, epochs, weights, weights, share).steps(own_pass_will_do)
+
+
+def test_references_are_taken_of_a_ranks_own_pairs_and_the_first_step_is_the_whole_learners(
+    transitions: RoundTransitions,
+) -> None:
+    """A rank without a pair in the first step takes those of the second: the policy has moved under it by then."""
+    epochs = [[[(0, 0)], [(1, 0), (2, 0)], [(3, 0)]]]
+    assert _asked(transitions, epochs, (1, 2), own_pass_will_do=True) == [[(2, 0)]]
+    assert _asked(transitions, epochs, (0, 2), own_pass_will_do=True) == [[(1, 0)], [(3, 0)]]
+    assert _asked(transitions, epochs, (0, 2), own_pass_will_do=False) == [[(0, 0)], [(1, 0)], [(3, 0)]]
+
+
+def test_what_was_another_ranks_in_the_first_inner_epoch_has_its_references_too(transitions: RoundTransitions) -> None:
+    epochs = [[[(0, 0), (1, 0)], [(2, 0), (3, 0)]], [[(1, 0), (2, 0)], [(0, 0), (3, 0)]]]
+    assert _asked(transitions, epochs, (0, 2), own_pass_will_do=True) == [[(0, 0)], [(2, 0)], [(1, 0)]]
+    assert _asked(transitions, epochs, (0, 1), own_pass_will_do=True) == epochs[0]
+
+
+def test_ranks_are_told_apart_where_actors_and_their_work_are_listed(small: dict) -> None:
+    parts = parts_with(small)
+    assert repr(learner_of(parts, Ranks(1, 2))).startswith("Learner rank 1 of 2, of ")
+    assert repr(learner_of(parts)).startswith("Learner of ")
+    batch = TrainBatch(3, (), np.zeros(0))
+    assert title_of(batch, 1, 2) == "Learner rank 1 of 2: learn from round 3"
+    assert title_of(batch) == "Learner: learn from round 3"
+
+
+def test_a_recipe_says_how_many_ranks_there_are_and_whether_each_has_a_gpu_of_its_own(small: dict) -> None:
+    for num_gpus, own in ((0.5, False), (0.6, True), (1, True)):
+        learner = {**TWO_RANKS, "num_gpus": num_gpus}
+        ranks = ranks_of(parts_with(_joined(small, {"learner": learner})).recipe)
+        assert [str(each) for each in ranks] == ["rank 0 of 2", "rank 1 of 2"]
+        assert {each._own_gpu for each in ranks} == {own}
+
+
+def test_one_rank_alone_has_no_process_group_and_gives_back_what_it_is_given() -> None:
+    ranks, values = Ranks(), torch.tensor([1.0, 2.0])
+    assert (ranks.total(3), ranks.largest(2), ranks.least(5)) == (3, 2, 5)
+    assert ranks.gathered(values).tolist() == [1.0, 2.0] and ranks.gathered(None) is None
+    with ranks.failing_together():
+        assert not torch.distributed.is_initialized()
+    assert math.isnan(ranks.total(math.nan))

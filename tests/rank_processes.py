@@ -1,0 +1,212 @@
+"""Learners of several ranks as processes of this machine, each case after the other; and what each arrives at."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as distributed
+
+from common.diffusion.lora import trained_parameters
+from common.lora_weights import fingerprint
+from deploy.parts import Parts
+from learner.learner import Learner
+from learner.rank_group import Meeting, OtherRankFailed, RankLost, Ranks
+from learner.weight_check import WeightsDidNotArrive
+from tests.double_policy import Double
+from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
+
+LONGEST_SECONDS = 300.0
+KILLED = 9
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe's tables, and what is done with a learner of it."""
+
+    tables: dict[str, Any]
+    deed: str = "learn"
+    rounds: int = 1
+    set_aside: tuple[int, ...] = ()
+    double: bool = False
+
+
+@dataclass
+class Outcome:
+    """Of one rank."""
+
+    metrics: list[dict[str, float]] = field(default_factory=list)  # a round each
+    steps: list[str] = field(default_factory=list)  # the weights after every optimizer step, as fingerprints
+    errors: list[str] = field(default_factory=list)
+    log_ratios: list[float] = field(default_factory=list)
+    micro_batch_size: float = 0.0
+    seconds: float = 0.0
+    weights: dict[str, np.ndarray] = field(default_factory=dict)  # at the end, as they were trained
+
+
+def parts_of_case(case: Case) -> Parts:
+    """The case's parts; with another policy where it is to compute in float64."""
+    parts = parts_with(case.tables)
+    policy = Double(model=parts.policy.model, train=parts.policy.train)
+    return dataclasses.replace(parts, policy=policy) if case.double else parts
+
+
+def watched(learner: Learner, outcome: Outcome) -> Learner:
+    """The learner, that notes its weights after every optimizer step."""
+    parameters = learner._parameters
+
+    def note(*_: object) -> None:
+        arrays = {name: value.detach().numpy() for name, value in parameters.items()}
+        outcome.steps.append(fingerprint(np.concatenate([array.ravel() for array in arrays.values()]), ()))
+
+    learner._optimizer.register_step_post_hook(note)
+    return learner
+
+
+def drawn_for(learner: Learner, parts: Parts, round: int, set_aside: tuple[int, ...]) -> DrawnRound:
+    """A round as the algorithm sees it, the same on every rank."""
+    drawn = draw_round(parts, learner.weights()[0 if parts.recipe.max_policy_lag else -1], round)
+    rewards = np.random.default_rng(round).normal(size=len(drawn.batch.advantages))
+    prompts = [prompt.text for report in drawn.batch.reports for prompt in report.task.prompts]
+    _, worth = parts.algorithm.worth({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
+    worth[list(set_aside)] = np.nan
+    batch = dataclasses.replace(drawn.batch, advantages=worth, set_aside=set_aside)
+    return DrawnRound(batch, drawn.trajectories)
+
+
+def learn(case: Case, ranks: Ranks, meeting: str = "") -> Outcome:
+    """Rounds as a run has them. One alone needs no meeting."""
+    outcome, parts = Outcome(), parts_of_case(case)
+    learner = watched(learner_of(parts, ranks), outcome)
+    if ranks.count > 1:
+        learner.join(meeting)
+    for round in range(case.rounds):
+        drawn = drawn_for(learner, parts, round, case.set_aside)
+        metrics, state = learner.update(drawn.batch, *drawn.trajectories)
+        outcome.metrics.append(metrics)
+        outcome.micro_batch_size = float(state.micro_batch_size or 0)
+    outcome.log_ratios = learner.log_ratios().tolist()
+    parameters = trained_parameters(learner._policy.network).items()
+    outcome.weights = {name: value.detach().numpy().copy() for name, value in parameters}
+    return outcome
+
+
+def joined(case: Case, ranks: Ranks, meeting: str) -> tuple[Outcome, Learner, DrawnRound]:
+    """A learner that has met the others, and its first round."""
+    outcome, parts = Outcome(), parts_of_case(case)
+    learner = watched(learner_of(parts, ranks), outcome)
+    learner.join(meeting)
+    return outcome, learner, drawn_for(learner, parts, 0, ())
+
+
+def meet_a_bad_trajectory(case: Case, ranks: Ranks, meeting: str) -> Outcome:
+    """What one rank alone can see is wrong with it; then the same round as it should be."""
+    outcome, learner, drawn = joined(case, ranks, meeting)
+    bad = drawn.trajectories
+    if ranks.rank == 1:
+        bad = tuple(dataclasses.replace(each, log_probs=each.log_probs + 1) for each in bad)
+    try:
+        learner.update(drawn.batch, *bad)
+    except (WeightsDidNotArrive, OtherRankFailed) as error:
+        outcome.errors.append(type(error).__name__)
+    outcome.metrics.append(learner.update(drawn.batch, *drawn.trajectories)[0])
+    return outcome
+
+
+def go_apart(case: Case, ranks: Ranks, meeting: str) -> Outcome:
+    """One rank's weights are moved, as a GPU that computes wrongly would move them."""
+    outcome, learner, drawn = joined(case, ranks, meeting)
+    if ranks.rank == 1:
+        with torch.no_grad():
+            next(iter(learner._parameters.values())).view(-1)[0] += 1e-3
+    try:
+        learner.update(drawn.batch, *drawn.trajectories)
+    except RuntimeError as error:
+        outcome.errors.append(str(error))
+    return outcome
+
+
+def find_least_micro_batch(case: Case, ranks: Ranks, meeting: str) -> Outcome:
+    """One rank's device holds less than the other's."""
+    outcome, parts = Outcome(), parts_of_case(case)
+    learner = learner_of(parts, ranks)
+    if ranks.rank == 1:
+        learner._use_micro_batch_size(2)
+    learner.join(meeting)
+    outcome.micro_batch_size = float(learner.state().micro_batch_size or 0)
+    return outcome
+
+
+def lose_one(case: Case, ranks: Ranks, meeting: str) -> Outcome:
+    """One rank's process ends in the middle of it all."""
+    outcome, learner, drawn = joined(case, ranks, meeting)
+    if ranks.rank == 1:
+        os._exit(KILLED)
+    started = time.monotonic()
+    try:
+        learner.update(drawn.batch, *drawn.trajectories)
+    except RankLost as error:
+        outcome.errors.append(str(error))
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+DEEDS: dict[str, Callable[[Case, Ranks, str], Outcome]] = {
+    each.__name__: each for each in (learn, meet_a_bad_trajectory, go_apart, find_least_micro_batch, lose_one)
+}
+
+
+def run_in_ranks(cases: dict[str, Case], folder: Path, count: int = 2) -> dict[str, list[Outcome]]:
+    """What each rank arrives at in each case, in processes that do one case after the other."""
+    meetings = {name: Meeting("127.0.0.1") for name in cases}
+    told = {name: (dataclasses.asdict(case), meetings[name].address) for name, case in cases.items()}
+    (folder / "cases.json").write_text(json.dumps(told))
+    command = [sys.executable, "-m", "tests.rank_processes", str(folder), str(count)]
+    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(count)]
+    try:
+        for process in processes:
+            process.wait(timeout=LONGEST_SECONDS)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return {name: [_read(folder, name, rank) for rank in range(count)] for name in cases}
+
+
+def _written(folder: Path, name: str, rank: int) -> Path:
+    return folder / f"{name.replace(' ', '-')}-{rank}"
+
+
+def _read(folder: Path, name: str, rank: int) -> Outcome:
+    file = _written(folder, name, rank)
+    if not file.with_suffix(".json").exists():
+        return Outcome()  # it did not live to tell
+    outcome = Outcome(**json.loads(file.with_suffix(".json").read_text()))
+    with np.load(file.with_suffix(".npz")) as arrays:
+        outcome.weights = dict(arrays)
+    return outcome
+
+
+def main(folder: Path, count: int, rank: int) -> None:
+    """One rank's process."""
+    torch.set_num_threads(1)
+    for name, (told, meeting) in json.loads((folder / "cases.json").read_text()).items():
+        case = Case(**{**told, "set_aside": tuple(told["set_aside"])})
+        outcome = DEEDS[case.deed](case, Ranks(rank, count, timeout_seconds=60), meeting)
+        distributed.destroy_process_group()
+        file = _written(folder, name, rank)
+        np.savez(file.with_suffix(".npz"), **outcome.weights)
+        outcome.weights = {}
+        file.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(outcome)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

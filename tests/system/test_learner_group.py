@@ -1,0 +1,139 @@
+"""The learner's ranks as the driver sees them: which failures it mends, which it passes on; it waits for nobody in vain."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import ObjectLostError, RayTaskError
+
+from common.lora_weights import pack
+from common.trajectory import TrainBatch
+from learner.learner_group import RayLearnerGroup, TrajectoriesLost
+from learner.learner_state import LearnerState
+from learner.rank_group import OtherRankFailed, RankLost
+from learner.weight_check import WeightsDidNotArrive
+
+pytestmark = pytest.mark.system
+BATCH = TrainBatch(3, (), np.zeros(0))
+FOR_EVER = 600.0
+
+
+def state_with(value: float) -> LearnerState:
+    return LearnerState(1, (pack(1, {"weight": np.full(1, value, np.float32)}),), {}, {})
+
+
+class Rank:
+    """Learns nothing. Of the first generation, each does at its update what its `fate` says."""
+
+    def __init__(self, rank: int, fate: str) -> None:
+        self._rank = rank
+        self._fate = fate
+        self._loaded = 0.0
+
+    def join(self, meeting: str) -> None:
+        assert ":" in meeting
+
+    def state(self) -> LearnerState:
+        return state_with(0.0)
+
+    def load_state(self, state: LearnerState) -> None:
+        self._loaded = float(state.trained.buffer[0])
+
+    def update(self, batch: TrainBatch) -> tuple[dict[str, float], LearnerState]:
+        self._meet_fate()
+        return {"rank": float(self._rank)}, state_with(self._loaded + 1)
+
+    def follow(self, batch: TrainBatch) -> str:
+        self._meet_fate()
+        return state_with(self._loaded + (2 if self._fate == "goes astray" else 1)).trained.fingerprint
+
+    def _meet_fate(self) -> None:
+        match self._fate:
+            case "waits":
+                time.sleep(FOR_EVER)
+            case "has bad weights":
+                raise WeightsDidNotArrive("drawn with other weights")
+            case "follows":
+                raise OtherRankFailed("another rank cannot go on")
+            case "misses another":
+                raise RankLost("rank 0 of 2 has lost the others")
+            case "lost a trajectory":
+                raise ObjectLostError("an id", None, "")
+            case "dies":
+                ray.actor.exit_actor()
+
+
+@pytest.fixture
+def group_of(cluster: None) -> Any:
+    """A group of two ranks with these fates, and what it counts; those started in their place have none."""
+    made: list[list[Any]] = []
+    deaths: list[str] = []
+
+    def make(fates: tuple[str, str] = ("", "")) -> list[Any]:
+        remote = ray.remote(num_cpus=0)(Rank)
+        made.append([remote.remote(rank, fate) for rank, fate in enumerate(fates)])
+        return made[-1]
+
+    def wait(references: tuple[Any, ...], loading: bool) -> None:
+        assert ray.wait(list(references), num_returns=1, timeout=60)[0], "waits in vain"
+
+    def group(*fates: str) -> tuple[RayLearnerGroup, list[list[Any]], list[str]]:
+        ranks = RayLearnerGroup(make((fates[0], fates[1])), make, wait, deaths.append)
+        ranks.wait_until_loaded()
+        return ranks, made, deaths
+
+    yield group
+    for actor in [actor for generation in made for actor in generation]:
+        ray.kill(actor)
+
+
+Group = Callable[..., tuple[RayLearnerGroup, list[list[Any]], list[str]]]
+
+
+def test_what_rank_0_says_is_what_the_driver_hears(group_of: Group) -> None:
+    group, made, deaths = group_of("", "")
+    metrics, state = group.update(BATCH, [])
+    assert metrics == {"rank": 0.0} and state.trained.buffer[0] == 1.0
+    assert len(made) == 1 and not deaths
+
+
+@pytest.mark.parametrize("fates", [("waits", "dies"), ("dies", "waits"), ("misses another", "dies"), ("dies", "dies")])
+def test_where_a_rank_dies_all_are_started_again_from_the_last_state_and_one_death_is_counted(
+    fates: tuple[str, str], group_of: Group
+) -> None:
+    group, made, deaths = group_of(*fates)
+    group.load_state(state_with(4.0))
+    _, state = group.update(BATCH, [])
+    assert state.trained.buffer[0] == 5.0
+    assert len(made) == 2 and len(deaths) == 1
+
+
+@pytest.mark.parametrize("fates", [("follows", "has bad weights"), ("has bad weights", "follows")])
+def test_the_rank_that_knows_what_is_wrong_is_the_one_that_is_heard(fates: tuple[str, str], group_of: Group) -> None:
+    group, made, deaths = group_of(*fates)
+    with pytest.raises(WeightsDidNotArrive, match="drawn with other weights"):
+        group.update(BATCH, [])
+    assert len(made) == 1 and not deaths
+
+
+def test_an_error_of_one_rank_is_not_waited_out_with_the_others(group_of: Group) -> None:
+    group, _, _ = group_of("waits", "has bad weights")
+    with pytest.raises(RayTaskError, match="drawn with other weights"):
+        group.update(BATCH, [])
+
+
+def test_trajectories_that_one_rank_has_lost_are_drawn_again_for_ranks_that_are_started_again(group_of: Group) -> None:
+    group, made, deaths = group_of("waits", "lost a trajectory")
+    with pytest.raises(TrajectoriesLost, match="round 3"):
+        group.update(BATCH, [])
+    assert len(made) == 2 and not deaths
+    assert group.update(BATCH, [])[1].trained.buffer[0] == 1.0
+
+
+def test_a_rank_that_arrives_at_other_weights_ends_the_run_by_its_name(group_of: Group) -> None:
+    group, _, _ = group_of("", "goes astray")
+    with pytest.raises(RuntimeError, match=r"after round 3 the weights of learner ranks \[1\] are not those of rank 0"):
+        group.update(BATCH, [])

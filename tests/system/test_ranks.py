@@ -1,0 +1,84 @@
+"""A learner of two ranks on Ray: the same bits twice, whoever dies, and the weights of one rank within rounding."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.config import Recipe
+from common.lora_weights import LoraWeights
+from common.run_folder import RunFolder
+from learner.checkpoint import load_checkpoint, newest_checkpoint
+from tests.system.conftest import final_fingerprint
+from tests.system.disturbances import at_round, beside, in_turn, processes_of
+from train import train
+
+pytestmark = pytest.mark.system
+ROUNDS = 6
+
+
+def recipe_of(tables: dict, name: str, ranks: int = 2, **changes: object) -> Recipe:
+    learner = {**tables["learner"], "ranks": ranks}
+    return Recipe.parse({**tables, "rounds": ROUNDS, "max_policy_lag": 1, "name": name, "learner": learner, **changes})
+
+
+def trained(recipe: Recipe) -> LoraWeights:
+    """The weights in a run's last checkpoint."""
+    newest = newest_checkpoint(RunFolder(recipe.run_path()).checkpoints)
+    assert newest is not None
+    return load_checkpoint(newest).learner.trained
+
+
+def metrics_of(recipe: Recipe) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(recipe.run_path()) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def calm(tables: dict, cluster: None) -> str:
+    return final_fingerprint(recipe_of(tables, "calm"))
+
+
+def test_two_ranks_arrive_where_one_does_and_again_at_the_same_bits_though_each_is_killed(
+    tables: dict, cluster: None, calm: str
+) -> None:
+    killed, one = recipe_of(tables, "killed"), recipe_of(tables, "one", ranks=1)
+    run, deaths = Path(killed.run_path()), []
+
+    def kill(place: int) -> None:
+        processes = processes_of("ray::Learner")
+        assert len(processes) == 2
+        deaths.append(processes[place].pid)
+        os.kill(processes[place].pid, signal.SIGKILL)
+
+    with beside(in_turn(at_round(run, 2, lambda: kill(1)), at_round(run, 4, lambda: kill(0)))):
+        assert final_fingerprint(killed) == calm
+    assert len(set(deaths)) == 2
+    assert sum(metrics.get("actor_restarts/learner", 0) for metrics in metrics_of(killed)) == 2, "one death each time"
+    assert final_fingerprint(one) != calm, "the number of ranks is part of what decides the last bits"
+    difference = float(np.abs(trained(one).buffer - trained(killed).buffer).max())
+    print(f"\nfarthest from one rank after {ROUNDS} rounds: {difference:.1e}")
+    assert difference < 1e-5
+
+
+def test_a_run_of_two_ranks_goes_on_from_its_checkpoint_to_the_same_bits(
+    tables: dict, cluster: None, calm: str
+) -> None:
+    checkpoint = {"every": 1, "keep": 2}
+    train(recipe_of(tables, "parts", checkpoint=checkpoint, rounds=2))
+    assert final_fingerprint(recipe_of(tables, "parts", checkpoint=checkpoint), resume=True) == calm
+
+
+def test_another_number_of_ranks_is_another_run(tables: dict, cluster: None) -> None:
+    recipe = recipe_of(tables, "other", rounds=1)
+    train(recipe)
+    with pytest.raises(ValueError, match="learner.ranks was 2 and is 1"):
+        train(recipe_of(tables, "other", ranks=1), resume=True)
+
+
+def test_what_the_whole_cluster_cannot_hold_is_refused_at_once(tables: dict, cluster: None) -> None:
+    learner = {**tables["learner"], "ranks": 2, "num_cpus": 5}
+    with pytest.raises(ValueError, match="learner: its 2 ranks ask for {'CPU': 10"):
+        train(Recipe.parse({**tables, "name": "large", "learner": learner}))
