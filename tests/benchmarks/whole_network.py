@@ -59,7 +59,7 @@ def _there(folder: Storage) -> Storage:
 
 def measure(step: str, millions: int, shard_bytes: int) -> None:
     """One step in this process: print what it took beyond what was there, over the bytes of the weights, and seconds."""
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         network = network_of(millions)
         work = work_of(step, network, Storage(scratch), shard_bytes)
         with open("/proc/self/clear_refs", "w") as refs:  # the peak counts from here

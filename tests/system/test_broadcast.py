@@ -48,9 +48,8 @@ def tasks(version: int, count: int, stream: Stream, first: int = 0) -> list[Task
 
 
 def started(remote: Any, count: int) -> tuple[RayRolloutStream, Pools]:
-    options, budget = {"concurrency_groups": {"health": 1}}, RestartBudget(0)
-    samplers = WorkerPool("sampler", "sampler", lambda number: remote.options(**options).remote(), count, budget)
-    here = remote.options(**options, resources={"driver": 0.1}, num_cpus=0)
+    budget, here = RestartBudget(0), remote.options(resources={"driver": 0.1}, num_cpus=0)
+    samplers = WorkerPool("sampler", "sampler", lambda number: remote.remote(), count, budget)
     workers = WorkerPool("reward_worker", "reward_worker", lambda number: here.remote(), 1, budget)
     pools = Pools(samplers, (ScoringPool(workers, ("nothing",), RewardPoolTable(), independent=False),), budget)
     stream = RayRolloutStream(pools, StreamSettings(RuntimeTable(), 1, 100.0, check=lambda: None))
@@ -65,7 +64,8 @@ def test_a_version_travels_once_to_each_node_and_its_evaluation_brings_no_second
             cluster.add_node(num_cpus=SAMPLERS_PER_NODE, object_store_memory=300_000_000)
         ray.init(address=cluster.address, log_to_driver=False)
         try:
-            stream, pools = started(ray.remote(num_cpus=1)(Reader), NODES * SAMPLERS_PER_NODE)
+            remote = ray.remote(num_cpus=1, concurrency_groups={"health": 1})(Reader)
+            stream, pools = started(remote, NODES * SAMPLERS_PER_NODE)
             average = version_of(0)
             for version in range(3):
                 weights = version_of(version)
