@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system test-thorough compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast rewards-bench soak scale bench-trl bench-target bench-gpu bench-gpu-families pretrain clean
+.PHONY: demo test test-system test-thorough compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak scale bench-trl bench-target bench-gpu bench-gpu-families pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -49,6 +49,9 @@ overlap: $(VENV)/installed
 
 broadcast: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.broadcast
+
+whole-network: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.whole_network
 
 scale: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.scale

@@ -70,6 +70,10 @@ class Drawing:
         for version in [version for version in self._weights if version <= policy_version - versions_kept]:
             del self._weights[version]
 
+    def published(self, policy_version: int) -> Any:
+        """The reference to a version's weights; None where it is not kept."""
+        return self._weights.get(policy_version)
+
     def submit(self, task: Task, weights: Any = None) -> None:
         """Queue a task. Its policy version must have been published, or it comes with its weights, by reference."""
         self._open[task.place] = Asked(task, self._weights[task.policy_version] if weights is None else weights)

@@ -49,15 +49,25 @@ class RayRolloutStream(RolloutStream):
         self._retries: dict[str, int] = {}
         self._drawing = Drawing(pools.samplers, Pace(settings.overdue_factor), self._retries)
         self._scoring = ScoringPools(pools.scoring, self._retries)
+        self._fingerprints: dict[int, str] = {}  # of the published versions
         self._done: dict[Place, Rollout] = {}
         self._evaluation_seconds = 0.0  # of drawing, since the last report
         self._moved = time.monotonic()
 
     def publish(self, weights: LoraWeights) -> None:
         self._drawing.publish(weights.policy_version, ray.put(weights), self._settings.versions_kept)
+        self._fingerprints[weights.policy_version] = weights.fingerprint
+        for version in [each for each in self._fingerprints if self._drawing.published(each) is None]:
+            del self._fingerprints[version]
+
+    def _reference(self, weights: LoraWeights) -> Any:
+        """That of the published version, if this is it: a second one would travel to every node a second time."""
+        if self._fingerprints.get(weights.policy_version) == weights.fingerprint:
+            return self._drawing.published(weights.policy_version)
+        return ray.put(weights)
 
     def submit(self, tasks: list[Task], weights: LoraWeights | None = None) -> None:
-        given = None if weights is None else ray.put(weights)
+        given = None if weights is None else self._reference(weights)
         for task in tasks:
             self._drawing.submit(task, given)
         self._drawing.move(time.monotonic())

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
 Manifest = tuple[tuple[str, tuple[int, ...]], ...]  # name and shape of each parameter, in the buffer's order
+PIECE = 2**24  # numbers that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class LoraWeights:
     fingerprint: str
 
     def __post_init__(self) -> None:
-        expected = sum(int(np.prod(shape)) for _, shape in self.manifest)
+        expected = sum(math.prod(shape) for _, shape in self.manifest)
         if self.buffer.dtype != np.float32 or self.buffer.shape != (expected,):
             raise ValueError(
                 f"weights of version {self.policy_version} are {self.buffer.dtype} {self.buffer.shape}: "
@@ -45,9 +48,20 @@ def fingerprint(buffer: np.ndarray, manifest: Manifest) -> str:
 
 
 def pack(policy_version: int, arrays: dict[str, np.ndarray]) -> LoraWeights:
-    """Lay named float32 arrays one after the other."""
-    manifest = tuple((name, tuple(int(size) for size in array.shape)) for name, array in arrays.items())
-    buffer = np.concatenate([np.asarray(array, dtype=np.float32).ravel() for array in arrays.values()])
+    """Lay named arrays one after the other, in float32."""
+    shapes = {name: array.shape for name, array in arrays.items()}
+    return packed(policy_version, shapes, arrays.values())
+
+
+def packed(policy_version: int, shapes: Mapping[str, Sequence[int]], arrays: Iterable[np.ndarray]) -> LoraWeights:
+    """The same of arrays that come one at a time: of a whole network there is then one copy, and not two."""
+    manifest = tuple((name, tuple(int(size) for size in shape)) for name, shape in shapes.items())
+    buffer = np.empty(sum(math.prod(shape) for _, shape in manifest), np.float32)
+    start = 0
+    for (_, shape), array in zip(manifest, arrays, strict=True):
+        end = start + math.prod(shape)
+        buffer[start:end] = array.ravel()
+        start = end
     return LoraWeights(policy_version, buffer, manifest, fingerprint(buffer, manifest))
 
 
@@ -65,5 +79,8 @@ def verified(weights: LoraWeights) -> LoraWeights:
 def averaged(old: LoraWeights, new: LoraWeights, decay: float) -> LoraWeights:
     """The moving average `decay` · old + (1 − `decay`) · new, under the version of `new`."""
     assert old.manifest == new.manifest, "weights of one network"
-    buffer = np.float32(decay) * old.buffer + np.float32(1 - decay) * new.buffer
+    buffer = np.empty_like(new.buffer)
+    for start in range(0, len(buffer), PIECE):  # or a whole network would take three times its memory on the way
+        part = slice(start, start + PIECE)
+        buffer[part] = np.float32(decay) * old.buffer[part] + np.float32(1 - decay) * new.buffer[part]
     return LoraWeights(new.policy_version, buffer, new.manifest, fingerprint(buffer, new.manifest))

@@ -142,6 +142,7 @@ class LearnerTable(RoleTable):
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"]
     inner_epochs: int = Field(default=1, ge=1)
     parts_per_round: int = Field(default=1, ge=1)  # learned from in task order, each while the tasks after it are drawn
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # in 8 bits a quarter of the memory; needs bitsandbytes
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)

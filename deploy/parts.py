@@ -16,6 +16,7 @@ from common.trackers import TRACKERS
 from common.trackers.tracker import Tracker
 from learner.algorithms import ALGORITHMS
 from learner.algorithms.algorithm import Algorithm
+from learner.optimizer import check_optimizer
 from learner.reward_composition import RewardComposition
 
 
@@ -57,6 +58,7 @@ def parts_of(recipe: Recipe) -> Parts:
     """Build every entry the recipe names. ValueError: a name or key is not known, or what an entry needs is not there."""
     parts = entries_of(recipe)
     parts.policy.check()
+    check_optimizer(recipe.learner)
     parts.prompts.load()
     for tracker in parts.trackers.values():
         tracker.check()

@@ -2,20 +2,22 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
 from common.lora_weights import LoraWeights, verified
 from common.storage import Storage
 from learner.learner_state import Evaluated, EvaluationState, LearnerState
 from learner.reward_composition import Statistics
+from learner.shards import SHARD_BYTES, Shards, cut, grouped, read_arrays, read_buffer
 
 MANIFEST = "manifest.json"
 OWN_WEIGHTS = "weights-trained.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 MISSHAPEN = (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, AttributeError, TypeError)
 FOLDER_NAME = re.compile(r"round-(\d+)(?:-(\d+))?")  # rounds done, and how often they were committed before
 
@@ -33,16 +35,18 @@ class Checkpoint:
     evaluation: EvaluationState = EvaluationState()
 
 
-def save_checkpoint(folder: Storage, checkpoint: Checkpoint, keep: int) -> Storage:
+def save_checkpoint(folder: Storage, checkpoint: Checkpoint, keep: int, shard_bytes: int = SHARD_BYTES) -> Storage:
     """Write `folder/round-000012`; then forget all but the newest `keep`. A commit is its manifest, written last.
 
-    What was committed before is touched only after that; the same rounds once more go into `round-000012-1`.
+    What was committed before is touched only after that; the same rounds once more go into `round-000012-1`. One file of at
+    most `shard_bytes` is in memory at a time, beside the state itself.
     """
     target = folder.folder(_free_name(folder, checkpoint.rounds_done))
-    files = _files(checkpoint)
-    for name, data in files.items():
+    manifest = {}
+    for name, data in _files(checkpoint, _shards(checkpoint, shard_bytes)):
+        manifest[name] = hashlib.sha256(data).hexdigest()
         target.write(name, data)
-    manifest = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        del data  # before the next one is made
     target.write(MANIFEST, json.dumps(manifest, indent=1).encode())
     folder.write("latest", target.name.encode())  # a hint for people: the newest whole checkpoint is looked for
     _forget(folder, target.name, keep)
@@ -77,7 +81,19 @@ def _place(name: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or 0)
 
 
-def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
+def _shards(checkpoint: Checkpoint, limit: int) -> list[Shards]:
+    """The arrays of a checkpoint, in files of at most `limit` bytes."""
+    learner = checkpoint.learner
+    weights = {_weights_file(each.policy_version): each for each in learner.weights}
+    if learner.own_weights:
+        weights[OWN_WEIGHTS] = learner.own_weights
+    weights |= _evaluated(checkpoint.evaluation)
+    buffers = [cut(name, each.buffer, limit) for name, each in weights.items()]
+    return [*buffers, grouped(OPTIMIZER, learner.optimizer, limit)]
+
+
+def _files(checkpoint: Checkpoint, shards: list[Shards]) -> Iterator[tuple[str, bytes]]:
+    """Every file but the manifest, one at a time; the last one says what the others are."""
     learner = checkpoint.learner
     state = {
         "rounds_done": checkpoint.rounds_done,
@@ -92,13 +108,11 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "set_aside": checkpoint.set_aside,
         "evaluation": _evaluation_header(checkpoint.evaluation),
     }
-    files = {_weights_file(weights.policy_version): save({"buffer": weights.buffer}) for weights in learner.weights}
-    if learner.own_weights:
-        files[OWN_WEIGHTS] = save({"buffer": learner.own_weights.buffer})
-    files |= {name: save({"buffer": weights.buffer}) for name, weights in _evaluated(checkpoint.evaluation).items()}
-    files["optimizer.safetensors"] = save(learner.optimizer)
-    files["state.json"] = json.dumps(state).encode()
-    return files
+    if several := {each.file: len(each.parts) for each in shards if len(each.parts) > 1}:
+        state["shards"] = several
+    for each in shards:
+        yield from each.files()
+    yield "state.json", json.dumps(state).encode()
 
 
 def _evaluated(state: EvaluationState) -> dict[str, LoraWeights]:
@@ -118,8 +132,9 @@ def _evaluation_header(state: EvaluationState) -> dict[str, object]:
     return {"pending": pending, "files": files}
 
 
-def _load_evaluation(checkpoint: Storage, header: dict) -> EvaluationState:
-    files = {name: _load_weights(checkpoint, name, of_file) for name, of_file in header.get("files", {}).items()}
+def _load_evaluation(checkpoint: Storage, state: dict) -> EvaluationState:
+    header = state.get("evaluation", {})
+    files = {name: _load_weights(checkpoint, name, of_file, state) for name, of_file in header.get("files", {}).items()}
     pending = []
     for each in header.get("pending", ()):
         place = f"{each['policy_version']:06d}.safetensors"
@@ -176,9 +191,9 @@ def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
     learner = LearnerState(
         state["policy_version"],
         load_weights(checkpoint),
-        load(checkpoint.read("optimizer.safetensors")),
+        read_arrays(checkpoint, OPTIMIZER, _num_shards(state, OPTIMIZER)),
         state["scaler"],
-        _load_weights(checkpoint, OWN_WEIGHTS, state["own_weights"]) if state.get("own_weights") else None,
+        _load_weights(checkpoint, OWN_WEIGHTS, state["own_weights"], state) if state.get("own_weights") else None,
         state.get("micro_batch_size"),
     )
     return Checkpoint(
@@ -191,7 +206,7 @@ def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
         state.get("tracker_ids", {}),
         state.get("ledger_rounds", 0),
         {int(round): images for round, images in state.get("set_aside", {}).items()},
-        _load_evaluation(checkpoint, state.get("evaluation", {})),
+        _load_evaluation(checkpoint, state),
     )
 
 
@@ -203,11 +218,20 @@ def policy_versions(checkpoint: Storage) -> list[int]:
 def load_weights(checkpoint: Storage) -> tuple[LoraWeights, ...]:
     """A checkpoint's policy versions alone, the newest last. ValueError: they are not what they were saved as."""
     state = json.loads(checkpoint.read("state.json"))
-    headers = state["weights"]
-    return tuple(_load_weights(checkpoint, _weights_file(header["policy_version"]), header) for header in headers)
+    return tuple(
+        _load_weights(checkpoint, _weights_file(header["policy_version"]), header, state) for header in state["weights"]
+    )
 
 
-def _load_weights(checkpoint: Storage, name: str, header: dict) -> LoraWeights:
-    buffer = load(checkpoint.read(name))["buffer"]
+def _num_shards(state: dict, file: str) -> int:
+    count = state.get("shards", {}).get(file, 1)
+    if not isinstance(count, int) or not 0 < count < 100_000:
+        raise ValueError(f"{file} is said to lie in {count!r} shards")
+    return count
+
+
+def _load_weights(checkpoint: Storage, name: str, header: dict, state: dict) -> LoraWeights:
     manifest = tuple((parameter, tuple(shape)) for parameter, shape in header["manifest"])
+    size = sum(math.prod(shape) for _, shape in manifest)
+    buffer = read_buffer(checkpoint, name, _num_shards(state, name), size)
     return verified(LoraWeights(header["policy_version"], buffer, manifest, header["fingerprint"]))

@@ -19,6 +19,7 @@ from learner.drift import divergence, few, reference_kl
 from learner.learner_state import LearnerState
 from learner.micro_batch import micro_batch_size
 from learner.off_policy import to_those_left
+from learner.optimizer import load_optimizer_arrays, optimizer_arrays, optimizer_of
 from learner.rank_group import Ranks
 from learner.reference_passes import References, Update, references_of
 from learner.round_noisings import RoundNoisings
@@ -51,14 +52,7 @@ class Learner:
         if self._compiles:
             self._policy.compile(self._micro_batch_size)
         self._parameters = trained_parameters(self._policy.network)
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(),
-            lr=self._settings.learning_rate,
-            betas=(self._settings.adam_beta1, self._settings.adam_beta2),
-            eps=self._settings.adam_epsilon,
-            weight_decay=self._settings.weight_decay,
-            fused=True,
-        )
+        self._optimizer = optimizer_of(self._parameters, self._settings)
         self._tolerance = log_prob_tolerance(self._settings.log_prob_tolerance, policy)
         self._scaler = torch.amp.GradScaler(self._device, enabled=policy.dtype == "float16")
         self._version = 0
@@ -228,10 +222,7 @@ class Learner:
 
     def state(self) -> LearnerState:
         """A copy of all state."""
-        optimizer = {}
-        for name, parameter in self._parameters.items():
-            for key, value in self._optimizer.state[parameter].items():
-                optimizer[f"{name}/{key}"] = value.detach().cpu().contiguous().numpy().copy()
+        optimizer = optimizer_arrays(self._optimizer, self._parameters)
         own = None if self._trained.fingerprint == self._published[-1].fingerprint else self._trained
         scaler = self._scaler.state_dict()
         return LearnerState(self._version, self._published, optimizer, scaler, own, self._micro_batch_size)
@@ -239,13 +230,8 @@ class Learner:
     def load_state(self, state: LearnerState) -> None:
         """Go on from `state`; what was begun of a round is undone. ValueError: it belongs to another network."""
         load_weights(self._policy.network, state.trained)
-        self._optimizer.state.clear()
+        load_optimizer_arrays(self._optimizer, self._parameters, state.optimizer)
         self._metrics, self._log_ratios = self._no_metrics(), None
-        for name, parameter in self._parameters.items():
-            for key, value in _of_parameter(state.optimizer, name).items():
-                # In the parameter's own memory layout, as AdamW made it; fused, it has its step count on the device too.
-                like = parameter if value.shape == parameter.shape else parameter.new_empty(value.shape)
-                self._optimizer.state[parameter][key] = torch.empty_like(like).copy_(torch.from_numpy(value.copy()))
         if state.scaler:
             self._scaler.load_state_dict(state.scaler)
         self._version, self._published, self._trained = state.policy_version, state.weights, state.trained
@@ -277,7 +263,3 @@ class Learner:
         with local_folder(storage) as folder, swapped_in(self._policy.network, weights or present, present):
             written = self._policy.save(folder).relative_to(folder)
         return storage.folder(str(written)).location
-
-
-def _of_parameter(optimizer: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    return {key.rpartition("/")[2]: value for key, value in optimizer.items() if key.rpartition("/")[0] == name}

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from common.config import Recipe
 from common.diffusion.live_bytes import allocated_peak
-from common.diffusion.lora import trained_parameters
 from common.diffusion.policy import Policy, PolicyConfig
 from common.diffusion.sizes import LEFT_FREE, PolicySizes, largest_divisor, parameter_bytes, usable_bytes
 from common.trajectory import NoisedBatch, TransitionBatch
 from learner.algorithms.algorithm import Algorithm
+from learner.optimizer import moment_bytes, with_moments_of
 from learner.rank_group import buffer_bytes
 
 # What the recipes for a CPU have; whether more would be faster there was not measured.
@@ -29,12 +29,13 @@ def micro_batch_size(policy: Policy, config: PolicyConfig, algorithm: Algorithm,
         return given
     pairs = recipe.learner.images_per_rank * per_image
     on_gpu = policy.device.startswith("cuda")
-    sizes = config.sizes(recipe.sampling, "cuda" if on_gpu else "cpu")
+    optimizer = recipe.learner.optimizer
+    sizes = with_moments_of(optimizer, config.sizes(recipe.sampling, "cuda" if on_gpu else "cpu"))
     if on_gpu:
         limit = gpu_limit(recipe.learner.num_gpus)
         beside = recipe.images_per_round * sizes.conditioning_bytes
         beside += buffer_bytes(sizes.trained_parameters, recipe.learner.ranks)
-        trial = StepTrial(policy, algorithm, sizes)
+        trial = StepTrial(policy, algorithm, sizes, optimizer)
         found = largest_that_fits(pairs, limit - beside, sizes.learner.largest(limit - beside), trial.peak)
     else:
         limit = (1 - LEFT_FREE) * psutil.virtual_memory().available
@@ -73,10 +74,11 @@ def largest_that_fits(pairs: int, limit: float | int, predicted: int, peak: Call
 class StepTrial:
     """Steps on made-up pairs: they take what real ones do, and leave no trace in the policy."""
 
-    def __init__(self, policy: Policy, algorithm: Algorithm, sizes: PolicySizes) -> None:
+    def __init__(self, policy: Policy, algorithm: Algorithm, sizes: PolicySizes, optimizer: str = "adamw") -> None:
         self._policy = policy
         self._algorithm = algorithm
         self._sizes = sizes
+        self._moment_bytes = moment_bytes(optimizer, sizes)
 
     def peak(self, pairs: int) -> float | int:
         """The most bytes allocated at once in an optimizer step with micro-batches of so many; infinite: out of memory."""
@@ -86,9 +88,8 @@ class StepTrial:
         return peak
 
     def _step(self, pairs: int) -> None:
-        """Two micro-batches, for the second has gradients beside it, as most have; and AdamW's moments."""
-        parameters = trained_parameters(self._policy.network).values()
-        moments = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
+        """Two micro-batches, for the second has gradients beside it, as most have; and the optimizer's moments."""
+        moments = torch.empty(self._moment_bytes, dtype=torch.uint8, device=self._policy.device)
         for _ in range(2):
             loss = self._algorithm.pair_loss(self._policy, self._batch(pairs)).loss
             (loss.sum() / (2 * pairs)).backward()

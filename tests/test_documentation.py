@@ -51,8 +51,8 @@ RECIPES = ROOT / "deploy" / "recipes"
 @pytest.mark.parametrize("recipe", sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml")))
 def test_every_recipe_is_checked_and_named_in_the_readme_or_on_a_page_of_recipes(recipe: str) -> None:
     parts_of(Recipe.load(RECIPES / recipe))
-    of_recipes = ("algorithms.md", "aesthetic.md", "evaluation.md", "rewards.md", "model_families.md")
-    pages = [ROOT / "README.md", *(ROOT / "docs" / name for name in of_recipes)]
+    of_recipes = ("algorithms", "aesthetic", "evaluation", "full_fine_tuning", "model_families", "rewards")
+    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in of_recipes)]
     assert f"`{recipe}`" in "".join(page.read_text() for page in pages)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.diffusion.weight_files import TRAINED_PARTS, part_of
-from common.lora_weights import LoraWeights, pack, verified
+from common.lora_weights import LoraWeights, packed, verified
 from common.registry import Entry
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -72,8 +72,9 @@ def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 
 def read_weights(network: nn.Module, policy_version: int) -> LoraWeights:
     """A copy of the trained parameters, to be published."""
-    arrays = {name: value.detach().cpu().numpy() for name, value in trained_parameters(network).items()}
-    return pack(policy_version, arrays)
+    parameters = trained_parameters(network)
+    shapes = {name: value.shape for name, value in parameters.items()}
+    return packed(policy_version, shapes, (value.detach().cpu().numpy() for value in parameters.values()))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What every model family promises: encode prompts, give one step's distribution, decode pictures."""
 
+import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
@@ -159,9 +160,10 @@ def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
 
 def quiet_libraries() -> None:
     """Loading is announced by us, once; what the libraries say of each part is for their own developers."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by others wherever it is installed
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

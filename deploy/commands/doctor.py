@@ -43,6 +43,7 @@ from deploy.commands.ratio_measurement import draw_some, score_again
 from deploy.commands.ratio_noise import Noise, clip_range, noise_findings, table_rows, worst_in_words
 from deploy.parts import Parts, build_reward, entries_of
 from deploy.workers import place_options
+from learner.optimizer import check_optimizer
 from learner.weight_check import log_prob_tolerance
 
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
@@ -92,6 +93,7 @@ def _numbers(parts: Parts) -> Plan | Finding:
     try:
         parts.prompts.load()
         parts.policy.check()
+        check_optimizer(parts.recipe.learner)
         return plan_of_parts(parts)
     except ValueError as error:
         return Finding("fault", "recipe", str(error))

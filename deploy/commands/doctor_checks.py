@@ -155,8 +155,9 @@ def _probe(folder: RunFolder) -> None:
 
 
 def checkpoint_bytes(recipe: Recipe, numbers: Plan) -> int:
-    """One checkpoint: max_policy_lag + 1 versions of the weights, and AdamW's two moments."""
-    return numbers.broadcast_bytes * (recipe.max_policy_lag + 1 + 2)
+    """One checkpoint: max_policy_lag + 1 versions of the weights, their moving average if asked for, the optimizer's state."""
+    versions = recipe.max_policy_lag + 1 + (recipe.evaluation.average_decay is not None)
+    return numbers.broadcast_bytes * versions + numbers.optimizer_bytes
 
 
 def disk_finding(recipe: Recipe, numbers: Plan) -> Finding:

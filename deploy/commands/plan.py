@@ -31,6 +31,7 @@ def plan(recipe: Recipe) -> str:
         ("parameters trained", f"{numbers.sizes.trained_parameters:,} of {numbers.sizes.network_parameters:,}"),
         ("a trajectory", f"{in_bytes(numbers.trajectory_bytes)} an image, {in_bytes(numbers.round_bytes)} under way"),
         ("a broadcast", f"{in_bytes(numbers.broadcast_bytes)} to each sampler's node, once a round"),
+        ("optimizer's state", f"{in_bytes(numbers.optimizer_bytes)} of {learner.optimizer}"),
         ("learner's memory" if numbers.ranks == 1 else "a learner rank's memory", _learners(recipe, numbers)),
         ("a sampler's memory", f"{in_bytes(numbers.sampler_bytes)} at the most, with tasks of {sampling.batch_size}"),
         *((f"{_who(pool)} memory{_own(pool)}", in_bytes(numbers.reward_worker_bytes[pool.name])) for pool in pools),

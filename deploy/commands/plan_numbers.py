@@ -7,6 +7,7 @@ from common.diffusion.sizes import DeviceKind, PolicySizes
 from common.reward_pools import all_pools
 from common.trajectory import DTYPES
 from deploy.parts import Parts, parts_of
+from learner.optimizer import moment_bytes, with_moments_of
 from learner.rank_group import buffer_bytes
 
 
@@ -25,6 +26,7 @@ class Plan:
     trajectory_bytes: int  # one image's, as it travels
     round_bytes: int  # all trajectories under way at once
     broadcast_bytes: int  # one policy version
+    optimizer_bytes: int  # its state
     conditioning_bytes: int  # of a round's prompts, on the learner's device
     learner_bytes: int
     sampler_bytes: int
@@ -48,8 +50,8 @@ def plan_of(recipe: Recipe) -> Plan:
 def plan_of_parts(parts: Parts) -> Plan:
     """The same of a recipe's parts, whether or not all that they need is there."""
     recipe, policy = parts.recipe, parts.policy
-    sizes = policy.sizes(recipe.sampling, device_of(recipe))
     sampling, learner = recipe.sampling, recipe.learner
+    sizes = with_moments_of(learner.optimizer, policy.sizes(sampling, device_of(recipe)))
     channels, height, width = sizes.latent_shape
     latent_bytes = channels * height * width * DTYPES[sampling.latents_dtype].itemsize
     kept = sampling.kept_steps(sizes.noisy_steps)
@@ -74,6 +76,7 @@ def plan_of_parts(parts: Parts) -> Plan:
         trajectory_bytes=trajectory,
         round_bytes=trajectory * recipe.images_per_round * (recipe.max_policy_lag + 1),
         broadcast_bytes=4 * sizes.trained_parameters,
+        optimizer_bytes=moment_bytes(learner.optimizer, sizes),
         conditioning_bytes=conditioning,
         learner_bytes=sizes.learner.of(micro_batch) + conditioning + reduced,
         sampler_bytes=sizes.sampler_bytes(sampling.batch_size),

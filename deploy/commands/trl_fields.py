@@ -116,7 +116,7 @@ COUNTERPARTS = {
         "{config.train_batch_size}; it changes memory and speed, not the result",
     ),
     "train_use_8bit_adam": Counterpart(
-        says="AdamW keeps its state in float32: for a LoRA that is a few megabytes",
+        says="AdamW keeps its state in float32: for a LoRA a few megabytes; learner.optimizer = 'adamw_8bit' keeps 8 bits",
         quiet=lambda run: not run.config.train_use_8bit_adam,
     ),
     "train_learning_rate": Counterpart("learner.learning_rate"),

@@ -39,3 +39,14 @@ def test_a_rounds_cost_is_measured_and_fitted(tmp_path: Path) -> None:
     assert (tmp_path / "scale.png").stat().st_size > 10_000
     rows = (tmp_path / "scale.csv").read_text().splitlines()
     assert len(rows) == 5 and rows[0].startswith("axis,value,images,")
+
+
+def test_reading_averaging_and_saving_a_network_take_one_copy_at_most() -> None:
+    text = printed("whole_network", "--millions", "40", "--shard-bytes", "20000000")
+    found = {
+        step: float(memory)
+        for step, memory in re.findall(r"^\| ([a-z ]+) \| (-?\d+\.\d+) \|", text, flags=re.MULTILINE)
+    }
+    assert 0.9 < found["read"] < 1.2 and 0.9 < found["average"] < 1.8  # pieces of 64 MiB weigh more in a small network
+    assert found["load"] < 0.5  # a parameter of it at a time
+    assert found["save"] < 0.8 and found["find and read again"] < 4  # a shard, and the state of three copies
