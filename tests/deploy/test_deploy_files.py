@@ -221,6 +221,7 @@ def test_compose_listens_on_this_machine_alone_and_mounts_what_is_there() -> Non
         assert yaml.safe_load(config["content"])["apiVersion"] == 1
 
 
+@pytest.mark.thorough
 def test_the_sizes_in_the_readme_are_those_of_the_plan() -> None:
     rows = re.findall(r"^\| `(\w+\.toml)` \| (.*) \|$", README, re.MULTILINE)
     assert len(rows) == 3

@@ -84,6 +84,7 @@ def test_the_head_as_a_reward_by_its_path_gives_the_ratings_that_the_figures_are
     assert metrics(tmp_path / "out")["splits"]["test"]["mse"] == pytest.approx(mse)
 
 
+@pytest.mark.thorough
 def test_the_same_seed_gives_the_same_bytes_and_another_a_different_head(
     rated: tuple[Path, dict[str, float]], table: Path, clip: Path, tmp_path: Path
 ) -> None:

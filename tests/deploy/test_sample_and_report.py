@@ -43,7 +43,7 @@ assert not any(name.partition(".")[0] in ("common", "actors", "learner") for nam
 """
 
 
-@pytest.mark.parametrize("model", [pytest.param("tiny", marks=pytest.mark.thorough), "tiny_animals"])
+@pytest.mark.parametrize("model", ["tiny", pytest.param("tiny_animals", marks=pytest.mark.thorough)])
 def test_plain_diffusers_draws_the_pictures_of_ddpo_sample(model: str, tables: dict, tmp_path: Path) -> None:
     if model == "tiny_animals":
         tables["policy"] |= {"model": model}

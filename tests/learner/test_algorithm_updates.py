@@ -154,6 +154,7 @@ def test_a_fresh_adapter_has_no_kl_to_the_pretrained_model_and_a_moved_one_has_t
     assert float(distance.mean()) > 1
 
 
+@pytest.mark.thorough
 def test_the_kl_pulls_the_policy_back_to_the_pretrained_model(tables: dict) -> None:
     def distance(coefficient: float) -> float:
         table = {"name": "dpok", "kl_coef": coefficient}

@@ -89,8 +89,11 @@ def rubbish(path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("redone", "shard_bytes"),
-    [(False, SHARD_BYTES), (True, SHARD_BYTES), (False, 8)],
-    ids=["a new round", "a round once more", "a new round in shards"],
+    [
+        pytest.param(False, SHARD_BYTES, id="a new round"),
+        pytest.param(True, SHARD_BYTES, id="a round once more"),
+        pytest.param(False, 8, id="a new round in shards", marks=pytest.mark.thorough),
+    ],
 )
 @pytest.mark.parametrize("death", [False, True], ids=["the operation fails", "the process dies"])
 def test_a_fault_at_any_file_operation_leaves_the_old_checkpoint_or_the_new(

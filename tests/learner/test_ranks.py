@@ -39,6 +39,7 @@ IN_FLOAT16 = (
     "optimizer_steps_skipped",
     "learner/micro_batch_size",
 )  # the others are rounded too far
+pytestmark = pytest.mark.thorough  # two processes go through all cases: half a minute
 # Of each case, what is changed in the small recipe, and what else is to be said of it.
 LEARNED: dict[str, tuple[dict, dict]] = {
     "ddpo_is": (TWICE, {"rounds": 2}),

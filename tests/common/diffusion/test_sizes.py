@@ -50,6 +50,7 @@ def test_published_models_have_their_published_sizes_without_a_hub_or_weights(mo
     assert (network, decoder, encoders) == PUBLISHED[model]
 
 
+@pytest.mark.thorough
 def test_a_decoder_that_takes_a_picture_after_the_other_needs_little_more_for_many(tmp_path: Path) -> None:
     model = MAKERS["sdxl"](tmp_path)
     whole, sliced = (
