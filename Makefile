@@ -7,7 +7,7 @@ TRL_VENV := .venv-parity
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system test-thorough compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak scale bench-trl bench-target bench-gpu bench-gpu-families pretrain clean
+.PHONY: demo test test-system test-thorough eight-bit compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak scale bench-trl bench-target bench-gpu bench-gpu-families pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -15,13 +15,18 @@ demo: $(VENV)/installed
 	$(BIN)/ddpo report runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not system and not thorough and not same_bits and not parity and not compiled" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not system and not thorough and not same_bits and not parity and not compiled and not eight_bit" tests
 
 test-system: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m system tests
 
 test-thorough: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m thorough tests
+
+# The library lies in a folder of its own: peft imports it in every process, 1.7 s each, where it can.
+eight-bit: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --constraint constraints.txt --target .venv-8bit bitsandbytes
+	PYTHONPATH=.venv-8bit $(BIN)/python -m pytest -m eight_bit tests/learner
 
 compiled: $(VENV)/installed
 	$(BIN)/python -m pytest -m compiled tests

@@ -36,7 +36,7 @@ def optimizer_of(parameters: Mapping[str, nn.Parameter], settings: LearnerTable)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters.values(), **keys, fused=True)
     check_optimizer(settings)
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports] -- an extra
 
     for parameter in parameters.values():
         # It counts numbers in memory's order: channels last, a block of them would be another after a resume.

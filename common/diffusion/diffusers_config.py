@@ -65,10 +65,6 @@ class DiffusersConfig(PolicyConfig):
         size = self.latent_size() or network_config["sample_size"]
         return network_config["in_channels"], size, size
 
-    def noisy_steps(self, sampling: SamplingTable) -> int:
-        """How many steps of a path have noise, as far as can be told without its schedule."""
-        return sampling.num_steps
-
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """The same with what all prompts share."""
         return shapes | {f"negative_{name}": shape for name, shape in shapes.items()}

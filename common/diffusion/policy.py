@@ -110,6 +110,10 @@ class PolicyConfig(Entry, ABC):
             raise ValueError('merge_adapters is true and train "full": only a LoRA\'s adapters are merged')
         return self
 
+    def noisy_steps(self, sampling: SamplingTable) -> int:
+        """How many steps of a path have noise, as far as can be told without its schedule."""
+        return sampling.num_steps
+
     @abstractmethod
     def check(self) -> None:
         """ValueError where it can be told without loading that the model is not there."""

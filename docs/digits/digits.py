@@ -57,6 +57,9 @@ class Digits(PolicyConfig):
                 "float32 and keeps its activations"
             )
 
+    def noisy_steps(self, sampling: SamplingTable) -> int:
+        return sampling.num_steps - 1  # the last one leads to the picture
+
     def needs(self) -> tuple[Weights, ...]:
         return (Weights(str(self.folder()), ("config.json", "*.safetensors"), "policy.model"),)
 
@@ -76,7 +79,7 @@ class Digits(PolicyConfig):
         path = 4 * (sampling.num_steps + 1) * math.prod(self.latent_shape)  # bytes of all latents of an image
         return PolicySizes(
             latent_shape=self.latent_shape,
-            noisy_steps=sampling.num_steps - 1,
+            noisy_steps=self.noisy_steps(sampling),
             conditioning_shape=shapes | {"negative_digit": (len(DIGITS),)},
             conditioning_bytes=4 * len(DIGITS),
             network_parameters=parameters,

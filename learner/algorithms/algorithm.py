@@ -32,7 +32,6 @@ class Algorithm(Entry, ABC):
 
     def check(self, recipe: Recipe) -> None:
         """ValueError: the rest of the recipe does not go with this algorithm."""
-        self.check_micro_batches(recipe, recipe.sampling.num_steps)
 
     def check_policy(self, policy: PolicyConfig) -> None:
         """ValueError: the algorithm does not go with how sampler and learner compute."""

@@ -24,7 +24,7 @@ FULL = {"policy__train": "full", "learner__learning_rate": 1e-5}
 HALF = {**FULL, "policy__dtype": "bfloat16"}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.eight_bit)])
 def test_in_bfloat16_weights_gradients_and_moments_are_float32_and_small_steps_are_not_lost(
     optimizer: str, tables: dict
 ) -> None:

@@ -56,6 +56,7 @@ def test_in_float32_it_is_torchs_own_with_the_recipes_numbers() -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.eight_bit
 def test_eight_bits_move_parameters_within_three_hundredths_of_where_float32_does() -> None:
     start, exact, rough = (parameters_of(*SHAPES) for _ in range(3))
     keys = {"learning_rate": 1e-3, "weight_decay": 0.1}
@@ -69,6 +70,7 @@ def test_eight_bits_move_parameters_within_three_hundredths_of_where_float32_doe
         assert parameter.numel() < 4096 or difference > 0
 
 
+@pytest.mark.eight_bit
 def test_an_eight_bit_state_is_a_byte_a_moment_and_number_and_its_scales() -> None:
     parameters = parameters_of((64, 64))
     optimizer = optimizer_of(parameters, settings("adamw_8bit"))
@@ -80,7 +82,7 @@ def test_an_eight_bit_state_is_a_byte_a_moment_and_number_and_its_scales() -> No
     assert [array.size for array in scales] == [64 * 64 // 256] * 2
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.eight_bit)])
 def test_a_state_that_went_through_arrays_goes_on_to_the_same_bits(optimizer: str, tmp_path: Path) -> None:
     table, whole, first, second = settings(optimizer), *(parameters_of(*SHAPES) for _ in range(3))
     learn(optimizer_of(whole, table), whole, range(6))
@@ -97,6 +99,7 @@ def test_a_state_that_went_through_arrays_goes_on_to_the_same_bits(optimizer: st
     assert all(np.array_equal(value, optimizer_arrays(stopped, first)[name]) for name, value in arrays.items())
 
 
+@pytest.mark.eight_bit
 def test_parameters_laid_out_with_channels_last_go_on_to_the_same_bits_too() -> None:
     def channels_last() -> dict[str, nn.Parameter]:
         parameters = parameters_of((64, 32, 3, 3))
@@ -120,6 +123,7 @@ def small(tables: dict, **values: object) -> dict:
     return {**keys, "learner__micro_batch_size": 4, **EIGHT_BIT, **values}
 
 
+@pytest.mark.eight_bit
 def test_a_learner_with_eight_bits_goes_on_from_a_checkpoint_to_the_same_bits(tables: dict, tmp_path: Path) -> None:
     parts = parts_with(tables, **small(tables))
     learner = Learner(parts.policy, parts.algorithm, parts.recipe)

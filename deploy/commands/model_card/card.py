@@ -70,7 +70,7 @@ def _told(run: Published) -> dict[str, Any]:
         model += ", the small Stable Diffusion that ships with ray-ddpo"
     return {
         "recipe": recipe,
-        "what": "The whole UNet" if run.policy.train == "full" else "LoRA weights",
+        "what": "The whole network" if run.policy.train == "full" else "LoRA weights",
         "model_named": model,
         "sentences": changes(run.figures),
         "code": loading(recipe, run.policy, base, run.prompt),
@@ -90,14 +90,16 @@ def _facts(run: Published) -> list[tuple[str, str]]:
     recipe, lora = run.recipe, getattr(run.policy, "lora", None)
     sampling, rounds = recipe.sampling, run.rounds
     images = sum(metrics["images"] for metrics in rounds)
-    adapter = f"LoRA of rank {lora.rank}, alpha {lora.alpha}" if lora and run.policy.train == "lora" else "whole UNet"
+    adapter = (
+        f"LoRA of rank {lora.rank}, alpha {lora.alpha}" if lora and run.policy.train == "lora" else "whole network"
+    )
     facts = [
         ("base model", base_model(recipe) or run.policy.model),
         ("trained", adapter),
         ("algorithm", recipe.algorithm.name),
         ("rounds", f"{len(rounds)} of {recipe.rounds}, {images:,.0f} images learned from"),
         ("prompts", recipe.prompts.name),
-        ("sampling", f"{sampling.num_steps} DDIM steps, eta {sampling.eta:g}, guidance {sampling.guidance_scale:g}"),
+        ("sampling", f"{sampling.num_steps} steps, eta {sampling.eta:g}, guidance {sampling.guidance_scale:g}"),
         ("learning rate", f"{recipe.learner.learning_rate:g}"),
         ("version", f"after round {run.weights.policy_version}"),
         ("fingerprint", run.weights.fingerprint),
