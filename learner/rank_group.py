@@ -132,12 +132,13 @@ class Ranks:
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """An error of the body on one rank is one on all of them, which would else wait for it in their next collective."""
+        failed = True
         try:
             yield
-        except Exception:
-            self.total(1)
-            raise
-        if self.total(0):
+            failed = False
+        finally:
+            others = self.total(failed)
+        if others:
             raise OtherRankFailed("another rank cannot go on, and says itself why")
 
     def _of_each(self, number: int) -> list[int]:
