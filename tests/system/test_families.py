@@ -16,10 +16,7 @@ from tests.system.conftest import final_fingerprint
 from tests.tiny_families import MAKERS, policy_table
 from train import train
 
-ON_RAY = [
-    pytest.param(name, marks=pytest.mark.system if name in ("sdxl", "sd3") else pytest.mark.thorough)
-    for name in POLICIES
-]
+ON_RAY = [pytest.param(name, marks=pytest.mark.system if name == "sd3" else pytest.mark.thorough) for name in POLICIES]
 
 
 def thorough_but(*names: str) -> list[Any]:

@@ -16,7 +16,6 @@ from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import at_round, beside, in_turn, processes_of
 from train import train
 
-pytestmark = pytest.mark.system
 ROUNDS = 6
 
 
@@ -41,6 +40,7 @@ def calm(tables: dict, cluster: None) -> str:
     return final_fingerprint(recipe_of(tables, "calm"))
 
 
+@pytest.mark.system
 def test_two_ranks_arrive_where_one_does_and_again_at_the_same_bits_though_each_is_killed(
     tables: dict, cluster: None, calm: str
 ) -> None:
@@ -63,6 +63,7 @@ def test_two_ranks_arrive_where_one_does_and_again_at_the_same_bits_though_each_
     assert difference < 1e-5
 
 
+@pytest.mark.thorough
 def test_a_run_of_two_ranks_goes_on_from_its_checkpoint_to_the_same_bits(
     tables: dict, cluster: None, calm: str
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_run_of_two_ranks_goes_on_from_its_checkpoint_to_the_same_bits(
     assert final_fingerprint(recipe_of(tables, "parts", checkpoint=checkpoint), resume=True) == calm
 
 
+@pytest.mark.thorough
 def test_another_number_of_ranks_is_another_run(tables: dict, cluster: None) -> None:
     recipe = recipe_of(tables, "other", rounds=1)
     train(recipe)
@@ -78,6 +80,7 @@ def test_another_number_of_ranks_is_another_run(tables: dict, cluster: None) -> 
         train(recipe_of(tables, "other", ranks=1), resume=True)
 
 
+@pytest.mark.system
 def test_what_the_whole_cluster_cannot_hold_is_refused_at_once(tables: dict, cluster: None) -> None:
     learner = {**tables["learner"], "ranks": 2, "num_cpus": 5}
     with pytest.raises(ValueError, match="learner: its 2 ranks ask for {'CPU': 10"):
