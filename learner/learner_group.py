@@ -225,6 +225,8 @@ class RayLearnerGroup(LearnerGroup):
         self._answers(self._beginning)  # first: after a part that failed, the next is refused
         found, *fingerprints = self._answers([metrics, *followed])
         learned: Learned = found, ray.get(state)
+        if not followed:
+            return learned
         own = learned[1].trained.fingerprint
         differing = [rank for rank, fingerprint in enumerate(fingerprints, start=1) if fingerprint != own]
         if differing:

@@ -1,5 +1,8 @@
 """How often weights travel: a version once to each node, however many samplers and tasks there are, evaluated or not."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from tests.benchmarks.broadcast import stored_bytes
 from tests.system.nodes import local_nodes
 
 pytestmark = pytest.mark.system
+ROOT = Path(__file__).parents[2]
 NODES, SAMPLERS_PER_NODE, NUMBERS = 2, 2, 5_000_000
 
 
@@ -58,6 +62,15 @@ def started(remote: Any, count: int) -> tuple[RayRolloutStream, Pools]:
 
 
 def test_a_version_travels_once_to_each_node_and_its_evaluation_brings_no_second_copy() -> None:
+    """In a process of its own: other tests of this one may be on another cluster."""
+    command = [sys.executable, "-m", "tests.system.test_broadcast"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("copies a node") == 3
+
+
+def main() -> None:
+    """Count what every node's store takes in, and hold it against one copy."""
     with local_nodes() as cluster:
         cluster.add_node(num_cpus=0, resources={"driver": 1}, object_store_memory=100_000_000)
         for _ in range(NODES):
@@ -94,3 +107,7 @@ def test_a_version_travels_once_to_each_node_and_its_evaluation_brings_no_second
 def copied(before: dict[str, int], weights: LoraWeights) -> list[float]:
     """How often the weights fit into what each node has taken in since."""
     return [(taken - before[node]) / weights.buffer.nbytes for node, taken in stored_bytes().items()]
+
+
+if __name__ == "__main__":
+    main()
