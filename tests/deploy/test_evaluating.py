@@ -96,6 +96,7 @@ def test_its_figures_hold_the_version_against_the_pretrained_model(tables: dict)
     assert best["score"] == max(means.values()) and rows(run)[-1]["guard/best_version"] == best["policy_version"]
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_has_the_same_evaluations(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     how = {"max_policy_lag": 1, "evaluation": EVALUATION}
     calm = run_of(tables, "calm", **how)

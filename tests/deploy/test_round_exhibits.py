@@ -77,6 +77,7 @@ def test_several_rewards_have_a_distribution_each() -> None:
     assert shown.histograms["reward/size"].tolist() == [1, 1, 1, 1, 1]
 
 
+@pytest.mark.thorough
 def test_a_run_shows_the_pictures_of_its_ledger_and_its_bits_stay_the_same(tables: dict) -> None:
     tables["learner"]["parts_per_round"] = 2
     shown, blind = run(tables, "shown", True), run(tables, "blind", True, exhibits={"every": 0})

@@ -65,7 +65,7 @@ def transition_under(parts: Parts, weights: LoraWeights, batch: TransitionBatch)
 
 
 @pytest.mark.parametrize("inner_epochs", [1, 2])
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_references_are_those_of_the_updates_start_and_of_the_version_that_drew(
     lag: int, inner_epochs: int, tables: dict
 ) -> None:

@@ -47,6 +47,7 @@ def test_metrics_after_a_resume_have_every_round_once(tables: dict) -> None:
     assert [json.loads(line)["round"] for line in lines] == [0, 1, 2]
 
 
+@pytest.mark.thorough
 def test_a_resume_cuts_the_ledger_back_to_the_checkpoint(tables: dict) -> None:
     recipe = Recipe.parse({**tables, "rounds": 3, "checkpoint": {"every": 1, "keep": 3}})
     train(recipe, serial=True)
