@@ -13,6 +13,7 @@ from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from common.diffusion.lora import LoraSettings
 from common.diffusion.model_sizes import Configs
 from common.diffusion.policy import Conditioning, Role
+from common.diffusion.published_parts import CLIP_L, FLOW_AUTOENCODER, T5_XXL
 from common.diffusion.scheduler_flow_match import FlowMatchTable, flow_match_table
 from common.recipe_tables import SamplingTable
 
@@ -33,36 +34,9 @@ DEV: Configs = {
         "pooled_projection_dim": 768,
         "guidance_embeds": True,
     },
-    "vae": {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "latent_channels": 16,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-    },
-    "text_encoder": {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "projection_dim": 768,
-    },
-    "text_encoder_2": {
-        "vocab_size": 32128,
-        "d_model": 4096,
-        "d_kv": 64,
-        "d_ff": 10240,
-        "num_layers": 24,
-        "num_heads": 64,
-        "feed_forward_proj": "gated-gelu",
-    },
+    "vae": FLOW_AUTOENCODER | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "text_encoder": CLIP_L,
+    "text_encoder_2": T5_XXL,
 }
 
 

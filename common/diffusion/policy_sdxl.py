@@ -9,6 +9,7 @@ from common.diffusion.diffusers_config import DiffusersConfig
 from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from common.diffusion.model_sizes import Configs
 from common.diffusion.policy import Conditioning, Role
+from common.diffusion.published_parts import AUTOENCODER, CLIP_BIG_G, CLIP_L
 from common.diffusion.scheduler_ddim import DDIMTable, ddim_table
 from common.recipe_tables import SamplingTable
 
@@ -30,34 +31,9 @@ BASE: Configs = {
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     },
-    "vae": {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "sample_size": 1024,
-        "scaling_factor": 0.13025,
-    },
-    "text_encoder": {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "projection_dim": 768,
-    },
-    "text_encoder_2": {
-        "vocab_size": 49408,
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "max_position_embeddings": 77,
-        "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
+    "vae": AUTOENCODER | {"sample_size": 1024, "scaling_factor": 0.13025},
+    "text_encoder": CLIP_L,
+    "text_encoder_2": CLIP_BIG_G,
 }
 
 

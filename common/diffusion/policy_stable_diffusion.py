@@ -8,29 +8,15 @@ from common.diffusion.diffusers_config import DiffusersConfig
 from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from common.diffusion.model_sizes import Configs
 from common.diffusion.policy import Conditioning, Role
+from common.diffusion.published_parts import AUTOENCODER, CLIP_L
 from common.diffusion.scheduler_ddim import DDIMTable, ddim_table
 from common.recipe_tables import SamplingTable
 
-AUTOENCODER = {
-    "_class_name": "AutoencoderKL",
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}
 # Architecture of SD 1.1 … 1.5 (Rombach et al. 2022) and of SD 2.x, as in the configuration files of the published models.
 SD1: Configs = {
     "unet": {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768},
     "vae": AUTOENCODER,
-    "text_encoder": {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "projection_dim": 768,
-    },
+    "text_encoder": CLIP_L,
 }
 SD2: Configs = {
     "unet": {
@@ -41,13 +27,12 @@ SD2: Configs = {
         "use_linear_projection": True,
     },
     "vae": AUTOENCODER,
-    "text_encoder": {
-        "vocab_size": 49408,
+    "text_encoder": CLIP_L
+    | {
         "hidden_size": 1024,
         "intermediate_size": 4096,
         "num_hidden_layers": 23,  # the last of 24 is left out
         "num_attention_heads": 16,
-        "max_position_embeddings": 77,
         "projection_dim": 512,
     },
 }

@@ -1,0 +1,44 @@
+"""Parts that published models share, as in their configuration files: text encoders and decoders."""
+
+from typing import Any
+
+CLIP_L = {  # openai/clip-vit-large-patch14's text tower
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "projection_dim": 768,
+}
+CLIP_BIG_G = {  # laion/CLIP-ViT-bigG-14-laion2B-39B-b160k's
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "max_position_embeddings": 77,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+T5_XXL = {  # google/t5-v1_1-xxl's encoder
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+AUTOENCODER: dict[str, Any] = {  # of Stable Diffusion 1, 2 and XL
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+FLOW_AUTOENCODER = AUTOENCODER | {  # of SD3 and FLUX
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
