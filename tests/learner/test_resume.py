@@ -59,7 +59,10 @@ def test_a_run_without_a_checkpoint_begins_again(tables: dict) -> None:
     [
         ("seed", 5, "seed was 0 and is 5"),
         ("learner__learning_rate", 2e-3, "learner.learning_rate was 0.001 and is 0.002"),
-        ("learner__optimizer", "adamw_8bit", "learner.optimizer was 'adamw' and is 'adamw_8bit'"),
+        pytest.param(
+            *("learner__optimizer", "adamw_8bit", "learner.optimizer was 'adamw' and is 'adamw_8bit'"),
+            marks=pytest.mark.eight_bit,
+        ),
         ("algorithm__clip_range", 2e-4, "algorithm.clip_range was 0.001 and is 0.0002"),
         ("algorithm__advantages__min_count", 3, "algorithm.advantages.min_count was 16 and is 3"),
         ("policy__lora__rank", 8, "policy.lora.rank was 4 and is 8"),
