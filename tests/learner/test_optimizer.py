@@ -143,7 +143,7 @@ def test_a_learner_with_eight_bits_goes_on_from_a_checkpoint_to_the_same_bits(ta
         assert np.array_equal(found.optimizer[name], value), name
 
 
-@pytest.mark.thorough
+@pytest.mark.eight_bit
 def test_the_plan_counts_two_bytes_a_parameter_and_not_eight(tables: dict) -> None:
     recipe = Recipe.load(RECIPES / "sd15_full.toml")
     learner = recipe.learner.model_copy(update={"optimizer": "adamw_8bit"})
