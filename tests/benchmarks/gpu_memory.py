@@ -121,7 +121,7 @@ def _sampler(policy: Any, sizes: PolicySizes) -> Subject:
         trajectory = draw(policy, ["a cat"] * images, list(range(images)), SAMPLING)
         policy.decode(trajectory.final_latents)
 
-    held = sum(parameter_bytes(part) for part in (policy.network, policy.vae, policy.text_encoder))
+    held = sum(parameter_bytes(part) for part in (policy.network, policy.vae, *policy.text_encoders))
     return Subject(
         "sampler",
         lambda images: allocated_peak(lambda: task(images), policy.device, held),
