@@ -25,6 +25,7 @@ from learner.reference_passes import References, Update, references_of
 from learner.round_noisings import RoundNoisings
 from learner.round_pairs import Pair, RoundPairs, micro_batches
 from learner.round_transitions import RoundTransitions, round_transitions
+from learner.sharded_optimizer import ShardedOptimizer
 from learner.update_metrics import Divergence, UpdateMetrics
 from learner.weight_check import check_arrival, log_prob_tolerance, pairs_to_check, refuse_mismatch, swapped_in
 
@@ -52,7 +53,8 @@ class Learner:
         if self._compiles:
             self._policy.compile(self._micro_batch_size)
         self._parameters = trained_parameters(self._policy.network)
-        self._optimizer = optimizer_of(self._parameters, self._settings)
+        self._divides_moments = self._settings.shard_optimizer and self._ranks.count > 1
+        self._optimizer, self._owned = self._make_optimizer()
         self._tolerance = log_prob_tolerance(self._settings.log_prob_tolerance, policy)
         self._scaler = torch.amp.GradScaler(self._device, enabled=policy.dtype == "float16")
         self._version = 0
@@ -65,6 +67,13 @@ class Learner:
         """As the dashboard's page of actors has it, beside run, role and number."""
         which = f"Learner {self._ranks}," if self._ranks.count > 1 else "Learner"
         return f"{which} of {self._recipe.policy.table()['model']} by {self._recipe.algorithm.name} on {self._device}"
+
+    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, dict[str, torch.nn.Parameter]]:
+        """And the parameters whose moments it keeps here."""
+        if not self._divides_moments:
+            return optimizer_of(self._parameters, self._settings), self._parameters
+        optimizer = ShardedOptimizer(self._parameters, self._settings, self._ranks)
+        return optimizer, optimizer.owned
 
     def _no_metrics(self) -> UpdateMetrics:
         return UpdateMetrics(self._policy.num_steps, int(np.prod(self._policy.latent_shape)))
@@ -91,10 +100,11 @@ class Learner:
         """
         return self._learn_last_part(batch, trajectories), self.state()
 
-    def follow(self, batch: TrainBatch, *trajectories: Trajectory) -> str:
-        """`update` on a rank whose metrics and state nobody asks for; the fingerprint of its weights, to be compared."""
+    def follow(self, batch: TrainBatch, *trajectories: Trajectory) -> tuple[str, dict[str, np.ndarray]]:
+        """`update` on a rank whose metrics nobody asks for: its weights' fingerprint, and the moments that it alone has."""
         self._learn_last_part(batch, trajectories)
-        return self._trained.fingerprint
+        own = optimizer_arrays(self._optimizer, self._owned) if self._divides_moments else {}
+        return self._trained.fingerprint, own
 
     def _learn_last_part(self, batch: TrainBatch, trajectories: tuple[Trajectory, ...]) -> dict[str, float]:
         assert batch.part == batch.parts - 1, f"part {batch.part} of {batch.parts} is not the round's last"
@@ -221,8 +231,8 @@ class Learner:
         return due and self._recipe.policy.table().get("train", "lora") == "lora"
 
     def state(self) -> LearnerState:
-        """A copy of all state."""
-        optimizer = optimizer_arrays(self._optimizer, self._parameters)
+        """A copy of all state; of several ranks, with this one's moments."""
+        optimizer = optimizer_arrays(self._optimizer, self._owned)
         own = None if self._trained.fingerprint == self._published[-1].fingerprint else self._trained
         scaler = self._scaler.state_dict()
         return LearnerState(self._version, self._published, optimizer, scaler, own, self._micro_batch_size)
@@ -230,7 +240,7 @@ class Learner:
     def load_state(self, state: LearnerState) -> None:
         """Go on from `state`; what was begun of a round is undone. ValueError: it belongs to another network."""
         load_weights(self._policy.network, state.trained)
-        load_optimizer_arrays(self._optimizer, self._parameters, state.optimizer)
+        load_optimizer_arrays(self._optimizer, self._owned, state.moments_of(self._owned))
         self._metrics, self._log_ratios = self._no_metrics(), None
         if state.scaler:
             self._scaler.load_state_dict(state.scaler)

@@ -112,8 +112,8 @@ def title_of(batch: TrainBatch, rank: int = 0, ranks: int = 1) -> str:
 class RayLearnerGroup(LearnerGroup):
     """The learner's ranks, one or several, each on a Ray actor; trajectories go to them by reference, straight from their nodes.
 
-    After each update the driver takes rank 0's state over, so where a rank dies all are started again from the last whole round:
-    the others would wait for it in their next collective.
+    After each update the driver takes rank 0's state over, and the moments that others keep, so where a rank dies all are started
+    again from the last whole round: the others would wait for it in their next collective.
     """
 
     def __init__(
@@ -219,21 +219,20 @@ class RayLearnerGroup(LearnerGroup):
         update = first.update.options(num_returns=2, name=title_of(batch, 0, count))
         metrics, state = update.remote(batch, *trajectories)
         followed = [
-            actor.follow.options(name=title_of(batch, rank, count)).remote(batch, *trajectories)
+            actor.follow.options(num_returns=2, name=title_of(batch, rank, count)).remote(batch, *trajectories)
             for rank, actor in enumerate(others, start=1)
         ]
         self._answers(self._beginning)  # first: after a part that failed, the next is refused
-        found, *fingerprints = self._answers([metrics, *followed])
-        learned: Learned = found, ray.get(state)
-        if not followed:
-            return learned
-        own = learned[1].trained.fingerprint
+        found, *fingerprints = self._answers([metrics, *(fingerprint for fingerprint, _ in followed)])
+        kept: list[Any] = ray.get([state, *(moments for _, moments in followed)])
+        whole: LearnerState = kept[0].with_moments(kept[1:])
+        own = whole.trained.fingerprint
         differing = [rank for rank, fingerprint in enumerate(fingerprints, start=1) if fingerprint != own]
         if differing:
             raise RuntimeError(
                 f"after round {batch.round} the weights of learner ranks {differing} are not those of rank 0"
             )
-        return learned
+        return found, whole
 
     def _begin_again(self, error: RayError) -> None:
         begun, self._begun, self._beginning = self._begun, [], []

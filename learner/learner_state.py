@@ -1,6 +1,7 @@
 """LearnerState: all that the learner needs to go on to the last bit; and what evaluation needs beside it."""
 
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +14,7 @@ class LearnerState:
 
     policy_version: int
     weights: tuple[LoraWeights, ...]  # published: of the last max_policy_lag + 1 versions, the newest last
-    optimizer: dict[str, np.ndarray]  # "<parameter>/<AdamW's own key>"
+    optimizer: dict[str, np.ndarray]  # "<parameter>/<AdamW's own key>"; of a rank that divides them, its own
     scaler: dict[str, int | float]  # of float16's gradient scaler; empty otherwise
     own_weights: LoraWeights | None = None  # those that are trained, where samplers draw with an average of versions
     micro_batch_size: int | None = None  # that it learns with, for it decides the last bits; none: not known
@@ -22,6 +23,17 @@ class LearnerState:
     def trained(self) -> LoraWeights:
         """The weights that are trained; they are the newest published ones, unless those are an average."""
         return self.own_weights or self.weights[-1]
+
+    def with_moments(self, others: Iterable[Mapping[str, np.ndarray]]) -> "LearnerState":
+        """The state of one rank as that of all: with the moments that the others keep."""
+        arrays = dict(self.optimizer)
+        for each in others:
+            arrays.update(each)
+        return replace(self, optimizer=arrays)
+
+    def moments_of(self, parameters: Container[str]) -> dict[str, np.ndarray]:
+        """The part of the optimizer's state that belongs to these parameters."""
+        return {place: array for place, array in self.optimizer.items() if place.rpartition("/")[0] in parameters}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from common.diffusion.policy import Policy, PolicyConfig
 from common.diffusion.sizes import LEFT_FREE, PolicySizes, largest_divisor, parameter_bytes, usable_bytes
 from common.trajectory import NoisedBatch, TransitionBatch
 from learner.algorithms.algorithm import Algorithm
-from learner.optimizer import moment_bytes, with_moments_of
+from learner.optimizer import FLOAT_MOMENTS, rank_moment_bytes, with_moments_of
 from learner.rank_group import buffer_bytes
 
 # What the recipes for a CPU have; whether more would be faster there was not measured.
@@ -29,13 +29,12 @@ def micro_batch_size(policy: Policy, config: PolicyConfig, algorithm: Algorithm,
         return given
     pairs = recipe.learner.images_per_rank * per_image
     on_gpu = policy.device.startswith("cuda")
-    optimizer = recipe.learner.optimizer
-    sizes = with_moments_of(optimizer, config.sizes(recipe.sampling, "cuda" if on_gpu else "cpu"))
+    sizes = with_moments_of(recipe.learner, config.sizes(recipe.sampling, "cuda" if on_gpu else "cpu"))
     if on_gpu:
         limit = gpu_limit(recipe.learner.num_gpus)
         beside = recipe.images_per_round * sizes.conditioning_bytes
         beside += buffer_bytes(sizes.trained_parameters, recipe.learner.ranks)
-        trial = StepTrial(policy, algorithm, sizes, optimizer)
+        trial = StepTrial(policy, algorithm, sizes, rank_moment_bytes(recipe.learner, sizes))
         found = largest_that_fits(pairs, limit - beside, sizes.learner.largest(limit - beside), trial.peak)
     else:
         limit = (1 - LEFT_FREE) * psutil.virtual_memory().available
@@ -74,11 +73,14 @@ def largest_that_fits(pairs: int, limit: float | int, predicted: int, peak: Call
 class StepTrial:
     """Steps on made-up pairs: they take what real ones do, and leave no trace in the policy."""
 
-    def __init__(self, policy: Policy, algorithm: Algorithm, sizes: PolicySizes, optimizer: str = "adamw") -> None:
+    def __init__(
+        self, policy: Policy, algorithm: Algorithm, sizes: PolicySizes, moment_bytes: int | None = None
+    ) -> None:
+        """`moment_bytes`: what the optimizer keeps; none: two float32 moments of every trained parameter."""
         self._policy = policy
         self._algorithm = algorithm
         self._sizes = sizes
-        self._moment_bytes = moment_bytes(optimizer, sizes)
+        self._moment_bytes = FLOAT_MOMENTS * sizes.trained_parameters if moment_bytes is None else moment_bytes
 
     def peak(self, pairs: int) -> float | int:
         """The most bytes allocated at once in an optimizer step with micro-batches of so many; infinite: out of memory."""

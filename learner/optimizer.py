@@ -79,18 +79,23 @@ def _live(array: np.ndarray, parameter: nn.Parameter) -> Tensor | int:
     return torch.empty_like(like, dtype=value.dtype).copy_(value)
 
 
-def moment_bytes(optimizer: str, sizes: PolicySizes) -> int:
+def moment_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
     """What the optimizer keeps of the trained parameters.
 
     Tensors under 4,096 numbers have float32 moments in 8 bits too: hardly any of a whole network, and most of a LoRA.
     """
     whole_network = sizes.trained_parameters == sizes.network_parameters
-    if optimizer == "adamw_8bit" and whole_network:
+    if settings.optimizer == "adamw_8bit" and whole_network:
         return round(2 * (1 + 4 / SCALED_TOGETHER) * sizes.trained_parameters)
     return FLOAT_MOMENTS * sizes.trained_parameters
 
 
-def with_moments_of(optimizer: str, sizes: PolicySizes) -> PolicySizes:
-    """The sizes, whose learner has float32 moments, with those of `optimizer`."""
-    saved = FLOAT_MOMENTS * sizes.trained_parameters - moment_bytes(optimizer, sizes)
+def with_moments_of(settings: LearnerTable, sizes: PolicySizes) -> PolicySizes:
+    """The sizes, whose learner has float32 moments of all, with those that a rank of this one has."""
+    saved = FLOAT_MOMENTS * sizes.trained_parameters - rank_moment_bytes(settings, sizes)
     return replace(sizes, learner=sizes.learner.plus(-saved))
+
+
+def rank_moment_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
+    """What a rank keeps of the moments; where they are divided, but for how evenly whole parameters can be."""
+    return -(-moment_bytes(settings, sizes) // (settings.ranks if settings.shard_optimizer else 1))

@@ -14,6 +14,7 @@ from common.config import Recipe
 from learner.round_pairs import Pair, share_of
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element: what its bits are read as
+BUCKET_BYTES = 2**28  # that travel at once: enough to be rid of every call's own cost, and little beside a network
 
 
 class RankLost(RuntimeError):
@@ -71,19 +72,29 @@ class Ranks:
         return share_of(pairs, self.rank, self.count)
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum every gradient over all ranks, a missing one as 0: one buffer, one collective, the same bits on each."""
+        """Sum every gradient over all ranks, a missing one as 0: the same bits on each."""
         if self.count == 1:
             return
         trained = list(parameters)
         (dtype,) = {parameter.dtype for parameter in trained}
-        gradients = [_gradient(parameter).reshape(-1) for parameter in trained]
-        buffer = torch.cat(gradients).to(self._device)
-        assert buffer.dtype == dtype, "gradients have their parameters' dtype"
-        with self._lost_where_it_fails():
-            distributed.all_reduce(buffer)
-        parts = buffer.split([gradient.numel() for gradient in gradients])
-        for parameter, part in zip(trained, parts, strict=True):
-            _gradient(parameter).copy_(part.view(parameter.shape))
+        for gradients in _buckets([_gradient(parameter) for parameter in trained]):
+            buffer = self._buffer(gradients)
+            assert buffer.dtype == dtype, "gradients have their parameters' dtype"
+            with self._lost_where_it_fails():
+                distributed.all_reduce(buffer)
+            _lay_out(buffer, gradients)
+
+    def send_from(self, rank: int, tensors: Iterable[Tensor]) -> None:
+        """Put that rank's values into these tensors of all others."""
+        for of_bucket in _buckets(list(tensors)) if self.count > 1 else ():
+            buffer = self._buffer(of_bucket)
+            with self._lost_where_it_fails():
+                distributed.broadcast(buffer, src=rank)
+            if rank != self.rank:
+                _lay_out(buffer, of_bucket)
+
+    def _buffer(self, tensors: list[Tensor]) -> Float[Tensor, "N"]:
+        return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(self._device)
 
     def total(self, number: float | int) -> float | int:
         """The sum of all ranks' numbers."""
@@ -168,8 +179,28 @@ def ranks_of(recipe: Recipe) -> tuple[Ranks, ...]:
 
 
 def buffer_bytes(trained_parameters: int, ranks: int) -> int:
-    """What a rank's gradients take once more, in the one buffer in which they are summed up."""
-    return 4 * trained_parameters if ranks > 1 else 0
+    """What a rank's gradients, or weights, take once more while they travel."""
+    return min(4 * trained_parameters, BUCKET_BYTES) if ranks > 1 else 0
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """As many at a time, in their order, as one buffer holds; a larger one alone."""
+    bucket: list[Tensor] = []
+    held = 0
+    for tensor in tensors:
+        if bucket and held + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(tensor)
+        held += tensor.nbytes
+    yield bucket
+
+
+@torch.no_grad()
+def _lay_out(buffer: Float[Tensor, "N"], tensors: list[Tensor]) -> None:
+    """Put the buffer's numbers back into the tensors that it was made of."""
+    for tensor, part in zip(tensors, buffer.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view(tensor.shape))
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -21,7 +21,7 @@ FREE = (
         for key in WORKERS + PATIENCE
     ),
     "reward_workers.max_set_aside",
-    *(f"learner.{key}" for key in (*ROLE, "log_prob_tolerance")),
+    *(f"learner.{key}" for key in (*ROLE, "log_prob_tolerance", "shard_optimizer")),
     *(f"runtime.{key}" for key in ("ready_seconds", "watchdog_seconds", "max_restarts")),
 )
 

@@ -50,6 +50,14 @@ class Outcome:
     micro_batch_size: float = 0.0
     seconds: float = 0.0
     weights: dict[str, np.ndarray] = field(default_factory=dict)  # at the end, as they were trained
+    moments: dict[str, np.ndarray] = field(default_factory=dict)  # at the end, those that this rank keeps
+
+
+def with_changes(tables: dict, changes: dict) -> dict:
+    """The tables with those keys of theirs changed that `changes` has."""
+    for key, value in changes.items():
+        tables = {**tables, key: {**tables.get(key, {}), **value} if isinstance(value, dict) else value}
+    return tables
 
 
 def parts_of_case(case: Case) -> Parts:
@@ -93,6 +101,7 @@ def learn(case: Case, ranks: Ranks, meeting: str = "") -> Outcome:
         metrics, state = learner.update(drawn.batch, *drawn.trajectories)
         outcome.metrics.append(metrics)
         outcome.micro_batch_size = float(state.micro_batch_size or 0)
+        outcome.moments = state.optimizer
     outcome.log_ratios = learner.log_ratios().tolist()
     parameters = trained_parameters(learner._policy.network).items()
     outcome.weights = {name: value.detach().numpy().copy() for name, value in parameters}
@@ -192,6 +201,8 @@ def _read(folder: Path, name: str, rank: int) -> Outcome:
     outcome = Outcome(**json.loads(file.with_suffix(".json").read_text()))
     with np.load(file.with_suffix(".npz")) as arrays:
         outcome.weights = dict(arrays)
+    with np.load(file.with_suffix(".moments.npz")) as arrays:
+        outcome.moments = dict(arrays)
     return outcome
 
 
@@ -204,7 +215,8 @@ def main(folder: Path, count: int, rank: int) -> None:
         distributed.destroy_process_group()
         file = _written(folder, name, rank)
         np.savez(file.with_suffix(".npz"), **outcome.weights)
-        outcome.weights = {}
+        np.savez(file.with_suffix(".moments.npz"), **outcome.moments)
+        outcome.weights, outcome.moments = {}, {}
         file.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(outcome)))
 
 

@@ -4,6 +4,7 @@ from common.config import Recipe
 from common.reward_pools import SHARED, RewardPool, all_pools
 from deploy.commands.plan_memory import gpu_rows
 from deploy.commands.plan_numbers import Plan, in_bytes, plan_of
+from learner.optimizer import rank_moment_bytes
 
 
 def plan(recipe: Recipe) -> str:
@@ -31,7 +32,7 @@ def plan(recipe: Recipe) -> str:
         ("parameters trained", f"{numbers.sizes.trained_parameters:,} of {numbers.sizes.network_parameters:,}"),
         ("a trajectory", f"{in_bytes(numbers.trajectory_bytes)} an image, {in_bytes(numbers.round_bytes)} under way"),
         ("a broadcast", f"{in_bytes(numbers.broadcast_bytes)} to each sampler's node, once a round"),
-        ("optimizer's state", f"{in_bytes(numbers.optimizer_bytes)} of {learner.optimizer}"),
+        ("optimizer's state", f"{in_bytes(numbers.optimizer_bytes)} of {learner.optimizer}{_divided(recipe, numbers)}"),
         ("learner's memory" if numbers.ranks == 1 else "a learner rank's memory", _learners(recipe, numbers)),
         ("a sampler's memory", f"{in_bytes(numbers.sampler_bytes)} at the most, with tasks of {sampling.batch_size}"),
         *((f"{_who(pool)} memory{_own(pool)}", in_bytes(numbers.reward_worker_bytes[pool.name])) for pool in pools),
@@ -57,12 +58,17 @@ def _of_ranks(numbers: Plan) -> list[tuple[str, str]]:
     """How the learner's ranks divide an optimizer step; nothing to say of one."""
     if numbers.ranks == 1:
         return []
-    images, reduced = numbers.images_per_step // numbers.ranks, in_bytes(numbers.reduced_bytes)
+    images, summed = numbers.images_per_step // numbers.ranks, in_bytes(numbers.broadcast_bytes)
     shares = f"{images} of {numbers.images_per_step} images, {numbers.pairs_per_rank} of {numbers.pairs_per_step} pairs"
     return [
         ("each of the learner's ranks takes", f"{shares} an optimizer step"),
-        ("ranks sum up", f"{reduced} of gradients an optimizer step, among {numbers.ranks}"),
+        ("ranks sum up", f"{summed} of gradients an optimizer step, among {numbers.ranks}"),
     ]
+
+
+def _divided(recipe: Recipe, numbers: Plan) -> str:
+    part = rank_moment_bytes(recipe.learner, numbers.sizes)
+    return f", {in_bytes(part)} a rank" if part < numbers.optimizer_bytes else ""
 
 
 def _who(pool: RewardPool) -> str:

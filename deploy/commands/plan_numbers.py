@@ -26,7 +26,7 @@ class Plan:
     trajectory_bytes: int  # one image's, as it travels
     round_bytes: int  # all trajectories under way at once
     broadcast_bytes: int  # one policy version
-    optimizer_bytes: int  # its state
+    optimizer_bytes: int  # its state, as a checkpoint has it
     conditioning_bytes: int  # of a round's prompts, on the learner's device
     learner_bytes: int
     sampler_bytes: int
@@ -51,7 +51,7 @@ def plan_of_parts(parts: Parts) -> Plan:
     """The same of a recipe's parts, whether or not all that they need is there."""
     recipe, policy = parts.recipe, parts.policy
     sampling, learner = recipe.sampling, recipe.learner
-    sizes = with_moments_of(learner.optimizer, policy.sizes(sampling, device_of(recipe)))
+    sizes = with_moments_of(learner, policy.sizes(sampling, device_of(recipe)))
     channels, height, width = sizes.latent_shape
     latent_bytes = channels * height * width * DTYPES[sampling.latents_dtype].itemsize
     kept = sampling.kept_steps(sizes.noisy_steps)
@@ -76,7 +76,7 @@ def plan_of_parts(parts: Parts) -> Plan:
         trajectory_bytes=trajectory,
         round_bytes=trajectory * recipe.images_per_round * (recipe.max_policy_lag + 1),
         broadcast_bytes=4 * sizes.trained_parameters,
-        optimizer_bytes=moment_bytes(learner.optimizer, sizes),
+        optimizer_bytes=moment_bytes(learner, sizes),
         conditioning_bytes=conditioning,
         learner_bytes=sizes.learner.of(micro_batch) + conditioning + reduced,
         sampler_bytes=sizes.sampler_bytes(sampling.batch_size),

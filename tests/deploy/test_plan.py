@@ -108,7 +108,7 @@ def test_of_a_learner_of_several_ranks_each_has_its_share_its_memory_and_its_gpu
     text, numbers, before = plan(two), plan_of(two), plan_of(one)
     assert numbers.pairs_per_step == before.pairs_per_step == 2 * numbers.pairs_per_rank
     assert numbers.forward_passes == before.forward_passes
-    # A rank has its gradients a second time, in the buffer in which they are summed up.
+    # A rank has its gradients a second time, in the buffer in which they are summed up; of a whole network, a part of them.
     assert numbers.reduced_bytes == 4 * 797_184 == numbers.learner_bytes - before.learner_bytes
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
     images, pairs = numbers.images_per_step, numbers.pairs_per_step
@@ -119,6 +119,30 @@ def test_of_a_learner_of_several_ranks_each_has_its_share_its_memory_and_its_gpu
     assert "a learner rank's memory" in lines and ": 2 learner ranks, 1 samplers" in lines["memory in all"]
     assert "all roles on one: micro-batch" not in lines and "all roles on one: micro-batch" in plan(one)
     assert "ranks" not in plan(one)
+    assert lines["optimizer's state"] == "6.38 MB of adamw"
+
+
+def test_a_divided_optimizer_state_is_a_ranks_part_of_its_memory_and_whole_in_a_checkpoint() -> None:
+    options = [
+        "--policy.train",
+        "full",
+        "--policy.dtype",
+        "bfloat16",
+        "--learner.ranks",
+        "2",
+        "--learner.batch_size",
+        "6",
+    ]
+    whole = Recipe.load(RECIPES / "sd15_aesthetic.toml", options)
+    divided = Recipe.load(RECIPES / "sd15_aesthetic.toml", [*options, "--learner.shard_optimizer", "true"])
+    before, after = plan_of(whole), plan_of(divided)
+    assert before.reduced_bytes == 2**28 < 4 * 859_520_964
+    assert after.optimizer_bytes == before.optimizer_bytes == 8 * 859_520_964
+    assert before.learner_bytes - after.learner_bytes == 4 * 859_520_964
+    assert (
+        "6.88 GB of adamw, 3.44 GB a rank" in plan(divided)
+        and "a rank" not in plan(whole).split("of adamw")[1].splitlines()[0]
+    )
 
 
 def test_the_command_prints_the_arithmetic(capsys: pytest.CaptureFixture) -> None:

@@ -18,7 +18,7 @@ from learner.round_pairs import share_of
 from learner.round_transitions import RoundTransitions, round_transitions
 from tests.conftest import small_tables
 from tests.gradients import relative_error
-from tests.rank_processes import Case, Outcome, learn, run_in_ranks
+from tests.rank_processes import Case, Outcome, learn, run_in_ranks, with_changes
 from tests.rounds import draw_round, learner_of, parts_with
 
 TWO_RANKS = {"batch_size": 4, "ranks": 2}
@@ -56,6 +56,7 @@ LEARNED: dict[str, tuple[dict, dict]] = {
     "a budget of KL": ({"learner": {"inner_epochs": 4, "max_kl_nats": 1e-4}}, {}),
     "float16": ({"policy": {"dtype": "float16"}}, {"rounds": 2}),
     "double": (TWICE, DOUBLE),
+    "double divided": ({"learner": {"inner_epochs": 2, "shard_optimizer": True}}, {**DOUBLE, "rounds": 2}),
     "double full": ({"policy": {"train": "full"}, **TWICE}, DOUBLE),
     "double grpo": ({**_algorithm("grpo"), **GROUPS}, DOUBLE),
     "double rwr": (_algorithm("rwr", noisings=4), DOUBLE),
@@ -65,16 +66,10 @@ LEARNED: dict[str, tuple[dict, dict]] = {
 DEEDS = ("meet_a_bad_trajectory", "go_apart", "find_least_micro_batch", "lose_one")  # none comes after the last
 
 
-def _joined(tables: dict, changes: dict) -> dict:
-    for key, value in changes.items():
-        tables = {**tables, key: {**tables.get(key, {}), **value} if isinstance(value, dict) else value}
-    return tables
-
-
 def _case(tables: dict, name: str, learner: dict) -> Case:
     changes, more = LEARNED[name]
     algorithm = {"algorithm": changes["algorithm"]} if "algorithm" in changes else {}
-    return Case(_joined(_joined(tables, changes), {"learner": learner}) | algorithm, **more)
+    return Case(with_changes(with_changes(tables, changes), {"learner": learner}) | algorithm, **more)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +80,8 @@ def small(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.fixture(scope="module")
 def outcomes(small: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
     """Of all cases, each rank's."""
-    tables = _joined(small, {"learner": TWO_RANKS})
-    auto = _joined(tables, {"learner": {"micro_batch_size": "auto"}})
+    tables = with_changes(small, {"learner": TWO_RANKS})
+    auto = with_changes(tables, {"learner": {"micro_batch_size": "auto"}})
     cases = {name: _case(small, name, TWO_RANKS) for name in LEARNED}
     cases |= {deed: Case(auto if deed == "find_least_micro_batch" else tables, deed) for deed in DEEDS}
     return run_in_ranks(cases, tmp_path_factory.mktemp("outcomes"))
@@ -147,7 +142,7 @@ def test_what_one_rank_finds_wrong_stops_both_and_leaves_them_as_they_were(
 ) -> None:
     zero, one = outcomes["meet_a_bad_trajectory"]
     assert (zero.errors, one.errors) == (["OtherRankFailed"], ["WeightsDidNotArrive"])
-    calm = learn(Case(_joined(small, {"learner": ONE_RANK})), Ranks())
+    calm = learn(Case(with_changes(small, {"learner": ONE_RANK})), Ranks())
     assert zero.steps == one.steps and len(zero.steps) == 2
     assert zero.metrics[0]["loss"] == pytest.approx(calm.metrics[0]["loss"], abs=1e-6)
 
@@ -226,7 +221,7 @@ def test_ranks_are_told_apart_where_actors_and_their_work_are_listed(small: dict
 def test_a_recipe_says_how_many_ranks_there_are_and_whether_each_has_a_gpu_of_its_own(small: dict) -> None:
     for num_gpus, own in ((0.5, False), (0.6, True), (1, True)):
         learner = {**TWO_RANKS, "num_gpus": num_gpus}
-        ranks = ranks_of(parts_with(_joined(small, {"learner": learner})).recipe)
+        ranks = ranks_of(parts_with(with_changes(small, {"learner": learner})).recipe)
         assert [str(each) for each in ranks] == ["rank 0 of 2", "rank 1 of 2"]
         assert {each._own_gpu for each in ranks} == {own}
 

@@ -21,8 +21,12 @@ BATCH = TrainBatch(3, (), np.zeros(0))
 FOR_EVER = 600.0
 
 
+def moments_of(rank: int) -> dict[str, np.ndarray]:
+    return {f"of rank {rank}/step": np.array(rank)}
+
+
 def state_with(value: float) -> LearnerState:
-    return LearnerState(1, (pack(1, {"weight": np.full(1, value, np.float32)}),), {}, {})
+    return LearnerState(1, (pack(1, {"weight": np.full(1, value, np.float32)}),), moments_of(0), {})
 
 
 class Rank:
@@ -46,9 +50,10 @@ class Rank:
         self._meet_fate()
         return {"rank": float(self._rank)}, state_with(self._loaded + 1)
 
-    def follow(self, batch: TrainBatch) -> str:
+    def follow(self, batch: TrainBatch) -> tuple[str, dict[str, np.ndarray]]:
         self._meet_fate()
-        return state_with(self._loaded + (2 if self._fate == "goes astray" else 1)).trained.fingerprint
+        astray = self._fate == "goes astray"
+        return state_with(self._loaded + (2 if astray else 1)).trained.fingerprint, moments_of(self._rank)
 
     def _meet_fate(self) -> None:
         match self._fate:
@@ -93,10 +98,11 @@ def group_of(cluster: None) -> Any:
 Group = Callable[..., tuple[RayLearnerGroup, list[list[Any]], list[str]]]
 
 
-def test_what_rank_0_says_is_what_the_driver_hears(group_of: Group) -> None:
+def test_what_rank_0_says_is_what_the_driver_hears_with_the_moments_of_all(group_of: Group) -> None:
     group, made, deaths = group_of("", "")
     metrics, state = group.update(BATCH, [])
     assert metrics == {"rank": 0.0} and state.trained.buffer[0] == 1.0
+    assert state.optimizer == {**moments_of(0), **moments_of(1)}, "the moments that others keep are part of it"
     assert len(made) == 1 and not deaths
 
 

@@ -19,8 +19,8 @@ from train import train
 ROUNDS = 6
 
 
-def recipe_of(tables: dict, name: str, ranks: int = 2, **changes: object) -> Recipe:
-    learner = {**tables["learner"], "ranks": ranks}
+def recipe_of(tables: dict, name: str, ranks: int = 2, divided: bool = False, **changes: object) -> Recipe:
+    learner = {**tables["learner"], "ranks": ranks, "shard_optimizer": divided}
     return Recipe.parse({**tables, "rounds": ROUNDS, "max_policy_lag": 1, "name": name, "learner": learner, **changes})
 
 
@@ -44,7 +44,7 @@ def calm(tables: dict, cluster: None) -> str:
 def test_two_ranks_arrive_where_one_does_and_again_at_the_same_bits_though_each_is_killed(
     tables: dict, cluster: None, calm: str
 ) -> None:
-    killed, one = recipe_of(tables, "killed"), recipe_of(tables, "one", ranks=1)
+    killed, one = recipe_of(tables, "killed", divided=True), recipe_of(tables, "one", ranks=1)
     run, deaths = Path(killed.run_path()), []
 
     def kill(place: int) -> None:
@@ -64,12 +64,14 @@ def test_two_ranks_arrive_where_one_does_and_again_at_the_same_bits_though_each_
 
 
 @pytest.mark.thorough
-def test_a_run_of_two_ranks_goes_on_from_its_checkpoint_to_the_same_bits(
+def test_a_run_of_two_ranks_goes_on_from_its_checkpoint_to_the_same_bits_its_moments_divided_or_not(
     tables: dict, cluster: None, calm: str
 ) -> None:
     checkpoint = {"every": 1, "keep": 2}
-    train(recipe_of(tables, "parts", checkpoint=checkpoint, rounds=2))
+    train(recipe_of(tables, "parts", checkpoint=checkpoint, rounds=2, divided=True))
     assert final_fingerprint(recipe_of(tables, "parts", checkpoint=checkpoint), resume=True) == calm
+    assert final_fingerprint(recipe_of(tables, "whole", checkpoint=checkpoint, rounds=2)) != calm
+    assert final_fingerprint(recipe_of(tables, "whole", checkpoint=checkpoint, divided=True), resume=True) == calm
 
 
 @pytest.mark.thorough

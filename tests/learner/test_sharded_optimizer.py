@@ -1,0 +1,95 @@
+"""An optimizer whose moments are divided among ranks moves weights to the bits of one that every rank has whole."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.recipe_tables import LearnerTable
+from learner.rank_group import Ranks
+from learner.sharded_optimizer import ShardedOptimizer, owners_of
+from tests.conftest import small_tables
+from tests.rank_processes import Case, Outcome, run_in_ranks, with_changes
+
+Outcomes = dict[str, list[Outcome]]
+TWO_RANKS = {"batch_size": 4, "ranks": 2, "inner_epochs": 2}
+DIVIDED = {"learner": {"shard_optimizer": True}}
+LEARNED = {
+    "lora": {},
+    "full": {"policy": {"train": "full"}},
+    "float16": {"policy": {"dtype": "float16"}},
+}
+EIGHT_BIT = {"policy": {"train": "full", "model": "tiny_animals"}, "learner": {"optimizer": "adamw_8bit"}}
+
+
+def both_ways(tables: dict, changes: dict) -> tuple[Case, Case]:
+    """The case with every rank's moments whole, and with each rank's part of them."""
+    whole = with_changes(with_changes(tables, {"learner": TWO_RANKS}), changes)
+    return Case(whole, rounds=2), Case(with_changes(whole, DIVIDED), rounds=2)
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return small_tables(tiny_model, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(small: dict, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    cases = {}
+    for name, changes in LEARNED.items():
+        cases[name], cases[f"divided {name}"] = both_ways(small, changes)
+    cases["go_apart"] = Case(cases["divided lora"].tables, "go_apart")
+    return run_in_ranks(cases, tmp_path_factory.mktemp("outcomes"))
+
+
+def check_division(divided: list[Outcome], whole: list[Outcome]) -> None:
+    """The same weights after every optimizer step, and of the same moments each rank has its half."""
+    assert divided[0].steps == divided[1].steps == whole[0].steps == whole[1].steps
+    assert len(set(whole[0].steps)) == len(whole[0].steps) >= 4
+    zero, one, undivided = divided[0].moments, divided[1].moments, whole[0].moments
+    assert undivided.keys() == zero.keys() | one.keys() and not zero.keys() & one.keys()
+    for place, moments in {**zero, **one}.items():
+        assert np.array_equal(moments, undivided[place]), place
+    held = [sum(moments.nbytes for moments in each.values()) for each in (zero, one)]
+    print(f"rank 0 keeps {held[0]} bytes of moments, rank 1 {held[1]}")
+    assert max(held) < 1.1 * sum(held) / 2
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", LEARNED)
+def test_divided_moments_lead_to_the_bits_of_whole_ones_and_each_rank_keeps_half(name: str, outcomes: Outcomes) -> None:
+    check_division(outcomes[f"divided {name}"], outcomes[name])
+
+
+@pytest.mark.thorough
+def test_a_rank_whose_weights_went_another_way_is_found_before_the_others_are_laid_over_them(
+    outcomes: Outcomes,
+) -> None:
+    for outcome in outcomes["go_apart"]:
+        (error,) = outcome.errors
+        assert "the weights of rank 1 of 2 are not those of rank 0" in error
+        assert not outcome.steps, "before the first optimizer step ends"
+
+
+@pytest.mark.eight_bit
+def test_so_do_moments_in_eight_bits(small: dict, tmp_path: Path) -> None:
+    changes = with_changes(EIGHT_BIT, {"sampling": {"num_steps": 3}, "learner": {"micro_batch_size": 2}})
+    whole, divided = both_ways(small, changes)
+    found = run_in_ranks({"whole": whole, "divided": divided}, tmp_path)
+    assert np.dtype("uint8") in {moments.dtype for moments in found["whole"][0].moments.values()}
+    check_division(found["divided"], found["whole"])
+
+
+def test_parameters_are_divided_evenly_among_owners() -> None:
+    assert owners_of([5, 9, 1, 4, 4], 2) == [1, 0, 1, 1, 0] and owners_of([3, 2], 1) == [0, 0]
+    sizes = np.random.default_rng(0).integers(1, 1000, 200).tolist()
+    for ranks in (2, 3, 8):
+        held = np.bincount(owners_of(sizes, ranks), weights=sizes, minlength=ranks)
+        assert held.sum() == sum(sizes) and held.max() <= sum(sizes) / ranks + max(sizes)
+
+
+def test_fewer_parameters_than_ranks_are_refused() -> None:
+    settings = LearnerTable.model_validate({**TWO_RANKS, "micro_batch_size": 1, "shard_optimizer": True})
+    with pytest.raises(ValueError, match="learner.ranks is 2, and the network has 1 trained parameters"):
+        ShardedOptimizer({"weight": torch.nn.Parameter(torch.zeros(3))}, settings, Ranks(1, 2))
