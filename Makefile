@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TRL_VENV := .venv-parity
+TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder  # in the order of tests/conftest.py
 # Ray switches token authentication on by itself; both sides of a cluster must agree, so it is said here.
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
@@ -15,13 +16,13 @@ demo: $(VENV)/installed
 	$(BIN)/ddpo report runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not system and not thorough and not same_bits and not parity and not compiled and not eight_bit" tests
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not system and not thorough and not same_bits and not parity and not compiled and not eight_bit" tests
 
 test-system: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m system tests
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m system tests
 
 test-thorough: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m thorough tests
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m thorough tests
 
 # The library lies in a folder of its own: peft imports it in every process, 1.7 s each, where it can.
 eight-bit: $(VENV)/installed

@@ -25,6 +25,13 @@ os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(TOKEN_FOLDER.name) / "token")
 Path(os.environ["RAY_AUTH_TOKEN_PATH"]).write_text(secrets.token_hex(32))
 torch.set_num_threads(1)
 SECRET = "never-to-be-shown"
+# Files that take minutes: begun first, so that at the end no worker has one to itself.
+LONGEST = ("test_same_bits", "test_documentation", "test_cluster", "test_failures", "test_loops", "test_ranks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.thorough
 
 
 def printed(benchmark: str, *options: str) -> str:

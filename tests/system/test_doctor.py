@@ -14,8 +14,6 @@ import ddpo
 from common.run_folder import without_none
 from tests.system.nodes import local_nodes
 
-pytestmark = pytest.mark.system
-
 
 @pytest.fixture
 def recipe_file(tables: dict, tmp_path: Path) -> Path:
@@ -40,6 +38,7 @@ def doctor(recipe_file: Path, address: str, *options: str, **environment: str) -
     return subprocess.run(command, cwd=root, env=there, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.thorough
 def test_fewer_samplers_than_asked_for_are_a_warning_and_a_resource_that_no_node_has_a_fault(
     recipe_file: Path, address: str
 ) -> None:
@@ -51,6 +50,7 @@ def test_fewer_samplers_than_asked_for_are_a_warning_and_a_resource_that_no_node
     assert none.returncode == 1 and "lacks painter (at most 0 free)" in none.stdout
 
 
+@pytest.mark.thorough
 def test_a_cluster_with_room_is_drawn_on_and_one_sampler_less_is_a_warning(recipe_file: Path, address: str) -> None:
     options = ("--samplers.count", "3", "--samplers.resources", "{ sampler = 1 }")
     done = doctor(recipe_file, address, *options, "--samplers.num_cpus", "0.5")
@@ -60,6 +60,7 @@ def test_a_cluster_with_room_is_drawn_on_and_one_sampler_less_is_a_warning(recip
     assert "no actors of a run called tiny on the cluster" in done.stdout
 
 
+@pytest.mark.system
 def test_actors_of_a_run_of_the_same_name_are_found(
     recipe_file: Path, capsys: pytest.CaptureFixture, cluster: None
 ) -> None:
@@ -74,6 +75,7 @@ def test_actors_of_a_run_of_the_same_name_are_found(
     assert "living actors of a run called tiny: tiny/sampler-0" in capsys.readouterr().out
 
 
+@pytest.mark.system
 def test_a_cluster_that_asks_for_a_token_and_gets_none_is_a_fault_with_the_line_that_helps(
     recipe_file: Path, address: str
 ) -> None:

@@ -40,8 +40,13 @@ def total(recipe: Recipe, name: str) -> float:
     return sum(metrics.get(name, 0) for metrics in metrics_of(recipe))
 
 
-@pytest.mark.system
-@pytest.mark.parametrize(("function", "reason"), [("raises_once", "reward_error"), ("hangs_once", "reward_timeout")])
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        pytest.param("raises_once", "reward_error", marks=pytest.mark.system),
+        pytest.param("hangs_once", "reward_timeout", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_reward_that_fails_in_passing_is_tried_again_and_changes_no_bit(
     tables: dict, tmp_path: Path, cluster: None, function: str, reason: str
 ) -> None:
