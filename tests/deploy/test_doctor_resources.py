@@ -139,6 +139,7 @@ def test_trajectories_that_do_not_fit_the_object_store_are_a_warning(recipe: Rec
         assert found["object store"].level == level
 
 
+@pytest.mark.thorough
 def test_the_demo_fits_a_machine_of_two_cores_and_four_gigabytes() -> None:
     recipe = Recipe.load(Path(__file__).parents[2] / "deploy" / "recipes" / "demo.toml")
     assert cores_finding(recipe, 2).level == "ok"

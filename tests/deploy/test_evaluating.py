@@ -144,6 +144,7 @@ def test_other_pictures_begin_anew(tables: dict, capsys: pytest.CaptureFixture) 
 GUARD = {"max_kl_nats": 1e-9, "on_alarm": "stop"}
 
 
+@pytest.mark.thorough
 def test_the_guard_ends_a_run_and_a_resume_does_not_go_on(tables: dict, capsys: pytest.CaptureFixture) -> None:
     run = run_of(tables, "run", evaluation=EVALUATION, guard=GUARD)
     assert [each["policy_version"] for each in figures(run)] == [0, 2]
@@ -160,6 +161,7 @@ def test_the_guard_ends_a_run_and_a_resume_does_not_go_on(tables: dict, capsys: 
     assert fingerprint(run) == fingerprint(run_of(tables, "calm"))
 
 
+@pytest.mark.thorough
 def test_patience_waits_for_more_alarms(tables: dict) -> None:
     run = run_of(tables, "run", evaluation=EVALUATION, guard={**GUARD, "patience": 2}, rounds=6)
     assert [each["policy_version"] for each in figures(run)] == [0, 2, 4]

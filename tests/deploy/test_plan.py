@@ -42,6 +42,7 @@ def test_a_trajectory_is_as_large_as_planned(recipe: Recipe) -> None:
     )  # prompts may repeat within a task, and the empty one is there
 
 
+@pytest.mark.thorough
 def test_stable_diffusion_1_5_has_the_numbers_of_the_lineage() -> None:
     numbers = plan_of(Recipe.load(RECIPES / "sd15_aesthetic.toml"))
     assert numbers.sizes.network_parameters == 859_520_964
@@ -102,6 +103,7 @@ def test_rewards_with_workers_of_their_own_are_counted_with_them(tables: dict) -
     assert "0.75 = learner 0 + samplers 0 + reward workers 0.75" in text
 
 
+@pytest.mark.thorough
 def test_of_a_learner_of_several_ranks_each_has_its_share_its_memory_and_its_gpu() -> None:
     options = ["--learner.ranks", "2", "--learner.num_gpus", "1", "--learner.batch_size", "6"]
     one, two = (Recipe.load(RECIPES / "sd15_aesthetic.toml", options[first:]) for first in (2, 0))
@@ -122,6 +124,7 @@ def test_of_a_learner_of_several_ranks_each_has_its_share_its_memory_and_its_gpu
     assert lines["optimizer's state"] == "6.38 MB of adamw"
 
 
+@pytest.mark.thorough
 def test_a_divided_optimizer_state_is_a_ranks_part_of_its_memory_and_whole_in_a_checkpoint() -> None:
     options = [
         "--policy.train",
@@ -198,6 +201,7 @@ def test_an_algorithm_that_does_not_go_with_the_rest_is_refused_at_once(
     assert re.search(text, capsys.readouterr().err)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "images", "batch", "updates"),
     [("ddpo_is", 256, 64, 4), ("ddpo_sf", 256, 256, 1), ("rwr", 10_240, 128, 400), ("rwr_sparse", 10_240, 128, 400)],

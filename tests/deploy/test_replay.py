@@ -62,6 +62,7 @@ def test_an_image_that_is_another_is_told(run: RunFolder, capsys: pytest.Capture
     assert lines[0].startswith("image 5: the ledger has ffffffffffff, and drawn again it is ")
 
 
+@pytest.mark.thorough
 def test_a_seed_that_is_not_the_schedules_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     def change(rows: list[dict]) -> None:
         rows[3]["seed"] += 4
@@ -71,6 +72,7 @@ def test_a_seed_that_is_not_the_schedules_is_told(run: RunFolder, capsys: pytest
     assert code == 1 and "image 3: seed is" in text and "by the recipe; the ledger has" in text
 
 
+@pytest.mark.thorough
 def test_weights_that_are_not_the_checkpoints_are_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     def change(rows: list[dict]) -> None:
         for row in rows:
@@ -82,17 +84,20 @@ def test_weights_that_are_not_the_checkpoints_are_told(run: RunFolder, capsys: p
     assert "8 of 8 images differ" in text
 
 
+@pytest.mark.thorough
 def test_a_recipe_that_draws_otherwise_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     code, text = replayed(run, 2, capsys, "--sampling.guidance_scale", "2.5")
     assert code == 1 and "8 of 8 images differ" in text
 
 
+@pytest.mark.thorough
 def test_weights_that_were_not_kept_are_told_with_those_that_are(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     code, text = replayed(run, 0, capsys)
     assert code == 2 and "round 0 was drawn with policy version 0, which no checkpoint in" in text
     assert "(round-000003 has [2, 3]; round-000002 has [1, 2])" in text and "larger checkpoint.keep" in text
 
 
+@pytest.mark.thorough
 def test_a_round_that_the_ledger_does_not_have_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     code, text = replayed(run, 7, capsys)
     assert code == 2 and "has no round 7: it has 3 rounds, 0 to 2" in text

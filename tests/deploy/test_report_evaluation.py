@@ -99,6 +99,7 @@ def test_an_alarm_at_the_last_version_stands_in_the_summary(recipe: Recipe) -> N
     assert guard_sentences(folder) == ["At the last version the guard has found: this; that."]
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_rolled_back_is_compared_by_the_weights_that_it_has(
     tables: dict, capsys: pytest.CaptureFixture
 ) -> None:

@@ -181,6 +181,7 @@ def test_only_the_images_that_count_enter_the_sparse_steps(tables: dict) -> None
     assert metrics["optimizer_steps"] == 2 and "ratio/mean" not in metrics and np.isfinite(metrics["kl_nats"])
 
 
+@pytest.mark.thorough
 def test_inner_epochs_end_when_the_budget_of_kl_is_spent(tables: dict) -> None:
     values = {"learner__inner_epochs": 4, "learner__learning_rate": 3e-3}
 

@@ -21,6 +21,7 @@ def clip_fraction(tables: dict, resolution: int, clip: dict[str, float]) -> floa
     return metrics["clip_fraction"]
 
 
+@pytest.mark.thorough
 def test_a_recipe_at_twice_the_resolution_clips_the_same_share_with_clip_nats(tables: dict) -> None:
     shares = [clip_fraction(tables, resolution, {"clip_nats": 1.0}) for resolution in (16, 32)]
     assert shares[0] == shares[1] and 0.2 < shares[0] < 0.8  # exactly those that moved by 2 nats

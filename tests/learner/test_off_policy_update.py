@@ -64,7 +64,7 @@ def transition_under(parts: Parts, weights: LoraWeights, batch: TransitionBatch)
         return policy.transition(batch.latents, batch.steps, batch.conditioning)
 
 
-@pytest.mark.parametrize("inner_epochs", [1, 2])
+@pytest.mark.parametrize("inner_epochs", [1, pytest.param(2, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_references_are_those_of_the_updates_start_and_of_the_version_that_drew(
     lag: int, inner_epochs: int, tables: dict

@@ -81,7 +81,7 @@ def test_shards_that_hold_another_number_than_expected_are_refused(tmp_path: Pat
             read_buffer(folder, "w.safetensors", 3, size)
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.thorough)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return Storage(f"{request.getfixturevalue('bucket')}/checkpoints" if request.param == "s3" else tmp_path)
 
@@ -169,6 +169,7 @@ def beyond_the_state(folder: Path, shard_bytes: int) -> float:
     return float(done.stdout)
 
 
+@pytest.mark.thorough
 def test_saving_takes_the_memory_of_a_shard_or_two_and_not_of_the_whole_state(tmp_path: Path) -> None:
     sharded = beyond_the_state(tmp_path / "sharded", 4 * MEGABYTE)
     whole = beyond_the_state(tmp_path / "whole", 1024 * MEGABYTE)

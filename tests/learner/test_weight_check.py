@@ -90,6 +90,7 @@ def test_in_float32_what_arrived_passes_whatever_the_batch_is_composed_of(
     assert lag == 0 or metrics["ratio/max_abs_log"] > 1e-4  # the policy that learns had moved by then
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_passes_at_its_own_tolerance(dtype: str, tables: dict) -> None:
     parts = parts_with(tables, policy__dtype=dtype, max_policy_lag=1)

@@ -27,12 +27,14 @@ def test_two_samplers_on_ray_arrive_at_the_bits_of_one_process(tables: dict, clu
     assert found == on_ray_found and [each["policy_version"] for each in found] == [0, 2, 3]
 
 
+@pytest.mark.thorough
 def test_lag_changes_what_is_learned(tables: dict) -> None:
     in_step = final_fingerprint(changed(tables, name="lag0", rounds=3), serial=True)
     lagging = final_fingerprint(changed(tables, name="lag1", rounds=3, max_policy_lag=1), serial=True)
     assert in_step != lagging
 
 
+@pytest.mark.thorough
 def test_another_seed_arrives_elsewhere(tables: dict) -> None:
     assert final_fingerprint(changed(tables, name="a"), serial=True) != final_fingerprint(
         changed(tables, name="b", seed=1), serial=True

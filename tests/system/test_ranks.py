@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from common.config import Recipe
@@ -13,7 +14,7 @@ from common.lora_weights import LoraWeights
 from common.run_folder import RunFolder
 from learner.checkpoint import load_checkpoint, newest_checkpoint
 from tests.system.conftest import final_fingerprint
-from tests.system.disturbances import at_round, beside, in_turn, processes_of
+from tests.system.disturbances import at_round, beside, in_turn, processes_of, title_of, wait_until
 from train import train
 
 ROUNDS = 6
@@ -72,6 +73,30 @@ def test_a_run_of_two_ranks_goes_on_from_its_checkpoint_to_the_same_bits_its_mom
     assert final_fingerprint(recipe_of(tables, "parts", checkpoint=checkpoint), resume=True) == calm
     assert final_fingerprint(recipe_of(tables, "whole", checkpoint=checkpoint, rounds=2)) != calm
     assert final_fingerprint(recipe_of(tables, "whole", checkpoint=checkpoint, divided=True), resume=True) == calm
+
+
+@pytest.mark.thorough
+def test_a_rank_that_dies_between_the_parts_of_a_round_changes_no_bit(tables: dict, cluster: None) -> None:
+    learner = {**tables["learner"], "ranks": 2, "shard_optimizer": True, "parts_per_round": 2}
+    calm, killed = (
+        Recipe.parse({**tables, "rounds": ROUNDS, "max_policy_lag": 1, "name": name, "learner": learner})
+        for name in ("calm", "killed")
+    )
+    run, died = Path(killed.run_path()), []
+
+    def learning_from_a_first_part() -> list[psutil.Process]:
+        """Ray writes what an actor does into its process's name."""
+        return [process for process in processes_of("ray::Learner rank") if ", part 0" in title_of(process)]
+
+    def kill() -> None:
+        wait_until(lambda: bool(learning_from_a_first_part()), "a first part", 60)
+        died.append(learning_from_a_first_part()[0].pid)
+        os.kill(died[0], signal.SIGKILL)
+
+    with beside(at_round(run, 2, kill)):
+        assert final_fingerprint(killed) == final_fingerprint(calm)
+    assert len(died) == 1
+    assert sum(metrics.get("actor_restarts/learner", 0) for metrics in metrics_of(killed)) == 1
 
 
 @pytest.mark.thorough

@@ -100,6 +100,7 @@ def test_a_passing_fault_is_asked_again(status: int) -> None:
     assert len(script.asked) == 2
 
 
+@pytest.mark.thorough
 def test_a_service_that_says_when_to_come_back_is_not_asked_before() -> None:
     for value, least in (("1", 1.0), ("Wed, 25 Nov 2020 00:00:00 GMT", 0.4), ("in a while", 0.4)):
         with scripted((429, b"", {"Retry-After": value}), GOOD) as (url, _):

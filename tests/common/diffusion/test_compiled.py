@@ -37,6 +37,7 @@ def inputs(count: int) -> dict[str, Tensor]:
     return {"latents": torch.randn(11, 3, generator=generator)[:count], "timesteps": torch.arange(1.0, 12.0)[:count]}
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_batches_of_any_size_get_the_networks_own_rows_from_one_compiled_shape(
     network: Small, compiled: CompiledNetwork

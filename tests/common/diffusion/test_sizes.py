@@ -20,6 +20,7 @@ from tests.tiny_families import MAKERS, policy_table
 from tests.tiny_policy import SAMPLING, tiny_policy
 
 
+@pytest.mark.thorough
 def test_stable_diffusion_1_5_has_its_published_sizes_without_a_hub_or_weights() -> None:
     config = StableDiffusion(model="stable-diffusion-v1-5/stable-diffusion-v1-5", dtype="float16")
     sizes = config.sizes(SamplingTable(num_steps=50))
