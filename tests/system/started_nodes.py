@@ -20,7 +20,7 @@ from tests.system.disturbances import alive, wait_until
 
 BIN = Path(sys.executable).parent
 STORE_BYTES = 100_000_000
-START_SECONDS = 90.0
+START_SECONDS = 180.0
 # Ray's own values are long for a test: metrics go to the node every ten seconds, and a dead node is missed after fifteen.
 SOON = {"RAY_metrics_report_interval_ms": "1000", "RAY_health_check_period_ms": "500"}
 # What two nodes of one machine would otherwise both want. Workers take any port that is free.

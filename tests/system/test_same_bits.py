@@ -258,8 +258,8 @@ IN_PARTS = {
     "in four parts: a node removed, another added": node_removed,
 }
 SCENARIO_OF = SCENARIOS | IN_PARTS
-SHORT = {(0, "4 samplers"), (2, "10 or more kills of samplers and reward workers")}
-SHORT |= {
+SHORT = {
+    (2, "10 or more kills of samplers and reward workers"),
     (2, "driver stopped with SIGTERM, resumed"),
     (1, "learner killed twice"),
     (0, "scaled 1 → 4 → 2 while it runs"),

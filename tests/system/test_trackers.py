@@ -14,11 +14,11 @@ from tests.system.disturbances import rounds_done, wait_until
 from tests.system.drivers import Driver
 from tests.wandb_history import history, pixels_of, starts, tables_of
 
-pytestmark = pytest.mark.system
 ROUNDS = 12
 SECRETS = {"WANDB_API_KEY": "never0shown" * 4, "HF_TOKEN": "hf_never_to_be_shown"}
 
 
+@pytest.mark.system
 def test_a_killed_run_goes_on_in_the_same_wandb_run_and_has_every_round_once(
     tables: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,6 +66,7 @@ def test_a_killed_run_goes_on_in_the_same_wandb_run_and_has_every_round_once(
     assert not any(secret in driver.said() for secret in SECRETS.values())
 
 
+@pytest.mark.thorough
 def test_on_ray_with_two_samplers_the_same_is_shown(tables: dict, cluster: None) -> None:
     serial = run(tables, "serial", True)
     ray = run(tables, "ray", False, samplers={"count": 2}, max_policy_lag=0)
