@@ -68,13 +68,13 @@ def sampling(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
 
 
 def learning(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
-    """A round of one task against forward and backward passes over as many transitions in the same micro-batches."""
+    """A round against forward and backward passes over as many transitions in the same micro-batches."""
     recipe = parts.recipe
-    task = round_tasks(recipe, 0, parts.prompts.load())[0]
+    tasks = round_tasks(recipe, 0, parts.prompts.load())
     micro_batch = recipe.learner.micro_batch_size
     policy = learner._policy
     inputs = network_inputs(sampler, micro_batch)
-    transitions = recipe.sampling.batch_size * recipe.sampling.kept_steps(recipe.sampling.num_steps)
+    transitions = recipe.images_per_round * recipe.sampling.kept_steps(recipe.sampling.num_steps)
     parameters = list(trained_parameters(policy.network).values())
 
     def bare() -> None:
@@ -85,17 +85,18 @@ def learning(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
 
     worker = RewardWorker(parts.rewards, recipe.reward_workers, recipe.runtime)
 
-    def drawn() -> tuple[TrainBatch, Trajectory]:
-        weights = learner.weights()[-1]
-        report, trajectory, images = sampler.draw(replace(task, policy_version=weights.policy_version), weights)
-        rollout = Rollout(report, worker.score(images), trajectory, images)
-        batch = RoundBuffer(parts.algorithm, parts.composition).train_batch([rollout])
-        return batch, trajectory
+    def drawn() -> tuple[TrainBatch, list[Trajectory]]:
+        weights, rollouts = learner.weights()[-1], []
+        for task in tasks:
+            report, trajectory, images = sampler.draw(replace(task, policy_version=weights.policy_version), weights)
+            rollouts.append(Rollout(report, worker.score(images), trajectory, images))
+        batch = RoundBuffer(parts.algorithm, parts.composition).train_batch(rollouts)
+        return batch, [rollout.trajectory for rollout in rollouts]
 
     bare_seconds, our_seconds = [], []
     for repeat in range(REPEATS + 1):
-        batch, trajectory = drawn()
-        times = seconds(bare), seconds(lambda: learner.update(batch, trajectory))  # noqa: B023
+        batch, trajectories = drawn()
+        times = seconds(bare), seconds(lambda: learner.update(batch, *trajectories))  # noqa: B023
         if repeat:
             bare_seconds.append(times[0])
             our_seconds.append(times[1])
