@@ -155,9 +155,7 @@ class LearnerTable(RoleTable):
     # How far sampler's and learner's log_prob may lie apart under the same weights; none: 1e-4 in float32, else 1e-2.
     log_prob_tolerance: float | None = Field(default=None, gt=0)
     ranks: int = Field(default=1, ge=1)  # processes that share every optimizer step; each has this table's resources
-    shard_optimizer: bool = (
-        False  # divide its state among them, which costs a broadcast of the weights an optimizer step
-    )
+    shard_optimizer: bool = False  # each keeps a part of its state, and sends the others the weights that it has moved
 
     @property
     def images_per_step(self) -> int:

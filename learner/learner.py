@@ -231,7 +231,7 @@ class Learner:
         return due and self._recipe.policy.table().get("train", "lora") == "lora"
 
     def state(self) -> LearnerState:
-        """A copy of all state; of several ranks, with this one's moments."""
+        """A copy of all state; where ranks divide the moments, with this one's."""
         optimizer = optimizer_arrays(self._optimizer, self._owned)
         own = None if self._trained.fingerprint == self._published[-1].fingerprint else self._trained
         scaler = self._scaler.state_dict()

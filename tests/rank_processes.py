@@ -18,8 +18,9 @@ import torch.distributed as distributed
 from common.diffusion.lora import trained_parameters
 from common.lora_weights import fingerprint
 from deploy.parts import Parts
+from learner import rank_group
 from learner.learner import Learner
-from learner.rank_group import Meeting, OtherRankFailed, RankLost, Ranks
+from learner.rank_group import BUCKET_BYTES, Meeting, OtherRankFailed, RankLost, Ranks
 from learner.weight_check import WeightsDidNotArrive
 from tests.double_policy import Double
 from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
@@ -37,6 +38,7 @@ class Case:
     rounds: int = 1
     set_aside: tuple[int, ...] = ()
     double: bool = False
+    bucket_bytes: int = BUCKET_BYTES
 
 
 @dataclass
@@ -211,6 +213,7 @@ def main(folder: Path, count: int, rank: int) -> None:
     torch.set_num_threads(1)
     for name, (told, meeting) in json.loads((folder / "cases.json").read_text()).items():
         case = Case(**{**told, "set_aside": tuple(told["set_aside"])})
+        rank_group.BUCKET_BYTES = case.bucket_bytes
         outcome = DEEDS[case.deed](case, Ranks(rank, count, timeout_seconds=60), meeting)
         distributed.destroy_process_group()
         file = _written(folder, name, rank)

@@ -1,5 +1,6 @@
 """An optimizer whose moments are divided among ranks moves weights to the bits of one that every rank has whole."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from common.recipe_tables import LearnerTable
+from learner import rank_group
 from learner.rank_group import Ranks
 from learner.sharded_optimizer import ShardedOptimizer, owners_of
 from tests.conftest import small_tables
@@ -39,6 +41,8 @@ def outcomes(small: dict, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     cases = {}
     for name, changes in LEARNED.items():
         cases[name], cases[f"divided {name}"] = both_ways(small, changes)
+    # Norms of 128 bytes and kernels of many thousand: buckets of several tensors, and of one that is larger.
+    cases["divided in buckets"] = replace(cases["divided full"], bucket_bytes=600)
     cases["go_apart"] = Case(cases["divided lora"].tables, "go_apart")
     return run_in_ranks(cases, tmp_path_factory.mktemp("outcomes"))
 
@@ -60,6 +64,23 @@ def check_division(divided: list[Outcome], whole: list[Outcome]) -> None:
 @pytest.mark.parametrize("name", LEARNED)
 def test_divided_moments_lead_to_the_bits_of_whole_ones_and_each_rank_keeps_half(name: str, outcomes: Outcomes) -> None:
     check_division(outcomes[f"divided {name}"], outcomes[name])
+
+
+@pytest.mark.thorough
+def test_gradients_and_weights_that_travel_in_many_buckets_have_the_same_bits(outcomes: Outcomes) -> None:
+    check_division(outcomes["divided in buckets"], outcomes["full"])
+
+
+def test_a_bucket_has_as_many_tensors_in_their_order_as_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_group, "BUCKET_BYTES", 40)
+    tensors = [torch.zeros(count) for count in (4, 6, 1, 20, 3, 3)]
+    buckets = [[tensor.numel() for tensor in bucket] for bucket in rank_group._buckets(tensors)]
+    assert buckets == [[4, 6], [1], [20], [3, 3]]
+    assert (rank_group.buffer_bytes(7, 2), rank_group.buffer_bytes(70, 2), rank_group.buffer_bytes(70, 1)) == (
+        28,
+        40,
+        0,
+    )
 
 
 @pytest.mark.thorough
