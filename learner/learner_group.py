@@ -224,8 +224,10 @@ class RayLearnerGroup(LearnerGroup):
         ]
         self._answers(self._beginning)  # first: after a part that failed, the next is refused
         found, *fingerprints = self._answers([metrics, *(fingerprint for fingerprint, _ in followed)])
-        kept: list[Any] = ray.get([state, *(moments for _, moments in followed)])
-        whole: LearnerState = kept[0].with_moments(kept[1:])
+        learned: LearnerState = ray.get(state)
+        if not followed:
+            return found, learned
+        whole = learned.with_moments(ray.get([moments for _, moments in followed]))
         own = whole.trained.fingerprint
         differing = [rank for rank, fingerprint in enumerate(fingerprints, start=1) if fingerprint != own]
         if differing:
