@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -19,6 +21,7 @@ CHROMIUM = next(
 # Under CI what needs a browser fails without one, or nobody would see that a test has gone.
 MAY_BE_SKIPPED = CHROMIUM is None and not os.environ.get("CI")
 START_SECONDS = 60
+END_SECONDS = 20
 
 
 class Page:
@@ -125,8 +128,19 @@ def browser(profile: Path) -> Iterator[Page]:
             finally:
                 loop.run_until_complete(session.close())
         finally:
-            process.terminate()
+            _end(process)
             loop.close()
+
+
+def _end(process: subprocess.Popen) -> None:
+    """It and all that it has started, which else would write into the profile while that is being removed."""
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
+    _, left = psutil.wait_procs(family, timeout=END_SECONDS)
+    for each in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(left, timeout=END_SECONDS)
 
 
 def _port(file: Path, process: subprocess.Popen) -> int:

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 import ddpo
 from common.config import Recipe
 from tests.browser import MAY_BE_SKIPPED, Page, browser
+from tests.system.disturbances import alive
 from tests.tiny_pipeline import save_tiny_pipeline
 from train import train
 
@@ -179,3 +181,11 @@ def test_without_its_script_the_pictures_stand_side_by_side(opened: Page, report
         assert right > left and opened.evaluate("document.querySelector('.controls').offsetHeight") == 0
     finally:
         opened.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_nothing_of_a_browser_is_left_to_write_into_its_profile(tmp_path: Path) -> None:
+    before = psutil.Process().children(recursive=True)
+    with browser(tmp_path) as tab:
+        tab.visit("about:blank")
+        family = [each for each in psutil.Process().children(recursive=True) if each not in before]
+    assert len(family) > 2 and alive(family) == []
