@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TRL_VENV := .venv-parity
-TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder  # in the order of tests/conftest.py
+# In the order that tests/conftest.py gives them.
+TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 # Ray switches token authentication on by itself; both sides of a cluster must agree, so it is said here.
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1

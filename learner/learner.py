@@ -240,7 +240,7 @@ class Learner:
     def load_state(self, state: LearnerState) -> None:
         """Go on from `state`; what was begun of a round is undone. ValueError: it belongs to another network."""
         load_weights(self._policy.network, state.trained)
-        load_optimizer_arrays(self._optimizer, self._owned, state.moments_of(self._owned))
+        load_optimizer_arrays(self._optimizer, self._owned, state.optimizer)
         self._metrics, self._log_ratios = self._no_metrics(), None
         if state.scaler:
             self._scaler.load_state_dict(state.scaler)

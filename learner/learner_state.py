@@ -1,6 +1,6 @@
 """LearnerState: all that the learner needs to go on to the last bit; and what evaluation needs beside it."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,10 +30,6 @@ class LearnerState:
         for each in others:
             arrays.update(each)
         return replace(self, optimizer=arrays)
-
-    def moments_of(self, parameters: Container[str]) -> dict[str, np.ndarray]:
-        """The part of the optimizer's state that belongs to these parameters."""
-        return {place: array for place, array in self.optimizer.items() if place.rpartition("/")[0] in parameters}
 
 
 @dataclass(frozen=True)

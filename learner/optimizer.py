@@ -38,10 +38,18 @@ def optimizer_of(parameters: Mapping[str, nn.Parameter], settings: LearnerTable)
     check_optimizer(settings)
     from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports] -- an extra
 
-    for parameter in parameters.values():
-        # It counts numbers in memory's order: channels last, a block of them would be another after a resume.
-        parameter.data = parameter.data.contiguous()
+    lay_out(parameters, settings)
     return AdamW8bit(parameters.values(), **keys)
+
+
+def lay_out(parameters: Mapping[str, nn.Parameter], settings: LearnerTable) -> None:
+    """Give parameters the memory layout that the optimizer needs.
+
+    In 8 bits numbers count in memory's order: channels last, a block of them would be another after a resume.
+    """
+    if settings.optimizer == "adamw_8bit":
+        for parameter in parameters.values():
+            parameter.data = parameter.data.contiguous()
 
 
 def optimizer_arrays(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, np.ndarray]:
@@ -63,11 +71,12 @@ def _copied(value: Tensor | int) -> np.ndarray:
 def load_optimizer_arrays(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Put what `optimizer_arrays` gave in the place of its state."""
+    """Put what `optimizer_arrays` gave of these parameters, and perhaps of others, in the place of its state."""
     optimizer.state.clear()
     for place, array in arrays.items():
         name, _, key = place.rpartition("/")
-        optimizer.state[parameters[name]][key] = _live(array, parameters[name])
+        if name in parameters:
+            optimizer.state[parameters[name]][key] = _live(array, parameters[name])
 
 
 def _live(array: np.ndarray, parameter: nn.Parameter) -> Tensor | int:

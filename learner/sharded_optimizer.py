@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.recipe_tables import LearnerTable
-from learner.optimizer import optimizer_of
+from learner.optimizer import lay_out, optimizer_of
 from learner.rank_group import Ranks
 
 
@@ -36,6 +36,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._of_rank[owner].append(parameter)
             if owner == ranks.rank:
                 self.owned[name] = parameter
+        lay_out(parameters, settings)  # those of others too: ranks compute alike
         self._moves = optimizer_of(self.owned, settings)
         self.state = self._moves.state
 

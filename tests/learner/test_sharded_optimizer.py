@@ -102,6 +102,20 @@ def test_so_do_moments_in_eight_bits(small: dict, tmp_path: Path) -> None:
     check_division(found["divided"], found["whole"])
 
 
+@pytest.mark.eight_bit
+def test_in_eight_bits_a_rank_lays_the_others_parameters_out_as_they_do() -> None:
+    settings = LearnerTable.model_validate(
+        {**TWO_RANKS, "micro_batch_size": 1, "optimizer": "adamw_8bit", "shard_optimizer": True}
+    )
+    kernels = {
+        str(number): torch.nn.Parameter(torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last))
+        for number in range(4)
+    }
+    assert not any(kernel.is_contiguous() for kernel in kernels.values())
+    optimizer = ShardedOptimizer(kernels, settings, Ranks(1, 2))
+    assert len(optimizer.owned) == 2 and all(kernel.is_contiguous() for kernel in kernels.values())
+
+
 def test_parameters_are_divided_evenly_among_owners() -> None:
     assert owners_of([5, 9, 1, 4, 4], 2) == [1, 0, 1, 1, 0] and owners_of([3, 2], 1) == [0, 0]
     sizes = np.random.default_rng(0).integers(1, 1000, 200).tolist()
