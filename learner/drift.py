@@ -16,9 +16,12 @@ from learner.update_metrics import Divergence
 
 
 def few(transitions: RoundTransitions, steps: list[list[Pair]], size: int, ranks: Ranks) -> Iterator[TransitionBatch]:
-    """About `size` of the pairs learned from: a few images with all of their steps; of them this rank's share."""
+    """As many of the images learned from as one batch of `size` takes with all their steps, at least one; this rank's share.
+
+    No more: a compiled network takes for a batch that is hardly filled what it takes for a full one.
+    """
     images = list(dict.fromkeys(image for pairs in steps for image, _ in pairs))
-    pairs = transitions.pairs_of(np.array(images[: -(-size // transitions.num_places)]))
+    pairs = transitions.pairs_of(np.array(images[: max(1, size // transitions.num_places)]))
     return (transitions.batch(part) for part in micro_batches(ranks.share(pairs), size))
 
 

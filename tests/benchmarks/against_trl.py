@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from common.config import Recipe
@@ -85,15 +85,19 @@ def measured(settings: list[str], repeats: int, same: dict[str, str], folder: Pa
         facts = {name: {"side": name, "machine": machine(), "versions": spelled(versions[name])} for name in sides}
         for repeat in range(repeats + 1):
             for name, side in sides.items():
-                yield {**facts[name], "repeat": repeat, **one_round(side, bare=name != TRL)}
+                yield {**facts[name], "repeat": repeat, **one_round(side, name != TRL, first=not repeat)}
 
 
-def one_round(side: RoundProcess, bare: bool) -> Row:
-    """A round, and right after it the bare loop, which belongs to our sides."""
+def one_round(side: RoundProcess, bare: bool, first: bool = False) -> Row:
+    """A round; of our sides with the bare loop's mean of right before and right after it, for machines drift.
+
+    Only after the first one: what is compiled is to be compiled in the round.
+    """
+    alone = [side.ask(bare=True)] if bare and not first else []
     row = side.ask()
     if bare:
-        alone = side.ask(bare=True)
-        row |= {f"bare_{part}": seconds for part, seconds in alone.items()}
+        alone.append(side.ask(bare=True))
+        row |= {f"bare_{part}": mean(each[part] for each in alone) for part in alone[0]}
     return row
 
 

@@ -33,10 +33,13 @@ SCRIPTS = Path(__file__).parent
 # TRL's example has 6 images a sampling batch and 3 a training batch; the others are as large as an 80 GB GPU takes.
 TRL_SIZES = {"TRL, its example's batches": (6, 3), "TRL, largest batches": (16, 8)}
 SIZES = (16, 8)  # ours: images a task, transitions a micro-batch
+NOT_DETERMINISTIC = ["--runtime.deterministic", "false"]  # as TRL runs
+COMPILED = ["--policy.compile", "both", "--algorithm.off_policy.ratio", "proximal"]
 OURS: dict[str, list[str]] = {
+    "ours, compiled, not deterministic": COMPILED + NOT_DETERMINISTIC,
+    "ours, not deterministic": NOT_DETERMINISTIC,
     "ours, eager": [],
-    "ours, not deterministic": ["--runtime.deterministic", "false"],
-    "ours, compiled": ["--policy.compile", "both", "--algorithm.off_policy.ratio", "proximal"],
+    "ours, compiled": COMPILED,
 }
 
 
@@ -119,9 +122,9 @@ def trl_section(job: Job, sizes: tuple[int, int]) -> dict[str, Any]:
     return {"steps": job.steps, **_rounds(job, process, sampled * batches, bare=False)}
 
 
-def our_section(job: Job, overrides: list[str]) -> dict[str, Any]:
+def our_section(job: Job, name: str, overrides: list[str]) -> dict[str, Any]:
     """Two rounds of ours, and the bare loop; the first is not counted."""
-    path = job.folder / f"ours_{len(overrides)}.json"
+    path = job.folder / f"{name.replace(',', '').replace(' ', '_')}.json"
     path.write_text(json.dumps({"recipe": RECIPE, "overrides": job.recipe(*overrides)}), encoding="utf-8")
     process = RoundProcess([sys.executable, "-m", "tests.benchmarks.our_rounds", str(path)], path.with_suffix(".log"))
     return {"steps": job.steps, **_rounds(job, process, job.images, bare=True)}
@@ -149,20 +152,20 @@ def sections(job: Job) -> dict[str, Callable[[], Any]]:
     """All of them, the most asked for first."""
     answers, device = job.folder / "variants.jsonl", ["--device", job.device]
     tiny = ["--tiny"] if job.tiny else []
-    ours = {name: lambda words=words: our_section(job, words) for name, words in OURS.items()}
+    ours = {name: lambda name=name, words=words: our_section(job, name, words) for name, words in OURS.items()}
     trl = {name: lambda sizes=sizes: trl_section(job, sizes) for name, sizes in TRL_SIZES.items()}
-    compiled = ours.pop("ours, compiled")
+    deterministic = {name: ours.pop(name) for name in ("ours, eager", "ours, compiled")}
     return {
         "device": lambda: device_section(job),
-        **ours,
         **trl,
+        **ours,
         "memory": lambda: process_section(
             job, "gpu_memory", "--out", str(job.folder), "--model", str(job.model), *device, *tiny
         ),
         "rewards": lambda: process_section(job, "gpu_rewards", str(job.folder / "rewards.jsonl"), *device, *tiny),
         "waits": lambda: process_section(job, "gpu_waits", RECIPE, str(job.folder / "waits.jsonl"), *job.recipe()),
         "variants": lambda: process_section(job, "gpu_variants", RECIPE, str(answers), *job.recipe()),
-        "ours, compiled": compiled,
+        **deterministic,
         "noise": lambda: process_section(job, "gpu_noise", RECIPE, str(job.folder / "noise.jsonl"), *job.recipe()),
     }
 
@@ -173,7 +176,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--trl-python", default=sys.executable)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=500.0)
+    parser.add_argument("--seconds", type=float, default=520.0)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()

@@ -53,6 +53,7 @@ def test_every_section_but_trls_runs_on_a_cpu_without_ray(tmp_path: Path) -> Non
         "ours, eager",
         "ours, not deterministic",
         "ours, compiled",
+        "ours, compiled, not deterministic",
         "variants",
         "noise",
         "memory",
@@ -71,6 +72,7 @@ def test_every_section_but_trls_runs_on_a_cpu_without_ray(tmp_path: Path) -> Non
     assert "failed" not in done.stdout, done.stdout
     for row in (
         "| ours, compiled |",
+        "| ours, compiled, not deterministic |",
         "| forward and backward | compiled |",
         "| both compiled | learner's micro-batches",
     ):

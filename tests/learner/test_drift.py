@@ -1,0 +1,29 @@
+"""How far an update has moved is told from whole images of the round, in one batch where their steps fit into it."""
+
+import numpy as np
+import pytest
+
+from learner.drift import few
+from learner.rank_group import Ranks
+from learner.round_transitions import round_transitions
+from tests.rounds import draw_round, learner_of, parts_with
+
+
+@pytest.mark.parametrize(
+    ("size", "images", "batches"),
+    [(8, 2, [8]), (7, 1, [4]), (4, 1, [4]), (3, 1, [3, 1])],
+)
+def test_whole_images_are_looked_at_that_fill_no_more_than_one_batch(
+    size: int, images: int, batches: list[int], tables: dict
+) -> None:
+    parts = parts_with(tables, sampling__num_steps=4, sampling__step_fraction=1.0)
+    drawn = draw_round(parts, learner_of(parts).weights()[0], 0)
+    transitions = round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
+    order = np.array([3, 1, 2, 0])
+    steps = transitions.optimizer_steps(order, 2, ())
+    looked_at = list(few(transitions, steps, size, Ranks()))
+    assert [len(batch.steps) for batch in looked_at] == batches
+    seen = sorted(float(latents.sum()) for batch in looked_at for latents in batch.latents)
+    assert seen == sorted(
+        float(transitions.batch([pair]).latents.sum()) for pair in transitions.pairs_of(order[:images])
+    )
