@@ -149,6 +149,13 @@ def _report(options: argparse.Namespace) -> None:
     print(report(options.runs, options.overrides))
 
 
+def _evaluate(options: argparse.Namespace) -> None:
+    from deploy.commands.evaluate import EvaluateRequest, evaluate
+
+    request = EvaluateRequest(tuple(options.weights), options.against, options.recipe, options.output)
+    print(evaluate(request, options.overrides))
+
+
 def _push(options: argparse.Namespace) -> int:
     import json
 
@@ -203,6 +210,7 @@ RUN = {
     "scale": _scale,
     "status": _status,
     "report": _report,
+    "evaluate": _evaluate,
     "push": _push,
     "replay": _replay,
     "migrate": _migrate,

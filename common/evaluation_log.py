@@ -31,6 +31,23 @@ class EvaluatedImages:
     pixels: UInt8[np.ndarray, "N H W 3"]
 
 
+def images_table(variant: str, images: EvaluatedImages, pictures: int) -> pa.Table:
+    """A row an image, of which the first so many hold their picture; `variant`: under which weights they were drawn."""
+    count = len(images.seeds)
+    shown = [png(pixels) if image < pictures else None for image, pixels in enumerate(images.pixels)]
+    columns = {
+        "variant": pa.array([variant] * count),
+        "image": pa.array(range(count), pa.int32()),
+        "prompt": pa.array([prompt.text for prompt in images.prompts]),
+        "seed": pa.array(images.seeds, pa.int64()),
+        "picture": pa.array(shown, pa.binary()),
+    }
+    scores = {
+        f"score/{name}": pa.array(values.astype(np.float64), from_pandas=True) for name, values in images.scores.items()
+    }
+    return pa.table(columns | scores)
+
+
 class EvaluationLog:
     """Writes and reads both. A version is there when its line is, which is written last."""
 
@@ -54,7 +71,7 @@ class EvaluationLog:
 
     def write(self, figures: dict[str, Any], variants: dict[str, EvaluatedImages], pictures: int) -> None:
         """Add a version: its object, and a row an image, of which the first so many hold their picture."""
-        tables = [_table(variant, images, pictures) for variant, images in variants.items()]
+        tables = [images_table(variant, images, pictures) for variant, images in variants.items()]
         buffer = io.BytesIO()
         parquet.write_table(pa.concat_tables(tables), buffer)
         self._storage.write(f"{FOLDER}/{_folder(figures['policy_version'])}/{FILE}", buffer.getvalue())
@@ -93,19 +110,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _table(variant: str, images: EvaluatedImages, pictures: int) -> pa.Table:
-    count = len(images.seeds)
-    shown = [png(pixels) if image < pictures else None for image, pixels in enumerate(images.pixels)]
-    columns = {
-        "variant": pa.array([variant] * count),
-        "image": pa.array(range(count), pa.int32()),
-        "prompt": pa.array([prompt.text for prompt in images.prompts]),
-        "seed": pa.array(images.seeds, pa.int64()),
-        "picture": pa.array(shown, pa.binary()),
-    }
-    scores = {
-        f"score/{name}": pa.array(values.astype(np.float64), from_pandas=True) for name, values in images.scores.items()
-    }
-    return pa.table(columns | scores)

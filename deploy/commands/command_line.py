@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-OVERRIDABLE = ("train", "plan", "doctor", "report", "sample", "replay", "serve-reward", "push")
+OVERRIDABLE = ("train", "plan", "doctor", "report", "evaluate", "sample", "replay", "serve-reward", "push")
 
 
 def read(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
 
+    _add_evaluate(verbs)
+
     verb = verbs.add_parser("replay", help="draw a round again and compare it with the ledger, image by image")
     verb.add_argument("replayed", metavar="RUN", help="a run's folder")
     verb.add_argument("--round", type=int, required=True, help="counted from 0")
@@ -77,6 +79,20 @@ def _add_of_living_runs(verbs: Any) -> None:
     verb = verbs.add_parser("status", help="say how a run stands, from any shell that sees its folder")
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
     verb.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def _add_evaluate(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "evaluate",
+        help="compare weights on the same held-out pictures, with each other or with the pretrained model",
+        epilog="--section.key VALUE changes any key of the recipe, such as evaluation.images and evaluation.prompts",
+    )
+    verb.add_argument(
+        "weights", nargs="+", metavar="WEIGHTS", help="a run's folder, its best/, or a LoRA file or folder"
+    )
+    verb.add_argument("--against", default="pretrained", metavar="WEIGHTS", help="by default the %(default)s model")
+    verb.add_argument("--recipe", help="whose model, prompts, rewards and scorers to use; by default the first run's")
+    verb.add_argument("--output", default="evaluation", metavar="FOLDER", help="by default %(default)s")
 
 
 def _add_push(verbs: Any) -> None:

@@ -40,14 +40,14 @@ from deploy.commands.doctor_resources import (
 )
 from deploy.commands.plan_numbers import Plan, in_bytes, plan_of_parts
 from deploy.commands.ratio_measurement import draw_some, score_again
-from deploy.commands.ratio_noise import Noise, clip_range, noise_findings, table_rows, worst_in_words
+from deploy.commands.ratio_noise import WIDEST, Noise, clip_range, noise_findings, table_rows, worst_in_words
 from deploy.parts import Parts, build_reward, entries_of
 from deploy.workers import place_options
 from learner.optimizer import check_optimizer
 from learner.weight_check import log_prob_tolerance
 
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
-MARK, SUBJECT = 9, 15  # columns
+MARK, SUBJECT, NUMBER_WIDTH = 9, 15, 7  # columns
 At = Callable[
     ..., Any
 ]  # (role's table, function, its arguments) -> what it returns, where an actor of that role would be
@@ -233,10 +233,10 @@ def _print(console: Console, finding: Finding) -> None:
 
 def _print_noise(console: Console, noise: Noise, clip: float | None) -> None:
     table = Table(box=None, pad_edge=False)
-    table.add_column("largest |log ratio|, scored again", no_wrap=True)
-    table.add_column("clip ranges", justify="right")
-    table.add_column("nats", justify="right")
-    table.add_column("step by step", no_wrap=True)
+    table.add_column("largest |log ratio|, scored again")  # folded where the terminal is narrow: numbers are not cut
+    table.add_column("clip ranges", justify="right", min_width=NUMBER_WIDTH)
+    table.add_column("nats", justify="right", min_width=NUMBER_WIDTH)
+    table.add_column("step by step", no_wrap=True, min_width=min(WIDEST, noise.of_the_run.log_ratios.shape[1]))
     for row in table_rows(noise, clip):
         table.add_row(*row)
     console.print()

@@ -61,8 +61,9 @@ class Noise:
 
 
 def clip_range(algorithm: Algorithm, latent_elements: int) -> float | None:
-    """The algorithm's clip on the scale of `log_prob`; None: it has none."""
-    return algorithm.clip(latent_elements) if isinstance(algorithm, ClippedPolicyGradient) else None
+    """The clip that the noise uses up, on the scale of `log_prob`; None: there is none, or the ratio is to the learner's own log-probs."""
+    clips = isinstance(algorithm, ClippedPolicyGradient) and not algorithm.needs_proximal_log_probs
+    return algorithm.clip(latent_elements) if clips else None
 
 
 def in_nats(log_ratio: float, latent_elements: int) -> float:

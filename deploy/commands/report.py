@@ -5,25 +5,21 @@ import math
 import time
 from typing import Any
 
-import numpy as np
-
-from actors.evaluation import Comparison, evaluation_images, evaluation_set
-from actors.reward_worker import RewardWorker
+from actors.evaluation import Comparison
 from common.config import Recipe
 from common.diffusion.weight_files import network_folder
 from common.evaluation_log import EvaluationLog
 from common.paired import paired_error
-from common.recipe_tables import RewardTable
 from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
 from common.storage import local_folder
-from common.trajectory import ImageBatch
+from deploy.commands.held_out import HeldOut, scorers_of
 from deploy.commands.report_page.evaluation import evaluated, shown_versions
 from deploy.commands.report_page.page import FinishedRun, report_page
 from deploy.commands.report_page.scores import paired, share_kept
 from deploy.commands.report_pictures import before_after_picture, reward_curve, versions_picture
 from deploy.commands.run_weights import RunWeights, run_weights
-from deploy.parts import Parts, build_reward, parts_of
+from deploy.parts import Parts, parts_of
 
 
 def report(run: str, overrides: list[str]) -> str:
@@ -48,7 +44,7 @@ def figures_of(
     comparison: Comparison, recipe: Recipe, rounds: list[dict[str, float]], weights: RunWeights
 ) -> dict[str, Any]:
     """What summary.json says of these weights."""
-    return summary(comparison, list(_scorers(recipe))) | {
+    return summary(comparison, list(scorers_of(recipe))) | {
         "fingerprint": weights.fingerprint,
         "policy_version": weights.policy_version,
         "seconds": sum(metrics["seconds/round"] for metrics in rounds),
@@ -64,30 +60,13 @@ def logged_rounds(folder: RunFolder) -> list[dict[str, float]]:
 
 def compare(parts: Parts, location: str) -> Comparison:
     """Draw and score the evaluation's pictures under the pretrained weights, then under those that lie at `location`."""
-    recipe = parts.recipe
-    device = settle(recipe.runtime)
-    chosen = evaluation_set(recipe.evaluation, parts.prompts)
-    scorers = {name: build_reward(table) for name, table in _scorers(recipe).items()}
-    worker = RewardWorker(scorers, recipe.reward_workers, recipe.runtime)
-    policy = parts.policy.load(device, recipe.sampling, "sampler")
-    before = evaluation_images(
-        policy, chosen, recipe.sampling
-    )  # new adapters change nothing: this is the pretrained model
+    recipe, held_out = parts.recipe, HeldOut(parts)
+    policy = parts.policy.load(settle(recipe.runtime), recipe.sampling, "sampler")
+    before = held_out.images(policy)  # new adapters change nothing: this is the pretrained model
     with weights_here(location) as path:
         policy.restore(network_folder(path) or path)
-    after = evaluation_images(policy, chosen, recipe.sampling)
-    scores = [worker.score(ImageBatch(pixels, chosen.prompts)).rewards for pixels in (before, after)]
-    trained_on = [
-        np.sum([weight * values[name] for name, weight in parts.composition.weights.items()], axis=0)
-        for values in scores
-    ]
-    return Comparison(
-        chosen, before, after, {**scores[0], "reward": trained_on[0]}, {**scores[1], "reward": trained_on[1]}
-    )
-
-
-def _scorers(recipe: Recipe) -> dict[str, RewardTable]:
-    return {table.called: table for table in (*recipe.all_rewards, *recipe.evaluation.scorers)}
+    after = held_out.images(policy)
+    return Comparison(held_out.chosen, before.pixels, after.pixels, before.scores, after.scores)
 
 
 def summary(comparison: Comparison, scorers: list[str]) -> dict[str, Any]:

@@ -10,6 +10,10 @@ from common.evaluation_log import EvaluationLog
 
 COLUMNS = 12
 
+PictureRow = tuple[
+    str, list[np.ndarray], str
+]  # what is written beside it, its pictures [H W 3] uint8, the writing's colour
+
 
 def before_after_picture(comparison: Comparison, path: Path) -> None:
     """Pairs of rows: above the pretrained model's pictures, below the run's; the reward's change is under each pair."""
@@ -36,20 +40,34 @@ def before_after_picture(comparison: Comparison, path: Path) -> None:
 
 def versions_picture(log: EvaluationLog, shown: list[dict[str, Any]], path: Path) -> None:
     """A row a version: its kept pictures, with the same prompts and noise; red where there was an alarm. Without any, no file."""
+    rows = [
+        (
+            f"version {figures['policy_version']}",
+            log.pictures(figures["policy_version"]),
+            "firebrick" if figures["alarms"] else "black",
+        )
+        for figures in shown
+    ]
+    if any(pictures for _, pictures, _ in rows):
+        rows_picture(rows, path)
+
+
+def rows_picture(rows: list[PictureRow], path: Path, prompts: list[str] | None = None) -> None:
+    """Rows of pictures, as many in each, with the same prompts and noise in a column; `prompts` are written above them."""
     from matplotlib import pyplot as plt
 
-    rows = [log.pictures(figures["policy_version"]) for figures in shown]
-    if not any(rows):
-        return
+    columns = len(rows[0][1])
+    longest = max(len(label) for label, _, _ in rows)
     figure, axes = plt.subplots(
-        len(rows), len(rows[0]), figsize=(1.25 * len(rows[0]) + 1, 1.25 * len(rows)), squeeze=False
+        len(rows), columns, figsize=(1.25 * columns + 0.08 * longest, 1.25 * len(rows) + 0.2), squeeze=False
     )
-    for line, pictures, figures in zip(axes, rows, shown, strict=True):
+    for line, (label, pictures, colour) in zip(axes, rows, strict=True):
         for axis, picture in zip(line, pictures, strict=True):
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        colour = "firebrick" if figures["alarms"] else "black"
-        line[0].set_ylabel(f"version {figures['policy_version']}", rotation=0, ha="right", va="center", color=colour)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", color=colour)
+    for axis, prompt in zip(axes[0], prompts or [], strict=False):
+        axis.set_title(prompt[:18], fontsize=8, pad=2)
     figure.tight_layout(pad=0.2)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -42,10 +42,14 @@ SAME = {  # for both sides
 SETTINGS: dict[str, dict[str, str]] = {
     "float32, eager": {},
     "float32, compiled": {"policy.compile": "both"},
+    # As `ddpo doctor` wants it: in bfloat16 the last but one step lies beyond the learner's tolerance.
     "bfloat16 compiled sampler": {
         "policy.compile": "both",
         "policy.sampler_dtype": "bfloat16",
+        "policy.merge_adapters": "true",
         "algorithm.off_policy.ratio": "proximal",
+        "sampling.untrained_last_steps": "2",
+        "learner.micro_batch_size": "36",
     },
 }
 COLUMNS = ("side", "repeat", "sampling", "scoring", "learning", "round", "bare_sampling", "bare_learning")

@@ -69,14 +69,16 @@ class OurRounds:
         sampling, tasks = self._recipe.sampling, self._recipe.sampling.batches_per_round
         policy, learning = self._sampler._policy, self._learner._policy
         inputs = self._inputs(sampling.batch_size)
-        started = self.now()
         with torch.no_grad():
+            policy._predict(*inputs)  # not counted: others had the caches until now
+            started = self.now()
             for _ in range(sampling.num_steps):
                 policy._predict(*inputs)
         drawn = self.now()
         rows = sampling.batch_size * sampling.kept_steps(len(policy.noisy_steps))
         size = min(self._learner._micro_batch_size, rows)
         inputs = self._inputs(size)
+        learning._predict(*inputs).square().mean().backward()
         begun = self.now()
         for _ in range(rows // size):
             learning._predict(*inputs).square().mean().backward()

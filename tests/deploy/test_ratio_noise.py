@@ -1,11 +1,14 @@
 """The ratio's noise in its units, its thresholds and what is advised, with numbers worked out by hand."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from common.recipe_tables import SamplingTable
+from deploy.commands.doctor import _print_noise
 from deploy.commands.ratio_noise import (
     Comparison,
     Noise,
@@ -47,6 +50,26 @@ def test_a_clip_given_in_nats_is_brought_to_the_scale_of_log_prob_and_none_stays
     assert clip_range(DDPOImportanceSampling(clip_nats=1.6384), 16_384) == pytest.approx(1e-4)
     assert clip_range(DDPOImportanceSampling(clip_range=2e-4), 16_384) == 2e-4
     assert clip_range(DDPOScoreFunction(), 16_384) is None
+
+
+def test_what_lies_between_sampler_and_learner_uses_up_no_clip_where_the_ratio_is_to_the_learners_own_log_probs() -> (
+    None
+):
+    own = DDPOImportanceSampling.model_validate({"clip_range": 1e-4, "off_policy": {"ratio": "proximal"}})
+    clip = clip_range(own, 16_384)
+    (finding,) = noise_findings(noise(compared([[0.0, 6e-3]])), clip, TOLERANCE, SAMPLING)
+    assert clip is None and finding.level == "ok" and "98 nats" in finding.found
+
+
+def test_a_narrow_terminal_folds_names_and_cuts_no_number() -> None:
+    console = Console(width=80, file=io.StringIO())
+    names = ("rounded to bfloat16 once scored, not compiled", "learner's micro-batches of 32, not compiled")
+    measured = noise(*(compared([[1.234e-2] * 30], name=name) for name in names))
+    _print_noise(console, measured, CLIP)
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert printed.count(f" 1.2e+02    2e+02  {'█' * 30}") == 2 and "…" not in printed
+    assert "clip ranges" in printed
 
 
 def test_without_a_clip_only_nats_are_printed_and_nothing_is_judged_by_it() -> None:

@@ -8,9 +8,8 @@ from jaxtyping import Float
 from actors.evaluation import Comparison
 from common.config import Recipe
 from common.paired import in_errors, paired_error
+from deploy.commands.held_out import JOINED
 from deploy.commands.report_page.numbers import tick
-
-JOINED = "reward"  # the weighted sum, in a comparison's scores
 
 
 @dataclass(frozen=True)
