@@ -61,7 +61,10 @@ class Noise:
 
 
 def clip_range(algorithm: Algorithm, latent_elements: int) -> float | None:
-    """The clip that the noise uses up, on the scale of `log_prob`; None: there is none, or the ratio is to the learner's own log-probs."""
+    """The clip that the noise uses up, on the scale of `log_prob`.
+
+    None: there is none, or the ratio is to the learner's own log-probs, which the noise does not touch.
+    """
     clips = isinstance(algorithm, ClippedPolicyGradient) and not algorithm.needs_proximal_log_probs
     return algorithm.clip(latent_elements) if clips else None
 
