@@ -65,8 +65,9 @@ def clip_range(algorithm: Algorithm, latent_elements: int) -> float | None:
 
     None: there is none, or the ratio is to the learner's own log-probs, which the noise does not touch.
     """
-    clips = isinstance(algorithm, ClippedPolicyGradient) and not algorithm.needs_proximal_log_probs
-    return algorithm.clip(latent_elements) if clips else None
+    if not isinstance(algorithm, ClippedPolicyGradient) or algorithm.needs_proximal_log_probs:
+        return None
+    return algorithm.clip(latent_elements)
 
 
 def in_nats(log_ratio: float, latent_elements: int) -> float:
