@@ -40,7 +40,7 @@ def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
 
     ValueError: weights are named twice, are not there or do not fit, or nobody says whose model they are for.
     """
-    named = [*request.weights, request.against]  # the last only then: what is wrong with the others shows sooner
+    named = [*request.weights, request.against]
     twice = sorted({location for location in named if named.count(location) > 1})
     if twice:
         raise ValueError(f"{twice} is named twice: weights are compared with others")
@@ -70,11 +70,12 @@ def _drawn(recipe: Recipe, named: list[str]) -> dict[str, EvaluatedImages]:
             policy = load_policy(recipe, paths[location])
             print(f"{location}: draws {len(held_out.chosen.seeds)} pictures", file=sys.stderr, flush=True)
             found[location] = held_out.images(policy)
+            del policy  # or the next one would be loaded beside it
     return found
 
 
 def changes(recipe: Recipe, before: EvaluatedImages, after: EvaluatedImages) -> dict[str, dict[str, float] | None]:
-    """Of each reward and scorer: its means, their difference and its paired standard error; None: less than two pictures."""
+    """Of each reward and scorer: its means, their difference and its paired standard error; None: fewer than two pictures."""
     names = [*([JOINED] if headline(recipe) == JOINED else []), *scorers_of(recipe)]
     return {name: _change(before.scores[name], after.scores[name]) for name in names}
 

@@ -93,6 +93,7 @@ def _change(folder: Path, run: Path) -> float:
         (["{run}", "{run}/nowhere"], "nowhere is no run with a LoRA, no folder with"),
         (["{run}", "--against", "{run}/nowhere"], "nowhere is no run with a LoRA, no folder with"),
         (["{run}", "{other}"], "does not fit the network"),
+        (["{other}", "{run}"], "does not fit the network"),
         (["{run}", "--evaluation.image", "4"], "evaluation.image"),
     ],
 )

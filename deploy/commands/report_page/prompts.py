@@ -7,7 +7,7 @@ import numpy as np
 
 from actors.evaluation import Comparison
 from common.ledger import Ledger
-from deploy.commands.report_page.scores import JOINED
+from deploy.commands.held_out import JOINED
 
 ROWS = 300  # of a table
 WINDOW = 20  # rounds at either end of a run, at most

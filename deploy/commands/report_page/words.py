@@ -5,9 +5,10 @@ import math
 from common.bottleneck import bottleneck
 from common.config import Recipe
 from common.reward_pools import reward_pools
+from deploy.commands.held_out import JOINED
 from deploy.commands.report_page.charts import column
 from deploy.commands.report_page.numbers import NARROW, duration, number, percent, signed, tick
-from deploy.commands.report_page.scores import JOINED, Score
+from deploy.commands.report_page.scores import Score
 
 Metrics = dict[str, float]
 CERTAIN, LIKELY = 3.0, 2.0  # standard errors
