@@ -9,7 +9,7 @@ TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-system test-thorough eight-bit compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak scale bench-trl bench-target bench-gpu bench-gpu-families pretrain clean
+.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak scale bench-trl bench-target bench-gpu bench-gpu-families pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -26,6 +26,10 @@ test-thorough: $(VENV)/installed
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m thorough tests
 
 # The library lies in a folder of its own: peft imports it in every process, 1.7 s each, where it can.
+# The tests again with other kernels of the processor: make test-kernels KERNELS=ONEDNN_MAX_CPU_ISA=AVX2
+test-kernels:
+	env $(KERNELS) $(MAKE) test
+
 eight-bit: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --constraint constraints.txt --target .venv-8bit bitsandbytes
 	PYTHONPATH=.venv-8bit $(BIN)/python -m pytest -m eight_bit tests/learner
@@ -78,6 +82,10 @@ bench-gpu: $(VENV)/installed $(TRL_VENV)/installed
 
 bench-gpu-families: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.gpu_families
+
+# How far a bfloat16 sampler and a float32 learner lie apart, with every choice of a processor's kernels.
+rounding: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.rounding
 
 soak: $(VENV)/installed
 	rm -rf runs/soak

@@ -54,6 +54,7 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
             if checkpoint:
                 workers.learner.load_state(checkpoint.learner)
             evaluating.begin(pretrained, checkpoint)
+            progress.begin(workers.learner.machine(), checkpoint.learner.machine if checkpoint else None)
             run_rounds(parts, workers, progress, supervision)
             workers.learner.save_policy(folder.location)
             evaluating.end()

@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
 from actors.score_cache import ScoreCache
+from common.machine import this_machine
 from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.runtime import python_stacks, settle
 from common.trajectory import ImageBatch, Scores
@@ -62,7 +63,8 @@ class RewardWorker:
                 prompt = images.prompts[first + int(row)].text
                 set_aside[int(row)] = f"the reward {name!r} gave {values[row]} for the picture of {prompt!r}"
                 values[row] = np.nan
-        return Scores(rewards, time.perf_counter() - start, set_aside)
+        machines = frozenset({this_machine(self._device)})
+        return Scores(rewards, time.perf_counter() - start, set_aside, machines)
 
     def score_together(self, cuts: tuple[tuple[int, int], ...], *images: ImageBatch) -> list[Scores]:
         """The pictures `first` … `last` − 1 of several tasks as one batch, and each task's scores: for rewards independent
@@ -98,7 +100,7 @@ def _rows(scores: Scores, first: int, last: int) -> Scores:
     count = len(next(iter(scores.rewards.values())))
     rewards = {name: values[first:last] for name, values in scores.rewards.items()}
     set_aside = {row - first: reason for row, reason in scores.set_aside.items() if first <= row < last}
-    return Scores(rewards, scores.seconds * (last - first) / count, set_aside)
+    return Scores(rewards, scores.seconds * (last - first) / count, set_aside, scores.machines)
 
 
 def _checked(name: str, values: np.ndarray, count: int) -> Float[np.ndarray, "B"]:

@@ -7,6 +7,7 @@ import time
 from common.diffusion.policy import PolicyConfig
 from common.diffusion.rollout import draw, refuse_window_without_noise
 from common.lora_weights import LoraWeights
+from common.machine import this_machine
 from common.recipe_tables import RuntimeTable, SamplingTable
 from common.runtime import python_stacks, settle
 from common.schedule import Place, Task
@@ -23,6 +24,7 @@ class Sampler:
         if policy.is_compiled("sampler"):
             self._policy.compile(sampling.batch_size)
         self._sampling = sampling
+        self._machine = this_machine(device)
         self._fingerprint = ""
         self._modules_bound = 0
         self._forgotten: set[Place] = set()
@@ -69,6 +71,7 @@ class Sampler:
             seconds,
             image_fingerprints(pixels),
             f"{socket.gethostname()}/{os.getpid()}",
+            self._machine,
         )
         return report, trajectory if task.trains else None, ImageBatch(pixels, task.prompts)
 

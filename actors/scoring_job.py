@@ -86,7 +86,8 @@ class ScoringJob:
             for name, values in scores.rewards.items():
                 rewards[name][batch.first : batch.last] = values
         seconds = sum((scores.seconds for _, scores in self._scored), 0.0)
-        return Scores(rewards, seconds, dict(sorted(self._set_aside.items())))
+        machines = frozenset().union(*(scores.machines for _, scores in self._scored))
+        return Scores(rewards, seconds, dict(sorted(self._set_aside.items())), machines)
 
 
 def backoff_seconds(failures: int) -> float:

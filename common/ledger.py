@@ -30,11 +30,16 @@ COLUMNS = {
     "fingerprint": pa.string(),  # of the weights that drew it
     "image_fingerprint": pa.string(),  # of its pixels
     "drawn_by": pa.string(),
+    "drawn_on": pa.string(),  # processor or GPU, and library versions
+    "scored_on": pa.string(),  # the same of reward workers; of several machines, one after the other
     "seconds": pa.float64(),  # of drawing: its share of its task's
     "set_aside": pa.string(),  # why it was not learned from; null: it was
     "reward": pa.float64(),  # weighted sum of the columns reward/<name>; null: it could not be scored
     "advantage": pa.float64(),  # null: it was not learned from
 }
+
+
+NOT_DRAWN = ("scored_on", "set_aside", "reward", "advantage")
 
 
 class Ledger:
@@ -106,7 +111,7 @@ def _folder(round: int) -> str:
 
 def _drawn(reports: list[TaskReport]) -> dict[str, Any]:
     """What the samplers have said, an entry an image."""
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS if name not in ("set_aside", "reward", "advantage")}
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS if name not in NOT_DRAWN}
     for report in reports:
         task, images = report.task, len(report.task.seeds)
         columns["prompt"] += [prompt.text for prompt in task.prompts]
@@ -117,6 +122,7 @@ def _drawn(reports: list[TaskReport]) -> dict[str, Any]:
             "policy_version": task.policy_version,
             "fingerprint": report.fingerprint,
             "drawn_by": report.drawn_by,
+            "drawn_on": str(report.machine) if report.machine else None,
             "seconds": report.seconds / images,
         }
         for name, value in of_task.items():
@@ -128,7 +134,16 @@ def _drawn(reports: list[TaskReport]) -> dict[str, Any]:
 def _scored(rollouts: list[Rollout], weights: dict[str, float]) -> dict[str, Any]:
     rewards = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts]) for name in weights}
     parts = [weight * rewards[name].astype(np.float64) for name, weight in weights.items()]
-    return {"reward": np.sum(parts, axis=0), **{f"reward/{name}": values for name, values in rewards.items()}}
+    scored_on = [
+        "; ".join(sorted(map(str, rollout.scores.machines))) or None
+        for rollout in rollouts
+        for _ in rollout.report.task.seeds
+    ]
+    return {
+        "scored_on": scored_on,
+        "reward": np.sum(parts, axis=0),
+        **{f"reward/{name}": values for name, values in rewards.items()},
+    }
 
 
 def _reasons(rollouts: list[Rollout]) -> dict[int, str]:

@@ -1,6 +1,5 @@
 """What a run leaves, and where."""
 
-import importlib.metadata
 import json
 import os
 import secrets
@@ -16,6 +15,7 @@ from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 
 from common.config import Recipe
 from common.diffusion.weight_files import TRAINED_PARTS
+from common.package_versions import VERSIONED, package_version
 from common.storage import Storage
 
 CONTROL = "control.json"  # what `ddpo scale` asks of the driver
@@ -23,7 +23,6 @@ WATCHDOG = "watchdog.txt"
 TOKEN = "token.txt"
 GUARD = "guard.json"  # in the folder of a run that the guard has ended
 BEST = "best.json"  # in `best/`, written last: which version lies beside it
-VERSIONED = ("ray-ddpo", "torch", "diffusers", "transformers", "peft", "ray", "numpy")
 ASKED = TypeAdapter(dict[str, Annotated[StrictInt, Field(ge=1)]])
 WEIGHTS = ("lora", *TRAINED_PARTS)  # folders of a run, whichever was trained
 
@@ -104,7 +103,7 @@ class RunFolder:
 
     def write_recipe(self, tables: dict[str, Any]) -> None:
         """The recipe as resolved, which is itself a recipe, with the versions that ran it in its head."""
-        versions = "".join(f"# {package} {_version(package)}\n" for package in VERSIONED)
+        versions = "".join(f"# {package} {package_version(package)}\n" for package in VERSIONED)
         self.storage.write(self.recipe, (versions + tomli_w.dumps(without_none(tables))).encode())
 
     def guard_ended(self) -> dict[str, Any] | None:
@@ -161,13 +160,6 @@ def weights_here(location: str) -> Iterator[Path]:
             folder, _, name = location.rstrip("/").rpartition("/")
             Storage(folder).copy_out(name, Path(scratch))
         yield Path(scratch) if of_run else Path(scratch) / storage.name
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "from its source"
 
 
 def without_none(value: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from common.machine import Machine
 from common.prompts import Prompt
 from common.schedule import Task
 
@@ -130,6 +131,7 @@ class TaskReport:
     seconds: float
     image_fingerprints: tuple[str, ...] = ()  # SHA-256 of each picture's pixels
     drawn_by: str = ""  # host and process
+    machine: Machine | None = None  # that it was drawn on
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,15 @@ class Scores:
     rewards: dict[str, Float[np.ndarray, "B"]]
     seconds: float
     set_aside: dict[int, str] = field(default_factory=dict)  # row: why it could not be scored
+    machines: frozenset[Machine] = frozenset()  # that it was scored on
 
 
 def merged_scores(parts: list[Scores]) -> Scores:
     """One task's scores by different rewards as one; a picture that one of them set aside is set aside."""
     rewards = {name: values for part in parts for name, values in part.rewards.items()}
     reasons = {row: reason for part in reversed(parts) for row, reason in part.set_aside.items()}
-    return Scores(rewards, sum(part.seconds for part in parts), dict(sorted(reasons.items())))
+    machines = frozenset().union(*(part.machines for part in parts))
+    return Scores(rewards, sum(part.seconds for part in parts), dict(sorted(reasons.items())), machines)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ import time
 from collections import deque
 
 from common.ledger import Ledger
+from common.machine import Machine
 from common.round_metrics import RoundClock, memory_now, reward_metrics, round_metrics
 from common.run_folder import RunFolder
 from common.trackers.fan_out import FanOut
 from common.trajectory import Rollout, Scored, TrainBatch, whole_round
 from deploy.evaluating import Evaluating
+from deploy.numerics_notes import NumericsNotes
 from deploy.parts import Parts
 from deploy.round_exhibits import first_pictures, round_exhibits
 from deploy.workers import Workers
@@ -47,6 +49,11 @@ class Progress:
             self.buffer.statistics = checkpoint.statistics
             self.buffer.set_aside = {round: list(images) for round, images in checkpoint.set_aside.items()}
         self._ledger.cut(self.rounds_done)
+        self._numerics: NumericsNotes | None = None
+
+    def begin(self, learner: Machine, before: Machine | None) -> None:
+        """Compare the machines of this start with `before`, the one of the checkpoint that it resumes from."""
+        self._numerics = NumericsNotes(learner, before)
 
     def learned(self, state: LearnerState, metrics: Metrics) -> None:
         """The learner has this round behind it: from here on a stop commits it."""
@@ -63,6 +70,9 @@ class Progress:
         batch = whole_round([part for part, _ in scored])
         rollouts = [rollout for _, of_part in scored for rollout in of_part]
         recipe, stream = self._parts.recipe, workers.stream
+        if self._numerics:
+            self._numerics.saw(rollouts)
+            self._numerics.rounded(learned)
         pictures = (
             [stream.pictures(rollout) for rollout in rollouts] if self._ledger.wants_pictures(batch.round) else []
         )

@@ -5,11 +5,12 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from safetensors import SafetensorError
 
 from common.lora_weights import LoraWeights, verified
+from common.machine import Machine
 from common.storage import Storage
 from learner.learner_state import Evaluated, EvaluationState, LearnerState
 from learner.reward_composition import Statistics
@@ -102,6 +103,7 @@ def _files(checkpoint: Checkpoint, shards: list[Shards]) -> Iterator[tuple[str, 
         "own_weights": _weights_header(learner.own_weights) if learner.own_weights else None,
         "scaler": learner.scaler,
         "micro_batch_size": learner.micro_batch_size,
+        "machine": asdict(learner.machine) if learner.machine else None,
         "statistics": checkpoint.statistics,
         "tracker_ids": checkpoint.tracker_ids,
         "ledger_rounds": checkpoint.ledger_rounds,
@@ -195,6 +197,7 @@ def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
         state["scaler"],
         _load_weights(checkpoint, OWN_WEIGHTS, state["own_weights"], state) if state.get("own_weights") else None,
         state.get("micro_batch_size"),
+        Machine(**state["machine"]) if state.get("machine") else None,
     )
     return Checkpoint(
         state["rounds_done"],

@@ -9,6 +9,7 @@ from common.config import Recipe
 from common.diffusion.lora import load_weights, read_weights, trained_parameters
 from common.diffusion.policy import PolicyConfig
 from common.lora_weights import LoraWeights, averaged
+from common.machine import Machine, this_machine
 from common.run_folder import RunFolder
 from common.runtime import python_stacks, settle
 from common.schedule import transition_order
@@ -27,7 +28,7 @@ from learner.round_pairs import Pair, RoundPairs, micro_batches
 from learner.round_transitions import RoundTransitions, round_transitions
 from learner.sharded_optimizer import ShardedOptimizer
 from learner.update_metrics import Divergence, UpdateMetrics
-from learner.weight_check import check_arrival, log_prob_tolerance, pairs_to_check, refuse_mismatch, swapped_in
+from learner.weight_check import Arrival, ArrivalCheck, refuse_mismatch, swapped_in
 
 
 class Learner:
@@ -41,6 +42,7 @@ class Learner:
         self._ranks = ranks or Ranks()
         self._device = settle(recipe.runtime)
         self._recipe = recipe
+        self._machine = this_machine(self._device)
         self._settings = recipe.learner
         self._algorithm = algorithm
         with torch.random.fork_rng(devices=[]):
@@ -55,7 +57,7 @@ class Learner:
         self._parameters = trained_parameters(self._policy.network)
         self._divides_moments = self._settings.shard_optimizer and self._ranks.count > 1
         self._optimizer, self._owned = self._make_optimizer()
-        self._tolerance = log_prob_tolerance(self._settings.log_prob_tolerance, policy)
+        self._arrival_check = ArrivalCheck(policy, recipe, self._policy)
         self._scaler = torch.amp.GradScaler(self._device, enabled=policy.dtype == "float16")
         self._version = 0
         self._trained = read_weights(self._policy.network, 0)  # at the start of the round
@@ -87,6 +89,10 @@ class Learner:
     def stacks(self) -> str:
         """What this process is doing; answered from a thread of its own while it learns."""
         return python_stacks()
+
+    def machine(self) -> Machine:
+        """Return what this process computes on."""
+        return self._machine
 
     def weights(self) -> tuple[LoraWeights, ...]:
         """The versions that samplers may still be asked for, the newest last."""
@@ -135,7 +141,7 @@ class Learner:
             refuse_mismatch(report, self._published, len(self._parameters))
         transitions = round_transitions(trajectories, batch.advantages, self._device)
         present = self._trained if batch.part == 0 else read_weights(self._policy.network, self._version)
-        largest_difference = self._check_arrival(batch, transitions, present)
+        arrival = self._check_arrival(batch, transitions, present)
         pairs = self._pairs_of(batch, transitions)
         epochs = [self._optimizer_steps_of(batch, pairs, epoch) for epoch in range(self._settings.inner_epochs)]
         share = (self._ranks.rank, self._ranks.count)
@@ -151,7 +157,7 @@ class Learner:
             if self._asks_for_reference(self._version + 1):
                 some = few(transitions, steps, self._micro_batch_size, self._ranks)
                 self._metrics.set_reference_kl(reference_kl(self._policy, some, self._ranks))
-        self._metrics.end_part(time.perf_counter() - start, largest_difference)
+        self._metrics.end_part(time.perf_counter() - start, arrival)
 
     def _spent(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> bool:
         """Whether the inner epochs have moved the policy as far from the one that drew as the recipe allows."""
@@ -161,16 +167,15 @@ class Learner:
         over = self._metrics.kl_nats(self._divergence(transitions, steps)) > budget
         return self._ranks.largest(over) > 0  # all stop or none, also where their machines round differently
 
-    def _check_arrival(self, batch: TrainBatch, transitions: RoundTransitions, present: LoraWeights) -> float:
+    def _check_arrival(self, batch: TrainBatch, transitions: RoundTransitions, present: LoraWeights) -> Arrival:
         """Every round is checked, and most have a version of their own: so nothing is to be remembered over a resume.
 
-        Each rank checks a part of the pairs, its own numerics with them.
+        Every rank checks the same transitions, its own numerics with them.
         """
-        drawn_with, size = self._drawn_with(batch), self._micro_batch_size
-        pairs = pairs_to_check(transitions, batch.set_aside, size)[self._ranks.rank :: self._ranks.count]
-        with self._ranks.failing_together(), swapped_in(self._policy.network, drawn_with, present):
-            largest = check_arrival(self._policy, transitions, pairs, drawn_with.policy_version, self._tolerance)
-        return self._ranks.largest(largest)
+        with self._ranks.failing_together():
+            found = self._arrival_check.check(batch, transitions, self._drawn_with(batch), present, self._machine)
+        rounding = None if found.rounding is None else self._ranks.largest(found.rounding)
+        return Arrival(self._ranks.largest(found.largest), rounding)
 
     def _drawn_with(self, batch: TrainBatch) -> LoraWeights:
         (version,) = {report.task.policy_version for report in batch.reports}  # the schedule gives a round one version
@@ -235,7 +240,9 @@ class Learner:
         optimizer = optimizer_arrays(self._optimizer, self._owned)
         own = None if self._trained.fingerprint == self._published[-1].fingerprint else self._trained
         scaler = self._scaler.state_dict()
-        return LearnerState(self._version, self._published, optimizer, scaler, own, self._micro_batch_size)
+        return LearnerState(
+            self._version, self._published, optimizer, scaler, own, self._micro_batch_size, self._machine
+        )
 
     def load_state(self, state: LearnerState) -> None:
         """Go on from `state`; what was begun of a round is undone. ValueError: it belongs to another network."""

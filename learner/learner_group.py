@@ -10,6 +10,7 @@ from jaxtyping import Float
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from common.lora_weights import LoraWeights
+from common.machine import Machine
 from common.trajectory import Rollout, Scored, TrainBatch
 from learner.learner import Learner
 from learner.learner_state import LearnerState
@@ -61,6 +62,10 @@ class LearnerGroup(ABC):
         """Write the trained weights, or those given, for diffusers; the path written."""
 
     @abstractmethod
+    def machine(self) -> Machine:
+        """Return what rank 0 computes on."""
+
+    @abstractmethod
     def stacks(self) -> str:
         """What the learner's threads are doing."""
 
@@ -95,6 +100,9 @@ class SerialLearnerGroup(LearnerGroup):
 
     def save_policy(self, folder: str, weights: LoraWeights | None = None) -> str:
         return self._learner.save_policy(folder, weights)
+
+    def machine(self) -> Machine:
+        return self._learner.machine()
 
     def stacks(self) -> str:
         return self._learner.stacks()
@@ -265,6 +273,9 @@ class RayLearnerGroup(LearnerGroup):
 
     def save_policy(self, folder: str, weights: LoraWeights | None = None) -> str:
         return self._call("save_policy", folder, weights)
+
+    def machine(self) -> Machine:
+        return self._call("machine")
 
     def stacks(self) -> str:
         asked = [actor.stacks.options(concurrency_group="health").remote() for actor in self._actors]

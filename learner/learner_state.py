@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from common.lora_weights import LoraWeights
+from common.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class LearnerState:
     scaler: dict[str, int | float]  # of float16's gradient scaler; empty otherwise
     own_weights: LoraWeights | None = None  # those that are trained, where samplers draw with an average of versions
     micro_batch_size: int | None = None  # that it learns with, for it decides the last bits; none: not known
+    machine: Machine | None = None  # that it was learned on; none: not known
 
     @property
     def trained(self) -> LoraWeights:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from learner.algorithms.algorithm import PairLoss
 from learner.rank_group import Ranks
+from learner.weight_check import Arrival
 
 Divergence = list[tuple[Tensor, Tensor]]  # of batches of pairs: each pair's step, and its log_prob − old_log_prob
 
@@ -19,7 +20,7 @@ class UpdateMetrics:
     def __init__(self, num_steps: int, latent_elements: int) -> None:
         self.parts_done = 0
         self._seconds = 0.0
-        self._largest_difference = 0.0
+        self._arrivals: list[Arrival] = []
         self._num_steps = num_steps
         self._latent_elements = latent_elements
         self._optimizer_steps = 0
@@ -53,11 +54,11 @@ class UpdateMetrics:
         self._optimizer_steps += 1
         self._skipped += 1
 
-    def end_part(self, seconds: float, largest_difference: float) -> None:
-        """A part of the round is learned from; how long it took, and the largest difference that its check found."""
+    def end_part(self, seconds: float, arrival: Arrival) -> None:
+        """A part of the round is learned from; how long it took, and what the check of its weights found."""
         self.parts_done += 1
         self._seconds += seconds
-        self._largest_difference = max(self._largest_difference, largest_difference)
+        self._arrivals.append(arrival)
 
     def set_divergence(self, divergence: Divergence) -> None:
         """How far the last update has moved from the policy that drew."""
@@ -103,9 +104,12 @@ class UpdateMetrics:
             "grad_norm": float(torch.stack(self._gradient_norms).mean()) if self._gradient_norms else math.nan,
             "optimizer_steps": float(self._optimizer_steps),
             "optimizer_steps_skipped": float(self._skipped),
-            "log_prob_check/max_abs": self._largest_difference,
+            "log_prob_check/max_abs": max((each.largest for each in self._arrivals), default=0.0),
             "seconds/learn": self._seconds,
         }
+        rounding = [each.rounding for each in self._arrivals if each.rounding is not None]
+        if rounding:
+            metrics["log_prob_check/rounding"] = max(rounding)
         return metrics | self._ratios() | self._corrections(loss) | self._kl()
 
     def _joined(self, name: str) -> Float[Tensor, "N"] | None:

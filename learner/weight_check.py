@@ -1,27 +1,42 @@
-"""Proof that weights arrived: by the samplers' reports, and by a few transitions scored again under the version claimed."""
+"""Prove that weights arrived: by the samplers' reports, and by scoring a few transitions again, computing as samplers do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from common.config import Recipe
 from common.diffusion.lora import load_weights
 from common.diffusion.policy import Policy, PolicyConfig
 from common.lora_weights import LoraWeights
-from common.trajectory import TaskReport
+from common.machine import Machine
+from common.trajectory import TaskReport, TrainBatch
 from learner.round_transitions import Pair, RoundTransitions
+
+NUM_TASKS = 8  # of a round that are looked at, at least: each may have a sampler of its own
 
 
 class WeightsDidNotArrive(RuntimeError):
     """A batch was not drawn with the weights that its version stands for, whatever its reports say."""
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """How far the log-probs of the transitions that were checked lie from the samplers', on the mean scale."""
+
+    largest: float  # computed as samplers do: 0, or rounding in float32 where their batches are composed otherwise
+    rounding: float | None = None  # computed as the learner learns. None: it computes as samplers do
+
+
 def log_prob_tolerance(given: float | None, policy: PolicyConfig) -> float:
-    """How far sampler and learner may lie apart: as the recipe says, else by how exactly the networks compute."""
+    """Return how far log-probs may lie apart that were computed alike: the recipe's bound, else one by the dtype."""
     if given is not None:
         return given
-    return 1e-2 if policy.dtype != "float32" or policy.numerics_differ else 1e-4
+    return 1e-4 if policy.dtype_of("sampler") == torch.float32 else 1e-2
 
 
 @contextmanager
@@ -54,41 +69,111 @@ def refuse_mismatch(report: TaskReport, published: tuple[LoraWeights, ...], para
         raise RuntimeError(f"{place}: its sampler bound {report.modules_bound} of {parameters} parameters")
 
 
-def pairs_to_check(transitions: RoundTransitions, set_aside: tuple[int, ...], size: int) -> list[Pair]:
-    """At most `size` pairs, from all tasks in turn: any of them may have been drawn by a sampler of its own.
+def rows_to_check(transitions: RoundTransitions, set_aside: tuple[int, ...], rows: int) -> list[list[Pair | None]]:
+    """Return batches of pairs from all tasks in turn, each pair in the row that its image had in its sampler's batch.
 
-    Of each task its first images come first, with all their steps, the tasks beginning at different ones.
+    Kernels may round by a row's place in the batch. The tasks begin at different steps. None: nothing to check there.
+
+    Args:
+        rows: images of a sampler's batch. There are enough batches to look at NUM_TASKS tasks, if the round has so many.
     """
-    of_tasks: dict[int, list[Pair]] = {}
-    for image, (task, _) in enumerate(transitions.images):
-        if image not in set_aside:
-            places = [(place + task) % transitions.num_places for place in range(transitions.num_places)]
-            of_tasks.setdefault(task, []).extend((image, place) for place in places)
-    longest = max(map(len, of_tasks.values()), default=0)
-    in_turn = ((turn, task) for turn in range(longest) for task in of_tasks)
-    return [of_tasks[task][turn] for turn, task in in_turn if turn < len(of_tasks[task])][:size]
+    numbers = {place: image for image, place in enumerate(transitions.images) if image not in set_aside}
+    tasks, places = len(transitions.trajectories), transitions.num_places
+    batches: list[list[Pair | None]] = []
+    for start in range(0, min(tasks, NUM_TASKS), rows):
+        batch: list[Pair | None] = []
+        for row in range(rows):
+            turn = start + row
+            in_turn = ((turn + further) % tasks for further in range(tasks))
+            task = next((task for task in in_turn if (task, row) in numbers), None)
+            batch.append(None if task is None else (numbers[task, row], (turn // tasks + task) % places))
+        batches.append(batch)
+    return batches
 
 
 @torch.no_grad()
-def check_arrival(
-    policy: Policy, transitions: RoundTransitions, pairs: list[Pair], version: int, tolerance: float
-) -> float:
-    """The largest |log_prob − old_log_prob| of `pairs`, on the mean scale, with the policy under `version`'s weights.
-
-    Without pairs, because all images are set aside, it is 0. WeightsDidNotArrive: it is over `tolerance`.
-    """
-    if not pairs:
-        return 0.0
-    batch = transitions.batch(pairs)
+def log_prob_differences(policy: Policy, transitions: RoundTransitions, rows: list[Pair | None]) -> Float[Tensor, "B"]:
+    """Return |log_prob − old_log_prob| of each row, infinite where it is no number and 0 where there is no pair."""
+    filling = next(pair for pair in rows if pair is not None)
+    batch = transitions.batch([pair or filling for pair in rows])
     log_prob = policy.transition(batch.latents, batch.steps, batch.conditioning).log_prob(batch.next_latents)
-    differences = (log_prob - batch.old_log_probs).abs()
-    worst = int(differences.nan_to_num(nan=torch.inf).argmax())
-    largest = float(differences[worst])
-    if not largest <= tolerance:
+    there = torch.tensor([pair is not None for pair in rows], device=log_prob.device)
+    return (log_prob - batch.old_log_probs).abs().nan_to_num(nan=torch.inf).where(there, 0.0)
+
+
+@final
+class ArrivalCheck:
+    """Scores a few transitions of each round again under the weights that they were sampled with.
+
+    Like is compared with like: in the samplers' dtype, batch rows and compilation, where the same bits must come out. If
+    the learner computes otherwise, it keeps a second copy of the network that computes so, in the host's memory between
+    two checks.
+    """
+
+    def __init__(self, config: PolicyConfig, recipe: Recipe, policy: Policy) -> None:
+        """Load the second copy where one is needed; `policy`: the learner's own."""
+        self._policy = policy
+        self._rows = recipe.sampling.batch_size
+        self._tolerance = log_prob_tolerance(recipe.learner.log_prob_tolerance, config)
+        self._copy = None
+        if not computes_as_samplers(config, recipe):
+            with torch.random.fork_rng(devices=[]):
+                self._copy = config.load(policy.device, recipe.sampling, "check")
+            if config.is_compiled("check"):
+                self._copy.compile(self._rows)
+            self._move_copy("cpu")
+
+    def check(
+        self, batch: TrainBatch, transitions: RoundTransitions, wanted: LoraWeights, present: LoraWeights, here: Machine
+    ) -> Arrival:
+        """Compare the samplers' log-probs with those of the weights that they claim.
+
+        Args:
+            wanted: the weights that the round was sampled with, by its reports.
+            present: those that the learner's network has, and has again afterwards.
+            here: the machine of this process. A sampler on another kind rounds otherwise, which is reported and no fault.
+
+        Raises:
+            WeightsDidNotArrive: the log-probs lie further apart than the tolerance.
+        """
+        batches = rows_to_check(transitions, batch.set_aside, self._rows)
+        batches = [rows for rows in batches if any(rows)]
+        rounding = None
+        with swapped_in(self._policy.network, wanted, present):
+            found = [log_prob_differences(self._policy, transitions, rows) for rows in batches]
+        if self._copy is not None:
+            rounding = max((float(each.max()) for each in found), default=0.0)
+            self._move_copy(self._policy.device)
+            self._copy.lay_in(wanted)
+            found = [log_prob_differences(self._copy, transitions, rows) for rows in batches]
+            self._move_copy("cpu")
+        for rows, differences in zip(batches, found, strict=True):
+            for pair, difference in zip(rows, differences.tolist(), strict=True):
+                if pair is not None:
+                    self._refuse(batch.reports[transitions.images[pair[0]][0]], pair, difference, here)
+        return Arrival(max((float(each.max()) for each in found), default=0.0), rounding)
+
+    def _refuse(self, report: TaskReport, pair: Pair, difference: float, here: Machine) -> None:
+        comparable = report.machine is None or report.machine.computes_like(here)
+        if difference <= self._tolerance or (not comparable and difference < torch.inf):
+            return
         raise WeightsDidNotArrive(
-            f"task {transitions.images[pairs[worst][0]][0]} says that it was drawn with version {version}, and at step "
-            f"{int(batch.steps[worst])} its log_prob lies {largest:.2g} from what these weights give, over the "
-            f"tolerance of {tolerance:.2g}: it was drawn with other weights, or sampler and learner compute differently "
-            "(another dtype, or one of them compiled). Only in the second case is learner.log_prob_tolerance to be raised"
+            f"task {report.task.index} says that it was drawn with version {report.task.policy_version}, and at place "
+            f"{pair[1]} of its steps its log_prob lies {difference:.2g} from what these weights give when computed as the "
+            f"sampler computes, over the tolerance of {self._tolerance:.2g}: it was drawn with other weights, or the "
+            "sampler's machine computes wrongly"
         )
-    return largest
+
+    def _move_copy(self, device: str) -> None:
+        assert self._copy is not None
+        self._copy.network.to(device)
+        if self._copy.merged:
+            self._copy.merged.to(device)
+
+
+def computes_as_samplers(config: PolicyConfig, recipe: Recipe) -> bool:
+    """Return whether the learner's own network gives a sampler's batch the sampler's log-probs, but for float32's rounding."""
+    if not config.numerics_differ:
+        return True
+    same = config.dtype_of("learner") == config.dtype_of("sampler") and not config.merge_adapters
+    return same and config.compile == "both" and recipe.learner.micro_batch_size == recipe.sampling.batch_size

@@ -124,7 +124,7 @@ class DiffusersConfig(PolicyConfig):
         self.check()
         source = self.folder() if self.folder().exists() else self.model
         sampler_parts = ("vae", *self.text_parts, *self.tokenizers)  # the learner has no use for them
-        keys = {**self.loading, **{part: None for part in sampler_parts if role == "learner"}}
+        keys = {**self.loading, **{part: None for part in sampler_parts if role != "sampler"}}
         pipeline_class: Any = getattr(diffusers, self.pipeline_class)
         pipeline = read_from_hub(
             lambda local: pipeline_class.from_pretrained(
@@ -140,8 +140,8 @@ class DiffusersConfig(PolicyConfig):
         network = getattr(pipeline, self.network_name)
         if role == "sampler":
             self.set_up_decoder(pipeline.vae)
-            if self.train == "lora":  # text encoder and decoder stay as they are
-                network.to(self.dtype_of(role))
+        if role != "learner" and self.train == "lora":  # text encoder and decoder stay as they are
+            network.to(self.dtype_of(role))
         if self.gradient_checkpointing and role == "learner":
             network.enable_gradient_checkpointing()
         return self.make_policy(pipeline, device, sampling, role)

@@ -58,7 +58,7 @@ class DiffusersPolicy(Policy):
         if config.train == "lora" and self.dtype != torch.float32:
             compute_adapters_in(self.network, device, self.dtype)
         self._autocast = autocast(device, self.dtype if config.train == "full" else torch.float32)
-        self.merged = MergedAdapters(self.network) if config.merge_adapters and role == "sampler" else None
+        self.merged = MergedAdapters(self.network) if config.merge_adapters and role != "learner" else None
         self._compiled: CompiledNetwork | None = None
 
     @abstractmethod

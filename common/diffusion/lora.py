@@ -110,6 +110,10 @@ class MergedAdapters:
         self._layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
         self._pretrained = [layer.get_base_layer().weight.detach().clone() for layer in self._layers]
 
+    def to(self, device: str) -> None:
+        """Move the pretrained weights that are kept to another device."""
+        self._pretrained = [each.to(device) for each in self._pretrained]
+
     @torch.no_grad()
     def merge(self) -> None:
         """Add the adapters as they are now."""

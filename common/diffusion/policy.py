@@ -19,7 +19,8 @@ from common.recipe_tables import SamplingTable
 from common.registry import Entry
 from common.trajectory import DTYPES
 
-Role = Literal["sampler", "learner"]
+# "check": the learner's second copy, which computes as samplers do and, as the learner, neither encodes nor decodes.
+Role = Literal["sampler", "learner", "check"]
 Conditioning = dict[str, Tensor]
 EMBEDDED_MODELS = {"tiny_animals": Path(__file__).parents[1] / "tiny_animals"}
 
@@ -120,11 +121,11 @@ class PolicyConfig(Entry, ABC):
 
     def dtype_of(self, role: Role) -> torch.dtype:
         """What a role's network computes in."""
-        return DTYPES[self.sampler_dtype or self.dtype if role == "sampler" else self.dtype]
+        return DTYPES[self.dtype if role == "learner" else self.sampler_dtype or self.dtype]
 
     def is_compiled(self, role: Role) -> bool:
         """Whether a role's network is."""
-        return self.compile == "both" or self.compile == role
+        return self.compile == "both" or (self.compile == "sampler" and role != "learner")
 
     @property
     def numerics_differ(self) -> bool:
@@ -146,7 +147,7 @@ class PolicyConfig(Entry, ABC):
 
     @abstractmethod
     def load(self, device: str, sampling: SamplingTable, role: Role) -> Policy:
-        """A live policy. A learner's has neither text encoder nor decoder. ValueError: the model cannot be found."""
+        """A live policy. Only a sampler's has text encoder and decoder. ValueError: the model cannot be found."""
 
 
 def select_rows(conditioning: Conditioning, index: Int[Tensor, "B"]) -> Conditioning:

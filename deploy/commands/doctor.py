@@ -44,7 +44,6 @@ from deploy.commands.ratio_noise import WIDEST, Noise, clip_range, noise_finding
 from deploy.parts import Parts, build_reward, entries_of
 from deploy.workers import place_options
 from learner.optimizer import check_optimizer
-from learner.weight_check import log_prob_tolerance
 
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 MARK, SUBJECT, NUMBER_WIDTH = 9, 15, 7  # columns
@@ -150,8 +149,7 @@ def _noise(parts: Parts, at: At) -> Iterator[Finding | Noise]:
     noise = at(recipe.learner, score_again, recipe, at(recipe.samplers, draw_some, recipe))
     yield noise
     clip = clip_range(parts.algorithm, noise.latent_elements)
-    tolerance = log_prob_tolerance(recipe.learner.log_prob_tolerance, parts.policy)
-    yield from noise_findings(noise, clip, tolerance, recipe.sampling)
+    yield from noise_findings(noise, clip, recipe.sampling)
 
 
 def _here(table: RoleTable, function: Callable[..., Any], *arguments: Any) -> Any:

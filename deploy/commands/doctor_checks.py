@@ -18,8 +18,9 @@ from actors.rewards.reward import Reward
 from common.config import Recipe
 from common.lease import runs_it
 from common.model_hub import Weights, first_line, hub_answers, is_hub_name, missing_files
+from common.package_versions import VERSIONED
 from common.reward_pools import elastic_roles
-from common.run_folder import VERSIONED, RunFolder
+from common.run_folder import RunFolder
 from common.trackers.tracker import Tracker
 from deploy.commands.plan_numbers import Plan, in_bytes
 from deploy.hub import NotPushed, license_of, may_push

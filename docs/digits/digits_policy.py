@@ -53,7 +53,7 @@ class DigitsPolicy(Policy):
         self.device = device
         self.network = network.to(device).eval()
         make_trainable(self.network, config.train, config.lora)
-        self.merged = MergedAdapters(self.network) if config.merge_adapters and role == "sampler" else None
+        self.merged = MergedAdapters(self.network) if config.merge_adapters and role != "learner" else None
         self.guidance_scale = config.guidance(sampling)
         self.num_steps = sampling.num_steps
         self.steps = flow_match_table({}, sampling.num_steps, sampling.eta, 1, evenly_spaced=True).to(device)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from common.ledger import OF_ITS_GROUP, Ledger
+from common.machine import Machine
 from common.prompts import Prompt
 from common.recipe_tables import RolloutsTable
 from common.schedule import Task
@@ -18,6 +19,7 @@ from common.storage import LocalFiles, Storage
 from common.trajectory import Rollout, Scores, TaskReport, TrainBatch
 
 WEIGHTS = {"beauty": 2.0, "size": -0.5}
+ON = Machine(processor="a processor", gpu="A GPU", versions="torch 2.13.0")
 SEEDS = ((2**63 - 1, 0), (4, 8))
 
 
@@ -36,9 +38,10 @@ def drawn(round: int = 3, first_reward: float = 1.0) -> tuple[TrainBatch, list[R
     rollouts = []
     for index, seeds in enumerate(SEEDS):
         task = Task(round, index, round - 1, (Prompt("a cat"), Prompt("ein »Fuchs«")), seeds)
-        report = TaskReport(task, "weights", 7, 100, 3.0, (f"{index}a", f"{index}b"), f"host/{index}")
+        report = TaskReport(task, "weights", 7, 100, 3.0, (f"{index}a", f"{index}b"), f"host/{index}", ON)
         part = rewards[2 * index : 2 * index + 2]
-        rollouts.append(Rollout(report, Scores({"beauty": part, "size": part * 2}, 0.1), None, None))
+        scores = Scores({"beauty": part, "size": part * 2}, 0.1, machines=frozenset({ON}))
+        rollouts.append(Rollout(report, scores, None, None))
     rollouts[1].scores.set_aside[0] = "it took too long"
     reports = tuple(rollout.report for rollout in rollouts)
     advantages = np.array([-1.0, 1.0, np.nan, np.nan])
@@ -67,6 +70,8 @@ def test_a_row_holds_all_that_is_known_of_an_image(storage: Storage) -> None:
         "fingerprint": ["weights"] * 4,
         "image_fingerprint": ["0a", "0b", "1a", "1b"],
         "drawn_by": ["host/0", "host/0", "host/1", "host/1"],
+        "drawn_on": ["A GPU, a processor, torch 2.13.0"] * 4,
+        "scored_on": ["A GPU, a processor, torch 2.13.0"] * 4,
         "seconds": [1.5] * 4,
         "set_aside": [None, None, "it took too long", OF_ITS_GROUP],
         "reward": [1.0, 3.0, None, 7.0],  # 2 × beauty − 0.5 × size, and size is twice beauty

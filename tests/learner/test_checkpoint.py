@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from common.lora_weights import pack
+from common.machine import Machine
 from common.storage import Storage
 from learner import checkpoint as module
 from learner.checkpoint import MANIFEST, Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from learner.learner_state import Evaluated, EvaluationState, LearnerState
+
+MACHINE = Machine(processor="a processor", versions="torch 2.13.0")
 
 
 def checkpoint(rounds_done: int = 3) -> Checkpoint:
@@ -25,7 +28,7 @@ def checkpoint(rounds_done: int = 3) -> Checkpoint:
         "a.lora_A/step": np.array(12.0, np.float32),
     }
     scaler = {"scale": 65536.0, "growth_interval": 2000}
-    state = LearnerState(rounds_done, weights, optimizer, scaler, micro_batch_size=6)
+    state = LearnerState(rounds_done, weights, optimizer, scaler, micro_batch_size=6, machine=MACHINE)
     statistics = {"joined": {"a cat": (1 / 3, -2.5e-17, float(np.float32(0.1))), 'a "dog" é': (7.0,)}}
     return Checkpoint(rounds_done, state, statistics, {"wandb": "abc123"}, rounds_done, {0: [3, 4], 2: [0]})
 
@@ -43,6 +46,7 @@ def test_everything_comes_back_to_the_last_bit(folder: Storage) -> None:
     assert after.set_aside == before.set_aside
     assert after.learner.policy_version == before.learner.policy_version
     assert after.learner.scaler == before.learner.scaler and after.learner.micro_batch_size == 6
+    assert after.learner.machine == MACHINE
     assert type(after.learner.scaler["growth_interval"]) is int  # torch takes no other
     assert after.learner.optimizer.keys() == before.learner.optimizer.keys()
     for name, value in before.learner.optimizer.items():

@@ -1,6 +1,7 @@
 """Weights that silently did not arrive are found before anything is learned; those that did pass."""
 
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ from common.diffusion.lora import read_weights
 from common.diffusion.policy import PolicyConfig
 from common.diffusion.policy_stable_diffusion import StableDiffusion
 from common.lora_weights import LoraWeights
+from common.machine import Machine
 from deploy.parts import Parts
 from learner.learner import Learner
 from learner.round_transitions import RoundTransitions, round_transitions
-from learner.weight_check import WeightsDidNotArrive, log_prob_tolerance, pairs_to_check, swapped_in
+from learner.weight_check import WeightsDidNotArrive, log_prob_tolerance, rows_to_check, swapped_in
 from tests.rounds import DrawnRound, draw_round, learner_of, moved, parts_with
+
+PER_IMAGE = ("prompt_index", "steps", "log_probs", "latents", "next_latents", "final_latents")
 
 
 def learner_at_lag(parts: Parts) -> tuple[Learner, LoraWeights]:
@@ -41,7 +45,7 @@ def test_weights_that_silently_did_not_arrive_are_found_and_the_learner_is_left_
     learner, claimed = learner_at_lag(parts)
     before = learner.state()
     drawn = silently_drawn_with(moved(claimed, seed=2), parts, claimed)
-    with pytest.raises(WeightsDidNotArrive, match=r"version 0, and at step \d .* lies .* tolerance of 0.0001: it was"):
+    with pytest.raises(WeightsDidNotArrive, match=r"version 0, and at place \d .* lies .* tolerance of 0.0001: it was"):
         learner.update(drawn.batch, *drawn.trajectories)
     assert_same_bits(learner, before)
 
@@ -116,7 +120,7 @@ def test_a_log_prob_that_is_no_number_does_not_pass(tables: dict) -> None:
     learner = learner_of(parts)
     drawn = draw_round(parts, learner.weights()[-1])
     drawn.trajectories[1].log_probs[0] = torch.nan
-    with pytest.raises(WeightsDidNotArrive, match="task 1 .* lies nan from"):
+    with pytest.raises(WeightsDidNotArrive, match="task 1 .* lies inf from"):
         learner.update(drawn.batch, *drawn.trajectories)
 
 
@@ -126,6 +130,7 @@ def test_the_tolerance_is_the_recipes_or_follows_from_how_exactly_both_compute()
 
     exact = [policy(), policy(compile="both"), policy(compile="sampler", merge_adapters=True)]
     assert [log_prob_tolerance(None, each) for each in exact] == [1e-4] * 3
+    assert log_prob_tolerance(None, policy(dtype="float16", sampler_dtype="float32")) == 1e-4
     half = [policy(dtype="float16"), policy(dtype="bfloat16"), policy(sampler_dtype="bfloat16")]
     assert [log_prob_tolerance(None, each) for each in half] == [1e-2] * 3
     assert log_prob_tolerance(0.5, policy()) == 0.5
@@ -171,9 +176,43 @@ def transitions(tables: dict) -> RoundTransitions:
     return round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
 
 
-def test_pairs_are_taken_from_the_tasks_in_turn_each_from_its_first_images(transitions: RoundTransitions) -> None:
-    assert pairs_to_check(transitions, (), 5) == [(0, 0), (4, 1), (0, 1), (4, 2), (0, 2)]
-    assert pairs_to_check(transitions, (0, 4, 5), 3) == [(1, 0), (6, 1), (1, 1)]
-    assert pairs_to_check(transitions, (4, 5, 6, 7), 3) == [(0, 0), (0, 1), (0, 2)]
-    everything = pairs_to_check(transitions, (), 1000)
-    assert len(everything) == len(set(everything)) == 8 * 4
+def test_each_pair_is_checked_in_its_own_row_and_the_tasks_take_turns(transitions: RoundTransitions) -> None:
+    assert rows_to_check(transitions, (), 4) == [[(0, 0), (5, 1), (2, 1), (7, 2)]]
+    assert rows_to_check(transitions, (0, 5), 4) == [[(4, 1), (1, 0), (2, 1), (7, 2)]]
+    assert rows_to_check(transitions, (0, 4), 4) == [[None, (5, 1), (2, 1), (7, 2)]]
+
+
+def test_a_round_of_small_batches_has_eight_of_its_tasks_checked(transitions: RoundTransitions) -> None:
+    halves = tuple(
+        dataclasses.replace(each, **{name: getattr(each, name)[row : row + 1] for name in PER_IMAGE})
+        for each in transitions.trajectories
+        for row in range(4)
+    )
+    many = round_transitions(halves, np.zeros(8), "cpu")
+    rows = rows_to_check(many, (), 1)
+    assert [pair[0] for (pair,) in rows if pair] == list(range(8))
+
+
+def test_a_row_without_a_pair_is_no_difference_and_all_rows_set_aside_are_no_check(tables: dict) -> None:
+    parts = parts_with(tables)
+    learner = learner_of(parts)
+    drawn = draw_round(parts, learner.weights()[-1])
+    drawn.trajectories[0].log_probs[0] = 9.0
+    drawn.trajectories[1].log_probs[0] = 9.0  # both are row 0, and set aside
+    batch = dataclasses.replace(drawn.batch, set_aside=(0, 4))
+    batch.advantages[[0, 4]] = np.nan
+    metrics, _ = learner.update(batch, *drawn.trajectories)
+    assert metrics["log_prob_check/max_abs"] <= 1e-5
+
+
+def test_a_sampler_on_another_kind_of_machine_may_round_otherwise_but_not_give_no_number(tables: dict) -> None:
+    parts = parts_with(tables)
+    elsewhere = Machine(processor="another", versions="other")
+    for log_prob, refused in ((9.0, False), (torch.nan, True)):
+        learner = learner_of(parts)
+        drawn = draw_round(parts, learner.weights()[-1])
+        drawn.trajectories[0].log_probs[:] = log_prob
+        batch = drawn.with_reports(machine=elsewhere)
+        with pytest.raises(WeightsDidNotArrive) if refused else nullcontext():
+            metrics, _ = learner.update(batch, *drawn.trajectories)
+            assert metrics["log_prob_check/max_abs"] > 1

@@ -1,0 +1,69 @@
+"""Describe the machine that a process computes on: processor, GPU and library versions, which decide the last bits."""
+
+import functools
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.package_versions import VERSIONED, package_version
+
+CPU_INFO = Path("/proc/cpuinfo")
+# Variables with which users choose other kernels than those the processor would get.
+KERNEL_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a process computes with. Equal machines give equal bits for equal work."""
+
+    processor: str
+    gpu: str = ""  # empty: the process computes on the processor
+    versions: str = ""  # of libraries, "torch 2.13.0, numpy 2.4.1"
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.gpu, self.processor, self.versions) if part)
+
+    def computes_like(self, other: "Machine") -> bool:
+        """Return whether the same network gives the same bits on both: a GPU decides where there is one."""
+        device = self.gpu == other.gpu and (bool(self.gpu) or self.processor == other.processor)
+        return device and self.versions == other.versions
+
+    def differences(self, other: "Machine") -> str:
+        """Return what differs, "processor A and B; …". Empty if nothing does."""
+        pairs = {
+            "GPU": (self.gpu or "none", other.gpu or "none"),
+            "processor": (self.processor, other.processor),
+            "versions": (self.versions, other.versions),
+        }
+        return "; ".join(f"{name} {one} and {two}" for name, (one, two) in pairs.items() if one != two)
+
+
+@functools.cache
+def this_machine(device: str) -> Machine:
+    """Return the machine of this process, which computes on `device`."""
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else ""
+    versions = ", ".join(f"{package} {package_version(package)}" for package in VERSIONED)
+    return Machine(processor=_processor(), gpu=gpu, versions=versions)
+
+
+def _processor() -> str:
+    """Name the processor, the instructions that torch uses, and the variables that choose its kernels."""
+    chosen = [f"{name}={os.environ[name]}" for name in KERNEL_VARIABLES if name in os.environ]
+    return ", ".join([_model_name(), torch.backends.cpu.get_cpu_capability(), *chosen])
+
+
+def _model_name() -> str:
+    """Return model, family and number of the processor. Clouds often give several processors one model name."""
+    try:
+        text = CPU_INFO.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
+    if "model name" not in found:  # ARM
+        return platform.machine()
+    numbers = [found[key] for key in ("cpu family", "model") if key in found]
+    return f"{found['model name'].strip()} ({'/'.join(numbers)})"

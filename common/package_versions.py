@@ -1,0 +1,13 @@
+"""The versions of the libraries that decide what a run computes."""
+
+import importlib.metadata
+
+VERSIONED = ("ray-ddpo", "torch", "diffusers", "transformers", "peft", "ray", "numpy")
+
+
+def package_version(package: str) -> str:
+    """Return an installed package's version. A program that runs from its source without being installed has none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "from its source"

@@ -1,0 +1,46 @@
+"""What a user is told, once, of machines of different kinds and of rounding between samplers and learner."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common.machine import Machine
+from common.prompts import Prompt
+from common.schedule import Task
+from common.trajectory import Rollout, Scores, TaskReport
+from deploy.numerics_notes import NumericsNotes
+
+ONE = Machine(processor="AMD EPYC (25/17), AVX512", versions="torch 2.13.0")
+OTHER = replace(ONE, processor="Intel Xeon (6/143), AVX2")
+
+
+def rollout(sampled_on: Machine, scored_on: Machine) -> Rollout:
+    report = TaskReport(Task(0, 0, 0, (Prompt("cat"),), (1,)), "f", 1, 0, 0.0, machine=sampled_on)
+    return Rollout(report, Scores({"beauty": np.zeros(1)}, 0.0, machines=frozenset({scored_on})), None, None)
+
+
+def test_machines_of_one_kind_are_no_word(capsys: pytest.CaptureFixture) -> None:
+    notes = NumericsNotes(ONE, ONE)
+    notes.saw([rollout(ONE, OTHER), rollout(ONE, OTHER)])  # reward workers may all be of another kind
+    notes.rounded({"log_prob_check/rounding": 5e-3})
+    assert capsys.readouterr().err == ""
+
+
+def test_each_difference_is_said_once_and_in_one_line(capsys: pytest.CaptureFixture) -> None:
+    notes = NumericsNotes(ONE)
+    for _ in range(2):
+        notes.saw([rollout(OTHER, ONE), rollout(ONE, OTHER)])
+        notes.rounded({"log_prob_check/rounding": 2e-2})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and all("AMD EPYC" in line and "Intel Xeon" in line for line in lines[:3])
+    assert "samplers and learner are machines of two kinds" in lines[0]
+    assert "samplers are machines of several kinds" in lines[1]
+    assert "reward workers are machines of several kinds" in lines[2]
+    assert "up to 0.02 apart" in lines[3]
+
+
+def test_a_resume_on_another_kind_of_machine_is_pointed_out(capsys: pytest.CaptureFixture) -> None:
+    NumericsNotes(ONE, OTHER)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the checkpoint was made on another machine" in line and "AVX2" in line and "AVX512" in line
