@@ -5,11 +5,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.machine import Machine
+from common.ledger import Ledger
+from common.machine import Machine, this_machine
 from common.prompts import Prompt
+from common.recipe_tables import RolloutsTable
+from common.run_folder import RunFolder
 from common.schedule import Task
 from common.trajectory import Rollout, Scores, TaskReport
 from deploy.numerics_notes import NumericsNotes
+from learner.checkpoint import load_checkpoint, newest_checkpoint
+from tests.failure_page import assert_documented
+from tests.rounds import parts_with
+from train import train
 
 ONE = Machine(processor="AMD EPYC (25/17), AVX512", versions="torch 2.13.0")
 OTHER = replace(ONE, processor="Intel Xeon (6/143), AVX2")
@@ -27,6 +34,23 @@ def test_machines_of_one_kind_are_no_word(capsys: pytest.CaptureFixture) -> None
     assert capsys.readouterr().err == ""
 
 
+def test_a_resumed_run_says_that_its_machine_is_another_one(
+    tables: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    train(parts_with(tables, rounds=1).recipe, serial=True)
+    folder = RunFolder(parts_with(tables).recipe.run_path())
+    newest = newest_checkpoint(folder.checkpoints)
+    assert newest and load_checkpoint(newest).learner.machine == this_machine("cpu")
+    assert Ledger(folder.storage, RolloutsTable()).read(0)["drawn_on"].to_pylist() == [str(this_machine("cpu"))] * 8
+    this_machine.cache_clear()
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    try:
+        train(parts_with(tables).recipe, resume=True, serial=True)
+    finally:
+        this_machine.cache_clear()
+    assert_documented("A run resumes on another kind of machine", 0, capsys.readouterr().err)
+
+
 def test_each_difference_is_said_once_and_in_one_line(capsys: pytest.CaptureFixture) -> None:
     notes = NumericsNotes(ONE)
     for _ in range(2):
@@ -34,7 +58,7 @@ def test_each_difference_is_said_once_and_in_one_line(capsys: pytest.CaptureFixt
         notes.rounded({"log_prob_check/rounding": 2e-2})
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and all("AMD EPYC" in line and "Intel Xeon" in line for line in lines[:3])
-    assert "samplers and learner are machines of two kinds" in lines[0]
+    assert_documented("Samplers and learner are machines of different kinds", 0, lines[0])
     assert "samplers are machines of several kinds" in lines[1]
     assert "reward workers are machines of several kinds" in lines[2]
     assert "up to 0.02 apart" in lines[3]
