@@ -26,8 +26,8 @@ EXPECTED = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectory
 PERMANENT_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 # What object stores answer to requests that stay wrong, however often they are repeated.
 PERMANENT = re.compile(
-    r"HTTP status 4(?!08|29)\d\d|ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|NO_SUCH_BUCKET|EXPIRED_TOKEN"
-    r"|PERMISSION_DENIED|UNAUTHENTICATED"
+    r"HTTP status 4(?!08|29)\d\d|ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|NO_SUCH_BUCKET"
+    r"|RESOURCE_NOT_FOUND|EXPIRED_TOKEN|PERMISSION_DENIED|UNAUTHENTICATED"
 )
 
 
