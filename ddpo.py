@@ -45,6 +45,8 @@ def _nobody_reads() -> bool:
 def _verb(arguments: Sequence[str] | None) -> int:
     sys.path.append(os.getcwd())  # a user's module:function lies where the command is typed
     options = read(arguments)
+    from common.storage import StorageError
+
     try:
         return RUN[options.verb](options) or 0
     except ValueError as error:
@@ -55,7 +57,19 @@ def _verb(arguments: Sequence[str] | None) -> int:
         print(
             f"ddpo {options.verb}: stopped; a run goes on from its last checkpoint with --resume auto", file=sys.stderr
         )
-        return 130
+        return _left(130)
+    except StorageError as error:
+        print(f"ddpo {options.verb}: {_without_passwords(str(error))}", file=sys.stderr)
+        return 1
+
+
+def _left(code: int) -> int:
+    """Return an exit code; but end the process at once if it is on Ray, whose shutdown may hang or print a trace of its own."""
+    from deploy.reaper import has_cluster, leave
+
+    if has_cluster():
+        leave(code)
+    return code
 
 
 def _without_passwords(text: str) -> str:
@@ -72,8 +86,8 @@ def _train(options: argparse.Namespace) -> int:
     try:
         train(recipe, resume=options.resume == "auto", serial=options.serial)
     except Stopped as stopped:
-        print(f"ddpo train: {stopped}; it goes on with --resume auto", file=sys.stderr)
-        return stopped.exit_code
+        print(f"ddpo train: {_without_passwords(str(stopped))}; resume with --resume auto", file=sys.stderr)
+        return _left(stopped.exit_code) if stopped.cluster_is_lost else stopped.exit_code
     except BROKE_OFF as error:
         cause = getattr(error, "cause", error)
         print(f"ddpo train: {type(cause).__name__}: {_without_passwords(str(cause))}", file=sys.stderr)

@@ -32,7 +32,8 @@ BROKE_OFF = (NothingMoves, TooManyRestarts, TooManySetAside, WeightsDidNotArrive
 def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[str, float]:
     """Run a recipe; the last round's metrics. ValueError: what the user has to change, before anything is lost.
 
-    Stopped: a signal came; what was learned is in the last checkpoint. BROKE_OFF: the run cannot go on.
+    Stopped: a signal came, or storage or cluster failed; what was learned is in the last checkpoint.
+    BROKE_OFF: the run cannot go on.
     """
     parts, folder = parts_of(recipe), RunFolder(recipe.run_path())
     folder.create()
@@ -55,6 +56,7 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
                 workers.learner.load_state(checkpoint.learner)
             evaluating.begin(pretrained, checkpoint)
             progress.begin(workers.learner.machine(), checkpoint.learner.machine if checkpoint else None)
+            supervision.saved = lambda: progress.last_checkpoint
             run_rounds(parts, workers, progress, supervision)
             workers.learner.save_policy(folder.location)
             evaluating.end()

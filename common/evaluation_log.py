@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from common.png import from_png, png
 from common.prompts import Prompt
 from common.storage import Storage
+from common.unwritten import Unwritten
 
 FIGURES = "evaluations.jsonl"
 FOLDER = "evaluations"
@@ -51,8 +52,10 @@ def images_table(variant: str, images: EvaluatedImages, pictures: int) -> pa.Tab
 class EvaluationLog:
     """Writes and reads both. A version is there when its line is, which is written last."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, unwritten: Unwritten | None = None) -> None:
+        """`unwritten` keeps what the storage refuses for the moment."""
         self._storage = storage
+        self._unwritten = unwritten or Unwritten()
 
     def figures(self) -> list[dict[str, Any]]:
         """The versions' objects, in the order in which they were written; without a last line that a kill cut off."""
@@ -74,12 +77,14 @@ class EvaluationLog:
         tables = [images_table(variant, images, pictures) for variant, images in variants.items()]
         buffer = io.BytesIO()
         parquet.write_table(pa.concat_tables(tables), buffer)
-        self._storage.write(f"{FOLDER}/{_folder(figures['policy_version'])}/{FILE}", buffer.getvalue())
-        self._storage.append(FIGURES, _line(figures).encode())
+        name = f"{FOLDER}/{_folder(figures['policy_version'])}/{FILE}"
+        self._unwritten.write(self._storage, name, buffer.getvalue())
+        self._unwritten.append(self._storage, FIGURES, _line(figures).encode())
 
     def read(self, policy_version: int) -> pa.Table:
         """A version's rows, in the order of the evaluation set. FileNotFoundError: it was not evaluated."""
-        return parquet.read_table(pa.BufferReader(self._storage.read(f"{FOLDER}/{_folder(policy_version)}/{FILE}")))
+        data = self._unwritten.read(self._storage, f"{FOLDER}/{_folder(policy_version)}/{FILE}")
+        return parquet.read_table(pa.BufferReader(data))
 
     def pictures(self, policy_version: int) -> list[UInt8[np.ndarray, "H W 3"]]:
         """Those of its pictures that were kept, the first ones."""

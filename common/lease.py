@@ -35,6 +35,10 @@ class Owner(BaseModel):
     token: str | None = None
 
 
+class LeaseLost(RuntimeError):
+    """Another process has taken the run's folder over: this one must write nothing more there."""
+
+
 class Lease:
     """A run folder's lock, renewed while its owner lives. Use as a context manager; look at `lost` between rounds.
 
@@ -42,10 +46,13 @@ class Lease:
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        self._storage = folder.storage
+        self._folder = folder
+        self._storage = folder.storage.with_patience(0.0)
         self._token = secrets.token_hex(8)
         self._lost = False
         self._renewed = 0.0
+        self._seen = 0.0  # when it was last read, and this process's
+        self._renewing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
 
@@ -68,12 +75,37 @@ class Lease:
             if owner.get("token") != self._token:
                 self._refuse(owner)
         self._storage.sweep()
+        self._seen = self._renewed
+        self._folder.storage.guard = self.check
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._folder.storage.guard = None
         self._stop.set()
         self._thread.join()
+        try:
+            self._remove()
+        except OSError as error:  # no reason to end a run in another way: a later start sees that this process is gone
+            print(f"the lease of {self._storage.location} cannot be removed: {error}", file=sys.stderr, flush=True)
+
+    def check(self, failed: bool) -> None:
+        """Raise LeaseLost if the lease is another's now. `failed`: a write was refused, which may be the other's doing.
+
+        A process that was suspended for long looks before it writes on.
+        """
+        if failed or time.time() - self._renewed > 2 * RENEWAL_SECONDS:
+            self._renew()
+        if self._lost:
+            raise LeaseLost(self._storage.location)
+
+    def let_go(self) -> None:
+        """Remove the lease before the process is ended in the middle of something, if that can be done soon."""
+        thread = threading.Thread(target=self._remove, daemon=True)
+        thread.start()
+        thread.join(SETTLE_SECONDS)
+
+    def _remove(self) -> None:
         with _alone_in(self._storage):
             if (self._owner() or {}).get("token") == self._token:
                 self._storage.remove(LEASE)
@@ -117,16 +149,21 @@ class Lease:
             self._renew()
 
     def _renew(self) -> None:
-        try:
-            with _alone_in(self._storage):
-                owner = self._owner()
-                self._lost = owner is None or owner.get("token") != self._token
-                if not self._lost:
-                    self._write(self._storage.write)
-        except OSError as error:
-            # A disk or a network that fails for a moment; after a minute another start may think that this one is dead.
-            self._lost = time.time() - self._renewed > LEASE_SECONDS
-            print(f"the lease of {self._storage.location} cannot be renewed: {error}", file=sys.stderr, flush=True)
+        with self._renewing:
+            if self._lost or self._stop.is_set():
+                return
+            try:
+                with _alone_in(self._storage):
+                    owner = self._owner()
+                    self._lost = owner is None or owner.get("token") != self._token
+                    self._seen = time.time()
+                    if not self._lost:
+                        self._write(self._storage.write)
+            except OSError as error:
+                # A disk that is full, or a network that fails for a moment. Who cannot even read the lease for a minute
+                # cannot know that no other start has taken it.
+                self._lost = time.time() - self._seen > LEASE_SECONDS
+                print(f"the lease cannot be renewed: {error}", file=sys.stderr, flush=True)
         if self._lost:
             text = f"the lease of {self._storage.location} is lost: this run must write nothing more there"
             print(text, file=sys.stderr, flush=True)

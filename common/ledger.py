@@ -16,6 +16,7 @@ from common.png import png
 from common.recipe_tables import RolloutsTable
 from common.storage import Storage
 from common.trajectory import Rollout, TaskReport, TrainBatch
+from common.unwritten import Unwritten
 
 FOLDER = "rollouts"
 FILE = "images.parquet"
@@ -45,9 +46,11 @@ NOT_DRAWN = ("scored_on", "set_aside", "reward", "advantage")
 class Ledger:
     """Writes and reads a run's `rollouts/`. A round's file is whole or absent; writing a round again replaces it."""
 
-    def __init__(self, storage: Storage, table: RolloutsTable) -> None:
+    def __init__(self, storage: Storage, table: RolloutsTable, unwritten: Unwritten | None = None) -> None:
+        """`unwritten` keeps what the storage refuses for the moment; without it, that is a StorageError."""
         self._storage = storage.folder(FOLDER)
         self._table = table
+        self._write = unwritten.write if unwritten else Storage.write
 
     def wants_pictures(self, round: int) -> bool:
         """Whether this round's rows are to hold their pictures."""
@@ -78,7 +81,7 @@ class Ledger:
             table = table.append_column("picture", pa.array([png(image) for task in pictures for image in task]))
         buffer = io.BytesIO()
         parquet.write_table(table, buffer)
-        self._storage.write(f"{_folder(batch.round)}/{FILE}", buffer.getvalue())
+        self._write(self._storage, f"{_folder(batch.round)}/{FILE}", buffer.getvalue())
 
     def rounds(self) -> list[int]:
         """The rounds that are there, in order."""

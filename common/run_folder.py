@@ -16,8 +16,11 @@ from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 from common.config import Recipe
 from common.diffusion.weight_files import TRAINED_PARTS
 from common.package_versions import VERSIONED, package_version
-from common.storage import Storage
+from common.storage import Storage, StorageError
+from common.unwritten import Unwritten
 
+START_SECONDS = 5.0  # in which an object store has to take a first file
+PROBE_BYTES = 2**16
 CONTROL = "control.json"  # what `ddpo scale` asks of the driver
 WATCHDOG = "watchdog.txt"
 TOKEN = "token.txt"
@@ -35,6 +38,7 @@ class RunFolder:
 
     def __init__(self, location: str | Path) -> None:
         self.storage = Storage(location)
+        self.unwritten = Unwritten()
 
     @property
     def location(self) -> str:
@@ -79,12 +83,12 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder and see that it can be written. ValueError: it cannot."""
-        probe = f".writable-{os.getpid()}"
+        probe, storage = f".writable-{os.getpid()}", self.storage.with_patience(START_SECONDS)
         try:
-            self.storage.write(probe, b"")
-            self.storage.remove(probe)
+            storage.write(probe, bytes(PROBE_BYTES))  # more than a full disk has left for a file's name alone
+            storage.remove(probe)
         except OSError as error:
-            reason = error.strerror or error
+            reason = error.reason if isinstance(error, StorageError) else error.strerror or error
             raise ValueError(f"output_dir: the run folder {self.location} cannot be written: {reason}") from error
 
     @contextmanager

@@ -3,18 +3,48 @@
 import copy
 import errno
 import os
+import re
+import sys
 import tempfile
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Concatenate, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-READ_ATTEMPTS = 10
-UNFINISHED = ".unfinished"  # the end of a local file's name while it is written
+from safetensors import SafetensorError
+
+from common.filesystems import UNFINISHED, Files, LocalFiles, RemoteFiles
+
+T = TypeVar("T")
+PATIENCE_SECONDS = 60.0  # in which an object store that refuses is asked again
+FIRST_PAUSE_SECONDS = 0.5  # before it is asked again; each pause is twice the one before
+LONGEST_PAUSE_SECONDS = 10.0
+EXPECTED = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)  # answers, not failures
+PERMANENT_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+# What object stores answer to requests that stay wrong, however often they are repeated.
+PERMANENT = re.compile(
+    r"HTTP status 4(?!08|29)\d\d|ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|NO_SUCH_BUCKET"
+    r"|RESOURCE_NOT_FOUND|EXPIRED_TOKEN|PERMISSION_DENIED|UNAUTHENTICATED"
+)
+
+
+class StorageError(OSError):
+    """A file cannot be read or written: for the moment, as on a full disk, or for good (`permanent`)."""
+
+    def __init__(self, text: str, reason: str = "", permanent: bool = False) -> None:
+        super().__init__(text)
+        self.reason = reason
+        self.permanent = permanent
+
+    @classmethod
+    def of(cls, error: Exception, what: str) -> "StorageError":
+        """Return what `error` means for something that was to be done."""
+        reason = getattr(error, "strerror", None) or str(error)
+        permanent = getattr(error, "errno", None) in PERMANENT_ERRNOS or bool(PERMANENT.search(reason))
+        return cls(f"{what}: {reason}", reason, permanent)
 
 
 class Storage:
@@ -23,6 +53,9 @@ class Storage:
     def __init__(self, location: str | Path) -> None:
         """ValueError: the location is no path and no URI of a filesystem that is known."""
         self._files, self._root, self.location = _opened(str(location))
+        self.patience_seconds = PATIENCE_SECONDS
+        # Asked before each change, and with True after one that failed: whether this process may still write here.
+        self.guard: Callable[[bool], None] | None = None
 
     @property
     def name(self) -> str:
@@ -40,40 +73,46 @@ class Storage:
         inner._root, inner.location = self._path(name), f"{self.location.rstrip('/')}/{name}"
         return inner
 
+    def with_patience(self, seconds: float) -> "Storage":
+        """The same folder, asked again for so long where it refuses, and without a guard."""
+        other = copy.copy(self)
+        other.patience_seconds, other.guard = seconds, None
+        return other
+
     def read(self, name: str) -> bytes:
         """A file's bytes. FileNotFoundError: it is not there."""
-        return self._files.read(self._path(name))
+        return self._asked("read", self._files.read, name)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file: a reader sees the old bytes or the new. Folders on the way are made."""
-        self._files.write(self._path(name), data)
+        self._change("written", self._files.write, name, data)
 
     def create(self, name: str, data: bytes) -> None:
         """Write a file that is not there. FileExistsError: it is. Of two at once one wins, but for an object store."""
-        self._files.create(self._path(name), data)
+        self._change("written", self._files.create, name, data)
 
     def append(self, name: str, data: bytes) -> None:
         """Add to a file's end; where the filesystem cannot, the file is written anew."""
-        self._files.append(self._path(name), data)
+        self._change("written", self._files.append, name, data)
 
     def exists(self, name: str) -> bool:
         """Whether there is a file or a folder of that name."""
-        return self._files.exists(self._path(name))
+        return self._asked("looked for", self._files.exists, name)
 
     def names(self, folder: str = "") -> list[str]:
         """The names of files and folders directly in `folder`, sorted; none where it is not there."""
-        found = self._files.names(self._path(folder))
+        found = self._asked("listed", self._files.names, folder)
         return sorted(name for name in found if not name.endswith(UNFINISHED))
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder with all that is in it. It need not be there."""
-        self._files.remove(self._path(name))
+        self._change("removed", self._files.remove, name)
 
     def sweep(self) -> None:
         """Remove what writers left unfinished directly in this folder. Only for who alone writes here."""
-        for name in self._files.names(self._root):
+        for name in self._asked("listed", self._files.names, ""):
             if name.endswith(UNFINISHED):
-                self._files.remove(self._path(name))
+                self._change("removed", self._files.remove, name)
 
     def copy_in(self, folder: Path) -> None:
         """Write every file below a local folder here, under the same names."""
@@ -89,6 +128,34 @@ class Storage:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(self.read(name))
 
+    def _change(self, done: str, call: Callable[Concatenate[str, ...], None], name: str, *data: bytes) -> None:
+        if self.guard is not None:
+            self.guard(False)
+        try:
+            self._asked(done, call, name, *data)
+        except OSError:
+            if self.guard is not None:
+                self.guard(True)
+            raise
+
+    def _asked(self, done: str, call: Callable[Concatenate[str, ...], T], name: str, *data: bytes) -> T:
+        """Call a filesystem. StorageError: it refused, an object store for longer than `patience_seconds`."""
+        path, pause, deadline = self._path(name), FIRST_PAUSE_SECONDS, time.monotonic() + self.patience_seconds
+        while True:
+            try:
+                return call(path, *data)
+            except EXPECTED:
+                raise
+            except OSError as error:
+                failed = StorageError.of(error, f"{self.location}/{name} cannot be {done}".replace("/ ", " "))
+                # A disk that is full, or broken, is no better a few seconds later.
+                if failed.permanent or self.local_path is not None or time.monotonic() + pause > deadline:
+                    raise failed from error
+                if pause == FIRST_PAUSE_SECONDS:
+                    print(f"{failed}; it is tried again for {self.patience_seconds:g} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
     def _path(self, name: str) -> str:
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"{name!r} leads out of the folder {self.location}: no file there may be called that")
@@ -97,185 +164,22 @@ class Storage:
 
 @contextmanager
 def local_folder(storage: Storage) -> Iterator[Path]:
-    """A folder on this machine to write into: the storage itself, or one that is copied there at the end."""
-    if storage.local_path is not None:
-        storage.local_path.mkdir(parents=True, exist_ok=True)
-        yield storage.local_path
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        yield Path(scratch)
-        storage.copy_in(Path(scratch))
+    """A folder on this machine to write into: the storage itself, or one that is copied there at the end.
 
-
-class Files(ABC):
-    """What a kind of filesystem does, by its own full paths; the same as the methods of `Storage`."""
-
-    @abstractmethod
-    def read(self, path: str) -> bytes: ...
-
-    @abstractmethod
-    def write(self, path: str, data: bytes) -> None: ...
-
-    @abstractmethod
-    def create(self, path: str, data: bytes) -> None: ...
-
-    @abstractmethod
-    def append(self, path: str, data: bytes) -> None: ...
-
-    @abstractmethod
-    def exists(self, path: str) -> bool: ...
-
-    @abstractmethod
-    def names(self, path: str) -> list[str]: ...
-
-    @abstractmethod
-    def remove(self, path: str) -> None: ...
-
-
-class LocalFiles(Files):
-    """A disk. Everything that changes it goes through the six operations at the end."""
-
-    def read(self, path: str) -> bytes:
-        return Path(path).read_bytes()
-
-    def write(self, path: str, data: bytes) -> None:
-        folder, name = os.path.split(path)
-        temporary = os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_ident()}{UNFINISHED}")
-        self._make_folders(folder)
-        try:
-            self.put(temporary, data, os.O_TRUNC)
-            self.rename(temporary, path)
-        except OSError:
-            if os.path.exists(temporary):
-                self.unlink(temporary)
-            raise
-        self.sync(folder)  # or the new name might not outlive a power cut that what follows outlives
-
-    def create(self, path: str, data: bytes) -> None:
-        self._make_folders(os.path.dirname(path))
-        self.put(path, data, os.O_EXCL)
-
-    def append(self, path: str, data: bytes) -> None:
-        self._make_folders(os.path.dirname(path))
-        self.put(path, data, os.O_APPEND)
-
-    def exists(self, path: str) -> bool:
-        return os.path.exists(path)
-
-    def names(self, path: str) -> list[str]:
-        return os.listdir(path) if os.path.isdir(path) else []
-
-    def remove(self, path: str) -> None:
-        if os.path.isdir(path) and not os.path.islink(path):
-            for name in self.names(path):
-                self.remove(os.path.join(path, name))
-            self.remove_folder(path)
-        elif os.path.lexists(path):
-            with suppress(FileNotFoundError):  # somebody else was faster
-                self.unlink(path)
-
-    def _make_folders(self, path: str) -> None:
-        if os.path.isdir(path):
+    StorageError: what the body wrote did not find room.
+    """
+    try:
+        if storage.local_path is not None:
+            storage.local_path.mkdir(parents=True, exist_ok=True)
+            yield storage.local_path
             return
-        if os.path.isfile(path):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-        parent = os.path.dirname(path)
-        self._make_folders(parent)
-        self.make_folder(path)
-        self.sync(parent)
-
-    def put(self, path: str, data: bytes, flag: int) -> None:
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | flag, 0o666), "wb") as file:
-            file.write(data)
-            file.flush()
-            self.sync(file.fileno())
-
-    def sync(self, place: str | int) -> None:
-        """Of a folder's path, or of an open file."""
-        descriptor = os.open(place, os.O_RDONLY) if isinstance(place, str) else place
-        try:
-            os.fsync(descriptor)
-        finally:
-            if descriptor != place:
-                os.close(descriptor)
-
-    def rename(self, old: str, new: str) -> None:
-        os.replace(old, new)
-
-    def unlink(self, path: str) -> None:
-        os.unlink(path)
-
-    def make_folder(self, path: str) -> None:
-        Path(path).mkdir(exist_ok=True)
-
-    def remove_folder(self, path: str) -> None:
-        os.rmdir(path)
-
-
-class RemoteFiles(Files):
-    """A filesystem of pyarrow's. Object stores replace whole objects; what changes it is the three operations at the end."""
-
-    def __init__(self, filesystem: Any) -> None:
-        self._filesystem = filesystem
-
-    def read(self, path: str) -> bytes:
-        for _ in range(READ_ATTEMPTS):
-            with self._filesystem.open_input_stream(path) as stream:
-                data = stream.read()
-            # pyarrow asks for as many bytes as there were: a longer object in its place would come back cut off.
-            if self._filesystem.get_file_info(path).size == len(data):
-                return data
-        raise OSError(f"{path} is replaced faster than it can be read")
-
-    def write(self, path: str, data: bytes) -> None:
-        self.put(path, data)
-
-    def create(self, path: str, data: bytes) -> None:
-        if self.exists(path):
-            raise FileExistsError(f"{path} exists")
-        self.put(path, data)
-
-    def append(self, path: str, data: bytes) -> None:
-        self.put(path, (self.read(path) if self.exists(path) else b"") + data)
-
-    def exists(self, path: str) -> bool:
-        return self._is(path) is not None
-
-    def names(self, path: str) -> list[str]:
-        from pyarrow.fs import FileSelector
-
-        if self._is(path) == "file":
-            return []
-        return [info.base_name for info in self._filesystem.get_file_info(FileSelector(path, allow_not_found=True))]
-
-    def remove(self, path: str) -> None:
-        kind = self._is(path)
-        with suppress(FileNotFoundError):  # somebody else was faster
-            if kind == "file":
-                self.unlink(path)
-            elif kind == "folder":
-                self.remove_folder(path)
-
-    def _is(self, path: str) -> Literal["file", "folder"] | None:
-        from pyarrow.fs import FileType
-
-        kind = self._filesystem.get_file_info(path).type
-        return None if kind == FileType.NotFound else "folder" if kind == FileType.Directory else "file"
-
-    def put(self, path: str, data: bytes) -> None:
-        try:
-            stream = self._filesystem.open_output_stream(path)
-        except FileNotFoundError:  # an object store needs no folders, others may
-            self._filesystem.create_dir(os.path.dirname(path), recursive=True)
-            stream = self._filesystem.open_output_stream(path)
-        with stream:
-            stream.write(data)
-
-    def unlink(self, path: str) -> None:
-        self._filesystem.delete_file(path)
-
-    def remove_folder(self, path: str) -> None:
-        self._filesystem.delete_dir(path)
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+            storage.copy_in(Path(scratch))
+    except StorageError:
+        raise
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+        raise StorageError.of(error, f"{storage.location} cannot be written") from error
 
 
 def _opened(location: str) -> tuple[Files, str, str]:

@@ -24,14 +24,17 @@ class BestVersion:
         newest = judged[-1]
         if self.policy_version != newest.policy_version:
             return
-        self._learner.save_policy(self._folder.best.location, weights)
         says = {
             "policy_version": newest.policy_version,
             "fingerprint": weights.fingerprint,
             "best_by": self._settings.best_by,
             "score": newest.score,
         }
-        self._folder.best.write(BEST, json.dumps(says, indent=1).encode())
+        self._folder.unwritten.call(lambda: self._write(weights, json.dumps(says, indent=1).encode()))
+
+    def _write(self, weights: LoraWeights, says: bytes) -> None:
+        self._learner.save_policy(self._folder.best.location, weights)
+        self._folder.best.write(BEST, says)
 
     def roll_back(self) -> int | None:
         """Put its weights in the place of the run's own; its version. None: no version was ever without an alarm."""

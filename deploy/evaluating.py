@@ -54,7 +54,7 @@ class Evaluating:
         self._identity = identity_of(parts.recipe, self._chosen)
         self._folder = folder
         self._trackers = trackers
-        self._log = EvaluationLog(folder.storage)
+        self._log = EvaluationLog(folder.storage, folder.unwritten)
         self._best = BestVersion(folder, workers.learner, parts.recipe.guard)
         self._drawing: list[_Drawing] = []
         self._waiting: list[Evaluated] = []  # due, and not submitted yet

@@ -1,6 +1,7 @@
 """Progress: what a run has learned so far, and how much of it is on disk."""
 
 import dataclasses
+import sys
 import time
 from collections import deque
 
@@ -8,6 +9,7 @@ from common.ledger import Ledger
 from common.machine import Machine
 from common.round_metrics import RoundClock, memory_now, reward_metrics, round_metrics
 from common.run_folder import RunFolder
+from common.storage import StorageError
 from common.trackers.fan_out import FanOut
 from common.trajectory import Rollout, Scored, TrainBatch, whole_round
 from deploy.evaluating import Evaluating
@@ -20,6 +22,7 @@ from learner.learner_state import LearnerState
 from learner.round_buffer import RoundBuffer
 
 Metrics = dict[str, float]
+FAILED_ROUNDS = 3  # in a row in which the storage refused something: then the run ends
 REMEMBERED = 256  # rounds; a run of many thousands must not grow in memory
 
 
@@ -32,9 +35,11 @@ class Progress:
         recipe = parts.recipe
         self._parts = parts
         self._checkpoints = folder.checkpoints
+        self._unwritten = folder.unwritten
+        self._failed_rounds = 0  # in a row
         self._trackers = trackers
         self.evaluating = evaluating
-        self._ledger = Ledger(folder.storage, recipe.rollouts)
+        self._ledger = Ledger(folder.storage, recipe.rollouts, folder.unwritten)
         self._done: Checkpoint | None = None  # after the last whole round of this start
         self.buffer = RoundBuffer(
             parts.algorithm,
@@ -91,8 +96,40 @@ class Progress:
             self.metrics.append(metrics)
             self._trackers.log(metrics)
         due = self.rounds_done % recipe.checkpoint.every == 0 or self.rounds_done == recipe.rounds
-        if due or self.evaluating.is_over:
-            self.commit()
+        self._settle(due or self.evaluating.is_over or self._failed_rounds > 0)
+
+    def _settle(self, due: bool) -> None:
+        """Write what the storage refused before, and a checkpoint if one is due.
+
+        StorageError: it refuses for good, for the third round in a row, or after the last round.
+        """
+        try:
+            self.flush()
+            if due:
+                self.commit()
+        except StorageError as error:
+            self._failed_rounds += 1
+            over = self.rounds_done == self._parts.recipe.rounds or self.evaluating.is_over
+            if over or error.permanent or self._failed_rounds == FAILED_ROUNDS:
+                raise
+            text = f"not saved: {error}; it is tried again after the next round"
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._failed_rounds = 0
+
+    @property
+    def last_checkpoint(self) -> str:
+        """The last one that was committed, in words."""
+        return (
+            f"the last good checkpoint is that of round {self._committed}"
+            if self._committed
+            else "there is no checkpoint yet"
+        )
+
+    def flush(self) -> None:
+        """Write what the storage refused before."""
+        self._unwritten.flush()
+        self._trackers.flush()
 
     def _show(self, batch: TrainBatch, rollouts: list[Rollout], workers: Workers) -> None:
         """Pictures, a table and histograms of the round, where it is its turn and a tracker shows them."""
@@ -103,7 +140,8 @@ class Progress:
             self._trackers.show(round_exhibits(batch, rollouts, weights, pictures, log_ratios))
 
     def commit(self) -> None:
-        """Save what was learned since the last checkpoint."""
+        """Save what was learned since the last checkpoint, after all that a resumed run takes as written before it."""
+        self.flush()
         if self._done and self._done.rounds_done > self._committed:
             done = dataclasses.replace(self._done, evaluation=self.evaluating.state)
             save_checkpoint(self._checkpoints, done, self._parts.recipe.checkpoint.keep)

@@ -1,27 +1,35 @@
 """Supervision: what reaches a driver from outside while it works: a signal to stop, another number of workers, a lost lease."""
 
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 
 from common.config import Recipe
-from common.lease import Lease
+from common.lease import Lease, LeaseLost
 from common.reward_pools import elastic_roles, refused
 from common.run_folder import CONTROL, RunFolder
+from common.storage import StorageError
+from deploy.cluster_watch import ClusterWatch
+from deploy.reaper import leave
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LOSS_SECONDS = 5.0  # that a driver has to see that its cluster is lost; then it is taken to be stuck in a call of Ray's
 POLL_SECONDS = 1.0
 REMOTE_POLL_SECONDS = 5.0  # of an object store, which counts requests
 
 
 class Stopped(Exception):
-    """Somebody asked the run to stop; what it has learned is committed on the way out."""
+    """A run that ended early: by a signal, or because its folder, its storage or its cluster is lost."""
 
-    def __init__(self, why: str, exit_code: int, may_commit: bool = True) -> None:
+    def __init__(self, why: str, exit_code: int, may_commit: bool = True, cluster_is_lost: bool = False) -> None:
         super().__init__(why)
         self.exit_code = exit_code
+        self.cluster_is_lost = cluster_is_lost  # then Ray cannot be shut down either
         self.may_commit = may_commit  # not where the folder is another's by now
 
 
@@ -35,10 +43,14 @@ class Supervision:
         self._poll_seconds = POLL_SECONDS if folder.storage.local_path else REMOTE_POLL_SECONDS
         self._signal: signal.Signals | None = None
         self._before: dict[signal.Signals, signal._HANDLER] = {}
+        self._watch: ClusterWatch | None = None
+        self._loss = ""  # of the cluster, in words
+        self._is_stopping = threading.Event()
         self._next_poll = 0.0
         self._asked: dict[str, int] = {}
         self._told = ""  # last, of what was asked and cannot be done
         self.on_scale: dict[str, Callable[[int], None]] = {}  # by role; set by who can
+        self.saved: Callable[[], str] | None = None  # the last checkpoint, in words; set when the first round begins
 
     def __enter__(self) -> "Supervision":
         self._folder.storage.remove(CONTROL)  # what was asked of an earlier start
@@ -49,13 +61,50 @@ class Supervision:
         """Take the signals; again after `ray.init`, which takes them for itself."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # as nohup asks
+                continue
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Say in one line what ended the run, if it is a lost cluster or folder, or storage that refuses."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._watch is not None:
+            self._watch.stop()
+        if error is None or isinstance(error, Stopped | KeyboardInterrupt):
+            return
+        if self._loss:  # whatever a call on a lost cluster ended with
+            raise self._cluster_lost() from error
+        if isinstance(error, LeaseLost):
+            raise self._lease_lost() from error
+        if isinstance(error, StorageError):
+            failed = getattr(error, "cause", error)  # of an actor's error, which Ray prints with its traceback
+            if self.saved is None:
+                raise ValueError(f"output_dir: {failed}") from error
+            raise Stopped(f"{failed}; {self.saved()}", 1) from error
+
+    def watch(self, watch: ClusterWatch) -> None:
+        """Keep what looks after the cluster, to stop it in the end."""
+        self._watch = watch
+
+    @property
+    def cluster_is_lost(self) -> bool:
+        return bool(self._loss)
+
+    def lose_cluster(self, what: str) -> None:
+        """Have `check` end the run; if the driver does not come to it, end the process. Called from a thread."""
+        _silence_libraries()
+        self._loss = f"the Ray cluster is lost: {what}"
+        if not self._is_stopping.wait(LOSS_SECONDS):
+            print(f"ddpo train: {self._loss}; resume with --resume auto", file=sys.stderr, flush=True)
+            self._lease.let_go()
+            leave(1)
+
+    def _cluster_lost(self) -> Stopped:
+        self._is_stopping.set()
+        return Stopped(self._loss, 1, cluster_is_lost=True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
@@ -66,11 +115,16 @@ class Supervision:
         """Stopped: a signal came, or another process has taken the run's folder over. Also sees to `ddpo scale`."""
         if self._signal is not None:
             raise Stopped(f"stopped by {self._signal.name}", 128 + self._signal)
+        if self._loss:
+            raise self._cluster_lost()
         if self._lease.lost:
-            raise Stopped(f"another process has taken over {self._folder.location}", 1, may_commit=False)
+            raise self._lease_lost()
         if self.on_scale and time.monotonic() >= self._next_poll:
             self._next_poll = time.monotonic() + self._poll_seconds
             self._scale()
+
+    def _lease_lost(self) -> Stopped:
+        return Stopped(f"another process has taken over {self._folder.location}", 1, may_commit=False)
 
     def _scale(self) -> None:
         tables = elastic_roles(self._recipe)
@@ -95,3 +149,24 @@ class Supervision:
         if text != self._told:
             print(text, file=sys.stderr, flush=True)
             self._told = text
+
+
+@contextmanager
+def sheltered_from_hangup() -> Iterator[None]:
+    """Have processes that are started meanwhile ignore SIGHUP, which a closed terminal sends to all: the driver answers it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
+def _silence_libraries() -> None:
+    """Keep standard error for our own lines: Ray reports a lost cluster at length, from C++ there and on standard output."""
+    own = os.dup(2)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends, which is soon)
+    os.dup2(sys.stdout.fileno(), 2)
+    sys.stderr = os.fdopen(own, "w", buffering=1, errors="backslashreplace")

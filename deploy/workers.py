@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 
 from actors.ray_rollout_stream import Pools, RayRolloutStream
@@ -19,8 +20,10 @@ from actors.worker_pool import RestartBudget, WorkerPool
 from common.config import Recipe
 from common.recipe_tables import RoleTable
 from common.reward_pools import RewardPool, all_pools, elastic_roles
+from deploy.cluster_watch import ClusterWatch
 from deploy.parts import Parts
-from deploy.supervision import Supervision
+from deploy.reaper import start_reaper
+from deploy.supervision import Supervision, sheltered_from_hangup
 from learner.learner import Learner
 from learner.learner_group import LearnerGroup, RayLearnerGroup, SerialLearnerGroup
 from learner.rank_group import ranks_of
@@ -33,9 +36,12 @@ class Workers:
     stream: RolloutStream
     learner: LearnerGroup
     pools: tuple[WorkerPool, ...] = ()
+    supervision: Supervision | None = None
 
     def close(self) -> None:
-        """End the actors."""
+        """End the actors. If the cluster is lost, they end with their owner, this process."""
+        if self.supervision is not None and self.supervision.cluster_is_lost:
+            return
         self.learner.close()
         for pool in self.pools:
             pool.close()
@@ -67,6 +73,7 @@ def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
     recipe = parts.recipe
     connect(recipe)
     supervision.listen()
+    supervision.watch(ClusterWatch(supervision.lose_cluster, own_cluster="RAY_ADDRESS" not in os.environ))
     _refuse_what_cannot_be_held("learner", recipe.learner, recipe.learner.ranks)  # before any of them is started
     for role, table in elastic_roles(recipe).items():
         _refuse_what_cannot_be_held(role, table)
@@ -79,7 +86,7 @@ def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
     stream = RayRolloutStream(pools, _settings(recipe, supervision))
     on_death = functools.partial(budget.spend, "learner")
     learner = RayLearnerGroup(learner_actors, make_learner, stream.work_until, on_death)
-    workers = Workers(stream, learner, pools.all)
+    workers = Workers(stream, learner, pools.all, supervision)
     with contextlib.ExitStack() as unless_loaded:
         unless_loaded.callback(workers.close)
         stream.wait_until_loaded({name: table.min for name, table in elastic_roles(recipe).items()})
@@ -117,6 +124,13 @@ def connect(recipe: Recipe) -> None:
     """Attach to the cluster of RAY_ADDRESS, or start one on this machine that is large enough for the recipe."""
     if ray.is_initialized():
         return
+    children = psutil.Process().children()
+    with sheltered_from_hangup():
+        _init(recipe)
+    start_reaper([child for child in psutil.Process().children() if child not in children])
+
+
+def _init(recipe: Recipe) -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False)
         return

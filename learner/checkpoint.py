@@ -1,5 +1,6 @@
 """Save a run's state, find the newest whole checkpoint, and read it back: safetensors and JSON, nothing unpickled."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 
 from common.lora_weights import LoraWeights, verified
 from common.machine import Machine
-from common.storage import Storage
+from common.storage import Storage, StorageError
 from learner.learner_state import Evaluated, EvaluationState, LearnerState
 from learner.reward_composition import Statistics
 from learner.shards import SHARD_BYTES, Shards, cut, grouped, read_arrays, read_buffer
@@ -44,11 +45,16 @@ def save_checkpoint(folder: Storage, checkpoint: Checkpoint, keep: int, shard_by
     """
     target = folder.folder(_free_name(folder, checkpoint.rounds_done))
     manifest = {}
-    for name, data in _files(checkpoint, _shards(checkpoint, shard_bytes)):
-        manifest[name] = hashlib.sha256(data).hexdigest()
-        target.write(name, data)
-        del data  # before the next one is made
-    target.write(MANIFEST, json.dumps(manifest, indent=1).encode())
+    try:
+        for name, data in _files(checkpoint, _shards(checkpoint, shard_bytes)):
+            manifest[name] = hashlib.sha256(data).hexdigest()
+            target.write(name, data)
+            del data  # before the next one is made
+        target.write(MANIFEST, json.dumps(manifest, indent=1).encode())
+    except StorageError:  # half of a checkpoint would take the room that the next attempt needs
+        with contextlib.suppress(OSError):
+            folder.remove(target.name)
+        raise
     folder.write("latest", target.name.encode())  # a hint for people: the newest whole checkpoint is looked for
     _forget(folder, target.name, keep)
     return target

@@ -23,6 +23,7 @@ RAY = {
     "actors/scoring.py",
     "learner/learner_group.py",
     "common/trackers/ray_metrics.py",
+    "deploy/cluster_watch.py",
     "deploy/workers.py",
     "deploy/commands/doctor.py",
     "deploy/commands/scale.py",

@@ -50,6 +50,11 @@ class FanOut:
         """Give pictures, tables and histograms to all; those of numbers alone ignore them."""
         self._each(lambda live: live.show(exhibits))
 
+    def flush(self) -> None:
+        """Have each write what the run's folder refused before. StorageError: it refuses again."""
+        for live in self._live.values():
+            live.flush()
+
     def finish(self) -> None:
         """Close all; none is left to log to."""
         self._each(lambda live: live.finish())

@@ -6,6 +6,7 @@ import math
 from common.run_folder import RunFolder
 from common.storage import Storage
 from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
+from common.unwritten import Unwritten
 
 
 class JsonlFile(LiveTracker):
@@ -14,15 +15,19 @@ class JsonlFile(LiveTracker):
     def __init__(self, storage: Storage, name: str, first_round: int) -> None:
         self._storage = storage
         self._name = name
+        self._unwritten = Unwritten()
         _cut(storage, name, first_round)
 
     def log(self, metrics: Metrics) -> None:
         # JSON has no NaN and no infinity: a reader other than Python's would stop there.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._storage.append(self._name, (json.dumps(finite) + "\n").encode())
+        self._unwritten.append(self._storage, self._name, (json.dumps(finite) + "\n").encode())
+
+    def flush(self) -> None:
+        self._unwritten.flush()
 
     def finish(self) -> None:
-        """Every line is out."""
+        self._unwritten.flush()
 
 
 class Jsonl(Tracker):

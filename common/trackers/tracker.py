@@ -63,6 +63,9 @@ class LiveTracker(ABC):
     def finish(self) -> None:
         """Write out what is still held, and close."""
 
+    def flush(self) -> None:  # noqa: B027  a tracker elsewhere holds nothing back
+        """Write into the run's folder what it refused before. StorageError: it refuses again; no checkpoint is committed."""
+
     def show(self, exhibits: Exhibits) -> None:  # noqa: B027  a tracker of numbers alone shows nothing
         """Take pictures, tables and histograms, before the metrics of their round, which end it."""
 

@@ -10,12 +10,13 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
+from common.filesystems import LocalFiles
 from common.ledger import OF_ITS_GROUP, Ledger
 from common.machine import Machine
 from common.prompts import Prompt
 from common.recipe_tables import RolloutsTable
 from common.schedule import Task
-from common.storage import LocalFiles, Storage
+from common.storage import Storage
 from common.trajectory import Rollout, Scores, TaskReport, TrainBatch
 
 WEIGHTS = {"beauty": 2.0, "size": -0.5}

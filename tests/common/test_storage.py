@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from pyarrow import fs
 
-from common.storage import UNFINISHED, LocalFiles, RemoteFiles, Storage, local_folder
+from common.filesystems import UNFINISHED, LocalFiles, RemoteFiles
+from common.storage import Storage, local_folder
 
 
 @pytest.fixture(params=["disk", "s3", "pyarrow's disk"])

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.filesystems import LocalFiles, RemoteFiles
 from common.lora_weights import pack
-from common.storage import LocalFiles, RemoteFiles, Storage
+from common.storage import Storage
 from learner.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from learner.learner_state import LearnerState
 from learner.shards import SHARD_BYTES
