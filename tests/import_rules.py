@@ -23,6 +23,8 @@ RAY = {
     "actors/scoring.py",
     "learner/learner_group.py",
     "common/trackers/ray_metrics.py",
+    "deploy/role_actor.py",
+    "deploy/role_output.py",
     "deploy/workers.py",
     "deploy/commands/doctor.py",
     "deploy/commands/scale.py",

@@ -127,7 +127,7 @@ class StandInRun:
         settings = StreamSettings(self._recipe.runtime, max_policy_lag + 1, 4.0, check=lambda: None)
         self._stream = RayRolloutStream(self._pools, settings)
         make = _maker(StandInLearner, proportion.update, max_policy_lag + 1, WEIGHT_BYTES)
-        on_death = functools.partial(budget.spend, "learner")
+        on_death = lambda death: budget.spend("learner", death.reason)
         self._learner = RayLearnerGroup([make(0)], lambda: [make(1)], self._stream.work_until, on_death)
         self._stream.wait_until_loaded({"samplers": proportion.samplers, "reward_workers": proportion.reward_workers})
         self._learner.wait_until_loaded()
