@@ -204,7 +204,7 @@ class Drawing:
         return Drawn(value, attempt.trajectory, attempt.images, attempt.asked.weights)
 
     def _sampler_died(self, attempt: Attempt, reason: str) -> None:
-        calls = self._samplers.lost(attempt.sampler, reason)
+        calls = self._samplers.lost(attempt.sampler, reason, f"at {attempt.task.title}")
         tasks = [attempt.task, *(self._let_go(call).task for call in calls if call in self._attempts)]
         for task in tasks:
             self._again(task, "sampler_died")
@@ -213,7 +213,8 @@ class Drawing:
         """End samplers that have not answered for so long, so that others come in their place."""
         for sampler in list(self._samplers.loaded):
             if sampler.suspect and now - sampler.head_since > seconds:
-                for call in self._samplers.lost(sampler, f"no answer for {seconds:.0f} s"):
+                at = f"at {self._attempts[sampler.calls[0]].task.title}"
+                for call in self._samplers.lost(sampler, f"no answer for {seconds:.0f} s", at):
                     self._again(self._let_go(call).task, "sampler_silent")
 
     def inflight(self) -> int:

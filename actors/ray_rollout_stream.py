@@ -102,6 +102,19 @@ class RayRolloutStream(RolloutStream):
                 )
             self._wait((), f"{lacking} have no place or are not loaded", seconds)
 
+    def wait_for_one(self, pool: WorkerPool, seconds: float) -> None:
+        """Wait until one of a pool is loaded. RoleNotStarted: it cannot start. TimeoutError: not within so many seconds."""
+        started = time.monotonic()
+        while not pool.loaded:
+            if time.monotonic() - started > seconds:
+                raise TimeoutError(f"none of {pool.name} is loaded after {seconds:g} s")
+            self._wait((), f"one of {pool.name} is loading")
+
+    @property
+    def samplers(self) -> WorkerPool:
+        """The pool of samplers."""
+        return self._pools.samplers
+
     def _wait(self, pending: tuple[Any, ...], what: str, seconds: float | None = None) -> None:
         """Sleep until one of all the things under way is done, pass it on, and see to what is due.
 

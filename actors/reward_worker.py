@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
 from actors.score_cache import ScoreCache
+from common.loading import loading
 from common.machine import this_machine
 from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.runtime import python_stacks, settle
@@ -21,8 +22,12 @@ class RewardWorker:
     """Holds the loaded rewards, by name, and scores batches of a set size cut from a task in order."""
 
     def __init__(self, rewards: dict[str, Reward], table: RewardPoolTable, runtime: RuntimeTable) -> None:
+        self._called = f"RewardWorker of {', '.join(rewards)}"
+        self._rewards: dict[str, LoadedReward] = {}
         device = settle(runtime)
-        self._rewards = {name: reward.load(device) for name, reward in rewards.items()}
+        for name, reward in rewards.items():
+            with loading(f"the reward is {name!r}", reward.needs):
+                self._rewards[name] = reward.load(device)
         if table.cache:
             self._rewards |= {
                 name: ScoreCache(self._rewards[name], table.cache)
@@ -30,11 +35,11 @@ class RewardWorker:
                 if reward.independent_of_batch
             }
         self._batch_size = table.batch_size
-        self._device = device
+        self._called += f" on {device}"
 
     def __repr__(self) -> str:
         """As the dashboard's page of actors has it, beside run, role and number."""
-        return f"RewardWorker of {', '.join(self.names)} on {self._device}"
+        return self._called
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import time
 
 from common.diffusion.policy import PolicyConfig
 from common.diffusion.rollout import draw, refuse_window_without_noise
+from common.loading import loading
 from common.lora_weights import LoraWeights
 from common.machine import this_machine
 from common.recipe_tables import RuntimeTable, SamplingTable
@@ -18,8 +19,10 @@ class Sampler:
     """Holds one copy of the policy, and swaps weights between tasks, never within one."""
 
     def __init__(self, policy: PolicyConfig, sampling: SamplingTable, runtime: RuntimeTable) -> None:
+        self._called = f"Sampler of {policy.model}"
         device = settle(runtime)
-        self._policy = policy.load(device, sampling, "sampler")
+        with loading(f"policy.model is {policy.model!r}", policy.needs):
+            self._policy = policy.load(device, sampling, "sampler")
         refuse_window_without_noise(self._policy, sampling)
         if policy.is_compiled("sampler"):
             self._policy.compile(sampling.batch_size)

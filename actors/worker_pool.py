@@ -9,6 +9,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from common.deaths import Death, in_one_line
+from common.loading import RoleNotStarted
+
 TASKS_AHEAD = 2  # a worker has one call in hand and one waiting, so that none waits for a round trip
 LONGEST_BACKOFF_SECONDS = 30.0
 
@@ -68,6 +71,7 @@ class WorkerPool:
     def __init__(self, name: str, role: str, make: Callable[[int], Any], count: int, budget: RestartBudget) -> None:
         self.name = name  # as `ddpo scale` knows it
         self.role = role  # as restarts are counted
+        self.on_death: Callable[[Death], None] = lambda death: None  # set by who tells of it
         self._make = make
         self._budget = budget
         self._next_index = 0
@@ -139,17 +143,19 @@ class WorkerPool:
         return list(self._loading)
 
     def take_loaded(self, reference: Any) -> bool:
-        """Whether `reference` was a worker's loading, which is over now. An error in a constructor is raised."""
+        """Whether `reference` was a worker's loading, which is over now. RoleNotStarted: its constructor raised an error."""
         worker = self._loading.get(reference)
         if worker is None:
             return False
         try:
-            ray.get(reference)
+            answer = ray.get(reference)
         except RayActorError as error:
-            if error.actor_init_failed:  # the same would happen to the next one
-                raise
-            self.lost(worker, str(error))
+            if error.actor_init_failed:  # Ray could not even make the actor, and could not make the next one either
+                raise RoleNotStarted(f"{self.role}: {in_one_line(str(error))}") from error
+            self.lost(worker, str(error), "while it was loading")
         else:
+            if isinstance(answer, RoleNotStarted):  # the next one would not start either
+                raise answer
             del self._loading[reference]
             worker.loading, worker.since = None, time.monotonic()
             self._list(worker)
@@ -202,14 +208,18 @@ class WorkerPool:
         self._list(worker)
         return seconds
 
-    def lost(self, worker: Worker, reason: str) -> list[Any]:
-        """A dead or hung worker: its calls, to be given to others. Another is started after a pause that grows."""
+    def lost(self, worker: Worker, reason: str, at: str = "") -> list[Any]:
+        """A dead or hung worker: its calls, to be given to others. Another is started after a pause that grows.
+
+        `at`: what it was at, in words.
+        """
         if worker.gone:
             return []
         calls, worker.calls = worker.calls, []
         self._remove(worker)
         if not worker.retiring:
-            self._budget.spend(self.role, reason)
+            self.on_death(Death(worker.index, reason, at))
+            self._budget.spend(self.role, in_one_line(reason))
             pause = min(LONGEST_BACKOFF_SECONDS, 2.0 ** (self._deaths_in_a_row - 1)) if self._deaths_in_a_row else 0.0
             self._deaths_in_a_row += 1
             self._start_at.append(time.monotonic() + pause)

@@ -113,6 +113,21 @@ def missing_files(weights: Weights) -> list[str]:
     return [name for name in weights.files if folder is None or not any(folder.glob(name))]
 
 
+def damaged_files(weights: Weights) -> list[str]:
+    """Return the safetensors files of this machine that cannot be opened, each with the reason. Read only their heads."""
+    from safetensors import SafetensorError, safe_open
+
+    folder, damaged = _folder_here(weights), []
+    names = [name for name in weights.files if name.endswith(".safetensors")] if folder else []
+    for path in [path for name in names for path in sorted((folder or Path()).glob(name))]:
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            damaged.append(f"{path} is damaged ({first_line(error)})")
+    return damaged
+
+
 def _folder_here(weights: Weights) -> Path | None:
     folder = Path(weights.source).expanduser()
     if folder.is_dir() or not is_hub_name(weights.source):
@@ -129,6 +144,6 @@ def is_hub_name(name: str) -> bool:
     return owner not in ("", ".", "..", "~") and model != "" and "/" not in model
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, without the advice that libraries add below it."""
     return str(error).strip().partition("\n")[0]

@@ -54,6 +54,11 @@ class RunFolder:
         return self.storage.folder("rollouts")
 
     @property
+    def logs(self) -> Storage:
+        """What roles print, a file for each."""
+        return self.storage.folder("logs")
+
+    @property
     def lora(self) -> Storage:
         return self.storage.folder("lora")
 

@@ -18,15 +18,23 @@ from actors.sampler import Sampler
 from actors.scoring import ScoringPool
 from actors.worker_pool import RestartBudget, WorkerPool
 from common.config import Recipe
+from common.deaths import Death, in_one_line
+from common.loading import RoleNotStarted, starting
 from common.recipe_tables import RoleTable
 from common.reward_pools import RewardPool, all_pools, elastic_roles
+from common.run_folder import RunFolder
 from deploy.cluster_watch import ClusterWatch
+from deploy.death_lines import DeathLines
 from deploy.parts import Parts
 from deploy.reaper import start_reaper
+from deploy.role_actor import RoleSetting, role_actor
+from deploy.role_output import RoleOutput
 from deploy.supervision import Supervision, sheltered_from_hangup
 from learner.learner import Learner
 from learner.learner_group import LearnerGroup, RayLearnerGroup, SerialLearnerGroup
 from learner.rank_group import ranks_of
+
+SAMPLER_SECONDS = 10.0  # that a learner which cannot start waits for a sampler, which may say the same
 
 
 @dataclass(frozen=True)
@@ -36,15 +44,21 @@ class Workers:
     stream: RolloutStream
     learner: LearnerGroup
     pools: tuple[WorkerPool, ...] = ()
+    told: tuple[DeathLines | RoleOutput, ...] = ()
     supervision: Supervision | None = None
 
     def close(self) -> None:
-        """End the actors. If the cluster is lost, they end with their owner, this process."""
+        """End the actors, and wait for what is still to be said of them.
+
+        If the cluster is lost, they end with their owner, this process.
+        """
         if self.supervision is not None and self.supervision.cluster_is_lost:
             return
         self.learner.close()
         for pool in self.pools:
             pool.close()
+        for each in self.told:
+            each.close()
 
 
 def serial_workers(parts: Parts, supervision: Supervision) -> Workers:
@@ -55,14 +69,23 @@ def serial_workers(parts: Parts, supervision: Supervision) -> Workers:
             f"learner.ranks is {recipe.learner.ranks} and --serial has one process: leave --serial out, or give "
             "--learner.ranks 1"
         )
-    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
-    pools = tuple(
-        SerialPool(RewardWorker(parts.rewards_of(pool), pool.table, recipe.runtime), pool.table, pool.trains)
-        for pool in all_pools(recipe)
-    )
-    learner = Learner(parts.policy, parts.algorithm, recipe)
+    with starting("sampler"):
+        sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
+    pools = tuple(_serial_pool(parts, pool) for pool in all_pools(recipe))
+    with starting("learner"):
+        learner = Learner(parts.policy, parts.algorithm, recipe)
     stream = SerialRolloutStream(sampler, pools, _settings(recipe, supervision))
     return Workers(stream, SerialLearnerGroup(learner))
+
+
+def _serial_pool(parts: Parts, pool: RewardPool) -> SerialPool:
+    with starting(_in_words(pool)):
+        worker = RewardWorker(parts.rewards_of(pool), pool.table, parts.recipe.runtime)
+    return SerialPool(worker, pool.table, pool.trains)
+
+
+def _in_words(pool: RewardPool) -> str:
+    return "reward worker" if pool.trains else "scorer"
 
 
 def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
@@ -71,44 +94,69 @@ def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
     ValueError: the cluster cannot hold a role, or a role could not be made ready in time.
     """
     recipe = parts.recipe
-    connect(recipe)
+    output = RoleOutput(RunFolder(recipe.run_path()).logs)
+    connect(recipe, output)
     supervision.listen()
     supervision.watch(ClusterWatch(supervision.lose_cluster, own_cluster="RAY_ADDRESS" not in os.environ))
     _refuse_what_cannot_be_held("learner", recipe.learner, recipe.learner.ranks)  # before any of them is started
     for role, table in elastic_roles(recipe).items():
         _refuse_what_cannot_be_held(role, table)
-    budget = RestartBudget(recipe.runtime.max_restarts)
+    budget, lines = RestartBudget(recipe.runtime.max_restarts), DeathLines(output)
     # The learner comes first: on a cluster that is too small for all, it must have its place.
     make_learner = _learner_maker(parts)
     learner_actors = make_learner()
-    scoring = tuple(_reward_workers(parts, pool, budget) for pool in all_pools(recipe))
-    pools = Pools(_samplers(parts, budget), scoring, budget)
+    scoring = tuple(_reward_workers(parts, pool, budget, lines) for pool in all_pools(recipe))
+    pools = Pools(_samplers(parts, budget, lines), scoring, budget)
     stream = RayRolloutStream(pools, _settings(recipe, supervision))
-    on_death = functools.partial(budget.spend, "learner")
-    learner = RayLearnerGroup(learner_actors, make_learner, stream.work_until, on_death)
-    workers = Workers(stream, learner, pools.all, supervision)
+    learner = RayLearnerGroup(
+        learner_actors, make_learner, stream.work_until, functools.partial(_learner_died, budget, lines)
+    )
+    workers = Workers(stream, learner, pools.all, (lines, output), supervision)
     with contextlib.ExitStack() as unless_loaded:
         unless_loaded.callback(workers.close)
-        stream.wait_until_loaded({name: table.min for name, table in elastic_roles(recipe).items()})
-        learner.wait_until_loaded()
+        _wait_until_loaded(recipe, stream, learner)
         unless_loaded.pop_all()
     supervision.on_scale = {pool.name: pool.scale for pool in pools.all}
     return workers
 
 
-def _samplers(parts: Parts, budget: RestartBudget) -> WorkerPool:
+def _wait_until_loaded(recipe: Recipe, stream: RayRolloutStream, learner: RayLearnerGroup) -> None:
+    """Wait for all roles; meanwhile, whichever cannot start ends the wait. RoleNotStarted: as in one process."""
+    try:
+        learner.wait_until_loaded()
+    except RoleNotStarted:
+        # A model that no role can load is the samplers' error in one process, where theirs is loaded first.
+        with contextlib.suppress(TimeoutError):
+            stream.wait_for_one(stream.samplers, SAMPLER_SECONDS)
+        raise
+    stream.wait_until_loaded({name: table.min for name, table in elastic_roles(recipe).items()})
+
+
+def _learner_died(budget: RestartBudget, lines: DeathLines, death: Death) -> None:
+    who = "the learner" if death.number is None else f"learner-{death.number}"
+    lines.tell(who, death, "the learner is started again from its last whole round")
+    budget.spend("learner", in_one_line(death.reason))
+
+
+def _samplers(parts: Parts, budget: RestartBudget, lines: DeathLines) -> WorkerPool:
     table, recipe = parts.recipe.samplers, parts.recipe
     make = _maker(Sampler, "sampler", table, recipe, (parts.policy, recipe.sampling, recipe.runtime))
-    return WorkerPool("samplers", "sampler", make, table.count, budget)
+    return _told(lines, "sampler", WorkerPool("samplers", "sampler", make, table.count, budget))
 
 
-def _reward_workers(parts: Parts, pool: RewardPool, budget: RestartBudget) -> ScoringPool:
+def _reward_workers(parts: Parts, pool: RewardPool, budget: RestartBudget, lines: DeathLines) -> ScoringPool:
     recipe, rewards = parts.recipe, parts.rewards_of(pool)
-    role = pool.name.replace("reward_workers", "reward-worker").replace(".", "-") if pool.trains else "scorer"
-    make = _maker(RewardWorker, role, pool.table, recipe, (rewards, pool.table, recipe.runtime))
+    name = pool.name.replace("reward_workers", "reward-worker").replace(".", "-") if pool.trains else "scorer"
+    make = _maker(RewardWorker, name, pool.table, recipe, (rewards, pool.table, recipe.runtime), _in_words(pool))
     independent = all(reward.independent_of_batch for reward in rewards.values())
     workers = WorkerPool(pool.name, "reward_worker" if pool.trains else "scorer", make, pool.table.count, budget)
-    return ScoringPool(workers, pool.rewards, pool.table, independent, pool.trains)
+    return ScoringPool(_told(lines, name, workers), pool.rewards, pool.table, independent, pool.trains)
+
+
+def _told(lines: DeathLines, name: str, pool: WorkerPool) -> WorkerPool:
+    """The pool, whose deaths are told of on the terminal."""
+    pool.on_death = lambda death: lines.tell(f"{name}-{death.number}", death, "another is started in its place")
+    return pool
 
 
 def _settings(recipe: Recipe, supervision: Supervision) -> StreamSettings:
@@ -120,10 +168,14 @@ def _settings(recipe: Recipe, supervision: Supervision) -> StreamSettings:
     )
 
 
-def connect(recipe: Recipe) -> None:
-    """Attach to the cluster of RAY_ADDRESS, or start one on this machine that is large enough for the recipe."""
+def connect(recipe: Recipe, output: RoleOutput) -> None:
+    """Attach to the cluster of RAY_ADDRESS, or start one on this machine that is large enough for the recipe.
+
+    What roles print comes to `output`, unless this process is attached to a cluster already.
+    """
     if ray.is_initialized():
         return
+    output.attach()
     children = psutil.Process().children()
     with sheltered_from_hangup():
         _init(recipe)
@@ -132,11 +184,11 @@ def connect(recipe: Recipe) -> None:
 
 def _init(recipe: Recipe) -> None:
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=True)
         return
     learner = recipe.learner.num_cpus * recipe.learner.ranks
     asked = learner + sum(table.num_cpus * table.count for table in elastic_roles(recipe).values())
-    ray.init(address="local", num_cpus=int(max(os.cpu_count() or 1, -(-asked // 1))), log_to_driver=False)
+    ray.init(address="local", num_cpus=int(max(os.cpu_count() or 1, -(-asked // 1))), log_to_driver=True)
 
 
 def place_options(table: RoleTable) -> dict[str, Any]:
@@ -147,8 +199,10 @@ def place_options(table: RoleTable) -> dict[str, Any]:
     return options
 
 
-def _maker(cls: type, role: str, table: RoleTable, recipe: Recipe, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    """What starts an actor of this role, named by run, role and number, and what is its own behind all others' arguments.
+def _maker(
+    cls: type, name: str, table: RoleTable, recipe: Recipe, arguments: tuple[Any, ...], role: str | None = None
+) -> Callable[[int], Any]:
+    """What starts an actor of a role, named by run, `name` and number; `role` is how an error calls it.
 
     The driver owns it: it ends with the driver.
     Every actor states its resources, so that an autoscaler sees what is lacking.
@@ -156,15 +210,24 @@ def _maker(cls: type, role: str, table: RoleTable, recipe: Recipe, arguments: tu
     options = place_options(table)
     # A thread of its own answers what is asked of a busy actor; its work stays one call after the other, in order.
     options["concurrency_groups"] = {"health": 1}
-    remote = ray.remote(**options)(cls)
-    return lambda number, *own: remote.options(name=f"{recipe.name}/{role}-{number}").remote(*arguments, *own)
+    remote, given = ray.remote(**options)(role_actor(cls)), ray.put(arguments)
+    path, sees_gpus = f"{cls.__module__}:{cls.__qualname__}", table.num_gpus > 0
+
+    def make(number: int) -> Any:
+        setting = RoleSetting(f"{name}-{number}", role or name, path, sees_gpus)
+        return remote.options(name=f"{recipe.name}/{name}-{number}").remote(setting, [given])
+
+    return make
 
 
 def _learner_maker(parts: Parts) -> Callable[[], list[Any]]:
     """What starts all ranks of the learner, rank 0 first; those started later have other numbers."""
-    recipe, numbers = parts.recipe, itertools.count()
-    make = _maker(Learner, "learner", recipe.learner, recipe, (parts.policy, parts.algorithm, recipe))
-    return lambda: [make(next(numbers), ranks) for ranks in ranks_of(recipe)]
+    recipe, numbers, makers = parts.recipe, itertools.count(), []
+    for ranks in ranks_of(recipe):
+        role = f"learner {ranks}" if ranks.count > 1 else "learner"
+        arguments = (parts.policy, parts.algorithm, recipe, ranks)
+        makers.append(_maker(Learner, "learner", recipe.learner, recipe, arguments, role))
+    return lambda: [make(next(numbers)) for make in makers]
 
 
 def _refuse_what_cannot_be_held(role: str, table: RoleTable, count: int = 1) -> None:

@@ -8,6 +8,7 @@ import torch
 from common.config import Recipe
 from common.diffusion.lora import load_weights, read_weights, trained_parameters
 from common.diffusion.policy import PolicyConfig
+from common.loading import loading
 from common.lora_weights import LoraWeights, averaged
 from common.machine import Machine, this_machine
 from common.run_folder import RunFolder
@@ -40,12 +41,15 @@ class Learner:
     def __init__(self, policy: PolicyConfig, algorithm: Algorithm, recipe: Recipe, ranks: Ranks | None = None) -> None:
         """`ranks`: its place among several; it has to `join` them. None: it is the only one."""
         self._ranks = ranks or Ranks()
+        which = f"Learner {self._ranks}," if self._ranks.count > 1 else "Learner"
+        self._called = f"{which} of {policy.model} by {recipe.algorithm.name}"
         self._device = settle(recipe.runtime)
+        self._called += f" on {self._device}"
         self._recipe = recipe
         self._machine = this_machine(self._device)
         self._settings = recipe.learner
         self._algorithm = algorithm
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), loading(f"policy.model is {policy.model!r}", policy.needs):
             torch.manual_seed(recipe.seed)  # the adapters' first values
             self._policy = policy.load(self._device, recipe.sampling, "learner")
         # Only the loaded model's schedule tells how many steps have noise.
@@ -67,8 +71,7 @@ class Learner:
 
     def __repr__(self) -> str:
         """As the dashboard's page of actors has it, beside run, role and number."""
-        which = f"Learner {self._ranks}," if self._ranks.count > 1 else "Learner"
-        return f"{which} of {self._recipe.policy.table()['model']} by {self._recipe.algorithm.name} on {self._device}"
+        return self._called
 
     def _make_optimizer(self) -> tuple[torch.optim.Optimizer, dict[str, torch.nn.Parameter]]:
         """And the parameters whose moments it keeps here."""
@@ -85,6 +88,10 @@ class Learner:
         self._ranks.join(meeting, self._device)
         self._use_micro_batch_size(int(self._ranks.least(self._micro_batch_size)))
         self._ranks.check_equal(self._parameters.values())
+
+    def ready(self) -> bool:
+        """Return True once the policy is loaded."""
+        return True
 
     def stacks(self) -> str:
         """What this process is doing; answered from a thread of its own while it learns."""

@@ -9,6 +9,8 @@ import ray
 from jaxtyping import Float
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
+from common.deaths import Death
+from common.loading import RoleNotStarted
 from common.lora_weights import LoraWeights
 from common.machine import Machine
 from common.trajectory import Rollout, Scored, TrainBatch
@@ -125,11 +127,13 @@ class RayLearnerGroup(LearnerGroup):
     """
 
     def __init__(
-        self, actors: list[Any], make: Callable[[], list[Any]], wait: Wait, on_death: Callable[[str], None]
+        self, actors: list[Any], make: Callable[[], list[Any]], wait: Wait, on_death: Callable[[Death], None]
     ) -> None:
         """The ranks' actors, rank 0 first. `make` starts others in their place, `wait` waits until one of some references is
-        there, `on_death` counts deaths and may refuse another start."""
+        there, `on_death` tells of deaths, counts them and may refuse another start."""
         self._actors = actors
+        self._ended = 0  # actors before these
+        self._at = "while it was loading"
         self._make = make
         self._wait = wait
         self._on_death = on_death
@@ -139,18 +143,20 @@ class RayLearnerGroup(LearnerGroup):
         self._beginning: list[Any] = []  # references to what comes of them
 
     def wait_until_loaded(self) -> None:
-        """Wait for the actors, and until they have met; an error of a constructor is raised."""
+        """Wait for the actors, and until they have met. RoleNotStarted: the constructor of one raised an error."""
         self._meet()
         self._state = self._call("state")
 
     def _meet(self) -> None:
-        if len(self._actors) == 1:
-            return
-        self._meeting = Meeting(ray.util.get_node_ip_address())
+        self._at = "while it was loading"
         try:
-            self._answers([actor.join.remote(self._meeting.address) for actor in self._actors], loading=True)
+            self._answers([actor.ready.remote() for actor in self._actors], loading=True)
+            if len(self._actors) > 1:
+                self._meeting = Meeting(ray.util.get_node_ip_address())
+                self._answers([actor.join.remote(self._meeting.address) for actor in self._actors], loading=True)
         except RayError as error:
             self._restart(error)
+        self._at = "between two rounds"
 
     def _answers(self, references: list[Any], loading: bool = False) -> list[Any]:
         """What these lead to. The first that fails ends it: what another rank waits for may never come."""
@@ -165,6 +171,8 @@ class RayLearnerGroup(LearnerGroup):
                     if not isinstance(error.cause, OtherRankFailed):  # the other one says why, and is heard too
                         raise
                     follows = error
+                if isinstance(found.get(reference), RoleNotStarted):  # another one would not start either
+                    raise found[reference]
         if follows:
             raise follows
         return [found[reference] for reference in references]
@@ -186,11 +194,14 @@ class RayLearnerGroup(LearnerGroup):
         died = isinstance(error, RayActorError) and not error.actor_init_failed  # the same would happen to the next one
         if not (missed or died or isinstance(error, ObjectLostError)):
             raise error
-        self._on_death(str(error))
+        ids = [actor._actor_id.hex() for actor in self._actors]
+        dead = ids.index(error.actor_id) if isinstance(error, RayActorError) and error.actor_id in ids else None
+        self._on_death(Death(None if dead is None else self._ended + dead, str(error), self._at))
         self._start_anew()
 
     def _start_anew(self) -> None:
         self.close()
+        self._ended += len(self._actors)
         self._actors = self._make()
         self._meet()
         if self._state is not None:
@@ -216,14 +227,14 @@ class RayLearnerGroup(LearnerGroup):
             except (RayActorError, ObjectLostError) as error:  # it died, or its node went with the state
                 self._begin_again(error)
             else:
-                self._state = learned[1]
+                self._state, self._at = learned[1], "between two rounds"
                 self._begun, self._beginning = [], []
                 return learned
 
     def _update(self, batch: TrainBatch, trajectories: list[Any]) -> Learned:
         """One attempt. RuntimeError: ranks have arrived at different weights."""
         first, *others = self._actors
-        count = len(self._actors)
+        count, self._at = len(self._actors), f"at round {batch.round}"
         update = first.update.options(num_returns=2, name=title_of(batch, 0, count))
         metrics, state = update.remote(batch, *trajectories)
         followed = [

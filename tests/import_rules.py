@@ -24,6 +24,8 @@ RAY = {
     "learner/learner_group.py",
     "common/trackers/ray_metrics.py",
     "deploy/cluster_watch.py",
+    "deploy/role_actor.py",
+    "deploy/role_output.py",
     "deploy/workers.py",
     "deploy/commands/doctor.py",
     "deploy/commands/scale.py",

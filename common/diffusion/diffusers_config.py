@@ -13,7 +13,7 @@ from common.diffusion.lora import LoraSettings
 from common.diffusion.model_sizes import Configs, model_sizes, read_config
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig, Role, quiet_libraries
 from common.diffusion.sizes import DeviceKind, PolicySizes
-from common.model_hub import Weights, read_from_hub
+from common.model_hub import Weights, read_pretrained
 from common.recipe_tables import SamplingTable
 from common.trajectory import DTYPES
 
@@ -122,13 +122,14 @@ class DiffusersConfig(PolicyConfig):
         import diffusers
 
         self.check()
-        source = self.folder() if self.folder().exists() else self.model
+        source = str(self.folder()) if self.folder().exists() else self.model
         sampler_parts = ("vae", *self.text_parts, *self.tokenizers)  # the learner has no use for them
         keys = {**self.loading, **{part: None for part in sampler_parts if role != "sampler"}}
         pipeline_class: Any = getattr(diffusers, self.pipeline_class)
-        pipeline = read_from_hub(
-            lambda local: pipeline_class.from_pretrained(
-                source,
+        pipeline = read_pretrained(
+            source,
+            lambda place, local: pipeline_class.from_pretrained(
+                place,
                 local_files_only=local,
                 use_safetensors=True,
                 trust_remote_code=False,

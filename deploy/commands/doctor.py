@@ -163,10 +163,15 @@ def _at_cluster(recipe: Recipe) -> At:
     """
 
     def run(table: RoleTable, function: Callable[..., Any], *arguments: Any) -> Any:
-        done = ray.remote(max_retries=0, **place_options(table))(function).remote(*arguments)
+        done = ray.remote(max_retries=0, **place_options(table), **_hidden_gpus(table))(function).remote(*arguments)
         return ray.get(done, timeout=recipe.runtime.ready_seconds)
 
     return run
+
+
+def _hidden_gpus(table: RoleTable) -> dict[str, Any]:
+    """Ray's options that hide the node's GPUs from a role that asks for none, as its actors do themselves."""
+    return {} if table.num_gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
 
 
 def _attach() -> bool | Finding:

@@ -48,6 +48,10 @@ class LearnerStandIn:
         self._buffer = np.zeros(setting.weight_bytes // 4, np.float32)
         self._published = pack(0, {"stand_in": self._buffer})
 
+    def ready(self) -> bool:
+        """True."""
+        return True
+
     def stacks(self) -> str:
         """Nothing to tell."""
         return "a stand-in"
@@ -150,7 +154,9 @@ def _workers(parts: Parts, setting: Setting) -> Workers:
     pools = Pools(samplers, (scoring,), budget)
     stream = RayRolloutStream(pools, StreamSettings(recipe.runtime, 1, 1e9, check=lambda: None))
     make = functools.partial(ray.remote(**options)(LearnerStandIn).remote, setting)
-    learner = RayLearnerGroup([make()], lambda: [make()], stream.work_until, functools.partial(budget.spend, "learner"))
+    learner = RayLearnerGroup(
+        [make()], lambda: [make()], stream.work_until, lambda death: budget.spend("learner", death.reason)
+    )
     stream.wait_until_loaded({"samplers": setting.samplers, "reward_workers": REWARD_WORKERS})
     learner.wait_until_loaded()
     return Workers(stream, learner)

@@ -97,6 +97,9 @@ class StandInLearner:
     def _weights(self, version: int) -> LoraWeights:
         return pack(version, {"stand_in": self._buffer})
 
+    def ready(self) -> bool:
+        return True
+
     def stacks(self) -> str:
         return "asleep"
 

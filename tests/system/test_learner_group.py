@@ -9,6 +9,7 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
+from common.deaths import Death
 from common.lora_weights import pack
 from common.trajectory import TrainBatch
 from learner.learner_group import RayLearnerGroup, TrajectoriesLost
@@ -36,6 +37,9 @@ class Rank:
         self._rank = rank
         self._fate = fate
         self._loaded = 0.0
+
+    def ready(self) -> bool:
+        return True
 
     def join(self, meeting: str) -> None:
         assert ":" in meeting
@@ -75,7 +79,7 @@ class Rank:
 def group_of(cluster: None) -> Any:
     """A group of two ranks with these fates, and what it counts; those started in their place have none."""
     made: list[list[Any]] = []
-    deaths: list[str] = []
+    deaths: list[Death] = []
 
     def make(fates: tuple[str, str] = ("", "")) -> list[Any]:
         remote = ray.remote(num_cpus=0)(Rank)
@@ -85,7 +89,7 @@ def group_of(cluster: None) -> Any:
     def wait(references: tuple[Any, ...], loading: bool) -> None:
         assert ray.wait(list(references), num_returns=1, timeout=60)[0], "waits in vain"
 
-    def group(*fates: str) -> tuple[RayLearnerGroup, list[list[Any]], list[str]]:
+    def group(*fates: str) -> tuple[RayLearnerGroup, list[list[Any]], list[Death]]:
         ranks = RayLearnerGroup(make((fates[0], fates[1])), make, wait, deaths.append)
         ranks.wait_until_loaded()
         return ranks, made, deaths
@@ -95,7 +99,7 @@ def group_of(cluster: None) -> Any:
         ray.kill(actor)
 
 
-Group = Callable[..., tuple[RayLearnerGroup, list[list[Any]], list[str]]]
+Group = Callable[..., tuple[RayLearnerGroup, list[list[Any]], list[Death]]]
 
 
 def test_what_rank_0_says_is_what_the_driver_hears_with_the_moments_of_all(group_of: Group) -> None:
