@@ -1,5 +1,6 @@
 """RolloutStream: tasks in, scored rollouts out; the interface, and the same in one process."""
 
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -98,7 +99,8 @@ class SerialRolloutStream(RolloutStream):
         self._tasks |= {task.place: (task, weights) for task in tasks}
 
     def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
-        return [self._rollout(*self._tasks.pop((round, int(stream), index))) for index in tasks]
+        places = [(round, int(stream), index) for index in tasks]
+        return say_what_is_set_aside([self._rollout(*self._tasks.pop(place)) for place in places])
 
     def _rollout(self, task: Task, weights: LoraWeights | None) -> Rollout:
         self._settings.check()
@@ -146,3 +148,13 @@ class SerialRolloutStream(RolloutStream):
         evaluation, self._evaluation_seconds = self._evaluation_seconds, 0.0
         training = sum(pool.trains for pool in self._pools)
         return StreamReport(1, 1, training, seconds, seconds, len(self._tasks), 0, retries, {}, evaluation)
+
+
+def say_what_is_set_aside(rollouts: list[Rollout]) -> list[Rollout]:
+    """Print a line for each image that could not be scored; returns what it is given."""
+    for rollout in rollouts:
+        task = rollout.report.task
+        for row, reason in rollout.scores.set_aside.items():
+            which = f"{task.title}, image {row} (seed {task.seeds[row]}, prompt {task.prompts[row].text!r})"
+            print(f"{which} is set aside: {reason}", file=sys.stderr, flush=True)
+    return rollouts

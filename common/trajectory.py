@@ -130,6 +130,7 @@ class TaskReport:
     seconds: float
     image_fingerprints: tuple[str, ...] = ()  # SHA-256 of each picture's pixels
     drawn_by: str = ""  # host and process
+    set_aside: dict[int, str] = field(default_factory=dict)  # row: why there is no image of it
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,16 @@ def merged_scores(parts: list[Scores]) -> Scores:
     rewards = {name: values for part in parts for name, values in part.rewards.items()}
     reasons = {row: reason for part in reversed(parts) for row, reason in part.set_aside.items()}
     return Scores(rewards, sum(part.seconds for part in parts), dict(sorted(reasons.items())))
+
+
+def without(scores: Scores, reasons: dict[int, str]) -> Scores:
+    """Set more images aside, by their rows, whatever they were scored."""
+    if not reasons:
+        return scores
+    rewards = {name: values.copy() for name, values in scores.rewards.items()}
+    for values in rewards.values():
+        values[list(reasons)] = np.nan
+    return Scores(rewards, scores.seconds, dict(sorted((scores.set_aside | reasons).items())))
 
 
 @dataclass(frozen=True)
