@@ -2,6 +2,7 @@
 
 import time
 
+from actors.inquiry import RewardFailed
 from actors.ray_rollout_stream import NothingMoves
 from actors.worker_pool import TooManyRestarts
 from common.bottleneck import bottleneck
@@ -26,7 +27,8 @@ from learner.resume import resume_point
 from learner.round_buffer import TooManySetAside
 from learner.weight_check import WeightsDidNotArrive
 
-BROKE_OFF = (NothingMoves, TooManyRestarts, TooManySetAside, WeightsDidNotArrive)  # what ends a run that nobody stopped
+# What ends a run that nobody stopped.
+BROKE_OFF = (NothingMoves, RewardFailed, TooManyRestarts, TooManySetAside, WeightsDidNotArrive)
 
 
 def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[str, float]:

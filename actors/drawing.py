@@ -1,6 +1,7 @@
 """Drawing: tasks in samplers' hands. A task may be in several, and its first answer counts: all would be the same bits."""
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,9 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.call_names import CallNames
 from actors.pace import Pace
+from actors.rewards.failure import is_poisoned
+from actors.suspects import PLAIN, Care, Suspects
+from actors.whereabouts import Whereabouts
 from actors.worker_pool import Worker, WorkerPool
 from common.schedule import Place, Stream, Task
 from common.trajectory import TaskReport
@@ -31,6 +35,8 @@ class Attempt:
     report: Any
     trajectory: Any
     images: Any
+    care: Care = PLAIN
+    note: Callable[[int], None] | None = None  # tells which image is in hand, where they are tried one by one
 
     @property
     def task(self) -> Task:
@@ -62,6 +68,8 @@ class Drawing:
         self._open: dict[Place, Asked] = {}  # not drawn yet
         self._attempts: dict[Any, Attempt] = {}
         self._in_hands: dict[Place, dict[Any, Attempt]] = {}  # the same, by task
+        self._suspects = Suspects()
+        self._whereabouts = Whereabouts()
         self._behind: list[Place] = []  # a heap: tasks that wait behind another one in a sampler's hands, or did once
 
     def publish(self, policy_version: int, weights: Any, versions_kept: int) -> None:
@@ -122,8 +130,10 @@ class Drawing:
         # In the dashboard; the class comes first because Ray also makes it the name of the sampler's process.
         name = self._names.of(f"Sampler: draw {asked.task.title}", f"Sampler: draw {asked.task.title_of_round}")
         draw = sampler.actor.draw.options(num_returns=3, name=name)
-        report, trajectory, images = draw.remote(asked.task, asked.weights)
-        attempt = Attempt(asked, sampler, report, trajectory, images)
+        care = self._suspects.care(asked.task.place)
+        note = None if care.one_by_one == "nothing" else self._whereabouts.note()
+        report, trajectory, images = draw.remote(asked.task, asked.weights, care, note)
+        attempt = Attempt(asked, sampler, report, trajectory, images, care, note)
         self._attempts[report] = self._in_hands.setdefault(asked.task.place, {})[report] = attempt
         if sampler.calls:
             heapq.heappush(self._behind, asked.task.place)
@@ -188,26 +198,34 @@ class Drawing:
             self._sampler_died(attempt, str(error))
             return None
         except RayTaskError as error:
+            if is_poisoned(error.cause):
+                self._sampler_died(attempt, str(error.cause))
+                return None
             self._samplers.answered(attempt.sampler, report, now)
             if not isinstance(error.cause, ObjectLostError):
                 raise
             self._again(attempt.task, "object_lost")  # the weights were lost with their node
             return None
         seconds = self._samplers.answered(attempt.sampler, report, now)
-        if value is None:  # it was told to forget the task
-            self._again(attempt.task, "forgotten")
+        counts = self._suspects.counts(attempt.task.place, attempt.care)
+        if value is None or not counts:  # it was told to forget the task, or to try its images
+            self._again(attempt.task, "forgotten" if counts else "images_tried")
             return None
         self._pace.add(seconds, len(attempt.task.seeds))
         if attempt.task.place not in self._open:
             return None
         del self._open[attempt.task.place]
+        self._suspects.forget(attempt.task.place)
         return Drawn(value, attempt.trajectory, attempt.images, attempt.asked.weights)
 
     def _sampler_died(self, attempt: Attempt, reason: str) -> None:
+        """Give what a dead sampler had in its hands to others. It was at work on the first of it."""
         calls = self._samplers.lost(attempt.sampler, reason, f"at {attempt.task.title}")
-        tasks = [attempt.task, *(self._let_go(call).task for call in calls if call in self._attempts)]
-        for task in tasks:
-            self._again(task, "sampler_died")
+        attempts = [attempt, *(self._let_go(call) for call in calls if call in self._attempts)]
+        for each in attempts:
+            if calls and each.report == calls[0]:
+                self._suspects.died(each.task.place, each.care, self._whereabouts.last(each.note))
+            self._again(each.task, "sampler_died")
 
     def give_up_on_silent(self, now: float, seconds: float) -> None:
         """End samplers that have not answered for so long, so that others come in their place."""

@@ -9,14 +9,14 @@ from ray.exceptions import ObjectLostError, RayError
 
 from actors.drawing import Drawing
 from actors.pace import Pace
-from actors.rollout_stream import RolloutStream, StreamSettings
+from actors.rollout_stream import RolloutStream, StreamSettings, say_what_is_set_aside
 from actors.scoring import ScoringOutcome, ScoringPool
 from actors.scoring_pools import ScoringPools
 from actors.worker_pool import RestartBudget, WorkerPool
 from common.lora_weights import LoraWeights
 from common.round_metrics import StreamReport
 from common.schedule import Place, Stream, Task
-from common.trajectory import ImageBatch, Rollout
+from common.trajectory import ImageBatch, Rollout, without
 
 POLL_SECONDS = 0.5  # the longest that deadlines, signals and `ddpo scale` go unseen
 STACKS_SECONDS = 5.0
@@ -78,7 +78,7 @@ class RayRolloutStream(RolloutStream):
         for place in places:
             while place not in self._done:
                 self._wait((), f"round {round} waits for its {stream.name.lower()} rollouts")
-        return [self._done.pop(place) for place in places]
+        return say_what_is_set_aside([self._done.pop(place) for place in places])
 
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
         self._moved = time.monotonic()
@@ -166,7 +166,8 @@ class RayRolloutStream(RolloutStream):
         for drawn, scores in outcome.scored:
             if not drawn.report.task.trains:
                 self._evaluation_seconds += drawn.report.seconds
-            self._done[drawn.report.task.place] = Rollout(drawn.report, scores, drawn.trajectory, drawn.images)
+            kept = without(scores, drawn.report.set_aside)
+            self._done[drawn.report.task.place] = Rollout(drawn.report, kept, drawn.trajectory, drawn.images)
 
     def _dump(self, what: str) -> str:
         """Who waits for what, and where the threads of every actor are."""

@@ -1,10 +1,13 @@
 """RewardWorker: pictures in, scores out; what is not one finite number a picture never passes as a score."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
 
+from actors.rewards.contract import under_contract
+from actors.rewards.failure import scoring_failed
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
 from actors.score_cache import ScoreCache
 from common.loading import loading
@@ -12,10 +15,6 @@ from common.machine import this_machine
 from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.runtime import python_stacks, settle
 from common.trajectory import ImageBatch, Scores
-
-
-class ScoringFailed(Exception):
-    """A reward raised an error over a batch of pictures; another attempt, or fewer pictures, may go better."""
 
 
 class RewardWorker:
@@ -27,7 +26,7 @@ class RewardWorker:
         device = settle(runtime)
         for name, reward in rewards.items():
             with loading(f"the reward is {name!r}", reward.needs):
-                self._rewards[name] = reward.load(device)
+                self._rewards[name] = under_contract(reward.load(device), f"the reward {name!r}")
         if table.cache:
             self._rewards |= {
                 name: ScoreCache(self._rewards[name], table.cache)
@@ -35,6 +34,7 @@ class RewardWorker:
                 if reward.independent_of_batch
             }
         self._batch_size = table.batch_size
+        self._machine = this_machine(device)
         self._called += f" on {device}"
 
     def __repr__(self) -> str:
@@ -54,13 +54,26 @@ class RewardWorker:
         """What this process is doing; answered from a thread of its own while a batch is scored."""
         return python_stacks()
 
-    def score(self, images: ImageBatch, first: int = 0, last: int | None = None) -> Scores:
+    def score(
+        self,
+        images: ImageBatch,
+        first: int = 0,
+        last: int | None = None,
+        note: Callable[[int], None] | None = None,
+    ) -> Scores:
         """Every reward of the pictures `first` … `last` − 1. One without a finite number is set aside, with the reason.
 
-        RewardMistake: a reward gave the wrong shape or type. ScoringFailed: a reward raised an error of its own.
+        Args:
+            note: is told the row of every image before it is scored, one by one: to find the one that kills this process.
+
+        Raises:
+            RewardMistake: a reward gave the wrong shape or type.
+            ScoringFailed: a reward raised an error of its own.
         """
         start = time.perf_counter()
         wanted = range(len(images.prompts))[first:last]
+        if note:
+            return self._score_one_by_one(images, wanted, note)
         rewards = {name: self._score_all(name, reward, images, wanted) for name, reward in self._rewards.items()}
         set_aside = {}
         for name, values in rewards.items():
@@ -68,7 +81,7 @@ class RewardWorker:
                 prompt = images.prompts[first + int(row)].text
                 set_aside[int(row)] = f"the reward {name!r} gave {values[row]} for the picture of {prompt!r}"
                 values[row] = np.nan
-        machines = frozenset({this_machine(self._device)})
+        machines = frozenset({self._machine})
         return Scores(rewards, time.perf_counter() - start, set_aside, machines)
 
     def score_together(self, cuts: tuple[tuple[int, int], ...], *images: ImageBatch) -> list[Scores]:
@@ -83,6 +96,15 @@ class RewardWorker:
         ends = np.cumsum([len(piece) for piece in pieces]).tolist()
         return [_rows(together, end - len(piece), end) for piece, end in zip(pieces, ends, strict=True)]
 
+    def _score_one_by_one(self, images: ImageBatch, wanted: range, note: Callable[[int], None]) -> Scores:
+        start, parts = time.perf_counter(), []
+        for row in wanted:
+            note(row)
+            parts.append(self.score(images, row, row + 1))
+        rewards = {name: np.concatenate([part.rewards[name] for part in parts]) for name in self._rewards}
+        set_aside = {row: reason for row, part in enumerate(parts) for reason in part.set_aside.values()}
+        return Scores(rewards, time.perf_counter() - start, set_aside)
+
     def _score_all(self, name: str, reward: LoadedReward, images: ImageBatch, wanted: range) -> Float[np.ndarray, "B"]:
         parts = []
         for start in range(wanted.start, wanted.stop, self._batch_size):
@@ -93,10 +115,10 @@ class RewardWorker:
                 values = reward(images.pixels[part], texts, metadata)
             except RewardMistake:
                 raise
-            # A user's reward may raise anything; over one batch of pictures, that must not end a run of many hours.
-            except Exception as error:  # noqa: BLE001
-                raise ScoringFailed(f"the reward {name!r} raised {type(error).__name__}: {error}") from error
-            parts.append(_checked(name, values, len(texts)))
+            # A user's reward may raise anything, sys.exit() among it: over one batch, that must not end a run of many hours.
+            except (Exception, SystemExit) as error:  # noqa: BLE001
+                raise scoring_failed(name, error) from error
+            parts.append(values)
         return np.concatenate(parts)
 
 
@@ -106,14 +128,3 @@ def _rows(scores: Scores, first: int, last: int) -> Scores:
     rewards = {name: values[first:last] for name, values in scores.rewards.items()}
     set_aside = {row - first: reason for row, reason in scores.set_aside.items() if first <= row < last}
     return Scores(rewards, scores.seconds * (last - first) / count, set_aside, scores.machines)
-
-
-def _checked(name: str, values: np.ndarray, count: int) -> Float[np.ndarray, "B"]:
-    values = np.asarray(values)
-    if values.shape != (count,) or not np.issubdtype(values.dtype, np.number) or np.iscomplexobj(values):
-        raise RewardMistake(
-            f"the reward {name!r} returned {values.dtype} of shape {values.shape} for {count} pictures: "
-            f"it must return one real number for each, shape ({count},)"
-        )
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is set aside as that
-        return values.astype(np.float32)

@@ -1,14 +1,17 @@
 """RolloutStream: tasks in, scored rollouts out; the interface, and the same in one process."""
 
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from actors.reward_worker import RewardWorker, ScoringFailed
+from actors.inquiry import Control
+from actors.reward_worker import RewardWorker
+from actors.rewards.failure import ScoringFailed
 from actors.sampler import Sampler
-from actors.scoring_job import ScoringJob, backoff_seconds
+from actors.scoring_job import ScoringJob
 from common.lora_weights import LoraWeights
 from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.round_metrics import StreamReport
@@ -78,6 +81,7 @@ class SerialRolloutStream(RolloutStream):
     def __init__(self, sampler: Sampler, pools: tuple[SerialPool, ...], settings: StreamSettings) -> None:
         self._sampler = sampler
         self._pools = pools
+        self._controls = [Control() for _ in pools]
         self._settings = settings
         self._weights: dict[int, LoraWeights] = {}
         self._tasks: dict[Place, tuple[Task, LoraWeights | None]] = {}
@@ -95,29 +99,34 @@ class SerialRolloutStream(RolloutStream):
         self._tasks |= {task.place: (task, weights) for task in tasks}
 
     def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
-        return [self._rollout(*self._tasks.pop((round, int(stream), index))) for index in tasks]
+        places = [(round, int(stream), index) for index in tasks]
+        return say_what_is_set_aside([self._rollout(*self._tasks.pop(place)) for place in places])
 
     def _rollout(self, task: Task, weights: LoraWeights | None) -> Rollout:
         self._settings.check()
         report, trajectory, images = self._sampler.draw(task, weights or self._weights[task.policy_version])
         assert report is not None and images is not None, "nobody tells this sampler to forget a task"
-        pools = [pool for pool in self._pools if pool.trains or not task.trains]
-        scores = merged_scores([self._scores(pool, images) for pool in pools])
+        asked = [number for number, pool in enumerate(self._pools) if pool.trains or not task.trains]
+        scores = merged_scores([self._scores(number, task, images) for number in asked])
         if not task.trains:
             self._evaluation_seconds += report.seconds
         return Rollout(report, scores, trajectory, images)
 
-    def _scores(self, pool: SerialPool, images: ImageBatch) -> Scores:
-        job = ScoringJob(pool.worker.names, len(images.prompts), pool.table.batch_size, pool.table.attempts)
+    def _scores(self, number: int, task: Task, images: ImageBatch) -> Scores:
+        pool, count = self._pools[number], len(images.prompts)
+        names, table = pool.worker.names, pool.table
+        job = ScoringJob(names, count, table.batch_size, table.attempts, images, self._controls[number])
         while not job.finished:
             self._settings.check()
             batch = job.waiting.pop(0)
-            time.sleep(backoff_seconds(batch.failures))
+            time.sleep(batch.pause_seconds)
             try:
-                scores = pool.worker.score(images, batch.first, batch.last)
+                scores = pool.worker.score(job.images_of(batch), batch.first, batch.last)
             except ScoringFailed as error:
                 self._count("reward_error")
-                job.failed(batch, str(error))
+                job.failed(batch, str(error), error.trace)
+                if job.broken:
+                    raise job.broken.error(task.title) from error
             else:
                 if not job.scored(batch, scores):
                     self._count("reward_not_finite")
@@ -139,3 +148,13 @@ class SerialRolloutStream(RolloutStream):
         evaluation, self._evaluation_seconds = self._evaluation_seconds, 0.0
         training = sum(pool.trains for pool in self._pools)
         return StreamReport(1, 1, training, seconds, seconds, len(self._tasks), 0, retries, {}, evaluation)
+
+
+def say_what_is_set_aside(rollouts: list[Rollout]) -> list[Rollout]:
+    """Print a line for each image that could not be scored; returns what it is given."""
+    for rollout in rollouts:
+        task = rollout.report.task
+        for row, reason in rollout.scores.set_aside.items():
+            which = f"{task.title}, image {row} (seed {task.seeds[row]}, prompt {task.prompts[row].text!r})"
+            print(f"{which} is set aside: {reason}", file=sys.stderr, flush=True)
+    return rollouts

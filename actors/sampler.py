@@ -3,7 +3,13 @@
 import os
 import socket
 import time
+from collections.abc import Callable
 
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+
+from actors.suspects import PLAIN, Care
 from common.diffusion.policy import PolicyConfig
 from common.diffusion.rollout import draw, refuse_window_without_noise
 from common.loading import loading
@@ -50,33 +56,90 @@ class Sampler:
         self._forgotten.add(place)
 
     def draw(
-        self, task: Task, weights: LoraWeights
+        self,
+        task: Task,
+        weights: LoraWeights,
+        care: Care = PLAIN,
+        note: Callable[[int], None] | None = None,
     ) -> tuple[TaskReport, Trajectory | None, ImageBatch] | tuple[None, None, None]:
         """One task, in three parts, so that each can go to whom it concerns; nothing where it was to be forgotten.
 
         No trajectory where nothing is learned from it: it would only fill the store on its way.
-        ValueError: these are not the weights that the task asks for.
+
+        Args:
+            care: what to do otherwise than with most tasks, after samplers have died over this one.
+            note: is told an image's row before that image is worked on alone.
+
+        Raises:
+            ValueError: these are not the weights that the task asks for.
         """
         if task.place in self._forgotten:
             self._forgotten.remove(task.place)
             return None, None, None
         start = time.perf_counter()
         self._swap(task, weights)
-        prompts, seeds = [prompt.text for prompt in task.prompts], list(task.seeds)
-        trajectory = draw(self._policy, prompts, seeds, self._sampling, task.window)
-        pixels = self._policy.decode(trajectory.final_latents).cpu().numpy()
+        if care.one_by_one == "all":
+            self._try_out(task, care, note)
+            return None, None, None
+        trajectory = self._denoise(task, care)
+        pixels = self._decode(trajectory.final_latents, care, note)
         seconds = time.perf_counter() - start
+        fingerprints = image_fingerprints(pixels)
         report = TaskReport(
             task,
             self._fingerprint,
             self._modules_bound,
             trajectory.num_bytes if task.trains else 0,
             seconds,
-            image_fingerprints(pixels),
+            tuple("" if row in care.left_out else found for row, found in enumerate(fingerprints)),
             f"{socket.gethostname()}/{os.getpid()}",
             self._machine,
+            care.left_out,
         )
         return report, trajectory if task.trains else None, ImageBatch(pixels, task.prompts)
+
+    def _denoise(self, task: Task, care: Care) -> Trajectory:
+        """Draw the task's trajectories. In the place of an image that is left out stands another one: shapes stay alike."""
+        rows = list(range(len(task.seeds)))
+        drawn = [row for row in rows if row not in care.not_drawn]
+        if not drawn:
+            raise ValueError(f"every image of {task.title} ends the process of the sampler that draws it")
+        rows = [drawn[0] if row in care.not_drawn else row for row in rows]
+        prompts, seeds = [task.prompts[row].text for row in rows], [task.seeds[row] for row in rows]
+        return draw(self._policy, prompts, seeds, self._sampling, task.window)
+
+    def _try_out(self, task: Task, care: Care, note: Callable[[int], None] | None) -> None:
+        """Draw and decode the task's images one by one, only to see whether this process survives."""
+        for row in range(len(task.seeds)):
+            if row in care.left_out:
+                continue
+            if note:
+                note(row)
+            alone = draw(self._policy, [task.prompts[row].text], [task.seeds[row]], self._sampling, task.window)
+            self._policy.decode(alone.final_latents).cpu()
+
+    def _decode(
+        self, latents: Float[torch.Tensor, "B C H W"], care: Care, note: Callable[[int], None] | None
+    ) -> UInt8[np.ndarray, "B H2 W2 3"]:
+        """Decode final latents. An image that is left out is black."""
+        rows = [row for row in range(len(latents)) if row not in care.left_out]
+        if not rows:
+            return np.zeros((len(latents), 8 * latents.shape[-2], 8 * latents.shape[-1], 3), np.uint8)
+        if care.one_by_one == "nothing":
+            standing_in = [row if row in rows else rows[0] for row in range(len(latents))]
+            kept = latents if len(rows) == len(latents) else latents[standing_in]
+            pixels = self._policy.decode(kept).cpu().numpy()
+        else:
+            alone = {}
+            for row in rows:
+                if note:
+                    note(row)
+                alone[row] = self._policy.decode(latents[row : row + 1]).cpu().numpy()[0]
+            pixels = np.stack([alone.get(row, alone[rows[0]]) for row in range(len(latents))])
+        if len(rows) < len(latents):
+            pixels = pixels.copy()
+            pixels[list(care.left_out)] = 0
+        return pixels
 
     def _swap(self, task: Task, weights: LoraWeights) -> None:
         if weights.policy_version != task.policy_version:

@@ -1,6 +1,7 @@
 """Scoring: drawn tasks in the hands of a pool of reward workers, with a deadline a batch and another worker after a failure."""
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,10 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.call_names import CallNames
 from actors.drawing import Drawn
-from actors.reward_worker import ScoringFailed
-from actors.scoring_job import ScoringBatch, ScoringJob, backoff_seconds
+from actors.inquiry import Control
+from actors.rewards.failure import ScoringFailed
+from actors.scoring_job import ScoringBatch, ScoringJob
+from actors.whereabouts import Whereabouts
 from actors.worker_pool import Worker, WorkerPool
 from common.recipe_tables import RewardPoolTable
 from common.schedule import Place, Task
@@ -63,6 +66,7 @@ class _Call:
 
     parts: tuple[tuple[_Open, ScoringBatch], ...]
     worker: Worker
+    note: Callable[[int], None] | None = None  # where images are scored one by one: tells which is in hand
 
     @property
     def title(self) -> str:
@@ -90,11 +94,14 @@ class Scoring:
         self._listed: list[Place] = []  # a heap: tasks with batches that wait for a worker
         self._paused: list[_Open] = []  # tasks whose batches wait for their time, after a failure
         self._calls: dict[Any, _Call] = {}
+        self._control = Control()
+        self._whereabouts = Whereabouts()
 
     def submit(self, drawn: Drawn) -> None:
         """Queue a drawn task."""
         table = self._pool.table
-        job = ScoringJob(self._pool.names, len(drawn.report.task.seeds), table.batch_size, table.attempts)
+        count = len(drawn.report.task.seeds)
+        job = ScoringJob(self._pool.names, count, table.batch_size, table.attempts, drawn.images, self._control)
         open = self._open[drawn.report.task.place] = _Open(drawn, job)
         self._list(open)
 
@@ -144,20 +151,21 @@ class Scoring:
     def _next_parts(self, open: _Open) -> tuple[tuple[_Open, ScoringBatch], ...]:
         """The task's next batch; where batches do not matter, filled up with what the next tasks have waiting now."""
         parts = [(open, open.job.waiting.pop(0))]
-        if self._pool.independent and not parts[0][1].failures:
+        if self._pool.independent and parts[0][1].is_new:
             room = self._pool.table.batch_size - parts[0][1].size
-            while (other := self._next()) and not other.job.waiting[0].failures and other.job.waiting[0].size <= room:
+            while (other := self._next()) and other.job.waiting[0].is_new and other.job.waiting[0].size <= room:
                 parts.append((other, other.job.waiting.pop(0)))
                 room -= parts[-1][1].size
         return tuple(parts)
 
     def _give(self, worker: Worker, parts: tuple[tuple[_Open, ScoringBatch], ...], now: float) -> None:
-        call = _Call(parts, worker)
+        note = self._whereabouts.note() if parts[0][1].one_by_one else None
+        call = _Call(parts, worker, note)
         name = self._names.of(call.title, call.title_of_round)
         if len(parts) == 1:
             ((open, batch),) = parts
             score = worker.actor.score.options(name=name)
-            reference = score.remote(open.drawn.images, batch.first, batch.last)
+            reference = score.remote(open.job.images_of(batch), batch.first, batch.last, note)
         else:
             cuts = tuple((batch.first, batch.last) for _, batch in parts)
             score = worker.actor.score_together.options(name=name)
@@ -172,21 +180,33 @@ class Scoring:
             self._again(self._calls.pop(reference))
         self._failed(self._calls.pop(head), reason, "reward_timeout", now)
 
-    def _again(self, call: _Call) -> None:
+    def _again(self, call: _Call, to_blame: bool = False) -> None:
         self._count("reward_worker_died")
+        row = self._whereabouts.last(call.note) if to_blame else None
         for open, batch in reversed(call.parts):
-            open.job.lost(batch)
+            open.job.lost(batch, to_blame, row)
+            self._raise_if_broken(open)
             self._list(open)
 
-    def _failed(self, call: _Call, reason: str, kind: str, now: float) -> None:
+    def _failed(self, call: _Call, reason: str, kind: str, now: float, trace: str = "") -> None:
         self._count(kind)
         for open, batch in call.parts:
-            open.job.failed(batch, reason)
-            self._pause(open, batch, call.worker, now)
+            open.job.failed(batch, reason, trace)
+            self._raise_if_broken(open)
+            self._pause(open, call.worker, now)
 
-    def _pause(self, open: _Open, batch: ScoringBatch, worker: Worker, now: float) -> None:
-        open.not_before = now + backoff_seconds(batch.failures + 1)
+    def _raise_if_broken(self, open: _Open) -> None:
+        if open.job.broken and not open.gone:
+            raise open.job.broken.error(open.drawn.report.task.title)
+
+    def _pause(self, open: _Open, worker: Worker, now: float) -> None:
+        """Let the task wait before its next batch, where that is another attempt."""
         open.last_failed = worker
+        seconds = open.job.waiting[0].pause_seconds if open.job.waiting else 0.0
+        if not seconds:
+            self._list(open)
+            return
+        open.not_before = now + seconds
         open.listed = False
         if not open.paused:
             open.paused = True
@@ -198,31 +218,42 @@ class Scoring:
     def finished(self, reference: Any, now: float) -> ScoringOutcome:
         """What came of a call that is over.
 
-        RewardMistake, and any error that is not the reward's over one batch, is raised.
+        RewardMistake, RewardFailed, and any error that is not the reward's over one batch, is raised.
         """
-        call = self._calls.pop(reference)
         try:
             answer: Any = ray.get(reference)  # one batch's scores, or a list of several's
         except RayActorError as error:
-            lost = self._workers.lost(call.worker, str(error))
-            for other in (call, *(self._calls.pop(each) for each in lost if each in self._calls)):
-                self._again(other)
-            return ScoringOutcome()
+            return self._lost_with_worker(reference, str(error))
         except RayTaskError as error:
+            failure = error.cause
+            if isinstance(failure, ScoringFailed) and failure.poisoned:
+                return self._lost_with_worker(reference, str(failure))
+            call = self._calls.pop(reference)
             self._workers.answered(call.worker, reference, now)
-            if isinstance(error.cause, ObjectLostError):
+            if isinstance(failure, ObjectLostError):
                 return self._pictures_lost(call)
-            if not isinstance(error.cause, ScoringFailed):
+            if not isinstance(failure, ScoringFailed):
                 raise
-            self._failed(call, str(error.cause), "reward_error", now)
+            self._failed(call, str(failure), "reward_error", now, failure.trace)
             return self._done(call)
+        call = self._calls.pop(reference)
         self._workers.answered(call.worker, reference, now)
         answers: list[Scores] = [answer] if len(call.parts) == 1 else answer
         for (open, batch), scores in zip(call.parts, answers, strict=True):
             if not open.job.scored(batch, scores):
                 self._count("reward_not_finite")
-                self._pause(open, batch, call.worker, now)
+                self._pause(open, call.worker, now)
+            self._list(open)
         return self._done(call)
+
+    def _lost_with_worker(self, reference: Any, reason: str) -> ScoringOutcome:
+        """End the call's worker. Of the calls in its hands the first was under way."""
+        in_hands = self._workers.lost(self._calls[reference].worker, reason)
+        blamed = in_hands[:1]
+        calls = [(self._calls.pop(each), each in blamed) for each in dict.fromkeys((*in_hands, reference))]
+        for call, to_blame in calls:
+            self._again(call, to_blame)
+        return self._done(*(call for call, _ in calls))
 
     def _pictures_lost(self, call: _Call) -> ScoringOutcome:
         """The call's tasks, to be drawn again; each once, however many of its batches were under way.
@@ -230,6 +261,8 @@ class Scoring:
         Of several tasks one alone may have lost its pictures, and Ray does not say which.
         """
         self._count("object_lost")
+        if any(batch.of_control for _, batch in call.parts):
+            self._control.images = None
         lost = [open for open in dict.fromkeys(open for open, _ in call.parts) if not open.gone]
         for open in lost:
             self._close(open)
@@ -245,8 +278,9 @@ class Scoring:
         open.gone = True
         del self._open[open.place]
 
-    def _done(self, call: _Call) -> ScoringOutcome:
-        done = [open for open in dict.fromkeys(open for open, _ in call.parts) if not open.gone and open.job.finished]
+    def _done(self, *calls: _Call) -> ScoringOutcome:
+        opens = dict.fromkeys(open for call in calls for open, _ in call.parts)
+        done = [open for open in opens if not open.gone and open.job.finished]
         for open in done:
             del self._open[open.place]
         return ScoringOutcome(tuple((open.drawn, open.job.scores()) for open in done))

@@ -132,6 +132,7 @@ class TaskReport:
     image_fingerprints: tuple[str, ...] = ()  # SHA-256 of each picture's pixels
     drawn_by: str = ""  # host and process
     machine: Machine | None = None  # that it was drawn on
+    set_aside: dict[int, str] = field(default_factory=dict)  # row: why there is no image of it
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,17 @@ def merged_scores(parts: list[Scores]) -> Scores:
     reasons = {row: reason for part in reversed(parts) for row, reason in part.set_aside.items()}
     machines = frozenset().union(*(part.machines for part in parts))
     return Scores(rewards, sum(part.seconds for part in parts), dict(sorted(reasons.items())), machines)
+
+
+def without(scores: Scores, reasons: dict[int, str]) -> Scores:
+    """Set more images aside, by their rows, whatever they were scored."""
+    if not reasons:
+        return scores
+    rewards = {name: values.copy() for name, values in scores.rewards.items()}
+    for values in rewards.values():
+        values[list(reasons)] = np.nan
+    set_aside = dict(sorted((scores.set_aside | reasons).items()))
+    return Scores(rewards, scores.seconds, set_aside, scores.machines)
 
 
 @dataclass(frozen=True)

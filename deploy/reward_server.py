@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from actors.reward_worker import RewardWorker, ScoringFailed
+from actors.reward_worker import RewardWorker
+from actors.rewards.failure import ScoringFailed
 from actors.rewards.reward import RewardMistake
 from common.prompts import Prompt
 from common.reward_protocol import HEALTH_PATH, SCORE_PATH, Fault, Health, Message, ScoreReply, ScoreRequest, from_png

@@ -1,5 +1,6 @@
 """Rewards that go wrong as a user's might: once, for one kind of picture, or for ever. Prompts tell them when."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -40,3 +41,45 @@ def raises_for_bad(images: np.ndarray, prompts: list[str], metadata: Metadata) -
 
 def not_finite_for_bad(images: np.ndarray, prompts: list[str], metadata: Metadata) -> list[float]:
     return [float("nan") if prompt == "bad" else 1.0 for prompt in prompts]
+
+
+def raises_always(images: np.ndarray, prompts: list[str], metadata: Metadata) -> list[float]:
+    return [prompts[0].no_such_method() for _ in images]  # type: ignore[attr-defined]
+
+
+def raises_from_the_second_round(images: np.ndarray, prompts: list[str], metadata: Metadata) -> list[float]:
+    _calls.append(1)
+    if len(_calls) > 2:
+        raise RuntimeError("the licence has expired")
+    return [float(image.mean()) for image in images]
+
+
+def writes_into_images(images: np.ndarray, prompts: list[str], metadata: Metadata) -> list[float]:
+    images[:] = 0
+    return [1.0 for _ in images]
+
+
+KILLER, UNDECODABLE = 859065, 498662  # numbers of two prompts of the first round, with the recipe's seed 0
+
+
+def not_finite_for_the_same(images: np.ndarray, prompts: list[str], metadata: Metadata) -> list[float]:
+    numbers = [entry["number"] for entry in metadata]
+    return [float("nan") if number in (KILLER, UNDECODABLE) else float(number) for number in numbers]
+
+
+def dies_of_one(images: np.ndarray, prompts: list[str], metadata: Metadata) -> list[float]:
+    if any(entry["number"] == KILLER for entry in metadata):
+        os.abort()
+    return [float(entry["number"]) for entry in metadata]
+
+
+def constant(images: np.ndarray, prompts: list[str], metadata: Metadata) -> list[float]:
+    return [0.1 for _ in images]
+
+
+def numbered_prompt(generator: np.random.Generator) -> tuple[str, dict[str, Any]]:
+    number = int(generator.integers(1_000_000))
+    return f"cat number {number}", {"number": number}
+
+
+_calls: list[int] = []

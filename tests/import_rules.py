@@ -21,6 +21,7 @@ RAY = {
     "actors/worker_pool.py",
     "actors/drawing.py",
     "actors/scoring.py",
+    "actors/whereabouts.py",
     "learner/learner_group.py",
     "common/trackers/ray_metrics.py",
     "deploy/cluster_watch.py",

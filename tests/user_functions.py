@@ -31,3 +31,27 @@ def no_prompt(generator: np.random.Generator) -> int:
 
 
 NOT_A_FUNCTION = 3
+
+
+def nothing_returned(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> None:
+    images.mean()
+
+
+def two_parameters(images: np.ndarray, prompts: list[str]) -> list[float]:
+    return [1.0] * len(images)
+
+
+async def not_awaited(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+    return [1.0] * len(images)
+
+
+def yields(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+    yield from (1.0 for _ in images)
+
+
+class Scorer:
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+        return images.mean(axis=(1, 2, 3))
+
+
+scorer = Scorer()

@@ -48,3 +48,16 @@ class Answers:
 
     def kill(self, actor: Any) -> None:
         """Nothing lives."""
+
+
+class Nowhere:
+    """In the place of `Whereabouts`: `row` was in hand."""
+
+    def __init__(self) -> None:
+        self.row: int | None = None
+
+    def note(self) -> Callable[[int], None]:
+        return lambda row: None
+
+    def last(self, note: Callable[[int], None] | None) -> int | None:
+        return self.row if note else None

@@ -12,7 +12,7 @@ from actors.worker_pool import RestartBudget, WorkerPool
 from common.prompts import Prompt
 from common.schedule import Place, Stream, Task
 from common.trajectory import TaskReport
-from tests.actors.stand_in_actors import Actor, Answers
+from tests.actors.stand_in_actors import Actor, Answers, Nowhere
 
 ACTS = ("submit", "submit", "answer", "answer", "answer", "die", "slow", "forgotten", "move")
 
@@ -79,6 +79,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
     given = Answers()
     for module in (drawing, worker_pool):
         monkeypatch.setattr(module, "ray", given)
+    monkeypatch.setattr(drawing, "Whereabouts", Nowhere)
     return given
 
 

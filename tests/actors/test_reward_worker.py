@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.reward_worker import RewardWorker, ScoringFailed
+from actors.reward_worker import RewardWorker
+from actors.rewards.failure import ScoringFailed
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
 from common.prompts import Prompt
 from common.recipe_tables import RewardPoolTable, RuntimeTable
@@ -76,9 +77,9 @@ def test_several_tasks_scored_together_have_each_its_own_scores_reasons_and_shar
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        ([1.0, 2.0], r"the reward 'given' returned float64 of shape \(2,\) for 3 pictures"),
-        ([[1.0], [2.0], [3.0]], r"of shape \(3, 1\) for 3 pictures: it must return one real number for each"),
-        (1.0, r"of shape \(\) for 3 pictures"),
+        ([1.0, 2.0], r"the reward 'given' returned float64 of shape \(2,\) for 3 images"),
+        ([[1.0], [2.0], [3.0]], r"of shape \(3, 1\) for 3 images: it must return one real number for each"),
+        (1.0, r"of shape \(\) for 3 images"),
         (["a", "b", "c"], r"returned <U1 of shape \(3,\)"),
         ([None, 1.0, 2.0], r"returned object of shape \(3,\)"),
         ([1j, 0j, 0j], r"returned complex128 of shape \(3,\)"),

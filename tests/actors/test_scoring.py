@@ -8,14 +8,14 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors import scoring, worker_pool
 from actors.drawing import Drawn
-from actors.reward_worker import ScoringFailed
+from actors.rewards.failure import ScoringFailed
 from actors.scoring import Scoring, ScoringPool
 from actors.worker_pool import RestartBudget, WorkerPool
 from common.prompts import Prompt
 from common.recipe_tables import RewardPoolTable
 from common.schedule import Place, Task
 from common.trajectory import Scores, TaskReport
-from tests.actors.stand_in_actors import Actor, Answers
+from tests.actors.stand_in_actors import Actor, Answers, Nowhere
 
 ENDS = ("answer", "answer", "answer", "answer", "fail", "die", "lose", "not finite")
 
@@ -25,6 +25,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
     given = Answers()
     for module in (scoring, worker_pool):
         monkeypatch.setattr(module, "ray", given)
+    monkeypatch.setattr(scoring, "Whereabouts", Nowhere)
     return given
 
 

@@ -1,10 +1,14 @@
 """The scoring job: a passing fault is tried again whole, a lasting one is narrowed down to its picture, a death is nobody's."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.inquiry import MOST_TRIED, RewardFailed
+from actors.rewards.reward import RewardMistake
 from actors.scoring_job import ScoringBatch, ScoringJob, backoff_seconds
 from common.trajectory import Scores
 
@@ -25,6 +29,10 @@ def run(job: ScoringJob, bad: set[int]) -> list[tuple[int, int]]:
     tried = []
     while not job.finished:
         batch = job.waiting.pop(0)
+        if batch.inquiry:
+            failed = not batch.of_control and batch.first in bad
+            job.failed(batch, "it is bad") if failed else job.scored(batch, score(batch))
+            continue
         tried.append((batch.first, batch.last))
         if bad & set(range(batch.first, batch.last)):
             job.failed(batch, "it is bad")
@@ -65,12 +73,6 @@ def test_a_lasting_fault_is_halved_down_to_its_picture_and_the_others_keep_their
     assert scores.rewards["beauty"][[0, 1, 3]].tolist() == [0, 1, 3]
 
 
-def test_where_every_picture_fails_all_are_set_aside_and_none_is_scored_0() -> None:
-    whole = job(3, 4, attempts=1)
-    run(whole, {0, 1, 2})
-    assert list(whole.scores().set_aside) == [0, 1, 2] and np.isnan(whole.scores().rewards["beauty"]).all()
-
-
 def test_an_answer_that_is_not_finite_is_asked_for_again_and_then_only_its_picture_is_set_aside() -> None:
     whole = job(4, 4, attempts=2)
     batch = whole.waiting.pop(0)
@@ -81,19 +83,112 @@ def test_an_answer_that_is_not_finite_is_asked_for_again_and_then_only_its_pictu
     assert whole.finished and whole.scores().set_aside == {1: "nan"}
 
 
-def test_a_death_is_never_counted_against_the_reward() -> None:
-    whole = job(4, 4, attempts=2)
-    for _ in range(10):
-        whole.lost(whole.waiting.pop(0))
-    assert whole.waiting == [ScoringBatch(0, 4, 0)]
-
-
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 3), st.sets(st.integers(0, 19)))
-def test_exactly_the_bad_pictures_are_set_aside(count: int, batch_size: int, attempts: int, bad: set[int]) -> None:
+def test_exactly_the_bad_images_are_set_aside(count: int, batch_size: int, attempts: int, bad: set[int]) -> None:
     whole = job(count, batch_size, attempts)
+    whole.control.images, whole.control.row = "of another task", 99
     run(whole, bad)
-    assert set(whole.scores().set_aside) == {picture for picture in bad if picture < count}
+    assert set(whole.scores().set_aside) == {image for image in bad if image < count} and not whole.broken
     assert np.isnan(whole.scores().rewards["beauty"]).sum() == len(whole.scores().set_aside)
+
+
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 3), st.booleans())
+def test_where_no_image_passes_the_reward_is_broken_after_few_attempts(
+    count: int, batch_size: int, attempts: int, scored_before: bool
+) -> None:
+    whole = job(count, batch_size, attempts)
+    if scored_before:
+        whole.control.images, whole.control.row = "of another task", 0
+    tried = 0
+    while not whole.broken:
+        whole.failed(whole.waiting.pop(0), "it is bad", "its trace")
+        tried += 1
+    assert tried <= attempts + 2 * MOST_TRIED + 1
+    error = whole.broken.error("round 0, task 1")
+    assert isinstance(error, RewardFailed if scored_before else RewardMistake)
+    assert re.search(r"it is bad; so it does for every image that was tried \(\d+ of round 0, task 1", str(error))
+    assert str(error).endswith("\nthe reward's traceback:\nits trace")
+
+
+def test_a_batch_of_bad_images_alone_is_set_aside_where_an_image_that_was_scored_before_passes() -> None:
+    whole = job(4, 4, attempts=1)
+    whole.control.images, whole.control.row = "of another task", 3
+    whole.failed(whole.waiting.pop(0), "it is bad")
+    for row in range(4):
+        assert whole.waiting[0].first == row and whole.waiting[0].pause_seconds == 0
+        whole.failed(whole.waiting.pop(0), f"{row} is bad")
+    control = whole.waiting.pop(0)
+    assert whole.images_of(control) == "of another task" and (control.first, control.last) == (3, 4)
+    assert whole.scored(control, score(ScoringBatch(0, 1)))
+    assert whole.finished and whole.scores().set_aside == {row: f"{row} is bad" for row in range(4)}
+
+
+def test_only_another_attempt_at_the_same_images_waits() -> None:
+    whole = job(8, 8, attempts=3)
+    pauses = []
+    while not whole.finished:
+        batch = whole.waiting.pop(0)
+        pauses.append((batch.first, batch.last, batch.pause_seconds))
+        if batch.first <= 5 < batch.last:
+            whole.failed(batch, "it is bad")
+        else:
+            whole.scored(batch, score(batch))
+    assert pauses[:4] == [(0, 8, 0), (0, 8, 0.5), (0, 8, 1), (0, 1, 0)]  # the last passes: not all are bad
+    assert sum(seconds for *_, seconds in pauses[4:]) == 1.5 and pauses[4][:2] == (0, 4)
+
+
+def deadly(job: ScoringJob, killers: set[int]) -> list[tuple[int, int]]:
+    """Score until all is done; whoever has a killer in hand dies. The batches over which workers died."""
+    died = []
+    while not job.finished:
+        batch = job.waiting.pop(0)
+        found = sorted(killers & set(range(batch.first, batch.last)))
+        if found:
+            died.append((batch.first, batch.last))
+            job.lost(batch, to_blame=True, row=found[0] if batch.one_by_one else None)
+        else:
+            job.scored(batch, score(batch))
+    return died
+
+
+@given(st.integers(1, 20), st.integers(1, 8), st.sets(st.integers(0, 19)))
+def test_images_that_kill_their_worker_are_found_by_four_deaths_each_and_set_aside(
+    count: int, batch_size: int, killers: set[int]
+) -> None:
+    whole = job(count, batch_size)
+    deaths = deadly(whole, killers)
+    scores, expected = whole.scores(), {image for image in killers if image < count}
+    assert set(scores.set_aside) == expected and len(deaths) == 4 * len(expected)
+    assert all("died, 2 times over it alone" in reason for reason in scores.set_aside.values())
+    others = [image for image in range(count) if image not in expected]
+    assert scores.rewards["beauty"][others].tolist() == others
+
+
+def test_deaths_by_chance_change_neither_batches_nor_scores() -> None:
+    whole = job(4, 4)
+    for _ in range(20):  # while it only waited behind another batch
+        whole.lost(whole.waiting.pop(0))
+    for _ in range(2):
+        whole.lost(whole.waiting.pop(0), to_blame=True)
+    one_by_one = whole.waiting.pop(0)
+    assert one_by_one.one_by_one and whole.scored(one_by_one, score(one_by_one))
+    again = whole.waiting.pop(0)
+    assert (again.first, again.last, again.one_by_one) == (0, 4, False)
+    whole.lost(again, to_blame=True)
+    assert run(whole, set()) == [(0, 4)] and whole.scores().set_aside == {}
+
+
+def test_a_batch_that_kills_workers_though_no_image_does_is_halved() -> None:
+    whole = job(4, 4)
+    died = []
+    while not whole.finished:
+        batch = whole.waiting.pop(0)
+        if batch.size > 2 and not batch.one_by_one:  # more than fits
+            died.append(batch)
+            whole.lost(batch, to_blame=True)
+        else:
+            whole.scored(batch, score(batch))
+    assert len(died) == 4 and whole.scores().set_aside == {}
 
 
 @pytest.mark.parametrize(("failures", "seconds"), [(0, 0), (1, 0.5), (2, 1), (3, 2), (20, 30)])

@@ -84,7 +84,7 @@ def words(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> list[
     "how, function, words",
     [
         (["--serial"], "wrong_shape", ["shape (4, 2)", "shape (4,)"]),
-        (["--serial"], "words", ["<U2", "real numbers of shape (4,)"]),
+        (["--serial"], "words", ["<U2", "real number for each, of shape (4,)"]),
         pytest.param([], "wrong_shape", ["shape (4, 2)", "shape (4,)"], marks=pytest.mark.thorough),
     ],
 )

@@ -23,7 +23,7 @@ def test_one_number_for_all_pictures_is_refused_with_both_shapes() -> None:
     function = Function(path="tests.user_functions:one_number_for_all").load("cpu")
     with pytest.raises(
         ValueError,
-        match=r"one_number_for_all returned float64 of shape \(\): it must return real numbers of shape \(2,\)",
+        match=r"one_number_for_all' returned float64 of shape \(\) for 2 images: it must .* of shape \(2,\)",
     ):
         function(IMAGES, ["a", "b"], [{}, {}])
 

@@ -1,0 +1,136 @@
+"""The contract of a reward: how it is called, what it may return, and what is said if it does not keep to that."""
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from actors.rewards.reward import Images, LoadedReward, RewardMistake
+
+SIGNATURE = "(images, prompts, metadata)"
+SCALARS = (int, float, np.number)
+REAL = "iuf"  # numpy's kinds of real numbers; not booleans, which are a judgement and no score
+
+
+def under_contract(reward: Any, who: str) -> LoadedReward:
+    """Wrap a loaded reward or a user's function so that both sides of the contract hold.
+
+    The reward gets copies: images that cannot be written to, and prompts and metadata of its own. So no reward sees what
+    another one has done to them. What it returns becomes float32 numbers, one an image.
+
+    Args:
+        reward: called as `reward(images, prompts, metadata)`.
+        who: names the reward in error messages.
+
+    Raises:
+        RewardMistake: `reward` cannot be called so, now or when it is called; or it returned something else.
+    """
+    check_signature(reward, who)
+
+    def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+        given = images.copy()
+        given.flags.writeable = False
+        return scores_of(reward(given, list(prompts), copy.deepcopy(metadata)), len(prompts), who)
+
+    return score
+
+
+def check_signature(reward: Any, who: str) -> None:
+    """Raise RewardMistake unless `reward` can be called with images, prompts and metadata, as far as can be told."""
+    if isinstance(reward, type):
+        raise RewardMistake(
+            f"{who} is the class {reward.__name__}: it must be a function {SIGNATURE} that returns scores"
+        )
+    if not callable(reward):
+        raise RewardMistake(f"{who} is {reward!r}: it must be a function {SIGNATURE} that returns scores")
+    # Of an object with `__call__`, that method says what kind of function it is.
+    called = reward if inspect.isroutine(reward) else getattr(reward, "__call__", reward)  # noqa: B004
+    if inspect.iscoroutinefunction(called):
+        raise RewardMistake(
+            f"{who} is async: it must be a plain function {SIGNATURE}; call asyncio.run(…) inside of it"
+        )
+    if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+        raise RewardMistake(f"{who} is a generator, because it has a yield: it must return all scores at once")
+    try:
+        signature = inspect.signature(reward)
+    except (ValueError, TypeError):  # some functions written in C have none: the first call tells
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise RewardMistake(
+            f"{who} has the signature {signature}: it is called with three arguments by position, {SIGNATURE}; {error}"
+        ) from error
+
+
+def scores_of(answer: Any, count: int, who: str) -> Float[np.ndarray, "B"]:
+    """Convert what a reward returned to float32, one number an image.
+
+    Accepted: an array or tensor of shape [count], of any real type, on any device, with or without gradient; a list of
+    numbers or of tensors without axes; and TRL's tuple (scores, metadata), whose metadata is left out.
+
+    Raises:
+        RewardMistake: it is something else. Shape [count, 1] is refused too: of one image alone it could as well be a
+            matrix of images and prompts.
+    """
+    answer = _without_metadata(answer)
+    try:
+        values = _array(answer)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise RewardMistake(_refusal(who, f"a {type(answer).__name__} ({error})", count)) from error
+    if values.shape != (count,) or values.dtype.kind not in REAL:
+        raise RewardMistake(_refusal(who, _described(answer, values), count))
+    with np.errstate(
+        over="ignore"
+    ):  # a number too large for float32 becomes infinite, which is not accepted as a score
+        return values.astype(np.float32)
+
+
+def _refusal(who: str, what: str, count: int) -> str:
+    return f"{who} returned {what} for {count} images: it must return one real number for each, of shape ({count},)"
+
+
+def _without_metadata(answer: Any) -> Any:
+    """Take the scores of TRL's (scores, metadata); two numbers in a tuple are scores."""
+    if (
+        isinstance(answer, tuple)
+        and len(answer) == 2
+        and not isinstance(answer[0], SCALARS)
+        and _is_metadata(answer[1])
+    ):
+        return answer[0]
+    return answer
+
+
+def _is_metadata(value: Any) -> bool:
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    return value is None or isinstance(value, Mapping) or (listed and all(isinstance(each, Mapping) for each in value))
+
+
+def _array(answer: Any) -> np.ndarray:
+    if isinstance(answer, torch.Tensor):
+        return _of_tensor(answer)
+    if isinstance(answer, list | tuple):
+        answer = [_of_tensor(each) if isinstance(each, torch.Tensor) else each for each in answer]
+    return np.asarray(answer)
+
+
+def _of_tensor(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    if tensor.is_floating_point():  # numpy has no bfloat16
+        tensor = tensor.double()
+    return tensor.cpu().numpy()
+
+
+def _described(answer: Any, values: np.ndarray) -> str:
+    if inspect.iscoroutine(answer):
+        answer.close()  # or Python warns that nobody awaited it
+    if answer is None:
+        return "nothing (None)"
+    if values.dtype == object and values.shape == ():
+        return f"a {type(answer).__name__}"
+    return f"{values.dtype} of shape {values.shape}"

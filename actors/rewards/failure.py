@@ -1,0 +1,67 @@
+"""What is said of a reward that raised: the error, the user's file and line, and the reward's own frames."""
+
+import sysconfig
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+from actors.rewards import contract
+
+ROOT = Path(__file__).parents[2]
+OURS = tuple(ROOT / folder for folder in ("actors", "common", "learner", "deploy"))
+INSTALLED = tuple(Path(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+LONGEST = 500  # characters of an error's text
+# After one of these every call to the device fails in this process, whatever it is asked for.
+POISONED = ("CUDA error", "device-side assert", "HIP error")
+
+
+class ScoringFailed(ValueError):
+    """A reward raised an error over a batch of images; another attempt, or fewer images, may go better."""
+
+    def __init__(self, reason: str, trace: str = "", poisoned: bool = False) -> None:
+        """
+        Args:
+            reason: one line: the reward, the error, and the user's file and line.
+            trace: the reward's own frames, for a person to read.
+            poisoned: the process cannot compute any more.
+        """
+        super().__init__(reason, trace, poisoned)
+        self.reason, self.trace, self.poisoned = reason, trace, poisoned
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def scoring_failed(name: str, error: BaseException) -> ScoringFailed:
+    """Describe what the reward `name` raised."""
+    frames = _frames(error.__traceback__)
+    own = _user_frame(frames)
+    text = " ".join(str(error).split())[:LONGEST]
+    says = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    place = f" at {own.filename}:{own.lineno}, in {own.name}" if own else ""
+    if isinstance(error, ValueError) and "read-only" in text:
+        says += " (images are read-only, because every reward is given the same ones: change a copy, images.copy())"
+    trace = "".join([*traceback.format_list(frames), *traceback.format_exception_only(error)]).rstrip()
+    return ScoringFailed(f"the reward {name!r} raised {says}{place}", trace, is_poisoned(error))
+
+
+def is_poisoned(error: BaseException) -> bool:
+    """Return whether an error leaves the process's device unusable, as an assertion on a GPU does."""
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in POISONED)
+
+
+def _frames(trace: TracebackType | None) -> list[traceback.FrameSummary]:
+    """Return the frames below the call of the reward."""
+    frames = list(traceback.extract_tb(trace))
+    calls = [number for number, frame in enumerate(frames) if Path(frame.filename) == Path(contract.__file__)]
+    return frames[calls[0] + 1 :] if calls and calls[0] + 1 < len(frames) else frames
+
+
+def _user_frame(frames: list[traceback.FrameSummary]) -> traceback.FrameSummary | None:
+    """Return the last frame in the user's own code; without one, the first: the reward itself."""
+    own = [frame for frame in frames if not _is_under(Path(frame.filename), (*INSTALLED, *OURS))]
+    return (own or frames[:1] or [None])[-1]
+
+
+def _is_under(path: Path, folders: tuple[Path, ...]) -> bool:
+    return "site-packages" in path.parts or any(path.is_relative_to(folder) for folder in folders)

@@ -1,0 +1,35 @@
+"""Stable Diffusion whose decoder ends its process over one image: that whose latents have the mean in `killer.txt`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.diffusion.policy import Role
+from common.diffusion.policy_stable_diffusion import StableDiffusion, StableDiffusionPolicy
+from common.recipe_tables import SamplingTable
+
+FILE = "killer.txt"
+
+
+class DeadlyPolicy(StableDiffusionPolicy):
+    """Its `killer` is set when it is made."""
+
+    killer: float
+
+    def decode(self, latents: Tensor) -> Tensor:
+        if any(abs(float(each.mean()) - self.killer) < 1e-7 for each in latents):
+            os.abort()
+        return super().decode(latents)
+
+
+class Deadly(StableDiffusion):
+    """Beside the model lies the mean."""
+
+    def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> DeadlyPolicy:
+        policy = super().make_policy(pipeline, device, sampling, role)
+        policy.__class__ = DeadlyPolicy
+        assert isinstance(policy, DeadlyPolicy)
+        policy.killer = float((Path(self.model) / FILE).read_text())
+        return policy

@@ -1,0 +1,65 @@
+"""An image that kills whoever scores or decodes it is found, set aside and named; all others keep their bits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from actors.sampler import Sampler
+from common.config import Recipe
+from common.schedule import round_tasks
+from deploy.parts import parts_of
+from learner.learner import Learner
+from tests.deadly_decoder import FILE
+from tests.faulty_rewards import KILLER, UNDECODABLE
+from tests.system.conftest import final_fingerprint
+
+FAULTS = "tests.faulty_rewards"
+
+
+def mean_of_latents(recipe: Recipe, number: int) -> float:
+    """Of the image in the first round whose prompt has this number."""
+    parts = parts_of(recipe)
+    weights = Learner(parts.policy, parts.algorithm, recipe).weights()[-1]
+    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
+    for task in round_tasks(recipe, 0, parts.prompts.load()):
+        for row, prompt in enumerate(task.prompts):
+            if prompt.metadata["number"] == number:
+                _, trajectory, _ = sampler.draw(task, weights)
+                assert trajectory is not None
+                return float(trajectory.final_latents[row].mean())
+    raise AssertionError(f"no prompt has the number {number}")
+
+
+@pytest.mark.system
+def test_images_that_kill_a_reward_worker_and_a_sampler_are_set_aside_and_change_nothing_else(
+    tables: dict, tmp_path: Path, cluster: None, capfd: pytest.CaptureFixture
+) -> None:
+    tables |= {"prompts": {"name": "function", "path": f"{FAULTS}:numbered_prompt"}}
+    tables["sampling"] |= {"batch_size": 16, "batches_per_round": 1}
+    calm = {**tables, "name": "calm", "reward": {"name": "function", "path": f"{FAULTS}:not_finite_for_the_same"}}
+    recipe = Recipe.parse(calm)
+    expected = final_fingerprint(recipe, serial=True)
+
+    model = tmp_path / "deadly"
+    shutil.copytree(tables["policy"]["model"], model)
+    (model / FILE).write_text(repr(mean_of_latents(recipe, UNDECODABLE)))
+    deadly = {**tables, "name": "deadly", "policy": {"name": "tests.deadly_decoder:Deadly", "model": str(model)}}
+    deadly["reward"] = {"name": "function", "path": f"{FAULTS}:dies_of_one"}
+    recipe = Recipe.parse(deadly)
+    capfd.readouterr()
+    assert final_fingerprint(recipe) == expected
+
+    lines = (Path(recipe.run_path()) / "metrics.jsonl").read_text().splitlines()
+    rounds = [json.loads(line) for line in lines]
+    assert [metrics["images_set_aside"] for metrics in rounds] == [2, 0]
+    assert sum(metrics.get("actor_restarts/sampler", 0) for metrics in rounds) == 4
+    assert sum(metrics.get("actor_restarts/reward_worker", 0) for metrics in rounds) == 4
+    said = capfd.readouterr().err
+    for number, reason in (
+        (KILLER, "the reward worker that scored it died, 2 times over it alone"),
+        (UNDECODABLE, "the sampler that decoded it died, 2 times over it alone"),
+    ):
+        (line,) = [line for line in said.splitlines() if f"prompt 'cat number {number}'" in line]
+        assert line.startswith("round 0, task 0") and line.endswith(f"is set aside: {reason}")
