@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
 from actors.score_cache import ScoreCache
+from common.base_parts import Base, entry_base
 from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.runtime import python_stacks, settle
 from common.trajectory import ImageBatch, Scores
@@ -22,6 +23,9 @@ class RewardWorker:
     def __init__(self, rewards: dict[str, Reward], table: RewardPoolTable, runtime: RuntimeTable) -> None:
         device = settle(runtime)
         self._rewards = {name: reward.load(device) for name, reward in rewards.items()}
+        self._base: Base = {}
+        for name, reward in rewards.items():
+            self._base |= entry_base(reward, "reward", reward.needs(), name)
         if table.cache:
             self._rewards |= {
                 name: ScoreCache(self._rewards[name], table.cache)
@@ -40,9 +44,13 @@ class RewardWorker:
         """The rewards' names."""
         return tuple(self._rewards)
 
-    def ready(self) -> bool:
-        """True, once the rewards are loaded."""
-        return True
+    def ready(self) -> Base:
+        """Return what was loaded, once it is."""
+        return self.loaded_parts()
+
+    def loaded_parts(self) -> Base:
+        """Return the fingerprints of what the rewards were made from."""
+        return self._base
 
     def stacks(self) -> str:
         """What this process is doing; answered from a thread of its own while a batch is scored."""

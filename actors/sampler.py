@@ -4,6 +4,7 @@ import os
 import socket
 import time
 
+from common.base_parts import Base
 from common.diffusion.policy import PolicyConfig
 from common.diffusion.rollout import draw, refuse_window_without_noise
 from common.lora_weights import LoraWeights
@@ -22,6 +23,7 @@ class Sampler:
         refuse_window_without_noise(self._policy, sampling)
         if policy.is_compiled("sampler"):
             self._policy.compile(sampling.batch_size)
+        self._base = policy.loaded_base("sampler")
         self._sampling = sampling
         self._fingerprint = ""
         self._modules_bound = 0
@@ -32,9 +34,13 @@ class Sampler:
         """As the dashboard's page of actors has it, beside run, role and number."""
         return self._called
 
-    def ready(self) -> bool:
-        """True, once the policy is loaded."""
-        return True
+    def ready(self) -> Base:
+        """Return what was loaded, once it is."""
+        return self.loaded_parts()
+
+    def loaded_parts(self) -> Base:
+        """Return the fingerprints of what the policy was made from."""
+        return self._base
 
     def stacks(self) -> str:
         """What this process is doing; answered from a thread of its own while a task is drawn."""

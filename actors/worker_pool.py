@@ -65,11 +65,21 @@ class Worker:
 class WorkerPool:
     """Holds as many actors as are wanted. `make(index)` starts one; a dead one is replaced after a growing pause."""
 
-    def __init__(self, name: str, role: str, make: Callable[[int], Any], count: int, budget: RestartBudget) -> None:
+    def __init__(
+        self,
+        name: str,
+        role: str,
+        make: Callable[[int], Any],
+        count: int,
+        budget: RestartBudget,
+        on_loaded: Callable[[str, Any], None] | None = None,
+    ) -> None:
+        """`on_loaded`: told who is loaded and what it says that it has loaded; it may raise an error."""
         self.name = name  # as `ddpo scale` knows it
         self.role = role  # as restarts are counted
         self._make = make
         self._budget = budget
+        self._on_loaded = on_loaded
         self._next_index = 0
         self._deaths_in_a_row = 0
         self._start_at: list[float] = []  # when replacements are due
@@ -144,7 +154,7 @@ class WorkerPool:
         if worker is None:
             return False
         try:
-            ray.get(reference)
+            loaded = ray.get(reference)
         except RayActorError as error:
             if error.actor_init_failed:  # the same would happen to the next one
                 raise
@@ -153,6 +163,8 @@ class WorkerPool:
             del self._loading[reference]
             worker.loading, worker.since = None, time.monotonic()
             self._list(worker)
+            if self._on_loaded:
+                self._on_loaded(f"{self.role} {worker.index}", loaded)
         return True
 
     def free(self, avoid: Worker | None = None) -> Worker | None:

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections import deque
 
+from common.base_parts import Base, as_tables
 from common.ledger import Ledger
 from common.round_metrics import RoundClock, memory_now, reward_metrics, round_metrics
 from common.run_folder import RunFolder
@@ -25,14 +26,22 @@ class Progress:
     """Takes a round when it is learned from; commits it when a checkpoint is due, or at once when the run is stopped."""
 
     def __init__(
-        self, parts: Parts, trackers: FanOut, evaluating: Evaluating, folder: RunFolder, checkpoint: Checkpoint | None
+        self,
+        parts: Parts,
+        trackers: FanOut,
+        evaluating: Evaluating,
+        folder: RunFolder,
+        checkpoint: Checkpoint | None,
+        base: Base,
     ) -> None:
         recipe = parts.recipe
         self._parts = parts
         self._checkpoints = folder.checkpoints
         self._trackers = trackers
         self.evaluating = evaluating
-        self._ledger = Ledger(folder.storage, recipe.rollouts)
+        self._base = base
+        started = recipe.start_from.model_dump() if recipe.start_from else None
+        self._ledger = Ledger(folder.storage, recipe.rollouts, {"base": as_tables(base), "start_from": started})
         self._done: Checkpoint | None = None  # after the last whole round of this start
         self.buffer = RoundBuffer(
             parts.algorithm,
@@ -95,6 +104,6 @@ class Progress:
     def commit(self) -> None:
         """Save what was learned since the last checkpoint."""
         if self._done and self._done.rounds_done > self._committed:
-            done = dataclasses.replace(self._done, evaluation=self.evaluating.state)
+            done = dataclasses.replace(self._done, evaluation=self.evaluating.state, base=self._base)
             save_checkpoint(self._checkpoints, done, self._parts.recipe.checkpoint.keep)
             self._committed = self._done.rounds_done

@@ -16,6 +16,7 @@ from actors.rollout_stream import RolloutStream, SerialPool, SerialRolloutStream
 from actors.sampler import Sampler
 from actors.scoring import ScoringPool
 from actors.worker_pool import RestartBudget, WorkerPool
+from common.base_parts import LoadedBase
 from common.config import Recipe
 from common.recipe_tables import RoleTable
 from common.reward_pools import RewardPool, all_pools, elastic_roles
@@ -41,8 +42,8 @@ class Workers:
             pool.close()
 
 
-def serial_workers(parts: Parts, supervision: Supervision) -> Workers:
-    """Everything in this process, for debugging. ValueError: the learner has several ranks."""
+def serial_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> Workers:
+    """Everything in this process, for debugging. ValueError: the learner has several ranks, or `base` refuses what was loaded."""
     recipe = parts.recipe
     if recipe.learner.ranks > 1:
         raise ValueError(
@@ -55,14 +56,18 @@ def serial_workers(parts: Parts, supervision: Supervision) -> Workers:
         for pool in all_pools(recipe)
     )
     learner = Learner(parts.policy, parts.algorithm, recipe)
+    base.take("learner", learner.loaded_parts())
+    base.take("sampler", sampler.loaded_parts())
+    for pool in pools:
+        base.take("reward worker" if pool.trains else "scorer", pool.worker.loaded_parts())
     stream = SerialRolloutStream(sampler, pools, _settings(recipe, supervision))
     return Workers(stream, SerialLearnerGroup(learner))
 
 
-def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
+def ray_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> Workers:
     """Actors of all roles, on the cluster that RAY_ADDRESS names or on one started here.
 
-    ValueError: the cluster cannot hold a role, or a role could not be made ready in time.
+    ValueError: the cluster cannot hold a role, a role could not be made ready in time, or `base` refuses what one has loaded.
     """
     recipe = parts.recipe
     connect(recipe)
@@ -74,11 +79,11 @@ def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
     # The learner comes first: on a cluster that is too small for all, it must have its place.
     make_learner = _learner_maker(parts)
     learner_actors = make_learner()
-    scoring = tuple(_reward_workers(parts, pool, budget) for pool in all_pools(recipe))
-    pools = Pools(_samplers(parts, budget), scoring, budget)
+    scoring = tuple(_reward_workers(parts, pool, budget, base) for pool in all_pools(recipe))
+    pools = Pools(_samplers(parts, budget, base), scoring, budget)
     stream = RayRolloutStream(pools, _settings(recipe, supervision))
     on_death = functools.partial(budget.spend, "learner")
-    learner = RayLearnerGroup(learner_actors, make_learner, stream.work_until, on_death)
+    learner = RayLearnerGroup(learner_actors, make_learner, stream.work_until, on_death, base.take)
     workers = Workers(stream, learner, pools.all)
     with contextlib.ExitStack() as unless_loaded:
         unless_loaded.callback(workers.close)
@@ -89,18 +94,19 @@ def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
     return workers
 
 
-def _samplers(parts: Parts, budget: RestartBudget) -> WorkerPool:
+def _samplers(parts: Parts, budget: RestartBudget, base: LoadedBase) -> WorkerPool:
     table, recipe = parts.recipe.samplers, parts.recipe
     make = _maker(Sampler, "sampler", table, recipe, (parts.policy, recipe.sampling, recipe.runtime))
-    return WorkerPool("samplers", "sampler", make, table.count, budget)
+    return WorkerPool("samplers", "sampler", make, table.count, budget, base.take)
 
 
-def _reward_workers(parts: Parts, pool: RewardPool, budget: RestartBudget) -> ScoringPool:
+def _reward_workers(parts: Parts, pool: RewardPool, budget: RestartBudget, base: LoadedBase) -> ScoringPool:
     recipe, rewards = parts.recipe, parts.rewards_of(pool)
     role = pool.name.replace("reward_workers", "reward-worker").replace(".", "-") if pool.trains else "scorer"
     make = _maker(RewardWorker, role, pool.table, recipe, (rewards, pool.table, recipe.runtime))
     independent = all(reward.independent_of_batch for reward in rewards.values())
-    workers = WorkerPool(pool.name, "reward_worker" if pool.trains else "scorer", make, pool.table.count, budget)
+    counted = "reward_worker" if pool.trains else "scorer"
+    workers = WorkerPool(pool.name, counted, make, pool.table.count, budget, base.take)
     return ScoringPool(workers, pool.rewards, pool.table, independent, pool.trains)
 
 

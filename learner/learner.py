@@ -5,6 +5,7 @@ import time
 import numpy as np
 import torch
 
+from common.base_parts import Base, entry_base
 from common.config import Recipe
 from common.diffusion.lora import load_weights, read_weights, trained_parameters
 from common.diffusion.policy import PolicyConfig
@@ -46,6 +47,7 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)  # the adapters' first values
             self._policy = policy.load(self._device, recipe.sampling, "learner")
+        self._base = policy.loaded_base("learner") | entry_base(algorithm, "algorithm")
         # Only the loaded model's schedule tells how many steps have noise.
         algorithm.check_micro_batches(recipe, len(self._policy.noisy_steps))
         self._micro_batch_size = micro_batch_size(self._policy, policy, algorithm, recipe)
@@ -87,6 +89,10 @@ class Learner:
     def stacks(self) -> str:
         """What this process is doing; answered from a thread of its own while it learns."""
         return python_stacks()
+
+    def loaded_parts(self) -> Base:
+        """Return the fingerprints of what policy and algorithm were made from."""
+        return self._base
 
     def weights(self) -> tuple[LoraWeights, ...]:
         """The versions that samplers may still be asked for, the newest last."""

@@ -9,8 +9,10 @@ import ray
 from jaxtyping import Float
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
+from common.base_parts import Base
 from common.lora_weights import LoraWeights
 from common.trajectory import Rollout, Scored, TrainBatch
+from learner.call_names import title_of
 from learner.learner import Learner
 from learner.learner_state import LearnerState
 from learner.rank_group import Meeting, OtherRankFailed, RankLost
@@ -103,12 +105,6 @@ class SerialLearnerGroup(LearnerGroup):
         """It ends with this process."""
 
 
-def title_of(batch: TrainBatch, rank: int = 0, ranks: int = 1) -> str:
-    """What is learned from, as the dashboard shows it; the class comes first because Ray makes it the process's name too."""
-    which = f"Learner rank {rank} of {ranks}" if ranks > 1 else "Learner"
-    return f"{which}: learn from round {batch.round}" + (f", part {batch.part}" if batch.parts > 1 else "")
-
-
 class RayLearnerGroup(LearnerGroup):
     """The learner's ranks, one or several, each on a Ray actor; trajectories go to them by reference, straight from their nodes.
 
@@ -117,14 +113,20 @@ class RayLearnerGroup(LearnerGroup):
     """
 
     def __init__(
-        self, actors: list[Any], make: Callable[[], list[Any]], wait: Wait, on_death: Callable[[str], None]
+        self,
+        actors: list[Any],
+        make: Callable[[], list[Any]],
+        wait: Wait,
+        on_death: Callable[[str], None],
+        on_loaded: Callable[[str, Base], None] | None = None,
     ) -> None:
         """The ranks' actors, rank 0 first. `make` starts others in their place, `wait` waits until one of some references is
-        there, `on_death` counts deaths and may refuse another start."""
+        there, `on_death` counts deaths and may refuse another start, `on_loaded` is told what each rank has loaded."""
         self._actors = actors
         self._make = make
         self._wait = wait
         self._on_death = on_death
+        self._on_loaded = on_loaded
         self._meeting: Meeting | None = None  # has to outlive the ranks
         self._state: LearnerState | None = None  # after the last whole round
         self._begun: list[Scored] = []  # parts of the present round
@@ -133,6 +135,7 @@ class RayLearnerGroup(LearnerGroup):
     def wait_until_loaded(self) -> None:
         """Wait for the actors, and until they have met; an error of a constructor is raised."""
         self._meet()
+        self._compare_loaded()
         self._state = self._call("state")
 
     def _meet(self) -> None:
@@ -143,6 +146,12 @@ class RayLearnerGroup(LearnerGroup):
             self._answers([actor.join.remote(self._meeting.address) for actor in self._actors], loading=True)
         except RayError as error:
             self._restart(error)
+
+    def _compare_loaded(self) -> None:
+        if self._on_loaded is None:
+            return
+        for rank, loaded in enumerate(self._call_all("loaded_parts")):
+            self._on_loaded(f"learner rank {rank}" if len(self._actors) > 1 else "learner", loaded)
 
     def _answers(self, references: list[Any], loading: bool = False) -> list[Any]:
         """What these lead to. The first that fails ends it: what another rank waits for may never come."""
@@ -162,11 +171,15 @@ class RayLearnerGroup(LearnerGroup):
         return [found[reference] for reference in references]
 
     def _call(self, method: str, *arguments: Any, everywhere: bool = False) -> Any:
-        """One call on rank 0, or on all; on new actors from the last state where one dies."""
+        """One call on rank 0, or on all; rank 0's answer."""
+        return self._call_all(method, *arguments, count=None if everywhere else 1)[0]
+
+    def _call_all(self, method: str, *arguments: Any, count: int | None = None) -> list[Any]:
+        """One call on each of the first ranks, or on all; on new actors from the last state where one dies."""
         while True:
-            actors = self._actors if everywhere else self._actors[:1]
             try:
-                return self._answers([getattr(actor, method).remote(*arguments) for actor in actors], loading=True)[0]
+                calls = [getattr(actor, method).remote(*arguments) for actor in self._actors[:count]]
+                return self._answers(calls, loading=True)
             except RayError as error:
                 self._restart(error)
 
@@ -185,6 +198,7 @@ class RayLearnerGroup(LearnerGroup):
         self.close()
         self._actors = self._make()
         self._meet()
+        self._compare_loaded()
         if self._state is not None:
             self._call("load_state", ray.put(self._state), everywhere=True)
 

@@ -35,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("train", help="run a recipe", epilog="--section.key VALUE changes any key of the recipe")
     verb.add_argument("recipe", help="a TOML file, such as deploy/recipes/demo.toml")
     verb.add_argument("--resume", choices=["auto"], help="go on from the run's newest checkpoint, if it has one")
+    from_help = "begin with the weights of an earlier run: its last, those after ROUND, or those under best/ (RUN@best)"
+    verb.add_argument("--from", dest="start_from", metavar="RUN[@ROUND]", help=from_help)
     verb.add_argument("--serial", action="store_true", help="one process, without Ray, for debugging")
 
     verb = verbs.add_parser("plan", help="print the sizes that follow from a recipe")
