@@ -94,7 +94,9 @@ def _add_evaluate(verbs: Any) -> None:
     )
     verb.add_argument("--against", default="pretrained", metavar="WEIGHTS", help="by default the %(default)s model")
     verb.add_argument("--recipe", help="whose model, prompts, rewards and scorers to use; by default the first run's")
-    verb.add_argument("--output", default="evaluation", metavar="FOLDER", help="by default %(default)s")
+    verb.add_argument(
+        "--output", metavar="FOLDER", help="without an earlier result; by default evaluation, evaluation-2, …"
+    )
 
 
 def _add_push(verbs: Any) -> None:
