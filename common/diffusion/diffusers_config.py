@@ -117,10 +117,10 @@ class DiffusersConfig(PolicyConfig):
 
     def files_of(self, role: Role) -> tuple[Weights, ...]:
         """Return the files of each part that the role loads, to be fingerprinted."""
-        (model,) = self.needs()
+        model, *others = self.needs()
         beside = ("vae", *self.text_parts, *self.tokenizers) if role == "sampler" else ()
         parts = [f"{part}/*.{kind}" for part in (self.network_name, "scheduler", *beside) for kind in PART_FILES]
-        return (Weights(model.source, ("model_index.json", *parts), model.key),)
+        return (Weights(model.source, ("model_index.json", *parts), model.key), *others)
 
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
         configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
