@@ -80,9 +80,12 @@ def _without_passwords(text: str) -> str:
 def _train(options: argparse.Namespace) -> int:
     from common.config import Recipe
     from common.run_folder import RunFolder
+    from deploy.start_from import start_from_of
     from train import BROKE_OFF, Stopped, train
 
     recipe = Recipe.load(options.recipe, options.overrides)
+    if options.start_from:
+        recipe = recipe.model_copy(update={"start_from": start_from_of(options.start_from)})
     try:
         train(recipe, resume=options.resume == "auto", serial=options.serial)
     except Stopped as stopped:

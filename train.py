@@ -20,10 +20,10 @@ from deploy.evaluating import Evaluating
 from deploy.hub import check_push
 from deploy.parts import Parts, parts_of
 from deploy.progress import Progress
+from deploy.start import start_of
 from deploy.supervision import Stopped, Supervision
 from deploy.workers import Workers, ray_workers, serial_workers
 from learner.learner_group import Learned, TrajectoriesLost
-from learner.resume import resume_point
 from learner.round_buffer import TooManySetAside
 from learner.weight_check import WeightsDidNotArrive
 
@@ -40,16 +40,17 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
     parts, folder = parts_of(recipe), RunFolder(recipe.run_path())
     folder.create()
     with Lease(folder) as lease, Supervision(folder, recipe, lease) as supervision:
-        checkpoint = resume_point(folder, parts.resolved(), resume)
+        start = start_of(folder, parts, resume)
+        parts, checkpoint = start.parts, start.checkpoint
         check_push(recipe)
         trackers = FanOut(parts.trackers)
-        workers = serial_workers(parts, supervision) if serial else ray_workers(parts, supervision)
+        workers = (serial_workers if serial else ray_workers)(parts, supervision, start.base)
         try:
             with folder.token() as token:
                 workers.learner.check_folder(folder.location, token)
-            folder.write_recipe(parts.resolved())
+            start.write(folder)
             evaluating = Evaluating(parts, folder, workers, trackers)
-            progress = Progress(parts, trackers, evaluating, folder, checkpoint)
+            progress = Progress(parts, trackers, evaluating, folder, checkpoint, start.base.parts)
             ids = checkpoint.tracker_ids if checkpoint else {}
             run = RunInfo(recipe.name, folder.location, parts.resolved(), recipe.rounds, progress.rounds_done, ids)
             trackers.start(run)

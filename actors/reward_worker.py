@@ -10,6 +10,7 @@ from actors.rewards.contract import under_contract
 from actors.rewards.failure import scoring_failed
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
 from actors.score_cache import ScoreCache
+from common.base_parts import Base, entry_base
 from common.loading import loading
 from common.machine import this_machine
 from common.recipe_tables import RewardPoolTable, RuntimeTable
@@ -24,9 +25,11 @@ class RewardWorker:
         self._called = f"RewardWorker of {', '.join(rewards)}"
         self._rewards: dict[str, LoadedReward] = {}
         device = settle(runtime)
+        self._base: Base = {}
         for name, reward in rewards.items():
             with loading(f"the reward is {name!r}", reward.needs):
                 self._rewards[name] = under_contract(reward.load(device), f"the reward {name!r}")
+            self._base |= entry_base(reward, "reward", reward.needs(), name)
         if table.cache:
             self._rewards |= {
                 name: ScoreCache(self._rewards[name], table.cache)
@@ -46,9 +49,13 @@ class RewardWorker:
         """The rewards' names."""
         return tuple(self._rewards)
 
-    def ready(self) -> bool:
-        """True, once the rewards are loaded."""
-        return True
+    def ready(self) -> Base:
+        """Return what was loaded, once it is."""
+        return self.loaded_parts()
+
+    def loaded_parts(self) -> Base:
+        """Return the fingerprints of what the rewards were made from."""
+        return self._base
 
     def stacks(self) -> str:
         """What this process is doing; answered from a thread of its own while a batch is scored."""

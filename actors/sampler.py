@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 
 from actors.suspects import PLAIN, Care
+from common.base_parts import Base
 from common.diffusion.policy import PolicyConfig
 from common.diffusion.rollout import draw, refuse_window_without_noise
 from common.loading import loading
@@ -32,6 +33,7 @@ class Sampler:
         refuse_window_without_noise(self._policy, sampling)
         if policy.is_compiled("sampler"):
             self._policy.compile(sampling.batch_size)
+        self._base = policy.loaded_base("sampler")
         self._sampling = sampling
         self._machine = this_machine(device)
         self._fingerprint = ""
@@ -43,9 +45,13 @@ class Sampler:
         """As the dashboard's page of actors has it, beside run, role and number."""
         return self._called
 
-    def ready(self) -> bool:
-        """True, once the policy is loaded."""
-        return True
+    def ready(self) -> Base:
+        """Return what was loaded, once it is."""
+        return self.loaded_parts()
+
+    def loaded_parts(self) -> Base:
+        """Return the fingerprints of what the policy was made from."""
+        return self._base
 
     def stacks(self) -> str:
         """What this process is doing; answered from a thread of its own while a task is drawn."""

@@ -72,6 +72,8 @@ class WorkerPool:
         self.name = name  # as `ddpo scale` knows it
         self.role = role  # as restarts are counted
         self.on_death: Callable[[Death], None] = lambda death: None  # set by who tells of it
+        # Set by who compares what workers have loaded: told who it is and what it has loaded; it may raise an error.
+        self.on_loaded: Callable[[str, Any], None] = lambda who, loaded: None
         self._make = make
         self._budget = budget
         self._next_index = 0
@@ -159,6 +161,7 @@ class WorkerPool:
             del self._loading[reference]
             worker.loading, worker.since = None, time.monotonic()
             self._list(worker)
+            self.on_loaded(f"{self.role} {worker.index}", answer)
         return True
 
     def free(self, avoid: Worker | None = None) -> Worker | None:

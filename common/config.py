@@ -26,6 +26,7 @@ from common.recipe_tables import (
     RuntimeTable,
     SamplersTable,
     SamplingTable,
+    StartFromTable,
     Table,
 )
 from common.registry import explain
@@ -41,6 +42,7 @@ class Recipe(Table):
     seed: int = Field(default=0, ge=0, lt=2**63)
     rounds: int = Field(ge=1)
     max_policy_lag: int = Field(default=0, ge=0)
+    start_from: StartFromTable | None = None
     policy: Choice
     prompts: PromptsTable
     sampling: SamplingTable

@@ -4,6 +4,7 @@ The round stands in the folder's name alone, as other programs read it: pandas, 
 """
 
 import io
+import json
 import re
 from typing import Any
 
@@ -20,6 +21,7 @@ from common.unwritten import Unwritten
 
 FOLDER = "rollouts"
 FILE = "images.parquet"
+ABOUT = "ray_ddpo"
 ROUND_FOLDER = re.compile(r"round=(\d+)")
 OF_ITS_GROUP = "an image of its group was set aside"
 COLUMNS = {
@@ -46,10 +48,22 @@ NOT_DRAWN = ("scored_on", "set_aside", "reward", "advantage")
 class Ledger:
     """Writes and reads a run's `rollouts/`. A round's file is whole or absent; writing a round again replaces it."""
 
-    def __init__(self, storage: Storage, table: RolloutsTable, unwritten: Unwritten | None = None) -> None:
-        """`unwritten` keeps what the storage refuses for the moment; without it, that is a StorageError."""
+    def __init__(
+        self,
+        storage: Storage,
+        table: RolloutsTable,
+        about: dict[str, Any] | None = None,
+        unwritten: Unwritten | None = None,
+    ) -> None:
+        """Open a run's ledger.
+
+        Args:
+            about: what a round's file says of all its rows, in the parquet schema's metadata under ABOUT.
+            unwritten: keeps what the storage refuses for the moment; without it, that is a StorageError.
+        """
         self._storage = storage.folder(FOLDER)
         self._table = table
+        self._about = about or {}
         self._write = unwritten.write if unwritten else Storage.write
 
     def wants_pictures(self, round: int) -> bool:
@@ -79,6 +93,7 @@ class Ledger:
         table = pa.table({name: pa.array(columns[name], kind, from_pandas=True) for name, kind in types.items()})
         if pictures is not None and self.wants_pictures(batch.round):
             table = table.append_column("picture", pa.array([png(image) for task in pictures for image in task]))
+        table = table.replace_schema_metadata({ABOUT: json.dumps(self._about)})
         buffer = io.BytesIO()
         parquet.write_table(table, buffer)
         self._write(self._storage, f"{_folder(batch.round)}/{FILE}", buffer.getvalue())
@@ -106,6 +121,10 @@ class Ledger:
             raise ValueError(f"the ledger {self._storage.location} has no round {round}: {has}") from error
         table = parquet.read_table(pa.BufferReader(data))
         return table.add_column(0, "round", pa.array([round] * len(table), pa.int32()))
+
+    def about(self, round: int) -> dict[str, Any]:
+        """Return what a round's file says of all its rows. ValueError: the ledger does not have the round."""
+        return json.loads((self.read(round).schema.metadata or {}).get(ABOUT.encode(), b"{}"))
 
 
 def _folder(round: int) -> str:

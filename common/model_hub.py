@@ -128,6 +128,18 @@ def damaged_files(weights: Weights) -> list[str]:
     return damaged
 
 
+def files_here(weights: Weights) -> dict[str, Path]:
+    """Return the files that are on this machine, by their path below the source. Asks no hub and loads nothing."""
+    folder = _folder_here(weights)
+    found: dict[str, Path] = {}
+    if folder is None:
+        return found
+    for name in weights.files:
+        paths = [folder / name] if (folder / name).is_file() else sorted(folder.glob(name))
+        found |= {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
+    return found
+
+
 def _folder_here(weights: Weights) -> Path | None:
     folder = Path(weights.source).expanduser()
     if folder.is_dir() or not is_hub_name(weights.source):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from common.model_hub import Weights, file_of
 from common.registry import Entry, Room, import_object
 
 PROMPTS: Room = {
@@ -46,6 +47,10 @@ class PromptSource(Entry, ABC):
     def held_out(self) -> list[str]:
         """Prompts of the source that are never drawn, for evaluation."""
         return []
+
+    def needs(self) -> tuple[Weights, ...]:
+        """Return the files that `load` reads; none where the prompts ship with the project or stand in the recipe."""
+        return ()
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -108,6 +113,9 @@ class File(PromptSource):
     path: str
     leave_out: tuple[str, ...] = ()  # never drawn: for evaluation
 
+    def needs(self) -> tuple[Weights, ...]:
+        return (file_of(self.path, "", "", "prompts.path"),)
+
     def listed(self) -> list[str]:
         return _without(_read_lines(Path(os.path.expanduser(self.path))), self.leave_out)
 
@@ -122,6 +130,9 @@ class Function(PromptSource):
     """`path` is module:function; the function takes a numpy Generator and returns a text, or (text, metadata)."""
 
     path: str = Field(pattern=r"^[\w.]+:\w+$")
+
+    def user_modules(self) -> dict[str, str]:
+        return {**super().user_modules(), "path": self.path.partition(":")[0]}
 
     def listed(self) -> None:
         return None

@@ -231,6 +231,14 @@ class GuardTable(Table):
     best_by: str = "reward"  # whose mean over the evaluation tells the best version: "reward", a reward, or a scorer
 
 
+class StartFromTable(Table):
+    """An earlier run whose weights this one starts from, as `ddpo train RECIPE --from RUN[@ROUND]` fills it in."""
+
+    run: str = Field(min_length=1)  # its folder
+    round: Annotated[int, Field(ge=1)] | Literal["best"] | None = None  # so many rounds done; none: its last weights
+    fingerprint: str | None = None  # of these weights; filled in when the run begins
+
+
 class PushTable(Table):
     """Whether the weights are published on the Hugging Face hub when the run has ended, and how; `ddpo push` goes by it too."""
 

@@ -6,6 +6,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from common.user_sources import is_of_the_project
+
 Room = dict[str, str]  # name in a recipe -> "module:Class"
 
 
@@ -13,6 +15,11 @@ class Entry(BaseModel):
     """A choice in a room. Its fields are its hyperparameters; it travels in bytes and is made live by `load`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def user_modules(self) -> dict[str, str]:
+        """Return the modules outside the project that decide what this entry does, by the key that names them."""
+        own = type(self).__module__
+        return {} if is_of_the_project(own) else {"name": own}
 
 
 EntryT = TypeVar("EntryT", bound=Entry)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tomli_w
 from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 
+from common.base_parts import Base, as_tables, read_base
 from common.config import Recipe
 from common.diffusion.weight_files import TRAINED_PARTS
 from common.package_versions import VERSIONED, package_version
@@ -22,6 +23,7 @@ from common.unwritten import Unwritten
 START_SECONDS = 5.0  # in which an object store has to take a first file
 PROBE_BYTES = 2**16
 CONTROL = "control.json"  # what `ddpo scale` asks of the driver
+BASE_FILE = "base.json"  # what the run stands on, part by part
 WATCHDOG = "watchdog.txt"
 TOKEN = "token.txt"
 GUARD = "guard.json"  # in the folder of a run that the guard has ended
@@ -110,10 +112,27 @@ class RunFolder:
         """Whether this is, seen from this process, the folder that `token` lies in."""
         return self.storage.exists(TOKEN) and self.storage.read(TOKEN) == token.encode()
 
-    def write_recipe(self, tables: dict[str, Any]) -> None:
-        """The recipe as resolved, which is itself a recipe, with the versions that ran it in its head."""
-        versions = "".join(f"# {package} {package_version(package)}\n" for package in VERSIONED)
-        self.storage.write(self.recipe, (versions + tomli_w.dumps(without_none(tables))).encode())
+    def write_recipe(self, tables: dict[str, Any], base: Base | None = None) -> None:
+        """The recipe as resolved, which is itself a recipe, with the versions that ran it and what it stands on in its head.
+
+        With `base` its parts are written beside it, first: a folder with a recipe has them.
+        """
+        head = "".join(f"# {package} {package_version(package)}\n" for package in VERSIONED)
+        if base is not None:
+            self.storage.write(BASE_FILE, json.dumps(as_tables(base), indent=1).encode())
+            head += "".join(f"# {name} sha256 {part.sha256}\n" for name, part in sorted(base.items()))
+        self.storage.write(self.recipe, (head + tomli_w.dumps(without_none(tables))).encode())
+
+    def base(self) -> Base:
+        """Return what the run stands on. ValueError: the file that says so is missing or cannot be used."""
+        where = f"{self.location}/{BASE_FILE}"
+        try:
+            return read_base(self.storage.read(BASE_FILE), where)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{where} is missing: without it nobody can tell whether model, prompts and rewards are still those of the "
+                "run; restore the file, or begin a new run"
+            ) from None
 
     def guard_ended(self) -> dict[str, Any] | None:
         """Where the guard has ended the run: at which version, its alarms, and whose weights are the run's (None: the last's)."""

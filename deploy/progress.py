@@ -5,6 +5,7 @@ import sys
 import time
 from collections import deque
 
+from common.base_parts import Base, as_tables
 from common.ledger import Ledger
 from common.machine import Machine
 from common.round_metrics import RoundClock, memory_now, reward_metrics, round_metrics
@@ -30,7 +31,13 @@ class Progress:
     """Takes a round when it is learned from; commits it when a checkpoint is due, or at once when the run is stopped."""
 
     def __init__(
-        self, parts: Parts, trackers: FanOut, evaluating: Evaluating, folder: RunFolder, checkpoint: Checkpoint | None
+        self,
+        parts: Parts,
+        trackers: FanOut,
+        evaluating: Evaluating,
+        folder: RunFolder,
+        checkpoint: Checkpoint | None,
+        base: Base,
     ) -> None:
         recipe = parts.recipe
         self._parts = parts
@@ -39,7 +46,10 @@ class Progress:
         self._failed_rounds = 0  # in a row
         self._trackers = trackers
         self.evaluating = evaluating
-        self._ledger = Ledger(folder.storage, recipe.rollouts, folder.unwritten)
+        self._base = base
+        started = recipe.start_from.model_dump() if recipe.start_from else None
+        about = {"base": as_tables(base), "start_from": started}
+        self._ledger = Ledger(folder.storage, recipe.rollouts, about, folder.unwritten)
         self._done: Checkpoint | None = None  # after the last whole round of this start
         self.buffer = RoundBuffer(
             parts.algorithm,
@@ -143,6 +153,6 @@ class Progress:
         """Save what was learned since the last checkpoint, after all that a resumed run takes as written before it."""
         self.flush()
         if self._done and self._done.rounds_done > self._committed:
-            done = dataclasses.replace(self._done, evaluation=self.evaluating.state)
+            done = dataclasses.replace(self._done, evaluation=self.evaluating.state, base=self._base)
             save_checkpoint(self._checkpoints, done, self._parts.recipe.checkpoint.keep)
             self._committed = self._done.rounds_done

@@ -17,6 +17,7 @@ from actors.rollout_stream import RolloutStream, SerialPool, SerialRolloutStream
 from actors.sampler import Sampler
 from actors.scoring import ScoringPool
 from actors.worker_pool import RestartBudget, WorkerPool
+from common.base_parts import LoadedBase
 from common.config import Recipe
 from common.deaths import Death, in_one_line
 from common.loading import RoleNotStarted, starting
@@ -61,8 +62,8 @@ class Workers:
             each.close()
 
 
-def serial_workers(parts: Parts, supervision: Supervision) -> Workers:
-    """Everything in this process, for debugging. ValueError: the learner has several ranks."""
+def serial_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> Workers:
+    """Everything in this process, for debugging. ValueError: the learner has several ranks, or `base` refuses what was loaded."""
     recipe = parts.recipe
     if recipe.learner.ranks > 1:
         raise ValueError(
@@ -71,16 +72,19 @@ def serial_workers(parts: Parts, supervision: Supervision) -> Workers:
         )
     with starting("sampler"):
         sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
-    pools = tuple(_serial_pool(parts, pool) for pool in all_pools(recipe))
+    pools = tuple(_serial_pool(parts, pool, base) for pool in all_pools(recipe))
     with starting("learner"):
         learner = Learner(parts.policy, parts.algorithm, recipe)
+    base.take("learner", learner.loaded_parts())
+    base.take("sampler", sampler.loaded_parts())
     stream = SerialRolloutStream(sampler, pools, _settings(recipe, supervision))
     return Workers(stream, SerialLearnerGroup(learner))
 
 
-def _serial_pool(parts: Parts, pool: RewardPool) -> SerialPool:
+def _serial_pool(parts: Parts, pool: RewardPool, base: LoadedBase) -> SerialPool:
     with starting(_in_words(pool)):
         worker = RewardWorker(parts.rewards_of(pool), pool.table, parts.recipe.runtime)
+    base.take(_in_words(pool), worker.loaded_parts())
     return SerialPool(worker, pool.table, pool.trains)
 
 
@@ -88,10 +92,10 @@ def _in_words(pool: RewardPool) -> str:
     return "reward worker" if pool.trains else "scorer"
 
 
-def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
+def ray_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> Workers:
     """Actors of all roles, on the cluster that RAY_ADDRESS names or on one started here.
 
-    ValueError: the cluster cannot hold a role, or a role could not be made ready in time.
+    ValueError: the cluster cannot hold a role, a role could not be made ready in time, or `base` refuses what one has loaded.
     """
     recipe = parts.recipe
     output = RoleOutput(RunFolder(recipe.run_path()).logs)
@@ -107,10 +111,12 @@ def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
     learner_actors = make_learner()
     scoring = tuple(_reward_workers(parts, pool, budget, lines) for pool in all_pools(recipe))
     pools = Pools(_samplers(parts, budget, lines), scoring, budget)
+    for pool in pools.all:
+        pool.on_loaded = base.take
     stream = RayRolloutStream(pools, _settings(recipe, supervision))
-    learner = RayLearnerGroup(
-        learner_actors, make_learner, stream.work_until, functools.partial(_learner_died, budget, lines)
-    )
+    on_death = functools.partial(_learner_died, budget, lines)
+    learner = RayLearnerGroup(learner_actors, make_learner, stream.work_until, on_death)
+    learner.on_loaded = base.take
     workers = Workers(stream, learner, pools.all, (lines, output), supervision)
     with contextlib.ExitStack() as unless_loaded:
         unless_loaded.callback(workers.close)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 from safetensors import SafetensorError
 
+from common.base_parts import BASE, Base, as_tables
 from common.lora_weights import LoraWeights, verified
 from common.machine import Machine
 from common.storage import Storage, StorageError
@@ -35,6 +36,7 @@ class Checkpoint:
     ledger_rounds: int = 0  # in the ledger
     set_aside: dict[int, list[int]] = field(default_factory=dict)  # round: its images that were not learned from
     evaluation: EvaluationState = EvaluationState()
+    base: Base = field(default_factory=dict)  # what the weights stand on
 
 
 def save_checkpoint(folder: Storage, checkpoint: Checkpoint, keep: int, shard_bytes: int = SHARD_BYTES) -> Storage:
@@ -115,6 +117,7 @@ def _files(checkpoint: Checkpoint, shards: list[Shards]) -> Iterator[tuple[str, 
         "ledger_rounds": checkpoint.ledger_rounds,
         "set_aside": checkpoint.set_aside,
         "evaluation": _evaluation_header(checkpoint.evaluation),
+        "base": as_tables(checkpoint.base),
     }
     if several := {each.file: len(each.parts) for each in shards if len(each.parts) > 1}:
         state["shards"] = several
@@ -176,6 +179,15 @@ def newest_checkpoint(folder: Storage) -> Storage | None:
     return next(whole_checkpoints(folder), None)
 
 
+def checkpoint_of(folder: Storage, rounds_done: int) -> Storage:
+    """Return the newest whole checkpoint after so many rounds. ValueError: it was not kept."""
+    whole = {_place(each.name)[0]: each for each in reversed(list(whole_checkpoints(folder)))}
+    if rounds_done not in whole:
+        there = ", ".join(map(str, sorted(whole))) or "none"
+        raise ValueError(f"{folder.location} keeps no whole checkpoint after round {rounds_done}, but after: {there}")
+    return whole[rounds_done]
+
+
 def _is_whole(checkpoint: Storage) -> bool:
     try:
         manifest = json.loads(checkpoint.read(MANIFEST))
@@ -216,6 +228,7 @@ def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
         state.get("ledger_rounds", 0),
         {int(round): images for round, images in state.get("set_aside", {}).items()},
         _load_evaluation(checkpoint, state),
+        BASE.validate_python(state.get("base", {})),
     )
 
 

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import torch
 
+from common.base_parts import Base, entry_base
 from common.config import Recipe
 from common.diffusion.lora import load_weights, read_weights, trained_parameters
 from common.diffusion.policy import PolicyConfig
@@ -52,6 +53,7 @@ class Learner:
         with torch.random.fork_rng(devices=[]), loading(f"policy.model is {policy.model!r}", policy.needs):
             torch.manual_seed(recipe.seed)  # the adapters' first values
             self._policy = policy.load(self._device, recipe.sampling, "learner")
+        self._base = policy.loaded_base("learner") | entry_base(algorithm, "algorithm")
         # Only the loaded model's schedule tells how many steps have noise.
         algorithm.check_micro_batches(recipe, len(self._policy.noisy_steps))
         self._micro_batch_size = micro_batch_size(self._policy, policy, algorithm, recipe)
@@ -89,9 +91,9 @@ class Learner:
         self._use_micro_batch_size(int(self._ranks.least(self._micro_batch_size)))
         self._ranks.check_equal(self._parameters.values())
 
-    def ready(self) -> bool:
-        """Return True once the policy is loaded."""
-        return True
+    def ready(self) -> Base:
+        """Return what was loaded, once it is."""
+        return self.loaded_parts()
 
     def stacks(self) -> str:
         """What this process is doing; answered from a thread of its own while it learns."""
@@ -100,6 +102,10 @@ class Learner:
     def machine(self) -> Machine:
         """Return what this process computes on."""
         return self._machine
+
+    def loaded_parts(self) -> Base:
+        """Return the fingerprints of what policy and algorithm were made from."""
+        return self._base
 
     def weights(self) -> tuple[LoraWeights, ...]:
         """The versions that samplers may still be asked for, the newest last."""

@@ -9,11 +9,13 @@ import ray
 from jaxtyping import Float
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
+from common.base_parts import Base
 from common.deaths import Death
 from common.loading import RoleNotStarted
 from common.lora_weights import LoraWeights
 from common.machine import Machine
 from common.trajectory import Rollout, Scored, TrainBatch
+from learner.call_names import title_of
 from learner.learner import Learner
 from learner.learner_state import LearnerState
 from learner.rank_group import Meeting, OtherRankFailed, RankLost
@@ -113,12 +115,6 @@ class SerialLearnerGroup(LearnerGroup):
         """It ends with this process."""
 
 
-def title_of(batch: TrainBatch, rank: int = 0, ranks: int = 1) -> str:
-    """What is learned from, as the dashboard shows it; the class comes first because Ray makes it the process's name too."""
-    which = f"Learner rank {rank} of {ranks}" if ranks > 1 else "Learner"
-    return f"{which}: learn from round {batch.round}" + (f", part {batch.part}" if batch.parts > 1 else "")
-
-
 class RayLearnerGroup(LearnerGroup):
     """The learner's ranks, one or several, each on a Ray actor; trajectories go to them by reference, straight from their nodes.
 
@@ -137,6 +133,8 @@ class RayLearnerGroup(LearnerGroup):
         self._make = make
         self._wait = wait
         self._on_death = on_death
+        # Set by who compares what the ranks have loaded: told which rank and what; it may raise an error.
+        self.on_loaded: Callable[[str, Base], None] = lambda who, loaded: None
         self._meeting: Meeting | None = None  # has to outlive the ranks
         self._state: LearnerState | None = None  # after the last whole round
         self._begun: list[Scored] = []  # parts of the present round
@@ -150,7 +148,8 @@ class RayLearnerGroup(LearnerGroup):
     def _meet(self) -> None:
         self._at = "while it was loading"
         try:
-            self._answers([actor.ready.remote() for actor in self._actors], loading=True)
+            for rank, loaded in enumerate(self._answers([each.ready.remote() for each in self._actors], loading=True)):
+                self.on_loaded(f"learner rank {rank}" if len(self._actors) > 1 else "learner", loaded)
             if len(self._actors) > 1:
                 self._meeting = Meeting(ray.util.get_node_ip_address())
                 self._answers([actor.join.remote(self._meeting.address) for actor in self._actors], loading=True)
@@ -178,11 +177,15 @@ class RayLearnerGroup(LearnerGroup):
         return [found[reference] for reference in references]
 
     def _call(self, method: str, *arguments: Any, everywhere: bool = False) -> Any:
-        """One call on rank 0, or on all; on new actors from the last state where one dies."""
+        """One call on rank 0, or on all; rank 0's answer."""
+        return self._call_all(method, *arguments, count=None if everywhere else 1)[0]
+
+    def _call_all(self, method: str, *arguments: Any, count: int | None = None) -> list[Any]:
+        """One call on each of the first ranks, or on all; on new actors from the last state where one dies."""
         while True:
-            actors = self._actors if everywhere else self._actors[:1]
             try:
-                return self._answers([getattr(actor, method).remote(*arguments) for actor in actors], loading=True)[0]
+                calls = [getattr(actor, method).remote(*arguments) for actor in self._actors[:count]]
+                return self._answers(calls, loading=True)
             except RayError as error:
                 self._restart(error)
 

@@ -1,5 +1,6 @@
 """Where a run goes on: from its newest checkpoint, or from the start; never over another run's results."""
 
+from collections.abc import Collection
 from fnmatch import fnmatch
 from typing import Any
 
@@ -26,8 +27,12 @@ FREE = (
 )
 
 
-def resume_point(folder: RunFolder, tables: dict[str, Any], resume: bool) -> Checkpoint | None:
+def resume_point(
+    folder: RunFolder, tables: dict[str, Any], resume: bool, places: Collection[str] = ()
+) -> Checkpoint | None:
     """The checkpoint to go on from; None to begin.
+
+    `places`: keys that say where files are, which are known by their fingerprints.
 
     ValueError: the folder has a run and `resume` is not set, or that run was made with another recipe.
     """
@@ -35,23 +40,27 @@ def resume_point(folder: RunFolder, tables: dict[str, Any], resume: bool) -> Che
         return None
     if not resume:
         raise ValueError(
-            f"the run folder {folder.location} exists: go on with --resume auto, or give another --name or --output_dir"
+            f"the run folder {folder.location} exists: go on with --resume auto, or give another --name or --output_dir; "
+            f"--from {folder.location} starts the other run from this one's weights"
         )
-    differing = _differences(folder.recipe_tables(), without_none(tables))
+    differing = _differences(folder.recipe_tables(), without_none(tables), [*FREE, *places])
     if differing:
-        raise ValueError(f"the run in {folder.location} was made with another recipe: {'; '.join(differing)}")
+        raise ValueError(
+            f"the run in {folder.location} was made with another recipe: {'; '.join(differing)}; to train its weights further "
+            f"with other keys start a new run: --from {folder.location} and another --name"
+        )
     newest = newest_checkpoint(folder.checkpoints)
     return load_checkpoint(newest) if newest else None
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def _differences(before: dict[str, Any], now: dict[str, Any], free: list[str], prefix: str = "") -> list[str]:
     found = []
     for key in sorted(before.keys() | now.keys()):
-        if any(fnmatch(f"{prefix}{key}", free) for free in FREE):
+        if any(fnmatch(f"{prefix}{key}", each) for each in free):
             continue
         old, new = _by_place(before.get(key)), _by_place(now.get(key))
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
+            found += _differences(old, new, free, f"{prefix}{key}.")
         elif old != new:
             found.append(f"{prefix}{key} was {old!r} and is {new!r}")
     return found

@@ -13,6 +13,9 @@ class Function(Reward):
     path: str = Field(pattern=r"^[\w.]+:\w+$")
     independent: bool = False  # whether it scores a picture alike, to the bit, in whatever batch
 
+    def user_modules(self) -> dict[str, str]:
+        return {**super().user_modules(), "path": self.path.partition(":")[0]}
+
     @property
     def independent_of_batch(self) -> bool:
         return self.independent

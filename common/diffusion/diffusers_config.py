@@ -17,6 +17,8 @@ from common.model_hub import Weights, read_pretrained
 from common.recipe_tables import SamplingTable
 from common.trajectory import DTYPES
 
+PART_FILES = ("safetensors", "json", "txt", "model")  # weights, configurations, vocabularies
+
 
 class DiffusersConfig(PolicyConfig):
     """`model`: a folder in diffusers' format, a hub name, or the name of a model that ships with the project."""
@@ -112,6 +114,13 @@ class DiffusersConfig(PolicyConfig):
         source = str(self.folder()) if self.folder().exists() else self.model
         parts = tuple(f"{part}/*.safetensors" for part in (self.network_name, "vae", *self.text_parts))
         return (Weights(source, ("model_index.json", *parts), "policy.model"),)
+
+    def files_of(self, role: Role) -> tuple[Weights, ...]:
+        """Return the files of each part that the role loads, to be fingerprinted."""
+        model, *others = self.needs()
+        beside = ("vae", *self.text_parts, *self.tokenizers) if role == "sampler" else ()
+        parts = [f"{part}/*.{kind}" for part in (self.network_name, "scheduler", *beside) for kind in PART_FILES]
+        return (Weights(model.source, ("model_index.json", *parts), model.key), *others)
 
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
         configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}

@@ -10,11 +10,12 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import model_validator
 from torch import Tensor
 
+from common.base_parts import Base, entry_base
 from common.diffusion.lora import MergedAdapters, load_weights
 from common.diffusion.sizes import DeviceKind, PolicySizes
 from common.diffusion.transition import Transition
 from common.lora_weights import LoraWeights
-from common.model_hub import Weights
+from common.model_hub import Weights, file_of
 from common.recipe_tables import SamplingTable
 from common.registry import Entry
 from common.trajectory import DTYPES
@@ -22,6 +23,7 @@ from common.trajectory import DTYPES
 # "check": the learner's second copy, which computes as samplers do and, as the learner, neither encodes nor decodes.
 Role = Literal["sampler", "learner", "check"]
 Conditioning = dict[str, Tensor]
+MODEL_FILES = ("safetensors", "pt", "pth", "bin", "ckpt", "npz", "json", "yaml", "toml", "txt", "model")
 EMBEDDED_MODELS = {"tiny_animals": Path(__file__).parents[1] / "tiny_animals"}
 
 
@@ -140,6 +142,19 @@ class PolicyConfig(Entry, ABC):
     def needs(self) -> tuple[Weights, ...]:
         """The files that a sampler's `load` reads, for `ddpo doctor`."""
         return ()
+
+    def files_of(self, role: Role) -> tuple[Weights, ...]:
+        """Return the files that a role's `load` reads, to be fingerprinted; where nobody says, all that `model` names."""
+        path = Path(self.model).expanduser()
+        if self.needs() or not path.exists():
+            return self.needs()
+        if path.is_file():
+            return (file_of(str(path), "", "", "policy.model"),)
+        return (Weights(str(path), tuple(f"**/*.{kind}" for kind in MODEL_FILES), "policy.model"),)
+
+    def loaded_base(self, role: Role) -> Base:
+        """Return the fingerprints of what a role's policy is made from."""
+        return entry_base(self, "policy", self.files_of(role))
 
     @abstractmethod
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:

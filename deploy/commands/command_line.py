@@ -35,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("train", help="run a recipe", epilog="--section.key VALUE changes any key of the recipe")
     verb.add_argument("recipe", help="a TOML file, such as deploy/recipes/demo.toml")
     verb.add_argument("--resume", choices=["auto"], help="go on from the run's newest checkpoint, if it has one")
+    from_help = "begin with the weights of an earlier run: its last, those after ROUND, or those under best/ (RUN@best)"
+    verb.add_argument("--from", dest="start_from", metavar="RUN[@ROUND]", help=from_help)
     verb.add_argument("--serial", action="store_true", help="one process, without Ray, for debugging")
 
     verb = verbs.add_parser("plan", help="print the sizes that follow from a recipe")
@@ -92,7 +94,9 @@ def _add_evaluate(verbs: Any) -> None:
     )
     verb.add_argument("--against", default="pretrained", metavar="WEIGHTS", help="by default the %(default)s model")
     verb.add_argument("--recipe", help="whose model, prompts, rewards and scorers to use; by default the first run's")
-    verb.add_argument("--output", default="evaluation", metavar="FOLDER", help="by default %(default)s")
+    verb.add_argument(
+        "--output", metavar="FOLDER", help="without an earlier result; by default evaluation, evaluation-2, …"
+    )
 
 
 def _add_push(verbs: Any) -> None:

@@ -1,7 +1,9 @@
 """ddpo evaluate: the same held-out pictures under several weights, and how far each reward and scorer moved between them."""
 
+import itertools
 import json
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from common.base_parts import Base
 from common.config import Recipe
 from common.evaluation_log import EvaluatedImages, images_table
 from common.paired import in_errors, paired_change
 from common.run_folder import weights_here
+from deploy.commands.given_base import check_given
 from deploy.commands.given_weights import load_policy, recipe_of
 from deploy.commands.held_out import JOINED, HeldOut, scorers_of
 from deploy.commands.report_page.scores import headline, share_kept
 from deploy.commands.report_pictures import COLUMNS, rows_picture
-from deploy.parts import parts_of
+from deploy.commands.settings import differing_settings, kept_settings, settings_in_words
+from deploy.parts import Parts, parts_of
+from deploy.start import prompts_base
 
+OUTPUT = "evaluation"  # by default; where that is taken, evaluation-2 and so on
 PRETRAINED = "pretrained"  # the model as it was before any training
 FIGURES, IMAGES, PICTURES = "evaluation.json", "images.parquet", "pictures.png"
 
@@ -32,7 +39,7 @@ class EvaluateRequest:
     weights: tuple[str, ...]  # each a run's folder, its best/, or a LoRA's file or folder
     against: str  # the same, or PRETRAINED
     recipe: str | None
-    output: str
+    output: str | None  # none: a new folder
 
 
 def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
@@ -44,20 +51,43 @@ def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
     twice = sorted({location for location in named if named.count(location) > 1})
     if twice:
         raise ValueError(f"{twice} is named twice: weights are compared with others")
-    recipe = recipe_of([location for location in named if location != PRETRAINED], request.recipe, overrides)
-    found = _drawn(recipe, named)
+    given = [location for location in named if location != PRETRAINED]
+    recipe, output = recipe_of(given, request.recipe, overrides), _output(request.output)
+    parts = parts_of(recipe)
+    found = _drawn(parts, named, lambda base: check_given(given, request.recipe, base, overrides))
     baseline = found[request.against]
     compared = {location: changes(recipe, baseline, found[location]) for location in request.weights}
-    output = Path(request.output)
     output.mkdir(parents=True, exist_ok=True)
-    _write(output, {request.against: baseline, **found}, {"against": request.against, "weights": compared})
+    settings, differing = kept_settings(parts, baseline), differing_settings(given, parts.resolved())
+    figures = {
+        "against": request.against,
+        "weights": compared,
+        "settings": settings,
+        "differs_from_training": differing,
+    }
+    _write(output, {request.against: baseline, **found}, figures)
     images = f"{len(baseline.seeds)} held-out pictures, same prompts and noise, against {request.against}"
     tables = [in_words(location, figures) for location, figures in compared.items()]
-    return "\n".join([images, *tables, "look at:", *(f"  {output / name}" for name in (PICTURES, IMAGES, FIGURES))])
+    lines = [images, settings_in_words(settings), *differing, *tables, "look at:"]
+    return "\n".join([*lines, *(f"  {output / name}" for name in (PICTURES, IMAGES, FIGURES))])
 
 
-def _drawn(recipe: Recipe, named: list[str]) -> dict[str, EvaluatedImages]:
-    held_out = HeldOut(parts_of(recipe))
+def _output(asked: str | None) -> Path:
+    """A folder without an earlier result. ValueError: the one that is asked for has one."""
+    if asked is None:
+        candidates = itertools.chain([Path(OUTPUT)], (Path(f"{OUTPUT}-{count}") for count in itertools.count(2)))
+        return next(folder for folder in candidates if not _is_taken(folder))
+    if _is_taken(Path(asked)):
+        raise ValueError(f"--output is {asked!r}, which has the result of an earlier evaluation: give another folder")
+    return Path(asked)
+
+
+def _is_taken(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (FIGURES, IMAGES, PICTURES))
+
+
+def _drawn(parts: Parts, named: list[str], check: Callable[[Base], None]) -> dict[str, EvaluatedImages]:
+    recipe, held_out = parts.recipe, HeldOut(parts)
     with ExitStack() as copies:
         paths: dict[str, Path | None] = {PRETRAINED: None}
         paths |= {
@@ -65,6 +95,7 @@ def _drawn(recipe: Recipe, named: list[str]) -> dict[str, EvaluatedImages]:
         }
         for location in named[1:]:
             load_policy(recipe, paths[location])  # what does not fit is to be found before anything is drawn
+        check(parts.policy.loaded_base("sampler") | held_out.loaded_parts() | prompts_base(parts))
         found = {}
         for location in named:
             policy = load_policy(recipe, paths[location])

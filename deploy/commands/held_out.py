@@ -4,6 +4,7 @@ import numpy as np
 
 from actors.evaluation import evaluation_images, evaluation_set
 from actors.reward_worker import RewardWorker
+from common.base_parts import Base
 from common.config import Recipe
 from common.diffusion.policy import Policy
 from common.evaluation_log import EvaluatedImages
@@ -24,6 +25,10 @@ class HeldOut:
         self._sampling = recipe.sampling
         self._worker = RewardWorker(rewards, recipe.reward_workers, recipe.runtime)
         self._weights = parts.composition.weights
+
+    def loaded_parts(self) -> Base:
+        """Return the fingerprints of what the images are scored with."""
+        return self._worker.loaded_parts()
 
     def images(self, policy: Policy) -> EvaluatedImages:
         """The pictures under the policy's present weights, and their scores; NaN where one has none."""

@@ -13,6 +13,7 @@ from common.config import Recipe
 from common.diffusion.weight_files import network_folder
 from common.evaluation_log import FIGURES
 from common.run_folder import RunFolder
+from deploy.commands.given_base import check_base
 from deploy.commands.model_card.card import Published, model_card
 from deploy.commands.report import compare, figures_of, logged_rounds, report
 from deploy.commands.report_pictures import before_after_picture, reward_curve
@@ -56,7 +57,8 @@ def _looked_at(folder: RunFolder, recipe: Recipe, overrides: list[str], weights:
     if _is_of(folder, weights):
         return {name: folder.report.read(name) for name in LOOKED_AT}
     print("the report is not of these weights: their pictures are drawn now", file=sys.stderr, flush=True)
-    rounds, comparison = logged_rounds(folder), compare(parts_of(recipe), weights.location)
+    rounds = logged_rounds(folder)
+    comparison = compare(parts_of(recipe), weights.location, lambda base: check_base(folder, base, overrides))
     figures = figures_of(comparison, recipe, rounds, weights)
     with tempfile.TemporaryDirectory() as scratch:
         before_after_picture(comparison, Path(scratch) / BEFORE_AFTER)
@@ -93,7 +95,10 @@ def _recipe_text(folder: RunFolder) -> str:
     """The run's recipe with the versions in its head, without what is nobody else's business."""
     text = folder.storage.read(folder.recipe).decode()
     head = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
-    return head + tomli_w.dumps({key: value for key, value in folder.recipe_tables().items() if key not in PRIVATE})
+    tables = {key: value for key, value in folder.recipe_tables().items() if key not in PRIVATE}
+    if "start_from" in tables:
+        tables["start_from"]["run"] = RunFolder(tables["start_from"]["run"]).storage.name  # not where it lay
+    return head + tomli_w.dumps(tables)
 
 
 def _weights(path: Path) -> Files:

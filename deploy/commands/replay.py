@@ -4,13 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.sampler import Sampler
+from common.base_parts import BASE
 from common.ledger import Ledger
 from common.lora_weights import LoraWeights
 from common.prompts import Prompt
 from common.run_folder import RunFolder
 from common.schedule import Task, round_tasks
 from common.storage import Storage
+from deploy.commands.given_base import refuse_another_base
 from deploy.parts import parts_of
+from deploy.start import prompts_base
 from learner.checkpoint import load_weights, policy_versions, whole_checkpoints
 
 Row = dict[str, Any]  # of the ledger
@@ -42,7 +45,9 @@ def replay(run: str, round: int, overrides: list[str]) -> Replay:
     """Draw `round` of a run again. ValueError: no run, no such round in its ledger, or its weights were not kept."""
     folder = RunFolder(run)
     recipe = folder.load_recipe(overrides)
-    rows = Ledger(folder.storage, recipe.rollouts).read(round).to_pylist()
+    ledger = Ledger(folder.storage, recipe.rollouts)
+    rows = ledger.read(round).to_pylist()
+    stood_on = BASE.validate_python(ledger.about(round).get("base") or folder.base())
     version = rows[0]["policy_version"]
     weights = kept_weights(folder.checkpoints, round, version)
     parts = parts_of(recipe)
@@ -51,6 +56,7 @@ def replay(run: str, round: int, overrides: list[str]) -> Replay:
     for image, text in [*_against_schedule(rows, scheduled), *_against_weights(rows, weights)]:
         differences.setdefault(image, []).append(text)
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
+    refuse_another_base(folder, stood_on, sampler.loaded_parts() | prompts_base(parts), overrides)
     drawn: list[str] = []
     for task in tasks_of(rows):
         report, _, _ = sampler.draw(task, weights)

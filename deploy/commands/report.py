@@ -3,9 +3,11 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from actors.evaluation import Comparison
+from common.base_parts import Base
 from common.config import Recipe
 from common.diffusion.weight_files import network_folder
 from common.evaluation_log import EvaluationLog
@@ -13,13 +15,16 @@ from common.paired import paired_error
 from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
 from common.storage import local_folder
+from deploy.commands.given_base import check_base
 from deploy.commands.held_out import HeldOut, scorers_of
 from deploy.commands.report_page.evaluation import evaluated, shown_versions
 from deploy.commands.report_page.page import FinishedRun, report_page
 from deploy.commands.report_page.scores import paired, share_kept
 from deploy.commands.report_pictures import before_after_picture, reward_curve, versions_picture
 from deploy.commands.run_weights import RunWeights, run_weights
+from deploy.commands.settings import differing_settings, image_settings
 from deploy.parts import Parts, parts_of
+from deploy.start import prompts_base
 
 
 def report(run: str, overrides: list[str]) -> str:
@@ -28,8 +33,12 @@ def report(run: str, overrides: list[str]) -> str:
     folder = RunFolder(run)
     recipe = folder.load_recipe(overrides)
     weights, rounds = run_weights(folder), logged_rounds(folder)
-    comparison = compare(parts_of(recipe), weights.location)
+    parts = parts_of(recipe)
+    comparison = compare(parts, weights.location, lambda base: check_base(folder, base, overrides))
+    differing = differing_settings([folder.location], parts.resolved())
     figures = figures_of(comparison, recipe, rounds, weights) | {"seconds_report": time.perf_counter() - start}
+    figures |= {"settings": image_settings(parts.resolved()), "differs_from_training": differing}
+    figures |= {"start_from": recipe.start_from.model_dump()} if recipe.start_from else {}
     with local_folder(folder.report) as path:
         before_after_picture(comparison, path / "before_after.png")
         reward_curve(rounds, path / "reward_curve.png")
@@ -58,10 +67,14 @@ def logged_rounds(folder: RunFolder) -> list[dict[str, float]]:
     return [{name: math.nan if value is None else value for name, value in metrics.items()} for metrics in rounds]
 
 
-def compare(parts: Parts, location: str) -> Comparison:
-    """Draw and score the evaluation's pictures under the pretrained weights, then under those that lie at `location`."""
+def compare(parts: Parts, location: str, check: Callable[[Base], None]) -> Comparison:
+    """Draw and score the evaluation's pictures under the pretrained weights, then under those that lie at `location`.
+
+    `check`: told first what was loaded, to refuse it.
+    """
     recipe, held_out = parts.recipe, HeldOut(parts)
     policy = parts.policy.load(settle(recipe.runtime), recipe.sampling, "sampler")
+    check(parts.policy.loaded_base("sampler") | held_out.loaded_parts() | prompts_base(parts))
     before = held_out.images(policy)  # new adapters change nothing: this is the pretrained model
     with weights_here(location) as path:
         policy.restore(network_folder(path) or path)
@@ -107,4 +120,7 @@ def changes(figures: dict[str, Any]) -> list[str]:
     for name, values in figures["scorers"].items():
         kept = f"; of those with 1 before, {100 * values['kept']:.0f} % still have it" if "kept" in values else ""
         lines.append(f"{name}: {values['before']:.3f} before, {values['after']:.3f} after{kept}")
+    lines += figures.get("differs_from_training", [])
+    if start := figures.get("start_from"):
+        lines.append(f"started from {start['run']} after round {start['round']}, weights {start['fingerprint'][:12]}")
     return [*lines, f"weights after round {figures['policy_version']}: fingerprint {figures['fingerprint'][:12]}"]

@@ -1,5 +1,6 @@
 """ddpo sample: draw pictures with a run's weights, as PNGs."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,10 @@ from PIL import Image
 
 from common.diffusion.rollout import draw, window_of_pictures
 from common.run_folder import weights_here
+from deploy.commands.given_base import check_given
 from deploy.commands.given_weights import load_policy, recipe_of
+from deploy.commands.settings import differing_settings
+from deploy.parts import parts_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,10 @@ def sample(request: SampleRequest, overrides: list[str]) -> Iterator[Path]:
     recipe = recipe_of([request.weights], request.recipe, overrides)
     with weights_here(request.weights) as path:
         policy = load_policy(recipe, path)
+    parts = parts_of(recipe)
+    check_given([request.weights], request.recipe, parts.policy.loaded_base("sampler"), overrides)
+    for line in differing_settings([request.weights], parts.resolved()):
+        print(line, file=sys.stderr, flush=True)
     output = Path(request.output)
     output.mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(request.prompts):
@@ -35,6 +43,8 @@ def sample(request: SampleRequest, overrides: list[str]) -> Iterator[Path]:
         )
         pixels = policy.decode(trajectory.final_latents)[0].cpu().numpy()
         path = output / f"{index:03d}-{_file_name(prompt)}-seed{request.seed + index}.png"
+        if path.exists():
+            print(f"{path} was there and is replaced", file=sys.stderr, flush=True)
         Image.fromarray(pixels).save(path)
         yield path
 

@@ -62,3 +62,23 @@ def test_what_was_loading_is_loaded_once() -> None:
     pool = WorkerPool("samplers", "sampler", lambda index: Actor(), 2, RestartBudget(0))
     first, second = pool.references()
     assert pool.take_loaded(second) and not pool.take_loaded(second) and pool.references() == [first]
+
+
+def test_the_driver_is_told_what_every_worker_has_loaded_and_may_refuse_it(answers: Answers) -> None:
+    told = []
+
+    def on_loaded(who: str, loaded: object) -> None:
+        told.append((who, loaded))
+        if loaded == "another file":
+            raise ValueError(f"{who} has another file")
+
+    pool = WorkerPool("samplers", "sampler", lambda index: Actor(), 1, RestartBudget(9), on_loaded)
+    first = pool.references()[0]
+    answers.say(first, lambda: "the file")
+    assert pool.take_loaded(first)
+    pool.scale(2)
+    (later,) = pool.references()
+    answers.say(later, lambda: "another file")
+    with pytest.raises(ValueError, match="sampler 1 has another file"):
+        pool.take_loaded(later)
+    assert told == [("sampler 0", "the file"), ("sampler 1", "another file")]

@@ -11,7 +11,7 @@ import torch
 from common.lora_weights import pack
 from common.schedule import transition_order
 from common.trajectory import TrainBatch
-from learner.learner_group import title_of
+from learner.call_names import title_of
 from learner.rank_group import Ranks, ranks_of
 from learner.reference_passes import Update
 from learner.round_pairs import share_of

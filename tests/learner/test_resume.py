@@ -77,7 +77,9 @@ def test_a_run_without_a_checkpoint_begins_again(tables: dict) -> None:
 )
 def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str, tables: dict) -> None:
     folder = begun(tables, rounds_done=7)
-    with pytest.raises(ValueError, match=f"was made with another recipe: {text}$"):
+    with pytest.raises(
+        ValueError, match=f"was made with another recipe: {text}; to train its weights further .* --from "
+    ):
         resume_point(folder, parts_with(tables, **{key: value}).resolved(), resume=True)
 
 
@@ -154,3 +156,12 @@ def test_of_several_rewards_workers_may_change_and_weights_and_order_may_not(tab
     ):
         with pytest.raises(ValueError, match=text):
             resume_point(folder, with_rewards(*changed), resume=True)
+
+
+def test_where_files_are_may_change_for_their_fingerprints_say_what_they_are(tables: dict, tmp_path: Path) -> None:
+    folder = begun(tables, rounds_done=7)
+    (tmp_path / "elsewhere").symlink_to(tables["policy"]["model"], target_is_directory=True)
+    moved = parts_with(tables, policy__model=str(tmp_path / "elsewhere")).resolved()
+    assert resume_point(folder, moved, resume=True, places={"policy.model"}) is not None
+    with pytest.raises(ValueError, match="policy.model was .* and is .*elsewhere"):
+        resume_point(folder, moved, resume=True)

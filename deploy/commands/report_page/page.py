@@ -65,7 +65,7 @@ def _told(run: FinishedRun, comparison: Comparison) -> dict[str, Any]:
         "run": run,
         "recipe": run.recipe,
         "scores": found,
-        "sentences": [*summary_in_words(found, run.rounds), *guard_sentences(run.folder)],
+        "sentences": [*summary_in_words(found, run.rounds), *guard_sentences(run.folder), *_beginning(run.recipe)],
         "charts": charts.run_charts(run.rounds, [table.called for table in run.recipe.all_rewards]),
         "evaluation": evaluation_told(run.folder, run.recipe),
         "drawing": (charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
@@ -85,6 +85,18 @@ def _told(run: FinishedRun, comparison: Comparison) -> dict[str, Any]:
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
+
+
+def _beginning(recipe: Recipe) -> list[str]:
+    """Say which earlier run's weights the run started from, if any."""
+    start = recipe.start_from
+    if start is None:
+        return []
+    return [
+        f"The run started from the weights of {start.run} after round {start.round}, "
+        f"fingerprint {(start.fingerprint or '')[:12]}, "
+        "with a fresh optimizer; what is compared here is still the pretrained model."
+    ]
 
 
 def versions(recipe_text: str) -> list[tuple[str, str]]:

@@ -1,0 +1,75 @@
+"""How images were sampled: what is said and kept with a result, and what differs from the training of the weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common.evaluation_log import EvaluatedImages
+from common.run_folder import without_none
+from deploy.commands.given_base import run_of
+from deploy.parts import Parts
+
+# What decides no image of an evaluation: how many are sampled, what is learned from them, and where files are.
+NOT_OF_AN_IMAGE = {
+    "sampling": (
+        "batch_size",
+        "batches_per_round",
+        "step_fraction",
+        "untrained_last_steps",
+        "window_order",
+        "window_rounds",
+    ),
+    "policy": ("model", "train", "lora", "gradient_checkpointing"),
+}
+
+
+def image_settings(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a resolved recipe that decide what an image looks like, with their values."""
+    tables = without_none(dict(tables))
+    return {
+        f"{table}.{key}": value
+        for table, others in NOT_OF_AN_IMAGE.items()
+        for key, value in tables.get(table, {}).items()
+        if key not in others
+    }
+
+
+def kept_settings(parts: Parts, images: EvaluatedImages) -> dict[str, Any]:
+    """Return what is kept with a result: the same keys, the images' size in pixels, and how their seeds come about."""
+    height, width = images.pixels.shape[1:3]
+    evaluation = parts.recipe.evaluation
+    return {
+        **image_settings(parts.resolved()),
+        "width": width,
+        "height": height,
+        "images": len(images.seeds),
+        "evaluation.seed": evaluation.seed,
+        "evaluation.split": evaluation.split,
+        "seeds": list(images.seeds),
+    }
+
+
+def settings_in_words(kept: Mapping[str, Any]) -> str:
+    """Return one line for the terminal."""
+    return (
+        f"sampled with {kept['sampling.num_steps']} steps, guidance {kept['sampling.guidance_scale']:g}, "
+        f"eta {kept['sampling.eta']:g}, {kept['width']} × {kept['height']} pixels, "
+        f"{kept.get('policy.sampler_dtype') or kept['policy.dtype']}, {kept['images']} seeds of evaluation.seed "
+        f"{kept['evaluation.seed']} ({kept['evaluation.split']})"
+    )
+
+
+def differing_settings(weights: Sequence[str], tables: Mapping[str, Any]) -> list[str]:
+    """Return a line for each setting that is another one than in the training of weights that lie in a run."""
+    now, lines = image_settings(tables), []
+    for location in weights:
+        run = run_of(location)
+        trained = image_settings(run.recipe_tables()) if run else now
+        for key in sorted(now.keys() | trained.keys()):
+            if trained.get(key) != now.get(key):
+                before, here = (_shown(each.get(key)) for each in (trained, now))
+                lines.append(f"{key} is {here} here, and was {before} in the training of {location}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else repr(value)

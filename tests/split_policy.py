@@ -1,0 +1,23 @@
+"""A model family as it is on a cluster whose machines have different files under one path."""
+
+from typing import Any
+
+from common.diffusion.policy import Role
+from common.diffusion.policy_stable_diffusion import StableDiffusion
+from common.model_hub import Weights
+from common.recipe_tables import SamplingTable
+
+
+class OnTwoMachines(StableDiffusion):
+    """The learner reads the files at `model`, and samplers those at `elsewhere`."""
+
+    elsewhere: str
+
+    def _seen_by(self, role: Role) -> "OnTwoMachines":
+        return self if role == "learner" else self.model_copy(update={"model": self.elsewhere})
+
+    def files_of(self, role: Role) -> tuple[Weights, ...]:
+        return StableDiffusion.files_of(self._seen_by(role), role)
+
+    def load(self, device: str, sampling: SamplingTable, role: Role) -> Any:
+        return StableDiffusion.load(self._seen_by(role), device, sampling, role)
