@@ -11,13 +11,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from common.overrides import with_overrides
 from common.recipe_tables import (
+    AlgorithmTable,
     CheckpointTable,
-    Choice,
     CompositionTable,
     EvaluationTable,
     ExhibitsTable,
     GuardTable,
     LearnerTable,
+    PolicyTable,
     PromptsTable,
     PushTable,
     RewardTable,
@@ -27,6 +28,7 @@ from common.recipe_tables import (
     SamplersTable,
     SamplingTable,
     Table,
+    TrackerTable,
 )
 from common.registry import explain
 
@@ -41,7 +43,7 @@ class Recipe(Table):
     seed: int = Field(default=0, ge=0, lt=2**63)
     rounds: int = Field(ge=1)
     max_policy_lag: int = Field(default=0, ge=0)
-    policy: Choice
+    policy: PolicyTable
     prompts: PromptsTable
     sampling: SamplingTable
     samplers: SamplersTable = SamplersTable()
@@ -49,7 +51,7 @@ class Recipe(Table):
     rewards: tuple[RewardTable, ...] = ()
     composition: CompositionTable = CompositionTable()
     reward_workers: RewardWorkersTable = RewardWorkersTable()
-    algorithm: Choice
+    algorithm: AlgorithmTable
     learner: LearnerTable
     runtime: RuntimeTable = RuntimeTable()
     checkpoint: CheckpointTable = CheckpointTable()
@@ -58,7 +60,7 @@ class Recipe(Table):
     guard: GuardTable = GuardTable()
     push: PushTable = PushTable()
     exhibits: ExhibitsTable = ExhibitsTable()
-    trackers: tuple[Choice, ...] = ()
+    trackers: tuple[TrackerTable, ...] = ()
 
     @property
     def images_per_round(self) -> int:
@@ -157,7 +159,7 @@ class Recipe(Table):
             tables = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"the recipe {where} is not TOML: {error}") from error
-        return cls.parse(with_overrides(tables, overrides))
+        return cls.parse(with_overrides(tables, overrides, cls))
 
     def run_path(self) -> str:
         """The run's folder, a path or a URI. A relative path inside a submitted job would lie in Ray's throw-away copy."""

@@ -84,13 +84,13 @@ def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
     """The keys of the table at `place` inside `model`'s; numbers are positions in a list of tables."""
     for part in place:
         if isinstance(part, str):
-            model = next(_models_in(model.model_fields[part].annotation))
+            model = next(models_in(model.model_fields[part].annotation))
     name = ["name"] if issubclass(model, Entry) else []
     return sorted([*name, *model.model_fields])
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
-        yield from _models_in(inner)
+        yield from models_in(inner)
