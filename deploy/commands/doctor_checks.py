@@ -188,12 +188,13 @@ def tracker_findings(trackers: dict[str, Tracker]) -> Iterator[Finding]:
             yield Finding("fault", "trackers", str(error))
             return
     if "wandb" in trackers:
-        from common.trackers.wandb_run import mode
+        from common.trackers.wandb_run import connection
 
-        where = mode()
+        where, why = connection()
         advice = "wandb login, or export WANDB_API_KEY=…; else `wandb sync` afterwards" if where == "offline" else ""
         asked = "WANDB_MODE" in os.environ
-        yield Finding("ok" if where == "online" or asked else "warning", "wandb", where, "" if asked else advice)
+        found = f"{where}: {why}" if why else where
+        yield Finding("ok" if where == "online" or asked else "warning", "wandb", found, "" if asked else advice)
     yield Finding("ok", "trackers", ", ".join(trackers))
 
 
