@@ -132,6 +132,6 @@ def is_hub_name(name: str) -> bool:
     return owner not in ("", ".", "..", "~") and model != "" and "/" not in model
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, without the advice that libraries add below it."""
     return str(error).strip().partition("\n")[0]

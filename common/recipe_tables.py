@@ -15,7 +15,9 @@ class Choice(BaseModel):
     """A table that names a choice in a room. Its other keys belong to the class chosen, which checks them itself."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    room: ClassVar[str] = ""  # module:ROOM that lists the classes, read only to know the types of a command line's values
+    room: ClassVar[str] = (
+        ""  # module:ROOM that lists the classes, read only to know the types of a command line's values
+    )
     name: str
 
     def table(self) -> dict[str, Any]:

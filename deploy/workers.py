@@ -19,6 +19,7 @@ from actors.worker_pool import RestartBudget, WorkerPool
 from common.config import Recipe
 from common.recipe_tables import RoleTable
 from common.reward_pools import RewardPool, all_pools, elastic_roles
+from deploy.cluster import attach, attaches, start_here
 from deploy.parts import Parts
 from deploy.supervision import Supervision
 from learner.learner import Learner
@@ -114,15 +115,19 @@ def _settings(recipe: Recipe, supervision: Supervision) -> StreamSettings:
 
 
 def connect(recipe: Recipe) -> None:
-    """Attach to the cluster of RAY_ADDRESS, or start one on this machine that is large enough for the recipe."""
+    """Attach to the cluster of RAY_ADDRESS, or start one on this machine that is large enough for the recipe.
+
+    Raises:
+        ValueError: RAY_ADDRESS or TMPDIR keeps this process from it.
+    """
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
+    if attaches():
+        attach(log_to_driver=False)
         return
     learner = recipe.learner.num_cpus * recipe.learner.ranks
     asked = learner + sum(table.num_cpus * table.count for table in elastic_roles(recipe).values())
-    ray.init(address="local", num_cpus=int(max(os.cpu_count() or 1, -(-asked // 1))), log_to_driver=False)
+    start_here(int(max(os.cpu_count() or 1, -(-asked // 1))))
 
 
 def place_options(table: RoleTable) -> dict[str, Any]:
@@ -159,6 +164,6 @@ def _refuse_what_cannot_be_held(role: str, table: RoleTable, count: int = 1) -> 
     asked = {name: amount * count for name, amount in asked.items()}
     available = ray.cluster_resources()
     lacking = {name: amount for name, amount in asked.items() if amount > available.get(name, 0)}
-    if lacking and "RAY_ADDRESS" not in os.environ:
+    if lacking and not attaches():
         who = "one asks" if count == 1 else f"its {count} ranks ask"
         raise ValueError(f"{role}: {who} for {lacking}, and the whole cluster has {available}")
