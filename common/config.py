@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from common.overrides import with_overrides
+from common.reading import reading
 from common.recipe_tables import (
     AlgorithmTable,
     CheckpointTable,
@@ -150,7 +151,9 @@ class Recipe(Table):
             raise ValueError(
                 f"there is no recipe at {path}: give the path of a TOML file, such as one in deploy/recipes"
             )
-        return cls.from_toml(path.read_text(encoding="utf-8"), str(path), overrides or [])
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
+        return cls.from_toml(text, str(path), overrides or [])
 
     @classmethod
     def from_toml(cls, text: str, where: str, overrides: list[str]) -> "Recipe":

@@ -1,6 +1,5 @@
 """Metrics to Weights & Biases: online where somebody is logged in, else kept on disk for `wandb sync`."""
 
-import json
 import math
 import os
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import PIL.Image
 
 from common.model_hub import first_line, server_answers
+from common.reading import read_json_lines
 from common.run_folder import RunFolder
 from common.trackers.exhibits import Exhibits, Picture
 from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
@@ -156,9 +156,11 @@ def _image(picture: Picture) -> Any:
 def _rounds_before(info: RunInfo) -> Iterator[Metrics]:
     """The metrics of the rounds before this start's first."""
     folder = RunFolder(info.folder)
-    text = folder.storage.read(folder.metrics).decode() if folder.storage.exists(folder.metrics) else ""
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n") and (metrics := json.loads(line))["round"] < info.first_round:
+    logged = (
+        read_json_lines(folder.storage, folder.metrics, ("round",)) if folder.storage.exists(folder.metrics) else []
+    )
+    for metrics in logged:
+        if metrics["round"] < info.first_round:
             yield {name: math.nan if value is None else value for name, value in metrics.items()}
 
 

@@ -12,6 +12,7 @@ from actors.evaluation import evaluation_set
 from common.config import Recipe
 from common.diffusion.weight_files import network_folder
 from common.evaluation_log import FIGURES
+from common.reading import read_json, read_text
 from common.run_folder import RunFolder
 from deploy.commands.model_card.card import Published, model_card
 from deploy.commands.report import compare, figures_of, logged_rounds, report
@@ -68,7 +69,7 @@ def _looked_at(folder: RunFolder, recipe: Recipe, overrides: list[str], weights:
 def _is_of(folder: RunFolder, weights: RunWeights) -> bool:
     if not all(folder.report.exists(name) for name in LOOKED_AT):
         return False
-    return json.loads(folder.report.read(SUMMARY)).get("fingerprint") == weights.fingerprint
+    return read_json(folder.report, SUMMARY).get("fingerprint") == weights.fingerprint
 
 
 def _files(folder: RunFolder, recipe: Recipe, weights: RunWeights, looked_at: dict[str, bytes]) -> Files:
@@ -91,7 +92,7 @@ def _files(folder: RunFolder, recipe: Recipe, weights: RunWeights, looked_at: di
 
 def _recipe_text(folder: RunFolder) -> str:
     """The run's recipe with the versions in its head, without what is nobody else's business."""
-    text = folder.storage.read(folder.recipe).decode()
+    text = read_text(folder.storage, folder.recipe)
     head = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
     return head + tomli_w.dumps({key: value for key, value in folder.recipe_tables().items() if key not in PRIVATE})
 

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import load_file
 
 from common.diffusion.lora import lora_file
 from common.diffusion.weight_files import network_folder, part_of
 from common.lora_weights import LoraWeights, Manifest, pack
+from common.reading import reading
 from common.run_folder import RunFolder, weights_here
 from learner.checkpoint import load_checkpoint, newest_checkpoint
 
@@ -66,16 +68,21 @@ def _trained(folder: RunFolder) -> LoraWeights:
     return load_checkpoint(newest).learner.trained
 
 
+def _arrays(file: Path) -> dict[str, np.ndarray]:
+    with reading(file):
+        return load_file(file)
+
+
 def _stored(path: Path, manifest: Manifest, policy_version: int) -> LoraWeights:
     """What the files hold, under the names that the parameters have in the network."""
     network = network_folder(path)
     if network:
-        arrays = {name: array for file in network.glob("*.safetensors") for name, array in load_file(file).items()}
+        arrays = {name: array for file in network.glob("*.safetensors") for name, array in _arrays(file).items()}
         names = {name: name for name, _ in manifest}
     else:
-        arrays = load_file(lora_file(path))
+        arrays = _arrays(lora_file(path))
         # In the network an adapter has a name, in diffusers' files it has none.
-        part = part_of(next(iter(arrays)))
+        part = part_of(next(iter(arrays), ""))
         names = {name: f"{part}.{name.replace('.default.', '.')}" for name, _ in manifest}
     lacking = sorted(set(names.values()) - arrays.keys())
     if lacking:
