@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from common import overrides
 from deploy.commands.command_line import read
+from deploy.rooms import ROOMS
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # which a write raises without a file's name
 NOBODY_READS = 141  # what a shell says of a program that SIGPIPE has ended
@@ -47,6 +49,7 @@ def _nobody_reads() -> bool:
 def _verb(arguments: Sequence[str] | None) -> int:
     sys.path.append(os.getcwd())  # a user's module:function lies where the command is typed
     options = read(arguments)
+    overrides.ROOMS.update(ROOMS)
     try:
         return RUN[options.verb](options) or 0
     except ValueError as error:

@@ -10,6 +10,9 @@ from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
 from common.recipe_tables import Choice
 from common.registry import import_object, models_in
 
+# By the class of a recipe's table: module:ROOM with the classes that it can name. Filled by the program, which knows them all.
+ROOMS: dict[str, str] = {}
+
 
 # Not pydantic-settings: its command line knows only declared fields, and a room's table has the chosen class's own keys.
 def with_overrides(
@@ -69,7 +72,7 @@ def _types_of_key(annotation: Any, value: Any, path: list[str]) -> Iterator[Any]
 def _component_fields(table: type[Choice], name: Any) -> dict[str, Any]:
     """Return the fields of the class that a table names. None of a class that cannot be imported: building it says why."""
     try:
-        room = import_object(table.room, "room") if table.room else {}
+        room = import_object(ROOMS[table.__name__], "room") if table.__name__ in ROOMS else {}
         component = import_object(room.get(name, name), "name")
     # A user's own module may raise anything while it is imported. The same error ends the run when the class is built.
     except Exception:  # noqa: BLE001

@@ -1,6 +1,6 @@
 """The tables of a recipe: their keys, typed and bounded, each checked by itself (no torch)."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,9 +15,6 @@ class Choice(BaseModel):
     """A table that names a choice in a room. Its other keys belong to the class chosen, which checks them itself."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    room: ClassVar[str] = (
-        ""  # module:ROOM that lists the classes, read only to know the types of a command line's values
-    )
     name: str
 
     def table(self) -> dict[str, Any]:
@@ -26,19 +23,18 @@ class Choice(BaseModel):
 
 
 class PolicyTable(Choice):
-    room = "common.diffusion:POLICIES"
+    """The model family."""
 
 
 class AlgorithmTable(Choice):
-    room = "learner.algorithms:ALGORITHMS"
+    """The algorithm."""
 
 
 class TrackerTable(Choice):
-    room = "common.trackers:TRACKERS"
+    """One tracker."""
 
 
 class PromptsTable(Choice):
-    room = "common.prompts:PROMPTS"
     images_per_prompt: int = Field(default=1, ge=1)  # a group; 1: every image draws its prompt
 
 
@@ -127,7 +123,6 @@ class RewardPoolTable(ElasticTable):
 
 
 class RewardTable(Choice):
-    room = "actors.rewards:REWARDS"
     label: str | None = Field(
         default=None, pattern=r"^\w[\w-]*$"
     )  # what it is called in metrics and rows; none: its name

@@ -33,6 +33,8 @@ RANKS = {"learner/rank_group.py", "learner/pretraining/denoiser.py"}
 TORCH_FREE = {
     "common.config",
     "common.overrides",
+    "common.reading",
+    "common.storage",
     "common.recipe_tables",
     "common.reward_pools",
     "common.registry",
