@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from common.overrides import with_overrides
 from common.reading import reading
 from common.recipe_tables import (
+    MOST_IMAGES,
     AlgorithmTable,
     CheckpointTable,
     CompositionTable,
@@ -33,13 +34,14 @@ from common.recipe_tables import (
 )
 from common.registry import explain
 
+STORAGE_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # those of pyarrow's filesystems
 URI_WITH_A_USER = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*@")
 
 
 class Recipe(Table):
     """A whole run. `Recipe.load` reads one from TOML with the command line's overrides."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     output_dir: str = "runs"
     seed: int = Field(default=0, ge=0, lt=2**63)
     rounds: int = Field(ge=1)
@@ -97,6 +99,11 @@ class Recipe(Table):
                 f"a round has sampling.batches_per_round = {tasks} tasks, "
                 f"which learner.parts_per_round = {parts} does not divide"
             )
+        if self.images_per_round > MOST_IMAGES:
+            raise ValueError(
+                f"a round has sampling.batch_size × batches_per_round = {self.images_per_round} images, and it may have "
+                f"{MOST_IMAGES:,}"
+            )
         images = self.images_per_round // parts
         which = "a round has sampling.batch_size × batches_per_round" + " / learner.parts_per_round" * (parts > 1)
         if images % group:
@@ -129,6 +136,16 @@ class Recipe(Table):
                 'with its adapters switched off, so a KL to it needs policy.train = "lora"'
             )
         return self
+
+    @field_validator("output_dir", mode="after")
+    @classmethod
+    def _can_hold_a_run(cls, output_dir: str) -> str:
+        scheme, separator, _ = output_dir.partition("://")
+        if separator and scheme not in STORAGE_SCHEMES:
+            raise ValueError(f"runs are kept in a folder, or at a URI that begins with one of {list(STORAGE_SCHEMES)}")
+        if not output_dir.isprintable():
+            raise ValueError("it must have no control characters")
+        return output_dir
 
     @classmethod
     def parse(cls, tables: dict[str, Any]) -> "Recipe":

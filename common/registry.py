@@ -4,15 +4,15 @@ import importlib
 from collections.abc import Iterator
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
+
+from common.bounds import Bounded
 
 Room = dict[str, str]  # name in a recipe -> "module:Class"
 
 
-class Entry(BaseModel):
+class Entry(Bounded):
     """A choice in a room. Its fields are its hyperparameters; it travels in bytes and is made live by `load`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 EntryT = TypeVar("EntryT", bound=Entry)

@@ -31,6 +31,7 @@ RAY = {
 }
 RANKS = {"learner/rank_group.py", "learner/pretraining/denoiser.py"}
 TORCH_FREE = {
+    "common.bounds",
     "common.config",
     "common.overrides",
     "common.reading",

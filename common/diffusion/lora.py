@@ -24,7 +24,7 @@ METADATA = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
 class LoraSettings(Entry):
     """The lineage's adapter: rank 4, alpha 4, on the attention's projections."""
 
-    rank: int = Field(default=4, ge=1)
+    rank: int = Field(default=4, ge=1, le=4096)
     alpha: int = Field(default=4, ge=1)
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
