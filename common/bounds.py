@@ -3,7 +3,7 @@
 from typing import Any
 
 from annotated_types import Le, Lt
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 LARGEST = 10**9  # of a number whose field has no upper bound of its own
 
@@ -15,8 +15,8 @@ class Bounded(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _has_a_size_that_a_run_can_use(cls, value: Any, info: ValidationInfo) -> Any:
-        bounds = cls.model_fields[info.field_name or ""].metadata
+    def _has_a_size_that_a_run_can_use(cls, value: Any, info: Any) -> Any:
+        bounds = cls.model_fields[info.field_name].metadata
         if any(isinstance(bound, (Le, Lt)) for bound in bounds):
             return value
         if isinstance(value, (int, float)) and abs(value) > LARGEST:
