@@ -1,6 +1,7 @@
 """The command line: one verb, one call."""
 
 import argparse
+import errno
 import os
 import re
 import select
@@ -8,8 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from common import overrides
 from deploy.commands.command_line import read
+from deploy.rooms import ROOMS
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # which a write raises without a file's name
 NOBODY_READS = 141  # what a shell says of a program that SIGPIPE has ended
 
 
@@ -45,6 +49,7 @@ def _nobody_reads() -> bool:
 def _verb(arguments: Sequence[str] | None) -> int:
     sys.path.append(os.getcwd())  # a user's module:function lies where the command is typed
     options = read(arguments)
+    overrides.ROOMS.update(ROOMS)
     from common.storage import StorageError
 
     try:
@@ -53,14 +58,19 @@ def _verb(arguments: Sequence[str] | None) -> int:
         # An actor's error comes wrapped in Ray's, which prints the whole remote traceback: the user needs its cause.
         print(f"ddpo {options.verb}: {_without_passwords(str(getattr(error, 'cause', error)))}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"ddpo {options.verb}: {_without_passwords(str(error))}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_ERRORS:  # not of a file: nothing that a user could mend
+            raise
+        print(f"ddpo {options.verb}: {_without_passwords(_of_file(error))}", file=sys.stderr)
+        return 1 if options.verb == "train" else 2
     except KeyboardInterrupt:
         print(
             f"ddpo {options.verb}: stopped; a run goes on from its last checkpoint with --resume auto", file=sys.stderr
         )
         return _left(130)
-    except StorageError as error:
-        print(f"ddpo {options.verb}: {_without_passwords(str(error))}", file=sys.stderr)
-        return 1
 
 
 def _left(code: int) -> int:
@@ -70,6 +80,11 @@ def _left(code: int) -> int:
     if has_cluster():
         leave(code)
     return code
+
+
+def _of_file(error: OSError) -> str:
+    """Return which file an error of the operating system is about, and what is wrong with it."""
+    return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
 
 
 def _without_passwords(text: str) -> str:

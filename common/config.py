@@ -7,17 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from common.overrides import with_overrides
+from common.reading import reading
 from common.recipe_tables import (
+    MOST_IMAGES,
+    AlgorithmTable,
     CheckpointTable,
-    Choice,
     CompositionTable,
     EvaluationTable,
     ExhibitsTable,
     GuardTable,
     LearnerTable,
+    PolicyTable,
     PromptsTable,
     PushTable,
     RewardTable,
@@ -28,22 +31,24 @@ from common.recipe_tables import (
     SamplingTable,
     StartFromTable,
     Table,
+    TrackerTable,
 )
 from common.registry import explain
 
+STORAGE_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # those of pyarrow's filesystems
 URI_WITH_A_USER = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*@")
 
 
 class Recipe(Table):
     """A whole run. `Recipe.load` reads one from TOML with the command line's overrides."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     output_dir: str = "runs"
     seed: int = Field(default=0, ge=0, lt=2**63)
     rounds: int = Field(ge=1)
     max_policy_lag: int = Field(default=0, ge=0)
     start_from: StartFromTable | None = None
-    policy: Choice
+    policy: PolicyTable
     prompts: PromptsTable
     sampling: SamplingTable
     samplers: SamplersTable = SamplersTable()
@@ -51,7 +56,7 @@ class Recipe(Table):
     rewards: tuple[RewardTable, ...] = ()
     composition: CompositionTable = CompositionTable()
     reward_workers: RewardWorkersTable = RewardWorkersTable()
-    algorithm: Choice
+    algorithm: AlgorithmTable
     learner: LearnerTable
     runtime: RuntimeTable = RuntimeTable()
     checkpoint: CheckpointTable = CheckpointTable()
@@ -60,7 +65,7 @@ class Recipe(Table):
     guard: GuardTable = GuardTable()
     push: PushTable = PushTable()
     exhibits: ExhibitsTable = ExhibitsTable()
-    trackers: tuple[Choice, ...] = ()
+    trackers: tuple[TrackerTable, ...] = ()
 
     @property
     def images_per_round(self) -> int:
@@ -96,6 +101,11 @@ class Recipe(Table):
                 f"a round has sampling.batches_per_round = {tasks} tasks, "
                 f"which learner.parts_per_round = {parts} does not divide"
             )
+        if self.images_per_round > MOST_IMAGES:
+            raise ValueError(
+                f"a round has sampling.batch_size × batches_per_round = {self.images_per_round} images, and it may have "
+                f"{MOST_IMAGES:,}"
+            )
         images = self.images_per_round // parts
         which = "a round has sampling.batch_size × batches_per_round" + " / learner.parts_per_round" * (parts > 1)
         if images % group:
@@ -129,6 +139,16 @@ class Recipe(Table):
             )
         return self
 
+    @field_validator("output_dir", mode="after")
+    @classmethod
+    def _can_hold_a_run(cls, output_dir: str) -> str:
+        scheme, separator, _ = output_dir.partition("://")
+        if separator and scheme not in STORAGE_SCHEMES:
+            raise ValueError(f"runs are kept in a folder, or at a URI that begins with one of {list(STORAGE_SCHEMES)}")
+        if not output_dir.isprintable():
+            raise ValueError("it must have no control characters")
+        return output_dir
+
     @classmethod
     def parse(cls, tables: dict[str, Any]) -> "Recipe":
         """Check a recipe's tables. ValueError: one line that names every key at fault, and shows no password."""
@@ -150,7 +170,9 @@ class Recipe(Table):
             raise ValueError(
                 f"there is no recipe at {path}: give the path of a TOML file, such as one in deploy/recipes"
             )
-        return cls.from_toml(path.read_text(encoding="utf-8"), str(path), overrides or [])
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
+        return cls.from_toml(text, str(path), overrides or [])
 
     @classmethod
     def from_toml(cls, text: str, where: str, overrides: list[str]) -> "Recipe":
@@ -159,7 +181,7 @@ class Recipe(Table):
             tables = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"the recipe {where} is not TOML: {error}") from error
-        return cls.parse(with_overrides(tables, overrides))
+        return cls.parse(with_overrides(tables, overrides, cls))
 
     def run_path(self) -> str:
         """The run's folder, a path or a URI. A relative path inside a submitted job would lie in Ray's throw-away copy."""

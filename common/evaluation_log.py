@@ -14,12 +14,14 @@ from jaxtyping import UInt8
 
 from common.png import from_png, png
 from common.prompts import Prompt
+from common.reading import parquet_table, read_json_lines, reading
 from common.storage import Storage
 from common.unwritten import Unwritten
 
 FIGURES = "evaluations.jsonl"
 FOLDER = "evaluations"
 FILE = "images.parquet"
+KEYS = ("policy_version", "scores", "alarms", "pictures")
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,7 @@ class EvaluationLog:
         """The versions' objects, in the order in which they were written; without a last line that a kill cut off."""
         if not self._storage.exists(FIGURES):
             return []
-        lines = self._storage.read(FIGURES).decode().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_json_lines(self._storage, FIGURES, KEYS)
 
     def keep(self, figures: list[dict[str, Any]]) -> None:
         """Forget every version but these."""
@@ -83,12 +84,15 @@ class EvaluationLog:
 
     def read(self, policy_version: int) -> pa.Table:
         """A version's rows, in the order of the evaluation set. FileNotFoundError: it was not evaluated."""
-        data = self._unwritten.read(self._storage, f"{FOLDER}/{_folder(policy_version)}/{FILE}")
-        return parquet.read_table(pa.BufferReader(data))
+        name = f"{FOLDER}/{_folder(policy_version)}/{FILE}"
+        data = self._unwritten.read(self._storage, name)
+        return parquet_table(data, f"{self._storage.location}/{name}", ("variant", "picture"))
 
     def pictures(self, policy_version: int) -> list[UInt8[np.ndarray, "H W 3"]]:
         """Those of its pictures that were kept, the first ones."""
-        return [from_png(data) for data in self._current(policy_version)["picture"].to_pylist() if data is not None]
+        kept = [data for data in self._current(policy_version)["picture"].to_pylist() if data is not None]
+        with reading(f"{self._storage.location}/{FOLDER}/{_folder(policy_version)}/{FILE}"):
+            return [from_png(data) for data in kept]
 
     def _current(self, policy_version: int) -> pa.Table:
         return self.read(policy_version).filter(compute.field("variant") == "current")

@@ -14,6 +14,7 @@ import pyarrow.parquet as parquet
 from jaxtyping import UInt8
 
 from common.png import png
+from common.reading import read_parquet
 from common.recipe_tables import RolloutsTable
 from common.storage import Storage
 from common.trajectory import Rollout, TaskReport, TrainBatch
@@ -114,12 +115,11 @@ class Ledger:
     def read(self, round: int) -> pa.Table:
         """A round's rows, in task order. ValueError: the ledger does not have it."""
         try:
-            data = self._storage.read(f"{_folder(round)}/{FILE}")
+            table = read_parquet(self._storage, f"{_folder(round)}/{FILE}", tuple(COLUMNS))
         except FileNotFoundError as error:
             there = self.rounds()
             has = f"it has {len(there)} rounds, {there[0]} to {there[-1]}" if there else "it is empty"
             raise ValueError(f"the ledger {self._storage.location} has no round {round}: {has}") from error
-        table = parquet.read_table(pa.BufferReader(data))
         return table.add_column(0, "round", pa.array([round] * len(table), pa.int32()))
 
     def about(self, round: int) -> dict[str, Any]:

@@ -67,12 +67,15 @@ def hub_answers(seconds: float = 5) -> bool:
     """Asked first because the hub's own client tries again for most of a minute where there is no network."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return False
+    return not constants.HF_HUB_OFFLINE and server_answers(constants.ENDPOINT, seconds)
+
+
+def server_answers(url: str, seconds: float = 5) -> bool:
+    """Return whether a server is there that works: one that refuses does, one with an error of its own (5xx) does not."""
     try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
-    except urllib.error.HTTPError:
-        return True
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError as error:
+        return error.code < 500
     except urllib.error.URLError as error:
         # A server that is not trusted is there: which certificates to trust, the hub's client knows better.
         return isinstance(error.reason, ssl.SSLError)

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from common.model_hub import Weights, file_of
+from common.reading import reading
 from common.registry import Entry, Room, import_object
 
 PROMPTS: Room = {
@@ -56,7 +57,8 @@ class PromptSource(Entry, ABC):
 def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"prompts.path is {str(path)!r}: there is no such file")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    with reading(f"prompts.path {str(path)!r}"):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     prompts = [line for line in lines if line]
     if not prompts:
         raise ValueError(f"prompts.path is {str(path)!r}: the file has no prompts; it needs one a line")

@@ -2,16 +2,21 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from common.bounds import LARGEST, Bounded
+
+MOST_ACTORS = 10_000  # of one role
+MOST_IMAGES = 1_000_000  # of a round, or of an evaluation
+PLACES = 4  # decimal places of an amount that Ray counts
+RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory", "bundle")
 
 
-class Table(BaseModel):
+class Table(Bounded):
     """A table of the recipe: its keys are known, typed and bounded."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-
-class Choice(BaseModel):
+class Choice(Bounded):
     """A table that names a choice in a room. Its other keys belong to the class chosen, which checks them itself."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
@@ -20,6 +25,18 @@ class Choice(BaseModel):
     def table(self) -> dict[str, Any]:
         """The name and the chosen class's own keys, as `registry.build` takes them."""
         return {"name": self.name, **(self.model_extra or {})}
+
+
+class PolicyTable(Choice):
+    """The model family."""
+
+
+class AlgorithmTable(Choice):
+    """The algorithm."""
+
+
+class TrackerTable(Choice):
+    """One tracker."""
 
 
 class PromptsTable(Choice):
@@ -77,17 +94,41 @@ class SamplingTable(Table):
 class RoleTable(Table):
     """What one actor of a role asks of the cluster."""
 
-    num_cpus: float = Field(default=1, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
+    num_cpus: float = Field(default=1, ge=0, le=MOST_ACTORS)
+    num_gpus: float = Field(default=0, ge=0, le=MOST_ACTORS)
     resources: dict[str, float] = {}
     accelerator_type: str | None = None
+
+    @field_validator("num_gpus", mode="after")
+    @classmethod
+    def _is_a_share_of_one_gpu_or_whole_ones(cls, num_gpus: float) -> float:
+        if num_gpus > 1 and num_gpus != int(num_gpus):
+            raise ValueError("above 1 it must be a whole number, Ray takes a fraction of one GPU only")
+        return num_gpus
+
+    @field_validator("num_cpus", "num_gpus", "resources", mode="after")
+    @classmethod
+    def _can_be_counted(cls, asked: float | dict[str, float]) -> float | dict[str, float]:
+        for amount in asked.values() if isinstance(asked, dict) else [asked]:
+            if not 0 <= amount <= LARGEST or round(amount, PLACES) != amount:
+                raise ValueError(f"an amount must be from 0 to {LARGEST:,}, with at most {PLACES} decimal places")
+        return asked
+
+    @field_validator("resources", mode="after")
+    @classmethod
+    def _has_other_names_than_rays(cls, resources: dict[str, float]) -> dict[str, float]:
+        if own := sorted(name for name in resources if name in RAYS_OWN or not name.strip()):
+            raise ValueError(f"{own} cannot be asked for here: num_cpus and num_gpus are keys of their own")
+        return resources
 
 
 class ElasticTable(RoleTable):
     """A role whose number may change while the run goes on."""
 
-    count: int = Field(default=1, ge=1)  # at the start
-    min: int = Field(default=1, ge=1)  # so many must be loaded before the run starts; the others join it
+    count: int = Field(default=1, ge=1, le=MOST_ACTORS)  # at the start
+    min: int = Field(
+        default=1, ge=1, le=MOST_ACTORS
+    )  # so many must be loaded before the run starts; the others join it
     max: int | None = Field(default=None, ge=1)  # `ddpo scale` goes no higher; none: no limit
 
     @model_validator(mode="after")
@@ -154,7 +195,9 @@ class LearnerTable(RoleTable):
     )  # of a step, from the policy that drew: then no more inner epochs
     # How far sampler's and learner's log_prob may lie apart under the same weights; none: 1e-4 in float32, else 1e-2.
     log_prob_tolerance: float | None = Field(default=None, gt=0)
-    ranks: int = Field(default=1, ge=1)  # processes that share every optimizer step; each has this table's resources
+    ranks: int = Field(
+        default=1, ge=1, le=MOST_ACTORS
+    )  # processes that share every optimizer step; each has this table's resources
     shard_optimizer: bool = False  # each keeps a part of its state, and sends the others the weights that it has moved
 
     @property
@@ -170,7 +213,7 @@ class LearnerTable(RoleTable):
 
 class RuntimeTable(Table):
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(default=1, ge=1)  # of torch, in every process that computes
+    threads: int = Field(default=1, ge=1, le=1024)  # of torch, in every process that computes
     deterministic: bool = True
     ready_seconds: float = Field(default=600.0, gt=0)  # until an actor has its place and has loaded its model
     watchdog_seconds: float = Field(default=1800.0, gt=0)  # without anything done: the run ends with a dump
@@ -201,7 +244,7 @@ class CheckpointTable(Table):
 class EvaluationTable(Table):
     every: int = Field(default=0, ge=0)  # rounds between two evaluations while it trains; 0: only in the report
     prompts: tuple[str, ...] = ()  # none: those that the prompt source leaves out, else all of it, in order
-    images: int = Field(default=64, ge=2)
+    images: int = Field(default=64, ge=2, le=MOST_IMAGES)
     batch_size: int = Field(default=16, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     split: Literal["evaluation", "tuning"] = "evaluation"  # choose a recipe's numbers on "tuning" pictures only

@@ -4,17 +4,16 @@ import importlib
 from collections.abc import Iterator
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from common.bounds import Bounded
 from common.user_sources import is_of_the_project
 
 Room = dict[str, str]  # name in a recipe -> "module:Class"
 
 
-class Entry(BaseModel):
+class Entry(Bounded):
     """A choice in a room. Its fields are its hyperparameters; it travels in bytes and is made live by `load`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def user_modules(self) -> dict[str, str]:
         """Return the modules outside the project that decide what this entry does, by the key that names them."""
@@ -91,13 +90,13 @@ def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
     """The keys of the table at `place` inside `model`'s; numbers are positions in a list of tables."""
     for part in place:
         if isinstance(part, str):
-            model = next(_models_in(model.model_fields[part].annotation))
+            model = next(models_in(model.model_fields[part].annotation))
     name = ["name"] if issubclass(model, Entry) else []
     return sorted([*name, *model.model_fields])
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
-        yield from _models_in(inner)
+        yield from models_in(inner)

@@ -17,6 +17,7 @@ from common.base_parts import Base, as_tables, read_base
 from common.config import Recipe
 from common.diffusion.weight_files import TRAINED_PARTS
 from common.package_versions import VERSIONED, package_version
+from common.reading import read_json, read_text, reading
 from common.storage import Storage, StorageError
 from common.unwritten import Unwritten
 
@@ -28,6 +29,8 @@ WATCHDOG = "watchdog.txt"
 TOKEN = "token.txt"
 GUARD = "guard.json"  # in the folder of a run that the guard has ended
 BEST = "best.json"  # in `best/`, written last: which version lies beside it
+GUARD_KEYS = ("policy_version", "alarms", "weights_of")
+BEST_KEYS = ("policy_version", "fingerprint", "best_by", "score")
 ASKED = TypeAdapter(dict[str, Annotated[StrictInt, Field(ge=1)]])
 WEIGHTS = ("lora", *TRAINED_PARTS)  # folders of a run, whichever was trained
 
@@ -136,11 +139,11 @@ class RunFolder:
 
     def guard_ended(self) -> dict[str, Any] | None:
         """Where the guard has ended the run: at which version, its alarms, and whose weights are the run's (None: the last's)."""
-        return json.loads(self.storage.read(GUARD)) if self.storage.exists(GUARD) else None
+        return read_json(self.storage, GUARD, GUARD_KEYS) if self.storage.exists(GUARD) else None
 
     def best_version(self) -> dict[str, Any] | None:
         """Of the weights in `best/`: version, fingerprint, and the score that it was chosen by; None where none is kept."""
-        return json.loads(self.best.read(BEST)) if self.best.exists(BEST) else None
+        return read_json(self.best, BEST, BEST_KEYS) if self.best.exists(BEST) else None
 
     def write_watchdog(self, dump: str) -> None:
         """Keep the dump of a run that the watchdog ended."""
@@ -164,13 +167,14 @@ class RunFolder:
 
     def recipe_tables(self) -> dict[str, Any]:
         """The tables of the recipe that the run was made with."""
-        return tomllib.loads(self.storage.read(self.recipe).decode())
+        with reading(f"{self.location}/{self.recipe}"):
+            return tomllib.loads(read_text(self.storage, self.recipe))
 
     def load_recipe(self, overrides: list[str]) -> Recipe:
         """The recipe that the run was made with, and overrides over it. ValueError: there is no run."""
         if not self.storage.exists(self.recipe):
             raise ValueError(f"{self.location} is no run's folder: it has no {self.recipe}")
-        return Recipe.from_toml(self.storage.read(self.recipe).decode(), f"{self.location}/{self.recipe}", overrides)
+        return Recipe.from_toml(read_text(self.storage, self.recipe), f"{self.location}/{self.recipe}", overrides)
 
 
 @contextmanager

@@ -26,6 +26,11 @@ case $output_dir in
 esac
 command -v ray > /dev/null || refuse "there is no ray on the PATH: put .venv/bin on it, which 'make demo' makes"
 
+# Ray would refuse a large upload only after all of it was sent, with a traceback.
+python=$(dirname "$(command -v ray)")/python
+[ -x "$python" ] || python=python3
+"$python" deploy/upload_size.py
+
 # The run's name and rounds are in the recipe's head, before its first table, unless an override says otherwise.
 name=$(sed -n '/^\[/q; s/^name *= *"\([^"]*\)".*/\1/p' "$recipe")
 rounds=$(sed -n '/^\[/q; s/^rounds *= *\([0-9]*\).*/\1/p' "$recipe")

@@ -24,6 +24,7 @@ from common.loading import RoleNotStarted, starting
 from common.recipe_tables import RoleTable
 from common.reward_pools import RewardPool, all_pools, elastic_roles
 from common.run_folder import RunFolder
+from deploy.cluster import attach, attaches, start_here
 from deploy.cluster_watch import ClusterWatch
 from deploy.death_lines import DeathLines
 from deploy.parts import Parts
@@ -101,7 +102,7 @@ def ray_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> Wor
     output = RoleOutput(RunFolder(recipe.run_path()).logs)
     connect(recipe, output)
     supervision.listen()
-    supervision.watch(ClusterWatch(supervision.lose_cluster, own_cluster="RAY_ADDRESS" not in os.environ))
+    supervision.watch(ClusterWatch(supervision.lose_cluster, own_cluster=not attaches()))
     _refuse_what_cannot_be_held("learner", recipe.learner, recipe.learner.ranks)  # before any of them is started
     for role, table in elastic_roles(recipe).items():
         _refuse_what_cannot_be_held(role, table)
@@ -178,6 +179,9 @@ def connect(recipe: Recipe, output: RoleOutput) -> None:
     """Attach to the cluster of RAY_ADDRESS, or start one on this machine that is large enough for the recipe.
 
     What roles print comes to `output`, unless this process is attached to a cluster already.
+
+    Raises:
+        ValueError: RAY_ADDRESS or TMPDIR keeps this process from it.
     """
     if ray.is_initialized():
         return
@@ -189,12 +193,12 @@ def connect(recipe: Recipe, output: RoleOutput) -> None:
 
 
 def _init(recipe: Recipe) -> None:
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=True)
+    if attaches():
+        attach(log_to_driver=True)
         return
     learner = recipe.learner.num_cpus * recipe.learner.ranks
     asked = learner + sum(table.num_cpus * table.count for table in elastic_roles(recipe).values())
-    ray.init(address="local", num_cpus=int(max(os.cpu_count() or 1, -(-asked // 1))), log_to_driver=True)
+    start_here(int(max(os.cpu_count() or 1, -(-asked // 1))))
 
 
 def place_options(table: RoleTable) -> dict[str, Any]:
@@ -242,6 +246,6 @@ def _refuse_what_cannot_be_held(role: str, table: RoleTable, count: int = 1) -> 
     asked = {name: amount * count for name, amount in asked.items()}
     available = ray.cluster_resources()
     lacking = {name: amount for name, amount in asked.items() if amount > available.get(name, 0)}
-    if lacking and "RAY_ADDRESS" not in os.environ:
+    if lacking and not attaches():
         who = "one asks" if count == 1 else f"its {count} ranks ask"
         raise ValueError(f"{role}: {who} for {lacking}, and the whole cluster has {available}")

@@ -27,6 +27,7 @@ RAY = {
     "deploy/cluster_watch.py",
     "deploy/role_actor.py",
     "deploy/role_output.py",
+    "deploy/cluster.py",
     "deploy/workers.py",
     "deploy/commands/doctor.py",
     "deploy/commands/scale.py",
@@ -34,15 +35,21 @@ RAY = {
 }
 RANKS = {"learner/rank_group.py", "learner/pretraining/denoiser.py"}
 TORCH_FREE = {
+    "common.bounds",
     "common.config",
     "common.overrides",
+    "common.reading",
+    "common.storage",
     "common.recipe_tables",
     "common.reward_pools",
     "common.registry",
     "common.schedule",
     "common.prompts",
 }
-MAY_CATCH_ALL = {"common/trackers/fan_out.py", "actors/reward_worker.py"}
+MAY_CATCH_ALL = {
+    *("common/trackers/fan_out.py", "common/overrides.py", "actors/reward_worker.py"),
+    "deploy/commands/doctor_guard.py",
+}
 MAX_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS, MAX_DRIVER_LINES = 300, 50, 6, 120
 
 

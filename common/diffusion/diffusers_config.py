@@ -31,7 +31,7 @@ class DiffusersConfig(PolicyConfig):
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
     lora: LoraSettings = LoraSettings()
-    resolution: int | None = Field(default=None, ge=8, multiple_of=8)  # pixels a side; None: the model's own
+    resolution: int | None = Field(default=None, ge=8, le=16_384, multiple_of=8)  # pixels a side; None: the model's own
     vae_slicing: bool = False  # the decoder takes a picture after the other
     vae_tiling: bool = False  # and each in tiles: less memory, and seams that can hardly be seen
     offload: bool = False  # text encoders and decoder wait in the host's memory while they have nothing to do

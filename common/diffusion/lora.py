@@ -8,12 +8,13 @@ from typing import Any, final
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from common.diffusion.weight_files import TRAINED_PARTS, part_of
 from common.lora_weights import LoraWeights, packed, verified
+from common.reading import reading
 from common.registry import Entry
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -23,7 +24,7 @@ METADATA = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
 class LoraSettings(Entry):
     """The lineage's adapter: rank 4, alpha 4, on the attention's projections."""
 
-    rank: int = Field(default=4, ge=1)
+    rank: int = Field(default=4, ge=1, le=4096)
     alpha: int = Field(default=4, ge=1)
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -169,11 +170,8 @@ def lora_file(path: Path) -> Path:
 
 def read_lora_settings(path: Path) -> LoraSettings | None:
     """Rank, alpha and target modules as the file has them; None where it says nothing. ValueError: not safetensors."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    with reading(path), safe_open(path, "pt") as file:
+        metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
     part = next((part for part in TRAINED_PARTS if f"{part}.r" in metadata), None)
     if part is None:
         return None
@@ -189,10 +187,8 @@ def load_lora(network: nn.Module, path: Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    try:
+    with reading(path):
         state = {name.removeprefix(f"{part_of(name)}."): value for name, value in load_file(lora_file(path)).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
     wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(network).items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     if wanted != given:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common.diffusion.lora import LoraSettings, load_lora, save_lora
+from common.reading import reading
 
 
 def save_trained(network: Any, train: str, lora: LoraSettings, folder: Path, part: str) -> Path:
@@ -18,5 +19,6 @@ def restore_trained(network: Any, train: str, path: Path) -> None:
     """Read what `save_trained` wrote, or any of the same form. ValueError: it is a LoRA that does not fit the network."""
     if train == "lora":
         return load_lora(network, path)
-    whole = type(network).from_pretrained(path, use_safetensors=True)
+    with reading(path):
+        whole = type(network).from_pretrained(path, use_safetensors=True)
     network.load_state_dict(whole.state_dict())

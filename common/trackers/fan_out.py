@@ -21,14 +21,22 @@ class FanOut:
             tracker.check()
 
     def start(self, run: RunInfo) -> None:
-        """Open all. What goes wrong here is a mistake in the recipe or the login, and is raised."""
+        """Open all.
+
+        Raises:
+            ValueError: one cannot be opened, which is a mistake in the recipe, the login or the tracker.
+        """
         self._identities = dict(run.tracker_ids)
         for name, tracker in self._trackers.items():
             try:
                 live = self._live[name] = tracker.start(run)
-            except BaseException:
+            except BaseException as error:
                 self.finish()  # a bar would go on drawing over the error's text
-                raise
+                if isinstance(error, ValueError) or not isinstance(error, Exception):
+                    raise
+                raise ValueError(
+                    f"trackers: {name} cannot be started: {type(error).__name__}: {error}; mend that, or leave the tracker out"
+                ) from error
             identity = live.identity()
             if identity is not None:
                 self._identities[name] = identity

@@ -3,6 +3,7 @@
 import json
 import math
 
+from common.reading import read_text
 from common.run_folder import RunFolder
 from common.storage import Storage
 from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
@@ -43,7 +44,7 @@ class Jsonl(Tracker):
 
 def _cut(storage: Storage, name: str, first_round: int) -> None:
     """Leave the rounds before `first_round`. ValueError: a line in the middle is no JSON object with a round."""
-    text = storage.read(name).decode() if storage.exists(name) else ""
+    text = read_text(storage, name) if storage.exists(name) else ""
     # A process that was killed while it wrote leaves a last line without its end.
     lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     where = f"{storage.location}/{name}"

@@ -1,8 +1,8 @@
 """Metrics to Weights & Biases: online where somebody is logged in, else kept on disk for `wandb sync`."""
 
-import json
 import math
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import PIL.Image
 
+from common.model_hub import first_line, server_answers
+from common.reading import read_json_lines
 from common.run_folder import RunFolder
 from common.trackers.exhibits import Exhibits, Picture
 from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
@@ -19,6 +21,7 @@ from common.trackers.wandb_files import rounds_in_files
 NAME = "wandb"
 FOLDER = "wandb"  # where wandb writes, by its own choice
 DATA_FOLDER = "WANDB_DATA_DIR"
+Mode = Literal["online", "offline", "disabled"]
 BINS = 64
 FLUSH_SECONDS = 1.0  # between two writings to its file: what it has not written is lost with a process that is killed
 
@@ -85,13 +88,31 @@ class WandbRun(Tracker):
         require_package(NAME, "wandb")
 
     def start(self, run: RunInfo) -> OpenRun:
+        """Open the run online if a login is found, offline if there is none or the service does not answer.
+
+        Raises:
+            ValueError: the service refuses the login or the run.
+        """
+        import wandb
+
+        identity, (way, why) = run.tracker_ids.get(NAME) or uuid.uuid4().hex[:8], connection()
+        try:
+            opened = self._open(run, identity, way)
+        except wandb.Error as error:
+            way, why = "offline", _if_not_reachable(error)
+            opened = self._open(run, identity, way)
+        if why:
+            later = f"wandb sync {run.folder}/{FOLDER}/offline-run-*"
+            print(f"tracker wandb: {why}, so the run is kept offline; send it later with: {later}", file=sys.stderr)
+        return opened
+
+    def _open(self, run: RunInfo, identity: str, way: Mode) -> OpenRun:
         import wandb
 
         # Neither terminal output nor code nor the git state: what is in them is not ours to send.
         settings = wandb.Settings(
             console="off", disable_code=True, disable_git=True, x_transaction_log_flush_interval=FLUSH_SECONDS
         )
-        identity, way = run.tracker_ids.get(NAME) or uuid.uuid4().hex[:8], mode()
         # Before it is opened, for then there is a new file.
         rounds_there = rounds_in_files(run.storage.folder(FOLDER), identity) if way == "offline" else 0
         opened = wandb.init(
@@ -135,17 +156,41 @@ def _image(picture: Picture) -> Any:
 def _rounds_before(info: RunInfo) -> Iterator[Metrics]:
     """The metrics of the rounds before this start's first."""
     folder = RunFolder(info.folder)
-    text = folder.storage.read(folder.metrics).decode() if folder.storage.exists(folder.metrics) else ""
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n") and (metrics := json.loads(line))["round"] < info.first_round:
+    logged = (
+        read_json_lines(folder.storage, folder.metrics, ("round",)) if folder.storage.exists(folder.metrics) else []
+    )
+    for metrics in logged:
+        if metrics["round"] < info.first_round:
             yield {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
-def mode() -> Literal["online", "offline", "disabled"]:
-    """As WANDB_MODE says where it switches the network off; else online if wandb finds a login without asking."""
+def connection() -> tuple[Mode, str]:
+    """Return how wandb works here, and why it is offline if the service does not answer (else an empty text).
+
+    As WANDB_MODE says where it switches the network off; else online if wandb finds a login without asking.
+
+    Raises:
+        ValueError: the service refuses the login.
+    """
     import wandb
 
     wanted = os.environ.get("WANDB_MODE")
     if wanted == "disabled" or wanted == "offline":
-        return wanted
-    return "online" if wandb.login(prompt=False) else "offline"
+        return wanted, ""
+    try:
+        return ("online" if wandb.login(prompt=False) else "offline"), ""
+    except wandb.Error as error:
+        return "offline", _if_not_reachable(error)
+
+
+def _if_not_reachable(error: Exception) -> str:
+    """Return in words that wandb's service cannot be reached. ValueError: it can, so `error` is the user's to mend."""
+    import wandb
+
+    service = wandb.setup().settings.base_url
+    if server_answers(service):
+        raise ValueError(
+            f"trackers: wandb cannot be used with {service}: {first_line(error)}; correct WANDB_API_KEY, or the table's "
+            "project and entity, or export WANDB_MODE=offline"
+        ) from error
+    return f"{service} does not answer"

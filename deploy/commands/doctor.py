@@ -3,23 +3,26 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from actors.evaluation import evaluation_set
 from common.config import Recipe
-from common.model_hub import first_line
+from common.prompts import Prompt
 from common.recipe_tables import RoleTable
+from common.schedule import round_tasks
+from deploy.cluster import attach, attaches, check_temporary_folder
 from deploy.commands.doctor_checks import (
-    LOADING_FAILS,
-    Finding,
+    MADE_UP,
     authentication_finding,
     device_finding,
     disk_finding,
@@ -30,6 +33,7 @@ from deploy.commands.doctor_checks import (
     version_findings,
     weights_findings,
 )
+from deploy.commands.doctor_guard import Finding, OutOfTime, guarded
 from deploy.commands.doctor_resources import (
     Machine,
     Resources,
@@ -39,28 +43,34 @@ from deploy.commands.doctor_resources import (
     roles_of,
 )
 from deploy.commands.plan_numbers import Plan, in_bytes, plan_of_parts
-from deploy.commands.ratio_measurement import draw_some, score_again
+from deploy.commands.ratio_measurement import draw_some, runtime_of, score_again
 from deploy.commands.ratio_noise import WIDEST, Noise, clip_range, noise_findings, table_rows, worst_in_words
 from deploy.parts import Parts, build_reward, entries_of
 from deploy.workers import place_options
 from learner.optimizer import check_optimizer
 
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
+TRIED = 2  # images that a reward scores
 MARK, SUBJECT, NUMBER_WIDTH = 9, 15, 7  # columns
 At = Callable[
     ..., Any
 ]  # (role's table, function, its arguments) -> what it returns, where an actor of that role would be
 
 
-def doctor(recipe: Recipe) -> int:
-    """Print a line for everything that was looked at; 1 where something will not work, else 0.
+@dataclass(frozen=True)
+class Measured:
+    """The noise of the ratio, and the algorithm's clip range to compare it with."""
 
-    ValueError: the recipe names what is not known, so that nothing can be said.
-    """
-    parts, console, faults, warnings = entries_of(recipe), Console(highlight=False), 0, 0
-    for result in _examined(recipe, parts):
-        if isinstance(result, Noise):
-            _print_noise(console, result, clip_range(parts.algorithm, result.latent_elements))
+    noise: Noise
+    clip: float | None
+
+
+def doctor(recipe: Recipe) -> int:
+    """Print a line for everything that was looked at. Return 1 if something will not work, else 0."""
+    console, faults, warnings = Console(highlight=False), 0, 0
+    for result in _examined(recipe):
+        if isinstance(result, Measured):
+            _print_noise(console, result.noise, result.clip)
             continue
         _print(console, result)
         faults += result.level == "fault"
@@ -70,40 +80,54 @@ def doctor(recipe: Recipe) -> int:
     return 1 if faults else 0
 
 
-def _examined(recipe: Recipe, parts: Parts) -> Iterator[Finding | Noise]:
-    """Findings, as soon as there are any, and the noise where it could be measured."""
-    yield from version_findings()
-    yield device_finding(recipe)
-    yield from folder_findings(recipe)
-    yield from tracker_findings(parts.trackers)
-    yield from push_findings(recipe)
-    yield authentication_finding(os.environ, Path.home())
-    numbers = _numbers(parts)
-    yield numbers if isinstance(numbers, Finding) else disk_finding(recipe, numbers)
+def _examined(recipe: Recipe) -> Iterator[Finding | Measured]:
+    """Yield findings, as soon as there are any, and the noise where it could be measured."""
+    yield from guarded("versions", version_findings)
+    yield from guarded("device", lambda: [device_finding(recipe)])
+    yield from guarded("run folder", folder_findings, recipe)
+    yield from guarded("push", push_findings, recipe)
+    yield from guarded("Ray's token", lambda: [authentication_finding(os.environ, Path.home())])
+    built = list(guarded("recipe", lambda: [entries_of(recipe)]))
+    parts = built[0]
+    if isinstance(parts, Finding):
+        yield parts
+        return
+    yield from guarded("trackers", tracker_findings, parts.trackers)
     started_here = not ray.is_initialized()
     try:
-        yield from _on_the_machines(parts, numbers if isinstance(numbers, Plan) else None)
+        yield from _parts_findings(parts)
     finally:
         if started_here:
             ray.shutdown()
 
 
-def _numbers(parts: Parts) -> Plan | Finding:
-    try:
-        parts.prompts.load()
-        parts.policy.check()
-        check_optimizer(parts.recipe.learner)
-        return plan_of_parts(parts)
-    except ValueError as error:
-        return Finding("fault", "recipe", str(error))
+def _parts_findings(parts: Parts) -> Iterator[Finding | Measured]:
+    """Yield findings of what the recipe names: here as far as that can be told here, then where the actors would be."""
+    prompts: list[Prompt] = []
+    lacking = list(guarded("prompts", _prompt_findings, parts, prompts))
+    lacking += guarded("model", lambda: parts.policy.check() or ())
+    lacking += guarded("optimizer", lambda: check_optimizer(parts.recipe.learner) or ())
+    yield from lacking
+    planned = [] if lacking else list(guarded("plan", lambda: [plan_of_parts(parts)]))
+    numbers = next((plan for plan in planned if isinstance(plan, Plan)), None)
+    if numbers:
+        yield from guarded("disk", lambda: [disk_finding(parts.recipe, numbers)])
+    else:
+        yield from planned
+    yield from guarded("cluster", _on_the_machines, parts, numbers, tuple(prompts) or MADE_UP)
 
 
-def _on_the_machines(parts: Parts, numbers: Plan | None) -> Iterator[Finding | Noise]:
+def _prompt_findings(parts: Parts, drawn: list[Prompt]) -> Iterator[Finding]:
+    """Draw the run's first prompts, of which a few are kept in `drawn`, and those of its evaluations. Yield nothing."""
+    task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
+    drawn += task.prompts[:TRIED]
+    evaluation_set(parts.recipe.evaluation, parts.prompts)
+    yield from ()
+
+
+def _on_the_machines(parts: Parts, numbers: Plan | None, prompts: tuple[Prompt, ...]) -> Iterator[Finding | Measured]:
     """`numbers`: None where model or prompts are not there; then nothing is drawn."""
     recipe, attached = parts.recipe, _attach()
-    if isinstance(attached, Finding):
-        yield attached
-        return
     nodes = _nodes() if attached else [_this_machine(recipe)]
     places = list(place_findings(roles_of(recipe), nodes))
     yield from places
@@ -114,41 +138,48 @@ def _on_the_machines(parts: Parts, numbers: Plan | None) -> Iterator[Finding | N
     if homeless and attached:
         yield Finding("warning", "not looked at", f"weights and ratio: no place for {homeless}")
         return
-    yield from _tried_out(parts, _at_cluster(recipe) if attached else _here, numbers is not None and not homeless)
+    yield from _tried_out(
+        parts, _at_cluster(recipe) if attached else _here, prompts, numbers is not None and not homeless
+    )
 
 
-def _tried_out(parts: Parts, at: At, may_draw: bool) -> Iterator[Finding | Noise]:
+def _tried_out(parts: Parts, at: At, prompts: tuple[Prompt, ...], may_draw: bool) -> Iterator[Finding | Measured]:
     try:
-        weights = list(_weights(parts, at))
+        yield from _reward_findings(parts, at, prompts)
+        weights = list(guarded("model", _model_findings, parts, at))
         yield from weights
         if may_draw and weights[-1].level == "ok":
-            yield from _noise(parts, at)
+            yield from guarded("trial", _noise, parts, at)
         else:
             yield Finding("warning", "not looked at", "the ratio: what is said above stands in the way of drawing")
-    except TimeoutError:
+    except OutOfTime:
         found = f"weights and ratio: not done in runtime.ready_seconds = {parts.recipe.runtime.ready_seconds:g}"
         yield Finding("warning", "not looked at", found, "where the cluster is busy, try again when there is room")
-    except (*LOADING_FAILS, RayError) as error:
-        cause = getattr(error, "cause", None) or error
-        yield Finding("fault", "trial", f"{type(cause).__name__}: {first_line(cause)}")
 
 
-def _weights(parts: Parts, at: At) -> Iterator[Finding]:
-    """Of every reward and scorer, and last of the model."""
+def _reward_findings(parts: Parts, at: At, prompts: tuple[Prompt, ...]) -> Iterator[Finding]:
+    """Of every reward and scorer."""
     recipe = parts.recipe
     rewards = [("reward", table) for table in recipe.all_rewards]
     scorers = [("scorer", table) for table in recipe.evaluation.scorers]
     for kind, table in rewards + scorers:
-        yield from at(table.workers or recipe.reward_workers, reward_findings, kind, table.called, build_reward(table))
-    lacking = at(recipe.samplers, weights_findings, "model", "the policy", parts.policy.needs())
-    yield from lacking or [Finding("ok", "model", f"{parts.policy.model} is there")]
+        workers = table.workers or recipe.reward_workers
+        runtime = runtime_of(workers, recipe.runtime)
+        yield from guarded(
+            kind, at, workers, reward_findings, kind, table.called, build_reward(table), runtime, prompts
+        )
 
 
-def _noise(parts: Parts, at: At) -> Iterator[Finding | Noise]:
+def _model_findings(parts: Parts, at: At) -> Iterator[Finding]:
+    lacking = at(parts.recipe.samplers, weights_findings, "model", "the policy", parts.policy.needs())
+    yield from lacking or [Finding("ok", "model", f"the files of {parts.policy.model} are there")]
+
+
+def _noise(parts: Parts, at: At) -> Iterator[Finding | Measured]:
     recipe = parts.recipe
     noise = at(recipe.learner, score_again, recipe, at(recipe.samplers, draw_some, recipe))
-    yield noise
     clip = clip_range(parts.algorithm, noise.latent_elements)
+    yield Measured(noise, clip)
     yield from noise_findings(noise, clip, recipe.sampling)
 
 
@@ -159,12 +190,16 @@ def _here(table: RoleTable, function: Callable[..., Any], *arguments: Any) -> An
 def _at_cluster(recipe: Recipe) -> At:
     """Run a function where an actor of a role would be.
 
-    TimeoutError: it had no place, or was not done, in `runtime.ready_seconds`. RayError: its node died.
+    OutOfTime: it had no place, or was not done, in `runtime.ready_seconds`. RayError: its node died.
     """
 
     def run(table: RoleTable, function: Callable[..., Any], *arguments: Any) -> Any:
-        done = ray.remote(max_retries=0, **place_options(table), **_hidden_gpus(table))(function).remote(*arguments)
-        return ray.get(done, timeout=recipe.runtime.ready_seconds)
+        options = place_options(table) | _hidden_gpus(table)
+        done = ray.remote(max_retries=0, **options)(function).remote(*arguments)
+        try:
+            return ray.get(done, timeout=recipe.runtime.ready_seconds)
+        except GetTimeoutError as error:
+            raise OutOfTime from error
 
     return run
 
@@ -174,18 +209,15 @@ def _hidden_gpus(table: RoleTable) -> dict[str, Any]:
     return {} if table.num_gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
 
 
-def _attach() -> bool | Finding:
-    """Whether this process is on a cluster; a finding where it cannot reach the one it should be on."""
+def _attach() -> bool:
+    """Return whether this process is on a cluster. ValueError: the one of RAY_ADDRESS, or one here, is out of reach."""
     if ray.is_initialized():
         return True
-    if "RAY_ADDRESS" not in os.environ:
-        return False
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        advice = "see that it runs, and that both sides agree on the token: export RAY_AUTH_MODE=token"
-        return Finding("fault", "cluster", f"the one of RAY_ADDRESS cannot be reached: {first_line(error)}", advice)
-    return True
+    if attaches():
+        attach(log_to_driver=False, logging_level=logging.ERROR)
+        return True
+    check_temporary_folder()
+    return False
 
 
 def _free_memory() -> Machine:

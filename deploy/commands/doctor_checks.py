@@ -7,41 +7,33 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 import torch
 from packaging.requirements import Requirement
 
+from actors.reward_worker import RewardWorker
 from actors.rewards.reward import Reward
 from common.config import Recipe
 from common.lease import runs_it
 from common.model_hub import Weights, first_line, hub_answers, is_hub_name, missing_files
 from common.package_versions import VERSIONED
+from common.prompts import Prompt
+from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.reward_pools import elastic_roles
 from common.run_folder import RunFolder
 from common.trackers.tracker import Tracker
+from common.trajectory import ImageBatch
+from deploy.commands.doctor_guard import Finding, Level, guarded
 from deploy.commands.plan_numbers import Plan, in_bytes
 from deploy.hub import NotPushed, license_of, may_push
 
-Level = Literal["ok", "warning", "fault"]
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+ON_CPU = RuntimeTable(device="cpu")
+MADE_UP = (Prompt("a photo of a cat"), Prompt("a photo of a dog"))
+NOISE_SIZE = 256  # pixels of an image that a reward is tried on
 NEARLY = 0.8  # of what is there: from here on it is near
-# What a module of the user's, or a library that reads a damaged file, can raise while it is loaded.
-LOADING_FAILS = (
-    *(ValueError, OSError, ImportError, SyntaxError, NameError, AttributeError, TypeError, LookupError, RuntimeError),
-)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report. `advice` is there where something is to be done."""
-
-    level: Level
-    subject: str
-    found: str
-    advice: str = ""
 
 
 def version_findings() -> Iterator[Finding]:
@@ -183,18 +175,15 @@ def compared(subject: str, what: str, needed: float, there: float, advice: str) 
 def tracker_findings(trackers: dict[str, Tracker]) -> Iterator[Finding]:
     """Whether each tracker's package is there, and where wandb would write."""
     for tracker in trackers.values():
-        try:
-            tracker.check()
-        except ValueError as error:
-            yield Finding("fault", "trackers", str(error))
-            return
+        tracker.check()
     if "wandb" in trackers:
-        from common.trackers.wandb_run import mode
+        from common.trackers.wandb_run import connection
 
-        where = mode()
+        where, why = connection()
         advice = "wandb login, or export WANDB_API_KEY=…; else `wandb sync` afterwards" if where == "offline" else ""
         asked = "WANDB_MODE" in os.environ
-        yield Finding("ok" if where == "online" or asked else "warning", "wandb", where, "" if asked else advice)
+        found = f"{where}: {why}" if why else where
+        yield Finding("ok" if where == "online" or asked else "warning", "wandb", found, "" if asked else advice)
     yield Finding("ok", "trackers", ", ".join(trackers))
 
 
@@ -228,17 +217,31 @@ def _lack(subject: str, name: str, weights: Weights, missing: list[str]) -> Find
     return Finding("fault", subject, f"{found}, and the hub does not answer", advice)
 
 
-def reward_findings(subject: str, name: str, reward: Reward) -> list[Finding]:
-    """Whether a reward's weights are there, whether it can be loaded, and whether what it asks elsewhere answers."""
+def reward_findings(
+    subject: str, name: str, reward: Reward, runtime: RuntimeTable = ON_CPU, prompts: tuple[Prompt, ...] = MADE_UP
+) -> list[Finding]:
+    """Load a reward as its worker does, and let it score an image of noise for each of `prompts`."""
+    return list(guarded(subject, _tried, subject, name, reward, runtime, prompts))
+
+
+def _tried(
+    subject: str, name: str, reward: Reward, runtime: RuntimeTable, prompts: tuple[Prompt, ...]
+) -> Iterator[Finding]:
     lacking = weights_findings(subject, name, reward.needs())
     if lacking:
-        return lacking
-    try:
-        reward.load("cpu")
-    except LOADING_FAILS as error:
-        return [Finding("fault", subject, f"{name} cannot be loaded: {type(error).__name__}: {first_line(error)}")]
+        yield from lacking
+        return
+    worker = RewardWorker({name: reward}, RewardPoolTable(), runtime)
     try:
         reward.check()
     except ValueError as error:
-        return [Finding("fault", subject, f"{name} does not answer: {first_line(error)}", "see that it runs")]
-    return [Finding("ok", subject, f"{name} can be loaded")]
+        yield Finding("fault", subject, f"{name} does not answer: {first_line(error)}", "see that it runs")
+        return
+    noise = np.random.default_rng(0).integers(0, 256, (len(prompts), NOISE_SIZE, NOISE_SIZE, 3), np.uint8)
+    scores = worker.score(ImageBatch(noise, prompts))
+    if scores.set_aside:
+        yield Finding(
+            "warning", subject, f"{name} can be loaded; {next(iter(scores.set_aside.values()))}, an image of noise"
+        )
+    else:
+        yield Finding("ok", subject, f"{name} can be loaded, and scores")

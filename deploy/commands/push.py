@@ -12,6 +12,7 @@ from actors.evaluation import evaluation_set
 from common.config import Recipe
 from common.diffusion.weight_files import network_folder
 from common.evaluation_log import FIGURES
+from common.reading import read_json, read_text
 from common.run_folder import RunFolder
 from deploy.commands.given_base import check_base
 from deploy.commands.model_card.card import Published, model_card
@@ -70,7 +71,7 @@ def _looked_at(folder: RunFolder, recipe: Recipe, overrides: list[str], weights:
 def _is_of(folder: RunFolder, weights: RunWeights) -> bool:
     if not all(folder.report.exists(name) for name in LOOKED_AT):
         return False
-    return json.loads(folder.report.read(SUMMARY)).get("fingerprint") == weights.fingerprint
+    return read_json(folder.report, SUMMARY).get("fingerprint") == weights.fingerprint
 
 
 def _files(folder: RunFolder, recipe: Recipe, weights: RunWeights, looked_at: dict[str, bytes]) -> Files:
@@ -93,7 +94,7 @@ def _files(folder: RunFolder, recipe: Recipe, weights: RunWeights, looked_at: di
 
 def _recipe_text(folder: RunFolder) -> str:
     """The run's recipe with the versions in its head, without what is nobody else's business."""
-    text = folder.storage.read(folder.recipe).decode()
+    text = read_text(folder.storage, folder.recipe)
     head = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
     tables = {key: value for key, value in folder.recipe_tables().items() if key not in PRIVATE}
     if "start_from" in tables:

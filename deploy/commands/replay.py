@@ -14,7 +14,7 @@ from common.storage import Storage
 from deploy.commands.given_base import refuse_another_base
 from deploy.parts import parts_of
 from deploy.start import prompts_base
-from learner.checkpoint import load_weights, policy_versions, whole_checkpoints
+from learner.checkpoint import damaged_checkpoints, load_weights, policy_versions, whole_checkpoints
 
 Row = dict[str, Any]  # of the ledger
 
@@ -76,10 +76,11 @@ def kept_weights(checkpoints: Storage, round: int, version: int) -> LoraWeights:
         if version in policy_versions(checkpoint):
             return next(weights for weights in load_weights(checkpoint) if weights.policy_version == version)
     held = {checkpoint.name: policy_versions(checkpoint) for checkpoint in whole}
-    there = "; ".join(f"{name} has {versions}" for name, versions in held.items()) or "there are none"
+    there = [f"{name} has {versions}" for name, versions in held.items()] or ["there are none"]
+    there += [f"{name} is damaged" for name in damaged_checkpoints(checkpoints)]
     raise ValueError(
         f"round {round} was drawn with policy version {version}, which no checkpoint in {checkpoints.location} holds "
-        f"({there}): a run with a smaller checkpoint.every and a larger checkpoint.keep keeps more of them"
+        f"({'; '.join(there)}): a run with a smaller checkpoint.every and a larger checkpoint.keep keeps more of them"
     )
 
 

@@ -12,6 +12,7 @@ from common.config import Recipe
 from common.diffusion.weight_files import network_folder
 from common.evaluation_log import EvaluationLog
 from common.paired import paired_error
+from common.reading import read_json_lines
 from common.run_folder import RunFolder, weights_here
 from common.runtime import settle
 from common.storage import local_folder
@@ -62,8 +63,9 @@ def figures_of(
 
 def logged_rounds(folder: RunFolder) -> list[dict[str, float]]:
     """What the run has logged, an entry a round, NaN for `null`; without a last line that a kill cut off."""
-    lines = folder.storage.read(folder.metrics).decode().splitlines(keepends=True)
-    rounds = [json.loads(line) for line in lines if line.endswith("\n")]
+    if not folder.storage.exists(folder.metrics):
+        raise ValueError(f"{folder.location} has no {folder.metrics}: no round of the run is known")
+    rounds = read_json_lines(folder.storage, folder.metrics, ("round", "seconds/round"))
     return [{name: math.nan if value is None else value for name, value in metrics.items()} for metrics in rounds]
 
 

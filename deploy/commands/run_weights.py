@@ -9,7 +9,7 @@ from common.diffusion.weight_files import network_folder
 from common.lora_weights import LoraWeights, Manifest
 from common.run_folder import RunFolder, weights_here
 from deploy.stored_weights import stored_weights
-from learner.checkpoint import load_checkpoint, newest_checkpoint
+from learner.checkpoint import damaged_checkpoints, load_checkpoint, newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -60,5 +60,6 @@ def best_weights(folder: RunFolder) -> RunWeights:
 def _trained(folder: RunFolder) -> LoraWeights:
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
-        raise ValueError(f"{folder.location} has no whole checkpoint yet: no weights are known")
+        damaged = "".join(f"; {name} is damaged" for name in damaged_checkpoints(folder.checkpoints))
+        raise ValueError(f"{folder.location} has no whole checkpoint yet: no weights are known{damaged}")
     return load_checkpoint(newest).learner.trained

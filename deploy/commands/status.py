@@ -1,9 +1,9 @@
 """ddpo status: how a run stands, from its folder alone, wherever that lies and whoever runs it."""
 
-import json
 from typing import Any
 
 from common.lease import runs_it
+from common.reading import read_json_lines, read_text
 from common.run_folder import RunFolder
 
 SHOWN = {
@@ -62,12 +62,14 @@ def in_words(known: dict[str, Any]) -> str:
 
 def _rounds(folder: RunFolder) -> list[dict[str, float]]:
     """Of metrics.jsonl; a line that is just being written is left out."""
-    text = _text(folder, folder.metrics) or ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        return read_json_lines(folder.storage, folder.metrics, ("round", "images_set_aside"))
+    except FileNotFoundError:
+        return []
 
 
 def _text(folder: RunFolder, place: str) -> str | None:
     try:
-        return folder.storage.read(place).decode()
+        return read_text(folder.storage, place)
     except FileNotFoundError:
         return None

@@ -112,6 +112,6 @@ def test_the_authentication_trap_is_told_with_its_way_out_and_never_the_token(
     assert TOKEN not in captured.out + captured.err
 
 
-def test_a_recipe_that_cannot_be_used_is_the_users_error(recipe_file: Path, capsys: pytest.CaptureFixture) -> None:
-    assert ddpo.main(["doctor", str(recipe_file), "--reward.name", "beauty"]) == 2
-    assert "reward.name is 'beauty'" in capsys.readouterr().err
+def test_a_recipe_that_names_what_is_not_known_is_a_fault(recipe_file: Path, capsys: pytest.CaptureFixture) -> None:
+    mark, text = finding(said(capsys, 1, recipe_file, "--reward.name", "beauty"), "recipe")
+    assert mark == "fault" and "reward.name is 'beauty'" in text

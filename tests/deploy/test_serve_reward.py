@@ -11,6 +11,7 @@ import pytest
 import tomli_w
 
 from actors.rewards.http import Http
+from actors.rewards.jpeg import JpegCompressibility
 from common.config import Recipe
 from common.run_folder import without_none
 from deploy.commands.doctor_checks import reward_findings
@@ -64,7 +65,7 @@ def test_a_run_through_the_service_has_the_fingerprint_of_the_run_without_it(
 
 def test_the_doctor_asks_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWARD_TOKEN", TOKEN)
-    with serving(Http(url="http://127.0.0.1:1"), token=TOKEN) as url:
+    with serving(JpegCompressibility(), token=TOKEN) as url:
         right, without = Http(url=url, token_variable="REWARD_TOKEN"), Http(url=url)
         (finding,) = reward_findings("reward", "http", right)
         assert finding.level == "ok"

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from common.config import Recipe
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
 from common.evaluation_log import EvaluationLog
+from common.reading import read_text
 from common.run_folder import RunFolder
 from deploy.commands.model_card.code import loading
 from deploy.commands.report import changes
@@ -104,7 +105,7 @@ def _facts(run: Published) -> list[tuple[str, str]]:
         ("version", f"after round {run.weights.policy_version}"),
         ("fingerprint", run.weights.fingerprint),
     ]
-    return [*facts, *versions(run.folder.storage.read(run.folder.recipe).decode())]
+    return [*facts, *versions(read_text(run.folder.storage, run.folder.recipe))]
 
 
 def _rewards(recipe: Recipe, scorers: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from actors.evaluation import Comparison
 from common.config import Recipe
 from common.ledger import Ledger
+from common.reading import read_text
 from common.run_folder import RunFolder
 from deploy.commands.report_page import charts, numbers
 from deploy.commands.report_page.evaluation import evaluation_told, guard_sentences
@@ -57,7 +58,7 @@ def report_page(run: FinishedRun, comparison: Comparison) -> str:
 
 def _told(run: FinishedRun, comparison: Comparison) -> dict[str, Any]:
     found = scores(comparison, run.recipe)
-    recipe_text = run.folder.storage.read(run.folder.recipe).decode()
+    recipe_text = read_text(run.folder.storage, run.folder.recipe)
     score = headline(run.recipe)
     worst, best = worst_and_best(comparison, score)
     script = (HERE / "page.js").read_text(encoding="utf-8")

@@ -132,7 +132,7 @@ def test_a_path_without_a_lora_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_safetensors_is_refused_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match=r"broken\.safetensors is not a safetensors file"):
+    with pytest.raises(ValueError, match=r"broken\.safetensors cannot be read, it is damaged"):
         read_lora_settings(tmp_path / "broken.safetensors")
 
 

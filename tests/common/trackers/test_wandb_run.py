@@ -9,7 +9,7 @@ import pytest
 from common.trackers.exhibits import Exhibits
 from common.trackers.fan_out import FanOut
 from common.trackers.tracker import RunInfo
-from common.trackers.wandb_run import WandbRun, mode
+from common.trackers.wandb_run import WandbRun, connection
 
 
 @pytest.fixture(autouse=True)
@@ -54,19 +54,19 @@ def test_without_a_login_it_is_offline_and_does_not_ask(monkeypatch: pytest.Monk
         raise AssertionError("asked for a login")
 
     monkeypatch.setattr("wandb.errors.term._terminput", fail)
-    assert mode() == "offline"
+    assert connection() == ("offline", "")
 
 
 @pytest.mark.parametrize("wanted", ["offline", "disabled"])
 def test_a_user_who_switches_the_network_off_is_obeyed(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     monkeypatch.setattr("wandb.login", lambda **_: True)
     monkeypatch.setenv("WANDB_MODE", wanted)
-    assert mode() == wanted
+    assert connection() == (wanted, "")
 
 
 def test_with_a_login_it_is_online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wandb.login", lambda prompt: not prompt)
-    assert mode() == "online"
+    assert connection() == ("online", "")
 
 
 def identities_of_a_run(folder: Path, **what: Any) -> dict[str, str]:
