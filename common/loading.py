@@ -73,7 +73,7 @@ def in_words(error: BaseException) -> str:
     said = first_line(error)
     words = f"{type(error).__name__}: {said}" if said else type(error).__name__
     place = place_in_users_code(error)
-    advice = "; `ddpo plan` shows what each role needs" if type(error).__name__ in OUT_OF_MEMORY else ""
+    advice = "; ddpo plan shows what each role needs" if type(error).__name__ in OUT_OF_MEMORY else ""
     return f"{words}{f' ({place})' if place else ''}{advice}"
 
 

@@ -154,7 +154,9 @@ def _workers(parts: Parts, setting: Setting) -> Workers:
     pools = Pools(samplers, (scoring,), budget)
     stream = RayRolloutStream(pools, StreamSettings(recipe.runtime, 1, 1e9, check=lambda: None))
     make = functools.partial(ray.remote(**options)(LearnerStandIn).remote, setting)
-    learner = RayLearnerGroup([make()], lambda: [make()], stream.work_until, lambda death: budget.spend("learner", death.reason))
+    learner = RayLearnerGroup(
+        [make()], lambda: [make()], stream.work_until, lambda death: budget.spend("learner", death.reason)
+    )
     stream.wait_until_loaded({"samplers": setting.samplers, "reward_workers": REWARD_WORKERS})
     learner.wait_until_loaded()
     return Workers(stream, learner)

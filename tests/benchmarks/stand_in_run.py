@@ -1,6 +1,5 @@
 """Rounds of stand-ins on the real stream, pools, learner group and schedule; and the ideal that they are held against."""
 
-import functools
 import heapq
 import shutil
 import tempfile
@@ -127,8 +126,12 @@ class StandInRun:
         settings = StreamSettings(self._recipe.runtime, max_policy_lag + 1, 4.0, check=lambda: None)
         self._stream = RayRolloutStream(self._pools, settings)
         make = _maker(StandInLearner, proportion.update, max_policy_lag + 1, WEIGHT_BYTES)
-        on_death = lambda death: budget.spend("learner", death.reason)
-        self._learner = RayLearnerGroup([make(0)], lambda: [make(1)], self._stream.work_until, on_death)
+        self._learner = RayLearnerGroup(
+            [make(0)],
+            lambda: [make(1)],
+            self._stream.work_until,
+            lambda death: budget.spend("learner", death.reason),
+        )
         self._stream.wait_until_loaded({"samplers": proportion.samplers, "reward_workers": proportion.reward_workers})
         self._learner.wait_until_loaded()
 
