@@ -63,8 +63,8 @@ def role_actor(cls: type) -> type:
 
 
 def _passed_on(name: str) -> Callable[..., Any]:
-    def method(self: RoleActor, *arguments: Any) -> Any:
-        return getattr(self._object, name)(*arguments)
+    def method(self: RoleActor, *arguments: Any, **named: Any) -> Any:
+        return getattr(self._object, name)(*arguments, **named)
 
     method.__name__ = name
     return method
