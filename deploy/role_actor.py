@@ -50,9 +50,9 @@ class RoleActor:
         """As the dashboard's page of actors has it, beside run, role and number."""
         return self._called if self._object is None else repr(self._object)
 
-    def ready(self) -> RoleNotStarted | None:
-        """Return why the role could not start; None if it has."""
-        return None if self._failure is None else RoleNotStarted(self._failure)
+    def ready(self) -> Any:
+        """Return why the role could not start, a RoleNotStarted; if it has, what the role itself answers."""
+        return self._object.ready() if self._failure is None else RoleNotStarted(self._failure)
 
 
 def role_actor(cls: type) -> type:

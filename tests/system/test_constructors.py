@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, Changes]] = {
     "decoder": ("a file of the model is damaged", damaged("vae")),
     "text encoder": ("a file of the model is damaged", damaged("text_encoder")),
     "hub": ("the model is to come from the hub, without network", policy(model="alice/nothing")),
-    "sampler": ("a model family raises an error while it is loaded", policy(name=OWN, fails={"sampler": "error"})),
+    "sampler": ("a sampler runs out of memory while it is loading", policy(name=OWN, fails={"sampler": "memory"})),
     "memory": ("the learner runs out of memory while it is loading", policy(name=OWN, fails={"learner": "memory"})),
 }
 ON_RAY = ("module", "text encoder", "memory")  # one of each kind of role; the others take their turn in `thorough`
@@ -100,7 +100,17 @@ def test_a_rank_that_cannot_start_ends_the_run_by_its_name(
 ) -> None:
     (tmp_path / "once").mkdir()
     tables["learner"] |= {"ranks": 2, "micro_batch_size": 4}
-    changes = policy(name=OWN, fails={"learner": "error"}, once=str(tmp_path / "once"))
+    changes = policy(name=OWN, fails={"learner": "memory"}, once=str(tmp_path / "once"))
     exit_code, _, err = printed(changes, tables, tmp_path, capfd)
     assert_documented("a rank of the learner cannot start", exit_code, err)
     assert err.count("\n") == 1
+
+
+@pytest.mark.thorough
+def test_a_role_that_is_killed_whenever_it_loads_ends_the_run_over_its_budget(
+    tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture, cluster: None
+) -> None:
+    tables["runtime"] = {"max_restarts": 1}
+    exit_code, _, err = printed(policy(name=OWN, fails={"sampler": "kill"}), tables, tmp_path, capfd)
+    assert_documented("a process dies whenever it loads", exit_code, err)
+    assert err.count("sampler-") == 2, "a line for each death"

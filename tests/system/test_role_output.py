@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,15 @@ from tests.system.drivers import Driver
 from tests.system.nodes import local_nodes
 
 LOADS = re.compile(r"^\[(.+?)\] process (\d+) loads the (\w+)'s policy and sees GPUs (.*)$", re.MULTILINE)
+# What the doctor's tasks see where an actor of a role would be, which it starts without the actors' own code.
+DOCTORS = """
+import os, sys, ray
+from common.config import Recipe
+from deploy.commands.doctor import _at_cluster
+ray.init(log_to_driver=False)
+recipe = Recipe.load(sys.argv[1])
+print([_at_cluster(recipe)(table, os.getenv, "CUDA_VISIBLE_DEVICES") for table in (recipe.samplers, recipe.learner)])
+"""
 FUNCTION = {"name": "function", "path": "tests.failing_parts:aborts_once"}
 
 
@@ -46,11 +57,14 @@ def test_what_roles_say_and_how_they_die_is_on_the_terminal_once(
     with local_nodes() as nodes:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
         nodes.add_node(num_cpus=4, num_gpus=2)
-        nodes.add_node(num_cpus=1, num_gpus=0, resources={"acting": 1})
+        nodes.add_node(num_cpus=3, num_gpus=0, resources={"acting": 1})
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         monkeypatch.setenv("PYTHONPATH", os.getcwd())
         driver = Driver(recipe, tmp_path, address=nodes.address)
         assert driver.ended() == 0, driver.said()
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        command = [sys.executable, "-c", DOCTORS, str(tmp_path / "eventful.toml")]
+        doctors = subprocess.run(command, capture_output=True, text=True, timeout=300)
     said = driver.said()
     assert_documented("a worker's process dies", 0, said)
     assert "sampler-0 died while it was loading: exit code 7 (os._exit); another is started in its place" in said
@@ -65,6 +79,7 @@ def test_what_roles_say_and_how_they_die_is_on_the_terminal_once(
     gpus = {label: visible for label, _, _, visible in loads}
     assert gpus["sampler-0"] == gpus["sampler-1"] == "", "who asks for no GPU sees none"
     assert {gpus["learner-2"], gpus["learner-3"]} == {"0", "1"}
+    assert doctors.stdout.strip() in ("['', '0']", "['', '1']"), doctors.stdout + doctors.stderr
     for label in ("sampler-1", "learner-2"):
         assert re.search(rf"^\[{label}\] WARNING:root:process \d+ warns$", said, re.M), "logging too"
     for label in ("reward-worker-1", "scorer-0"):
