@@ -1,6 +1,6 @@
 """Load the parts of a role so that whatever goes wrong is one line for the user, the same on Ray and in one process."""
 
-import sysconfig
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from common.model_hub import Weights, damaged_files, first_line
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = tuple(str(ROOT / name) for name in ("common/", "actors/", "learner/", "deploy/", "train.py", "ddpo.py"))
-LIBRARIES = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
+LIBRARIES = re.compile(r"/(site|dist)-packages/|/lib(64)?/python\d")  # Python's own too, on whichever machine
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # the second is torch's
 
 
@@ -73,7 +73,7 @@ def in_words(error: BaseException) -> str:
     said = first_line(error)
     words = f"{type(error).__name__}: {said}" if said else type(error).__name__
     place = place_in_users_code(error)
-    advice = "; `ddpo plan` shows what each role needs" if type(error).__name__ in OUT_OF_MEMORY else ""
+    advice = "; ddpo plan shows what each role needs" if type(error).__name__ in OUT_OF_MEMORY else ""
     return f"{words}{f' ({place})' if place else ''}{advice}"
 
 
@@ -89,8 +89,4 @@ def place_in_users_code(error: BaseException) -> str | None:
 def is_users(file: str) -> bool:
     """Return whether a source file is the user's own: neither the project's nor Python's nor an installed library's."""
     path = str(Path(file).resolve())
-    return (
-        not file.startswith("<")
-        and not path.startswith(OURS)
-        and not any(Path(path).is_relative_to(library) for library in LIBRARIES)
-    )
+    return not (file.startswith("<") or path.startswith(OURS) or LIBRARIES.search(file))

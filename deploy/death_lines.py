@@ -30,7 +30,8 @@ class DeathLines:
             unknown = UNKNOWN if self._output.attached else UNHEARD
             cause = self._output.last_words(label, LAST_WORDS_SECONDS) or unknown
         ended = "was ended" if death.by_driver else "died"
-        print(f"{label} {ended} {death.at}: {cause}; {then}", file=sys.stderr, flush=True)
+        at = f" {death.at}" if death.at else ""
+        print(f"{label} {ended}{at}: {cause}; {then}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Wait until all lines are printed."""

@@ -51,7 +51,7 @@ class RoleActor:
         return self._called if self._object is None else repr(self._object)
 
     def ready(self) -> Any:
-        """Return what the role's own `ready` returns, or a RoleNotStarted that says why it could not start."""
+        """Return why the role could not start, a RoleNotStarted; if it has, what the role itself answers."""
         return self._object.ready() if self._failure is None else RoleNotStarted(self._failure)
 
 
@@ -63,8 +63,8 @@ def role_actor(cls: type) -> type:
 
 
 def _passed_on(name: str) -> Callable[..., Any]:
-    def method(self: RoleActor, *arguments: Any) -> Any:
-        return getattr(self._object, name)(*arguments)
+    def method(self: RoleActor, *arguments: Any, **named: Any) -> Any:
+        return getattr(self._object, name)(*arguments, **named)
 
     method.__name__ = name
     return method

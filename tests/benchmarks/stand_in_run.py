@@ -18,7 +18,6 @@ from actors.rollout_stream import StreamSettings
 from actors.scoring import ScoringPool
 from actors.worker_pool import RestartBudget, WorkerPool
 from common.config import Recipe
-from common.deaths import Death
 from common.prompts import Prompt
 from common.schedule import last_startable_round, round_parts, round_tasks
 from common.trajectory import Rollout, TrainBatch
@@ -127,11 +126,12 @@ class StandInRun:
         settings = StreamSettings(self._recipe.runtime, max_policy_lag + 1, 4.0, check=lambda: None)
         self._stream = RayRolloutStream(self._pools, settings)
         make = _maker(StandInLearner, proportion.update, max_policy_lag + 1, WEIGHT_BYTES)
-
-        def on_death(death: Death) -> None:
-            budget.spend("learner", death.reason)
-
-        self._learner = RayLearnerGroup([make(0)], lambda: [make(1)], self._stream.work_until, on_death)
+        self._learner = RayLearnerGroup(
+            [make(0)],
+            lambda: [make(1)],
+            self._stream.work_until,
+            lambda death: budget.spend("learner", death.reason),
+        )
         self._stream.wait_until_loaded({"samplers": proportion.samplers, "reward_workers": proportion.reward_workers})
         self._learner.wait_until_loaded()
 

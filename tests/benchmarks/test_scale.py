@@ -76,7 +76,7 @@ def test_tables_have_a_line_each() -> None:
     [
         (SamplerHost, Sampler, ("ready", "stacks", "forget", "draw")),
         (ScorerStandIn, RewardWorker, ("ready", "stacks", "score", "score_together")),
-        (LearnerStandIn, Learner, ("stacks", "weights", "state", "update")),
+        (LearnerStandIn, Learner, ("ready", "stacks", "weights", "state", "update")),
     ],
 )
 def test_a_stand_in_is_called_like_the_real_one(stand_in: type, real: type, methods: tuple[str, ...]) -> None:
