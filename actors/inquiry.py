@@ -58,7 +58,9 @@ class Inquiry:
         tried = f"{len(self.reasons)} of {title}"
         trace = f"\nthe reward's traceback:\n{self.trace}" if self.trace else ""
         if self.control.images is None:
-            return RewardMistake(f"{self.reason}; so it does for every image that was tried ({tried}): correct it{trace}")
+            return RewardMistake(
+                f"{self.reason}; so it does for every image that was tried ({tried}): correct it{trace}"
+            )
         return RewardFailed(
             f"{self.reason}; so it does for every image that was tried ({tried}, and one that it has scored before): "
             f"once that is mended, go on with --resume auto{trace}"

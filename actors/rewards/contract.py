@@ -42,13 +42,17 @@ def under_contract(reward: Any, who: str) -> LoadedReward:
 def check_signature(reward: Any, who: str) -> None:
     """Raise RewardMistake unless `reward` can be called with images, prompts and metadata, as far as can be told."""
     if isinstance(reward, type):
-        raise RewardMistake(f"{who} is the class {reward.__name__}: it must be a function {SIGNATURE} that returns scores")
+        raise RewardMistake(
+            f"{who} is the class {reward.__name__}: it must be a function {SIGNATURE} that returns scores"
+        )
     if not callable(reward):
         raise RewardMistake(f"{who} is {reward!r}: it must be a function {SIGNATURE} that returns scores")
     # Of an object with `__call__`, that method says what kind of function it is.
     called = reward if inspect.isroutine(reward) else getattr(reward, "__call__", reward)  # noqa: B004
     if inspect.iscoroutinefunction(called):
-        raise RewardMistake(f"{who} is async: it must be a plain function {SIGNATURE}; call asyncio.run(…) inside of it")
+        raise RewardMistake(
+            f"{who} is async: it must be a plain function {SIGNATURE}; call asyncio.run(…) inside of it"
+        )
     if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
         raise RewardMistake(f"{who} is a generator, because it has a yield: it must return all scores at once")
     try:
@@ -80,7 +84,9 @@ def scores_of(answer: Any, count: int, who: str) -> Float[np.ndarray, "B"]:
         raise RewardMistake(_refusal(who, f"a {type(answer).__name__} ({error})", count)) from error
     if values.shape != (count,) or values.dtype.kind not in REAL:
         raise RewardMistake(_refusal(who, _described(answer, values), count))
-    with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite, which is not accepted as a score
+    with np.errstate(
+        over="ignore"
+    ):  # a number too large for float32 becomes infinite, which is not accepted as a score
         return values.astype(np.float32)
 
 
@@ -90,7 +96,12 @@ def _refusal(who: str, what: str, count: int) -> str:
 
 def _without_metadata(answer: Any) -> Any:
     """Take the scores of TRL's (scores, metadata); two numbers in a tuple are scores."""
-    if isinstance(answer, tuple) and len(answer) == 2 and not isinstance(answer[0], SCALARS) and _is_metadata(answer[1]):
+    if (
+        isinstance(answer, tuple)
+        and len(answer) == 2
+        and not isinstance(answer[0], SCALARS)
+        and _is_metadata(answer[1])
+    ):
         return answer[0]
     return answer
 

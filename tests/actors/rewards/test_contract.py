@@ -119,7 +119,9 @@ def test_whatever_takes_three_arguments_by_position_is_accepted(function: Callab
 
 
 def test_a_function_with_the_wrong_signature_is_named_by_its_path_when_it_is_loaded() -> None:
-    with pytest.raises(RewardMistake, match=r"^reward\.path = 'tests\.user_functions:two_parameters' has the signature"):
+    with pytest.raises(
+        RewardMistake, match=r"^reward\.path = 'tests\.user_functions:two_parameters' has the signature"
+    ):
         Function(path="tests.user_functions:two_parameters").load("cpu")
 
 
@@ -156,9 +158,6 @@ def fails_in_a_library(images: np.ndarray, prompts: list[str], metadata: list[di
     return np.stack([image[:index] for index, image in enumerate(images)])  # type: ignore[return-value]
 
 
-
-
-
 def failure_of(function: Callable, together: bool = False) -> ScoringFailed:
     worker = RewardWorker({"mine": Calls(name=function.__name__)}, RewardPoolTable(), RuntimeTable(device="cpu"))
     batch = ImageBatch(IMAGES, tuple(map(Prompt, "abc")))
@@ -177,10 +176,14 @@ def test_a_reward_that_writes_into_images_is_told_to_change_a_copy(together: boo
 def test_a_failure_names_error_file_line_and_function_of_the_users_own_code() -> None:
     failure = failure_of(fails_in_a_library)
     line = fails_in_a_library.__code__.co_firstlineno + 1
-    assert re.search(rf"raised ValueError: all input arrays .* at {re.escape(__file__)}:{line}, in fails_in", str(failure))
+    assert re.search(
+        rf"raised ValueError: all input arrays .* at {re.escape(__file__)}:{line}, in fails_in", str(failure)
+    )
     assert "\n" not in str(failure)
     first, *_, last = failure.trace.splitlines()
-    assert first == f'  File "{__file__}", line {line}, in fails_in_a_library' and last.startswith("ValueError: all input")
+    assert first == f'  File "{__file__}", line {line}, in fails_in_a_library' and last.startswith(
+        "ValueError: all input"
+    )
 
 
 def test_a_reward_that_calls_exit_has_failed_and_ends_nobody() -> None:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from actors.reward_worker import RewardWorker
-from actors.rewards.failure import ScoringFailed
 from actors.rewards import vlm_alignment
+from actors.rewards.failure import ScoringFailed
 from actors.rewards.vlm_alignment import VlmAlignment, asked_and_right, says
 from common.bert_score import load_bert_score
 from common.model_hub import missing_files
