@@ -115,6 +115,8 @@ def _settings(recipe: Recipe, supervision: Supervision) -> StreamSettings:
 
 def connect(recipe: Recipe) -> None:
     """Attach to the cluster of RAY_ADDRESS, or start one on this machine that is large enough for the recipe."""
+    # Or, where a run ends by the error of one call, Ray prints those of the others that were under way, with all their frames.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:

@@ -11,8 +11,7 @@ from common.run_folder import without_none
 from tests.failure_page import assert_documented
 
 FAULTS, USERS = "tests.faulty_rewards", "tests.user_functions"
-# Starting a cluster's actors is in it, on a machine that others keep busy.
-LONGEST_SECONDS = 60.0
+LONGEST_SECONDS = 240.0  # a few on an idle machine
 
 
 def ended(
@@ -83,6 +82,7 @@ def test_on_ray_a_broken_reward_ends_the_run_as_in_one_process(
     exit_code, printed, seconds = ended(tables, tmp_path, capfd, f"{FAULTS}:raises_always", "--name", "always")
     assert_documented("a reward raises for every image, from the start", exit_code, printed)
     assert "tests/faulty_rewards.py:" in printed and seconds < LONGEST_SECONDS
+    assert "ray::" not in printed and "ScoringFailed" not in printed
     path = f"{FAULTS}:raises_from_the_second_round"
     exit_code, printed, seconds = ended(tables, tmp_path, capfd, path, "--name", "later")
     assert_documented("a reward raises for every image, after it has scored some", exit_code, printed)
