@@ -70,7 +70,8 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
             trackers.finish()
             workers.close()
     scoring = sum(pool.table.count for pool in reward_pools(recipe))
-    print(bottleneck(list(progress.metrics), recipe.max_policy_lag, recipe.samplers.count, scoring))
+    idle = bottleneck(list(progress.metrics), recipe.max_policy_lag, recipe.samplers.count, scoring)
+    print(progress.collapse.at_end() or idle)
     return progress.metrics[-1] if progress.metrics else {}
 
 

@@ -132,7 +132,8 @@ class Drawing:
         draw = sampler.actor.draw.options(num_returns=3, name=name)
         care = self._suspects.care(asked.task.place)
         note = None if care.one_by_one == "nothing" else self._whereabouts.note()
-        report, trajectory, images = draw.remote(asked.task, asked.weights, care, note)
+        carefully = () if care == PLAIN else (care, note)
+        report, trajectory, images = draw.remote(asked.task, asked.weights, *carefully)
         attempt = Attempt(asked, sampler, report, trajectory, images, care, note)
         self._attempts[report] = self._in_hands.setdefault(asked.task.place, {})[report] = attempt
         if sampler.calls:

@@ -5,7 +5,7 @@ from typing import Any
 
 from actors.rewards.reward import RewardMistake
 
-MOST_TRIED = 8  # images of a batch that are tried alone: if all of them fail, a run could not afford as many bad ones
+MOST_TRIED = 5  # images of a batch that are tried alone: if all of them fail, a run could not afford as many bad ones
 
 
 class RewardFailed(RuntimeError):

@@ -165,7 +165,8 @@ class Scoring:
         if len(parts) == 1:
             ((open, batch),) = parts
             score = worker.actor.score.options(name=name)
-            reference = score.remote(open.job.images_of(batch), batch.first, batch.last, note)
+            noted = (note,) if note else ()
+            reference = score.remote(open.job.images_of(batch), batch.first, batch.last, *noted)
         else:
             cuts = tuple((batch.first, batch.last) for _, batch in parts)
             score = worker.actor.score_together.options(name=name)

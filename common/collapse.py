@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 DEVIATIONS = 2.0  # of the images' rewards, that the mean must fall
 ERRORS = 4.0  # standard errors of the difference between two rounds, and typical steps between rounds, likewise
 AVERAGED = 3  # rounds whose mean is the level that a later round is compared with
-FEW = 4  # groups in a round: with fewer, a round's prompts alone may move its mean that far
+FEW_GROUPS = 4  # in a round: with fewer, a round's prompts alone may move its mean that far
+MANY_STEPS = 8  # between rounds: then they tell it instead
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,14 @@ class CollapseWatch:
         return self._means[-1] < (self.collapse.before + self.collapse.after) / 2
 
     def _fell(self, mean: float) -> bool:
-        if not self._means or (self.groups < FEW and len(self._means) < FEW) or self._typical_std == 0:
+        if not self._means or self._typical_std == 0:
             return False
         steps = sorted(abs(after - before) for before, after in zip(self._means[:-1], self._means[1:], strict=True))
         noise = [DEVIATIONS * self._typical_std, ERRORS * self._typical_std * math.sqrt(2 / self.groups)]
-        if len(steps) >= FEW - 1:
+        if self.groups < FEW_GROUPS:  # the images say little of how far one round lies from another
+            if len(steps) < MANY_STEPS:
+                return False
+            noise.append(2 * steps[-1])
+        elif steps:
             noise.append(ERRORS * steps[len(steps) // 2])
         return self._level - mean > max(noise)

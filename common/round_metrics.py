@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import psutil
+from jaxtyping import Float
 
 from common.named_rows import rows_by_name
 from common.trajectory import Rollout, TrainBatch
@@ -84,7 +85,11 @@ def round_metrics(
 
 
 def reward_metrics(
-    batch: TrainBatch, rollouts: list[Rollout], weights: dict[str, float], floors: dict[str, float] | None = None
+    batch: TrainBatch,
+    rollouts: list[Rollout],
+    weights: dict[str, float],
+    floors: dict[str, float] | None = None,
+    images_per_prompt: int = 1,
 ) -> dict[str, float]:
     """What the pictures of a whole round were worth, without those set aside; `weights` and `floors` by the reward's name."""
     prompts = [prompt.text for rollout in rollouts for prompt in rollout.report.task.prompts]
@@ -96,6 +101,7 @@ def reward_metrics(
         "images_set_aside": float(len(batch.set_aside)),
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
+        "reward/zero_std_groups": _share_without_spread(rewards, images_per_prompt),
         "advantage/std": float(batch.advantages[kept].std()),
     }
     for name, values in parts.items():
@@ -106,6 +112,12 @@ def reward_metrics(
     if len(of_prompts) > MOST_PROMPTS:
         return metrics
     return metrics | {f"reward/prompt/{text}": float(rewards[of_prompts[text]].mean()) for text in sorted(of_prompts)}
+
+
+def _share_without_spread(rewards: Float[np.ndarray, "N"], images_per_prompt: int) -> float:
+    """Return the share of groups whose images all have the same reward. Without groups the round is one."""
+    groups = rewards.reshape(-1, images_per_prompt if images_per_prompt > 1 else len(rewards))
+    return float((groups == groups[:, :1]).all(axis=1).mean())
 
 
 def _idle(busy: float, there: float) -> float:

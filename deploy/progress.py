@@ -6,6 +6,7 @@ import time
 from collections import deque
 
 from common.base_parts import Base, as_tables
+from common.collapse import CollapseWatch
 from common.ledger import Ledger
 from common.machine import Machine
 from common.round_metrics import RoundClock, memory_now, reward_metrics, round_metrics
@@ -58,6 +59,8 @@ class Progress:
             recipe.reward_workers.max_set_aside,
             recipe.learner.parts_per_round,
         )
+        groups = recipe.images_per_round // recipe.prompts.images_per_prompt
+        self.collapse = CollapseWatch(groups, recipe.learner.learning_rate)
         self.rounds_done = self._committed = checkpoint.rounds_done if checkpoint else 0
         self.metrics: deque[Metrics] = deque(maxlen=REMEMBERED)  # of the last rounds since this start
         if checkpoint:
@@ -94,7 +97,8 @@ class Progress:
         there = [images.pixels for images in pictures if images is not None]
         weights, floors = self._parts.composition.weights, self._parts.composition.floors
         self._ledger.write_round(batch, rollouts, weights, there if len(there) == len(rollouts) else None)
-        figures = reward_metrics(batch, rollouts, weights, floors) | learned
+        per_prompt = recipe.prompts.images_per_prompt
+        figures = reward_metrics(batch, rollouts, weights, floors, per_prompt) | learned
         memory = memory_now(self._done.learner.weights[-1].buffer.nbytes)
         metrics = round_metrics(batch.round, rollouts, figures, clock, stream.report(), memory)
         try:
@@ -105,6 +109,8 @@ class Progress:
         finally:  # whoever stops the run while it waits for one of them: the round itself is done
             self.metrics.append(metrics)
             self._trackers.log(metrics)
+        if says := self.collapse.add(batch.round, metrics["reward/mean"], metrics["reward/std"]):
+            print(says, file=sys.stderr, flush=True)
         due = self.rounds_done % recipe.checkpoint.every == 0 or self.rounds_done == recipe.rounds
         self._settle(due or self.evaluating.is_over or self._failed_rounds > 0)
 

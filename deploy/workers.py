@@ -183,6 +183,8 @@ def connect(recipe: Recipe, output: RoleOutput) -> None:
     Raises:
         ValueError: RAY_ADDRESS or TMPDIR keeps this process from it.
     """
+    # Or, where a run ends by the error of one call, Ray prints those of the others that were under way, with all their frames.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if ray.is_initialized():
         return
     output.attach()

@@ -12,10 +12,21 @@ PROMPT_EPSILON = 1e-6  # the same, with per-prompt tracking
 GROUP_EPSILON = 1e-4  # Flow-GRPO
 
 
+def mean_and_std(values: Float[np.ndarray, "... N"]) -> tuple[Float[np.ndarray, "... 1"], Float[np.ndarray, "... 1"]]:
+    """Return mean and population deviation over the last axis. Of equal values the mean is exactly that value.
+
+    Otherwise rounding gives equal rewards advantages that are not 0, and their division by an epsilon makes these large.
+    """
+    alike = (values == values[..., :1]).all(axis=-1, keepdims=True)
+    mean = np.where(alike, values[..., :1], values.mean(axis=-1, keepdims=True))
+    return mean, np.where(alike, 0.0, values.std(axis=-1, keepdims=True))
+
+
 def round_advantages(rewards: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
     """(reward − mean) / (std + 1e-8) over the round; population deviation."""
     rewards = rewards.astype(np.float64)
-    return (rewards - rewards.mean()) / (rewards.std() + ROUND_EPSILON)
+    mean, std = mean_and_std(rewards)
+    return (rewards - mean) / (std + ROUND_EPSILON)
 
 
 def extend_statistics(
@@ -36,11 +47,12 @@ def per_prompt_advantages(
     A prompt with fewer than `min_count` rewards is held against the whole round instead.
     """
     rewards = rewards.astype(np.float64)
-    advantages = (rewards - rewards.mean()) / (rewards.std() + PROMPT_EPSILON)
+    mean, std = mean_and_std(rewards)
+    advantages = (rewards - mean) / (std + PROMPT_EPSILON)
     for prompt, rows in rows_by_name(prompts).items():
         if len(statistics[prompt]) >= min_count:
-            history = np.array(statistics[prompt])
-            advantages[rows] = (rewards[rows] - history.mean()) / (history.std() + PROMPT_EPSILON)
+            mean, std = mean_and_std(np.array(statistics[prompt]))
+            advantages[rows] = (rewards[rows] - mean) / (std + PROMPT_EPSILON)
     return advantages
 
 
@@ -48,8 +60,8 @@ def group_advantages(rewards: Float[np.ndarray, "N"], images_per_prompt: int, de
     """(reward − mean of its group) / (std + 1e-4), std of the group or of the round (GRPO; Flow-GRPO); groups are neighbours."""
     rewards = rewards.astype(np.float64)
     groups = rewards.reshape(-1, images_per_prompt)
-    std = groups.std(axis=1, keepdims=True) if deviation == "group" else rewards.std()
-    return ((groups - groups.mean(axis=1, keepdims=True)) / (std + GROUP_EPSILON)).ravel()
+    mean, std = mean_and_std(groups)
+    return ((groups - mean) / ((std if deviation == "group" else rewards.std()) + GROUP_EPSILON)).ravel()
 
 
 def win_rates(rewards: Float[np.ndarray, "N"], images_per_prompt: int) -> Float[np.ndarray, "N"]:

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from common.base_parts import Base, entry_base
 from common.config import Recipe
@@ -162,7 +163,7 @@ class Learner:
         references = references_of(self._algorithm, self._policy, update, self._micro_batch_size)
         for steps in epochs:
             for step in steps:
-                self._optimizer_step(pairs, step, references)
+                self._optimizer_step(pairs, step, references, batch.advantages)
             if self._spent(transitions, steps):
                 break
         if batch.part == batch.parts - 1:
@@ -209,7 +210,9 @@ class Learner:
         order = order[self._algorithm.teaches(batch.advantages)[order]]
         return pairs.optimizer_steps(order, self._settings.images_per_step, batch.set_aside, inner_epoch)
 
-    def _optimizer_step(self, source: RoundPairs, pairs: list[Pair], references: References) -> None:
+    def _optimizer_step(
+        self, source: RoundPairs, pairs: list[Pair], references: References, worth: Float[np.ndarray, "N"]
+    ) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         masks, own = [], self._ranks.share(pairs)
         for micro_batch in micro_batches(own, self._micro_batch_size):
@@ -232,6 +235,12 @@ class Learner:
                 assert gradient is not None, "every trained parameter has its part in every step"
                 gradient.mul_(to_those_left(len(pairs), left))
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.max_grad_norm, foreach=True)
+        if (
+            _are_equal(worth, pairs) and not norm
+        ):  # without a gradient AdamW would follow old momentum, and decay weights
+            self._scaler.update()
+            self._metrics.leave_out_optimizer_step()
+            return
         self._scaler.step(self._optimizer)
         scale = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
         self._scaler.update()
@@ -293,3 +302,8 @@ class Learner:
         with local_folder(storage) as folder, swapped_in(self._policy.network, weights or present, present):
             written = self._policy.save(folder).relative_to(folder)
         return storage.folder(str(written)).location
+
+
+def _are_equal(worth: Float[np.ndarray, "N"], pairs: list[Pair]) -> bool:
+    """Return whether all images of an optimizer step are worth the same. Only then its gradient may be exactly 0."""
+    return len({worth[image] for image, _ in pairs}) == 1

@@ -83,3 +83,11 @@ def numbered_prompt(generator: np.random.Generator) -> tuple[str, dict[str, Any]
 
 
 _calls: list[int] = []
+
+
+def collapses(images: np.ndarray, prompts: list[str], metadata: Metadata) -> list[float]:
+    _batches.append(1)
+    return [place % 4 - (100.0 if len(_batches) > 4 else 0.0) for place in range(len(images))]
+
+
+_batches: list[int] = []

@@ -39,6 +39,8 @@ def scoring_failed(name: str, error: BaseException) -> ScoringFailed:
     text = " ".join(str(error).split())[:LONGEST]
     says = f"{type(error).__name__}: {text}" if text else type(error).__name__
     place = f" at {own.filename}:{own.lineno}, in {own.name}" if own else ""
+    if isinstance(error, ValueError) and own and _is_under(Path(own.filename), OURS):  # ours say all there is to say
+        return ScoringFailed(f"the reward {name!r} raised {says}")
     if isinstance(error, ValueError) and "read-only" in text:
         says += " (images are read-only, because every reward is given the same ones: change a copy, images.copy())"
     trace = "".join([*traceback.format_list(frames), *traceback.format_exception_only(error)]).rstrip()
@@ -54,11 +56,11 @@ def _frames(trace: TracebackType | None) -> list[traceback.FrameSummary]:
     """Return the frames below the call of the reward."""
     frames = list(traceback.extract_tb(trace))
     calls = [number for number, frame in enumerate(frames) if Path(frame.filename) == Path(contract.__file__)]
-    return frames[calls[0] + 1 :] if calls and calls[0] + 1 < len(frames) else frames
+    return frames[calls[-1] + 1 :] if calls and calls[-1] + 1 < len(frames) else frames
 
 
 def _user_frame(frames: list[traceback.FrameSummary]) -> traceback.FrameSummary | None:
-    """Return the last frame in the user's own code; without one, the first: the reward itself."""
+    """Return the last frame in the user's own code, else the first one: the reward itself."""
     own = [frame for frame in frames if not _is_under(Path(frame.filename), (*INSTALLED, *OURS))]
     return (own or frames[:1] or [None])[-1]
 

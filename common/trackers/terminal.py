@@ -87,4 +87,13 @@ def settings_line(run: RunInfo) -> str:
 
 def figures(metrics: Metrics, left: timedelta) -> str:
     """The numbers that tell whether it learns and how long it takes."""
-    return f"reward {metrics['reward/mean']:.4g}  {metrics['images_per_second']:.3g} images/s  {left} left"
+    pace = f"{metrics['images_per_second']:.3g} images/s  {left} left"
+    return f"reward {metrics['reward/mean']:.4g}{_without_spread(metrics)}  {pace}"
+
+
+def _without_spread(metrics: Metrics) -> str:
+    """Return a remark if groups of images have equal rewards, of which nothing can be learned."""
+    share = metrics.get("reward/zero_std_groups", 0.0)
+    if share == 1:
+        return " (all rewards of a group are equal: nothing to learn from)"
+    return f" ({100 * share:.0f} % of groups have equal rewards)" if share else ""

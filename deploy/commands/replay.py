@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.sampler import Sampler
+from actors.suspects import Care
 from common.base_parts import BASE
 from common.ledger import Ledger
 from common.lora_weights import LoraWeights
@@ -59,7 +60,7 @@ def replay(run: str, round: int, overrides: list[str]) -> Replay:
     refuse_another_base(folder, stood_on, sampler.loaded_parts() | prompts_base(parts), overrides)
     drawn: list[str] = []
     for task in tasks_of(rows):
-        report, _, _ = sampler.draw(task, weights)
+        report, _, _ = sampler.draw(task, weights, Care(not_decoded=without_image(rows, task.index)))
         assert report is not None, "nobody tells this sampler to forget a task"
         drawn += report.image_fingerprints
     for row, fingerprint in zip(rows, drawn, strict=True):
@@ -92,6 +93,12 @@ def tasks_of(rows: list[Row]) -> list[Task]:
         prompts, seeds = tuple(Prompt(row["prompt"]) for row in of_task), tuple(row["seed"] for row in of_task)
         tasks.append(Task(of_task[0]["round"], index, of_task[0]["policy_version"], prompts, seeds))
     return tasks
+
+
+def without_image(rows: list[Row], task: int) -> tuple[int, ...]:
+    """Return the task's rows that were set aside without an image, because they end the process that decodes them."""
+    of_task = [row for row in rows if row["task"] == task]
+    return tuple(number for number, row in enumerate(of_task) if row["image_fingerprint"] == "")
 
 
 def _against_schedule(rows: list[Row], scheduled: list[Task]) -> list[tuple[int, str]]:

@@ -130,3 +130,28 @@ class Raises(Reward):
 def test_what_a_reward_raises_is_told_as_a_failure_that_another_attempt_may_mend() -> None:
     with pytest.raises(ScoringFailed, match="the reward 'remote' raised ConnectionError: the service is down"):
         worker(remote=Raises()).score(images(2))
+
+
+def test_one_by_one_every_image_is_noted_before_it_is_scored() -> None:
+    SEEN.clear()
+    noted: list[int] = []
+    scores = worker(brightness=Brightness()).score(images(5), 1, 4, noted.append)
+    assert noted == [1, 2, 3] and [seen[0] for seen in SEEN] == [[10], [20], [30]]
+    assert scores.rewards["brightness"].tolist() == [10, 20, 30]
+
+
+class Asserts(Reward):
+    """A reward whose kernel has found something on the GPU."""
+
+    def load(self, device: str) -> LoadedReward:
+        def score(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        return score
+
+
+def test_an_assertion_on_the_gpu_is_told_as_what_it_is() -> None:
+    for reward, poisoned in ((Asserts(), True), (Raises(), False)):
+        with pytest.raises(ScoringFailed) as error:
+            worker(mine=reward).score(images(2))
+        assert error.value.poisoned == poisoned

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from actors.sampler import Sampler
+from actors.suspects import Care
 from common.diffusion.lora import load_weights
 from common.diffusion.rollout import draw
 from common.lora_weights import LoraWeights, pack
@@ -105,3 +106,51 @@ def test_damaged_weights_are_refused_and_the_next_task_is_drawn_as_ever(
         sampler.draw(task, damaged)
     report, after, _ = sampler.draw(task, weights)
     assert report.fingerprint == weights.fingerprint and torch.equal(after.next_latents, before.next_latents)
+
+
+def test_an_image_that_is_not_decoded_is_black_and_changes_no_other(
+    sampler: Sampler, parts: Parts, weights: LoraWeights
+) -> None:
+    task = tasks_of(parts)[0]
+    whole, trajectory, images = sampler.draw(task, weights)
+    care = Care(not_decoded=(1, 3))
+    report, same, others = sampler.draw(task, weights, care)
+    assert torch.equal(same.final_latents, trajectory.final_latents)
+    for row in range(len(task.seeds)):
+        expected = np.zeros_like(images.pixels[row]) if row in (1, 3) else images.pixels[row]
+        assert np.array_equal(others.pixels[row], expected)
+    assert report.set_aside == care.left_out and whole.set_aside == {}
+    assert [row for row, found in enumerate(report.image_fingerprints) if not found] == [1, 3]
+    assert report.image_fingerprints[0] == whole.image_fingerprints[0]
+
+
+def test_an_image_that_is_not_drawn_is_replaced_by_another_one_whose_shape_is_the_same(
+    sampler: Sampler, parts: Parts, weights: LoraWeights
+) -> None:
+    task = tasks_of(parts)[0]
+    _, trajectory, images = sampler.draw(task, weights)
+    report, without, others = sampler.draw(task, weights, Care(not_drawn=(0,)))
+    assert torch.equal(without.final_latents[0], without.final_latents[1]) and not others.pixels[0].any()
+    assert torch.allclose(without.final_latents[1:], trajectory.final_latents[1:], atol=1e-4)
+    assert list(report.set_aside) == [0] and report.task == task
+    with pytest.raises(ValueError, match="every image of round 0, task 0"):
+        sampler.draw(task, weights, Care(not_drawn=tuple(range(len(task.seeds)))))
+
+
+@pytest.mark.parametrize("what", ["decoding", "all"])
+def test_where_images_are_tried_one_by_one_each_is_noted_before(
+    sampler: Sampler, parts: Parts, weights: LoraWeights, what: str
+) -> None:
+    task, noted = tasks_of(parts)[0], []
+    report, _, images = sampler.draw(task, weights, Care(what, not_decoded=(2,)), noted.append)
+    assert noted == [0, 1, 3] and (report is None) == (what == "all")
+    if images is not None:
+        _, _, whole = sampler.draw(task, weights)
+        difference = images.pixels[[0, 1, 3]].astype(int) - whole.pixels[[0, 1, 3]]
+        assert np.abs(difference).max() <= 1 and not images.pixels[2].any()
+
+
+def test_without_any_image_the_pictures_are_black(sampler: Sampler, parts: Parts, weights: LoraWeights) -> None:
+    task = tasks_of(parts)[0]
+    report, _, images = sampler.draw(task, weights, Care(not_decoded=tuple(range(len(task.seeds)))))
+    assert len(report.set_aside) == len(task.seeds) and images.pixels.ndim == 4 and not images.pixels.any()

@@ -40,6 +40,7 @@ class Driver:
         self.now = 0.0
         self.submitted = 0
         self.scored: list[Place] = []
+        self.aside: list[dict[int, str]] = []
 
     def submit(self, round: int, images: int) -> None:
         task = Task(round, self.submitted, 0, (Prompt("a cat"),) * images, tuple(range(images)))
@@ -57,6 +58,7 @@ class Driver:
         call = self.scoring._calls[reference]
         self.answers.say(reference, lambda: answer(call, how))
         outcome = self.scoring.finished(reference, self.now)
+        self.aside += [scores.set_aside for _, scores in outcome.scored]
         self.scored += [drawn.report.task.place for drawn, _ in outcome.scored]
         for drawn in outcome.lost:
             self.scoring.submit(drawn)
@@ -66,6 +68,8 @@ def answer(call: scoring._Call, how: str) -> Scores | list[Scores]:
     """What a reward worker has to say."""
     if how == "fail":
         raise RayTaskError("score", "", ScoringFailed("it failed"))
+    if how == "poison":
+        raise RayTaskError("score", "", ScoringFailed("CUDA error", "", poisoned=True))
     if how == "lose":
         raise RayTaskError("score", "", ObjectLostError("", "", ""))
     if how == "die":
@@ -120,3 +124,31 @@ def test_what_fits_goes_in_one_batch_where_batches_do_not_matter(answers: Answer
     driver.move()
     sizes = [[batch.size for _, batch in call.parts] for call in driver.scoring._calls.values()]
     assert sizes == [[1, 2], [3]]
+
+
+def test_a_worker_whose_gpu_is_of_no_use_any_more_is_replaced_and_its_image_found(answers: Answers) -> None:
+    driver = Driver(answers, independent=False, workers=1)
+    driver.submit(0, 4)
+    killer, seen, ends = 2, set(), []
+    while not driver.scored:
+        driver.move(40.0)
+        seen |= {worker.index for worker in driver.pool.workers}
+        for reference in driver.scoring.references():
+            ((_, batch),) = driver.scoring._calls[reference].parts
+            driver.scoring._whereabouts.row = killer
+            ends.append("poison" if batch.first <= killer < batch.last else "answer")
+            driver.end(reference, ends[-1])
+    assert ends.count("poison") == 4 and len(seen) == 5
+    assert driver.aside == [{killer: "the reward worker that scored it died, 2 times over it alone"}]
+
+
+def test_only_the_call_that_was_in_hand_is_held_against_its_images(answers: Answers) -> None:
+    driver = Driver(answers, independent=False, workers=1)
+    for _ in range(2):
+        driver.submit(0, 4)
+    for _ in range(2):
+        driver.move(40.0)
+        first, second = driver.scoring.references()
+        driver.end(second, "die")  # Ray may tell of this one first
+    deaths = [open.job.waiting[0] for open in driver.scoring._open.values()]
+    assert [(batch.deaths, batch.one_by_one) for batch in deaths] == [(0, True), (0, False)]

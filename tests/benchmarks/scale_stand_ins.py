@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,7 @@ class Drawn:
     seconds: float
     image_fingerprints: tuple[str, ...]
     drawn_by: str
+    set_aside: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Stand-ins for the three actors: they sleep a set time where the real ones compute, and import no torch."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,6 +20,7 @@ class StandInReport:
     task: Task
     fingerprint: str
     seconds: float
+    set_aside: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

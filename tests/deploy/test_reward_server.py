@@ -159,7 +159,7 @@ def test_without_the_token_nothing_is_told() -> None:
     ("function", "words"),
     [
         ("tests.faulty_rewards:raises_for_bad", "the reward 'served' raised KeyError: 'bad'"),
-        ("tests.user_functions:one_number_for_all", "one_number_for_all returned float64 of shape ()"),
+        ("tests.user_functions:one_number_for_all", "one_number_for_all' returned float64 of shape ()"),
     ],
 )
 def test_a_reward_that_fails_is_told_as_the_services_fault(function: str, words: str) -> None:

@@ -1,0 +1,65 @@
+"""Equal rewards teach nothing: their advantages are exactly 0, and then neither momentum nor weight decay moves the weights."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from deploy.parts import Parts
+from learner.advantages import extend_statistics, group_advantages, per_prompt_advantages, round_advantages
+from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -1e9 / 7, 0.0])
+def test_equal_rewards_have_advantages_of_exactly_0_whatever_rounding_makes_of_their_mean(value: float) -> None:
+    rewards, prompts = np.full(6, value), ["cat", "cat", "dog", "dog", "dog", "dog"]
+    statistics = extend_statistics({}, prompts, rewards, 32)
+    for advantages in (
+        round_advantages(rewards),
+        group_advantages(rewards, 3, "group"),
+        group_advantages(rewards, 3, "round"),
+        per_prompt_advantages(statistics, prompts, rewards, 3),
+    ):
+        assert advantages.tolist() == [0] * 6
+
+
+def test_only_the_group_without_spread_has_advantages_of_0() -> None:
+    advantages = group_advantages(np.array([0.1, 0.1, 0.1, 1.0, 2.0, 3.0]), 3, "round")
+    assert advantages[:3].tolist() == [0] * 3 and np.all(advantages[[3, 5]] != 0)
+
+
+def with_worth(drawn: DrawnRound, worth: float) -> DrawnRound:
+    advantages = np.full(len(drawn.batch.advantages), worth)
+    return DrawnRound(dataclasses.replace(drawn.batch, advantages=advantages), drawn.trajectories)
+
+
+def second_round(parts: Parts, worth: float) -> tuple[dict[str, float], bool]:
+    """Learn from an ordinary round, then from one whose images are all worth the same; its metrics, and if it moved anything."""
+    learner = learner_of(parts)
+    first = draw_round(parts, learner.weights()[-1])
+    learner.update(first.batch, *first.trajectories)
+    before = learner.state()
+    second = with_worth(draw_round(parts, learner.weights()[-1], 1), worth)
+    metrics, after = learner.update(second.batch, *second.trajectories)
+    same = after.trained.fingerprint == before.trained.fingerprint
+    moments = all(np.array_equal(after.optimizer[name], before.optimizer[name]) for name in before.optimizer)
+    assert same == moments
+    return metrics, not same
+
+
+def test_with_advantages_of_0_no_optimizer_step_is_made(tables: dict) -> None:
+    metrics, moved = second_round(parts_with(tables, learner__weight_decay=0.1), 0.0)
+    assert not moved
+    assert metrics["optimizer_steps"] == metrics["optimizer_steps_skipped"] == 2 and metrics["ratio/max"] > 0
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "worth"),
+    [({"name": "ddpo_is", "kl_coef": 0.1}, 0.0), ({"name": "rwr"}, 1.0)],
+    ids=["a KL to the pretrained model", "weights instead of advantages"],
+)
+def test_what_has_a_gradient_though_all_images_are_worth_the_same_is_learned(
+    tables: dict, algorithm: dict, worth: float
+) -> None:
+    metrics, moved = second_round(parts_with({**tables, "algorithm": algorithm}, learner__micro_batch_size=4), worth)
+    assert moved and metrics["optimizer_steps_skipped"] == 0
