@@ -14,6 +14,7 @@ import tomli_w
 
 import ddpo
 from common.config import Recipe
+from common.evaluation_log import EvaluationLog
 from common.filesystems import LocalFiles
 from common.ledger import Ledger
 from common.run_folder import RunFolder, without_none
@@ -60,18 +61,26 @@ def test_what_a_disk_refuses_in_one_round_is_written_after_the_next(
 ) -> None:
     tables |= {"rounds": 6, "checkpoint": {"every": 1, "keep": 9}}
     calm = final_fingerprint(Recipe.parse({**tables, "name": "calm"}), serial=True)
-    fails(monkeypatch, "runs/tiny/metrics.jsonl", "rollouts/round=000002", "checkpoints/round-000005", times=2)
-    recipe = Recipe.parse(tables)
+    names = (
+        "runs/tiny/metrics.jsonl",
+        "rollouts/round=000003",
+        "evaluations/version=000003",
+        "checkpoints/round-000005",
+    )
+    fails(monkeypatch, *names, times=2)
+    recipe = Recipe.parse({**tables, "evaluation": {"every": 3, "images": 4, "batch_size": 4}})
     assert final_fingerprint(recipe, serial=True) == calm
     said = capsys.readouterr().err
     assert said.count("not saved: ") == 3, said
     assert "No space left on device; it is tried again after the next round" in said
     folder = RunFolder(recipe.run_path())
     assert Ledger(folder.storage, recipe.rollouts).rounds() == list(range(6))
+    assert [figures["policy_version"] for figures in EvaluationLog(folder.storage).figures()] == [0, 3, 6]
+    assert EvaluationLog(folder.storage).read(3).num_rows == 4
     lines = folder.storage.read("metrics.jsonl").decode().splitlines()
     assert [json.loads(line)["round"] for line in lines] == list(range(6))
-    committed = [f"round-{rounds:06d}" for rounds in (2, 4, 6)]
-    assert folder.checkpoints.names() == ["latest", *committed], "those of rounds 1, 3 and 5 were not written"
+    committed = [f"round-{rounds:06d}" for rounds in (2, 3, 6)]
+    assert folder.checkpoints.names() == ["latest", *committed], "those of rounds 1, 4 and 5 were not written"
 
 
 @pytest.mark.thorough
