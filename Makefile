@@ -9,7 +9,7 @@ TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak scale bench-trl bench-target bench-gpu bench-gpu-families pretrain clean
+.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -90,6 +90,10 @@ rounding: $(VENV)/installed
 soak: $(VENV)/installed
 	rm -rf runs/soak
 	$(BIN)/python -m tests.benchmarks.soak --minutes 20
+
+# SEED=7 makes the schedules of that seed again; else it is drawn, and printed.
+chaos: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.chaos $(if $(SEED),--seed $(SEED))
 
 demo-seeds: $(VENV)/installed
 	rm -rf runs/demo-seed*

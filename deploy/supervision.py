@@ -18,6 +18,7 @@ from deploy.cluster_watch import ClusterWatch
 from deploy.reaper import leave
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NOTICE_SECONDS = 2.0  # in which it is seen that a call has failed because the cluster is lost
 LOSS_SECONDS = 5.0  # that a driver has to see that its cluster is lost; then it is taken to be stuck in a call of Ray's
 POLL_SECONDS = 1.0
 REMOTE_POLL_SECONDS = 5.0  # of an object store, which counts requests
@@ -33,6 +34,9 @@ class Stopped(Exception):
         self.may_commit = may_commit  # not where the folder is another's by now
 
 
+EXPECTED = (Stopped, KeyboardInterrupt, ValueError, StorageError, LeaseLost)
+
+
 class Supervision:
     """Use as a context manager. `check` is called between any two steps of the driver's work, about once a second or more."""
 
@@ -45,6 +49,7 @@ class Supervision:
         self._before: dict[signal.Signals, signal._HANDLER] = {}
         self._watch: ClusterWatch | None = None
         self._loss = ""  # of the cluster, in words
+        self._is_lost = threading.Event()
         self._is_stopping = threading.Event()
         self._next_poll = 0.0
         self._asked: dict[str, int] = {}
@@ -72,10 +77,12 @@ class Supervision:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._watch is not None:
+            if error is not None and not isinstance(error, EXPECTED):
+                self._is_lost.wait(NOTICE_SECONDS)
             self._watch.stop()
         if error is None or isinstance(error, Stopped | KeyboardInterrupt):
             return
-        if self._loss:  # whatever a call on a lost cluster ended with
+        if self.cluster_is_lost:  # whatever a call on a lost cluster ended with
             raise self._cluster_lost() from error
         if isinstance(error, LeaseLost):
             raise self._lease_lost() from error
@@ -91,12 +98,13 @@ class Supervision:
 
     @property
     def cluster_is_lost(self) -> bool:
-        return bool(self._loss)
+        return self._is_lost.is_set()
 
     def lose_cluster(self, what: str) -> None:
         """Have `check` end the run; if the driver does not come to it, end the process. Called from a thread."""
         _silence_libraries()
         self._loss = f"the Ray cluster is lost: {what}"
+        self._is_lost.set()
         if not self._is_stopping.wait(LOSS_SECONDS):
             print(f"ddpo train: {self._loss}; resume with --resume auto", file=sys.stderr, flush=True)
             self._lease.let_go()
@@ -114,8 +122,9 @@ class Supervision:
     def check(self) -> None:
         """Stopped: a signal came, or another process has taken the run's folder over. Also sees to `ddpo scale`."""
         if self._signal is not None:
-            raise Stopped(f"stopped by {self._signal.name}", 128 + self._signal)
-        if self._loss:
+            self._is_stopping.set()
+            raise Stopped(f"stopped by {self._signal.name}", 128 + self._signal, cluster_is_lost=self.cluster_is_lost)
+        if self.cluster_is_lost:
             raise self._cluster_lost()
         if self._lease.lost:
             raise self._lease_lost()

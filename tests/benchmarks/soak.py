@@ -131,7 +131,7 @@ class Soak:
         expected = -number if number == signal.SIGKILL else 128 + number
         if code != expected:
             raise Lost(f"after {number.name} the driver ended with code {code}:\n{driver.said()[-4000:]}")
-        gone(family, orphaned=number == signal.SIGKILL)
+        gone(family)
 
 
 class Lost(Exception):
@@ -150,10 +150,10 @@ def of_role(family: list[psutil.Process], *titles: str) -> list[psutil.Process]:
     return found
 
 
-def gone(family: list[psutil.Process], orphaned: bool = False) -> None:
+def gone(family: list[psutil.Process]) -> None:
     """Lost: a process of an ended driver is still there."""
     try:
-        wait_until_gone(family, orphaned)
+        wait_until_gone(family)
     except TimeoutError as error:
         raise Lost(str(error)) from error
 

@@ -138,6 +138,17 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert os.listdir(tmp_path) == ["file"] and storage.read("file") == b"old"
 
 
+def test_a_line_that_could_not_be_added_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(tmp_path)
+    storage.append("lines", b"one\n")
+    with monkeypatch.context() as full:
+        full.setattr(LocalFiles, "sync", lambda *_: os.write(-1, b""))  # an OSError, after the data is written
+        with pytest.raises(OSError, match=r"lines cannot be written: Bad file descriptor"):
+            storage.append("lines", b"two\n")
+    storage.append("lines", b"three\n")
+    assert storage.read("lines") == b"one\nthree\n"
+
+
 def test_what_a_dead_writer_left_is_neither_listed_nor_kept(tmp_path: Path) -> None:
     (tmp_path / f".file.1-2{UNFINISHED}").write_bytes(b"half")
     storage = Storage(tmp_path)

@@ -23,7 +23,7 @@ def supervised(folder: RunFolder, lease: Lease) -> Supervision:
     return Supervision(folder, folder.load_recipe([]), lease)
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_stops_the_run_at_the_next_check_and_not_before(
     folder: RunFolder, number: signal.Signals, exit_code: int
 ) -> None:
@@ -35,6 +35,16 @@ def test_a_signal_stops_the_run_at_the_next_check_and_not_before(
             supervision.check()
     assert stopped.value.exit_code == exit_code and stopped.value.may_commit
     assert signal.getsignal(number) == before
+
+
+def test_a_closed_terminal_stops_nothing_that_ignores_it(folder: RunFolder) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Lease(folder) as lease, supervised(folder, lease) as supervision:
+            os.kill(os.getpid(), signal.SIGHUP)
+            supervision.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_does_not_wait_for_a_commit(folder: RunFolder) -> None:

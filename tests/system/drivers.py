@@ -15,8 +15,6 @@ from tests.system.disturbances import alive, title_of, wait_until
 
 LONGEST_SECONDS = 300.0
 GONE_SECONDS = 60.0
-# Ray 2.60 leaves these two of its own behind when the process that started a local cluster is killed with SIGKILL.
-RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 class Driver:
@@ -51,16 +49,12 @@ class Driver:
         return self.output.read_text(errors="replace")
 
 
-def wait_until_gone(processes: list[psutil.Process], orphaned: bool = False) -> None:
-    """TimeoutError: some are still there. `orphaned`: their driver had no chance to close its cluster."""
-    agents = [each for each in alive(processes) if orphaned and title_of(each).startswith(RAYS_OWN)]
-    others = [each for each in processes if each not in agents]
+def wait_until_gone(processes: list[psutil.Process]) -> None:
+    """TimeoutError: some are still there."""
     try:
-        wait_until(lambda: not alive(others), "the end of all processes", GONE_SECONDS)
+        wait_until(lambda: not alive(processes), "the end of all processes", GONE_SECONDS)
     except TimeoutError as error:
-        raise TimeoutError(f"still there: {[title_of(each)[:200] for each in alive(others)]}") from error
-    for agent in alive(agents):
-        agent.kill()
+        raise TimeoutError(f"still there: {[title_of(each)[:200] for each in alive(processes)]}") from error
 
 
 def committed_fingerprint(recipe: Recipe) -> str:

@@ -111,16 +111,3 @@ def test_a_run_that_has_joined_a_cluster_notices_when_its_head_is_gone(tables: d
         driver = ended_after(lose_head, recipe, tmp_path, address=cluster.address)
     assert driver.process.returncode == 1 and "the Ray cluster is lost: its GCS" in driver.said()
     resumes_to_the_same_bits(tables, recipe)
-
-
-@pytest.mark.thorough
-def test_a_run_that_is_to_outlive_its_terminal_does(tables: dict, tmp_path: Path) -> None:
-    recipe = Recipe.parse({**tables, "rounds": 4})
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; a child inherits it
-    try:
-        driver = Driver(recipe, tmp_path, "--serial")
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    wait_until(lambda: rounds_done(Path(recipe.run_path())) >= 1 or driver.process.poll() is not None, "a round")
-    close_terminal(driver)
-    assert driver.ended() == 0, driver.said()

@@ -145,7 +145,7 @@ def driver_signalled(number: signal.Signals) -> Scenario:
         assert first.ended() == (-number if number == signal.SIGKILL else 128 + number), first.said()
         if number == signal.SIGTERM:
             assert time.monotonic() - sent < GRACE_SECONDS
-        wait_until_gone(family, orphaned=number == signal.SIGKILL)
+        wait_until_gone(family)
         assert not (run / "lease.json").exists() or number == signal.SIGKILL
         second = Driver(recipe, run.parent.parent, "--resume", "auto")
         wait_until(lambda: bool(processes_of("ray::Sampler")) or second.process.poll() is not None, "samplers")
