@@ -31,11 +31,13 @@ RAY = {
 RANKS = {"learner/rank_group.py", "learner/pretraining/denoiser.py"}
 TORCH_FREE = {
     "common.config",
+    "common.named_files",
     "common.overrides",
     "common.recipe_tables",
     "common.reward_pools",
     "common.registry",
     "common.schedule",
+    "common.user_sources",
     "common.prompts",
 }
 MAY_CATCH_ALL = {"common/trackers/fan_out.py", "actors/reward_worker.py"}
