@@ -5,9 +5,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from common.named_files import Weights
 
 T = TypeVar("T")
 
@@ -82,15 +83,6 @@ def server_answers(url: str, seconds: float = 5) -> bool:
     except OSError:
         return False
     return True
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Files that an entry of a recipe reads, from a folder of this machine or from what was downloaded of a repository."""
-
-    source: str  # the folder, or owner/model
-    files: tuple[str, ...]  # the first lies directly in it, by its name; the others may be patterns
-    key: str  # of the recipe, that says where they are
 
 
 def cannot_load(weights: Weights) -> str:

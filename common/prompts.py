@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from common.model_hub import Weights, file_of
+from common.named_files import Weights
 from common.reading import reading
 from common.registry import Entry, Room, import_object
 
@@ -116,7 +116,8 @@ class File(PromptSource):
     leave_out: tuple[str, ...] = ()  # never drawn: for evaluation
 
     def needs(self) -> tuple[Weights, ...]:
-        return (file_of(self.path, "", "", "prompts.path"),)
+        path = Path(self.path).expanduser().absolute()
+        return (Weights(str(path.parent), (path.name,), "prompts.path"),)
 
     def listed(self) -> list[str]:
         return _without(_read_lines(Path(os.path.expanduser(self.path))), self.leave_out)

@@ -1,7 +1,7 @@
 """Where a start of a run begins: anew, at its newest checkpoint or at an earlier run's weights; and what it must stand on."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from common.base_parts import Base, LoadedBase, differing_parts, entry_base, text_part
@@ -98,13 +98,8 @@ def prompts_base(parts: Parts) -> Base:
     listed = source.listed()
     if not found and listed is not None:
         told = json.dumps([listed, source.held_out()])
-        found["prompts"] = text_part(told, f"{len(listed)} prompts of prompts.name = {source_name(parts)!r}")
+        found["prompts"] = text_part(told, f"{len(listed)} prompts of prompts.name = {parts.recipe.prompts.name!r}")
     return found
-
-
-def source_name(parts: Parts) -> str:
-    """Return what the recipe calls its source of prompts."""
-    return parts.recipe.prompts.name
 
 
 def refusal(run: str, differing: dict[str, str], of_training: bool = False) -> str:
@@ -121,7 +116,7 @@ def refusal(run: str, differing: dict[str, str], of_training: bool = False) -> s
     return f"{said}; restore the file, or start a new run from this one's weights: --from {run} and another --name"
 
 
-def _refusing_to_start(earlier: EarlierRun):
+def _refusing_to_start(earlier: EarlierRun) -> Callable[[dict[str, str]], str]:
     def refuse(differing: dict[str, str]) -> str:
         return (
             f"--from {earlier.table.run}: its weights were trained on another model: {'; '.join(differing.values())}; "

@@ -34,7 +34,9 @@ class EarlierRun:
 
 
 def start_from_of(text: str) -> StartFromTable:
-    """Read RUN, RUN@ROUND or RUN@best, as the command line has it."""
+    """Read RUN, RUN@ROUND, RUN@best or RUN/best, as the command line has it."""
+    if text.rstrip("/").endswith(f"/{BEST}"):
+        return StartFromTable(run=text.rstrip("/").removesuffix(f"/{BEST}"), round=BEST)
     run, at, which = text.rpartition("@")
     if not at or "/" in which:
         return StartFromTable(run=text)

@@ -37,6 +37,7 @@ RANKS = {"learner/rank_group.py", "learner/pretraining/denoiser.py"}
 TORCH_FREE = {
     "common.bounds",
     "common.config",
+    "common.named_files",
     "common.overrides",
     "common.reading",
     "common.storage",
@@ -44,6 +45,7 @@ TORCH_FREE = {
     "common.reward_pools",
     "common.registry",
     "common.schedule",
+    "common.user_sources",
     "common.prompts",
 }
 MAY_CATCH_ALL = {

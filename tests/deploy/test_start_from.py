@@ -11,6 +11,7 @@ import tomli_w
 import ddpo
 from common.config import Recipe
 from common.ledger import Ledger
+from common.recipe_tables import StartFromTable
 from common.run_folder import RunFolder
 from deploy.start_from import start_from_of
 from learner.checkpoint import Checkpoint, checkpoint_of, load_checkpoint
@@ -149,7 +150,7 @@ def test_another_model_is_refused_and_an_edited_reward_is_not(home: Path, capsys
 def test_what_the_option_takes() -> None:
     assert start_from_of("runs/a").round is None and start_from_of("runs/a@12").round == 12
     assert start_from_of("s3://bucket/runs@home/a").run == "s3://bucket/runs@home/a"
-    assert start_from_of("runs/a@best").round == "best"
+    assert start_from_of("runs/a@best") == start_from_of("runs/a/best/") == StartFromTable(run="runs/a", round="best")
     for wrong in ("runs/a@0", "runs/a@-1", "runs/a@last", "@3", "runs/a@"):
         with pytest.raises(ValueError, match="--from is .* it must be a run's folder, or folder@ROUND"):
             start_from_of(wrong)
