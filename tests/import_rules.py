@@ -24,6 +24,7 @@ RAY = {
     "learner/learner_group.py",
     "common/trackers/ray_metrics.py",
     "deploy/cluster.py",
+    "deploy/upload_size.py",
     "deploy/workers.py",
     "deploy/commands/doctor.py",
     "deploy/commands/scale.py",
