@@ -28,6 +28,7 @@ RAY = {
     "deploy/role_actor.py",
     "deploy/role_output.py",
     "deploy/cluster.py",
+    "deploy/upload_size.py",
     "deploy/workers.py",
     "deploy/commands/doctor.py",
     "deploy/commands/scale.py",

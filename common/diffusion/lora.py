@@ -187,8 +187,9 @@ def load_lora(network: nn.Module, path: Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    with reading(path):
-        state = {name.removeprefix(f"{part_of(name)}."): value for name, value in load_file(lora_file(path)).items()}
+    file = lora_file(path)
+    with reading(file):
+        state = {name.removeprefix(f"{part_of(name)}."): value for name, value in load_file(file).items()}
     wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(network).items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     if wanted != given:

@@ -51,23 +51,20 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("what", "path", "text", "words"), FAULTS, ids=[each[0] for each in FAULTS])
+@pytest.mark.parametrize("fault", FAULTS, ids=[each[0] for each in FAULTS])
 def test_a_reward_that_fails_is_a_fault_with_its_cause(
-    what: str,
-    path: str,
-    text: str | None,
-    words: list[str],
+    fault: tuple[str, str, str | None, list[str]],
     tables: dict,
     tmp_path: Path,
     module: Callable[[str], str],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    _, path, text, words = fault
     reward = {"name": "function", "path": path or f"{module(text or '')}:score"}
-    exit_code, printed = doctor(
-        capfd, {**tables, "reward": reward, "policy": {**tables["policy"], "model": "./none"}}, tmp_path
-    )
-    (fault,) = [line for line in faults(printed) if " reward " in line]
-    assert exit_code == 1 and all(word in fault for word in words), printed
+    nowhere = {**tables["policy"], "model": "./none"}  # then nothing is drawn
+    exit_code, printed = doctor(capfd, {**tables, "reward": reward, "policy": nowhere}, tmp_path)
+    (line,) = [line for line in faults(printed) if " reward " in line]
+    assert exit_code == 1 and all(word in line for word in words), printed
     assert "Traceback" not in printed
 
 
