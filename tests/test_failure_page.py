@@ -29,7 +29,9 @@ def test_every_documented_failure_is_compared_with_a_run() -> None:
 
 def test_a_wrong_exit_code_message_or_traceback_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("| situation | message | exit code | what to do |\n|---|---|---|---|\n| x | `a.key is … : do b` | 2 | b |\n")
+    page.write_text(
+        "| situation | message | exit code | what to do |\n|---|---|---|---|\n| x | `a.key is … : do b` | 2 | b |\n"
+    )
     monkeypatch.setattr("tests.failure_page.PAGE", page)
     assert_documented("x", 2, "ddpo train: a.key is 7 :\n do b")
     for situation, code, printed in (

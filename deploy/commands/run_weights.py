@@ -5,11 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.numpy import load_file
-
-from common.diffusion.lora import lora_file
-from common.diffusion.weight_files import network_folder, part_of
-from common.lora_weights import LoraWeights, Manifest, pack
+from common.diffusion.trained_weights import stored_weights
+from common.diffusion.weight_files import network_folder
+from common.lora_weights import LoraWeights, Manifest
 from common.run_folder import RunFolder, weights_here
 from learner.checkpoint import load_checkpoint, newest_checkpoint
 
@@ -31,7 +29,7 @@ class RunWeights:
                 raise ValueError(
                     f"{self.location} has no weights: the run has not ended; it goes on with --resume auto"
                 )
-            found = _stored(path, self.manifest, self.policy_version).fingerprint
+            found = stored_weights(path, self.manifest, self.policy_version).fingerprint
             if found != self.fingerprint:
                 raise ValueError(
                     f"the weights in {self.location} have fingerprint {found[:12]}, and those of version {self.policy_version} "
@@ -64,20 +62,3 @@ def _trained(folder: RunFolder) -> LoraWeights:
     if newest is None:
         raise ValueError(f"{folder.location} has no whole checkpoint yet: no weights are known")
     return load_checkpoint(newest).learner.trained
-
-
-def _stored(path: Path, manifest: Manifest, policy_version: int) -> LoraWeights:
-    """What the files hold, under the names that the parameters have in the network."""
-    network = network_folder(path)
-    if network:
-        arrays = {name: array for file in network.glob("*.safetensors") for name, array in load_file(file).items()}
-        names = {name: name for name, _ in manifest}
-    else:
-        arrays = load_file(lora_file(path))
-        # In the network an adapter has a name, in diffusers' files it has none.
-        part = part_of(next(iter(arrays)))
-        names = {name: f"{part}.{name.replace('.default.', '.')}" for name, _ in manifest}
-    lacking = sorted(set(names.values()) - arrays.keys())
-    if lacking:
-        raise ValueError(f"the weights in {path} lack {lacking[:3]}: they are not those of this run")
-    return pack(policy_version, {name: arrays[stored] for name, stored in names.items()})
