@@ -6,7 +6,9 @@ import numpy as np
 from jaxtyping import Float
 
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
+from actors.rewards.reward_trial import load_reward, try_rewards
 from actors.score_cache import ScoreCache
+from common.prompts import Prompt
 from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.runtime import python_stacks, settle
 from common.trajectory import ImageBatch, Scores
@@ -19,9 +21,17 @@ class ScoringFailed(Exception):
 class RewardWorker:
     """Holds the loaded rewards, by name, and scores batches of a set size cut from a task in order."""
 
-    def __init__(self, rewards: dict[str, Reward], table: RewardPoolTable, runtime: RuntimeTable) -> None:
+    def __init__(
+        self,
+        rewards: dict[str, Reward],
+        table: RewardPoolTable,
+        runtime: RuntimeTable,
+        tried_on: tuple[Prompt, ...] = (),
+    ) -> None:
+        """`tried_on`: prompts that rewards of the user's own are tried on; none: they are not tried."""
         device = settle(runtime)
-        self._rewards = {name: reward.load(device) for name, reward in rewards.items()}
+        self._rewards = {name: load_reward(reward, device) for name, reward in rewards.items()}
+        try_rewards(rewards, self._rewards, tried_on)
         if table.cache:
             self._rewards |= {
                 name: ScoreCache(self._rewards[name], table.cache)

@@ -5,8 +5,10 @@ import socket
 import time
 
 from common.diffusion.policy import PolicyConfig
+from common.diffusion.policy_trial import load_checked, try_sampling
 from common.diffusion.rollout import draw, refuse_window_without_noise
 from common.lora_weights import LoraWeights
+from common.prompts import Prompt
 from common.recipe_tables import RuntimeTable, SamplingTable
 from common.runtime import python_stacks, settle
 from common.schedule import Place, Task
@@ -16,9 +18,17 @@ from common.trajectory import ImageBatch, TaskReport, Trajectory, image_fingerpr
 class Sampler:
     """Holds one copy of the policy, and swaps weights between tasks, never within one."""
 
-    def __init__(self, policy: PolicyConfig, sampling: SamplingTable, runtime: RuntimeTable) -> None:
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        sampling: SamplingTable,
+        runtime: RuntimeTable,
+        tried_on: tuple[Prompt, ...] = (),
+    ) -> None:
+        """`tried_on`: prompts that a family of the user's own is tried on; none: it is not tried."""
         device = settle(runtime)
-        self._policy = policy.load(device, sampling, "sampler")
+        self._policy = load_checked(policy, device, sampling, "sampler")
+        try_sampling(policy, self._policy, [prompt.text for prompt in tried_on])
         refuse_window_without_noise(self._policy, sampling)
         if policy.is_compiled("sampler"):
             self._policy.compile(sampling.batch_size)

@@ -21,6 +21,7 @@ from common.recipe_tables import RoleTable
 from common.reward_pools import RewardPool, all_pools, elastic_roles
 from deploy.parts import Parts
 from deploy.supervision import Supervision
+from deploy.trial_prompts import trial_prompts
 from learner.learner import Learner
 from learner.learner_group import LearnerGroup, RayLearnerGroup, SerialLearnerGroup
 from learner.rank_group import ranks_of
@@ -49,9 +50,10 @@ def serial_workers(parts: Parts, supervision: Supervision) -> Workers:
             f"learner.ranks is {recipe.learner.ranks} and --serial has one process: leave --serial out, or give "
             "--learner.ranks 1"
         )
-    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
+    tried_on = trial_prompts(parts)
+    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime, tried_on)
     pools = tuple(
-        SerialPool(RewardWorker(parts.rewards_of(pool), pool.table, recipe.runtime), pool.table, pool.trains)
+        SerialPool(RewardWorker(parts.rewards_of(pool), pool.table, recipe.runtime, tried_on), pool.table, pool.trains)
         for pool in all_pools(recipe)
     )
     learner = Learner(parts.policy, parts.algorithm, recipe)
@@ -65,6 +67,7 @@ def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
     ValueError: the cluster cannot hold a role, or a role could not be made ready in time.
     """
     recipe = parts.recipe
+    trial_prompts(parts)  # before anything is started
     connect(recipe)
     supervision.listen()
     _refuse_what_cannot_be_held("learner", recipe.learner, recipe.learner.ranks)  # before any of them is started
@@ -91,14 +94,16 @@ def ray_workers(parts: Parts, supervision: Supervision) -> Workers:
 
 def _samplers(parts: Parts, budget: RestartBudget) -> WorkerPool:
     table, recipe = parts.recipe.samplers, parts.recipe
-    make = _maker(Sampler, "sampler", table, recipe, (parts.policy, recipe.sampling, recipe.runtime))
+    make = _maker(
+        Sampler, "sampler", table, recipe, (parts.policy, recipe.sampling, recipe.runtime, trial_prompts(parts))
+    )
     return WorkerPool("samplers", "sampler", make, table.count, budget)
 
 
 def _reward_workers(parts: Parts, pool: RewardPool, budget: RestartBudget) -> ScoringPool:
     recipe, rewards = parts.recipe, parts.rewards_of(pool)
     role = pool.name.replace("reward_workers", "reward-worker").replace(".", "-") if pool.trains else "scorer"
-    make = _maker(RewardWorker, role, pool.table, recipe, (rewards, pool.table, recipe.runtime))
+    make = _maker(RewardWorker, role, pool.table, recipe, (rewards, pool.table, recipe.runtime, trial_prompts(parts)))
     independent = all(reward.independent_of_batch for reward in rewards.values())
     workers = WorkerPool(pool.name, "reward_worker" if pool.trains else "scorer", make, pool.table.count, budget)
     return ScoringPool(workers, pool.rewards, pool.table, independent, pool.trains)

@@ -8,6 +8,7 @@ import torch
 from common.config import Recipe
 from common.diffusion.lora import load_weights, read_weights, trained_parameters
 from common.diffusion.policy import PolicyConfig
+from common.diffusion.policy_trial import load_checked
 from common.lora_weights import LoraWeights, averaged
 from common.run_folder import RunFolder
 from common.runtime import python_stacks, settle
@@ -17,6 +18,7 @@ from common.trajectory import TrainBatch, Trajectory, TransitionBatch
 from learner.algorithms.algorithm import Algorithm
 from learner.drift import divergence, few, reference_kl
 from learner.learner_state import LearnerState
+from learner.learning_trial import try_learning
 from learner.micro_batch import micro_batch_size
 from learner.off_policy import to_those_left
 from learner.optimizer import load_optimizer_arrays, optimizer_arrays, optimizer_of
@@ -45,7 +47,8 @@ class Learner:
         self._algorithm = algorithm
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)  # the adapters' first values
-            self._policy = policy.load(self._device, recipe.sampling, "learner")
+            self._policy = load_checked(policy, self._device, recipe.sampling, "learner")
+        try_learning(self._policy, policy, algorithm, recipe)
         # Only the loaded model's schedule tells how many steps have noise.
         algorithm.check_micro_batches(recipe, len(self._policy.noisy_steps))
         self._micro_batch_size = micro_batch_size(self._policy, policy, algorithm, recipe)

@@ -30,6 +30,7 @@ RAY = {
 }
 RANKS = {"learner/rank_group.py", "learner/pretraining/denoiser.py"}
 TORCH_FREE = {
+    "common.blame",
     "common.config",
     "common.overrides",
     "common.recipe_tables",
