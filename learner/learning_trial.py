@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.blame import blamed, call, is_users_own
+from common.blame import blamed, call, call_if_own, is_users_own
 from common.config import Recipe
 from common.diffusion import POLICIES
 from common.diffusion.lora import trained_parameters
@@ -29,16 +29,16 @@ def try_learning(policy: Policy, config: PolicyConfig, algorithm: Algorithm, rec
     own_family, own_algorithm = is_users_own(config, POLICIES), is_users_own(algorithm, ALGORITHMS)
     if not own_family and not own_algorithm:
         return
-    if own_algorithm:
-        _try_worth(algorithm, recipe.prompts.images_per_prompt)
-    sizes = call(config, "sizes", recipe.sampling, "cuda" if policy.device.startswith("cuda") else "cpu")
-    refuse_unless(
-        isinstance(sizes, PolicySizes), f"{type(config).__name__}.sizes returned {described(sizes)}", "PolicySizes"
-    )
-    with undisturbed(), IntegerIndices():
-        _try_loss(policy, algorithm, sizes)
-    policy.network.zero_grad(set_to_none=True)
-    try_files(config, policy)
+    with undisturbed():
+        if own_algorithm:
+            _try_worth(algorithm, recipe.prompts.images_per_prompt)
+        kind = "cuda" if policy.device.startswith("cuda") else "cpu"
+        sizes, name = call_if_own(config, POLICIES, "sizes", recipe.sampling, kind), f"{type(config).__name__}.sizes"
+        refuse_unless(isinstance(sizes, PolicySizes), f"{name} returned {described(sizes)}", "PolicySizes")
+        with IntegerIndices():
+            _try_loss(policy, algorithm, sizes)
+        policy.network.zero_grad(set_to_none=True)
+        try_files(config, policy)
 
 
 def _try_worth(algorithm: Algorithm, images_per_prompt: int) -> None:

@@ -1,7 +1,6 @@
 """A family around that network: its keys, for `name = "shapes:Shapes"` in a recipe's `[policy]`, and the policy."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from shape_network import ShapeNetwork
@@ -34,9 +33,9 @@ class Shapes(PolicyConfig):
 
     def check(self) -> None:
         if not Path(self.model).is_file():
-            raise ValueError(
-                f"policy.model is {self.model!r}: there is no such file; python pretrain_shapes.py makes it"
-            )
+            raise ValueError(f"policy.model is {self.model!r}: no such file; python pretrain_shapes.py makes it")
+        if self.dtype != "float32" or self.sampler_dtype:
+            raise ValueError("policy.dtype and sampler_dtype are for large networks: this one computes in float32")
 
     def noisy_steps(self, sampling: SamplingTable) -> int:
         return sampling.num_steps - 1  # the last one leads to the image
@@ -44,8 +43,8 @@ class Shapes(PolicyConfig):
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
         with torch.device("meta"):  # nothing is loaded, and nothing computed
             network = ShapeNetwork(len(CLASSES))
-        branches = 1 if sampling.guidance_scale == 1 else 2
-        inputs = Inputs(ShapeNetwork.__call__, LATENT_SHAPE, {"label": ()}, branches, {"label": torch.int64})
+        rows, dtypes = 1 if sampling.guidance_scale == 1 else 2, {"label": torch.int64}
+        inputs = Inputs(ShapeNetwork.__call__, LATENT_SHAPE, {"label": ()}, rows, dtypes)
         return network_sizes(self, network, inputs, sampling, device, images_of)
 
     def load(self, device: str, sampling: SamplingTable, role: Role) -> Policy:
@@ -55,14 +54,14 @@ class Shapes(PolicyConfig):
 
 
 class ShapesPolicy(Policy):
-    def __init__(self, config: Shapes, network: Any, device: str, sampling: SamplingTable, role: Role) -> None:
+    def __init__(self, config: Shapes, network: ShapeNetwork, device: str, sampling: SamplingTable, role: Role) -> None:
         self.config, self.network, self.device = config, network, device
         make_trainable(network, config.train, config.lora)
         self.merged = MergedAdapters(network) if config.merge_adapters and role == "sampler" else None
         self.guidance_scale = None if sampling.guidance_scale == 1 else sampling.guidance_scale
         self.steps = ddim_table(SCHEDULE, sampling.num_steps, sampling.eta, device)
-        self.num_steps, self.latent_shape = sampling.num_steps, LATENT_SHAPE
-        self.num_train_timesteps = self.steps.num_train_timesteps
+        self.num_steps, self.num_train_timesteps = sampling.num_steps, self.steps.num_train_timesteps
+        self.latent_shape = LATENT_SHAPE
 
     @property
     def noisy_steps(self) -> list[int]:
@@ -71,11 +70,8 @@ class ShapesPolicy(Policy):
     def encode(self, prompts: list[str]) -> Conditioning:
         if unknown := [prompt for prompt in prompts if prompt not in CLASSES]:
             raise ValueError(f"the prompt {unknown[0]!r} is no class: it must be one of {CLASSES}")
-        labels = [CLASSES.index(prompt) for prompt in prompts]
-        return {
-            "label": torch.tensor(labels, device=self.device),
-            "negative_label": torch.tensor([len(CLASSES)], device=self.device),
-        }
+        labels = torch.tensor([CLASSES.index(prompt) for prompt in prompts], device=self.device)
+        return {"label": labels, "negative_label": torch.tensor([len(CLASSES)], device=self.device)}
 
     def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning, noisy: bool = True) -> Transition:
         predicted = self._noise(latents.float(), self.steps.timesteps[steps], conditioning)
