@@ -13,6 +13,7 @@ class ShapeNetwork(nn.Module):
 
     def __init__(self, num_classes: int = 4, width: int = 32) -> None:
         super().__init__()
+        self.width = width
         self.label = nn.Embedding(num_classes + 1, width)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.enter = nn.Conv2d(3, width, 3, padding=1)
@@ -33,7 +34,7 @@ class ShapeNetwork(nn.Module):
         return self.leave(torch.cat([large, entered], dim=1))
 
     def _waves(self, timesteps: Int[Tensor, "B"]) -> Float[Tensor, "B W"]:
-        half = self.label.embedding_dim // 2
+        half = self.width // 2
         frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timesteps.device) / half)
         angles = timesteps[:, None].float() * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1)

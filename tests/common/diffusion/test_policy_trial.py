@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import save_file
 from shape_network import ShapeNetwork
 from shapes import Shapes, ShapesPolicy
-from torch import nn
 
 from actors.sampler import Sampler
 from common.config import Recipe
-from common.diffusion.lora import LoraSettings, make_trainable, read_weights, trained_parameters
+from common.diffusion.lora import read_weights, trained_parameters
 from common.diffusion.policy import Policy
 from common.diffusion.policy_trial import load_checked, try_sampling
 from common.diffusion.transition import Transition
@@ -216,47 +215,6 @@ def test_a_mistake_in_learning_or_files_is_named_with_what_was_expected(
     with pytest.raises(ValueError) as error:
         learned(family(model, methods), tmp_path)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
-
-
-class OnlyNorms(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(1, 3)
-
-
-class TorchAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.enter = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
-
-
-@pytest.mark.parametrize(
-    ("targets", "network", "message"),
-    [
-        (
-            ("to_q",),
-            ShapeNetwork,
-            "the network has no module called ['to_q']; its layers are label, time.0, time.2, enter, down, ",
-        ),
-        (
-            ("enter", "time"),
-            ShapeNetwork,
-            "time is a Sequential, which an adapter cannot go into; it must name layers among label,",
-        ),
-        (
-            ("out_proj",),
-            TorchAttention,
-            "attention.out_proj is a NonDynamicallyQuantizableLinear, which an adapter cannot go into",
-        ),
-        (("norm",), OnlyNorms, "OnlyNorms has no Linear, Conv or Embedding layer that an adapter could go into"),
-    ],
-)
-def test_targets_that_no_adapter_can_go_into_are_named_with_those_there_are(
-    targets: tuple[str, ...], network: type[nn.Module], message: str
-) -> None:
-    with pytest.raises(ValueError) as error:
-        make_trainable(network(), "lora", LoraSettings(target_modules=targets))
-    assert message in str(error.value) and f"policy.lora.target_modules is {list(targets)}" in str(error.value)
 
 
 def test_what_load_raises_or_returns_is_named_too(model: str) -> None:
