@@ -4,12 +4,33 @@ from typing import Any
 
 import numpy as np
 import torch
+from shapes import Shapes
 
 from actors.rewards.reward import LoadedReward, Reward
+from common.diffusion.policy import Policy, Role
 from common.prompts import Draw, Prompt, PromptSource
+from common.recipe_tables import SamplingTable
 from common.trackers.tracker import LiveTracker, RunInfo, Tracker
 from learner.algorithms.algorithm import PairLoss
 from learner.algorithms.ddpo_is import DDPOImportanceSampling
+
+
+class FloatImages(Shapes):
+    """Decodes to floats."""
+
+    def load(self, device: str, sampling: SamplingTable, role: Role) -> Policy:
+        policy: Any = super().load(device, sampling, role)
+        policy.decode = lambda latents: latents
+        return policy
+
+
+class ForgetsWeights(Shapes):
+    """Reads no weights back."""
+
+    def load(self, device: str, sampling: SamplingTable, role: Role) -> Policy:
+        policy: Any = super().load(device, sampling, role)
+        policy.restore = lambda path: None
+        return policy
 
 
 class Cats(PromptSource):

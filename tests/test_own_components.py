@@ -12,10 +12,12 @@ from common.prompts import Prompt
 from common.recipe_tables import RewardWorkersTable, RuntimeTable
 from common.trackers.fan_out import FanOut
 from common.trackers.tracker import RunInfo
+from deploy.commands.ratio_measurement import draw_some, score_again
 from deploy.parts import build_reward, parts_of
 from deploy.trial_prompts import trial_prompts
 from learner.learner import Learner
 from tests.own_components import Column, NeedsLargeImages, Quiet, Unreachable
+from tests.tiny_families import save_tiny_shapes
 
 PROMPTS = (Prompt("a cat"), Prompt("a dog"))
 
@@ -56,7 +58,10 @@ def test_what_draws_no_prompts_is_refused(table: dict, message: str, tables: dic
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("OneForAll", "OneForAll.worth returned float64 np.float64(0.5): expected finite floats of shape (2,), one for each image"),
+        (
+            "OneForAll",
+            "OneForAll.worth returned float64 np.float64(0.5): expected finite floats of shape (2,), one for each",
+        ),
         (
             "LosesGradients",
             "LosesGradients.pair_loss returned a loss without gradients: expected gradients of what is trained",
@@ -70,6 +75,19 @@ def test_an_algorithm_is_tried_by_the_learner(name: str, message: str, tables: d
     with pytest.raises(ValueError) as error:
         Learner(parts.policy, parts.algorithm, recipe)
     assert str(error.value).startswith(message)
+
+
+def test_the_doctor_tries_a_family_as_sampler_and_as_learner(tables: dict, tmp_path: Path) -> None:
+    model = str(save_tiny_shapes(tmp_path))
+    tables["learner"]["micro_batch_size"] = 4
+    own = {"prompts": {"name": "texts", "texts": ["disc", "ring"]}}
+    policy = {"name": "tests.own_components:FloatImages", "model": model}
+    with pytest.raises(ValueError, match=r"ShapesPolicy.decode returned float32 of shape \(2, 3, 16, 16\)"):
+        draw_some(with_own(tables, policy=policy, **own))
+    policy["name"] = "tests.own_components:ForgetsWeights"
+    recipe = with_own(tables, policy=policy, **own)
+    with pytest.raises(ValueError, match="ShapesPolicy.restore gave other weights than ShapesPolicy.save wrote"):
+        score_again(recipe, draw_some(recipe))
 
 
 @pytest.mark.parametrize(
