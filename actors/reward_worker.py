@@ -9,10 +9,12 @@ from jaxtyping import Float
 from actors.rewards.contract import under_contract
 from actors.rewards.failure import scoring_failed
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
+from actors.rewards.reward_trial import load_reward, try_rewards
 from actors.score_cache import ScoreCache
 from common.base_parts import Base, entry_base
 from common.loading import loading
 from common.machine import this_machine
+from common.prompts import Prompt
 from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.runtime import python_stacks, settle
 from common.trajectory import ImageBatch, Scores
@@ -21,15 +23,23 @@ from common.trajectory import ImageBatch, Scores
 class RewardWorker:
     """Holds the loaded rewards, by name, and scores batches of a set size cut from a task in order."""
 
-    def __init__(self, rewards: dict[str, Reward], table: RewardPoolTable, runtime: RuntimeTable) -> None:
+    def __init__(
+        self,
+        rewards: dict[str, Reward],
+        table: RewardPoolTable,
+        runtime: RuntimeTable,
+        tried_on: tuple[Prompt, ...] = (),
+    ) -> None:
+        """`tried_on`: prompts that rewards of the user's own are tried on; none: they are not tried."""
         self._called = f"RewardWorker of {', '.join(rewards)}"
         self._rewards: dict[str, LoadedReward] = {}
         device = settle(runtime)
         self._base: Base = {}
         for name, reward in rewards.items():
             with loading(f"the reward is {name!r}", reward.needs):
-                self._rewards[name] = under_contract(reward.load(device), f"the reward {name!r}")
+                self._rewards[name] = under_contract(load_reward(reward, device), f"the reward {name!r}")
             self._base |= entry_base(reward, "reward", reward.needs(), name)
+        try_rewards(rewards, self._rewards, tried_on)
         if table.cache:
             self._rewards |= {
                 name: ScoreCache(self._rewards[name], table.cache)

@@ -12,10 +12,12 @@ from jaxtyping import Float, UInt8
 from actors.suspects import PLAIN, Care
 from common.base_parts import Base
 from common.diffusion.policy import PolicyConfig
+from common.diffusion.policy_trial import load_checked, try_sampling
 from common.diffusion.rollout import draw, refuse_window_without_noise
 from common.loading import loading
 from common.lora_weights import LoraWeights
 from common.machine import this_machine
+from common.prompts import Prompt
 from common.recipe_tables import RuntimeTable, SamplingTable
 from common.runtime import python_stacks, settle
 from common.schedule import Place, Task
@@ -25,11 +27,19 @@ from common.trajectory import ImageBatch, TaskReport, Trajectory, image_fingerpr
 class Sampler:
     """Holds one copy of the policy, and swaps weights between tasks, never within one."""
 
-    def __init__(self, policy: PolicyConfig, sampling: SamplingTable, runtime: RuntimeTable) -> None:
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        sampling: SamplingTable,
+        runtime: RuntimeTable,
+        tried_on: tuple[Prompt, ...] = (),
+    ) -> None:
+        """`tried_on`: prompts that a family of the user's own is tried on; none: it is not tried."""
         self._called = f"Sampler of {policy.model}"
         device = settle(runtime)
         with loading(f"policy.model is {policy.model!r}", policy.needs):
-            self._policy = policy.load(device, sampling, "sampler")
+            self._policy = load_checked(policy, device, sampling, "sampler")
+        try_sampling(policy, self._policy, [prompt.text for prompt in tried_on])
         refuse_window_without_noise(self._policy, sampling)
         if policy.is_compiled("sampler"):
             self._policy.compile(sampling.batch_size)

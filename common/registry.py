@@ -6,6 +6,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from common.blame import blamed
 from common.bounds import Bounded
 from common.user_sources import is_of_the_project
 
@@ -30,11 +31,14 @@ def import_object(path: str, what: str) -> Any:
     if not separator or not module_name or not attribute:
         raise ValueError(f"{what} is {path!r}: it must have the form module:name")
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):  # it is there, and something that it imports is not
-            raise
-        raise ValueError(f"{what} is {path!r}: there is no module {error.name!r} to import") from error
+        with blamed(f"{what} is {path!r}: importing it"):
+            module = importlib.import_module(module_name)
+    except ValueError as error:
+        cause = error.__cause__
+        # The module itself, or a package that it lies in: else it is there, and something that it imports is not.
+        if isinstance(cause, ModuleNotFoundError) and f"{module_name}.".startswith(f"{cause.name}."):
+            raise ValueError(f"{what} is {path!r}: there is no module {cause.name!r} to import") from cause
+        raise
     if not hasattr(module, attribute):
         raise ValueError(f"{what} is {path!r}: module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)

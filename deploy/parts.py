@@ -5,6 +5,7 @@ from typing import Any
 
 from actors.rewards import REWARDS
 from actors.rewards.reward import Reward
+from common.blame import call_if_own
 from common.config import Recipe
 from common.diffusion import POLICIES
 from common.diffusion.policy import PolicyConfig
@@ -57,11 +58,11 @@ class Parts:
 def parts_of(recipe: Recipe) -> Parts:
     """Build every entry the recipe names. ValueError: a name or key is not known, or what an entry needs is not there."""
     parts = entries_of(recipe)
-    parts.policy.check()
+    call_if_own(parts.policy, POLICIES, "check")
     check_optimizer(recipe.learner)
-    parts.prompts.load()
+    call_if_own(parts.prompts, PROMPTS, "load")
     for tracker in parts.trackers.values():
-        tracker.check()
+        call_if_own(tracker, TRACKERS, "check")
     return parts
 
 
@@ -70,7 +71,7 @@ def entries_of(recipe: Recipe) -> Parts:
 
     ValueError: a name or key is not known, or the algorithm does not go with the rest.
     """
-    algorithm: Algorithm = build(ALGORITHMS, recipe.algorithm.table(), "algorithm")
+    algorithm: Algorithm = build(ALGORITHMS, recipe.algorithm.table(), "algorithm", Algorithm)
     algorithm.check(recipe)
     composition = RewardComposition.of(recipe)
     composition.check(algorithm)
@@ -79,14 +80,14 @@ def entries_of(recipe: Recipe) -> Parts:
     algorithm.check_micro_batches(recipe, policy.noisy_steps(recipe.sampling))
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:
-        trackers[table.name] = build(TRACKERS, table.table(), "trackers")
+        trackers[table.name] = build(TRACKERS, table.table(), "trackers", Tracker)
     rewards = {table.called: build_reward(table) for table in recipe.all_rewards}
     scorers = {table.called: build_reward(table) for table in recipe.evaluation.scorers}
     _check_caches(recipe, rewards)
     return Parts(
         recipe,
         policy,
-        build(PROMPTS, recipe.prompts.table(), "prompts"),
+        build(PROMPTS, recipe.prompts.table(), "prompts", PromptSource),
         rewards,
         scorers,
         composition,

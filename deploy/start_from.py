@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from common.base_parts import Base
+from common.diffusion.trained_weights import stored_weights
 from common.lora_weights import LoraWeights
 from common.recipe_tables import StartFromTable
 from common.run_folder import RunFolder, weights_here
 from deploy.parts import Parts
-from deploy.stored_weights import stored_weights
 from learner.checkpoint import Checkpoint, checkpoint_of, load_checkpoint, newest_checkpoint
 from learner.learner_state import LearnerState
 

@@ -32,6 +32,7 @@ from deploy.reaper import start_reaper
 from deploy.role_actor import RoleSetting, role_actor
 from deploy.role_output import RoleOutput
 from deploy.supervision import Supervision, sheltered_from_hangup
+from deploy.trial_prompts import trial_prompts
 from learner.learner import Learner
 from learner.learner_group import LearnerGroup, RayLearnerGroup, SerialLearnerGroup
 from learner.rank_group import ranks_of
@@ -71,8 +72,9 @@ def serial_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> 
             f"learner.ranks is {recipe.learner.ranks} and --serial has one process: leave --serial out, or give "
             "--learner.ranks 1"
         )
+    tried_on = trial_prompts(parts)
     with starting("sampler"):
-        sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
+        sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime, tried_on)
     pools = tuple(_serial_pool(parts, pool, base) for pool in all_pools(recipe))
     with starting("learner"):
         learner = Learner(parts.policy, parts.algorithm, recipe)
@@ -84,7 +86,7 @@ def serial_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> 
 
 def _serial_pool(parts: Parts, pool: RewardPool, base: LoadedBase) -> SerialPool:
     with starting(_in_words(pool)):
-        worker = RewardWorker(parts.rewards_of(pool), pool.table, parts.recipe.runtime)
+        worker = RewardWorker(parts.rewards_of(pool), pool.table, parts.recipe.runtime, trial_prompts(parts))
     base.take(_in_words(pool), worker.loaded_parts())
     return SerialPool(worker, pool.table, pool.trains)
 
@@ -99,6 +101,7 @@ def ray_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> Wor
     ValueError: the cluster cannot hold a role, a role could not be made ready in time, or `base` refuses what one has loaded.
     """
     recipe = parts.recipe
+    trial_prompts(parts)  # before anything is started
     output = RoleOutput(RunFolder(recipe.run_path()).logs)
     connect(recipe, output)
     supervision.listen()
@@ -147,14 +150,16 @@ def _learner_died(budget: RestartBudget, lines: DeathLines, death: Death) -> Non
 
 def _samplers(parts: Parts, budget: RestartBudget, lines: DeathLines) -> WorkerPool:
     table, recipe = parts.recipe.samplers, parts.recipe
-    make = _maker(Sampler, "sampler", table, recipe, (parts.policy, recipe.sampling, recipe.runtime))
+    arguments = (parts.policy, recipe.sampling, recipe.runtime, trial_prompts(parts))
+    make = _maker(Sampler, "sampler", table, recipe, arguments)
     return _told(lines, "sampler", WorkerPool("samplers", "sampler", make, table.count, budget))
 
 
 def _reward_workers(parts: Parts, pool: RewardPool, budget: RestartBudget, lines: DeathLines) -> ScoringPool:
     recipe, rewards = parts.recipe, parts.rewards_of(pool)
     name = pool.name.replace("reward_workers", "reward-worker").replace(".", "-") if pool.trains else "scorer"
-    make = _maker(RewardWorker, name, pool.table, recipe, (rewards, pool.table, recipe.runtime), _in_words(pool))
+    arguments = (rewards, pool.table, recipe.runtime, trial_prompts(parts))
+    make = _maker(RewardWorker, name, pool.table, recipe, arguments, _in_words(pool))
     independent = all(reward.independent_of_batch for reward in rewards.values())
     workers = WorkerPool(pool.name, "reward_worker" if pool.trains else "scorer", make, pool.table.count, budget)
     return ScoringPool(_told(lines, name, workers), pool.rewards, pool.table, independent, pool.trains)

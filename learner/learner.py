@@ -10,6 +10,7 @@ from common.base_parts import Base, entry_base
 from common.config import Recipe
 from common.diffusion.lora import load_weights, read_weights, trained_parameters
 from common.diffusion.policy import PolicyConfig
+from common.diffusion.policy_trial import load_checked
 from common.loading import loading
 from common.lora_weights import LoraWeights, averaged
 from common.machine import Machine, this_machine
@@ -21,6 +22,7 @@ from common.trajectory import TrainBatch, Trajectory, TransitionBatch
 from learner.algorithms.algorithm import Algorithm
 from learner.drift import divergence, few, reference_kl
 from learner.learner_state import LearnerState
+from learner.learning_trial import try_learning
 from learner.micro_batch import micro_batch_size
 from learner.off_policy import to_those_left
 from learner.optimizer import load_optimizer_arrays, optimizer_arrays, optimizer_of
@@ -53,7 +55,8 @@ class Learner:
         self._algorithm = algorithm
         with torch.random.fork_rng(devices=[]), loading(f"policy.model is {policy.model!r}", policy.needs):
             torch.manual_seed(recipe.seed)  # the adapters' first values
-            self._policy = policy.load(self._device, recipe.sampling, "learner")
+            self._policy = load_checked(policy, self._device, recipe.sampling, "learner")
+        try_learning(self._policy, policy, algorithm, recipe)
         self._base = policy.loaded_base("learner") | entry_base(algorithm, "algorithm")
         # Only the loaded model's schedule tells how many steps have noise.
         algorithm.check_micro_batches(recipe, len(self._policy.noisy_steps))

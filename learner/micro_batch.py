@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.config import Recipe
 from common.diffusion.live_bytes import allocated_peak
+from common.diffusion.made_up import IntegerIndices, made_up_conditioning
 from common.diffusion.policy import Policy, PolicyConfig
 from common.diffusion.sizes import LEFT_FREE, PolicySizes, largest_divisor, parameter_bytes, usable_bytes
 from common.trajectory import NoisedBatch, TransitionBatch
@@ -93,37 +94,39 @@ class StepTrial:
         """Two micro-batches, for the second has gradients beside it, as most have; and the optimizer's moments."""
         moments = torch.empty(self._moment_bytes, dtype=torch.uint8, device=self._policy.device)
         for _ in range(2):
-            loss = self._algorithm.pair_loss(self._policy, self._batch(pairs)).loss
+            batch = made_up_batch(self._policy, self._algorithm, self._sizes, pairs)
+            with IntegerIndices():
+                loss = self._algorithm.pair_loss(self._policy, batch).loss
             (loss.sum() / (2 * pairs)).backward()
         del moments
 
-    def _batch(self, pairs: int) -> TransitionBatch | NoisedBatch:
-        policy, algorithm = self._policy, self._algorithm
 
-        def latents(wanted: bool = True) -> Tensor | None:
-            return torch.zeros(pairs, *policy.latent_shape, device=policy.device) if wanted else None
+def made_up_batch(
+    policy: Policy, algorithm: Algorithm, sizes: PolicySizes, pairs: int
+) -> TransitionBatch | NoisedBatch:
+    """Return pairs of zeros with all that the algorithm asks for."""
 
-        def numbers(value: float) -> Tensor:
-            return torch.full((pairs,), value, device=policy.device)
+    def latents(wanted: bool = True) -> Tensor | None:
+        return torch.zeros(pairs, *policy.latent_shape, device=policy.device) if wanted else None
 
-        conditioning = {
-            name: torch.zeros(1, *shape, device=policy.device).repeat(pairs, *(1 for _ in shape))
-            for name, shape in self._sizes.conditioning_shape.items()
-        }
-        steps = torch.full((pairs,), policy.noisy_steps[0], device=policy.device)
-        entering, leaving = latents(), latents()
-        assert entering is not None and leaving is not None
-        if algorithm.noisings_per_image is not None:
-            old = latents(algorithm.needs_old_predictions)
-            return NoisedBatch(conditioning, steps, entering, leaving, numbers(1.0), old)
-        return TransitionBatch(
-            conditioning,
-            steps,
-            entering,
-            leaving,
-            numbers(0.0),
-            numbers(1.0),
-            numbers(0.0) if algorithm.needs_proximal_log_probs else None,
-            latents(algorithm.needs_behaviour_means),
-            latents(algorithm.needs_reference_means),
-        )
+    def numbers(value: float) -> Tensor:
+        return torch.full((pairs,), value, device=policy.device)
+
+    conditioning = made_up_conditioning(sizes.conditioning_shape, sizes.conditioning_dtypes, pairs, policy.device)
+    steps = torch.full((pairs,), policy.noisy_steps[0], device=policy.device)
+    entering, leaving = latents(), latents()
+    assert entering is not None and leaving is not None
+    if algorithm.noisings_per_image is not None:
+        old = latents(algorithm.needs_old_predictions)
+        return NoisedBatch(conditioning, steps, entering, leaving, numbers(1.0), old)
+    return TransitionBatch(
+        conditioning,
+        steps,
+        entering,
+        leaving,
+        numbers(0.0),
+        numbers(1.0),
+        numbers(0.0) if algorithm.needs_proximal_log_probs else None,
+        latents(algorithm.needs_behaviour_means),
+        latents(algorithm.needs_reference_means),
+    )

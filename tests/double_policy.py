@@ -9,6 +9,7 @@ from torch import Tensor
 from common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role
 from common.diffusion.policy_stable_diffusion import StableDiffusion
 from common.diffusion.sizes import DeviceKind, PolicySizes
+from common.diffusion.trained_weights import restore_trained, save_trained
 from common.diffusion.transition import Transition
 from common.recipe_tables import SamplingTable
 
@@ -58,10 +59,11 @@ class DoublePolicy(Policy):
         return self._inner.decode(latents)
 
     def save(self, folder: Path) -> Path:
-        raise AssertionError("it is never saved")
+        config = self._inner.config
+        return save_trained(self.network, config.train, config.lora, folder, "unet")
 
     def restore(self, path: Path) -> None:
-        raise AssertionError("it is never restored")
+        restore_trained(self.network, self._inner.config.train, path)
 
 
 class Double(PolicyConfig):

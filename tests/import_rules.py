@@ -37,6 +37,7 @@ RAY = {
 RANKS = {"learner/rank_group.py", "learner/pretraining/denoiser.py"}
 TORCH_FREE = {
     "common.bounds",
+    "common.blame",
     "common.config",
     "common.named_files",
     "common.overrides",

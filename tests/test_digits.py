@@ -110,7 +110,7 @@ def at_any_depth(block: str, source: str) -> bool:
 def test_what_the_page_quotes_stands_in_the_example() -> None:
     section = PAGE.read_text().partition("## A model family")[2].partition("\n## ")[0]
     quoted = [block for block in blocks(PAGE, "python") if block in section]
-    sources = [path.read_text() for path in EXAMPLE.glob("*.py")]
+    sources = [path.read_text() for folder in (EXAMPLE, ROOT / "docs" / "shapes") for path in folder.glob("*.py")]
     assert len(quoted) >= 5
     lost = [block for block in quoted if not any(at_any_depth(block, source) for source in sources)]
     assert lost == []

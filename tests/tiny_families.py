@@ -144,6 +144,16 @@ def save_tiny_digits(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def save_tiny_shapes(folder: Path, seed: int = 0) -> Path:
+    """Write the weights of docs/shapes."""
+    from shape_network import ShapeNetwork
+
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(ShapeNetwork().state_dict(), folder / "shapes.pt")
+    return folder / "shapes.pt"
+
+
 def tiny_t5_tokenizer(max_length: int = 12) -> Any:
     """Letters are its tokens."""
     from transformers import T5TokenizerFast
@@ -193,8 +203,11 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
 }
-FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {"digits:Digits": save_tiny_digits}  # as docs/extending.md has it
-PROMPTS = {"digits:Digits": ["seven", "3", "a two"]}
+FROM_OUTSIDE: dict[str, Callable[[Path], Path]] = {  # as docs/extending.md has them
+    "digits:Digits": save_tiny_digits,
+    "shapes:Shapes": save_tiny_shapes,
+}
+PROMPTS = {"digits:Digits": ["seven", "3", "a two"], "shapes:Shapes": ["disc", "ring", "cross"]}
 KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model needs
     "sd3": {"max_sequence_length": 12},
     "flux": {"max_sequence_length": 12, "resolution": 16},

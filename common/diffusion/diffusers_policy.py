@@ -129,7 +129,7 @@ class DiffusersPolicy(Policy):
         )
 
     def _predict(self, latents: Tensor, timesteps: Tensor, rows: Conditioning) -> Tensor:
-        in_dtype = {name: value.to(self.dtype) for name, value in rows.items()}
+        in_dtype = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in rows.items()}
         with self._autocast:
             return (self._compiled or self._call)(latents=latents.to(self.dtype), timesteps=timesteps, **in_dtype)
 

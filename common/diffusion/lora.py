@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from common.diffusion.lora_targets import check_targets
 from common.diffusion.weight_files import TRAINED_PARTS, part_of
 from common.lora_weights import LoraWeights, packed, verified
 from common.reading import reading
@@ -29,23 +30,20 @@ class LoraSettings(Entry):
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def make_trainable(network: Any, train: str, lora: LoraSettings) -> None:
+def make_trainable(network: nn.Module, train: str, lora: LoraSettings) -> None:
     """Leave gradients only where we train: in new float32 adapters ("lora") or everywhere ("full").
 
-    ValueError: one of the adapter's target modules is the name of no module of the network.
+    Raises:
+        ValueError: one of the adapter's target modules is no layer of the network that an adapter can go into.
     """
     network.requires_grad_(train == "full")
     if train == "lora":
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
         targets = list(lora.target_modules)
-        names = [f".{name}" for name, _ in network.named_modules()]
-        # peft takes what it finds: a misspelt one among several would leave its layers untrained without a word.
-        unknown = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
-        if unknown:
-            raise ValueError(f"policy.lora.target_modules is {targets}: the network has no module called {unknown}")
+        check_targets(network, targets)
         config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights="gaussian")
-        network.add_adapter(config)
+        inject_adapter_in_model(config, network)  # into any module: it need not be one of diffusers'
     for parameter in trained_parameters(network).values():
         parameter.data = parameter.data.float()
 
@@ -133,13 +131,18 @@ def base_weight_bytes(network: nn.Module) -> int:
 
 
 @contextmanager
-def reference_policy(network: Any) -> Iterator[None]:
+def reference_policy(network: nn.Module) -> Iterator[None]:
     """The pretrained network, by switching its adapters off: no second copy of it."""
-    network.disable_adapters()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        network.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = "unet") -> Path:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from common.diffusion.live_bytes import PeakBytes, line_through, peak_bytes
+from common.diffusion.made_up import IntegerIndices, made_up_conditioning
 from common.diffusion.meta_device import LikeDevice, kernels_of
 from common.diffusion.sizes import DeviceKind
 
@@ -24,6 +25,7 @@ class Inputs:
     latent_shape: tuple[int, int, int]
     conditioning_shapes: dict[str, tuple[int, ...]]
     branches: int  # rows an image
+    conditioning_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of what is not floating, as labels are
 
 
 class NetworkMemory:
@@ -102,12 +104,11 @@ class NetworkMemory:
     def _predict(self, rows: int) -> Tensor:
         branches = self._inputs.branches
         latents = torch.empty(rows, *self._inputs.latent_shape, device="meta").repeat(branches, 1, 1, 1)
-        conditioning = {
-            name: torch.cat([torch.empty(rows, *shape, device="meta", dtype=self._dtype)] * branches)
-            for name, shape in self._inputs.conditioning_shapes.items()
-        }
+        made_up = self._inputs.conditioning_shapes, self._inputs.conditioning_dtypes, rows, "meta", self._dtype
+        conditioning = {name: torch.cat([value] * branches) for name, value in made_up_conditioning(*made_up).items()}
         timesteps = torch.empty(branches * rows, device="meta")
-        output = self._inputs.call(self._network, latents.to(self._dtype), timesteps, **conditioning).float()
+        with IntegerIndices():
+            output = self._inputs.call(self._network, latents.to(self._dtype), timesteps, **conditioning).float()
         if branches == 1:
             return output
         unconditional, conditional = output.chunk(2)
@@ -123,6 +124,11 @@ class NetworkMemory:
 
 @contextlib.contextmanager
 def _checkpointing(network: Any, function: Callable[..., Any]) -> Iterator[None]:
+    if not hasattr(network, "enable_gradient_checkpointing"):
+        raise ValueError(
+            f"policy.gradient_checkpointing is true, and {type(network).__name__} cannot re-compute its activations: it has "
+            "no enable_gradient_checkpointing, as diffusers' ModelMixin has; set it to false"
+        )
     network.enable_gradient_checkpointing(function)
     try:
         yield

@@ -37,9 +37,13 @@ class Policy(ABC):
     latent_shape: tuple[int, int, int]  # C, H, W of one image's latents
     merged: MergedAdapters | None = None  # a sampler's, where the recipe has them merged
 
-    @abstractmethod
     def compile(self, batch_size: int) -> None:
-        """From here on the network runs compiled, on batches of this size: smaller ones are filled up, larger ones cut."""
+        """From here on the network runs compiled, on batches of this size: smaller ones are filled up, larger ones cut.
+
+        Raises:
+            ValueError: the family has no compiled network, as none has that says nothing else.
+        """
+        raise ValueError(f'policy.compile is set, and {type(self).__name__} has no compiled network: give "none"')
 
     def lay_in(self, weights: LoraWeights) -> int:
         """Lay a version's weights into the network; how many parameters were bound. Errors are those of `load_weights`."""
@@ -57,9 +61,9 @@ class Policy(ABC):
     def encode(self, prompts: list[str]) -> Conditioning:
         """Tensors with one row a prompt; those named `negative_…` have one row for all."""
 
-    @abstractmethod
     def initial_latents(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Where a path starts, from standard normal noise."""
+        """Return the latents where a trajectory starts, from standard normal noise: the noise itself, in most families."""
+        return noise
 
     @abstractmethod
     def transition(

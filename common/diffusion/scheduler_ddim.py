@@ -57,7 +57,9 @@ def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, dev
     """
     from diffusers import DDIMScheduler
 
-    scheduler: Any = DDIMScheduler.from_config(scheduler_config)
+    # Only these two of diffusers' schedulers clip where their configuration does not say: an absent key is not true.
+    clips = scheduler_config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler")
+    scheduler: Any = DDIMScheduler.from_config({"clip_sample": clips, **scheduler_config})
     for key in ("clip_sample", "thresholding"):
         if scheduler.config[key]:
             raise ValueError(f"the model's scheduler has {key}=True: its steps are not Gaussian; set it to false")

@@ -1,8 +1,9 @@
 """How large a model is and what its work takes, without loading it: counted on torch's meta device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import nn
 
 from common.diffusion.live_bytes import PeakBytes
@@ -32,6 +33,7 @@ class PolicySizes:
     drawing: PeakBytes  # of a sampler, by the images of a task, with its weights
     decoding: PeakBytes
     encoding_bytes: int  # the weights that a sampler holds while it encodes prompts
+    conditioning_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of what is not floating, as labels are
 
     def sampler_bytes(self, batch: int) -> int:
         """A sampler's peak over a task of so many images."""

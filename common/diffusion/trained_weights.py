@@ -1,24 +1,106 @@
-"""Trained weights in files: adapters, or a whole network, in diffusers' own format."""
+"""Trained weights in files: adapters, or a whole network, in diffusers' own format. Nothing is pickled."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from common.diffusion.lora import LoraSettings, load_lora, save_lora
+import numpy as np
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.diffusion.lora import LoraSettings, load_lora, lora_file, save_lora
+from common.diffusion.weight_files import TRAINED_PARTS, network_folder, part_of
+from common.lora_weights import LoraWeights, Manifest, pack
 from common.reading import reading
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # as diffusers calls a network's file
 
 
 def save_trained(network: Any, train: str, lora: LoraSettings, folder: Path, part: str) -> Path:
-    """Write them into a run's folder; the path that diffusers loads. `part`: what the network is called in its pipeline."""
+    """Write them into a run's folder; the path that diffusers loads. `part`: what the network is called in its pipeline.
+
+    The network may be any module: without diffusers' `ModelMixin` its whole state goes into one safetensors file.
+    """
+    if part not in TRAINED_PARTS:
+        raise ValueError(f"save_trained was given the part {part!r}: it must be one of {list(TRAINED_PARTS)}")
     if train == "lora":
         return save_lora(network, lora, folder / "lora", part)
-    network.save_pretrained(folder / part, safe_serialization=True)
+    if _is_of_diffusers(network):
+        network.save_pretrained(folder / part, safe_serialization=True)
+    else:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        save_file(_state(network), folder / part / WEIGHTS_NAME)
     return folder / part
 
 
 def restore_trained(network: Any, train: str, path: Path) -> None:
-    """Read what `save_trained` wrote, or any of the same form. ValueError: it is a LoRA that does not fit the network."""
+    """Read what `save_trained` wrote, or any of the same form. ValueError: it does not fit the network."""
     if train == "lora":
         return load_lora(network, path)
-    with reading(path):
-        whole = type(network).from_pretrained(path, use_safetensors=True)
-    network.load_state_dict(whole.state_dict())
+    if _is_of_diffusers(network):
+        with reading(path):
+            whole = type(network).from_pretrained(path, use_safetensors=True)
+        network.load_state_dict(whole.state_dict())
+        return None
+    return _load_state(network, path / WEIGHTS_NAME)
+
+
+def stored_weights(path: Path, manifest: Manifest, policy_version: int) -> LoraWeights:
+    """Return what the files in a run's folder hold, under the names that the parameters have in the network.
+
+    Raises:
+        ValueError: there are no such files, or they lack a parameter.
+    """
+    network = network_folder(path)
+    if network:
+        arrays = {name: array for file in network.glob("*.safetensors") for name, array in _arrays(file).items()}
+        names = {name: name for name, _ in manifest}
+    else:
+        arrays = _arrays(lora_file(path))
+        # In the network an adapter has a name, in diffusers' files it has none.
+        part = part_of(next(iter(arrays), ""))
+        names = {name: f"{part}.{re.sub(r'[.]default(?=[.]|$)', '', name)}" for name, _ in manifest}
+    lacking = sorted(set(names.values()) - arrays.keys())
+    if lacking:
+        raise ValueError(f"the weights in {path} lack {lacking[:3]}: they are not those of this run")
+    return pack(policy_version, {name: arrays[stored] for name, stored in names.items()})
+
+
+def _arrays(file: Path) -> dict[str, np.ndarray]:
+    with reading(file):
+        return load_arrays(file)
+
+
+def _is_of_diffusers(network: Any) -> bool:
+    from diffusers.models.modeling_utils import ModelMixin
+
+    return isinstance(network, ModelMixin)
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers; a tensor that has several names under the first alone, as in `named_parameters`."""
+    state: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, value in network.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and id(value) not in known:
+            known.add(id(value))
+            state[name] = value.detach().cpu().clone().contiguous()
+    return state
+
+
+def _load_state(network: nn.Module, file: Path) -> None:
+    """Load every tensor of the network from a file of `_state`. ValueError: it is not there, or does not fit."""
+    if not file.is_file():
+        raise ValueError(f"{file.parent} has no {file.name}: it holds no trained network")
+    with reading(file):
+        given = load_file(file)
+    wanted = _state(network)
+    differing = sorted(
+        name
+        for name in wanted.keys() | given.keys()
+        if name not in wanted or name not in given or wanted[name].shape != given[name].shape
+    )
+    if differing:
+        raise ValueError(f"the weights {file} do not fit {type(network).__name__} at {differing[:3]}: another network")
+    network.load_state_dict(given, strict=False)

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from common.blame import call_if_own
+from common.trackers import TRACKERS
 from common.trackers.exhibits import Exhibits
 from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
@@ -29,7 +31,7 @@ class FanOut:
         self._identities = dict(run.tracker_ids)
         for name, tracker in self._trackers.items():
             try:
-                live = self._live[name] = tracker.start(run)
+                live = self._live[name] = _started(tracker, run)
             except BaseException as error:
                 self.finish()  # a bar would go on drawing over the error's text
                 if isinstance(error, ValueError) or not isinstance(error, Exception):
@@ -70,6 +72,16 @@ class FanOut:
 
     def _each(self, call: Callable[[LiveTracker], None]) -> None:
         self._live = {name: live for name, live in self._live.items() if _went_well(name, live, call)}
+
+
+def _started(tracker: Tracker, run: RunInfo) -> LiveTracker:
+    live = call_if_own(tracker, TRACKERS, "start", run)
+    if not isinstance(live, LiveTracker):
+        name = type(tracker).__name__
+        raise ValueError(
+            f"{name}.start returned {type(live).__name__}: expected a LiveTracker of common.trackers.tracker"
+        )
+    return live
 
 
 def _went_well(name: str, live: LiveTracker, call: Callable[[LiveTracker], None]) -> bool:

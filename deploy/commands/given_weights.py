@@ -6,6 +6,7 @@ from pathlib import Path
 from common.config import Recipe
 from common.diffusion.lora import lora_file, read_lora_settings
 from common.diffusion.policy import Policy
+from common.diffusion.policy_trial import load_checked
 from common.diffusion.weight_files import network_folder
 from common.run_folder import RunFolder
 from common.runtime import settle
@@ -33,15 +34,15 @@ def load_policy(recipe: Recipe, weights: Path | None) -> Policy:
     policy_config = parts_of(recipe).policy
     device = settle(recipe.runtime)
     if weights is None:  # new adapters change nothing
-        return policy_config.load(device, recipe.sampling, "sampler")
+        return load_checked(policy_config, device, recipe.sampling, "sampler")
     if policy_config.train == "full":
-        policy = policy_config.load(device, recipe.sampling, "sampler")
+        policy = load_checked(policy_config, device, recipe.sampling, "sampler")
         policy.restore(network_folder(weights) or weights)
         return policy
     path = lora_file(weights)
     settings = read_lora_settings(path)
     if settings:
         policy_config = policy_config.model_copy(update={"lora": settings})
-    policy = policy_config.load(device, recipe.sampling, "sampler")
+    policy = load_checked(policy_config, device, recipe.sampling, "sampler")
     policy.restore(path)
     return policy

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from common.blame import call_if_own
 from common.config import Recipe
+from common.diffusion import POLICIES
 from common.diffusion.sizes import DeviceKind, PolicySizes
 from common.reward_pools import all_pools
 from common.trajectory import DTYPES
@@ -51,7 +53,7 @@ def plan_of_parts(parts: Parts) -> Plan:
     """The same of a recipe's parts, whether or not all that they need is there."""
     recipe, policy = parts.recipe, parts.policy
     sampling, learner = recipe.sampling, recipe.learner
-    sizes = with_moments_of(learner, policy.sizes(sampling, device_of(recipe)))
+    sizes = with_moments_of(learner, call_if_own(policy, POLICIES, "sizes", sampling, device_of(recipe)))
     channels, height, width = sizes.latent_shape
     latent_bytes = channels * height * width * DTYPES[sampling.latents_dtype].itemsize
     kept = sampling.kept_steps(sizes.noisy_steps)

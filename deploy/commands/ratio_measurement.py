@@ -13,6 +13,7 @@ from common.config import Recipe
 from common.diffusion.denoising_steps import DenoisingSteps, output_sensitivity
 from common.diffusion.lora import read_weights, trained_parameters
 from common.diffusion.policy import Policy
+from common.diffusion.policy_trial import load_checked, try_sampling
 from common.diffusion.rollout import draw, score
 from common.lora_weights import LoraWeights
 from common.recipe_tables import RoleTable, RuntimeTable
@@ -21,6 +22,8 @@ from common.schedule import round_tasks, transition_order
 from common.trajectory import DTYPES, Trajectory
 from deploy.commands.ratio_noise import Comparison, Kind, Noise
 from deploy.parts import entries_of
+from deploy.trial_prompts import trial_prompts
+from learner.learning_trial import try_learning
 from learner.micro_batch import micro_batch_size
 from learner.reference_passes import log_probs_under
 from learner.round_pairs import micro_batches
@@ -52,10 +55,13 @@ def runtime_of(table: RoleTable, runtime: RuntimeTable) -> RuntimeTable:
 def draw_some(recipe: Recipe) -> Drawn:
     """The first images of the run's first task, with every step that the recipe learns from."""
     parts = entries_of(recipe)
+    tried_on = [prompt.text for prompt in trial_prompts(parts)]
     task = round_tasks(recipe, 0, parts.prompts.load())[0]
+    device = settle(runtime_of(recipe.samplers, recipe.runtime))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        policy = parts.policy.load(settle(runtime_of(recipe.samplers, recipe.runtime)), recipe.sampling, "sampler")
+        policy = load_checked(parts.policy, device, recipe.sampling, "sampler")
+        try_sampling(parts.policy, policy, tried_on)
         weights = _trained_a_little(policy)
     if parts.policy.is_compiled("sampler"):
         policy.compile(recipe.sampling.batch_size)
@@ -84,7 +90,8 @@ def score_again(recipe: Recipe, drawn: Drawn) -> Noise:
     """Every comparison that this device can make."""
     device, parts = settle(runtime_of(recipe.learner, recipe.runtime)), entries_of(recipe)
     config = parts.policy
-    policy = config.load(device, recipe.sampling, "learner")
+    policy = load_checked(config, device, recipe.sampling, "learner")
+    try_learning(policy, config, parts.algorithm, recipe)
     size = micro_batch_size(policy, config, parts.algorithm, recipe)
     policy.lay_in(drawn.weights)
     unavailable: list[str] = []

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.diffusion.trained_weights import stored_weights
 from common.diffusion.weight_files import network_folder
 from common.lora_weights import LoraWeights, Manifest
 from common.run_folder import RunFolder, weights_here
-from deploy.stored_weights import stored_weights
 from learner.checkpoint import damaged_checkpoints, load_checkpoint, newest_checkpoint
 
 

@@ -1,7 +1,6 @@
 """The keys of a family of models that draw digits, for `name = "digits:Digits"` in a recipe's `[policy]`."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,12 @@ from typing import Any
 import torch
 from digits_policy import DIGITS, DigitsPolicy, call_network, pictures_of
 from pydantic import Field
-from torch import Tensor
 
-from common.diffusion.live_bytes import line_through, peak_bytes
-from common.diffusion.lora import LoraSettings, make_trainable, trained_parameters
-from common.diffusion.meta_device import library_bytes
-from common.diffusion.network_memory import Inputs, NetworkMemory
+from common.diffusion.lora import LoraSettings
+from common.diffusion.network_memory import Inputs
+from common.diffusion.network_sizes import network_sizes
 from common.diffusion.policy import PolicyConfig, Role, quiet_libraries
-from common.diffusion.sizes import DeviceKind, PolicySizes, count_parameters, parameter_bytes
+from common.diffusion.sizes import DeviceKind, PolicySizes
 from common.model_hub import Weights
 from common.recipe_tables import SamplingTable
 
@@ -69,29 +66,9 @@ class Digits(PolicyConfig):
 
         with torch.device("meta"):  # nothing is loaded, and nothing computed
             network: Any = DigitTransformer.from_config(self.network_config())
-        parameters = count_parameters(network)
-        make_trainable(network, self.train, self.lora)
-        trained = sum(parameter.numel() for parameter in trained_parameters(network).values())
         shapes: dict[str, tuple[int, ...]] = {"digit": (len(DIGITS),)}
         inputs = Inputs(call_network, self.latent_shape, shapes, 1 if self.guidance(sampling) is None else 2)
-        memory = NetworkMemory(network, inputs, torch.float32, device)
-        held = parameter_bytes(network) + library_bytes(device)
-        path = 4 * (sampling.num_steps + 1) * math.prod(self.latent_shape)  # bytes of all latents of an image
-        return PolicySizes(
-            latent_shape=self.latent_shape,
-            noisy_steps=self.noisy_steps(sampling),
-            conditioning_shape=shapes | {"negative_digit": (len(DIGITS),)},
-            conditioning_bytes=4 * len(DIGITS),
-            network_parameters=parameters,
-            trained_parameters=trained,
-            learner=memory.learning(checkpointing=False).plus(held + 3 * 4 * trained),  # gradient, AdamW's two moments
-            drawing=memory.drawing().plus(held, 3 * path),
-            decoding=line_through(lambda images: peak_bytes(lambda: self._decoded(images)), 1, 2).plus(held, path),
-            encoding_bytes=held,
-        )
-
-    def _decoded(self, images: int) -> Tensor:
-        return pictures_of(torch.empty(images, *self.latent_shape, device="meta"), self.zoom)
+        return network_sizes(self, network, inputs, sampling, device, lambda latents: pictures_of(latents, self.zoom))
 
     def load(self, device: str, sampling: SamplingTable, role: Role) -> DigitsPolicy:
         quiet_libraries()

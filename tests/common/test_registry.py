@@ -163,5 +163,7 @@ def test_a_users_module_that_lacks_a_package_fails_with_its_own_error(
 ) -> None:
     (tmp_path / "user_rewards_module.py").write_text("import user_rewards\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="No module named 'user_rewards'"):
+    with pytest.raises(
+        ValueError, match=r"raised ModuleNotFoundError: No module named 'user_rewards' \(user_re.*line 1"
+    ):
         import_object("user_rewards_module:score", "reward.path")

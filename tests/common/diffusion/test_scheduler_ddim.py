@@ -158,3 +158,11 @@ def test_the_training_target_predicts_back_the_clean_latents_and_the_noise(kind:
         x0, epsilon = reference.clean_and_noise(kind, noised, target[row].double(), alpha)
         torch.testing.assert_close(x0, clean[row].double(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(epsilon, noise[row].double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_that_does_not_speak_of_clipping_does_not_clip() -> None:
+    betas = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon"}
+    silent, said = (ddim_table(config, 4, 1.0, "cpu") for config in (betas, {**betas, "clip_sample": False}))
+    assert torch.equal(silent.std(), said.std())
+    with pytest.raises(ValueError, match="clip_sample=True"):  # the default of this class
+        ddim_table({**betas, "_class_name": "DDIMScheduler"}, 4, 1.0, "cpu")

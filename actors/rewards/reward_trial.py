@@ -1,0 +1,57 @@
+"""Try a reward of the user's own on made-up images before the first round: how it is called, and what it must return."""
+
+from typing import Any, cast
+
+import numpy as np
+
+from actors.rewards import REWARDS
+from actors.rewards.function import Function
+from actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
+from common.blame import blamed, call, is_users_own
+from common.prompts import Prompt
+from common.undisturbed import undisturbed
+
+SIDE = 64  # pixels of a made-up image; a reward that needs others raises, which says nothing against it
+
+
+def load_reward(reward: Reward, device: str) -> LoadedReward:
+    """Load a reward. ValueError: one of the user's own raises, or returns nothing that can be called."""
+    if not is_users_own(reward, REWARDS):
+        return reward.load(device)
+    loaded: Any = call(reward, "load", device)
+    if not callable(loaded):
+        raise ValueError(
+            f"{type(reward).__name__}.load returned {type(loaded).__name__}: expected a function of (images, prompts, metadata)"
+        )
+    return cast(LoadedReward, loaded)
+
+
+def try_rewards(rewards: dict[str, Reward], loaded: dict[str, LoadedReward], prompts: tuple[Prompt, ...]) -> None:
+    """Score a made-up image for each prompt with the user's own rewards.
+
+    Raises:
+        ValueError: a reward returns something else than one number for each image.
+    """
+    own = [name for name, reward in rewards.items() if isinstance(reward, Function) or is_users_own(reward, REWARDS)]
+    if not prompts:
+        return
+    pixels = np.random.default_rng(0).integers(0, 256, (len(prompts), SIDE, SIDE, 3), dtype=np.uint8)
+    for name in own:
+        with undisturbed():
+            _try(name, loaded[name], pixels, prompts)
+
+
+def _try(name: str, reward: LoadedReward, pixels: Images, prompts: tuple[Prompt, ...]) -> None:
+    texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+    try:
+        with blamed(f"the reward {name!r}"):
+            values = np.asarray(reward(pixels.copy(), texts, metadata))
+    except ValueError as error:
+        if isinstance(error.__cause__, RewardMistake):
+            raise error.__cause__ from error
+        return  # noise is no image that the reward knows: the first batch tells
+    if values.shape != (len(prompts),) or values.dtype.kind not in "iuf":
+        raise RewardMistake(
+            f"the reward {name!r} returned {values.dtype} of shape {values.shape} for {len(prompts)} made-up images: it must "
+            f"return one real number for each, of shape ({len(prompts)},)"
+        )

@@ -1,0 +1,91 @@
+"""Name who failed: an error of a user's own component becomes one line with class, method, file and line (no torch)."""
+
+import inspect
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from common.registry import Entry, Room
+
+OURS = Path(__file__).parents[1]
+INSTALLED = Path(sysconfig.get_paths()["purelib"])
+STANDARD = Path(sysconfig.get_paths()["stdlib"])
+MOST_LETTERS = 300  # of another library's message
+
+
+def is_users_own(component: "Entry", room: "Room") -> bool:
+    """Return whether a component was written outside the project: its class is none of the room's."""
+    return f"{type(component).__module__}:{type(component).__qualname__}" not in room.values()
+
+
+def call_if_own(component: "Entry", room: "Room", method: str, *arguments: Any) -> Any:
+    """Call a method: as `call` does if the component is the user's own, else directly."""
+    if is_users_own(component, room):
+        return call(component, method, *arguments)
+    return getattr(component, method)(*arguments)
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Turn an error of a user's code into a ValueError of one line that begins with `what`. Memory errors pass unchanged."""
+    try:
+        yield
+    # A user's own code may raise anything, and raises again here in words that name the code.
+    except Exception as error:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        kind = "" if type(error) is ValueError else f" {type(error).__name__}"
+        raise ValueError(f"{what} raised{kind}: {_flat(str(error))}{_place(error)}") from error
+
+
+def call(owner: Any, method: str, *arguments: Any) -> Any:
+    """Call a method of a user's component.
+
+    Raises:
+        ValueError: the method is missing, takes other arguments, or raises an error of its own.
+    """
+    name, function = f"{type(owner).__name__}.{method}", getattr(owner, method, None)
+    if not callable(function):
+        raise ValueError(f"{name} is missing, or is no method: a {_contract(owner)} needs it")
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise ValueError(f"{name} takes {signature}: it is called with {_expected(owner, method, arguments)}") from None
+    with blamed(name):
+        return function(*arguments)
+
+
+def _expected(owner: Any, method: str, arguments: tuple[Any, ...]) -> str:
+    """Return the arguments' names as the project's own class has them; else how many there are."""
+    base = next((cls for cls in type(owner).__mro__[1:] if method in vars(cls)), None)
+    if base is None:
+        return f"{len(arguments)} arguments"
+    names = list(inspect.signature(getattr(base, method)).parameters)
+    return f"({', '.join(names[1 : len(arguments) + 1])})"
+
+
+def _contract(owner: Any) -> str:
+    """Return the name of the nearest class of the project that a user's class is derived from."""
+    ours = ("common.", "actors.", "learner.")
+    return next((cls.__name__ for cls in type(owner).__mro__ if cls.__module__.startswith(ours)), "component")
+
+
+def _flat(message: str) -> str:
+    flat = " ".join(message.split())
+    return flat if len(flat) <= MOST_LETTERS else f"{flat[:MOST_LETTERS]}…"
+
+
+def _place(error: BaseException) -> str:
+    """Return the innermost line of the user's own code that the error went through; nothing if there is none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(Path(frame.filename))]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
+def _is_users(file: Path) -> bool:
+    beside = [OURS / name for name in ("common", "actors", "learner", "deploy", "train.py", "ddpo.py")]
+    return file.is_file() and not any(file.is_relative_to(folder) for folder in (*beside, INSTALLED, STANDARD))

@@ -1,0 +1,200 @@
+"""Try a model family of your own before the first round: each method once, on two rows, and what it must return.
+
+What fails is named by class, method, what was expected and what came. Families of the project are tested by its own tests.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.blame import blamed, call, is_users_own
+from common.diffusion import POLICIES
+from common.diffusion.lora import load_weights, lora_file, read_weights, trained_parameters
+from common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role, select_rows
+from common.diffusion.rollout import image_noise
+from common.diffusion.tensor_checks import check_tensor, described, refuse_unless
+from common.diffusion.trained_weights import stored_weights
+from common.diffusion.transition import Transition
+from common.diffusion.weight_files import network_folder
+from common.recipe_tables import SamplingTable
+from common.undisturbed import undisturbed
+
+ROWS = 2  # a method that takes all rows for the first would pass with one
+SAME = 1e-3  # of the largest number: rounding alone moves a mean by less
+
+
+def load_checked(config: PolicyConfig, device: str, sampling: SamplingTable, role: Role) -> Policy:
+    """Load a recipe's policy. ValueError: a family of the user's own raises, or returns no policy that can be used."""
+    if not is_users_own(config, POLICIES):
+        return config.load(device, sampling, role)
+    policy, name = call(config, "load", device, sampling, role), f"{type(config).__name__}.load"
+    refuse_unless(
+        isinstance(policy, Policy), f"{name} returned {described(policy)}", "a Policy of common.diffusion.policy"
+    )
+    lacking = [field for field in Policy.__annotations__ if not hasattr(policy, field)]
+    refuse_unless(
+        not lacking, f"{name} returned a {type(policy).__name__} without {', '.join(lacking)}", "all fields of Policy"
+    )
+    network, shape = policy.network, policy.latent_shape
+    name = type(policy).__name__
+    refuse_unless(isinstance(network, nn.Module), f"{name}.network is {described(network)}", "a torch.nn.Module")
+    refuse_unless(
+        isinstance(shape, tuple) and len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in shape),
+        f"{name}.latent_shape is {shape!r}",
+        "a tuple of three positive numbers, C, H, W",
+    )
+    refuse_unless(
+        policy.num_steps == sampling.num_steps, f"{name}.num_steps is {policy.num_steps!r}", f"{sampling.num_steps}"
+    )
+    refuse_unless(
+        bool(trained_parameters(network)), f"{name}.network has no parameter with a gradient", "make_trainable"
+    )
+    return policy
+
+
+def try_sampling(config: PolicyConfig, policy: Policy, prompts: Sequence[str]) -> None:
+    """Take a user's own policy from prompts to images, and check what each method returns.
+
+    Raises:
+        ValueError: a method raises, or returns something else than it must.
+    """
+    if not is_users_own(config, POLICIES) or not prompts:
+        return
+    with undisturbed(), torch.no_grad():
+        rows = _encoded(policy, [prompts[row % len(prompts)] for row in range(ROWS)])
+        noise = next(image_noise(list(range(ROWS)), policy.latent_shape)).to(policy.device)
+        latents = call(policy, "initial_latents", noise)
+        latents = _checked(policy, "initial_latents", latents, tuple(noise.shape))
+        _try_transition(policy, latents, rows)
+        _try_denoise(policy, latents, noise, rows)
+        name, images = f"{type(policy).__name__}.decode returned", call(policy, "decode", latents)
+        expected = f"uint8 of shape ({ROWS}, height, width, 3), from 0 to 255"
+        shaped = isinstance(images, Tensor) and images.ndim == 4 and images.shape[0] == ROWS and images.shape[3] == 3
+        refuse_unless(shaped and images.dtype == torch.uint8, f"{name} {described(images)}", expected)
+
+
+def try_files(config: PolicyConfig, policy: Policy) -> None:
+    """Save the trained weights of a user's own policy, read them back, and leave the policy's as they were.
+
+    Raises:
+        ValueError: the files cannot be read safely, or do not give the weights back.
+    """
+    if not is_users_own(config, POLICIES):
+        return
+    name, before = type(policy).__name__, read_weights(policy.network, 0)
+    with tempfile.TemporaryDirectory(prefix="ddpo-trial-") as scratch:
+        folder = Path(scratch)
+        written = call(policy, "save", folder)
+        inside = isinstance(written, Path) and written.exists() and written.is_relative_to(folder)
+        refuse_unless(
+            inside, f"{name}.save returned {described(written)}", "the path of what it wrote, in the folder given"
+        )
+        with blamed(f"{name}.save wrote files that cannot be read: reading them"):
+            stored = stored_weights(folder, before.manifest, 0)
+            place = lora_file(folder) if config.train == "lora" else network_folder(folder)
+        same = stored.fingerprint == before.fingerprint
+        refuse_unless(
+            same, f"{name}.save wrote other numbers than the network has", "its trained weights to the last bit"
+        )
+        try:
+            with torch.no_grad():
+                for parameter in trained_parameters(policy.network).values():
+                    parameter.add_(1)
+            call(policy, "restore", place)
+            after = read_weights(policy.network, 0)
+        finally:
+            load_weights(policy.network, before)
+    lost = [name for name, array in after.arrays().items() if not _equal(array, before.arrays().get(name))]
+    refuse_unless(
+        after.fingerprint == before.fingerprint,
+        f"{name}.restore gave other weights than {name}.save wrote, at {lost[:3] or 'other names'}",
+        "every trained parameter back",
+    )
+
+
+def _encoded(policy: Policy, prompts: list[str]) -> Conditioning:
+    name, conditioning = f"{type(policy).__name__}.encode", call(policy, "encode", prompts)
+    named = isinstance(conditioning, dict) and conditioning and all(isinstance(key, str) for key in conditioning)
+    refuse_unless(named, f"{name} returned {described(conditioning)}", "a dict of tensors by name, at least one")
+    for key, value in conditioning.items():
+        count = 1 if key.startswith("negative_") else len(prompts)
+        what = "one row for all prompts" if count == 1 else f"{count} rows for {count} prompts"
+        fits = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+        refuse_unless(fits, f"{name} returned {key!r} as {described(value)}", f"a tensor with {what}")
+        finite = bool(value.isfinite().all()) and value.device.type == torch.device(policy.device).type
+        refuse_unless(finite, f"{name} returned {key!r} as {described(value)}", f"finite numbers on {policy.device}")
+    return select_rows(conditioning, torch.arange(len(prompts), device=policy.device))
+
+
+def _try_transition(policy: Policy, latents: Tensor, rows: Conditioning) -> None:
+    name = f"{type(policy).__name__}.transition"
+    noisy = _noisy_steps(policy)
+    steps = torch.tensor([noisy[0], noisy[-1]], device=policy.device)
+    transition = _transition(policy, (latents, steps, rows, True))
+    positive = bool((transition.std > 0).all())
+    where = f"{name} gave a std of {transition.std.tolist()} at the steps {steps.tolist()}, which noisy_steps has"
+    refuse_unless(positive, where, "above 0 at each of them")
+    again = _transition(policy, (latents, steps, rows, True))
+    expected = "the same for the same input: no state, no dropout (network.eval()), no random numbers"
+    refuse_unless(_close(transition, again), f"{name} gave two means for one input", expected)
+    last = {key: value[1:] for key, value in rows.items()}
+    alone = _transition(policy, (latents[1:], steps[1:], last, True))
+    row = Transition(transition.mean[1:], transition.std[1:])
+    expected = "each row at its own step and with its own conditioning"
+    refuse_unless(_close(row, alone, 50.0), f"{name} gave a row another mean or std among others than alone", expected)
+    silent = _transition(policy, (latents, steps, rows, False))
+    where = f"{name} with noisy=False gave a std of {silent.std.tolist()}"
+    refuse_unless(not silent.std.any(), where, "0, and the mean of the step without noise")
+
+
+def _noisy_steps(policy: Policy) -> list[int]:
+    name = f"{type(policy).__name__}.noisy_steps"
+    with blamed(name):
+        noisy: Any = policy.noisy_steps
+    known = (
+        isinstance(noisy, list)
+        and noisy
+        and all(isinstance(step, int) and 0 <= step < policy.num_steps for step in noisy)
+    )
+    refuse_unless(known, f"{name} is {noisy!r}", f"a list of the steps with noise, of 0 to {policy.num_steps - 1}")
+    return noisy
+
+
+def _transition(policy: Policy, arguments: tuple[Any, ...]) -> Transition:
+    name, latents = f"{type(policy).__name__}.transition returned", arguments[0]
+    transition = call(policy, "transition", *arguments)
+    refuse_unless(isinstance(transition, Transition), f"{name} {described(transition)}", "a Transition of mean and std")
+    check_tensor(f"{name} a mean of", transition.mean, tuple(latents.shape), torch.float32)
+    check_tensor(f"{name} a std of", transition.std, (len(latents),), torch.float32)
+    return transition
+
+
+def _try_denoise(policy: Policy, latents: Tensor, noise: Tensor, rows: Conditioning) -> None:
+    timesteps = torch.tensor([0, policy.num_train_timesteps // 2], device=policy.device)
+    try:
+        both = call(policy, "denoise", latents, noise, timesteps, rows)
+    except ValueError as error:
+        if isinstance(error.__cause__, NotImplementedError):  # only algorithms on finished images ask for it
+            return
+        raise
+    name = f"{type(policy).__name__}.denoise returned"
+    refuse_unless(isinstance(both, tuple) and len(both) == 2, f"{name} {described(both)}", "prediction and target")
+    for what, value in zip(("a prediction of", "a target of"), both, strict=True):
+        check_tensor(f"{name} {what}", value, tuple(latents.shape), torch.float32)
+
+
+def _checked(policy: Policy, method: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+    return check_tensor(f"{type(policy).__name__}.{method} returned", value, shape, None)
+
+
+def _close(one: Transition, other: Transition, times: float = 1.0) -> bool:
+    pairs = ((one.mean, other.mean), (one.std, other.std))
+    return all(bool((a - b).abs().max() <= times * SAME * b.abs().max()) for a, b in pairs)
+
+
+def _equal(array: Any, other: Any) -> bool:
+    return other is not None and array.shape == other.shape and bool((array == other).all())

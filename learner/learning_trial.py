@@ -1,0 +1,82 @@
+"""Try a user's own family or algorithm on the learner before the first round: a loss and gradients on made-up pairs."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.blame import blamed, call, call_if_own, is_users_own
+from common.config import Recipe
+from common.diffusion import POLICIES
+from common.diffusion.lora import trained_parameters
+from common.diffusion.made_up import IntegerIndices
+from common.diffusion.policy import Policy, PolicyConfig
+from common.diffusion.policy_trial import try_files
+from common.diffusion.sizes import PolicySizes
+from common.diffusion.tensor_checks import check_tensor, described, refuse_unless
+from common.trajectory import TransitionBatch
+from common.undisturbed import undisturbed
+from learner.algorithms import ALGORITHMS
+from learner.algorithms.algorithm import Algorithm, PairLoss
+from learner.micro_batch import made_up_batch
+
+
+def try_learning(policy: Policy, config: PolicyConfig, algorithm: Algorithm, recipe: Recipe) -> None:
+    """Learn from two made-up pairs and throw the gradients away, unless family and algorithm are the project's own.
+
+    Raises:
+        ValueError: a method of the user's raises, or returns something else than it must.
+    """
+    own_family, own_algorithm = is_users_own(config, POLICIES), is_users_own(algorithm, ALGORITHMS)
+    if not own_family and not own_algorithm:
+        return
+    with undisturbed():
+        if own_algorithm:
+            _try_worth(algorithm, recipe.prompts.images_per_prompt)
+        kind = "cuda" if policy.device.startswith("cuda") else "cpu"
+        sizes, name = call_if_own(config, POLICIES, "sizes", recipe.sampling, kind), f"{type(config).__name__}.sizes"
+        refuse_unless(isinstance(sizes, PolicySizes), f"{name} returned {described(sizes)}", "PolicySizes")
+        with IntegerIndices():
+            _try_loss(policy, algorithm, sizes)
+        policy.network.zero_grad(set_to_none=True)
+        try_files(config, policy)
+
+
+def _try_worth(algorithm: Algorithm, images_per_prompt: int) -> None:
+    count = 2 * images_per_prompt
+    prompts = ["one"] * images_per_prompt + ["two"] * images_per_prompt
+    rewards = np.linspace(0, 1, count)
+    name, result = (
+        f"{type(algorithm).__name__}.worth",
+        call(algorithm, "worth", {}, prompts, rewards, images_per_prompt),
+    )
+    pair = isinstance(result, tuple) and len(result) == 2
+    refuse_unless(pair, f"{name} returned {described(result)}", "the statistics, and one number for each image")
+    worth = result[1]
+    fits = (
+        isinstance(worth, np.ndarray)
+        and worth.shape == (count,)
+        and worth.dtype.kind == "f"
+        and np.isfinite(worth).all()
+    )
+    found = f"{worth.dtype} of shape {worth.shape}" if isinstance(worth, np.ndarray) else described(worth)
+    refuse_unless(fits, f"{name} returned {found}", f"finite floats of shape ({count},), one for each image")
+
+
+def _try_loss(policy: Policy, algorithm: Algorithm, sizes: PolicySizes) -> None:
+    batch = made_up_batch(policy, algorithm, sizes, 2)
+    moved = f"{type(policy).__name__}.denoise"
+    if isinstance(batch, TransitionBatch):
+        moved = f"{type(policy).__name__}.transition"
+        transition = call(policy, "transition", batch.latents, batch.steps, batch.conditioning)
+        refuse_unless(transition.mean.requires_grad, f"{moved} gave a mean without gradients", _GRADIENTS)
+    name, result = f"{type(algorithm).__name__}.pair_loss", call(algorithm, "pair_loss", policy, batch)
+    refuse_unless(isinstance(result, PairLoss), f"{name} returned {described(result)}", "a PairLoss")
+    loss: Tensor = check_tensor(f"{name} returned a loss of", result.loss, (2,), None)
+    refuse_unless(loss.requires_grad, f"{name} returned a loss without gradients", _GRADIENTS)
+    with blamed(f"the gradients of {name}"):
+        torch.autograd.backward(loss.sum())
+    reached = [parameter for parameter in trained_parameters(policy.network).values() if parameter.grad is not None]
+    refuse_unless(bool(reached), f"gradients of {moved} reach none of the trained parameters", _GRADIENTS)
+
+
+_GRADIENTS = "gradients of what is trained: no torch.no_grad() or detach() there"
