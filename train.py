@@ -5,11 +5,9 @@ import time
 from actors.inquiry import RewardFailed
 from actors.ray_rollout_stream import NothingMoves
 from actors.worker_pool import TooManyRestarts
-from common.bottleneck import bottleneck
 from common.config import Recipe
 from common.lease import Lease
 from common.prompts import Draw
-from common.reward_pools import reward_pools
 from common.round_metrics import RoundClock
 from common.run_folder import RunFolder
 from common.schedule import last_startable_round, round_parts, round_tasks
@@ -27,7 +25,6 @@ from learner.learner_group import Learned, TrajectoriesLost
 from learner.round_buffer import TooManySetAside
 from learner.weight_check import WeightsDidNotArrive
 
-# What ends a run that nobody stopped.
 BROKE_OFF = (NothingMoves, RewardFailed, TooManyRestarts, TooManySetAside, WeightsDidNotArrive)
 
 
@@ -69,9 +66,7 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
         finally:
             trackers.finish()
             workers.close()
-    scoring = sum(pool.table.count for pool in reward_pools(recipe))
-    idle = bottleneck(list(progress.metrics), recipe.max_policy_lag, recipe.samplers.count, scoring)
-    print(progress.collapse.at_end() or idle)
+    print(progress.closing_line())
     return progress.metrics[-1] if progress.metrics else {}
 
 

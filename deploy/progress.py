@@ -6,9 +6,11 @@ import time
 from collections import deque
 
 from common.base_parts import Base, as_tables
+from common.bottleneck import bottleneck
 from common.collapse import CollapseWatch
 from common.ledger import Ledger
 from common.machine import Machine
+from common.reward_pools import reward_pools
 from common.round_metrics import RoundClock, memory_now, reward_metrics, round_metrics
 from common.run_folder import RunFolder
 from common.storage import StorageError
@@ -69,9 +71,9 @@ class Progress:
         self._ledger.cut(self.rounds_done)
         self._numerics: NumericsNotes | None = None
 
-    def begin(self, learner: Machine, before: Machine | None) -> None:
+    def begin(self, learner: Machine | None, before: Machine | None) -> None:
         """Compare the machines of this start with `before`, the one of the checkpoint that it resumes from."""
-        self._numerics = NumericsNotes(learner, before)
+        self._numerics = NumericsNotes(learner, before) if learner else None
 
     def learned(self, state: LearnerState, metrics: Metrics) -> None:
         """The learner has this round behind it: from here on a stop commits it."""
@@ -141,6 +143,13 @@ class Progress:
             if self._committed
             else "there is no checkpoint yet"
         )
+
+    def closing_line(self) -> str:
+        """Return what a user should know at the end of a run: that the reward collapsed, else who was waited for."""
+        recipe = self._parts.recipe
+        scoring = sum(pool.table.count for pool in reward_pools(recipe))
+        idle = bottleneck(list(self.metrics), recipe.max_policy_lag, recipe.samplers.count, scoring)
+        return self.collapse.at_end() or idle
 
     def flush(self) -> None:
         """Write what the storage refused before."""

@@ -34,8 +34,9 @@ from deploy.role_output import RoleOutput
 from deploy.supervision import Supervision, sheltered_from_hangup
 from deploy.trial_prompts import trial_prompts
 from learner.learner import Learner
-from learner.learner_group import LearnerGroup, RayLearnerGroup, SerialLearnerGroup
+from learner.learner_group import LearnerGroup, SerialLearnerGroup
 from learner.rank_group import ranks_of
+from learner.ray_learner_group import RayLearnerGroup
 
 SAMPLER_SECONDS = 10.0  # that a learner which cannot start waits for a sampler, which may say the same
 

@@ -13,7 +13,7 @@ from common.diffusion.policy import PolicyConfig
 from common.diffusion.policy_trial import load_checked
 from common.loading import loading
 from common.lora_weights import LoraWeights, averaged
-from common.machine import Machine, this_machine
+from common.machine import this_machine
 from common.run_folder import RunFolder
 from common.runtime import python_stacks, settle
 from common.schedule import transition_order
@@ -24,7 +24,7 @@ from learner.drift import divergence, few, reference_kl
 from learner.learner_state import LearnerState
 from learner.learning_trial import try_learning
 from learner.micro_batch import micro_batch_size
-from learner.off_policy import to_those_left
+from learner.off_policy import rescale_gradients, to_those_left
 from learner.optimizer import load_optimizer_arrays, optimizer_arrays, optimizer_of
 from learner.rank_group import Ranks
 from learner.reference_passes import References, Update, references_of
@@ -45,8 +45,9 @@ class Learner:
     def __init__(self, policy: PolicyConfig, algorithm: Algorithm, recipe: Recipe, ranks: Ranks | None = None) -> None:
         """`ranks`: its place among several; it has to `join` them. None: it is the only one."""
         self._ranks = ranks or Ranks()
-        which = f"Learner {self._ranks}," if self._ranks.count > 1 else "Learner"
-        self._called = f"{which} of {policy.model} by {recipe.algorithm.name}"
+        self._called = (
+            f"Learner{f' {self._ranks},' if self._ranks.count > 1 else ''} of {policy.model} by {recipe.algorithm.name}"
+        )
         self._device = settle(recipe.runtime)
         self._called += f" on {self._device}"
         self._recipe = recipe
@@ -102,10 +103,6 @@ class Learner:
     def stacks(self) -> str:
         """What this process is doing; answered from a thread of its own while it learns."""
         return python_stacks()
-
-    def machine(self) -> Machine:
-        """Return what this process computes on."""
-        return self._machine
 
     def loaded_parts(self) -> Base:
         """Return the fingerprints of what policy and algorithm were made from."""
@@ -234,13 +231,10 @@ class Learner:
         self._ranks.reduce_gradients(self._parameters.values())
         self._scaler.unscale_(self._optimizer)
         if left < len(pairs):
-            for gradient in (parameter.grad for parameter in self._parameters.values()):
-                assert gradient is not None, "every trained parameter has its part in every step"
-                gradient.mul_(to_those_left(len(pairs), left))
+            rescale_gradients(self._parameters.values(), to_those_left(len(pairs), left))
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.max_grad_norm, foreach=True)
-        if (
-            _are_equal(worth, pairs) and not norm
-        ):  # without a gradient AdamW would follow old momentum, and decay weights
+        # Without a gradient AdamW would follow old momentum, and decay weights.
+        if _are_equal(worth, pairs) and not norm:
             self._scaler.update()
             self._metrics.leave_out_optimizer_step()
             return
@@ -264,10 +258,8 @@ class Learner:
         """A copy of all state; where ranks divide the moments, with this one's."""
         optimizer = optimizer_arrays(self._optimizer, self._owned)
         own = None if self._trained.fingerprint == self._published[-1].fingerprint else self._trained
-        scaler = self._scaler.state_dict()
-        return LearnerState(
-            self._version, self._published, optimizer, scaler, own, self._micro_batch_size, self._machine
-        )
+        state = (self._version, self._published, optimizer, self._scaler.state_dict(), own)
+        return LearnerState(*state, self._micro_batch_size, self._machine)
 
     def load_state(self, state: LearnerState) -> None:
         """Go on from `state`; what was begun of a round is undone. ValueError: it belongs to another network."""
@@ -277,10 +269,7 @@ class Learner:
         if state.scaler:
             self._scaler.load_state_dict(state.scaler)
         self._version, self._published, self._trained = state.policy_version, state.weights, state.trained
-        self._take_micro_batch_size(state)
-
-    def _take_micro_batch_size(self, state: LearnerState) -> None:
-        """Where it was found and not given, go on with what was found: another one has other last bits."""
+        # Where it was found and not given, go on with what was found: another one has other last bits.
         if self._settings.micro_batch_size == "auto" and state.micro_batch_size is not None:
             self._use_micro_batch_size(state.micro_batch_size)
 

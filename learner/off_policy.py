@@ -3,9 +3,11 @@
 Three policies: behaviour, which drew the trajectory; proximal, at the start of the round's update; the present one, θ.
 """
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.diffusion.transition import Transition
 from learner.losses import clipped_surrogate, gaussian_kl
@@ -48,3 +50,10 @@ def within_drift(drift: Float[Tensor, "B"], max_drift_nats: float) -> Float[Tens
 def to_those_left(num_pairs: int, num_left: int) -> float:
     """What turns a mean over all pairs of an optimizer step, where masked ones count 0, into that over those left."""
     return num_pairs / num_left
+
+
+def rescale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply the gradients of all trained parameters, in place."""
+    for parameter in parameters:
+        assert parameter.grad is not None, "every trained parameter has its part in every step"
+        parameter.grad.mul_(factor)

@@ -77,7 +77,7 @@ PLANTED = [
     ("ray_where_it_distributes", "learner/learner.py", "def f():\n    from ray.util import queue"),
     ("ray_where_it_distributes", "deploy/commands/plan.py", "import ray.data as data"),
     ("distributed_where_ranks_are", "learner/learner.py", "import torch.distributed as distributed"),
-    ("distributed_where_ranks_are", "learner/learner_group.py", "from torch import distributed"),
+    ("distributed_where_ranks_are", "learner/ray_learner_group.py", "from torch import distributed"),
     ("torch_free", "common/config.py", "import torch"),
     ("torch_free", "common/prompts.py", "def f():\n    from torch import nn"),
     ("torch_free", "common/schedule.py", "from jaxtyping import Float"),

@@ -29,8 +29,8 @@ from deploy.parts import Parts, parts_of
 from deploy.progress import Progress
 from deploy.supervision import Supervision
 from deploy.workers import Workers
-from learner.learner_group import RayLearnerGroup
 from learner.learner_state import LearnerState
+from learner.ray_learner_group import RayLearnerGroup
 from tests.benchmarks.broadcast import stored_bytes
 from tests.benchmarks.scale_fit import Cost
 from tests.benchmarks.scale_stand_ins import SamplerHandle, SamplerHost, ScorerStandIn, Setting

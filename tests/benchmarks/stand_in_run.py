@@ -21,7 +21,7 @@ from common.config import Recipe
 from common.prompts import Prompt
 from common.schedule import last_startable_round, round_parts, round_tasks
 from common.trajectory import Rollout, TrainBatch
-from learner.learner_group import RayLearnerGroup
+from learner.ray_learner_group import RayLearnerGroup
 from tests.benchmarks.stand_ins import StandInLearner, StandInRewardWorker, StandInSampler
 
 IMAGES_PER_TASK = 4

@@ -12,9 +12,10 @@ from ray.exceptions import ObjectLostError, RayTaskError
 from common.deaths import Death
 from common.lora_weights import pack
 from common.trajectory import TrainBatch
-from learner.learner_group import RayLearnerGroup, TrajectoriesLost
+from learner.learner_group import TrajectoriesLost
 from learner.learner_state import LearnerState
 from learner.rank_group import OtherRankFailed, RankLost
+from learner.ray_learner_group import RayLearnerGroup
 from learner.weight_check import WeightsDidNotArrive
 
 pytestmark = pytest.mark.system
