@@ -98,8 +98,8 @@ def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: 
             progress.write(scored, learned, RoundClock(started, collected, time.monotonic()), workers)
             supervision.check()
             del rollouts, scored  # or the store would hold this round's trajectories while the next is collected
-    except Stopped as stopped:
-        if stopped.may_commit:
+    except (RewardFailed, Stopped) as ended:
+        if isinstance(ended, RewardFailed) or ended.may_commit:
             progress.commit()
         raise
 
