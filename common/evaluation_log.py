@@ -20,7 +20,7 @@ from common.storage import Storage
 FIGURES = "evaluations.jsonl"
 FOLDER = "evaluations"
 FILE = "images.parquet"
-KEYS = ("policy_version", "scores", "alarms", "pictures")
+REPORTED = ("policy_version", "scores", "alarms", "pictures")  # keys of a version that a report needs
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,14 @@ class EvaluationLog:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
-    def figures(self) -> list[dict[str, Any]]:
-        """The versions' objects, in the order in which they were written; without a last line that a kill cut off."""
+    def figures(self, keys: tuple[str, ...] = ("policy_version",)) -> list[dict[str, Any]]:
+        """The versions' objects, in the order in which they were written; without a last line that a kill cut off.
+
+        ValueError: a line is damaged, or lacks one of `keys`.
+        """
         if not self._storage.exists(FIGURES):
             return []
-        return read_json_lines(self._storage, FIGURES, KEYS)
+        return read_json_lines(self._storage, FIGURES, keys)
 
     def keep(self, figures: list[dict[str, Any]]) -> None:
         """Forget every version but these."""
