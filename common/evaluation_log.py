@@ -21,7 +21,7 @@ from common.unwritten import Unwritten
 FIGURES = "evaluations.jsonl"
 FOLDER = "evaluations"
 FILE = "images.parquet"
-KEYS = ("policy_version", "scores", "alarms", "pictures")
+REPORTED = ("policy_version", "scores", "alarms", "pictures")  # keys of a version that a report needs
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,14 @@ class EvaluationLog:
         self._storage = storage
         self._unwritten = unwritten or Unwritten()
 
-    def figures(self) -> list[dict[str, Any]]:
-        """The versions' objects, in the order in which they were written; without a last line that a kill cut off."""
+    def figures(self, keys: tuple[str, ...] = ("policy_version",)) -> list[dict[str, Any]]:
+        """The versions' objects, in the order in which they were written; without a last line that a kill cut off.
+
+        ValueError: a line is damaged, or lacks one of `keys`.
+        """
         if not self._storage.exists(FIGURES):
             return []
-        return read_json_lines(self._storage, FIGURES, KEYS)
+        return read_json_lines(self._storage, FIGURES, keys)
 
     def keep(self, figures: list[dict[str, Any]]) -> None:
         """Forget every version but these."""

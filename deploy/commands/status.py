@@ -63,7 +63,7 @@ def in_words(known: dict[str, Any]) -> str:
 def _rounds(folder: RunFolder) -> list[dict[str, float]]:
     """Of metrics.jsonl; a line that is just being written is left out."""
     try:
-        return read_json_lines(folder.storage, folder.metrics, ("round", "images_set_aside"))
+        return read_json_lines(folder.storage, folder.metrics, ("images_set_aside",))
     except FileNotFoundError:
         return []
 

@@ -1,5 +1,7 @@
 """Overrides of the command line: what a value is read as, where it lands, and what is refused."""
 
+from typing import Any
+
 import pytest
 
 from common import overrides
@@ -94,7 +96,7 @@ def test_a_value_is_read_by_the_type_of_its_key(
     key: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(overrides, "ROOMS", ROOMS)
-    found = with_overrides(TABLES, [f"--{key}", text], Recipe)
+    found: Any = with_overrides(TABLES, [f"--{key}", text], Recipe)
     for part in key.split("."):
         found = found[int(part)] if isinstance(found, list) else found[part]
     assert found == value and type(found) is type(value) or not isinstance(value, (bool, int, float, str, list))

@@ -27,12 +27,16 @@ def table() -> bytes:
         (read_text, b"\xff", "UnicodeDecodeError"),
         (read_json, b"{", "JSONDecodeError"),
         (read_json, b"[]", "it must be a JSON object"),
-        (lambda *where: read_json(*where, ("b",)), b'{"a": 1}', "it lacks ['b']"),
-        (lambda *where: read_json_lines(*where, ("a",)), b'{"a": 1}\n{"b": 1}\n', "line 2, cannot be read"),
+        (lambda storage, name: read_json(storage, name, ("b",)), b'{"a": 1}', "it lacks ['b']"),
+        (
+            lambda storage, name: read_json_lines(storage, name, ("a",)),
+            b'{"a": 1}\n{"b": 1}\n',
+            "line 2, cannot be read",
+        ),
         (read_json_lines, b"{}\nnot json\n", "line 2, cannot be read"),
         (read_parquet, b"", "cannot be read"),
         (read_parquet, table()[:40], "cannot be read"),
-        (lambda *where: read_parquet(*where, ("b",)), table(), "it lacks ['b']"),
+        (lambda storage, name: read_parquet(storage, name, ("b",)), table(), "it lacks ['b']"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_with_its_path(

@@ -81,7 +81,7 @@ def test_a_cluster_that_asks_for_a_token_and_gets_none_is_a_fault_with_the_line_
 ) -> None:
     done = doctor(recipe_file, address, RAY_AUTH_MODE="disabled")
     assert done.returncode == 1
-    assert "fault    cluster         the one of RAY_ADDRESS cannot be reached" in done.stdout
+    assert "fault    cluster         the cluster of RAY_ADDRESS" in done.stdout
     assert "export RAY_AUTH_MODE=token" in done.stdout and "Traceback" not in done.stdout + done.stderr
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
     assert token not in done.stdout + done.stderr

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from common.config import Recipe
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
-from common.evaluation_log import EvaluationLog
+from common.evaluation_log import REPORTED, EvaluationLog
 from common.reading import read_text
 from common.run_folder import RunFolder
 from deploy.commands.model_card.code import loading
@@ -119,7 +119,7 @@ def _guard(run: Published) -> list[str]:
     if not run.recipe.evaluation.every:
         return ["The policy was not evaluated while it trained (evaluation.every is 0), so nothing was guarded."]
     sentences, best = guard_sentences(run.folder), run.folder.best_version()
-    if not any(figures["alarms"] for figures in EvaluationLog(run.folder.storage).figures()):
+    if not any(figures["alarms"] for figures in EvaluationLog(run.folder.storage).figures(REPORTED)):
         sentences.append("The guard has found nothing.")
     if best is not None:
         version, by = best["policy_version"], best["best_by"]

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from common.config import Recipe
-from common.evaluation_log import EvaluationLog
+from common.evaluation_log import REPORTED, EvaluationLog
 from common.run_folder import RunFolder
 from deploy.commands.report_page.charts import Chart, Series, chart
 from deploy.commands.report_page.numbers import number
@@ -51,7 +51,7 @@ def evaluation_told(folder: RunFolder, recipe: Recipe) -> EvaluationTold:
 
 def evaluated(folder: RunFolder) -> list[Figures]:
     """What was found of each version, by number."""
-    return sorted(EvaluationLog(folder.storage).figures(), key=lambda each: each["policy_version"])
+    return sorted(EvaluationLog(folder.storage).figures(REPORTED), key=lambda each: each["policy_version"])
 
 
 def alarms_told(figures: list[Figures]) -> list[tuple[int, str, str]]:
@@ -141,6 +141,6 @@ def guard_sentences(folder: RunFolder) -> list[str]:
         return [
             f"The guard has ended the run at version {ended['policy_version']}: {'; '.join(ended['alarms'])}.{weights}"
         ]
-    figures = EvaluationLog(folder.storage).figures()
+    figures = EvaluationLog(folder.storage).figures(REPORTED)
     alarms = [alarm["says"] for alarm in figures[-1]["alarms"]] if figures else []
     return [f"At the last version the guard has found: {'; '.join(alarms)}."] if alarms else []
