@@ -8,7 +8,6 @@ from jaxtyping import Float
 from actors.rewards.reward import LoadedReward, Reward, RewardMistake
 from actors.rewards.reward_trial import load_reward, try_rewards
 from actors.score_cache import ScoreCache
-from common.prompts import Prompt
 from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.runtime import python_stacks, settle
 from common.trajectory import ImageBatch, Scores
@@ -26,12 +25,13 @@ class RewardWorker:
         rewards: dict[str, Reward],
         table: RewardPoolTable,
         runtime: RuntimeTable,
-        tried_on: tuple[Prompt, ...] = (),
+        tried: bool = False,
     ) -> None:
-        """`tried_on`: prompts that rewards of the user's own are tried on; none: they are not tried."""
+        """`tried`: whether rewards of the user's own score made-up images first."""
         device = settle(runtime)
         self._rewards = {name: load_reward(reward, device) for name, reward in rewards.items()}
-        try_rewards(rewards, self._rewards, tried_on)
+        if tried:
+            try_rewards(rewards, self._rewards)
         if table.cache:
             self._rewards |= {
                 name: ScoreCache(self._rewards[name], table.cache)

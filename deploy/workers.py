@@ -53,7 +53,9 @@ def serial_workers(parts: Parts, supervision: Supervision) -> Workers:
     tried_on = trial_prompts(parts)
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime, tried_on)
     pools = tuple(
-        SerialPool(RewardWorker(parts.rewards_of(pool), pool.table, recipe.runtime, tried_on), pool.table, pool.trains)
+        SerialPool(
+            RewardWorker(parts.rewards_of(pool), pool.table, recipe.runtime, tried=True), pool.table, pool.trains
+        )
         for pool in all_pools(recipe)
     )
     learner = Learner(parts.policy, parts.algorithm, recipe)
@@ -103,7 +105,7 @@ def _samplers(parts: Parts, budget: RestartBudget) -> WorkerPool:
 def _reward_workers(parts: Parts, pool: RewardPool, budget: RestartBudget) -> ScoringPool:
     recipe, rewards = parts.recipe, parts.rewards_of(pool)
     role = pool.name.replace("reward_workers", "reward-worker").replace(".", "-") if pool.trains else "scorer"
-    make = _maker(RewardWorker, role, pool.table, recipe, (rewards, pool.table, recipe.runtime, trial_prompts(parts)))
+    make = _maker(RewardWorker, role, pool.table, recipe, (rewards, pool.table, recipe.runtime, True))
     independent = all(reward.independent_of_batch for reward in rewards.values())
     workers = WorkerPool(pool.name, "reward_worker" if pool.trains else "scorer", make, pool.table.count, budget)
     return ScoringPool(workers, pool.rewards, pool.table, independent, pool.trains)

@@ -15,6 +15,7 @@ import torch
 from packaging.requirements import Requirement
 
 from actors.rewards.reward import Reward
+from actors.rewards.reward_trial import load_reward, try_rewards
 from common.config import Recipe
 from common.lease import runs_it
 from common.model_hub import Weights, first_line, hub_answers, is_hub_name, missing_files
@@ -233,7 +234,7 @@ def reward_findings(subject: str, name: str, reward: Reward) -> list[Finding]:
     if lacking:
         return lacking
     try:
-        reward.load("cpu")
+        try_rewards({name: reward}, {name: load_reward(reward, "cpu")})
     except LOADING_FAILS as error:
         return [Finding("fault", subject, f"{name} cannot be loaded: {type(error).__name__}: {first_line(error)}")]
     try:
