@@ -14,7 +14,6 @@ from actors.score_cache import ScoreCache
 from common.base_parts import Base, entry_base
 from common.loading import loading
 from common.machine import this_machine
-from common.prompts import Prompt
 from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.runtime import python_stacks, settle
 from common.trajectory import ImageBatch, Scores
@@ -28,9 +27,9 @@ class RewardWorker:
         rewards: dict[str, Reward],
         table: RewardPoolTable,
         runtime: RuntimeTable,
-        tried_on: tuple[Prompt, ...] = (),
+        tried: bool = False,
     ) -> None:
-        """`tried_on`: prompts that rewards of the user's own are tried on; none: they are not tried."""
+        """`tried`: whether rewards of the user's own score made-up images first."""
         self._called = f"RewardWorker of {', '.join(rewards)}"
         self._rewards: dict[str, LoadedReward] = {}
         device = settle(runtime)
@@ -39,7 +38,8 @@ class RewardWorker:
             with loading(f"the reward is {name!r}", reward.needs):
                 self._rewards[name] = under_contract(load_reward(reward, device), f"the reward {name!r}")
             self._base |= entry_base(reward, "reward", reward.needs(), name)
-        try_rewards(rewards, self._rewards, tried_on)
+        if tried:
+            try_rewards(rewards, self._rewards)
         if table.cache:
             self._rewards |= {
                 name: ScoreCache(self._rewards[name], table.cache)

@@ -87,7 +87,7 @@ def serial_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> 
 
 def _serial_pool(parts: Parts, pool: RewardPool, base: LoadedBase) -> SerialPool:
     with starting(_in_words(pool)):
-        worker = RewardWorker(parts.rewards_of(pool), pool.table, parts.recipe.runtime, trial_prompts(parts))
+        worker = RewardWorker(parts.rewards_of(pool), pool.table, parts.recipe.runtime, tried=True)
     base.take(_in_words(pool), worker.loaded_parts())
     return SerialPool(worker, pool.table, pool.trains)
 
@@ -159,8 +159,7 @@ def _samplers(parts: Parts, budget: RestartBudget, lines: DeathLines) -> WorkerP
 def _reward_workers(parts: Parts, pool: RewardPool, budget: RestartBudget, lines: DeathLines) -> ScoringPool:
     recipe, rewards = parts.recipe, parts.rewards_of(pool)
     name = pool.name.replace("reward_workers", "reward-worker").replace(".", "-") if pool.trains else "scorer"
-    arguments = (rewards, pool.table, recipe.runtime, trial_prompts(parts))
-    make = _maker(RewardWorker, name, pool.table, recipe, arguments, _in_words(pool))
+    make = _maker(RewardWorker, name, pool.table, recipe, (rewards, pool.table, recipe.runtime, True), _in_words(pool))
     independent = all(reward.independent_of_batch for reward in rewards.values())
     workers = WorkerPool(pool.name, "reward_worker" if pool.trains else "scorer", make, pool.table.count, budget)
     return ScoringPool(_told(lines, name, workers), pool.rewards, pool.table, independent, pool.trains)

@@ -8,7 +8,6 @@ import pytest
 from actors.reward_worker import RewardWorker
 from actors.rewards.reward import Reward
 from common.config import Recipe
-from common.prompts import Prompt
 from common.recipe_tables import RewardWorkersTable, RuntimeTable
 from common.trackers.fan_out import FanOut
 from common.trackers.tracker import RunInfo
@@ -18,8 +17,6 @@ from deploy.trial_prompts import trial_prompts
 from learner.learner import Learner
 from tests.own_components import Column, NeedsLargeImages, Quiet, Unreachable
 from tests.tiny_families import save_tiny_shapes
-
-PROMPTS = (Prompt("a cat"), Prompt("a dog"))
 
 
 def with_own(tables: dict, **own: dict[str, Any]) -> Recipe:
@@ -104,7 +101,7 @@ def test_a_tracker_that_cannot_start_is_named(tracker: Any, message: str, tmp_pa
 
 
 def worker(reward: Reward) -> RewardWorker:
-    return RewardWorker({"mine": reward}, RewardWorkersTable(), RuntimeTable(), PROMPTS)
+    return RewardWorker({"mine": reward}, RewardWorkersTable(), RuntimeTable(), tried=True)
 
 
 def test_a_reward_of_another_shape_is_refused_before_the_first_round(tables: dict) -> None:

@@ -8,9 +8,9 @@ from actors.rewards import REWARDS
 from actors.rewards.function import Function
 from actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
 from common.blame import blamed, call, is_users_own
-from common.prompts import Prompt
 from common.undisturbed import undisturbed
 
+IMAGES = 2
 SIDE = 64  # pixels of a made-up image; a reward that needs others raises, which says nothing against it
 
 
@@ -26,32 +26,31 @@ def load_reward(reward: Reward, device: str) -> LoadedReward:
     return cast(LoadedReward, loaded)
 
 
-def try_rewards(rewards: dict[str, Reward], loaded: dict[str, LoadedReward], prompts: tuple[Prompt, ...]) -> None:
-    """Score a made-up image for each prompt with the user's own rewards.
+def try_rewards(rewards: dict[str, Reward], loaded: dict[str, LoadedReward]) -> None:
+    """Score two made-up images with the user's own rewards.
+
+    Prompts are made up too: what a reward does with one of the run's prompts, it is to do with that prompt's image alone.
 
     Raises:
-        ValueError: a reward returns something else than one number for each image.
+        RewardMistake: a reward returns something else than one number for each image.
     """
-    own = [name for name, reward in rewards.items() if isinstance(reward, Function) or is_users_own(reward, REWARDS)]
-    if not prompts:
-        return
-    pixels = np.random.default_rng(0).integers(0, 256, (len(prompts), SIDE, SIDE, 3), dtype=np.uint8)
-    for name in own:
-        with undisturbed():
-            _try(name, loaded[name], pixels, prompts)
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
+    for name, reward in rewards.items():
+        if isinstance(reward, Function) or is_users_own(reward, REWARDS):
+            with undisturbed():
+                _try(name, loaded[name], pixels)
 
 
-def _try(name: str, reward: LoadedReward, pixels: Images, prompts: tuple[Prompt, ...]) -> None:
-    texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+def _try(name: str, reward: LoadedReward, pixels: Images) -> None:
     try:
         with blamed(f"the reward {name!r}"):
-            values = np.asarray(reward(pixels.copy(), texts, metadata))
+            values = np.asarray(reward(pixels.copy(), ["made up"] * IMAGES, [{} for _ in range(IMAGES)]))
     except ValueError as error:
         if isinstance(error.__cause__, RewardMistake):
             raise error.__cause__ from error
         return  # noise is no image that the reward knows: the first batch tells
-    if values.shape != (len(prompts),) or values.dtype.kind not in "iuf":
+    if values.shape != (IMAGES,) or values.dtype.kind not in "iuf":
         raise RewardMistake(
-            f"the reward {name!r} returned {values.dtype} of shape {values.shape} for {len(prompts)} made-up images: it must "
-            f"return one real number for each, of shape ({len(prompts)},)"
+            f"the reward {name!r} returned {values.dtype} of shape {values.shape} for {IMAGES} made-up images: it must "
+            f"return one real number for each, of shape ({IMAGES},)"
         )
