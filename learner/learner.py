@@ -246,8 +246,7 @@ class Learner:
         self._ranks.check_equal(self._parameters.values())
 
     def _divergence(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> Divergence:
-        some = few(transitions, steps, self._micro_batch_size, self._ranks)
-        return divergence(self._policy, some, self._ranks)
+        return divergence(self._policy, few(transitions, steps, self._micro_batch_size, self._ranks), self._ranks)
 
     def _asks_for_reference(self, policy_version: int) -> bool:
         """Whether this version is evaluated, and the pretrained policy is at hand to be held against it."""
