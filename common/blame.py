@@ -1,19 +1,15 @@
 """Name who failed: an error of a user's own component becomes one line with class, method, file and line (no torch)."""
 
 import inspect
-import sysconfig
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from common.user_code import place_in_users_code
 
 if TYPE_CHECKING:
     from common.registry import Entry, Room
 
-OURS = Path(__file__).parents[1]
-INSTALLED = Path(sysconfig.get_paths()["purelib"])
-STANDARD = Path(sysconfig.get_paths()["stdlib"])
 MOST_LETTERS = 300  # of another library's message
 
 
@@ -38,8 +34,10 @@ def blamed(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             raise
+        place = place_in_users_code(error)
         kind = "" if type(error) is ValueError else f" {type(error).__name__}"
-        raise ValueError(f"{what} raised{kind}: {_flat(str(error))}{_place(error)}") from error
+        where = f" ({place})" if place else ""
+        raise ValueError(f"{what} raised{kind}: {_flat(str(error))}{where}") from error
 
 
 def call(owner: Any, method: str, *arguments: Any) -> Any:
@@ -78,14 +76,3 @@ def _contract(owner: Any) -> str:
 def _flat(message: str) -> str:
     flat = " ".join(message.split())
     return flat if len(flat) <= MOST_LETTERS else f"{flat[:MOST_LETTERS]}…"
-
-
-def _place(error: BaseException) -> str:
-    """Return the innermost line of the user's own code that the error went through; nothing if there is none."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(Path(frame.filename))]
-    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-
-
-def _is_users(file: Path) -> bool:
-    beside = [OURS / name for name in ("common", "actors", "learner", "deploy", "train.py", "ddpo.py")]
-    return file.is_file() and not any(file.is_relative_to(folder) for folder in (*beside, INSTALLED, STANDARD))

@@ -150,17 +150,26 @@ class Recipe(Table):
         return output_dir
 
     @classmethod
-    def parse(cls, tables: dict[str, Any]) -> "Recipe":
-        """Check a recipe's tables. ValueError: one line that names every key at fault, and shows no password."""
+    def parse(cls, tables: dict[str, Any], where: str = "") -> "Recipe":
+        """Check a recipe's tables.
+
+        Args:
+            tables: as TOML gives them.
+            where: the file that they come from, as an error names it.
+
+        Raises:
+            ValueError: one line that names every key at fault, and shows no password.
+        """
+        which = f"the recipe {where}".rstrip()
         if shown := list(_holding_a_user(tables)):
             raise ValueError(
-                f"the recipe cannot be used: {', '.join(shown)} holds a URI with a user's name or password, and a run keeps its "
+                f"{which} cannot be used: {', '.join(shown)} holds a URI with a user's name or password, and a run keeps its "
                 "recipe where others read it: leave it out, keys and tokens come from the environment"
             )
         try:
             return cls.model_validate(tables)
         except ValidationError as error:
-            raise ValueError(f"the recipe cannot be used: {explain(error, cls)}") from error
+            raise ValueError(f"{which} cannot be used: {explain(error, cls)}") from error
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
@@ -181,7 +190,7 @@ class Recipe(Table):
             tables = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"the recipe {where} is not TOML: {error}") from error
-        return cls.parse(with_overrides(tables, overrides, cls))
+        return cls.parse(with_overrides(tables, overrides, cls), where)
 
     def run_path(self) -> str:
         """The run's folder, a path or a URI. A relative path inside a submitted job would lie in Ray's throw-away copy."""

@@ -112,10 +112,10 @@ class Ledger:
             if match and int(match[1]) >= first_round:
                 self._storage.remove(name)
 
-    def read(self, round: int) -> pa.Table:
-        """A round's rows, in task order. ValueError: the ledger does not have it."""
+    def read(self, round: int, columns: tuple[str, ...] = tuple(COLUMNS)) -> pa.Table:
+        """A round's rows, in task order. ValueError: the ledger does not have it, or it lacks one of `columns`."""
         try:
-            table = read_parquet(self._storage, f"{_folder(round)}/{FILE}", tuple(COLUMNS))
+            table = read_parquet(self._storage, f"{_folder(round)}/{FILE}", columns)
         except FileNotFoundError as error:
             there = self.rounds()
             has = f"it has {len(there)} rounds, {there[0]} to {there[-1]}" if there else "it is empty"

@@ -1,16 +1,12 @@
 """Load the parts of a role so that whatever goes wrong is one line for the user, the same on Ray and in one process."""
 
-import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from common.model_hub import Weights, damaged_files, first_line
+from common.user_code import is_projects, place_in_users_code
 
-ROOT = Path(__file__).resolve().parents[1]
-OURS = tuple(str(ROOT / name) for name in ("common/", "actors/", "learner/", "deploy/", "train.py", "ddpo.py"))
-LIBRARIES = re.compile(r"/(site|dist)-packages/|/lib(64)?/python\d")  # Python's own too, on whichever machine
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # the second is torch's
 
 
@@ -62,7 +58,7 @@ def starting(role: str) -> Iterator[None]:
 def says_it_all(error: BaseException) -> bool:
     """Return whether an error was written for the user: a ValueError that the project's own code raises."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = bool(frames) and frames[-1].filename.startswith(OURS)
+    ours = bool(frames) and is_projects(frames[-1].filename)
     return isinstance(error, ValueError) and ours and not isinstance(error, PartNotLoaded)
 
 
@@ -75,18 +71,3 @@ def in_words(error: BaseException) -> str:
     place = place_in_users_code(error)
     advice = "; ddpo plan shows what each role needs" if type(error).__name__ in OUT_OF_MEMORY else ""
     return f"{words}{f' ({place})' if place else ''}{advice}"
-
-
-def place_in_users_code(error: BaseException) -> str | None:
-    """Return file and line of the innermost call in code that is neither the project's nor a library's."""
-    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, SyntaxError) and error.filename:
-        places.append((error.filename, error.lineno))
-    users = [(file, line) for file, line in places if is_users(file)]
-    return "{}:{}".format(*users[-1]) if users else None
-
-
-def is_users(file: str) -> bool:
-    """Return whether a source file is the user's own: neither the project's nor Python's nor an installed library's."""
-    path = str(Path(file).resolve())
-    return not (file.startswith("<") or path.startswith(OURS) or LIBRARIES.search(file))

@@ -64,14 +64,14 @@ def errors_only() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def hub_answers(seconds: float = 5) -> bool:
+def hub_answers(seconds: float | int = 5) -> bool:
     """Asked first because the hub's own client tries again for most of a minute where there is no network."""
     from huggingface_hub import constants
 
     return not constants.HF_HUB_OFFLINE and server_answers(constants.ENDPOINT, seconds)
 
 
-def server_answers(url: str, seconds: float = 5) -> bool:
+def server_answers(url: str, seconds: float | int = 5) -> bool:
     """Return whether a server is there that works: one that refuses does, one with an error of its own (5xx) does not."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()

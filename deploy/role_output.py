@@ -13,8 +13,8 @@ import time
 from collections import defaultdict
 from typing import Any, TextIO
 
-from common.loading import is_users
 from common.storage import Storage
+from common.user_code import is_users
 
 RAYS_TOKENS = (":actor_name:", ":task_name:", ":job_id:")  # lines that Ray's log monitor reads for itself
 MARKED = re.compile(

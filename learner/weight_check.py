@@ -136,6 +136,7 @@ class ArrivalCheck:
         Raises:
             WeightsDidNotArrive: the log-probs lie further apart than the tolerance.
         """
+        _refuse_unnumbered(batch, transitions)
         batches = rows_to_check(transitions, batch.set_aside, self._rows)
         batches = [rows for rows in batches if any(rows)]
         rounding = None
@@ -169,6 +170,16 @@ class ArrivalCheck:
         self._copy.network.to(device)
         if self._copy.merged:
             self._copy.merged.to(device)
+
+
+def _refuse_unnumbered(batch: TrainBatch, transitions: RoundTransitions) -> None:
+    """Raise WeightsDidNotArrive if any log-prob of the round is no finite number."""
+    for image, (task, row) in enumerate(transitions.images):
+        if image not in batch.set_aside and not transitions.trajectories[task].log_probs[row].isfinite().all():
+            raise WeightsDidNotArrive(
+                f"task {task} says that it was drawn with version {batch.reports[task].task.policy_version}, and a log_prob of "
+                f"image {row} is no finite number: its network does not compute"
+            )
 
 
 def computes_as_samplers(config: PolicyConfig, recipe: Recipe) -> bool:

@@ -39,6 +39,7 @@ TORCH_FREE = {
     "common.bounds",
     "common.blame",
     "common.config",
+    "common.user_code",
     "common.filesystems",
     "common.named_files",
     "common.overrides",

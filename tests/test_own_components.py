@@ -15,6 +15,7 @@ from deploy.commands.ratio_measurement import draw_some, score_again
 from deploy.parts import build_reward, parts_of
 from deploy.trial_prompts import trial_prompts
 from learner.learner import Learner
+from tests import own_components
 from tests.own_components import Column, NeedsLargeImages, Quiet, Unreachable
 from tests.tiny_families import save_tiny_shapes
 
@@ -91,7 +92,10 @@ def test_the_doctor_tries_a_family_as_sampler_and_as_learner(tables: dict, tmp_p
     ("tracker", "message"),
     [
         (Quiet(), "Quiet.start returned NoneType: expected a LiveTracker"),
-        (Unreachable(), "Unreachable.start raised ConnectionError: no route to the service (own_components.py, line "),
+        (
+            Unreachable(),
+            f"Unreachable.start raised ConnectionError: no route to the service ({own_components.__file__}:",
+        ),
     ],
 )
 def test_a_tracker_that_cannot_start_is_named(tracker: Any, message: str, tmp_path: Path) -> None:

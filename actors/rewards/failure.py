@@ -1,15 +1,12 @@
 """What is said of a reward that raised: the error, the user's file and line, and the reward's own frames."""
 
-import sysconfig
 import traceback
 from pathlib import Path
 from types import TracebackType
 
 from actors.rewards import contract
+from common.user_code import is_projects, users_frame
 
-ROOT = Path(__file__).parents[2]
-OURS = tuple(ROOT / folder for folder in ("actors", "common", "learner", "deploy"))
-INSTALLED = tuple(Path(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib", "purelib", "platlib"))
 LONGEST = 500  # characters of an error's text
 # After one of these every call to the device fails in this process, whatever it is asked for.
 POISONED = ("CUDA error", "device-side assert", "HIP error")
@@ -35,11 +32,11 @@ class ScoringFailed(ValueError):
 def scoring_failed(name: str, error: BaseException) -> ScoringFailed:
     """Describe what the reward `name` raised."""
     frames = _frames(error.__traceback__)
-    own = _user_frame(frames)
+    own = users_frame(frames) or (frames[0] if frames else None)  # else the reward itself
     text = " ".join(str(error).split())[:LONGEST]
     says = f"{type(error).__name__}: {text}" if text else type(error).__name__
     place = f" at {own.filename}:{own.lineno}, in {own.name}" if own else ""
-    if isinstance(error, ValueError) and own and _is_under(Path(own.filename), OURS):  # ours say all there is to say
+    if isinstance(error, ValueError) and own and is_projects(own.filename):  # ours say all there is to say
         return ScoringFailed(f"the reward {name!r} raised {says}")
     if isinstance(error, ValueError) and "read-only" in text:
         says += " (images are read-only, because every reward is given the same ones: change a copy, images.copy())"
@@ -57,13 +54,3 @@ def _frames(trace: TracebackType | None) -> list[traceback.FrameSummary]:
     frames = list(traceback.extract_tb(trace))
     calls = [number for number, frame in enumerate(frames) if Path(frame.filename) == Path(contract.__file__)]
     return frames[calls[-1] + 1 :] if calls and calls[-1] + 1 < len(frames) else frames
-
-
-def _user_frame(frames: list[traceback.FrameSummary]) -> traceback.FrameSummary | None:
-    """Return the last frame in the user's own code, else the first one: the reward itself."""
-    own = [frame for frame in frames if not _is_under(Path(frame.filename), (*INSTALLED, *OURS))]
-    return (own or frames[:1] or [None])[-1]
-
-
-def _is_under(path: Path, folders: tuple[Path, ...]) -> bool:
-    return "site-packages" in path.parts or any(path.is_relative_to(folder) for folder in folders)

@@ -1,18 +1,13 @@
 """Run the doctor's checks one by one: whatever a check raises becomes a fault that names check, cause and the user's line."""
 
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from common.model_hub import first_line
+from common.user_code import place_in_users_code
 
 Level = Literal["ok", "warning", "fault"]
-ROOT = Path(__file__).parents[2]
-OURS = [str(ROOT / name) for name in ("actors", "common", "deploy", "learner", "ddpo.py", "train.py")]
-NOT_A_USERS = (*OURS, *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}, "<")
 
 
 @dataclass(frozen=True)
@@ -44,19 +39,6 @@ def described(error: BaseException) -> str:
     """Return what an error says in one line, with the line of a user's own code that it comes from."""
     cause = getattr(error, "cause", None) or error  # Ray wraps what was raised elsewhere
     said = first_line(cause)
+    place = place_in_users_code(cause)
     kind = "" if type(cause) is ValueError and said else type(cause).__name__
-    return ": ".join(part for part in (kind, said) if part) + _place(cause)
-
-
-def _place(error: BaseException | None) -> str:
-    """Return the file and line of the innermost frame that is neither ours nor a library's, of the error or its cause."""
-    while error is not None:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_a_users(frame.filename)]
-        if frames:
-            return f" ({frames[-1].filename}, line {frames[-1].lineno})"
-        error = error.__cause__
-    return ""
-
-
-def _is_a_users(file: str) -> bool:
-    return not file.startswith(NOT_A_USERS)
+    return ": ".join(part for part in (kind, said) if part) + (f" ({place})" if place else "")

@@ -72,7 +72,8 @@ def test_the_driver_is_told_what_every_worker_has_loaded_and_may_refuse_it(answe
         if loaded == "another file":
             raise ValueError(f"{who} has another file")
 
-    pool = WorkerPool("samplers", "sampler", lambda index: Actor(), 1, RestartBudget(9), on_loaded)
+    pool = WorkerPool("samplers", "sampler", lambda index: Actor(), 1, RestartBudget(9))
+    pool.on_loaded = on_loaded
     first = pool.references()[0]
     answers.say(first, lambda: "the file")
     assert pool.take_loaded(first)

@@ -70,6 +70,7 @@ class Drawn:
     seconds: float
     image_fingerprints: tuple[str, ...]
     drawn_by: str
+    machine: None = None
     set_aside: dict[int, str] = field(default_factory=dict)
 
 
@@ -80,6 +81,7 @@ class Scored:
     rewards: dict[str, np.ndarray]
     seconds: float
     set_aside: dict[int, str]
+    machines: frozenset[object] = frozenset()
 
 
 class SamplerHost:
@@ -103,7 +105,7 @@ class SamplerHost:
         self._forgotten.add(place)
 
     async def draw(
-        self, sampler: int, task: Task, weights: LoraWeights
+        self, sampler: int, task: Task, weights: LoraWeights, care: object = None, note: object = None
     ) -> tuple[Drawn, np.ndarray, np.ndarray] | tuple[None, None, None]:
         """A trajectory and pictures of the right size."""
         async with self._hands[sampler]:
@@ -154,7 +156,7 @@ class ScorerStandIn:
         """Nothing to tell."""
         return "a stand-in"
 
-    def score(self, images: np.ndarray, first: int = 0, last: int | None = None) -> Scored:
+    def score(self, images: np.ndarray, first: int = 0, last: int | None = None, note: object = None) -> Scored:
         """A number a picture."""
         return Scored({"stand_in": np.arange(len(images), dtype=np.float32)[first:last]}, 0.0, {})
 

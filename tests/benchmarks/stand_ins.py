@@ -20,6 +20,7 @@ class StandInReport:
     task: Task
     fingerprint: str
     seconds: float
+    machine: None = None
     set_aside: dict[int, str] = field(default_factory=dict)
 
 
@@ -30,6 +31,7 @@ class StandInScores:
     rewards: dict[str, np.ndarray]
     seconds: float
     set_aside: dict[int, str]
+    machines: frozenset[object] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class StandInSampler:
         self._forgotten.add(place)
 
     def draw(
-        self, task: Task, weights: LoraWeights
+        self, task: Task, weights: LoraWeights, care: object = None, note: object = None
     ) -> tuple[StandInReport, np.ndarray, np.ndarray] | tuple[None, None, None]:
         if task.place in self._forgotten:
             self._forgotten.remove(task.place)
@@ -80,7 +82,7 @@ class StandInRewardWorker:
     def stacks(self) -> str:
         return "asleep"
 
-    def score(self, images: np.ndarray, first: int = 0, last: int | None = None) -> StandInScores:
+    def score(self, images: np.ndarray, first: int = 0, last: int | None = None, note: object = None) -> StandInScores:
         assert last is not None and images.nbytes == HEAVY_BYTES
         time.sleep(self._seconds)
         return StandInScores({"stand_in": np.zeros(last - first, np.float32)}, self._seconds, {})

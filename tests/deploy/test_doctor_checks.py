@@ -166,7 +166,7 @@ def test_a_reward_whose_weights_are_there_is_loaded_and_a_damaged_one_told(tmp_p
     assert [finding.level for finding in reward_findings("reward", "aesthetic", reward)] == ["ok"]
     head.write_bytes(b"no weights")
     (finding,) = reward_findings("reward", "aesthetic", reward)
-    assert finding.level == "fault" and "cannot be read" in finding.found
+    assert finding.level == "fault" and "is damaged" in finding.found
 
 
 def test_a_function_is_imported_and_one_that_cannot_be_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 import tomli_w
 
 import ddpo
@@ -39,12 +40,19 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     return write
 
 
+@pytest.fixture(autouse=True)
+def _on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a cluster, whatever ran before in this process."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.shutdown()
+
+
 FAULTS = [
     ("a reward's module is misspelt", "import_nothing:score", None, ["there is no module 'import_nothing'"]),
     ("a reward's function is misspelt", "tests.user_functions:brigthness", None, ["has no 'brigthness'"]),
     ("a reward's module cannot be imported", "", "import no_such_package\n", ["no_such_package"]),
-    ("a reward's module is no Python", "", "def score(:\n", ["SyntaxError", ".py, line 1"]),
-    ("a reward's module ends the process", "", "import sys\nsys.exit(3)\n", ["SystemExit", ".py, line 2"]),
+    ("a reward's module is no Python", "", "def score(:\n", ["SyntaxError", ".py:1)"]),
+    ("a reward's module ends the process", "", "import sys\nsys.exit(3)\n", ["SystemExit", ".py:2)"]),
     ("a reward raises", "", "def score(images, prompts, metadata):\n    return undefined\n", ["undefined", "line 2"]),
     ("a reward has the wrong shape", "", "def score(images, prompts, metadata):\n    return 0\n", ["shape"]),
     ("a reward takes one argument", "", "def score(images):\n    return [0.0] * len(images)\n", ["argument"]),
@@ -76,7 +84,7 @@ def test_a_reward_that_raises_is_named_with_file_and_line(
     reward = {"name": "function", "path": f"{name}:score"}
     exit_code, printed = doctor(capfd, {**tables, "reward": reward}, tmp_path)
     assert_documented("`ddpo doctor`: a reward raises", exit_code, printed)
-    assert f"({tmp_path}/{name}.py, line 2)" in printed
+    assert f"({tmp_path}/{name}.py:2)" in printed
 
 
 def damaged(model: Path, folder: Path, name: str, change: Callable[[Path], object]) -> str:

@@ -259,7 +259,9 @@ def test_numbers_as_people_read_them() -> None:
 
 
 def test_metrics_are_read_without_what_a_kill_cut_off(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"round": 0.0, "idle/sampler": null}\n{"round": 1.0, "idle/samp')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"round": 0.0, "seconds/round": 1.0, "idle/sampler": null}\n{"round": 1.0, "idle/samp'
+    )
     rounds = logged_rounds(RunFolder(tmp_path))
     assert len(rounds) == 1 and math.isnan(rounds[0]["idle/sampler"])
 

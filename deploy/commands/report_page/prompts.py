@@ -60,7 +60,7 @@ def training_table(ledger: Ledger, score: str) -> PromptTable | None:
 def _learned_from(ledger: Ledger, rounds: list[int], score: str) -> Iterable[tuple[str, float]]:
     names = ["prompt", "set_aside", score if score == JOINED else f"reward/{score}"]
     for round in rounds:
-        table = ledger.read(round)
+        table = ledger.read(round, ("prompt", "reward"))
         for prompt, reason, reward in zip(*(table[name].to_pylist() for name in names), strict=True):
             if reason is None:
                 yield prompt, reward
