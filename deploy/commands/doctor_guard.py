@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from common.model_hub import first_line
 from common.user_code import place_in_users_code
+from common.user_sources import is_of_the_project
 
 Level = Literal["ok", "warning", "fault"]
 
@@ -40,5 +41,6 @@ def described(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error  # Ray wraps what was raised elsewhere
     said = first_line(cause)
     place = place_in_users_code(cause)
-    kind = "" if type(cause) is ValueError and said else type(cause).__name__
-    return ": ".join(part for part in (kind, said) if part) + (f" ({place})" if place else "")
+    ours = type(cause) is ValueError or is_of_the_project(type(cause).__module__)  # it says it all
+    kind = "" if ours and said else type(cause).__name__
+    return ": ".join(part for part in (kind, said) if part) + (f" ({place})" if place and place not in said else "")

@@ -53,7 +53,12 @@ FAULTS = [
     ("a reward's module cannot be imported", "", "import no_such_package\n", ["no_such_package"]),
     ("a reward's module is no Python", "", "def score(:\n", ["SyntaxError", ".py:1)"]),
     ("a reward's module ends the process", "", "import sys\nsys.exit(3)\n", ["SystemExit", ".py:2)"]),
-    ("a reward raises", "", "def score(images, prompts, metadata):\n    return undefined\n", ["undefined", "line 2"]),
+    (
+        "a reward raises",
+        "",
+        "def score(images, prompts, metadata):\n    return undefined\n",
+        ["undefined", ".py:2, in score"],
+    ),
     ("a reward has the wrong shape", "", "def score(images, prompts, metadata):\n    return 0\n", ["shape"]),
     ("a reward takes one argument", "", "def score(images):\n    return [0.0] * len(images)\n", ["argument"]),
 ]
@@ -84,7 +89,7 @@ def test_a_reward_that_raises_is_named_with_file_and_line(
     reward = {"name": "function", "path": f"{name}:score"}
     exit_code, printed = doctor(capfd, {**tables, "reward": reward}, tmp_path)
     assert_documented("`ddpo doctor`: a reward raises", exit_code, printed)
-    assert f"({tmp_path}/{name}.py:2)" in printed
+    assert f" at {tmp_path}/{name}.py:2, in score" in printed
 
 
 def damaged(model: Path, folder: Path, name: str, change: Callable[[Path], object]) -> str:
@@ -154,7 +159,7 @@ def test_a_prompt_function_that_raises_is_a_fault_with_file_and_line(
     name = module("def draw(generator):\n    raise LookupError('no prompts today')\n")
     exit_code, printed = doctor(capfd, {**tables, "prompts": {"name": "function", "path": f"{name}:draw"}}, tmp_path)
     (fault,) = faults(printed)
-    assert exit_code == 1 and "prompts" in fault and "no prompts today" in fault and "line 2" in fault
+    assert exit_code == 1 and "prompts" in fault and "no prompts today" in fault and ".py:2)" in fault
 
 
 def test_a_model_of_the_hub_without_network_is_a_fault(
