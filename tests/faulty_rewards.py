@@ -49,7 +49,7 @@ def raises_always(images: np.ndarray, prompts: list[str], metadata: Metadata) ->
 
 def raises_from_the_second_round(images: np.ndarray, prompts: list[str], metadata: Metadata) -> list[float]:
     _calls.append(1)
-    if len(_calls) > 2:
+    if len(_calls) > 3:  # a round has two batches, and before the first it is tried once
         raise RuntimeError("the licence has expired")
     return [float(image.mean()) for image in images]
 
@@ -87,7 +87,7 @@ _calls: list[int] = []
 
 def collapses(images: np.ndarray, prompts: list[str], metadata: Metadata) -> list[float]:
     _batches.append(1)
-    return [place % 4 - (100.0 if len(_batches) > 4 else 0.0) for place in range(len(images))]
+    return [place % 4 - (100.0 if len(_batches) > 5 else 0.0) for place in range(len(images))]
 
 
 _batches: list[int] = []

@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,8 @@ def model_sizes(
     """Build every part on the meta device and count. `configs` has one configuration a part."""
     # How far a guided path is guided and how long it is changes nothing of a step: one count does for all.
     alike = SamplingTable(guidance_scale=1.0 if sampling.guidance_scale == 1 else 2.0)
-    sizes = _counted(_Work(config, json.dumps(configs, sort_keys=True), alike, device))
+    keys = f"{type(config).__module__}:{type(config).__qualname__} {config.model_dump_json()}"
+    sizes = _counted(_Work(config, keys, json.dumps(configs, sort_keys=True), alike, device))
     path = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # numbers an image
     kept = DTYPES[sampling.latents_dtype].itemsize
     return replace(
@@ -58,7 +59,8 @@ def model_sizes(
 class _Work:
     """What is counted once and remembered."""
 
-    config: "DiffusersConfig"
+    config: "DiffusersConfig" = field(compare=False)  # a family of the user's own may have keys that cannot be hashed
+    keys: str  # the configuration's class and keys
     files: str  # the parts' configurations
     sampling: SamplingTable
     device: DeviceKind
