@@ -25,11 +25,11 @@ test-system: $(VENV)/installed
 test-thorough: $(VENV)/installed
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m thorough tests
 
-# The library lies in a folder of its own: peft imports it in every process, 1.7 s each, where it can.
 # The tests again with other kernels of the processor: make test-kernels KERNELS=ONEDNN_MAX_CPU_ISA=AVX2
 test-kernels:
 	env $(KERNELS) $(MAKE) test
 
+# The library lies in a folder of its own: peft imports it in every process, 1.7 s each, where it can.
 eight-bit: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --constraint constraints.txt --target .venv-8bit bitsandbytes
 	PYTHONPATH=.venv-8bit $(BIN)/python -m pytest -m eight_bit tests/learner
