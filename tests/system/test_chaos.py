@@ -1,22 +1,21 @@
 """A few random schedules of `make chaos`, with short suspensions."""
 
 import os
-import secrets
 from pathlib import Path
 
 import pytest
 
 from tests.system.chaos import VICTIMS, Chaos, chaos_tables, schedules
 
-SCHEDULES = 3  # of those that `make chaos` has thirty of
+SCHEDULES = 2  # of those that `make chaos` has thirty of, with seeds of its own
+SEED = 1
 SUSPENDED_SECONDS = 6.0
 ROUNDS = 4
 
 
 @pytest.mark.thorough
 def test_whatever_process_is_killed_or_suspended_a_run_arrives_at_the_same_bits(tables: dict, tmp_path: Path) -> None:
-    seed = int(os.environ.get("DDPO_CHAOS_SEED", secrets.randbelow(10**6)))
-    print(f"DDPO_CHAOS_SEED={seed}")
+    seed = int(os.environ.get("DDPO_CHAOS_SEED", SEED))
     with Chaos(tmp_path, chaos_tables(tables, ROUNDS, watchdog_seconds=60.0)) as chaos:
         for schedule in schedules(SCHEDULES, seed, ROUNDS, SUSPENDED_SECONDS):
             outcome = chaos.run(schedule)

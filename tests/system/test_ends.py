@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from common.config import Recipe
@@ -16,7 +15,7 @@ from tests.failure_page import assert_documented
 from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import rounds_done, title_of, wait_until
 from tests.system.drivers import Driver, wait_until_gone
-from tests.system.nodes import local_nodes
+from tests.system.started_nodes import started_cluster
 
 ENDLESS = 100_000  # rounds
 SOON_SECONDS = 45.0  # in which Ray itself would not have ended; a busy machine gets a lot
@@ -100,9 +99,10 @@ def test_a_run_ends_in_one_line_and_leaves_nothing_running(
 def test_a_run_that_has_joined_a_cluster_notices_when_its_head_is_gone(tables: dict, tmp_path: Path) -> None:
     tables |= {"rounds": ENDLESS, "checkpoint": {"every": ENDLESS}}
     recipe = Recipe.parse(tables)
-    with local_nodes() as cluster:
-        cluster.add_node(num_cpus=4, object_store_memory=100_000_000)
-        head = [each for each in psutil.Process().children(recursive=True) if "gcs_server" in title_of(each)]
+    # Nodes in processes of their own: Ray would end this process too, if it were attached to the cluster.
+    with started_cluster() as cluster:
+        cluster.join(num_cpus=4)
+        head = [each for each in cluster.head.processes() if "gcs_server" in title_of(each)]
 
         def lose_head(driver: Driver) -> None:
             for process in head:
