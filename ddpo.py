@@ -60,7 +60,7 @@ def _verb(arguments: Sequence[str] | None) -> int:
         return 2
     except StorageError as error:
         print(f"ddpo {options.verb}: {_without_passwords(str(error))}", file=sys.stderr)
-        return 1
+        return 1 if options.verb == "train" else 2
     except OSError as error:
         if error.filename is None and error.errno not in DISK_ERRORS:  # not of a file: nothing that a user could mend
             raise

@@ -179,6 +179,9 @@ def local_folder(storage: Storage) -> Iterator[Path]:
     except StorageError:
         raise
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+        named = getattr(error, "filename", None)
+        if storage.local_path is not None and named and not Path(named).is_relative_to(storage.local_path):
+            raise  # of another file, which the body was reading
         raise StorageError.of(error, f"{storage.location} cannot be written") from error
 
 

@@ -34,7 +34,7 @@ class FanOut:
                 live = self._live[name] = _started(tracker, run)
             except BaseException as error:
                 self.finish()  # a bar would go on drawing over the error's text
-                if isinstance(error, ValueError) or not isinstance(error, Exception):
+                if isinstance(error, (ValueError, BrokenPipeError)) or not isinstance(error, Exception):
                     raise
                 raise ValueError(
                     f"trackers: {name} cannot be started: {type(error).__name__}: {error}; mend that, or leave the tracker out"

@@ -132,7 +132,7 @@ def measured(setting: Setting, rounds: int) -> Cost:
         run_folder.create()
         trackers = FanOut({name: parts.trackers[name] for name in ("jsonl", "ray")})
         evaluating = Evaluating(parts, run_folder, workers, trackers)
-        progress = Progress(parts, trackers, evaluating, run_folder, None)
+        progress = Progress(parts, trackers, evaluating, run_folder, None, {})
         trackers.start(RunInfo("scale", run_folder.location, parts.resolved(), parts.recipe.rounds, 0, {}))
         meter = Meter()
         run_rounds(parts, workers, progress, cast(Supervision, meter))

@@ -135,7 +135,7 @@ def test_a_fault_at_any_operation_in_an_object_store_leaves_the_old_checkpoint_o
 ) -> None:
     faults, found = Faults(RemoteFiles, IN_STORE, monkeypatch), []
     for failing in range(50):
-        folder = Storage(f"{bucket}/{failing}")
+        folder = Storage(f"{bucket}/{failing}").with_patience(0.0)
         save_checkpoint(folder, checkpoint(1, 1.0), keep=1)
         faults.arm(failing, no_space)
         whole = True
