@@ -14,6 +14,10 @@ from deploy.commands.command_line import read
 from deploy.rooms import ROOMS
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # which a write raises without a file's name
+LONGEST_LINE = 2000  # characters of what is said of an error
+STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]"
+)  # control characters and changes of direction
 NOBODY_READS = 141  # what a shell says of a program that SIGPIPE has ended
 
 
@@ -67,9 +71,8 @@ def _verb(arguments: Sequence[str] | None) -> int:
         print(f"ddpo {options.verb}: {_without_passwords(_of_file(error))}", file=sys.stderr)
         return 1 if options.verb == "train" else 2
     except KeyboardInterrupt:
-        print(
-            f"ddpo {options.verb}: stopped; a run goes on from its last checkpoint with --resume auto", file=sys.stderr
-        )
+        advice = "; a run goes on from its last checkpoint with --resume auto" if options.verb == "train" else ""
+        print(f"ddpo {options.verb}: stopped{advice}", file=sys.stderr)
         return _left(130)
 
 
@@ -88,8 +91,9 @@ def _of_file(error: OSError) -> str:
 
 
 def _without_passwords(text: str) -> str:
-    """What is said of a wrong value repeats it, and goes where a job's log is kept."""
-    return re.sub(r"(:/+)[^/\s]*@", r"\1…@", text)
+    """What is said of a wrong value repeats it, and goes where a job's log is kept: without what steers a terminal, and cut."""
+    lines = [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…" for line in text.split("\n")]
+    return re.sub(r"(:/+)[^/\s]*@", r"\1…@", STEERING.sub("?", "\n".join(lines)))
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -101,6 +105,7 @@ def _train(options: argparse.Namespace) -> int:
     recipe = Recipe.load(options.recipe, options.overrides)
     if options.start_from:
         recipe = recipe.model_copy(update={"start_from": start_from_of(options.start_from)})
+    folder = RunFolder(recipe.run_path())  # before a user's own code may change the working directory
     try:
         train(recipe, resume=options.resume == "auto", serial=options.serial)
     except Stopped as stopped:
@@ -110,7 +115,7 @@ def _train(options: argparse.Namespace) -> int:
         cause = getattr(error, "cause", error)
         print(f"ddpo train: {type(cause).__name__}: {_without_passwords(str(cause))}", file=sys.stderr)
         return 1
-    print(RunFolder(recipe.run_path()).where_everything_lies())
+    print(folder.where_everything_lies())
     print(f"{'look at it':<13} ddpo report {recipe.run_path()}")
     return _publish(recipe) if recipe.push.repo else 0
 

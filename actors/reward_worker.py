@@ -133,7 +133,9 @@ class RewardWorker:
             except RewardMistake:
                 raise
             # A user's reward may raise anything, sys.exit() among it: over one batch, that must not end a run of many hours.
-            except (Exception, SystemExit) as error:  # noqa: BLE001
+            except BaseException as error:  # noqa: BLE001
+                if isinstance(error, KeyboardInterrupt):
+                    raise
                 raise scoring_failed(name, error) from error
             parts.append(values)
         return np.concatenate(parts)

@@ -31,8 +31,8 @@ def blamed(what: str) -> Iterator[None]:
     try:
         yield
     # A user's own code may raise anything, and raises again here in words that name the code.
-    except Exception as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    except BaseException as error:
+        if isinstance(error, (MemoryError, KeyboardInterrupt)) or type(error).__name__ == "OutOfMemoryError":
             raise
         place = place_in_users_code(error)
         kind = "" if type(error) is ValueError else f" {type(error).__name__}"

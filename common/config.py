@@ -145,8 +145,8 @@ class Recipe(Table):
         scheme, separator, _ = output_dir.partition("://")
         if separator and scheme not in STORAGE_SCHEMES:
             raise ValueError(f"runs are kept in a folder, or at a URI that begins with one of {list(STORAGE_SCHEMES)}")
-        if not output_dir.isprintable():
-            raise ValueError("it must have no control characters")
+        if not output_dir.strip() or not output_dir.isprintable():
+            raise ValueError("it must name a folder or URI, without control characters")
         return output_dir
 
     @classmethod
@@ -188,7 +188,7 @@ class Recipe(Table):
         """Read a recipe's text, which lies `where`, and lay overrides over it."""
         try:
             tables = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ValueError(f"the recipe {where} is not TOML: {error}") from error
         return cls.parse(with_overrides(tables, overrides, cls), where)
 

@@ -32,7 +32,9 @@ def loading(part: str, needs: Callable[[], tuple[Weights, ...]] = tuple) -> Iter
     try:
         yield
     # Whatever a model or a user's module raises while it loads is the user's to mend, so all of it becomes one line.
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         damaged = [fault for weights in needs() for fault in damaged_files(weights)]
         if damaged:
             raise ValueError(f"{part}, and {damaged[0]}: copy or download that file again") from error
@@ -51,7 +53,9 @@ def starting(role: str) -> Iterator[None]:
     try:
         yield
     # A constructor loads what the user gave: an error of it ends the run in one line, and no other attempt would help.
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise RoleNotStarted(str(error) if says_it_all(error) else f"{role}: {in_words(error)}") from error
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from common.blame import blamed
 from common.named_files import Weights
 from common.reading import reading
 from common.registry import Entry, Room, import_object
@@ -29,6 +30,14 @@ class Prompt:
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a text that no tokenizer can read. ValueError: it has half of a character."""
+        if isinstance(self.text, str) and not self.text.isascii():
+            try:
+                self.text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"the prompt {self.text!r} is no text that can be encoded: {error.reason}") from error
 
 
 Draw = Callable[[np.random.Generator], Prompt]
@@ -144,7 +153,8 @@ class Function(PromptSource):
         function = import_object(self.path, "prompts.path")
 
         def draw(generator: np.random.Generator) -> Prompt:
-            drawn = function(generator)
+            with blamed(f"prompts.path is {self.path!r}: calling it"):
+                drawn = function(generator)
             text, metadata = drawn if isinstance(drawn, tuple) else (drawn, {})
             if not isinstance(text, str) or not isinstance(metadata, dict):
                 raise ValueError(

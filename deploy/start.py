@@ -1,6 +1,7 @@
 """Where a start of a run begins: anew, at its newest checkpoint or at an earlier run's weights; and what it must stand on."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ from common.recipe_tables import StartFromTable
 from common.run_folder import BASE_FILE, RunFolder
 from deploy.parts import Parts
 from deploy.start_from import EarlierRun, earlier_run
-from learner.checkpoint import Checkpoint, save_checkpoint
+from learner.checkpoint import Checkpoint, committed_checkpoints, damaged_checkpoints, save_checkpoint
 from learner.resume import resume_point
 
 
@@ -33,6 +34,7 @@ def start_of(folder: RunFolder, parts: Parts, resume: bool) -> Start:
     """Find where a run begins. ValueError: not here, or not with this recipe, these prompts or from this earlier run."""
     if folder.storage.exists(folder.recipe):
         return _resumed(folder, parts, resume)
+    _refuse_a_run_without_recipe(folder)
     table = parts.recipe.start_from
     earlier = earlier_run(table, parts) if table else None
     base = LoadedBase(earlier.base, _refusing_to_start(earlier)) if earlier else LoadedBase()
@@ -47,11 +49,36 @@ def start_of(folder: RunFolder, parts: Parts, resume: bool) -> Start:
     return Start(_starting_from(parts, earlier.table), earlier.checkpoint, base)
 
 
+def _refuse_a_run_without_recipe(folder: RunFolder) -> None:
+    """Raise ValueError if the folder holds an earlier run's results: a new run would write over them."""
+    # What a start writes before its recipe is no result: the weights that it starts from, round-000000.
+    results = [name for name in committed_checkpoints(folder.checkpoints) if not name.startswith("round-000000")]
+    there = [name for name in (folder.metrics,) if folder.storage.exists(name)] + results
+    if there:
+        raise ValueError(
+            f"{folder.location} has {there[0]} and no {folder.recipe}, so nobody can tell which run this was: restore the file, "
+            "or give another --name or --output_dir"
+        )
+
+
+def _refuse_damaged_checkpoints(folder: RunFolder) -> None:
+    """Raise ValueError if no committed checkpoint is whole: the run would begin again without a word."""
+    damaged = damaged_checkpoints(folder.checkpoints)
+    if damaged:
+        raise ValueError(
+            f"the run in {folder.location} has no whole checkpoint, {', '.join(damaged)} is damaged: restore it, or remove "
+            f"{folder.checkpoints.location} to begin again"
+        )
+    print(f"the run in {folder.location} has no checkpoint yet: it begins again", file=sys.stderr, flush=True)
+
+
 def _resumed(folder: RunFolder, parts: Parts, resume: bool) -> Start:
     if resume:
         before = folder.recipe_tables().get("start_from")
         parts = _starting_from(parts, _same_start(folder, before, parts.recipe.start_from))
     checkpoint = resume_point(folder, parts.resolved(), resume, set(_places(parts)))
+    if checkpoint is None:
+        _refuse_damaged_checkpoints(folder)
     known = folder.base()
     if checkpoint and (differing := differing_parts(checkpoint.base, known)):
         said = "; ".join(differing.values())

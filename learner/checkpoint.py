@@ -174,6 +174,11 @@ def whole_checkpoints(folder: Storage) -> Iterator[Storage]:
     return (checkpoint for checkpoint in found if _is_whole(checkpoint))
 
 
+def committed_checkpoints(folder: Storage) -> list[str]:
+    """Return the names of all checkpoints that were committed, whole or damaged by now, the newest first."""
+    return _committed(folder)
+
+
 def damaged_checkpoints(folder: Storage) -> list[str]:
     """Return the names of committed checkpoints whose files are not what their manifest says, the newest first."""
     return [name for name in _committed(folder) if not _is_whole(folder.folder(name))]

@@ -32,7 +32,9 @@ def guarded(subject: str, check: Callable[..., Iterable[Any]], *arguments: Any) 
     except OutOfTime:
         raise
     # A check loads a user's own code and files that may be damaged, and both raise anything: to find that is the task.
-    except (Exception, SystemExit) as error:  # noqa: BLE001
+    except BaseException as error:  # noqa: BLE001
+        if isinstance(error, KeyboardInterrupt):
+            raise
         yield Finding("fault", subject, described(error))
 
 
