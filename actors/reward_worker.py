@@ -17,6 +17,7 @@ from common.machine import this_machine
 from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.runtime import python_stacks, settle
 from common.trajectory import ImageBatch, Scores
+from common.undisturbed import torch_settings_kept
 
 
 class RewardWorker:
@@ -35,7 +36,7 @@ class RewardWorker:
         device = settle(runtime)
         self._base: Base = {}
         for name, reward in rewards.items():
-            with loading(f"the reward is {name!r}", reward.needs):
+            with torch_settings_kept(), loading(f"the reward is {name!r}", reward.needs):
                 self._rewards[name] = under_contract(load_reward(reward, device), f"the reward {name!r}")
             self._base |= entry_base(reward, "reward", reward.needs(), name)
         if tried:
@@ -129,7 +130,8 @@ class RewardWorker:
             texts = [prompt.text for prompt in images.prompts[part]]
             metadata = [prompt.metadata for prompt in images.prompts[part]]
             try:
-                values = reward(images.pixels[part], texts, metadata)
+                with torch_settings_kept():
+                    values = reward(images.pixels[part], texts, metadata)
             except RewardMistake:
                 raise
             # A user's reward may raise anything, sys.exit() among it: over one batch, that must not end a run of many hours.

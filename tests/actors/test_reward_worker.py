@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from actors.reward_worker import RewardWorker
 from actors.rewards.failure import ScoringFailed
@@ -155,3 +156,25 @@ def test_an_assertion_on_the_gpu_is_told_as_what_it_is() -> None:
         with pytest.raises(ScoringFailed) as error:
             worker(mine=reward).score(images(2))
         assert error.value.poisoned == poisoned
+
+
+class ChangesTorch(Reward):
+    """A reward that changes torch's settings for the whole process, as some models' code does."""
+
+    def load(self, device: str) -> LoadedReward:
+        def score(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+            torch.set_grad_enabled(False)
+            torch.set_default_dtype(torch.float64)
+            torch.set_num_threads(torch.get_num_threads() + 1)
+            return np.zeros(len(images))
+
+        torch.set_grad_enabled(False)
+        return score
+
+
+def test_a_reward_that_changes_torchs_settings_leaves_the_learners_in_the_same_process_alone() -> None:
+    ready = worker(changes=ChangesTorch())
+    before = torch.get_num_threads()
+    ready.score(images(2))
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert torch.get_num_threads() == before
