@@ -62,7 +62,7 @@ def renewed(folder: RunFolder, seconds: float = 5) -> bool:
     return False
 
 
-def becomes_lost(held: Lease, seconds: float = 5) -> bool:
+def becomes_lost(held: Lease, seconds: float = 30.0) -> bool:
     deadline = time.monotonic() + seconds
     while not held.lost and time.monotonic() < deadline:
         time.sleep(0.01)

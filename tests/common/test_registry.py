@@ -164,6 +164,6 @@ def test_a_users_module_that_lacks_a_package_fails_with_its_own_error(
     (tmp_path / "user_rewards_module.py").write_text("import user_rewards\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
-        ValueError, match=r"raised ModuleNotFoundError: No module named 'user_rewards' \(user_re.*line 1"
+        ValueError, match=r"raised ModuleNotFoundError: No module named 'user_rewards' \(/.*user_rewards_module.py:1\)"
     ):
         import_object("user_rewards_module:score", "reward.path")
