@@ -9,11 +9,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from common.deaths import Death, in_one_line
+from common.deaths import LOADING, Death, in_one_line
 from common.loading import RoleNotStarted
 
 TASKS_AHEAD = 2  # a worker has one call in hand and one waiting, so that none waits for a round trip
 LONGEST_BACKOFF_SECONDS = 30.0
+LOADS_TRIED = 3  # for each actor that is wanted: what kills every process that loads it would kill the next one too
 
 
 class TooManyRestarts(RuntimeError):
@@ -29,10 +30,21 @@ class RestartBudget:
 
     limit: int
     by_role: dict[str, int] = field(default_factory=dict)  # since the last report, which is that of the last round
+    loading: dict[str, int] = field(default_factory=dict)  # deaths in a row while a role was loading
 
-    def spend(self, role: str, reason: str) -> None:
-        """TooManyRestarts: the limit is passed."""
+    def spend(self, role: str, reason: str, loads: int | None = None) -> None:
+        """Count a death. `loads`: it died while it was loading, and so many deaths in a row like that are too many.
+
+        Raises:
+            TooManyRestarts: a limit is passed.
+        """
         self.by_role[role] = self.by_role.get(role, 0) + 1
+        self.loading[role] = 0 if loads is None else self.loading.get(role, 0) + 1
+        if loads is not None and self.loading[role] >= loads:
+            raise TooManyRestarts(
+                f"the {role} died {self.loading[role]} times in a row while it was loading, the last time so: {reason}; "
+                "ddpo train --serial loads the same in one process, and logs/ has what each one said last"
+            )
         deaths = sum(self.by_role.values())
         if deaths > self.limit:
             raise TooManyRestarts(
@@ -42,7 +54,7 @@ class RestartBudget:
 
     def report(self) -> dict[str, int]:
         """Restarts by role since the last report."""
-        counts, self.by_role = self.by_role, {}
+        counts, self.by_role, self.loading = self.by_role, {}, {}
         return counts
 
 
@@ -154,7 +166,7 @@ class WorkerPool:
         except RayActorError as error:
             if error.actor_init_failed:  # Ray could not even make the actor, and could not make the next one either
                 raise RoleNotStarted(f"{self.role}: {in_one_line(str(error))}") from error
-            self.lost(worker, str(error), "while it was loading")
+            self.lost(worker, str(error), LOADING)
         else:
             if isinstance(answer, RoleNotStarted):  # the next one would not start either
                 raise answer
@@ -222,7 +234,8 @@ class WorkerPool:
         self._remove(worker)
         if not worker.retiring:
             self.on_death(Death(worker.index, reason, at))
-            self._budget.spend(self.role, in_one_line(reason))
+            loads = LOADS_TRIED * self.wanted if worker.loading is not None else None
+            self._budget.spend(self.role, in_one_line(reason), loads)
             pause = min(LONGEST_BACKOFF_SECONDS, 2.0 ** (self._deaths_in_a_row - 1)) if self._deaths_in_a_row else 0.0
             self._deaths_in_a_row += 1
             self._start_at.append(time.monotonic() + pause)

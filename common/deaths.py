@@ -16,6 +16,7 @@ RAYS_CAUSES = (
 RAYS_CRASH = re.compile(r"connection error code 2|worker process has died")
 RAYS_BEGINNING = "The actor"
 LONGEST_CAUSE = 200
+LOADING = "while it was loading"  # what an actor was at that died before it had all its parts
 
 
 @dataclass(frozen=True)

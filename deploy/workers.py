@@ -16,10 +16,10 @@ from actors.reward_worker import RewardWorker
 from actors.rollout_stream import RolloutStream, SerialPool, SerialRolloutStream, StreamSettings
 from actors.sampler import Sampler
 from actors.scoring import ScoringPool
-from actors.worker_pool import RestartBudget, WorkerPool
+from actors.worker_pool import LOADS_TRIED, RestartBudget, WorkerPool
 from common.base_parts import LoadedBase
 from common.config import Recipe
-from common.deaths import Death, in_one_line
+from common.deaths import LOADING, Death, in_one_line
 from common.loading import RoleNotStarted, starting
 from common.recipe_tables import RoleTable
 from common.reward_pools import RewardPool, all_pools, elastic_roles
@@ -146,7 +146,7 @@ def _wait_until_loaded(recipe: Recipe, stream: RayRolloutStream, learner: RayLea
 def _learner_died(budget: RestartBudget, lines: DeathLines, death: Death) -> None:
     who = "the learner" if death.number is None else f"learner-{death.number}"
     lines.tell(who, death, "the learner is started again from its last whole round")
-    budget.spend("learner", in_one_line(death.reason))
+    budget.spend("learner", in_one_line(death.reason), LOADS_TRIED if death.at == LOADING else None)
 
 
 def _samplers(parts: Parts, budget: RestartBudget, lines: DeathLines) -> WorkerPool:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from common.base_parts import Base
-from common.deaths import Death
+from common.deaths import LOADING, Death
 from common.loading import RoleNotStarted
 from common.lora_weights import LoraWeights
 from common.machine import Machine
@@ -36,7 +36,7 @@ class RayLearnerGroup(LearnerGroup):
         there, `on_death` tells of deaths, counts them and may refuse another start."""
         self._actors = actors
         self._ended = 0  # actors before these
-        self._at = "while it was loading"
+        self._at = LOADING
         self._make = make
         self._wait = wait
         self._on_death = on_death
@@ -53,7 +53,7 @@ class RayLearnerGroup(LearnerGroup):
         self._state = self._call("state")
 
     def _meet(self) -> None:
-        self._at = "while it was loading"
+        self._at = LOADING
         try:
             for rank, loaded in enumerate(self._answers([each.ready.remote() for each in self._actors], loading=True)):
                 self.on_loaded(f"learner rank {rank}" if len(self._actors) > 1 else "learner", loaded)

@@ -107,10 +107,22 @@ def test_a_rank_that_cannot_start_ends_the_run_by_its_name(
 
 
 @pytest.mark.thorough
-def test_a_role_that_is_killed_whenever_it_loads_ends_the_run_over_its_budget(
+@pytest.mark.parametrize("role", ["sampler", "learner"])
+def test_a_role_that_is_killed_whenever_it_loads_ends_the_run_soon(
+    role: str, tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture, cluster: None
+) -> None:
+    exit_code, _, err = printed(policy(name=OWN, fails={role: "kill"}), tables, tmp_path, capfd)
+    assert_documented("a process dies whenever it loads", exit_code, err)
+    assert err.count(f"{role}-") == 3, "a line for each death"
+
+
+@pytest.mark.thorough
+def test_deaths_over_the_budget_end_the_run(
     tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture, cluster: None
 ) -> None:
-    tables["runtime"] = {"max_restarts": 1}
+    tables["runtime"] = {"max_restarts": 0}
     exit_code, _, err = printed(policy(name=OWN, fails={"sampler": "kill"}), tables, tmp_path, capfd)
-    assert_documented("a process dies whenever it loads", exit_code, err)
-    assert err.count("sampler-") == 2, "a line for each death"
+    assert_documented(
+        "processes die more often than `runtime.max_restarts` allows before a round is done", exit_code, err
+    )
+    assert err.count("sampler-") == 1
