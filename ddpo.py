@@ -6,12 +6,9 @@ import os
 import re
 import select
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
-
-from common import overrides
-from deploy.commands.command_line import read
-from deploy.rooms import ROOMS
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # which a write raises without a file's name
 LONGEST_LINE = 2000  # characters of what is said of an error
@@ -19,6 +16,28 @@ STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]"
 )  # control characters and changes of direction
 NOBODY_READS = 141  # what a shell says of a program that SIGPIPE has ended
+INTERRUPTED = 130  # and of one that SIGINT has ended
+THREADS_SECONDS = 10.0  # in which threads of a user's own code may come to their end
+
+
+def command() -> None:
+    """Run the verb that was typed and end the process, also where a user's own code has left threads that do not end."""
+    code = main()
+    ending = threading.Timer(THREADS_SECONDS, _end_in_spite_of_threads, (code,))
+    ending.daemon = True
+    ending.start()  # Python waits for all other threads
+    sys.exit(code)
+
+
+def _end_in_spite_of_threads(code: int) -> None:
+    named = sorted(thread.name for thread in threading.enumerate() if not thread.daemon)
+    named = [name for name in named if name != threading.main_thread().name]
+    print(
+        f"ddpo: ends without waiting any longer for the threads {named}, which code of your own started",
+        file=sys.stderr,
+    )
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _verb(arguments)
         finally:
             sys.stdout.flush()  # here, where it can still be seen that nobody reads
+    except KeyboardInterrupt:  # before a verb could say more, or while it said it
+        print("ddpo: stopped", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         if not _nobody_reads():  # another's pipe, which is a fault
             raise
@@ -52,9 +74,14 @@ def _nobody_reads() -> bool:
 
 def _verb(arguments: Sequence[str] | None) -> int:
     sys.path.append(os.getcwd())  # a user's module:function lies where the command is typed
+    # Here and not above, so that whoever presses Ctrl+C in the first instant sees a line and no trace.
+    from common import overrides
+    from common.storage import StorageError
+    from deploy.commands.command_line import read
+    from deploy.rooms import ROOMS
+
     options = read(arguments)
     overrides.ROOMS.update(ROOMS)
-    from common.storage import StorageError
 
     try:
         return RUN[options.verb](options) or 0
@@ -73,7 +100,7 @@ def _verb(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         advice = "; a run goes on from its last checkpoint with --resume auto" if options.verb == "train" else ""
         print(f"ddpo {options.verb}: stopped{advice}", file=sys.stderr)
-        return _left(130)
+        return _left(INTERRUPTED)
 
 
 def _left(code: int) -> int:
@@ -256,4 +283,4 @@ RUN = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -78,8 +78,12 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _one_way_of_giving_rewards(self) -> "Recipe":
-        if (self.reward is None) == (not self.rewards):
-            raise ValueError("a recipe has either one [reward] or several [[rewards]], and this one has both or none")
+        if self.reward is not None and self.rewards:
+            raise ValueError(
+                "the recipe has both [reward] and [[rewards]]: it must have one of them; write [[rewards]] for each"
+            )
+        if not self.all_rewards:
+            raise ValueError("the recipe has no reward: it needs a table [reward], or several [[rewards]]")
         names = [reward.called for reward in (*self.all_rewards, *self.evaluation.scorers)]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards and evaluation.scorers are called {names}: give a label to those of one name")
@@ -180,7 +184,7 @@ class Recipe(Table):
                 f"there is no recipe at {path}: give the path of a TOML file, such as one in deploy/recipes"
             )
         with reading(path):
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         return cls.from_toml(text, str(path), overrides or [])
 
     @classmethod
@@ -189,7 +193,9 @@ class Recipe(Table):
         try:
             tables = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise ValueError(f"the recipe {where} is not TOML: {error}") from error
+            line = re.search(r"at line (\d+)", str(error))
+            quoted = repr(text.split("\n")[int(line[1]) - 1].strip()) if line else ""
+            raise ValueError(f"the recipe {where} is not TOML: {error}{': ' if quoted else ''}{quoted}") from error
         return cls.parse(with_overrides(tables, overrides, cls), where)
 
     def run_path(self) -> str:

@@ -85,6 +85,8 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
             lines.append(f"{key} is missing")
         elif fault["type"] == "value_error" and not place:
             lines.append(f"{prefix}{message}")
+        elif fault["type"] in ("model_type", "dict_type"):
+            lines.append(f"{key} is {fault['input']!r}: it must be a table, [{key}] and its keys below")
         else:
             lines.append(f"{key} is {fault['input']!r}: {message[0].lower() + message[1:]}")
     return "; ".join(lines)

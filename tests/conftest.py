@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(TOKEN_FOLDER.name) / "token")
 Path(os.environ["RAY_AUTH_TOKEN_PATH"]).write_text(secrets.token_hex(32))
 torch.set_num_threads(1)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and so it would be in what tests start
 SECRET = "never-to-be-shown"
 # Files that take minutes: begun first, so that at the end no worker has one to itself.
 LONGEST = ("test_same_bits", "test_documentation", "test_cluster", "test_failures", "test_loops", "test_ranks")

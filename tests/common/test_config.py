@@ -1,5 +1,6 @@
 """The recipe: what is read, what is refused, in which words, and how the command line changes it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -147,10 +148,13 @@ def test_a_rooms_table_must_name_its_choice(tables: dict) -> None:
 def test_one_reward_or_several_but_not_both_and_not_none(tables: dict) -> None:
     both = {**tables, "rewards": [{"name": "aesthetic"}]}
     none = {key: value for key, value in tables.items() if key != "reward"}
-    for wrong in (both, none):
-        with pytest.raises(
-            ValueError, match=r"either one \[reward\] or several \[\[rewards\]\], and this one has both or none"
-        ):
+    empty = {**tables, "reward": []}
+    for wrong, said in (
+        (both, "has both [reward] and [[rewards]]: it must have one of them"),
+        (none, "has no reward: it needs a table [reward], or several [[rewards]]"),
+        (empty, "reward is []: it must be a table, [reward] and its keys below"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
             Recipe.parse(wrong)
     several = Recipe.parse(
         {**none, "rewards": [{"name": "aesthetic"}, {"name": "jpeg_compressibility", "weight": 0.1}]}
@@ -213,8 +217,17 @@ def test_a_missing_file_is_named_with_where_recipes_are(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_toml_is_named_with_the_line(tmp_path: Path) -> None:
     (tmp_path / "demo.toml").write_text('name = "demo"\nrounds: 3\n')
-    with pytest.raises(ValueError, match=r"demo.toml is not TOML: .*line 2"):
+    with pytest.raises(ValueError, match=r"demo.toml is not TOML: .*line 2.*: 'rounds: 3'"):
         Recipe.load(tmp_path / "demo.toml")
+    (tmp_path / "demo.toml").write_text('name = "demo"\nrounds = 3\nrounds = 4\n')
+    with pytest.raises(ValueError, match=r"demo.toml is not TOML: .*line 3.*: 'rounds = 4'"):
+        Recipe.load(tmp_path / "demo.toml")
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_change_nothing(path: Path) -> None:
+    plain = Recipe.load(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert Recipe.load(path) == plain
 
 
 def test_overrides_win_over_the_file_and_reach_every_table(path: Path) -> None:

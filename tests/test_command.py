@@ -1,0 +1,48 @@
+"""The program `ddpo` begins and ends well: interrupted in its first instant, and with threads that do not end."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ddpo
+
+ROOT = Path(__file__).parents[1]
+WITH_A_THREAD = """
+import sys, threading, time
+import ddpo
+threading.Thread(target=time.sleep, args=(600,), name="my endless thread").start()
+ddpo.THREADS_SECONDS = 0.1
+ddpo.command()
+"""
+
+
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_threads_of_a_users_own_do_not_keep_the_program() -> None:
+    ended = python("-c", WITH_A_THREAD, "plan", "no such recipe")
+    assert ended.returncode == 2 and "there is no recipe at no such recipe" in ended.stderr
+    assert "ends without waiting any longer for the threads ['my endless thread']" in ended.stderr
+
+
+def test_an_interrupt_in_the_first_instant_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deploy.commands.command_line.read", interrupted)
+    assert ddpo.main(["plan", "x"]) == ddpo.INTERRUPTED
+    assert capsys.readouterr().err == "ddpo: stopped\n"
+
+
+def test_the_program_itself_is_there_before_anything_that_takes_time() -> None:
+    loaded = python("-c", "import ddpo, sys; print(sorted({name.partition('.')[0] for name in sys.modules}))").stdout
+    assert "'ddpo'" in loaded
+    for slow in ("common", "deploy", "pydantic", "numpy"):
+        assert f"'{slow}'" not in loaded
