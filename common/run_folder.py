@@ -33,6 +33,8 @@ GUARD_KEYS = ("policy_version", "alarms", "weights_of")
 BEST_KEYS = ("policy_version", "fingerprint", "best_by", "score")
 ASKED = TypeAdapter(dict[str, Annotated[StrictInt, Field(ge=1)]])
 WEIGHTS = ("lora", *TRAINED_PARTS)  # folders of a run, whichever was trained
+FOLDERS = ("checkpoints", "rollouts", "logs", "best", "report", *WEIGHTS)
+FILES = ("recipe.toml", "metrics.jsonl", "evaluations.jsonl", BASE_FILE, CONTROL, WATCHDOG, TOKEN, GUARD)
 
 
 class RunFolder:
@@ -92,7 +94,14 @@ class RunFolder:
         return "\n".join(f"{name:<13} {self.storage.folder(place).location}" for name, place in there.items())
 
     def create(self) -> None:
-        """Make the folder and see that it can be written. ValueError: it cannot."""
+        """Make the folder and see that it can be written. ValueError: it cannot, or something else is in a place of its own."""
+        for name in (*FOLDERS, *FILES):
+            path = self.storage.folder(name).local_path
+            if path and path.exists() and path.is_dir() != (name in FOLDERS):
+                is_, must_be = ("a file", "a folder") if name in FOLDERS else ("a folder", "a file")
+                raise ValueError(
+                    f"output_dir: {path} is {is_} and must be {must_be}: move it away, or give another --name or --output_dir"
+                )
         probe, storage = f".writable-{os.getpid()}", self.storage.with_patience(START_SECONDS)
         try:
             storage.write(probe, bytes(PROBE_BYTES))  # more than a full disk has left for a file's name alone

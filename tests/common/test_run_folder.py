@@ -127,3 +127,16 @@ def test_an_output_dir_in_an_object_store_is_joined_as_a_uri_also_inside_a_job(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     expected = f"{output_dir.rstrip('/')}/tiny"
     assert Recipe.parse({**tables, "output_dir": output_dir}).run_path() == expected
+
+
+def test_something_else_in_a_place_of_the_runs_own_is_named_at_the_start(tmp_path: Path) -> None:
+    for name, what in (
+        ("rollouts", "is a file and must be a folder"),
+        ("metrics.jsonl", "is a folder and must be a file"),
+    ):
+        folder = RunFolder(tmp_path / name / "run")
+        folder.create()
+        place = tmp_path / name / "run" / name
+        place.touch() if name == "rollouts" else place.mkdir()
+        with pytest.raises(ValueError, match=f"output_dir: {place} {what}: move it away"):
+            folder.create()
