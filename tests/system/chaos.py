@@ -154,10 +154,11 @@ class Chaos:
         if schedule.after_round == 0:
             wait_until(lambda: bool(processes_of(*OF_ROLES)) or over(), "the first process")
         time.sleep(schedule.delay)
-        victim = self._victim(schedule, driver)
+        victim = None
         with contextlib.suppress(psutil.NoSuchProcess):  # the run was faster
+            victim = self._victim(schedule, driver)
             victim.send_signal(signal.SIGSTOP if schedule.suspended_seconds else signal.SIGKILL)
-        if schedule.suspended_seconds:
+        if victim and schedule.suspended_seconds:
             ends = time.monotonic() + schedule.suspended_seconds
             wait_until(lambda: over() or time.monotonic() > ends, "the end of the suspension", 1000)
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -80,7 +80,7 @@ def test_scoring_latents_rounded_after_they_were_scored_would_not_give_a_ratio_o
     assert (score(policy, rounded) - trajectory.log_probs).abs().max() > CLIP_RANGE
 
 
-def test_pairs_mixed_into_batches_of_other_compositions_stay_within_a_hundredth_of_the_clip_range(
+def test_pairs_mixed_into_batches_of_other_compositions_stay_within_a_tenth_of_the_clip_range(
     policy: StableDiffusionPolicy, trajectory: Trajectory
 ) -> None:
     pairs = [(image, place) for place in range(4) for image in range(4)]
@@ -100,7 +100,7 @@ def test_pairs_mixed_into_batches_of_other_compositions_stay_within_a_hundredth_
             )
             largest = max(largest, float(difference.abs().max()))
     print(f"largest |log ratio| in other batches: {largest:.1e}")
-    assert largest <= CLIP_RANGE / 100
+    assert largest <= CLIP_RANGE / 10
 
 
 def test_an_images_noise_and_path_are_its_own_whatever_stands_beside_it(
