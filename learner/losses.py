@@ -1,5 +1,8 @@
 """Losses as pure functions; one value a pair, for the learner to average."""
 
+import functools
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,6 +28,11 @@ def gaussian_kl(transition: Transition, reference: Transition) -> Float[Tensor, 
     """KL in nats of one step between two policies with the same σ: ‖μ − μ_ref‖² / (2σ²), with gradient (as in DPOK)."""
     moved = (transition.mean - reference.mean) / transition.std.view(-1, 1, 1, 1)
     return 0.5 * moved.square().flatten(1).sum(1)
+
+
+def sum_of(terms: Mapping[str, Float[Tensor, "B"]]) -> Float[Tensor, "B"]:
+    """Return the loss that has these parts."""
+    return functools.reduce(torch.add, terms.values())
 
 
 def squared_error(predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:

@@ -36,6 +36,8 @@ class Policy(ABC):
     num_train_timesteps: int  # of the model's own schedule
     latent_shape: tuple[int, int, int]  # C, H, W of one image's latents
     merged: MergedAdapters | None = None  # a sampler's, where the recipe has them merged
+    # Rows of the last `decode` whose pixels were no finite numbers before they became uint8; a family need not tell.
+    not_finite: tuple[int, ...] = ()
 
     def compile(self, batch_size: int) -> None:
         """From here on the network runs compiled, on batches of this size: smaller ones are filled up, larger ones cut.
