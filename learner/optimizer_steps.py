@@ -138,7 +138,7 @@ class OptimizerSteps:
             where = f"round {batch.round}, optimizer step {place} of {num_steps}"
             raise NotFinite(
                 f"{where}: {_what(at_fault, list(terms))} not finite, so the step was not applied ({len(overflown)} of the "
-                f"round's steps); {_advice(self._settings, self._scaler.is_enabled())}"
+                f"round's steps); {_advice(self._settings, batch.round, self._scaler.is_enabled())}"
             )
 
 
@@ -148,11 +148,12 @@ def _what(at_fault: list[str], terms: list[str]) -> str:
     return f"the loss ({' and '.join(terms)}) is finite and its gradient is"
 
 
-def _advice(settings: LearnerTable, half: bool) -> str:
+def _advice(settings: LearnerTable, round: int, half: bool) -> str:
     overflows = 'policy.dtype = "float16" overflows (bfloat16 does not), or ' if half else ""
+    saved = "the rounds before are saved: --resume auto repeats this one, --from and another --name train with other keys"
+    begin = "nothing was learned yet: begin again with another --name and other keys"
     return (
-        f"most likely {overflows}learner.learning_rate = {settings.learning_rate:g} is too high: the rounds before are saved, "
-        "--resume auto repeats this one, --from and another --name train their weights with other keys"
+        f"most likely {overflows}learner.learning_rate = {settings.learning_rate:g} is too high; {saved if round else begin}"
     )
 
 
@@ -161,4 +162,4 @@ def refuse_weights(weights: LoraWeights, round: int, settings: LearnerTable) -> 
     name = first_not_finite(weights.arrays())
     if name is None:
         return
-    raise NotFinite(f"round {round}: the weights {name} are not finite after it; {_advice(settings, half=False)}")
+    raise NotFinite(f"round {round}: the weights {name} are not finite after it; {_advice(settings, round, half=False)}")

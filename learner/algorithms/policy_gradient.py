@@ -156,7 +156,7 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
             terms["kl"] = (self.kl_coef_nats or self.kl_coef / batch.latents[0].numel()) * kl
             kl = kl.detach()
         if kept is not None:  # in every term, or a KL would still pull what is masked
-            terms = {name: term * kept for name, term in terms.items()}
+            terms = {name: torch.where(kept > 0, term, 0.0) for name, term in terms.items()}
         return PairLoss(sum_of(terms), log_ratio, clipped, kept, weight, kl, terms)
 
     def _ratios_denominator(self, log_prob: Float[Tensor, "B"], batch: TransitionBatch) -> Float[Tensor, "B"]:
