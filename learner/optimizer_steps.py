@@ -45,7 +45,9 @@ class OptimizerSteps:
         self._device = device
         self._masks: list[Tensor] = []  # of the present step's micro-batches
         self._terms: dict[str, Bool[Tensor, ""]] = {}  # of the present step: whether a part of its loss is finite
-        self._made: list[tuple[Tensor, dict[str, Tensor]] | None] = []  # norm and terms of steps that nobody checked yet
+        self._made: list[
+            tuple[Tensor, dict[str, Tensor]] | None
+        ] = []  # norm and terms of steps that nobody checked yet
 
     def begin(self) -> None:
         """Begin an optimizer step."""
@@ -150,11 +152,11 @@ def _what(at_fault: list[str], terms: list[str]) -> str:
 
 def _advice(settings: LearnerTable, round: int, half: bool) -> str:
     overflows = 'policy.dtype = "float16" overflows (bfloat16 does not), or ' if half else ""
-    saved = "the rounds before are saved: --resume auto repeats this one, --from and another --name train with other keys"
-    begin = "nothing was learned yet: begin again with another --name and other keys"
-    return (
-        f"most likely {overflows}learner.learning_rate = {settings.learning_rate:g} is too high; {saved if round else begin}"
+    saved = (
+        "the rounds before are saved: --resume auto repeats this one, --from and another --name train with other keys"
     )
+    begin = "nothing was learned yet: begin again with another --name and other keys"
+    return f"most likely {overflows}learner.learning_rate = {settings.learning_rate:g} is too high; {saved if round else begin}"
 
 
 def refuse_weights(weights: LoraWeights, round: int, settings: LearnerTable) -> None:
@@ -162,4 +164,6 @@ def refuse_weights(weights: LoraWeights, round: int, settings: LearnerTable) -> 
     name = first_not_finite(weights.arrays())
     if name is None:
         return
-    raise NotFinite(f"round {round}: the weights {name} are not finite after it; {_advice(settings, round, half=False)}")
+    raise NotFinite(
+        f"round {round}: the weights {name} are not finite after it; {_advice(settings, round, half=False)}"
+    )

@@ -26,7 +26,9 @@ class PairLoss:
     kept: Float[Tensor, "B"] | None = None  # 0 where a pair is masked: its loss is 0 and the denominator leaves it out
     behaviour_weight: Float[Tensor, "B"] | None = None
     kl_reference: Float[Tensor, "B"] | None = None  # nats, of the pair's step, to the pretrained model
-    terms: Mapping[str, Float[Tensor, "B"]] = field(default_factory=dict)  # the parts of the loss by name, if it has any
+    terms: Mapping[str, Float[Tensor, "B"]] = field(
+        default_factory=dict
+    )  # the parts of the loss by name, if it has any
 
 
 class Algorithm(Entry, ABC):
@@ -77,6 +79,11 @@ class Algorithm(Entry, ABC):
     @property
     def needs_old_predictions(self) -> bool:
         """Whether `pair_loss` reads `old_predictions`, which cost a forward pass under the weights that drew."""
+        return False
+
+    @property
+    def needs_reference_predictions(self) -> bool:
+        """Whether `pair_loss` reads `reference_predictions`, which cost a forward pass of the pretrained model."""
         return False
 
     @property

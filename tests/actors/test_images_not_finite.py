@@ -42,7 +42,9 @@ def test_one_image_is_set_aside_and_the_others_keep_their_bits(tables: dict, mon
     monkeypatch.setattr(rollout, "image_noise", poisoned_noise(lambda seed: seed == task.seeds[1]))
     report, _, poisoned = sampler.draw(task, weights)
     assert list(report.set_aside) == [1] and not poisoned.pixels[1].any()
-    assert "its latents are not finite: most likely the model overflows in policy.dtype = 'float32'" in report.set_aside[1]
+    assert (
+        "its latents are not finite: most likely the model overflows in policy.dtype = 'float32'" in report.set_aside[1]
+    )
     assert report.image_fingerprints[1] == ""
     assert np.array_equal(np.delete(poisoned.pixels, 1, 0), np.delete(images.pixels, 1, 0))
 

@@ -70,7 +70,9 @@ def test_a_step_whose_gradient_is_not_finite_is_not_applied(mode: str, tables: d
             with pytest.raises(NotFinite) as refused:
                 learner.update(drawn.batch, *drawn.trajectories)
             text = str(refused.value)
-            assert text.startswith("round 0, optimizer step 2 of 4: the loss (policy) is finite and its gradient is not")
+            assert text.startswith(
+                "round 0, optimizer step 2 of 4: the loss (policy) is finite and its gradient is not"
+            )
             assert "1 of the round's steps" in text and "learner.learning_rate = 0.001" in text
     assert all(value.isfinite().all() for value in learner._parameters.values())
     assert is_finite(learner.state().optimizer)
@@ -175,7 +177,11 @@ def test_a_run_ends_with_whole_files_and_resumes(
     with safe_open(lora, "numpy") as file:
         metadata = file.metadata()
     save_file(arrays, lora, metadata)
-    for verb in (["report", folder.location], ["sample", "--lora", folder.location, "cat"], ["evaluate", folder.location]):
+    for verb in (
+        ["report", folder.location],
+        ["sample", "--lora", folder.location, "cat"],
+        ["evaluate", folder.location],
+    ):
         exit_code = ddpo.main(verb)
         captured = capfd.readouterr()
         assert exit_code == 2 and f"{lora}: the tensor {name}" in captured.err
