@@ -114,7 +114,7 @@ class OptimizerSteps:
     def check(self, batch: TrainBatch, num_steps: int) -> None:
         """Read whether all steps since the last check were finite.
 
-        An overflow of float16's gradients under a scale above 1 is no fault: the scaler has found its limit, and halves the scale.
+        An overflow of float16's gradients is no fault while the scale is above 1: the scaler has found its limit, and halves it.
 
         Args:
             batch: what was learned from.
