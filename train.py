@@ -22,10 +22,11 @@ from deploy.start import start_of
 from deploy.supervision import Stopped, Supervision
 from deploy.workers import Workers, ray_workers, serial_workers
 from learner.learner_group import Learned, TrajectoriesLost
+from learner.optimizer_steps import NotFinite
 from learner.round_buffer import TooManySetAside
 from learner.weight_check import WeightsDidNotArrive
 
-BROKE_OFF = (NothingMoves, RewardFailed, TooManyRestarts, TooManySetAside, WeightsDidNotArrive)
+BROKE_OFF = (NotFinite, NothingMoves, RewardFailed, TooManyRestarts, TooManySetAside, WeightsDidNotArrive)
 
 
 def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[str, float]:
@@ -60,6 +61,11 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
             run_rounds(parts, workers, progress, supervision)
             workers.learner.save_policy(folder.location)
             evaluating.end()
+        except NotFinite:
+            if good := progress.last_state:  # what the learner has now is of the round that went wrong
+                workers.learner.load_state(good)
+                workers.learner.save_policy(folder.location)
+            raise
         except NothingMoves as stuck:
             folder.write_watchdog(f"{stuck}\n--- learner\n{workers.learner.stacks()}\n")
             raise
@@ -98,8 +104,8 @@ def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: 
             progress.write(scored, learned, RoundClock(started, collected, time.monotonic()), workers)
             supervision.check()
             del rollouts, scored  # or the store would hold this round's trajectories while the next is collected
-    except (RewardFailed, Stopped) as ended:
-        if isinstance(ended, RewardFailed) or ended.may_commit:
+    except (NotFinite, RewardFailed, Stopped) as ended:
+        if not isinstance(ended, Stopped) or ended.may_commit:
             progress.commit()
         raise
 

@@ -16,7 +16,7 @@ from common.lora_weights import LoraWeights
 from common.recipe_tables import RewardPoolTable, RuntimeTable
 from common.round_metrics import StreamReport
 from common.schedule import Place, Stream, Task
-from common.trajectory import ImageBatch, Rollout, Scores, merged_scores
+from common.trajectory import ImageBatch, Rollout, Scores, merged_scores, without
 
 # Called between any two steps of work, at least about once a second: to stop a run it raises.
 Check = Callable[[], None]
@@ -110,7 +110,7 @@ class SerialRolloutStream(RolloutStream):
         scores = merged_scores([self._scores(number, task, images) for number in asked])
         if not task.trains:
             self._evaluation_seconds += report.seconds
-        return Rollout(report, scores, trajectory, images)
+        return Rollout(report, without(scores, report.set_aside), trajectory, images)
 
     def _scores(self, number: int, task: Task, images: ImageBatch) -> Scores:
         pool, count = self._pools[number], len(images.prompts)

@@ -44,6 +44,7 @@ class Sampler:
         if policy.is_compiled("sampler"):
             self._policy.compile(sampling.batch_size)
         self._base = policy.loaded_base("sampler")
+        self._dtype = str(policy.dtype_of("sampler")).removeprefix("torch.")
         self._sampling = sampling
         self._machine = this_machine(device)
         self._fingerprint = ""
@@ -98,7 +99,11 @@ class Sampler:
             self._try_out(task, care, note)
             return None, None, None
         trajectory = self._denoise(task, care)
-        pixels = self._decode(trajectory.final_latents, care, note)
+        pixels, undecoded = self._decode(trajectory.final_latents, care, note)
+        set_aside = self._not_finite(trajectory, undecoded, task) | care.left_out
+        if set_aside:
+            pixels = pixels.copy()
+            pixels[list(set_aside)] = 0
         seconds = time.perf_counter() - start
         fingerprints = image_fingerprints(pixels)
         report = TaskReport(
@@ -107,10 +112,10 @@ class Sampler:
             self._modules_bound,
             trajectory.num_bytes if task.trains else 0,
             seconds,
-            tuple("" if row in care.left_out else found for row, found in enumerate(fingerprints)),
+            tuple("" if row in set_aside else found for row, found in enumerate(fingerprints)),
             f"{socket.gethostname()}/{os.getpid()}",
             self._machine,
-            care.left_out,
+            set_aside,
         )
         return report, trajectory if task.trains else None, ImageBatch(pixels, task.prompts)
 
@@ -136,26 +141,35 @@ class Sampler:
 
     def _decode(
         self, latents: Float[torch.Tensor, "B C H W"], care: Care, note: Callable[[int], None] | None
-    ) -> UInt8[np.ndarray, "B H2 W2 3"]:
-        """Decode final latents. An image that is left out is black."""
+    ) -> tuple[UInt8[np.ndarray, "B H2 W2 3"], set[int]]:
+        """Decode final latents. Return the images, and the rows whose pixels were not finite.
+
+        In the place of an image that is left out stands any other one.
+        """
         rows = [row for row in range(len(latents)) if row not in care.left_out]
         if not rows:
-            return np.zeros((len(latents), 8 * latents.shape[-2], 8 * latents.shape[-1], 3), np.uint8)
+            return np.zeros((len(latents), 8 * latents.shape[-2], 8 * latents.shape[-1], 3), np.uint8), set()
         if care.one_by_one == "nothing":
             standing_in = [row if row in rows else rows[0] for row in range(len(latents))]
             kept = latents if len(rows) == len(latents) else latents[standing_in]
-            pixels = self._policy.decode(kept).cpu().numpy()
-        else:
-            alone = {}
-            for row in rows:
-                if note:
-                    note(row)
-                alone[row] = self._policy.decode(latents[row : row + 1]).cpu().numpy()[0]
-            pixels = np.stack([alone.get(row, alone[rows[0]]) for row in range(len(latents))])
-        if len(rows) < len(latents):
-            pixels = pixels.copy()
-            pixels[list(care.left_out)] = 0
-        return pixels
+            return self._policy.decode(kept).cpu().numpy(), set(self._policy.not_finite)
+        alone, undecoded = {}, set()
+        for row in rows:
+            if note:
+                note(row)
+            alone[row] = self._policy.decode(latents[row : row + 1]).cpu().numpy()[0]
+            undecoded |= {row} if self._policy.not_finite else set()
+        return np.stack([alone.get(row, alone[rows[0]]) for row in range(len(latents))]), undecoded
+
+    def _not_finite(self, trajectory: Trajectory, undecoded: set[int], task: Task) -> dict[int, str]:
+        """Return the rows whose latents or pixels are no finite numbers, and why they are no images."""
+        drawn = [trajectory.final_latents.flatten(1), trajectory.log_probs]
+        finite = torch.stack([each.isfinite().all(1) for each in drawn]).all(0).tolist()
+        learned = f"version {task.policy_version} was trained with too high a learner.learning_rate"
+        cause = learned if task.policy_version else f"the model overflows in policy.dtype = {self._dtype!r}"
+        reasons = {row: f"its pixels are not finite: the decoder overflows in {self._dtype}" for row in undecoded}
+        unsampled = f"its latents are not finite: most likely {cause}"
+        return reasons | {row: unsampled for row, is_finite in enumerate(finite) if not is_finite}
 
     def _swap(self, task: Task, weights: LoraWeights) -> None:
         if weights.policy_version != task.policy_version:

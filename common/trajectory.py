@@ -233,3 +233,4 @@ class NoisedBatch:
     old_predictions: Float[Tensor, "B C H W"] | None = (
         None  # under the weights that drew; None: those of this very pass
     )
+    reference_predictions: Float[Tensor, "B C H W"] | None = None  # under the pretrained model

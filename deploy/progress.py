@@ -54,6 +54,7 @@ class Progress:
         about = {"base": as_tables(base), "start_from": started}
         self._ledger = Ledger(folder.storage, recipe.rollouts, about, folder.unwritten)
         self._done: Checkpoint | None = None  # after the last whole round of this start
+        self._resumed_from = checkpoint
         self.buffer = RoundBuffer(
             parts.algorithm,
             parts.composition,
@@ -134,6 +135,12 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
         else:
             self._failed_rounds = 0
+
+    @property
+    def last_state(self) -> LearnerState | None:
+        """The learner's state after the last whole round; None if there was none."""
+        last = self._done or self._resumed_from
+        return last.learner if last else None
 
     @property
     def last_checkpoint(self) -> str:

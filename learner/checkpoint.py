@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from safetensors import SafetensorError
 
 from common.base_parts import BASE, Base, as_tables
+from common.finite_weights import refuse_not_finite
 from common.lora_weights import LoraWeights, verified
 from common.machine import Machine
 from common.storage import Storage, StorageError
@@ -218,10 +219,12 @@ def load_checkpoint(checkpoint: Storage) -> Checkpoint:
 
 def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
     state = json.loads(checkpoint.read("state.json"))
+    optimizer = read_arrays(checkpoint, OPTIMIZER, _num_shards(state, OPTIMIZER))
+    refuse_not_finite(f"{checkpoint.location}/{OPTIMIZER}", optimizer)
     learner = LearnerState(
         state["policy_version"],
         load_weights(checkpoint),
-        read_arrays(checkpoint, OPTIMIZER, _num_shards(state, OPTIMIZER)),
+        optimizer,
         state["scaler"],
         _load_weights(checkpoint, OWN_WEIGHTS, state["own_weights"], state) if state.get("own_weights") else None,
         state.get("micro_batch_size"),
@@ -266,4 +269,6 @@ def _load_weights(checkpoint: Storage, name: str, header: dict, state: dict) -> 
     manifest = tuple((parameter, tuple(shape)) for parameter, shape in header["manifest"])
     size = sum(math.prod(shape) for _, shape in manifest)
     buffer = read_buffer(checkpoint, name, _num_shards(state, name), size)
-    return verified(LoraWeights(header["policy_version"], buffer, manifest, header["fingerprint"]))
+    weights = verified(LoraWeights(header["policy_version"], buffer, manifest, header["fingerprint"]))
+    refuse_not_finite(f"{checkpoint.location}/{name}", weights.arrays())
+    return weights

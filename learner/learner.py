@@ -24,8 +24,8 @@ from learner.drift import divergence, few, reference_kl
 from learner.learner_state import LearnerState
 from learner.learning_trial import try_learning
 from learner.micro_batch import micro_batch_size
-from learner.off_policy import rescale_gradients, to_those_left
 from learner.optimizer import load_optimizer_arrays, optimizer_arrays, optimizer_of
+from learner.optimizer_steps import OptimizerSteps, refuse_weights
 from learner.rank_group import Ranks
 from learner.reference_passes import References, Update, references_of
 from learner.round_noisings import RoundNoisings
@@ -70,6 +70,9 @@ class Learner:
         self._optimizer, self._owned = self._make_optimizer()
         self._arrival_check = ArrivalCheck(policy, recipe, self._policy)
         self._scaler = torch.amp.GradScaler(self._device, enabled=policy.dtype == "float16")
+        self._steps = OptimizerSteps(
+            self._optimizer, self._scaler, self._parameters, self._ranks, self._settings, self._device
+        )
         self._version = 0
         self._trained = read_weights(self._policy.network, 0)  # at the start of the round
         self._published = (self._trained,)
@@ -129,8 +132,9 @@ class Learner:
     def _learn_last_part(self, batch: TrainBatch, trajectories: tuple[Trajectory, ...]) -> dict[str, float]:
         assert batch.part == batch.parts - 1, f"part {batch.part} of {batch.parts} is not the round's last"
         self._learn_from(batch, trajectories)
-        self._version += 1
-        self._trained = read_weights(self._policy.network, self._version)
+        trained = read_weights(self._policy.network, self._version + 1)
+        refuse_weights(trained, batch.round, self._settings)
+        self._version, self._trained = self._version + 1, trained
         decay = self._algorithm.average_decay(self._version)
         published = self._trained if decay is None else averaged(self._published[-1], self._trained, decay)
         self._published = (*self._published, published)[-(self._recipe.max_policy_lag + 1) :]
@@ -166,6 +170,7 @@ class Learner:
                 self._optimizer_step(pairs, step, references, batch.advantages)
             if self._spent(transitions, steps):
                 break
+        self._steps.check(batch, self._metrics.optimizer_steps)
         if batch.part == batch.parts - 1:
             self._metrics.set_divergence(self._divergence(transitions, steps))
             if self._asks_for_reference(self._version + 1):
@@ -213,37 +218,18 @@ class Learner:
     def _optimizer_step(
         self, source: RoundPairs, pairs: list[Pair], references: References, worth: Float[np.ndarray, "N"]
     ) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
-        masks, own = [], self._ranks.share(pairs)
+        self._steps.begin()
+        own = self._ranks.share(pairs)
         for micro_batch in micro_batches(own, self._micro_batch_size):
             known = references.laid_into(source.batch(micro_batch), micro_batch)
             result = self._algorithm.pair_loss(self._policy, known)
-            # The mean over the optimizer step's pairs, whatever the micro-batch is, and however many ranks there are.
-            self._scaler.scale(result.loss.sum() / len(pairs)).backward()
+            self._steps.add(result, len(pairs))
             self._metrics.add_micro_batch(result, known.steps if isinstance(known, TransitionBatch) else None)
-            masks += [] if result.kept is None else [result.kept]
-        left = int(self._ranks.total(int(torch.cat(masks).sum()) if masks else len(own)))
-        if not left:  # its images are set aside, or its pairs masked: an optimizer step would only follow old momentum
+        norm = self._steps.apply(len(pairs), len(own), may_be_zero=_are_equal(worth, pairs))
+        if norm is None:
             self._metrics.leave_out_optimizer_step()
-            return
-        if not own:
-            self._scaler.scale(torch.zeros(1, device=self._device))  # it makes its scale at its first use
-        self._ranks.reduce_gradients(self._parameters.values())
-        self._scaler.unscale_(self._optimizer)
-        if left < len(pairs):
-            rescale_gradients(self._parameters.values(), to_those_left(len(pairs), left))
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.max_grad_norm, foreach=True)
-        # Without a gradient AdamW would follow old momentum, and decay weights.
-        if _are_equal(worth, pairs) and not norm:
-            self._scaler.update()
-            self._metrics.leave_out_optimizer_step()
-            return
-        self._scaler.step(self._optimizer)
-        scale = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
-        self._scaler.update()
-        skipped = self._scaler.is_enabled() and self._scaler.get_scale() < scale
-        self._metrics.end_optimizer_step(norm, skipped)
-        self._ranks.check_equal(self._parameters.values())
+        else:
+            self._metrics.end_optimizer_step(norm)
 
     def _divergence(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> Divergence:
         return divergence(self._policy, few(transitions, steps, self._micro_batch_size, self._ranks), self._ranks)
@@ -265,6 +251,7 @@ class Learner:
         load_weights(self._policy.network, state.trained)
         load_optimizer_arrays(self._optimizer, self._owned, state.optimizer)
         self._metrics, self._log_ratios = self._no_metrics(), None
+        self._steps.forget()
         if state.scaler:
             self._scaler.load_state_dict(state.scaler)
         self._version, self._published, self._trained = state.policy_version, state.weights, state.trained

@@ -1,5 +1,8 @@
 """Losses as pure functions; one value a pair, for the learner to average."""
 
+import functools
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,25 +30,33 @@ def gaussian_kl(transition: Transition, reference: Transition) -> Float[Tensor, 
     return 0.5 * moved.square().flatten(1).sum(1)
 
 
+def sum_of(terms: Mapping[str, Float[Tensor, "B"]]) -> Float[Tensor, "B"]:
+    """Return the loss that has these parts."""
+    return functools.reduce(torch.add, terms.values())
+
+
 def squared_error(predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
     """The denoising loss of each image (Ho et al. 2020, eq. 14), mean over latent elements."""
     return (predicted - target).square().flatten(1).mean(1)
 
 
-def negative_aware_loss(
+def negative_aware_terms(
     predicted: Float[Tensor, "B C H W"],
     old: Float[Tensor, "B C H W"],
     target: Float[Tensor, "B C H W"],
     optimality: Float[Tensor, "B"],
     beta: float,
-) -> Float[Tensor, "B"]:
-    """r ‖v⁺ − v‖² + (1 − r) ‖v⁻ − v‖², v⁺ = (1−β) v_old + β v_θ, v⁻ = (1+β) v_old − β v_θ (DiffusionNFT's objective).
+) -> dict[str, Float[Tensor, "B"]]:
+    """r ‖v⁺ − v‖² / β and (1 − r) ‖v⁻ − v‖² / β, v⁺ = (1−β) v_old + β v_θ, v⁻ = (1+β) v_old − β v_θ (DiffusionNFT's objective).
 
-    In what the network was trained to predict. Each square is divided by its own mean absolute error, without gradient (the
-    paper's adaptive weighting), so that no timestep drowns the others.
+    Each square is divided by its own mean absolute error, without gradient (the paper's adaptive weighting), so that no timestep
+    drowns the others.
     """
     positive, negative = (1 - beta) * old + beta * predicted, (1 + beta) * old - beta * predicted
-    return optimality * _self_normalised(positive, target) + (1 - optimality) * _self_normalised(negative, target)
+    return {
+        "positive": optimality * _self_normalised(positive, target) / beta,
+        "negative": (1 - optimality) * _self_normalised(negative, target) / beta,
+    }
 
 
 def _self_normalised(predicted: Tensor, target: Tensor) -> Float[Tensor, "B"]:

@@ -118,7 +118,8 @@ def made_up_batch(
     assert entering is not None and leaving is not None
     if algorithm.noisings_per_image is not None:
         old = latents(algorithm.needs_old_predictions)
-        return NoisedBatch(conditioning, steps, entering, leaving, numbers(1.0), old)
+        pretrained = latents(algorithm.needs_reference_predictions)
+        return NoisedBatch(conditioning, steps, entering, leaving, numbers(1.0), old, pretrained)
     return TransitionBatch(
         conditioning,
         steps,

@@ -42,6 +42,11 @@ def optimizer_of(parameters: Mapping[str, nn.Parameter], settings: LearnerTable)
     return AdamW8bit(parameters.values(), **keys)
 
 
+def is_fused(optimizer: Any) -> bool:
+    """Return whether the optimizer itself looks at `found_inf`, on the device, and then leaves everything as it is."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
 def lay_out(parameters: Mapping[str, nn.Parameter], settings: LearnerTable) -> None:
     """Give parameters the memory layout that the optimizer needs.
 

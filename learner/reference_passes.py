@@ -26,9 +26,10 @@ class References:
     """Of each pair, what the algorithm asks for; nothing of a pair whose own forward pass is under those very weights."""
 
     proximal_log_probs: Known = field(default_factory=dict)
-    behaviour_means: Known = field(default_factory=dict)  # these three in the host's memory: as large as the paths
+    behaviour_means: Known = field(default_factory=dict)  # these four in the host's memory: as large as the paths
     reference_means: Known = field(default_factory=dict)
     old_predictions: Known = field(default_factory=dict)
+    reference_predictions: Known = field(default_factory=dict)
 
     def laid_into(self, batch: Batch, pairs: list[Pair]) -> Batch:
         """The batch of these pairs, with what is known of them."""
@@ -85,9 +86,11 @@ def references_of(algorithm: Algorithm, policy: Policy, update: Update, micro_ba
     with swapped_in(policy.network, update.drawn_with, update.present) if needs_old else nullcontext():
         behaviour = taken(algorithm.needs_behaviour_means, same, _mean)
         old = taken(algorithm.needs_old_predictions, same, _prediction)
-    with reference_policy(policy.network) if algorithm.needs_reference_means else nullcontext():
+    needs_reference = algorithm.needs_reference_means or algorithm.needs_reference_predictions
+    with reference_policy(policy.network) if needs_reference else nullcontext():
         reference = taken(algorithm.needs_reference_means, False, _mean)
-    return References(proximal, behaviour, reference, old)
+        pretrained = taken(algorithm.needs_reference_predictions, False, _prediction)
+    return References(proximal, behaviour, reference, old, pretrained)
 
 
 def log_probs_under(policy: Policy, pairs: RoundPairs, batches: Iterable[list[Pair]]) -> Known:

@@ -33,8 +33,11 @@ class RoundPairs(ABC):
     def optimizer_steps(
         self, order: np.ndarray, size: int, set_aside: tuple[int, ...], inner_epoch: int = 0
     ) -> list[list[Pair]]:
-        """The pairs of each optimizer step: `size` images in `order`, without those set aside, which move no other."""
-        cut = [order[first : first + size] for first in range(0, len(order), size)]
+        """The pairs of each optimizer step: `size` images in `order`, without those set aside, which move no other.
+
+        If fewer are left over at the end, they join the step before: a few images would else make a whole step.
+        """
+        cut = np.split(order, range(size, len(order) - size + 1, size)) if len(order) else []
         return [self.pairs_of(images[~np.isin(images, set_aside)], inner_epoch) for images in cut]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.recipe_tables import LearnerTable
-from learner.optimizer import lay_out, optimizer_of
+from learner.optimizer import is_fused, lay_out, optimizer_of
 from learner.rank_group import Ranks
 
 
@@ -37,14 +37,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if owner == ranks.rank:
                 self.owned[name] = parameter
         lay_out(parameters, settings)  # those of others too: ranks compute alike
-        self._moves = optimizer_of(self.owned, settings)
+        self._moves: Any = optimizer_of(self.owned, settings)
         self.state = self._moves.state
+        self._step_supports_amp_scaling = is_fused(self._moves)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Move all parameters; a collective. RuntimeError: a rank's weights were not those of the others."""
         assert closure is None, "gradients are there already"
         self._ranks.check_equal(self._parameters)  # before what the owners send would hide it
+        if is_fused(self._moves):
+            self._moves.found_inf = getattr(self, "found_inf", None)
         self._moves.step()
         for rank, parameters in enumerate(self._of_rank):
             self._ranks.send_from(rank, parameters)

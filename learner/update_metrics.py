@@ -11,6 +11,7 @@ from learner.algorithms.algorithm import PairLoss
 from learner.rank_group import Ranks
 from learner.weight_check import Arrival
 
+NUMBERS = tuple(each.name for each in dataclasses.fields(PairLoss) if each.name != "terms")
 Divergence = list[tuple[Tensor, Tensor]]  # of batches of pairs: each pair's step, and its log_prob − old_log_prob
 
 
@@ -23,8 +24,8 @@ class UpdateMetrics:
         self._arrivals: list[Arrival] = []
         self._num_steps = num_steps
         self._latent_elements = latent_elements
-        self._optimizer_steps = 0
-        self._skipped = 0
+        self.optimizer_steps = 0
+        self._left_out = 0
         self._any_update = False
         self._first_log_ratios: list[Tensor] = []
         self._results: list[PairLoss] = []
@@ -35,24 +36,22 @@ class UpdateMetrics:
 
     def add_micro_batch(self, result: PairLoss, steps: Int[Tensor, "B"] | None) -> None:
         """A micro-batch that was learned from, and each pair's step; None: its pairs are not steps of a path."""
-        self._results.append(dataclasses.replace(result, loss=result.loss.detach()))
+        self._results.append(dataclasses.replace(result, loss=result.loss.detach(), terms={}))
         if steps is not None:
             self._steps.append(steps)
         if not self._any_update and result.log_ratio is not None:  # before any update the ratio should be 1
             self._first_log_ratios.append(result.log_ratio)
 
-    def end_optimizer_step(self, gradient_norm: Float[Tensor, ""], skipped: bool) -> None:
-        """The gradient norm before clipping, and whether float16's scaler left the step out."""
-        if not skipped:  # a skipped step's norm is infinite
-            self._gradient_norms.append(gradient_norm.detach())
+    def end_optimizer_step(self, gradient_norm: Float[Tensor, ""]) -> None:
+        """The gradient norm before clipping. If it is not finite, the step was not applied."""
+        self._gradient_norms.append(gradient_norm.detach())
         self._any_update = True
-        self._optimizer_steps += 1
-        self._skipped += skipped
+        self.optimizer_steps += 1
 
     def leave_out_optimizer_step(self) -> None:
         """An optimizer step that had nothing left to learn from."""
-        self._optimizer_steps += 1
-        self._skipped += 1
+        self.optimizer_steps += 1
+        self._left_out += 1
 
     def end_part(self, seconds: float, arrival: Arrival) -> None:
         """A part of the round is learned from; how long it took, and what the check of its weights found."""
@@ -77,7 +76,7 @@ class UpdateMetrics:
             found = ranks.gathered(values)
             return None if found is None else found.float()
 
-        joined = {field.name: of_all(self._joined(field.name)) for field in dataclasses.fields(PairLoss)}
+        joined = {name: of_all(self._joined(name)) for name in NUMBERS}
         loss, steps, first = joined.pop("loss"), of_all(_cat(self._steps)), of_all(_cat(self._first_log_ratios))
         self._results = [] if loss is None else [PairLoss(loss, **joined)]
         self._steps = [] if steps is None else [steps.long()]
@@ -99,11 +98,14 @@ class UpdateMetrics:
     def summary(self) -> dict[str, float]:
         """Metrics of the round; of what the algorithm does not look at there are none."""
         loss = self._joined("loss")
+        norms = torch.stack(self._gradient_norms).cpu() if self._gradient_norms else torch.empty(0)
+        applied = norms[norms.isfinite()]
         metrics = {
             "loss": math.nan if loss is None else float(loss.mean()),
-            "grad_norm": float(torch.stack(self._gradient_norms).mean()) if self._gradient_norms else math.nan,
-            "optimizer_steps": float(self._optimizer_steps),
-            "optimizer_steps_skipped": float(self._skipped),
+            "grad_norm": float(applied.mean()) if len(applied) else math.nan,
+            "optimizer_steps": float(self.optimizer_steps),
+            "optimizer_steps_skipped": float(self._left_out + len(norms) - len(applied)),
+            "optimizer_steps_not_finite": float(len(norms) - len(applied)),
             "log_prob_check/max_abs": max((each.largest for each in self._arrivals), default=0.0),
             "seconds/learn": self._seconds,
         }
@@ -120,19 +122,25 @@ class UpdateMetrics:
         of_steps = {step: values[steps == step] for step in range(self._num_steps)}
         return {f"{name}/step_{step:02d}": float(part.mean()) for step, part in of_steps.items() if len(part)}
 
+    def _unmasked(self, name: str) -> Float[Tensor, "N"] | None:
+        """One value of all pairs of the round that are not masked."""
+        values, kept = self._joined(name), self._joined("kept")
+        return values if values is None or kept is None else values[kept > 0]
+
     def _ratios(self) -> dict[str, float]:
-        log_ratio, clipped = self._joined("log_ratio"), self._joined("clipped")
+        log_ratio, clipped, kept = self._unmasked("log_ratio"), self._unmasked("clipped"), self._joined("kept")
         metrics = {}
         if log_ratio is not None:
             metrics |= {
                 "ratio/mean": float(log_ratio.exp().mean()),
-                "ratio/min": float(log_ratio.min().exp()),
-                "ratio/max": float(log_ratio.max().exp()),
+                "ratio/min": float(log_ratio.min().exp()) if len(log_ratio) else math.nan,
+                "ratio/max": float(log_ratio.max().exp()) if len(log_ratio) else math.nan,
                 "ratio/max_abs_log": float(torch.cat(self._first_log_ratios).abs().max()),
             }
         if clipped is not None:
+            steps = torch.cat(self._steps)
             metrics |= {"clip_fraction": float(clipped.mean())}
-            metrics |= self._by_step("clip_fraction", clipped, torch.cat(self._steps))
+            metrics |= self._by_step("clip_fraction", clipped, steps if kept is None else steps[kept > 0])
         return metrics
 
     def _kl(self) -> dict[str, float]:
@@ -140,7 +148,7 @@ class UpdateMetrics:
         if self._divergence:
             steps = torch.cat([of_batch for of_batch, _ in self._divergence])
             metrics |= self._by_step("kl_nats", self._nats(self._divergence), steps)
-        reference = self._joined("kl_reference")
+        reference = self._unmasked("kl_reference")
         if reference is None and self._reference_kl:
             reference = torch.cat(self._reference_kl)
         return metrics if reference is None else metrics | {"kl_reference_nats": float(reference.mean())}
@@ -148,7 +156,7 @@ class UpdateMetrics:
     def _corrections(self, loss: Float[Tensor, "N"] | None) -> dict[str, float]:
         """Of an algorithm that masks pairs or weighs them: how many, how much, and the loss of those left."""
         metrics = {}
-        kept, weight = self._joined("kept"), self._joined("behaviour_weight")
+        kept, weight = self._joined("kept"), self._unmasked("behaviour_weight")
         if kept is not None and loss is not None:
             left = float(kept.sum())
             metrics |= {"masked_fraction": 1 - left / len(loss), "loss": float(loss.sum()) / max(left, 1)}

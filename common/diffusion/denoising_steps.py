@@ -41,6 +41,13 @@ class DenoisingSteps(ABC):
     ) -> Noised:
         """The forward process at the model's own `timesteps`: noised latents, what the network is told, what it should say."""
 
+    def clean_scale(self, timesteps: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """How far the clean latents move that a prediction at these timesteps stands for, when it moves by one.
+
+        1 if errors are to be measured in what the network predicts.
+        """
+        return torch.ones(len(timesteps), device=timesteps.device)
+
 
 def output_sensitivity(steps: DenoisingSteps) -> Float[Tensor, "T"]:
     """|dμ/d output| / σ of each step: by how many σ its mean moves when the output moves by one; infinity where σ is 0."""

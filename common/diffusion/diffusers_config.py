@@ -104,11 +104,13 @@ class DiffusersConfig(PolicyConfig):
 
     def latent_size(self) -> int | None:
         """Latents a side at `resolution`; None: the model's own. From a file, for a learner loads no decoder to ask."""
-        if self.resolution is None:
-            return None
+        return None if self.resolution is None else self.resolution // self.pixels_per_latent()
+
+    def pixels_per_latent(self) -> int:
+        """Pixels of an image that a latent stands for, a side: the decoder's scale factor, as diffusers' pipelines have it."""
         config = self.part_config("vae")
         channels = config.get("block_out_channels") or config["encoder_block_out_channels"]  # AutoencoderTiny's
-        return self.resolution // 2 ** (len(channels) - 1)
+        return 2 ** (len(channels) - 1)
 
     def needs(self) -> tuple[Weights, ...]:
         source = str(self.folder()) if self.folder().exists() else self.model

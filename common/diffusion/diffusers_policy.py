@@ -151,6 +151,8 @@ class DiffusersPolicy(Policy):
         with self._at_work(self.vae):
             pixels = self.vae.decode(scaled if shift is None else scaled + shift, return_dict=False)[0]
         pixels = pixels.float() / 2 + 0.5
+        finite = pixels.isfinite().flatten(1).all(1).tolist()
+        self.not_finite = tuple(row for row, is_finite in enumerate(finite) if not is_finite)
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def save(self, folder: Path) -> Path:

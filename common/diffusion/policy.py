@@ -11,6 +11,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from common.base_parts import Base, entry_base
+from common.diffusion.denoising_steps import DenoisingSteps
 from common.diffusion.lora import MergedAdapters, load_weights
 from common.diffusion.sizes import DeviceKind, PolicySizes
 from common.diffusion.transition import Transition
@@ -36,6 +37,8 @@ class Policy(ABC):
     num_train_timesteps: int  # of the model's own schedule
     latent_shape: tuple[int, int, int]  # C, H, W of one image's latents
     merged: MergedAdapters | None = None  # a sampler's, where the recipe has them merged
+    # Rows of the last `decode` whose pixels were no finite numbers before they became uint8; a family need not tell.
+    not_finite: tuple[int, ...] = ()
 
     def compile(self, batch_size: int) -> None:
         """From here on the network runs compiled, on batches of this size: smaller ones are filled up, larger ones cut.
@@ -86,6 +89,12 @@ class Policy(ABC):
 
         Both float32, in the network's own terms (noise, velocity or clean latents).
         """
+
+    def clean_scale(self, timesteps: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """How far the clean latents move that a prediction stands for, when it moves by one: as the steps say, if it has some."""
+        steps = getattr(self, "steps", None)
+        ones = torch.ones(len(timesteps), device=timesteps.device)
+        return steps.clean_scale(timesteps) if isinstance(steps, DenoisingSteps) else ones
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:

@@ -118,7 +118,7 @@ class Flux(DiffusersConfig):
         "black-forest-labs/FLUX.1-schnell": {**DEV, "transformer": DEV["transformer"] | {"guidance_embeds": False}},
     }
 
-    # Flow-GRPO's adapter (Liu et al. 2025).
+    # Flow-GRPO's adapter for SD 3.5 (Liu et al. 2025); theirs for FLUX is larger and stands in the recipe.
     lora: LoraSettings = LoraSettings(
         rank=32,
         alpha=64,

@@ -55,6 +55,10 @@ class FlowMatchTable(DenoisingSteps):
         noised = (1 - column(sigmas)) * clean_latents + column(sigmas) * noise
         return noised, self.num_train_timesteps * sigmas, noise - clean_latents
 
+    def clean_scale(self, timesteps: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """σ, for x0 = x_σ − σ v."""
+        return self.training_sigmas[timesteps]
+
 
 def flow_match_table(
     scheduler_config: dict[str, Any], num_steps: int, noise_level: float, image_tokens: int, evenly_spaced: bool

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common.diffusion.lora import LoraSettings, load_lora, lora_file, save_lora
 from common.diffusion.weight_files import TRAINED_PARTS, network_folder, part_of
+from common.finite_weights import refuse_not_finite
 from common.lora_weights import LoraWeights, Manifest, pack
 from common.reading import reading
 
@@ -35,7 +36,10 @@ def save_trained(network: Any, train: str, lora: LoraSettings, folder: Path, par
 
 
 def restore_trained(network: Any, train: str, path: Path) -> None:
-    """Read what `save_trained` wrote, or any of the same form. ValueError: it does not fit the network."""
+    """Read what `save_trained` wrote, or any of the same form. ValueError: it does not fit the network, or is not finite."""
+    for file in [lora_file(path)] if train == "lora" else sorted(path.glob("*.safetensors")):
+        with reading(file):
+            refuse_not_finite(file, load_file(file))
     if train == "lora":
         return load_lora(network, path)
     if _is_of_diffusers(network):
@@ -50,7 +54,7 @@ def stored_weights(path: Path, manifest: Manifest, policy_version: int) -> LoraW
     """Return what the files in a run's folder hold, under the names that the parameters have in the network.
 
     Raises:
-        ValueError: there are no such files, or they lack a parameter.
+        ValueError: there are no such files, they lack a parameter, or a weight is no finite number.
     """
     network = network_folder(path)
     if network:
@@ -69,7 +73,9 @@ def stored_weights(path: Path, manifest: Manifest, policy_version: int) -> LoraW
 
 def _arrays(file: Path) -> dict[str, np.ndarray]:
     with reading(file):
-        return load_arrays(file)
+        arrays = load_arrays(file)
+        refuse_not_finite(file, arrays)
+    return arrays
 
 
 def _is_of_diffusers(network: Any) -> bool:

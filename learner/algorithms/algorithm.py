@@ -1,7 +1,8 @@
 """What every algorithm promises: what each image is worth, from rewards, and a loss on (image, step) pairs."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -25,6 +26,9 @@ class PairLoss:
     kept: Float[Tensor, "B"] | None = None  # 0 where a pair is masked: its loss is 0 and the denominator leaves it out
     behaviour_weight: Float[Tensor, "B"] | None = None
     kl_reference: Float[Tensor, "B"] | None = None  # nats, of the pair's step, to the pretrained model
+    terms: Mapping[str, Float[Tensor, "B"]] = field(
+        default_factory=dict
+    )  # the parts of the loss by name, if it has any
 
 
 class Algorithm(Entry, ABC):
@@ -75,6 +79,11 @@ class Algorithm(Entry, ABC):
     @property
     def needs_old_predictions(self) -> bool:
         """Whether `pair_loss` reads `old_predictions`, which cost a forward pass under the weights that drew."""
+        return False
+
+    @property
+    def needs_reference_predictions(self) -> bool:
+        """Whether `pair_loss` reads `reference_predictions`, which cost a forward pass of the pretrained model."""
         return False
 
     @property

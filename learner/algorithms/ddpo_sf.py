@@ -28,4 +28,5 @@ class DDPOScoreFunction(PolicyGradient):
         self, transition: Transition, batch: TransitionBatch, advantages: Float[Tensor, "B"]
     ) -> PairLoss:
         log_prob = transition.log_prob(batch.next_latents)
-        return PairLoss(score_function(log_prob, advantages), (log_prob - batch.old_log_probs).detach())
+        loss = score_function(log_prob, advantages)
+        return PairLoss(loss, (log_prob - batch.old_log_probs).detach(), terms={"policy": loss})

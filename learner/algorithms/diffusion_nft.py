@@ -6,11 +6,12 @@ from pydantic import Field
 from torch import Tensor
 
 from common.config import Recipe
+from common.diffusion.denoising_steps import column
 from common.trajectory import NoisedBatch
 from learner.advantages import PromptStatistics, optimality
 from learner.algorithms.advantage_settings import AdvantageSettings
 from learner.algorithms.forward_process import ForwardProcess
-from learner.losses import negative_aware_loss
+from learner.losses import negative_aware_terms, squared_error
 
 
 class DiffusionNFT(ForwardProcess):
@@ -20,19 +21,29 @@ class DiffusionNFT(ForwardProcess):
     min(average_decay_max, average_decay_growth · version).
     """
 
-    advantages: AdvantageSettings = AdvantageSettings(kind="round")
-    advantage_clip: float = Field(default=5.0, gt=0)  # at which r is 0 or 1
+    advantages: AdvantageSettings = AdvantageSettings(kind="group", group_deviation="round")
+    advantage_clip: float = Field(default=5.0, gt=0)  # at which r is 0 or 1; the loss is multiplied by it
     beta: float = Field(default=1.0, gt=0)  # how far the positive and negative policies stand from the one that drew
+    kl_coef: float = Field(default=0.0, ge=0)  # × mean ‖v − v_pretrained‖²; the authors' is 1e-4
     average_decay_growth: float = Field(default=0.001, ge=0)
     average_decay_max: float = Field(default=0.5, ge=0, lt=1)
 
     def check(self, recipe: Recipe) -> None:
         super().check(recipe)
         self.advantages.check(recipe)
+        if self.kl_coef and recipe.policy.table().get("train") == "full":
+            raise ValueError(
+                f"algorithm.kl_coef is {self.kl_coef} and policy.train 'full': the pretrained model is the network with its "
+                'adapters switched off, so a KL to it needs policy.train = "lora"'
+            )
 
     @property
     def needs_old_predictions(self) -> bool:
         return True
+
+    @property
+    def needs_reference_predictions(self) -> bool:
+        return self.kl_coef > 0
 
     def average_decay(self, policy_version: int) -> float:
         return min(self.average_decay_max, self.average_decay_growth * policy_version)
@@ -50,8 +61,18 @@ class DiffusionNFT(ForwardProcess):
         statistics, advantages = self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)
         return statistics, self.from_advantages(advantages)
 
-    def noised_loss(
-        self, predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], batch: NoisedBatch
-    ) -> Float[Tensor, "B"]:
+    def noised_terms(
+        self,
+        predicted: Float[Tensor, "B C H W"],
+        target: Float[Tensor, "B C H W"],
+        clean_scale: Float[Tensor, "B"],
+        batch: NoisedBatch,
+    ) -> dict[str, Float[Tensor, "B"]]:
         old = predicted.detach() if batch.old_predictions is None else batch.old_predictions
-        return negative_aware_loss(predicted, old, target, batch.worth, self.beta)
+        # The paper's squares are of clean latents: their error is that of the prediction, times this.
+        of_clean = [column(clean_scale) * each for each in (predicted, old, target)]
+        terms = negative_aware_terms(*of_clean, batch.worth, self.beta)
+        terms = {name: self.advantage_clip * term for name, term in terms.items()}
+        if batch.reference_predictions is not None:
+            terms["kl"] = self.kl_coef * squared_error(predicted, batch.reference_predictions)
+        return terms

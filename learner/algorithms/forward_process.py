@@ -1,6 +1,6 @@
 """What algorithms on finished images share: they are noised anew, so neither log-probs nor the path that led there count."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 
 from jaxtyping import Float
 from pydantic import Field
@@ -9,6 +9,7 @@ from torch import Tensor
 from common.diffusion.policy import Policy
 from common.trajectory import NoisedBatch, TransitionBatch
 from learner.algorithms.algorithm import Algorithm, PairLoss
+from learner.losses import sum_of
 
 
 class ForwardProcess(Algorithm, ABC):
@@ -23,10 +24,24 @@ class ForwardProcess(Algorithm, ABC):
     def pair_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch) -> PairLoss:
         assert isinstance(batch, NoisedBatch), "finished images are learned from"
         predicted, target = policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)
-        return PairLoss(self.noised_loss(predicted, target, batch))
+        terms = self.noised_terms(predicted, target, policy.clean_scale(batch.timesteps), batch)
+        return PairLoss(sum_of(terms), terms=terms)
 
-    @abstractmethod
+    def noised_terms(
+        self,
+        predicted: Float[Tensor, "B C H W"],
+        target: Float[Tensor, "B C H W"],
+        clean_scale: Float[Tensor, "B"],
+        batch: NoisedBatch,
+    ) -> dict[str, Float[Tensor, "B"]]:
+        """The parts of each pair's loss by name; one part, unless an algorithm has several.
+
+        `clean_scale`: by how much the clean latents that a prediction stands for move with it.
+        """
+        return {"denoising": self.noised_loss(predicted, target, batch)}
+
     def noised_loss(
         self, predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], batch: NoisedBatch
     ) -> Float[Tensor, "B"]:
-        """The loss of each pair, from what the network predicts and what it should."""
+        """The loss of each pair, from what the network predicts and what it should. An algorithm has this or `noised_terms`."""
+        raise NotImplementedError(f"{type(self).__name__} has neither noised_loss nor noised_terms")

@@ -17,7 +17,7 @@ from common.trajectory import NoisedBatch, TransitionBatch
 from learner.advantages import PromptStatistics
 from learner.algorithms.advantage_settings import AdvantageSettings
 from learner.algorithms.algorithm import Algorithm, PairLoss
-from learner.losses import gaussian_kl
+from learner.losses import gaussian_kl, sum_of
 from learner.off_policy import behaviour_weight, decoupled_surrogate, drift_nats, within_drift
 
 CLIP_RANGE = 1e-4  # the lineage's, on the mean scale
@@ -149,12 +149,15 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
         ones = torch.ones_like(anchor)
         loss = decoupled_surrogate(log_prob, anchor, ones if weight is None else weight, advantages, clip_range)
         clipped = (((log_prob - anchor).detach().exp() - 1).abs() > clip_range).float()
-        loss = loss if kept is None else loss * kept
-        if batch.reference_means is None:
-            return PairLoss(loss, log_ratio, clipped, kept, weight)
-        kl = gaussian_kl(transition, Transition(batch.reference_means, transition.std))
-        pull = (self.kl_coef_nats or self.kl_coef / batch.latents[0].numel()) * kl
-        return PairLoss(loss + pull, log_ratio, clipped, kept, weight, kl.detach())
+        terms = {"policy": loss}
+        kl = None
+        if batch.reference_means is not None:
+            kl = gaussian_kl(transition, Transition(batch.reference_means, transition.std))
+            terms["kl"] = (self.kl_coef_nats or self.kl_coef / batch.latents[0].numel()) * kl
+            kl = kl.detach()
+        if kept is not None:  # in every term, or a KL would still pull what is masked
+            terms = {name: torch.where(kept > 0, term, 0.0) for name, term in terms.items()}
+        return PairLoss(sum_of(terms), log_ratio, clipped, kept, weight, kl, terms)
 
     def _ratios_denominator(self, log_prob: Float[Tensor, "B"], batch: TransitionBatch) -> Float[Tensor, "B"]:
         if self.off_policy.ratio == "behaviour":

@@ -15,6 +15,7 @@ class SparseRewardWeightedRegression(ForwardProcess):
     """An image counts where its reward is at or above this percentile of its prompt's last rewards, this round's among them.
 
     A prompt with fewer than `min_count` of them is held against the whole round. What does not count enters no optimizer step.
+    If what counts is no multiple of an optimizer step's images, the last step has the remainder as well.
     """
 
     percentile: float = Field(default=90.0, ge=0, lt=100)

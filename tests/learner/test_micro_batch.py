@@ -84,7 +84,7 @@ def test_a_number_that_is_given_stays_whatever_the_state_says(tables: dict) -> N
     "algorithm", [{"name": "ddpo_is"}, {"name": "ddpo_is", "kl_coef": 0.1}, {"name": "diffusion_nft"}], ids=str
 )
 def test_a_trial_takes_what_is_predicted_and_leaves_no_trace(algorithm: dict, tables: dict) -> None:
-    parts = parts_with({**tables, "algorithm": algorithm}, learner__micro_batch_size=4)
+    parts = parts_with({**tables, "algorithm": algorithm}, learner__micro_batch_size=4, prompts__images_per_prompt=2)
     policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
     sizes = parts.policy.sizes(parts.recipe.sampling, "cpu")
     before = {name: value.clone() for name, value in policy.network.state_dict().items()}

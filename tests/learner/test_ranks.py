@@ -48,7 +48,7 @@ LEARNED: dict[str, tuple[dict, dict]] = {
     "grpo": ({**_algorithm("grpo", clip_range=1e-3), **GROUPS}, {"rounds": 2}),
     "rwr": ({**_algorithm("rwr", noisings=4), **TWICE}, {}),
     "dpok": (_algorithm("dpok", kl_coef=0.1, clip_range=1e-3), {}),
-    "diffusion_nft": ({**_algorithm("diffusion_nft", noisings=4), "max_policy_lag": 1}, {"rounds": 2}),
+    "diffusion_nft": ({**_algorithm("diffusion_nft", noisings=4), **GROUPS, "max_policy_lag": 1}, {"rounds": 2}),
     "mask": ({**_algorithm("ddpo_is", clip_range=1e-3, off_policy=MASK), **TWICE}, {}),
     "set aside": (TWICE, {"set_aside": (2, 5, 6)}),
     "one image left": (_algorithm("ddpo_is", off_policy={"ratio": "proximal"}), {"set_aside": FIRST_STEP[1:]}),

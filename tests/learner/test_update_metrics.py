@@ -20,11 +20,11 @@ def summary() -> dict[str, float]:
     metrics = UpdateMetrics(num_steps=3, latent_elements=1000)
     metrics.add_micro_batch(result([1.0, 2.0], [0.0, -0.001], [0.0, 0.0]), torch.tensor([0, 1]))
     metrics.add_micro_batch(result([3.0, 6.0], [0.0, 0.0005], [0.0, 0.0]), torch.tensor([0, 1]))
-    metrics.end_optimizer_step(torch.tensor(4.0), skipped=False)
+    metrics.end_optimizer_step(torch.tensor(4.0))
     metrics.add_micro_batch(
         result([0.0, 0.0, 0.0, 0.0], [math.log(2), 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 2])
     )
-    metrics.end_optimizer_step(torch.tensor(2.0), skipped=True)
+    metrics.end_optimizer_step(torch.tensor(math.inf))
     looked_at = [(torch.tensor([0, 1]), torch.tensor([-0.002, -0.006])), (torch.tensor([0]), torch.tensor([0.001]))]
     metrics.set_divergence(looked_at)
     return metrics.summary()
@@ -67,9 +67,9 @@ def test_a_step_with_nothing_left_is_counted_and_the_next_is_still_before_any_up
     metrics = UpdateMetrics(num_steps=1, latent_elements=1)
     metrics.leave_out_optimizer_step()
     metrics.add_micro_batch(result([1.0], [0.25], [0.0]), torch.tensor([0]))
-    metrics.end_optimizer_step(torch.tensor(1.0), skipped=False)
+    metrics.end_optimizer_step(torch.tensor(1.0))
     metrics.add_micro_batch(result([1.0], [0.5], [0.0]), torch.tensor([0]))
-    metrics.end_optimizer_step(torch.tensor(1.0), skipped=False)
+    metrics.end_optimizer_step(torch.tensor(1.0))
     metrics.set_divergence([(torch.tensor([0]), torch.tensor([0.0]))])
     summary = metrics.summary()
     assert summary["optimizer_steps"] == 3 and summary["optimizer_steps_skipped"] == 1
@@ -83,7 +83,7 @@ def test_the_estimate_of_kl_is_right_for_two_gaussians() -> None:
     log_ratio = (drawn.square() - (drawn - 0.1).square()).mean(1) / (2 * 0.25)
     metrics = UpdateMetrics(num_steps=1, latent_elements=32)
     metrics.add_micro_batch(result([0.0], [0.0], [0.0]), torch.tensor([0]))
-    metrics.end_optimizer_step(torch.tensor(0.0), skipped=False)
+    metrics.end_optimizer_step(torch.tensor(0.0))
     metrics.set_divergence([(torch.zeros(5000, dtype=torch.long), log_ratio)])
     assert metrics.summary()["kl_nats"] == pytest.approx(0.64, abs=0.05)
 
@@ -94,7 +94,7 @@ def test_what_is_masked_counts_neither_in_the_loss_nor_in_its_denominator() -> N
         part = result([kept[0] * 6.0, kept[1] * 4.0], [0.0, 0.0], [0.0, 0.0])
         weighed = dataclasses.replace(part, kept=torch.tensor(kept), behaviour_weight=torch.tensor(weight))
         metrics.add_micro_batch(weighed, torch.tensor([0, 0]))
-    metrics.end_optimizer_step(torch.tensor(1.0), skipped=False)
+    metrics.end_optimizer_step(torch.tensor(1.0))
     metrics.set_divergence([(torch.tensor([0]), torch.tensor([0.0]))])
     summary = metrics.summary()
     assert summary["masked_fraction"] == 0.5 and summary["loss"] == 5.0 and summary["behaviour_weight/mean"] == 2.5
@@ -114,7 +114,7 @@ def test_gathering_keeps_no_graph() -> None:
 def test_a_loss_without_a_ratio_has_no_metrics_of_one_and_a_kl_to_the_pretrained_model_has_its_mean() -> None:
     metrics = UpdateMetrics(num_steps=2, latent_elements=4)
     metrics.add_micro_batch(PairLoss(torch.tensor([1.0, 2.0])), None)
-    metrics.end_optimizer_step(torch.tensor(1.0), skipped=False)
+    metrics.end_optimizer_step(torch.tensor(1.0))
     summary = metrics.summary()
     assert summary["loss"] == 1.5 and not [name for name in summary if name.startswith(("ratio", "clip"))]
     assert "kl_reference_nats" not in summary and math.isnan(summary["kl_nats"])

@@ -39,12 +39,12 @@ def percentile(values: list[float], percent: float) -> float:
 def negative_aware(
     predicted: np.ndarray, old: np.ndarray, target: np.ndarray, r: float, beta: float, scales: tuple[float, float]
 ) -> float:
-    """DiffusionNFT: r ‖v⁺ − v‖² / s⁺ + (1 − r) ‖v⁻ − v‖² / s⁻; the scales are the branches' mean absolute errors, held."""
+    """DiffusionNFT: 5 (r ‖v⁺ − v‖² / s⁺ + (1 − r) ‖v⁻ − v‖² / s⁻) / β; the scales are the branches' mean absolute errors."""
     total = 0.0
     for x, o, t in zip(predicted.ravel(), old.ravel(), target.ravel(), strict=True):
         positive, negative = (1 - beta) * o + beta * x, (1 + beta) * o - beta * x
         total += r * (positive - t) ** 2 / scales[0] + (1 - r) * (negative - t) ** 2 / scales[1]
-    return total / predicted.size
+    return 5 * total / beta / predicted.size
 
 
 def negative_aware_scales(

@@ -1,0 +1,27 @@
+"""Refuse weights that are no finite numbers, by file and tensor, wherever they are read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def first_not_finite(arrays: Mapping[str, Any]) -> str | None:
+    """Return the name of the first array or tensor that holds a NaN or an infinity; None if all are finite."""
+    return next((name for name, array in arrays.items() if not _is_finite(array)), None)
+
+
+def refuse_not_finite(file: str | Path, arrays: Mapping[str, Any]) -> None:
+    """Raise ValueError if one of the arrays or tensors that `file` holds is not finite."""
+    if name := first_not_finite(arrays):
+        raise ValueError(
+            f"{file}: the tensor {name} holds NaN or infinity, so these weights are of no use: restore the file, or take an "
+            "earlier checkpoint's weights (--from RUN@ROUND)"
+        )
+
+
+def _is_finite(array: Any) -> bool:
+    if not isinstance(array, np.ndarray):
+        return bool(array.isfinite().all())
+    return array.dtype.kind not in "fcV" or bool(np.isfinite(array).all())

@@ -1,0 +1,94 @@
+"""An image whose latents or pixels are no finite numbers is set aside by name; if all of a round are, the run ends so."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from torch import Tensor
+
+import ddpo
+from actors.sampler import Sampler
+from common.diffusion import rollout
+from common.run_folder import RunFolder
+from common.schedule import round_tasks
+from learner.learner import Learner
+from tests.accepted_page import assert_accepted
+from tests.failure_page import assert_documented
+from tests.rounds import moved, parts_with
+
+
+def poisoned_noise(is_poisoned: Callable[[int], bool]) -> Callable[[list[int], tuple[int, ...]], Iterator[Tensor]]:
+    """The noise that images are drawn with, NaN for some seeds."""
+    whole = rollout.image_noise
+
+    def noise(seeds: list[int], shape: tuple[int, ...]) -> Iterator[Tensor]:
+        for drawn in whole(seeds, shape):
+            drawn[[row for row, seed in enumerate(seeds) if is_poisoned(seed)]] = torch.nan
+            yield drawn
+
+    return noise
+
+
+def test_one_image_is_set_aside_and_the_others_keep_their_bits(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_with(tables)
+    sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
+    weights = moved(Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1])
+    task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
+    whole, _, images = sampler.draw(task, weights)
+    assert whole.set_aside == {}
+    monkeypatch.setattr(rollout, "image_noise", poisoned_noise(lambda seed: seed == task.seeds[1]))
+    report, _, poisoned = sampler.draw(task, weights)
+    assert list(report.set_aside) == [1] and not poisoned.pixels[1].any()
+    assert (
+        "its latents are not finite: most likely the model overflows in policy.dtype = 'float32'" in report.set_aside[1]
+    )
+    assert report.image_fingerprints[1] == ""
+    assert np.array_equal(np.delete(poisoned.pixels, 1, 0), np.delete(images.pixels, 1, 0))
+
+
+def test_an_image_that_the_decoder_makes_infinite_is_set_aside(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_with(tables)
+    sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
+    weights = Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1]
+    vae = sampler._policy.vae
+    whole = vae.decode
+
+    def overflowing(latents: Tensor, **keys: object) -> tuple[Tensor, ...]:
+        pixels = whole(latents, **keys)[0]
+        pixels[2, 0, 0, 0] = torch.inf
+        return (pixels,)
+
+    monkeypatch.setattr(vae, "decode", overflowing)
+    report, _, images = sampler.draw(round_tasks(parts.recipe, 0, parts.prompts.load())[0], weights)
+    assert report.set_aside == {2: "its pixels are not finite: the decoder overflows in float32"}
+    assert not images.pixels[2].any() and images.pixels[1].any()
+
+
+def trained(tables: dict, folder: Path, capfd: pytest.CaptureFixture) -> tuple[int, str]:
+    file = folder / "recipe.toml"
+    file.write_text(tomli_w.dumps(tables))
+    exit_code = ddpo.main(["train", str(file), "--serial"])
+    captured = capfd.readouterr()
+    return exit_code, captured.out + captured.err
+
+
+def test_a_run_learns_from_the_others_and_ends_if_there_are_none(
+    tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parts_with(tables).recipe
+    seeds = [task.seeds for round in range(2) for task in round_tasks(recipe, round, parts_with(tables).prompts.load())]
+    one = seeds[1][2]
+    monkeypatch.setattr(rollout, "image_noise", poisoned_noise(lambda seed: seed == one))
+    exit_code, printed = trained(tables, tmp_path, capfd)
+    assert exit_code == 0, printed
+    assert_accepted("an image whose latents or pixels are NaN or infinite")
+    assert f"(seed {one}, prompt " in printed and "is set aside: its latents are not finite" in printed
+    assert RunFolder(recipe.run_path()).storage.exists("lora/pytorch_lora_weights.safetensors")
+    monkeypatch.undo()
+    second = {seed for of_task in seeds[2:] for seed in of_task}
+    monkeypatch.setattr(rollout, "image_noise", poisoned_noise(lambda seed: seed in second))
+    exit_code, printed = trained({**tables, "name": "all"}, tmp_path, capfd)
+    assert_documented("all images of a round are not finite", exit_code, printed)

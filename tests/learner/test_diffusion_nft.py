@@ -1,0 +1,118 @@
+"""DiffusionNFT against its authors' formula in float64, on tiny models of diffusers' own classes."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.diffusion import POLICIES
+from common.diffusion.lora import reference_policy, trained_parameters
+from common.diffusion.policy import Policy, select_rows
+from common.recipe_tables import SamplingTable
+from common.registry import build
+from common.trajectory import NoisedBatch
+from learner.algorithms import ALGORITHMS
+from learner.algorithms.diffusion_nft import DiffusionNFT
+from tests.accepted_page import assert_accepted
+from tests.gradients import relative_error
+from tests.tiny_families import policy_table, save_tiny_flux, save_tiny_sd3
+from tests.tiny_policy import scatter, tiny_policy
+
+WORTH = [1.0, 0.0, 0.25, 0.7]
+PLACES = [5, 200, 600, 995]  # of the model's own timesteps: the first has a σ of about 0.02
+
+
+def authors_loss(
+    predicted: Tensor, old: Tensor, reference: Tensor, x0: Tensor, noise: Tensor, t: Tensor, beta: float, kl: float
+) -> Tensor:
+    """The loss of each image, as NVlabs/DiffusionNFT's train_nft_sd3.py has it, for an advantage clip of 5."""
+    t = t.view(-1, *[1] * (x0.ndim - 1))
+    r = torch.tensor(WORTH, dtype=torch.float64)
+    dims = tuple(range(1, x0.ndim))
+    xt = (1 - t) * x0 + t * noise
+    loss = torch.zeros(len(x0), dtype=torch.float64)
+    for share, branch in (
+        (r, beta * predicted + (1 - beta) * old),
+        (1 - r, (1 + beta) * old - beta * predicted),
+    ):
+        x0_prediction = xt - t * branch
+        weight = (x0_prediction - x0).detach().abs().mean(dim=dims, keepdim=True).clip(min=0.00001)
+        loss = loss + share * ((x0_prediction - x0) ** 2 / weight).mean(dim=dims) / beta
+    return loss * 5 + kl * ((predicted - reference) ** 2).mean(dim=dims)
+
+
+def noised_batch(policy: Policy) -> NoisedBatch:
+    conditioning = policy.encode(["a cat", "a dog"])
+    clean, noise = torch.randn(2, 4, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
+    rows = select_rows(conditioning, torch.tensor([0, 1, 1, 0]))
+    batch = NoisedBatch(rows, torch.tensor(PLACES), clean, noise, torch.tensor(WORTH))
+    with torch.no_grad():
+        with reference_policy(policy.network):
+            pretrained = _predicted(policy, batch)
+        old = _predicted(policy, batch)
+    scatter(policy.network, deviation=0.02, seed=4)
+    return dataclasses.replace(batch, old_predictions=old, reference_predictions=pretrained)
+
+
+def _predicted(policy: Policy, batch: NoisedBatch) -> Tensor:
+    return policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)[0]
+
+
+def gradient(policy: Policy, loss: Tensor) -> dict[str, np.ndarray]:
+    policy.network.zero_grad()
+    loss.sum().backward()
+    return {name: each.grad.double().numpy().copy() for name, each in trained_parameters(policy.network).items()}
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+@pytest.mark.parametrize("make", [save_tiny_sd3, save_tiny_flux], ids=["sd3", "flux"])
+def test_loss_and_gradient_are_the_authors_on_flow_models(
+    make: Callable[[Path], Path], beta: float, tmp_path: Path
+) -> None:
+    assert_accepted("DiffusionNFT on a flow model")
+    name = make.__name__.removeprefix("save_tiny_")
+    config = build(POLICIES, policy_table(name, make(tmp_path)), "policy")
+    policy = config.load("cpu", SamplingTable(num_steps=4, guidance_scale=1.0), "sampler")
+    scatter(policy.network)
+    batch = noised_batch(policy)
+    algorithm = build(ALGORITHMS, {"name": "diffusion_nft", "beta": beta, "kl_coef": 1e-2}, "algorithm")
+    ours = algorithm.pair_loss(policy, batch)
+    sigmas = policy.steps.training_sigmas[batch.timesteps]
+    assert 0 < float(sigmas[0]) < 0.05
+    doubles = [each.double() for each in (batch.old_predictions, batch.reference_predictions, batch.clean_latents)]
+    theirs = authors_loss(
+        _predicted(policy, batch).double(), *doubles, batch.noise.double(), sigmas.double(), beta, 1e-2
+    )
+    np.testing.assert_allclose(ours.loss.detach().numpy(), theirs.detach().numpy(), rtol=1e-6)
+    error = relative_error(gradient(policy, ours.loss), gradient(policy, theirs))
+    print(f"{name}, beta {beta}: relative error of the gradient {error:.1e}")
+    assert error < 1e-6
+    assert set(ours.terms) == {"positive", "negative", "kl"}
+
+
+def test_on_a_unet_errors_are_measured_in_what_it_predicts(tiny_model: Path) -> None:
+    assert_accepted("DiffusionNFT on a UNet")
+    policy = tiny_policy(tiny_model)
+    batch = dataclasses.replace(noised_batch(policy), reference_predictions=None)
+    loss = DiffusionNFT().pair_loss(policy, batch).loss.detach()
+    with torch.no_grad():
+        predicted, target = policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)
+    expected = []
+    for share, old, prediction, wanted in zip(WORTH, batch.old_predictions, predicted, target, strict=True):
+        branches = ((share, prediction), (1 - share, 2 * old - prediction))
+        errors = [(part, (branch - wanted).double()) for part, branch in branches]
+        expected.append(5 * sum(part * float((each**2).mean() / each.abs().mean()) for part, each in errors))
+    np.testing.assert_allclose(loss.numpy(), expected, rtol=1e-5)
+
+
+def test_default_advantages_are_the_authors() -> None:
+    """Less the mean of the prompt's images in the round, over the deviation of all of the round's (PerPromptStatTracker)."""
+    rewards, prompts = np.array([1.0, 4.0, 2.0, 2.5, -3.0, 0.5]), ["a", "a", "b", "b", "c", "c"]
+    _, worth = DiffusionNFT().worth({}, prompts, rewards, 2)
+    means = np.repeat(rewards.reshape(3, 2).mean(1), 2)
+    advantages = (rewards - means) / (rewards.std() + 1e-4)
+    np.testing.assert_allclose(worth, np.clip(advantages / 5 / 2 + 0.5, 0, 1), rtol=1e-12)
