@@ -49,9 +49,9 @@ class Comparison:
 def evaluation_set(table: EvaluationTable, source: PromptSource) -> EvaluationSet:
     """The recipe's prompts, else those that its source leaves out, else all of it, in turn until there are enough pictures."""
     stream = Stream.EVALUATION if table.split == "evaluation" else Stream.TUNING
-    listed = table.prompts or source.held_out() or source.listed()
-    if listed:
-        prompts = [Prompt(listed[image % len(listed)]) for image in range(table.images)]
+    chosen = source.evaluated(table.prompts)
+    if chosen:
+        prompts = [chosen[image % len(chosen)] for image in range(table.images)]
     else:
         draw_prompt = source.load()
         prompts = [

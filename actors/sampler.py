@@ -2,8 +2,9 @@
 
 import os
 import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from actors.suspects import PLAIN, Care
 from common.base_parts import Base
 from common.diffusion.policy import PolicyConfig
 from common.diffusion.policy_trial import load_checked, try_sampling
+from common.diffusion.prompt_lengths import cut_prompts_in_words
 from common.diffusion.rollout import draw, refuse_window_without_noise
 from common.loading import loading
 from common.lora_weights import LoraWeights
@@ -33,13 +35,21 @@ class Sampler:
         sampling: SamplingTable,
         runtime: RuntimeTable,
         tried_on: tuple[Prompt, ...] = (),
+        checked: Sequence[str] = (),
     ) -> None:
-        """`tried_on`: prompts that a family of the user's own is tried on; none: it is not tried."""
+        """Load the policy.
+
+        Args:
+            tried_on: prompts that a family of the user's own is tried on; none: it is not tried.
+            checked: prompts of which one line says how many are longer than the text encoders read.
+        """
         self._called = f"Sampler of {policy.model}"
         device = settle(runtime)
         with loading(f"policy.model is {policy.model!r}", policy.needs):
             self._policy = load_checked(policy, device, sampling, "sampler")
         try_sampling(policy, self._policy, [prompt.text for prompt in tried_on])
+        if cut := cut_prompts_in_words(self._policy.text_readers(), checked, None):
+            print(cut, file=sys.stderr, flush=True)
         refuse_window_without_noise(self._policy, sampling)
         if policy.is_compiled("sampler"):
             self._policy.compile(sampling.batch_size)

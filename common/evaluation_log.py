@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 from jaxtyping import UInt8
 
 from common.png import from_png, png
-from common.prompts import Prompt
+from common.prompts import Prompt, metadata_as_json
 from common.reading import parquet_table, read_json_lines, reading
 from common.storage import Storage
 from common.unwritten import Unwritten
@@ -45,6 +45,8 @@ def images_table(variant: str, images: EvaluatedImages, pictures: int) -> pa.Tab
         "seed": pa.array(images.seeds, pa.int64()),
         "picture": pa.array(shown, pa.binary()),
     }
+    if any(prompt.metadata for prompt in images.prompts):
+        columns["metadata"] = pa.array(metadata_as_json(images.prompts), pa.string())
     scores = {
         f"score/{name}": pa.array(values.astype(np.float64), from_pandas=True) for name, values in images.scores.items()
     }

@@ -14,6 +14,7 @@ import pyarrow.parquet as parquet
 from jaxtyping import UInt8
 
 from common.png import png
+from common.prompts import metadata_as_json
 from common.reading import read_parquet
 from common.recipe_tables import RolloutsTable
 from common.storage import Storage
@@ -91,6 +92,9 @@ class Ledger:
         columns["advantage"] = batch.advantages
         columns |= {f"joined/{name}": values for name, values in batch.joined_from.items()}
         types = COLUMNS | {name: pa.float64() for name in columns if name.startswith(("reward/", "joined/"))}
+        prompts = [prompt for rollout in rollouts for prompt in rollout.report.task.prompts]
+        if any(prompt.metadata for prompt in prompts):
+            columns["metadata"], types["metadata"] = metadata_as_json(prompts), pa.string()
         table = pa.table({name: pa.array(columns[name], kind, from_pandas=True) for name, kind in types.items()})
         if pictures is not None and self.wants_pictures(batch.round):
             table = table.append_column("picture", pa.array([png(image) for task in pictures for image in task]))

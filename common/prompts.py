@@ -1,18 +1,20 @@
-"""Where prompts come from: a list that ships with the project, a text file, or a function of the user's."""
+"""Where prompts come from: a list that ships with the project, a file, or a function of the user's."""
 
+import json
+import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.blame import blamed
 from common.named_files import Weights
-from common.reading import reading
+from common.prompt_files import Format, PromptFile
 from common.registry import Entry, Room, import_object
 
 PROMPTS: Room = {
@@ -26,18 +28,56 @@ PROMPT_LISTS = Path(__file__).parent / "prompt_lists"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a picture is asked to show, and whatever its reward needs to know besides."""
+    """What a picture is asked to show, and whatever its reward needs to know besides: values that JSON has."""
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse a text that no tokenizer can read. ValueError: it has half of a character."""
-        if isinstance(self.text, str) and not self.text.isascii():
-            try:
-                self.text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"the prompt {self.text!r} is no text that can be encoded: {error.reason}") from error
+        """Refuse a text that no tokenizer can read, and metadata that JSON has no value for.
+
+        Raises:
+            ValueError: the text has half of a character, or the metadata is named that no file and no service could hold.
+        """
+        if isinstance(self.text, str):
+            _check_text(self.text, "the prompt")
+        if isinstance(self.metadata, dict) and self.metadata:
+            object.__setattr__(self, "metadata", _json_value(self.metadata, "metadata"))
+
+
+def metadata_as_json(prompts: Sequence[Prompt]) -> list[str | None]:
+    """Return each prompt's metadata as files hold it; None where it has none."""
+    return [json.dumps(prompt.metadata, ensure_ascii=False) if prompt.metadata else None for prompt in prompts]
+
+
+def _check_text(text: str, what: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} {text!r} is no text that can be encoded: {error.reason}") from error
+
+
+def _json_value(value: Any, place: str) -> Any:
+    """Return the value as JSON gives it back: tuples as lists, numpy's numbers as Python's. ValueError: JSON has none."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, dict):
+        if other := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"{place} has the key {other[0]!r}: a key must be a text")
+        return {key: _json_value(item, f"{place}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item, f"{place}.{index}") for index, item in enumerate(value)]
+    if isinstance(value, str):
+        _check_text(value, place)
+    elif not (value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
+        kind = "" if isinstance(value, float) else f", of type {type(value).__name__}"
+        raise ValueError(
+            f"{place} is {str(value)[:40]!r}{kind}: a prompt's metadata is what JSON holds: texts, finite numbers, true, "
+            "false, null, lists and objects"
+        )
+    return value
 
 
 Draw = Callable[[np.random.Generator], Prompt]
@@ -58,37 +98,50 @@ class PromptSource(Entry, ABC):
         """Prompts of the source that are never drawn, for evaluation."""
         return []
 
+    def evaluated(self, texts: Sequence[str] = ()) -> list[Prompt]:
+        """Return prompts for evaluation, with metadata: `texts`, else those held out, else all; none where only drawing tells."""
+        return [Prompt(text) for text in texts or self.held_out() or self.listed() or ()]
+
     def needs(self) -> tuple[Weights, ...]:
         """Return the files that `load` reads; none where the prompts ship with the project or stand in the recipe."""
         return ()
 
 
-def _read_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"prompts.path is {str(path)!r}: there is no such file")
-    with reading(f"prompts.path {str(path)!r}"):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise ValueError(f"prompts.path is {str(path)!r}: the file has no prompts; it needs one a line")
-    return prompts
-
-
-def _without(prompts: list[str], left_out: tuple[str, ...]) -> list[str]:
+def _without(prompts: list[Prompt], left_out: tuple[str, ...]) -> list[Prompt]:
     """ValueError: a prompt to be left out is not there, or none would be left."""
-    unknown = [prompt for prompt in left_out if prompt not in prompts]
+    texts = {prompt.text for prompt in prompts}
+    unknown = [prompt for prompt in left_out if prompt not in texts]
     if unknown:
         raise ValueError(
             f"prompts.leave_out has {unknown}, which is not among the {len(prompts)} prompts of the source"
         )
-    left = [prompt for prompt in prompts if prompt not in left_out]
+    left = [prompt for prompt in prompts if prompt.text not in left_out]
     if not left:
         raise ValueError(f"prompts.leave_out has all {len(prompts)} prompts of the source: there is nothing to draw")
     return left
 
 
-def _draw_from(prompts: list[str]) -> Draw:
-    return lambda generator: Prompt(prompts[int(generator.integers(len(prompts)))])
+def _texts(prompts: list[Prompt]) -> list[str]:
+    return [prompt.text for prompt in prompts]
+
+
+def _draw_from(prompts: list[Prompt]) -> Draw:
+    return lambda generator: prompts[int(generator.integers(len(prompts)))]
+
+
+def read_prompts(file: PromptFile) -> list[Prompt]:
+    """Return the prompts of a file with their metadata, in order.
+
+    Raises:
+        ValueError: the file cannot be used. One line names the recipe's key, the file, and the line or row.
+    """
+    prompts = []
+    for where, text, metadata in file.rows():
+        try:
+            prompts.append(Prompt(text, metadata))
+        except ValueError as error:
+            raise file.fault(str(error), where) from None
+    return prompts
 
 
 class Animals(PromptSource):
@@ -96,14 +149,17 @@ class Animals(PromptSource):
 
     leave_out: tuple[str, ...] = ()  # never drawn: for evaluation
 
+    def _prompts(self) -> list[Prompt]:
+        return _without(read_prompts(PromptFile(PROMPT_LISTS / "animals.txt", "prompts.path")), self.leave_out)
+
     def listed(self) -> list[str]:
-        return _without(_read_lines(PROMPT_LISTS / "animals.txt"), self.leave_out)
+        return _texts(self._prompts())
 
     def held_out(self) -> list[str]:
         return list(self.leave_out)
 
     def load(self) -> Draw:
-        return _draw_from(self.listed())
+        return _draw_from(self._prompts())
 
 
 class Texts(PromptSource):
@@ -115,27 +171,62 @@ class Texts(PromptSource):
         return list(self.texts)
 
     def load(self) -> Draw:
-        return _draw_from(self.listed())
+        return _draw_from([Prompt(text) for text in self.texts])
 
 
 class File(PromptSource):
-    """A text file with one prompt a line; empty lines are passed over."""
+    """A file of prompts: text with one a line, JSONL, JSON, CSV, TSV or parquet. Columns beside the prompt are metadata."""
 
     path: str
+    format: Format | None = None  # how both files are read; none: by the ending of each file's name
+    column: str | None = None  # that has the prompts; none: the only one, or the one called prompt, text or caption
     leave_out: tuple[str, ...] = ()  # never drawn: for evaluation
+    held_out_path: str | None = None  # a second file, of prompts for evaluation
+
+    @model_validator(mode="after")
+    def _prompts_are_held_out_in_one_way(self) -> "File":
+        if self.leave_out and self.held_out_path is not None:
+            raise ValueError(
+                f"held_out_path is {self.held_out_path!r} and leave_out has {len(self.leave_out)} prompts: give one of them"
+            )
+        return self
 
     def needs(self) -> tuple[Weights, ...]:
-        path = Path(self.path).expanduser().absolute()
-        return (Weights(str(path.parent), (path.name,), "prompts.path"),)
+        files = {"prompts.path": self.path, "prompts.held_out_path": self.held_out_path}
+        paths = {key: Path(file).expanduser().absolute() for key, file in files.items() if file is not None}
+        return tuple(Weights(str(path.parent), (path.name,), key) for key, path in paths.items())
+
+    def _read(self, path: str, key: str) -> list[Prompt]:
+        return read_prompts(PromptFile(Path(os.path.expanduser(path)), key, self.format, self.column))
+
+    def _all(self) -> list[Prompt]:
+        return self._read(self.path, "prompts.path")
+
+    def _held_out(self) -> list[Prompt]:
+        """Return the prompts that are never drawn, each with its metadata; a prompt of several rows with each of them."""
+        if self.held_out_path is not None:
+            return self._read(self.held_out_path, "prompts.held_out_path")
+        rows: dict[str, list[Prompt]] = {text: [] for text in self.leave_out}
+        for prompt in self._all() if rows else ():
+            if prompt.text in rows and prompt not in rows[prompt.text]:
+                rows[prompt.text].append(prompt)
+        return [prompt for text in self.leave_out for prompt in rows[text]]
 
     def listed(self) -> list[str]:
-        return _without(_read_lines(Path(os.path.expanduser(self.path))), self.leave_out)
+        return _texts(_without(self._all(), self.leave_out))
 
     def held_out(self) -> list[str]:
-        return list(self.leave_out)
+        return _texts(self._held_out())
+
+    def evaluated(self, texts: Sequence[str] = ()) -> list[Prompt]:
+        held_out, every = self._held_out(), self._all()
+        if not texts:
+            return held_out or every
+        known = {prompt.text: prompt for prompt in reversed([*held_out, *every])}
+        return [known.get(text, Prompt(text)) for text in texts]
 
     def load(self) -> Draw:
-        return _draw_from(self.listed())
+        return _draw_from(_without(self._all(), self.leave_out))
 
 
 class Function(PromptSource):

@@ -40,6 +40,8 @@ def identity_of(recipe: Recipe, chosen: EvaluationSet) -> str:
     table = recipe.evaluation
     scorers = [scorer.model_dump(exclude={"workers"}) for scorer in table.scorers]
     drawn = [[prompt.text for prompt in chosen.prompts], list(chosen.seeds), table.batch_size, table.average_decay]
+    if any(prompt.metadata for prompt in chosen.prompts):
+        drawn.append([prompt.metadata for prompt in chosen.prompts])
     return hashlib.sha256(json.dumps([drawn, scorers], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -4,12 +4,14 @@ from typing import Any
 
 import numpy as np
 
+from actors.evaluation import evaluation_set
 from common.blame import blamed, call, is_users_own
 from common.prompts import PROMPTS, Function, Prompt
 from common.undisturbed import undisturbed
 from deploy.parts import Parts
 
 TRIED = 2
+MOST_CHECKED = 100_000  # prompts, which take seconds
 _TRIAL = 11  # what the run's seed is hashed with, beside the prompts of its rounds
 
 
@@ -31,3 +33,14 @@ def trial_prompts(parts: Parts) -> tuple[Prompt, ...]:
         if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
             raise ValueError(f"what {name} returned drew {prompt!r}: expected a common.prompts.Prompt with a text")
     return tuple(drawn)
+
+
+def checked_prompts(parts: Parts) -> list[str]:
+    """Return the run's prompts and its evaluation's, to be told which are longer than the text encoders read.
+
+    Where only a function draws prompts, those of the trial stand for the run's.
+    """
+    listed = parts.prompts.listed()
+    own = [prompt.text for prompt in trial_prompts(parts)] if listed is None else listed
+    evaluated = [prompt.text for prompt in evaluation_set(parts.recipe.evaluation, parts.prompts).prompts]
+    return list(dict.fromkeys([*own, *evaluated]))[:MOST_CHECKED]

@@ -32,7 +32,7 @@ from deploy.reaper import start_reaper
 from deploy.role_actor import RoleSetting, role_actor
 from deploy.role_output import RoleOutput
 from deploy.supervision import Supervision, sheltered_from_hangup
-from deploy.trial_prompts import trial_prompts
+from deploy.trial_prompts import checked_prompts, trial_prompts
 from learner.learner import Learner
 from learner.learner_group import LearnerGroup, SerialLearnerGroup
 from learner.rank_group import ranks_of
@@ -75,7 +75,7 @@ def serial_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> 
         )
     tried_on = trial_prompts(parts)
     with starting("sampler"):
-        sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime, tried_on)
+        sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime, tried_on, checked_prompts(parts))
     pools = tuple(_serial_pool(parts, pool, base) for pool in all_pools(recipe))
     with starting("learner"):
         learner = Learner(parts.policy, parts.algorithm, recipe)
@@ -152,7 +152,13 @@ def _learner_died(budget: RestartBudget, lines: DeathLines, death: Death) -> Non
 def _samplers(parts: Parts, budget: RestartBudget, lines: DeathLines) -> WorkerPool:
     table, recipe = parts.recipe.samplers, parts.recipe
     arguments = (parts.policy, recipe.sampling, recipe.runtime, trial_prompts(parts))
-    make = _maker(Sampler, "sampler", table, recipe, arguments)
+    make_first, make_other = (
+        _maker(Sampler, "sampler", table, recipe, given) for given in ((*arguments, checked_prompts(parts)), arguments)
+    )
+
+    def make(number: int) -> Any:
+        return (make_other if number else make_first)(number)  # one of them says which prompts are cut
+
     return _told(lines, "sampler", WorkerPool("samplers", "sampler", make, table.count, budget))
 
 

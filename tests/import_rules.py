@@ -50,6 +50,7 @@ TORCH_FREE = {
     "common.registry",
     "common.schedule",
     "common.user_sources",
+    "common.prompt_files",
     "common.prompts",
 }
 MAY_CATCH_ALL = {

@@ -16,6 +16,7 @@ from common.diffusion.denoising_steps import DenoisingSteps
 from common.diffusion.guidance import guided
 from common.diffusion.lora import MergedAdapters, compute_adapters_in, make_trainable
 from common.diffusion.policy import Conditioning, Policy, Role, autocast
+from common.diffusion.prompt_lengths import TextReader
 from common.diffusion.trained_weights import restore_trained, save_trained
 from common.diffusion.transition import Transition
 from common.recipe_tables import SamplingTable
@@ -113,6 +114,18 @@ class DiffusersPolicy(Policy):
             if len(self._embeddings) >= max(most, 2):  # the oldest but the empty one, which each task needs
                 del self._embeddings[next(known for known in self._embeddings if known)]
             self._embeddings[prompt] = row
+
+    def text_readers(self) -> list[TextReader]:
+        readers = []
+        for name in self.config.tokenizers:
+            part, tokenizer = name.replace("tokenizer", "text_encoder"), getattr(self.pipeline, name, None)
+            if tokenizer is not None:
+                # Diffusers cuts for CLIP where the first tokenizer says so, and for T5 where its caller does.
+                length = getattr(self.pipeline, "tokenizer_max_length", tokenizer.model_max_length)
+                if self.config.text_parts[part][1] == "T5EncoderModel":
+                    length = getattr(self.config, "max_sequence_length", length)
+                readers.append(TextReader(part, tokenizer, length))
+        return readers
 
     def initial_latents(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return noise

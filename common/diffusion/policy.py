@@ -13,6 +13,7 @@ from torch import Tensor
 from common.base_parts import Base, entry_base
 from common.diffusion.denoising_steps import DenoisingSteps
 from common.diffusion.lora import MergedAdapters, load_weights
+from common.diffusion.prompt_lengths import TextReader
 from common.diffusion.sizes import DeviceKind, PolicySizes
 from common.diffusion.transition import Transition
 from common.lora_weights import LoraWeights
@@ -67,6 +68,10 @@ class Policy(ABC):
     def initial_latents(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Return the latents where a trajectory starts, from standard normal noise: the noise itself, in most families."""
         return noise
+
+    def text_readers(self) -> list[TextReader]:
+        """Return the text encoders, to find prompts that are longer than they read; none where nobody can say."""
+        return []
 
     @abstractmethod
     def transition(

@@ -177,7 +177,10 @@ def _model_findings(parts: Parts, at: At) -> Iterator[Finding]:
 
 def _noise(parts: Parts, at: At) -> Iterator[Finding | Measured]:
     recipe = parts.recipe
-    noise = at(recipe.learner, score_again, recipe, at(recipe.samplers, draw_some, recipe))
+    drawn = at(recipe.samplers, draw_some, recipe)
+    if drawn.cut_prompts:
+        yield Finding("warning", "prompts", drawn.cut_prompts.removeprefix("prompts: "), "shorten them")
+    noise = at(recipe.learner, score_again, recipe, drawn)
     clip = clip_range(parts.algorithm, noise.latent_elements)
     yield Measured(noise, clip)
     yield from noise_findings(noise, clip, recipe.sampling)

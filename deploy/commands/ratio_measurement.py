@@ -14,6 +14,7 @@ from common.diffusion.denoising_steps import DenoisingSteps, output_sensitivity
 from common.diffusion.lora import read_weights, trained_parameters
 from common.diffusion.policy import Policy
 from common.diffusion.policy_trial import load_checked, try_sampling
+from common.diffusion.prompt_lengths import cut_prompts_in_words
 from common.diffusion.rollout import draw, score
 from common.lora_weights import LoraWeights
 from common.recipe_tables import RoleTable, RuntimeTable
@@ -22,7 +23,7 @@ from common.schedule import round_tasks, transition_order
 from common.trajectory import DTYPES, Trajectory
 from deploy.commands.ratio_noise import Comparison, Kind, Noise
 from deploy.parts import entries_of
-from deploy.trial_prompts import trial_prompts
+from deploy.trial_prompts import checked_prompts, trial_prompts
 from learner.learning_trial import try_learning
 from learner.micro_batch import micro_batch_size
 from learner.reference_passes import log_probs_under
@@ -45,6 +46,7 @@ class Drawn:
     as_stored: Trajectory
     in_float32: Trajectory
     weights: LoraWeights
+    cut_prompts: str | None = None  # what there is to say of prompts that are longer than the text encoders read
 
 
 def runtime_of(table: RoleTable, runtime: RuntimeTable) -> RuntimeTable:
@@ -63,6 +65,7 @@ def draw_some(recipe: Recipe) -> Drawn:
         policy = load_checked(parts.policy, device, recipe.sampling, "sampler")
         try_sampling(parts.policy, policy, tried_on)
         weights = _trained_a_little(policy)
+    cut = cut_prompts_in_words(policy.text_readers(), checked_prompts(parts), None)
     if parts.policy.is_compiled("sampler"):
         policy.compile(recipe.sampling.batch_size)
     policy.lay_in(weights)
@@ -74,7 +77,7 @@ def draw_some(recipe: Recipe) -> Drawn:
         if sampling.latents_dtype == "float32"
         else draw(policy, prompts, seeds, sampling.model_copy(update={"latents_dtype": "float32"}))
     )
-    return Drawn(as_stored, in_float32, weights)
+    return Drawn(as_stored, in_float32, weights, cut)
 
 
 @torch.no_grad()

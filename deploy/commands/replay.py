@@ -8,7 +8,7 @@ from actors.suspects import Care
 from common.base_parts import BASE
 from common.ledger import Ledger
 from common.lora_weights import LoraWeights
-from common.prompts import Prompt
+from common.prompts import Prompt, metadata_as_json
 from common.run_folder import RunFolder
 from common.schedule import Task, round_tasks
 from common.storage import Storage
@@ -103,9 +103,15 @@ def without_image(rows: list[Row], task: int) -> tuple[int, ...]:
 
 def _against_schedule(rows: list[Row], scheduled: list[Task]) -> list[tuple[int, str]]:
     expected = [
-        {"task": task.index, "prompt": prompt.text, "seed": seed, "policy_version": task.policy_version}
+        {
+            "task": task.index,
+            "prompt": prompt.text,
+            "seed": seed,
+            "policy_version": task.policy_version,
+            "metadata": metadata,
+        }
         for task in scheduled
-        for prompt, seed in zip(task.prompts, task.seeds, strict=True)
+        for prompt, seed, metadata in zip(task.prompts, task.seeds, metadata_as_json(task.prompts), strict=True)
     ]
     if len(expected) != len(rows):
         raise ValueError(
@@ -115,7 +121,7 @@ def _against_schedule(rows: list[Row], scheduled: list[Task]) -> list[tuple[int,
         (row["image"], f"{name} is {row[name]!r} in the ledger, and {value!r} by the recipe")
         for row, wanted in zip(rows, expected, strict=True)
         for name, value in wanted.items()
-        if row[name] != value
+        if name in row and row[name] != value  # a ledger without metadata has no column of it
     ]
 
 

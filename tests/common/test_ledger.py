@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +149,14 @@ def test_a_round_is_whole_or_absent(operation: str, tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     assert ledger.rounds() == [3]
     assert hashlib.sha256((tmp_path / "rollouts/round=000003/images.parquet").read_bytes()).hexdigest() == before
+
+
+def test_metadata_has_a_column_where_prompts_have_some(storage: Storage) -> None:
+    ledger, metadata = ledger_in(storage), {"include": [{"class": "Füchschen", "count": 2}], "score": 0.1 + 0.2}
+    batch, rollouts = drawn()
+    task = rollouts[0].report.task
+    prompts = (Prompt("a cat", metadata), task.prompts[1])
+    report = replace(rollouts[0].report, task=replace(task, prompts=prompts))
+    ledger.write_round(batch, [replace(rollouts[0], report=report), rollouts[1]], WEIGHTS)
+    found = ledger.read(3).to_pydict()["metadata"]
+    assert json.loads(found[0]) == metadata and found[1:] == [None] * 3

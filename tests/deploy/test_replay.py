@@ -1,5 +1,6 @@
 """ddpo replay: a round drawn again is the round that was learned from, and whatever is not says so."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,13 @@ from train import train
 
 
 @pytest.fixture
-def run(tables: dict) -> RunFolder:
+def run(tables: dict, tmp_path: Path) -> RunFolder:
     """Three rounds at lag 1: the last checkpoint holds versions 2 and 3, the one before versions 1 and 2."""
     tables |= {"rounds": 3, "max_policy_lag": 1, "checkpoint": {"every": 1, "keep": 2}}
+    lines = [json.dumps({"prompt": f"cat {at}", "bonus": at, "about": {"boxes": [[at, 0.1]]}}) for at in range(5)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    tables["prompts"] = {"name": "file", "path": str(tmp_path / "prompts.jsonl")}
+    tables["reward"] = {"name": "function", "path": "tests.user_functions:prompts_and_metadata"}
     recipe = Recipe.parse({**tables, "rollouts": {"pictures_every": 2}})
     train(recipe, serial=True)
     return RunFolder(recipe.run_path())
@@ -44,6 +49,19 @@ def test_a_run_writes_every_round_into_its_ledger(run: RunFolder, recipe: Recipe
     versions = [ledger.read(round).to_pydict()["policy_version"][0] for round in range(3)]
     assert versions == [0, 0, 1] and ledger.read(1).num_rows == recipe.images_per_round
     assert ["picture" in ledger.read(round).column_names for round in range(3)] == [True, False, True]
+    for row in ledger.read(2).to_pylist():
+        at = int(row["prompt"].removeprefix("cat "))
+        assert json.loads(row["metadata"]) == {"bonus": at, "about": {"boxes": [[at, 0.1]]}}
+        assert row["reward"] == len(row["prompt"]) + at, "the reward function had the metadata"
+
+
+def test_metadata_that_is_another_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    def change(rows: list[dict]) -> None:
+        rows[1]["metadata"] = "{}"
+
+    alter(run, 2, change)
+    code, text = replayed(run, 2, capsys)
+    assert code == 1 and text.startswith("image 1: metadata is '{}' in the ledger, and ")
 
 
 def test_a_round_drawn_again_is_equal_image_by_image(run: RunFolder, capsys: pytest.CaptureFixture) -> None:

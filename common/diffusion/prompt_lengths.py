@@ -1,0 +1,70 @@
+"""Find the prompts that are longer than a text encoder reads, and those that differ only in what is cut off."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SHOWN = 40  # characters of a prompt, and of where it ends
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """A text encoder as its tokenizer feeds it."""
+
+    name: str  # of the text encoder, among the pipeline's parts
+    tokenizer: Any
+    length: int  # tokens that it reads, with those that begin and end a text
+
+
+def cut_prompts_in_words(readers: Sequence[TextReader], prompts: Sequence[str], negative: str | None) -> str | None:
+    """Return one line on the prompts that are cut: how many, by which text encoder, and where. None: all are read whole."""
+    if not readers or not prompts:
+        return None
+    cut: dict[str, list[int]] = {}
+    ids: list[tuple[Any, ...]] = [()] * len(prompts)
+    for reader in readers:
+        kept = reader.tokenizer(list(prompts), truncation=True, max_length=reader.length)["input_ids"]
+        whole = reader.tokenizer(list(prompts))["input_ids"]
+        cut[reader.name] = [row for row, tokens in enumerate(whole) if len(tokens) > reader.length]
+        ids = [(*before, tuple(tokens)) for before, tokens in zip(ids, kept, strict=True)]
+    rows = sorted({row for of_reader in cut.values() for row in of_reader})
+    said = [f"{len(rows)} of {len(prompts)} are longer than a text encoder reads"] if rows else []
+    for reader in readers:
+        if found := cut[reader.name]:
+            said.append(f"{_reads(reader)} and cuts {len(found)}, {_first(reader, prompts[found[0]])}")
+    said += _equal(prompts, ids, rows)
+    for reader in readers:
+        if negative and len(reader.tokenizer(negative)["input_ids"]) > reader.length:
+            said.append(f"{_reads(reader)} and cuts sampling.negative_prompt after {_end(reader, negative)}")
+    return f"prompts: {'; '.join(said)}" if said else None
+
+
+def _reads(reader: TextReader) -> str:
+    return f"{reader.name} reads {reader.length} tokens"
+
+
+def _first(reader: TextReader, prompt: str) -> str:
+    return f"the first, {_shortened(prompt)}, after {_end(reader, prompt)}"
+
+
+def _end(reader: TextReader, prompt: str) -> str:
+    kept = reader.tokenizer(prompt, truncation=True, max_length=reader.length)["input_ids"]
+    text = reader.tokenizer.decode(kept, skip_special_tokens=True).strip()
+    return repr(text if len(text) <= SHOWN else f"…{text[-SHOWN:]}")
+
+
+def _shortened(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}…")
+
+
+def _equal(prompts: Sequence[str], ids: list[tuple[Any, ...]], cut: list[int]) -> list[str]:
+    """Return what to say of prompts of which every text encoder reads the same, one of them cut."""
+    same: dict[tuple[Any, ...], list[int]] = {}
+    for row, key in enumerate(ids):
+        same.setdefault(key, []).append(row)
+    groups = [rows for rows in same.values() if len(rows) > 1 and set(rows) & set(cut)]
+    if not groups:
+        return []
+    first, second = (f"…{prompts[row][-SHOWN:]}" for row in groups[0][:2])
+    count = sum(map(len, groups))
+    return [f"{count} are read as another one is: those that end with {first!r} and {second!r} are one to the model"]

@@ -1,0 +1,295 @@
+"""Read prompts from a file as it is published: text, JSONL, JSON, CSV, TSV or parquet (no torch)."""
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from common.reading import reading
+
+Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet"]
+ENDINGS: dict[str, Format] = {
+    "": "text",
+    ".txt": "text",
+    ".text": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+NAMES = ("prompt", "text", "caption")  # columns that hold the prompts, where no key says which one does
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+BYTE_ORDER_MARK = "\ufeff"
+LIKE_JSON = re.compile(r"""[{\[]\s*(["']|$)""")
+FORCED = 'or, if its lines are prompts as they stand, set prompts.format = "text"'
+
+Cell = tuple[str, Any]  # where it stands, such as "line 3", and its value: a text, or an object of columns
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """A file of prompts and the recipe's keys that say how to read it."""
+
+    path: Path
+    key: str  # of the recipe, that names it
+    format: Format | None = None  # None: by the file name's ending
+    column: str | None = None  # None: the only one, or the one called as in NAMES
+
+    def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Return where each prompt stands, its text and its other columns, in the file's order.
+
+        Raises:
+            ValueError: the file cannot be used. One line names the recipe's key, the file, and the line or row.
+        """
+        if not self.path.is_file():
+            raise self.fault(f"there is no such file{', it is a folder' if self.path.is_dir() else ''}")
+        format = self._format()
+        cells = list(READERS[format](self))
+        if not cells:
+            raise self.fault(f"the file has no prompts{'; it needs one a line' if format == 'text' else ''}")
+        return self._from_table(cells, format) if isinstance(cells[0][1], dict) else self._from_texts(cells)
+
+    def fault(self, says: str, where: str = "") -> ValueError:
+        """Return the error that names the key, the file and where in it."""
+        return ValueError(f"{self.key} is {str(self.path)!r}{where and ', '}{where}: {says}")
+
+    def _format(self) -> Format:
+        ending = self.path.suffix.lower()
+        format = self.format or ENDINGS.get(ending)
+        if format is None:
+            packed = (
+                "it is compressed, unpack it first" if ending in COMPRESSED else f"nobody knows what {ending} holds"
+            )
+            known = ", ".join(name for name in ENDINGS if name)
+            raise self.fault(
+                f"{packed}; a file of prompts ends in one of {known}, or prompts.format says what it holds"
+            )
+        if format == "text" and self.column is not None:
+            raise self.fault(f"prompts.column is {self.column!r}, and a text file has no columns: leave the key out")
+        return format
+
+    def _from_texts(self, cells: list[Cell]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        if self.column is not None:
+            raise self.fault(f"prompts.column is {self.column!r}, and the file has texts without columns")
+        for where, text in cells:
+            yield where, self._checked(text, where), {}
+
+    def _from_table(self, cells: list[Cell], format: Format) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        for where, row in cells:
+            if not isinstance(row, dict):
+                raise self.fault(f"it is {_shown(row)}, and the ones before it are objects", where)
+        column = self._column(list(dict.fromkeys(name for _, row in cells for name in row)), format in ("csv", "tsv"))
+        for where, row in cells:
+            if column not in row:
+                raise self.fault(f"it has no {column!r}, only {sorted(row)}", where)
+            yield where, self._checked(row[column], where), {name: row[name] for name in row if name != column}
+
+    def _column(self, columns: list[str], has_header: bool) -> str:
+        """Return the prompts' column. The only one of a table with a header is taken by its name too: it may lack one."""
+        if self.column is not None:
+            if self.column not in columns:
+                raise self.fault(f"prompts.column is {self.column!r}, and its columns are {columns}")
+            return self.column
+        if len(columns) == 1 and not has_header:
+            return columns[0]
+        named = [name for name in columns if name.lower() in NAMES]
+        if len(named) != 1:
+            called = f"several are called one of {list(NAMES)}" if named else f"none is called one of {list(NAMES)}"
+            raise self.fault(f"its columns are {columns}, and {called}: say with prompts.column which has the prompts")
+        return named[0]
+
+    def _checked(self, text: Any, where: str) -> str:
+        if not isinstance(text, str):
+            raise self.fault(f"the prompt is {_shown(text)}, and it must be a text", where)
+        if not text.strip():
+            raise self.fault("the prompt is empty", where)
+        return text
+
+    def text(self) -> str:
+        """Return the file's text, without a byte order mark and with \\n at the end of every line.
+
+        Raises:
+            ValueError: it is not UTF-8.
+        """
+        with reading(f"{self.key} is {str(self.path)!r}: the file"):
+            data = self.path.read_bytes()
+        advice = "save the file as UTF-8"
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise self.fault(f"it cannot be read as UTF-8, it begins as UTF-16 or UTF-32 does: {advice}")
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+            says = f"it cannot be read as UTF-8, the byte {byte:#04x} is none: {advice}"
+            raise self.fault(says, f"line {line}") from None
+        if "\0" in text:
+            line = text.count("\n", 0, text.index("\0")) + 1
+            raise self.fault(f"it has a NUL character, so it is no text or no UTF-8: {advice}", f"line {line}")
+        return io.StringIO(text, newline=None).read()
+
+    def parsed(self, text: str, where: str = "") -> Any:
+        """Return the JSON value in `text`. ValueError: there is none, or a key stands twice in an object."""
+        try:
+            return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
+            says = "lists or objects lie too deep in one another" if isinstance(error, RecursionError) else str(error)
+            raise self.fault(f"it is not JSON: {says}{_other_format(text, self.path)}", where) from None
+
+
+def _other_format(text: str, path: Path) -> str:
+    """Return the advice for JSON that lies in a file of the other kind."""
+    lines = [line.strip() for line in text.split("\n", 2)[:2]]
+    if lines in (["["], ["{"]) and path.suffix.lower() != ".json":
+        return '; a file with one JSON value ends in .json, or prompts.format = "json"'
+    if len(lines) == 2 and all(line[:1] + line[-1:] in ("{}", '""') for line in lines):
+        return '; a file with a JSON value a line ends in .jsonl, or prompts.format = "jsonl"'
+    return ""
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} stands twice in an object")
+    return dict(pairs)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    kind = {dict: "an object", list: "a list"}.get(type(value))
+    return kind or f"{str(value)[:40]!r}, of type {type(value).__name__}"
+
+
+def _text_rows(file: PromptFile) -> Iterator[Cell]:
+    for number, line in enumerate(file.text().split("\n"), start=1):
+        prompt = line.removeprefix(BYTE_ORDER_MARK).strip()  # as in files that were put together
+        if prompt and file.format is None:
+            _refuse_other_than_text(file, prompt, number)
+        if prompt:
+            yield f"line {number}", prompt
+
+
+def _refuse_other_than_text(file: PromptFile, line: str, number: int) -> None:
+    where = f"line {number}"
+    if LIKE_JSON.match(line) or _is_json(line):
+        raise file.fault(f"it looks like JSON: let the file's name end in .jsonl or .json, {FORCED}", where)
+    separator = next((each for each in "\t;," if each in line), ",")
+    if number == 1 and any(cell.strip('"').lower() in NAMES for cell in line.split(separator)):
+        raise file.fault(f"it looks like a table's header: let the file's name end in .csv or .tsv, {FORCED}", where)
+
+
+def _is_json(line: str) -> bool:
+    """Return whether a line is a list or an object of JSON."""
+    if line[0] not in "[{":
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _jsonl_rows(file: PromptFile) -> Iterator[Cell]:
+    for number, line in enumerate(file.text().split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        value = file.parsed(line, where)
+        if not isinstance(value, (str, dict)):
+            raise file.fault(f"it is {_shown(value)}, and it must be an object or a text", where)
+        yield where, value
+
+
+def _json_rows(file: PromptFile) -> Iterator[Cell]:
+    text = file.text()
+    value = file.parsed(text) if text.strip() else []
+    if isinstance(value, dict):
+        value = _of_columns(file, value)
+    if not isinstance(value, list):
+        raise file.fault(f"it is {_shown(value)}, and it must be a list of texts or objects, or an object of columns")
+    for number, entry in enumerate(value, start=1):
+        if not isinstance(entry, (str, dict)):
+            raise file.fault(f"it is {_shown(entry)}, and it must be an object or a text", f"entry {number}")
+        yield f"entry {number}", entry
+
+
+def _of_columns(file: PromptFile, columns: dict[str, Any]) -> list[dict[str, Any]]:
+    lengths = {name: len(values) if isinstance(values, list) else None for name, values in columns.items()}
+    if None in lengths.values() or len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{name!r} {'no list' if count is None else count}" for name, count in lengths.items())
+        raise file.fault(f"it is an object, whose columns must be lists of one length, and they are: {shown}")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _table_rows(file: PromptFile, separator: str) -> Iterator[Cell]:
+    rows = _split_rows(file, separator)
+    _, header = next(rows, ("", []))
+    _refuse_twice(file, header)
+    for where, row in rows:
+        if len(row) != len(header):
+            raise file.fault(f"it has {len(row)} columns, and the header {len(header)}: {header}", where)
+        yield where, dict(zip(header, row, strict=True))
+
+
+def _split_rows(file: PromptFile, separator: str) -> Iterator[tuple[str, list[str]]]:
+    """Return where each row begins, and its cells; empty lines are passed over."""
+    reader, where = csv.reader(io.StringIO(file.text()), delimiter=separator, strict=True), ""
+    try:
+        while True:
+            where = f"line {reader.line_num + 1}"
+            if row := next(reader):
+                yield where, row
+    except StopIteration:
+        return
+    except csv.Error as error:
+        raise file.fault(f"it is no {'CSV' if separator == ',' else 'TSV'}: {error}", where) from None
+
+
+def _refuse_twice(file: PromptFile, columns: Iterable[str]) -> None:
+    twice = [name for name, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise file.fault(f"it has {len(twice)} columns twice: {twice}; give each a name of its own")
+
+
+def _csv_rows(file: PromptFile) -> Iterator[Cell]:
+    return _table_rows(file, ",")
+
+
+def _tsv_rows(file: PromptFile) -> Iterator[Cell]:
+    return _table_rows(file, "\t")
+
+
+def _parquet_rows(file: PromptFile) -> Iterator[Cell]:
+    import pyarrow.parquet as parquet
+
+    number = 0
+    with reading(f"{file.key} is {str(file.path)!r}: the file"), parquet.ParquetFile(file.path) as opened:
+        names = list(opened.schema_arrow.names)
+        columns = [] if len(set(names)) < len(names) else opened.iter_batches()
+        batches = [batch.to_pylist() for batch in columns]
+    _refuse_twice(file, names)
+    for batch in batches:
+        for row in batch:
+            number += 1
+            yield f"row {number}", row
+
+
+READERS: dict[Format, Callable[[PromptFile], Iterator[Cell]]] = {
+    "text": _text_rows,
+    "jsonl": _jsonl_rows,
+    "json": _json_rows,
+    "csv": _csv_rows,
+    "tsv": _tsv_rows,
+    "parquet": _parquet_rows,
+}

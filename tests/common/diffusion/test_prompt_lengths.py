@@ -1,0 +1,61 @@
+"""Prompts that are longer than a text encoder reads: which ones, where they end, and which ones become one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ddpo
+from common.diffusion import POLICIES
+from common.diffusion.prompt_lengths import cut_prompts_in_words
+from common.recipe_tables import SamplingTable
+from common.registry import build
+from tests.accepted_page import assert_accepted
+from tests.tiny_families import MAKERS, policy_table
+
+# Each letter is a token; CLIP's tokenizers here read 6 letters, T5's 12 tokens with spaces and its end.
+PROMPTS = ["a cat", "abcdef", "abcdefg", "abcdefghijklmnop", "abcdefghijklmnopq"]
+EXPECTED = {
+    "stable_diffusion": {"text_encoder": (8, 3)},
+    "sdxl": {"text_encoder": (8, 3), "text_encoder_2": (8, 3)},
+    "sd3": {"text_encoder": (8, 3), "text_encoder_2": (8, 3), "text_encoder_3": (12, 2)},
+    "flux": {"text_encoder": (8, 3), "text_encoder_2": (12, 2)},
+}
+
+
+@pytest.mark.parametrize("family", POLICIES)
+def test_each_text_encoder_says_how_many_it_cuts_and_where(family: str, tmp_path: Path) -> None:
+    config = build(POLICIES, policy_table(family, MAKERS[family](tmp_path / "model")), "policy")
+    policy = config.load("cpu", SamplingTable(num_steps=4), "sampler")
+    readers = policy.text_readers()
+    for reader in readers:  # what diffusers' own pipelines compare
+        whole = [reader.tokenizer(text, padding="longest").input_ids for text in PROMPTS]
+        cut = [len(tokens) > reader.length for tokens in whole]
+        assert (reader.length, sum(cut)) == EXPECTED[family][reader.name]
+    assert [reader.name for reader in readers] == list(EXPECTED[family])
+    said = cut_prompts_in_words(readers, PROMPTS, "n" * 20) or ""
+    assert said.startswith(
+        "prompts: 3 of 5 are longer than a text encoder reads; text_encoder reads 8 tokens and cuts 3, "
+    )
+    assert "text_encoder reads 8 tokens and cuts 3, the first, 'abcdefg', after 'abcdef'" in said and "\n" not in said
+    if "T5" in config.text_parts[readers[-1].name][1]:  # 12 tokens: the place of a space, ten letters and the end
+        assert "cuts 2, the first, 'abcdefghijklmnop', after 'abcdefghij'" in said
+    same = 3 if family in ("stable_diffusion", "sdxl") else 2
+    assert f"{same} are read as another one is" in said
+    assert "reads 8 tokens and cuts sampling.negative_prompt after 'nnnnnn'" in said
+    assert cut_prompts_in_words(readers, ["a cat", "A cat"], "few") is None, "equal, and not by what was cut off"
+
+
+def test_the_start_of_a_run_says_it_in_one_line(tables: dict, tmp_path: Path, capfd: Any) -> None:
+    import tomli_w
+
+    texts = {"name": "texts", "texts": ["cat", "a very long prompt indeed", "a very long prompt too"]}
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps({**tables, "rounds": 1, "prompts": texts}))
+    assert ddpo.main(["train", str(tmp_path / "recipe.toml"), "--serial"]) == 0
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("prompts: ")]
+    assert line == (
+        "prompts: 2 of 3 are longer than a text encoder reads; text_encoder reads 8 tokens and cuts 2, the first, "
+        "'a very long prompt indeed', after 'a very l'; 2 are read as another one is: those that end with "
+        "'…a very long prompt indeed' and '…a very long prompt too' are one to the model"
+    )
+    assert_accepted("prompts longer than a text encoder reads")
