@@ -9,8 +9,9 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.diffusion.lora import LoraSettings, load_lora, lora_file, save_lora
-from common.diffusion.weight_files import TRAINED_PARTS, network_folder, part_of
+from common.diffusion.lora import LoraSettings, load_lora, save_lora, trained_tensors
+from common.diffusion.lora_file import read_lora_file
+from common.diffusion.weight_files import TRAINED_PARTS, network_folder
 from common.lora_weights import LoraWeights, Manifest, pack
 from common.reading import reading
 
@@ -57,9 +58,10 @@ def stored_weights(path: Path, manifest: Manifest, policy_version: int) -> LoraW
         arrays = {name: array for file in network.glob("*.safetensors") for name, array in _arrays(file).items()}
         names = {name: name for name, _ in manifest}
     else:
-        arrays = _arrays(lora_file(path))
+        file = read_lora_file(path)
+        arrays = {name: value.float().numpy() for name, value in trained_tensors(file).items()}
         # In the network an adapter has a name, in diffusers' files it has none.
-        part = part_of(next(iter(arrays), ""))
+        part = file.part
         names = {name: f"{part}.{re.sub(r'[.]default(?=[.]|$)', '', name)}" for name, _ in manifest}
     lacking = sorted(set(names.values()) - arrays.keys())
     if lacking:
