@@ -220,6 +220,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(evaluate(request, options.overrides))
 
 
+def _export(options: argparse.Namespace) -> None:
+    from deploy.commands.export import export
+
+    print(export(options.exported, options.format, options.output))
+
+
 def _push(options: argparse.Namespace) -> int:
     import json
 
@@ -275,6 +281,7 @@ RUN = {
     "status": _status,
     "report": _report,
     "evaluate": _evaluate,
+    "export": _export,
     "push": _push,
     "replay": _replay,
     "migrate": _migrate,

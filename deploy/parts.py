@@ -59,6 +59,7 @@ def parts_of(recipe: Recipe) -> Parts:
     """Build every entry the recipe names. ValueError: a name or key is not known, or what an entry needs is not there."""
     parts = entries_of(recipe)
     call_if_own(parts.policy, POLICIES, "check")
+    parts.policy.lora_files()
     check_optimizer(recipe.learner)
     call_if_own(parts.prompts, PROMPTS, "load")
     for tracker in parts.trackers.values():

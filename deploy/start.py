@@ -13,6 +13,8 @@ from deploy.start_from import EarlierRun, earlier_run
 from learner.checkpoint import Checkpoint, committed_checkpoints, damaged_checkpoints, save_checkpoint
 from learner.resume import resume_point
 
+MODEL = ("policy.model", "policy.lora.path")  # keys of what trained weights fit to and to nothing else
+
 
 @dataclass(frozen=True)
 class Start:
@@ -110,7 +112,7 @@ def _starting_from(parts: Parts, table: StartFromTable | None) -> Parts:
 
 def _places(parts: Parts) -> Iterator[str]:
     """Yield the keys that say where files are; what is in the files is known by their fingerprints."""
-    yield from (weights.key for weights in parts.policy.files_of("sampler"))
+    yield from (weights.key for weights in (*parts.policy.files_of("sampler"), *parts.policy.lora_files()))
     yield from (weights.key for weights in parts.prompts.needs())
     several = bool(parts.recipe.rewards)
     for place, table in enumerate(parts.recipe.all_rewards):
@@ -132,11 +134,11 @@ def prompts_base(parts: Parts) -> Base:
 def refusal(run: str, differing: dict[str, str], of_training: bool = False) -> str:
     """Say which parts are others than a run was made with, and what to do."""
     said = f"the run in {run} stands on other files than are here: {'; '.join(differing.values())}"
-    if any(name.startswith("policy.model") for name in differing):
+    if any(name.startswith(MODEL) for name in differing):
         if not of_training:
-            return (
-                f"{said}; restore the file, or say with --policy.model where the model is that the run was trained on"
-            )
+            key = "--policy.model" if any(name.startswith(MODEL[0]) for name in differing) else "--policy.lora.path"
+            what = "model" if key == "--policy.model" else "LoRA"
+            return f"{said}; restore the file, or say with {key} where the {what} is that the run was trained on"
         return f"{said}; restore the file, or begin a new run with another --name (--from takes weights to the same model only)"
     if not of_training:
         return f"{said}; restore the file, or name another one with a key of prompts, reward or evaluation"

@@ -59,7 +59,7 @@ def earlier_run(table: StartFromTable, parts: Parts) -> EarlierRun:
             f"start_from.fingerprint is {table.fingerprint!r}, and the weights in {folder.location} have "
             f"{weights.fingerprint!r}: leave the key out to start from these"
         )
-    base = {name: part for name, part in folder.base().items() if name.startswith("policy.model")}
+    base = {name: part for name, part in folder.base().items() if name.startswith(("policy.model", "policy.lora"))}
     found = StartFromTable(run=folder.location, round=round, fingerprint=weights.fingerprint)
     return EarlierRun(found, replace(weights, policy_version=0), base)
 
@@ -69,7 +69,9 @@ def _refuse_other_weights(folder: RunFolder, parts: Parts) -> None:
     differing = [_difference(f"policy.{key}", before.get(key), now.get(key)) for key in SAME_ALWAYS]
     if not any(differing) and now["train"] == "lora":
         adapters = before.get("lora", {}), now.get("lora", {})
-        differing += [_difference(f"policy.lora.{key}", *(each.get(key) for each in adapters)) for key in SAME_ADAPTER]
+        # Where both begin from a file, its fingerprint is compared, wherever it is now.
+        keys = () if all(each.get("path") for each in adapters) else (*SAME_ADAPTER, "path")
+        differing += [_difference(f"policy.lora.{key}", *(each.get(key) for each in adapters)) for key in keys]
     if any(differing):
         said = "; ".join(difference for difference in differing if difference)
         raise ValueError(

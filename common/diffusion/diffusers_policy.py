@@ -13,8 +13,10 @@ from torch import Tensor
 
 from common.diffusion.compiled import CompiledNetwork
 from common.diffusion.denoising_steps import DenoisingSteps
+from common.diffusion.diffusers_lora import load_any_lora, loadable_encoders
 from common.diffusion.guidance import guided
 from common.diffusion.lora import MergedAdapters, compute_adapters_in, make_trainable
+from common.diffusion.lora_file import LoraFile
 from common.diffusion.policy import Conditioning, Policy, Role, autocast
 from common.diffusion.prompt_lengths import TextReader
 from common.diffusion.trained_weights import restore_trained, save_trained
@@ -174,3 +176,16 @@ class DiffusersPolicy(Policy):
 
     def restore(self, path: Path) -> None:
         restore_trained(self.network, self.config.train, path)
+
+    def take_lora(self, file: LoraFile) -> None:
+        """Put any LoRA that diffusers reads in the place of the policy's own adapters, which are not trained from here on.
+
+        Raises:
+            ValueError: it is of another form, or does not fit network and text encoders.
+        """
+        self.network.unload_lora()
+        load_any_lora(file, self.network, self.config.network_name, loadable_encoders(self.pipeline))
+        for part in (self.network, *loadable_encoders(self.pipeline).values()):
+            part.eval().requires_grad_(False)
+        self._embeddings.clear()
+        self.merged = None

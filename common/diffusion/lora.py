@@ -1,25 +1,29 @@
 """Low-rank adapters (Hu et al. 2021): attach, read and load them, switch them off for the pretrained model."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from pydantic import Field
-from safetensors import safe_open
+from pydantic import Field, model_serializer
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from common.diffusion.lora_file import (
+    EXACT_NAME,
+    FILE_NAME,
+    METADATA,
+    TRAINED,
+    LoraFile,
+    read_lora_file,
+)
 from common.diffusion.lora_targets import check_targets
-from common.diffusion.weight_files import TRAINED_PARTS, part_of
 from common.lora_weights import LoraWeights, packed, verified
-from common.reading import reading
 from common.registry import Entry
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
-METADATA = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+ADAPTER = "default"  # PEFT's name for the one that is trained
 
 
 class LoraSettings(Entry):
@@ -28,24 +32,40 @@ class LoraSettings(Entry):
     rank: int = Field(default=4, ge=1, le=4096)
     alpha: int = Field(default=4, ge=1)
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    path: str | None = None  # a LoRA that training begins from: rank, alpha and target modules are that file's
+
+    @model_serializer(mode="wrap")
+    def _without_what_the_file_says(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
+        table = handler(self)
+        return table if self.path is None else {key: table[key] for key in table if key in self.model_fields_set}
 
 
 def make_trainable(network: nn.Module, train: str, lora: LoraSettings) -> None:
-    """Leave gradients only where we train: in new float32 adapters ("lora") or everywhere ("full").
+    """Leave gradients only where we train: in float32 adapters ("lora") or everywhere ("full").
+
+    Adapters are new, or begin as those in the file that `lora.path` names.
 
     Raises:
-        ValueError: one of the adapter's target modules is no layer of the network that an adapter can go into.
+        ValueError: one of the adapter's target modules is no layer of the network that an adapter can go into, or the
+            file does not fit.
     """
     network.requires_grad_(train == "full")
-    if train == "lora":
-        from peft import LoraConfig, inject_adapter_in_model
+    if train == "lora" and lora.path is not None:
+        from common.diffusion.lora_start import start_from_file
 
-        targets = list(lora.target_modules)
-        check_targets(network, targets)
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights="gaussian")
-        inject_adapter_in_model(config, network)  # into any module: it need not be one of diffusers'
+        start_from_file(network, lora)
+    elif train == "lora":
+        attach(network, {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.target_modules)})
     for parameter in trained_parameters(network).values():
         parameter.data = parameter.data.float()
+
+
+def attach(network: nn.Module, settings: dict[str, Any]) -> None:
+    """Add new adapters with PEFT's settings to any module: it need not be one of diffusers'."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    check_targets(network, settings["target_modules"])
+    inject_adapter_in_model(LoraConfig(**settings, init_lora_weights="gaussian"), network)
 
 
 def compute_adapters_in(network: nn.Module, device: str, dtype: torch.dtype) -> None:
@@ -145,57 +165,120 @@ def reference_policy(network: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+def adapted_layers(network: nn.Module) -> dict[str, Any]:
+    """Return the layers with an adapter by the names that they have in the network."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def module_of(name: str) -> str:
+    """Return the layer that an adapter's tensor belongs to."""
+    return name.partition(".lora_")[0]
+
+
 def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = "unet") -> Path:
-    """The adapter in the file that diffusers' `load_lora_weights` reads. Equal weights give equal bytes.
+    """Write the adapter as the file that diffusers' `load_lora_weights` reads. Equal weights give equal bytes.
 
-    `part`: what the network is called in its pipeline.
+    alpha / rank is folded into the weights, so that a program that reads no header applies them at the same strength.
+    Where that rounds them, the weights as trained are written beside that file.
 
-    Written here and not by diffusers, whose metadata holds a set and so has another order in each process.
+    Args:
+        network: with the adapter.
+        lora: the adapter's settings, of which the target modules are written.
+        folder: where the file is written.
+        part: what the network is called in its pipeline.
     """
     from peft import get_peft_model_state_dict
 
-    layers = {f"{part}.{name}": value.cpu().contiguous() for name, value in get_peft_model_state_dict(network).items()}
-    settings = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
-    metadata = json.dumps({f"{part}.{name}": value for name, value in settings.items()}, sort_keys=True)
+    layers, state = adapted_layers(network), get_peft_model_state_dict(network)
+    trained = {f"{part}.{name}": value.cpu().contiguous() for name, value in state.items()}
+    scales = {f"{part}.{name}": float(layer.scaling[ADAPTER]) for name, layer in layers.items()}
+    folded = _scaled(trained, scales)
+    unfolded = _scaled(folded, {name: 1 / scale for name, scale in scales.items()})
+    targets = sorted(lora.target_modules if lora.path is None else layers)
+    ranks = {name: int(layer.r[ADAPTER]) for name, layer in layers.items()}
+    alphas = {name: _whole(layer.lora_alpha[ADAPTER]) for name, layer in layers.items()}
+    of_folded, of_trained = _header(part, ranks, ranks, targets), _header(part, ranks, alphas, targets)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(layers, folder / FILE_NAME, {METADATA: metadata})
+    save_file(folded, folder / FILE_NAME, {METADATA: of_folded, TRAINED: of_trained})
+    if all(torch.equal(unfolded[name], value) for name, value in trained.items()):
+        (folder / EXACT_NAME).unlink(missing_ok=True)
+    else:
+        save_file(trained, folder / EXACT_NAME, {METADATA: of_trained, TRAINED: of_trained})
     return folder / FILE_NAME
 
 
-def lora_file(path: Path) -> Path:
-    """The LoRA file that a run's folder, a LoRA's folder or the file's own path stands for. ValueError: there is none."""
-    candidates = (path / "lora" / FILE_NAME, path / FILE_NAME, path)
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        raise ValueError(f"{path} is no run with a LoRA, no folder with {FILE_NAME}, and no LoRA file")
-    return found
+def _scaled(tensors: dict[str, Tensor], scales: dict[str, float]) -> dict[str, Tensor]:
+    """Multiply the second matrix of each adapter, and its bias."""
+    return {
+        name: value * scales[module_of(name)] if ".lora_B" in name or ".lora_embedding_B" in name else value
+        for name, value in tensors.items()
+    }
+
+
+def _header(part: str, ranks: dict[str, int], alphas: dict[str, float], targets: list[str]) -> str:
+    """PEFT's settings as diffusers reads them: one rank and alpha for most layers, patterns for the others."""
+    settings: dict[str, Any] = {"target_modules": targets}
+    for key, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
+        counted = list(values.values())
+        settings[key] = max(sorted(set(counted)), key=counted.count)
+        others = {f"^{name}": value for name, value in values.items() if value != settings[key]}
+        settings |= {pattern: others} if others else {}
+    return json.dumps({f"{part}.{name}": value for name, value in settings.items()}, sort_keys=True)
+
+
+def _whole(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
 def read_lora_settings(path: Path) -> LoraSettings | None:
-    """Rank, alpha and target modules as the file has them; None where it says nothing. ValueError: not safetensors."""
-    with reading(path), safe_open(path, "pt") as file:
-        metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-    part = next((part for part in TRAINED_PARTS if f"{part}.r" in metadata), None)
-    if part is None:
+    """Return rank, alpha and target modules as one of our files has them, or `path` where they differ among layers.
+
+    None: it is no file of ours. ValueError: it is not safetensors.
+    """
+    file = read_lora_file(path)
+    if not file.is_ours:
         return None
-    targets = tuple(metadata[f"{part}.target_modules"])
-    return LoraSettings(rank=metadata[f"{part}.r"], alpha=metadata[f"{part}.lora_alpha"], target_modules=targets)
+    settings = file.own_settings
+    if settings.get("rank_pattern") or settings.get("alpha_pattern") or int(settings["lora_alpha"]) < 1:
+        return LoraSettings(path=str(file.path))
+    targets = tuple(settings["target_modules"])
+    return LoraSettings(rank=settings["r"], alpha=settings["lora_alpha"], target_modules=targets)
 
 
 def load_lora(network: nn.Module, path: Path) -> None:
-    """Lay a LoRA file into the network's own adapter, never beside it.
+    """Load a LoRA file into the network's own adapter, never beside it.
 
-    ValueError: it is not safetensors, or does not fit name by name.
+    Raises:
+        ValueError: it is not safetensors, or does not fit name by name.
+    """
+    load_lora_file(network, read_lora_file(path))
+
+
+def load_lora_file(network: nn.Module, file: LoraFile) -> None:
+    """Load what was read of a file of ours into the network's own adapter, at the strength that the file says.
+
+    Raises:
+        ValueError: it does not fit name by name.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    file = lora_file(path)
-    with reading(file):
-        state = {name.removeprefix(f"{part_of(name)}."): value for name, value in load_file(file).items()}
     wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(network).items()}
-    given = {name: tuple(value.shape) for name, value in state.items()}
+    given = {name: tuple(value.shape) for name, value in file.named().items()}
     if wanted != given:
         differing = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-        raise ValueError(f"the LoRA {path} does not fit the network at {differing[:3]}: another model, or another rank")
-    set_peft_model_state_dict(network, state)
+        raise ValueError(
+            f"the LoRA {file.path} does not fit the network at {differing[:3]} ({len(differing)} of {len(wanted)} "
+            "tensors): another model, or another rank"
+        )
+    scales = {name: file.scale(name) / float(layer.scaling[ADAPTER]) for name, layer in adapted_layers(network).items()}
+    set_peft_model_state_dict(network, _scaled(file.named(), scales))
+
+
+def trained_tensors(file: LoraFile) -> dict[str, Tensor]:
+    """Return the tensors of one of our files as they were trained: without alpha / rank in them."""
+    modules = {module_of(name) for name in file.tensors}
+    names = {module: module.removeprefix(f"{file.part}.") for module in modules}
+    scales = {module: file.scale(name) / file.trained_scale(name) for module, name in names.items()}
+    return _scaled(file.tensors, scales)

@@ -13,6 +13,7 @@ from torch import Tensor
 from common.base_parts import Base, entry_base
 from common.diffusion.denoising_steps import DenoisingSteps
 from common.diffusion.lora import MergedAdapters, load_weights
+from common.diffusion.lora_file import files_of_lora
 from common.diffusion.prompt_lengths import TextReader
 from common.diffusion.sizes import DeviceKind, PolicySizes
 from common.diffusion.transition import Transition
@@ -131,6 +132,20 @@ class PolicyConfig(Entry, ABC):
             raise ValueError('merge_adapters is true and train "full": only a LoRA\'s adapters are merged')
         return self
 
+    @model_validator(mode="after")
+    def _only_adapters_begin_with_a_lora(self) -> "PolicyConfig":
+        if self._lora_path() is not None and self.train == "full":
+            raise ValueError('lora.path is given and train "full": only adapters begin as those of a file')
+        return self
+
+    def _lora_path(self) -> str | None:
+        return getattr(getattr(self, "lora", None), "path", None)
+
+    def lora_files(self) -> tuple[Weights, ...]:
+        """Return the files of the LoRA that training begins from. ValueError: they are not there."""
+        path = self._lora_path()
+        return () if path is None else (files_of_lora(path),)
+
     def noisy_steps(self, sampling: SamplingTable) -> int:
         """How many steps of a path have noise, as far as can be told without its schedule."""
         return sampling.num_steps
@@ -172,7 +187,7 @@ class PolicyConfig(Entry, ABC):
 
     def loaded_base(self, role: Role) -> Base:
         """Return the fingerprints of what a role's policy is made from."""
-        return entry_base(self, "policy", self.files_of(role))
+        return entry_base(self, "policy", (*self.files_of(role), *self.lora_files()))
 
     @abstractmethod
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:

@@ -9,8 +9,9 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.diffusion.lora import LoraSettings, load_lora, lora_file, save_lora
-from common.diffusion.weight_files import TRAINED_PARTS, network_folder, part_of
+from common.diffusion.lora import LoraSettings, load_lora, save_lora, trained_tensors
+from common.diffusion.lora_file import read_lora_file
+from common.diffusion.weight_files import TRAINED_PARTS, network_folder
 from common.finite_weights import refuse_not_finite
 from common.lora_weights import LoraWeights, Manifest, pack
 from common.reading import reading
@@ -37,11 +38,11 @@ def save_trained(network: Any, train: str, lora: LoraSettings, folder: Path, par
 
 def restore_trained(network: Any, train: str, path: Path) -> None:
     """Read what `save_trained` wrote, or any of the same form. ValueError: it does not fit the network, or is not finite."""
-    for file in [lora_file(path)] if train == "lora" else sorted(path.glob("*.safetensors")):
-        with reading(file):
-            refuse_not_finite(file, load_file(file))
     if train == "lora":
         return load_lora(network, path)
+    for file in sorted(path.glob("*.safetensors")):
+        with reading(file):
+            refuse_not_finite(file, load_file(file))
     if _is_of_diffusers(network):
         with reading(path):
             whole = type(network).from_pretrained(path, use_safetensors=True)
@@ -61,9 +62,10 @@ def stored_weights(path: Path, manifest: Manifest, policy_version: int) -> LoraW
         arrays = {name: array for file in network.glob("*.safetensors") for name, array in _arrays(file).items()}
         names = {name: name for name, _ in manifest}
     else:
-        arrays = _arrays(lora_file(path))
+        file = read_lora_file(path)
+        arrays = {name: value.float().numpy() for name, value in trained_tensors(file).items()}
         # In the network an adapter has a name, in diffusers' files it has none.
-        part = part_of(next(iter(arrays), ""))
+        part = file.part
         names = {name: f"{part}.{re.sub(r'[.]default(?=[.]|$)', '', name)}" for name, _ in manifest}
     lacking = sorted(set(names.values()) - arrays.keys())
     if lacking:

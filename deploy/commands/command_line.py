@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     _add_of_living_runs(verbs)
 
     verb = verbs.add_parser("sample", help="draw pictures with a run's weights")
-    verb.add_argument("--lora", required=True, metavar="RUN_OR_PATH", help="a run's folder, or a LoRA file or folder")
+    verb.add_argument("--lora", required=True, metavar="RUN_OR_PATH", help="a run's folder, or any LoRA file or folder")
     verb.add_argument("--recipe", help="whose model and sampling to use; by default the run's own")
     verb.add_argument("--output", default="samples", help="the folder for the PNGs")
     verb.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next")
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("replay", help="draw a round again and compare it with the ledger, image by image")
     verb.add_argument("replayed", metavar="RUN", help="a run's folder")
     verb.add_argument("--round", type=int, required=True, help="counted from 0")
+    _add_export(verbs)
     _add_push(verbs)
     _add_serve_reward(verbs)
     _add_migrate(verbs)
@@ -97,6 +98,13 @@ def _add_evaluate(verbs: Any) -> None:
     verb.add_argument(
         "--output", metavar="FOLDER", help="without an earlier result; by default evaluation, evaluation-2, …"
     )
+
+
+def _add_export(verbs: Any) -> None:
+    verb = verbs.add_parser("export", help="write a run's LoRA in the form that other programs read")
+    verb.add_argument("exported", metavar="RUN_OR_PATH", help="a run's folder, its best/, or a LoRA of ours")
+    verb.add_argument("output", metavar="FILE", help="a .safetensors file that is not there yet")
+    verb.add_argument("--format", choices=["kohya"], default="kohya", help="whose names; by default %(default)s")
 
 
 def _add_push(verbs: Any) -> None:

@@ -4,12 +4,12 @@ import sys
 from collections.abc import Sequence
 
 from common.base_parts import Base, differing_parts
-from common.diffusion.lora import FILE_NAME
+from common.diffusion.lora_file import EXACT_NAME, FILE_NAME
 from common.diffusion.weight_files import TRAINED_PARTS
 from common.run_folder import RunFolder
 from deploy.start import refusal
 
-INSIDE_A_RUN = ("lora", "best", FILE_NAME, *TRAINED_PARTS)
+INSIDE_A_RUN = ("lora", "best", FILE_NAME, EXACT_NAME, *TRAINED_PARTS)
 # Whoever names others by these keys wants others.
 ASKED_FOR = {"reward": ("reward", "rewards", "evaluation.scorers"), "prompts": ("prompts",)}
 

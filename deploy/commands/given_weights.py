@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import Recipe
-from common.diffusion.lora import lora_file, read_lora_settings
-from common.diffusion.policy import Policy
+from common.diffusion.diffusers_config import DiffusersConfig
+from common.diffusion.diffusers_policy import DiffusersPolicy
+from common.diffusion.lora import LoraSettings, read_lora_settings
+from common.diffusion.lora_file import holds_lora, read_lora_file
+from common.diffusion.policy import Policy, PolicyConfig
 from common.diffusion.policy_trial import load_checked
 from common.diffusion.weight_files import network_folder
 from common.run_folder import RunFolder
@@ -27,22 +30,41 @@ def recipe_of(weights: Sequence[str], named: str | None, overrides: list[str]) -
 
 
 def load_policy(recipe: Recipe, weights: Path | None) -> Policy:
-    """The recipe's policy with a run's weights, or with any LoRA that fits its network; None: as it was pretrained.
+    """Load the recipe's model with a run's weights, or with any LoRA that diffusers reads; None: as it was pretrained.
 
-    ValueError: there are none, or they do not fit.
+    A LoRA acts as strongly as its file says: the recipe's rank and alpha decide nothing of that.
+
+    Raises:
+        ValueError: there are none, or they do not fit.
     """
-    policy_config = parts_of(recipe).policy
-    device = settle(recipe.runtime)
+    config, device = parts_of(recipe).policy, settle(recipe.runtime)
+
+    def load(config: PolicyConfig) -> Policy:
+        return load_checked(config, device, recipe.sampling, "sampler")
+
     if weights is None:  # new adapters change nothing
-        return load_checked(policy_config, device, recipe.sampling, "sampler")
-    if policy_config.train == "full":
-        policy = load_checked(policy_config, device, recipe.sampling, "sampler")
-        policy.restore(network_folder(weights) or weights)
+        return load(_pretrained(config))
+    network = network_folder(weights)
+    if network or (config.train == "full" and not holds_lora(weights)):
+        policy = load(config.model_copy(update={"train": "full"}))
+        policy.restore(network or weights)
         return policy
-    path = lora_file(weights)
-    settings = read_lora_settings(path)
-    if settings:
-        policy_config = policy_config.model_copy(update={"lora": settings})
-    policy = load_checked(policy_config, device, recipe.sampling, "sampler")
-    policy.restore(path)
+    config = config.model_copy(update={"train": "lora"})
+    file = read_lora_file(weights)
+    if isinstance(config, DiffusersConfig) and not file.is_ours:
+        policy = load(_pretrained(config))
+        assert isinstance(policy, DiffusersPolicy), "a pipeline of diffusers'"
+        policy.take_lora(file)
+        return policy
+    settings = read_lora_settings(file.path)
+    policy = load(config.model_copy(update={"lora": settings}) if settings else config)
+    policy.restore(file.path)
     return policy
+
+
+def _pretrained(config: PolicyConfig) -> PolicyConfig:
+    """Return the same without the LoRA that training begins from."""
+    lora = getattr(config, "lora", None)
+    if not isinstance(lora, LoraSettings) or lora.path is None:
+        return config
+    return config.model_copy(update={"lora": type(config).model_fields["lora"].default})

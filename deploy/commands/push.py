@@ -10,6 +10,7 @@ import tomli_w
 
 from actors.evaluation import evaluation_set
 from common.config import Recipe
+from common.diffusion.lora_file import FILE_NAME
 from common.diffusion.weight_files import network_folder
 from common.evaluation_log import FIGURES
 from common.reading import read_json, read_text
@@ -107,7 +108,7 @@ def _weights(path: Path) -> Files:
     network = network_folder(path)
     if network:
         return {f"{network.name}/{file.name}": file for file in sorted(network.iterdir())}
-    return {file.name: file for file in sorted((path / "lora").iterdir())}
+    return {FILE_NAME: path / "lora" / FILE_NAME}
 
 
 def _written(files: Files, folder: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from actors.evaluation import Comparison
 from common.base_parts import Base
 from common.config import Recipe
+from common.diffusion.lora import reference_policy
 from common.diffusion.weight_files import network_folder
 from common.evaluation_log import EvaluationLog
 from common.paired import paired_error
@@ -77,7 +78,8 @@ def compare(parts: Parts, location: str, check: Callable[[Base], None]) -> Compa
     recipe, held_out = parts.recipe, HeldOut(parts)
     policy = parts.policy.load(settle(recipe.runtime), recipe.sampling, "sampler")
     check(parts.policy.loaded_base("sampler") | held_out.loaded_parts() | prompts_base(parts))
-    before = held_out.images(policy)  # new adapters change nothing: this is the pretrained model
+    with reference_policy(policy.network):
+        before = held_out.images(policy)
     with weights_here(location) as path:
         policy.restore(network_folder(path) or path)
     after = held_out.images(policy)

@@ -8,6 +8,7 @@ import jinja2
 from huggingface_hub import ModelCard
 
 from common.config import Recipe
+from common.diffusion.lora import LoraSettings
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
 from common.evaluation_log import REPORTED, EvaluationLog
 from common.reading import read_text
@@ -91,9 +92,7 @@ def _facts(run: Published) -> list[tuple[str, str]]:
     recipe, lora = run.recipe, getattr(run.policy, "lora", None)
     sampling, rounds = recipe.sampling, run.rounds
     images = sum(metrics["images"] for metrics in rounds)
-    adapter = (
-        f"LoRA of rank {lora.rank}, alpha {lora.alpha}" if lora and run.policy.train == "lora" else "whole network"
-    )
+    adapter = _adapter(lora) if lora and run.policy.train == "lora" else "whole network"
     facts = [
         ("base model", base_model(recipe) or run.policy.model),
         ("trained", adapter),
@@ -106,6 +105,12 @@ def _facts(run: Published) -> list[tuple[str, str]]:
         ("fingerprint", run.weights.fingerprint),
     ]
     return [*facts, *versions(read_text(run.folder.storage, run.folder.recipe))]
+
+
+def _adapter(lora: LoraSettings) -> str:
+    if lora.path is not None:
+        return f"LoRA that began as {Path(lora.path).name}"
+    return f"LoRA of rank {lora.rank}, trained with alpha {lora.alpha}"
 
 
 def _rewards(recipe: Recipe, scorers: dict[str, Any]) -> list[tuple[str, str]]:

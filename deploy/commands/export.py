@@ -1,0 +1,31 @@
+"""ddpo export: a run's LoRA in the form that other programs read."""
+
+from pathlib import Path
+
+from common.diffusion.kohya_lora import save_kohya
+from common.diffusion.lora_file import FILE_NAME, read_lora_file
+from common.diffusion.weight_files import network_folder
+from common.run_folder import weights_here
+
+
+def export(weights: str, form: str, output: str) -> str:
+    """Write a LoRA of this program's in another form; return what was written, in words.
+
+    Args:
+        weights: a run's folder, its best/, or a LoRA's file or folder.
+        form: whose names, of which there is "kohya".
+        output: the file to write.
+
+    Raises:
+        ValueError: there is no LoRA of ours, its layers have no such names, or the file is there already.
+    """
+    assert form == "kohya", "the command line takes no other"
+    path = Path(output)
+    if path.suffix != ".safetensors" or path.exists():
+        raise ValueError(f"the output is {output!r}: it must be a .safetensors file that is not there yet")
+    with weights_here(weights) as here:
+        if network_folder(here) is not None:
+            raise ValueError(f"{weights} is a whole network: it has no LoRA to export")
+        folded = next((file for file in (here / "lora" / FILE_NAME, here / FILE_NAME) if file.is_file()), here)
+        save_kohya(read_lora_file(folded), path)
+    return f"{path}: kohya's names, to be read at strength 1"
