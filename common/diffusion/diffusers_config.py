@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from common.diffusion.honoured_keys import check_keys
 from common.diffusion.lora import LoraSettings
 from common.diffusion.model_sizes import Configs, model_sizes, read_config
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig, Role, quiet_libraries
@@ -93,6 +94,7 @@ class DiffusersConfig(PolicyConfig):
                 f"policy.model is {self.model!r}: there is no model_index.json in {folder}; "
                 f"give a folder in diffusers' format, a hub name (owner/model) or one of {sorted(EMBEDDED_MODELS)}"
             )
+        check_keys(self)
 
     def folder(self) -> Path:
         """Where the model lies, if it is a folder."""
@@ -149,6 +151,7 @@ class DiffusersConfig(PolicyConfig):
             ),
             f"policy.model is {self.model!r}, which cannot be loaded",
         )
+        check_keys(self, pipeline)
         network = getattr(pipeline, self.network_name)
         if role == "sampler":
             self.set_up_decoder(pipeline.vae)

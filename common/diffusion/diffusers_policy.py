@@ -160,15 +160,18 @@ class DiffusersPolicy(Policy):
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:
-        config = self.vae.config
-        scaled = latents.to(self.vae.dtype) / config.scaling_factor
-        shift = getattr(config, "shift_factor", None)
         with self._at_work(self.vae):
-            pixels = self.vae.decode(scaled if shift is None else scaled + shift, return_dict=False)[0]
+            pixels = self.vae.decode(self._unscaled(latents.to(self.vae.dtype)), return_dict=False)[0]
         pixels = pixels.float() / 2 + 0.5
         finite = pixels.isfinite().flatten(1).all(1).tolist()
         self.not_finite = tuple(row for row, is_finite in enumerate(finite) if not is_finite)
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """Return latents as the decoder takes them, in which each pipeline of diffusers' honours other keys."""
+        shift = getattr(self.vae.config, "shift_factor", None)
+        scaled = latents / self.vae.config.scaling_factor
+        return scaled if shift is None else scaled + shift
 
     def save(self, folder: Path) -> Path:
         config = self.config

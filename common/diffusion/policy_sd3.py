@@ -7,6 +7,7 @@ from torch import Tensor
 
 from common.diffusion.diffusers_config import DiffusersConfig
 from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from common.diffusion.honoured_keys import text_tokens
 from common.diffusion.lora import LoraSettings
 from common.diffusion.model_sizes import Configs
 from common.diffusion.policy import Conditioning, Role
@@ -122,7 +123,7 @@ class SD3(DiffusersConfig):
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         first, second, network = configs["text_encoder"], configs["text_encoder_2"], configs["transformer"]
-        tokens = first["max_position_embeddings"] + self.max_sequence_length
+        tokens = text_tokens(self, first) + self.max_sequence_length
         return {
             "prompt_embeds": (tokens, network["joint_attention_dim"]),
             "pooled_prompt_embeds": (first["projection_dim"] + second["projection_dim"],),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.diffusion.diffusers_config import DiffusersConfig
 from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from common.diffusion.honoured_keys import text_tokens
 from common.diffusion.model_sizes import Configs
 from common.diffusion.policy import Conditioning, Role
 from common.diffusion.published_parts import AUTOENCODER, CLIP_BIG_G, CLIP_L
@@ -68,6 +69,14 @@ class SDXLPolicy(DiffusersPolicy):
         shared = {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative_pooled}
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled} | (shared if with_negative else {})
 
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        keys = self.vae.config
+        mean, std = keys.get("latents_mean"), keys.get("latents_std")
+        if mean is None or std is None:  # this pipeline takes both or neither, and knows no shift_factor
+            return latents / keys.scaling_factor
+        mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
+        return latents * std / keys.scaling_factor + mean
+
 
 class SDXL(DiffusersConfig):
     """Keys: those of every pipeline of diffusers'."""
@@ -95,14 +104,18 @@ class SDXL(DiffusersConfig):
         first, second = configs["text_encoder"], configs["text_encoder_2"]
         width = first["hidden_size"] + second["hidden_size"]
         return {
-            "prompt_embeds": (first["max_position_embeddings"], width),
+            "prompt_embeds": (text_tokens(self, first), width),
             "pooled_prompt_embeds": (second["projection_dim"],),
         }
 
     @property
     def decoder_dtype(self) -> torch.dtype:
-        # Its activations overflow in float16, and pictures come out black.
-        return torch.float32 if self.loaded_dtype == torch.float16 else self.loaded_dtype
+        if self.loaded_dtype != torch.float16:
+            return self.loaded_dtype
+        # Its activations overflow in float16, and images come out black, unless the configuration says otherwise.
+        keys = self.part_config("vae")
+        forced = keys.get("force_upcast", keys.get("_class_name") != "AutoencoderTiny")
+        return torch.float32 if forced else torch.float16
 
     def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> SDXLPolicy:
         return SDXLPolicy(self, pipeline, device, sampling, role)

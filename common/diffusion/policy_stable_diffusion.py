@@ -6,6 +6,7 @@ from torch import Tensor
 
 from common.diffusion.diffusers_config import DiffusersConfig
 from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from common.diffusion.honoured_keys import text_tokens
 from common.diffusion.model_sizes import Configs
 from common.diffusion.policy import Conditioning, Role
 from common.diffusion.published_parts import AUTOENCODER, CLIP_L
@@ -53,6 +54,9 @@ class StableDiffusionPolicy(DiffusersPolicy):
         embeds, negative = self.pipeline.encode_prompt(prompt, self.device, 1, with_negative)
         return {"prompt_embeds": embeds} | ({"negative_prompt_embeds": negative} if with_negative else {})
 
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        return latents / self.vae.config.scaling_factor  # this pipeline knows no shift_factor
+
 
 class StableDiffusion(DiffusersConfig):
     """Keys: those of every pipeline of diffusers'."""
@@ -82,7 +86,7 @@ class StableDiffusion(DiffusersConfig):
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         text = configs["text_encoder"]
-        return {"prompt_embeds": (text["max_position_embeddings"], text["hidden_size"])}
+        return {"prompt_embeds": (text_tokens(self, text), text["hidden_size"])}
 
     def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> StableDiffusionPolicy:
         return StableDiffusionPolicy(self, pipeline, device, sampling, role)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from common.diffusion.denoising_steps import DenoisingSteps, Noised, column
+from common.diffusion.scheduler_carry import FILE, ddim_config
 from common.diffusion.transition import Transition
 
 
@@ -50,21 +51,15 @@ class DDIMTable(DenoisingSteps):
 
 
 def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, device: str) -> DDIMTable:
-    """The table of `num_steps` steps for a diffusers scheduler configuration (of any of SD's schedulers).
+    """Return the table of `num_steps` steps for a diffusers scheduler configuration (of any of SD's schedulers).
 
-    ValueError: the configuration clips or thresholds the sample, so that no step would be Gaussian, or a path starts from
-    pure noise, of which a predicted noise says nothing.
+    Raises:
+        ValueError: DDIM cannot take the configuration over, or its schedule has no such steps.
     """
     from diffusers import DDIMScheduler
 
-    # Only these two of diffusers' schedulers clip where their configuration does not say: an absent key is not true.
-    clips = scheduler_config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler")
-    scheduler: Any = DDIMScheduler.from_config({"clip_sample": clips, **scheduler_config})
-    for key in ("clip_sample", "thresholding"):
-        if scheduler.config[key]:
-            raise ValueError(f"the model's scheduler has {key}=True: its steps are not Gaussian; set it to false")
-    scheduler.set_timesteps(num_steps)
-    timesteps = scheduler.timesteps.long()
+    scheduler: Any = DDIMScheduler.from_config(ddim_config(scheduler_config))
+    timesteps = _timesteps(scheduler, num_steps)
     following = timesteps - scheduler.config["num_train_timesteps"] // num_steps
     final = scheduler.final_alpha_cumprod.to(scheduler.alphas_cumprod)
     if scheduler.config["prediction_type"] == "epsilon" and not scheduler.alphas_cumprod[timesteps].all():
@@ -72,7 +67,7 @@ def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, dev
             "the model's scheduler has rescale_betas_zero_snr=True and prediction_type epsilon: its first step divides by 0"
         )
     next_alphas = torch.where(following >= 0, scheduler.alphas_cumprod[following.clamp(min=0)], final)
-    return DDIMTable(
+    table = DDIMTable(
         timesteps.to(device),
         scheduler.alphas_cumprod[timesteps].to(device),
         next_alphas.to(device),
@@ -80,6 +75,31 @@ def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, dev
         scheduler.config["prediction_type"],
         scheduler.alphas_cumprod.to(device),
     )
+    if not ((scheduler.betas >= 0) & (scheduler.betas <= 1)).all() or not table.std().isfinite().all():
+        keys = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
+        shown = ", ".join(f"{key}={scheduler.config[key]!r:.40}" for key in keys if scheduler.config[key] is not None)
+        raise ValueError(f"the model's scheduler has {shown}: every beta must lie above 0 and below 1 (in {FILE})")
+    return table
+
+
+def _timesteps(scheduler: Any, num_steps: int) -> Int[Tensor, "T"]:
+    """Return the timesteps that diffusers steps on. Raise ValueError if some lie outside of the model's schedule."""
+    count, spacing = scheduler.config["num_train_timesteps"], scheduler.config["timestep_spacing"]
+    if num_steps > count:
+        raise ValueError(
+            f"sampling.num_steps is {num_steps}, and the model's scheduler has num_train_timesteps={count}: it must be at "
+            f"most {count}"
+        )
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps.long()
+    outside = [timestep for timestep in timesteps.tolist() if not 0 <= timestep < count]
+    if outside:
+        raise ValueError(
+            f"sampling.num_steps is {num_steps}: with timestep_spacing={spacing!r} and steps_offset="
+            f"{scheduler.config['steps_offset']} the model's scheduler would step on timestep {outside[0]}, and the model has "
+            f"0 to {count - 1}: give another number of steps"
+        )
+    return timesteps
 
 
 def ddim_transition(

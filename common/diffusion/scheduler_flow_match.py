@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from common.diffusion.denoising_steps import DenoisingSteps, Noised, column
+from common.diffusion.scheduler_carry import FILE, flow_config
 from common.diffusion.transition import Transition
 
 
@@ -72,18 +73,24 @@ def flow_match_table(
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
-    for key in ("invert_sigmas", "stochastic_sampling"):
-        if scheduler.config[key]:
-            raise ValueError(f"the model's scheduler has {key}=True: set it to false")
-    training_sigmas = scheduler.sigmas.flip(0)
-    keys: dict[str, Any] = {"num_inference_steps": num_steps}
-    if evenly_spaced:
-        keys["sigmas"] = torch.linspace(1.0, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
-    if scheduler.config["use_dynamic_shifting"]:
-        shifts = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        keys["mu"] = calculate_shift(image_tokens, *(scheduler.config[key] for key in shifts))
-    scheduler.set_timesteps(**keys)
+    try:
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(flow_config(scheduler_config))
+        training_sigmas = scheduler.sigmas.flip(0)
+        keys: dict[str, Any] = {"num_inference_steps": num_steps}
+        if evenly_spaced:
+            keys["sigmas"] = torch.linspace(1.0, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
+        if scheduler.config["use_dynamic_shifting"]:
+            shifts = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            keys["mu"] = calculate_shift(image_tokens, *(scheduler.config[key] for key in shifts))
+        scheduler.set_timesteps(**keys)
+    except (TypeError, ZeroDivisionError) as error:  # of diffusers, on keys that are null or of another kind
+        raise ValueError(f"the model's scheduler has keys of which no schedule follows: {error} (in {FILE})") from None
+    path = scheduler.sigmas
+    if not path.isfinite().all() or not (path.diff() < 0).all() or path[0] > 1 + 1e-5:
+        raise ValueError(
+            f"sampling.num_steps is {num_steps}, and of the model's scheduler follow the noise levels {path.tolist()[:4]} …: they "
+            f"must fall from 1 or less to 0, step by step (shift, shift_terminal and the like in {FILE})"
+        )
     levels = torch.full((num_steps,), noise_level)
     levels[-1] = 0.0
     return FlowMatchTable(scheduler.timesteps, scheduler.sigmas[:-1], scheduler.sigmas[1:], levels, training_sigmas)

@@ -1,0 +1,193 @@
+"""Decide what of a published scheduler's configuration a DDIM or flow-matching table takes over exactly; refuse the rest by name.
+
+A scheduler of another kind is no obstacle where it denoises the same process: same betas, same prediction type. Its solver
+is then replaced by DDIM, as `DDIMScheduler.from_config` does. Noise levels of another kind have no counterpart in DDIM.
+"""
+
+import math
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+FILE = "scheduler/scheduler_config.json"
+DDIM = "DDIMScheduler"
+FLOW = "FlowMatchEulerDiscreteScheduler"
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")  # unless told not to
+CARRIED = (
+    *CLIPPING,
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
+)
+NEEDED = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}  # without which diffusers cannot make it
+# Where these say nothing of their betas, they mean others than DDIM: (their default, DDIM's).
+OWN_BETAS = {"beta_start": (0.00085, 0.0001), "beta_end": (0.012, 0.02)}
+WITH_OWN_BETAS = (
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+)
+# What StableDiffusionPipeline takes other values of for out of date, and corrects as it is made.
+CORRECTED = {"clip_sample": False, "steps_offset": 1}
+
+# What DDIM takes, by key; why nothing else; and what to do, where another value would not make another process of it.
+SPACED = "it spaces noise levels otherwise than DDIM, which steps on the model's own timesteps"
+TRAINED = "a network that was trained on such noise levels cannot be stepped by DDIM"
+SET_FALSE, TAKE_ANOTHER = "; set it to false", ""
+ALLOWED: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "prediction_type": (PREDICTIONS, "it must be epsilon, v_prediction or sample", TAKE_ANOTHER),
+    "beta_schedule": (
+        ("linear", "scaled_linear", "squaredcos_cap_v2"),
+        "it must be linear, scaled_linear or squaredcos_cap_v2",
+        TAKE_ANOTHER,
+    ),
+    "timestep_spacing": (("leading", "trailing", "linspace"), "it must be leading, trailing or linspace", TAKE_ANOTHER),
+    "use_karras_sigmas": ((False, None), SPACED, SET_FALSE),
+    "use_exponential_sigmas": ((False, None), SPACED, SET_FALSE),
+    "use_beta_sigmas": ((False, None), SPACED, SET_FALSE),
+    "use_lu_lambdas": ((False, None), SPACED, SET_FALSE),
+    "interpolation_type": (("linear",), SPACED, '; set it to "linear"'),
+    "lambda_min_clipped": ((-math.inf, None), SPACED, "; leave it out"),
+    "timestep_type": (("discrete",), TRAINED, TAKE_ANOTHER),
+    "use_flow_sigmas": ((False, None), TRAINED, TAKE_ANOTHER),
+    "use_dynamic_shifting": ((False, None), TRAINED, TAKE_ANOTHER),
+    "sigma_min": ((None,), TRAINED, TAKE_ANOTHER),
+    "sigma_max": ((None,), TRAINED, TAKE_ANOTHER),
+    "shift_terminal": ((None,), TRAINED, TAKE_ANOTHER),
+    "snr_shift_scale": ((None, 1), TRAINED, TAKE_ANOTHER),
+    "variance_type": (
+        (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+        "the network predicts variances, which DDIM has no use for",
+        TAKE_ANOTHER,
+    ),
+    "clip_sample": ((False, None), "its steps are not Gaussian", SET_FALSE),
+    "thresholding": ((False, None), "its steps are not Gaussian", SET_FALSE),
+}
+
+
+def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `DDIMScheduler.from_config` makes the same process of.
+
+    Args:
+        config: of a loaded scheduler, or the contents of its file; without `_class_name` it is DDIM's own, and clips nothing.
+
+    Raises:
+        ValueError: DDIM cannot take it over exactly. The message names class, key and value, and what is allowed.
+    """
+    written, name = written_keys(config), config.get("_class_name")
+    if name is not None:
+        _check_class(name, CARRIED, "policy.name is a family of UNets, which steps by DDIM")
+    for key, (allowed, reason, remedy) in ALLOWED.items():
+        if key in written and written[key] not in allowed:
+            raise ValueError(f"{_says(name, key, written[key])}: {reason}{remedy} (in {FILE})")
+    _check_absent(name, written)
+    _check_length(name, written)
+    if written.get("final_sigmas_type", "zero") != "zero" and written.get("set_alpha_to_one", True):
+        raise ValueError(
+            f"{_says(name, 'final_sigmas_type', written['final_sigmas_type'])}: DDIM ends so only where set_alpha_to_one is "
+            f'false; set it to "zero", or set_alpha_to_one to false, in {FILE}'
+        )
+    # Of the schedulers that are left only those of CLIPPING clip where nothing is said; an absent key is not true.
+    return {"clip_sample": False, **written}
+
+
+def flow_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `FlowMatchEulerDiscreteScheduler.from_config` makes the same flow of.
+
+    Raises:
+        ValueError: it is another scheduler, or has steps that go another way. The message names class, key and value.
+    """
+    written, name = written_keys(config), config.get("_class_name")
+    if name is not None:
+        own = {key: written[key] for key in ("flow_shift", "prediction_type", "use_flow_sigmas") if key in written}
+        with_keys = f" with {', '.join(f'{key}={value!r}' for key, value in own.items())}" if own else ""
+        _check_class(name, (FLOW,), "policy.name is a family of flow matching", with_keys)
+    for key in ("invert_sigmas", "stochastic_sampling"):
+        if written.get(key):
+            raise ValueError(f"{_says(name, key, written[key])}: set it to false in {FILE}")
+    if written.get("use_beta_sigmas") and find_spec("scipy") is None:
+        raise ValueError(f"{_says(name, 'use_beta_sigmas', True)}, for which diffusers needs scipy: pip install scipy")
+    if written.get("time_shift_type", "exponential") not in ("exponential", "linear"):
+        says = _says(name, "time_shift_type", written["time_shift_type"])
+        raise ValueError(f'{says}: it must be "exponential" or "linear" (in {FILE})')
+    return written
+
+
+def check_scheduler(index: Mapping[str, Any], config: Mapping[str, Any], flow: bool) -> None:
+    """Check the files of a folder, where `model_index.json` names the class that diffusers makes of the configuration.
+
+    Raises:
+        ValueError: the schedule cannot be taken over exactly.
+    """
+    named = index.get("scheduler") or [None, None]
+    classes = dict.fromkeys(name for name in (named[1], config.get("_class_name")) if name)
+    for name in classes or [None]:
+        read = dict(config) | ({"_class_name": name} if name else {})
+        corrects = index.get("_class_name") == "StableDiffusionPipeline"
+        if corrects and (read.get("clip_sample") is True or (name == DDIM and "clip_sample" not in read)):
+            read["clip_sample"] = False
+        (flow_config if flow else ddim_config)(read)
+
+
+def written_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that a scheduler's file has. A loaded DDIMScheduler's are also those that its pipeline has corrected."""
+    unwritten = set(config.get("_use_default_values", ()))
+    if config.get("_class_name") == DDIM:
+        unwritten -= {key for key, value in CORRECTED.items() if config.get(key) == value}
+    return {key: value for key, value in config.items() if key not in unwritten and key != "_use_default_values"}
+
+
+def _check_class(name: str, carried: tuple[str, ...], why: str, with_keys: str = "") -> None:
+    if name not in carried:
+        raise ValueError(
+            f"the model's scheduler is {name}{with_keys}: {why}, and takes over the schedules of {', '.join(carried)}; no other "
+            f"gives it the noise levels that the model was trained with (model_index.json, {FILE})"
+        )
+    package = NEEDED.get(name)
+    if package and find_spec(package) is None:
+        raise ValueError(f"the model's scheduler is {name}, for which diffusers needs {package}: pip install {package}")
+
+
+def _check_absent(name: str | None, written: Mapping[str, Any]) -> None:
+    for key, (own, ddims) in OWN_BETAS.items():
+        if name in WITH_OWN_BETAS and key not in written:
+            raise ValueError(
+                f"the model's scheduler is {name} without {key}, which is then {own} there and {ddims} in DDIM: "
+                f'write "{key}" into {FILE}'
+            )
+    if name in CLIPPING and "clip_sample" not in written:
+        raise ValueError(
+            f"the model's scheduler is {name} without clip_sample, which then clips, so that its steps are not Gaussian: "
+            f'write "clip_sample": false into {FILE}'
+        )
+
+
+def _check_length(name: str | None, written: Mapping[str, Any]) -> None:
+    steps, betas = written.get("num_train_timesteps", 1000), written.get("trained_betas")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"{_says(name, 'num_train_timesteps', steps)}: it must be a whole number above 0 (in {FILE})")
+    offset = written.get("steps_offset", 0)
+    if not isinstance(offset, int):
+        raise ValueError(f"{_says(name, 'steps_offset', offset)}: it must be a whole number (in {FILE})")
+    if betas is not None and len(betas) != steps:
+        raise ValueError(
+            f"the model's scheduler has {len(betas)} trained_betas, and num_train_timesteps={steps}: there must be one for "
+            f"each (in {FILE})"
+        )
+
+
+def _says(name: str | None, key: str, value: Any) -> str:
+    return f"the model's scheduler{f' ({name})' if name and name != DDIM else ''} has {key}={value!r}"
