@@ -97,7 +97,8 @@ class RewardWorker:
         for name, values in rewards.items():
             for row in np.flatnonzero(~np.isfinite(values)):
                 prompt = images.prompts[first + int(row)].text
-                set_aside[int(row)] = f"the reward {name!r} gave {values[row]} for the picture of {prompt!r}"
+                number = f"{values[row]}" + (", or a number beyond float32," if np.isinf(values[row]) else "")
+                set_aside[int(row)] = f"the reward {name!r} gave {number} for the picture of {prompt!r}"
                 values[row] = np.nan
         machines = frozenset({self._machine})
         return Scores(rewards, time.perf_counter() - start, set_aside, machines)

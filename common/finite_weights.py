@@ -15,13 +15,15 @@ def first_not_finite(arrays: Mapping[str, Any]) -> str | None:
 def refuse_not_finite(file: str | Path, arrays: Mapping[str, Any]) -> None:
     """Raise ValueError if one of the arrays or tensors that `file` holds is not finite."""
     if name := first_not_finite(arrays):
+        count = sum(not _is_finite(array) for array in arrays.values())
         raise ValueError(
-            f"{file}: the tensor {name} holds NaN or infinity, so these weights are of no use: restore the file, or take an "
-            "earlier checkpoint's weights (--from RUN@ROUND)"
+            f"{file}: the tensor {name} holds NaN or infinity ({count} of {len(arrays)} do), so these weights are of no use: "
+            "restore the file, or take an earlier checkpoint's weights (--from RUN@ROUND)"
         )
 
 
 def _is_finite(array: Any) -> bool:
     if not isinstance(array, np.ndarray):
-        return bool(array.isfinite().all())
+        small = array.is_floating_point() and array.dtype.itemsize == 1  # float8, which knows no isfinite
+        return bool((array.float() if small else array).isfinite().all())
     return array.dtype.kind not in "fcV" or bool(np.isfinite(array).all())

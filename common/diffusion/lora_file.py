@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from common.diffusion.weight_files import TRAINED_PARTS, part_of
+from common.finite_weights import refuse_not_finite
 from common.named_files import Weights
 from common.reading import reading
 
@@ -125,23 +125,6 @@ def read_lora_file(path: Path) -> LoraFile:
         raise ValueError(f"the LoRA {file} holds no tensor")
     refuse_not_finite(file, tensors)
     return LoraFile(file, tensors, metadata, trained)
-
-
-def refuse_not_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a tensor of a file holds NaN or infinity."""
-    broken = [name for name, value in tensors.items() if not _is_finite(value)]
-    if broken:
-        raise ValueError(
-            f"the LoRA {path} holds numbers that are not finite in {len(broken)} of {len(tensors)} tensors, such as "
-            f"{broken[0]}: it comes from a training that diverged, or is damaged; take an earlier version"
-        )
-
-
-def _is_finite(value: Tensor) -> bool:
-    wide = (
-        value.float() if value.is_floating_point() and value.dtype.itemsize == 1 else value
-    )  # float8 knows no isfinite
-    return bool(torch.isfinite(wide).all())
 
 
 def _keys(settings: Mapping[str, Any], part: str | None) -> set[str]:

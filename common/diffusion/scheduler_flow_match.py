@@ -88,8 +88,8 @@ def flow_match_table(
     path = scheduler.sigmas
     if not path.isfinite().all() or not (path.diff() < 0).all() or path[0] > 1 + 1e-5:
         raise ValueError(
-            f"sampling.num_steps is {num_steps}, and of the model's scheduler follow the noise levels {path.tolist()[:4]} …: they "
-            f"must fall from 1 or less to 0, step by step (shift, shift_terminal and the like in {FILE})"
+            f"sampling.num_steps is {num_steps}, and of the model's scheduler follow the noise levels {path.tolist()[:4]} …: "
+            f"they must fall from 1 or less to 0, step by step (shift, shift_terminal and the like in {FILE})"
         )
     levels = torch.full((num_steps,), noise_level)
     levels[-1] = 0.0

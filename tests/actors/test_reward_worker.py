@@ -95,7 +95,8 @@ def test_what_is_not_one_real_number_a_picture_is_refused(answer: Any, text: str
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_set_aside_with_the_picture_it_belongs_to(value: float) -> None:
     scores = worker(given=Answers(answers=[np.array([1.0, value, 3.0])])).score(images(3))
-    assert scores.set_aside == {1: f"the reward 'given' gave {value} for the picture of 'animal 1'"}
+    number = "nan" if np.isnan(value) else f"{value}, or a number beyond float32,"
+    assert scores.set_aside == {1: f"the reward 'given' gave {number} for the picture of 'animal 1'"}
     assert scores.rewards["given"][[0, 2]].tolist() == [1, 3] and np.isnan(scores.rewards["given"][1])
 
 
