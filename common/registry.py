@@ -1,5 +1,6 @@
 """Turn a recipe's table (a name and keys) into an entry of a room: a frozen, checked object that is its own config."""
 
+import difflib
 import importlib
 from collections.abc import Iterator
 from typing import Any, TypeVar, get_args
@@ -80,7 +81,10 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         place, message = fault["loc"], fault["msg"].removeprefix("Value error, ")
         key = prefix + ".".join(str(part) for part in place)
         if fault["type"] == "extra_forbidden":
-            lines.append(f"{key} is not a key that is known: the keys here are {_keys_at(model, place[:-1])}")
+            known = _keys_at(model, place[:-1])
+            near = difflib.get_close_matches(str(place[-1]), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{key} is not a key that is known: the keys here are {known}{hint}")
         elif fault["type"] == "missing":
             lines.append(f"{key} is missing")
         elif fault["type"] == "value_error" and not place:

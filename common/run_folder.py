@@ -179,10 +179,17 @@ class RunFolder:
         with reading(f"{self.location}/{self.recipe}"):
             return tomllib.loads(read_text(self.storage, self.recipe))
 
+    def refuse_if_no_run(self, said_by: str = "") -> None:
+        """Raise ValueError if no run lies here; `said_by` stands before it."""
+        path = self.storage.local_path
+        if path and not path.exists():
+            raise ValueError(f"{said_by}{self.location} is no run's folder: there is no such folder")
+        if not self.storage.exists(self.recipe):
+            raise ValueError(f"{said_by}{self.location} is no run's folder: it has no {self.recipe}")
+
     def load_recipe(self, overrides: list[str]) -> Recipe:
         """The recipe that the run was made with, and overrides over it. ValueError: there is no run."""
-        if not self.storage.exists(self.recipe):
-            raise ValueError(f"{self.location} is no run's folder: it has no {self.recipe}")
+        self.refuse_if_no_run()
         return Recipe.from_toml(read_text(self.storage, self.recipe), f"{self.location}/{self.recipe}", overrides)
 
 

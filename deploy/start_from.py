@@ -50,8 +50,7 @@ def start_from_of(text: str) -> StartFromTable:
 def earlier_run(table: StartFromTable, parts: Parts) -> EarlierRun:
     """Read the weights that a recipe's `[start_from]` names. ValueError: they are not there, or do not fit the recipe."""
     folder = RunFolder(table.run)
-    if not folder.storage.exists(folder.recipe):
-        raise ValueError(f"--from {table.run}: {folder.location} is no run's folder: it has no {folder.recipe}")
+    folder.refuse_if_no_run(f"--from {table.run}: ")
     _refuse_other_weights(folder, parts)
     round, weights = _weights(folder, table.round)
     if table.fingerprint not in (None, weights.fingerprint):

@@ -91,3 +91,15 @@ def collapses(images: np.ndarray, prompts: list[str], metadata: Metadata) -> lis
 
 
 _batches: list[int] = []
+
+
+def raises_for_one_prompt(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+    """Cannot read the image of one prompt."""
+    if "cat" in prompts:
+        raise RuntimeError("it is a cat")
+    return images.mean(axis=(1, 2, 3))
+
+
+def nan_for_one_prompt(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+    """Divide 0 by 0 for one prompt."""
+    return np.array([np.nan if prompt == "cat" else 1.0 + row for row, prompt in enumerate(prompts)])

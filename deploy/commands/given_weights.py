@@ -23,6 +23,9 @@ def recipe_of(weights: Sequence[str], named: str | None, overrides: list[str]) -
     folders = [RunFolder(location) for location in weights]
     run = next((folder for folder in folders if folder.storage.exists(folder.recipe)), None)
     if run is None:
+        for place in [folder.storage.local_path for folder in folders]:
+            if place and not place.exists():
+                raise ValueError(f"there is nothing at {place}: give a run's folder, or a LoRA's file or folder")
         raise ValueError(
             f"{', '.join(weights)} is no run's folder with a recipe: say with --recipe whose model these weights are for"
         )

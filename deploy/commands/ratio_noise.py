@@ -181,5 +181,6 @@ def _sensitivity_findings(noise: Noise, sampling: SamplingTable) -> list[Finding
     if factor <= SENSITIVE:
         return [Finding("ok", "steps", found)]
     late = _late_steps(noise.sensitivity)
-    drop = f"set sampling.untrained_last_steps {sampling.untrained_last_steps + late}" if late else "leave it out"
+    last = sampling.untrained_last_steps + late if late else sampling.num_steps - worst
+    drop = f"set sampling.untrained_last_steps {last}"
     return [Finding("warning", "steps", f"{found}: it drowns the others in ratio and clip", drop)]

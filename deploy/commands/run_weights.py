@@ -60,6 +60,11 @@ def best_weights(folder: RunFolder) -> RunWeights:
 def _trained(folder: RunFolder) -> LoraWeights:
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
-        damaged = "".join(f"; {name} is damaged" for name in damaged_checkpoints(folder.checkpoints))
-        raise ValueError(f"{folder.location} has no whole checkpoint yet: no weights are known{damaged}")
+        damaged = damaged_checkpoints(folder.checkpoints)
+        if damaged:
+            raise ValueError(
+                f"{folder.location} has no whole checkpoint, {', '.join(damaged)} is damaged, so nobody can tell which weights "
+                f"are the run's: restore its files; ddpo sample and ddpo evaluate take {folder.location}/lora without it"
+            )
+        raise ValueError(f"{folder.location} has no checkpoint yet: no weights are known")
     return load_checkpoint(newest).learner.trained

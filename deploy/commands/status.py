@@ -44,7 +44,7 @@ def in_words(known: dict[str, Any]) -> str:
     """`status`, a line each."""
     done = known["rounds_done"] == known["rounds"]
     ended = known["ended_by_guard"]
-    nobody = "done" if done else "ended by the guard" if ended else "nobody runs it"
+    nobody = "done" if done else "ended by the guard" if ended else "nobody runs it; --resume auto goes on with it"
     whose = f"run by {known['run_by']}" if known["run_by"] else nobody
     lines = {
         "rounds": f"{known['rounds_done']} of {known['rounds']}",

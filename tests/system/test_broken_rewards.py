@@ -38,6 +38,23 @@ def test_a_reward_that_raises_for_every_image_ends_the_run_at_once(
     assert seconds < LONGEST_SECONDS
 
 
+@pytest.mark.parametrize(
+    ("function", "situation"),
+    [
+        ("raises_for_one_prompt", "a reward raises for some images"),
+        ("nan_for_one_prompt", "a reward gives NaN or infinity for some images"),
+    ],
+)
+def test_images_that_a_reward_cannot_score_are_set_aside_by_name(
+    function: str, situation: str, tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    prompts = {"name": "texts", "texts": ["cat", "dog", "bee", "ant"]}
+    tables |= {"prompts": prompts, "rounds": 1, "sampling": {**tables["sampling"], "num_steps": 2}}
+    exit_code, printed, _ = ended(tables, tmp_path, capfd, f"{FAULTS}:{function}", "--serial")
+    assert_documented(situation, exit_code, printed)
+    assert "prompt 'cat') is set aside" in printed and printed.count("is set aside") < 8
+
+
 @pytest.mark.system
 def test_a_reward_that_breaks_later_ends_the_run_so_that_it_can_go_on(
     tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture
