@@ -13,7 +13,6 @@ from deploy.start_from import EarlierRun, earlier_run
 from learner.checkpoint import Checkpoint, committed_checkpoints, damaged_checkpoints, save_checkpoint
 from learner.resume import resume_point
 
-
 MODEL = ("policy.model", "policy.lora.path")  # keys of what trained weights fit to and to nothing else
 
 

@@ -52,7 +52,7 @@ def _refuse_what_diffusers_reads_otherwise(file: LoraFile, tensors: dict[str, Te
     from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    state, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors))
+    state = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors))[0]
     back, wanted = convert_unet_state_dict_to_peft(state), _at_full_strength(file)
     lost = [name for name in wanted if name not in back or not torch.equal(back[name], wanted[name])]
     if lost:

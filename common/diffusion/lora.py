@@ -17,7 +17,6 @@ from common.diffusion.lora_file import (
     METADATA,
     TRAINED,
     LoraFile,
-    lora_file,
     read_lora_file,
 )
 from common.diffusion.lora_targets import check_targets
@@ -199,7 +198,7 @@ def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = 
     unfolded = _scaled(folded, {name: 1 / scale for name, scale in scales.items()})
     targets = sorted(lora.target_modules if lora.path is None else layers)
     ranks = {name: int(layer.r[ADAPTER]) for name, layer in layers.items()}
-    alphas = {name: _whole(layer.lora_alpha[ADAPTER]) for name, layer in layers.items()}
+    alphas = {name: _whole(layer.scaling[ADAPTER] * layer.r[ADAPTER]) for name, layer in layers.items()}
     of_folded, of_trained = _header(part, ranks, ranks, targets), _header(part, ranks, alphas, targets)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(folded, folder / FILE_NAME, {METADATA: of_folded, TRAINED: of_trained})
@@ -218,7 +217,7 @@ def _scaled(tensors: dict[str, Tensor], scales: dict[str, float]) -> dict[str, T
     }
 
 
-def _header(part: str, ranks: dict[str, int], alphas: dict[str, float], targets: list[str]) -> str:
+def _header(part: str, ranks: dict[str, int], alphas: dict[str, Any], targets: list[str]) -> str:
     """PEFT's settings as diffusers reads them: one rank and alpha for most layers, patterns for the others."""
     settings: dict[str, Any] = {"target_modules": targets}
     for key, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
@@ -229,7 +228,7 @@ def _header(part: str, ranks: dict[str, int], alphas: dict[str, float], targets:
     return json.dumps({f"{part}.{name}": value for name, value in settings.items()}, sort_keys=True)
 
 
-def _whole(alpha: float) -> float:
+def _whole(alpha: float | int) -> float | int:
     return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
@@ -242,10 +241,10 @@ def read_lora_settings(path: Path) -> LoraSettings | None:
     if not file.is_ours:
         return None
     settings = file.own_settings
-    if settings.get("rank_pattern") or settings.get("alpha_pattern") or int(settings["lora_alpha"]) < 1:
-        return LoraSettings(path=str(file.path))
-    targets = tuple(settings["target_modules"])
-    return LoraSettings(rank=settings["r"], alpha=settings["lora_alpha"], target_modules=targets)
+    alpha, is_one = settings["lora_alpha"], not (settings.get("rank_pattern") or settings.get("alpha_pattern"))
+    if is_one and isinstance(alpha, int) and alpha > 0:
+        return LoraSettings(rank=settings["r"], alpha=alpha, target_modules=tuple(settings["target_modules"]))
+    return LoraSettings(path=str(file.path))
 
 
 def load_lora(network: nn.Module, path: Path) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from common.blame import blamed, call, is_users_own
 from common.diffusion import POLICIES
-from common.diffusion.lora import load_weights, lora_file, read_weights, trained_parameters
+from common.diffusion.lora import load_weights, read_weights, trained_parameters
+from common.diffusion.lora_file import lora_file
 from common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role, select_rows
 from common.diffusion.rollout import image_noise
 from common.diffusion.tensor_checks import check_tensor, described, refuse_unless

@@ -17,15 +17,13 @@ from common.diffusion import policy_flux, policy_sd3, policy_sdxl, policy_stable
 from common.diffusion.diffusers_policy import DiffusersPolicy
 from common.diffusion.kohya_lora import save_kohya
 from common.diffusion.lora import (
-    FILE_NAME,
     LoraSettings,
-    lora_file,
     make_trainable,
     read_lora_settings,
     read_weights,
     reference_policy,
 )
-from common.diffusion.lora_file import EXACT_NAME, METADATA, read_lora_file
+from common.diffusion.lora_file import EXACT_NAME, FILE_NAME, METADATA, lora_file, read_lora_file
 from common.diffusion.policy import quiet_libraries
 from common.diffusion.trained_weights import save_trained, stored_weights
 from deploy.commands.given_weights import load_policy
