@@ -82,7 +82,7 @@ def load_any_lora(
     for name, encoder in beside.items():
         _refuse_what_does_not_fit(file, encoder, name, _of_encoder(converted.of(name), encoder))
     given: dict[str, Any] = {"network_alphas": converted.alphas, "metadata": converted.metadata}
-    given |= {"adapter_name": adapter or FIRST}
+    given |= {"adapter_name": adapter or FIRST, "low_cpu_mem_usage": True}  # as its pipelines do
     with _refusing(file, f"diffusers cannot load it into {type(network).__name__}"):
         if converted.of(part):
             network.load_lora_adapter(converted.state, prefix=part, **given)
@@ -186,7 +186,11 @@ def _refuse_other_parts(file: LoraFile, converted: _Converted, parts: tuple[str,
     others = [name for name in converted.state if name.partition(".")[0] not in parts]
     if others:
         of_text = len(parts) == 1 and all(name.startswith("text_encoder") for name in others)
-        where = "belong to text encoders, which are not trained here" if of_text else f"belong to none of {parts}"
+        where = (
+            "belong to text encoders, which are not trained here"
+            if of_text
+            else f"belong to none of {', '.join(parts)}"
+        )
         raise ValueError(_misfit(file, others, where))
 
 

@@ -15,6 +15,7 @@ from common.diffusion.lora_file import (
     EXACT_NAME,
     FILE_NAME,
     METADATA,
+    NETWORK,
     TRAINED,
     LoraFile,
     read_lora_file,
@@ -200,12 +201,13 @@ def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = 
     ranks = {name: int(layer.r[ADAPTER]) for name, layer in layers.items()}
     alphas = {name: _whole(layer.scaling[ADAPTER] * layer.r[ADAPTER]) for name, layer in layers.items()}
     of_folded, of_trained = _header(part, ranks, ranks, targets), _header(part, ranks, alphas, targets)
+    kind = type(network).__name__
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(folded, folder / FILE_NAME, {METADATA: of_folded, TRAINED: of_trained})
+    save_file(folded, folder / FILE_NAME, {METADATA: of_folded, TRAINED: of_trained, NETWORK: kind})
     if all(torch.equal(unfolded[name], value) for name, value in trained.items()):
         (folder / EXACT_NAME).unlink(missing_ok=True)
     else:
-        save_file(trained, folder / EXACT_NAME, {METADATA: of_trained, TRAINED: of_trained})
+        save_file(trained, folder / EXACT_NAME, {METADATA: of_trained, TRAINED: of_trained, NETWORK: kind})
     return folder / FILE_NAME
 
 

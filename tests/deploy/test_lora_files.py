@@ -38,12 +38,12 @@ def pipeline(tiny_model: Path) -> StableDiffusionPipeline:
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     home = tmp_path_factory.mktemp("loras")
     tables = small_tables(tiny_model, home) | {"evaluation": {"images": 2, "batch_size": 2}}
-    (home / "recipe.toml").write_text(tomli_w.dumps(tables))
+    (home / "small.toml").write_text(tomli_w.dumps(tables))
     return home
 
 
 def sampled(home: Path, lora: Path, name: str) -> int:
-    words = ["--lora", str(lora), "--recipe", str(home / "recipe.toml"), "--output", str(home / name), "--seed", "3"]
+    words = ["--lora", str(lora), "--recipe", str(home / "small.toml"), "--output", str(home / name), "--seed", "3"]
     return ddpo.main(["sample", *words, "cat"])
 
 
@@ -59,7 +59,7 @@ def test_sample_draws_plain_diffusers_image_with_a_lora_of_kohyas(
     keys = {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 1.0}
     theirs = plain("cat", generator=torch.Generator().manual_seed(3), **keys).images[0]
     assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 1 and ours.std() > 1
-    output = ["--recipe", str(home / "recipe.toml"), "--output", str(home / "compared")]
+    output = ["--recipe", str(home / "small.toml"), "--output", str(home / "compared")]
     assert ddpo.main(["evaluate", str(path), *output]) == 0
     assert str(path) in json.loads((home / "compared/evaluation.json").read_text())["weights"]
     assert_accepted("a LoRA that this program has not trained, in `ddpo sample` and `ddpo evaluate`")
@@ -111,7 +111,11 @@ def of_another_width(pipeline: StableDiffusionPipeline, folder: Path) -> Path:
 
 def of_another_layer(pipeline: StableDiffusionPipeline, folder: Path) -> Path:
     found = pairs(pipeline.unet)
-    more = {"mid_block.attentions.7.transformer_blocks.0.attn1.to_q": next(iter(found.values()))}
+    more = {
+        "mid_block.attentions.7.transformer_blocks.0.attn1.to_q": tuple(
+            each.clone() for each in next(iter(found.values()))
+        )
+    }
     return saved(peft_names(found | more, "unet"), folder)
 
 
@@ -188,10 +192,10 @@ def test_a_lora_that_training_cannot_begin_with_is_refused_by_its_key(
     make, words = START_REFUSED[situation]
     path = make(pipeline, "stable_diffusion", tmp_path / "lora")
     for verb in (("plan",), ("train", "--serial")):
-        command = [verb[0], str(home / "recipe.toml"), *verb[1:], "--policy.lora.path", str(path), *words]
+        command = [verb[0], str(home / "small.toml"), *verb[1:], "--policy.lora.path", str(path), *words]
         assert ddpo.main(command) == 2
         assert_refused(situation, capsys.readouterr().err)
-    assert not (home / "runs").exists()
+    assert not (home / "runs/tiny/recipe.toml").exists()
 
 
 def test_export_refuses_what_it_cannot_write(

@@ -46,6 +46,7 @@ def weights_of(home: Path, name: str) -> np.ndarray:
 def test_a_run_begins_with_the_file_resumes_to_the_same_bits_and_refuses_another_file(
     home: Path, tiny_model: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    assert ddpo.main(["plan", str(home / "recipe.toml")]) == 0
     assert trained(home, "whole", "--serial") == 0
     folder = RunFolder(home / "runs/whole")
     path = Path(folder.recipe_tables()["policy"]["lora"]["path"])

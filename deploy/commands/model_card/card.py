@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from common.config import Recipe
 from common.diffusion.diffusers_config import DiffusersConfig
+from common.diffusion.kohya_lora import READERS
 from common.diffusion.lora import LoraSettings
 from common.diffusion.lora_file import FILE_NAME
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
@@ -115,8 +116,9 @@ def _programs(policy: PolicyConfig) -> list[tuple[str, str, str]]:
     if policy.train == "full" or not isinstance(policy, DiffusersConfig):
         return []
     kohya = "what ddpo export writes of it"
-    others = [("kohya's scripts, AUTOMATIC1111, Forge", kohya, "1")] if policy.network_name == "unet" else []
-    comfy = ("ComfyUI", kohya if others else FILE_NAME, "1")
+    is_unet, others = policy.network_name == "unet", [("kohya's scripts, AUTOMATIC1111, Forge", kohya, "1")]
+    others = others if policy.network_class in READERS else []
+    comfy = ("ComfyUI", kohya if is_unet else FILE_NAME, "1")
     return [("diffusers", FILE_NAME, "1, its default"), comfy, *others]
 
 
