@@ -33,7 +33,9 @@ class LoraSettings(Entry):
     rank: int = Field(default=4, ge=1, le=4096)
     alpha: int = Field(default=4, ge=1)
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    path: str | None = None  # a LoRA that training begins from: rank, alpha and target modules are that file's
+    path: str | None = Field(
+        default=None, min_length=1
+    )  # a LoRA that training begins from: rank, alpha and target modules are that file's
 
     @model_serializer(mode="wrap")
     def _without_what_the_file_says(self, handler: Callable[[Any], Any]) -> dict[str, Any]:

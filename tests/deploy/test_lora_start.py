@@ -43,6 +43,7 @@ def weights_of(home: Path, name: str) -> np.ndarray:
     return load_checkpoint(newest).learner.trained.buffer
 
 
+@pytest.mark.thorough
 def test_a_run_begins_with_the_file_resumes_to_the_same_bits_and_refuses_another_file(
     home: Path, tiny_model: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_run_begins_with_the_file_resumes_to_the_same_bits_and_refuses_another
     assert not np.array_equal(weights_of(home, "whole"), begun.buffer)
 
 
+@pytest.mark.thorough
 def test_what_is_called_pretrained_is_the_model_without_the_lora(home: Path, capsys: pytest.CaptureFixture) -> None:
     assert trained(home, "still", "--serial", "--rounds", "1", "--learner.learning_rate", "1e-30") == 0
     run, few = str(home / "runs/still"), ["--output", str(home / "compared")]
