@@ -1,6 +1,7 @@
 """LoRA files of every form that diffusers reads, loaded by diffusers itself; what it would leave out is an error here."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -81,7 +82,7 @@ def load_any_lora(
     for name, encoder in beside.items():
         _refuse_what_does_not_fit(file, encoder, name, _of_encoder(converted.of(name), encoder))
     given: dict[str, Any] = {"network_alphas": converted.alphas, "metadata": converted.metadata}
-    given |= {"adapter_name": adapter or FIRST}
+    given |= {"adapter_name": adapter or FIRST, "low_cpu_mem_usage": True}  # as its pipelines do
     with _refusing(file, f"diffusers cannot load it into {type(network).__name__}"):
         if converted.of(part):
             network.load_lora_adapter(converted.state, prefix=part, **given)
@@ -89,6 +90,7 @@ def load_any_lora(
             if converted.of(name):
                 loader.load_lora_into_text_encoder(converted.state, text_encoder=encoder, prefix=name, **given)
     of_network = _of_network(converted.of(part))
+    _tell_of_alphas(file, network, converted, part)
     _refuse_what_did_not_arrive(file, network, of_network, adapter or FIRST)
     for name, encoder in beside.items():
         _refuse_what_did_not_arrive(file, encoder, _of_encoder(converted.of(name), encoder), adapter or FIRST)
@@ -183,7 +185,13 @@ def _refuse_what_is_left_out(file: LoraFile, state: Mapping[str, Any]) -> None:
 def _refuse_other_parts(file: LoraFile, converted: _Converted, parts: tuple[str, ...]) -> None:
     others = [name for name in converted.state if name.partition(".")[0] not in parts]
     if others:
-        raise ValueError(_misfit(file, others, f"belong to none of {', '.join(parts)}"))
+        of_text = len(parts) == 1 and all(name.startswith("text_encoder") for name in others)
+        where = (
+            "belong to text encoders, which are not trained here"
+            if of_text
+            else f"belong to none of {', '.join(parts)}"
+        )
+        raise ValueError(_misfit(file, others, where))
 
 
 def _refuse_what_does_not_fit(file: LoraFile, module: nn.Module, part: str, state: Mapping[str, Tensor]) -> None:
@@ -218,6 +226,20 @@ def _refuse_what_did_not_arrive(file: LoraFile, module: Any, state: Mapping[str,
     given = {_plain(name) for name in state}
     if arrived != given:
         raise ValueError(_misfit(file, sorted(arrived ^ given), f"are not those that {type(module).__name__} has now"))
+
+
+def _tell_of_alphas(file: LoraFile, network: nn.Module, converted: _Converted, part: str) -> None:
+    """Say where diffusers gives all layers one alpha though the file has several."""
+    given = {value for name, value in (converted.alphas or {}).items() if name.startswith(f"{part}.")}
+    layers: list[Any] = [each for each in network.modules() if isinstance(getattr(each, "lora_alpha", None), dict)]
+    applied = {float(alpha) for layer in layers for alpha in layer.lora_alpha.values()}
+    if len(given) > 1 and applied != given:
+        print(
+            f"the LoRA {file.path} has an alpha of {' and '.join(f'{each:g}' for each in sorted(given))} on different "
+            f"layers, of which diffusers applies {' and '.join(f'{each:g}' for each in sorted(applied))} to all",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _plain(name: str) -> str:

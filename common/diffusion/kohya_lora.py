@@ -1,16 +1,18 @@
-"""Write a LoRA of ours by the names of kohya's scripts, which ComfyUI, AUTOMATIC1111 and Forge read for UNets."""
+"""Write a LoRA of ours by the names of kohya's scripts, which many programs read."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.diffusion.diffusers_lora import NOT_READ
+from common.diffusion.kohya_flux import flux_names
 from common.diffusion.lora import module_of
 from common.diffusion.lora_file import LoraFile
-from common.diffusion.weight_files import TRAINED_PARTS
 
-UNET, _ = TRAINED_PARTS
+READERS = {"UNet2DConditionModel": "StableDiffusionLoraLoaderMixin", "FluxTransformer2DModel": "FluxLoraLoaderMixin"}
 
 
 def save_kohya(file: LoraFile, path: Path) -> None:
@@ -21,21 +23,23 @@ def save_kohya(file: LoraFile, path: Path) -> None:
     """
     if not file.is_ours:
         raise ValueError(f"the LoRA {file.path} was not written by this program: only what it has trained is exported")
-    if file.part != UNET:
+    kind = "UNet2DConditionModel" if file.part == "unet" else file.network
+    if kind not in READERS:
         raise ValueError(
-            f"the LoRA {file.path} is a transformer's: diffusers and ComfyUI read it as it is, by the names of its layers; "
-            "kohya's names are written for the UNets of Stable Diffusion and SDXL alone"
+            f"the LoRA {file.path} is for {kind or 'a network that the file does not name'}: kohya's names are written for "
+            f"{' and '.join(READERS)} alone; diffusers and ComfyUI read the file as it is"
         )
-    tensors = _kohya(file)
-    _refuse_what_diffusers_reads_otherwise(file, tensors)
+    wanted = _at_full_strength(file)
+    tensors = _of_unet(wanted) if file.part == "unet" else flux_names(wanted)
+    _refuse_what_is_read_otherwise(file, tensors, wanted, READERS[kind])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
 
 
-def _kohya(file: LoraFile) -> dict[str, Tensor]:
+def _of_unet(wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     from diffusers.utils import convert_state_dict_to_kohya
 
-    renamed = convert_state_dict_to_kohya(_at_full_strength(file))
+    renamed = convert_state_dict_to_kohya(wanted)
     return {name: value.float().contiguous() for name, value in renamed.items()}  # an alpha as kohya's scripts write it
 
 
@@ -47,16 +51,25 @@ def _at_full_strength(file: LoraFile) -> dict[str, Tensor]:
     }
 
 
-def _refuse_what_diffusers_reads_otherwise(file: LoraFile, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError if a layer's name cannot be told from kohya's, in which dots and underscores are one."""
-    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+def _refuse_what_is_read_otherwise(
+    file: LoraFile, tensors: dict[str, Tensor], wanted: dict[str, Tensor], reader: str
+) -> None:
+    """Raise ValueError if diffusers does not read the same weights from these names, in which dots are underscores."""
+    from diffusers.loaders import lora_pipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    state, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors))
-    back, wanted = convert_unet_state_dict_to_peft(state), _at_full_strength(file)
+    loader: Any = getattr(lora_pipeline, reader)
+    try:
+        state = loader.lora_state_dict(dict(tensors))
+        back = convert_unet_state_dict_to_peft(state[0] if isinstance(state, tuple) else state)
+    except NOT_READ as error:
+        raise ValueError(
+            f"the LoRA {file.path} has layers without names of kohya's that diffusers reads "
+            f"({type(error).__name__}: {str(error)[:200]}); diffusers reads the file as it is"
+        ) from error
     lost = [name for name in wanted if name not in back or not torch.equal(back[name], wanted[name])]
     if lost:
         raise ValueError(
             f"the LoRA {file.path} has layers without a name of kohya's, {len(lost)} of {len(wanted)} tensors, such as "
-            f"{lost[0]}: diffusers reads it as it is"
+            f"{lost[0]}: diffusers reads the file as it is"
         )

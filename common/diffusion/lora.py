@@ -15,6 +15,7 @@ from common.diffusion.lora_file import (
     EXACT_NAME,
     FILE_NAME,
     METADATA,
+    NETWORK,
     TRAINED,
     LoraFile,
     read_lora_file,
@@ -32,7 +33,9 @@ class LoraSettings(Entry):
     rank: int = Field(default=4, ge=1, le=4096)
     alpha: int = Field(default=4, ge=1)
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    path: str | None = None  # a LoRA that training begins from: rank, alpha and target modules are that file's
+    path: str | None = Field(
+        default=None, min_length=1
+    )  # a LoRA that training begins from: rank, alpha and target modules are that file's
 
     @model_serializer(mode="wrap")
     def _without_what_the_file_says(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
@@ -198,14 +201,15 @@ def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = 
     unfolded = _scaled(folded, {name: 1 / scale for name, scale in scales.items()})
     targets = sorted(lora.target_modules if lora.path is None else layers)
     ranks = {name: int(layer.r[ADAPTER]) for name, layer in layers.items()}
-    alphas = {name: _whole(layer.lora_alpha[ADAPTER]) for name, layer in layers.items()}
+    alphas = {name: _whole(layer.scaling[ADAPTER] * layer.r[ADAPTER]) for name, layer in layers.items()}
     of_folded, of_trained = _header(part, ranks, ranks, targets), _header(part, ranks, alphas, targets)
+    kind = type(network).__name__
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(folded, folder / FILE_NAME, {METADATA: of_folded, TRAINED: of_trained})
+    save_file(folded, folder / FILE_NAME, {METADATA: of_folded, TRAINED: of_trained, NETWORK: kind})
     if all(torch.equal(unfolded[name], value) for name, value in trained.items()):
         (folder / EXACT_NAME).unlink(missing_ok=True)
     else:
-        save_file(trained, folder / EXACT_NAME, {METADATA: of_trained, TRAINED: of_trained})
+        save_file(trained, folder / EXACT_NAME, {METADATA: of_trained, TRAINED: of_trained, NETWORK: kind})
     return folder / FILE_NAME
 
 
@@ -217,7 +221,7 @@ def _scaled(tensors: dict[str, Tensor], scales: dict[str, float]) -> dict[str, T
     }
 
 
-def _header(part: str, ranks: dict[str, int], alphas: dict[str, float], targets: list[str]) -> str:
+def _header(part: str, ranks: dict[str, int], alphas: dict[str, Any], targets: list[str]) -> str:
     """PEFT's settings as diffusers reads them: one rank and alpha for most layers, patterns for the others."""
     settings: dict[str, Any] = {"target_modules": targets}
     for key, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
@@ -228,7 +232,7 @@ def _header(part: str, ranks: dict[str, int], alphas: dict[str, float], targets:
     return json.dumps({f"{part}.{name}": value for name, value in settings.items()}, sort_keys=True)
 
 
-def _whole(alpha: float) -> float:
+def _whole(alpha: float | int) -> float | int:
     return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
@@ -241,10 +245,10 @@ def read_lora_settings(path: Path) -> LoraSettings | None:
     if not file.is_ours:
         return None
     settings = file.own_settings
-    if settings.get("rank_pattern") or settings.get("alpha_pattern") or int(settings["lora_alpha"]) < 1:
-        return LoraSettings(path=str(file.path))
-    targets = tuple(settings["target_modules"])
-    return LoraSettings(rank=settings["r"], alpha=settings["lora_alpha"], target_modules=targets)
+    alpha, is_one = settings["lora_alpha"], not (settings.get("rank_pattern") or settings.get("alpha_pattern"))
+    if is_one and isinstance(alpha, int) and alpha > 0:
+        return LoraSettings(rank=settings["r"], alpha=alpha, target_modules=tuple(settings["target_modules"]))
+    return LoraSettings(path=str(file.path))
 
 
 def load_lora(network: nn.Module, path: Path) -> None:

@@ -21,6 +21,7 @@ EXACT_NAME = "trained_adapter.safetensors"  # beside it, where folding alpha / r
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # the header's key where diffusers looks for rank and alpha
 TRAINED = "trained_adapter_metadata"  # the header's key for the rank and alpha that were trained with
+NETWORK = "trained_network"  # the header's key for the network's class
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 OWN_KEYS = {"r", "lora_alpha", "target_modules"}
 OWN_PATTERNS = {"rank_pattern", "alpha_pattern"}
@@ -34,6 +35,7 @@ class LoraFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]  # those that diffusers reads
     trained: dict[str, Any]  # those that were trained with, where alpha / rank is folded into the weights
+    network: str = ""  # the class of the network that was trained, where the header says
 
     @property
     def part(self) -> str | None:
@@ -124,7 +126,7 @@ def read_lora_file(path: Path) -> LoraFile:
     if not tensors:
         raise ValueError(f"the LoRA {file} holds no tensor")
     refuse_not_finite(file, tensors)
-    return LoraFile(file, tensors, metadata, trained)
+    return LoraFile(file, tensors, metadata, trained, header.get(NETWORK, ""))
 
 
 def _keys(settings: Mapping[str, Any], part: str | None) -> set[str]:

@@ -24,7 +24,8 @@ def start_from_file(network: nn.Module, lora: LoraSettings) -> None:
         file = read_lora_file(Path(lora.path).expanduser())
         if file.is_ours:
             attach(network, file.own_settings)
-            load_lora_file(network, file)
+            if not next(network.parameters()).is_meta:
+                load_lora_file(network, file)
         else:
             _start_through_diffusers(network, file)
         network.requires_grad_(False)
@@ -48,7 +49,8 @@ def _start_through_diffusers(network: Any, file: LoraFile) -> None:
     for layer in adapted_layers(network).values():  # diffusers has rounded them to the network's dtype
         for name in layer.adapter_layer_names:
             getattr(layer, name).float()
-    set_peft_model_state_dict(network, state)
+    if not next(network.parameters()).is_meta:
+        set_peft_model_state_dict(network, state)
 
 
 def _part(network: nn.Module) -> str:

@@ -54,6 +54,10 @@ def load_policy(recipe: Recipe, weights: Path | None) -> Policy:
         return policy
     config = config.model_copy(update={"train": "lora"})
     file = read_lora_file(weights)
+    if isinstance(config, DiffusersConfig) and file.is_ours and file.part != config.network_name:
+        raise ValueError(
+            f"the LoRA {file.path} does not fit: it is for a {file.part}, and the model has a {config.network_name}"
+        )
     if isinstance(config, DiffusersConfig) and not file.is_ours:
         policy = load(_pretrained(config))
         assert isinstance(policy, DiffusersPolicy), "a pipeline of diffusers'"

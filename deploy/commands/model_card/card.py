@@ -8,7 +8,10 @@ import jinja2
 from huggingface_hub import ModelCard
 
 from common.config import Recipe
+from common.diffusion.diffusers_config import DiffusersConfig
+from common.diffusion.kohya_lora import READERS
 from common.diffusion.lora import LoraSettings
+from common.diffusion.lora_file import FILE_NAME
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
 from common.evaluation_log import REPORTED, EvaluationLog
 from common.reading import read_text
@@ -76,6 +79,7 @@ def _told(run: Published) -> dict[str, Any]:
         "model_named": model,
         "sentences": changes(run.figures),
         "code": loading(recipe, run.policy, base, run.prompt),
+        "programs": _programs(run.policy),
         "facts": _facts(run),
         "rewards": _rewards(recipe, run.figures["scorers"]),
         "figures": run.figures,
@@ -105,6 +109,17 @@ def _facts(run: Published) -> list[tuple[str, str]]:
         ("fingerprint", run.weights.fingerprint),
     ]
     return [*facts, *versions(read_text(run.folder.storage, run.folder.recipe))]
+
+
+def _programs(policy: PolicyConfig) -> list[tuple[str, str, str]]:
+    """Which program reads a LoRA's file, and at which strength it has the trained effect."""
+    if policy.train == "full" or not isinstance(policy, DiffusersConfig):
+        return []
+    kohya = "what ddpo export writes of it"
+    is_unet, others = policy.network_name == "unet", [("kohya's scripts, AUTOMATIC1111, Forge", kohya, "1")]
+    others = others if policy.network_class in READERS else []
+    comfy = ("ComfyUI", kohya if is_unet else FILE_NAME, "1")
+    return [("diffusers", FILE_NAME, "1, its default"), comfy, *others]
 
 
 def _adapter(lora: LoraSettings) -> str:

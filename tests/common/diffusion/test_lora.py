@@ -11,13 +11,11 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from common.diffusion.lora import (
-    FILE_NAME,
     LoraSettings,
     MergedAdapters,
     compute_adapters_in,
     load_lora,
     load_weights,
-    lora_file,
     make_trainable,
     read_lora_settings,
     read_weights,
@@ -25,6 +23,7 @@ from common.diffusion.lora import (
     save_lora,
     trained_parameters,
 )
+from common.diffusion.lora_file import FILE_NAME, lora_file
 from common.lora_weights import pack
 from tests.tiny_policy import scatter
 

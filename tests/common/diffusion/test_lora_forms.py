@@ -9,27 +9,27 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.config import Recipe
 from common.diffusion import policy_flux, policy_sd3, policy_sdxl, policy_stable_diffusion
 from common.diffusion.diffusers_policy import DiffusersPolicy
+from common.diffusion.kohya_flux import flux_names
 from common.diffusion.kohya_lora import save_kohya
 from common.diffusion.lora import (
-    FILE_NAME,
     LoraSettings,
-    lora_file,
     make_trainable,
     read_lora_settings,
     read_weights,
     reference_policy,
 )
-from common.diffusion.lora_file import EXACT_NAME, METADATA, read_lora_file
+from common.diffusion.lora_file import EXACT_NAME, FILE_NAME, METADATA, lora_file, read_lora_file
 from common.diffusion.policy import quiet_libraries
 from common.diffusion.trained_weights import save_trained, stored_weights
 from deploy.commands.given_weights import load_policy
-from tests.accepted_page import assert_accepted
+from tests.accepted_page import assert_accepted, assert_refused
 from tests.conftest import small_tables
 from tests.lora_forms import FORMS, part_name
 from tests.tiny_families import MAKERS, policy_table
@@ -41,7 +41,9 @@ PIPELINES = {
     "sd3": "StableDiffusion3Pipeline",
     "flux": "FluxPipeline",
 }
-TARGETS = {"sd3": ("attn.to_q", "attn.add_q_proj", "attn.to_out.0"), "flux": ("attn.to_q", "attn.to_add_out")}
+# Of the blocks whose kohya names diffusers reads in every size: those of the others it reads in FLUX's own size alone.
+FLUX_LAYERS = tuple(f"transformer_blocks.0.attn.{layer}" for layer in ("to_q", "to_v", "add_k_proj", "to_out.0"))
+TARGETS = {"sd3": ("attn.to_q", "attn.add_q_proj", "attn.to_out.0"), "flux": FLUX_LAYERS}
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +173,17 @@ def test_our_own_file_has_one_strength_in_every_program(
         "our own LoRA in diffusers": run / "lora" / FILE_NAME,
         "our own LoRA in a program that reads no header": headless,
     }
-    if part == "unet":
-        ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    if family == "sd3":
+        with pytest.raises(ValueError) as error:
+            save_kohya(read_lora_file(run / "lora" / FILE_NAME), ours)
+        assert_refused("`ddpo export` of a LoRA for SD 3", f"ddpo export: {error.value}")
+    else:
         save_kohya(read_lora_file(run / "lora" / FILE_NAME), ours)
+        files |= {"our own LoRA through `ddpo export`": ours}
+    if part == "unet":
         save_file(diffusers.utils.convert_state_dict_to_kohya(dict(tensors)), theirs)
-        files |= {"our own LoRA through `ddpo export`": ours, "our own LoRA through diffusers' kohya converter": theirs}
+        files |= {"our own LoRA through diffusers' kohya converter": theirs}
     for situation, path in files.items():
         assert_same_effect(with_plain_diffusers(family, model, path), expected, base)
         assert_accepted(situation)
@@ -229,3 +237,17 @@ def test_training_begins_with_the_effect_of_the_file(
         assert read_weights(policy.network, 0).fingerprint == weights.fingerprint
         assert lora_file(run).parent == run / "lora"
     assert_accepted("`policy.lora.path` names a LoRA: training begins with it")
+
+
+def test_kohyas_names_of_flux_come_back_from_diffusers_in_its_own_size() -> None:
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for block in ("transformer_blocks.0.attn", "single_transformer_blocks.3.attn"):
+        for layer in ("to_q", "to_k", "to_v", *(("to_out.0", "add_q_proj") if block.startswith("t") else ())):
+            key = f"transformer.{block}.{layer}.lora"
+            tensors[f"{key}_A.weight"] = torch.randn(2, 3072, generator=generator)
+            tensors[f"{key}_B.weight"] = torch.randn(3072, 2, generator=generator)
+    named = flux_names(tensors)
+    assert named["lora_unet_single_blocks_3_linear1.lora_up.weight"].shape == (7 * 3072, 8)
+    back = FluxLoraLoaderMixin.lora_state_dict(dict(named))
+    assert all(torch.equal(back[name], value) for name, value in tensors.items())
+    assert not any(value.any() for name, value in back.items() if name not in tensors)

@@ -12,7 +12,8 @@ from torch import Tensor
 from common.diffusion import POLICIES
 from common.diffusion.diffusers_config import DiffusersConfig
 from common.diffusion.diffusers_policy import DiffusersPolicy
-from common.diffusion.lora import lora_file, read_lora_settings
+from common.diffusion.lora import read_lora_settings
+from common.diffusion.lora_file import lora_file
 from common.diffusion.policy_flux import Flux, packed, token_places, unpacked
 from common.diffusion.policy_sd3 import SD3
 from common.diffusion.rollout import draw, image_noise
