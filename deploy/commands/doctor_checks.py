@@ -162,8 +162,10 @@ def disk_finding(recipe: Recipe, numbers: Plan) -> Finding:
     if path is None:
         return Finding("ok", "disk", f"{what}, on {recipe.output_dir}")
     there = next(parent for parent in (path, *path.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    return compared("disk", what, needed, free, "set checkpoint.keep lower, or give --output_dir a larger disk")
+    disk = shutil.disk_usage(there)
+    if not disk.total:  # such as /proc
+        return Finding("fault", "disk", f"{what}, and {there} is on no disk", "give --output_dir a folder on a disk")
+    return compared("disk", what, needed, disk.free, "set checkpoint.keep lower, or give --output_dir a larger disk")
 
 
 def compared(subject: str, what: str, needed: float, there: float, advice: str) -> Finding:
