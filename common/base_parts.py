@@ -19,6 +19,7 @@ from common.registry import Entry
 from common.user_sources import user_sources
 
 VARIANT = re.compile(r"[^.]+\.[^.]+\.(safetensors|bin)")  # model.fp16.safetensors beside model.safetensors
+MODEL_KEYS = ("policy.model", "policy.single_file_config")  # whose files are the base model
 READERS = 4  # files that are hashed at once
 SHOWN = 12  # letters of a fingerprint
 

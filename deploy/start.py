@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from common.base_parts import Base, LoadedBase, differing_parts, entry_base, text_part
+from common.base_parts import MODEL_KEYS, Base, LoadedBase, differing_parts, entry_base, text_part
 from common.recipe_tables import StartFromTable
 from common.run_folder import BASE_FILE, RunFolder
 from deploy.parts import Parts
@@ -132,7 +132,7 @@ def prompts_base(parts: Parts) -> Base:
 def refusal(run: str, differing: dict[str, str], of_training: bool = False) -> str:
     """Say which parts are others than a run was made with, and what to do."""
     said = f"the run in {run} stands on other files than are here: {'; '.join(differing.values())}"
-    if any(name.startswith("policy.model") for name in differing):
+    if any(name.startswith(MODEL_KEYS) for name in differing):
         if not of_training:
             return (
                 f"{said}; restore the file, or say with --policy.model where the model is that the run was trained on"
