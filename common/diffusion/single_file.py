@@ -11,11 +11,13 @@ from common.diffusion.model_index import (
     check_folder,
     known_parts,
     read_class,
+    read_object,
     with_article,
 )
 from common.diffusion.part_files import TEXT_FILES, PartNotThere, text_files, weights_of
 from common.file_faults import fault_of
 from common.model_hub import Weights, read_from_hub
+from common.pretrained import weights_fault
 
 if TYPE_CHECKING:
     from common.diffusion.diffusers_config import DiffusersConfig
@@ -112,6 +114,10 @@ def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, 
         beside = {
             part: load_part(config, folder, part, weights) for part, weights in _beside(config, folder, role).items()
         }
+        names = _names_and_shapes(path)
+        for part, known in known_parts(config, role).items():
+            if known.kind == "model" and known.library == "diffusers" and part not in beside:
+                _check_names(folder, part, names)
         given = {**config.loading, **absent, **beside}
         pipeline = pipeline_class.from_single_file(
             str(path), config=str(folder), local_files_only=True, dtype=config.loaded_dtype, **given
@@ -120,6 +126,35 @@ def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, 
             if known.kind == "model":
                 _check_complete(part, getattr(pipeline, part))
         return pipeline
+
+
+def _check_names(folder: Path, part: str, names: dict[str, Any]) -> None:
+    """Compare the names and shapes that diffusers makes of the file's with those of the part. ValueError: they differ."""
+    import diffusers
+    import torch
+    from diffusers.loaders.single_file_model import (
+        SINGLE_FILE_LOADABLE_CLASSES,
+        _should_convert_state_dict_to_diffusers,
+    )
+
+    name, keys = read_class(folder, part), read_object(folder / part / "config.json")
+    with torch.device("meta"):
+        expected = getattr(diffusers, name).from_config(keys).state_dict()
+    found = dict(names)
+    if _should_convert_state_dict_to_diffusers(expected, found):
+        try:
+            found = SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"](config=keys, checkpoint=found)
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"its {part} cannot be loaded (weights are missing: {error}, or others beside)") from error
+    report = {
+        "missing_keys": expected.keys() - found.keys(),
+        "unexpected_keys": (),
+        "mismatched_keys": [
+            (each,) for each in expected.keys() & found.keys() if expected[each].shape != found[each].shape
+        ],
+    }
+    if fault := weights_fault(report):
+        raise ValueError(f"its {part}, {with_article(name)}, cannot be loaded ({fault})")
 
 
 def _check_complete(part: str, model: Any) -> None:
