@@ -27,6 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: maker(tmp_path_factory.mktemp(name)) for name, maker in MAKERS.items()}
 
 
+@pytest.mark.thorough
 def test_names_of_earlier_versions_are_read_as_diffusers_and_transformers_read_them(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -52,6 +53,7 @@ def test_names_of_earlier_versions_are_read_as_diffusers_and_transformers_read_t
     assert_accepted("names of weights as earlier versions of diffusers and transformers wrote them")
 
 
+@pytest.mark.thorough
 def test_a_whole_clip_gives_its_text_tower(models: dict[str, Path], tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
@@ -69,6 +71,7 @@ def test_a_whole_clip_gives_its_text_tower(models: dict[str, Path], tmp_path: Pa
     assert_accepted("a whole CLIP as text encoder")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", PARTS)
 def test_a_small_decoder_is_taken_in_every_family(family: str, models: dict[str, Path], tmp_path: Path) -> None:
     from diffusers import AutoencoderTiny
@@ -82,6 +85,7 @@ def test_a_small_decoder_is_taken_in_every_family(family: str, models: dict[str,
     assert_accepted("a decoder that is an AutoencoderTiny")
 
 
+@pytest.mark.thorough
 def test_parts_that_nobody_uses_need_not_be_there(models: dict[str, Path], tmp_path: Path) -> None:
     unused = {
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
@@ -98,6 +102,7 @@ def test_parts_that_nobody_uses_need_not_be_there(models: dict[str, Path], tmp_p
     assert_accepted("feature extractor, safety checker or image encoder missing, null or not named")
 
 
+@pytest.mark.thorough
 def test_a_missing_text_encoder_is_refused_with_the_key_that_does_without(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -111,6 +116,7 @@ def test_a_missing_text_encoder_is_refused_with_the_key_that_does_without(
         assert_refused("a part that the family needs is missing or null", early_refusal("sd3", model, t5=False))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("zeros", [True, False])
 def test_sdxl_encodes_no_prompt_as_its_folder_says(zeros: bool, models: dict[str, Path], tmp_path: Path) -> None:
     model = copied(models["sdxl"], tmp_path / "model")
@@ -121,6 +127,7 @@ def test_sdxl_encodes_no_prompt_as_its_folder_says(zeros: bool, models: dict[str
     assert_accepted("SDXL with force_zeros_for_empty_prompt true or false")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", PARTS)
 @pytest.mark.parametrize("shards", [False, True])
 def test_the_only_variant_is_taken(family: str, shards: bool, models: dict[str, Path], tmp_path: Path) -> None:
@@ -171,6 +178,7 @@ def base_of(model: Path, **keys: Any) -> dict[str, str]:
     return {name: part.sha256 for name, part in entry_base(config, "policy", config.files_of("sampler")).items()}
 
 
+@pytest.mark.thorough
 def test_a_learner_needs_network_and_scheduler_alone(models: dict[str, Path], tmp_path: Path) -> None:
     for family, parts in PARTS.items():
         model = copied(models[family], tmp_path / family)

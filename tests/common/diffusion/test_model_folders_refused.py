@@ -28,6 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: maker(tmp_path_factory.mktemp(name)) for name, maker in MAKERS.items()}
 
 
+SLOW = dict.fromkeys(("sdxl", "sd3", "flux"), pytest.mark.thorough)
 FAULTS: list[tuple[str, Callable[[str, dict], dict]]] = [
     ("weights of a part are missing", lambda part, state: without(_first(state))(state)),
     ("all names of a part's weights begin with something else", lambda part, state: renamed("", "module.")(state)),
@@ -39,7 +40,7 @@ def _first(state: dict) -> str:
     return next(name for name in sorted(state) if name.endswith("weight") and "encoder.embed_tokens" not in name)
 
 
-@pytest.mark.parametrize("family", PARTS)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=SLOW.get(name, ())) for name in PARTS])
 def test_a_part_whose_weights_are_not_its_own_is_refused_with_the_first_and_their_number(
     family: str, models: dict[str, Path], tmp_path: Path
 ) -> None:

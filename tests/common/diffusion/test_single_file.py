@@ -61,6 +61,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert all(torch.equal(ours[part][name], value) for name, value in state.items()), part
 
 
+@pytest.mark.thorough
 def test_one_file_is_the_folder_that_it_was_made_from(saved: tuple[Path, Path, Any], configs: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
