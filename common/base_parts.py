@@ -19,6 +19,8 @@ from common.registry import Entry
 from common.user_sources import user_sources
 
 VARIANT = re.compile(r"[^.]+\.[^.]+\.(safetensors|bin)")  # model.fp16.safetensors beside model.safetensors
+# Whose files are what trained weights fit to, and to nothing else.
+MODEL_KEYS = ("policy.model", "policy.single_file_config", "policy.lora.path")
 READERS = 4  # files that are hashed at once
 SHOWN = 12  # letters of a fingerprint
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from common.file_faults import fault_of
 from common.named_files import Weights
 
 T = TypeVar("T")
@@ -104,28 +105,21 @@ def file_of(path: str | None, repository: str, file: str, key: str) -> Weights:
 
 def missing_files(weights: Weights) -> list[str]:
     """Which of the files are not on this machine. Asks no hub and loads nothing."""
-    folder = _folder_here(weights)
+    folder = folder_here(weights)
     return [name for name in weights.files if folder is None or not any(folder.glob(name))]
 
 
 def damaged_files(weights: Weights) -> list[str]:
     """Return the safetensors files of this machine that cannot be opened, each with the reason. Read only their heads."""
-    from safetensors import SafetensorError, safe_open
-
-    folder, damaged = _folder_here(weights), []
+    folder = folder_here(weights)
     names = [name for name in weights.files if name.endswith(".safetensors")] if folder else []
-    for path in [path for name in names for path in sorted((folder or Path()).glob(name))]:
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            damaged.append(f"{path} is damaged ({first_line(error)})")
-    return damaged
+    faults = {path: fault_of(path) for name in names for path in sorted((folder or Path()).glob(name))}
+    return [f"{path} is damaged ({fault})" for path, fault in faults.items() if fault]
 
 
 def files_here(weights: Weights) -> dict[str, Path]:
     """Return the files that are on this machine, by their path below the source. Asks no hub and loads nothing."""
-    folder = _folder_here(weights)
+    folder = folder_here(weights)
     found: dict[str, Path] = {}
     if folder is None:
         return found
@@ -135,7 +129,8 @@ def files_here(weights: Weights) -> dict[str, Path]:
     return found
 
 
-def _folder_here(weights: Weights) -> Path | None:
+def folder_here(weights: Weights) -> Path | None:
+    """Return the folder on this machine that has the files: the given one, or what was downloaded of a repository."""
     folder = Path(weights.source).expanduser()
     if folder.is_dir() or not is_hub_name(weights.source):
         return folder

@@ -41,11 +41,36 @@ def loaded(cls: Any, place: str | Path | None, missing: str, **options: Any) -> 
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with errors_only():  # a whole CLIP has a text tower, and each of its weights would be reported as not needed
         model, found = cls.from_pretrained(place, use_safetensors=True, trust_remote_code=False, **options)
-    absent, misfits = sorted(found["missing_keys"]), sorted(name for name, *_ in found["mismatched_keys"])
-    if absent or misfits:
-        fault = "weights are missing" if absent else "weights are of another size than the configuration says"
-        raise ValueError(f"{missing} ({fault}: {(absent or misfits)[0]}, {len(absent or misfits)} in all)")
+    if fault := weights_fault(found):
+        raise ValueError(f"{missing} ({fault})")
     return model.eval().requires_grad_(False)
+
+
+def weights_fault(found: dict[str, Any], refuse_unexpected: bool = False) -> str:
+    """Say what is wrong by a loading report of transformers' or diffusers'; nothing: every weight came from the file.
+
+    Args:
+        found: what `from_pretrained` gives beside the model with `output_loading_info`.
+        refuse_unexpected: whether weights that the model has not are a fault by themselves.
+    """
+    absent, misfits = sorted(found["missing_keys"]), sorted(name for name, *_ in found["mismatched_keys"])
+    unexpected = sorted(found["unexpected_keys"])
+    if absent:
+        beside = f"; the file has {unexpected[0]}, {len(unexpected)} that are unknown" if unexpected else ""
+        return f"weights are missing: {absent[0]}, {len(absent)} in all{beside}{_advice(unexpected)}"
+    if misfits:
+        return f"weights are of another size than the configuration says: {misfits[0]}, {len(misfits)} in all"
+    if unexpected and refuse_unexpected:
+        return (
+            f"the file has weights that the configuration has no place for: {unexpected[0]}, {len(unexpected)} in all"
+        )
+    return ""
+
+
+def _advice(unexpected: list[str]) -> str:
+    if any(".base_layer." in name for name in unexpected):
+        return "; a LoRA was not unloaded before saving: fuse it, call unload_lora_weights(), then save again"
+    return ""
 
 
 def read_tokenizer(tokenizer_class: Any, tokenizer: Weights) -> Any:

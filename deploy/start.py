@@ -5,15 +5,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from common.base_parts import Base, LoadedBase, differing_parts, entry_base, text_part
+from common.base_parts import MODEL_KEYS, Base, LoadedBase, differing_parts, entry_base, text_part
 from common.recipe_tables import StartFromTable
 from common.run_folder import BASE_FILE, RunFolder
 from deploy.parts import Parts
 from deploy.start_from import EarlierRun, earlier_run
 from learner.checkpoint import Checkpoint, committed_checkpoints, damaged_checkpoints, save_checkpoint
 from learner.resume import resume_point
-
-MODEL = ("policy.model", "policy.lora.path")  # keys of what trained weights fit to and to nothing else
 
 
 @dataclass(frozen=True)
@@ -134,11 +132,11 @@ def prompts_base(parts: Parts) -> Base:
 def refusal(run: str, differing: dict[str, str], of_training: bool = False) -> str:
     """Say which parts are others than a run was made with, and what to do."""
     said = f"the run in {run} stands on other files than are here: {'; '.join(differing.values())}"
-    if any(name.startswith(MODEL) for name in differing):
+    if any(name.startswith(MODEL_KEYS) for name in differing):
         if not of_training:
-            key = "--policy.model" if any(name.startswith(MODEL[0]) for name in differing) else "--policy.lora.path"
-            what = "model" if key == "--policy.model" else "LoRA"
-            return f"{said}; restore the file, or say with {key} where the {what} is that the run was trained on"
+            of_lora = not any(name.startswith("policy.model") for name in differing)
+            where = "--policy.lora.path where the LoRA" if of_lora else "--policy.model where the model"
+            return f"{said}; restore the file, or say with {where} is that the run was trained on"
         return f"{said}; restore the file, or begin a new run with another --name (--from takes weights to the same model only)"
     if not of_training:
         return f"{said}; restore the file, or name another one with a key of prompts, reward or evaluation"

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.base_parts import Base
+from common.base_parts import MODEL_KEYS, Base
 from common.diffusion.trained_weights import stored_weights
 from common.lora_weights import LoraWeights
 from common.recipe_tables import StartFromTable
@@ -58,7 +58,7 @@ def earlier_run(table: StartFromTable, parts: Parts) -> EarlierRun:
             f"start_from.fingerprint is {table.fingerprint!r}, and the weights in {folder.location} have "
             f"{weights.fingerprint!r}: leave the key out to start from these"
         )
-    base = {name: part for name, part in folder.base().items() if name.startswith(("policy.model", "policy.lora"))}
+    base = {name: part for name, part in folder.base().items() if name.startswith(MODEL_KEYS)}
     found = StartFromTable(run=folder.location, round=round, fingerprint=weights.fingerprint)
     return EarlierRun(found, replace(weights, policy_version=0), base)
 

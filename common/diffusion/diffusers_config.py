@@ -11,26 +11,31 @@ from pydantic import Field
 from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from common.diffusion.honoured_keys import check_keys
 from common.diffusion.lora import LoraSettings
+from common.diffusion.model_files import check_model, files_by_role, source_of
 from common.diffusion.model_sizes import Configs, model_sizes, read_config
+from common.diffusion.pipeline_loading import load_pipeline
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig, Role, quiet_libraries
 from common.diffusion.sizes import DeviceKind, PolicySizes
-from common.model_hub import Weights, read_pretrained
+from common.model_hub import Weights
 from common.recipe_tables import SamplingTable
 from common.trajectory import DTYPES
 
-PART_FILES = ("safetensors", "json", "txt", "model")  # weights, configurations, vocabularies
-
 
 class DiffusersConfig(PolicyConfig):
-    """`model`: a folder in diffusers' format, a hub name, or the name of a model that ships with the project."""
+    """`model`: a folder in diffusers' format, a single file, a hub name, or a model that ships with the project."""
 
     pipeline_class: ClassVar[str]  # of diffusers
     network_name: ClassVar[str]  # of the part that is trained
     network_class: ClassVar[str]
     tokenizers: ClassVar[tuple[str, ...]]
+    decoder_classes: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "AutoencoderTiny")
+    latent_packing: ClassVar[int] = 1  # latents that one of the network's tokens holds
+    switches: ClassVar[dict[str, str]] = {}  # parts that the family can do without: the key and value that say so
     scheduler_class: ClassVar[str | None] = None  # of diffusers, that draws as samplers do; none: the pipeline's own
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
+    variant: str | None = Field(default=None, pattern=r"[A-Za-z0-9_-]+")  # of the weights' files, such as fp16
+    single_file_config: str | None = None  # where the configurations of a single file are: a folder or a hub name
     lora: LoraSettings = LoraSettings()
     resolution: int | None = Field(default=None, ge=8, le=16_384, multiple_of=8)  # pixels a side; None: the model's own
     vae_slicing: bool = False  # the decoder takes a picture after the other
@@ -83,26 +88,24 @@ class DiffusersConfig(PolicyConfig):
         return torch.float32 if self.train == "full" else DTYPES[self.dtype]  # master weights are float32
 
     def check(self) -> None:
+        self._check("sampler")
+
+    def _check(self, role: Role) -> None:
         if self.train == "full" and self.dtype == "float16":
             raise ValueError(
                 "policy.train is 'full' and policy.dtype is 'float16': whole networks train in float32 or bfloat16"
             )
-        folder = self.folder()
-        looks_like_path = self.model.startswith((".", "/", "~")) or self.model.count("/") != 1
-        if (looks_like_path or folder.exists()) and not (folder / "model_index.json").is_file():
-            raise ValueError(
-                f"policy.model is {self.model!r}: there is no model_index.json in {folder}; "
-                f"give a folder in diffusers' format, a hub name (owner/model) or one of {sorted(EMBEDDED_MODELS)}"
-            )
+        check_model(self, role)
         check_keys(self)
 
     def folder(self) -> Path:
-        """Where the model lies, if it is a folder."""
-        return EMBEDDED_MODELS.get(self.model, Path(os.path.expanduser(self.model)))
+        """Return where the model is, if it is on this machine; where its configurations are, if it is a single file."""
+        source = source_of(self)
+        return EMBEDDED_MODELS.get(source, Path(os.path.expanduser(source)))
 
     def part_config(self, part: str) -> dict[str, Any]:
         """One part's configuration. ValueError: it is neither in a folder, nor known here, nor to be had from the hub."""
-        return read_config(self.model, self.folder(), self.published, part)
+        return read_config(source_of(self), self.folder(), self.published, part)
 
     def latent_size(self) -> int | None:
         """Latents a side at `resolution`; None: the model's own. From a file, for a learner loads no decoder to ask."""
@@ -115,42 +118,21 @@ class DiffusersConfig(PolicyConfig):
         return 2 ** (len(channels) - 1)
 
     def needs(self) -> tuple[Weights, ...]:
-        source = str(self.folder()) if self.folder().exists() else self.model
-        parts = tuple(f"{part}/*.safetensors" for part in (self.network_name, "vae", *self.text_parts))
-        return (Weights(source, ("model_index.json", *parts), "policy.model"),)
+        return files_by_role(self, "sampler", texts=False)
 
     def files_of(self, role: Role) -> tuple[Weights, ...]:
         """Return the files of each part that the role loads, to be fingerprinted."""
-        model, *others = self.needs()
-        beside = ("vae", *self.text_parts, *self.tokenizers) if role == "sampler" else ()
-        parts = [f"{part}/*.{kind}" for part in (self.network_name, "scheduler", *beside) for kind in PART_FILES]
-        return (Weights(model.source, ("model_index.json", *parts), model.key), *others)
+        return files_by_role(self, role)
 
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
+        self.check()
         configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
         return model_sizes(self, configs, sampling, device)
 
     def load(self, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:
         quiet_libraries()
-        import diffusers
-
-        self.check()
-        source = str(self.folder()) if self.folder().exists() else self.model
-        sampler_parts = ("vae", *self.text_parts, *self.tokenizers)  # the learner has no use for them
-        keys = {**self.loading, **{part: None for part in sampler_parts if role != "sampler"}}
-        pipeline_class: Any = getattr(diffusers, self.pipeline_class)
-        pipeline = read_pretrained(
-            source,
-            lambda place, local: pipeline_class.from_pretrained(
-                place,
-                local_files_only=local,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=self.loaded_dtype,
-                **keys,
-            ),
-            f"policy.model is {self.model!r}, which cannot be loaded",
-        )
+        self._check(role)
+        pipeline = load_pipeline(self, role)
         check_keys(self, pipeline)
         network = getattr(pipeline, self.network_name)
         if role == "sampler":

@@ -11,6 +11,7 @@ import torch
 
 from common.diffusion.lora import base_weight_bytes, make_trainable, trained_parameters
 from common.diffusion.meta_device import library_bytes
+from common.diffusion.model_index import about_model, read_object
 from common.diffusion.network_memory import Inputs, NetworkMemory
 from common.diffusion.policy import quiet_libraries
 from common.diffusion.sizes import DeviceKind, PolicySizes, count_parameters, parameter_bytes
@@ -24,9 +25,12 @@ Configs = dict[str, dict[str, Any]]  # a pipeline's parts: their configurations
 
 
 def read_config(model: str, folder: Path, published: dict[str, Configs], part: str) -> dict[str, Any]:
-    """One part's configuration. ValueError: it is neither in a folder, nor known here, nor to be had from the hub."""
+    """Return one part's configuration. ValueError: it is neither in a folder, nor known here, nor to be had from the hub."""
     if folder.is_dir():
-        return json.loads((folder / part / "config.json").read_text())
+        with about_model(model):
+            found = read_object(folder / part / "config.json")
+        # A whole CLIP's has a text tower's and an image tower's; transformers takes the first.
+        return found["text_config"] if isinstance(found.get("text_config"), dict) else found
     if model in published:
         return published[model][part]
     from huggingface_hub import hf_hub_download

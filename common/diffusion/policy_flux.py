@@ -113,6 +113,7 @@ class Flux(DiffusersConfig):
     network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[str] = "FluxTransformer2DModel"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    latent_packing: ClassVar[int] = PATCH**2
     published: ClassVar[dict[str, Configs]] = {
         "black-forest-labs/FLUX.1-dev": DEV,
         "black-forest-labs/FLUX.1-schnell": {**DEV, "transformer": DEV["transformer"] | {"guidance_embeds": False}},

@@ -88,6 +88,7 @@ class SD3(DiffusersConfig):
     network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[str] = "SD3Transformer2DModel"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    switches: ClassVar[dict[str, str]] = dict.fromkeys(("text_encoder_3", "tokenizer_3"), "policy.t5 = false")
     published: ClassVar[dict[str, Configs]] = {
         "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
         "stabilityai/stable-diffusion-3-medium-diffusers": {"transformer": MEDIUM, **TEXT_AND_DECODER},

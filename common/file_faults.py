@@ -1,0 +1,47 @@
+"""Tell what is wrong with a model's file from its first bytes: empty, a git-LFS pointer, a web page, a pickle, or cut off."""
+
+import json
+from pathlib import Path
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEB_PAGES = (b"<!doctype html", b"<html", b"<?xml")
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's archive, and bare ones
+HEAD = 64  # bytes
+
+
+def fault_of(path: Path) -> str | None:
+    """Return why a file cannot be what its name says, or None. Read weights' headers only."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+    except OSError as error:
+        return error.strerror or str(error)
+    if not head:
+        return "it is empty"
+    if head.startswith(LFS_POINTER):
+        return "it is a git-LFS pointer and not the file itself: `git lfs pull` in its folder gets the file"
+    if head.lstrip().lower().startswith(WEB_PAGES):
+        return "it is a web page, as a download saves it where one has to log in first"
+    if path.suffix == ".safetensors":
+        return _fault_of_weights(path, head)
+    return _fault_of_json(path) if path.suffix == ".json" else None
+
+
+def _fault_of_weights(path: Path, head: bytes) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    if head.startswith(PICKLES):
+        return "it is a pickle with another name, and pickles are not opened"
+    try:
+        with safe_open(path, framework="np"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return str(error).strip().partition("\n")[0]
+
+
+def _fault_of_json(path: Path) -> str | None:
+    try:
+        json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        return f"it is no JSON: {error}"
+    return None
