@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 
 from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from common.diffusion.image_size import SizedConfig
 from common.diffusion.lora import LoraSettings
 from common.diffusion.model_sizes import Configs, model_sizes, read_config
-from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig, Role, quiet_libraries
+from common.diffusion.policy import EMBEDDED_MODELS, Role, quiet_libraries
 from common.diffusion.sizes import DeviceKind, PolicySizes
 from common.model_hub import Weights, read_pretrained
 from common.recipe_tables import SamplingTable
@@ -20,7 +20,7 @@ from common.trajectory import DTYPES
 PART_FILES = ("safetensors", "json", "txt", "model")  # weights, configurations, vocabularies
 
 
-class DiffusersConfig(PolicyConfig):
+class DiffusersConfig(SizedConfig):
     """`model`: a folder in diffusers' format, a hub name, or the name of a model that ships with the project."""
 
     pipeline_class: ClassVar[str]  # of diffusers
@@ -28,10 +28,10 @@ class DiffusersConfig(PolicyConfig):
     network_class: ClassVar[str]
     tokenizers: ClassVar[tuple[str, ...]]
     scheduler_class: ClassVar[str | None] = None  # of diffusers, that draws as samplers do; none: the pipeline's own
+    takes_negative_prompt: ClassVar[bool] = True
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
     lora: LoraSettings = LoraSettings()
-    resolution: int | None = Field(default=None, ge=8, le=16_384, multiple_of=8)  # pixels a side; None: the model's own
     vae_slicing: bool = False  # the decoder takes a picture after the other
     vae_tiling: bool = False  # and each in tiles: less memory, and seams that can hardly be seen
     offload: bool = False  # text encoders and decoder wait in the host's memory while they have nothing to do
@@ -60,12 +60,11 @@ class DiffusersConfig(PolicyConfig):
 
     def branches(self, sampling: SamplingTable) -> int:
         """Rows of the network for an image: with and without the prompt, where it is guided by the difference."""
-        return 1 if sampling.guidance_scale == 1 else 2
+        return 2 if sampling.is_guided else 1
 
     def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
         """C, H, W of one image's latents."""
-        size = self.latent_size() or network_config["sample_size"]
-        return network_config["in_channels"], size, size
+        return network_config["in_channels"], *self.latent_sides(network_config["sample_size"])
 
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """The same with what all prompts share."""
@@ -93,6 +92,8 @@ class DiffusersConfig(PolicyConfig):
                 f"policy.model is {self.model!r}: there is no model_index.json in {folder}; "
                 f"give a folder in diffusers' format, a hub name (owner/model) or one of {sorted(EMBEDDED_MODELS)}"
             )
+        if folder.exists() or self.model in self.published:  # else its configuration is read when it is loaded
+            self.check_size()
 
     def folder(self) -> Path:
         """Where the model lies, if it is a folder."""
@@ -101,14 +102,6 @@ class DiffusersConfig(PolicyConfig):
     def part_config(self, part: str) -> dict[str, Any]:
         """One part's configuration. ValueError: it is neither in a folder, nor known here, nor to be had from the hub."""
         return read_config(self.model, self.folder(), self.published, part)
-
-    def latent_size(self) -> int | None:
-        """Latents a side at `resolution`; None: the model's own. From a file, for a learner loads no decoder to ask."""
-        if self.resolution is None:
-            return None
-        config = self.part_config("vae")
-        channels = config.get("block_out_channels") or config["encoder_block_out_channels"]  # AutoencoderTiny's
-        return self.resolution // 2 ** (len(channels) - 1)
 
     def needs(self) -> tuple[Weights, ...]:
         source = str(self.folder()) if self.folder().exists() else self.model
