@@ -48,7 +48,7 @@ class Sampler:
         with loading(f"policy.model is {policy.model!r}", policy.needs):
             self._policy = load_checked(policy, device, sampling, "sampler")
         try_sampling(policy, self._policy, [prompt.text for prompt in tried_on])
-        if cut := cut_prompts_in_words(self._policy.text_readers(), checked, None):
+        if cut := cut_prompts_in_words(self._policy.text_readers(), checked, sampling):
             print(cut, file=sys.stderr, flush=True)
         refuse_window_without_noise(self._policy, sampling)
         if policy.is_compiled("sampler"):

@@ -45,7 +45,9 @@ class PromptsTable(Choice):
 
 class SamplingTable(Table):
     num_steps: int = Field(default=50, ge=2, le=1000)
-    guidance_scale: float = Field(default=5.0, ge=0)  # 1: no guidance, one forward pass instead of two; FLUX is told it
+    guidance_scale: float = Field(default=5.0, ge=0)  # up to 1: one forward pass instead of two; FLUX is told it
+    # What guidance leads away from; none: as diffusers without one, for SDXL zeros where its configuration says so.
+    negative_prompt: str | None = None
     # DDIM's η, or flow matching's noise level a; 0 would leave no noise, so no action and no log_prob.
     eta: float = Field(default=1.0, gt=0, le=1)
     batch_size: int = Field(default=8, ge=1)  # images a task
@@ -61,6 +63,11 @@ class SamplingTable(Table):
     window_order: Literal["random", "sliding"] = "random"  # where it stands: drawn anew, or one step later each time
     window_rounds: int = Field(default=1, ge=1)  # for which it stays where it is
     latents_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # how a path is stored, and so scored
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether classifier-free guidance runs the network with and without the prompt, as diffusers decides it."""
+        return self.guidance_scale > 1
 
     def kept_steps(self, noisy_steps: int) -> int:
         """How many of an image's steps with noise are kept and learned from; at least one."""

@@ -77,6 +77,7 @@ def entries_of(recipe: Recipe) -> Parts:
     composition = RewardComposition.of(recipe)
     composition.check(algorithm)
     policy: PolicyConfig = build(POLICIES, recipe.policy.table(), "policy", PolicyConfig)
+    policy.check_sampling(recipe.sampling)
     algorithm.check_policy(policy)
     algorithm.check_micro_batches(recipe, policy.noisy_steps(recipe.sampling))
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}

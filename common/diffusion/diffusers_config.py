@@ -10,18 +10,19 @@ from pydantic import Field
 
 from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from common.diffusion.honoured_keys import check_keys
+from common.diffusion.image_size import SizedConfig
 from common.diffusion.lora import LoraSettings
 from common.diffusion.model_files import check_model, files_by_role, source_of
 from common.diffusion.model_sizes import Configs, model_sizes, read_config
 from common.diffusion.pipeline_loading import load_pipeline
-from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig, Role, quiet_libraries
+from common.diffusion.policy import EMBEDDED_MODELS, Role, quiet_libraries
 from common.diffusion.sizes import DeviceKind, PolicySizes
 from common.model_hub import Weights
 from common.recipe_tables import SamplingTable
 from common.trajectory import DTYPES
 
 
-class DiffusersConfig(PolicyConfig):
+class DiffusersConfig(SizedConfig):
     """`model`: a folder in diffusers' format, a single file, a hub name, or a model that ships with the project."""
 
     pipeline_class: ClassVar[str]  # of diffusers
@@ -32,12 +33,12 @@ class DiffusersConfig(PolicyConfig):
     latent_packing: ClassVar[int] = 1  # latents that one of the network's tokens holds
     switches: ClassVar[dict[str, str]] = {}  # parts that the family can do without: the key and value that say so
     scheduler_class: ClassVar[str | None] = None  # of diffusers, that draws as samplers do; none: the pipeline's own
+    takes_negative_prompt: ClassVar[bool] = True
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
     variant: str | None = Field(default=None, pattern=r"[A-Za-z0-9_-]+")  # of the weights' files, such as fp16
     single_file_config: str | None = None  # where the configurations of a single file are: a folder or a hub name
     lora: LoraSettings = LoraSettings()
-    resolution: int | None = Field(default=None, ge=8, le=16_384, multiple_of=8)  # pixels a side; None: the model's own
     vae_slicing: bool = False  # the decoder takes a picture after the other
     vae_tiling: bool = False  # and each in tiles: less memory, and seams that can hardly be seen
     offload: bool = False  # text encoders and decoder wait in the host's memory while they have nothing to do
@@ -66,12 +67,11 @@ class DiffusersConfig(PolicyConfig):
 
     def branches(self, sampling: SamplingTable) -> int:
         """Rows of the network for an image: with and without the prompt, where it is guided by the difference."""
-        return 1 if sampling.guidance_scale == 1 else 2
+        return 2 if sampling.is_guided else 1
 
     def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
         """C, H, W of one image's latents."""
-        size = self.latent_size() or network_config["sample_size"]
-        return network_config["in_channels"], size, size
+        return network_config["in_channels"], *self.latent_sides(network_config["sample_size"])
 
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """The same with what all prompts share."""
@@ -97,6 +97,8 @@ class DiffusersConfig(PolicyConfig):
             )
         check_model(self, role)
         check_keys(self)
+        if self.folder().exists() or self.model in self.published:  # else its configuration is read when it is loaded
+            self.check_size()
 
     def folder(self) -> Path:
         """Return where the model is, if it is on this machine; where its configurations are, if it is a single file."""
@@ -106,16 +108,6 @@ class DiffusersConfig(PolicyConfig):
     def part_config(self, part: str) -> dict[str, Any]:
         """One part's configuration. ValueError: it is neither in a folder, nor known here, nor to be had from the hub."""
         return read_config(source_of(self), self.folder(), self.published, part)
-
-    def latent_size(self) -> int | None:
-        """Latents a side at `resolution`; None: the model's own. From a file, for a learner loads no decoder to ask."""
-        return None if self.resolution is None else self.resolution // self.pixels_per_latent()
-
-    def pixels_per_latent(self) -> int:
-        """Pixels of an image that a latent stands for, a side: the decoder's scale factor, as diffusers' pipelines have it."""
-        config = self.part_config("vae")
-        channels = config.get("block_out_channels") or config["encoder_block_out_channels"]  # AutoencoderTiny's
-        return 2 ** (len(channels) - 1)
 
     def needs(self) -> tuple[Weights, ...]:
         return files_by_role(self, "sampler", texts=False)

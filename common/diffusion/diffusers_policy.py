@@ -50,6 +50,7 @@ class DiffusersPolicy(Policy):
         for part in self._beside():
             part.to(waits, memory_format=layout).eval().requires_grad_(False)
         self.guidance_scale = sampling.guidance_scale
+        self.negative_prompt = sampling.negative_prompt
         self.branches = config.branches(sampling)
         self.num_steps = sampling.num_steps
         self.latent_shape = config.latent_shape(dict(self.network.config))
@@ -70,7 +71,10 @@ class DiffusersPolicy(Policy):
 
     @abstractmethod
     def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
-        """One prompt's row of everything, in the text encoders' dtype; `with_negative`: what all prompts share as well."""
+        """One prompt's row of everything, in the text encoders' dtype; `with_negative`: what all prompts share as well.
+
+        That is of `negative_prompt`, which stays the same as long as the policy lives.
+        """
 
     def _beside(self) -> list[Any]:
         """The parts that only samplers have."""

@@ -46,7 +46,7 @@ def model_sizes(
 ) -> PolicySizes:
     """Build every part on the meta device and count. `configs` has one configuration a part."""
     # How far a guided path is guided and how long it is changes nothing of a step: one count does for all.
-    alike = SamplingTable(guidance_scale=1.0 if sampling.guidance_scale == 1 else 2.0)
+    alike = SamplingTable(guidance_scale=2.0 if sampling.is_guided else 1.0)
     keys = f"{type(config).__module__}:{type(config).__qualname__} {config.model_dump_json()}"
     sizes = _counted(_Work(config, keys, json.dumps(configs, sort_keys=True), alike, device))
     path = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # numbers an image

@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -118,6 +118,9 @@ class Policy(ABC):
 class PolicyConfig(Entry, ABC):
     """A model family's keys in the recipe. `load` reads the weights, in the one process that needs them."""
 
+    # Whether `encode` gives what all prompts share as of `sampling.negative_prompt`.
+    takes_negative_prompt: ClassVar[bool] = False
+
     model: str
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     train: Literal["lora", "full"] = "lora"
@@ -153,6 +156,13 @@ class PolicyConfig(Entry, ABC):
     @abstractmethod
     def check(self) -> None:
         """ValueError where it can be told without loading that the model is not there."""
+
+    def check_sampling(self, sampling: SamplingTable) -> None:
+        """Raise ValueError if the family cannot sample so."""
+        if sampling.negative_prompt and not self.takes_negative_prompt:
+            raise ValueError(
+                f"sampling.negative_prompt is {sampling.negative_prompt!r}, and {type(self).__name__} takes none: leave it out"
+            )
 
     def dtype_of(self, role: Role) -> torch.dtype:
         """What a role's network computes in."""

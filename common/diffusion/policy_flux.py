@@ -110,6 +110,7 @@ class Flux(DiffusersConfig):
     """Keys beside those of every pipeline: how much of a prompt its T5 reads. Guidance costs nothing: it was distilled in."""
 
     pipeline_class: ClassVar[str] = "FluxPipeline"
+    takes_negative_prompt: ClassVar[bool] = False  # its guidance is a number that the network is told
     network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[str] = "FluxTransformer2DModel"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
@@ -138,8 +139,11 @@ class Flux(DiffusersConfig):
         return 1
 
     def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
-        size = self.latent_size() or OWN_LATENT_SIZE
-        return network_config["in_channels"] // PATCH**2, size, size
+        return network_config["in_channels"] // PATCH**2, *self.latent_sides(OWN_LATENT_SIZE)
+
+    @property
+    def size_unit(self) -> int:
+        return self.scale_factor * PATCH
 
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         return functools.partial(call_transformer, sampling.guidance_scale)

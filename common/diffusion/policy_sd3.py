@@ -15,6 +15,7 @@ from common.diffusion.published_parts import CLIP_BIG_G, CLIP_L, FLOW_AUTOENCODE
 from common.diffusion.scheduler_flow_match import FlowMatchTable, flow_match_table
 from common.recipe_tables import SamplingTable
 
+PATCH, POSITIONS = 2, 96  # where the transformer's configuration has none, as diffusers has them
 NAMES = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 # As in the configuration files of stabilityai/stable-diffusion-3.5-medium and stable-diffusion-3-medium-diffusers.
@@ -76,6 +77,7 @@ class SD3Policy(DiffusersPolicy):
             None,
             device=self.device,
             do_classifier_free_guidance=with_negative,
+            negative_prompt=self.negative_prompt,
             max_sequence_length=self.config.max_sequence_length,
         )
         return {name: value for name, value in zip(NAMES, encoded, strict=True) if value is not None}
@@ -115,6 +117,20 @@ class SD3(DiffusersConfig):
     @property
     def loading(self) -> dict[str, Any]:
         return {} if self.t5 else {"text_encoder_3": None, "tokenizer_3": None}
+
+    @property
+    def size_unit(self) -> int:
+        return self.scale_factor * self.part_config("transformer").get("patch_size", PATCH)
+
+    def check_size(self) -> None:
+        super().check_size()
+        largest = self.size_unit * self.part_config("transformer").get("pos_embed_max_size", POSITIONS)
+        for key, sides in self.given_sizes.items():
+            pixels = max(side for side in sides if side is not None)
+            if pixels > largest:
+                raise ValueError(
+                    f"policy.{key} is {pixels}: this model has positions for {largest} pixels a side at most"
+                )
 
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         return call_transformer

@@ -38,15 +38,15 @@ BASE: Configs = {
 
 
 def call_unet(
+    scale_factor: int,
     network: Any,
     latents: Tensor,
     timesteps: Tensor,
     prompt_embeds: Tensor,
     pooled_prompt_embeds: Tensor,
-    pixels_per_latent: int,
 ) -> Tensor:
     """What the UNet predicts, of a row each, for pictures that were never cropped or scaled down."""
-    height, width = (pixels_per_latent * side for side in latents.shape[-2:])
+    height, width = (scale_factor * side for side in latents.shape[-2:])
     # (height, width) before cropping, (top, left) of the crop, (height, width) that is wanted; made on the device.
     size_ids = torch.zeros(len(latents), 6, device=latents.device, dtype=prompt_embeds.dtype)
     size_ids[:, 0::4] = height
@@ -62,9 +62,12 @@ class SDXLPolicy(DiffusersPolicy):
         return ddim_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, self.device)
 
     def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
-        # Without a negative prompt, and not with an empty one, which this family was not trained to take for none.
+        # None stays None: an empty negative prompt is encoded, and none may stand for zeros.
         embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
-            prompt, device=self.device, do_classifier_free_guidance=with_negative
+            prompt,
+            device=self.device,
+            do_classifier_free_guidance=with_negative,
+            negative_prompt=self.negative_prompt,
         )
         shared = {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative_pooled}
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled} | (shared if with_negative else {})
@@ -98,7 +101,7 @@ class SDXL(DiffusersConfig):
         return {"add_watermarker": False}
 
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
-        return functools.partial(call_unet, pixels_per_latent=self.pixels_per_latent())
+        return functools.partial(call_unet, self.scale_factor)
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         first, second = configs["text_encoder"], configs["text_encoder_2"]

@@ -51,7 +51,7 @@ class StableDiffusionPolicy(DiffusersPolicy):
         return ddim_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, self.device)
 
     def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
-        embeds, negative = self.pipeline.encode_prompt(prompt, self.device, 1, with_negative)
+        embeds, negative = self.pipeline.encode_prompt(prompt, self.device, 1, with_negative, self.negative_prompt)
         return {"prompt_embeds": embeds} | ({"negative_prompt_embeds": negative} if with_negative else {})
 
     def _unscaled(self, latents: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.recipe_tables import SamplingTable
+
 SHOWN = 40  # characters of a prompt, and of where it ends
 
 
@@ -16,10 +18,11 @@ class TextReader:
     length: int  # tokens that it reads, with those that begin and end a text
 
 
-def cut_prompts_in_words(readers: Sequence[TextReader], prompts: Sequence[str], negative: str | None) -> str | None:
+def cut_prompts_in_words(readers: Sequence[TextReader], prompts: Sequence[str], sampling: SamplingTable) -> str | None:
     """Return one line on the prompts that are cut: how many, by which text encoder, and where. None: all are read whole."""
     if not readers or not prompts:
         return None
+    negative = sampling.negative_prompt
     cut: dict[str, list[int]] = {}
     ids: list[tuple[Any, ...]] = [()] * len(prompts)
     for reader in readers:
@@ -33,6 +36,11 @@ def cut_prompts_in_words(readers: Sequence[TextReader], prompts: Sequence[str], 
         if found := cut[reader.name]:
             said.append(f"{_reads(reader)} and cuts {len(found)}, {_first(reader, prompts[found[0]])}")
     said += _equal(prompts, ids, rows)
+    if negative and not sampling.is_guided:
+        said.append(
+            f"sampling.negative_prompt has no effect, sampling.guidance_scale {sampling.guidance_scale:g} is not above 1"
+        )
+        negative = None
     for reader in readers:
         if negative and len(reader.tokenizer(negative)["input_ids"]) > reader.length:
             said.append(f"{_reads(reader)} and cuts sampling.negative_prompt after {_end(reader, negative)}")

@@ -179,7 +179,9 @@ def _noise(parts: Parts, at: At) -> Iterator[Finding | Measured]:
     recipe = parts.recipe
     drawn = at(recipe.samplers, draw_some, recipe)
     if drawn.cut_prompts:
-        yield Finding("warning", "prompts", drawn.cut_prompts.removeprefix("prompts: "), "shorten them")
+        yield Finding(
+            "warning", "prompts", drawn.cut_prompts.removeprefix("prompts: "), "shorten them: what is cut has no effect"
+        )
     noise = at(recipe.learner, score_again, recipe, drawn)
     clip = clip_range(parts.algorithm, noise.latent_elements)
     yield Measured(noise, clip)

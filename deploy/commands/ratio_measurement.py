@@ -65,7 +65,7 @@ def draw_some(recipe: Recipe) -> Drawn:
         policy = load_checked(parts.policy, device, recipe.sampling, "sampler")
         try_sampling(parts.policy, policy, tried_on)
         weights = _trained_a_little(policy)
-    cut = cut_prompts_in_words(policy.text_readers(), checked_prompts(parts), None)
+    cut = cut_prompts_in_words(policy.text_readers(), checked_prompts(parts), recipe.sampling)
     if parts.policy.is_compiled("sampler"):
         policy.compile(recipe.sampling.batch_size)
     policy.lay_in(weights)

@@ -165,10 +165,7 @@ COUNTERPARTS = {
     "max_workers": Counterpart(
         "reward_workers.count", lambda run: run.config.max_workers if run.config.async_reward_computation else None
     ),
-    "negative_prompts": Counterpart(
-        says="guidance is against the empty prompt",
-        quiet=lambda run: run.config.negative_prompts in ("", None),
-    ),
+    "negative_prompts": Counterpart("sampling.negative_prompt", lambda run: run.config.negative_prompts or None),
     "push_to_hub": Counterpart(
         says="a run sends its weights nowhere; lora/ in its folder is what diffusers loads and the hub takes",
         quiet=lambda run: not run.config.push_to_hub,

@@ -40,7 +40,7 @@ class Digits(PolicyConfig):
 
     def guidance(self, sampling: SamplingTable) -> float | None:
         """The scale; None where the digit's branch is enough."""
-        return None if sampling.guidance_scale == 1 else sampling.guidance_scale
+        return sampling.guidance_scale if sampling.is_guided else None
 
     def check(self) -> None:
         if not (self.folder() / "config.json").is_file():

@@ -43,7 +43,7 @@ class Shapes(PolicyConfig):
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
         with torch.device("meta"):  # nothing is loaded, and nothing computed
             network = ShapeNetwork(len(CLASSES))
-        rows, dtypes = 1 if sampling.guidance_scale == 1 else 2, {"label": torch.int64}
+        rows, dtypes = 2 if sampling.is_guided else 1, {"label": torch.int64}
         inputs = Inputs(ShapeNetwork.__call__, LATENT_SHAPE, {"label": ()}, rows, dtypes)
         return network_sizes(self, network, inputs, sampling, device, images_of)
 
@@ -58,7 +58,7 @@ class ShapesPolicy(Policy):
         self.config, self.network, self.device = config, network, device
         make_trainable(network, config.train, config.lora)
         self.merged = MergedAdapters(network) if config.merge_adapters and role == "sampler" else None
-        self.guidance_scale = None if sampling.guidance_scale == 1 else sampling.guidance_scale
+        self.guidance_scale = sampling.guidance_scale if sampling.is_guided else None
         self.steps = ddim_table(SCHEDULE, sampling.num_steps, sampling.eta, device)
         self.num_steps, self.num_train_timesteps = sampling.num_steps, self.steps.num_train_timesteps
         self.latent_shape = LATENT_SHAPE

@@ -97,7 +97,7 @@ class OurRounds:
     def _inputs(self, images: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Of a forward pass for so many images, with both branches of guidance where there is guidance."""
         policy = self._sampler._policy
-        rows = images if policy.guidance_scale == 1 else 2 * images
+        rows = policy.branches * images
         latents = torch.randn(rows, *policy.latent_shape, device=policy.device)
         timesteps = torch.randint(0, policy.num_train_timesteps, (rows,), device=policy.device)
         embeddings = policy.encode([""])["prompt_embeds"]

@@ -42,7 +42,6 @@ LOST = {
     "resume_from": "save/checkpoints",
     "train_use_8bit_adam": True,
     "train_cfg": False,
-    "negative_prompts": "blurred",
     "push_to_hub": True,
 }
 

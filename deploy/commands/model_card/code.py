@@ -5,6 +5,7 @@ from pathlib import Path
 from common.config import Recipe
 from common.diffusion.diffusers_config import DiffusersConfig
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
+from common.diffusion.policy_flux import OWN_LATENT_SIZE
 
 
 def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str) -> str:
@@ -32,13 +33,19 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
 
 
 def _drawing(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> list[str]:
-    sampling, side = recipe.sampling, policy.resolution
-    size = f", height={side}, width={side}" if side else ""
-    noise = f"eta={sampling.eta}" if policy.scheduler_class else ""  # a flow's pipeline adds none
+    sampling, keys = recipe.sampling, [repr(prompt)]
+    keys += [f"num_inference_steps={sampling.num_steps}", f"guidance_scale={sampling.guidance_scale}"]
+    if policy.scheduler_class:  # a flow's pipeline adds no noise
+        keys.append(f"eta={sampling.eta}")
+    if policy.given_sizes:  # both, for some pipelines take neither where one is lacking
+        own = policy.part_config(policy.network_name).get("sample_size", OWN_LATENT_SIZE)
+        height, width = (policy.scale_factor * side for side in policy.latent_sides(own))
+        keys += [f"height={height}", f"width={width}"]
+    if sampling.negative_prompt:
+        keys.append(f"negative_prompt={sampling.negative_prompt!r}")
     return [
         "picture = pipeline(",
-        f"    {prompt!r}, num_inference_steps={sampling.num_steps}, guidance_scale={sampling.guidance_scale}, "
-        f"{noise}{size},".replace(", ,", ","),
+        f"    {', '.join(keys)},",
         "    generator=torch.Generator().manual_seed(0),",
         ").images[0]",
         'picture.save("picture.png")',

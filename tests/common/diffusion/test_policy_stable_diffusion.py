@@ -217,8 +217,8 @@ def test_whole_networks_do_not_train_in_float16(tiny_model: Path) -> None:
 
 
 def test_the_embedded_models_resolution_is_counted_by_its_own_autoencoder() -> None:
-    assert StableDiffusion(model="tiny_animals", resolution=32).latent_size() == 8
-    assert StableDiffusion(model="tiny_animals").latent_size() is None
+    assert StableDiffusion(model="tiny_animals", resolution=32).latent_sides(16) == (8, 8)
+    assert StableDiffusion(model="tiny_animals").latent_sides(16) == (16, 16)
 
 
 def test_a_samplers_network_may_have_a_dtype_of_its_own_and_nothing_else_has(tiny_model: Path) -> None:

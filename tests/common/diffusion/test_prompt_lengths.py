@@ -33,7 +33,7 @@ def test_each_text_encoder_says_how_many_it_cuts_and_where(family: str, tmp_path
         cut = [len(tokens) > reader.length for tokens in whole]
         assert (reader.length, sum(cut)) == EXPECTED[family][reader.name]
     assert [reader.name for reader in readers] == list(EXPECTED[family])
-    said = cut_prompts_in_words(readers, PROMPTS, "n" * 20) or ""
+    said = cut_prompts_in_words(readers, PROMPTS, SamplingTable(negative_prompt="n" * 20)) or ""
     assert said.startswith(
         "prompts: 3 of 5 are longer than a text encoder reads; text_encoder reads 8 tokens and cuts 3, "
     )
@@ -43,7 +43,9 @@ def test_each_text_encoder_says_how_many_it_cuts_and_where(family: str, tmp_path
     same = 3 if family in ("stable_diffusion", "sdxl") else 2
     assert f"{same} are read as another one is" in said
     assert "reads 8 tokens and cuts sampling.negative_prompt after 'nnnnnn'" in said
-    assert cut_prompts_in_words(readers, ["a cat", "A cat"], "few") is None, "equal, and not by what was cut off"
+    assert cut_prompts_in_words(readers, ["a cat", "A cat"], SamplingTable(negative_prompt="few")) is None, (
+        "equal, and not by what was cut off"
+    )
 
 
 def test_the_start_of_a_run_says_it_in_one_line(tables: dict, tmp_path: Path, capfd: Any) -> None:
@@ -59,3 +61,11 @@ def test_the_start_of_a_run_says_it_in_one_line(tables: dict, tmp_path: Path, ca
         "'…a very long prompt indeed' and '…a very long prompt too' are one to the model"
     )
     assert_accepted("prompts longer than a text encoder reads")
+
+
+def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(tiny_model: Path) -> None:
+    config = build(POLICIES, policy_table("stable_diffusion", tiny_model), "policy")
+    sampling = SamplingTable(num_steps=4, guidance_scale=1, negative_prompt="blurred and long")
+    said = cut_prompts_in_words(config.load("cpu", sampling, "sampler").text_readers(), ["cat"], sampling)
+    assert said == "prompts: sampling.negative_prompt has no effect, sampling.guidance_scale 1 is not above 1"
+    assert_accepted("`sampling.negative_prompt` where `guidance_scale` is not above 1")

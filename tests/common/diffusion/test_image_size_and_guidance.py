@@ -1,0 +1,191 @@
+"""Height, width, guidance and negative prompts of every family: as diffusers' own pipeline has them, or refused."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import ddpo
+from common.config import Recipe
+from common.diffusion import POLICIES
+from common.diffusion.diffusers_config import DiffusersConfig
+from common.diffusion.policy_flux import packed
+from common.diffusion.rollout import draw, image_noise, score
+from common.recipe_tables import SamplingTable
+from common.registry import build
+from deploy.parts import parts_of
+from tests.accepted_page import assert_accepted, assert_refused
+from tests.tiny_families import MAKERS, policy_table
+
+SIZES = {"stable_diffusion": (24, 16), "sdxl": (48, 64), "sd3": (12, 24), "flux": (24, 12)}
+PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    """A family's name, its small model, and diffusers' own pipeline of it."""
+    name, model = request.param, MAKERS[request.param](tmp_path_factory.mktemp("model"))
+    config = build(POLICIES, policy_table(name, model), "policy")
+    keys = {"safety_checker": None} if name == "stable_diffusion" else {}
+    pipeline: Any = getattr(diffusers, config.pipeline_class).from_pretrained(model, **keys)
+    if config.scheduler_class:
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return name, model, pipeline
+
+
+def config_of(name: str, model: Path, height: int, width: int | None) -> DiffusersConfig:
+    table = {**policy_table(name, model), "resolution": None, "height": height, "width": width}
+    return build(POLICIES, table, "policy")
+
+
+def sampling(guidance_scale: float, negative_prompt: str | None = None) -> SamplingTable:
+    return SamplingTable(num_steps=3, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+
+
+def ours(config: DiffusersConfig, settings: SamplingTable) -> np.ndarray:
+    policy = config.load("cpu", settings, "sampler")
+    return policy.decode(draw(policy, PROMPTS, SEEDS, settings, range(0)).final_latents).numpy().astype(int)
+
+
+def theirs(name: str, pipeline: Any, settings: SamplingTable, shape: tuple[int, ...]) -> np.ndarray:
+    factor = pipeline.vae_scale_factor
+    noise = next(image_noise(SEEDS, shape))
+    keys: dict[str, Any] = {"eta": 0.0} if name in ("stable_diffusion", "sdxl") else {"max_sequence_length": 12}
+    keys |= {"height": factor * shape[1], "width": factor * shape[2], "num_inference_steps": 3}
+    if name != "flux":
+        keys["negative_prompt"] = None if settings.negative_prompt is None else [settings.negative_prompt] * 2
+    latents = packed(noise) if name == "flux" else noise
+    images = pipeline(PROMPTS, latents=latents, guidance_scale=settings.guidance_scale, **keys).images
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def assert_alike(mine: np.ndarray, expected: np.ndarray) -> None:
+    """Latents agree to a few 1e-6, which may push a value over a rounding edge here and there, never further."""
+    difference = np.abs(mine - expected)
+    assert mine.shape == expected.shape and difference.max() <= 1 and (difference > 0).mean() < 0.005
+
+
+def test_images_that_are_no_squares_are_those_of_diffusers(family: tuple[str, Path, Any]) -> None:
+    name, model, pipeline = family
+    height, width = SIZES[name]
+    config, settings = config_of(name, model, height, width), sampling(3.0)
+    policy, learner = (config.load("cpu", settings, role) for role in ("sampler", "learner"))
+    assert policy.latent_shape == learner.latent_shape == config.sizes(settings, "cpu").latent_shape
+    images = ours(config, settings)
+    assert images.shape == (2, height, width, 3)
+    assert_alike(images, theirs(name, pipeline, settings, policy.latent_shape))
+    assert_accepted("`policy.height` and `policy.width`, which need not be equal, in every family")
+    trajectory = draw(policy, PROMPTS, SEEDS, settings)
+    torch.testing.assert_close(score(learner, trajectory), trajectory.log_probs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "guidance_scale", [0.7, *(pytest.param(each, marks=pytest.mark.thorough) for each in (0.0, 1.5))]
+)
+def test_guidance_up_to_one_is_one_pass_with_the_prompt(family: tuple[str, Path, Any], guidance_scale: float) -> None:
+    name, model, pipeline = family
+    settings = sampling(guidance_scale)
+    config = build(POLICIES, policy_table(name, model), "policy")
+    assert config.branches(settings) == (2 if guidance_scale > 1 and name != "flux" else 1)
+    policy_shape = config.sizes(settings, "cpu").latent_shape
+    assert_alike(ours(config, settings), theirs(name, pipeline, settings, policy_shape))
+    assert_accepted("`guidance_scale` 0, or between 0 and 1")
+
+
+def test_a_negative_prompt_leads_away_as_in_diffusers(family: tuple[str, Path, Any]) -> None:
+    name, model, pipeline = family
+    config = build(POLICIES, policy_table(name, model), "policy")
+    shape = config.sizes(sampling(3.0), "cpu").latent_shape
+    found = {}
+    for negative in (None, "", "blurry"):
+        settings = sampling(3.0, negative)
+        if name == "flux" and negative:
+            with pytest.raises(ValueError) as error:
+                config.check_sampling(settings)
+            assert_refused("a negative prompt for FLUX", str(error.value))
+            continue
+        config.check_sampling(settings)
+        found[negative] = ours(config, settings)
+        assert_alike(found[negative], theirs(name, pipeline, settings, shape))
+    assert_accepted("`sampling.negative_prompt` in SD, SDXL and SD3")
+    if name != "flux":
+        assert np.abs(found["blurry"] - found[""]).max() > 1
+        assert np.array_equal(found[None], found[""]) == (name != "sdxl"), "SDXL has zeros where none is given"
+
+
+@pytest.mark.parametrize("negative", ["blurry", None])
+def test_what_is_remembered_of_a_negative_prompt_belongs_to_it(tiny_model: Path, negative: str | None) -> None:
+    config = build(POLICIES, policy_table("stable_diffusion", tiny_model), "policy")
+    policy = config.load("cpu", sampling(3.0, negative), "sampler")
+    expected = policy.encode([negative or ""])["prompt_embeds"]
+    for prompts in (["a cat"], ["", "blurry"], ["a dog", "a cat"]):
+        assert torch.equal(policy.encode(prompts)["negative_prompt_embeds"], expected)
+
+
+def test_one_side_alone_and_a_sample_size_of_two_numbers(tmp_path: Path) -> None:
+    model = MAKERS["stable_diffusion"](tmp_path / "model")
+    assert config_of("stable_diffusion", model, 24, None).sizes(sampling(1.0), "cpu").latent_shape == (4, 12, 8)
+    file = model / "unet" / "config.json"
+    file.write_text(file.read_text().replace('"sample_size": 8', '"sample_size": [8, 12]'))
+    config = build(POLICIES, policy_table("stable_diffusion", model), "policy")
+    policy = config.load("cpu", sampling(3.0), "sampler")
+    assert policy.latent_shape == config.sizes(sampling(3.0), "cpu").latent_shape == (4, 8, 12)
+    pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = next(image_noise(SEEDS, policy.latent_shape))
+    images = pipeline(PROMPTS, latents=noise, eta=0.0, num_inference_steps=3, guidance_scale=3.0).images
+    assert_alike(ours(config, sampling(3.0)), np.stack([np.asarray(image) for image in images]).astype(int))
+    assert_accepted("a UNet whose `sample_size` is [height, width]")
+
+
+@pytest.mark.parametrize(
+    ("situation", "family_name", "keys"),
+    [
+        ("a size that scale factor × patch does not divide", "sd3", {"height": 18}),
+        ("a size beyond SD3's positions", "sd3", {"width": 40}),
+        ("`policy.resolution` beside `policy.height` or `policy.width`", "sd3", {"resolution": 16, "width": 16}),
+    ],
+)
+def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
+    situation: str, family_name: str, keys: dict[str, int], tables: dict, tmp_path: Path
+) -> None:
+    model = MAKERS[family_name](tmp_path / "model")
+    with pytest.raises(ValueError) as error:
+        tables["learner"]["micro_batch_size"] = 12
+        parts_of(Recipe.parse({**tables, "policy": policy_table(family_name, model, **keys)}))
+    assert_refused(situation, str(error.value))
+
+
+def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
+    for name, unit in {"stable_diffusion": 8, "sdxl": 8, "sd3": 4, "flux": 4}.items():
+        config = build(POLICIES, policy_table(name, MAKERS[name](tmp_path / name)), "policy")
+        assert config.size_unit == unit
+    with pytest.raises(ValueError, match=r"policy.height is 28: .* multiples of 8 pixels, such as 24 or 32"):
+        config_of("stable_diffusion", tmp_path / "stable_diffusion", 28, 16).check()
+
+
+@pytest.mark.thorough
+def test_a_whole_run_with_images_that_are_no_squares_and_a_negative_prompt(
+    tables: dict, tmp_path: Path, capfd: Any
+) -> None:
+    import json
+
+    import tomli_w
+
+    tables["policy"] |= {"height": 24, "width": 16}
+    tables["sampling"] |= {"negative_prompt": "blurry", "guidance_scale": 2.0}
+    tables |= {"evaluation": {"images": 4, "every": 1}, "rollouts": {"pictures_every": 1}, "rounds": 1}
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables))
+    run = str(tmp_path / "runs" / "tiny")
+    assert ddpo.main(["train", str(tmp_path / "recipe.toml"), "--serial"]) == 0
+    assert ddpo.main(["report", run]) == 0
+    assert ddpo.main(["replay", run, "--round", "0"]) == 0
+    assert ddpo.main(["evaluate", run, "--output", str(tmp_path / "evaluation"), "--sampling.guidance_scale", "1"]) == 0
+    printed = capfd.readouterr().out
+    assert "16 × 24 pixels" in printed and "sampling.guidance_scale is 1.0 here, and was 2.0" in printed
+    settings = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["settings"]
+    assert (settings["height"], settings["width"], settings["sampling.negative_prompt"]) == (24, 16, "blurry")
