@@ -10,6 +10,7 @@ from pydantic import Field
 
 from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from common.diffusion.honoured_keys import check_keys
+from common.diffusion.library_errors import names_the_model, try_once
 from common.diffusion.lora import LoraSettings
 from common.diffusion.model_sizes import Configs, model_sizes, read_config
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig, Role, quiet_libraries
@@ -124,10 +125,12 @@ class DiffusersConfig(PolicyConfig):
         parts = [f"{part}/*.{kind}" for part in (self.network_name, "scheduler", *beside) for kind in PART_FILES]
         return (Weights(model.source, ("model_index.json", *parts), model.key), *others)
 
+    @names_the_model
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
         configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
         return model_sizes(self, configs, sampling, device)
 
+    @names_the_model
     def load(self, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:
         quiet_libraries()
         import diffusers
@@ -157,7 +160,10 @@ class DiffusersConfig(PolicyConfig):
             network.to(self.dtype_of(role))
         if self.gradient_checkpointing and role == "learner":
             network.enable_gradient_checkpointing()
-        return self.make_policy(pipeline, device, sampling, role)
+        policy = self.make_policy(pipeline, device, sampling, role)
+        if role == "sampler":
+            try_once(policy)
+        return policy
 
     def set_up_decoder(self, vae: Any) -> None:
         """As the recipe has it. ValueError: the decoder cannot do that."""

@@ -57,7 +57,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "StableDiffusionPipeline": (*UNET, Rule("unet", "addition_embed_type", (None, "text"), IMAGES)),
     "StableDiffusionXLPipeline": (
         *UNET,
-        Rule("unet", "addition_embed_type", ("text_time",), "an SDXL tells its network the image's size and pooled text"),
+        Rule(
+            "unet", "addition_embed_type", ("text_time",), "an SDXL tells its network the image's size and pooled text"
+        ),
         Rule(INDEX, "add_watermarker", (None, False), "images are not watermarked here; set it to false"),
     ),
 }
@@ -220,7 +222,9 @@ def _length_faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
             shown = "no model_max_length" if length is None else f"model_max_length={length!r}"
             yield f"{tokenizer}/tokenizer_config.json has {shown}, and {clip} has {most} positions: give 2 to {most}"
     if len(set(lengths.values())) > 1:
-        shown = " and ".join(f"{name}/tokenizer_config.json model_max_length={value}" for name, value in lengths.items())
+        shown = " and ".join(
+            f"{name}/tokenizer_config.json model_max_length={value}" for name, value in lengths.items()
+        )
         yield f"{shown}: the two text encoders must read equally many tokens"
 
 

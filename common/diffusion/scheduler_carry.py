@@ -31,7 +31,10 @@ CARRIED = (
     "UniPCMultistepScheduler",
     "SASolverScheduler",
 )
-NEEDED = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}  # without which diffusers cannot make it
+NEEDED = {
+    "LMSDiscreteScheduler": "scipy",
+    "DPMSolverSDEScheduler": "torchsde",
+}  # without which diffusers cannot make it
 # Where these say nothing of their betas, they mean others than DDIM: (their default, DDIM's).
 OWN_BETAS = {"beta_start": (0.00085, 0.0001), "beta_end": (0.012, 0.02)}
 WITH_OWN_BETAS = (
