@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,19 +60,21 @@ def config_file(model: Path, part: str) -> Path:
     return model / part / names.get(part, "tokenizer_config.json" if part.startswith("tokenizer") else "config.json")
 
 
-def changed_model(model: Path, change: Change, folder: Path) -> Path:
-    """Write a copy with one key changed, and with random weights of the shapes that follow, where its module can be made."""
+def changed_model(model: Path, changes: Iterable[Change], folder: Path) -> Path:
+    """Write a copy with keys changed, and with random weights of the shapes that follow, where a library makes such a part."""
     shutil.copytree(model, folder, copy_function=lambda a, b: Path(b).hardlink_to(a))
-    file = config_file(folder, change.part)
-    keys = json.loads(file.read_text())
-    if change.value is ABSENT:
-        keys.pop(change.key, None)
-    else:
-        keys[change.key] = change.value
-    file.unlink()
-    _write_weights(folder, change.part, keys)
-    file.unlink(missing_ok=True)
-    file.write_text(json.dumps(keys))
+    by_part: dict[str, list[Change]] = {}
+    for change in changes:
+        by_part.setdefault(change.part, []).append(change)
+    for part, of_part in by_part.items():
+        file = config_file(folder, part)
+        keys = json.loads(file.read_text())
+        for change in of_part:
+            keys.pop(change.key, None)
+            keys |= {} if change.value is ABSENT else {change.key: change.value}
+        file.unlink()  # a link to the model's own
+        _write_weights(folder, part, keys)
+        file.write_text(json.dumps(keys))
     return folder
 
 
