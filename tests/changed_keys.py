@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from common.diffusion import POLICIES
 from common.diffusion.diffusers_config import DiffusersConfig
@@ -29,7 +30,7 @@ CALL: dict[str, dict[str, Any]] = {
 # What diffusers and transformers raise where they refuse a configuration.
 LIBRARY_ERRORS = (
     *(ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, ImportError, AssertionError),
-    *(NotImplementedError, ZeroDivisionError, OverflowError, OSError),
+    *(NotImplementedError, ZeroDivisionError, OverflowError, OSError, StrictDataclassError),
 )
 
 

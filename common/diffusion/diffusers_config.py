@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
-from common.diffusion.honoured_keys import check_keys
+from common.diffusion.honoured_keys import check_keys, check_steps
 from common.diffusion.library_errors import names_the_model, try_once
 from common.diffusion.lora import LoraSettings
 from common.diffusion.model_sizes import Configs, model_sizes, read_config
@@ -127,6 +127,7 @@ class DiffusersConfig(PolicyConfig):
 
     @names_the_model
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
+        check_steps(self, sampling)
         configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
         return model_sizes(self, configs, sampling, device)
 

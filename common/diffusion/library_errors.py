@@ -41,7 +41,7 @@ def library_errors(model: str, what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RAISED as error:
+    except (*RAISED, *_of_transformers()) as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         if not LIBRARIES.search(frames[-1].f_code.co_filename):
             raise
@@ -49,6 +49,13 @@ def library_errors(model: str, what: str) -> Iterator[None]:
         part = next((f"{owner.__name__}: " for owner in owners if issubclass(owner, nn.Module)), "")
         said = " ".join(str(error).split())[:400]
         raise ValueError(f"policy.model is {model!r}: {what}: {part}{type(error).__name__}: {said}") from error
+
+
+def _of_transformers() -> tuple[type[Exception], ...]:
+    """Return what its configurations raise on values that they refuse, which is no ValueError."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (StrictDataclassError,)
 
 
 @torch.no_grad()

@@ -346,6 +346,12 @@ def test_fewer_tokens_than_positions_are_planned_as_they_are_encoded(models: Mod
     assert config.sizes(SamplingTable(), "cpu").conditioning_shape["prompt_embeds"] == (6, 16)
 
 
+def test_a_number_of_steps_that_the_schedule_has_not_is_refused_with_the_plan(models: Models) -> None:
+    config = config_of("stable_diffusion", models.changed("stable_diffusion", Change("scheduler", "steps_offset", 0)))
+    with pytest.raises(ValueError, match=r"sampling.num_steps is 1000: .*steps_offset=1 .* timestep 1000"):
+        config.sizes(SamplingTable(num_steps=1000), "cpu")  # as this pipeline corrects the offset
+
+
 @pytest.mark.thorough
 @settings(max_examples=45, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(sorted(PARTS)).flatmap(lambda name: st.tuples(st.just(name), st.data())))
