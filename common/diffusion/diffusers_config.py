@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 
 from common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
-from common.diffusion.honoured_keys import check_keys
+from common.diffusion.honoured_keys import check_keys, check_steps
 from common.diffusion.image_size import SizedConfig
+from common.diffusion.library_errors import names_the_model, try_once
 from common.diffusion.lora import LoraSettings
 from common.diffusion.model_files import check_model, files_by_role, source_of
 from common.diffusion.model_sizes import Configs, model_sizes, read_config
@@ -116,11 +117,14 @@ class DiffusersConfig(SizedConfig):
         """Return the files of each part that the role loads, to be fingerprinted."""
         return files_by_role(self, role)
 
+    @names_the_model
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
         self.check()
+        check_steps(self, sampling)
         configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
         return model_sizes(self, configs, sampling, device)
 
+    @names_the_model
     def load(self, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:
         quiet_libraries()
         self._check(role)
@@ -133,7 +137,10 @@ class DiffusersConfig(SizedConfig):
             network.to(self.dtype_of(role))
         if self.gradient_checkpointing and role == "learner":
             network.enable_gradient_checkpointing()
-        return self.make_policy(pipeline, device, sampling, role)
+        policy = self.make_policy(pipeline, device, sampling, role)
+        if role == "sampler":
+            try_once(policy)
+        return policy
 
     def set_up_decoder(self, vae: Any) -> None:
         """As the recipe has it. ValueError: the decoder cannot do that."""

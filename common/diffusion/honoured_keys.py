@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.diffusion.scheduler_carry import check_scheduler
+from common.diffusion.scheduler_carry import as_loaded, check_scheduler
+from common.recipe_tables import SamplingTable
 
 if TYPE_CHECKING:
     from common.diffusion.diffusers_config import DiffusersConfig
@@ -81,6 +82,15 @@ def check_keys(config: "DiffusersConfig", pipeline: Any = None) -> None:
             check_scheduler(parts[INDEX], parts["scheduler"], config.pipeline_class in FLOW_PIPELINES)
     except ValueError as error:
         raise ValueError(f"policy.model is {config.model!r}: {error}") from None
+
+
+def check_steps(config: "DiffusersConfig", sampling: SamplingTable) -> None:
+    """Raise ValueError if the schedule in a UNet's folder has no such steps, as far as files tell."""
+    parts = _files(config)
+    if config.pipeline_class in PIPELINES and config.pipeline_class not in FLOW_PIPELINES and "scheduler" in parts:
+        from common.diffusion.scheduler_ddim import ddim_table
+
+        ddim_table(as_loaded(parts[INDEX], parts["scheduler"])[0], sampling.num_steps, sampling.eta, "cpu")
 
 
 def text_tokens(config: "DiffusersConfig", text: Mapping[str, Any]) -> int:

@@ -135,14 +135,20 @@ def check_scheduler(index: Mapping[str, Any], config: Mapping[str, Any], flow: b
     Raises:
         ValueError: the schedule cannot be taken over exactly.
     """
-    named = index.get("scheduler") or [None, None]
-    classes = dict.fromkeys(name for name in (named[1], config.get("_class_name")) if name)
-    for name in classes or [None]:
-        read = dict(config) | ({"_class_name": name} if name else {})
-        corrects = index.get("_class_name") == "StableDiffusionPipeline"
-        if corrects and (read.get("clip_sample") is True or (name == DDIM and "clip_sample" not in read)):
-            read["clip_sample"] = False
+    for read in as_loaded(index, config):
         (flow_config if flow else ddim_config)(read)
+
+
+def as_loaded(index: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a folder's scheduler as its pipeline has it: of the class that model_index.json names, then of the file's own."""
+    named = (index.get("scheduler") or [None, None])[1]
+    classes = dict.fromkeys(name for name in (named, config.get("_class_name")) if name)
+    read = [{**config, "_class_name": name} for name in classes] or [dict(config)]
+    if index.get("_class_name") == "StableDiffusionPipeline":
+        for keys in read:
+            of_ddim = keys.get("_class_name") == DDIM
+            keys |= {key: value for key, value in CORRECTED.items() if key in keys or of_ddim}
+    return read
 
 
 def written_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """DDIM (Song et al. 2021): mean and standard deviation of one step, from the paper's equations 12 and 16."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -59,6 +59,7 @@ def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, dev
     from diffusers import DDIMScheduler
 
     scheduler: Any = DDIMScheduler.from_config(ddim_config(scheduler_config))
+    _check_betas(scheduler)
     timesteps = _timesteps(scheduler, num_steps)
     following = timesteps - scheduler.config["num_train_timesteps"] // num_steps
     final = scheduler.final_alpha_cumprod.to(scheduler.alphas_cumprod)
@@ -75,11 +76,23 @@ def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, dev
         scheduler.config["prediction_type"],
         scheduler.alphas_cumprod.to(device),
     )
-    if not ((scheduler.betas >= 0) & (scheduler.betas <= 1)).all() or not table.std().isfinite().all():
-        keys = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
-        shown = ", ".join(f"{key}={scheduler.config[key]!r:.40}" for key in keys if scheduler.config[key] is not None)
-        raise ValueError(f"the model's scheduler has {shown}: every beta must lie above 0 and below 1 (in {FILE})")
+    if not table.std().isfinite().all():
+        _refuse_betas(scheduler)
     return table
+
+
+def _check_betas(scheduler: Any) -> None:
+    """Raise ValueError if they make no schedule: ᾱ must fall, and reach 0 only where it is rescaled to."""
+    alphas, ends_at_zero = scheduler.alphas_cumprod, scheduler.config["rescale_betas_zero_snr"]
+    falls = (scheduler.betas >= 0).all() and (alphas[:-1] > 0).all() and (ends_at_zero or alphas[-1] > 0)
+    if not falls or not alphas.isfinite().all():
+        _refuse_betas(scheduler)
+
+
+def _refuse_betas(scheduler: Any) -> NoReturn:
+    keys = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
+    shown = ", ".join(f"{key}={scheduler.config[key]!r:.40}" for key in keys if scheduler.config[key] is not None)
+    raise ValueError(f"the model's scheduler has {shown}: every beta must lie above 0 and below 1 (in {FILE})")
 
 
 def _timesteps(scheduler: Any, num_steps: int) -> Int[Tensor, "T"]:

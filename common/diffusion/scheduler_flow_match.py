@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from common.diffusion.denoising_steps import DenoisingSteps, Noised, column
-from common.diffusion.scheduler_carry import FILE, flow_config
+from common.diffusion.scheduler_carry import FILE, flow_config, written_keys
 from common.diffusion.transition import Transition
 
 
@@ -84,12 +84,18 @@ def flow_match_table(
             keys["mu"] = calculate_shift(image_tokens, *(scheduler.config[key] for key in shifts))
         scheduler.set_timesteps(**keys)
     except (TypeError, ZeroDivisionError) as error:  # of diffusers, on keys that are null or of another kind
-        raise ValueError(f"the model's scheduler has keys of which no schedule follows: {error} (in {FILE})") from None
+        given = {
+            key: value for key, value in written_keys(scheduler_config).items() if "shift" in key or "seq_len" in key
+        }
+        shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise ValueError(
+            f"the model's scheduler has {shown}, of which no schedule follows: {error} (in {FILE})"
+        ) from None
     path = scheduler.sigmas
     if not path.isfinite().all() or not (path.diff() < 0).all() or path[0] > 1 + 1e-5:
         raise ValueError(
-            f"sampling.num_steps is {num_steps}, and of the model's scheduler follow the noise levels {path.tolist()[:4]} …: "
-            f"they must fall from 1 or less to 0, step by step (shift, shift_terminal and the like in {FILE})"
+            f"sampling.num_steps is {num_steps}, and the model's scheduler has noise levels {path.tolist()[:4]} …: they must "
+            f"fall from 1 or less to 0, step by step (shift, shift_terminal and the like in {FILE})"
         )
     levels = torch.full((num_steps,), noise_level)
     levels[-1] = 0.0

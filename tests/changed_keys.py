@@ -1,0 +1,166 @@
+"""Models with one configuration key changed, and what plain diffusers makes of them: the expected side of honoured keys."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from common.diffusion import POLICIES
+from common.diffusion.diffusers_config import DiffusersConfig
+from common.diffusion.policy_flux import packed
+from common.diffusion.rollout import draw, image_noise
+from common.recipe_tables import SamplingTable
+from common.registry import build
+from tests.tiny_families import policy_table
+
+ABSENT = object()  # the key is taken out of the file
+PROMPTS, SEEDS = ["a cat", "abcdefgh ijklm"], [3, 4]
+SCALE, STEPS = 3.0, 4
+UNETS = ("stable_diffusion", "sdxl")
+CALL: dict[str, dict[str, Any]] = {
+    "sd3": {"max_sequence_length": 12},
+    "flux": {"max_sequence_length": 12, "height": 16, "width": 16},
+}
+# What diffusers and transformers raise where they refuse a configuration.
+LIBRARY_ERRORS = (
+    *(ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, ImportError, AssertionError),
+    *(NotImplementedError, ZeroDivisionError, OverflowError, OSError, StrictDataclassError),
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key of one part, and its other value."""
+
+    part: str
+    key: str
+    value: Any
+
+    def __str__(self) -> str:
+        return f"{self.part}.{self.key}={'absent' if self.value is ABSENT else self.value!r}"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Final latents and images of the two prompts."""
+
+    latents: torch.Tensor
+    images: np.ndarray
+
+
+def config_file(model: Path, part: str) -> Path:
+    if part == "model_index":
+        return model / "model_index.json"
+    names = {"scheduler": "scheduler_config.json"}
+    return model / part / names.get(part, "tokenizer_config.json" if part.startswith("tokenizer") else "config.json")
+
+
+def changed_model(model: Path, changes: Iterable[Change], folder: Path) -> Path:
+    """Write a copy with keys changed, and with random weights of the shapes that follow, where a library makes such a part."""
+    shutil.copytree(model, folder, copy_function=lambda a, b: Path(b).hardlink_to(a))
+    by_part: dict[str, list[Change]] = {}
+    for change in changes:
+        by_part.setdefault(change.part, []).append(change)
+    for part, of_part in by_part.items():
+        file = config_file(folder, part)
+        keys = json.loads(file.read_text())
+        for change in of_part:
+            keys.pop(change.key, None)
+            keys |= {} if change.value is ABSENT else {change.key: change.value}
+        file.unlink()  # a link to the model's own
+        _write_weights(folder, part, keys)
+        file.write_text(json.dumps(keys))
+    return folder
+
+
+def _write_weights(model: Path, part: str, keys: dict[str, Any]) -> None:
+    """Give the part random weights of such a configuration; leave the old ones where the library makes none of it."""
+    import diffusers
+    import transformers
+
+    if part in ("model_index", "scheduler") or part.startswith("tokenizer"):
+        return
+    library, name = json.loads((model / "model_index.json").read_text())[part]
+    made: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+    written = {key: value for key, value in keys.items() if key not in ("architectures", "transformers_version")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        try:
+            module = made.from_config(keys) if library == "diffusers" else made(made.config_class(**written))
+            module.save_pretrained(model / "new", safe_serialization=True)
+        except LIBRARY_ERRORS:
+            return
+    for weights in (model / part).glob("*.safetensors"):
+        weights.unlink()
+    for weights in (model / "new").glob("*.safetensors"):
+        weights.rename(model / part / weights.name)
+    shutil.rmtree(model / "new")
+
+
+def plain_pipeline(name: str, model: Path) -> Any:
+    """Load the folder with diffusers alone; of another scheduler for UNets its DDIM is made, which is told of no clipping."""
+    import diffusers
+
+    keys = {"safety_checker": None} if name == "stable_diffusion" else {}
+    pipeline: Any = getattr(diffusers, config_of(name, model).pipeline_class).from_pretrained(model, **keys)
+    pipeline.set_progress_bar_config(disable=True)
+    config = pipeline.scheduler.config
+    if name in UNETS and not isinstance(pipeline.scheduler, diffusers.DDIMScheduler):
+        written = json.loads(config_file(model, "scheduler").read_text())
+        silent = {} if "clip_sample" in written or "DDPM" in config["_class_name"] else {"clip_sample": False}
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(config, **silent)
+    return pipeline
+
+
+def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Drawn:
+    """Draw with the pipeline's own call."""
+    pipeline, seen = plain_pipeline(name, model), []
+    latent_shape = config_of(name, model).latent_shape(dict(getattr(pipeline, network_of(name)).config))
+    keys: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": SCALE, **CALL.get(name, {})}
+    if name in UNETS:
+        keys |= {"eta": eta, "generator": [torch.Generator().manual_seed(seed) for seed in SEEDS]}
+    else:
+        noise = next(image_noise(SEEDS, latent_shape))
+        keys["latents"] = packed(noise) if name == "flux" else noise
+
+    def watch(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(values["latents"])
+        return values
+
+    images = pipeline(PROMPTS, callback_on_step_end=watch, **keys).images
+    return Drawn(seen[-1], np.stack([np.asarray(image) for image in images]).astype(int))
+
+
+def ours_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Drawn:
+    """Draw with the program. ValueError: the model is refused."""
+    sampling = SamplingTable(num_steps=num_steps, guidance_scale=SCALE, eta=eta or 1.0)
+    policy = config_of(name, model).load("cpu", sampling, "sampler")
+    window = range(num_steps) if name in UNETS and eta else range(0)
+    latents = draw(policy, PROMPTS, SEEDS, sampling, window).final_latents
+    images = policy.decode(latents).numpy().astype(int)
+    return Drawn(packed(latents) if name == "flux" else latents, images)
+
+
+def network_of(name: str) -> str:
+    return "unet" if name in UNETS else "transformer"
+
+
+def config_of(name: str, model: Path) -> DiffusersConfig:
+    """Build the family's configuration; without adapters, which only cost time here."""
+    return build(POLICIES, policy_table(name, model, train="full"), "policy")
+
+
+def assert_same(ours: Drawn, plain: Drawn) -> None:
+    """Latents agree within float32's rounding on both ways; an image may be pushed over a rounding edge here and there."""
+    assert ours.latents.shape == plain.latents.shape
+    scale = float(plain.latents.abs().max())
+    torch.testing.assert_close(ours.latents, plain.latents, rtol=1e-3, atol=1e-3 * max(scale, 1.0))
+    difference = np.abs(ours.images - plain.images)
+    assert difference.max() <= 1, f"images differ by up to {difference.max()}"
+    assert (difference > 0).mean() < 0.02, f"{(difference > 0).mean():.3f} of the images' values differ"
