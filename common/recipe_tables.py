@@ -222,6 +222,7 @@ class RuntimeTable(Table):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=1, ge=1, le=1024)  # of torch, in every process that computes
     deterministic: bool = True
+    tf32: bool = False  # GPUs compute float32's convolutions and matrix products in TF32: faster, 10 bits of mantissa
     ready_seconds: float = Field(default=600.0, gt=0)  # until an actor has its place and has loaded its model
     watchdog_seconds: float = Field(default=1800.0, gt=0)  # without anything done: the run ends with a dump
     max_restarts: int = Field(default=100, ge=0)  # of actors, before a round is done

@@ -26,6 +26,7 @@ from common.reward_pools import RewardPool, all_pools, elastic_roles
 from common.run_folder import RunFolder
 from deploy.cluster import attach, attaches, start_here
 from deploy.cluster_watch import ClusterWatch
+from deploy.commands.doctor_resources import place_findings, roles_of
 from deploy.death_lines import DeathLines
 from deploy.parts import Parts
 from deploy.reaper import start_reaper
@@ -110,6 +111,7 @@ def ray_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> Wor
     _refuse_what_cannot_be_held("learner", recipe.learner, recipe.learner.ranks)  # before any of them is started
     for role, table in elastic_roles(recipe).items():
         _refuse_what_cannot_be_held(role, table)
+    _refuse_what_does_not_fit_together(recipe)
     budget, lines = RestartBudget(recipe.runtime.max_restarts), DeathLines(output)
     # The learner comes first: on a cluster that is too small for all, it must have its place.
     make_learner = _learner_maker(parts)
@@ -262,3 +264,20 @@ def _refuse_what_cannot_be_held(role: str, table: RoleTable, count: int = 1) -> 
     if lacking and not attaches():
         who = "one asks" if count == 1 else f"its {count} ranks ask"
         raise ValueError(f"{role}: {who} for {lacking}, and the whole cluster has {available}")
+
+
+def _refuse_what_does_not_fit_together(recipe: Recipe) -> None:
+    """Raise ValueError if the roles do not fit on the nodes side by side, in the order in which they are started."""
+    if attaches():
+        return
+    roles = roles_of(recipe)
+    found = place_findings(roles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    faults = [finding for finding in found if finding.level == "fault"]
+    if faults:
+        totals = {name: sum(role.count * role.asks.get(name, 0) for role in roles) for name in ("CPU", "GPU")}
+        have = ray.cluster_resources()
+        asked = ", ".join(f"{amount:g} of {have.get(name, 0):g} {name}s" for name, amount in totals.items() if amount)
+        raise ValueError(
+            f"{faults[0].subject}: {faults[0].found}; all roles ask for {asked}: lower samplers.count or a role's num_gpus or "
+            "num_cpus, or set RAY_ADDRESS to a cluster that is large enough"
+        )

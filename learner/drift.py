@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from common.diffusion.compiled import graph_of_learning
 from common.diffusion.lora import reference_policy
 from common.diffusion.policy import Policy
 from common.trajectory import TransitionBatch
@@ -25,13 +26,15 @@ def few(transitions: RoundTransitions, steps: list[list[Pair]], size: int, ranks
     return (transitions.batch(part) for part in micro_batches(ranks.share(pairs), size))
 
 
-@torch.no_grad()
-def divergence(policy: Policy, batches: Iterator[TransitionBatch], ranks: Ranks) -> Divergence:
+def divergence(
+    policy: Policy, batches: Iterator[TransitionBatch], ranks: Ranks, is_compiled: bool = False
+) -> Divergence:
     """Where the present policy stands against the one that drew: of all ranks' pairs."""
     found: Divergence = []
-    for batch in batches:
-        transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
-        found.append((batch.steps, transition.log_prob(batch.next_latents) - batch.old_log_probs))
+    with graph_of_learning(is_compiled):
+        for batch in batches:
+            transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
+            found.append((batch.steps, (transition.log_prob(batch.next_latents) - batch.old_log_probs).detach()))
     if ranks.count == 1:
         return found
     steps = ranks.gathered(torch.cat([of_batch for of_batch, _ in found]) if found else None)

@@ -163,7 +163,7 @@ class Learner:
         pairs = self._pairs_of(batch, transitions)
         epochs = [self._optimizer_steps_of(batch, pairs, epoch) for epoch in range(self._settings.inner_epochs)]
         share = (self._ranks.rank, self._ranks.count)
-        update = Update(pairs, epochs, self._drawn_with(batch), present, share)
+        update = Update(pairs, epochs, self._drawn_with(batch), present, share, self._compiles)
         references = references_of(self._algorithm, self._policy, update, self._micro_batch_size)
         for steps in epochs:
             for step in steps:
@@ -232,7 +232,8 @@ class Learner:
             self._metrics.end_optimizer_step(norm)
 
     def _divergence(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> Divergence:
-        return divergence(self._policy, few(transitions, steps, self._micro_batch_size, self._ranks), self._ranks)
+        some = few(transitions, steps, self._micro_batch_size, self._ranks)
+        return divergence(self._policy, some, self._ranks, self._compiles)
 
     def _asks_for_reference(self, policy_version: int) -> bool:
         """Whether this version is evaluated, and the pretrained policy is at hand to be held against it."""

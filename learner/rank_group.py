@@ -114,7 +114,7 @@ class Ranks:
         found = torch.tensor(float(number), dtype=torch.float64, device=self._device)
         with self._lost_where_it_fails():
             distributed.all_reduce(found, operation)
-        return float(found)
+            return float(found)  # NCCL's errors come when its result is read
 
     def gathered(self, values: Float[Tensor, "N"] | Int[Tensor, "N"] | None) -> Float[Tensor, "M"] | None:
         """All ranks' values, one rank's after the other's, as float64 that hold them exactly; None: nobody has any."""
@@ -154,7 +154,8 @@ class Ranks:
 
     def _of_each(self, number: int) -> list[int]:
         own = torch.tensor([number], dtype=torch.int64, device=self._device)
-        return torch.cat(self._rows(own)).tolist()
+        with self._lost_where_it_fails():
+            return torch.cat(self._rows(own)).tolist()
 
     def _rows(self, own: Tensor) -> list[Tensor]:
         every = [torch.empty_like(own) for _ in range(self.count)]
@@ -166,6 +167,8 @@ class Ranks:
     def _lost_where_it_fails(self) -> Iterator[None]:
         try:
             yield
+        except RankLost:
+            raise
         except RuntimeError as error:  # of every backend, whatever has become of the others
             raise RankLost(f"{self} has lost the others: {error}") from error
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from common.diffusion.compiled import graph_of_learning
 from common.diffusion.lora import reference_policy
 from common.diffusion.policy import Policy
 from common.lora_weights import LoraWeights
@@ -56,6 +57,7 @@ class Update:
     drawn_with: LoraWeights
     present: LoraWeights
     share: tuple[int, int] = (0, 1)  # rank, and how many there are: each takes its own pairs' alone
+    is_compiled: bool = False  # the learner's network
 
     def steps(self, own_pass_will_do: bool) -> list[list[Pair]]:
         """The optimizer steps whose pairs are asked for, each pair once; of each its share.
@@ -79,7 +81,7 @@ def references_of(algorithm: Algorithm, policy: Policy, update: Update, micro_ba
     def taken(wanted: bool, own_pass_will_do: bool, look: Callable[[Policy, Batch], Tensor]) -> Known:
         steps = update.steps(own_pass_will_do) if wanted else []
         batches = (part for pairs in steps for part in micro_batches(pairs, micro_batch_size))
-        return _looked_at(policy, update.pairs, batches, look)
+        return _looked_at(policy, update.pairs, batches, look, update.is_compiled)
 
     proximal = taken(algorithm.needs_proximal_log_probs, True, _log_prob)
     needs_old = algorithm.needs_behaviour_means or algorithm.needs_old_predictions
@@ -98,13 +100,17 @@ def log_probs_under(policy: Policy, pairs: RoundPairs, batches: Iterable[list[Pa
     return _looked_at(policy, pairs, batches, _log_prob)
 
 
-@torch.no_grad()
 def _looked_at(
-    policy: Policy, pairs: RoundPairs, batches: Iterable[list[Pair]], look: Callable[[Policy, Batch], Tensor]
+    policy: Policy,
+    pairs: RoundPairs,
+    batches: Iterable[list[Pair]],
+    look: Callable[[Policy, Batch], Tensor],
+    is_compiled: bool = False,
 ) -> Known:
     found: Known = {}
-    for part in batches:
-        found |= zip(part, look(policy, pairs.batch(part)).unbind(), strict=True)
+    with graph_of_learning(is_compiled):
+        for part in batches:
+            found |= zip(part, look(policy, pairs.batch(part)).detach().unbind(), strict=True)
     return found
 
 
@@ -115,9 +121,9 @@ def _log_prob(policy: Policy, batch: Batch) -> Tensor:
 
 def _mean(policy: Policy, batch: Batch) -> Tensor:
     assert isinstance(batch, TransitionBatch)
-    return policy.transition(batch.latents, batch.steps, batch.conditioning).mean.cpu()
+    return policy.transition(batch.latents, batch.steps, batch.conditioning).mean.detach().cpu()
 
 
 def _prediction(policy: Policy, batch: Batch) -> Tensor:
     assert isinstance(batch, NoisedBatch)
-    return policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)[0].cpu()
+    return policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)[0].detach().cpu()

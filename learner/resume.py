@@ -26,6 +26,8 @@ FREE = (
     *(f"runtime.{key}" for key in ("ready_seconds", "watchdog_seconds", "max_restarts")),
 )
 
+LATER = ("runtime.tf32",)  # keys that the recipes of earlier runs do not have
+
 
 def resume_point(
     folder: RunFolder, tables: dict[str, Any], resume: bool, places: Collection[str] = ()
@@ -56,6 +58,8 @@ def resume_point(
 def _differences(before: dict[str, Any], now: dict[str, Any], free: list[str], prefix: str = "") -> list[str]:
     found = []
     for key in sorted(before.keys() | now.keys()):
+        if f"{prefix}{key}" in LATER and key not in before:
+            continue
         if any(fnmatch(f"{prefix}{key}", each) for each in free):
             continue
         old, new = _by_place(before.get(key)), _by_place(now.get(key))

@@ -1,6 +1,7 @@
 """A network compiled for batches of one size: smaller ones are filled up, larger ones cut, so that it is compiled once."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, final
 
 import torch
@@ -32,6 +33,14 @@ class CompiledNetwork:
         if count < self._rows:
             inputs = {name: _filled_up(value, self._rows) for name, value in inputs.items()}
         return self._compiled(**inputs)[:count]
+
+
+def graph_of_learning(is_compiled: bool) -> AbstractContextManager:
+    """Run a pass whose gradient nobody wants so that it has the bits of a pass that is learned from.
+
+    A network is compiled a second time where gradients are off, and rounds otherwise there. The body detaches what it keeps.
+    """
+    return torch.enable_grad() if is_compiled else torch.no_grad()
 
 
 def _filled_up(rows: Tensor, count: int) -> Tensor:

@@ -45,6 +45,7 @@ from deploy.commands.doctor_resources import (
 from deploy.commands.plan_numbers import Plan, in_bytes, plan_of_parts
 from deploy.commands.ratio_measurement import draw_some, runtime_of, score_again
 from deploy.commands.ratio_noise import WIDEST, Noise, clip_range, noise_findings, table_rows, worst_in_words
+from deploy.numerics_rows import rows_note
 from deploy.parts import Parts, build_reward, entries_of
 from deploy.workers import place_options
 from learner.optimizer import check_optimizer
@@ -108,6 +109,8 @@ def _parts_findings(parts: Parts) -> Iterator[Finding | Measured]:
     lacking += guarded("model", lambda: parts.policy.check() or ())
     lacking += guarded("optimizer", lambda: check_optimizer(parts.recipe.learner) or ())
     yield from lacking
+    if note := rows_note(parts):
+        yield Finding("warning", "batch rows", *note.split("; ", 1))
     planned = [] if lacking else list(guarded("plan", lambda: [plan_of_parts(parts)]))
     numbers = next((plan for plan in planned if isinstance(plan, Plan)), None)
     if numbers:

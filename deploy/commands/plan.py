@@ -1,10 +1,16 @@
 """ddpo plan: the sizes that follow from a recipe, before anything runs."""
 
+import torch
+
 from common.config import Recipe
 from common.reward_pools import SHARED, RewardPool, all_pools
 from deploy.commands.plan_memory import gpu_rows
 from deploy.commands.plan_numbers import Plan, in_bytes, plan_of
+from deploy.numerics_rows import rows_note
+from deploy.parts import entries_of
 from learner.optimizer import rank_moment_bytes
+
+LITTLE = 1e-9  # by which a sum of fractions may be wrong
 
 
 def plan(recipe: Recipe) -> str:
@@ -38,10 +44,19 @@ def plan(recipe: Recipe) -> str:
         *((f"{_who(pool)} memory{_own(pool)}", in_bytes(numbers.reward_worker_bytes[pool.name])) for pool in pools),
         ("memory in all", f"{in_bytes(memory)}: {', '.join(f'{count} {role}' for role, count, _ in _actors(recipe))}"),
         ("GPUs asked for", _gpus(recipe)),
+        *_notes(recipe),
         *gpu_rows(recipe, numbers),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _notes(recipe: Recipe) -> list[tuple[str, str]]:
+    """What will not work as it is on this machine, or not as exactly as one might think."""
+    asked, here = sum(gpus for *_, gpus in _actors(recipe)), torch.cuda.device_count()
+    few = f"{here}, fewer than the recipe asks for: lower samplers.count or num_gpus, or set RAY_ADDRESS to a cluster"
+    rows = rows_note(entries_of(recipe))
+    return [*([("GPUs here", few)] if 0 < here < asked - LITTLE else []), *([("note", rows)] if rows else [])]
 
 
 def _learned_from(numbers: Plan) -> str:

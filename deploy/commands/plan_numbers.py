@@ -62,7 +62,7 @@ def plan_of_parts(parts: Parts) -> Plan:
     trajectory = latents * latent_bytes + kept * 12 + sizes.conditioning_bytes
     pairs = learner.images_per_step * parts.algorithm.pairs_per_image(recipe, sizes.noisy_steps)
     learned_from = round(recipe.images_per_round * parts.algorithm.share_that_teaches)
-    steps = -(-learned_from // learner.images_per_step) * learner.inner_epochs
+    steps = max(1, learned_from // learner.images_per_step) * learner.inner_epochs  # the last one has what is left over
     micro_batch = 1 if learner.micro_batch_size == "auto" else learner.micro_batch_size
     conditioning = recipe.images_per_round * sizes.conditioning_bytes
     reduced = buffer_bytes(sizes.trained_parameters, learner.ranks)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,3 +100,19 @@ def test_compiled_both_learn_the_same_as_eager_within_rounding(tables: dict) -> 
     assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3, abs=1e-5)
     # Of AdamW's steps, which hardly depend on a gradient's size, most are the same.
     assert torch.nn.functional.cosine_similarity(moved, moved_too, dim=0) > 0.99
+
+
+@pytest.mark.compiled
+def test_compiled_in_half_precision_the_proximal_ratio_is_1_until_the_weights_move(tables: dict) -> None:
+    """At both optimizer steps of a round: a rate of 1e-30 moves no float32 weight."""
+    keys = {"policy__dtype": "bfloat16", "policy__compile": "both", "algorithm__clip_range": 1e-12}
+    parts = parts_with(
+        tables, **OWN, **keys, learner__learning_rate=1e-30, learner__weight_decay=0, learner__batch_size=4
+    )
+    learner = learner_of(parts)
+    drawn = draw_round(parts, learner.weights()[-1])
+    metrics, state = learner.update(drawn.batch, *drawn.trajectories)
+    assert state.weights[-1].fingerprint == drawn.batch.reports[0].fingerprint
+    assert metrics["optimizer_steps"] == 2 and metrics["clip_fraction"] == 0.0
+    limited = np.float32(drawn.batch.advantages).clip(-5, 5)
+    assert metrics["loss"] == pytest.approx(-float(limited.mean()), rel=1e-5)

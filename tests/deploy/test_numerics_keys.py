@@ -1,0 +1,92 @@
+"""What a recipe says of numerics on GPUs: TF32, batch rows, and roles that do not fit together. No GPU is needed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from common.config import Recipe
+from common.recipe_tables import RuntimeTable
+from common.runtime import settle
+from deploy import workers
+from deploy.numerics_rows import rows_note
+from deploy.parts import Parts, entries_of
+from learner.resume import _differences
+from tests.accepted_page import assert_accepted, assert_refused
+from tests.deploy.manifests import ROOT
+
+
+@pytest.fixture
+def switches() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_off_or_on_in_convolutions_and_matrix_products_alike(tf32: bool, switches: None) -> None:
+    assert_accepted("`runtime.tf32`")
+    assert RuntimeTable().tf32 is False
+    torch.backends.cudnn.allow_tf32 = not tf32
+    settle(RuntimeTable(tf32=tf32))
+    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
+
+
+def test_a_run_from_before_the_key_goes_on() -> None:
+    assert _differences({"runtime": {"threads": 1}}, {"runtime": {"threads": 1, "tf32": False}}, []) == []
+    assert _differences({"runtime": {"tf32": True}}, {"runtime": {"tf32": False}}, [])
+
+
+def parts_of_tables(tables: dict, **changes: Any) -> Parts:
+    gpus = {"samplers": {"num_gpus": 0.4}, "policy": {**tables["policy"], "dtype": "bfloat16"}}
+    return entries_of(Recipe.parse({**tables, **gpus, **changes}))
+
+
+def test_batches_of_different_rows_in_half_precision_are_told_of(tables: dict) -> None:
+    assert_accepted("different batch rows of sampler and learner on a GPU, in half precision")
+    note = rows_note(parts_of_tables(tables))
+    assert note and "learner.micro_batch_size is 8 and sampling.batch_size 4" in note and 'ratio = "proximal"' in note
+    equal = {"learner": {**tables["learner"], "micro_batch_size": 4}}
+    for changes in (
+        equal,
+        {"policy": tables["policy"]},
+        {"samplers": {}},
+        {"runtime": {"device": "cpu"}},
+        {"algorithm": {**tables["algorithm"], "off_policy": {"ratio": "proximal"}}},
+        {"algorithm": {"name": "rwr", "noisings": 2}},
+    ):
+        assert rows_note(parts_of_tables(tables, **changes)) is None, changes
+    auto = {"learner": {**tables["learner"], "micro_batch_size": "auto"}}
+    assert "is 'auto' and" in (rows_note(parts_of_tables(tables, **auto)) or "")
+
+
+def test_roles_that_do_not_fit_together_are_refused_at_once(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorers = {"scorers": [{"name": "jpeg_compressibility"}], "every": 1, "workers": {"num_gpus": 0.1}}
+    many = {"samplers": {"count": 3, "num_gpus": 1}, "reward_workers": {"num_gpus": 0.1}, "evaluation": scorers}
+    recipe = Recipe.parse({**tables, **many, "learner": {**tables["learner"], "num_gpus": 0.9}})
+    node = {"CPU": 64.0, "GPU": 4.0}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: node)
+    monkeypatch.setattr(workers, "attaches", lambda: False)
+    with pytest.raises(ValueError, match="4.1 of 4 GPUs") as refused:
+        workers._refuse_what_does_not_fit_together(recipe)
+    assert_refused("roles that ask for more GPUs together than the machine has", f"ddpo train: {refused.value}")
+    less = recipe.model_copy(update={"learner": recipe.learner.model_copy(update={"num_gpus": 0.8})})
+    workers._refuse_what_does_not_fit_together(less)
+
+
+def test_the_families_recipes_fit_on_the_gpus_that_they_name() -> None:
+    named = {"Four GPUs": 4}
+    found = 0
+    for file in sorted((ROOT / "deploy" / "recipes" / "families").glob("*.toml")):
+        recipe, text = Recipe.load(str(file)), file.read_text()
+        count = next((count for words, count in named.items() if words.lower() in text.lower()), None)
+        if count is None:
+            continue
+        found += 1
+        roles = workers.roles_of(recipe)
+        node = {"CPU": 256.0, "GPU": float(count)}
+        assert not [each for each in workers.place_findings(roles, [node]) if each.level != "ok"], file.name
+    assert found == 4
