@@ -16,7 +16,6 @@ from common.diffusion.policy import PolicyConfig
 from common.diffusion.policy_trial import load_checked, try_sampling
 from common.diffusion.prompt_lengths import cut_prompts_in_words
 from common.diffusion.rollout import draw, refuse_window_without_noise
-from common.loading import loading
 from common.lora_weights import LoraWeights
 from common.machine import this_machine
 from common.prompts import Prompt
@@ -45,8 +44,7 @@ class Sampler:
         """
         self._called = f"Sampler of {policy.model}"
         device = settle(runtime)
-        with loading(f"policy.model is {policy.model!r}", policy.needs):
-            self._policy = load_checked(policy, device, sampling, "sampler")
+        self._policy = load_checked(policy, device, sampling, "sampler")
         try_sampling(policy, self._policy, [prompt.text for prompt in tried_on])
         if cut := cut_prompts_in_words(self._policy.text_readers(), checked, sampling):
             print(cut, file=sys.stderr, flush=True)

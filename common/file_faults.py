@@ -1,6 +1,7 @@
 """Tell what is wrong with a model's file from its first bytes: empty, a git-LFS pointer, a web page, a pickle, or cut off."""
 
 import json
+import zipfile
 from pathlib import Path
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -24,6 +25,8 @@ def fault_of(path: Path) -> str | None:
         return "it is a web page, as a download saves it where one has to log in first"
     if path.suffix == ".safetensors":
         return _fault_of_weights(path, head)
+    if head.startswith(PICKLES[0]) and not zipfile.is_zipfile(path):
+        return "it was cut off: the end of torch's archive is not there"
     return _fault_of_json(path) if path.suffix == ".json" else None
 
 

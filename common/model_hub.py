@@ -14,17 +14,34 @@ from common.named_files import Weights
 T = TypeVar("T")
 
 
-def read_from_hub(read: Callable[[bool], T], missing: str) -> T:
-    """`read(local_files_only)`: what was downloaded before, else a download. ValueError: `missing`, and why."""
+def read_from_hub(read: Callable[[bool], T], missing: str, source: str = "") -> T:
+    """Read what was downloaded before, else download it.
+
+    Args:
+        read: called with `local_files_only`.
+        missing: what an error begins with.
+        source: the hub name, which may be meant as a path.
+
+    Raises:
+        ValueError: `missing`, and why.
+    """
     try:
         return read(True)
     except OSError:  # what transformers and the hub's client raise for whatever is not there
         if not hub_answers():
-            raise ValueError(f"{missing} (it was not downloaded before, and the hub does not answer)") from None
+            raise ValueError(
+                f"{missing} (it was not downloaded before, and the hub does not answer{_no_folder(source)})"
+            ) from None
     try:
         return read(False)
     except OSError as error:
-        raise ValueError(f"{missing} ({first_line(error)})") from None
+        raise ValueError(f"{missing} ({first_line(error)}{_no_folder(source)})") from None
+
+
+def _no_folder(source: str) -> str:
+    """Return what to add if a hub name may be meant as a path: its first half is a folder here."""
+    folder = Path(source)
+    return f"; there is no folder {folder.absolute()} either" if source and folder.parent.is_dir() else ""
 
 
 def file_from_hub(repository: str, file: str, missing: str) -> str:
@@ -34,7 +51,7 @@ def file_from_hub(repository: str, file: str, missing: str) -> str:
     def read(local_files_only: bool) -> str:
         return hf_hub_download(repository, file, local_files_only=local_files_only)
 
-    return read_from_hub(read, missing)
+    return read_from_hub(read, missing, repository)
 
 
 def read_pretrained(source: str, read: Callable[[str | Path, bool], T], missing: str) -> T:
@@ -42,7 +59,7 @@ def read_pretrained(source: str, read: Callable[[str | Path, bool], T], missing:
     folder = Path(source).expanduser()
     with errors_only():  # weights that are there and not needed, such as another task's head, would be reported
         if not folder.is_dir() and is_hub_name(source):
-            return read_from_hub(lambda local_files_only: read(source, local_files_only), missing)
+            return read_from_hub(lambda local_files_only: read(source, local_files_only), missing, source)
         try:
             return read(folder, True)
         except OSError as error:
@@ -110,9 +127,9 @@ def missing_files(weights: Weights) -> list[str]:
 
 
 def damaged_files(weights: Weights) -> list[str]:
-    """Return the safetensors files of this machine that cannot be opened, each with the reason. Read only their heads."""
+    """Return the files of this machine that are not what their names say, each with the reason. Read only their heads."""
     folder = folder_here(weights)
-    names = [name for name in weights.files if name.endswith(".safetensors")] if folder else []
+    names = weights.files if folder else ()
     faults = {path: fault_of(path) for name in names for path in sorted((folder or Path()).glob(name))}
     return [f"{path} is damaged ({fault})" for path, fault in faults.items() if fault]
 

@@ -11,7 +11,6 @@ from common.config import Recipe
 from common.diffusion.lora import load_weights, read_weights, trained_parameters
 from common.diffusion.policy import PolicyConfig
 from common.diffusion.policy_trial import load_checked
-from common.loading import loading
 from common.lora_weights import LoraWeights, averaged
 from common.machine import this_machine
 from common.run_folder import RunFolder
@@ -54,7 +53,7 @@ class Learner:
         self._machine = this_machine(self._device)
         self._settings = recipe.learner
         self._algorithm = algorithm
-        with torch.random.fork_rng(devices=[]), loading(f"policy.model is {policy.model!r}", policy.needs):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)  # the adapters' first values
             self._policy = load_checked(policy, self._device, recipe.sampling, "learner")
         try_learning(self._policy, policy, algorithm, recipe)

@@ -15,6 +15,7 @@ from common.diffusion.model_index import about_model, read_object
 from common.diffusion.network_memory import Inputs, NetworkMemory
 from common.diffusion.policy import quiet_libraries
 from common.diffusion.sizes import DeviceKind, PolicySizes, count_parameters, parameter_bytes
+from common.model_hub import file_from_hub
 from common.recipe_tables import SamplingTable
 from common.trajectory import DTYPES
 
@@ -33,12 +34,8 @@ def read_config(model: str, folder: Path, published: dict[str, Configs], part: s
         return found["text_config"] if isinstance(found.get("text_config"), dict) else found
     if model in published:
         return published[model][part]
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return json.loads(Path(hf_hub_download(model, f"{part}/config.json")).read_text())
-    except OSError as error:
-        raise ValueError(f"policy.model is {model!r}: its {part}/config.json cannot be read: {error}") from error
+    file = file_from_hub(model, f"{part}/config.json", f"policy.model is {model!r}, whose {part}/config.json is needed")
+    return json.loads(Path(file).read_text())
 
 
 def model_sizes(

@@ -59,7 +59,7 @@ def model_folder(config: "DiffusersConfig", pipeline_class: Any, role: str) -> P
             raise OSError(f"{error}; policy.variant names weights that the repository has in another form") from error
         return Path(place)
 
-    return read_from_hub(read, f"policy.model is {config.model!r}, which cannot be loaded")
+    return read_from_hub(read, f"policy.model is {config.model!r}, which cannot be loaded", config.model)
 
 
 def unused_parts(config: "DiffusersConfig", pipeline_class: Any, role: str) -> dict[str, None]:

@@ -21,6 +21,7 @@ from common.diffusion.tensor_checks import check_tensor, described, refuse_unles
 from common.diffusion.trained_weights import stored_weights
 from common.diffusion.transition import Transition
 from common.diffusion.weight_files import network_folder
+from common.loading import loading
 from common.recipe_tables import SamplingTable
 from common.undisturbed import undisturbed
 
@@ -29,7 +30,17 @@ SAME = 1e-3  # of the largest number: rounding alone moves a mean by less
 
 
 def load_checked(config: PolicyConfig, device: str, sampling: SamplingTable, role: Role) -> Policy:
-    """Load a recipe's policy. ValueError: a family of the user's own raises, or returns no policy that can be used."""
+    """Load a recipe's policy.
+
+    Raises:
+        ValueError: a file is damaged, or a family of the user's own raises, or returns no policy that can be used.
+        PartNotLoaded: anything else went wrong.
+    """
+    with loading(f"policy.model is {config.model!r}", config.needs):
+        return _loaded(config, device, sampling, role)
+
+
+def _loaded(config: PolicyConfig, device: str, sampling: SamplingTable, role: Role) -> Policy:
     if not is_users_own(config, POLICIES):
         return config.load(device, sampling, role)
     policy, name = call(config, "load", device, sampling, role), f"{type(config).__name__}.load"
