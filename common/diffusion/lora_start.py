@@ -43,6 +43,8 @@ def _start_through_diffusers(network: Any, file: LoraFile) -> None:
     from peft import set_peft_model_state_dict
 
     state = load_any_lora(file, network, _part(network), {}, ADAPTER)
+    if not state:
+        raise ValueError(f"it holds nothing for {type(network).__name__}")
     dora = [name for name in state if "lora_magnitude_vector" in name]
     if dora:
         raise ValueError(f"it is a DoRA, which is not trained here ({len(dora)} magnitudes, such as {dora[0]})")

@@ -97,7 +97,9 @@ def with_plain_diffusers(family: str, model: Path, path: Path) -> Tensor:
 def recipe_of(family: str, model: Path, folder: Path, **keys: Any) -> Recipe:
     # An adapter that no file has: nothing of it may decide how strongly a file acts.
     keys = {"lora": {"rank": 3, "alpha": 29, "target_modules": ["to_q"]}, **keys}
-    return Recipe.parse({**small_tables(model, folder), "policy": policy_table(family, model, **keys)})
+    tables = small_tables(model, folder)
+    tables["learner"]["micro_batch_size"] = 4  # the flows' last step has no noise
+    return Recipe.parse({**tables, "policy": policy_table(family, model, **keys)})
 
 
 def assert_same_effect(found: Tensor, expected: Tensor, base: Tensor) -> None:
