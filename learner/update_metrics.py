@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -76,7 +77,7 @@ class UpdateMetrics:
             found = ranks.gathered(values)
             return None if found is None else found.float()
 
-        joined = {name: of_all(self._joined(name)) for name in NUMBERS}
+        joined: dict[str, Any] = {name: of_all(self._joined(name)) for name in NUMBERS}
         loss, steps, first = joined.pop("loss"), of_all(_cat(self._steps)), of_all(_cat(self._first_log_ratios))
         self._results = [] if loss is None else [PairLoss(loss, **joined)]
         self._steps = [] if steps is None else [steps.long()]
