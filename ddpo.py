@@ -126,8 +126,9 @@ def _without_passwords(text: str) -> str:
 def _train(options: argparse.Namespace) -> int:
     from common.config import Recipe
     from common.run_folder import RunFolder
+    from deploy.broke_off import BROKE_OFF
     from deploy.start_from import start_from_of
-    from train import BROKE_OFF, Stopped, train
+    from train import Stopped, train
 
     recipe = Recipe.load(options.recipe, options.overrides)
     if options.start_from:

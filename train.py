@@ -4,7 +4,6 @@ import time
 
 from actors.inquiry import RewardFailed
 from actors.ray_rollout_stream import NothingMoves
-from actors.worker_pool import TooManyRestarts
 from common.config import Recipe
 from common.lease import Lease
 from common.prompts import Draw
@@ -23,17 +22,13 @@ from deploy.supervision import Stopped, Supervision
 from deploy.workers import Workers, ray_workers, serial_workers
 from learner.learner_group import Learned, TrajectoriesLost
 from learner.optimizer_steps import NotFinite
-from learner.round_buffer import TooManySetAside
-from learner.weight_check import WeightsDidNotArrive
-
-BROKE_OFF = (NotFinite, NothingMoves, RewardFailed, TooManyRestarts, TooManySetAside, WeightsDidNotArrive)
 
 
 def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[str, float]:
     """Run a recipe; the last round's metrics. ValueError: what the user has to change, before anything is lost.
 
     Stopped: a signal came, or storage or cluster failed; what was learned is in the last checkpoint.
-    BROKE_OFF: the run cannot go on.
+    One of deploy.broke_off: the run cannot go on.
     """
     parts, folder = parts_of(recipe), RunFolder(recipe.run_path())
     folder.create()
