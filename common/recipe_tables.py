@@ -159,9 +159,8 @@ class RewardPoolTable(ElasticTable):
 
 
 class RewardTable(Choice):
-    label: str | None = Field(
-        default=None, pattern=r"^\w[\w-]*$"
-    )  # what it is called in metrics and rows; none: its name
+    # What it is called in metrics and rows; none: its name.
+    label: str | None = Field(default=None, pattern=r"^\w[\w-]*$")
     weight: float = 1.0
     floor: float | None = None  # images below it rank under all others, whatever the other rewards say
     workers: RewardPoolTable | None = None  # of its own; none: those of [reward_workers]
@@ -197,14 +196,12 @@ class LearnerTable(RoleTable):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    max_kl_nats: float | None = Field(
-        default=None, gt=0
-    )  # of a step, from the policy that drew: then no more inner epochs
+    # Of a step, from the policy that drew: then no more inner epochs.
+    max_kl_nats: float | None = Field(default=None, gt=0)
     # How far sampler's and learner's log_prob may lie apart under the same weights; none: 1e-4 in float32, else 1e-2.
     log_prob_tolerance: float | None = Field(default=None, gt=0)
-    ranks: int = Field(
-        default=1, ge=1, le=MOST_ACTORS
-    )  # processes that share every optimizer step; each has this table's resources
+    # Processes that share every optimizer step; each has this table's resources.
+    ranks: int = Field(default=1, ge=1, le=MOST_ACTORS)
     shard_optimizer: bool = False  # each keeps a part of its state, and sends the others the weights that it has moved
 
     @property
@@ -298,6 +295,5 @@ class PushTable(Table):
     revision: str | None = Field(default=None, min_length=1)  # a branch, made where it is not there; none: main
     version: Literal["last", "best"] = "last"  # the run's own weights, or those under best/
     license: str | None = Field(default=None, min_length=1)  # none: that of policy.model, where it is known
-    base_model: str | None = Field(
-        default=None, pattern=r"^[\w.-]+/[\w.-]+$"
-    )  # its hub name, where policy.model is a folder
+    # Its hub name, where policy.model is a folder.
+    base_model: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
