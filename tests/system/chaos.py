@@ -139,7 +139,8 @@ class Chaos:
     def _look_for_rest(self, outcome: Outcome, driver: Driver) -> None:
         if "Traceback (most recent call last)" in driver.said():
             outcome.problems.append(f"a traceback was printed: {driver.said()[-3000:]}")
-        if outcome.exit_code != 0 and not outcome.last_line.startswith("ddpo"):
+        killed = outcome.exit_code == -signal.SIGKILL  # the driver itself, which says nothing more
+        if outcome.exit_code != 0 and not killed and not outcome.last_line.startswith("ddpo"):
             outcome.problems.append(f"no line of ours was the last: {driver.said()[-2000:]}")
         try:
             wait_until_gone([*processes_of(*OF_ROLES), *driver.family()])
