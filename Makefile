@@ -9,7 +9,7 @@ TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families pretrain clean
+.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families pretrain clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -33,6 +33,11 @@ test-kernels:
 eight-bit: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --constraint constraints.txt --target .venv-8bit bitsandbytes
 	PYTHONPATH=.venv-8bit $(BIN)/python -m pytest -m eight_bit tests/learner
+
+# The oldest transformers that pyproject.toml allows, with what it needs, in a folder of its own.
+oldest: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv-oldest "transformers==5.6.0" "huggingface_hub==1.33.0" "tokenizers==0.22.2"
+	PYTHONPATH=.venv-oldest $(BIN)/python -m pytest tests/common/diffusion/test_policy_families.py tests/common/diffusion/test_model_folders.py tests/common/diffusion/test_model_folders_refused.py tests/common/diffusion/test_single_file.py tests/common/test_tiny_animals.py tests/common/test_clip_towers.py tests/common/test_pretrained.py
 
 compiled: $(VENV)/installed
 	$(BIN)/python -m pytest -m compiled tests
@@ -141,4 +146,4 @@ $(TRL_VENV)/installed: tests/parity/requirements.txt constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) runs
+	rm -rf $(VENV) $(TRL_VENV) .venv-oldest runs

@@ -10,6 +10,19 @@ PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  #
 HEAD = 64  # bytes
 
 
+class DamagedFile(ValueError):
+    """A file is not what its name says. The text names it, the reason, and what to do."""
+
+    def __init__(self, path: Path, fault: str) -> None:
+        super().__init__(f"{path} is damaged ({fault}): copy or download that file again")
+
+
+def check_file(path: Path) -> None:
+    """Raise DamagedFile if a file cannot be what its name says."""
+    if fault := fault_of(path):
+        raise DamagedFile(path, fault)
+
+
 def fault_of(path: Path) -> str | None:
     """Return why a file cannot be what its name says, or None. Read weights' headers only."""
     try:

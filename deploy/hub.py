@@ -45,7 +45,7 @@ class NotPushed(Exception):
 def base_model(recipe: Recipe) -> str | None:
     """The hub's name for the model that was trained from; None where it has none."""
     model = recipe.policy.table().get("model", "")
-    on_the_hub = is_hub_name(model) and model not in EMBEDDED_MODELS and not Path(model).expanduser().is_dir()
+    on_the_hub = is_hub_name(model) and model not in EMBEDDED_MODELS and not Path(model).expanduser().exists()
     return recipe.push.base_model or (model if on_the_hub else None)
 
 

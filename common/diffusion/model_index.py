@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from common.diffusion import POLICIES
 from common.diffusion.part_files import PartNotThere
-from common.file_faults import fault_of
+from common.file_faults import DamagedFile, check_file
 
 if TYPE_CHECKING:
     from common.diffusion.diffusers_config import DiffusersConfig
@@ -71,6 +71,8 @@ def about_model(model: str) -> Iterator[None]:
         yield
     except PartNotThere as error:
         raise PartNotThere(f"policy.model is {model!r}, which cannot be loaded: {error}") from error
+    except DamagedFile as error:
+        raise ValueError(f"policy.model is {model!r}, and {error}") from error
     except ValueError as error:
         raise ValueError(f"policy.model is {model!r}: {error}") from error
 
@@ -97,10 +99,10 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of the model. ValueError: there is none."""
     if not path.is_file():
         raise PartNotThere(f"there is no {path.name} in {path.parent}")
-    fault = fault_of(path)
-    found = None if fault else json.loads(path.read_bytes())
+    check_file(path)
+    found = json.loads(path.read_bytes())
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged ({fault or 'it must be a JSON object'}): copy or download that file again")
+        raise DamagedFile(path, f"it must be a JSON object, and is {str(found)[:40]!r}")
     return found
 
 

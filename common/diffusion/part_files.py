@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.file_faults import fault_of
+from common.file_faults import DamagedFile, check_file
 
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 TEXT_FILES = ("json", "txt", "model")  # configurations and vocabularies
@@ -102,14 +102,11 @@ def _middle(name: str) -> str | None:
 def _shards(folder: Path, part: str, index: str, names: list[str]) -> list[str]:
     """Return the files that an index names. PartNotThere: one is not there. ValueError: it is no index."""
     path = folder / part / index
-    if fault := fault_of(path):
-        raise ValueError(f"{path} is damaged ({fault}): copy or download that file again")
+    check_file(path)
     found = json.loads(path.read_bytes())
     table = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-        raise ValueError(
-            f"{path} is damaged (it must have a weight_map of file names): copy or download that file again"
-        )
+        raise DamagedFile(path, "it must have a weight_map of file names")
     shards = sorted(set(table.values()))
     lacking = [name for name in shards if name not in names]
     if lacking:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from common.diffusion.model_index import about_model, check_folder, known_parts, read_class, with_article
 from common.diffusion.part_files import OnlyPickles, PartNotThere, PartWeights, text_files, weights_of
 from common.diffusion.single_file import load_single_file, names_a_file
-from common.file_faults import fault_of
+from common.file_faults import check_file
 from common.model_hub import errors_only, first_line, read_from_hub
 from common.pretrained import weights_fault
 
@@ -107,10 +107,8 @@ def loaded_files(config: "DiffusersConfig", folder: Path, role: str, texts: bool
 def _load_folder(config: "DiffusersConfig", pipeline_class: Any, folder: Path, role: str) -> Any:
     check_folder(config, folder, role)
     weights = part_weights(config, folder, role)
-    faults = {name: fault_of(folder / name) for name in loaded_files(config, folder, role)}
-    for name, fault in faults.items():
-        if fault:
-            raise ValueError(f"{folder / name} is damaged ({fault}): copy or download that file again")
+    for name in loaded_files(config, folder, role):
+        check_file(folder / name)
     parts = {part: load_part(config, folder, part, found) for part, found in weights.items()}
     others = {**config.loading, **unused_parts(config, pipeline_class, role)}
     return pipeline_class.from_pretrained(

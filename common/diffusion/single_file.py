@@ -15,7 +15,7 @@ from common.diffusion.model_index import (
     with_article,
 )
 from common.diffusion.part_files import TEXT_FILES, PartNotThere, text_files, weights_of
-from common.file_faults import fault_of
+from common.file_faults import check_file
 from common.model_hub import Weights, read_from_hub
 from common.pretrained import weights_fault
 
@@ -60,8 +60,7 @@ def check_single_file(config: "DiffusersConfig") -> None:
             raise ValueError("there is no such file")
         if path.suffix != SAFE:
             raise ValueError(f"it is no {SAFE} file, and pickles are not opened: {_conversion(config)}")
-        if fault := fault_of(path):
-            raise ValueError(f"{path} is damaged ({fault}): copy or download that file again")
+        check_file(path)
         _check_kind(config, _names_and_shapes(path))
         if config.single_file_config is None:
             raise ValueError(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from common.config import Recipe
 from common.diffusion.diffusers_config import DiffusersConfig
+from common.diffusion.model_files import names_a_file
 from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
 from common.diffusion.policy_flux import OWN_LATENT_SIZE
 
@@ -21,8 +22,8 @@ def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str)
     if full:
         lines.append(f'{part} = {policy.network_class}.from_pretrained({push.repo!r}, subfolder="{part}"{revision})')
         network = f", {part}={part}"
-    source = f"{_source(policy, base)!r}{network}"
-    lines.append(f"pipeline = {policy.pipeline_class}.from_pretrained({source}){_where(policy, base)}")
+    call = f"{_reader(policy, base)}{network})"
+    lines.append(f"pipeline = {policy.pipeline_class}.{call}{_where(policy, base)}")
     if policy.scheduler_class:
         lines.append(f"pipeline.scheduler = {policy.scheduler_class}.from_config(pipeline.scheduler.config)")
     if not full:
@@ -52,6 +53,15 @@ def _drawing(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> list[str]:
     ]
 
 
+def _reader(policy: DiffusersConfig, base: str | None) -> str:
+    """Return the call that reads the base model, but for its last arguments."""
+    source = _source(policy, base)
+    if base is None and names_a_file(policy.model):
+        return f"from_single_file({source!r}, config={policy.single_file_config!r}"
+    variant = f", variant={policy.variant!r}" if policy.variant else ""
+    return f"from_pretrained({source!r}{variant}"
+
+
 def _source(policy: DiffusersConfig, base: str | None) -> str:
     embedded = EMBEDDED_MODELS.get(policy.model)
     if embedded:
@@ -62,4 +72,6 @@ def _source(policy: DiffusersConfig, base: str | None) -> str:
 def _where(policy: DiffusersConfig, base: str | None) -> str:
     if policy.model in EMBEDDED_MODELS:
         return "  # a folder of ray-ddpo's source"
+    if base is None and names_a_file(policy.model):
+        return "  # a file of the machine that trained it"
     return "" if base else "  # a folder of the machine that trained it"

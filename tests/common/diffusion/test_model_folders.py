@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from common.base_parts import entry_base
+from common.diffusion import POLICIES
+from common.registry import build
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.loaded_models import (
     PARTS,
@@ -187,3 +189,24 @@ def test_a_learner_needs_network_and_scheduler_alone(models: dict[str, Path], tm
         weights_file(model, "vae").unlink()
         assert config_of(family, model).load("cpu", SAMPLING, "learner").vae is None
     assert_accepted("text encoders and decoder missing on the learner's machine")
+
+
+def test_what_was_downloaded_is_loaded_as_a_folder_is(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("common.model_hub.hub_answers", lambda: False)
+    repository = tmp_path / "models--owner--model"
+    snapshot = copied(models["stable_diffusion"], repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    config = build(POLICIES, {"name": "stable_diffusion", "model": "owner/model"}, "policy")
+    policy = config.load("cpu", SAMPLING, "sampler")
+    assert_same_as_diffusers(policy, models["stable_diffusion"])
+    save_variant(snapshot, "unet", "fp16")
+    assert_same_as_diffusers(config.load("cpu", SAMPLING, "sampler"), snapshot, variant="fp16")
+    found = {name: part.sha256 for name, part in entry_base(config, "policy", config.files_of("sampler")).items()}
+    assert found == base_of(snapshot)
+    next((snapshot / "unet").glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="'owner/model', which cannot be loaded .*the hub does not answer"):
+        config.load("cpu", SAMPLING, "sampler")
