@@ -230,7 +230,10 @@ def _length_faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
         lengths[tokenizer] = length
         if not isinstance(length, int) or not 2 <= length <= most:
             shown = "no model_max_length" if length is None else f"model_max_length={length!r}"
-            yield f"{tokenizer}/tokenizer_config.json has {shown}, and {clip} has {most} positions: give 2 to {most}"
+            yield (
+                f"{tokenizer}/tokenizer_config.json has {shown}, and {clip}/config.json max_position_embeddings={most}: a "
+                f"tokenizer must give 2 to {most} tokens"
+            )
     if len(set(lengths.values())) > 1:
         shown = " and ".join(
             f"{name}/tokenizer_config.json model_max_length={value}" for name, value in lengths.items()

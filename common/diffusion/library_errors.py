@@ -4,6 +4,7 @@ import functools
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,6 +22,8 @@ RAISED = (
     *(ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, ImportError, NotImplementedError),
     *(AssertionError, ZeroDivisionError, OverflowError),
 )
+
+PIPELINES_FILE = "diffusers/pipelines/pipeline_utils.py"  # loads one part after the other
 
 
 def names_the_model(method: Callable[..., T]) -> Callable[..., T]:
@@ -45,10 +48,17 @@ def library_errors(model: str, what: str) -> Iterator[None]:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         if not LIBRARIES.search(frames[-1].f_code.co_filename):
             raise
-        owners = [type(frame.f_locals.get("self")) for frame in frames]
-        part = next((f"{owner.__name__}: " for owner in owners if issubclass(owner, nn.Module)), "")
         said = " ".join(str(error).split())[:400]
-        raise ValueError(f"policy.model is {model!r}: {what}: {part}{type(error).__name__}: {said}") from error
+        raise ValueError(f"policy.model is {model!r}: {what}: {_part(frames)}{type(error).__name__}: {said}") from error
+
+
+def _part(frames: list[FrameType]) -> str:
+    """Return the part that a pipeline was loading, and the class of the part that raised, as far as they can be told."""
+    loading = [frame.f_locals.get("name") for frame in frames if frame.f_code.co_filename.endswith(PIPELINES_FILE)]
+    owners = [type(frame.f_locals.get("self")) for frame in frames]
+    classes = [kind.__name__ for kind in owners if issubclass(kind, nn.Module) or kind.__name__.endswith("Config")]
+    named = [name for name in loading if isinstance(name, str)]
+    return "".join(f"{word}: " for word in (*named[:1], *classes[:1]))
 
 
 def _of_transformers() -> tuple[type[Exception], ...]:

@@ -164,7 +164,7 @@ def check_one(config: dict[str, Any], num_steps: int, eta: float) -> bool:
     return True
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(AVAILABLE), keys=FEW, num_steps=st.sampled_from((2, 3, 6, 7)), eta=st.sampled_from((1.0, 0.4))
 )
@@ -306,7 +306,7 @@ FEW_OF_FLOW = st.sets(st.sampled_from(sorted(FLOW_KEYS)), max_size=5).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     keys=FEW_OF_FLOW, num_steps=st.sampled_from((2, 3, 6, 28)), flux=st.booleans(), tokens=st.sampled_from((16, 4096))
 )

@@ -250,7 +250,9 @@ def check_outcome(models: Models, name: str, changes: tuple[Change, ...], noisy:
                 "transformer": "Transformer2D",
                 "text_encoder": "TextModel",
             }
-            words = [word for change in changes for word in (change.key, parts.get(change.part, change.part))]
+            words = [
+                word for change in changes for word in (change.key, change.part, parts.get(change.part, change.part))
+            ]
             assert any(word in said for word in words), f"{list(map(str, changes))}: {said}"
             assert "\n" not in said
             return False
