@@ -7,6 +7,7 @@ import numpy as np
 
 from actors.evaluation import Comparison
 from common.evaluation_log import EvaluationLog
+from deploy.commands.lettering import Lettering, lettering
 
 COLUMNS = 12
 
@@ -23,19 +24,27 @@ def before_after_picture(comparison: Comparison, path: Path) -> None:
     rows = -(-shown // COLUMNS)
     figure, axes = plt.subplots(2 * rows, COLUMNS, figsize=(1.25 * COLUMNS, 2.9 * rows + 0.5), squeeze=False)
     change = comparison.scores_after["reward"] - comparison.scores_before["reward"]
+    written = lettering([prompt.text for prompt in comparison.chosen.prompts[:shown]])
     for axis in axes.flat:
         axis.axis("off")
     for index in range(shown):
         row, column = 2 * (index // COLUMNS), index % COLUMNS
         above, below = axes[row, column], axes[row + 1, column]
         above.imshow(comparison.before[index], interpolation="nearest")
-        above.set_title(comparison.chosen.prompts[index].text[:18], fontsize=8, pad=2)
+        _write_above(above, written, index)
         below.imshow(comparison.after[index], interpolation="nearest")
         below.set_title(f"{change[index]:+.2f}", fontsize=7, pad=1, color="green" if change[index] > 0 else "firebrick")
-    figure.suptitle("above: before · below: after, same prompt and noise, with the reward's change", fontsize=10)
+    says = "above: before · below: after, same prompt and noise, with the reward's change"
+    says += " · #: the prompt stands in report.html" if any(written.numbers) else ""
+    figure.suptitle(says, fontsize=10)
     figure.tight_layout(pad=0.3, rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _write_above(axis: Any, written: Lettering, index: int) -> None:
+    # A prompt is no formula, whatever dollars it has.
+    axis.set_title(written.texts[index][:18], fontsize=8, pad=2, parse_math=False, family=list(written.families))
 
 
 def versions_picture(log: EvaluationLog, shown: list[dict[str, Any]], path: Path) -> None:
@@ -65,9 +74,10 @@ def rows_picture(rows: list[PictureRow], path: Path, prompts: list[str] | None =
         for axis, picture in zip(line, pictures, strict=True):
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", color=colour)
-    for axis, prompt in zip(axes[0], prompts or [], strict=False):
-        axis.set_title(prompt[:18], fontsize=8, pad=2)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", color=colour, parse_math=False)
+    written = lettering(prompts or [])
+    for index, axis in enumerate(axes[0][: len(written.texts)]):
+        _write_above(axis, written, index)
     figure.tight_layout(pad=0.2)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -168,6 +168,11 @@ def test_what_is_null_in_a_dictionary_is_as_if_it_were_not_there() -> None:
     assert recipe.checkpoint.keep == 5 and "group" not in recipe.trackers[0].table()
 
 
+def test_a_negative_prompt_is_carried_over() -> None:
+    assert recipe_of(migrate({"negative_prompts": "blurred"}, SD15)).sampling.negative_prompt == "blurred"
+    assert "negative_prompt" not in migrate({"negative_prompts": ""}, SD15).tables["sampling"]
+
+
 def test_guidance_below_1_is_none_as_trl_draws() -> None:
     assert migrate({"sample_guidance_scale": 0.5}, SD15).tables["sampling"]["guidance_scale"] == 1
 

@@ -2,13 +2,14 @@
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from actors.evaluation import Comparison
+from deploy.commands.lettering import lettering
 
 PAIRS = 36  # of the gallery
 EXTREMES = 6  # of the worst, and of the best
@@ -28,6 +29,7 @@ class Pair:
     reward_after: float
     width: int
     height: int
+    number: str = ""  # that stands in the place of the prompt in before_after.png
 
     @property
     def change(self) -> float:
@@ -36,7 +38,10 @@ class Pair:
 
 def gallery(comparison: Comparison, score: str) -> list[Pair]:
     """The first pairs in the order of the evaluation set, so that nobody chose them, with a score's values."""
-    return [_pair(comparison, score, index) for index in range(min(PAIRS, len(comparison.before)))]
+    shown = min(PAIRS, len(comparison.before))
+    prompts = [prompt.text for prompt in comparison.chosen.prompts[:shown]]
+    written = lettering(prompts).numbers
+    return [replace(_pair(comparison, score, index), number=written[index]) for index in range(shown)]
 
 
 def worst_and_best(comparison: Comparison, score: str) -> tuple[list[Pair], list[Pair]]:
