@@ -18,7 +18,7 @@ from learner.algorithms.advantage_settings import AdvantageSettings
 
 @dataclass(frozen=True)
 class PairLoss:
-    """An algorithm's loss and what it looked at, one value a pair; all but the loss without gradient. None: not its way."""
+    """An algorithm's loss and what it looked at, one value a pair; all but loss and terms without gradient. None: not its way."""
 
     loss: Float[Tensor, "B"]
     log_ratio: Float[Tensor, "B"] | None = None  # log_prob − old_log_prob

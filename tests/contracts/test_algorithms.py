@@ -77,7 +77,7 @@ def rows_of(batch: Batch, index: torch.Tensor) -> Batch:
 
 
 def seen(result: PairLoss) -> dict[str, torch.Tensor]:
-    values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.name != "terms"}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -96,6 +96,7 @@ def test_every_pair_has_one_finite_loss(algorithm: Algorithm, policy: StableDiff
     for values in seen(result).values():
         assert values.shape == (8,) and values.isfinite().all()
     assert result.loss.unique().numel() > 1
+    torch.testing.assert_close(torch.stack(list(result.terms.values())).sum(0), result.loss)
     assert result.clipped is None or set(result.clipped.tolist()) <= {0.0, 1.0}
     assert (result.log_ratio is None) == isinstance(batch, NoisedBatch)
 

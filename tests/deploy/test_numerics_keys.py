@@ -63,7 +63,11 @@ def test_batches_of_different_rows_in_half_precision_are_told_of(tables: dict) -
 
 
 def test_roles_that_do_not_fit_together_are_refused_at_once(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    scorers = {"scorers": [{"name": "jpeg_compressibility"}], "every": 1, "workers": {"num_gpus": 0.1}}
+    scorers = {
+        "scorers": [{"name": "jpeg_compressibility", "label": "other"}],
+        "every": 1,
+        "workers": {"num_gpus": 0.1},
+    }
     many = {"samplers": {"count": 3, "num_gpus": 1}, "reward_workers": {"num_gpus": 0.1}, "evaluation": scorers}
     recipe = Recipe.parse({**tables, **many, "learner": {**tables["learner"], "num_gpus": 0.9}})
     node = {"CPU": 64.0, "GPU": 4.0}

@@ -1,13 +1,17 @@
 """A sampler that computes otherwise than the learner: refused by the plain ratio, learned from against the learner's own."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from common.config import Recipe
+from common.diffusion import diffusers_policy
+from common.diffusion.compiled import CompiledNetwork
 from common.diffusion.policy_stable_diffusion import StableDiffusion
 from deploy.parts import entries_of, parts_of
 from learner.weight_check import WeightsDidNotArrive, computes_as_samplers
@@ -102,13 +106,27 @@ def test_compiled_both_learn_the_same_as_eager_within_rounding(tables: dict) -> 
     assert torch.nn.functional.cosine_similarity(moved, moved_too, dim=0) > 0.99
 
 
-@pytest.mark.compiled
-def test_compiled_in_half_precision_the_proximal_ratio_is_1_until_the_weights_move(tables: dict) -> None:
+class RoundsByGradMode(CompiledNetwork):
+    """As a network that is compiled a second time where gradients are off, and rounds otherwise there. Nothing is compiled."""
+
+    def __init__(self, call: Callable[..., Tensor], rows: int) -> None:
+        self._call = call
+
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        output = self._call(**inputs)
+        return output if torch.is_grad_enabled() else output * 1.01
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.compiled)])
+def test_compiled_in_half_precision_the_proximal_ratio_is_1_until_the_weights_move(
+    real: bool, tables: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At both optimizer steps of a round: a rate of 1e-30 moves no float32 weight."""
+    if not real:
+        monkeypatch.setattr(diffusers_policy, "CompiledNetwork", RoundsByGradMode)
     keys = {"policy__dtype": "bfloat16", "policy__compile": "both", "algorithm__clip_range": 1e-12}
-    parts = parts_with(
-        tables, **OWN, **keys, learner__learning_rate=1e-30, learner__weight_decay=0, learner__batch_size=4
-    )
+    still = {"learner__learning_rate": 1e-30, "learner__weight_decay": 0, "learner__batch_size": 4}
+    parts = parts_with(tables, **OWN, **keys, **still)
     learner = learner_of(parts)
     drawn = draw_round(parts, learner.weights()[-1])
     metrics, state = learner.update(drawn.batch, *drawn.trajectories)
