@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -83,7 +84,8 @@ def load_any_lora(
         _refuse_what_does_not_fit(file, encoder, name, _of_encoder(converted.of(name), encoder))
     given: dict[str, Any] = {"network_alphas": converted.alphas, "metadata": converted.metadata}
     given |= {"adapter_name": adapter or FIRST, "low_cpu_mem_usage": True}  # as its pipelines do
-    with _refusing(file, f"diffusers cannot load it into {type(network).__name__}"):
+    with _refusing(file, f"diffusers cannot load it into {type(network).__name__}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of what does not match, which is refused or told below
         if converted.of(part):
             network.load_lora_adapter(converted.state, prefix=part, **given)
         for name, encoder in beside.items():

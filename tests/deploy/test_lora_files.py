@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,8 @@ def test_sample_draws_plain_diffusers_image_with_a_lora_of_kohyas(
     plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
     plain.load_lora_weights(str(path))
     keys = {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 1.0}
-    theirs = plain("cat", generator=torch.Generator().manual_seed(3), **keys).images[0]
+    drawn: Any = plain("cat", generator=torch.Generator().manual_seed(3), **keys)
+    theirs = drawn.images[0]
     assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 1 and ours.std() > 1
     output = ["--recipe", str(home / "small.toml"), "--output", str(home / "compared")]
     assert ddpo.main(["evaluate", str(path), *output]) == 0
@@ -111,11 +113,8 @@ def of_another_width(pipeline: StableDiffusionPipeline, folder: Path) -> Path:
 
 def of_another_layer(pipeline: StableDiffusionPipeline, folder: Path) -> Path:
     found = pairs(pipeline.unet)
-    more = {
-        "mid_block.attentions.7.transformer_blocks.0.attn1.to_q": tuple(
-            each.clone() for each in next(iter(found.values()))
-        )
-    }
+    down, up = next(iter(found.values()))
+    more = {"mid_block.attentions.7.transformer_blocks.0.attn1.to_q": (down.clone(), up.clone())}
     return saved(peft_names(found | more, "unet"), folder)
 
 

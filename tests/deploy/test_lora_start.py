@@ -1,6 +1,7 @@
 """`policy.lora.path`: a run begins with a trained LoRA's adapters, resumes to the same bits, and knows the file again."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     home = tmp_path_factory.mktemp("start")
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, requires_safety_checker=False)
     path = patterns(pipeline, "stable_diffusion", home / "style")
-    tables = small_tables(tiny_model, home) | {"evaluation": {"images": 2, "batch_size": 2}}
+    tables: dict[str, Any] = {**small_tables(tiny_model, home), "evaluation": {"images": 2, "batch_size": 2}}
     tables["policy"]["lora"] = {"path": str(path)}
     (home / "recipe.toml").write_text(tomli_w.dumps(tables))
     return home

@@ -250,6 +250,6 @@ def test_kohyas_names_of_flux_come_back_from_diffusers_in_its_own_size() -> None
             tensors[f"{key}_B.weight"] = torch.randn(3072, 2, generator=generator)
     named = flux_names(tensors)
     assert named["lora_unet_single_blocks_3_linear1.lora_up.weight"].shape == (7 * 3072, 8)
-    back = FluxLoraLoaderMixin.lora_state_dict(dict(named))
+    back: Any = FluxLoraLoaderMixin.lora_state_dict(dict(named))
     assert all(torch.equal(back[name], value) for name, value in tensors.items())
     assert not any(value.any() for name, value in back.items() if name not in tensors)
