@@ -355,10 +355,11 @@ def test_a_number_of_steps_that_the_schedule_has_not_is_refused_with_the_plan(mo
 
 
 @pytest.mark.thorough
-@settings(max_examples=45, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(sorted(PARTS)).flatmap(lambda name: st.tuples(st.just(name), st.data())))
-def test_any_key_of_any_part_is_honoured_as_diffusers_does_or_refused_by_name(models: Models, drawn: Any) -> None:
-    name, data = drawn
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_key_of_any_part_is_honoured_as_diffusers_does_or_refused_by_name(models: Models, data: Any) -> None:
+    """Change one key of one to four parts, so that a difference shrinks to the key that makes it."""
+    name = data.draw(st.sampled_from(sorted(PARTS)))
     parts = data.draw(st.sets(st.sampled_from(sorted(PARTS[name])), min_size=1, max_size=4))
     changes = []
     for part in sorted(parts):
