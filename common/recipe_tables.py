@@ -46,8 +46,7 @@ class PromptsTable(Choice):
 class SamplingTable(Table):
     num_steps: int = Field(default=50, ge=2, le=1000)
     guidance_scale: float = Field(default=5.0, ge=0)  # up to 1: one forward pass instead of two; FLUX is told it
-    # What guidance leads away from; none: as diffusers without one, for SDXL zeros where its configuration says so.
-    negative_prompt: str | None = None
+    negative_prompt: str | None = None  # what guidance leads away from; none: as diffusers has it without one
     # DDIM's η, or flow matching's noise level a; 0 would leave no noise, so no action and no log_prob.
     eta: float = Field(default=1.0, gt=0, le=1)
     batch_size: int = Field(default=8, ge=1)  # images a task
@@ -55,9 +54,7 @@ class SamplingTable(Table):
     step_fraction: float = Field(
         default=1.0, gt=0, le=1
     )  # of an image's steps, drawn from its seed, that are learned from
-    untrained_last_steps: int = Field(
-        default=0, ge=0
-    )  # drawn, but not learned from: the nearly clean ones are ill-conditioned
+    untrained_last_steps: int = Field(default=0, ge=0)  # not learned from: the nearly clean ones are ill-conditioned
     # So many neighbouring steps are drawn with noise and learned from, the others without; none: all steps have noise.
     window: int | None = Field(default=None, ge=1)
     window_order: Literal["random", "sliding"] = "random"  # where it stands: drawn anew, or one step later each time
