@@ -70,8 +70,8 @@ class DiffusionNFT(ForwardProcess):
     ) -> dict[str, Float[Tensor, "B"]]:
         old = predicted.detach() if batch.old_predictions is None else batch.old_predictions
         # The paper's squares are of clean latents: their error is that of the prediction, times this.
-        of_clean = [column(clean_scale) * each for each in (predicted, old, target)]
-        terms = negative_aware_terms(*of_clean, batch.worth, self.beta)
+        scale = column(clean_scale)
+        terms = negative_aware_terms(scale * predicted, scale * old, scale * target, batch.worth, self.beta)
         terms = {name: self.advantage_clip * term for name, term in terms.items()}
         if batch.reference_predictions is not None:
             terms["kl"] = self.kl_coef * squared_error(predicted, batch.reference_predictions)
