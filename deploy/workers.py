@@ -26,7 +26,6 @@ from common.reward_pools import RewardPool, all_pools, elastic_roles
 from common.run_folder import RunFolder
 from deploy.cluster import attach, attaches, start_here
 from deploy.cluster_watch import ClusterWatch
-from deploy.commands.doctor_resources import place_findings, roles_of
 from deploy.death_lines import DeathLines
 from deploy.parts import Parts
 from deploy.reaper import start_reaper
@@ -267,17 +266,14 @@ def _refuse_what_cannot_be_held(role: str, table: RoleTable, count: int = 1) -> 
 
 
 def _refuse_what_does_not_fit_together(recipe: Recipe) -> None:
-    """Raise ValueError if the roles do not fit on the nodes side by side, in the order in which they are started."""
-    if attaches():
-        return
-    roles = roles_of(recipe)
-    found = place_findings(roles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    faults = [finding for finding in found if finding.level == "fault"]
-    if faults:
-        totals = {name: sum(role.count * role.asks.get(name, 0) for role in roles) for name in ("CPU", "GPU")}
-        have = ray.cluster_resources()
-        asked = ", ".join(f"{amount:g} of {have.get(name, 0):g} {name}s" for name, amount in totals.items() if amount)
+    """Raise ValueError if all roles ask for more GPUs than a cluster has that no node can join."""
+    have = ray.cluster_resources().get("GPU", 0)
+    asked = {"learner": recipe.learner.num_gpus * recipe.learner.ranks}
+    asked |= {role: table.num_gpus * table.count for role, table in elastic_roles(recipe).items()}
+    total = sum(asked.values())
+    if total > have + 1e-9 and not attaches():
+        parts = " + ".join(f"{role} {gpus:g}" for role, gpus in asked.items() if gpus)
         raise ValueError(
-            f"{faults[0].subject}: {faults[0].found}; all roles ask for {asked}: lower samplers.count or a role's num_gpus or "
-            "num_cpus, or set RAY_ADDRESS to a cluster that is large enough"
+            f"all roles ask for {total:g} GPUs = {parts}, and there are {have:g}: lower samplers.count or a role's num_gpus, or "
+            "set RAY_ADDRESS to a cluster that is large enough"
         )

@@ -79,7 +79,7 @@ class UpdateMetrics:
 
         joined: dict[str, Any] = {name: of_all(self._joined(name)) for name in NUMBERS}
         loss, steps, first = joined.pop("loss"), of_all(_cat(self._steps)), of_all(_cat(self._first_log_ratios))
-        self._results = [] if loss is None else [PairLoss(loss, **joined)]
+        self._results = [] if loss is None else [dataclasses.replace(PairLoss(loss), **joined)]
         self._steps = [] if steps is None else [steps.long()]
         self._first_log_ratios = [] if first is None else [first]
 

@@ -11,6 +11,7 @@ from common.config import Recipe
 from common.recipe_tables import RuntimeTable
 from common.runtime import settle
 from deploy import workers
+from deploy.commands.doctor_resources import place_findings, roles_of
 from deploy.numerics_rows import rows_note
 from deploy.parts import Parts, entries_of
 from learner.resume import _differences
@@ -71,10 +72,9 @@ def test_roles_that_do_not_fit_together_are_refused_at_once(tables: dict, monkey
     many = {"samplers": {"count": 3, "num_gpus": 1}, "reward_workers": {"num_gpus": 0.1}, "evaluation": scorers}
     recipe = Recipe.parse({**tables, **many, "learner": {**tables["learner"], "num_gpus": 0.9}})
     node = {"CPU": 64.0, "GPU": 4.0}
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node}])
     monkeypatch.setattr(ray, "cluster_resources", lambda: node)
     monkeypatch.setattr(workers, "attaches", lambda: False)
-    with pytest.raises(ValueError, match="4.1 of 4 GPUs") as refused:
+    with pytest.raises(ValueError, match="4.1 GPUs = learner 0.9") as refused:
         workers._refuse_what_does_not_fit_together(recipe)
     assert_refused("roles that ask for more GPUs together than the machine has", f"ddpo train: {refused.value}")
     less = recipe.model_copy(update={"learner": recipe.learner.model_copy(update={"num_gpus": 0.8})})
@@ -90,7 +90,7 @@ def test_the_families_recipes_fit_on_the_gpus_that_they_name() -> None:
         if count is None:
             continue
         found += 1
-        roles = workers.roles_of(recipe)
+        roles = roles_of(recipe)
         node = {"CPU": 256.0, "GPU": float(count)}
-        assert not [each for each in workers.place_findings(roles, [node]) if each.level != "ok"], file.name
+        assert not [each for each in place_findings(roles, [node]) if each.level != "ok"], file.name
     assert found == 4
