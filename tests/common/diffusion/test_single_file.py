@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.base_parts import entry_base
+from common.config import Recipe
 from common.diffusion.policy_sdxl import SDXL
 from common.diffusion.policy_stable_diffusion import StableDiffusion
 from common.recipe_tables import SamplingTable
+from deploy.commands.model_card.code import loading
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.single_file import save_single_file
 
@@ -136,3 +138,13 @@ def test_a_single_file_that_cannot_be_loaded_is_refused(
     assert_refused("policy.single_file_config beside a folder", refusal(folder, configs))
     with pytest.raises(ValueError, match='this is a Stable Diffusion .* policy.name must be "stable_diffusion"'):
         SDXL(model=str(file), single_file_config=str(configs)).check()
+
+
+def test_a_model_card_reads_the_file_as_it_was_read(saved: tuple[Path, Path, Any], configs: Path, tables: dict) -> None:
+    tables |= {"push": {"repo": "alice/cats"}}
+    for policy, expected in (
+        (config_of(saved[0], configs), f"from_single_file('{saved[0]}', config='{configs}')"),
+        (StableDiffusion(model=str(saved[1]), variant="fp16"), f"from_pretrained('{saved[1]}', variant='fp16')"),
+        (StableDiffusion(model=str(saved[1])), f"from_pretrained('{saved[1]}')"),
+    ):
+        assert f"pipeline = StableDiffusionPipeline.{expected}" in loading(Recipe.parse(tables), policy, None, "a cat")
