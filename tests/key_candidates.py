@@ -1,0 +1,192 @@
+"""What each configuration key of each part is changed to in tests: another value that diffusers accepts, or nearly."""
+
+from typing import Any
+
+from tests.changed_keys import ABSENT, Change
+
+UNET: dict[str, list[Any]] = {
+    "center_input_sample": [True],
+    "flip_sin_to_cos": [False],
+    "freq_shift": [1],
+    "mid_block_type": ["UNetMidBlock2D", None],
+    "only_cross_attention": [True, [True, False]],
+    "layers_per_block": [2, [1, 2]],
+    "downsample_padding": [0],
+    "mid_block_scale_factor": [2.0],
+    "dropout": [0.5],
+    "act_fn": ["gelu", "mish"],
+    "norm_num_groups": [4, None],
+    "norm_eps": [0.01],
+    "cross_attention_dim": [24, [16, 16], [40, 40]],
+    "transformer_layers_per_block": [2, [1, 2]],
+    "encoder_hid_dim": [16, 40, 20],
+    "encoder_hid_dim_type": ["text_proj", "image_proj", "text_image_proj", "ip_image_proj"],
+    "attention_head_dim": [4, [2, 8]],
+    "num_attention_heads": [2],
+    "dual_cross_attention": [True],
+    "use_linear_projection": [True, False],
+    "class_embed_type": ["timestep", "identity", "projection", "simple_projection"],
+    "num_class_embeds": [10],
+    "addition_embed_type": ["text", "text_time", "image", "text_image", "image_hint", None],
+    "addition_time_embed_dim": [16, None],
+    "projection_class_embeddings_input_dim": [16],
+    "upcast_attention": [True, None],
+    "resnet_time_scale_shift": ["scale_shift"],
+    "resnet_skip_time_act": [True],
+    "resnet_out_scale_factor": [2.0],
+    "time_embedding_type": ["fourier"],
+    "time_embedding_dim": [32],
+    "time_embedding_act_fn": ["silu"],
+    "timestep_post_act": ["silu"],
+    "time_cond_proj_dim": [8],
+    "conv_in_kernel": [1],
+    "conv_out_kernel": [1],
+    "attention_type": ["gated"],
+    "mid_block_only_cross_attention": [True],
+    "cross_attention_norm": ["layer_norm"],
+    "sample_size": [4, 16],
+    "in_channels": [9],
+    "out_channels": [8, 1],
+    "block_out_channels": [[8, 16]],
+    "quantization_config": [{"quant_method": "bitsandbytes", "load_in_4bit": True}],
+    "unknown_key": [3],
+}
+DECODER: dict[str, list[Any]] = {
+    "scaling_factor": [0.5],
+    "shift_factor": [0.3, None],
+    "latents_mean": [[1.0, 0.0, 2.0, 0.0]],
+    "latents_std": [[1.0, 3.0, 2.0, 1.0]],
+    "force_upcast": [False],
+    "block_out_channels": [[8, 16], [16, 16, 16, 16]],
+    "latent_channels": [8],
+    "act_fn": ["gelu"],
+    "layers_per_block": [2],
+    "use_quant_conv": [False, True],
+    "use_post_quant_conv": [False, True],
+    "mid_block_add_attention": [False],
+    "out_channels": [4, 1],
+    "unknown_key": [1],
+}
+TINY_DECODER: dict[str, list[Any]] = {
+    "scaling_factor": [0.5],
+    "shift_factor": [0.3, None],
+    "latent_magnitude": [5],
+    "latent_shift": [0.2],
+    "upsample_fn": ["bilinear"],
+    "upsampling_scaling_factor": [4],
+    "act_fn": ["gelu"],
+    "latent_channels": [8],
+    "force_upcast": [True],
+    "decoder_block_out_channels": [[8, 8, 8], [4, 4]],
+    "encoder_block_out_channels": [[16, 16]],
+    "num_decoder_blocks": [[2, 1]],
+    "out_channels": [1],
+}
+CLIP: dict[str, list[Any]] = {
+    "eos_token_id": [2, 5],
+    "hidden_act": ["gelu"],
+    "projection_dim": [20],
+    "hidden_size": [32],
+    "num_hidden_layers": [1, 3],
+    "layer_norm_eps": [0.1],
+    "max_position_embeddings": [7, 12],
+    "use_attention_mask": [True],
+    "intermediate_size": [20],
+    "vocab_size": [600, 500],
+    "return_dict": [False],
+    "output_hidden_states": [True],
+    "attention_dropout": [0.3],
+    "num_attention_heads": [4, 3],
+}
+TOKENIZER: dict[str, list[Any]] = {
+    "model_max_length": [6, 12, ABSENT],
+    "padding_side": ["left"],
+    "pad_token": ["!"],
+    "eos_token": ["!"],
+    "truncation_side": ["left"],
+}
+T5: dict[str, list[Any]] = {
+    "d_model": [24],
+    "num_layers": [2],
+    "feed_forward_proj": ["relu"],
+    "layer_norm_epsilon": [0.1],
+    "relative_attention_num_buckets": [8],
+    "dropout_rate": [0.5],
+    "vocab_size": [80],
+    "d_ff": [30],
+}
+T5_TOKENIZER: dict[str, list[Any]] = {"model_max_length": [6, ABSENT], "padding_side": ["left"]}
+DDIM: dict[str, list[Any]] = {
+    "beta_end": [0.02],
+    "set_alpha_to_one": [True],
+    "steps_offset": [0, 5],
+    "prediction_type": ["v_prediction"],
+    "timestep_spacing": ["trailing", "linspace"],
+    "clip_sample": [True],
+    "thresholding": [True],
+    "use_karras_sigmas": [True],
+}
+FLOW: dict[str, list[Any]] = {
+    "shift": [1.0, ABSENT],
+    "use_dynamic_shifting": [True, False],
+    "max_shift": [2.0],
+    "shift_terminal": [0.1],
+    "use_karras_sigmas": [True],
+    "time_shift_type": ["linear"],
+    "stochastic_sampling": [True],
+}
+INDEX: dict[str, list[Any]] = {
+    "requires_safety_checker": [True],
+    "force_zeros_for_empty_prompt": [False],
+    "add_watermarker": [True, False],
+    "unknown_key": [1],
+}
+SD3: dict[str, list[Any]] = {
+    "sample_size": [4],
+    "patch_size": [1, 4],
+    "in_channels": [8],
+    "num_layers": [1],
+    "attention_head_dim": [4],
+    "joint_attention_dim": [24],
+    "caption_projection_dim": [8],
+    "pooled_projection_dim": [20],
+    "out_channels": [8, None],
+    "pos_embed_max_size": [4, 16],
+    "dual_attention_layers": [[], [1]],
+    "qk_norm": [None],
+}
+FLUX: dict[str, list[Any]] = {
+    "patch_size": [2],
+    "in_channels": [64, 18],
+    "out_channels": [4, 16],
+    "num_layers": [2],
+    "num_single_layers": [2],
+    "num_attention_heads": [4],
+    "joint_attention_dim": [24],
+    "pooled_projection_dim": [20],
+    "guidance_embeds": [False],
+    "axes_dims_rope": [[6, 4, 6], [4, 4, 4]],
+}
+UNET_PARTS: dict[str, dict[str, list[Any]]] = {"unet": UNET, "scheduler": DDIM, "model_index": INDEX}
+FLOW_PARTS: dict[str, dict[str, list[Any]]] = {
+    "vae": DECODER,
+    "scheduler": FLOW,
+    "text_encoder": CLIP,
+    "tokenizer": TOKENIZER,
+}
+PARTS: dict[str, dict[str, dict[str, list[Any]]]] = {
+    "stable_diffusion": UNET_PARTS | {"vae": TINY_DECODER, "text_encoder": CLIP, "tokenizer": TOKENIZER},
+    "sdxl": UNET_PARTS
+    | {"vae": DECODER, "text_encoder": CLIP, "text_encoder_2": CLIP, "tokenizer": TOKENIZER, "tokenizer_2": TOKENIZER},
+    "sd3": FLOW_PARTS
+    | {"transformer": SD3, "text_encoder_2": CLIP, "text_encoder_3": T5, "tokenizer_2": TOKENIZER}
+    | {"tokenizer_3": T5_TOKENIZER},
+    "flux": FLOW_PARTS | {"transformer": FLUX, "text_encoder_2": T5, "tokenizer_2": T5_TOKENIZER},
+}
+EVERY = [
+    (name, Change(part, key, value))
+    for name, parts in PARTS.items()
+    for part, keys in parts.items()
+    for key, values in keys.items()
+    for value in values
+]
