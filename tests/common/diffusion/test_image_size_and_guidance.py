@@ -183,7 +183,6 @@ def test_a_whole_run_with_images_that_are_no_squares_and_a_negative_prompt(
     run = str(tmp_path / "runs" / "tiny")
     assert ddpo.main(["train", str(tmp_path / "recipe.toml"), "--serial"]) == 0
     assert ddpo.main(["report", run]) == 0
-    assert ddpo.main(["replay", run, "--round", "0"]) == 0
     assert ddpo.main(["evaluate", run, "--output", str(tmp_path / "evaluation"), "--sampling.guidance_scale", "1"]) == 0
     printed = capfd.readouterr().out
     assert "16 × 24 pixels" in printed and "sampling.guidance_scale is 1.0 here, and was 2.0" in printed
