@@ -32,8 +32,7 @@ BROKE_OFF = (NotFinite, NothingMoves, RewardFailed, TooManyRestarts, TooManySetA
 def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[str, float]:
     """Run a recipe; the last round's metrics. ValueError: what the user has to change, before anything is lost.
 
-    Stopped: a signal came, or storage or cluster failed; what was learned is in the last checkpoint.
-    BROKE_OFF: the run cannot go on.
+    Stopped: a signal came, or storage or cluster failed; the last checkpoint has what was learned. BROKE_OFF: it cannot go on.
     """
     parts, folder = parts_of(recipe), RunFolder(recipe.run_path())
     folder.create()
@@ -61,11 +60,6 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
             run_rounds(parts, workers, progress, supervision)
             workers.learner.save_policy(folder.location)
             evaluating.end()
-        except NotFinite:
-            if good := progress.last_state:  # what the learner has now is of the round that went wrong
-                workers.learner.load_state(good)
-                workers.learner.save_policy(folder.location)
-            raise
         except NothingMoves as stuck:
             folder.write_watchdog(f"{stuck}\n--- learner\n{workers.learner.stacks()}\n")
             raise
@@ -107,6 +101,8 @@ def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: 
     except (NotFinite, RewardFailed, Stopped) as ended:
         if not isinstance(ended, Stopped) or ended.may_commit:
             progress.commit()
+        if isinstance(ended, NotFinite):
+            progress.save_good(workers)
         raise
 
 
