@@ -56,11 +56,6 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
             run_rounds(parts, workers, progress, supervision)
             workers.learner.save_policy(folder.location)
             evaluating.end()
-        except NotFinite:
-            if good := progress.last_state:  # what the learner has now is of the round that went wrong
-                workers.learner.load_state(good)
-                workers.learner.save_policy(folder.location)
-            raise
         except NothingMoves as stuck:
             folder.write_watchdog(f"{stuck}\n--- learner\n{workers.learner.stacks()}\n")
             raise
@@ -102,6 +97,8 @@ def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: 
     except (NotFinite, RewardFailed, Stopped) as ended:
         if not isinstance(ended, Stopped) or ended.may_commit:
             progress.commit()
+        if isinstance(ended, NotFinite):
+            progress.save_good(workers)
         raise
 
 

@@ -44,7 +44,7 @@ class Progress:
     ) -> None:
         recipe = parts.recipe
         self._parts = parts
-        self._checkpoints = folder.checkpoints
+        self._checkpoints, self._location = folder.checkpoints, folder.location
         self._unwritten = folder.unwritten
         self._failed_rounds = 0  # in a row
         self._trackers = trackers
@@ -136,11 +136,11 @@ class Progress:
         else:
             self._failed_rounds = 0
 
-    @property
-    def last_state(self) -> LearnerState | None:
-        """The learner's state after the last whole round; None if there was none."""
-        last = self._done or self._resumed_from
-        return last.learner if last else None
+    def save_good(self, workers: Workers) -> None:
+        """Write the weights of the last whole round for diffusers: what the learner has is of a round that went wrong."""
+        if last := self._done or self._resumed_from:
+            workers.learner.load_state(last.learner)
+            workers.learner.save_policy(self._location)
 
     @property
     def last_checkpoint(self) -> str:

@@ -27,13 +27,10 @@ PLACES = [5, 200, 600, 995]  # of the model's own timesteps: the first has a σ 
 
 
 def authors_loss(
-    outputs: tuple[Tensor, Tensor, Tensor], x0: Tensor, noise: Tensor, t: Tensor, beta: float, kl: float
+    predicted: Tensor, old: Tensor, reference: Tensor, clean: tuple[Tensor, Tensor, Tensor], beta: float, kl: float
 ) -> Tensor:
-    """The loss of each image, as NVlabs/DiffusionNFT's train_nft_sd3.py has it, for an advantage clip of 5.
-
-    `outputs`: what the network predicts under the trained weights, the old ones and the pretrained ones.
-    """
-    predicted, old, reference = outputs
+    """The loss of each image, as NVlabs/DiffusionNFT's train_nft_sd3.py has it, for an advantage clip of 5."""
+    x0, noise, t = clean
     t = t.view(-1, *[1] * (x0.ndim - 1))
     r = torch.tensor(WORTH, dtype=torch.float64)
     dims = tuple(range(1, x0.ndim))
@@ -87,8 +84,9 @@ def test_loss_and_gradient_are_the_authors_on_flow_models(
     ours = algorithm.pair_loss(policy, batch)
     sigmas = policy.steps.training_sigmas[batch.timesteps]
     assert 0 < float(sigmas[0]) < 0.05
-    outputs = (_predicted(policy, batch).double(), batch.old_predictions.double(), batch.reference_predictions.double())
-    theirs = authors_loss(outputs, batch.clean_latents.double(), batch.noise.double(), sigmas.double(), beta, 1e-2)
+    old, pretrained = batch.old_predictions.double(), batch.reference_predictions.double()
+    clean = batch.clean_latents.double(), batch.noise.double(), sigmas.double()
+    theirs = authors_loss(_predicted(policy, batch).double(), old, pretrained, clean, beta, 1e-2)
     np.testing.assert_allclose(ours.loss.detach().numpy(), theirs.detach().numpy(), rtol=1e-6)
     error = relative_error(gradient(policy, ours.loss), gradient(policy, theirs))
     print(f"{name}, beta {beta}: relative error of the gradient {error:.1e}")
