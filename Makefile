@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 TRL_VENV := .venv-parity
 # In the order that tests/conftest.py gives them.
 TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
+QUICK := not system and not thorough and not same_bits and not parity and not compiled and not eight_bit
 # Ray switches token authentication on by itself; both sides of a cluster must agree, so it is said here.
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
@@ -17,7 +18,7 @@ demo: $(VENV)/installed
 	$(BIN)/ddpo report runs/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not system and not thorough and not same_bits and not parity and not compiled and not eight_bit" tests
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m "$(QUICK)" tests
 
 test-system: $(VENV)/installed
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m system tests
@@ -25,9 +26,10 @@ test-system: $(VENV)/installed
 test-thorough: $(VENV)/installed
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m thorough tests
 
-# The tests again with other kernels of the processor: make test-kernels KERNELS=ONEDNN_MAX_CPU_ISA=AVX2
-test-kernels:
-	env $(KERNELS) $(MAKE) test
+# Tests again with other kernels of the processor: make test-kernels KERNELS=ONEDNN_MAX_CPU_ISA=AVX2; of all of them: PART=tests
+PART ?= tests/common/diffusion tests/learner tests/actors tests/contracts
+test-kernels: $(VENV)/installed
+	env $(KERNELS) $(BIN)/python -m pytest $(TWO_AT_ONCE) -m "$(QUICK)" $(PART)
 
 # The library lies in a folder of its own: peft imports it in every process, 1.7 s each, where it can.
 eight-bit: $(VENV)/installed
