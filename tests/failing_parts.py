@@ -10,23 +10,46 @@ import numpy as np
 import torch
 
 from actors.rewards.jpeg import jpeg_kilobytes
+from common.diffusion.lora import trained_parameters
 from common.diffusion.policy import Role
 from common.diffusion.policy_stable_diffusion import StableDiffusion
 from common.recipe_tables import SamplingTable
 
 
 class OwnPolicy(StableDiffusion):
-    """Says who loads it. `fails` says what happens to a role then, if not a file of the role's name lies in `once`."""
+    """Says who loads it. `fails` says what happens to a role then, if not a file of the role's name lies in `once`.
+
+    `poisons`: the number of the gradient of the learner that has a NaN in it, if no file `poisoned` lies in `once`.
+    """
 
     fails: dict[str, str] = {}
     once: str | None = None
+    poisons: int | None = None
 
     def load(self, device: str, sampling: SamplingTable, role: Role) -> Any:
         print(f"process {os.getpid()} loads the {role}'s policy and sees GPUs {os.environ.get('CUDA_VISIBLE_DEVICES')}")
         logging.warning("process %d warns", os.getpid())
         if role in self.fails and (self.once is None or _first(Path(self.once) / role)):
             _fail(self.fails[role])
-        return super().load(device, sampling, role)
+        policy = super().load(device, sampling, role)
+        if role == "learner" and self.poisons and self.once:
+            _poison(policy.network, self.poisons, Path(self.once) / "poisoned")
+        return policy
+
+
+def _poison(network: torch.nn.Module, which: int, marker: Path) -> None:
+    """Put a NaN into one gradient: that of the first parameter, the `which`-th time, in the first process to come there."""
+    calls: list[int] = []
+
+    def poisoned(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) != which or not _first(marker):
+            return gradient
+        changed = gradient.clone()
+        changed.view(-1)[0] = torch.nan
+        return changed
+
+    next(iter(trained_parameters(network).values())).register_hook(poisoned)
 
 
 def _first(marker: Path) -> bool:

@@ -1,0 +1,45 @@
+"""A NaN in the gradient of one of two ranks on Ray: the run ends in one line with whole files, and resumes to the same bits."""
+
+import math
+from pathlib import Path
+
+import pytest
+import tomli_w
+from safetensors.numpy import load_file
+
+import ddpo
+from common.config import Recipe
+from common.run_folder import RunFolder
+from learner.checkpoint import load_checkpoint, newest_checkpoint
+from tests.failure_page import assert_documented
+from tests.system.conftest import final_fingerprint
+
+IN_ROUND_THREE = 6  # a round has two steps, and before the first one the family is tried
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_nan_in_one_ranks_gradient_ends_the_run_with_whole_files(
+    dtype: str, tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture, cluster: None
+) -> None:
+    (tmp_path / "once").mkdir()
+    own = {"name": "tests.failing_parts:OwnPolicy", "once": str(tmp_path / "once"), "poisons": IN_ROUND_THREE}
+    tables |= {"rounds": 4, "policy": {**tables["policy"], **own, "dtype": dtype}}
+    tables["learner"] |= {"ranks": 2, "micro_batch_size": 8}
+    file = tmp_path / "recipe.toml"
+    file.write_text(tomli_w.dumps(tables))
+    exit_code = ddpo.main(["train", str(file)])
+    captured = capfd.readouterr()
+    printed = captured.out + captured.err
+    assert_documented("a gradient is not finite", exit_code, printed)
+    assert "NotFinite: round 2, optimizer step " in printed, printed
+    folder = RunFolder(Recipe.parse(tables).run_path())
+    newest = newest_checkpoint(folder.checkpoints)
+    assert newest is not None
+    checkpoint = load_checkpoint(newest)
+    assert checkpoint.rounds_done == 2
+    kept = load_file(Path(folder.location) / "lora" / "pytorch_lora_weights.safetensors")
+    assert all(math.isfinite(float(array.sum())) for array in (*kept.values(), checkpoint.learner.trained.buffer))
+    recipe = Recipe.parse(tables)
+    undisturbed = Recipe.parse({**tables, "name": "undisturbed"})
+    assert final_fingerprint(recipe, resume=True) == final_fingerprint(undisturbed)
