@@ -38,8 +38,11 @@ def names_the_model(method: Callable[..., T]) -> Callable[..., T]:
 
 
 @contextmanager
-def library_errors(model: str, what: str) -> Iterator[None]:
-    """Raise ValueError with `what` and the library's words, if a library raises. The project's own errors pass unchanged."""
+def library_errors(model: str | None, what: str) -> Iterator[None]:
+    """Raise ValueError with `what` and the library's words, if a library raises. The project's own errors pass unchanged.
+
+    `model`: what the error begins with; None: somebody outside puts it there.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
@@ -49,7 +52,8 @@ def library_errors(model: str, what: str) -> Iterator[None]:
         if not LIBRARIES.search(frames[-1].f_code.co_filename):
             raise
         said = " ".join(str(error).split())[:400]
-        raise ValueError(f"policy.model is {model!r}: {what}: {_part(frames)}{type(error).__name__}: {said}") from error
+        key = "" if model is None else f"policy.model is {model!r}: "
+        raise ValueError(f"{key}{what}: {_part(frames)}{type(error).__name__}: {said}") from error
 
 
 def _part(frames: list[FrameType]) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.diffusion.library_errors import library_errors
 from common.diffusion.model_index import about_model, check_folder, known_parts, read_class, with_article
 from common.diffusion.part_files import OnlyPickles, PartNotThere, PartWeights, text_files, weights_of
 from common.diffusion.single_file import load_single_file, names_a_file
@@ -126,15 +127,16 @@ def load_part(config: "DiffusersConfig", folder: Path, part: str, weights: PartW
     name = read_class(folder, part)
     cls = getattr(library, name)
     dtype = {"torch_dtype" if known.library == "diffusers" else "dtype": config.loaded_dtype}
-    model, found = cls.from_pretrained(
-        str(folder / part),
-        variant=weights.variant,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # which are then reported together
-        **dtype,
-    )
+    with library_errors(None, f"its {part} cannot be made as {part}/config.json says"):
+        model, found = cls.from_pretrained(
+            str(folder / part),
+            variant=weights.variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are then reported together
+            **dtype,
+        )
     # A text encoder's file may hold more than that encoder; a network's or decoder's that does is another network's.
     fault = weights_fault(found, refuse_unexpected=known.library == "diffusers")
     if fault:

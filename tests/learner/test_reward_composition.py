@@ -110,7 +110,7 @@ def test_what_is_joined_has_one_ring_a_prompt_however_many_rewards() -> None:
 
 
 def test_diffusion_nft_makes_optimalities_of_joined_advantages() -> None:
-    algorithm = DiffusionNFT(advantage_clip=2.0)
+    algorithm = DiffusionNFT(advantage_clip=2.0, advantages=AdvantageSettings(kind="round"))
     composition = RewardComposition({"a": 1.0, "b": 1.0}, "advantages")
     rewards = {"a": np.array([0.0, 1.0]), "b": np.array([0.0, 9.0])}
     worth = composition.worth(algorithm, {}, ["cat"] * 2, rewards, 1)[1]

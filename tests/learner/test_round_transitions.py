@@ -61,7 +61,7 @@ def test_set_aside_images_are_missing_from_their_optimizer_step_and_move_no_othe
     order = np.array([4, 1, 0, 3, 2])
     assert transitions.optimizer_steps(order, 2, ()) == [
         [(4, 0), (1, 0), (4, 1), (1, 1)],
-        [(0, 0), (3, 0), (0, 1), (3, 1)],
-        [(2, 0), (2, 1)],
+        [(0, 0), (3, 0), (2, 0), (0, 1), (3, 1), (2, 1)],  # what is left over joins the last one
     ]
-    assert transitions.optimizer_steps(order, 2, (0, 1, 3)) == [[(4, 0), (4, 1)], [], [(2, 0), (2, 1)]]
+    assert transitions.optimizer_steps(order, 2, (0, 1, 3)) == [[(4, 0), (4, 1)], [(2, 0), (2, 1)]]
+    assert transitions.optimizer_steps(order, 2, (1, 4)) == [[], [(0, 0), (3, 0), (2, 0), (0, 1), (3, 1), (2, 1)]]
