@@ -24,7 +24,13 @@ SIZES = {"stable_diffusion": (24, 16), "sdxl": (48, 64), "sd3": (12, 24), "flux"
 PROMPTS, SEEDS = ["a cat", "a dog"], [3, 4]
 
 
-@pytest.fixture(scope="module", params=POLICIES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        "stable_diffusion",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in POLICIES if name != "stable_diffusion"),
+    ],
+)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     """A family's name, its small model, and diffusers' own pipeline of it."""
     name, model = request.param, MAKERS[request.param](tmp_path_factory.mktemp("model"))
