@@ -13,23 +13,34 @@ from common.run_folder import RunFolder
 from learner.checkpoint import load_checkpoint, newest_checkpoint
 from train import train
 
+MARK = "of_the_tests"  # a resource of the tests' own cluster
+
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """Eight slots on however many cores; its folder is short, because a socket's path may have 107 bytes."""
+def cluster_folder() -> Iterator[str]:
+    """Short, because a socket's path may have 107 bytes."""
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
+    yield folder
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster(cluster_folder: str) -> None:
+    """Eight slots on however many cores: one cluster for all tests, begun again if one of them has left or replaced it."""
+    if ray.is_initialized() and ray.cluster_resources().get(MARK):
+        return
+    ray.shutdown()
     os.environ.pop("RAY_ADDRESS", None)
     ray.init(
         address="local",
         num_cpus=8,
+        resources={MARK: 1},
         object_store_memory=200_000_000,
         include_dashboard=False,
         log_to_driver=False,
-        _temp_dir=folder,
+        _temp_dir=cluster_folder,
     )
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def final_fingerprint(recipe: Recipe, **how: bool) -> str:
