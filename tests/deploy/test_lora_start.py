@@ -87,7 +87,7 @@ def test_what_is_called_pretrained_is_the_model_without_the_lora(home: Path, cap
     assert trained(home, "fresh", "--serial", "--from", run, "--policy.lora", "{rank=4}") == 2
 
 
-@pytest.mark.system
+@pytest.mark.thorough
 def test_a_run_on_ray_begins_with_the_same_weights_and_ends_with_the_same(home: Path) -> None:
     assert trained(home, "one_process", "--serial", "--rounds", "1") == 0
     assert trained(home, "on_ray", "--rounds", "1") == 0

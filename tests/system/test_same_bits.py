@@ -260,7 +260,6 @@ IN_PARTS = {
 SCENARIO_OF = SCENARIOS | IN_PARTS
 SHORT = {
     (2, "10 or more kills of samplers and reward workers"),
-    (2, "driver stopped with SIGTERM, resumed"),
     (1, "learner killed twice"),
     (0, "scaled 1 → 4 → 2 while it runs"),
 }
