@@ -10,6 +10,7 @@ from common.diffusion.rollout import draw, window_of_pictures
 from common.prompts import Prompt, PromptSource
 from common.recipe_tables import EvaluationTable, SamplingTable
 from common.schedule import Stream, Task, image_seed
+from common.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -68,5 +69,16 @@ def evaluation_images(policy: Policy, chosen: EvaluationSet, sampling: SamplingT
         part = slice(start, start + chosen.batch_size)
         texts = [prompt.text for prompt in chosen.prompts[part]]
         trajectory = draw(policy, texts, list(chosen.seeds[part]), sampling, window_of_pictures(sampling))
-        pictures.append(policy.decode(trajectory.final_latents).cpu().numpy())
+        pictures.append(decoded(policy, trajectory, texts))
     return np.concatenate(pictures)
+
+
+def decoded(policy: Policy, trajectory: Trajectory, prompts: list[str]) -> UInt8[np.ndarray, "B H W 3"]:
+    """Return the images at the end of the paths. ValueError: one is no finite number, and so no image."""
+    pixels = policy.decode(trajectory.final_latents).cpu().numpy()
+    if rows := policy.not_finite:
+        raise ValueError(
+            f"the image of {prompts[rows[0]]!r} is not finite ({len(rows)} of {len(prompts)}): its latents or its pixels are NaN "
+            "or infinite, so the model or its trained weights overflow; try policy.dtype float32, or an earlier version"
+        )
+    return pixels

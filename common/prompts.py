@@ -66,6 +66,8 @@ def _json_value(value: Any, place: str) -> Any:
     if isinstance(value, dict):
         if other := [key for key in value if not isinstance(key, str)]:
             raise ValueError(f"{place} has the key {other[0]!r}: a key must be a text")
+        for key in value:
+            _check_text(key, f"a key of {place}")
         return {key: _json_value(item, f"{place}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_json_value(item, f"{place}.{index}") for index, item in enumerate(value)]

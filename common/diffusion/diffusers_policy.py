@@ -59,6 +59,7 @@ class DiffusersPolicy(Policy):
         self._call = functools.partial(config.network_call(sampling), self.network)
         self._embeddings: dict[str, Conditioning] = {}
         make_trainable(self.network, config.train, config.lora)
+        self.network.eval()  # adapters too: a file's may have dropout
         if config.train == "lora" and self.dtype != torch.float32:
             compute_adapters_in(self.network, device, self.dtype)
         self._autocast = autocast(device, self.dtype if config.train == "full" else torch.float32)

@@ -37,7 +37,9 @@ class SizedConfig(PolicyConfig):
     def scale_factor(self) -> int:
         """Pixels a side that one latent stands for. From a file, for a learner loads no decoder to ask."""
         config = self.part_config("vae")
-        channels = config.get("block_out_channels") or config["encoder_block_out_channels"]  # AutoencoderTiny's
+        # AutoencoderTiny's have another name. Without either: the default of diffusers, by the decoder's class.
+        default = (64,) if config.get("_class_name") != "AutoencoderTiny" else (64,) * 4
+        channels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or default
         return 2 ** (len(channels) - 1)
 
     @property

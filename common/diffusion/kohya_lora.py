@@ -12,11 +12,15 @@ from common.diffusion.kohya_flux import flux_names
 from common.diffusion.lora import module_of
 from common.diffusion.lora_file import LoraFile
 
+ALPHA = ".alpha"
 READERS = {"UNet2DConditionModel": "StableDiffusionLoraLoaderMixin", "FluxTransformer2DModel": "FluxLoraLoaderMixin"}
 
 
 def save_kohya(file: LoraFile, path: Path) -> None:
-    """Write the tensors of one of our files by kohya's names, each with an alpha that says how strongly it acts.
+    """Write the tensors of one of our files by kohya's names, so that they act at strength 1.
+
+    With one rank each layer gets its alpha, the rank. With several there is none: diffusers would take the most frequent alpha
+    for all layers, and without one every program takes each layer's own rank.
 
     Raises:
         ValueError: the file is none of ours, or there are no such names for a layer.
@@ -32,6 +36,9 @@ def save_kohya(file: LoraFile, path: Path) -> None:
     wanted = _at_full_strength(file)
     tensors = _of_unet(wanted) if file.part == "unet" else flux_names(wanted)
     _refuse_what_is_read_otherwise(file, tensors, wanted, READERS[kind])
+    alphas = {float(value) for name, value in tensors.items() if name.endswith(ALPHA)}
+    if len(alphas) > 1:
+        tensors = {name: value for name, value in tensors.items() if not name.endswith(ALPHA)}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
 

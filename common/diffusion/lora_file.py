@@ -46,6 +46,8 @@ class LoraFile:
     def is_ours(self) -> bool:
         """Whether this program wrote it: settings of one network, and no others."""
         keys = _keys(self.metadata, self.part)
+        if not isinstance(self.own_settings.get("target_modules"), list):  # others may have a pattern there
+            return False
         if self.trained:
             return OWN_KEYS <= keys <= OWN_KEYS | OWN_PATTERNS
         return keys == OWN_KEYS
@@ -126,6 +128,12 @@ def read_lora_file(path: Path) -> LoraFile:
     if not tensors:
         raise ValueError(f"the LoRA {file} holds no tensor")
     refuse_not_finite(file, tensors)
+    for settings in (metadata, trained):
+        for key, value in settings.items():
+            if key.rpartition(".")[2] in ("r", "lora_alpha") and not (isinstance(value, int | float) and value):
+                raise ValueError(
+                    f"the LoRA {file} has {key} = {value!r} in its header: it must be a number other than 0"
+                )
     return LoraFile(file, tensors, metadata, trained, header.get(NETWORK, ""))
 
 

@@ -48,6 +48,11 @@ def _start_through_diffusers(network: Any, file: LoraFile) -> None:
     dora = [name for name in state if "lora_magnitude_vector" in name]
     if dora:
         raise ValueError(f"it is a DoRA, which is not trained here ({len(dora)} magnitudes, such as {dora[0]})")
+    biases = [name for name in state if name.endswith("lora_B.bias")]
+    if biases:
+        raise ValueError(
+            f"it has biases in its adapters (lora_bias), {len(biases)} in all, such as {biases[0]}: they are not trained here"
+        )
     for layer in adapted_layers(network).values():  # diffusers has rounded them to the network's dtype
         for name in layer.adapter_layer_names:
             getattr(layer, name).float()

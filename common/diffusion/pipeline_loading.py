@@ -8,6 +8,7 @@ from common.diffusion.model_index import about_model, check_folder, known_parts,
 from common.diffusion.part_files import OnlyPickles, PartNotThere, PartWeights, text_files, weights_of
 from common.diffusion.single_file import load_single_file, names_a_file
 from common.file_faults import check_file
+from common.finite_weights import refuse_not_finite
 from common.model_hub import errors_only, first_line, read_from_hub
 from common.pretrained import weights_fault
 
@@ -141,4 +142,5 @@ def load_part(config: "DiffusersConfig", folder: Path, part: str, weights: PartW
     fault = weights_fault(found, refuse_unexpected=known.library == "diffusers")
     if fault:
         raise ValueError(f"its {part}, {with_article(name)}, cannot be loaded ({fault})")
+    refuse_not_finite(folder / part, model.state_dict())
     return model

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from actors.evaluation import decoded
 from common.diffusion.rollout import draw, window_of_pictures
 from common.run_folder import weights_here
 from deploy.commands.given_base import check_given
@@ -41,7 +42,7 @@ def sample(request: SampleRequest, overrides: list[str]) -> Iterator[Path]:
         trajectory = draw(
             policy, [prompt], [request.seed + index], recipe.sampling, window_of_pictures(recipe.sampling)
         )
-        pixels = policy.decode(trajectory.final_latents)[0].cpu().numpy()
+        pixels = decoded(policy, trajectory, [prompt])[0]
         path = output / f"{index:03d}-{_file_name(prompt)}-seed{request.seed + index}.png"
         if path.exists():
             print(f"{path} was there and is replaced", file=sys.stderr, flush=True)

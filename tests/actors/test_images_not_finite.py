@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 import ddpo
+from actors.evaluation import decoded
 from actors.sampler import Sampler
 from common.diffusion import rollout
 from common.run_folder import RunFolder
 from common.schedule import round_tasks
 from learner.learner import Learner
-from tests.accepted_page import assert_accepted
+from tests.accepted_page import assert_accepted, assert_refused
 from tests.failure_page import assert_documented
 from tests.rounds import moved, parts_with
+from tests.tiny_policy import SAMPLING, tiny_policy
 
 
 def poisoned_noise(is_poisoned: Callable[[int], bool]) -> Callable[[list[int], tuple[int, ...]], Iterator[Tensor]]:
@@ -65,6 +67,16 @@ def test_an_image_that_the_decoder_makes_infinite_is_set_aside(tables: dict, mon
     report, _, images = sampler.draw(round_tasks(parts.recipe, 0, parts.prompts.load())[0], weights)
     assert report.set_aside == {2: "its pixels are not finite: the decoder overflows in float32"}
     assert not images.pixels[2].any() and images.pixels[1].any()
+
+
+def test_outside_of_a_run_an_image_that_is_not_finite_is_refused(tiny_model: Path) -> None:
+    policy = tiny_policy(tiny_model)
+    trajectory = rollout.draw(policy, ["a cat", "a dog"], [1, 2], SAMPLING)
+    trajectory.final_latents[1] = torch.nan
+    with pytest.raises(ValueError) as error:
+        decoded(policy, trajectory, ["a cat", "a dog"])
+    assert "the image of 'a dog' is not finite (1 of 2)" in str(error.value)
+    assert_refused("an image that is NaN, in `ddpo sample`, `evaluate` and `report`", str(error.value))
 
 
 def trained(tables: dict, folder: Path, capfd: pytest.CaptureFixture) -> tuple[int, str]:

@@ -51,6 +51,11 @@ def test_a_part_whose_weights_are_not_its_own_is_refused_with_the_first_and_thei
             said = refusal(family, model)
             assert_refused(situation, said)
             assert f"its {part}, " in said and str(model) in said
+        model = copied(models[family], tmp_path / f"{part}-nan")
+        change_weights(
+            model, part, lambda state: {**state, _first(state): torch.full_like(state[_first(state)], torch.nan)}
+        )
+        assert_refused("NaN or infinity in a part's weights", refusal(family, model))
 
 
 def test_a_lora_that_was_not_unloaded_before_saving_is_named(models: dict[str, Path], tmp_path: Path) -> None:
