@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from common.diffusion.model_index import read_object
 from common.diffusion.scheduler_carry import as_loaded, check_scheduler
 from common.recipe_tables import SamplingTable
 
@@ -107,20 +108,14 @@ def _files(config: "DiffusersConfig") -> Parts:
     places |= {name: f"{name}/config.json" for name in config.text_parts}
     places |= {name: f"{name}/tokenizer_config.json" for name in config.tokenizers}
     read = {name: _read(folder / place) for name, place in places.items()}
+    for name in config.text_parts:  # of a whole CLIP the text tower is taken
+        read[name] = read[name].get("text_config") or read[name]
     return {name: keys for name, keys in read.items() if keys}
 
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the keys of a file; none where it is not there, which those who load it will say."""
-    try:
-        keys = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(keys, dict):
-        raise ValueError(f"{path} must have a JSON object, and has {type(keys).__name__}")
-    return keys
+    return read_object(path) if path.is_file() else {}
 
 
 def _loaded(pipeline: Any) -> Parts:

@@ -8,7 +8,6 @@ from typing import Any, final
 
 import torch
 from pydantic import Field, model_serializer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.diffusion.lora_file import (
@@ -19,6 +18,7 @@ from common.diffusion.lora_file import (
     TRAINED,
     LoraFile,
     read_lora_file,
+    save_with_header,
 )
 from common.diffusion.lora_targets import check_targets
 from common.lora_weights import LoraWeights, packed, verified
@@ -205,11 +205,11 @@ def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = 
     of_folded, of_trained = _header(part, ranks, ranks, targets), _header(part, ranks, alphas, targets)
     kind = type(network).__name__
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(folded, folder / FILE_NAME, {METADATA: of_folded, TRAINED: of_trained, NETWORK: kind})
+    save_with_header(folded, folder / FILE_NAME, {METADATA: of_folded, TRAINED: of_trained, NETWORK: kind})
     if all(torch.equal(unfolded[name], value) for name, value in trained.items()):
         (folder / EXACT_NAME).unlink(missing_ok=True)
     else:
-        save_file(trained, folder / EXACT_NAME, {METADATA: of_trained, TRAINED: of_trained, NETWORK: kind})
+        save_with_header(trained, folder / EXACT_NAME, {METADATA: of_trained, TRAINED: of_trained, NETWORK: kind})
     return folder / FILE_NAME
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.diffusion.weight_files import TRAINED_PARTS, part_of
@@ -93,6 +93,18 @@ def lora_file(path: Path) -> Path:
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE), and name that file"
         )
     return found
+
+
+def save_with_header(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    """Write a safetensors file whose bytes are always the same: the library itself writes a header's settings in any order."""
+    save_file(tensors, path, header)
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:start])
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at a multiple of 8 bytes
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
 
 
 def files_of_lora(path: str) -> Weights:

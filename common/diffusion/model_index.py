@@ -133,7 +133,8 @@ def _check_channels(config: "DiffusersConfig", folder: Path) -> None:
     if taken and given and taken != given * config.latent_packing:
         raise ValueError(
             f"its {config.network_name} takes latents of {taken} channels and its decoder has {given}: a model that is given "
-            "an image beside the prompt, which no family here trains"
+            f"an image beside the prompt, which no family here trains (in_channels in {config.network_name}/config.json, "
+            "latent_channels in vae/config.json)"
         )
 
 

@@ -16,6 +16,7 @@ from common.diffusion.model_index import (
 )
 from common.diffusion.part_files import TEXT_FILES, PartNotThere, text_files, weights_of
 from common.file_faults import check_file
+from common.finite_weights import refuse_not_finite
 from common.model_hub import Weights, read_from_hub
 from common.pretrained import weights_fault
 
@@ -124,6 +125,7 @@ def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, 
         for part, known in known_parts(config, role).items():
             if known.kind == "model":
                 _check_complete(part, getattr(pipeline, part))
+                refuse_not_finite(f"{path}, its {part}", getattr(pipeline, part).state_dict())
         return pipeline
 
 

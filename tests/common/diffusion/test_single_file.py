@@ -148,3 +148,14 @@ def test_a_model_card_reads_the_file_as_it_was_read(saved: tuple[Path, Path, Any
         (StableDiffusion(model=str(saved[1])), f"from_pretrained('{saved[1]}')"),
     ):
         assert f"pipeline = StableDiffusionPipeline.{expected}" in loading(Recipe.parse(tables), policy, None, "a cat")
+
+
+def test_a_weight_that_is_not_finite_is_refused(saved: tuple[Path, Path, Any], configs: Path, tmp_path: Path) -> None:
+    tensors = load_file(saved[0])
+    name = next(
+        name for name in sorted(tensors) if name.startswith("model.diffusion_model") and name.endswith("weight")
+    )
+    save_file({**tensors, name: torch.full_like(tensors[name], torch.inf)}, tmp_path / "inf.safetensors")
+    said = refusal(tmp_path / "inf.safetensors", configs, early=False)
+    assert_refused("NaN or infinity in a part's weights", said)
+    assert "its unet" in said
