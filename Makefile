@@ -57,67 +57,67 @@ check: $(VENV)/installed
 	$(BIN)/python -m pytest tests/test_import_rules.py
 
 bench: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.embedded_model
+	$(BIN)/python -m benchmarks.embedded_model
 
 window: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.window
+	$(BIN)/python -m benchmarks.window
 
 overlap: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.overlap
+	$(BIN)/python -m benchmarks.overlap
 
 broadcast: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.broadcast
+	$(BIN)/python -m benchmarks.broadcast
 
 whole-network: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.whole_network
+	$(BIN)/python -m benchmarks.whole_network
 
 scale: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.scale
+	$(BIN)/python -m benchmarks.scale
 
 rewards-bench: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.rewards
+	$(BIN)/python -m benchmarks.rewards
 
 bench-trl: $(VENV)/installed $(TRL_VENV)/installed
-	$(BIN)/python -m tests.benchmarks.against_trl
+	$(BIN)/python -m benchmarks.against_trl
 
 bench-target: $(VENV)/installed $(TRL_VENV)/installed
-	$(BIN)/python -m tests.benchmarks.target --chart docs/against_trl.png
+	$(BIN)/python -m benchmarks.target --chart docs/against_trl.png
 
 # On a machine with a GPU; TRL's environment is made with that machine's torch.
 bench-gpu: $(VENV)/installed $(TRL_VENV)/installed
-	$(BIN)/python -m tests.benchmarks.gpu --trl-python $(TRL_VENV)/bin/python
+	$(BIN)/python -m benchmarks.gpu --trl-python $(TRL_VENV)/bin/python
 
 bench-gpu-families: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.gpu_families
+	$(BIN)/python -m benchmarks.gpu_families
 
 # How far a bfloat16 sampler and a float32 learner lie apart, with every choice of a processor's kernels.
 rounding: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.rounding
+	$(BIN)/python -m benchmarks.rounding
 
 soak: $(VENV)/installed
 	rm -rf runs/soak
-	$(BIN)/python -m tests.benchmarks.soak --minutes 20
+	$(BIN)/python -m benchmarks.soak --minutes 20
 
 # SEED=7 makes the schedules of that seed again; else it is drawn, and printed.
 chaos: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.chaos $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m benchmarks.chaos $(if $(SEED),--seed $(SEED))
 
 demo-seeds: $(VENV)/installed
 	rm -rf runs/demo-seed*
-	$(BIN)/python -m tests.benchmarks.demo_seeds
+	$(BIN)/python -m benchmarks.demo_seeds
 
 lag-study: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.lag_study --run --jobs 2
-	$(BIN)/python -m tests.benchmarks.lag_study --chart
+	$(BIN)/python -m benchmarks.lag_study --run --jobs 2
+	$(BIN)/python -m benchmarks.lag_study --chart
 
 algorithm-study: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.algorithm_study --run --jobs 2
-	$(BIN)/python -m tests.benchmarks.algorithm_study_costs
-	$(BIN)/python -m tests.benchmarks.algorithm_study --chart
+	$(BIN)/python -m benchmarks.algorithm_study --run --jobs 2
+	$(BIN)/python -m benchmarks.algorithm_study_costs
+	$(BIN)/python -m benchmarks.algorithm_study --chart
 
 three-steps: $(VENV)/installed
 	rm -rf runs/three-steps
-	$(BIN)/python -m tests.benchmarks.three_steps --picture runs/three-steps/before_after.png --runtime.threads 2
+	$(BIN)/python -m benchmarks.three_steps --picture runs/three-steps/before_after.png --runtime.threads 2
 
 animal-reward: $(VENV)/installed
 	rm -rf runs/tiny_animal_classifier
@@ -135,7 +135,7 @@ held-out: $(VENV)/installed
 	$(BIN)/ddpo report runs/tiny_held_out
 
 pretrain: $(VENV)/installed
-	$(BIN)/python -m learner.pretrain --output common/tiny_animals
+	$(BIN)/python -m ray_ddpo.learner.pretraining.pretrain --output common/tiny_animals
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -6,18 +6,18 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from actors.rewards.contract import under_contract
-from actors.rewards.failure import scoring_failed
-from actors.rewards.reward import LoadedReward, Reward, RewardMistake
-from actors.rewards.reward_trial import load_reward, try_rewards
-from actors.score_cache import ScoreCache
-from common.base_parts import Base, entry_base
-from common.loading import loading
-from common.machine import this_machine
-from common.recipe_tables import RewardPoolTable, RuntimeTable
-from common.runtime import python_stacks, settle
-from common.trajectory import ImageBatch, Scores
-from common.undisturbed import torch_settings_kept
+from ray_ddpo.actors.rewards.contract import under_contract
+from ray_ddpo.actors.rewards.failure import scoring_failed
+from ray_ddpo.actors.rewards.reward import LoadedReward, Reward, RewardMistake
+from ray_ddpo.actors.rewards.reward_trial import load_reward, try_rewards
+from ray_ddpo.actors.rewards.score_cache import ScoreCache
+from ray_ddpo.common.base_parts import Base, entry_base
+from ray_ddpo.common.machine import this_machine
+from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
+from ray_ddpo.common.runtime import python_stacks, settle
+from ray_ddpo.common.trajectory import ImageBatch, Scores
+from ray_ddpo.common.undisturbed import torch_settings_kept
+from ray_ddpo.common.user_code.loading import loading
 
 
 class RewardWorker:

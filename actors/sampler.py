@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from actors.suspects import PLAIN, Care
-from common.base_parts import Base
-from common.diffusion.policy import PolicyConfig
-from common.diffusion.policy_trial import load_checked, try_sampling
-from common.diffusion.prompt_lengths import cut_prompts_in_words
-from common.diffusion.rollout import draw, refuse_window_without_noise
-from common.lora_weights import LoraWeights
-from common.machine import this_machine
-from common.prompts import Prompt
-from common.recipe_tables import RuntimeTable, SamplingTable
-from common.runtime import python_stacks, settle
-from common.schedule import Place, Task
-from common.trajectory import ImageBatch, TaskReport, Trajectory, image_fingerprints
+from ray_ddpo.actors.rollouts.suspects import PLAIN, Care
+from ray_ddpo.common.base_parts import Base
+from ray_ddpo.common.diffusion.policy import PolicyConfig
+from ray_ddpo.common.diffusion.policy_trial import load_checked, try_sampling
+from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words
+from ray_ddpo.common.diffusion.rollout import draw, refuse_window_without_noise
+from ray_ddpo.common.machine import this_machine
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.tables import RuntimeTable, SamplingTable
+from ray_ddpo.common.runtime import python_stacks, settle
+from ray_ddpo.common.schedule import Place, Task
+from ray_ddpo.common.trajectory import ImageBatch, TaskReport, Trajectory, image_fingerprints
 
 
 class Sampler:

@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from common.model_hub import Weights, files_here
-from common.registry import Entry
-from common.user_sources import user_sources
+from ray_ddpo.common.model_files.model_hub import Weights, files_here
+from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.user_code.sources import user_sources
 
 VARIANT = re.compile(r"[^.]+\.[^.]+\.(safetensors|bin)")  # model.fp16.safetensors beside model.safetensors
 # Whose files are what trained weights fit to, and to nothing else.

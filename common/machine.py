@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common.package_versions import VERSIONED, package_version
+from ray_ddpo.common.package_versions import VERSIONED, package_version
 
 CPU_INFO = Path("/proc/cpuinfo")
 # Variables with which users choose other kernels than those the processor would get.

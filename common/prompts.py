@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from common.blame import blamed
-from common.named_files import Weights
-from common.prompt_files import Format, PromptFile
-from common.registry import Entry, Room, import_object
+from ray_ddpo.common.prompt_files import Format, PromptFile
+from ray_ddpo.common.recipe.named_files import Weights
+from ray_ddpo.common.recipe.registry import Entry, Room, import_object
+from ray_ddpo.common.user_code.blame import blamed
 
 PROMPTS: Room = {
-    "animals": "common.prompts:Animals",
-    "texts": "common.prompts:Texts",
-    "file": "common.prompts:File",
-    "function": "common.prompts:Function",
+    "animals": "ray_ddpo.common.prompts:Animals",
+    "texts": "ray_ddpo.common.prompts:Texts",
+    "file": "ray_ddpo.common.prompts:File",
+    "function": "ray_ddpo.common.prompts:Function",
 }
 PROMPT_LISTS = Path(__file__).parent / "prompt_lists"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.recipe_tables import RuntimeTable
+from ray_ddpo.common.recipe.tables import RuntimeTable
 
 
 def settle(runtime: RuntimeTable) -> str:

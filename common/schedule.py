@@ -5,8 +5,8 @@ from enum import IntEnum
 
 import numpy as np
 
-from common.config import Recipe
-from common.prompts import Draw, Prompt
+from ray_ddpo.common.prompts import Draw, Prompt
+from ray_ddpo.common.recipe.recipe import Recipe
 
 Place = tuple[int, int, int]  # a task's round, what it is for, and its index there: also the order of all tasks
 

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from common.machine import Machine
-from common.prompts import Prompt
-from common.schedule import Task
+from ray_ddpo.common.machine import Machine
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.schedule import Task
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -11,11 +11,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from common.config import Recipe
-from common.diffusion.policy import EMBEDDED_MODELS
-from common.diffusion.weight_files import TRAINED_PARTS
-from common.model_hub import first_line, is_hub_name
-from common.recipe_tables import PushTable
+from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS
+from ray_ddpo.common.diffusion.weight_files import TRAINED_PARTS
+from ray_ddpo.common.model_files.model_hub import first_line, is_hub_name
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import PushTable
 
 Files = dict[str, Path | bytes]  # what a repository is to hold, by its place there
 TOKEN = "HF_TOKEN"

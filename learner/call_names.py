@@ -1,6 +1,6 @@
 """What the learner's calls are called on the dashboard."""
 
-from common.trajectory import TrainBatch
+from ray_ddpo.common.trajectory import TrainBatch
 
 
 def title_of(batch: TrainBatch, rank: int = 0, ranks: int = 1) -> str:

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from common.diffusion.compiled import graph_of_learning
-from common.diffusion.lora import reference_policy
-from common.diffusion.policy import Policy
-from common.trajectory import TransitionBatch
-from learner.losses import gaussian_kl
-from learner.rank_group import Ranks
-from learner.round_pairs import Pair, micro_batches
-from learner.round_transitions import RoundTransitions
-from learner.update_metrics import Divergence
+from ray_ddpo.common.diffusion.compiled import graph_of_learning
+from ray_ddpo.common.diffusion.lora.adapters import reference_policy
+from ray_ddpo.common.diffusion.policy import Policy
+from ray_ddpo.common.trajectory import TransitionBatch
+from ray_ddpo.learner.algorithms.losses import gaussian_kl
+from ray_ddpo.learner.process_group import Ranks
+from ray_ddpo.learner.round_data.transitions import RoundTransitions
+from ray_ddpo.learner.round_data.transitions_index import Pair, micro_batches
+from ray_ddpo.learner.update_metrics import Divergence
 
 
 def few(transitions: RoundTransitions, steps: list[list[Pair]], size: int, ranks: Ranks) -> Iterator[TransitionBatch]:

@@ -6,33 +6,33 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from common.base_parts import Base, entry_base
-from common.config import Recipe
-from common.diffusion.lora import load_weights, read_weights, trained_parameters
-from common.diffusion.policy import PolicyConfig
-from common.diffusion.policy_trial import load_checked
-from common.lora_weights import LoraWeights, averaged
-from common.machine import this_machine
-from common.run_folder import RunFolder
-from common.runtime import python_stacks, settle
-from common.schedule import transition_order
-from common.storage import Storage, local_folder
-from common.trajectory import TrainBatch, Trajectory, TransitionBatch
-from learner.algorithms.algorithm import Algorithm
-from learner.drift import divergence, few, reference_kl
-from learner.learner_state import LearnerState
-from learner.learning_trial import try_learning
-from learner.micro_batch import micro_batch_size
-from learner.optimizer import load_optimizer_arrays, optimizer_arrays, optimizer_of
-from learner.optimizer_steps import OptimizerSteps, refuse_weights
-from learner.rank_group import Ranks
-from learner.reference_passes import References, Update, references_of
-from learner.round_noisings import RoundNoisings
-from learner.round_pairs import Pair, RoundPairs, micro_batches
-from learner.round_transitions import RoundTransitions, round_transitions
-from learner.sharded_optimizer import ShardedOptimizer
-from learner.update_metrics import Divergence, UpdateMetrics
-from learner.weight_check import Arrival, ArrivalCheck, refuse_mismatch, swapped_in
+from ray_ddpo.common.base_parts import Base, entry_base
+from ray_ddpo.common.diffusion.lora.adapters import load_weights, read_weights, trained_parameters
+from ray_ddpo.common.diffusion.policy import PolicyConfig
+from ray_ddpo.common.diffusion.policy_trial import load_checked
+from ray_ddpo.common.machine import this_machine
+from ray_ddpo.common.policy_weights import LoraWeights, averaged
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.run_storage.storage import Storage, local_folder
+from ray_ddpo.common.runtime import python_stacks, settle
+from ray_ddpo.common.schedule import transition_order
+from ray_ddpo.common.trajectory import TrainBatch, Trajectory, TransitionBatch
+from ray_ddpo.learner.algorithms.algorithm import Algorithm
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
+from ray_ddpo.learner.drift import divergence, few, reference_kl
+from ray_ddpo.learner.learning_trial import try_learning
+from ray_ddpo.learner.optimization.micro_batch import micro_batch_size
+from ray_ddpo.learner.optimization.optimizer import load_optimizer_arrays, optimizer_arrays, optimizer_of
+from ray_ddpo.learner.optimization.optimizer_steps import OptimizerSteps, refuse_weights
+from ray_ddpo.learner.optimization.sharded_optimizer import ShardedOptimizer
+from ray_ddpo.learner.process_group import Ranks
+from ray_ddpo.learner.round_data.noised_samples import RoundNoisings
+from ray_ddpo.learner.round_data.reference_passes import References, Update, references_of
+from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
+from ray_ddpo.learner.round_data.transitions_index import Pair, RoundPairs, micro_batches
+from ray_ddpo.learner.update_metrics import Divergence, UpdateMetrics
+from ray_ddpo.learner.weight_check import Arrival, ArrivalCheck, refuse_mismatch, swapped_in
 
 
 class Learner:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from common.lora_weights import LoraWeights
-from common.machine import Machine
-from common.trajectory import Rollout, TrainBatch
-from learner.learner import Learner
-from learner.learner_state import LearnerState
+from ray_ddpo.common.machine import Machine
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.trajectory import Rollout, TrainBatch
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
+from ray_ddpo.learner.learner import Learner
 
 # Keeps the other side at work until one of these is there; is a model loaded?
 Wait = Callable[[tuple[Any, ...], bool], None]

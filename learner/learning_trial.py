@@ -4,20 +4,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.blame import blamed, call, call_if_own, is_users_own
-from common.config import Recipe
-from common.diffusion import POLICIES
-from common.diffusion.lora import trained_parameters
-from common.diffusion.made_up import IntegerIndices
-from common.diffusion.policy import Policy, PolicyConfig
-from common.diffusion.policy_trial import try_files
-from common.diffusion.sizes import PolicySizes
-from common.diffusion.tensor_checks import check_tensor, described, refuse_unless
-from common.trajectory import TransitionBatch
-from common.undisturbed import undisturbed
-from learner.algorithms import ALGORITHMS
-from learner.algorithms.algorithm import Algorithm, PairLoss
-from learner.micro_batch import made_up_batch
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.diffusion.memory.sizes import PolicySizes
+from ray_ddpo.common.diffusion.memory.synthetic_inputs import IntegerIndices
+from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
+from ray_ddpo.common.diffusion.policy_trial import try_files
+from ray_ddpo.common.diffusion.tensor_checks import check_tensor, described, refuse_unless
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.trajectory import TransitionBatch
+from ray_ddpo.common.undisturbed import undisturbed
+from ray_ddpo.common.user_code.blame import blamed, call, call_if_own, is_users_own
+from ray_ddpo.learner.algorithms import ALGORITHMS
+from ray_ddpo.learner.algorithms.algorithm import Algorithm, PairLoss
+from ray_ddpo.learner.optimization.micro_batch import made_up_batch
 
 
 def try_learning(policy: Policy, config: PolicyConfig, algorithm: Algorithm, recipe: Recipe) -> None:

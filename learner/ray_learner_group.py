@@ -8,16 +8,16 @@ import ray
 from jaxtyping import Float
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
-from common.base_parts import Base
-from common.deaths import LOADING, Death
-from common.loading import RoleNotStarted
-from common.lora_weights import LoraWeights
-from common.machine import Machine
-from common.trajectory import Rollout, Scored, TrainBatch
-from learner.call_names import title_of
-from learner.learner_group import Learned, LearnerGroup, TrajectoriesLost, Wait
-from learner.learner_state import LearnerState
-from learner.rank_group import Meeting, OtherRankFailed, RankLost
+from ray_ddpo.common.base_parts import Base
+from ray_ddpo.common.machine import Machine
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.process_deaths import LOADING, Death
+from ray_ddpo.common.trajectory import Rollout, Scored, TrainBatch
+from ray_ddpo.common.user_code.loading import RoleNotStarted
+from ray_ddpo.learner.call_names import title_of
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
+from ray_ddpo.learner.learner_group import Learned, LearnerGroup, TrajectoriesLost, Wait
+from ray_ddpo.learner.process_group import Meeting, OtherRankFailed, RankLost
 
 STACKS_SECONDS = 5.0
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from learner.algorithms.algorithm import PairLoss
-from learner.rank_group import Ranks
-from learner.weight_check import Arrival
+from ray_ddpo.learner.algorithms.algorithm import PairLoss
+from ray_ddpo.learner.process_group import Ranks
+from ray_ddpo.learner.weight_check import Arrival
 
 NUMBERS = tuple(each.name for each in dataclasses.fields(PairLoss) if each.name != "terms")
 Divergence = list[tuple[Tensor, Tensor]]  # of batches of pairs: each pair's step, and its log_prob − old_log_prob

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.config import Recipe
-from common.diffusion.lora import load_weights
-from common.diffusion.policy import Policy, PolicyConfig
-from common.lora_weights import LoraWeights
-from common.machine import Machine
-from common.trajectory import TaskReport, TrainBatch
-from learner.round_transitions import Pair, RoundTransitions
+from ray_ddpo.common.diffusion.lora.adapters import load_weights
+from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
+from ray_ddpo.common.machine import Machine
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.trajectory import TaskReport, TrainBatch
+from ray_ddpo.learner.round_data.transitions import Pair, RoundTransitions
 
 NUM_TASKS = 8  # of a round that are looked at, at least: each may have a sampler of its own
 

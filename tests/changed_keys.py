@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from common.diffusion import POLICIES
-from common.diffusion.diffusers_config import DiffusersConfig
-from common.diffusion.policy_flux import packed
-from common.diffusion.rollout import draw, image_noise
-from common.recipe_tables import SamplingTable
-from common.registry import build
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.families.flux import packed
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.rollout import draw, image_noise
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import policy_table
 
 ABSENT = object()  # the key is taken out of the file

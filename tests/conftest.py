@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from moto.server import ThreadedMotoServer  # noqa: E402
 
-from common.config import Recipe  # noqa: E402
+from ray_ddpo.common.recipe.recipe import Recipe  # noqa: E402
 from tests.tiny_pipeline import save_tiny_pipeline  # noqa: E402
 
 # Ray reads its token once a process: every cluster of this process, and what it starts, uses the same one.

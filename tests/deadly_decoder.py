@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from common.diffusion.policy import Role
-from common.diffusion.policy_stable_diffusion import StableDiffusion, StableDiffusionPolicy
-from common.recipe_tables import SamplingTable
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion, StableDiffusionPolicy
+from ray_ddpo.common.diffusion.policy import Role
+from ray_ddpo.common.recipe.tables import SamplingTable
 
 FILE = "killer.txt"
 

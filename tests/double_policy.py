@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role
-from common.diffusion.policy_stable_diffusion import StableDiffusion
-from common.diffusion.sizes import DeviceKind, PolicySizes
-from common.diffusion.trained_weights import restore_trained, save_trained
-from common.diffusion.transition import Transition
-from common.recipe_tables import SamplingTable
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
+from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
+from ray_ddpo.common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role
+from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained
+from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.recipe.tables import SamplingTable
 
 STD = 0.3
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.rewards.jpeg import jpeg_kilobytes
-from common.diffusion.lora import trained_parameters
-from common.diffusion.policy import Role
-from common.diffusion.policy_stable_diffusion import StableDiffusion
-from common.recipe_tables import SamplingTable
+from ray_ddpo.actors.rewards.jpeg import jpeg_kilobytes
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
+from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.diffusion.policy import Role
+from ray_ddpo.common.recipe.tables import SamplingTable
 
 
 class OwnPolicy(StableDiffusion):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.rewards.jpeg import jpeg_kilobytes
+from ray_ddpo.actors.rewards.jpeg import jpeg_kilobytes
 
 Metadata = list[dict[str, Any]]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.lora_weights import LoraWeights
-from learner.learner import Learner
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.learner.learner import Learner
 from tests.reference import ddpo_reference as reference
 from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from actors.rewards import REWARDS
-from common.diffusion import POLICIES
-from common.trackers import TRACKERS
-from learner.algorithms import ALGORITHMS
+from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.trackers import TRACKERS
+from ray_ddpo.learner.algorithms import ALGORITHMS
 
 OURS = ("common", "actors", "learner", "deploy", "train", "ddpo")
 MAY_IMPORT = {"common": {"common"}, "actors": {"actors", "common"}, "learner": {"learner", "common"}}
@@ -17,45 +17,45 @@ ROOMS = [{path.partition(":")[0] for path in room.values()} for room in (POLICIE
 RAY = {
     "train.py",
     "ddpo.py",
-    "actors/ray_rollout_stream.py",
-    "actors/worker_pool.py",
-    "actors/drawing.py",
-    "actors/scoring.py",
-    "actors/whereabouts.py",
+    "actors/rollouts/ray_stream.py",
+    "actors/rollouts/worker_pool.py",
+    "actors/rollouts/sampling_scheduler.py",
+    "actors/rollouts/scoring_scheduler.py",
+    "actors/rollouts/current_image.py",
     "learner/ray_learner_group.py",
     "common/trackers/ray_metrics.py",
-    "deploy/cluster_watch.py",
-    "deploy/role_actor.py",
-    "deploy/role_output.py",
-    "deploy/cluster.py",
-    "deploy/upload_size.py",
-    "deploy/workers.py",
-    "deploy/commands/doctor.py",
+    "deploy/driver/cluster_watch.py",
+    "deploy/driver/role_actor.py",
+    "deploy/driver/role_output.py",
+    "deploy/driver/cluster.py",
+    "deploy/cluster/upload_size.py",
+    "deploy/driver/workers.py",
+    "deploy/commands/doctor/doctor.py",
     "deploy/commands/scale.py",
     "deploy/commands/status.py",
 }
-RANKS = {"learner/rank_group.py", "learner/pretraining/denoiser.py"}
+RANKS = {"learner/process_group.py", "learner/pretraining/denoiser.py"}
 TORCH_FREE = {
-    "common.bounds",
-    "common.blame",
-    "common.config",
-    "common.user_code",
-    "common.filesystems",
-    "common.named_files",
-    "common.overrides",
-    "common.reading",
-    "common.storage",
-    "common.recipe_tables",
-    "common.reward_pools",
-    "common.registry",
-    "common.schedule",
-    "common.user_sources",
-    "common.prompt_files",
-    "common.prompts",
+    "ray_ddpo.common.recipe.bounds",
+    "ray_ddpo.common.user_code.blame",
+    "ray_ddpo.common.recipe.recipe",
+    "ray_ddpo.common.user_code.frames",
+    "ray_ddpo.common.run_storage.filesystems",
+    "ray_ddpo.common.recipe.named_files",
+    "ray_ddpo.common.recipe.overrides",
+    "ray_ddpo.common.recipe.reading",
+    "ray_ddpo.common.run_storage.storage",
+    "ray_ddpo.common.recipe.tables",
+    "ray_ddpo.common.recipe.reward_pools",
+    "ray_ddpo.common.recipe.registry",
+    "ray_ddpo.common.schedule",
+    "ray_ddpo.common.user_code.sources",
+    "ray_ddpo.common.prompt_files",
+    "ray_ddpo.common.prompts",
 }
 MAY_CATCH_ALL = {
-    *("common/trackers/fan_out.py", "common/overrides.py", "actors/reward_worker.py"),
-    "deploy/commands/doctor_guard.py",
+    *("common/trackers/fan_out.py", "common/recipe/overrides.py", "actors/reward_worker.py"),
+    "deploy/commands/doctor/guard.py",
 }
 MAX_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS, MAX_DRIVER_LINES = 300, 50, 6, 120
 
@@ -111,7 +111,7 @@ def layers(source: Source) -> Iterator[str]:
 def composers(source: Source) -> Iterator[str]:
     """Rule 2: nobody imports the driver, the command line or a command, but ddpo.py, and a command its own parts."""
     for imported in source.imports:
-        command = names_module(imported, "deploy.commands") and not source.path.startswith("deploy/commands/")
+        command = names_module(imported, "ray_ddpo.deploy.commands") and not source.path.startswith("deploy/commands/")
         if (command or names_module(imported, "train")) and source.path != "ddpo.py":
             yield f"imports {imported}"
         if names_module(imported, "ddpo"):

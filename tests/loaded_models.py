@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers.utils import logging
 
-from common.diffusion import POLICIES
-from common.diffusion.diffusers_config import DiffusersConfig
-from common.diffusion.diffusers_policy import DiffusersPolicy
-from common.recipe_tables import SamplingTable
-from common.registry import build
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import policy_table
 
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)

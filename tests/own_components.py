@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from shapes import Shapes
 
-from actors.rewards.reward import LoadedReward, Reward
-from common.diffusion.policy import Policy, Role
-from common.prompts import Draw, Prompt, PromptSource
-from common.recipe_tables import SamplingTable
-from common.trackers.tracker import LiveTracker, RunInfo, Tracker
-from learner.algorithms.algorithm import PairLoss
-from learner.algorithms.ddpo_is import DDPOImportanceSampling
+from ray_ddpo.actors.rewards.reward import LoadedReward, Reward
+from ray_ddpo.common.diffusion.policy import Policy, Role
+from ray_ddpo.common.prompts import Draw, Prompt, PromptSource
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.common.trackers.tracker import LiveTracker, RunInfo, Tracker
+from ray_ddpo.learner.algorithms.algorithm import PairLoss
+from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
 
 
 class FloatImages(Shapes):

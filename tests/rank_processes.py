@@ -15,13 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from common.diffusion.lora import trained_parameters
-from common.lora_weights import fingerprint
-from deploy.parts import Parts
-from learner import rank_group
-from learner.learner import Learner
-from learner.rank_group import BUCKET_BYTES, Meeting, OtherRankFailed, RankLost, Ranks
-from learner.weight_check import WeightsDidNotArrive
+from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.policy_weights import fingerprint
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner import process_group as rank_group
+from ray_ddpo.learner.learner import Learner
+from ray_ddpo.learner.process_group import BUCKET_BYTES, Meeting, OtherRankFailed, RankLost, Ranks
+from ray_ddpo.learner.weight_check import WeightsDidNotArrive
 from tests.double_policy import Double
 from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
 

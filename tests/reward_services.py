@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.message import Message
 
-from actors.reward_worker import RewardWorker
-from actors.rewards.reward import Reward
-from common.recipe_tables import RewardPoolTable, RuntimeTable
-from deploy.reward_server import MAX_REQUEST_BYTES, RewardServer
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.actors.rewards.reward import Reward
+from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
+from ray_ddpo.deploy.reward_service.server import MAX_REQUEST_BYTES, RewardServer
 
 
 @contextmanager

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.sampler import Sampler
-from common.config import Recipe
-from common.lora_weights import LoraWeights, pack
-from common.overrides import with_overrides
-from common.run_folder import RunFolder
-from common.schedule import round_tasks
-from common.trajectory import TaskReport, TrainBatch, Trajectory
-from deploy.parts import Parts, parts_of
-from learner.learner import Learner
-from learner.learner_state import LearnerState
-from learner.rank_group import Ranks
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.recipe.overrides import with_overrides
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.schedule import round_tasks
+from ray_ddpo.common.trajectory import TaskReport, TrainBatch, Trajectory
+from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
+from ray_ddpo.learner.learner import Learner
+from ray_ddpo.learner.process_group import Ranks
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.config import Recipe
-from common.png import from_png
-from common.run_folder import RunFolder
-from learner.checkpoint import load_checkpoint, newest_checkpoint
-from train import train
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.png import from_png
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.train import train
 
 
 def fingerprint(recipe: Recipe) -> str:

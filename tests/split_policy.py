@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from common.diffusion.policy import Role
-from common.diffusion.policy_stable_diffusion import StableDiffusion
-from common.model_hub import Weights
-from common.recipe_tables import SamplingTable
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
+from ray_ddpo.common.diffusion.policy import Role
+from ray_ddpo.common.model_files.model_hub import Weights
+from ray_ddpo.common.recipe.tables import SamplingTable
 
 
 class OnTwoMachines(StableDiffusion):

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-import ddpo
-from common.run_folder import RunFolder, without_none
-from deploy.commands.command_line import parser
+from ray_ddpo import cli
+from ray_ddpo.common.run_storage.run_folder import RunFolder, without_none
+from ray_ddpo.deploy.commands.command_line import parser
 
 ROOT = Path(__file__).parents[1]
-QUIET = (0, ddpo.NOBODY_READS)
+QUIET = (0, cli.NOBODY_READS)
 
 
 def unread(folder: Path, *words: str, stderr_too: bool = False) -> tuple[int, str]:
     """The exit code of `ddpo` when nobody reads what it prints, and what it complains of."""
-    command = [sys.executable, "-m", "ddpo", *words]
+    command = [sys.executable, "-m", "ray_ddpo", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     errors = subprocess.STDOUT if stderr_too else subprocess.PIPE
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors) as process:
@@ -50,9 +50,9 @@ def recipe_file(tables: dict, tmp_path: Path) -> str:
 def test_what_is_printed_for_nobody_is_no_fault(tmp_path: Path, recipe_file: str) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.storage.write("recipe.toml", (tmp_path / recipe_file).read_bytes())
-    assert unread(tmp_path, "plan", recipe_file) == (ddpo.NOBODY_READS, "")
-    assert unread(tmp_path, "status", "run", "--json") == (ddpo.NOBODY_READS, "")
-    assert unread(tmp_path, "status", "nowhere", stderr_too=True)[0] == ddpo.NOBODY_READS
+    assert unread(tmp_path, "plan", recipe_file) == (cli.NOBODY_READS, "")
+    assert unread(tmp_path, "status", "run", "--json") == (cli.NOBODY_READS, "")
+    assert unread(tmp_path, "status", "nowhere", stderr_too=True)[0] == cli.NOBODY_READS
 
 
 @pytest.mark.thorough
@@ -66,6 +66,6 @@ def test_the_pipe_of_another_is_still_a_fault(monkeypatch: pytest.MonkeyPatch) -
     def broken(options: object) -> None:
         raise BrokenPipeError("a reward service hung up")
 
-    monkeypatch.setitem(ddpo.RUN, "plan", broken)
+    monkeypatch.setitem(cli.RUN, "plan", broken)
     with pytest.raises(BrokenPipeError, match="hung up"):
-        ddpo.main(["plan", "recipe.toml"])
+        cli.main(["plan", "recipe.toml"])

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-import ddpo
+from ray_ddpo import cli
 
 ROOT = Path(__file__).parents[1]
 WITH_A_THREAD = """
 import sys, threading, time
-import ddpo
+from ray_ddpo import cli
 threading.Thread(target=time.sleep, args=(600,), name="my endless thread").start()
-ddpo.THREADS_SECONDS = 0.1
-ddpo.command()
+cli.THREADS_SECONDS = 0.1
+cli.command()
 """
 
 
@@ -36,8 +36,8 @@ def test_an_interrupt_in_the_first_instant_is_one_line(
     def interrupted(arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deploy.commands.command_line.read", interrupted)
-    assert ddpo.main(["plan", "x"]) == ddpo.INTERRUPTED
+    monkeypatch.setattr("ray_ddpo.deploy.commands.command_line.read", interrupted)
+    assert cli.main(["plan", "x"]) == cli.INTERRUPTED
     assert capsys.readouterr().err == "ddpo: stopped\n"
 
 

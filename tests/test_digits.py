@@ -18,16 +18,16 @@ from digits import Digits
 from digits_policy import digit_of, pictures_of
 from pretrain_digits import FONTS, SIZE, drawn, flow_matching_loss, pretrain
 
-import ddpo
-from common.config import Recipe
-from common.diffusion.live_bytes import peak_bytes
-from common.diffusion.lora import trained_parameters
-from common.diffusion.policy import select_rows
-from common.diffusion.rollout import draw
-from common.diffusion.sizes import parameter_bytes
-from common.run_folder import RunFolder
-from deploy.commands.run_weights import run_weights
-from deploy.parts import parts_of
+from ray_ddpo import cli
+from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.diffusion.memory.live_bytes import peak_bytes
+from ray_ddpo.common.diffusion.memory.sizes import parameter_bytes
+from ray_ddpo.common.diffusion.policy import select_rows
+from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.commands.weights.run_weights import run_weights
+from ray_ddpo.deploy.driver.components import parts_of
 from tests.test_documentation import ROOT, blocks
 from tests.tiny_families import save_tiny_digits
 from tests.tiny_policy import SAMPLING
@@ -137,19 +137,19 @@ def test_the_example_is_pretrained_trained_reported_and_sampled(
     parts_of(Recipe.load("digits.toml"))  # the recipe as it stands
     smaller = "--rounds 1 --sampling.batches_per_round 1 --learner.batch_size 32 --sampling.num_steps 4 --evaluation.images 10"
     run = beside_the_example / "runs" / "digits"
-    assert ddpo.main(["train", "digits.toml", "--serial", "--policy.train", train, *smaller.split()]) == 0
+    assert cli.main(["train", "digits.toml", "--serial", "--policy.train", train, *smaller.split()]) == 0
     assert f"{run}/{'lora' if train == 'lora' else 'transformer'}" in capsys.readouterr().out
     for command in (
         ["plan", "digits.toml"],
         ["report", str(run)],
         ["push", str(run), "zoo/digits", "--dry-run", "published", "--push.license", "mit"],
     ):
-        assert ddpo.main(command) == 0, command
+        assert cli.main(command) == 0, command
     assert "ddpo sample draws with these weights" in Path("published/README.md").read_text()
     assert "reads" in json.loads((run / "report" / "summary.json").read_text())["scorers"]
-    assert ddpo.main(["sample", "--lora", str(run), "seven", "a 3"]) == 0
+    assert cli.main(["sample", "--lora", str(run), "seven", "a 3"]) == 0
     assert len(list(Path("samples").glob("*.png"))) == 2
-    assert ddpo.main(["sample", "--lora", str(run), "a cat"]) == 2
+    assert cli.main(["sample", "--lora", str(run), "a cat"]) == 2
     assert "names 0 digits" in capsys.readouterr().err
     with run_weights(RunFolder(run)).here():  # the files hold the weights of the last checkpoint
         pass

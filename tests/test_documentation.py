@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tomli_w
 
-from actors.rewards.reward import Reward
-from common.config import Recipe
-from deploy.parts import parts_of
+from ray_ddpo.actors.rewards.reward import Reward
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.driver.components import parts_of
 from tests.rated_pictures import save_pictures, write_ratings
 from tests.tiny_clip import save_tiny_clip
 

@@ -42,7 +42,13 @@ def offences(rule: Callable, sources: list[Source]) -> list[str]:
 
 def test_the_program_is_there_to_be_read() -> None:
     paths = {source.path for source in program()}
-    assert {"common/config.py", "actors/sampler.py", "learner/learner.py", "deploy/workers.py", "train.py"} <= paths
+    assert {
+        "common/recipe/recipe.py",
+        "actors/sampler.py",
+        "learner/learner.py",
+        "deploy/driver/workers.py",
+        "train.py",
+    } <= paths
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -58,40 +64,40 @@ def test_the_tests_and_the_example_keep_the_budgets_too(name: str) -> None:
 DOCUMENTED = '"""What it is for."""\n'
 LONG_FUNCTION = "def long():\n" + "    print()\n" * 50
 PLANTED = [
-    ("layers", "common/schedule.py", "from learner.learner import Learner"),
-    ("layers", "common/diffusion/lora.py", "import deploy.parts"),
-    ("layers", "actors/sampler.py", "from learner import losses"),
-    ("layers", "learner/learner.py", "def f():\n    import actors.sampler"),
-    ("layers", "learner/learner.py", "from deploy.parts import parts_of"),
+    ("layers", "common/schedule.py", "from ray_ddpo.learner.learner import Learner"),
+    ("layers", "common/diffusion/lora/adapters.py", "import ray_ddpo.deploy.driver.components"),
+    ("layers", "actors/sampler.py", "from ray_ddpo.learner.algorithms import losses"),
+    ("layers", "learner/learner.py", "def f():\n    import ray_ddpo.actors.sampler"),
+    ("layers", "learner/learner.py", "from ray_ddpo.deploy.driver.components import parts_of"),
     ("layers", "actors/sampler.py", "import train"),
-    ("layers", "common/registry.py", 'ROOM = {"jpeg": "actors.rewards.jpeg:Jpeg"}'),
-    ("layers", "common/registry.py", 'importlib.import_module("actors.sampler")'),
-    ("composers", "deploy/workers.py", "from train import train"),
-    ("composers", "deploy/parts.py", "from deploy.commands.plan import plan"),
-    ("composers", "train.py", "from deploy.commands import report"),
-    ("composers", "deploy/commands/plan.py", "import ddpo"),
-    ("composers", "deploy/commands/plan.py", "from train import train"),
-    ("rooms", "actors/rewards/aesthetic.py", "from actors.rewards.jpeg import JpegCompressibility"),
-    ("rooms", "common/trackers/jsonl.py", "import common.trackers.terminal"),
+    ("layers", "common/recipe/registry.py", 'ROOM = {"jpeg": "ray_ddpo.actors.rewards.jpeg:Jpeg"}'),
+    ("layers", "common/recipe/registry.py", 'importlib.import_module("ray_ddpo.actors.sampler")'),
+    ("composers", "deploy/driver/workers.py", "from ray_ddpo.train import train"),
+    ("composers", "deploy/driver/components.py", "from ray_ddpo.deploy.commands.plan.plan import plan"),
+    ("composers", "train.py", "from ray_ddpo.deploy.commands.report import report"),
+    ("composers", "deploy/commands/plan/plan.py", "import ddpo"),
+    ("composers", "deploy/commands/plan/plan.py", "from ray_ddpo.train import train"),
+    ("rooms", "actors/rewards/aesthetic.py", "from ray_ddpo.actors.rewards.jpeg import JpegCompressibility"),
+    ("rooms", "common/trackers/jsonl.py", "import ray_ddpo.common.trackers.terminal"),
     ("ray_where_it_distributes", "actors/sampler.py", "import ray"),
     ("ray_where_it_distributes", "learner/learner.py", "def f():\n    from ray.util import queue"),
-    ("ray_where_it_distributes", "deploy/commands/plan.py", "import ray.data as data"),
+    ("ray_where_it_distributes", "deploy/commands/plan/plan.py", "import ray.data as data"),
     ("distributed_where_ranks_are", "learner/learner.py", "import torch.distributed as distributed"),
     ("distributed_where_ranks_are", "learner/ray_learner_group.py", "from torch import distributed"),
-    ("torch_free", "common/config.py", "import torch"),
+    ("torch_free", "common/recipe/recipe.py", "import torch"),
     ("torch_free", "common/prompts.py", "def f():\n    from torch import nn"),
     ("torch_free", "common/schedule.py", "from jaxtyping import Float"),
-    ("torch_free", "common/registry.py", "from common.trajectory import DTYPES"),
+    ("torch_free", "common/recipe/registry.py", "from ray_ddpo.common.trajectory import DTYPES"),
     ("absolute_imports", "actors/sampler.py", "from . import rewards"),
     ("absolute_imports", "actors/sampler.py", "from ..common.config import Recipe"),
     ("no_utils", "common/utils.py", DOCUMENTED),
     ("algorithms_in_their_room", "learner/learner.py", 'if recipe.algorithm.name == "ddpo_is":\n    pass'),
     ("algorithms_in_their_room", "train.py", 'clipped = name in ("ddpo_is", "ddpo_sf")'),
     ("algorithms_in_their_room", "train.py", 'match name:\n    case "ddpo_is":\n        pass'),
-    ("short_files", "common/config.py", "\n" * 301),
+    ("short_files", "common/recipe/recipe.py", "\n" * 301),
     ("short_files", "train.py", "\n" * 121),
-    ("short_functions", "common/config.py", LONG_FUNCTION),
-    ("few_arguments", "common/config.py", "class A:\n    def f(self, a, b, c, d, *, e, f, g): ..."),
+    ("short_functions", "common/recipe/recipe.py", LONG_FUNCTION),
+    ("few_arguments", "common/recipe/recipe.py", "class A:\n    def f(self, a, b, c, d, *, e, f, g): ..."),
     ("nothing_swallowed", "actors/sampler.py", "try:\n    f()\nexcept Exception:\n    pass"),
     ("nothing_swallowed", "actors/sampler.py", "try:\n    f()\nexcept:\n    print()"),
     (
@@ -102,22 +108,34 @@ PLANTED = [
     ("opens_with_a_sentence", "actors/sampler.py", "import os"),
 ]
 ALLOWED = [
-    ("layers", "learner/learner.py", "from common.config import Recipe\nfrom learner.losses import clipped_surrogate"),
-    ("layers", "deploy/workers.py", "from actors.sampler import Sampler\nfrom learner.learner import Learner"),
-    ("composers", "ddpo.py", "from train import train\nfrom deploy.commands.plan import plan"),
-    ("composers", "deploy/commands/report.py", "from deploy.commands.report_pictures import reward_curve"),
-    ("composers", "common/config.py", "from common.trainable import training"),
-    ("rooms", "actors/rewards/aesthetic.py", "from actors.rewards.reward import Reward"),
-    ("ray_where_it_distributes", "actors/ray_rollout_stream.py", "import ray"),
-    ("ray_where_it_distributes", "actors/sampler.py", "from common.raycasting import rays"),
-    ("distributed_where_ranks_are", "learner/rank_group.py", "import torch.distributed"),
+    (
+        "layers",
+        "learner/learner.py",
+        "from ray_ddpo.common.recipe.recipe import Recipe\nfrom learner.losses import clipped_surrogate",
+    ),
+    (
+        "layers",
+        "deploy/driver/workers.py",
+        "from ray_ddpo.actors.sampler import Sampler\nfrom learner.learner import Learner",
+    ),
+    ("composers", "ddpo.py", "from ray_ddpo.train import train\nfrom deploy.commands.plan import plan"),
+    (
+        "composers",
+        "deploy/commands/report/report.py",
+        "from ray_ddpo.deploy.commands.report.images import reward_curve",
+    ),
+    ("composers", "common/recipe/recipe.py", "from ray_ddpo.common.trainable import training"),
+    ("rooms", "actors/rewards/aesthetic.py", "from ray_ddpo.actors.rewards.reward import Reward"),
+    ("ray_where_it_distributes", "actors/rollouts/ray_stream.py", "import ray"),
+    ("ray_where_it_distributes", "actors/sampler.py", "from ray_ddpo.common.raycasting import rays"),
+    ("distributed_where_ranks_are", "learner/process_group.py", "import torch.distributed"),
     ("torch_free", "common/schedule.py", "import numpy as np\nfrom common.config import Recipe"),
-    ("absolute_imports", "actors/sampler.py", "from actors import rewards"),
+    ("absolute_imports", "actors/sampler.py", "from ray_ddpo.actors import rewards"),
     ("no_utils", "common/prompts.py", DOCUMENTED),
     ("algorithms_in_their_room", "learner/algorithms/ddpo_is.py", 'assert name == "ddpo_is"'),
-    ("short_files", "common/config.py", "\n" * 300),
-    ("short_functions", "common/config.py", LONG_FUNCTION.replace("    print()\n", "", 1)),
-    ("few_arguments", "common/config.py", "class A:\n    def f(self, a, b, c, d, *, e, f): ..."),
+    ("short_files", "common/recipe/recipe.py", "\n" * 300),
+    ("short_functions", "common/recipe/recipe.py", LONG_FUNCTION.replace("    print()\n", "", 1)),
+    ("few_arguments", "common/recipe/recipe.py", "class A:\n    def f(self, a, b, c, d, *, e, f): ..."),
     ("nothing_swallowed", "common/trackers/fan_out.py", "try:\n    f()\nexcept Exception:\n    pass"),
     ("nothing_swallowed", "actors/sampler.py", "try:\n    f()\nexcept BaseException:\n    close()\n    raise"),
     ("opens_with_a_sentence", "actors/sampler.py", DOCUMENTED),
@@ -146,19 +164,19 @@ def loaded_after(statements: str) -> set[str]:
 
 
 def test_a_recipe_and_a_schedule_are_read_without_torch() -> None:
-    loaded = loaded_after("import common.config, common.registry, common.schedule, common.prompts")
+    loaded = loaded_after("import ray_ddpo.common.recipe.recipe, common.registry, common.schedule, common.prompts")
     assert "pydantic" in loaded
     assert not loaded & {"torch", "diffusers", "transformers", "peft", "ray"}
 
 
 CHECK_THE_DEMO = """
-from actors.rewards import REWARDS
-from common.config import Recipe
-from common.diffusion import POLICIES
-from common.registry import entry_class
-from common.trackers import TRACKERS
-from deploy.parts import parts_of
-from learner.algorithms import ALGORITHMS
+from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.recipe.registry import entry_class
+from ray_ddpo.common.trackers import TRACKERS
+from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.learner.algorithms import ALGORITHMS
 parts_of(Recipe.load("deploy/recipes/demo.toml"))
 for room in (POLICIES, TRACKERS, REWARDS, ALGORITHMS):
     for name in room:

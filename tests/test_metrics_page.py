@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
-from common.trackers.ray_metrics import Series, series_of
-from train import train
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.trackers.ray_metrics import Series, series_of
+from ray_ddpo.train import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 

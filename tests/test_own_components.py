@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 
-from actors.reward_worker import RewardWorker
-from actors.rewards.reward import Reward
-from common.config import Recipe
-from common.recipe_tables import RewardWorkersTable, RuntimeTable
-from common.trackers.fan_out import FanOut
-from common.trackers.tracker import RunInfo
-from deploy.commands.ratio_measurement import draw_some, score_again
-from deploy.parts import build_reward, parts_of
-from deploy.trial_prompts import trial_prompts
-from learner.learner import Learner
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.actors.rewards.reward import Reward
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import RewardWorkersTable, RuntimeTable
+from ray_ddpo.common.trackers.fan_out import FanOut
+from ray_ddpo.common.trackers.tracker import RunInfo
+from ray_ddpo.deploy.commands.doctor.ratio_measurement import draw_some, score_again
+from ray_ddpo.deploy.driver.components import build_reward, parts_of
+from ray_ddpo.deploy.driver.trial_prompts import trial_prompts
+from ray_ddpo.learner.learner import Learner
 from tests import own_components
 from tests.own_components import Column, NeedsLargeImages, Quiet, Unreachable
 from tests.tiny_families import save_tiny_shapes

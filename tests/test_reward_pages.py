@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from actors.rewards import REWARDS
-from actors.rewards.http import Http
-from actors.rewards.reward import Reward
-from actors.rewards.vlm_alignment import VlmAlignment
-from common.recipe_tables import RewardTable
-from common.registry import build, entry_class
-from common.reward_protocol import Fault, Health, ScoreReply, ScoreRequest
-from deploy.parts import build_reward
+from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.actors.rewards.http import Http
+from ray_ddpo.actors.rewards.reward import Reward
+from ray_ddpo.actors.rewards.vlm_alignment import VlmAlignment
+from ray_ddpo.common.recipe.registry import build, entry_class
+from ray_ddpo.common.recipe.tables import RewardTable
+from ray_ddpo.common.reward_protocol import Fault, Health, ScoreReply, ScoreRequest
+from ray_ddpo.deploy.driver.components import build_reward
 from tests.test_documentation import blocks
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -12,10 +12,10 @@ import torch
 from pretrain_shapes import drawn, pretrain
 from shapes import CLASSES, Shapes
 
-from common.diffusion.policy import PolicyConfig
-from common.diffusion.sizes import parameter_bytes
-from common.run_folder import RunFolder
-from deploy.commands.run_weights import run_weights
+from ray_ddpo.common.diffusion.memory.sizes import parameter_bytes
+from ray_ddpo.common.diffusion.policy import PolicyConfig
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.commands.weights.run_weights import run_weights
 from tests.failure_page import assert_documented
 from tests.test_documentation import ROOT
 from tests.tiny_families import save_tiny_shapes
@@ -30,9 +30,9 @@ SMALL = [
 VERBS = """
 import json, sys
 import ray
-import ddpo
+from ray_ddpo import cli
 ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-codes = [ddpo.main(verb) for verb in json.loads(sys.argv[1])]
+codes = [cli.main(verb) for verb in json.loads(sys.argv[1])]
 print("codes", json.dumps(codes))
 """
 
@@ -119,6 +119,6 @@ def test_a_mistake_in_a_family_ends_a_run_before_its_first_round(
     family = (folder / "shapes.py").read_text()
     assert old in family
     (folder / "shapes.py").write_text(family.replace(old, new))
-    done = in_folder(folder, "-m", "ddpo", *train("broken", "lora", "--serial", *options))
+    done = in_folder(folder, "-m", "ray_ddpo", *train("broken", "lora", "--serial", *options))
     assert_documented(situation, done.returncode, done.stdout + done.stderr)
     assert not (folder / "runs" / "broken" / "metrics.jsonl").exists()

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from common.diffusion.lora import trained_parameters
-from common.diffusion.policy import Role
-from common.diffusion.policy_stable_diffusion import StableDiffusion, StableDiffusionPolicy
-from common.recipe_tables import SamplingTable
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion, StableDiffusionPolicy
+from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.diffusion.policy import Role
+from ray_ddpo.common.recipe.tables import SamplingTable
 
 SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
 

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from actors.rewards.reward import Images, LoadedReward, Reward
-from common.aesthetic_head import read_head
-from common.clip_towers import EmbedImages, load_image_embedder
-from common.model_hub import Weights, file_from_hub, file_of
-from common.pretrained import MODEL_FILES, Precision, torch_dtype, weight_bytes
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
+from ray_ddpo.common.image_models.aesthetic_head import read_head
+from ray_ddpo.common.image_models.clip_towers import EmbedImages, load_image_embedder
+from ray_ddpo.common.model_files.model_hub import Weights, file_from_hub, file_of
+from ray_ddpo.common.model_files.pretrained import MODEL_FILES, Precision, torch_dtype, weight_bytes
 
 CLIP = "openai/clip-vit-large-patch14"
 HEAD_REPOSITORY, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from actors.rewards.reward import Images, LoadedReward, Reward
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
 
 PROBE_FILE = Path(__file__).parents[2] / "common" / "tiny_animals" / "probe.safetensors"
 
@@ -22,8 +22,8 @@ class AnimalClassifier(Reward):
         """ValueError when scoring: a prompt that names none of the classes, or several."""
         import torch
 
-        from common.image_features import load_image_features
-        from common.linear_probe import load_probe
+        from ray_ddpo.common.image_models.image_features import load_image_features
+        from ray_ddpo.common.image_models.linear_probe import load_probe
 
         probe, features = load_probe(PROBE_FILE), load_image_features(device)
         weight, bias = probe.weight.to(device), probe.bias.to(device)

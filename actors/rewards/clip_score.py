@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from actors.rewards.reward import Images, LoadedReward, Reward
-from common.clip_towers import load_clip
-from common.model_hub import Weights
-from common.pretrained import MODEL_FILES, TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
+from ray_ddpo.common.image_models.clip_towers import load_clip
+from ray_ddpo.common.model_files.model_hub import Weights
+from ray_ddpo.common.model_files.pretrained import MODEL_FILES, TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
 
 CLIP = "openai/clip-vit-large-patch14"
 VIT_L_14_PARAMETERS = 427_616_513  # both towers, their projections and the logit scale

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from actors.rewards.reward import Images, LoadedReward, RewardMistake
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, RewardMistake
 
 SIGNATURE = "(images, prompts, metadata)"
 SCALARS = (int, float, np.number)

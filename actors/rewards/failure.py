@@ -4,8 +4,8 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from actors.rewards import contract
-from common.user_code import is_projects, users_frame
+from ray_ddpo.actors.rewards import contract
+from ray_ddpo.common.user_code.frames import is_projects, users_frame
 
 LONGEST = 500  # characters of an error's text
 # After one of these every call to the device fails in this process, whatever it is asked for.

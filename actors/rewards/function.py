@@ -2,9 +2,9 @@
 
 from pydantic import Field
 
-from actors.rewards.contract import under_contract
-from actors.rewards.reward import LoadedReward, Reward
-from common.registry import import_object
+from ray_ddpo.actors.rewards.contract import under_contract
+from ray_ddpo.actors.rewards.reward import LoadedReward, Reward
+from ray_ddpo.common.recipe.registry import import_object
 
 
 class Function(Reward):

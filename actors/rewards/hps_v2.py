@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from actors.rewards.reward import Images, LoadedReward, Reward
-from common.clip_towers import clip_towers
-from common.model_hub import Weights, cannot_load, file_from_hub, file_of
-from common.open_clip_weights import load_open_clip
-from common.pretrained import TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
+from ray_ddpo.common.image_models.clip_towers import clip_towers
+from ray_ddpo.common.image_models.open_clip_weights import load_open_clip
+from ray_ddpo.common.model_files.model_hub import Weights, cannot_load, file_from_hub, file_of
+from ray_ddpo.common.model_files.pretrained import TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
 
 REPOSITORY, CHECKPOINT = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import ConfigDict, Field, model_validator
 
-from actors.reward_client import RewardClient
-from actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
-from common.reward_protocol import HEALTH_PATH, SCORE_PATH, Health, ScoreReply, read_token, to_png
+from ray_ddpo.actors.rewards.http_client import RewardClient
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
+from ray_ddpo.common.reward_protocol import HEALTH_PATH, SCORE_PATH, Health, ScoreReply, read_token, to_png
 
 
 class Http(Reward):

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from actors.rewards.reward import Images, LoadedReward, Reward
-from common.aesthetic_head import AestheticHead, layers_in_order
-from common.blip_weights import load_blip, without_prefix
-from common.clip_preprocessing import clip_pixels
-from common.model_hub import Weights, cannot_load, file_from_hub, file_of
-from common.pretrained import TOKENIZER_FILE, Precision, read_tokenizer, torch_dtype, weight_bytes
-from common.weight_file import named_weights
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
+from ray_ddpo.common.image_models.aesthetic_head import AestheticHead, layers_in_order
+from ray_ddpo.common.image_models.blip_weights import load_blip, without_prefix
+from ray_ddpo.common.image_models.clip_preprocessing import clip_pixels
+from ray_ddpo.common.image_models.weight_file import named_weights
+from ray_ddpo.common.model_files.model_hub import Weights, cannot_load, file_from_hub, file_of
+from ray_ddpo.common.model_files.pretrained import TOKENIZER_FILE, Precision, read_tokenizer, torch_dtype, weight_bytes
 
 REPOSITORY, CHECKPOINT = "THUDM/ImageReward", "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from actors.rewards.reward import Images, LoadedReward, Reward
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
 
 QUALITY = 95  # as in the paper's code
 

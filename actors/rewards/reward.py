@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from common.model_hub import Weights
-from common.registry import Entry
+from ray_ddpo.common.model_files.model_hub import Weights
+from ray_ddpo.common.recipe.registry import Entry
 
 Images = UInt8[np.ndarray, "B H W 3"]
 LoadedReward = Callable[[Images, list[str], list[dict[str, Any]]], Float[np.ndarray, "B"]]

@@ -4,11 +4,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from actors.rewards import REWARDS
-from actors.rewards.function import Function
-from actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
-from common.blame import blamed, call, is_users_own
-from common.undisturbed import undisturbed
+from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
+from ray_ddpo.common.undisturbed import undisturbed
+from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
 
 IMAGES = 2
 SIDE = 64  # pixels of a made-up image; a reward that needs others raises, which says nothing against it

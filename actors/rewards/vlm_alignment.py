@@ -10,10 +10,10 @@ from jaxtyping import Float
 from PIL import Image
 from pydantic import Field, field_validator
 
-from actors.rewards.reward import Images, LoadedReward, Reward
-from common.bert_score import load_bert_score
-from common.model_hub import Weights, read_pretrained
-from common.pretrained import Precision, loaded, torch_dtype, weight_bytes
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
+from ray_ddpo.common.image_models.bert_score import load_bert_score
+from ray_ddpo.common.model_files.model_hub import Weights, read_pretrained
+from ray_ddpo.common.model_files.pretrained import Precision, loaded, torch_dtype, weight_bytes
 
 MODEL, SCORER = "llava-hf/llava-1.5-7b-hf", "microsoft/deberta-xlarge-mnli"
 SCORER_LAYER = 40  # of 48: the one that agrees best with people, by the table of the paper's code

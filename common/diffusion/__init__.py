@@ -1,10 +1,10 @@
 """The room of model families: how one encodes prompts, steps, and decodes pictures. One file a family, one line here."""
 
-from common.registry import Room
+from ray_ddpo.common.recipe.registry import Room
 
 POLICIES: Room = {
-    "stable_diffusion": "common.diffusion.policy_stable_diffusion:StableDiffusion",
-    "sdxl": "common.diffusion.policy_sdxl:SDXL",
-    "sd3": "common.diffusion.policy_sd3:SD3",
-    "flux": "common.diffusion.policy_flux:Flux",
+    "stable_diffusion": "ray_ddpo.common.diffusion.families.stable_diffusion:StableDiffusion",
+    "sdxl": "ray_ddpo.common.diffusion.families.sdxl:SDXL",
+    "sd3": "ray_ddpo.common.diffusion.families.sd3:SD3",
+    "flux": "ray_ddpo.common.diffusion.families.flux:Flux",
 }

@@ -11,20 +11,20 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from common.diffusion.compiled import CompiledNetwork
-from common.diffusion.denoising_steps import DenoisingSteps
-from common.diffusion.diffusers_lora import load_any_lora, loadable_encoders
-from common.diffusion.guidance import guided
-from common.diffusion.lora import MergedAdapters, compute_adapters_in, make_trainable
-from common.diffusion.lora_file import LoraFile
-from common.diffusion.policy import Conditioning, Policy, Role, autocast
-from common.diffusion.prompt_lengths import TextReader
-from common.diffusion.trained_weights import restore_trained, save_trained
-from common.diffusion.transition import Transition
-from common.recipe_tables import SamplingTable
+from ray_ddpo.common.diffusion.compiled import CompiledNetwork
+from ray_ddpo.common.diffusion.guidance import guided
+from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters, compute_adapters_in, make_trainable
+from ray_ddpo.common.diffusion.lora.diffusers_format import load_any_lora, loadable_encoders
+from ray_ddpo.common.diffusion.lora.files import LoraFile
+from ray_ddpo.common.diffusion.policy import Conditioning, Policy, Role, autocast
+from ray_ddpo.common.diffusion.prompt_lengths import TextReader
+from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps
+from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained
+from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.recipe.tables import SamplingTable
 
 if TYPE_CHECKING:
-    from common.diffusion.diffusers_config import DiffusersConfig
+    from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 
 EMBEDDING_BYTES = 1 << 29  # of prompts that are remembered: 4,500 of SD 1.5 in half precision, 127 of FLUX
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from common.diffusion.policy import PolicyConfig
+from ray_ddpo.common.diffusion.policy import PolicyConfig
 
 PIPELINES_UNIT = 8  # pixels: diffusers' pipelines with a UNet take multiples of it, whatever the decoder
 LARGEST_SIDE = 16_384

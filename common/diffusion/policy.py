@@ -10,18 +10,18 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import model_validator
 from torch import Tensor
 
-from common.base_parts import Base, entry_base
-from common.diffusion.denoising_steps import DenoisingSteps
-from common.diffusion.lora import MergedAdapters, load_weights
-from common.diffusion.lora_file import files_of_lora
-from common.diffusion.prompt_lengths import TextReader
-from common.diffusion.sizes import DeviceKind, PolicySizes
-from common.diffusion.transition import Transition
-from common.lora_weights import LoraWeights
-from common.model_hub import Weights, file_of
-from common.recipe_tables import SamplingTable
-from common.registry import Entry
-from common.trajectory import DTYPES
+from ray_ddpo.common.base_parts import Base, entry_base
+from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters, load_weights
+from ray_ddpo.common.diffusion.lora.files import files_of_lora
+from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
+from ray_ddpo.common.diffusion.prompt_lengths import TextReader
+from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps
+from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.model_files.model_hub import Weights, file_of
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.common.trajectory import DTYPES
 
 # "check": the learner's second copy, which computes as samplers do and, as the learner, neither encodes nor decodes.
 Role = Literal["sampler", "learner", "check"]

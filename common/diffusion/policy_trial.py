@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.blame import blamed, call, is_users_own
-from common.diffusion import POLICIES
-from common.diffusion.lora import load_weights, read_weights, trained_parameters
-from common.diffusion.lora_file import lora_file
-from common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role, select_rows
-from common.diffusion.rollout import image_noise
-from common.diffusion.tensor_checks import check_tensor, described, refuse_unless
-from common.diffusion.trained_weights import stored_weights
-from common.diffusion.transition import Transition
-from common.diffusion.weight_files import network_folder
-from common.loading import loading
-from common.recipe_tables import SamplingTable
-from common.undisturbed import undisturbed
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.lora.adapters import load_weights, read_weights, trained_parameters
+from ray_ddpo.common.diffusion.lora.files import lora_file
+from ray_ddpo.common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role, select_rows
+from ray_ddpo.common.diffusion.rollout import image_noise
+from ray_ddpo.common.diffusion.tensor_checks import check_tensor, described, refuse_unless
+from ray_ddpo.common.diffusion.trained_weights import stored_weights
+from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.diffusion.weight_files import network_folder
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.common.undisturbed import undisturbed
+from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
+from ray_ddpo.common.user_code.loading import loading
 
 ROWS = 2  # a method that takes all rows for the first would pass with one
 SAME = 1e-3  # of the largest number: rounding alone moves a mean by less

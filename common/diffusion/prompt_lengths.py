@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.recipe_tables import SamplingTable
+from ray_ddpo.common.recipe.tables import SamplingTable
 
 SHOWN = 40  # characters of a prompt, and of where it ends
 

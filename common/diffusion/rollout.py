@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from common.diffusion.policy import Policy, select_rows
-from common.recipe_tables import SamplingTable
-from common.runtime import to_device
-from common.trajectory import DTYPES, Trajectory, split_path
+from ray_ddpo.common.diffusion.policy import Policy, select_rows
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.common.runtime import to_device
+from ray_ddpo.common.trajectory import DTYPES, Trajectory, split_path
 
 _KEPT_STEPS = 6  # what an image's seed is hashed with to choose them
 

@@ -9,12 +9,12 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.diffusion.lora import LoraSettings, load_lora, save_lora, trained_tensors
-from common.diffusion.lora_file import read_lora_file
-from common.diffusion.weight_files import TRAINED_PARTS, network_folder
-from common.finite_weights import refuse_not_finite
-from common.lora_weights import LoraWeights, Manifest, pack
-from common.reading import reading
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, load_lora, save_lora, trained_tensors
+from ray_ddpo.common.diffusion.lora.files import read_lora_file
+from ray_ddpo.common.diffusion.weight_files import TRAINED_PARTS, network_folder
+from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.policy_weights import LoraWeights, Manifest, pack
+from ray_ddpo.common.recipe.reading import reading
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # as diffusers calls a network's file
 

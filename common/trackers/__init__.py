@@ -1,11 +1,11 @@
 """The room of trackers: where metrics go. One file a tracker, one line here."""
 
-from common.registry import Room
+from ray_ddpo.common.recipe.registry import Room
 
 TRACKERS: Room = {
-    "jsonl": "common.trackers.jsonl:Jsonl",
-    "terminal": "common.trackers.terminal:Terminal",
-    "wandb": "common.trackers.wandb_run:WandbRun",
-    "tensorboard": "common.trackers.tensorboard_files:TensorboardFiles",
-    "ray": "common.trackers.ray_metrics:RayMetrics",
+    "jsonl": "ray_ddpo.common.trackers.jsonl:Jsonl",
+    "terminal": "ray_ddpo.common.trackers.terminal:Terminal",
+    "wandb": "ray_ddpo.common.trackers.wandb_run:WandbRun",
+    "tensorboard": "ray_ddpo.common.trackers.tensorboard_files:TensorboardFiles",
+    "ray": "ray_ddpo.common.trackers.ray_metrics:RayMetrics",
 }

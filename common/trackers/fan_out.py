@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Callable
 
-from common.blame import call_if_own
-from common.trackers import TRACKERS
-from common.trackers.exhibits import Exhibits
-from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
+from ray_ddpo.common.trackers import TRACKERS
+from ray_ddpo.common.trackers.exhibits import Exhibits
+from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
+from ray_ddpo.common.user_code.blame import call_if_own
 
 
 class FanOut:

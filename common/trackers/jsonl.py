@@ -3,11 +3,11 @@
 import json
 import math
 
-from common.reading import read_text
-from common.run_folder import RunFolder
-from common.storage import Storage
-from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
-from common.unwritten import Unwritten
+from ray_ddpo.common.recipe.reading import read_text
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.common.run_storage.unwritten import Unwritten
+from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 
 class JsonlFile(LiveTracker):

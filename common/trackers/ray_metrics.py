@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
+from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
 
 Kind = Literal["counter", "gauge", "histogram"]
 NAME = "ray"

@@ -3,8 +3,8 @@
 import html
 from typing import Any
 
-from common.trackers.exhibits import Cell, Exhibits, Picture, ShownTable
-from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
+from ray_ddpo.common.trackers.exhibits import Cell, Exhibits, Picture, ShownTable
+from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
 
 FOLDER = "tensorboard"
 

@@ -4,7 +4,7 @@ import sys
 import time
 from datetime import timedelta
 
-from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
+from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
 
 
 class TimeLeft:

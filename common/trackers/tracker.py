@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.registry import Entry
-from common.storage import Storage
-from common.trackers import TRACKERS
-from common.trackers.exhibits import Exhibits
+from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.common.trackers import TRACKERS
+from ray_ddpo.common.trackers.exhibits import Exhibits
 
 Metrics = dict[str, float]
 

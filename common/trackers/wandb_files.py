@@ -4,7 +4,7 @@ import json
 import struct
 from collections.abc import Iterator
 
-from common.storage import Storage
+from ray_ddpo.common.run_storage.storage import Storage
 
 HEAD = 7  # bytes of wandb's own at a file's beginning
 BLOCK = 32768

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import numpy as np
 import PIL.Image
 
-from common.model_hub import first_line, server_answers
-from common.reading import read_json_lines
-from common.run_folder import RunFolder
-from common.trackers.exhibits import Exhibits, Picture
-from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
-from common.trackers.wandb_files import rounds_in_files
+from ray_ddpo.common.model_files.model_hub import first_line, server_answers
+from ray_ddpo.common.recipe.reading import read_json_lines
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.trackers.exhibits import Exhibits, Picture
+from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
+from ray_ddpo.common.trackers.wandb_files import rounds_in_files
 
 NAME = "wandb"
 FOLDER = "wandb"  # where wandb writes, by its own choice

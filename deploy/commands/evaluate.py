@@ -13,19 +13,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from common.base_parts import Base
-from common.config import Recipe
-from common.evaluation_log import EvaluatedImages, images_table
-from common.paired import in_errors, paired_change
-from common.run_folder import weights_here
-from deploy.commands.given_base import check_given
-from deploy.commands.given_weights import load_policy, recipe_of
-from deploy.commands.held_out import JOINED, HeldOut, scorers_of
-from deploy.commands.report_page.scores import headline, share_kept
-from deploy.commands.report_pictures import COLUMNS, rows_picture
-from deploy.commands.settings import differing_settings, kept_settings, settings_in_words
-from deploy.parts import Parts, parts_of
-from deploy.start import prompts_base
+from ray_ddpo.common.base_parts import Base
+from ray_ddpo.common.metrics.paired import in_errors, paired_change
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages, images_table
+from ray_ddpo.common.run_storage.run_folder import weights_here
+from ray_ddpo.deploy.commands.report.images import COLUMNS, rows_picture
+from ray_ddpo.deploy.commands.report.scores import headline, share_kept
+from ray_ddpo.deploy.commands.settings import differing_settings, kept_settings, settings_in_words
+from ray_ddpo.deploy.commands.weights.given_base import check_given
+from ray_ddpo.deploy.commands.weights.given_weights import load_policy, recipe_of
+from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.start import prompts_base
+from ray_ddpo.deploy.evaluation.held_out import JOINED, HeldOut, scorers_of
 
 OUTPUT = "evaluation"  # by default; where that is taken, evaluation-2 and so on
 PRETRAINED = "pretrained"  # the model as it was before any training

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from common.diffusion.kohya_lora import save_kohya
-from common.diffusion.lora_file import FILE_NAME, read_lora_file
-from common.diffusion.weight_files import network_folder
-from common.run_folder import weights_here
+from ray_ddpo.common.diffusion.lora.files import FILE_NAME, read_lora_file
+from ray_ddpo.common.diffusion.lora.kohya import save_kohya
+from ray_ddpo.common.diffusion.weight_files import network_folder
+from ray_ddpo.common.run_storage.run_folder import weights_here
 
 
 def export(weights: str, form: str, output: str) -> str:

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import tomli_w
 
-from actors.evaluation import evaluation_set
-from common.config import Recipe
-from common.diffusion.lora_file import FILE_NAME
-from common.diffusion.weight_files import network_folder
-from common.evaluation_log import FIGURES
-from common.reading import read_json, read_text
-from common.run_folder import RunFolder
-from deploy.commands.given_base import check_base
-from deploy.commands.model_card.card import Published, model_card
-from deploy.commands.report import compare, figures_of, logged_rounds, report
-from deploy.commands.report_pictures import before_after_picture, reward_curve
-from deploy.commands.run_weights import RunWeights, best_weights, run_weights
-from deploy.hub import Files, license_of, prepare, upload
-from deploy.parts import entries_of, parts_of
+from ray_ddpo.actors.evaluation.evaluation import evaluation_set
+from ray_ddpo.common.diffusion.lora.files import FILE_NAME
+from ray_ddpo.common.diffusion.weight_files import network_folder
+from ray_ddpo.common.recipe.reading import read_json, read_text
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.evaluation_log import FIGURES
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.commands.model_card.card import Published, model_card
+from ray_ddpo.deploy.commands.report.images import before_after_picture, reward_curve
+from ray_ddpo.deploy.commands.report.report import compare, figures_of, logged_rounds, report
+from ray_ddpo.deploy.commands.weights.given_base import check_base
+from ray_ddpo.deploy.commands.weights.run_weights import RunWeights, best_weights, run_weights
+from ray_ddpo.deploy.driver.components import entries_of, parts_of
+from ray_ddpo.deploy.hub import Files, license_of, prepare, upload
 
 BEFORE_AFTER, CURVE, SUMMARY = "before_after.png", "reward_curve.png", "summary.json"
 LOOKED_AT = (BEFORE_AFTER, CURVE, SUMMARY)  # of what `ddpo report` makes

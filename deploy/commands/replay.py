@@ -3,19 +3,24 @@
 from dataclasses import dataclass
 from typing import Any
 
-from actors.sampler import Sampler
-from actors.suspects import Care
-from common.base_parts import BASE
-from common.ledger import Ledger
-from common.lora_weights import LoraWeights
-from common.prompts import Prompt, metadata_as_json
-from common.run_folder import RunFolder
-from common.schedule import Task, round_tasks
-from common.storage import Storage
-from deploy.commands.given_base import refuse_another_base
-from deploy.parts import parts_of
-from deploy.start import prompts_base
-from learner.checkpoint import damaged_checkpoints, load_weights, policy_versions, whole_checkpoints
+from ray_ddpo.actors.rollouts.suspects import Care
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.base_parts import BASE
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.prompts import Prompt, metadata_as_json
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.common.schedule import Task, round_tasks
+from ray_ddpo.deploy.commands.weights.given_base import refuse_another_base
+from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.start import prompts_base
+from ray_ddpo.learner.checkpoints.checkpoint import (
+    damaged_checkpoints,
+    load_weights,
+    policy_versions,
+    whole_checkpoints,
+)
 
 Row = dict[str, Any]  # of the ledger
 

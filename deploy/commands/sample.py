@@ -7,13 +7,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from actors.evaluation import decoded
-from common.diffusion.rollout import draw, window_of_pictures
-from common.run_folder import weights_here
-from deploy.commands.given_base import check_given
-from deploy.commands.given_weights import load_policy, recipe_of
-from deploy.commands.settings import differing_settings
-from deploy.parts import parts_of
+from ray_ddpo.actors.evaluation.evaluation import decoded
+from ray_ddpo.common.diffusion.rollout import draw, window_of_pictures
+from ray_ddpo.common.run_storage.run_folder import weights_here
+from ray_ddpo.deploy.commands.settings import differing_settings
+from ray_ddpo.deploy.commands.weights.given_base import check_given
+from ray_ddpo.deploy.commands.weights.given_weights import load_policy, recipe_of
+from ray_ddpo.deploy.driver.components import parts_of
 
 
 @dataclass(frozen=True)

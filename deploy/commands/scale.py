@@ -1,8 +1,8 @@
 """ddpo scale: ask a living run for another number of samplers or reward workers, from any shell that sees its folder."""
 
-from common.lease import runs_it
-from common.reward_pools import SHARED, elastic_roles, refused
-from common.run_folder import RunFolder
+from ray_ddpo.common.recipe.reward_pools import SHARED, elastic_roles, refused
+from ray_ddpo.common.run_storage.lease import runs_it
+from ray_ddpo.common.run_storage.run_folder import RunFolder
 
 
 def scale(run: str, wanted: dict[str, int]) -> str:

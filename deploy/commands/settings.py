@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.evaluation_log import EvaluatedImages
-from common.run_folder import without_none
-from deploy.commands.given_base import run_of
-from deploy.parts import Parts
+from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages
+from ray_ddpo.common.run_storage.run_folder import without_none
+from ray_ddpo.deploy.commands.weights.given_base import run_of
+from ray_ddpo.deploy.driver.components import Parts
 
 # What decides no image of an evaluation: how many are sampled, what is learned from them, and where files are.
 NOT_OF_AN_IMAGE = {

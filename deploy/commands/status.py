@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from common.lease import runs_it
-from common.reading import read_json_lines, read_text
-from common.run_folder import RunFolder
+from ray_ddpo.common.recipe.reading import read_json_lines, read_text
+from ray_ddpo.common.run_storage.lease import runs_it
+from ray_ddpo.common.run_storage.run_folder import RunFolder
 
 SHOWN = {
     "reward": ("reward/mean", ".4g"),

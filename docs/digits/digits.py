@@ -9,13 +9,13 @@ import torch
 from digits_policy import DIGITS, DigitsPolicy, call_network, pictures_of
 from pydantic import Field
 
-from common.diffusion.lora import LoraSettings
-from common.diffusion.network_memory import Inputs
-from common.diffusion.network_sizes import network_sizes
-from common.diffusion.policy import PolicyConfig, Role, quiet_libraries
-from common.diffusion.sizes import DeviceKind, PolicySizes
-from common.model_hub import Weights
-from common.recipe_tables import SamplingTable
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
+from ray_ddpo.common.diffusion.memory.network_memory import Inputs
+from ray_ddpo.common.diffusion.memory.network_sizes import network_sizes
+from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
+from ray_ddpo.common.diffusion.policy import PolicyConfig, Role, quiet_libraries
+from ray_ddpo.common.model_files.model_hub import Weights
+from ray_ddpo.common.recipe.tables import SamplingTable
 
 
 class Digits(PolicyConfig):

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from common.diffusion.compiled import CompiledNetwork
-from common.diffusion.guidance import guided
-from common.diffusion.lora import MergedAdapters, make_trainable
-from common.diffusion.policy import Conditioning, Policy, Role
-from common.diffusion.scheduler_flow_match import flow_match_table
-from common.diffusion.trained_weights import restore_trained, save_trained
-from common.diffusion.transition import Transition
-from common.recipe_tables import SamplingTable
+from ray_ddpo.common.diffusion.compiled import CompiledNetwork
+from ray_ddpo.common.diffusion.guidance import guided
+from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters, make_trainable
+from ray_ddpo.common.diffusion.policy import Conditioning, Policy, Role
+from ray_ddpo.common.diffusion.schedulers.flow_match import flow_match_table
+from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained
+from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.recipe.tables import SamplingTable
 
 if TYPE_CHECKING:
     from digits import Digits

@@ -10,7 +10,7 @@ from shape_network import ShapeNetwork
 from shapes import CLASSES, LATENT_SHAPE, SCHEDULE
 from torch import Tensor
 
-from common.diffusion.scheduler_ddim import ddim_table
+from ray_ddpo.common.diffusion.schedulers.ddim import ddim_table
 
 BATCH, ANY_CLASS = 64, 0.1  # share of images whose class the network is not told, for guidance
 SIZE = LATENT_SHAPE[1]

@@ -6,16 +6,16 @@ import torch
 from shape_network import ShapeNetwork
 from torch import Tensor
 
-from common.diffusion.guidance import guided
-from common.diffusion.lora import LoraSettings, MergedAdapters, make_trainable
-from common.diffusion.network_memory import Inputs
-from common.diffusion.network_sizes import network_sizes
-from common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role
-from common.diffusion.scheduler_ddim import ddim_table
-from common.diffusion.sizes import DeviceKind, PolicySizes
-from common.diffusion.trained_weights import restore_trained, save_trained
-from common.diffusion.transition import Transition
-from common.recipe_tables import SamplingTable
+from ray_ddpo.common.diffusion.guidance import guided
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, MergedAdapters, make_trainable
+from ray_ddpo.common.diffusion.memory.network_memory import Inputs
+from ray_ddpo.common.diffusion.memory.network_sizes import network_sizes
+from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
+from ray_ddpo.common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role
+from ray_ddpo.common.diffusion.schedulers.ddim import ddim_table
+from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained
+from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.recipe.tables import SamplingTable
 
 CLASSES = ("disc", "square", "cross", "ring")
 SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon"}  # Nichol & Dhariwal 2021

@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field, model_validator
 
-from common.config import Recipe
-from common.registry import Entry
-from learner.advantages import (
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.learner.algorithms.advantages import (
     PromptStatistics,
     extend_statistics,
     group_advantages,

@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from common.config import Recipe
-from common.diffusion.policy import Policy, PolicyConfig
-from common.registry import Entry
-from common.trajectory import NoisedBatch, TransitionBatch
-from learner.advantages import PromptStatistics
-from learner.algorithms.advantage_settings import AdvantageSettings
+from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
+from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
+from ray_ddpo.learner.algorithms.advantages import PromptStatistics
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """DDPO-IS: importance sampling with PPO's clip on every denoising step (DDPO, eq. 4 and section 4.2)."""
 
-from learner.algorithms.policy_gradient import ClippedPolicyGradient
+from ray_ddpo.learner.algorithms.policy_gradient import ClippedPolicyGradient
 
 
 class DDPOImportanceSampling(ClippedPolicyGradient):

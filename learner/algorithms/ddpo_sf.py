@@ -3,12 +3,12 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from common.config import Recipe
-from common.diffusion.transition import Transition
-from common.trajectory import TransitionBatch
-from learner.algorithms.algorithm import PairLoss
-from learner.algorithms.policy_gradient import PolicyGradient
-from learner.losses import score_function
+from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.trajectory import TransitionBatch
+from ray_ddpo.learner.algorithms.algorithm import PairLoss
+from ray_ddpo.learner.algorithms.losses import score_function
+from ray_ddpo.learner.algorithms.policy_gradient import PolicyGradient
 
 
 class DDPOScoreFunction(PolicyGradient):

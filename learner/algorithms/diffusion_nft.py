@@ -5,13 +5,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from common.config import Recipe
-from common.diffusion.denoising_steps import column
-from common.trajectory import NoisedBatch
-from learner.advantages import PromptStatistics, optimality
-from learner.algorithms.advantage_settings import AdvantageSettings
-from learner.algorithms.forward_process import ForwardProcess
-from learner.losses import negative_aware_terms, squared_error
+from ray_ddpo.common.diffusion.schedulers.denoising_steps import column
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.trajectory import NoisedBatch
+from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
+from ray_ddpo.learner.algorithms.advantages import PromptStatistics, optimality
+from ray_ddpo.learner.algorithms.forward_process import ForwardProcess
+from ray_ddpo.learner.algorithms.losses import negative_aware_terms, squared_error
 
 
 class DiffusionNFT(ForwardProcess):

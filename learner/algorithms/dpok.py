@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from learner.algorithms.policy_gradient import ClippedPolicyGradient
+from ray_ddpo.learner.algorithms.policy_gradient import ClippedPolicyGradient
 
 
 class DPOK(ClippedPolicyGradient):

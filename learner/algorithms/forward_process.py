@@ -6,10 +6,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from common.diffusion.policy import Policy
-from common.trajectory import NoisedBatch, TransitionBatch
-from learner.algorithms.algorithm import Algorithm, PairLoss
-from learner.losses import sum_of
+from ray_ddpo.common.diffusion.policy import Policy
+from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
+from ray_ddpo.learner.algorithms.algorithm import Algorithm, PairLoss
+from ray_ddpo.learner.algorithms.losses import sum_of
 
 
 class ForwardProcess(Algorithm, ABC):

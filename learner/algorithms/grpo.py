@@ -1,7 +1,7 @@
 """GRPO on denoising steps (Flow-GRPO, arXiv 2505.05470; DanceGRPO): advantages within a prompt's group, optional KL."""
 
-from learner.algorithms.advantage_settings import AdvantageSettings
-from learner.algorithms.policy_gradient import ClippedPolicyGradient
+from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
+from ray_ddpo.learner.algorithms.policy_gradient import ClippedPolicyGradient
 
 
 class GRPO(ClippedPolicyGradient):

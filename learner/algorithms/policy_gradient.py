@@ -9,22 +9,22 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from common.config import Recipe
-from common.diffusion.policy import Policy, PolicyConfig
-from common.diffusion.transition import Transition
-from common.registry import Entry
-from common.trajectory import NoisedBatch, TransitionBatch
-from learner.advantages import PromptStatistics
-from learner.algorithms.advantage_settings import AdvantageSettings
-from learner.algorithms.algorithm import Algorithm, PairLoss
-from learner.losses import gaussian_kl, sum_of
-from learner.off_policy import behaviour_weight, decoupled_surrogate, drift_nats, within_drift
+from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
+from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
+from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
+from ray_ddpo.learner.algorithms.advantages import PromptStatistics
+from ray_ddpo.learner.algorithms.algorithm import Algorithm, PairLoss
+from ray_ddpo.learner.algorithms.losses import gaussian_kl, sum_of
+from ray_ddpo.learner.algorithms.off_policy import behaviour_weight, decoupled_surrogate, drift_nats, within_drift
 
 CLIP_RANGE = 1e-4  # the lineage's, on the mean scale
 
 
 class OffPolicySettings(Entry):
-    """What is made of a policy that has moved since it drew (`learner/off_policy.py`); by default nothing but the ratio."""
+    """What is made of a policy that has moved since it drew (`learner/algorithms/off_policy.py`); by default nothing but the ratio."""
 
     ratio: Literal["behaviour", "proximal"] = "behaviour"  # against the policy that drew, or that at the update's start
     # Weigh pairs by π_prox / π_behaviour, its logarithm held within ± this on the scale of log_prob; none: by 1.

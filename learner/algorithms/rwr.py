@@ -7,10 +7,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from common.trajectory import NoisedBatch
-from learner.advantages import PromptStatistics, softmax_weights
-from learner.algorithms.forward_process import ForwardProcess
-from learner.losses import squared_error
+from ray_ddpo.common.trajectory import NoisedBatch
+from ray_ddpo.learner.algorithms.advantages import PromptStatistics, softmax_weights
+from ray_ddpo.learner.algorithms.forward_process import ForwardProcess
+from ray_ddpo.learner.algorithms.losses import squared_error
 
 
 class RewardWeightedRegression(ForwardProcess):

@@ -5,10 +5,10 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from common.trajectory import NoisedBatch
-from learner.advantages import PromptStatistics, extend_statistics, sparse_weights
-from learner.algorithms.forward_process import ForwardProcess
-from learner.losses import squared_error
+from ray_ddpo.common.trajectory import NoisedBatch
+from ray_ddpo.learner.algorithms.advantages import PromptStatistics, extend_statistics, sparse_weights
+from ray_ddpo.learner.algorithms.forward_process import ForwardProcess
+from ray_ddpo.learner.algorithms.losses import squared_error
 
 
 class SparseRewardWeightedRegression(ForwardProcess):

@@ -12,8 +12,8 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional
 
-from learner.pretraining.drawings import Drawing
-from learner.pretraining.modules import build_autoencoder
+from ray_ddpo.learner.pretraining.drawings import Drawing
+from ray_ddpo.learner.pretraining.modules import build_autoencoder
 
 BATCH = 16
 LEARNING_RATE = 2e-3

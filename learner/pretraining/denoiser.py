@@ -15,9 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from learner.pretraining.autoencoder import load_autoencoder
-from learner.pretraining.modules import build_scheduler, build_text_encoder, build_tokenizer, build_unet, save_pipeline
-from learner.pretraining.training_state import Progress, load_training, save_training
+from ray_ddpo.learner.pretraining.autoencoder import load_autoencoder
+from ray_ddpo.learner.pretraining.modules import (
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    save_pipeline,
+)
+from ray_ddpo.learner.pretraining.training_state import Progress, load_training, save_training
 
 BATCH = 32
 LEARNING_RATE = 1e-3

@@ -1,6 +1,6 @@
 """Show the embedded model: a sheet with a picture of each animal, and its loss curve.
 
-python -m learner.pretraining.preview --model common/tiny_animals --output sheet.png
+python -m ray_ddpo.learner.pretraining.preview --model common/tiny_animals --output sheet.png
 """
 
 import argparse
@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from learner.pretraining.drawings import prompted_animals
+from ray_ddpo.learner.pretraining.drawings import prompted_animals
 
 COLUMNS = 9
 CAPTION_HEIGHT = 12

@@ -1,6 +1,6 @@
 """Fit the linear probe that tells the 45 animals apart, and say how well it names unseen and generated pictures.
 
-python -m learner.pretraining.probe --model common/tiny_animals
+python -m ray_ddpo.learner.pretraining.probe --model common/tiny_animals
 """
 
 import argparse
@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from common.image_features import FEATURES, ImageFeatures, load_image_features
-from common.linear_probe import LinearProbe, save_probe
-from learner.pretraining.autoencoder import augmented_pictures, decode, encode
-from learner.pretraining.drawings import Drawing, prompted_animals, read_drawings
-from learner.pretraining.preview import draw, load_pipeline
+from ray_ddpo.common.image_models.image_features import FEATURES, ImageFeatures, load_image_features
+from ray_ddpo.common.image_models.linear_probe import LinearProbe, save_probe
+from ray_ddpo.learner.pretraining.autoencoder import augmented_pictures, decode, encode
+from ray_ddpo.learner.pretraining.drawings import Drawing, prompted_animals, read_drawings
+from ray_ddpo.learner.pretraining.preview import draw, load_pipeline
 
 HELD_OUT_STYLE = "noto-v1"
 VARIANTS = 6  # of a drawing and of each kind, each also mirrored

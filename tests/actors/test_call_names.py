@@ -1,6 +1,6 @@
 """Names of calls are bounded."""
 
-from actors.call_names import CallNames
+from ray_ddpo.actors.rollouts.call_names import CallNames
 
 
 def test_names_say_the_task_while_there_is_room_and_then_the_round() -> None:

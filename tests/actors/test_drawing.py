@@ -5,13 +5,14 @@ import random
 import pytest
 from ray.exceptions import RayActorError
 
-from actors import drawing, worker_pool
-from actors.drawing import Drawing
-from actors.pace import Pace
-from actors.worker_pool import RestartBudget, WorkerPool
-from common.prompts import Prompt
-from common.schedule import Place, Stream, Task
-from common.trajectory import TaskReport
+from ray_ddpo.actors.rollouts import sampling_scheduler as drawing
+from ray_ddpo.actors.rollouts import worker_pool
+from ray_ddpo.actors.rollouts.sampling_scheduler import Drawing
+from ray_ddpo.actors.rollouts.stragglers import Pace
+from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.schedule import Place, Stream, Task
+from ray_ddpo.common.trajectory import TaskReport
 from tests.actors.stand_in_actors import Actor, Answers, Nowhere
 
 ACTS = ("submit", "submit", "answer", "answer", "answer", "die", "slow", "forgotten", "move")

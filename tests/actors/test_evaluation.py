@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.evaluation import evaluation_images, evaluation_set
-from common.config import Recipe
-from common.prompts import Animals, Function
-from common.recipe_tables import EvaluationTable
-from common.schedule import round_tasks
+from ray_ddpo.actors.evaluation.evaluation import evaluation_images, evaluation_set
+from ray_ddpo.common.prompts import Animals, Function
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import EvaluationTable
+from ray_ddpo.common.schedule import round_tasks
 from tests.tiny_policy import SAMPLING, tiny_policy
 
 

@@ -9,13 +9,13 @@ import tomli_w
 import torch
 from torch import Tensor
 
-import ddpo
-from actors.evaluation import decoded
-from actors.sampler import Sampler
-from common.diffusion import rollout
-from common.run_folder import RunFolder
-from common.schedule import round_tasks
-from learner.learner import Learner
+from ray_ddpo import cli
+from ray_ddpo.actors.evaluation.evaluation import decoded
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.diffusion import rollout
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.schedule import round_tasks
+from ray_ddpo.learner.learner import Learner
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.failure_page import assert_documented
 from tests.rounds import moved, parts_with
@@ -82,7 +82,7 @@ def test_outside_of_a_run_an_image_that_is_not_finite_is_refused(tiny_model: Pat
 def trained(tables: dict, folder: Path, capfd: pytest.CaptureFixture) -> tuple[int, str]:
     file = folder / "recipe.toml"
     file.write_text(tomli_w.dumps(tables))
-    exit_code = ddpo.main(["train", str(file), "--serial"])
+    exit_code = cli.main(["train", str(file), "--serial"])
     captured = capfd.readouterr()
     return exit_code, captured.out + captured.err
 

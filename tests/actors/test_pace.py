@@ -1,6 +1,6 @@
 """Pace: a task is overdue beside its peers, and never for a busy machine's jitter."""
 
-from actors.pace import Pace
+from ray_ddpo.actors.rollouts.stragglers import Pace
 
 
 def pace(*seconds: float, factor: float = 3.0) -> Pace:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from actors.picture_summary import picture_summary
+from ray_ddpo.actors.evaluation.image_summary import picture_summary
 
 
 def test_the_summary_of_a_black_and_a_checkered_picture_by_hand() -> None:

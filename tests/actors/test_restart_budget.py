@@ -2,7 +2,7 @@
 
 import pytest
 
-from actors.worker_pool import RestartBudget, TooManyRestarts
+from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, TooManyRestarts
 
 
 def test_deaths_are_counted_by_role_since_the_last_report() -> None:

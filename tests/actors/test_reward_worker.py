@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from actors.reward_worker import RewardWorker
-from actors.rewards.failure import ScoringFailed
-from actors.rewards.reward import LoadedReward, Reward, RewardMistake
-from common.prompts import Prompt
-from common.recipe_tables import RewardPoolTable, RuntimeTable
-from common.trajectory import ImageBatch
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.actors.rewards.failure import ScoringFailed
+from ray_ddpo.actors.rewards.reward import LoadedReward, Reward, RewardMistake
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
+from ray_ddpo.common.trajectory import ImageBatch
 
 SEEN: list[tuple[list[int], list[str], list[dict[str, Any]]]] = []
 

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from actors.reward_worker import RewardWorker
-from actors.rewards.jpeg import jpeg_kilobytes
-from actors.rollout_stream import SerialPool, SerialRolloutStream, StreamSettings
-from actors.sampler import Sampler
-from common.lora_weights import LoraWeights, pack
-from common.reward_pools import reward_pools
-from common.schedule import Task, round_tasks
-from common.trajectory import Rollout
-from deploy.parts import Parts
-from learner.learner import Learner
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.actors.rewards.jpeg import jpeg_kilobytes
+from ray_ddpo.actors.rollouts.stream import SerialPool, SerialRolloutStream, StreamSettings
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.recipe.reward_pools import reward_pools
+from ray_ddpo.common.schedule import Task, round_tasks
+from ray_ddpo.common.trajectory import Rollout
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner.learner import Learner
 from tests.rounds import moved, parts_with
 
 

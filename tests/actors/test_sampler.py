@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from actors.sampler import Sampler
-from actors.suspects import Care
-from common.diffusion.lora import load_weights
-from common.diffusion.rollout import draw
-from common.lora_weights import LoraWeights, pack
-from common.schedule import Task, round_tasks
-from deploy.parts import Parts
-from learner.learner import Learner
+from ray_ddpo.actors.rollouts.suspects import Care
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.diffusion.lora.adapters import load_weights
+from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.schedule import Task, round_tasks
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner.learner import Learner
 from tests.rounds import moved, parts_with
 
 

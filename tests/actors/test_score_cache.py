@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.score_cache import ScoreCache
+from ray_ddpo.actors.rewards.score_cache import ScoreCache
 
 SEEN: list[list[float]] = []
 PICTURES = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (10, 20, 30)])

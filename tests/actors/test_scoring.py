@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from actors import scoring, worker_pool
-from actors.drawing import Drawn
-from actors.rewards.failure import ScoringFailed
-from actors.scoring import Scoring, ScoringPool
-from actors.worker_pool import RestartBudget, WorkerPool
-from common.prompts import Prompt
-from common.recipe_tables import RewardPoolTable
-from common.schedule import Place, Task
-from common.trajectory import Scores, TaskReport
+from ray_ddpo.actors.rewards.failure import ScoringFailed
+from ray_ddpo.actors.rollouts import scoring_scheduler as scoring
+from ray_ddpo.actors.rollouts import worker_pool
+from ray_ddpo.actors.rollouts.sampling_scheduler import Drawn
+from ray_ddpo.actors.rollouts.scoring_scheduler import Scoring, ScoringPool
+from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.tables import RewardPoolTable
+from ray_ddpo.common.schedule import Place, Task
+from ray_ddpo.common.trajectory import Scores, TaskReport
 from tests.actors.stand_in_actors import Actor, Answers, Nowhere
 
 ENDS = ("answer", "answer", "answer", "answer", "fail", "die", "lose", "not finite")

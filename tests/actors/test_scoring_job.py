@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.inquiry import MOST_TRIED, RewardFailed
-from actors.rewards.reward import RewardMistake
-from actors.scoring_job import ScoringBatch, ScoringJob, backoff_seconds
-from common.trajectory import Scores
+from ray_ddpo.actors.rewards.reward import RewardMistake
+from ray_ddpo.actors.rollouts.inquiry import MOST_TRIED, RewardFailed
+from ray_ddpo.actors.rollouts.scoring_job import ScoringBatch, ScoringJob, backoff_seconds
+from ray_ddpo.common.trajectory import Scores
 
 
 def job(count: int = 8, batch_size: int = 4, attempts: int = 2) -> ScoringJob:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from actors.suspects import PLAIN, Care, Suspects
+from ray_ddpo.actors.rollouts.suspects import PLAIN, Care, Suspects
 
 PLACE = (0, 0, 3)
 

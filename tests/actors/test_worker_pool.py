@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from actors import worker_pool
-from actors.worker_pool import TASKS_AHEAD, RestartBudget, Worker, WorkerPool
+from ray_ddpo.actors.rollouts import worker_pool
+from ray_ddpo.actors.rollouts.worker_pool import TASKS_AHEAD, RestartBudget, Worker, WorkerPool
 from tests.actors.stand_in_actors import Actor, Answers
 
 ACTS = ("load", "give", "give", "answer", "suspect", "lose", "grow", "shrink")

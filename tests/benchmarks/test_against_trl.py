@@ -7,15 +7,15 @@ import pytest
 import tomli_w
 from safetensors.numpy import load_file
 
-from common.config import Recipe
-from deploy.parts import parts_of
-from tests.benchmarks import target_results
-from tests.benchmarks.against_trl import SAME, TRL, caption, one_round, read_rows, table, trl_job, words, write_rows
-from tests.benchmarks.embedded_model import RECIPE
-from tests.benchmarks.round_process import our_process, trl_process
-from tests.benchmarks.target import FAST, TRL_KEYS, Version, evaluate, trl_recipe, versions
-from tests.benchmarks.target_results import OURS, Point, draw_chart, first_past, read_points, write_points
-from train import train
+from benchmarks import target_results
+from benchmarks.against_trl import SAME, TRL, caption, one_round, read_rows, table, trl_job, words, write_rows
+from benchmarks.embedded_model import RECIPE
+from benchmarks.round_process import our_process, trl_process
+from benchmarks.target import FAST, TRL_KEYS, Version, evaluate, trl_recipe, versions
+from benchmarks.target_results import OURS, Point, draw_chart, first_past, read_points, write_points
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.train import train
 
 
 def row(side: str, repeat: int, scale: float, **more: float) -> dict:
@@ -136,7 +136,7 @@ def test_both_sides_make_rounds_and_their_adapters_are_drawn_with(
     (place / "times.json").write_text("[1.5, 3.0]")
     train(Recipe.load(small), serial=True)
     our_versions(small, tmp_path)
-    monkeypatch.setattr("tests.benchmarks.target.RECIPE", small)
+    monkeypatch.setattr("benchmarks.target.RECIPE", small)
     points = list(evaluate([0], tmp_path, []))
     rewards = {(point.side, point.round): point.reward for point in points}
     assert rewards[TRL, 0] == rewards[OURS, 0] and rewards[TRL, 2] not in (rewards[TRL, 0], rewards[OURS, 2])

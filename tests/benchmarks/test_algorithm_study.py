@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from common.config import Recipe
-from common.run_folder import without_none
-from deploy.parts import parts_of
-from learner.algorithms import ALGORITHMS
-from tests.benchmarks.algorithm_study import SEEDS, all_runs, draw_chart, table, write_csv
-from tests.benchmarks.algorithm_study_costs import measure, read_costs
+from benchmarks.algorithm_study import SEEDS, all_runs, draw_chart, table, write_csv
+from benchmarks.algorithm_study_costs import measure, read_costs
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import without_none
+from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.learner.algorithms import ALGORITHMS
 
 
 def result(setting: str, seed: int, rewards: list[float]) -> dict:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.benchmarks.broadcast import Arrival, summary
+from benchmarks.broadcast import Arrival, summary
 
 
 def test_a_broadcasts_milliseconds() -> None:

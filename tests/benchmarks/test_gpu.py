@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.gpu_tables import PUBLISHED, markdown
+from benchmarks.gpu_tables import PUBLISHED, markdown
 
 ROOT = Path(__file__).parents[2]
 DEVICE = {"flops": 1e12, "copied": 2e9, "forward_flops": 1e9, "both_flops": 3e9, "machine": "a day, a commit, a GPU"}
@@ -59,7 +59,7 @@ def test_every_section_but_trls_runs_on_a_cpu_without_ray(tmp_path: Path) -> Non
         "memory",
         "waits",
     ]
-    command = ["-m", "tests.benchmarks.gpu", "--tiny", "--device", "cpu", "--output", str(tmp_path / "found")]
+    command = ["-m", "benchmarks.gpu", "--tiny", "--device", "cpu", "--output", str(tmp_path / "found")]
     done = subprocess.run(
         [sys.executable, *command, "--only", *sections],
         cwd=ROOT,

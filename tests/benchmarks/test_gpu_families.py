@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.diffusion import POLICIES
-from common.diffusion.diffusers_config import DiffusersConfig
-from common.diffusion.rollout import draw
-from common.recipe_tables import SamplingTable
-from common.registry import build
-from tests.benchmarks.gpu_families import save_random_family
+from benchmarks.gpu_families import save_random_family
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import MAKERS, policy_table
 
 
@@ -21,7 +21,7 @@ def test_a_round_of_each_family_is_measured_in_the_small_form(tmp_path: Path) ->
     command = [
         sys.executable,
         "-m",
-        "tests.benchmarks.gpu_families",
+        "benchmarks.gpu_families",
         "--tiny",
         "--device",
         "cpu",

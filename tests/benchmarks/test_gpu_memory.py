@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.thorough
 def test_what_the_plan_lets_onto_a_device_runs_there_and_takes_what_it_said(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.benchmarks.gpu_memory", "--tiny", "--device", "cpu", "--dtype", "float32"]
+    command = [sys.executable, "-m", "benchmarks.gpu_memory", "--tiny", "--device", "cpu", "--dtype", "float32"]
     subprocess.run([*command, "--threads", "1", "--out", str(tmp_path)], check=True, timeout=300)
     with (tmp_path / "gpu_memory.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -4,12 +4,12 @@ import inspect
 
 import pytest
 
-from actors.reward_worker import RewardWorker
-from actors.sampler import Sampler
-from learner.learner import Learner
-from tests.benchmarks.overlap import PROPORTIONS, model_row
-from tests.benchmarks.stand_in_run import Proportion, ideal_seconds
-from tests.benchmarks.stand_ins import StandInLearner, StandInRewardWorker, StandInSampler
+from benchmarks.overlap import PROPORTIONS, model_row
+from benchmarks.stand_in_run import Proportion, ideal_seconds
+from benchmarks.stand_ins import StandInLearner, StandInRewardWorker, StandInSampler
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.learner.learner import Learner
 
 
 def test_without_lag_one_side_waits_for_the_other() -> None:

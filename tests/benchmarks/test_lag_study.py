@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
-from deploy.parts import parts_of
-from tests.benchmarks.lag_study import IMAGES, SEEDS, all_runs, setting_parts
-from tests.benchmarks.lag_study_chart import curve, paces, round_seconds, seconds_an_image, table
+from benchmarks.lag_study import IMAGES, SEEDS, all_runs, setting_parts
+from benchmarks.lag_study_chart import curve, paces, round_seconds, seconds_an_image, table
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.driver.components import parts_of
 
 
 def result(setting: str, seed: int, round_images: int, rewards: list[float]) -> dict:
@@ -114,7 +114,7 @@ def test_the_tables_line_by_hand() -> None:
 def study(tmp_path: Path, *words: str) -> str:
     places = ["--results", str(tmp_path / "results.jsonl"), "--picture", str(tmp_path / "chart.png")]
     places += ["--costs", str(tmp_path / "costs.json")]
-    command = [sys.executable, "-m", "tests.benchmarks.lag_study", "--folder", str(tmp_path), *places, *words]
+    command = [sys.executable, "-m", "benchmarks.lag_study", "--folder", str(tmp_path), *places, *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

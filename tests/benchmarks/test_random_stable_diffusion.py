@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.diffusion.policy_stable_diffusion import StableDiffusion
-from common.diffusion.rollout import draw
-from common.recipe_tables import SamplingTable
-from tests.benchmarks.random_stable_diffusion import save_random_pipeline
+from benchmarks.random_stable_diffusion import save_random_pipeline
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
+from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.recipe.tables import SamplingTable
 
 SAMPLING = SamplingTable(num_steps=2)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.rewards import REWARDS
-from tests.benchmarks import rewards
-from tests.benchmarks.rewards import CLIPS, LIGHT, Case, cases, interleaved, table
+from benchmarks import rewards
+from benchmarks.rewards import CLIPS, LIGHT, Case, cases, interleaved, table
+from ray_ddpo.actors.rewards import REWARDS
 
 
 def unused(*_: object) -> np.ndarray:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.rounding import measured
+from benchmarks.rounding import measured
 
 
 @pytest.mark.thorough

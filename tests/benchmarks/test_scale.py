@@ -6,13 +6,13 @@ import inspect
 import numpy as np
 import pytest
 
-from actors.reward_worker import RewardWorker
-from actors.sampler import Sampler
-from common.trajectory import Scores, TaskReport
-from learner.learner import Learner
-from tests.benchmarks.scale_fit import Cost, Measured, costs_table, fitted, least_squares, on_paper, table
-from tests.benchmarks.scale_run import LearnerStandIn
-from tests.benchmarks.scale_stand_ins import Drawn, SamplerHost, Scored, ScorerStandIn, Setting
+from benchmarks.scale_fit import Cost, Measured, costs_table, fitted, least_squares, on_paper, table
+from benchmarks.scale_run import LearnerStandIn
+from benchmarks.scale_stand_ins import Drawn, SamplerHost, Scored, ScorerStandIn, Setting
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.trajectory import Scores, TaskReport
+from ray_ddpo.learner.learner import Learner
 
 
 def test_a_settings_sizes() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.memory import Event, Sample, chart, growths
-from tests.benchmarks.soak import losses
+from benchmarks.memory import Event, Sample, chart, growths
+from benchmarks.soak import losses
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.config import Recipe
-from deploy.parts import parts_of
-from learner.rated_pictures.agreement import spearman
-from learner.rated_pictures.table import read_table
-from tests.benchmarks.three_steps import RECIPE, SCORERS, VOTERS, rate, small_copy, table, vote, warmth_of
+from benchmarks.three_steps import RECIPE, SCORERS, VOTERS, rate, small_copy, table, vote, warmth_of
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.learner.aesthetic_head.agreement import spearman
+from ray_ddpo.learner.aesthetic_head.table import read_table
 from tests.rated_pictures import save_pictures, warmth
 
 

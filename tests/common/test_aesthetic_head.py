@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.aesthetic_head import affine_map, read_head
+from ray_ddpo.common.image_models.aesthetic_head import affine_map, read_head
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 HEADS = DATA / "aesthetic_heads"

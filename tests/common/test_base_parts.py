@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.rewards.aesthetic import Aesthetic
-from actors.rewards.function import Function
-from common.base_parts import BasePart, LoadedBase, entry_base
-from common.diffusion.policy_stable_diffusion import StableDiffusion
-from common.model_hub import Weights
-from common.prompts import File
-from common.user_sources import user_sources
+from ray_ddpo.actors.rewards.aesthetic import Aesthetic
+from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.common.base_parts import BasePart, LoadedBase, entry_base
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
+from ray_ddpo.common.model_files.model_hub import Weights
+from ray_ddpo.common.prompts import File
+from ray_ddpo.common.user_code.sources import user_sources
 from tests.altered_files import altered
 from tests.tiny_pipeline import save_tiny_pipeline
 
@@ -105,7 +105,7 @@ def test_a_users_module_has_the_modules_that_it_imports_with_it(
     (tmp_path / "beside_mine.py").write_text("raise RuntimeError('nobody imports it to look at it')\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert sorted(user_sources("mine.score")) == ["beside_mine", "mine", "mine.parts", "mine.score"]
-    assert user_sources("numpy") == user_sources("actors.sampler") == user_sources("nowhere_at_all") == {}
+    assert user_sources("numpy") == user_sources("ray_ddpo.actors.sampler") == user_sources("nowhere_at_all") == {}
     reward = Function(path="mine.score:f")
     assert sorted(entry_base(reward, "reward", label="function")) == [
         "reward.path of function",

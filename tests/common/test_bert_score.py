@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.bert_score import BertScore, load_bert_score, recall
+from ray_ddpo.common.image_models.bert_score import BertScore, load_bert_score, recall
 from tests.tiny_vlm import SMALL, save_tiny_encoder, tiny_tokenizer
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.blip_weights import image_sizes, image_weights, load_blip, text_sizes, without_prefix
+from ray_ddpo.common.image_models.blip_weights import image_sizes, image_weights, load_blip, text_sizes, without_prefix
 from tests.reference.blip_reference import slow_blip
 from tests.tiny_blip import SIDE, image_reward_shapes, tiny_image_reward_state
 

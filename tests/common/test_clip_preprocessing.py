@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.clip_preprocessing import MEAN, STD, clip_pixels, grey_levels, rgb_pixels
+from ray_ddpo.common.image_models.clip_preprocessing import MEAN, STD, clip_pixels, grey_levels, rgb_pixels
 
 SIZES = [
     (224, 224),

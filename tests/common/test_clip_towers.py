@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.clip_towers import ClipTowers, load_clip
-from common.model_hub import Weights
-from common.pretrained import MODEL_FILES, TOKENIZER_FILE
+from ray_ddpo.common.image_models.clip_towers import ClipTowers, load_clip
+from ray_ddpo.common.model_files.model_hub import Weights
+from ray_ddpo.common.model_files.pretrained import MODEL_FILES, TOKENIZER_FILE
 from tests.tiny_clip import save_tiny_clip
 
 PROMPTS = ["a cat", "a dog in the rain", "a cat", "", "dog cat " * 1250]
@@ -132,7 +132,7 @@ def test_a_clip_without_a_vocabulary_is_refused_where_transformers_would_know_no
 def test_a_tokenizer_that_is_not_on_this_machine_is_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.model_hub.hub_answers", lambda: False)
+    monkeypatch.setattr("ray_ddpo.common.model_files.model_hub.hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     weights = Weights(str(folder), MODEL_FILES, "reward.clip")
     with pytest.raises(ValueError, match="reward.tokenizer is 'nobody/words', .*the hub does not answer"):

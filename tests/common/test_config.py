@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from common.config import Recipe
-from common.overrides import with_overrides
+from ray_ddpo.common.recipe.overrides import with_overrides
+from ray_ddpo.common.recipe.recipe import Recipe
 
 TOML = """
 name = "demo"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.deaths import Death, cause_of, in_one_line
+from ray_ddpo.common.process_deaths import Death, cause_of, in_one_line
 
 CRASH = (
     "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "

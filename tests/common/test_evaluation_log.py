@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.evaluation_log import FIGURES, EvaluatedImages, EvaluationLog
-from common.prompts import Prompt
-from common.storage import Storage
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.run_storage.evaluation_log import FIGURES, EvaluatedImages, EvaluationLog
+from ray_ddpo.common.run_storage.storage import Storage
 
 
 def images(seed: int, count: int = 3) -> EvaluatedImages:

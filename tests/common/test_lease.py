@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common import lease
-from common.lease import LEASE_SECONDS, Lease
-from common.run_folder import RunFolder
+from ray_ddpo.common.run_storage import lease
+from ray_ddpo.common.run_storage.lease import LEASE_SECONDS, Lease
+from ray_ddpo.common.run_storage.run_folder import RunFolder
 
 
 @pytest.fixture

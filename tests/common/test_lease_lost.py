@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from common import lease
-from common.filesystems import LocalFiles
-from common.lease import LEASE_SECONDS, Lease, LeaseLost
-from common.run_folder import RunFolder
+from ray_ddpo.common.run_storage import lease
+from ray_ddpo.common.run_storage.filesystems import LocalFiles
+from ray_ddpo.common.run_storage.lease import LEASE_SECONDS, Lease, LeaseLost
+from ray_ddpo.common.run_storage.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from common.filesystems import LocalFiles
-from common.ledger import OF_ITS_GROUP, Ledger
-from common.machine import Machine
-from common.prompts import Prompt
-from common.recipe_tables import RolloutsTable
-from common.schedule import Task
-from common.storage import Storage
-from common.trajectory import Rollout, Scores, TaskReport, TrainBatch
+from ray_ddpo.common.machine import Machine
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.tables import RolloutsTable
+from ray_ddpo.common.run_storage.filesystems import LocalFiles
+from ray_ddpo.common.run_storage.ledger import OF_ITS_GROUP, Ledger
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.common.schedule import Task
+from ray_ddpo.common.trajectory import Rollout, Scores, TaskReport, TrainBatch
 
 WEIGHTS = {"beauty": 2.0, "size": -0.5}
 ON = Machine(processor="a processor", gpu="A GPU", versions="torch 2.13.0")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from common.loading import RoleNotStarted, loading, starting
-from common.model_hub import Weights
-from common.registry import import_object
+from ray_ddpo.common.model_files.model_hub import Weights
+from ray_ddpo.common.recipe.registry import import_object
+from ray_ddpo.common.user_code.loading import RoleNotStarted, loading, starting
 from tests import user_functions
 
 HERE = Path(__file__)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.lora_weights import LoraWeights, fingerprint, pack, verified
+from ray_ddpo.common.policy_weights import LoraWeights, fingerprint, pack, verified
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import machine
-from common.machine import Machine, this_machine
+from ray_ddpo.common import machine
+from ray_ddpo.common.machine import Machine, this_machine
 
 ONE = Machine(processor="AMD EPYC (25/17), AVX512", versions="torch 2.13.0")
 INTEL = replace(ONE, processor="Intel Xeon (6/143), AVX512")

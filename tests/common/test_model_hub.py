@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from common import model_hub
-from common.model_hub import (
+from ray_ddpo.common.model_files import model_hub
+from ray_ddpo.common.model_files.model_hub import (
     Weights,
     cannot_load,
     file_from_hub,

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, gelu, layer_norm, multi_head_attention_forward
 
-from common.clip_preprocessing import clip_pixels
-from common.clip_towers import ClipTowers, clip_towers
-from common.model_hub import Weights
-from common.open_clip_weights import State, as_transformers, load_open_clip, sizes
+from ray_ddpo.common.image_models.clip_preprocessing import clip_pixels
+from ray_ddpo.common.image_models.clip_towers import ClipTowers, clip_towers
+from ray_ddpo.common.image_models.open_clip_weights import State, as_transformers, load_open_clip, sizes
+from ray_ddpo.common.model_files.model_hub import Weights
 from tests.tiny_clip import (
     EMBEDDING,
     SIDE,

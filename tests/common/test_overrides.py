@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from common import overrides
-from common.config import Recipe
-from common.overrides import with_overrides
-from deploy.rooms import ROOMS
+from ray_ddpo.common.recipe import overrides
+from ray_ddpo.common.recipe.overrides import with_overrides
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.driver.registries import ROOMS
 
 TABLES = {
     "name": "demo",

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.model_hub import Weights
-from common.pretrained import loaded, read_model, read_tokenizer, torch_dtype, weight_bytes
+from ray_ddpo.common.model_files.model_hub import Weights
+from ray_ddpo.common.model_files.pretrained import loaded, read_model, read_tokenizer, torch_dtype, weight_bytes
 from tests.tiny_clip import save_tiny_clip
 
 

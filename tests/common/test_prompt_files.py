@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from common.prompts import PROMPTS, File, Prompt
-from common.registry import build
+from ray_ddpo.common.prompts import PROMPTS, File, Prompt
+from ray_ddpo.common.recipe.registry import build
 from tests.accepted_page import assert_accepted, assert_refused
 
 # As flow_grpo publishes dataset/geneval/train_metadata.jsonl: the keys beside the prompt are not the same in each line.

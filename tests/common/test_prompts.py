@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.prompts import PROMPTS, Prompt
-from common.registry import build
+from ray_ddpo.common.prompts import PROMPTS, Prompt
+from ray_ddpo.common.recipe.registry import build
 
 
 def source(**table: object):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.config import Recipe
-from common.reward_pools import RewardPool, all_pools, elastic_roles, reward_pools
-from deploy.parts import entries_of
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.reward_pools import RewardPool, all_pools, elastic_roles, reward_pools
+from ray_ddpo.deploy.driver.components import entries_of
 
 
 def with_rewards(tables: dict, *rewards: dict, **workers: object) -> Recipe:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from common.reward_protocol import ScoreReply, ScoreRequest, from_png, read_token, to_png
+from ray_ddpo.common.reward_protocol import ScoreReply, ScoreRequest, from_png, read_token, to_png
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (64, 48), (513, 2)])

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.prompts import Prompt
-from common.round_metrics import Memory, RoundClock, StreamReport, memory_now, round_metrics
-from common.schedule import Task
-from common.trajectory import Rollout, Scores, TaskReport
+from ray_ddpo.common.metrics.round_metrics import Memory, RoundClock, StreamReport, memory_now, round_metrics
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.schedule import Task
+from ray_ddpo.common.trajectory import Rollout, Scores, TaskReport
 
 # A round of 10 s, of which 6 were spent waiting for its rollouts. Two samplers, one of which came for its last 2 s.
 CLOCK = RoundClock(started=100.0, collected=106.0, learned=110.0)

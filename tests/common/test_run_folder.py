@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
-from common.run_folder import RunFolder, weights_here
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder, weights_here
 from tests.conftest import SECRET
 
 

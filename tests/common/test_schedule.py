@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import Recipe
-from common.prompts import Draw, Prompt
-from common.recipe_tables import SamplingTable
-from common.schedule import (
+from ray_ddpo.common.prompts import Draw, Prompt
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.common.schedule import (
     Stream,
     Task,
     image_seed,

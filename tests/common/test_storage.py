@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from pyarrow import fs
 
-from common.filesystems import UNFINISHED, LocalFiles, RemoteFiles
-from common.storage import Storage, local_folder
+from ray_ddpo.common.run_storage.filesystems import UNFINISHED, LocalFiles, RemoteFiles
+from ray_ddpo.common.run_storage.storage import Storage, local_folder
 
 
 @pytest.fixture(params=["disk", "s3", "pyarrow's disk"])

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from common.trajectory import Trajectory, split_path
+from ray_ddpo.common.trajectory import Trajectory, split_path
 
 BATCH, STEPS, LATENT = 3, 5, (4, 6, 7)
 

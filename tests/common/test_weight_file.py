@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.weight_file import named_weights
+from ray_ddpo.common.image_models.weight_file import named_weights
 
 WEIGHTS = {"weight": torch.tensor([1.0, 2.0])}
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from common.diffusion.lora import trained_parameters
-from common.diffusion.policy import select_rows
-from common.diffusion.policy_stable_diffusion import StableDiffusionPolicy
-from common.diffusion.rollout import draw
-from common.registry import build
-from common.trajectory import NoisedBatch, TransitionBatch
-from learner.algorithms import ALGORITHMS
-from learner.algorithms.algorithm import Algorithm, PairLoss
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusionPolicy
+from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.diffusion.policy import select_rows
+from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
+from ray_ddpo.learner.algorithms import ALGORITHMS
+from ray_ddpo.learner.algorithms.algorithm import Algorithm, PairLoss
 from tests.tiny_policy import SAMPLING, scatter, tiny_policy
 
 CORRECTED = {"ratio": "proximal", "behaviour_weight": 1e-3, "max_drift_nats": 1e6}

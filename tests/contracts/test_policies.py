@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.diffusion import POLICIES
-from common.diffusion.lora import trained_parameters
-from common.diffusion.policy import Policy, PolicyConfig, select_rows
-from common.diffusion.rollout import draw, score
-from common.recipe_tables import SamplingTable
-from common.registry import build
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig, select_rows
+from ray_ddpo.common.diffusion.rollout import draw, score
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import FROM_OUTSIDE, MAKERS, PROMPTS, policy_table
 from tests.tiny_policy import scatter
 

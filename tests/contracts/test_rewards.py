@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.rewards import REWARDS
-from actors.rewards.jpeg import JpegCompressibility
-from actors.rewards.reward import LoadedReward
-from common.registry import build
+from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
+from ray_ddpo.actors.rewards.reward import LoadedReward
+from ray_ddpo.common.recipe.registry import build
 from tests.reward_services import serving
 from tests.tiny_blip import save_tiny_bert_tokenizer, save_tiny_image_reward
 from tests.tiny_clip import save_tiny_clip, save_tiny_head, save_tiny_open_clip

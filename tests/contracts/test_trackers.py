@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import Recipe
-from common.registry import build
-from common.storage import Storage
-from common.trackers import TRACKERS
-from common.trackers.exhibits import Exhibits, Picture, ShownTable
-from common.trackers.tracker import Metrics, RunInfo
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.common.trackers import TRACKERS
+from ray_ddpo.common.trackers.exhibits import Exhibits, Picture, ShownTable
+from ray_ddpo.common.trackers.tracker import Metrics, RunInfo
 
 # A figure may be missing in some rounds, as an evaluation's, or not be finite.
 ROUNDS: list[Metrics] = [

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from common.config import Recipe
-from common.recipe_tables import RoleTable
-from deploy.commands.command_line import read
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import RoleTable
+from ray_ddpo.deploy.commands.command_line import read
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

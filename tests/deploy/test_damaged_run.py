@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-import ddpo
-from common.run_folder import without_none
+from ray_ddpo import cli
+from ray_ddpo.common.run_storage.run_folder import without_none
 from tests.conftest import small_tables
 from tests.failure_page import assert_documented
 
@@ -24,7 +24,7 @@ def whole_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     evaluation = {"every": 1, "images": 2, "batch_size": 2, "pictures": 2, "prompts": ["cat", "dog"]}
     tables = {**small_tables(tiny_model, folder), "evaluation": evaluation, "checkpoint": {"every": 1}}
     (folder / "recipe.toml").write_text(tomli_w.dumps(without_none(tables)))
-    assert ddpo.main(["train", str(folder / "recipe.toml"), "--serial"]) == 0
+    assert cli.main(["train", str(folder / "recipe.toml"), "--serial"]) == 0
     return folder / "runs" / "tiny"
 
 
@@ -83,7 +83,7 @@ READ = [  # which commands read which file before they draw
 
 def said(capsys: pytest.CaptureFixture[str], verb: str, run: Path) -> tuple[int, str]:
     capsys.readouterr()
-    exit_code = ddpo.main([str(word) for word in WORDS[verb](run)])
+    exit_code = cli.main([str(word) for word in WORDS[verb](run)])
     return exit_code, capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from common.trackers.ray_metrics import TAGS
+from ray_ddpo.common.trackers.ray_metrics import TAGS
 from tests.deploy.lint import tool
 
 ROOT = Path(__file__).parents[2]

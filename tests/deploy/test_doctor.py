@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-import ddpo
-from common.run_folder import without_none
+from ray_ddpo import cli
+from ray_ddpo.common.run_storage.run_folder import without_none
 
 TOKEN = "f00dfacef00dfacef00dface"
 
@@ -22,7 +22,7 @@ def recipe_file(tables: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def said(capsys: pytest.CaptureFixture, exit_code: int, *arguments: object) -> list[list[str]]:
     """What `ddpo doctor` prints, a list of words a line; that it ends with `exit_code`."""
-    assert ddpo.main(["doctor", *(str(argument) for argument in arguments)]) == exit_code
+    assert cli.main(["doctor", *(str(argument) for argument in arguments)]) == exit_code
     return [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
@@ -105,7 +105,7 @@ def test_the_authentication_trap_is_told_with_its_way_out_and_never_the_token(
 ) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    assert ddpo.main(["doctor", str(recipe_file)]) == 0
+    assert cli.main(["doctor", str(recipe_file)]) == 0
     captured = capsys.readouterr()
     assert "RAY_AUTH_MODE is not set, a token is in RAY_AUTH_TOKEN" in captured.out
     assert "→ export RAY_AUTH_MODE=token" in captured.out

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from actors.rewards.aesthetic import Aesthetic
-from actors.rewards.function import Function
-from common.config import Recipe
-from common.lease import Lease
-from common.model_hub import Weights
-from common.run_folder import RunFolder
-from common.trackers.wandb_run import WandbRun
-from deploy.commands import doctor_checks
-from deploy.commands.doctor_checks import (
+from ray_ddpo.actors.rewards.aesthetic import Aesthetic
+from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.common.model_files.model_hub import Weights
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.lease import Lease
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.trackers.wandb_run import WandbRun
+from ray_ddpo.deploy.commands.doctor import checks as doctor_checks
+from ray_ddpo.deploy.commands.doctor.checks import (
     authentication_finding,
     checkpoint_bytes,
     compared,
@@ -26,7 +26,7 @@ from deploy.commands.doctor_checks import (
     version_findings,
     weights_findings,
 )
-from deploy.commands.plan_numbers import plan_of
+from ray_ddpo.deploy.commands.plan.numbers import plan_of
 from tests.tiny_clip import save_tiny_clip, save_tiny_head
 
 TOKEN = "f00dfacef00dfacef00dface"

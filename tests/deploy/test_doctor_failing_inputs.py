@@ -8,8 +8,8 @@ import pytest
 import ray
 import tomli_w
 
-import ddpo
-from common.run_folder import without_none
+from ray_ddpo import cli
+from ray_ddpo.common.run_storage.run_folder import without_none
 from tests.failure_page import assert_documented
 
 
@@ -18,7 +18,7 @@ def doctor(capfd: pytest.CaptureFixture[str], tables: dict, folder: Path, *words
     path = folder / "recipe.toml"
     path.write_text(tomli_w.dumps(without_none(tables)))
     capfd.readouterr()
-    exit_code = ddpo.main(["doctor", str(path), *words])
+    exit_code = cli.main(["doctor", str(path), *words])
     captured = capfd.readouterr()
     return exit_code, captured.out + captured.err
 

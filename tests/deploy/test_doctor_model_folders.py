@@ -8,8 +8,8 @@ import ray
 import tomli_w
 import torch
 
-import ddpo
-from common.run_folder import without_none
+from ray_ddpo import cli
+from ray_ddpo.common.run_storage.run_folder import without_none
 from tests.accepted_page import assert_refused
 from tests.model_copies import change_json, change_weights, copied, renamed, weights_file, without
 from tests.tiny_families import save_tiny_sdxl
@@ -20,7 +20,7 @@ def told(capfd: pytest.CaptureFixture[str], tables: dict, folder: Path, *words: 
     path = folder / "recipe.toml"
     path.write_text(tomli_w.dumps(without_none(tables)))
     capfd.readouterr()
-    exit_code = ddpo.main([words[0], str(path), *words[1:]])
+    exit_code = cli.main([words[0], str(path), *words[1:]])
     captured = capfd.readouterr()
     return exit_code, captured.out + captured.err
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
-from deploy.commands.doctor_checks import Finding
-from deploy.commands.doctor_resources import (
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.commands.doctor.checks import Finding
+from ray_ddpo.deploy.commands.doctor.resources import (
     LIBRARY_BYTES,
     Machine,
     cores_finding,
@@ -15,7 +15,7 @@ from deploy.commands.doctor_resources import (
     place_findings,
     roles_of,
 )
-from deploy.commands.plan_numbers import Plan, plan_of
+from ray_ddpo.deploy.commands.plan.numbers import Plan, plan_of
 
 GIGABYTE = 10**9
 

@@ -10,9 +10,9 @@ import pytest
 import ray
 import tomli_w
 
-import ddpo
-from common.run_folder import without_none
-from deploy import cluster
+from ray_ddpo import cli
+from ray_ddpo.common.run_storage.run_folder import without_none
+from ray_ddpo.deploy.driver import cluster
 from tests.failure_page import assert_documented
 
 KEY = "0123456789" * 4
@@ -86,7 +86,7 @@ def wandb_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 def run(capfd: pytest.CaptureFixture[str], verb: str, *words: object) -> tuple[int, str]:
     """The exit code of `ddpo VERB`, and all that it printed."""
     capfd.readouterr()
-    exit_code = ddpo.main([verb, *(str(word) for word in words)])
+    exit_code = cli.main([verb, *(str(word) for word in words)])
     captured = capfd.readouterr()
     return exit_code, captured.out + captured.err
 

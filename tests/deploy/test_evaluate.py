@@ -8,13 +8,13 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-import ddpo
-from common.config import Recipe
-from common.evaluation_log import EvaluatedImages
-from common.png import from_png
-from common.prompts import Prompt
-from deploy.commands.evaluate import changes, in_words
-from train import train
+from ray_ddpo import cli
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages
+from ray_ddpo.common.run_storage.png import from_png
+from ray_ddpo.deploy.commands.evaluate import changes, in_words
+from ray_ddpo.train import train
 
 IMAGES = {"images": 6, "batch_size": 4}
 
@@ -36,10 +36,10 @@ def test_a_run_against_the_pretrained_model_has_the_figures_and_pictures_of_its_
 ) -> None:
     tables["policy"] |= {"train": trained}
     run, output = run_of(tables, "one"), tmp_path / "found"
-    assert ddpo.main(["report", str(run)]) == 0
+    assert cli.main(["report", str(run)]) == 0
     report = json.loads((run / "report/summary.json").read_text())
     capsys.readouterr()
-    assert ddpo.main(["evaluate", str(run), "--output", str(output)]) == 0
+    assert cli.main(["evaluate", str(run), "--output", str(output)]) == 0
     figures = figures_in(output)
     assert figures["against"] == "pretrained" and list(figures["weights"]) == [str(run)]
     (found,) = figures["weights"][str(run)].values()
@@ -65,13 +65,13 @@ def test_two_runs_are_held_against_each_other_and_against_a_lora_of_another_rank
     wide = run_of({**tables, "policy": {**tables["policy"], "lora": {"rank": 8, "alpha": 8}}}, "wide") / "lora"
     both, reverse = tmp_path / "both", tmp_path / "reverse"
     few = ["--evaluation.images", "4", "--evaluation.prompts", '["fox"]']
-    assert ddpo.main(["evaluate", str(first), str(second), str(wide), "--output", str(both), *few]) == 0
+    assert cli.main(["evaluate", str(first), str(second), str(wide), "--output", str(both), *few]) == 0
     means = {name: scores["jpeg_compressibility"]["after"] for name, scores in figures_in(both)["weights"].items()}
     assert len(set(means.values())) == 3 and list(means) == [str(first), str(second), str(wide)]
     rows = parquet.read_table(both / "images.parquet").to_pylist()
     assert len(rows) == 16 and {row["prompt"] for row in rows} == {"fox"}
     arguments = [str(wide), "pretrained", "--against", str(second), "--recipe", str(first / "recipe.toml")]
-    assert ddpo.main(["evaluate", *arguments, "--output", str(reverse), *few]) == 0
+    assert cli.main(["evaluate", *arguments, "--output", str(reverse), *few]) == 0
     figures = figures_in(reverse)
     assert figures["against"] == str(second)
     found = {name: scores["jpeg_compressibility"] for name, scores in figures["weights"].items()}
@@ -106,7 +106,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_drawn(
         _name_other_layers(Path(places["other"]))
     capsys.readouterr()
     arguments = [word.format(**places) for word in named]
-    assert ddpo.main(["evaluate", *arguments, "--output", str(tmp_path / "found")]) == 2
+    assert cli.main(["evaluate", *arguments, "--output", str(tmp_path / "found")]) == 2
     said = capsys.readouterr()
     assert says in said.err and "draws" not in said.err and not said.out
     assert not (tmp_path / "found").exists()

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-import ddpo
-from common.config import Recipe
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.train import train
 from tests.failure_page import assert_documented
-from train import train
 
 STEPS, GUIDANCE = ("--sampling.num_steps", "6"), ("--sampling.guidance_scale", "1")
 
@@ -25,7 +25,7 @@ def test_settings_are_printed_and_kept_and_differing_ones_pointed_out(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     capsys.readouterr()
-    assert ddpo.main(["evaluate", str(run), *STEPS, *GUIDANCE]) == 0
+    assert cli.main(["evaluate", str(run), *STEPS, *GUIDANCE]) == 0
     printed = capsys.readouterr().out
     assert "sampled with 6 steps, guidance 1, eta 1, 16 × 16 pixels, float32, 2 seeds of evaluation.seed 7" in printed
     lines = [
@@ -41,13 +41,13 @@ def test_settings_are_printed_and_kept_and_differing_ones_pointed_out(
     assert settings["evaluation.seed"] == 7 and len(settings["seeds"]) == settings["images"] == 2
 
     kept = Path("evaluation/evaluation.json").read_bytes()
-    assert ddpo.main(["evaluate", str(run)]) == 0
+    assert cli.main(["evaluate", str(run)]) == 0
     printed = capsys.readouterr().out
     assert "in the training of" not in printed and "evaluation-2/evaluation.json" in printed
     assert json.loads(Path("evaluation-2/evaluation.json").read_text())["differs_from_training"] == []
     assert Path("evaluation/evaluation.json").read_bytes() == kept
 
-    code = ddpo.main(["evaluate", str(run), "--output", "evaluation", *STEPS])
+    code = cli.main(["evaluate", str(run), "--output", "evaluation", *STEPS])
     assert_documented("an evaluation is written into a folder with another one", code, capsys.readouterr().err)
     assert Path("evaluation/evaluation.json").read_bytes() == kept
 
@@ -55,12 +55,12 @@ def test_settings_are_printed_and_kept_and_differing_ones_pointed_out(
 def test_report_and_sample_point_out_differing_settings_too(run: Path, capsys: pytest.CaptureFixture) -> None:
     differs = f"sampling.num_steps is 6 here, and was 4 in the training of {run}"
     capsys.readouterr()
-    assert ddpo.main(["report", str(run), *STEPS]) == 0
+    assert cli.main(["report", str(run), *STEPS]) == 0
     assert differs in capsys.readouterr().out.splitlines()
     summary = json.loads((run / "report/summary.json").read_text())
     assert summary["settings"]["sampling.num_steps"] == 6 and summary["differs_from_training"] == [differs]
-    assert ddpo.main(["sample", "--lora", f"{run}/lora", "--recipe", f"{run}/recipe.toml", "fox", *STEPS]) == 0
+    assert cli.main(["sample", "--lora", f"{run}/lora", "--recipe", f"{run}/recipe.toml", "fox", *STEPS]) == 0
     assert differs.replace(str(run), f"{run}/lora") in capsys.readouterr().err.splitlines()
-    assert ddpo.main(["sample", "--lora", str(run), "fox"]) == 0
+    assert cli.main(["sample", "--lora", str(run), "fox"]) == 0
     said = capsys.readouterr().err
     assert "in the training of" not in said and "samples/000-fox-seed0.png was there and is replaced" in said

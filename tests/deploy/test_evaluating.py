@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
-from common.evaluation_log import EvaluationLog
-from common.storage import Storage
-from deploy.supervision import Stopped
-from learner.checkpoint import load_checkpoint, newest_checkpoint
-from train import train
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.deploy.driver.supervision import Stopped
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.train import train
 
 EVALUATION = {
     "every": 2,
@@ -114,7 +114,7 @@ def test_a_resumed_run_has_the_same_evaluations(tables: dict, monkeypatch: pytes
 
 def stop_after(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal that is seen once so many rounds are done."""
-    from deploy.supervision import Supervision
+    from ray_ddpo.deploy.driver.supervision import Supervision
 
     check: Callable = Supervision.check
     folder: list[Path] = []

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 
-from common.evaluation_log import EvaluatedImages
-from common.prompts import Prompt
-from common.trackers.exhibits import Picture
-from deploy.evaluation_exhibits import evaluation_exhibits
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages
+from ray_ddpo.common.trackers.exhibits import Picture
+from ray_ddpo.deploy.evaluation.media import evaluation_exhibits
 
 PIXELS = np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3)
 IMAGES = EvaluatedImages(

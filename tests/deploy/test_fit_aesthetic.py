@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-import ddpo
-from actors.rewards import REWARDS
-from common.registry import build
-from deploy.commands.fit_aesthetic_calibration import calibration_bins, calibration_picture
+from ray_ddpo import cli
+from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.deploy.commands.fit_aesthetic.calibration import calibration_bins, calibration_picture
 from tests.rated_pictures import save_pictures, write_csv, write_ratings
 from tests.tiny_clip import save_tiny_clip
 
@@ -48,7 +48,7 @@ def table(rated: tuple[Path, dict[str, float]], tmp_path: Path) -> Path:
 
 
 def fit(pictures: Path, table: Path, clip: Path, output: Path, *more: str) -> int:
-    return ddpo.main(["fit-aesthetic", str(pictures), str(table), "--clip", str(clip), "--output", str(output), *more])
+    return cli.main(["fit-aesthetic", str(pictures), str(table), "--clip", str(clip), "--output", str(output), *more])
 
 
 def metrics(output: Path) -> dict:

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-import ddpo
-from common.config import Recipe
-from common.prompts import Prompt
-from common.run_folder import RunFolder, without_none
-from learner.checkpoint import committed_checkpoints
+from ray_ddpo import cli
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder, without_none
+from ray_ddpo.learner.checkpoints.checkpoint import committed_checkpoints
+from ray_ddpo.train import train
 from tests.failure_page import assert_documented
 from tests.rounds import parts_with
-from train import train
 
 MODULE = """
 class Own(BaseException):
@@ -43,7 +43,7 @@ def printed(tables: dict, folder: Path, capfd: pytest.CaptureFixture[str], *opti
     file = folder / "recipe.toml"
     file.write_text(tomli_w.dumps(without_none(tables)))
     capfd.readouterr()
-    exit_code = ddpo.main(["train", str(file), "--serial", *options])
+    exit_code = cli.main(["train", str(file), "--serial", *options])
     return exit_code, capfd.readouterr().err
 
 
@@ -80,7 +80,7 @@ def test_a_run_that_lost_its_recipe_or_checkpoints_is_not_written_over(
 
 
 def test_a_long_or_steering_message_does_not_reach_the_terminal_whole() -> None:
-    shown = ddpo._without_passwords("\x1b[31mred\u202e " + "x" * 5_000_000 + "\nsecond line")
+    shown = cli._without_passwords("\x1b[31mred\u202e " + "x" * 5_000_000 + "\nsecond line")
     assert len(shown) < 3000 and "\x1b" not in shown and "\u202e" not in shown and shown.endswith("…\nsecond line")
 
 

@@ -8,8 +8,8 @@ import pytest
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
-from deploy.commands.lettering import lettering
-from deploy.commands.report_pictures import rows_picture
+from ray_ddpo.deploy.commands.report.images import rows_picture
+from ray_ddpo.deploy.commands.report.lettering import lettering
 from tests.accepted_page import assert_accepted
 
 PROMPTS = ["Füchschen", "кот\nдва", "猫が好き", "قطة حمراء", "🦊🏽 fox", "costs $5 or $\\frac$", "\U000f0000 nobody's"]

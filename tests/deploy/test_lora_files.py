@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import ddpo
+from ray_ddpo import cli
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.conftest import small_tables
 from tests.lora_forms import (
@@ -45,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 def sampled(home: Path, lora: Path, name: str) -> int:
     words = ["--lora", str(lora), "--recipe", str(home / "small.toml"), "--output", str(home / name), "--seed", "3"]
-    return ddpo.main(["sample", *words, "cat"])
+    return cli.main(["sample", *words, "cat"])
 
 
 def test_sample_draws_plain_diffusers_image_with_a_lora_of_kohyas(
@@ -62,7 +62,7 @@ def test_sample_draws_plain_diffusers_image_with_a_lora_of_kohyas(
     theirs = drawn.images[0]
     assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 1 and ours.std() > 1
     output = ["--recipe", str(home / "small.toml"), "--output", str(home / "compared")]
-    assert ddpo.main(["evaluate", str(path), *output]) == 0
+    assert cli.main(["evaluate", str(path), *output]) == 0
     assert str(path) in json.loads((home / "compared/evaluation.json").read_text())["weights"]
     assert_accepted("a LoRA that this program has not trained, in `ddpo sample` and `ddpo evaluate`")
 
@@ -192,7 +192,7 @@ def test_a_lora_that_training_cannot_begin_with_is_refused_by_its_key(
     path = make(pipeline, "stable_diffusion", tmp_path / "lora")
     for verb in (("plan",), ("train", "--serial")):
         command = [verb[0], str(home / "small.toml"), *verb[1:], "--policy.lora.path", str(path), *words]
-        assert ddpo.main(command) == 2
+        assert cli.main(command) == 2
         assert_refused(situation, capsys.readouterr().err)
     assert not (home / "runs/tiny/recipe.toml").exists()
 
@@ -201,8 +201,8 @@ def test_export_refuses_what_it_cannot_write(
     home: Path, pipeline: StableDiffusionPipeline, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     path = no_metadata(pipeline, "stable_diffusion", tmp_path / "lora")
-    assert ddpo.main(["export", str(path), str(tmp_path / "out.safetensors")]) == 2
+    assert cli.main(["export", str(path), str(tmp_path / "out.safetensors")]) == 2
     assert_refused("`ddpo export` of a LoRA that this program has not trained", capsys.readouterr().err)
     save_file({"a": torch.ones(1)}, tmp_path / "out.safetensors")
-    assert ddpo.main(["export", str(path), str(tmp_path / "out.safetensors")]) == 2
+    assert cli.main(["export", str(path), str(tmp_path / "out.safetensors")]) == 2
     assert "must be a .safetensors file that is not there yet" in capsys.readouterr().err

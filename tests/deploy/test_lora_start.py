@@ -10,12 +10,12 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-import ddpo
-from common.config import Recipe
-from common.diffusion.lora import LoraSettings, make_trainable, read_weights
-from common.ledger import Ledger
-from common.run_folder import RunFolder
-from learner.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo import cli
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, make_trainable, read_weights
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
 from tests.accepted_page import assert_refused
 from tests.altered_files import altered
 from tests.conftest import small_tables
@@ -35,7 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 def trained(home: Path, name: str, *words: str) -> int:
-    return ddpo.main(["train", str(home / "recipe.toml"), "--name", name, *words])
+    return cli.main(["train", str(home / "recipe.toml"), "--name", name, *words])
 
 
 def weights_of(home: Path, name: str) -> np.ndarray:
@@ -48,7 +48,7 @@ def weights_of(home: Path, name: str) -> np.ndarray:
 def test_a_run_begins_with_the_file_resumes_to_the_same_bits_and_refuses_another_file(
     home: Path, tiny_model: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert ddpo.main(["plan", str(home / "recipe.toml")]) == 0
+    assert cli.main(["plan", str(home / "recipe.toml")]) == 0
     assert trained(home, "whole", "--serial") == 0
     folder = RunFolder(home / "runs/whole")
     path = Path(folder.recipe_tables()["policy"]["lora"]["path"])
@@ -77,9 +77,9 @@ def test_a_run_begins_with_the_file_resumes_to_the_same_bits_and_refuses_another
 def test_what_is_called_pretrained_is_the_model_without_the_lora(home: Path, capsys: pytest.CaptureFixture) -> None:
     assert trained(home, "still", "--serial", "--rounds", "1", "--learner.learning_rate", "1e-30") == 0
     run, few = str(home / "runs/still"), ["--output", str(home / "compared")]
-    assert ddpo.main(["report", run]) == 0
+    assert cli.main(["report", run]) == 0
     path = RunFolder(run).recipe_tables()["policy"]["lora"]["path"]
-    assert ddpo.main(["evaluate", run, path, *few]) == 0
+    assert cli.main(["evaluate", run, path, *few]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "→" in line]
     assert len(said) == 2 and said[0] == said[1], "the untrained run is the file, and neither is the pretrained model"
     assert "+0.0 %" not in said[0]

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from actors.rewards.function import Function
-from common.config import Recipe
 from ddpo import main
-from deploy.commands.migrate import Beside, Migrated, migrate, read_config
-from deploy.commands.trl_config import DDPOConfig, TrlRun
-from deploy.commands.trl_fields import COUNTERPARTS
-from deploy.parts import parts_of
+
+from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.commands.migrate.migrate import Beside, Migrated, migrate, read_config
+from ray_ddpo.deploy.commands.migrate.trl_config import DDPOConfig, TrlRun
+from ray_ddpo.deploy.commands.migrate.trl_fields import COUNTERPARTS
+from ray_ddpo.deploy.driver.components import parts_of
 
 ROOT = Path(__file__).parents[2]
 SD15 = Beside(processes=1, model="stable-diffusion-v1-5/stable-diffusion-v1-5", reward="aesthetic")

@@ -7,14 +7,14 @@ import pytest
 import ray
 import torch
 
-from common.config import Recipe
-from common.recipe_tables import RuntimeTable
-from common.runtime import settle
-from deploy import workers
-from deploy.commands.doctor_resources import place_findings, roles_of
-from deploy.numerics_rows import rows_note
-from deploy.parts import Parts, entries_of
-from learner.resume import _differences
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import RuntimeTable
+from ray_ddpo.common.runtime import settle
+from ray_ddpo.deploy.commands.doctor.resources import place_findings, roles_of
+from ray_ddpo.deploy.driver import workers
+from ray_ddpo.deploy.driver.components import Parts, entries_of
+from ray_ddpo.deploy.driver.numerics_rows import rows_note
+from ray_ddpo.learner.checkpoints.resume import _differences
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.deploy.manifests import ROOT
 

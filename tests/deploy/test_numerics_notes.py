@@ -5,18 +5,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.ledger import Ledger
-from common.machine import Machine, this_machine
-from common.prompts import Prompt
-from common.recipe_tables import RolloutsTable
-from common.run_folder import RunFolder
-from common.schedule import Task
-from common.trajectory import Rollout, Scores, TaskReport
-from deploy.numerics_notes import NumericsNotes
-from learner.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.common.machine import Machine, this_machine
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.tables import RolloutsTable
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.schedule import Task
+from ray_ddpo.common.trajectory import Rollout, Scores, TaskReport
+from ray_ddpo.deploy.driver.numerics_notes import NumericsNotes
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.train import train
 from tests.failure_page import assert_documented
 from tests.rounds import parts_with
-from train import train
 
 ONE = Machine(processor="AMD EPYC (25/17), AVX512", versions="torch 2.13.0")
 OTHER = replace(ONE, processor="Intel Xeon (6/143), AVX2")

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-import ddpo
-from common.config import Recipe
-from common.prompts import Animals
-from common.schedule import round_tasks
-from deploy.commands.plan import plan
-from deploy.commands.plan_memory import GIGABYTES, largest_micro_batch
-from deploy.commands.plan_numbers import plan_of
-from deploy.parts import parts_of
-from learner.learner import Learner
+from ray_ddpo import cli
+from ray_ddpo.common.prompts import Animals
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.schedule import round_tasks
+from ray_ddpo.deploy.commands.plan.memory import GIGABYTES, largest_micro_batch
+from ray_ddpo.deploy.commands.plan.numbers import plan_of
+from ray_ddpo.deploy.commands.plan.plan import plan
+from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.learner.learner import Learner
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 
@@ -29,7 +29,7 @@ def test_the_plan_of_a_small_recipe_is_what_its_parts_are(recipe: Recipe) -> Non
 
 
 def test_a_trajectory_is_as_large_as_planned(recipe: Recipe) -> None:
-    from actors.sampler import Sampler
+    from ray_ddpo.actors.sampler import Sampler
 
     parts = parts_of(recipe)
     learner = Learner(parts.policy, parts.algorithm, recipe)
@@ -149,7 +149,7 @@ def test_a_divided_optimizer_state_is_a_ranks_part_of_its_memory_and_whole_in_a_
 
 
 def test_the_command_prints_the_arithmetic(capsys: pytest.CaptureFixture) -> None:
-    assert ddpo.main(["plan", str(RECIPES / "demo.toml"), "--sampling.batches_per_round", "2"]) == 0
+    assert cli.main(["plan", str(RECIPES / "demo.toml"), "--sampling.batches_per_round", "2"]) == 0
     printed = capsys.readouterr().out
     assert "32 = 2 tasks × 16" in printed
     assert "128 = 16 images × 8 of 15 steps, in micro-batches of 32" in printed
@@ -175,7 +175,7 @@ def test_of_a_window_only_its_latents_travel(recipe: Recipe) -> None:
 
 def test_of_finished_images_the_noisings_are_counted(capsys: pytest.CaptureFixture) -> None:
     options = ["--algorithm", '{name = "rwr", noisings = 4}', "--sampling.step_fraction", "0.1"]
-    assert ddpo.main(["plan", str(RECIPES / "demo.toml"), *options]) == 0
+    assert cli.main(["plan", str(RECIPES / "demo.toml"), *options]) == 0
     assert "64 = 16 images × 4 noisings, in micro-batches of 32" in capsys.readouterr().out
 
 
@@ -197,7 +197,7 @@ def test_of_finished_images_the_noisings_are_counted(capsys: pytest.CaptureFixtu
 def test_an_algorithm_that_does_not_go_with_the_rest_is_refused_at_once(
     options: list[str], text: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert ddpo.main(["plan", str(RECIPES / "demo.toml"), *options]) == 2
+    assert cli.main(["plan", str(RECIPES / "demo.toml"), *options]) == 2
     assert re.search(text, capsys.readouterr().err)
 
 

@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file
 
-import ddpo
-from common.config import Recipe
-from common.run_folder import RunFolder
-from learner.resume import resume_point
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.learner.checkpoints.resume import resume_point
 from tests.hub_server import Hub, Repository
 from tests.publishing import TOKEN, recipe_file, with_the_hub
 
@@ -103,7 +103,7 @@ def test_the_cards_program_draws_the_pictures_of_ddpo_sample(
     environment = {**with_the_hub(url), "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", f"{program}\n{alone}"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
-    assert ddpo.main(["sample", "--lora", str(run), "--output", str(tmp_path / "ours"), "cat"]) == 0
+    assert cli.main(["sample", "--lora", str(run), "--output", str(tmp_path / "ours"), "cat"]) == 0
     plain, ours = (
         np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("picture.png", "ours/000-cat-seed0.png")
     )
@@ -111,7 +111,7 @@ def test_the_cards_program_draws_the_pictures_of_ddpo_sample(
 
 
 def dry(run: Path, folder: Path, *options: str) -> dict[str, bytes]:
-    assert ddpo.main(["push", str(run), "alice/tiny", "--dry-run", str(folder), *options]) == 0
+    assert cli.main(["push", str(run), "alice/tiny", "--dry-run", str(folder), *options]) == 0
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -122,7 +122,7 @@ def test_a_dry_run_needs_no_token_and_writes_the_bytes_that_are_uploaded(
     asked = len(served[1].asked)
     assert dry(run, tmp_path / "out") == served[1].files("alice/tiny")
     assert len(served[1].asked) == asked
-    assert ddpo.main(["push", str(run), "alice/tiny", "--dry-run", str(tmp_path / "out")]) == 2
+    assert cli.main(["push", str(run), "alice/tiny", "--dry-run", str(tmp_path / "out")]) == 2
     assert "not an empty folder" in capsys.readouterr().err
 
 
@@ -143,7 +143,7 @@ def test_the_best_version_is_published_as_itself(run: Path, online: Hub, tmp_pat
     assert told["reward_before"] == told["reward_after"]  # it is the pretrained model
     assert "these weights" in best["README.md"].decode() and best["before_after.png"] != last["before_after.png"]
     options = ["--version", "best", "--private", "--revision", "best"]
-    assert ddpo.main(["push", str(run), "zoo/best", *options]) == 0
+    assert cli.main(["push", str(run), "zoo/best", *options]) == 0
     assert online.repositories["zoo/best"].private and online.files("zoo/best", "main") == {}
     uploaded = online.files("zoo/best", "best")
     assert uploaded[name] == best[name] and "'zoo/best'" in uploaded["README.md"].decode()
@@ -153,7 +153,7 @@ def test_the_best_version_is_published_as_itself(run: Path, online: Hub, tmp_pat
 def test_weights_of_an_earlier_push_do_not_stay(run: Path, online: Hub) -> None:
     earlier = {"unet/diffusion_pytorch_model.safetensors": b"old", "notes.txt": b"theirs", "README.md": b"old"}
     online.repositories["zoo/again"] = Repository(private=False, branches={"main": earlier})
-    assert ddpo.main(["push", str(run), "zoo/again"]) == 0
+    assert cli.main(["push", str(run), "zoo/again"]) == 0
     files = online.files("zoo/again")
     assert "unet/diffusion_pytorch_model.safetensors" not in files and files["notes.txt"] == b"theirs"
     assert files["README.md"].startswith(b"---")
@@ -166,7 +166,7 @@ def test_weights_that_are_not_the_runs_are_not_published(
     ours = file.read_bytes()
     try:
         file.write_bytes((run / "best" / "lora" / file.name).read_bytes())
-        assert ddpo.main(["push", str(run), "alice/tiny", "--dry-run", str(tmp_path / "out")]) == 2
+        assert cli.main(["push", str(run), "alice/tiny", "--dry-run", str(tmp_path / "out")]) == 2
     finally:
         file.write_bytes(ours)
     assert "the run has gone on and not ended" in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -203,13 +203,13 @@ def test_a_hub_in_trouble_after_training_costs_nothing(
         "output_dir": f"{bucket}/runs",
     }
     recipe, run = recipe_file(tmp_path, tiny_model, **changes), f"{bucket}/runs/tiny"
-    assert ddpo.main(["train", str(recipe), "--serial"]) == 3
+    assert cli.main(["train", str(recipe), "--serial"]) == 3
     printed = capsys.readouterr()
     assert "the run is whole, and was not pushed: the hub answers 503: not today" in printed.err
     assert f"ddpo push {run} zoo/rolled" in printed.err and TOKEN not in printed.out + printed.err
     assert online.files("zoo/rolled") == {}
     online.failing.clear()
-    assert ddpo.main(["push", run, "zoo/rolled"]) == 0
+    assert cli.main(["push", run, "zoo/rolled"]) == 0
     files, name = online.files("zoo/rolled"), "pytorch_lora_weights.safetensors"
     best = RunFolder(run).best
     kept = json.loads(best.read("best.json"))
@@ -225,7 +225,7 @@ def test_a_whole_network_is_published_in_its_folder_and_loads(
     policy = {"name": "stable_diffusion", "model": str(tiny_model), "train": "full"}
     changes: dict = {"policy": policy, "guard": {}, "evaluation": {"images": 2}, "rounds": 1}
     changes["push"] = {"repo": "zoo/full", "license": "mit"}
-    assert ddpo.main(["train", str(recipe_file(tmp_path, tiny_model, **changes)), "--serial"]) == 0
+    assert cli.main(["train", str(recipe_file(tmp_path, tiny_model, **changes)), "--serial"]) == 0
     files, run = online.files("zoo/full"), tmp_path / "runs" / "tiny"
     assert {place for place in files if "/" in place} == {
         "unet/config.json",

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-import ddpo
-import deploy.hub
-from common.config import Recipe
-from deploy.commands.doctor_checks import push_findings
-from deploy.hub import base_model, license_of
+import ray_ddpo.deploy.hub
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.commands.doctor.checks import push_findings
+from ray_ddpo.deploy.hub import base_model, license_of
 from tests.hub_server import Hub, Repository
 from tests.publishing import READS, recipe_file
 from tests.reward_services import scripted
@@ -47,7 +47,7 @@ def test_what_will_not_be_taken_is_said_before_training(
     asked = {"repo": "alice/new", "license": "mit", **push}
     recipe = recipe_file(tmp_path, tiny_model, push={key: value for key, value in asked.items() if value is not None})
     before = set(online.repositories)
-    assert ddpo.main(["train", str(recipe), "--serial"]) == 2
+    assert cli.main(["train", str(recipe), "--serial"]) == 2
     printed = capsys.readouterr()
     token = os.environ["HF_TOKEN"]
     assert says in printed.err and not (token and token in printed.out + printed.err)
@@ -59,7 +59,7 @@ def test_a_hub_that_does_not_answer_is_said_before_training(
     endpoint: str, online: Hub, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture
 ) -> None:
     online.failing[endpoint] = 500
-    assert ddpo.main(["train", str(recipe_file(tmp_path, tiny_model)), "--serial"]) == 2
+    assert cli.main(["train", str(recipe_file(tmp_path, tiny_model)), "--serial"]) == 2
     assert "the hub answers 500" in capsys.readouterr().err and not (tmp_path / "runs/tiny/metrics.jsonl").exists()
 
 
@@ -70,7 +70,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(
     monkeypatch.setattr(deploy.hub, "TIMEOUT_SECONDS", 0.2)
     with scripted(lambda _: time.sleep(1)) as (url, _):
         monkeypatch.setattr(constants, "ENDPOINT", url)
-        assert ddpo.main(["push", str(tmp_path), "alice/tiny"]) == 3
+        assert cli.main(["push", str(tmp_path), "alice/tiny"]) == 3
     assert "not pushed: the hub does not answer as it should: ReadTimeout" in capsys.readouterr().err
 
 
@@ -79,7 +79,7 @@ def test_nobody_there_is_exit_code_3_of_push(
 ) -> None:
     recipe_file(tmp_path, tiny_model)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert ddpo.main(["push", str(tmp_path), "alice/tiny"]) == 3
+    assert cli.main(["push", str(tmp_path), "alice/tiny"]) == 3
     assert "not pushed: the hub does not answer" in capsys.readouterr().err
 
 

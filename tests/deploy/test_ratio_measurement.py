@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import Recipe
-from common.diffusion.rollout import score
-from common.recipe_tables import RoleTable, RuntimeTable
-from deploy.commands.ratio_measurement import draw_some, runtime_of, score_again
-from deploy.commands.ratio_noise import Comparison, Noise, share_outside
+from ray_ddpo.common.diffusion.rollout import score
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import RoleTable, RuntimeTable
+from ray_ddpo.deploy.commands.doctor.ratio_measurement import draw_some, runtime_of, score_again
+from ray_ddpo.deploy.commands.doctor.ratio_noise import Comparison, Noise, share_outside
 from tests.tiny_policy import tiny_policy
 
 

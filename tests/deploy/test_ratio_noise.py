@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from common.recipe_tables import SamplingTable
-from deploy.commands.doctor import _print_noise
-from deploy.commands.ratio_noise import (
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.deploy.commands.doctor.doctor import _print_noise
+from ray_ddpo.deploy.commands.doctor.ratio_noise import (
     Comparison,
     Noise,
     clip_range,
@@ -20,8 +20,8 @@ from deploy.commands.ratio_noise import (
     table_rows,
     worst_in_words,
 )
-from learner.algorithms.ddpo_is import DDPOImportanceSampling
-from learner.algorithms.ddpo_sf import DDPOScoreFunction
+from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
+from ray_ddpo.learner.algorithms.ddpo_sf import DDPOScoreFunction
 
 CLIP = 1e-4
 SAMPLING = SamplingTable(num_steps=5)

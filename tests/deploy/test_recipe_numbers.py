@@ -10,13 +10,13 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from actors.rewards import REWARDS
-from common.config import Recipe
-from common.recipe_tables import Choice
-from common.registry import build, import_object, models_in
-from deploy.commands.plan import plan
-from deploy.parts import entries_of
-from deploy.rooms import ROOMS
+from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.registry import build, import_object, models_in
+from ray_ddpo.common.recipe.tables import Choice
+from ray_ddpo.deploy.commands.plan.plan import plan
+from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.deploy.driver.registries import ROOMS
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 NAMES = ("demo", "tiny/held_out", "tiny/window", "tiny/diffusion_nft", "tiny/dpok", "tiny/rwr_sparse", "tiny/floor")

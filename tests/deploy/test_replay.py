@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-import ddpo
-from common.config import Recipe
-from common.ledger import Ledger
-from common.run_folder import RunFolder
-from train import train
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.train import train
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def run(tables: dict, tmp_path: Path) -> RunFolder:
 
 def replayed(folder: RunFolder, round: int, capsys: pytest.CaptureFixture, *overrides: str) -> tuple[int, str]:
     """The exit code, and what was printed."""
-    code = ddpo.main(["replay", folder.location, "--round", str(round), *overrides])
+    code = cli.main(["replay", folder.location, "--round", str(round), *overrides])
     return code, "".join(capsys.readouterr())
 
 

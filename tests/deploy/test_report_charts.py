@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from deploy.commands.report_page import charts
+from ray_ddpo.deploy.commands.report import charts
 from tests.logged_rounds import logged
 
 

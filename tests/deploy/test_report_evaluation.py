@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ddpo
-from common.config import Recipe
-from common.evaluation_log import EvaluatedImages, EvaluationLog
-from common.prompts import Prompt
-from common.run_folder import RunFolder
-from deploy.commands.report_page.evaluation import evaluation_told, guard_sentences
-from train import train
+from ray_ddpo import cli
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages, EvaluationLog
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.commands.report.evaluation import evaluation_told, guard_sentences
+from ray_ddpo.train import train
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +108,10 @@ def test_a_run_that_was_rolled_back_is_compared_by_the_weights_that_it_has(
     recipe = Recipe.parse({**tables, "rounds": 5, "evaluation": evaluation, "guard": guard})
     train(recipe, serial=True)
     run = Path(recipe.run_path())
-    assert ddpo.main(["status", str(run)]) == 0
+    assert cli.main(["status", str(run)]) == 0
     said = capsys.readouterr().out
     assert "ended by the guard" in said and "guard" in said and "version 2: the policy is" in said
-    assert ddpo.main(["report", str(run)]) == 0
+    assert cli.main(["report", str(run)]) == 0
     summary = json.loads((run / "report" / "summary.json").read_text())
     best = json.loads((run / "best" / "best.json").read_text())
     assert (summary["policy_version"], summary["fingerprint"]) == (0, best["fingerprint"])

@@ -9,12 +9,12 @@ import psutil
 import pytest
 from PIL import Image
 
-import ddpo
-from common.config import Recipe
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.train import train
 from tests.browser import MAY_BE_SKIPPED, Page, browser
 from tests.system.disturbances import alive
 from tests.tiny_pipeline import save_tiny_pipeline
-from train import train
 
 pytestmark = [
     pytest.mark.system,
@@ -48,7 +48,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     recipe = Recipe.parse(tables)
     train(recipe, serial=True)
-    assert ddpo.main(["report", recipe.run_path()]) == 0
+    assert cli.main(["report", recipe.run_path()]) == 0
     return Path(recipe.run_path()) / "report" / "report.html"
 
 

@@ -14,19 +14,19 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from actors.evaluation import Comparison, EvaluationSet
-from common.config import Recipe
-from common.ledger import Ledger
-from common.prompts import Prompt
-from common.run_folder import RunFolder
-from deploy.commands.report import in_words, logged_rounds
-from deploy.commands.report_page.numbers import number, signed
-from deploy.commands.report_page.page import HERE, FinishedRun, report_page, versions
-from deploy.commands.report_page.pictures import EDGE, data_uri, gallery, worst_and_best
-from deploy.commands.report_page.prompts import PromptRow, held_out_table, training_table
-from deploy.commands.report_page.scores import headline, paired, scores
-from deploy.commands.report_page.words import summary_in_words
-from deploy.parts import parts_of
+from ray_ddpo.actors.evaluation.evaluation import Comparison, EvaluationSet
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.commands.report.image_pairs import EDGE, data_uri, gallery, worst_and_best
+from ray_ddpo.deploy.commands.report.numbers import number, signed
+from ray_ddpo.deploy.commands.report.page import HERE, FinishedRun, report_page, versions
+from ray_ddpo.deploy.commands.report.prompts import PromptRow, held_out_table, training_table
+from ray_ddpo.deploy.commands.report.report import in_words, logged_rounds
+from ray_ddpo.deploy.commands.report.scores import headline, paired, scores
+from ray_ddpo.deploy.commands.report.summary import summary_in_words
+from ray_ddpo.deploy.driver.components import parts_of
 from tests.logged_rounds import logged
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}", "</style></pre>&amp;'")

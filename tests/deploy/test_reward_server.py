@@ -11,15 +11,15 @@ import httpx2
 import numpy as np
 import pytest
 
-from actors.reward_client import RewardServiceFailed
-from actors.rewards.function import Function
-from actors.rewards.http import Http
-from actors.rewards.jpeg import JpegCompressibility
-from common.config import Recipe
-from common.reward_protocol import to_png
-from deploy import reward_server
-from deploy.commands import serve_reward
-from deploy.commands.serve_reward import Listening
+from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.actors.rewards.http import Http
+from ray_ddpo.actors.rewards.http_client import RewardServiceFailed
+from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.reward_protocol import to_png
+from ray_ddpo.deploy.reward_service import serve_reward
+from ray_ddpo.deploy.reward_service import server as reward_server
+from ray_ddpo.deploy.reward_service.serve_reward import Listening
 from tests.common.test_reward_protocol import png_that_says
 from tests.reward_services import running, serving
 

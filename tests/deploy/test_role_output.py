@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from common.storage import Storage
-from deploy.role_output import LabelledOutput, RoleOutput
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.deploy.driver.role_output import LabelledOutput, RoleOutput
 
 
 def test_each_whole_line_gets_the_label_and_a_progress_bar_its_last_state() -> None:

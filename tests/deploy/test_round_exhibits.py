@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.ledger import Ledger
-from common.png import from_png
-from common.prompts import Prompt
-from common.run_folder import RunFolder
-from common.schedule import Task
-from common.trajectory import ImageBatch, Rollout, Scores, TaskReport, TrainBatch
-from deploy.round_exhibits import first_pictures, round_exhibits
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.png import from_png
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.schedule import Task
+from ray_ddpo.common.trajectory import ImageBatch, Rollout, Scores, TaskReport, TrainBatch
+from ray_ddpo.deploy.driver.round_media import first_pictures, round_exhibits
 from tests.shown_rounds import fingerprint, run, shown_in
 
 CAT, DOG = Prompt("cat"), Prompt("dog")

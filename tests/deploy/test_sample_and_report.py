@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ddpo
-from actors.evaluation import Comparison, EvaluationSet
-from common.config import Recipe
-from common.diffusion.policy import EMBEDDED_MODELS
-from common.run_folder import RunFolder
-from deploy.commands.report import summary
-from deploy.commands.report_page.numbers import number
+from ray_ddpo import cli
+from ray_ddpo.actors.evaluation.evaluation import Comparison, EvaluationSet
+from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.commands.report.numbers import number
+from ray_ddpo.deploy.commands.report.report import summary
+from ray_ddpo.train import train
 from tests.conftest import SECRET
-from train import train
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_plain_diffusers_draws_the_pictures_of_ddpo_sample(model: str, tables: d
     train(recipe, serial=True)
     run = Path(recipe.run_path())
     ours = tmp_path / "ours"
-    assert ddpo.main(["sample", "--lora", str(run), "--seed", "3", "--output", str(ours), "cat", "dog"]) == 0
+    assert cli.main(["sample", "--lora", str(run), "--seed", "3", "--output", str(ours), "cat", "dog"]) == 0
     plain = tmp_path / "plain"
     plain.mkdir()
     arguments = [sys.executable, "-c", PLAIN_DIFFUSERS, folder, run / "lora", plain]
@@ -66,14 +66,14 @@ def test_plain_diffusers_draws_the_pictures_of_ddpo_sample(model: str, tables: d
 
 def test_a_lora_file_alone_needs_a_recipe_and_draws_the_same(run: Path, tmp_path: Path) -> None:
     file = run / "lora" / "pytorch_lora_weights.safetensors"
-    assert ddpo.main(["sample", "--lora", str(run), "--output", str(tmp_path / "a"), "fox"]) == 0
+    assert cli.main(["sample", "--lora", str(run), "--output", str(tmp_path / "a"), "fox"]) == 0
     arguments = ["--lora", str(file), "--recipe", str(run / "recipe.toml"), "--output", str(tmp_path / "b"), "fox"]
-    assert ddpo.main(["sample", *arguments]) == 0
+    assert cli.main(["sample", *arguments]) == 0
     assert (tmp_path / "a/000-fox-seed0.png").read_bytes() == (tmp_path / "b/000-fox-seed0.png").read_bytes()
 
 
 def test_the_report_says_what_changed(run: Path, capsys: pytest.CaptureFixture) -> None:
-    assert ddpo.main(["report", str(run)]) == 0
+    assert cli.main(["report", str(run)]) == 0
     figures = json.loads((run / "report" / "summary.json").read_text())
     assert figures["images_compared"] == 8
     assert figures["reward_before"] != figures["reward_after"]
@@ -93,7 +93,7 @@ def test_the_page_tells_of_every_reward_and_of_the_rows_that_were_kept(tables: d
     tables["prompts"] = {"name": "texts", "texts": ["cat", "<b>dog</b>"]}
     recipe = Recipe.parse({**tables, "evaluation": {"images": 4}, "rollouts": {"keep": keep}})
     train(recipe, serial=True)
-    assert ddpo.main(["report", recipe.run_path()]) == 0
+    assert cli.main(["report", recipe.run_path()]) == 0
     page = (Path(recipe.run_path()) / "report" / "report.html").read_text()
     figures = json.loads((Path(recipe.run_path()) / "report" / "summary.json").read_text())
     assert {"small", "rich"} == set(figures["scorers"]) and "<b>small</b>" in page and "<b>rich</b>" in page
@@ -107,7 +107,7 @@ def test_a_run_of_one_round_in_a_bucket_has_its_page_there(tables: dict, bucket:
     tables |= {"output_dir": f"{bucket}/runs", "rounds": 1, "evaluation": {"images": 4}}
     recipe = Recipe.parse(tables)
     train(recipe, serial=True)
-    assert ddpo.main(["report", recipe.run_path()]) == 0
+    assert cli.main(["report", recipe.run_path()]) == 0
     page = RunFolder(recipe.run_path()).report.read("report.html").decode()
     assert "in one round" in page and SECRET not in page and "testing-key" not in page
 
@@ -116,7 +116,7 @@ def test_an_untrained_run_changes_nothing(tables: dict) -> None:
     tables["learner"] |= {"learning_rate": 1e-30, "weight_decay": 0}
     recipe = Recipe.parse({**tables, "name": "still", "evaluation": {"images": 4}})
     train(recipe, serial=True)
-    assert ddpo.main(["report", recipe.run_path()]) == 0
+    assert cli.main(["report", recipe.run_path()]) == 0
     figures = json.loads((Path(recipe.run_path()) / "report" / "summary.json").read_text())
     assert figures["reward_before"] == figures["reward_after"]
 

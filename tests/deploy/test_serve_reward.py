@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from actors.rewards.http import Http
-from actors.rewards.jpeg import JpegCompressibility
-from common.config import Recipe
-from common.run_folder import without_none
-from deploy.commands.doctor_checks import reward_findings
+from ray_ddpo.actors.rewards.http import Http
+from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import without_none
+from ray_ddpo.deploy.commands.doctor.checks import reward_findings
 from tests.reward_services import scripted, serving
 from tests.system.conftest import final_fingerprint
 

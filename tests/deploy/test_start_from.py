@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import tomli_w
 
-import ddpo
-from common.config import Recipe
-from common.ledger import Ledger
-from common.recipe_tables import StartFromTable
-from common.run_folder import RunFolder
-from deploy.start_from import start_from_of
-from learner.checkpoint import Checkpoint, checkpoint_of, load_checkpoint
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import StartFromTable
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.driver.start_from import start_from_of
+from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, checkpoint_of, load_checkpoint
+from ray_ddpo.train import train
 from tests.altered_files import altered
 from tests.conftest import small_tables
 from tests.failure_page import assert_documented
-from train import train
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 def started(home: Path, name: str, source: str, *words: str) -> int:
     """The exit code of a new run that starts from `source` with another learning rate."""
     other = ["--name", name, "--learner.learning_rate", "5e-4", "--evaluation.every", "0", *words]
-    return ddpo.main(["train", str(home / "recipe.toml"), "--serial", "--from", source, *other])
+    return cli.main(["train", str(home / "recipe.toml"), "--serial", "--from", source, *other])
 
 
 def checkpoint(home: Path, name: str, rounds_done: int) -> Checkpoint:
@@ -63,7 +63,7 @@ def test_a_run_starts_from_a_rounds_weights_with_a_fresh_optimizer_and_says_so(
     assert set(ledger.read(0).to_pydict()["fingerprint"]) == {before.fingerprint}, (
         "its first images are of these weights"
     )
-    assert ddpo.main(["report", folder.location]) == 0
+    assert cli.main(["report", folder.location]) == 0
     assert f"started from {first} after round 1" in capsys.readouterr().out
     assert json.loads(folder.report.read("summary.json"))["start_from"] == source
     assert f"started from the weights of {first}" in folder.report.read("report.html").decode()
@@ -77,7 +77,7 @@ def test_a_resume_needs_neither_the_earlier_run_nor_the_option(home: Path, capsy
     first.rename(home / "runs/away")
     try:
         rest = ["--serial", "--name", halves, "--learner.learning_rate", "5e-4", "--evaluation.every", "0"]
-        assert ddpo.main(["train", str(home / "recipe.toml"), "--resume", "auto", *rest]) == 0
+        assert cli.main(["train", str(home / "recipe.toml"), "--resume", "auto", *rest]) == 0
         assert started(home, halves, whole, "--resume", "auto") == 0  # as a job that is submitted again says it
         assert started(home, halves, f"{whole}@1", "--resume", "auto") == 2
         assert f"started from {whole} after round 2, and --from now says {whole}@1" in capsys.readouterr().err
@@ -97,10 +97,10 @@ def test_the_best_version_is_a_source_too(home: Path) -> None:
 def test_another_recipe_is_refused_with_the_way_forward(home: Path, capsys: pytest.CaptureFixture) -> None:
     recipe = str(home / "recipe.toml")
     for key, value in (("learner.learning_rate", "0.01"), ("reward.name", "jpeg_incompressibility")):
-        code = ddpo.main(["train", recipe, "--serial", "--resume", "auto", f"--{key}", value])
+        code = cli.main(["train", recipe, "--serial", "--resume", "auto", f"--{key}", value])
         situation = "a run is resumed with another learning rate, reward or prompts"
         assert_documented(situation, code, capsys.readouterr().err)
-    assert ddpo.main(["train", recipe, "--serial"]) == 2
+    assert cli.main(["train", recipe, "--serial"]) == 2
     assert f"--from {home}/runs/first starts the other run from" in capsys.readouterr().err
 
 

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from common.config import Recipe
-from common.lease import Lease
-from common.run_folder import RunFolder
 from ddpo import main
-from deploy.commands.status import in_words, status
-from train import train
+
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.lease import Lease
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.commands.status import in_words, status
+from ray_ddpo.train import train
 
 
 def test_a_run_before_its_first_round_and_while_a_process_holds_it(tables: dict) -> None:

@@ -1,4 +1,4 @@
-"""deploy/submit.sh: what it hands to `ray job submit`, recorded by a stand-in for ray on the PATH, and what it refuses."""
+"""deploy/cluster/submit.sh: what it hands to `ray job submit`, recorded by a stand-in for ray on the PATH, and what it refuses."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
-from deploy.commands.command_line import read
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.commands.command_line import read
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "deploy" / "submit.sh"

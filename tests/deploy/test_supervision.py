@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import ddpo
-from common.lease import Lease
-from common.run_folder import RunFolder
-from deploy.commands.scale import scale
-from deploy.supervision import Stopped, Supervision
+from ray_ddpo import cli
+from ray_ddpo.common.run_storage.lease import Lease
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.commands.scale import scale
+from ray_ddpo.deploy.driver.supervision import Stopped, Supervision
 from tests.rounds import begun_run
 
 
@@ -63,7 +63,7 @@ def test_a_run_whose_folder_is_taken_over_stops_and_writes_nothing_more(folder: 
 
 
 def test_scale_reaches_the_run_once_for_each_number(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.supervision.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("ray_ddpo.deploy.driver.supervision.POLL_SECONDS", 0.0)
     wanted: list[int] = []
     with Lease(folder) as lease, supervised(folder, lease) as supervision:
         supervision.on_scale = {"samplers": wanted.append}
@@ -81,7 +81,7 @@ def test_what_was_asked_of_an_earlier_start_is_forgotten(folder: RunFolder) -> N
 
 
 def said(capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    assert ddpo.main(list(arguments)) == 2
+    assert cli.main(list(arguments)) == 2
     return capsys.readouterr().err
 
 

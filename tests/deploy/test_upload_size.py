@@ -9,7 +9,7 @@ import pytest
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, RAY_RUNTIME_ENV_DEFAULT_EXCLUDES
 from ray._private.runtime_env.packaging import create_package
 
-from deploy.upload_size import LIMIT, NEVER, too_large
+from ray_ddpo.deploy.cluster.upload_size import LIMIT, NEVER, too_large
 from tests.failure_page import assert_documented
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def clone(tmp_path: Path) -> Path:
 
 def submit(clone: Path) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": f"{clone}/bin:/usr/bin:/bin"}
-    command = ["bash", "deploy/submit.sh", "demo.toml", "/shared/runs"]
+    command = ["bash", "deploy/cluster/submit.sh", "demo.toml", "/shared/runs"]
     return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=60)
 
 

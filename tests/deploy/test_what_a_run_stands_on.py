@@ -10,14 +10,14 @@ import pyarrow.parquet as parquet
 import pytest
 import tomli_w
 
-import ddpo
-from common.config import Recipe
-from common.run_folder import RunFolder
-from learner.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.train import train
 from tests.altered_files import altered
 from tests.conftest import small_tables
 from tests.failure_page import assert_documented
-from train import train
 
 USERS_MODULE = '''"""A user's own reward."""
 
@@ -68,7 +68,7 @@ def called(home: Path, verb: str, capsys: pytest.CaptureFixture, *words: str) ->
         "evaluate": ["evaluate", run, "--output", str(home / "found")],
     }
     capsys.readouterr()
-    code = ddpo.main([*arguments[verb], *words])
+    code = cli.main([*arguments[verb], *words])
     return code, "".join(capsys.readouterr())
 
 
@@ -171,12 +171,12 @@ def test_a_run_that_moved_goes_on_where_model_and_prompts_lie_elsewhere(
     where = ["--output_dir", str(moved / "runs"), *places]
     arguments = ["train", str(moved / "recipe.toml"), "--serial", "--resume", "auto", "--rounds", "2", *where]
     with altered(next((moved / "model/unet").glob("*.safetensors"))):
-        assert ddpo.main(arguments) == 2
+        assert cli.main(arguments) == 2
     assert "policy.model/unet was " in capsys.readouterr().err
-    assert ddpo.main(arguments) == 0
+    assert cli.main(arguments) == 0
     assert RunFolder(moved / "runs/first").base()["policy.model/unet"].path == str(moved / "model/unet")
     sample = ["sample", "--lora", str(moved / "runs/first"), "--output", str(moved / "samples"), "a cat"]
-    assert ddpo.main([*sample, "--policy.model", str(home / "model")]) == 0
+    assert cli.main([*sample, "--policy.model", str(home / "model")]) == 0
 
 
 def test_weights_of_two_models_are_not_compared_unasked(
@@ -185,10 +185,10 @@ def test_weights_of_two_models_are_not_compared_unasked(
     model = Path(shutil.copytree(home / "model", tmp_path / "other"))
     changed = ["--policy.model", str(model), "--name", "second", "--output_dir", str(tmp_path)]
     with altered(next((model / "unet").glob("*.safetensors"))):
-        assert ddpo.main(["train", str(home / "recipe.toml"), "--serial", *changed]) == 0
+        assert cli.main(["train", str(home / "recipe.toml"), "--serial", *changed]) == 0
     runs, output = [str(home / "runs/first"), str(tmp_path / "second")], ["--output", str(tmp_path / "found")]
     capsys.readouterr()
-    assert ddpo.main(["evaluate", *runs, *output]) == 2
+    assert cli.main(["evaluate", *runs, *output]) == 2
     assert f"the run in {runs[1]} stands on other files" in capsys.readouterr().err
-    assert ddpo.main(["evaluate", *runs, *output, "--recipe", f"{runs[0]}/recipe.toml"]) == 0
+    assert cli.main(["evaluate", *runs, *output, "--recipe", f"{runs[0]}/recipe.toml"]) == 0
     assert f"{runs[1]}: policy.model/unet was " in capsys.readouterr().err

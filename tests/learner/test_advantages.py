@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.advantages import (
+from ray_ddpo.learner.algorithms.advantages import (
     extend_statistics,
     group_advantages,
     optimality,

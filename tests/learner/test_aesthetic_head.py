@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.aesthetic_head import read_head
-from learner.aesthetic_head import (
+from ray_ddpo.common.image_models.aesthetic_head import read_head
+from ray_ddpo.learner.aesthetic_head.fit import (
     HEADS,
     FittedHead,
     HeadKind,

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from common.diffusion.lora import load_weights, trained_parameters
-from common.lora_weights import averaged, pack
-from common.storage import Storage
-from deploy.parts import Parts
-from learner.algorithms import ALGORITHMS
-from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from learner.learner import Learner
-from learner.learner_state import LearnerState
-from learner.round_transitions import RoundTransitions, round_transitions
+from ray_ddpo.common.diffusion.lora.adapters import load_weights, trained_parameters
+from ray_ddpo.common.policy_weights import averaged, pack
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner.algorithms import ALGORITHMS
+from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
+from ray_ddpo.learner.learner import Learner
+from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
 from tests.gradients import ONE_STEP, gradient_of, relative_error
 from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.diffusion.policy import Conditioning, Policy
-from common.diffusion.transition import Transition
-from common.registry import build
-from common.trajectory import NoisedBatch, TransitionBatch
-from learner.algorithms import ALGORITHMS
+from ray_ddpo.common.diffusion.policy import Conditioning, Policy
+from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
+from ray_ddpo.learner.algorithms import ALGORITHMS
 from tests.reference import algorithms_reference as others
 from tests.reference import ddpo_reference as reference
 

@@ -7,12 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.lora_weights import pack
-from common.machine import Machine
-from common.storage import Storage
-from learner import checkpoint as module
-from learner.checkpoint import MANIFEST, Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from learner.learner_state import Evaluated, EvaluationState, LearnerState
+from ray_ddpo.common.machine import Machine
+from ray_ddpo.common.policy_weights import pack
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.learner.checkpoints import checkpoint as module
+from ray_ddpo.learner.checkpoints.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from ray_ddpo.learner.checkpoints.learner_state import Evaluated, EvaluationState, LearnerState
 
 MACHINE = Machine(processor="a processor", versions="torch 2.13.0")
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.filesystems import LocalFiles, RemoteFiles
-from common.lora_weights import pack
-from common.storage import Storage
-from learner.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from learner.learner_state import LearnerState
-from learner.shards import SHARD_BYTES
+from ray_ddpo.common.policy_weights import pack
+from ray_ddpo.common.run_storage.filesystems import LocalFiles, RemoteFiles
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
+from ray_ddpo.learner.checkpoints.shards import SHARD_BYTES
 
 ON_DISK = ("put", "sync", "rename", "unlink", "make_folder", "remove_folder")
 IN_STORE = ("put", "unlink", "remove_folder")

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.diffusion import POLICIES
-from common.diffusion.lora import reference_policy, trained_parameters
-from common.diffusion.policy import Policy, select_rows
-from common.recipe_tables import SamplingTable
-from common.registry import build
-from common.trajectory import NoisedBatch
-from learner.algorithms import ALGORITHMS
-from learner.algorithms.diffusion_nft import DiffusionNFT
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.lora.adapters import reference_policy, trained_parameters
+from ray_ddpo.common.diffusion.policy import Policy, select_rows
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.common.trajectory import NoisedBatch
+from ray_ddpo.learner.algorithms import ALGORITHMS
+from ray_ddpo.learner.algorithms.diffusion_nft import DiffusionNFT
 from tests.accepted_page import assert_accepted
 from tests.gradients import relative_error
 from tests.tiny_families import policy_table, save_tiny_flux, save_tiny_sd3

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from learner.pretraining.drawings import Drawing, prompted_animals
+from ray_ddpo.learner.pretraining.drawings import Drawing, prompted_animals
 
 SQUARE = Drawing("cat", "hand-made", "square", '<rect x="4" y="4" width="8" height="8" fill="#ff0000"/>', 16.0, 16.0)
 RED, WHITE = [255, 0, 0], [255, 255, 255]

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from learner.drift import few
-from learner.rank_group import Ranks
-from learner.round_transitions import round_transitions
+from ray_ddpo.learner.drift import few
+from ray_ddpo.learner.process_group import Ranks
+from ray_ddpo.learner.round_data.transitions import round_transitions
 from tests.rounds import draw_round, learner_of, parts_with
 
 

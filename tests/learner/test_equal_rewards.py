@@ -5,8 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from deploy.parts import Parts
-from learner.advantages import extend_statistics, group_advantages, per_prompt_advantages, round_advantages
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner.algorithms.advantages import (
+    extend_statistics,
+    group_advantages,
+    per_prompt_advantages,
+    round_advantages,
+)
 from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
 
 

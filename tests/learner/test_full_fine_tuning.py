@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from common.diffusion.lora import trained_parameters
-from common.diffusion.policy import Role, select_rows
-from common.diffusion.sizes import parameter_bytes
-from common.evaluation_log import EvaluationLog
-from common.lora_weights import averaged
-from common.run_folder import RunFolder
-from deploy.commands.plan_numbers import plan_of
-from learner.checkpoint import load_checkpoint
-from learner.learner import Learner
+from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.diffusion.memory.sizes import parameter_bytes
+from ray_ddpo.common.diffusion.policy import Role, select_rows
+from ray_ddpo.common.policy_weights import averaged
+from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.commands.plan.numbers import plan_of
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint
+from ray_ddpo.learner.learner import Learner
+from ray_ddpo.train import train
 from tests.rounds import draw_round, parts_with
 from tests.tiny_policy import SAMPLING, tiny_policy
-from train import train
 
 FULL = {"policy__train": "full", "learner__learning_rate": 1e-5}
 HALF = {**FULL, "policy__dtype": "bfloat16"}

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.recipe_tables import GuardTable
-from learner.guard import Alarm, Judged, Look, alarms, best_version, is_over
+from ray_ddpo.common.recipe.tables import GuardTable
+from ray_ddpo.deploy.evaluation.guard import Alarm, Judged, Look, alarms, best_version, is_over
 
 SETTINGS = GuardTable(dark_share=0.3, sharpness=0.5, entropy=0.5, diversity=0.5)
 PICTURES = {"dark_share": 0.1, "sharpness": 100.0, "entropy": 6.0, "diversity": 0.2}

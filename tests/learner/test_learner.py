@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.diffusion.lora import load_weights, reference_policy
-from common.diffusion.policy import select_rows
-from common.run_folder import RunFolder
-from learner.learner import Learner
+from ray_ddpo.common.diffusion.lora.adapters import load_weights, reference_policy
+from ray_ddpo.common.diffusion.policy import select_rows
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.learner.learner import Learner
 from tests.gradients import (
     ONE_STEP,
     gradient_of,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.losses import clipped_surrogate
+from ray_ddpo.learner.algorithms.losses import clipped_surrogate
 from tests.reference import ddpo_reference as reference
 
 

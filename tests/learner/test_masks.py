@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.registry import build
-from common.trajectory import TransitionBatch
-from learner.algorithms import ALGORITHMS
-from learner.off_policy import to_those_left
-from learner.update_metrics import UpdateMetrics
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.trajectory import TransitionBatch
+from ray_ddpo.learner.algorithms import ALGORITHMS
+from ray_ddpo.learner.algorithms.off_policy import to_those_left
+from ray_ddpo.learner.update_metrics import UpdateMetrics
 from tests.accepted_page import assert_accepted
 from tests.learner.test_algorithms import ELEMENTS, PAIRS, REFERRED, STD, Slow, Toy, limited, log_prob, normal, slope
 from tests.reference import ddpo_reference as reference

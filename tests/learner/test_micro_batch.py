@@ -6,8 +6,8 @@ from collections import namedtuple
 import pytest
 import torch
 
-import learner.micro_batch as module
-from learner.micro_batch import MOST_ON_CPU, StepTrial, largest_that_fits
+import ray_ddpo.learner.optimization.micro_batch as module
+from ray_ddpo.learner.optimization.micro_batch import MOST_ON_CPU, StepTrial, largest_that_fits
 from tests.rounds import draw_round, learner_of, parts_with
 
 Memory = namedtuple("Memory", "available")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.config import Recipe
-from common.diffusion import diffusers_policy
-from common.diffusion.compiled import CompiledNetwork
-from common.diffusion.policy_stable_diffusion import StableDiffusion
-from deploy.parts import entries_of, parts_of
-from learner.weight_check import WeightsDidNotArrive, computes_as_samplers
+from ray_ddpo.common.diffusion import diffusers_policy
+from ray_ddpo.common.diffusion.compiled import CompiledNetwork
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.driver.components import entries_of, parts_of
+from ray_ddpo.learner.weight_check import WeightsDidNotArrive, computes_as_samplers
 from tests.conftest import small_tables
 from tests.rounds import draw_round, learner_of, moved, parts_with
 

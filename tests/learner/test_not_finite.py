@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-import ddpo
-from common.config import Recipe
-from common.run_folder import RunFolder
-from learner.algorithms import policy_gradient
-from learner.checkpoint import load_checkpoint, newest_checkpoint
-from learner.learner import Learner
-from learner.optimizer_steps import NotFinite
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.learner.algorithms import policy_gradient
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.learner.learner import Learner
+from ray_ddpo.learner.optimization.optimizer_steps import NotFinite
 from tests.accepted_page import assert_refused
 from tests.failure_page import assert_documented
 from tests.rounds import draw_round, learner_of, parts_with
@@ -147,7 +147,7 @@ def train(tables: dict, folder: Path, capfd: pytest.CaptureFixture, *options: st
 
     file = folder / "recipe.toml"
     file.write_text(tomli_w.dumps(tables))
-    exit_code = ddpo.main(["train", str(file), "--serial", *options])
+    exit_code = cli.main(["train", str(file), "--serial", *options])
     captured = capfd.readouterr()
     return exit_code, captured.out + captured.err
 
@@ -182,7 +182,7 @@ def test_a_run_ends_with_whole_files_and_resumes(
         ["sample", "--lora", folder.location, "cat"],
         ["evaluate", folder.location],
     ):
-        exit_code = ddpo.main(verb)
+        exit_code = cli.main(verb)
         captured = capfd.readouterr()
         assert exit_code == 2 and f"{lora}: the tensor {name}" in captured.err
         assert_refused("weights in a file that are NaN or infinite", captured.err)

@@ -8,9 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.diffusion.transition import Transition
-from learner.algorithms.policy_gradient import OffPolicySettings
-from learner.off_policy import behaviour_weight, decoupled_surrogate, drift_nats, to_those_left, within_drift
+from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.learner.algorithms.off_policy import (
+    behaviour_weight,
+    decoupled_surrogate,
+    drift_nats,
+    to_those_left,
+    within_drift,
+)
+from ray_ddpo.learner.algorithms.policy_gradient import OffPolicySettings
 from tests.reference import ddpo_reference as reference
 
 

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from common.diffusion.lora import load_weights, trained_parameters
-from common.diffusion.policy import Policy
-from common.lora_weights import LoraWeights, pack
-from common.trajectory import TransitionBatch
-from deploy.parts import Parts
-from learner.algorithms.algorithm import Algorithm, PairLoss
-from learner.algorithms.ddpo_is import DDPOImportanceSampling
-from learner.learner import Learner
-from learner.reference_passes import Update, references_of
-from learner.round_pairs import Pair
-from learner.round_transitions import RoundTransitions, round_transitions
-from learner.weight_check import swapped_in
+from ray_ddpo.common.diffusion.lora.adapters import load_weights, trained_parameters
+from ray_ddpo.common.diffusion.policy import Policy
+from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.trajectory import TransitionBatch
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner.algorithms.algorithm import Algorithm, PairLoss
+from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
+from ray_ddpo.learner.learner import Learner
+from ray_ddpo.learner.round_data.reference_passes import Update, references_of
+from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
+from ray_ddpo.learner.round_data.transitions_index import Pair
+from ray_ddpo.learner.weight_check import swapped_in
 from tests.gradients import ONE_STEP, gradient_of, relative_error
 from tests.reference import ddpo_reference as reference
 from tests.rounds import DrawnRound, draw_round, learner_of, parts_with

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-import ddpo
-from common.config import Recipe
-from common.recipe_tables import LearnerTable
-from common.storage import Storage
-from deploy.commands.plan_numbers import plan_of
-from deploy.parts import parts_of
-from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from learner.learner import Learner
-from learner.optimizer import load_optimizer_arrays, optimizer_arrays, optimizer_of
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import LearnerTable
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.deploy.commands.plan.numbers import plan_of
+from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ray_ddpo.learner.learner import Learner
+from ray_ddpo.learner.optimization.optimizer import load_optimizer_arrays, optimizer_arrays, optimizer_of
 from tests.rounds import draw_round, parts_with
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
@@ -170,12 +170,12 @@ def test_without_its_library_the_recipe_is_refused_before_anything_is_drawn(
         parts_with(tables, **EIGHT_BIT)
     assert parts_of(parts_with(tables).recipe)
     options = ["--learner.optimizer", "adamw_8bit"]
-    assert ddpo.main(["train", str(RECIPES / "demo.toml"), *options]) == 2
+    assert cli.main(["train", str(RECIPES / "demo.toml"), *options]) == 2
     assert "needs bitsandbytes" in capsys.readouterr().err
-    assert ddpo.main(["doctor", str(RECIPES / "demo.toml"), *options]) == 1
+    assert cli.main(["doctor", str(RECIPES / "demo.toml"), *options]) == 1
     assert "needs bitsandbytes" in capsys.readouterr().out
 
 
 def test_another_name_is_refused_with_those_that_there_are(tables: dict) -> None:
-    with pytest.raises(ValueError, match="learner.optimizer.*'adamw' or 'adamw_8bit'"):
+    with pytest.raises(ValueError, match="ray_ddpo.learner.optimization.optimizer.*'adamw' or 'adamw_8bit'"):
         parts_with(tables, learner__optimizer="lion")

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from common.schedule import round_parts, transition_order
-from common.trajectory import TrainBatch
-from deploy.parts import Parts
-from learner.learner import Learner
+from ray_ddpo.common.schedule import round_parts, transition_order
+from ray_ddpo.common.trajectory import TrainBatch
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner.learner import Learner
 from tests.rounds import DrawnRound, draw_round, learner_of, parts_with, stale
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from common.lora_weights import pack
-from common.schedule import transition_order
-from common.trajectory import TrainBatch
-from learner.call_names import title_of
-from learner.rank_group import Ranks, ranks_of
-from learner.reference_passes import Update
-from learner.round_pairs import share_of
-from learner.round_transitions import RoundTransitions, round_transitions
+from ray_ddpo.common.policy_weights import pack
+from ray_ddpo.common.schedule import transition_order
+from ray_ddpo.common.trajectory import TrainBatch
+from ray_ddpo.learner.call_names import title_of
+from ray_ddpo.learner.process_group import Ranks, ranks_of
+from ray_ddpo.learner.round_data.reference_passes import Update
+from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
+from ray_ddpo.learner.round_data.transitions_index import share_of
 from tests.conftest import small_tables
 from tests.gradients import relative_error
 from tests.rank_processes import Case, Outcome, learn, run_in_ranks, with_changes

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.diffusion.diffusers_policy import DiffusersPolicy
+from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
 from tests.accepted_page import assert_accepted
 from tests.gradients import ONE_STEP
 from tests.rounds import draw_round, learner_of, parts_with

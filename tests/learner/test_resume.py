@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.lora_weights import pack
-from common.run_folder import RunFolder
-from deploy.parts import Parts
-from learner.checkpoint import Checkpoint, save_checkpoint
-from learner.learner_state import LearnerState
-from learner.resume import resume_point
+from ray_ddpo.common.policy_weights import pack
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
+from ray_ddpo.learner.checkpoints.resume import resume_point
 from tests.rounds import parts_with
 
 

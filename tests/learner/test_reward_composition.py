@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import Recipe
-from common.overrides import with_overrides
-from deploy.parts import entries_of
-from learner.advantages import feasible_first, shortfall, win_rates
-from learner.algorithms.advantage_settings import AdvantageSettings
-from learner.algorithms.algorithm import Algorithm
-from learner.algorithms.ddpo_is import DDPOImportanceSampling
-from learner.algorithms.diffusion_nft import DiffusionNFT
-from learner.reward_composition import RewardComposition, Statistics, Worth
+from ray_ddpo.common.recipe.overrides import with_overrides
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
+from ray_ddpo.learner.algorithms.advantages import feasible_first, shortfall, win_rates
+from ray_ddpo.learner.algorithms.algorithm import Algorithm
+from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
+from ray_ddpo.learner.algorithms.diffusion_nft import DiffusionNFT
+from ray_ddpo.learner.algorithms.reward_aggregation import RewardComposition, Statistics, Worth
 
 ROUND = DDPOImportanceSampling(advantages=AdvantageSettings(kind="round"))
 GROUP = DDPOImportanceSampling(advantages=AdvantageSettings(kind="group"))

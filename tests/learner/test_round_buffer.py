@@ -5,15 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from common import round_metrics
-from common.prompts import Prompt
-from common.round_metrics import reward_metrics
-from common.schedule import Task
-from common.trajectory import Rollout, Scores, TaskReport, whole_round
-from learner.algorithms.advantage_settings import AdvantageSettings
-from learner.algorithms.ddpo_is import DDPOImportanceSampling
-from learner.reward_composition import RewardComposition
-from learner.round_buffer import RoundBuffer, TooManySetAside
+from ray_ddpo.common.metrics import round_metrics
+from ray_ddpo.common.metrics.round_metrics import reward_metrics
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.schedule import Task
+from ray_ddpo.common.trajectory import Rollout, Scores, TaskReport, whole_round
+from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
+from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
+from ray_ddpo.learner.algorithms.reward_aggregation import RewardComposition
+from ray_ddpo.learner.round_data.round_buffer import RoundBuffer, TooManySetAside
 from tests.reference.ddpo_reference import PerPromptTracker
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.trajectory import Trajectory
-from learner.round_noisings import RoundNoisings
-from learner.round_transitions import round_transitions
+from ray_ddpo.common.trajectory import Trajectory
+from ray_ddpo.learner.round_data.noised_samples import RoundNoisings
+from ray_ddpo.learner.round_data.transitions import round_transitions
 
 SEEDS = (101, 102, 103, 104)
 

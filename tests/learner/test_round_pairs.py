@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from common.trajectory import NoisedBatch, TransitionBatch
-from learner.round_pairs import Pair, RoundPairs, micro_batches
+from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
+from ray_ddpo.learner.round_data.transitions_index import Pair, RoundPairs, micro_batches
 from tests.accepted_page import assert_accepted
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.trajectory import Trajectory
-from learner.round_transitions import RoundTransitions, round_transitions
+from ray_ddpo.common.trajectory import Trajectory
+from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
 
 
 def numbered(first_image: int, prompt_index: list[int], steps: list[int]) -> Trajectory:

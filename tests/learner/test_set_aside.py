@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.diffusion.lora import load_weights, read_weights, trained_parameters
-from common.schedule import transition_order
-from deploy.parts import Parts
-from learner.round_transitions import round_transitions
+from ray_ddpo.common.diffusion.lora.adapters import load_weights, read_weights, trained_parameters
+from ray_ddpo.common.schedule import transition_order
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner.round_data.transitions import round_transitions
 from tests.gradients import ONE_STEP, gradient_of, model_alphas, reference_network, reference_paths, relative_error
 from tests.reference import ddpo_reference as reference
 from tests.rounds import DrawnRound, draw_round, learner_of, parts_with

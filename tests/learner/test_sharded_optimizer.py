@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.recipe_tables import LearnerTable
-from learner import rank_group
-from learner.rank_group import Ranks
-from learner.sharded_optimizer import ShardedOptimizer, owners_of
+from ray_ddpo.common.recipe.tables import LearnerTable
+from ray_ddpo.learner import process_group as rank_group
+from ray_ddpo.learner.optimization.sharded_optimizer import ShardedOptimizer, owners_of
+from ray_ddpo.learner.process_group import Ranks
 from tests.conftest import small_tables
 from tests.rank_processes import Case, Outcome, run_in_ranks, with_changes
 

@@ -9,11 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.lora_weights import pack
-from common.storage import Storage
-from learner.checkpoint import MANIFEST, Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from learner.learner_state import Evaluated, EvaluationState, LearnerState
-from learner.shards import Shards, cut, grouped, read_arrays, read_buffer, shard_names
+from ray_ddpo.common.policy_weights import pack
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.learner.checkpoints.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from ray_ddpo.learner.checkpoints.learner_state import Evaluated, EvaluationState, LearnerState
+from ray_ddpo.learner.checkpoints.shards import Shards, cut, grouped, read_arrays, read_buffer, shard_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,10 +147,10 @@ MEGABYTE = 2**20
 MEMORY = """
 import sys
 import numpy as np
-from common.lora_weights import pack
-from common.storage import Storage
-from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from learner.learner_state import LearnerState
+from ray_ddpo.common.policy_weights import pack
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 
 def peak():  # of this program alone: what getrusage says begins with the parent's
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from learner.algorithms.algorithm import PairLoss
-from learner.update_metrics import UpdateMetrics
+from ray_ddpo.learner.algorithms.algorithm import PairLoss
+from ray_ddpo.learner.update_metrics import UpdateMetrics
 
 
 def result(loss: list[float], log_ratio: list[float], clipped: list[float]) -> PairLoss:

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from common.diffusion.lora import read_weights
-from common.diffusion.policy import PolicyConfig
-from common.diffusion.policy_stable_diffusion import StableDiffusion
-from common.lora_weights import LoraWeights
-from common.machine import Machine
-from deploy.parts import Parts
-from learner.learner import Learner
-from learner.round_transitions import RoundTransitions, round_transitions
-from learner.weight_check import WeightsDidNotArrive, log_prob_tolerance, rows_to_check, swapped_in
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
+from ray_ddpo.common.diffusion.lora.adapters import read_weights
+from ray_ddpo.common.diffusion.policy import PolicyConfig
+from ray_ddpo.common.machine import Machine
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner.learner import Learner
+from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
+from ray_ddpo.learner.weight_check import WeightsDidNotArrive, log_prob_tolerance, rows_to_check, swapped_in
 from tests.rounds import DrawnRound, draw_round, learner_of, moved, parts_with
 
 PER_IMAGE = ("prompt_index", "steps", "log_probs", "latents", "next_latents", "final_latents")

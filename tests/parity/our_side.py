@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from actors.sampler import Sampler
-from common.config import Recipe
-from common.lora_weights import LoraWeights
-from common.schedule import round_tasks, transition_order
-from common.trajectory import Rollout, Scores, Trajectory
-from deploy.parts import Parts
-from learner.algorithms.algorithm import PairLoss
-from learner.algorithms.ddpo_is import DDPOImportanceSampling
-from learner.learner import Learner
-from learner.reward_composition import RewardComposition
-from learner.round_buffer import RoundBuffer
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.schedule import round_tasks, transition_order
+from ray_ddpo.common.trajectory import Rollout, Scores, Trajectory
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner.algorithms.algorithm import PairLoss
+from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
+from ray_ddpo.learner.algorithms.reward_aggregation import RewardComposition
+from ray_ddpo.learner.learner import Learner
+from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
 
 Seen = dict[str, np.ndarray]  # "round0/latents" and so on: an array's first axes are image and step
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from deploy.parts import Parts
-from learner.algorithms.ddpo_is import DDPOImportanceSampling
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
 from tests.gradients import relative_error
 from tests.parity.our_side import Seen, Watched, described
 from tests.rounds import learner_of

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.parts import Parts
-from learner.advantages import extend_statistics, per_prompt_advantages
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.learner.algorithms.advantages import extend_statistics, per_prompt_advantages
 from tests.parity.our_side import described, prompted, rewards_of
 from tests.parity.sides import run_both, run_ours
 from tests.rounds import parts_with

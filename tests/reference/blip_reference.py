@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, gelu, layer_norm
 
-from common.blip_weights import State, without_prefix
+from ray_ddpo.common.image_models.blip_weights import State, without_prefix
 
 
 def linear(state: State, name: str, values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ NEVER = {"shell": True, "trust_remote_code": True, "allow_pickle": True, "weight
 # What holds no weights has no safetensors to ask for.
 WITHOUT_WEIGHTS = ("tokenizer", "processor", "config")
 WRITES_MARKDOWN = ("deploy/commands/model_card/card.py", "jinja2.Environment")  # and escapes it by filters of its own
-MAY_IMPORT_BY_NAME = "common/registry.py"
+MAY_IMPORT_BY_NAME = "common/recipe/registry.py"
 
 
 def forbidden(path: str, text: str) -> Iterator[str]:

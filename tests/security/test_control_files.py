@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import ddpo
-from common import lease
-from common.lease import Lease, runs_it
-from common.run_folder import RunFolder
-from common.storage import Storage
-from deploy.supervision import Supervision
-from learner.checkpoint import MANIFEST, load_checkpoint, newest_checkpoint
+from ray_ddpo import cli
+from ray_ddpo.common.run_storage import lease
+from ray_ddpo.common.run_storage.lease import Lease, runs_it
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.deploy.driver.supervision import Supervision
+from ray_ddpo.learner.checkpoints.checkpoint import MANIFEST, load_checkpoint, newest_checkpoint
 from tests.rounds import begun_run
 from tests.security.test_file_names import committed
 
@@ -60,7 +60,7 @@ def test_an_owner_whose_lease_is_overwritten_with_anything_notices(folder: RunFo
 def test_status_says_how_a_run_stands_beside_any_lease(folder: RunFolder, capsys: pytest.CaptureFixture) -> None:
     for text in NO_OWNER:
         folder.storage.write("lease.json", text)
-        assert ddpo.main(["status", folder.location]) == 0
+        assert cli.main(["status", folder.location]) == 0
         assert "nobody runs it" in capsys.readouterr().out
 
 
@@ -71,7 +71,7 @@ def test_status_says_how_a_run_stands_beside_any_lease(folder: RunFolder, capsys
 def test_a_run_that_is_asked_for_nonsense_says_so_once_and_goes_on(
     folder: RunFolder, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, text: bytes, said: str
 ) -> None:
-    monkeypatch.setattr("deploy.supervision.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("ray_ddpo.deploy.driver.supervision.POLL_SECONDS", 0.0)
     wanted: list[int] = []
     with Lease(folder) as held, Supervision(folder, folder.load_recipe([]), held) as supervision:
         supervision.on_scale = {"samplers": wanted.append}
@@ -88,7 +88,7 @@ def test_a_run_that_is_asked_for_nonsense_says_so_once_and_goes_on(
 def test_scale_beside_a_control_file_that_is_none_says_so(folder: RunFolder, capsys: pytest.CaptureFixture) -> None:
     with Lease(folder):
         folder.storage.write("control.json", b"[]")
-        assert ddpo.main(["scale", folder.location, "--samplers", "2"]) == 2
+        assert cli.main(["scale", folder.location, "--samplers", "2"]) == 2
     assert "control.json cannot be used" in capsys.readouterr().err
 
 

@@ -9,16 +9,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-import ddpo
-from common.config import Recipe
-from common.ledger import Ledger
-from common.lora_weights import pack
-from common.recipe_tables import RolloutsTable
-from common.run_folder import RunFolder, weights_here
-from common.storage import Storage
-from deploy.commands.sample import _file_name
-from learner.checkpoint import MANIFEST, Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from learner.learner_state import LearnerState
+from ray_ddpo import cli
+from ray_ddpo.common.policy_weights import pack
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import RolloutsTable
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.run_folder import RunFolder, weights_here
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.deploy.commands.sample import _file_name
+from ray_ddpo.learner.checkpoints.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 
 OUTSIDE = ("../secret", "a/../../secret", "..", "/secret", "a/..", "//secret")
 
@@ -118,7 +124,7 @@ def test_a_prompt_makes_a_file_name_and_no_path(prompt: str) -> None:
 def test_a_file_of_prompts_that_is_none_is_said_and_a_list_has_no_path(
     tables: dict, path: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    from deploy.parts import parts_of
+    from ray_ddpo.deploy.driver.components import parts_of
 
     with pytest.raises(ValueError, match=r"prompts\.path is .*there is no such file"):
         parts_of(Recipe.parse({**tables, "prompts": {"name": "file", "path": path}})).prompts.load()
@@ -131,5 +137,5 @@ def test_a_lora_is_taken_from_where_the_user_points_and_from_nowhere_else(
 ) -> None:
     with pytest.raises(ValueError, match="leads out of the folder"), weights_here(f"{bucket}/runs/.."):
         pass
-    assert ddpo.main(["sample", "--lora", f"{bucket}/runs/..", "cat"]) == 2
+    assert cli.main(["sample", "--lora", f"{bucket}/runs/..", "cat"]) == 2
     assert "Traceback" not in capsys.readouterr().err

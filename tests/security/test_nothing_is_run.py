@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from actors.rewards.vlm_alignment import _read
-from common.aesthetic_head import read_head
-from common.bert_score import load_bert_score
-from common.config import Recipe
-from common.diffusion.lora import load_lora, read_lora_settings
-from common.model_hub import Weights
-from common.pretrained import read_model, read_tokenizer
-from common.weight_file import read_weight_file
-from deploy.parts import parts_of
+from ray_ddpo.actors.rewards.vlm_alignment import _read
+from ray_ddpo.common.diffusion.lora.adapters import load_lora, read_lora_settings
+from ray_ddpo.common.image_models.aesthetic_head import read_head
+from ray_ddpo.common.image_models.bert_score import load_bert_score
+from ray_ddpo.common.image_models.weight_file import read_weight_file
+from ray_ddpo.common.model_files.model_hub import Weights
+from ray_ddpo.common.model_files.pretrained import read_model, read_tokenizer
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.driver.components import parts_of
 from tests.tiny_clip import save_tiny_clip
 from tests.tiny_pipeline import save_tiny_pipeline
 from tests.tiny_vlm import save_tiny_encoder, save_tiny_vlm

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-import ddpo
-from actors.rewards.jpeg import JpegCompressibility
-from common.config import Recipe
-from common.run_folder import without_none
+from ray_ddpo import cli
+from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import without_none
 from tests.reward_services import serving
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +27,8 @@ SECRETS = {
 pytestmark = pytest.mark.thorough
 TRAIN_AND_REPORT = """
 import sys
-import ddpo
-sys.exit(ddpo.main(["train", "recipe.toml", "--serial"]) or ddpo.main(["report", "runs/watched"]))
+from ray_ddpo import cli
+sys.exit(cli.main(["train", "recipe.toml", "--serial"]) or cli.main(["report", "runs/watched"]))
 """
 PASSWORD = "pa55w0rdN3verSh0wn"
 
@@ -121,7 +121,7 @@ def test_a_password_in_a_recipe_is_refused_before_anything_is_written(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(without_none(tables)))
     for verb in ("train", "plan", "doctor", "serve-reward"):
-        assert ddpo.main([verb, "recipe.toml", *override]) == 2
+        assert cli.main([verb, "recipe.toml", *override]) == 2
         said = capfd.readouterr()
         assert override[0].removeprefix("--") in said.err and "Traceback" not in said.err
         assert shown((said.out + said.err).encode()) == []
@@ -134,8 +134,8 @@ def test_a_password_in_a_command_that_is_not_understood_is_not_shown(
     (tmp_path / "recipe.toml").write_text("")
     uri = f"https://user:{PASSWORD}@host"
     for words in ((uri,), ("--a", uri, "--b"), ("--policy", uri, "--policy.model", "x")):
-        assert ddpo.main(["plan", str(tmp_path / "recipe.toml"), *words]) == 2
-    assert ddpo.main(["plan", uri]) == 2
+        assert cli.main(["plan", str(tmp_path / "recipe.toml"), *words]) == 2
+    assert cli.main(["plan", uri]) == 2
     said = capfd.readouterr().err
     assert said.count("…@host") == 4 and shown(said.encode()) == []
 
@@ -145,7 +145,7 @@ def test_a_password_in_a_command_that_is_not_understood_is_not_shown(
 def test_a_password_in_the_place_of_a_run_is_not_shown(
     verb: tuple[str, ...], scheme: str, capfd: pytest.CaptureFixture
 ) -> None:
-    assert ddpo.main([*verb, f"{scheme}://user:{PASSWORD}@host/runs/one"]) == 2
+    assert cli.main([*verb, f"{scheme}://user:{PASSWORD}@host/runs/one"]) == 2
     said = capfd.readouterr()
     assert "environment" in said.err and shown((said.out + said.err).encode()) == []
 

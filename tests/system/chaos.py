@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from ray.cluster_utils import Cluster
 
-from common.config import Recipe
+from ray_ddpo.common.recipe.recipe import Recipe
 from tests.system.disturbances import alive, processes_of, rounds_done, wait_until
 from tests.system.drivers import Driver, committed_fingerprint, wait_until_gone
 from tests.system.nodes import local_nodes

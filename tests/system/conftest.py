@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from common.config import Recipe
-from common.run_folder import RunFolder
-from learner.checkpoint import load_checkpoint, newest_checkpoint
-from train import train
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.train import train
 
 MARK = "of_the_tests"  # a resource of the tests' own cluster
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import tomli_w
 
-from common.config import Recipe
-from common.run_folder import RunFolder, without_none
-from learner.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder, without_none
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
 from tests.system.disturbances import alive, title_of, wait_until
 
 LONGEST_SECONDS = 300.0
@@ -27,7 +27,7 @@ class Driver:
         if address:
             environment["RAY_ADDRESS"] = address
         self.output = folder / f"{recipe.name}.log"
-        command = [sys.executable, "-m", "ddpo", "train", str(file), *options]
+        command = [sys.executable, "-m", "ray_ddpo", "train", str(file), *options]
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True

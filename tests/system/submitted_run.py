@@ -8,9 +8,9 @@ from typing import Any
 
 import psutil
 
-from common.config import Recipe
-from common.run_folder import RunFolder
-from learner.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
 from tests.system.dashboard_pages import LookedAt, Wanted, looked_at
 from tests.system.disturbances import loaded, processes_of, rounds_done, title_of, wait_until, while_held
 from tests.system.started_nodes import BIN, StartedCluster, StartedNode, cluster_token, node_environment
@@ -73,7 +73,7 @@ class Submission:
     def __init__(self, cluster: StartedCluster, story: Story) -> None:
         self._cluster, self._story = cluster, story
         self._output = story.run.parent.parent / f"submission-{len(story.exit_codes)}.log"
-        words = ["deploy/submit.sh", DEMO, story.recipe.output_dir, *SHORT_FORM, *PLACES]
+        words = ["deploy/cluster/submit.sh", DEMO, story.recipe.output_dir, *SHORT_FORM, *PLACES]
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
                 words, cwd=ROOT, env=users_environment(cluster), stdout=output, stderr=subprocess.STDOUT

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tomli_w
 
-import ddpo
-from common.lease import Lease
-from common.run_folder import RunFolder, without_none
+from ray_ddpo import cli
+from ray_ddpo.common.run_storage.lease import Lease
+from ray_ddpo.common.run_storage.run_folder import RunFolder, without_none
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def recipe_file(tables: dict, tmp_path: Path) -> Path:
 
 def said(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     """What `ddpo` writes to stderr when it refuses; that it refuses with exit code 2."""
-    assert ddpo.main([str(argument) for argument in arguments]) == 2
+    assert cli.main([str(argument) for argument in arguments]) == 2
     return capsys.readouterr().err
 
 
@@ -109,7 +109,7 @@ def test_a_reward_function_that_cannot_be_imported(recipe_file: Path, capsys: py
 
 
 def test_a_run_folder_that_exists_is_refused_without_resume(recipe_file: Path, capsys: pytest.CaptureFixture) -> None:
-    assert ddpo.main(["train", str(recipe_file), "--serial", "--rounds", "1"]) == 0
+    assert cli.main(["train", str(recipe_file), "--serial", "--rounds", "1"]) == 0
     text = said(capsys, "train", recipe_file, "--serial")
     assert "exists: go on with --resume auto" in text
 

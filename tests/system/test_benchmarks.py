@@ -12,7 +12,7 @@ pytestmark = pytest.mark.thorough
 
 def printed(benchmark: str, *options: str) -> str:
     """A process of its own: types are checked in this one, and stand-ins answer with records of their own."""
-    command = [sys.executable, "-m", f"tests.benchmarks.{benchmark}", *options]
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout

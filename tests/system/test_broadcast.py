@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import ray
 
-from actors.ray_rollout_stream import Pools, RayRolloutStream
-from actors.rollout_stream import StreamSettings
-from actors.scoring import ScoringPool
-from actors.worker_pool import RestartBudget, WorkerPool
-from common.lora_weights import LoraWeights, averaged, pack
-from common.prompts import Prompt
-from common.recipe_tables import RewardPoolTable, RuntimeTable
-from common.schedule import Place, Stream, Task
-from common.trajectory import ImageBatch, Scores, TaskReport
-from tests.benchmarks.broadcast import stored_bytes
+from benchmarks.broadcast import stored_bytes
+from ray_ddpo.actors.rollouts.ray_stream import Pools, RayRolloutStream
+from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringPool
+from ray_ddpo.actors.rollouts.stream import StreamSettings
+from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
+from ray_ddpo.common.policy_weights import LoraWeights, averaged, pack
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
+from ray_ddpo.common.schedule import Place, Stream, Task
+from ray_ddpo.common.trajectory import ImageBatch, Scores, TaskReport
 from tests.system.nodes import local_nodes
 
 pytestmark = pytest.mark.system

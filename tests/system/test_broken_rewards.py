@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-import ddpo
-from common.run_folder import without_none
+from ray_ddpo import cli
+from ray_ddpo.common.run_storage.run_folder import without_none
 from tests import faulty_rewards
 from tests.failure_page import assert_documented
 
@@ -22,7 +22,7 @@ def ended(
     file = tmp_path / "recipe.toml"
     file.write_text(tomli_w.dumps(without_none({**tables, "reward": {"name": "function", "path": path}})))
     start = time.monotonic()
-    exit_code = ddpo.main(["train", str(file), *options])
+    exit_code = cli.main(["train", str(file), *options])
     seconds = time.monotonic() - start
     captured = capfd.readouterr()
     return exit_code, captured.out + captured.err, seconds

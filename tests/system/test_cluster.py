@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
+from ray_ddpo.common.recipe.recipe import Recipe
 from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import rounds_done
 from tests.system.drivers import committed_fingerprint
@@ -98,7 +98,7 @@ def test_tasks_say_what_is_drawn_scored_and_learned_from(story: Story) -> None:
 
 
 def test_no_task_has_a_series_of_its_own(story: Story, watching: Prometheus) -> None:
-    """As deploy/prometheus.yaml has it: there would be several for every task that is drawn."""
+    """As deploy/cluster/prometheus.yaml has it: there would be several for every task that is drawn."""
     names = watching.asked("label/Name/values", start=story.start, end=story.end)
     assert "object_store_memory" in names
     assert [name for name in names if ": " in name] == []

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tomli_w
 
-import ddpo
-from common.run_folder import without_none
+from ray_ddpo import cli
+from ray_ddpo.common.run_storage.run_folder import without_none
 from tests.failure_page import assert_documented
 
 LONGEST_SECONDS = 90.0  # three times what is promised
@@ -65,7 +65,7 @@ def printed(
     if not file.exists():
         file.write_text(tomli_w.dumps(without_none({**tables, **short, **changes(tables, folder)})))
     capfd.readouterr()
-    exit_code = ddpo.main(["train", str(file), *options])
+    exit_code = cli.main(["train", str(file), *options])
     return exit_code, *capfd.readouterr()
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from actors.sampler import Sampler
-from common.config import Recipe
-from common.schedule import round_tasks
-from deploy.parts import parts_of
-from learner.learner import Learner
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.schedule import round_tasks
+from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.learner.learner import Learner
 from tests.deadly_decoder import FILE
 from tests.failure_page import assert_documented
 from tests.faulty_rewards import KILLER, UNDECODABLE

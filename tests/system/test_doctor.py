@@ -10,8 +10,8 @@ import pytest
 import ray
 import tomli_w
 
-import ddpo
-from common.run_folder import without_none
+from ray_ddpo import cli
+from ray_ddpo.common.run_storage.run_folder import without_none
 from tests.system.nodes import local_nodes
 
 
@@ -69,7 +69,7 @@ def test_actors_of_a_run_of_the_same_name_are_found(
 
     actor = ray.remote(num_cpus=1)(Sampler).options(name="tiny/sampler-0").remote()
     try:
-        ddpo.main(["doctor", str(recipe_file)])
+        cli.main(["doctor", str(recipe_file)])
     finally:
         ray.kill(actor)
     assert "living actors of a run called tiny: tiny/sampler-0" in capsys.readouterr().out

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
-from common.run_folder import RunFolder
-from learner.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
 from tests.failure_page import assert_documented
 from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import rounds_done, title_of, wait_until

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import tomli_w
 
-import ddpo
-from common.config import Recipe
-from common.run_folder import without_none
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import without_none
 from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import alive, at_round, beside, processes_of, rounds_done, wait_until
 from tests.system.drivers import Driver, wait_until_gone
@@ -95,7 +95,7 @@ def test_beyond_its_budget_of_pictures_a_run_ends_with_the_reason(
     tables = with_reward(tables, tmp_path, "raises_for_bad", "bad")
     tables["reward_workers"] |= {"max_set_aside": 1}
     file = written(tables, tmp_path)
-    assert ddpo.main(["train", str(file), "--serial", "--rounds", "8"]) == 1
+    assert cli.main(["train", str(file), "--serial", "--rounds", "8"]) == 1
     said = capsys.readouterr().err
     assert "TooManySetAside" in said and "KeyError" in said and "at most 1" in said
 

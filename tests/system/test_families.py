@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common.config import Recipe
-from common.diffusion import POLICIES
-from common.registry import entry_class
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.registry import entry_class
+from ray_ddpo.train import train
 from tests.system.conftest import final_fingerprint
 from tests.tiny_families import MAKERS, policy_table
-from train import train
 
 ON_RAY = [pytest.param(name, marks=pytest.mark.system if name == "sd3" else pytest.mark.thorough) for name in POLICIES]
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
-from common.evaluation_log import EvaluationLog
-from common.run_folder import RunFolder
-from deploy.commands.run_weights import run_weights
-from train import train
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.commands.weights.run_weights import run_weights
+from ray_ddpo.train import train
 
 pytestmark = pytest.mark.thorough
 GUARD = Path(__file__).parents[2] / "deploy" / "recipes" / "tiny" / "guard.toml"

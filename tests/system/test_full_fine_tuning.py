@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.picture_summary import picture_summary
-from actors.rewards.picture_statistics import Brightness, grey
-from common.config import Recipe
-from common.evaluation_log import EvaluationLog
-from common.run_folder import RunFolder
-from train import train
+from ray_ddpo.actors.evaluation.image_summary import picture_summary
+from ray_ddpo.actors.rewards.image_statistics import Brightness, grey
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.train import train
 
 pytestmark = pytest.mark.thorough
 FULL = Path(__file__).parents[2] / "deploy" / "recipes" / "tiny" / "full.toml"

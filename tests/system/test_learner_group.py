@@ -9,14 +9,14 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
-from common.deaths import Death
-from common.lora_weights import pack
-from common.trajectory import TrainBatch
-from learner.learner_group import TrajectoriesLost
-from learner.learner_state import LearnerState
-from learner.rank_group import OtherRankFailed, RankLost
-from learner.ray_learner_group import RayLearnerGroup
-from learner.weight_check import WeightsDidNotArrive
+from ray_ddpo.common.policy_weights import pack
+from ray_ddpo.common.process_deaths import Death
+from ray_ddpo.common.trajectory import TrainBatch
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
+from ray_ddpo.learner.learner_group import TrajectoriesLost
+from ray_ddpo.learner.process_group import OtherRankFailed, RankLost
+from ray_ddpo.learner.ray_learner_group import RayLearnerGroup
+from ray_ddpo.learner.weight_check import WeightsDidNotArrive
 
 pytestmark = pytest.mark.system
 BATCH = TrainBatch(3, (), np.zeros(0))

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 import tomli_w
 
-import ddpo
-from common.config import Recipe
-from common.run_folder import RunFolder
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.train import train
 from tests.altered_files import altered
 from tests.failure_page import assert_documented
 from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import at_round, beside, processes_of
-from train import train
 
 
 def typed(tables: dict[str, Any], folder: Path, *words: str) -> int:
     """The exit code of `ddpo train` on these tables."""
     (folder / "typed.toml").write_text(tomli_w.dumps(tables))
-    return ddpo.main(["train", str(folder / "typed.toml"), *words])
+    return cli.main(["train", str(folder / "typed.toml"), *words])
 
 
 @pytest.mark.system

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common.config import Recipe
-from common.evaluation_log import EvaluationLog
-from common.storage import Storage
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
+from ray_ddpo.common.run_storage.storage import Storage
 from tests.system.conftest import final_fingerprint
 
 

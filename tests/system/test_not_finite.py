@@ -7,10 +7,10 @@ import pytest
 import tomli_w
 from safetensors.numpy import load_file
 
-import ddpo
-from common.config import Recipe
-from common.run_folder import RunFolder
-from learner.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
 from tests.failure_page import assert_documented
 from tests.system.conftest import final_fingerprint
 
@@ -28,7 +28,7 @@ def test_a_nan_in_one_ranks_gradient_ends_the_run_with_whole_files(
     tables["learner"] |= {"ranks": 2, "micro_batch_size": 8}
     file = tmp_path / "recipe.toml"
     file.write_text(tomli_w.dumps(tables))
-    exit_code = ddpo.main(["train", str(file)])
+    exit_code = cli.main(["train", str(file)])
     captured = capfd.readouterr()
     printed = captured.out + captured.err
     assert_documented("a gradient is not finite", exit_code, printed)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-import ddpo
-from common.config import Recipe
-from common.ledger import Ledger
-from common.recipe_tables import RolloutsTable
-from common.run_folder import RunFolder
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import RolloutsTable
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.train import train
 from tests.conftest import SECRET
 from tests.system.conftest import final_fingerprint
-from train import train
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_serial_run_goes_on_in_an_object_store_to_the_bits_of_one_on_a_disk(
     assert {"checkpoints", "lora", "metrics.jsonl", "recipe.toml", "tensorboard"} <= set(folder.storage.names())
     assert "lease.json" not in folder.storage.names() and folder.storage.names("tensorboard")
     assert Ledger(folder.storage, RolloutsTable()).rounds() == [0, 1, 2]
-    assert ddpo.main(["replay", folder.location, "--round", "2"]) == 0
+    assert cli.main(["replay", folder.location, "--round", "2"]) == 0
     assert folder.checkpoints.names() == ["latest", "round-000002", "round-000003"]
     written = [path for path in home.rglob("*") if path.is_file() and "model" not in str(path)]
     assert all("runs/disk" in str(path) for path in written), "all of the remote run is in the object store"
@@ -57,7 +57,7 @@ def test_report_and_sample_read_a_run_from_an_object_store(
 ) -> None:
     tables |= {"rounds": 1, "output_dir": f"{bucket}/runs", "evaluation": {"images": 4, "batch_size": 4}}
     train(Recipe.parse(tables), serial=True)
-    assert ddpo.main(["report", f"{bucket}/runs/tiny"]) == 0
+    assert cli.main(["report", f"{bucket}/runs/tiny"]) == 0
     assert f"{bucket}/runs/tiny/report/summary.json" in capsys.readouterr().out
     report = RunFolder(f"{bucket}/runs/tiny").report
     assert report.names() == ["before_after.png", "report.html", "reward_curve.png", "summary.json"]
@@ -66,11 +66,11 @@ def test_report_and_sample_read_a_run_from_an_object_store(
         recipe = ["--recipe", "recipe.toml"] if place else []
         (home / "recipe.toml").write_bytes(RunFolder(f"{bucket}/runs/tiny").storage.read("recipe.toml"))
         lora = f"{bucket}/runs/tiny{place}"
-        assert ddpo.main(["sample", "--lora", lora, *recipe, "--output", f"out{place.count('/')}", "fox"]) == 0
+        assert cli.main(["sample", "--lora", lora, *recipe, "--output", f"out{place.count('/')}", "fox"]) == 0
     pictures = [(home / f"out{depth}" / "000-fox-seed0.png").read_bytes() for depth in range(3)]
     assert pictures[0] == pictures[1] == pictures[2]
 
 
 def test_a_run_that_is_not_in_the_object_store_is_named(bucket: str, capsys: pytest.CaptureFixture) -> None:
-    assert ddpo.main(["report", f"{bucket}/runs/nothing"]) == 2
+    assert cli.main(["report", f"{bucket}/runs/nothing"]) == 2
     assert re.search(rf"{bucket}/runs/nothing is no run's folder", capsys.readouterr().err)

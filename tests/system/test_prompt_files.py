@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
-from common.ledger import Ledger
-from common.recipe_tables import RolloutsTable
-from common.storage import Storage
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import RolloutsTable
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.storage import Storage
 from tests.system.conftest import final_fingerprint
 from tests.system.drivers import Driver, committed_fingerprint
 

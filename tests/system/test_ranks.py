@@ -9,13 +9,13 @@ import numpy as np
 import psutil
 import pytest
 
-from common.config import Recipe
-from common.lora_weights import LoraWeights
-from common.run_folder import RunFolder
-from learner.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.train import train
 from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import at_round, beside, in_turn, processes_of, title_of, wait_until
-from train import train
 
 ROUNDS = 6
 

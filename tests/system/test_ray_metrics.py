@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from common.config import Recipe
-from common.trackers.ray_metrics import RayMetrics
-from common.trackers.tracker import RunInfo
-from train import train
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.trackers.ray_metrics import RayMetrics
+from ray_ddpo.common.trackers.tracker import RunInfo
+from ray_ddpo.train import train
 
 pytestmark = pytest.mark.system
 LINE = re.compile(r"^ray_(ddpo_\w+)\{(.*)\} (\S+)$")

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
-from common.lease import runs_it
-from common.ledger import Ledger
-from common.run_folder import RunFolder
-from deploy.parts import parts_of
-from deploy.supervision import Stopped
-from learner.checkpoint import load_checkpoint, newest_checkpoint
-from learner.resume import resume_point
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.lease import runs_it
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.supervision import Stopped
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.learner.checkpoints.resume import resume_point
+from ray_ddpo.train import train
 from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import at_round, beside
-from train import train
 
 
 def run_in_two_parts(tables: dict, first: int, **how: bool) -> str:

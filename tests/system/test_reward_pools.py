@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import ray
 
-import ddpo
-from actors.drawing import Drawn
-from actors.reward_worker import RewardWorker
-from actors.rewards import REWARDS
-from actors.scoring import Scoring, ScoringPool
-from actors.worker_pool import RestartBudget, WorkerPool
-from common.config import Recipe
-from common.prompts import Prompt
-from common.recipe_tables import RewardPoolTable, RuntimeTable
-from common.registry import build
-from common.schedule import Task
-from common.trajectory import ImageBatch, TaskReport
+from ray_ddpo import cli
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.actors.rollouts.sampling_scheduler import Drawn
+from ray_ddpo.actors.rollouts.scoring_scheduler import Scoring, ScoringPool
+from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
+from ray_ddpo.common.schedule import Task
+from ray_ddpo.common.trajectory import ImageBatch, TaskReport
 from tests.system.conftest import final_fingerprint
 
 BRIGHTNESS = {"name": "function", "path": "tests.user_functions:brightness", "independent": True, "weight": 0.01}
@@ -97,5 +97,5 @@ def test_scale_names_the_pools_there_are(tables: dict, capsys: pytest.CaptureFix
         ),
         (["jpeg_compressibility=3"], "no process runs"),
     ):
-        assert ddpo.main(["scale", recipe.run_path(), "--reward-workers", *words]) == 2
+        assert cli.main(["scale", recipe.run_path(), "--reward-workers", *words]) == 2
         assert text in capsys.readouterr().err

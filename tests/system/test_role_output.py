@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
+from ray_ddpo.common.recipe.recipe import Recipe
 from tests.failure_page import assert_documented
 from tests.system.drivers import Driver
 from tests.system.nodes import local_nodes
@@ -17,8 +17,8 @@ LOADS = re.compile(r"^\[(.+?)\] process (\d+) loads the (\w+)'s policy and sees 
 # What the doctor's tasks see where an actor of a role would be, which it starts without the actors' own code.
 DOCTORS = """
 import os, sys, ray
-from common.config import Recipe
-from deploy.commands.doctor import _at_cluster
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.commands.doctor.doctor import _at_cluster
 ray.init(log_to_driver=False)
 recipe = Recipe.load(sys.argv[1])
 print([_at_cluster(recipe)(table, os.getenv, "CUDA_VISIBLE_DEVICES") for table in (recipe.samplers, recipe.learner)])

@@ -14,12 +14,12 @@ import ray
 import tomli_w
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from common.config import Recipe
-from common.evaluation_log import EvaluationLog
-from common.run_folder import RunFolder, without_none
-from common.storage import Storage
-from deploy.commands.scale import scale
-from learner.checkpoint import load_checkpoint, newest_checkpoint
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
+from ray_ddpo.common.run_storage.run_folder import RunFolder, without_none
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.deploy.commands.scale import scale
+from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
 from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import (
     at_round,
@@ -203,14 +203,14 @@ def job_stopped(tables: dict) -> str:
     recipe = recipe_of(tables, "job", 2)
     run, file = Path(recipe.run_path()), Path(recipe.output_dir).parent / "job.toml"
     file.write_text(tomli_w.dumps(without_none(recipe.model_dump(exclude_defaults=True))))
-    command = f"cd {ROOT} && {sys.executable} -m ddpo train {file}"
+    command = f"cd {ROOT} && {sys.executable} -m ray_ddpo train {file}"
     with local_nodes(dashboard=True) as nodes:
         nodes.add_node(num_cpus=6, dashboard_agent_listen_port=free_port())
         client = JobSubmissionClient(f"http://{nodes.head_node.webui_url}")
         first = submitted(client, command)
         ended = (JobStatus.STOPPED, JobStatus.SUCCEEDED, JobStatus.FAILED)
         wait_until(lambda: rounds_done(run) >= 4 or client.get_job_status(first) in ended, "round 4")
-        scaled_by = submitted(client, f"cd {ROOT} && {sys.executable} -m ddpo scale {run} --samplers 3")
+        scaled_by = submitted(client, f"cd {ROOT} && {sys.executable} -m ray_ddpo scale {run} --samplers 3")
         wait_until(lambda: "samplers: 2 → 3, as asked" in client.get_job_logs(first), "another number of samplers")
         assert client.get_job_status(scaled_by) != JobStatus.FAILED, client.get_job_logs(scaled_by)
         client.stop_job(first)

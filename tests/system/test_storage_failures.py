@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-import ddpo
-from common.config import Recipe
-from common.evaluation_log import EvaluationLog
-from common.filesystems import LocalFiles
-from common.ledger import Ledger
-from common.run_folder import RunFolder, without_none
-from common.storage import Storage, StorageError
-from learner.checkpoint import newest_checkpoint
+from ray_ddpo import cli
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
+from ray_ddpo.common.run_storage.filesystems import LocalFiles
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.run_folder import RunFolder, without_none
+from ray_ddpo.common.run_storage.storage import Storage, StorageError
+from ray_ddpo.learner.checkpoints.checkpoint import newest_checkpoint
 from tests.failure_page import assert_documented
 from tests.refusing_store import RefusingStore, refusing_store
 from tests.system.conftest import final_fingerprint
@@ -109,13 +109,13 @@ def test_a_full_disk_at_the_start_or_at_the_end(
     with monkeypatch.context() as full:
         fails(full, "recipe.toml", times=9)
         assert_documented(
-            "storage refuses at the start", ddpo.main(["train", str(file), "--serial"]), capsys.readouterr().err
+            "storage refuses at the start", cli.main(["train", str(file), "--serial"]), capsys.readouterr().err
         )
     with monkeypatch.context() as full:
-        full.setattr("common.diffusion.diffusers_policy.DiffusersPolicy.save", no_room)
-        exit_code = ddpo.main(["train", str(file), "--serial"])
+        full.setattr("ray_ddpo.common.diffusion.diffusers_policy.DiffusersPolicy.save", no_room)
+        exit_code = cli.main(["train", str(file), "--serial"])
     assert_documented("storage refuses the trained weights at the end", exit_code, capsys.readouterr().err)
-    assert ddpo.main(["train", str(file), "--serial", "--resume", "auto"]) == 0
+    assert cli.main(["train", str(file), "--serial", "--resume", "auto"]) == 0
     assert (tmp_path / "runs/tiny/lora/pytorch_lora_weights.safetensors").exists()
 
 
@@ -139,7 +139,7 @@ def test_a_folder_that_is_taken_over_in_the_middle_of_a_commit_is_left_alone(
         original(files, path, data, flag)
 
     monkeypatch.setattr(LocalFiles, "put", put)
-    exit_code = ddpo.main(["train", str(file), "--serial"])
+    exit_code = cli.main(["train", str(file), "--serial"])
     assert_documented("another process took the run's folder over", exit_code, capsys.readouterr().err)
     assert folder.storage.read("lease.json") == other and newest_checkpoint(folder.checkpoints) is None
 
@@ -186,10 +186,10 @@ def test_a_run_whose_object_store_refuses_ends_with_its_last_checkpoint_and_resu
 
     thread = threading.Thread(target=refuse_from_round_2)
     thread.start()
-    exit_code = ddpo.main(["train", str(file), "--serial"])
+    exit_code = cli.main(["train", str(file), "--serial"])
     thread.join()
     assert_documented("an object store refuses for good, as with 403", exit_code, capsys.readouterr().err)
-    assert ddpo.main(["train", str(file), "--serial", "--resume", "auto"]) == 2, "it refuses still"
+    assert cli.main(["train", str(file), "--serial", "--resume", "auto"]) == 2, "it refuses still"
     assert_documented("storage refuses at the start", 2, capsys.readouterr().err)
     store.status = None
     run.remove("lease.json")  # it could not be removed, and names this process, which lives

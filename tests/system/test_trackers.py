@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.config import Recipe
+from ray_ddpo.common.recipe.recipe import Recipe
 from tests.shown_rounds import fingerprint, run, shown_in
 from tests.system.disturbances import rounds_done, wait_until
 from tests.system.drivers import Driver

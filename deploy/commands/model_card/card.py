@@ -7,22 +7,22 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCard
 
-from common.config import Recipe
-from common.diffusion.diffusers_config import DiffusersConfig
-from common.diffusion.kohya_lora import READERS
-from common.diffusion.lora import LoraSettings
-from common.diffusion.lora_file import FILE_NAME
-from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
-from common.evaluation_log import REPORTED, EvaluationLog
-from common.reading import read_text
-from common.run_folder import RunFolder
-from deploy.commands.model_card.code import loading
-from deploy.commands.report import changes
-from deploy.commands.report_page.evaluation import alarms_told, evaluated, guard_sentences
-from deploy.commands.report_page.numbers import number, tick
-from deploy.commands.report_page.page import versions
-from deploy.commands.run_weights import RunWeights
-from deploy.hub import base_model, license_of, metadata
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
+from ray_ddpo.common.diffusion.lora.files import FILE_NAME
+from ray_ddpo.common.diffusion.lora.kohya import READERS
+from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
+from ray_ddpo.common.recipe.reading import read_text
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.evaluation_log import REPORTED, EvaluationLog
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.commands.model_card.code import loading
+from ray_ddpo.deploy.commands.report.evaluation import alarms_told, evaluated, guard_sentences
+from ray_ddpo.deploy.commands.report.numbers import number, tick
+from ray_ddpo.deploy.commands.report.page import versions
+from ray_ddpo.deploy.commands.report.report import changes
+from ray_ddpo.deploy.commands.weights.run_weights import RunWeights
+from ray_ddpo.deploy.hub import base_model, license_of, metadata
 
 HERE = Path(__file__).parent
 

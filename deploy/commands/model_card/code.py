@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from common.config import Recipe
-from common.diffusion.diffusers_config import DiffusersConfig
-from common.diffusion.model_files import names_a_file
-from common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
-from common.diffusion.policy_flux import OWN_LATENT_SIZE
+from ray_ddpo.common.diffusion.families.flux import OWN_LATENT_SIZE
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.loading.model_files import names_a_file
+from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
+from ray_ddpo.common.recipe.recipe import Recipe
 
 
 def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str) -> str:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from actors.rewards import aesthetic
-from actors.rewards.aesthetic import Aesthetic, load_embedder
-from common.aesthetic_head import read_head
-from common.clip_preprocessing import clip_pixels
+from ray_ddpo.actors.rewards import aesthetic
+from ray_ddpo.actors.rewards.aesthetic import Aesthetic, load_embedder
+from ray_ddpo.common.image_models.aesthetic_head import read_head
+from ray_ddpo.common.image_models.clip_preprocessing import clip_pixels
 from tests.tiny_clip import EMBEDDING, SIDE, save_tiny_clip, save_tiny_head
 
 
@@ -88,7 +88,7 @@ def test_the_image_tower_of_clip_vit_l_14_has_303_966_208_parameters() -> None:
 def test_missing_weights_are_named_with_where_to_put_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, head: Path
 ) -> None:
-    monkeypatch.setattr("common.model_hub.hub_answers", lambda: False)
+    monkeypatch.setattr("ray_ddpo.common.model_files.model_hub.hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     wanted = ("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
     for reward, key in (
@@ -107,7 +107,7 @@ def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(
     def fail() -> bool:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("common.model_hub.hub_answers", fail)
+    monkeypatch.setattr("ray_ddpo.common.model_files.model_hub.hub_answers", fail)
     with pytest.raises(ValueError, match="reward.clip is .*nowhere"):
         Aesthetic(clip=str(tmp_path / "nowhere"), head=str(head)).load("cpu")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.rewards.clip_score import ClipScore
+from ray_ddpo.actors.rewards.clip_score import ClipScore
 from tests.tiny_clip import save_tiny_clip
 
 PROMPTS = ["a cat", "a dog", "a cat", "an"]
@@ -52,7 +52,7 @@ def test_clip_vit_l_14_has_427_616_513_parameters() -> None:
 def test_clip_that_is_not_there_is_named_with_its_files_and_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("common.model_hub.hub_answers", lambda: False)
+    monkeypatch.setattr("ray_ddpo.common.model_files.model_hub.hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     said = (
         r"reward.clip is 'openai/clip-vit-large-patch14', which cannot be loaded: it must be a folder .* that has "

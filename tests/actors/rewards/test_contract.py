@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from actors.reward_worker import RewardWorker
-from actors.rewards.contract import check_signature, scores_of, under_contract
-from actors.rewards.failure import ScoringFailed
-from actors.rewards.function import Function
-from actors.rewards.reward import LoadedReward, Reward, RewardMistake
-from common.prompts import Prompt
-from common.recipe_tables import RewardPoolTable, RuntimeTable
-from common.trajectory import ImageBatch
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.actors.rewards.contract import check_signature, scores_of, under_contract
+from ray_ddpo.actors.rewards.failure import ScoringFailed
+from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.actors.rewards.reward import LoadedReward, Reward, RewardMistake
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
+from ray_ddpo.common.trajectory import ImageBatch
 from tests import user_functions
 
 VALUES = [0.5, -2.0, 3.25]  # exact in every type

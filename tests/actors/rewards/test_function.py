@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from actors.rewards.function import Function
+from ray_ddpo.actors.rewards.function import Function
 
 IMAGES = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (10, 200)])
 

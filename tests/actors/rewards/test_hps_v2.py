@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from actors.rewards.hps_v2 import CHECKPOINT, HEADS, REPOSITORY, VIT_H_14_PARAMETERS, HpsV2
-from common.clip_towers import clip_towers
-from common.model_hub import Weights
-from common.open_clip_weights import load_open_clip
+from ray_ddpo.actors.rewards.hps_v2 import CHECKPOINT, HEADS, REPOSITORY, VIT_H_14_PARAMETERS, HpsV2
+from ray_ddpo.common.image_models.clip_towers import clip_towers
+from ray_ddpo.common.image_models.open_clip_weights import load_open_clip
+from ray_ddpo.common.model_files.model_hub import Weights
 from tests.tiny_clip import SIDE, save_tiny_open_clip, save_tiny_tokenizer
 
 PROMPTS = ["a cat", "a dog"]
@@ -55,7 +55,7 @@ def test_a_checkpoint_of_ones_own_is_looked_for_in_its_folder(tmp_path: Path) ->
 
 
 def test_a_checkpoint_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("common.model_hub.hub_answers", lambda: False)
+    monkeypatch.setattr("ray_ddpo.common.model_files.model_hub.hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     with pytest.raises(ValueError, match=f"reward.checkpoint is '{REPOSITORY}', .* has {CHECKPOINT}; .*not answer"):
         HpsV2().load("cpu")

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.reward_client import RewardServiceFailed
-from actors.reward_worker import RewardWorker
-from actors.rewards.animal_classifier import AnimalClassifier
-from actors.rewards.function import Function
-from actors.rewards.http import Http
-from actors.rewards.jpeg import JpegCompressibility
-from actors.rewards.reward import RewardMistake
-from common.prompts import Prompt
-from common.recipe_tables import RewardPoolTable, RuntimeTable
-from common.trajectory import ImageBatch
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.actors.rewards.animal_classifier import AnimalClassifier
+from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.actors.rewards.http import Http
+from ray_ddpo.actors.rewards.http_client import RewardServiceFailed
+from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
+from ray_ddpo.actors.rewards.reward import RewardMistake
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
+from ray_ddpo.common.trajectory import ImageBatch
 from tests.reward_services import Answer, Scripted, scripted, serving
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), np.uint8)

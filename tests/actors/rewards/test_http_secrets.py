@@ -5,10 +5,10 @@ import traceback
 
 import pytest
 
-from actors.reward_client import RewardServiceFailed
-from actors.rewards.http import Http
-from actors.rewards.jpeg import JpegCompressibility
-from common.registry import build
+from ray_ddpo.actors.rewards.http import Http
+from ray_ddpo.actors.rewards.http_client import RewardServiceFailed
+from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
+from ray_ddpo.common.recipe.registry import build
 from tests.actors.rewards.test_http import GOOD, IMAGES, METADATA, PROMPTS, ask, hang_up
 from tests.reward_services import Answer, scripted, serving
 
@@ -73,5 +73,5 @@ def test_a_token_that_is_not_there_or_none_is_told_by_its_variable(
 )
 def test_a_secret_in_a_recipe_is_refused_and_not_shown(table: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"reward\.(url|token_variable) is") as error:
-        build({"http": "actors.rewards.http:Http"}, {"name": "http", **table}, "reward")
+        build({"http": "ray_ddpo.actors.rewards.http:Http"}, {"name": "http", **table}, "reward")
     assert "s3cret" not in "".join(traceback.format_exception(error.value))

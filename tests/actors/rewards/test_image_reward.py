@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.rewards.image_reward import PARAMETERS, ImageReward
-from common.clip_preprocessing import clip_pixels
+from ray_ddpo.actors.rewards.image_reward import PARAMETERS, ImageReward
+from ray_ddpo.common.image_models.clip_preprocessing import clip_pixels
 from tests.reference.blip_reference import linear, slow_blip
 from tests.tiny_blip import (
     HEAD,
@@ -75,7 +75,7 @@ def test_a_tokenizer_of_another_model_is_refused(reward: ImageReward, tmp_path: 
 
 
 def test_what_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reward: ImageReward) -> None:
-    monkeypatch.setattr("common.model_hub.hub_answers", lambda: False)
+    monkeypatch.setattr("ray_ddpo.common.model_files.model_hub.hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     with pytest.raises(
         ValueError, match="reward.checkpoint is 'THUDM/ImageReward', .* has ImageReward.pt; .*not answer"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actors.rewards import REWARDS
-from actors.rewards.jpeg import jpeg_kilobytes
-from common.registry import build
+from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.actors.rewards.jpeg import jpeg_kilobytes
+from ray_ddpo.common.recipe.registry import build
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.rewards.pickscore import PickScore
+from ray_ddpo.actors.rewards.pickscore import PickScore
 from tests.tiny_clip import save_tiny_clip, save_tiny_tokenizer
 
 PROMPTS = ["a cat", "a dog", "a cat"]
@@ -52,7 +52,7 @@ def test_clip_vit_h_14_has_986_109_441_parameters() -> None:
 
 
 def test_what_lacks_is_named_by_its_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("common.model_hub.hub_answers", lambda: False)
+    monkeypatch.setattr("ray_ddpo.common.model_files.model_hub.hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="reward.clip is 'yuvalkirstain/PickScore_v1', which cannot be loaded"):
         PickScore().load("cpu")

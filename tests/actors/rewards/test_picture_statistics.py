@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from actors.rewards import REWARDS
-from common.registry import build
+from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.common.recipe.registry import build
 
 BLACK, WHITE, RED, GREEN, BLUE = (0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from actors.reward_worker import RewardWorker
-from actors.rewards import vlm_alignment
-from actors.rewards.failure import ScoringFailed
-from actors.rewards.vlm_alignment import VlmAlignment, asked_and_right, says
-from common.bert_score import load_bert_score
-from common.model_hub import missing_files
-from common.prompts import Prompt
-from common.recipe_tables import RewardPoolTable, RuntimeTable
-from common.trajectory import ImageBatch
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.actors.rewards import vlm_alignment
+from ray_ddpo.actors.rewards.failure import ScoringFailed
+from ray_ddpo.actors.rewards.vlm_alignment import VlmAlignment, asked_and_right, says
+from ray_ddpo.common.image_models.bert_score import load_bert_score
+from ray_ddpo.common.model_files.model_hub import missing_files
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
+from ray_ddpo.common.trajectory import ImageBatch
 from tests.tiny_vlm import WORDS, save_tiny_encoder, save_tiny_vlm
 
 Describe = vlm_alignment.Describe
@@ -203,7 +203,7 @@ def test_what_is_needed_is_named_for_the_doctor_and_found_in_folders(folders: di
 def test_missing_weights_are_named_with_where_to_put_them(
     folders: dict[str, str], key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("common.model_hub.hub_answers", lambda: False)
+    monkeypatch.setattr("ray_ddpo.common.model_files.model_hub.hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     for source, why in (("nobody/nothing", "the hub does not answer"), (str(tmp_path / "nowhere"), "nowhere")):
         with pytest.raises(ValueError) as error:

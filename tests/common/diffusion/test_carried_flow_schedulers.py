@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.diffusion.policy import quiet_libraries
-from common.diffusion.scheduler_flow_match import flow_match_table
+from ray_ddpo.common.diffusion.policy import quiet_libraries
+from ray_ddpo.common.diffusion.schedulers.flow_match import flow_match_table
 from tests.accepted_page import assert_accepted
 
 quiet_libraries()

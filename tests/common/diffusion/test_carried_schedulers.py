@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.diffusion.policy import quiet_libraries
-from common.diffusion.scheduler_carry import CARRIED, check_scheduler
-from common.diffusion.scheduler_ddim import ddim_table
-from common.diffusion.scheduler_flow_match import flow_match_table
+from ray_ddpo.common.diffusion.policy import quiet_libraries
+from ray_ddpo.common.diffusion.schedulers.conversion import CARRIED, check_scheduler
+from ray_ddpo.common.diffusion.schedulers.ddim import ddim_table
+from ray_ddpo.common.diffusion.schedulers.flow_match import flow_match_table
 from tests.accepted_page import assert_accepted, assert_refused
 
 quiet_libraries()

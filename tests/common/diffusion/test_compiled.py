@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.diffusion.compiled import CompiledNetwork
+from ray_ddpo.common.diffusion.compiled import CompiledNetwork
 
 ROWS = 4
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.diffusion.policy import quiet_libraries
-from common.recipe_tables import SamplingTable
+from ray_ddpo.common.diffusion.policy import quiet_libraries
+from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.changed_keys import (
     LIBRARY_ERRORS,

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-import ddpo
-from common.config import Recipe
-from common.diffusion import POLICIES
-from common.diffusion.diffusers_config import DiffusersConfig
-from common.diffusion.policy_flux import packed
-from common.diffusion.rollout import draw, image_noise, score
-from common.recipe_tables import SamplingTable
-from common.registry import build
-from deploy.parts import parts_of
+from ray_ddpo import cli
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.families.flux import packed
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.rollout import draw, image_noise, score
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.deploy.driver.components import parts_of
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.tiny_families import MAKERS, policy_table
 
@@ -187,9 +187,9 @@ def test_a_whole_run_with_images_that_are_no_squares_and_a_negative_prompt(
     tables |= {"evaluation": {"images": 4, "every": 1}, "rollouts": {"pictures_every": 1}, "rounds": 1}
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables))
     run = str(tmp_path / "runs" / "tiny")
-    assert ddpo.main(["train", str(tmp_path / "recipe.toml"), "--serial"]) == 0
-    assert ddpo.main(["report", run]) == 0
-    assert ddpo.main(["evaluate", run, "--output", str(tmp_path / "evaluation"), "--sampling.guidance_scale", "1"]) == 0
+    assert cli.main(["train", str(tmp_path / "recipe.toml"), "--serial"]) == 0
+    assert cli.main(["report", run]) == 0
+    assert cli.main(["evaluate", run, "--output", str(tmp_path / "evaluation"), "--sampling.guidance_scale", "1"]) == 0
     printed = capfd.readouterr().out
     assert "16 × 24 pixels" in printed and "sampling.guidance_scale is 1.0 here, and was 2.0" in printed
     settings = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["settings"]

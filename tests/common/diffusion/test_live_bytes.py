@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from common.diffusion.live_bytes import allocated_peak, line_through, peak_bytes
-from common.diffusion.meta_device import CUDA, LikeDevice
-from common.diffusion.policy import Policy
-from common.diffusion.policy_stable_diffusion import StableDiffusion
-from common.diffusion.rollout import draw
-from common.recipe_tables import SamplingTable
-from tests.benchmarks.random_stable_diffusion import save_random_pipeline
+from benchmarks.random_stable_diffusion import save_random_pipeline
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
+from ray_ddpo.common.diffusion.memory.live_bytes import allocated_peak, line_through, peak_bytes
+from ray_ddpo.common.diffusion.memory.meta_device import CUDA, LikeDevice
+from ray_ddpo.common.diffusion.policy import Policy
+from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_policy import pair_step, tiny_policy
 
 SAMPLING = SamplingTable(num_steps=3, guidance_scale=3.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from common.diffusion.lora import (
+from ray_ddpo.common.diffusion.lora.adapters import (
     LoraSettings,
     MergedAdapters,
     compute_adapters_in,
@@ -23,8 +23,8 @@ from common.diffusion.lora import (
     save_lora,
     trained_parameters,
 )
-from common.diffusion.lora_file import FILE_NAME, lora_file
-from common.lora_weights import pack
+from ray_ddpo.common.diffusion.lora.files import FILE_NAME, lora_file
+from ray_ddpo.common.policy_weights import pack
 from tests.tiny_policy import scatter
 
 RANK_2 = LoraSettings(rank=2, alpha=6, target_modules=("to_q", "to_v"))

@@ -13,22 +13,25 @@ from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.config import Recipe
-from common.diffusion import policy_flux, policy_sd3, policy_sdxl, policy_stable_diffusion
-from common.diffusion.diffusers_policy import DiffusersPolicy
-from common.diffusion.kohya_flux import flux_names
-from common.diffusion.kohya_lora import save_kohya
-from common.diffusion.lora import (
+from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
+from ray_ddpo.common.diffusion.families import flux as policy_flux
+from ray_ddpo.common.diffusion.families import sd3 as policy_sd3
+from ray_ddpo.common.diffusion.families import sdxl as policy_sdxl
+from ray_ddpo.common.diffusion.families import stable_diffusion as policy_stable_diffusion
+from ray_ddpo.common.diffusion.lora.adapters import (
     LoraSettings,
     make_trainable,
     read_lora_settings,
     read_weights,
     reference_policy,
 )
-from common.diffusion.lora_file import EXACT_NAME, FILE_NAME, METADATA, lora_file, read_lora_file
-from common.diffusion.policy import quiet_libraries
-from common.diffusion.trained_weights import save_trained, stored_weights
-from deploy.commands.given_weights import load_policy
+from ray_ddpo.common.diffusion.lora.files import EXACT_NAME, FILE_NAME, METADATA, lora_file, read_lora_file
+from ray_ddpo.common.diffusion.lora.kohya import save_kohya
+from ray_ddpo.common.diffusion.lora.kohya_flux import flux_names
+from ray_ddpo.common.diffusion.policy import quiet_libraries
+from ray_ddpo.common.diffusion.trained_weights import save_trained, stored_weights
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.commands.weights.given_weights import load_policy
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.conftest import small_tables
 from tests.lora_forms import FORMS, part_name

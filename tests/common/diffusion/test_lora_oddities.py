@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.diffusion.lora import LoraSettings
-from common.diffusion.lora_file import FILE_NAME, METADATA
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
+from ray_ddpo.common.diffusion.lora.files import FILE_NAME, METADATA
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.tiny_policy import tiny_policy
 

@@ -7,7 +7,7 @@ import torch
 from shape_network import ShapeNetwork
 from torch import nn
 
-from common.diffusion.lora import (
+from ray_ddpo.common.diffusion.lora.adapters import (
     LoraSettings,
     MergedAdapters,
     make_trainable,
@@ -15,8 +15,8 @@ from common.diffusion.lora import (
     read_weights,
     reference_policy,
 )
-from common.diffusion.made_up import IntegerIndices
-from common.diffusion.trained_weights import restore_trained, save_trained, stored_weights
+from ray_ddpo.common.diffusion.memory.synthetic_inputs import IntegerIndices
+from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained, stored_weights
 from tests.tiny_policy import scatter
 
 LORA = LoraSettings(rank=2, alpha=4, target_modules=("label", "enter", "shift"))

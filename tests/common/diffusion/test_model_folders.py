@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from common.base_parts import entry_base
-from common.diffusion import POLICIES
-from common.registry import build
+from ray_ddpo.common.base_parts import entry_base
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.recipe.registry import build
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.loaded_models import (
     PARTS,
@@ -195,7 +195,7 @@ def test_what_was_downloaded_is_loaded_as_a_folder_is(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("common.model_hub.hub_answers", lambda: False)
+    monkeypatch.setattr("ray_ddpo.common.model_files.model_hub.hub_answers", lambda: False)
     repository = tmp_path / "models--owner--model"
     snapshot = copied(models["stable_diffusion"], repository / "snapshots" / "abc")
     (repository / "refs").mkdir()

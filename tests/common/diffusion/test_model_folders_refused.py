@@ -202,7 +202,7 @@ def test_what_is_missing_in_a_local_folder_is_named_and_the_hub_is_not_asked(
     def fail(*_: object) -> bool:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("common.model_hub.hub_answers", fail)
+    monkeypatch.setattr("ray_ddpo.common.model_files.model_hub.hub_answers", fail)
     original = models["stable_diffusion"]
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         model = copied(original, tmp_path / part)

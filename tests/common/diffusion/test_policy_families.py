@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.diffusion import POLICIES
-from common.diffusion.diffusers_config import DiffusersConfig
-from common.diffusion.diffusers_policy import DiffusersPolicy
-from common.diffusion.lora import read_lora_settings
-from common.diffusion.lora_file import lora_file
-from common.diffusion.policy_flux import Flux, packed, token_places, unpacked
-from common.diffusion.policy_sd3 import SD3
-from common.diffusion.rollout import draw, image_noise
-from common.recipe_tables import SamplingTable
-from common.registry import build
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
+from ray_ddpo.common.diffusion.families.flux import Flux, packed, token_places, unpacked
+from ray_ddpo.common.diffusion.families.sd3 import SD3
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.lora.adapters import read_lora_settings
+from ray_ddpo.common.diffusion.lora.files import lora_file
+from ray_ddpo.common.diffusion.rollout import draw, image_noise
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import MAKERS, policy_table, save_tiny_flux, save_tiny_sd3, save_tiny_sdxl
 from tests.tiny_policy import scatter
 
@@ -142,7 +142,7 @@ def test_prompts_are_remembered_up_to_a_number_of_bytes(
     policy = loaded(config_of(family))
     of_one = policy.encode(["a cat"])
     row = sum(value[:1].nbytes for value in policy._encode("a cat", False).values())
-    monkeypatch.setattr("common.diffusion.diffusers_policy.EMBEDDING_BYTES", 3 * row)
+    monkeypatch.setattr("ray_ddpo.common.diffusion.diffusers_policy.EMBEDDING_BYTES", 3 * row)
     for letter in "bcdef":
         policy.encode([f"a {letter}ow"])
     assert len(policy._embeddings) <= 3 and "" in policy._embeddings

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.diffusion.lora import trained_parameters
-from common.diffusion.policy import Conditioning, select_rows
-from common.diffusion.policy_stable_diffusion import StableDiffusion, StableDiffusionPolicy
-from common.diffusion.rollout import draw
-from common.recipe_tables import SamplingTable
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion, StableDiffusionPolicy
+from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.diffusion.policy import Conditioning, select_rows
+from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.reference import ddpo_reference as reference
 from tests.tiny_pipeline import save_tiny_pipeline
 from tests.tiny_policy import SAMPLING, scatter, tiny_policy

@@ -10,16 +10,16 @@ from safetensors.torch import save_file
 from shape_network import ShapeNetwork
 from shapes import Shapes, ShapesPolicy
 
-from actors.sampler import Sampler
-from common.config import Recipe
-from common.diffusion.lora import read_weights, trained_parameters
-from common.diffusion.policy import Policy
-from common.diffusion.policy_trial import load_checked, try_sampling
-from common.diffusion.transition import Transition
-from common.prompts import Prompt
-from common.recipe_tables import RuntimeTable, SamplingTable
-from deploy.parts import entries_of
-from learner.learning_trial import try_learning
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.diffusion.lora.adapters import read_weights, trained_parameters
+from ray_ddpo.common.diffusion.policy import Policy
+from ray_ddpo.common.diffusion.policy_trial import load_checked, try_sampling
+from ray_ddpo.common.diffusion.transition import Transition
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import RuntimeTable, SamplingTable
+from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.learner.learning_trial import try_learning
 from tests.conftest import small_tables
 from tests.tiny_families import save_tiny_shapes
 

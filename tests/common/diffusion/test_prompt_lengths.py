@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-import ddpo
-from common.diffusion import POLICIES
-from common.diffusion.prompt_lengths import cut_prompts_in_words
-from common.recipe_tables import SamplingTable
-from common.registry import build
+from ray_ddpo import cli
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.accepted_page import assert_accepted
 from tests.tiny_families import MAKERS, policy_table
 
@@ -53,7 +53,7 @@ def test_the_start_of_a_run_says_it_in_one_line(tables: dict, tmp_path: Path, ca
 
     texts = {"name": "texts", "texts": ["cat", "a very long prompt indeed", "a very long prompt too"]}
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps({**tables, "rounds": 1, "prompts": texts}))
-    assert ddpo.main(["train", str(tmp_path / "recipe.toml"), "--serial"]) == 0
+    assert cli.main(["train", str(tmp_path / "recipe.toml"), "--serial"]) == 0
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("prompts: ")]
     assert line == (
         "prompts: 2 of 3 are longer than a text encoder reads; text_encoder reads 8 tokens and cuts 2, the first, "

@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from common.diffusion.policy import select_rows
-from common.diffusion.policy_stable_diffusion import StableDiffusion, StableDiffusionPolicy
-from common.diffusion.rollout import (
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion, StableDiffusionPolicy
+from ray_ddpo.common.diffusion.policy import select_rows
+from ray_ddpo.common.diffusion.rollout import (
     draw,
     image_noise,
     kept_steps,
@@ -18,8 +18,8 @@ from common.diffusion.rollout import (
     score,
     window_of_pictures,
 )
-from common.recipe_tables import SamplingTable
-from common.trajectory import DTYPES, Trajectory
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.common.trajectory import DTYPES, Trajectory
 from tests.tiny_pipeline import save_tiny_pipeline
 from tests.tiny_policy import SAMPLING, tiny_policy
 

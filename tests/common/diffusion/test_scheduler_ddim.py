@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from common.diffusion.denoising_steps import output_sensitivity
-from common.diffusion.scheduler_ddim import (
+from ray_ddpo.common.diffusion.schedulers.ddim import (
     DDIMTable,
     ddim_table,
     ddim_transition,
     training_target,
 )
+from ray_ddpo.common.diffusion.schedulers.denoising_steps import output_sensitivity
 from tests.reference import ddpo_reference as reference
 
 STABLE_DIFFUSION = {

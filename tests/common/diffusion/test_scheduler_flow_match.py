@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from common.diffusion.denoising_steps import output_sensitivity
-from common.diffusion.scheduler_flow_match import FlowMatchTable, flow_match_table, flow_match_transition
+from ray_ddpo.common.diffusion.schedulers.denoising_steps import output_sensitivity
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table, flow_match_transition
 from tests.reference import flow_reference as reference
 
 TOKENS = 1024

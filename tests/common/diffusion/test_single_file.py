@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.base_parts import entry_base
-from common.config import Recipe
-from common.diffusion.policy_sdxl import SDXL
-from common.diffusion.policy_stable_diffusion import StableDiffusion
-from common.recipe_tables import SamplingTable
-from deploy.commands.model_card.code import loading
+from ray_ddpo.common.base_parts import entry_base
+from ray_ddpo.common.diffusion.families.sdxl import SDXL
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.deploy.commands.model_card.code import loading
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.single_file import save_single_file
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from common.diffusion import POLICIES
-from common.recipe_tables import SamplingTable
-from common.registry import build
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.accepted_page import assert_accepted
 from tests.tiny_families import AUTOENCODER, policy_table, save_tiny_sdxl
 

@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.diffusion import POLICIES
-from common.diffusion.diffusers_config import DiffusersConfig
-from common.diffusion.live_bytes import PeakBytes, peak_bytes
-from common.diffusion.lora import LoraSettings, trained_parameters
-from common.diffusion.model_sizes import meta_parts
-from common.diffusion.policy import select_rows
-from common.diffusion.policy_stable_diffusion import StableDiffusion
-from common.diffusion.rollout import draw
-from common.diffusion.sizes import count_parameters, largest_divisor, parameter_bytes, usable_bytes
-from common.recipe_tables import SamplingTable
-from common.registry import build
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, trained_parameters
+from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes, peak_bytes
+from ray_ddpo.common.diffusion.memory.model_sizes import meta_parts
+from ray_ddpo.common.diffusion.memory.sizes import count_parameters, largest_divisor, parameter_bytes, usable_bytes
+from ray_ddpo.common.diffusion.policy import select_rows
+from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import MAKERS, policy_table
 from tests.tiny_policy import SAMPLING, tiny_policy
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.diffusion.transition import Transition
+from ray_ddpo.common.diffusion.transition import Transition
 from tests.reference.ddpo_reference import gaussian_log_density
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from common.trackers.exhibits import Exhibits
-from common.trackers.fan_out import FanOut
-from common.trackers.jsonl import Jsonl
-from common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
+from ray_ddpo.common.trackers.exhibits import Exhibits
+from ray_ddpo.common.trackers.fan_out import FanOut
+from ray_ddpo.common.trackers.jsonl import Jsonl
+from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 ROUNDS: list[Metrics] = [{"round": float(round)} for round in range(3)]
 

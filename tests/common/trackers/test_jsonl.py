@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from common.storage import Storage
-from common.trackers.jsonl import Jsonl
-from common.trackers.tracker import RunInfo
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.common.trackers.jsonl import Jsonl
+from ray_ddpo.common.trackers.tracker import RunInfo
 
 
 @pytest.fixture(params=["disk", "s3"])

@@ -6,8 +6,8 @@ import pytest
 import ray
 from ray.util.metrics import _is_invalid_metric_name
 
-from common.trackers.ray_metrics import RayMetrics, Series, series_of
-from common.trackers.tracker import RunInfo
+from ray_ddpo.common.trackers.ray_metrics import RayMetrics, Series, series_of
+from ray_ddpo.common.trackers.tracker import RunInfo
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PagesAccumulator
 
-from common.png import from_png
-from common.trackers.exhibits import Exhibits, Picture, ShownTable
-from common.trackers.tensorboard_files import TensorboardFiles, markdown
-from common.trackers.tracker import RunInfo
+from ray_ddpo.common.run_storage.png import from_png
+from ray_ddpo.common.trackers.exhibits import Exhibits, Picture, ShownTable
+from ray_ddpo.common.trackers.tensorboard_files import TensorboardFiles, markdown
+from ray_ddpo.common.trackers.tracker import RunInfo
 
 FOX, JAY = (np.random.default_rng(seed).integers(0, 256, (8, 12, 3), np.uint8) for seed in range(2))
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from common.config import Recipe
-from common.trackers import terminal
-from common.trackers.terminal import Terminal, TimeLeft
-from common.trackers.tracker import RunInfo
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.trackers import terminal
+from ray_ddpo.common.trackers.terminal import Terminal, TimeLeft
+from ray_ddpo.common.trackers.tracker import RunInfo
 
 METRICS = {"reward/mean": 1.23456, "images_per_second": 5.678}
 

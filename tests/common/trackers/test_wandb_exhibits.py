@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.storage import Storage
-from common.trackers.exhibits import Exhibits, Picture, ShownTable
-from common.trackers.tracker import RunInfo
-from common.trackers.wandb_files import records, rounds_in, rounds_in_files
-from common.trackers.wandb_run import WandbRun
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.common.trackers.exhibits import Exhibits, Picture, ShownTable
+from ray_ddpo.common.trackers.tracker import RunInfo
+from ray_ddpo.common.trackers.wandb_files import records, rounds_in, rounds_in_files
+from ray_ddpo.common.trackers.wandb_run import WandbRun
 from tests.wandb_history import history, pixels_of, starts, tables_of
 
 IDENTITY = {"wandb": "a1b2c3d4"}

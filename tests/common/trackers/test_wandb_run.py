@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from common.trackers.exhibits import Exhibits
-from common.trackers.fan_out import FanOut
-from common.trackers.tracker import RunInfo
-from common.trackers.wandb_run import WandbRun, connection
+from ray_ddpo.common.trackers.exhibits import Exhibits
+from ray_ddpo.common.trackers.fan_out import FanOut
+from ray_ddpo.common.trackers.tracker import RunInfo
+from ray_ddpo.common.trackers.wandb_run import WandbRun, connection
 
 
 @pytest.fixture(autouse=True)

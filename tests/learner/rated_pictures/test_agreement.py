@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from learner.rated_pictures.agreement import agreement, average_ranks, pearson, spearman
+from ray_ddpo.learner.aesthetic_head.agreement import agreement, average_ranks, pearson, spearman
 
 
 def test_equal_values_share_the_mean_of_their_ranks() -> None:

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.clip_preprocessing import clip_pixels, rgb_pixels
-from common.storage import Storage
-from learner.rated_pictures.embedding import Embed, Embedder, embed_pictures
-from learner.rated_pictures.embedding_store import ClipIdentity, EmbeddingStore
-from learner.rated_pictures.picture_files import read_squared, squared
+from ray_ddpo.common.image_models.clip_preprocessing import clip_pixels, rgb_pixels
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.learner.aesthetic_head.embedding import Embed, Embedder, embed_pictures
+from ray_ddpo.learner.aesthetic_head.embedding_store import ClipIdentity, EmbeddingStore
+from ray_ddpo.learner.aesthetic_head.image_files import read_squared, squared
 from tests.rated_pictures import save_pictures
 
 ROOT = Path(__file__).parents[3]
@@ -92,9 +92,9 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from tests.learner.rated_pictures.test_embedding import CLIP, PATHS, Counted, embedder
-from common.storage import Storage
-from learner.rated_pictures.embedding import embed_pictures
-from learner.rated_pictures.embedding_store import EmbeddingStore
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.learner.aesthetic_head.embedding import embed_pictures
+from ray_ddpo.learner.aesthetic_head.embedding_store import EmbeddingStore
 counted = Counted()
 def slow(images):
     time.sleep(0.2)

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learner.rated_pictures.splits import SplitPlan, assign_splits, check_sizes, split_by_hash
-from learner.rated_pictures.table import RatedPictures
+from ray_ddpo.learner.aesthetic_head.splits import SplitPlan, assign_splits, check_sizes, split_by_hash
+from ray_ddpo.learner.aesthetic_head.table import RatedPictures
 
 PATHS = tuple(f"{number}.jpg" for number in range(5000))
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from learner.rated_pictures.formats import READERS, format_of
-from learner.rated_pictures.table import mean_rating, read_table
+from ray_ddpo.learner.aesthetic_head.formats import READERS, format_of
+from ray_ddpo.learner.aesthetic_head.table import mean_rating, read_table
 
 AVA_LABELS = Path(__file__).parents[3].parent / "shared" / "data" / "ava" / "ava_labels_test.json"
 AVA_LINES = "1 953619 0 1 5 17 38 36 15 6 5 1 1 22 1396\n2 953958 10 7 15 26 26 21 10 8 1 2 15 21 1396\n"

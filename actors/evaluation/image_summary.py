@@ -1,0 +1,14 @@
+"""What can be told of an evaluation's pictures without a reward: dark, flat, all alike."""
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ray_ddpo.actors.evaluation.diversity import diversity
+from ray_ddpo.actors.rewards.image_statistics import DarkShare, Entropy, Sharpness
+
+
+def picture_summary(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> dict[str, float]:
+    """Means over the pictures of their statistics, and how much those of one prompt differ (NaN where it has one)."""
+    statistics = {"dark_share": DarkShare(), "sharpness": Sharpness(), "entropy": Entropy()}
+    means = {name: float(np.mean([each.of(picture) for picture in pixels])) for name, each in statistics.items()}
+    return means | {"diversity": diversity(pixels, prompts)}

@@ -1,0 +1,102 @@
+"""Plain measures of a picture, for tests and as guards: brightness, colour, sharpness, entropy, and how much is dark."""
+
+from abc import abstractmethod
+from typing import Annotated, Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from pydantic import Field
+
+from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
+
+Picture = UInt8[np.ndarray, "H W 3"]
+LUMA = (299, 587, 114)  # thousandths of red, green and blue in what is seen as bright (ITU-R BT.601)
+WHITE = 255 * 1000
+
+
+def luma_thousandths(picture: Picture) -> Int[np.ndarray, "H W"]:
+    """How bright each pixel is, 0 … 255000: whole numbers, whose sums are exact in any order."""
+    red, green, blue = (share * channel for share, channel in zip(LUMA, channels(picture), strict=True))
+    return red + green + blue
+
+
+def channels(picture: Picture) -> list[Int[np.ndarray, "H W"]]:
+    """Red, green and blue, in whole numbers that can be added and subtracted."""
+    return [picture[..., channel].astype(np.int32) for channel in range(3)]
+
+
+def grey(picture: Picture) -> Int[np.ndarray, "H W"]:
+    """The same, rounded to the grey levels 0 … 255."""
+    return (luma_thousandths(picture) + 500) // 1000
+
+
+def mean_and_variance(values: Int[np.ndarray, "H W"]) -> tuple[float, float]:
+    """Of all the values, from exact sums."""
+    count, total, squares = values.size, int(values.sum(dtype=np.int64)), int(np.square(values, dtype=np.int64).sum())
+    return total / count, (count * squares - total * total) / count**2
+
+
+class PictureStatistic(Reward):
+    """One number of one picture; the prompt plays no part."""
+
+    @abstractmethod
+    def of(self, picture: Picture) -> float:
+        """The statistic."""
+
+    @property
+    def independent_of_batch(self) -> bool:
+        return True
+
+    def load(self, device: str) -> LoadedReward:
+        def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+            return np.array([self.of(picture) for picture in images], dtype=np.float32)
+
+        return score
+
+
+class Brightness(PictureStatistic):
+    """The mean luma: 0 black, 1 white."""
+
+    def of(self, picture: Picture) -> float:
+        return mean_and_variance(luma_thousandths(picture))[0] / WHITE
+
+
+class Colourfulness(PictureStatistic):
+    """How colourful people find it (Hasler and Süsstrunk 2003, M3): 0 grey, 15 slightly, 59 quite, 109 extremely."""
+
+    def of(self, picture: Picture) -> float:
+        red, green, blue = channels(picture)
+        mean_rg, variance_rg = mean_and_variance(red - green)
+        mean_2yb, variance_2yb = mean_and_variance(red + green - 2 * blue)  # twice the paper's yb, in whole numbers
+        spread = np.sqrt(variance_rg + variance_2yb / 4)
+        return float(spread + 0.3 * np.sqrt(mean_rg**2 + mean_2yb**2 / 4))
+
+
+class Sharpness(PictureStatistic):
+    """The variance of the Laplacian of the grey levels (Pech-Pacheco et al. 2000): 0 flat, some hundreds in focus.
+
+    At the edge the last pixel is repeated.
+    """
+
+    def of(self, picture: Picture) -> float:
+        levels = np.pad(grey(picture), 1, mode="edge")
+        neighbours = levels[:-2, 1:-1] + levels[2:, 1:-1] + levels[1:-1, :-2] + levels[1:-1, 2:]
+        return mean_and_variance(neighbours - 4 * levels[1:-1, 1:-1])[1]
+
+
+class Entropy(PictureStatistic):
+    """Of the histogram of grey levels, in bits: 0 one level, 8 all 256 equally often."""
+
+    def of(self, picture: Picture) -> float:
+        counts = np.bincount(grey(picture).ravel(), minlength=256)
+        present = counts[counts > 0] / counts.sum()
+        return float((present * np.log2(1 / present)).sum())
+
+
+class DarkShare(PictureStatistic):
+    """The share of pixels whose luma is under `below`: 0 none, 1 all. It tells when a run turns its pictures dark."""
+
+    below: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+    def of(self, picture: Picture) -> float:
+        return float((luma_thousandths(picture) < self.below * WHITE).mean())

@@ -1,0 +1,221 @@
+"""RayRolloutStream: the stream on a Ray cluster, whose samplers and reward workers come, go, die and are replaced."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError, RayError
+
+from ray_ddpo.actors.rollouts.sampling_scheduler import Drawing
+from ray_ddpo.actors.rollouts.scoring_pools import ScoringPools
+from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringOutcome, ScoringPool
+from ray_ddpo.actors.rollouts.stragglers import Pace
+from ray_ddpo.actors.rollouts.stream import RolloutStream, StreamSettings, say_what_is_set_aside
+from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
+from ray_ddpo.common.metrics.round_metrics import StreamReport
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.schedule import Place, Stream, Task
+from ray_ddpo.common.trajectory import ImageBatch, Rollout, without
+
+POLL_SECONDS = 0.5  # the longest that deadlines, signals and `ddpo scale` go unseen
+STACKS_SECONDS = 5.0
+SILENT = f"it does not answer within {STACKS_SECONDS:g} s: the process is stopped, or has no place yet"
+
+
+class NothingMoves(RuntimeError):
+    """Nobody has finished anything for too long. The text is the dump of who waits for what."""
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The roles of the acting side."""
+
+    samplers: WorkerPool
+    scoring: tuple[ScoringPool, ...]
+    budget: RestartBudget
+
+    @property
+    def all(self) -> tuple[WorkerPool, ...]:
+        return self.samplers, *(pool.workers for pool in self.scoring)
+
+
+class RayRolloutStream(RolloutStream):
+    """The driver carries references, reports and scores, and opens nothing heavy. Every wait has a deadline."""
+
+    def __init__(self, pools: Pools, settings: StreamSettings) -> None:
+        self._pools = pools
+        self._settings = settings
+        self._retries: dict[str, int] = {}
+        self._drawing = Drawing(pools.samplers, Pace(settings.overdue_factor), self._retries)
+        self._scoring = ScoringPools(pools.scoring, self._retries)
+        self._fingerprints: dict[int, str] = {}  # of the published versions
+        self._done: dict[Place, Rollout] = {}
+        self._evaluation_seconds = 0.0  # of drawing, since the last report
+        self._moved = time.monotonic()
+
+    def publish(self, weights: LoraWeights) -> None:
+        self._drawing.publish(weights.policy_version, ray.put(weights), self._settings.versions_kept)
+        self._fingerprints[weights.policy_version] = weights.fingerprint
+        for version in [each for each in self._fingerprints if self._drawing.published(each) is None]:
+            del self._fingerprints[version]
+
+    def _reference(self, weights: LoraWeights) -> Any:
+        """That of the published version, if this is it: a second one would travel to every node a second time."""
+        if self._fingerprints.get(weights.policy_version) == weights.fingerprint:
+            return self._drawing.published(weights.policy_version)
+        return ray.put(weights)
+
+    def submit(self, tasks: list[Task], weights: LoraWeights | None = None) -> None:
+        given = None if weights is None else self._reference(weights)
+        for task in tasks:
+            self._drawing.submit(task, given)
+        self._drawing.move(time.monotonic())
+
+    def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
+        self._moved = time.monotonic()
+        places = [(round, int(stream), index) for index in tasks]
+        for place in places:
+            while place not in self._done:
+                self._wait((), f"round {round} waits for its {stream.name.lower()} rollouts")
+        return say_what_is_set_aside([self._done.pop(place) for place in places])
+
+    def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
+        self._moved = time.monotonic()
+        seconds = self._settings.runtime.ready_seconds if loading else None
+        while pending and not ray.wait(list(pending), num_returns=1, timeout=0, fetch_local=False)[0]:
+            self._wait(pending, "the learner is at work", seconds)
+
+    def wait_until_loaded(self, wanted: dict[str, int]) -> None:
+        """Wait until so many of each role, by its name, have their place and their models; the others join when they have.
+
+        ValueError: not within runtime.ready_seconds.
+        """
+        started = time.monotonic()
+        pools = {pool.name: pool for pool in self._pools.all}
+        while lacking := {name: count for name, count in wanted.items() if len(pools[name].loaded) < count}:
+            seconds = self._settings.runtime.ready_seconds
+            if time.monotonic() - started > seconds:
+                raise ValueError(
+                    f"after runtime.ready_seconds = {seconds:g} these roles have no place or are not loaded: {lacking}; "
+                    f"the cluster has {ray.cluster_resources()}, of it free {ray.available_resources()}"
+                )
+            self._wait((), f"{lacking} have no place or are not loaded", seconds)
+
+    def wait_for_one(self, pool: WorkerPool, seconds: float) -> None:
+        """Wait until one of a pool is loaded. RoleNotStarted: it cannot start. TimeoutError: not within so many seconds."""
+        started = time.monotonic()
+        while not pool.loaded:
+            if time.monotonic() - started > seconds:
+                raise TimeoutError(f"none of {pool.name} is loaded after {seconds:g} s")
+            self._wait((), f"one of {pool.name} is loading")
+
+    @property
+    def samplers(self) -> WorkerPool:
+        """The pool of samplers."""
+        return self._pools.samplers
+
+    def _wait(self, pending: tuple[Any, ...], what: str, seconds: float | None = None) -> None:
+        """Sleep until one of all the things under way is done, pass it on, and see to what is due.
+
+        NothingMoves: nothing was done for the watchdog's time, or for `seconds` where that is longer.
+        """
+        self._settings.check()
+        now = time.monotonic()
+        for pool in self._pools.all:
+            pool.tick(now)
+        watchdog_seconds = self._settings.runtime.watchdog_seconds
+        if now - self._moved < watchdog_seconds / 2:  # others go on; else the watchdog is to end the run
+            self._drawing.give_up_on_silent(now, watchdog_seconds)
+        self._drawing.move(now)
+        self._scoring.move(now)
+        waiting = [*self._drawing.references(), *self._scoring.references(), *pending]
+        waiting += [reference for pool in self._pools.all for reference in pool.references()]
+        ready = self._ready(waiting)
+        for reference in ready:
+            self._take(reference)
+        if ready:
+            self._moved = time.monotonic()
+        elif time.monotonic() - self._moved > max(watchdog_seconds, seconds or 0.0):
+            raise NothingMoves(self._dump(what))
+
+    def _ready(self, waiting: list[Any]) -> list[Any]:
+        if not waiting:  # everybody is dead, and the replacements are not due yet
+            time.sleep(POLL_SECONDS)
+            return []
+        # Ray looks at all of them in each call: one call finds many while much is ready, and one of them while little is.
+        # Without fetch_local=False it would pull what is ready to the driver's node.
+        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
+        return ready or ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)[0]
+
+    def _take(self, reference: Any) -> None:
+        now = time.monotonic()
+        if self._drawing.holds(reference):
+            drawn = self._drawing.finished(reference, now)
+            if drawn is not None:
+                self._scoring.submit(drawn)
+        elif self._scoring.holds(reference):
+            self._keep(self._scoring.finished(reference, now))
+        else:
+            for pool in self._pools.all:
+                pool.take_loaded(reference)
+
+    def _keep(self, outcome: ScoringOutcome) -> None:
+        for drawn in outcome.lost:  # with the node that held its pictures
+            self._drawing.submit(drawn.report.task, drawn.weights)
+        for drawn, scores in outcome.scored:
+            if not drawn.report.task.trains:
+                self._evaluation_seconds += drawn.report.seconds
+            kept = without(scores, drawn.report.set_aside)
+            self._done[drawn.report.task.place] = Rollout(drawn.report, kept, drawn.trajectory, drawn.images)
+
+    def _dump(self, what: str) -> str:
+        """Who waits for what, and where the threads of every actor are."""
+        lines = [
+            f"nothing was finished for runtime.watchdog_seconds = {self._settings.runtime.watchdog_seconds:g}: {what}"
+        ]
+        lines += [*self._drawing.waiting_for(), *self._scoring.waiting_for()]
+        for pool in self._pools.all:
+            lines.append(f"{pool.name}: {len(pool.loaded)} loaded of {pool.wanted}")
+            stacks = stacks_of([worker.actor for worker in pool.workers])
+            for worker, text in zip(pool.workers, stacks, strict=True):
+                lines.append(f"--- {worker.name}, {len(worker.calls)} calls in hand\n{text}")
+        return "\n".join(lines)
+
+    def pictures(self, rollout: Rollout) -> ImageBatch | None:
+        try:
+            return ray.get(rollout.images)
+        except ObjectLostError:
+            return None
+
+    def report(self) -> StreamReport:
+        samplers, workers = self._pools.samplers, [pool.workers for pool in self._pools.scoring if pool.trains]
+        retries = dict(self._retries)
+        self._retries.clear()
+        evaluation, self._evaluation_seconds = self._evaluation_seconds, 0.0
+        return StreamReport(
+            len(samplers.loaded),
+            samplers.wanted,
+            sum(len(pool.loaded) for pool in workers),
+            samplers.report_seconds(),
+            sum(pool.report_seconds() for pool in workers),
+            self._drawing.inflight(),
+            len(self._done),
+            retries,
+            self._pools.budget.report(),
+            evaluation,
+        )
+
+
+def stacks_of(actors: list[Any]) -> list[str]:
+    """The actors' Python stacks, all asked at once, from their threads for such questions."""
+    asked = [actor.stacks.options(concurrency_group="health").remote() for actor in actors]
+    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=STACKS_SECONDS) if asked else ([], [])
+    return [_answer(reference) if reference in answered else SILENT for reference in asked]
+
+
+def _answer(reference: Any) -> str:
+    try:
+        return ray.get(reference)
+    except RayError as error:
+        return f"it cannot be asked: {error}"

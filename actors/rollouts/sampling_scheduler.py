@@ -1,0 +1,248 @@
+"""Drawing: tasks in samplers' hands. A task may be in several, and its first answer counts: all would be the same bits."""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from ray_ddpo.actors.rewards.failure import is_poisoned
+from ray_ddpo.actors.rollouts.call_names import CallNames
+from ray_ddpo.actors.rollouts.current_image import Whereabouts
+from ray_ddpo.actors.rollouts.stragglers import Pace
+from ray_ddpo.actors.rollouts.suspects import PLAIN, Care, Suspects
+from ray_ddpo.actors.rollouts.worker_pool import Worker, WorkerPool
+from ray_ddpo.common.schedule import Place, Stream, Task
+from ray_ddpo.common.trajectory import TaskReport
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task, and a reference to the weights that it is drawn with."""
+
+    task: Task
+    weights: Any
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A task in a sampler's hands: references to its three results."""
+
+    asked: Asked
+    sampler: Worker
+    report: Any
+    trajectory: Any
+    images: Any
+    care: Care = PLAIN
+    note: Callable[[int], None] | None = None  # tells which image is in hand, where they are tried one by one
+
+    @property
+    def task(self) -> Task:
+        return self.asked.task
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A task that was drawn: its report, and references to what is heavy."""
+
+    report: TaskReport
+    trajectory: Any
+    images: Any
+    weights: Any  # that drew it
+
+
+class Drawing:
+    """Gives tasks to samplers in order, one ahead for each; what a dead or overdue sampler had is given to another."""
+
+    def __init__(self, samplers: WorkerPool, pace: Pace, retries: dict[str, int]) -> None:
+        self._samplers = samplers
+        self._pace = pace
+        self._retries = retries  # by reason; the stream reports them
+        self._names = CallNames()
+        self._weights: dict[int, Any] = {}
+        self._queue: list[Place] = []
+        self._queued: set[Place] = set()  # what is in the queue
+        self._queued_rounds = 0  # of these, to be learned from
+        self._open: dict[Place, Asked] = {}  # not drawn yet
+        self._attempts: dict[Any, Attempt] = {}
+        self._in_hands: dict[Place, dict[Any, Attempt]] = {}  # the same, by task
+        self._suspects = Suspects()
+        self._whereabouts = Whereabouts()
+        self._behind: list[Place] = []  # a heap: tasks that wait behind another one in a sampler's hands, or did once
+
+    def publish(self, policy_version: int, weights: Any, versions_kept: int) -> None:
+        """Make a version's weights, by reference, available to tasks; forget those that none can ask for."""
+        self._weights[policy_version] = weights
+        for version in [version for version in self._weights if version <= policy_version - versions_kept]:
+            del self._weights[version]
+
+    def published(self, policy_version: int) -> Any:
+        """The reference to a version's weights; None where it is not kept."""
+        return self._weights.get(policy_version)
+
+    def submit(self, task: Task, weights: Any = None) -> None:
+        """Queue a task. Its policy version must have been published, or it comes with its weights, by reference."""
+        self._open[task.place] = Asked(task, self._weights[task.policy_version] if weights is None else weights)
+        self._enqueue(task)
+
+    def _enqueue(self, task: Task) -> None:
+        if task.place not in self._queued:
+            heapq.heappush(self._queue, task.place)
+            self._queued.add(task.place)
+            self._queued_rounds += task.trains
+
+    def references(self) -> list[Any]:
+        """What to wait for: the first call of each sampler, which answers them in order."""
+        return [sampler.calls[0] for sampler in self._samplers.workers if sampler.calls]
+
+    def holds(self, reference: Any) -> bool:
+        """Whether `reference` is one of them."""
+        return reference in self._attempts
+
+    def move(self, now: float) -> None:
+        """Hand out what is queued; then let idle samplers take over from those that are slow."""
+        self._suspect_overdue(now)
+        while self._rounds_wait() and (sampler := self._samplers.free()):
+            self._give_next(sampler, now)
+        # None has a task waiting that is only looked at: a round that comes meanwhile waits for one of them at most.
+        while not self._rounds_wait() and (sampler := self._idle()):
+            if asked := self._waiting_behind():
+                self._take_over(asked, sampler, now)
+            elif self._queue:
+                self._give_next(sampler, now)
+            else:
+                break
+
+    def _rounds_wait(self) -> bool:
+        """Whether a task is queued that is to be learned from."""
+        return self._queued_rounds > 0
+
+    def _give_next(self, sampler: Worker, now: float) -> None:
+        place = heapq.heappop(self._queue)
+        self._queued.remove(place)
+        self._queued_rounds -= place[1] == Stream.TRAINING
+        if place in self._open:
+            self._give(self._open[place], sampler, now)
+
+    def _give(self, asked: Asked, sampler: Worker, now: float) -> None:
+        # In the dashboard; the class comes first because Ray also makes it the name of the sampler's process.
+        name = self._names.of(f"Sampler: draw {asked.task.title}", f"Sampler: draw {asked.task.title_of_round}")
+        draw = sampler.actor.draw.options(num_returns=3, name=name)
+        care = self._suspects.care(asked.task.place)
+        note = None if care.one_by_one == "nothing" else self._whereabouts.note()
+        carefully = () if care == PLAIN else (care, note)
+        report, trajectory, images = draw.remote(asked.task, asked.weights, *carefully)
+        attempt = Attempt(asked, sampler, report, trajectory, images, care, note)
+        self._attempts[report] = self._in_hands.setdefault(asked.task.place, {})[report] = attempt
+        if sampler.calls:
+            heapq.heappush(self._behind, asked.task.place)
+        self._samplers.give(sampler, report, now)
+
+    def _let_go(self, report: Any) -> Attempt:
+        """An attempt that is over."""
+        attempt = self._attempts.pop(report)
+        of_task = self._in_hands[attempt.task.place]
+        del of_task[report]
+        if not of_task:
+            del self._in_hands[attempt.task.place]
+        elif len(of_task) == 1:  # it may wait behind another one, and is nowhere else now
+            heapq.heappush(self._behind, attempt.task.place)
+        return attempt
+
+    def _suspect_overdue(self, now: float) -> None:
+        for sampler in self._samplers.loaded:
+            if not sampler.calls or sampler.suspect:
+                continue
+            images = len(self._attempts[sampler.calls[0]].task.seeds)
+            if self._pace.is_overdue(now - sampler.head_since, images):
+                sampler.suspect = True
+                for call in sampler.calls:
+                    self._again(self._attempts[call].task, "overdue")
+
+    def _again(self, task: Task, reason: str) -> None:
+        if task.place in self._open and task.place not in self._queued and not self._in_good_hands(task):
+            self._retries[reason] = self._retries.get(reason, 0) + 1
+            self._enqueue(task)
+
+    def _in_good_hands(self, task: Task) -> bool:
+        return any(not attempt.sampler.suspect for attempt in self._in_hands.get(task.place, {}).values())
+
+    def _idle(self) -> Worker | None:
+        sampler = self._samplers.free()
+        return sampler if sampler and not sampler.calls else None
+
+    def _waiting_behind(self) -> Asked | None:
+        """The first task that waits behind another one in a sampler's hands, and is nowhere else."""
+        while self._behind:
+            attempts = list(self._in_hands.get(heapq.heappop(self._behind), {}).values())
+            alone = attempts[0] if len(attempts) == 1 else None
+            if alone and alone.task.place in self._open and alone.sampler.calls[0] != alone.report:
+                return alone.asked
+        return None
+
+    def _take_over(self, asked: Asked, sampler: Worker, now: float) -> None:
+        for attempt in self._in_hands[asked.task.place].values():
+            attempt.sampler.actor.forget.options(concurrency_group="health").remote(asked.task.place)
+        self._give(asked, sampler, now)
+
+    def finished(self, report: Any, now: float) -> Drawn | None:
+        """What came of a report that is there: the drawn task, or nothing where it is to be drawn again or was drawn twice.
+
+        An error of the sampler's own code is raised.
+        """
+        attempt = self._let_go(report)
+        try:
+            value: TaskReport | None = ray.get(report)
+        except RayActorError as error:
+            self._sampler_died(attempt, str(error))
+            return None
+        except RayTaskError as error:
+            if is_poisoned(error.cause):
+                self._sampler_died(attempt, str(error.cause))
+                return None
+            self._samplers.answered(attempt.sampler, report, now)
+            if not isinstance(error.cause, ObjectLostError):
+                raise
+            self._again(attempt.task, "object_lost")  # the weights were lost with their node
+            return None
+        seconds = self._samplers.answered(attempt.sampler, report, now)
+        counts = self._suspects.counts(attempt.task.place, attempt.care)
+        if value is None or not counts:  # it was told to forget the task, or to try its images
+            self._again(attempt.task, "forgotten" if counts else "images_tried")
+            return None
+        self._pace.add(seconds, len(attempt.task.seeds))
+        if attempt.task.place not in self._open:
+            return None
+        del self._open[attempt.task.place]
+        self._suspects.forget(attempt.task.place)
+        return Drawn(value, attempt.trajectory, attempt.images, attempt.asked.weights)
+
+    def _sampler_died(self, attempt: Attempt, reason: str) -> None:
+        """Give what a dead sampler had in its hands to others. It was at work on the first of it."""
+        calls = self._samplers.lost(attempt.sampler, reason, f"at {attempt.task.title}")
+        attempts = [attempt, *(self._let_go(call) for call in calls if call in self._attempts)]
+        for each in attempts:
+            if calls and each.report == calls[0]:
+                self._suspects.died(each.task.place, each.care, self._whereabouts.last(each.note))
+            self._again(each.task, "sampler_died")
+
+    def give_up_on_silent(self, now: float, seconds: float) -> None:
+        """End samplers that have not answered for so long, so that others come in their place."""
+        for sampler in list(self._samplers.loaded):
+            if sampler.suspect and now - sampler.head_since > seconds:
+                at = f"at {self._attempts[sampler.calls[0]].task.title}"
+                for call in self._samplers.lost(sampler, f"no answer for {seconds:.0f} s", at):
+                    self._again(self._let_go(call).task, "sampler_silent")
+
+    def inflight(self) -> int:
+        """Tasks in samplers' hands."""
+        return len(self._in_hands)
+
+    def waiting_for(self) -> list[str]:
+        """Who has what in hand, a line each, for the watchdog's dump."""
+        lines = [f"task {place} is queued" for place in sorted(self._queue)]
+        for attempt in self._attempts.values():
+            lines.append(f"task {attempt.task.place} is in the hands of {attempt.sampler.name}")
+        return lines

@@ -1,0 +1,197 @@
+"""ScoringJob: how one task's images get their scores although rewards raise, hang, die or answer nonsense; no clock, no Ray."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ray_ddpo.actors.rollouts.inquiry import Control, Inquiry
+from ray_ddpo.common.trajectory import Scores
+
+DEATHS = 2  # over one batch, or over one image alone, from which on it is suspected of killing its worker
+
+
+@dataclass(frozen=True)
+class ScoringBatch:
+    """Neighbouring images of a task that are scored in one go, and what has come of that so far."""
+
+    first: int
+    last: int  # exclusive
+    failures: int = 0
+    deaths: int = 0  # of workers that had it in hand
+    halved: bool = False  # part of a batch that failed, of which some images pass
+    one_by_one: bool = False  # only to find the image that kills its worker: the scores are thrown away
+    cleared: bool = False  # none of its images has killed a worker alone
+    inquiry: Inquiry | None = None  # on whose behalf this one image is tried; its score is thrown away
+    of_control: bool = False  # it is not an image of this task, but the one that was scored before
+
+    @property
+    def size(self) -> int:
+        return self.last - self.first
+
+    @property
+    def is_new(self) -> bool:
+        """Return whether nothing has happened to it: then it may be scored together with other tasks' batches."""
+        return self == ScoringBatch(self.first, self.last)
+
+    @property
+    def pause_seconds(self) -> float:
+        """Return how long to wait before this attempt. Only another attempt at the same waits: the fault may pass."""
+        return 0.0 if self.inquiry or (self.halved and self.size > 1) else backoff_seconds(self.failures)
+
+
+@dataclass
+class ScoringJob:
+    """Batches are cut from the task in order. One that fails is tried again whole, so that a passing fault changes no bit.
+
+    After `attempts` an `Inquiry` tries images alone. If none passes, the reward is `broken`. Otherwise the batch is halved
+    until the image at fault stands alone, and that image is set aside.
+
+    A worker's death is not the reward's fault, unless it happens twice over one batch. Then the images are tried one by one,
+    and the one over which two more workers die is set aside. If there is none, the batch is tried again whole.
+    """
+
+    names: tuple[str, ...]  # of the rewards
+    count: int  # images of the task
+    batch_size: int
+    attempts: int
+    images: Any = None  # the task's, or a reference to them
+    control: Control = field(default_factory=Control)  # shared by the jobs of a pool
+    waiting: list[ScoringBatch] = field(init=False)
+    broken: Inquiry | None = field(init=False, default=None)  # the reward fails for every image
+    _scored: list[tuple[ScoringBatch, Scores]] = field(init=False, default_factory=list)
+    _set_aside: dict[int, str] = field(init=False, default_factory=dict)
+    _deaths_alone: dict[int, int] = field(init=False, default_factory=dict)  # by row
+
+    def __post_init__(self) -> None:
+        starts = range(0, self.count, self.batch_size)
+        self.waiting = [ScoringBatch(start, min(start + self.batch_size, self.count)) for start in starts]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every image has its scores or is set aside."""
+        return sum(batch.size for batch, _ in self._scored) + self._alone_without_scores() == self.count
+
+    def _alone_without_scores(self) -> int:
+        if not self._set_aside:
+            return 0
+        scored = {row for batch, _ in self._scored for row in range(batch.first, batch.last)}
+        return len(self._set_aside.keys() - scored)
+
+    def images_of(self, batch: ScoringBatch) -> Any:
+        """Return the images, or a reference to them, that the batch's rows belong to."""
+        return self.control.images if batch.of_control else self.images
+
+    def scored(self, batch: ScoringBatch, scores: Scores) -> bool:
+        """Take a batch's scores; False where some are not finite and the batch is to be tried again."""
+        if batch.inquiry:
+            self._some_pass(batch.inquiry)
+            return True
+        if batch.one_by_one:
+            self._whole_again(batch)
+            return True
+        if scores.set_aside and batch.failures + 1 < self.attempts:
+            self._next(replace(batch, failures=batch.failures + 1))
+            return False
+        self._scored.append((batch, scores))
+        self._set_aside |= {batch.first + row: reason for row, reason in scores.set_aside.items()}
+        if self.images is not None and len(scores.set_aside) < batch.size:
+            row = next(row for row in range(batch.size) if row not in scores.set_aside)
+            self.control.images, self.control.row = self.images, batch.first + row
+        return True
+
+    def failed(self, batch: ScoringBatch, reason: str, trace: str = "") -> None:
+        """The batch gave no scores. `trace`: the reward's own frames, for whoever has to mend it."""
+        failures = batch.failures + 1
+        if batch.inquiry:
+            if not batch.of_control:
+                batch.inquiry.reasons[batch.first] = reason
+            self._go_on(batch.inquiry, control_failed=batch.of_control)
+        elif batch.one_by_one:  # its worker lives: what is raised is found once more when the batch is tried whole
+            self._whole_again(batch)
+        elif failures < self.attempts:
+            self._next(replace(batch, failures=failures))
+        elif not batch.halved:
+            place = (batch.first, batch.last)
+            self._go_on(Inquiry.into(place, self.count, (reason, trace), self.control))
+        elif batch.size == 1:
+            self._set_aside[batch.first] = reason
+        else:
+            # One attempt for a half, so that a reward which hangs costs its time-out once a level; all for one image.
+            self._halve(batch, halved=True, failures=self.attempts - 1)
+
+    def _next(self, *batches: ScoringBatch) -> None:
+        self.waiting[:0] = batches
+
+    def _go_on(self, inquiry: Inquiry, control_failed: bool = False) -> None:
+        if inquiry.rows:
+            row = inquiry.rows.pop(0)
+            self._next(ScoringBatch(row, row + 1, inquiry=inquiry))
+        elif self.control.images is not None and not control_failed:
+            row = self.control.row
+            self._next(ScoringBatch(row, row + 1, inquiry=inquiry, of_control=True))
+        else:
+            self.broken = inquiry
+
+    def _some_pass(self, inquiry: Inquiry) -> None:
+        if inquiry.is_decided:
+            self._set_aside |= inquiry.reasons_in_batch
+        else:
+            self._halve(ScoringBatch(inquiry.first, inquiry.last), halved=True, failures=self.attempts - 1)
+
+    def _halve(self, batch: ScoringBatch, halved: bool, failures: int) -> None:
+        middle = (batch.first + batch.last) // 2
+        for first, last in ((middle, batch.last), (batch.first, middle)):
+            self._next(ScoringBatch(first, last, failures if last - first > 1 else 0, halved=halved))
+
+    def lost(self, batch: ScoringBatch, to_blame: bool = False, row: int | None = None) -> None:
+        """Whoever had the batch died.
+
+        Args:
+            to_blame: the batch was in hand, and not only waiting.
+            row: the image that was in hand, where images are tried one by one.
+        """
+        deaths = batch.deaths + to_blame
+        if to_blame and batch.one_by_one and row is not None:
+            self._deaths_alone[row] = self._deaths_alone.get(row, 0) + 1
+            if self._deaths_alone[row] < DEATHS:
+                self._next(batch)
+            else:
+                self._leave_out(batch, row)
+        elif deaths < DEATHS:
+            self._next(replace(batch, deaths=deaths))
+        elif batch.inquiry:
+            self.failed(batch, "the reward worker died over it, twice")
+        elif batch.one_by_one:
+            self._whole_again(batch)
+        elif not batch.cleared:
+            self._next(replace(batch, deaths=0, one_by_one=True))
+        elif batch.size > 1:  # too much for a worker's memory, perhaps
+            self._halve(batch, batch.halved, failures=0)
+        else:
+            self._leave_out(batch, batch.first)
+
+    def _whole_again(self, batch: ScoringBatch) -> None:
+        self._next(replace(batch, deaths=0, one_by_one=False, cleared=True))
+
+    def _leave_out(self, batch: ScoringBatch, row: int) -> None:
+        """Set one image aside, and score those before and after it as batches of their own."""
+        self._set_aside[row] = f"the reward worker that scored it died, {DEATHS} times over it alone"
+        pieces = [(first, last) for first, last in ((batch.first, row), (row + 1, batch.last)) if first < last]
+        self._next(*(ScoringBatch(first, last, halved=batch.halved) for first, last in pieces))
+
+    def scores(self) -> Scores:
+        """All of the task's scores, NaN where an image is set aside."""
+        assert self.finished, "scores are asked for when all are there"
+        rewards = {name: np.full(self.count, np.nan, np.float32) for name in self.names}
+        for batch, scores in self._scored:
+            for name, values in scores.rewards.items():
+                rewards[name][batch.first : batch.last] = values
+        seconds = sum((scores.seconds for _, scores in self._scored), 0.0)
+        machines = frozenset().union(*(scores.machines for _, scores in self._scored))
+        return Scores(rewards, seconds, dict(sorted(self._set_aside.items())), machines)
+
+
+def backoff_seconds(failures: int) -> float:
+    """How long to wait before the next attempt: half a second, then twice as long each time, 30 at the most."""
+    return min(30.0, 0.5 * 2 ** max(0, failures - 1)) if failures else 0.0

@@ -1,0 +1,65 @@
+"""ScoringPools: every pool of reward workers scores the drawn tasks that concern it; a task is done when all of those are."""
+
+from typing import Any
+
+from ray_ddpo.actors.rollouts.sampling_scheduler import Drawn
+from ray_ddpo.actors.rollouts.scoring_scheduler import Scoring, ScoringOutcome, ScoringPool
+from ray_ddpo.common.schedule import Place
+from ray_ddpo.common.trajectory import Scores, merged_scores
+
+
+class ScoringPools:
+    """The same interface as one pool's `Scoring`, over several."""
+
+    def __init__(self, pools: tuple[ScoringPool, ...], retries: dict[str, int]) -> None:
+        self._asked = pools
+        self._pools = tuple(Scoring(pool, retries) for pool in pools)
+        self._scores: dict[
+            Place, dict[int, Scores]
+        ] = {}  # of tasks that some pools are done with, by the pool's number
+
+    def submit(self, drawn: Drawn) -> None:
+        """Queue a drawn task with every pool that it concerns."""
+        for number in self._concerned(drawn):
+            self._pools[number].submit(drawn)
+
+    def _concerned(self, drawn: Drawn) -> list[int]:
+        return [number for number, pool in enumerate(self._asked) if pool.scores(drawn.report.task)]
+
+    def references(self) -> list[Any]:
+        """What to wait for."""
+        return [reference for pool in self._pools for reference in pool.references()]
+
+    def holds(self, reference: Any) -> bool:
+        """Whether `reference` is one of them."""
+        return any(pool.holds(reference) for pool in self._pools)
+
+    def move(self, now: float) -> None:
+        """See to what is due in every pool."""
+        for pool in self._pools:
+            pool.move(now)
+
+    def finished(self, reference: Any, now: float) -> ScoringOutcome:
+        """What came of a call that is over: tasks that every pool is done with, with all of their scores."""
+        number = next(number for number, pool in enumerate(self._pools) if pool.holds(reference))
+        outcome = self._pools[number].finished(reference, now)
+        for drawn in outcome.lost:
+            self._scores.pop(drawn.report.task.place, None)
+            for pool in self._pools:
+                pool.forget(drawn)
+        scored = [(drawn, self._joined(drawn, number, scores)) for drawn, scores in outcome.scored]
+        return ScoringOutcome(tuple((drawn, scores) for drawn, scores in scored if scores), outcome.lost)
+
+    def _joined(self, drawn: Drawn, number: int, scores: Scores) -> Scores | None:
+        place = drawn.report.task.place
+        of_task = self._scores.setdefault(place, {})
+        of_task[number] = scores
+        concerned = self._concerned(drawn)
+        if len(of_task) < len(concerned):
+            return None
+        del self._scores[place]
+        return merged_scores([of_task[number] for number in concerned])
+
+    def waiting_for(self) -> list[str]:
+        """Who has what in hand, a line each, for the watchdog's dump."""
+        return [line for pool in self._pools for line in pool.waiting_for()]

@@ -1,0 +1,195 @@
+"""make bench-trl: rounds of the program beside rounds of TRL's DDPOTrainer, same model, recipe and number of pictures.
+
+Each side is a process of its own, and they take turns: while one makes a round, the others sleep. Every measurement is a row of
+the CSV as soon as it is there; `--table` prints what the CSV has.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from benchmarks.embedded_model import RECIPE
+from benchmarks.round_process import RoundProcess, our_process, trl_process
+from benchmarks.timing import machine
+from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.driver.components import Parts, parts_of
+from tests.parity.sides import trl_config
+
+TRL = "TRL"
+FOLDER = Path("runs/bench")
+REPEATS = 3
+THREADS = 2
+SAME = {  # for both sides
+    "sampling.num_steps": "20",
+    "sampling.guidance_scale": "5",
+    "sampling.batch_size": "8",
+    "sampling.batches_per_round": "4",
+    "sampling.step_fraction": "1.0",
+    "sampling.untrained_last_steps": "0",
+    "algorithm.clip_range": "1e-4",
+    "algorithm.advantages.min_count": "16",
+    "learner.batch_size": "8",
+    "learner.learning_rate": "3e-4",
+    "learner.micro_batch_size": "32",  # transitions, of ours alone: TRL's forward pass is that of train_batch_size
+    "runtime.threads": str(THREADS),
+}
+SETTINGS: dict[str, dict[str, str]] = {
+    "float32, eager": {},
+    "float32, compiled": {"policy.compile": "both"},
+    # As `ddpo doctor` wants it: in bfloat16 the last but one step lies beyond the learner's tolerance.
+    "bfloat16 compiled sampler": {
+        "policy.compile": "both",
+        "policy.sampler_dtype": "bfloat16",
+        "policy.merge_adapters": "true",
+        "algorithm.off_policy.ratio": "proximal",
+        "sampling.untrained_last_steps": "2",
+        "learner.micro_batch_size": "36",
+    },
+}
+COLUMNS = ("side", "repeat", "sampling", "scoring", "learning", "round", "bare_sampling", "bare_learning")
+COLUMNS = (*COLUMNS, "peak_bytes", "machine", "versions")
+Row = dict[str, Any]
+
+
+def words(*tables: dict[str, str]) -> list[str]:
+    """Overrides as a command line has them; later tables go over earlier ones."""
+    joined = {key: value for table in tables for key, value in table.items()}
+    return [word for key, value in joined.items() for word in (f"--{key}", value)]
+
+
+def trl_job(parts: Parts) -> dict[str, Any]:
+    """The same rounds for TRL: its model's folder, its keys, our prompts."""
+    recipe, device = parts.recipe, parts.recipe.runtime.device
+    return {
+        "model": str(EMBEDDED_MODELS.get(parts.policy.model, parts.policy.model)),
+        "config": {**trl_config(parts), "seed": recipe.seed},
+        "prompts": parts.prompts.listed(),
+        "device": "cpu" if device == "auto" else device,
+        "threads": recipe.runtime.threads,
+    }
+
+
+def measured(settings: list[str], repeats: int, same: dict[str, str], folder: Path) -> Iterator[Row]:
+    """Rows as they come; repeat 0 is the first round, with whatever is compiled then."""
+    job = trl_job(parts_of(Recipe.load(RECIPE, words(same))))
+    with ExitStack() as open_sides:
+        sides = {TRL: open_sides.enter_context(trl_process(job, folder))}
+        versions = {TRL: sides[TRL].answer()["versions"]}
+        for name in settings:
+            place = name.replace(",", "").replace(" ", "-")
+            process = our_process(RECIPE, words(same, SETTINGS[name]), folder, place)
+            sides[name] = open_sides.enter_context(process)
+            versions[name] = sides[name].answer()["versions"]
+        facts = {name: {"side": name, "machine": machine(), "versions": spelled(versions[name])} for name in sides}
+        for repeat in range(repeats + 1):
+            for name, side in sides.items():
+                yield {**facts[name], "repeat": repeat, **one_round(side, name != TRL, first=not repeat)}
+
+
+def one_round(side: RoundProcess, bare: bool, first: bool = False) -> Row:
+    """A round; of our sides with the bare loop's mean of right before and right after it, for machines drift.
+
+    Only after the first one: what is compiled is to be compiled in the round.
+    """
+    alone = [side.ask(bare=True)] if bare and not first else []
+    row = side.ask()
+    if bare:
+        alone.append(side.ask(bare=True))
+        row |= {f"bare_{part}": mean(each[part] for each in alone) for part in alone[0]}
+    return row
+
+
+def spelled(versions: dict[str, str]) -> str:
+    """Libraries with their versions."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def write_rows(rows: Iterator[Row], path: Path) -> None:
+    """To the CSV and to standard error, each as it comes."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            )
+            file.flush()
+            print(f"{row['side']:<28} round {row['repeat']}: {row['round']:.2f} s", file=sys.stderr, flush=True)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What is there already, numbers as numbers."""
+    with path.open(newline="") as file:
+        texts = list(csv.DictReader(file))
+    plain = ("side", "machine", "versions")
+    return [{name: value if name in plain else float(value) for name, value in row.items() if value} for row in texts]
+
+
+def table(rows: list[Row]) -> str:
+    """A line a side, in markdown: medians of all rounds but the first, and medians of the ratios within a repeat."""
+    lines = [
+        "| | sampling | learning | round | TRL's / this: sampling | learning | round | bare / this: sampling | learning "
+        "| first round | peak memory |",
+        f"|{'---|' * 11}",
+    ]
+    trl = counted(rows, TRL)
+    for name in dict.fromkeys(row["side"] for row in rows):
+        of_side = counted(rows, name)
+        (first,) = (row for row in rows if row["side"] == name and not row["repeat"])
+        first_round = f"{first['round']:.1f} s"
+        if not of_side:
+            continue
+        times = [f"{median(row[part] for row in of_side):.2f} s" for part in ("sampling", "learning", "round")]
+        against = [ratio(trl, of_side, part, part) for part in ("sampling", "learning", "round")]
+        bare = [ratio(of_side, of_side, f"bare_{part}", part) for part in ("sampling", "learning")]
+        memory = f"{max(row['peak_bytes'] for row in (first, *of_side)) / 1e6:,.0f} MB"
+        lines.append(f"| {' | '.join((name, *times, *against, *bare, first_round, memory))} |")
+    return "\n".join(lines)
+
+
+def counted(rows: list[Row], side: str) -> list[Row]:
+    """A side's rows without its first round, in order."""
+    return [row for row in rows if row["side"] == side and row["repeat"]]
+
+
+def ratio(theirs: list[Row], ours: list[Row], of_theirs: str, of_ours: str) -> str:
+    """Median of the ratios of the same repeat, which other load on the machine meets alike; a dash where there is none."""
+    pairs = [(first.get(of_theirs), second[of_ours]) for first, second in zip(theirs, ours, strict=False)]
+    known = [first / second for first, second in pairs if first is not None]
+    return f"{median(known):.2f}" if known else "–"
+
+
+def caption(rows: list[Row]) -> str:
+    """What the figures belong to."""
+    repeats = int(max(row["repeat"] for row in rows))
+    versions = {row["side"]: row["versions"] for row in rows}
+    return (
+        f"{rows[0]['machine']}, {THREADS} threads, medians of {repeats} interleaved rounds; TRL's side: {versions[TRL]}"
+    )
+
+
+def main() -> None:
+    """Measure, unless the table alone is asked for, and print it; what is not an option here goes to both sides' recipe."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--table", action="store_true", help="of the results that are there")
+    options, overrides = parser.parse_known_args()
+    path = options.folder / "against_trl.csv"
+    if not options.table:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        given = {key.removeprefix("--"): value for key, value in zip(overrides[::2], overrides[1::2], strict=True)}
+        write_rows(measured(options.settings, options.repeats, SAME | given, options.folder / "sides"), path)
+    rows = read_rows(path)
+    print(f"{table(rows)}\n\n{caption(rows)}")
+
+
+if __name__ == "__main__":
+    main()

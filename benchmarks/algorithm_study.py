@@ -1,0 +1,103 @@
+"""make algorithm-study: every algorithm on the embedded model by its small recipe, three run seeds each.
+
+`--list` prints the runs, `--run` makes those that the results do not have yet, `--chart` draws them, writes the CSV and prints a
+table, with what `algorithm_study_costs.py` has measured.
+"""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.algorithm_study_costs import COSTS, read_costs
+from benchmarks.lag_study_chart import by_setting, curve, draw_setting, share
+from benchmarks.study import StudyRun, list_or_make, read_results, study_parser
+from ray_ddpo.common.recipe.recipe import Recipe
+
+SEEDS = (20, 21, 22)  # the recipes' numbers were chosen with others
+ALGORITHMS = ("ddpo_is", "ddpo_sf", "dpok", "grpo", "rwr", "rwr_sparse", "diffusion_nft", "window")
+Results = list[dict[str, Any]]
+
+
+def run_of(name: str, seed: int) -> StudyRun:
+    """The recipe as it ships, on one thread."""
+    path = f"deploy/recipes/tiny/{name}.toml"
+    recipe = Recipe.load(path)
+    facts = {"round_images": recipe.images_per_round, "tasks": recipe.sampling.batches_per_round, "lag": 0}
+    return StudyRun(name, seed, recipe.rounds * recipe.images_per_round, path, ("--runtime.threads", "1"), facts)
+
+
+def all_runs() -> list[StudyRun]:
+    """The whole study in its order: every algorithm once before the next seed begins."""
+    return [run_of(name, seed) for seed in SEEDS for name in ALGORITHMS]
+
+
+def draw_chart(results: Results, path: Path, costs: dict[str, float]) -> None:
+    """On the left what a picture teaches, on the right what a second does."""
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.5))
+    for index, (name, runs) in enumerate(by_setting(results).items()):
+        color = plt.get_cmap("tab10")(index % 10)
+        draw_setting(left, name, runs, 1.0, color)
+        draw_setting(right, name, runs, costs[name], color)
+    left.set_xlabel("pictures drawn")
+    right.set_xlabel("seconds of one process on one thread, by what a picture costs under each algorithm")
+    for axis in (left, right):
+        axis.set_ylabel("reward of the pictures that were learned from")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="upper left")
+    figure.suptitle("band: from the lowest to the highest of the seeds; line: their mean", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_csv(results: Results, path: Path, costs: dict[str, float]) -> None:
+    """A row a point of the chart's curves."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("algorithm", "seed", "pictures", "seconds", "reward"))
+        for name, runs in by_setting(results).items():
+            for run in runs:
+                for images, reward in zip(*curve(run), strict=True):
+                    writer.writerow((name, run["seed"], int(images), f"{images * costs[name]:.1f}", f"{reward:.4f}"))
+
+
+def table(results: Results, costs: dict[str, float]) -> str:
+    """A line an algorithm, in markdown: what its runs changed on held-out pictures, and in how many standard errors."""
+    lines = [
+        "| recipe | pictures | change of the reward on held-out pictures | mean | fewest paired standard errors "
+        "| still named | clipped | seconds a picture |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in by_setting(results).items():
+        held_out = [run["held_out"] for run in runs]
+        gains = [each["reward_after"] - each["reward_before"] for each in held_out]
+        changes = [100 * gain / abs(each["reward_before"]) for gain, each in zip(gains, held_out, strict=True)]
+        errors = min(gain / each["paired_standard_error"] for gain, each in zip(gains, held_out, strict=True))
+        each_seed = ", ".join(f"{change:+.1f}" for change in changes)
+        named = ", ".join(f"{each['scorers']['animal_classifier']['kept']:.2f}" for each in held_out)
+        lines.append(
+            f"| `{name}` | {runs[0]['images']:,} | {each_seed} % | {np.mean(changes):+.1f} % | {errors:.1f} | {named} "
+            f"| {share(runs, 'clip_fraction')} | {costs[name]:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """One of the three."""
+    options = study_parser(__doc__, "algorithm_study").parse_args()
+    if not options.chart:
+        return list_or_make(options, all_runs())
+    results, costs = read_results(options.results), read_costs(COSTS)
+    draw_chart(results, options.picture, costs)
+    write_csv(results, options.results.with_suffix(".csv"), costs)
+    print(table(results, costs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""What a picture costs under each algorithm: rounds of 64 pictures drawn, scored and learned from in turn, in one run.
+
+The study's own runs stand beside each other and beside other programs, so their clocks cannot be compared.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from benchmarks.timing import machine, seconds
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.schedule import round_tasks
+from ray_ddpo.common.trajectory import Rollout
+from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.learner.learner import Learner
+from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
+
+ROUND_IMAGES = 64
+REPEATS = 2
+COSTS = Path("docs/algorithm_study_costs.json")
+
+
+@dataclass
+class Rounds:
+    """A recipe's rounds, one after the other, in this process."""
+
+    parts: Parts
+    sampler: Sampler
+    worker: RewardWorker
+    learner: Learner
+    buffer: RoundBuffer
+    round: int = 0
+
+    @classmethod
+    def of(cls, path: str) -> "Rounds":
+        """Of a recipe, at 64 pictures a round, or at its own number where that is less."""
+        parts = parts_of(Recipe.load(path, ["--runtime.threads", "1"]))
+        if parts.recipe.images_per_round > ROUND_IMAGES:
+            tasks = ROUND_IMAGES // parts.recipe.sampling.batch_size
+            words = ["--runtime.threads", "1", "--sampling.batches_per_round", str(tasks)]
+            parts = parts_of(Recipe.load(path, words))
+        recipe = parts.recipe
+        return cls(
+            parts,
+            Sampler(parts.policy, recipe.sampling, recipe.runtime),
+            RewardWorker(parts.rewards, recipe.reward_workers, recipe.runtime),
+            Learner(parts.policy, parts.algorithm, recipe),
+            RoundBuffer(parts.algorithm, parts.composition, recipe.prompts.images_per_prompt),
+        )
+
+    def next_round(self) -> None:
+        """prompts → sampler → reward → advantages → learner → weights."""
+        weights, rollouts = self.learner.weights()[-1], []
+        for task in round_tasks(self.parts.recipe, self.round, self.parts.prompts.load()):
+            report, trajectory, images = self.sampler.draw(task, weights)
+            assert report is not None and images is not None
+            rollouts.append(Rollout(report, self.worker.score(images), trajectory, None))
+        batch = self.buffer.train_batch(rollouts)
+        self.learner.update(batch, *(rollout.trajectory for rollout in rollouts))
+        self.round += 1
+
+    def seconds_a_picture(self) -> float:
+        """Of as many rounds as have 64 pictures."""
+        count = max(1, ROUND_IMAGES // self.parts.recipe.images_per_round)
+        taken = sum(seconds(self.next_round) for _ in range(count))
+        return taken / (count * self.parts.recipe.images_per_round)
+
+
+def measure(recipes: dict[str, str], path: Path, repeats: int = REPEATS) -> dict[str, float]:
+    """Seconds a picture by name, medians of interleaved repeats after one that does not count; kept at `path`."""
+    prepared = {name: Rounds.of(recipe) for name, recipe in recipes.items()}
+    taken: dict[str, list[float]] = {name: [] for name in recipes}
+    for each in prepared.values():
+        each.next_round()
+    for _ in range(repeats):
+        for name, each in prepared.items():
+            taken[name].append(each.seconds_a_picture())
+    costs = {name: round(median(times), 4) for name, times in taken.items()}
+    path.write_text(json.dumps({"seconds a picture": costs, "machine": machine()}, indent=1) + "\n")
+    return costs
+
+
+def read_costs(path: Path) -> dict[str, float]:
+    """By algorithm."""
+    return json.loads(path.read_text())["seconds a picture"]
+
+
+def main() -> None:
+    """Measure, and print what came of it."""
+    from benchmarks.algorithm_study import all_runs
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--costs", type=Path, default=COSTS)
+    costs = measure({run.setting: run.recipe for run in all_runs()}, parser.parse_args().costs)
+    for name, each in costs.items():
+        print(f"{name:<16} {each:.3f} s a picture")
+
+
+if __name__ == "__main__":
+    main()

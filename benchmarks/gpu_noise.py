@@ -1,0 +1,34 @@
+"""How far sampler's and learner's log-probs lie apart on this device, in each way that both could be run.
+
+Usage: python -m benchmarks.gpu_noise RECIPE ANSWERS.jsonl [--override value …]; a line for each way, as it is done.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.commands.doctor.ratio_measurement import draw_some, score_again
+
+PROXIMAL = ["--algorithm.off_policy.ratio", "proximal"]  # the others are refused by a recipe otherwise
+WAYS = {
+    "both eager": [],
+    "both compiled": ["--policy.compile", "both"],
+    "sampler merged": ["--policy.merge_adapters", "true"],
+}
+SHORTER = ["--sampling.num_steps", "10"]
+
+
+def main(recipe: str, answers: str, overrides: list[str]) -> None:
+    """Draw as the sampler and score as the learner, in every way."""
+    for way, words in WAYS.items():
+        of_this_way = Recipe.load(recipe, [*overrides, *SHORTER, *PROXIMAL, *words])
+        noise = score_again(of_this_way, draw_some(of_this_way))
+        found = {each.name: [each.kind, each.largest] for each in noise.comparisons}
+        with Path(answers).open("a") as file:
+            file.write(json.dumps({"way": way, "latent_elements": noise.latent_elements, "largest": found}) + "\n")
+        print(f"{way}: largest |log ratio| {noise.of_the_run.largest:.2g}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

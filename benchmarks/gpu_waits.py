@@ -1,0 +1,51 @@
+"""Where the host waits for the GPU while a round is drawn and learned from: inside a micro-batch it should nowhere.
+
+Usage: python -m benchmarks.gpu_waits RECIPE ANSWERS.jsonl [--override value …]; a line for each place that waited.
+"""
+
+import json
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.schedule import round_tasks
+from ray_ddpo.common.trajectory import TrainBatch
+from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.learner.learner import Learner
+
+SHORTER = ["--sampling.num_steps", "4"]
+
+
+def main(recipe: str, answers: str, overrides: list[str]) -> None:
+    """The second round, for in the first one memory is taken from the device and pinned."""
+    parts = entries_of(Recipe.load(recipe, [*overrides, *SHORTER]))
+    sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
+    learner = Learner(parts.policy, parts.algorithm, parts.recipe)
+    micro_batches = parts.recipe.images_per_round * 4 // learner.state().micro_batch_size  # type: ignore[operator]
+    for round in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if round and torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("warn")
+            weights = learner.weights()[-1]
+            drawn = [sampler.draw(task, weights)[:2] for task in round_tasks(parts.recipe, round, parts.prompts.load())]
+            advantages = np.random.default_rng(0).standard_normal(parts.recipe.images_per_round)
+            batch = TrainBatch(round, tuple(report for report, _ in drawn if report), advantages)
+            learner.update(batch, *(trajectory for _, trajectory in drawn if trajectory))
+    places = Counter(
+        f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)
+    )
+    with Path(answers).open("a") as file:
+        for place, times in places.most_common():
+            file.write(json.dumps({"place": place, "times": times, "micro_batches": micro_batches}) + "\n")
+    print(f"{sum(places.values())} waits in a round of {micro_batches} micro-batches: {dict(places)}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,0 +1,76 @@
+"""What each correction adds to a round's update: the same round learned from with each in turn, in one run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from benchmarks.study import StudyRun
+from benchmarks.timing import machine, seconds
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.schedule import round_tasks
+from ray_ddpo.common.trajectory import TrainBatch, Trajectory
+from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
+from ray_ddpo.learner.learner import Learner
+
+REPEATS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Lagging:
+    """A learner a version ahead of the round that it is about to learn from."""
+
+    learner: Learner
+    state: LearnerState
+    batch: TrainBatch
+    trajectories: tuple[Trajectory, ...]
+
+    def update_seconds(self) -> float:
+        """Of the round's update, from the same state each time."""
+        self.learner.load_state(self.state)
+        return seconds(lambda: self.learner.update(self.batch, *self.trajectories))
+
+
+def drawn_round(
+    sampler: Sampler, learner: Learner, recipe: Recipe, round: int
+) -> tuple[TrainBatch, tuple[Trajectory, ...]]:
+    """A round with the oldest version that the learner keeps, and advantages that any will do for."""
+    weights = learner.weights()[0]
+    tasks = round_tasks(recipe, round, parts_of(recipe).prompts.load())
+    drawn = [sampler.draw(task, weights)[:2] for task in tasks]
+    advantages = np.random.default_rng(round).standard_normal(recipe.images_per_round)
+    return TrainBatch(round, tuple(report for report, _ in drawn), advantages), tuple(path for _, path in drawn)
+
+
+def lagging(run: StudyRun) -> Lagging:
+    """Made by one update at lag 1, on a round drawn for it."""
+    parts = parts_of(Recipe.load(run.recipe, list(run.overrides)))
+    recipe = parts.recipe
+    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
+    learner = Learner(parts.policy, parts.algorithm, recipe)
+    batch, trajectories = drawn_round(sampler, learner, recipe, 0)
+    _, state = learner.update(batch, *trajectories)
+    return Lagging(learner, state, *drawn_round(sampler, learner, recipe, 1))
+
+
+def measure(runs: dict[str, StudyRun], path: Path) -> dict[str, float]:
+    """Each correction's update over the plain one, medians of interleaved repeats; kept at `path`."""
+    prepared = {name: lagging(run) for name, run in runs.items()}
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(REPEATS + 1):
+        for name, each in prepared.items():
+            time = each.update_seconds()
+            if repeat:  # the first does not count
+                taken[name].append(time)
+    costs = {name: round(median(times) / median(taken["plain"]), 3) for name, times in taken.items()}
+    path.write_text(json.dumps({"update over the plain one": costs, "machine": machine()}, indent=1) + "\n")
+    return costs
+
+
+def read_costs(path: Path) -> dict[str, float]:
+    """By correction; one that adds no pass is not there."""
+    return json.loads(path.read_text())["update over the plain one"] if path.exists() else {}

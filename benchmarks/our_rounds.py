@@ -1,0 +1,140 @@
+"""The program, one round for each line that comes in, beside a bare loop over the same network; see `round_process.py`.
+
+Usage: python -m benchmarks.our_rounds JOB.json. The job: "recipe" (its path) and "overrides".
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.schedule import round_tasks
+from ray_ddpo.common.trajectory import Rollout
+from ray_ddpo.deploy.driver.components import Parts, entries_of
+from ray_ddpo.learner.learner import Learner
+from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+
+
+class OurRounds:
+    """Sampler, reward worker and learner of a recipe in this process."""
+
+    def __init__(self, parts: Parts) -> None:
+        recipe = parts.recipe
+        self._parts, self._recipe, self._next = parts, recipe, 0
+        self._sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
+        self._worker = RewardWorker(parts.rewards, recipe.reward_workers, recipe.runtime)
+        self._learner = Learner(parts.policy, parts.algorithm, recipe)
+        self._buffer = RoundBuffer(parts.algorithm, parts.composition, recipe.prompts.images_per_prompt)
+        self._cuda = self._sampler._policy.device.startswith("cuda")
+
+    def now(self) -> float:
+        """The clock, when the device has done what it was given."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def round(self) -> dict[str, float]:
+        """prompts → sampler → reward → advantages → learner → weights."""
+        weights, drawn, rollouts, started = self._learner.weights()[-1], [], [], self.now()
+        for task in round_tasks(self._recipe, self._next, self._parts.prompts.load()):
+            drawn.append(self._sampler.draw(task, weights))
+        sampled = self.now()
+        for report, trajectory, images in drawn:
+            rollouts.append(Rollout(report, self._worker.score(images), trajectory, None))
+        scored = self.now()
+        batch = self._buffer.train_batch(rollouts)
+        self._learner.update(batch, *(rollout.trajectory for rollout in rollouts))
+        ended = self.now()
+        self._next += 1
+        rewards = np.concatenate([values for one in rollouts for values in one.scores.rewards.values()])
+        times = {"sampling": sampled - started, "scoring": scored - sampled, "learning": ended - scored}
+        return {**times, "round": ended - started, "reward": float(rewards.mean())}
+
+    def bare(self) -> dict[str, float]:
+        """Seconds that the network alone takes for a round's rows in the same batches, reckoned from a task's share of them."""
+        sampling, tasks = self._recipe.sampling, self._recipe.sampling.batches_per_round
+        policy, learning = self._sampler._policy, self._learner._policy
+        inputs = self._inputs(sampling.batch_size)
+        with torch.no_grad():
+            policy._predict(*inputs)  # not counted: others had the caches until now
+            started = self.now()
+            for _ in range(sampling.num_steps):
+                policy._predict(*inputs)
+        drawn = self.now()
+        rows = sampling.batch_size * sampling.kept_steps(len(policy.noisy_steps))
+        size = min(self._learner._micro_batch_size, rows)
+        inputs = self._inputs(size)
+        learning._predict(*inputs).square().mean().backward()
+        begun = self.now()
+        for _ in range(rows // size):
+            learning._predict(*inputs).square().mean().backward()
+        learned = self.now() - begun
+        if self._parts.algorithm.needs_proximal_log_probs:  # one more pass over all optimizer steps but the first
+            begun = self.now()
+            with torch.no_grad():
+                for _ in range(rows // size):
+                    learning._predict(*inputs)
+            learned += (1 - self._recipe.learner.images_per_step / self._recipe.images_per_round) * (self.now() - begun)
+        for parameter in trained_parameters(learning.network).values():
+            parameter.grad = None
+        whole = rows / (rows // size * size)  # what no full micro-batch is left of
+        return {"sampling": tasks * (drawn - started), "learning": tasks * whole * learned}
+
+    def _inputs(self, images: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Of a forward pass for so many images, with both branches of guidance where there is guidance."""
+        policy = self._sampler._policy
+        rows = policy.branches * images
+        latents = torch.randn(rows, *policy.latent_shape, device=policy.device)
+        timesteps = torch.randint(0, policy.num_train_timesteps, (rows,), device=policy.device)
+        embeddings = policy.encode([""])["prompt_embeds"]
+        return latents, timesteps, {"prompt_embeds": embeddings.repeat(rows, 1, 1)}
+
+    def save(self, path: str) -> None:
+        """The newest weights by their names in the network."""
+        save_file(self._learner.weights()[-1].arrays(), path)
+
+    def peak_bytes(self) -> int:
+        """The most that was held: of the GPU's memory, or resident in this process; sampler and learner together."""
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def answer(rounds: OurRounds, asked: dict[str, Any]) -> dict[str, float]:
+    """What one line asks for."""
+    if asked.get("bare"):
+        return rounds.bare()
+    result = rounds.round()
+    if asked.get("save"):
+        rounds.save(asked["save"])
+    return {**result, "peak_bytes": rounds.peak_bytes()}
+
+
+def main(path: Path) -> None:
+    """Load, say so, and answer."""
+    # What libraries print must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    job = json.loads(path.read_text(encoding="utf-8"))
+    rounds = OurRounds(entries_of(Recipe.load(job["recipe"], job["overrides"])))
+    print(json.dumps({"ready": True, "versions": {name: version(name) for name in LIBRARIES}}), file=answers)
+    for line in sys.stdin:
+        print(json.dumps(answer(rounds, json.loads(line))), file=answers)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,146 @@
+"""make overlap: seconds a round against the ideal, by lag and in parts; how much of scoring is hidden; scaling."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.embedded_model import RECIPE
+from benchmarks.stand_in_run import Proportion, ideal_seconds, local_ray, run
+from benchmarks.timing import machine
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.train import train
+
+LAGS = (0, 1, 2)
+ROUNDS = 12  # measured: a multiple of every lag + 1, because rounds that overlap end in groups
+PROPORTIONS = (
+    Proportion("sampling takes longest", 4, 2, 16, draw=0.5, score=0.05, update=0.6),
+    Proportion("learning takes longest", 4, 2, 16, draw=0.25, score=0.05, update=2.0),
+    Proportion("scoring takes longest", 4, 2, 16, draw=0.25, score=0.25, update=0.6),
+    Proportion("all alike", 4, 2, 16, draw=0.5, score=0.2, update=2.0),
+    Proportion("large tasks, slow rewards", 4, 4, 4, draw=1.0, score=0.8, update=0.4),
+)
+PARTS = (
+    Proportion("sampling takes longest", 4, 2, 16, draw=0.5, score=0.05, update=0.6, parts=4),
+    Proportion("learning takes longest", 4, 2, 16, draw=0.25, score=0.05, update=2.0, parts=4),
+    Proportion("all alike", 4, 2, 16, draw=0.5, score=0.2, update=2.0, parts=4),
+)
+REWARDS = Proportion("rewards", 4, 2, 16, draw=0.5, score=0.0, update=0.6)
+SCORING = (0.05, 0.1, 0.2)  # seconds a task
+SAMPLERS = (1, 4, 16, 64)
+MODEL_ROUNDS = 9
+MODEL_TASKS = 2
+
+
+def scaled(samplers: int) -> Proportion:
+    """Two tasks a sampler and round, whatever their number."""
+    tasks = 2 * samplers
+    return Proportion(f"{samplers}", samplers, max(1, samplers // 8), tasks, draw=1.0, score=0.05, update=0.5)
+
+
+def proportions(rounds: int) -> None:
+    """The table of stand-ins at each lag."""
+    print(
+        "\n| proportion | S/N | R/M | U | lag | ideal | measured | measured / ideal |\n|---|---|---|---|---|---|---|---|"
+    )
+    for proportion in PROPORTIONS:
+        sides = f"{proportion.sampling:.2f} | {proportion.scoring:.2f} | {proportion.update:.2f}"
+        for lag in LAGS:
+            seconds, ideal = run(proportion, lag, lag + 2, rounds).seconds, proportion.ideal(lag)
+            row = f"{ideal:.2f} s | {seconds:.2f} s | {seconds / ideal:.3f}"
+            print(f"| {proportion.name} | {sides} | {lag} | {row} |", flush=True)
+
+
+def in_parts(rounds: int) -> None:
+    """The table of rounds that are learned from in parts, at lag 0."""
+    print("\n| proportion | S/N | R/M | U | parts | ideal in one part | ideal | measured | measured / ideal |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for proportion in PARTS:
+        sides = f"{proportion.sampling:.2f} | {proportion.scoring:.2f} | {proportion.update:.2f} | {proportion.parts}"
+        seconds, ideal = run(proportion, 0, 2, rounds).seconds, proportion.ideal(0)
+        whole = dataclasses.replace(proportion, parts=1).ideal(0)
+        row = f"{whole:.2f} s | {ideal:.2f} s | {seconds:.2f} s | {seconds / ideal:.3f}"
+        print(f"| {proportion.name} | {sides} | {row} |", flush=True)
+
+
+def rewards(rounds: int) -> None:
+    """The table of how much of scoring is hidden behind drawing and learning: rounds with rewards of some speeds."""
+    print(
+        "\n| scoring a task | R/M | lag | round | round if scoring took no time | hidden |\n|---|---|---|---|---|---|"
+    )
+    for lag in LAGS[:2]:
+        free = run(dataclasses.replace(REWARDS, score=0.0), lag, lag + 2, rounds).seconds
+        for score in SCORING:
+            proportion = dataclasses.replace(REWARDS, score=score)
+            seconds = run(proportion, lag, lag + 2, rounds).seconds
+            hidden = 1 - (seconds - free) / proportion.scoring
+            row = f"{proportion.scoring:.2f} s | {lag} | {seconds:.2f} s | {free:.2f} s | {hidden:.0%}"
+            print(f"| {score:g} s | {row} |", flush=True)
+
+
+def scaling(counts: tuple[int, ...], rounds: int) -> None:
+    """The table of more and more stand-in samplers, at lag 1."""
+    print("\n| samplers | tasks a round | images/s | efficiency | seconds a round (ideal) | cores of the driver |")
+    print("|---|---|---|---|---|---|")
+    one = 0.0
+    for samplers in counts:
+        proportion = scaled(samplers)
+        measured = run(proportion, 1, 3, rounds)
+        one = one or measured.images_per_second / samplers
+        efficiency = measured.images_per_second / (samplers * one)
+        rates = f"{measured.images_per_second:.1f} | {efficiency:.3f}"
+        seconds = f"{measured.seconds:.2f} ({proportion.ideal(1):.2f})"
+        print(f"| {samplers} | {proportion.tasks} | {rates} | {seconds} | {measured.driver_cores:.2f} |", flush=True)
+
+
+def embedded_model(rounds: int) -> None:
+    """The table of the real model, with S, R and U as the run itself measured them at that lag."""
+    print("\n| lag | S | R | U | ideal | seconds/round | measured / ideal |\n|---|---|---|---|---|---|---|")
+    for lag in LAGS:
+        with tempfile.TemporaryDirectory() as folder:
+            placed = {"name": "overlap", "output_dir": folder, "rounds": rounds, "max_policy_lag": lag}
+            changed = {"sampling.batches_per_round": MODEL_TASKS, "runtime.threads": 1, "checkpoint.every": rounds}
+            words = [word for key, value in (placed | changed).items() for word in (f"--{key}", str(value))]
+            with redirect_stdout(sys.stderr):  # standard output has the tables alone
+                train(Recipe.load(RECIPE, words))
+            lines = (Path(folder) / "overlap" / "metrics.jsonl").read_text().splitlines()
+        print(model_row(lag, [json.loads(line) for line in lines]), flush=True)
+
+
+def model_row(lag: int, metrics: list[dict[str, float]]) -> str:
+    """One line: means over the rounds after the first lag + 1, and without the last lag, beside which less is drawn."""
+    steady = metrics[lag + 1 : len(metrics) - lag]
+    parts = ("sample", "score", "learn", "round")
+    sample, score, learn, measured = (mean(each[f"seconds/{part}"] for each in steady) for part in parts)
+    ideal = ideal_seconds((sample, score, learn), score / MODEL_TASKS, lag)
+    row = f"{sample:.2f} | {score:.3f} | {learn:.2f} | {ideal:.2f} s | {measured:.2f} s | {measured / ideal:.3f}"
+    return f"| {lag} | {row} |"
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--samplers", type=int, nargs="+", default=list(SAMPLERS))
+    parser.add_argument("--only", choices=["proportions", "parts", "rewards", "scaling", "model"])
+    options = parser.parse_args()
+    print(machine())
+    with local_ray():
+        if options.only in (None, "proportions"):
+            proportions(options.rounds)
+        if options.only in (None, "parts"):
+            in_parts(options.rounds)
+        if options.only in (None, "rewards"):
+            rewards(options.rounds)
+        if options.only in (None, "scaling"):
+            scaling(tuple(options.samplers), options.rounds)
+        if options.only in (None, "model"):
+            embedded_model(MODEL_ROUNDS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The scale benchmark's arithmetic: lines of least squares through what was measured, its tables, and its chart."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.scale_stand_ins import Setting
+
+# What a round is made of, in the units that a cost is given in.
+SIZES = {
+    "round": lambda setting: 1.0,
+    "task": lambda setting: setting.tasks,
+    "image": lambda setting: setting.images,
+    "sampler": lambda setting: setting.samplers,
+    "MB of weights": lambda setting: setting.weight_bytes / 1e6,
+    "MB drawn": lambda setting: setting.images * (setting.trajectory_bytes + setting.picture_bytes) / 1e6,
+}
+ROUNDING = 1e-9  # of the solution
+FITTED = ("driver_cpu", "cluster_cpu", "driver_peak")
+ON_PAPER = (
+    Setting(1024, 8, samplers=16),
+    Setting(65_536, 8, samplers=256),
+    Setting(1_000_000, 8, samplers=10_000),
+    Setting(1_000_000, 64, samplers=10_000),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a round of a setting took, means over the rounds measured."""
+
+    seconds: float  # a round, beyond what its samplers take if none is ever idle
+    driver_cpu: float  # seconds of the driver's process, Ray's threads in it included
+    driver_python: float  # of these, of its own thread
+    cluster_cpu: float  # seconds of Ray's own processes: GCS, raylet, agents
+    driver_peak: float  # MB: the highest resident memory over that before the first round
+    stored: float  # MB a round that the object store took in
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A setting on an axis, and what it cost."""
+
+    axis: str
+    setting: Setting
+    cost: Cost
+
+    @classmethod
+    def of(cls, axis: str, setting: Setting, cost: dict[str, float]) -> "Measured":
+        """From what the measuring process printed."""
+        return cls(axis, setting, Cost(**cost))
+
+    @property
+    def value(self) -> int:
+        """What was varied."""
+        return getattr(self.setting, self.axis)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As the CSV has it."""
+        own = {"axis": self.axis, "value": self.value}
+        return {**own, **dataclasses.asdict(self.setting), "tasks": self.setting.tasks, **dataclasses.asdict(self.cost)}
+
+
+def least_squares(sizes: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """Costs a unit of each column of `sizes`, none below 0; every measurement weighs by its share and not by its size.
+
+    A cost that would be negative is noise about 0: its column is left out, the most negative first.
+    """
+    shares = sizes / np.maximum(costs, 1e-9)[:, None]
+    lengths = np.linalg.norm(shares, axis=0)
+    kept = [column for column in range(sizes.shape[1]) if lengths[column]]
+    while True:
+        found, *_ = np.linalg.lstsq(shares[:, kept] / lengths[kept], np.ones(len(costs)), rcond=None)
+        if not kept or found.min() >= -ROUNDING * np.abs(found).max():
+            break
+        kept.pop(int(found.argmin()))
+    costs_a_unit = np.zeros(sizes.shape[1])
+    costs_a_unit[kept] = found.clip(0) / lengths[kept]
+    return costs_a_unit
+
+
+def fitted(found: list[Measured]) -> dict[str, dict[str, float]]:
+    """For each of FITTED: the cost a round, a task, an image … of all settings as one."""
+    sizes = np.array([[size(each.setting) for size in SIZES.values()] for each in found], float)
+    costs = {name: np.array([getattr(each.cost, name) for each in found]) for name in FITTED}
+    return {name: dict(zip(SIZES, least_squares(sizes, values), strict=True)) for name, values in costs.items()}
+
+
+def on_paper(costs: dict[str, dict[str, float]], setting: Setting) -> dict[str, float]:
+    """What the lines say of a setting."""
+    return {name: sum(a_unit[size] * SIZES[size](setting) for size in SIZES) for name, a_unit in costs.items()}
+
+
+def table(found: list[Measured]) -> str:
+    """All settings, as Markdown."""
+    heads = ("varied", "", "tasks", "seconds a round", "driver, CPU s", "µs a task", "Ray's processes, CPU s")
+    heads = (*heads, "driver's peak, MB", "stored, MB")
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for each in found:
+        cost, tasks = each.cost, each.setting.tasks
+        clocks = f"{cost.seconds:.2f} | {cost.driver_cpu:.3f} | {1e6 * cost.driver_cpu / tasks:,.0f}"
+        bytes = f"{cost.cluster_cpu:.2f} | {cost.driver_peak:.0f} | {cost.stored:.0f}"
+        lines.append(f"| {each.axis} | {each.value:,} | {tasks:,} | {clocks} | {bytes} |")
+    return "\n".join(lines)
+
+
+def costs_table(costs: dict[str, dict[str, float]]) -> str:
+    """The fitted costs, as Markdown."""
+    lines = ["| a | driver, CPU | Ray's processes, CPU | driver's memory |", "|---|---|---|---|"]
+    for size in SIZES:
+        driver, cluster, memory = (costs[name][size] for name in FITTED)
+        lines.append(f"| {size} | {1e6 * driver:,.1f} µs | {1e6 * cluster:,.1f} µs | {1e3 * memory:,.2f} kB |")
+    return "\n".join(lines)
+
+
+def on_paper_table(costs: dict[str, dict[str, float]]) -> str:
+    """What the lines say of rounds that are larger, as Markdown."""
+    lines = ["| images | images a task | samplers | driver, CPU s | Ray's processes, CPU s | driver's memory, GB |"]
+    lines.append("|---|---|---|---|---|---|")
+    for setting in ON_PAPER:
+        driver, cluster, memory = on_paper(costs, setting).values()
+        sizes = f"{setting.images:,} | {setting.images_per_task} | {setting.samplers:,}"
+        lines.append(f"| {sizes} | {driver:,.1f} | {cluster:,.1f} | {memory / 1e3:,.2f} |")
+    return "\n".join(lines)
+
+
+def chart(path: Path, title: str, found: list[Measured]) -> None:
+    """A panel an axis."""
+    from matplotlib.figure import Figure
+
+    axes = list(dict.fromkeys(each.axis for each in found))
+    columns = min(4, len(axes))
+    figure = Figure(figsize=(3.6 * columns, 3.2 * -(-len(axes) // columns)), layout="constrained")
+    figure.suptitle(f"CPU seconds a round that the system itself costs; {title}", fontsize=9)
+    panels = figure.subplots(-(-len(axes) // columns), columns, squeeze=False, sharey=True).ravel()
+    for panel in panels[len(axes) :]:
+        panel.set_axis_off()
+    for axis, panel in zip(axes, panels, strict=False):
+        own = [each for each in found if each.axis == axis]
+        for name, label in (("driver_cpu", "driver"), ("cluster_cpu", "Ray's processes")):
+            values = [getattr(each.cost, name) for each in own]
+            panel.plot([each.value for each in own], values, marker="o", markersize=3, label=label)
+        panel.set(title=axis.replace("_", " "), xscale="log", yscale="log")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("CPU s a round")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,174 @@
+"""One setting of the scale benchmark: the driver's own loop, ledger, metrics and checkpoint, with actors that only stand in."""
+
+import dataclasses
+import functools
+import json
+import resource
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import ray
+
+from benchmarks.broadcast import stored_bytes
+from benchmarks.scale_fit import Cost
+from benchmarks.scale_stand_ins import SamplerHandle, SamplerHost, ScorerStandIn, Setting
+from benchmarks.stand_in_run import CPUS_OF_A_SLEEPER, local_ray
+from ray_ddpo.actors.rollouts.ray_stream import Pools, RayRolloutStream
+from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringPool
+from ray_ddpo.actors.rollouts.stream import StreamSettings
+from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
+from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.trackers.fan_out import FanOut
+from ray_ddpo.common.trackers.tracker import RunInfo
+from ray_ddpo.common.trajectory import TrainBatch
+from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.progress import Progress
+from ray_ddpo.deploy.driver.supervision import Supervision
+from ray_ddpo.deploy.driver.workers import Workers
+from ray_ddpo.deploy.evaluation.runner import Evaluating
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
+from ray_ddpo.learner.ray_learner_group import RayLearnerGroup
+from ray_ddpo.train import run_rounds
+
+REWARD_WORKERS = 2
+WARM_UP = 1  # rounds: connections are made, caches filled
+
+
+class LearnerStandIn:
+    """Learns nothing, and publishes weights of a set size."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._buffer = np.zeros(setting.weight_bytes // 4, np.float32)
+        self._published = pack(0, {"stand_in": self._buffer})
+
+    def ready(self) -> bool:
+        """True."""
+        return True
+
+    def stacks(self) -> str:
+        """Nothing to tell."""
+        return "a stand-in"
+
+    def weights(self) -> tuple[LoraWeights, ...]:
+        """The one version that is asked for at lag 0."""
+        return (self._published,)
+
+    def state(self) -> LearnerState:
+        """Without an optimizer's."""
+        return LearnerState(self._published.policy_version, (self._published,), {}, {})
+
+    def update(self, batch: TrainBatch, *trajectories: np.ndarray) -> tuple[dict[str, float], LearnerState]:
+        """The next version."""
+        assert len(trajectories) == len(batch.reports)
+        version = self._published.policy_version + 1
+        self._published = dataclasses.replace(self._published, policy_version=version)
+        return {"seconds/learn": 0.0}, self.state()
+
+
+class Meter:
+    """Stands where `Supervision` does: the driver checks it after every round."""
+
+    def __init__(self) -> None:
+        self.rounds: list[tuple[float, float, float, float, float]] = []
+        self._driver = psutil.Process()
+        names = ("gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent", "log_monitor")
+        children = [(child, " ".join(child.cmdline()[:4])) for child in self._driver.children(recursive=True)]
+        self._cluster = [child for child, line in children if any(name in line for name in names)]
+        self._resident = self._driver.memory_info().rss
+        self.check()
+
+    def check(self) -> None:
+        """Note the clocks."""
+        cluster = sum(_cpu_seconds(child) for child in self._cluster if child.is_running())
+        stored = float(sum(stored_bytes().values()))
+        own = _cpu_seconds(self._driver)
+        self.rounds.append((time.monotonic(), own, time.thread_time(), cluster, stored))
+
+    def cost(self, setting: Setting) -> Cost:
+        """Means over the rounds after the first."""
+        first, last = np.array(self.rounds[WARM_UP]), np.array(self.rounds[-1])
+        seconds, cpu, python, cluster, stored = (last - first) / (len(self.rounds) - 1 - WARM_UP)
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._resident
+        return Cost(seconds - setting.drawing_seconds, cpu, python, cluster, peak / 1e6, stored / 1e6)
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def recipe_of(setting: Setting, folder: str, rounds: int) -> Recipe:
+    """A recipe whose rounds have the setting's sizes."""
+    return Recipe.parse(
+        {
+            "name": "scale",
+            "output_dir": folder,
+            "rounds": rounds,
+            "max_policy_lag": 0,
+            "policy": {"name": "stable_diffusion", "model": "tiny_animals"},
+            "prompts": {"name": "animals"},
+            "sampling": {"batch_size": setting.images_per_task, "batches_per_round": setting.tasks},
+            "reward": {"name": "jpeg_compressibility", "label": "stand_in"},
+            "algorithm": {"name": "ddpo_is"},
+            "learner": {"batch_size": setting.images_per_task, "micro_batch_size": 1},
+            "checkpoint": {"every": rounds},
+        }
+    )
+
+
+def measured(setting: Setting, rounds: int) -> Cost:
+    """Start the stand-ins on a cluster of their own, let `train.run_rounds` do its rounds, end them."""
+    with tempfile.TemporaryDirectory() as folder, local_ray():
+        parts = parts_of(recipe_of(setting, folder, WARM_UP + rounds))
+        workers = _workers(parts, setting)
+        run_folder = RunFolder(parts.recipe.run_path())
+        run_folder.create()
+        trackers = FanOut({name: parts.trackers[name] for name in ("jsonl", "ray")})
+        evaluating = Evaluating(parts, run_folder, workers, trackers)
+        progress = Progress(parts, trackers, evaluating, run_folder, None, {})
+        trackers.start(RunInfo("scale", run_folder.location, parts.resolved(), parts.recipe.rounds, 0, {}))
+        meter = Meter()
+        run_rounds(parts, workers, progress, cast(Supervision, meter))
+        trackers.finish()
+        return meter.cost(setting)
+
+
+def _workers(parts: Parts, setting: Setting) -> Workers:
+    recipe, budget = parts.recipe, RestartBudget(0)
+    options: dict[str, Any] = {"num_cpus": CPUS_OF_A_SLEEPER, "concurrency_groups": {"health": 1}}
+    host = ray.remote(**options)(SamplerHost).options(max_concurrency=100_000)
+    hosts = [host.remote(setting) for _ in range(min(setting.processes, setting.samplers))]
+    samplers = WorkerPool(
+        "samplers", "sampler", lambda index: SamplerHandle(hosts[index % len(hosts)], index), setting.samplers, budget
+    )
+    scorer = ray.remote(**options)(ScorerStandIn)
+    scorers = WorkerPool("reward_workers", "reward_worker", lambda index: scorer.remote(), REWARD_WORKERS, budget)
+    scoring = ScoringPool(scorers, ("stand_in",), recipe.reward_workers, independent=True)
+    pools = Pools(samplers, (scoring,), budget)
+    stream = RayRolloutStream(pools, StreamSettings(recipe.runtime, 1, 1e9, check=lambda: None))
+    make = functools.partial(ray.remote(**options)(LearnerStandIn).remote, setting)
+    learner = RayLearnerGroup(
+        [make()], lambda: [make()], stream.work_until, lambda death: budget.spend("learner", death.reason)
+    )
+    stream.wait_until_loaded({"samplers": setting.samplers, "reward_workers": REWARD_WORKERS})
+    learner.wait_until_loaded()
+    return Workers(stream, learner)
+
+
+def main() -> None:
+    """Measure the setting that standard input has as JSON: {"setting": {…}, "rounds": N}; its cost as JSON."""
+    asked = json.load(sys.stdin)
+    with redirect_stdout(sys.stderr):
+        cost = measured(Setting(**asked["setting"]), asked["rounds"])
+    print(json.dumps(dataclasses.asdict(cost)))
+
+
+if __name__ == "__main__":
+    main()

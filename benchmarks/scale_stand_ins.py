@@ -1,0 +1,165 @@
+"""Stand-ins for the scale benchmark: they answer at once, with as many bytes as real actors; several may share a process."""
+
+import asyncio
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.schedule import Place, Task
+
+LATENT_CHANNELS = 4
+PIXELS_A_LATENT = 8  # along each side, as in Stable Diffusion
+LATENT_BYTES = 2  # float16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One round's sizes. Fields that are varied one at a time have the size that they keep meanwhile."""
+
+    images: int = 512  # a round
+    images_per_task: int = 8
+    steps: int = 10  # kept and learned from
+    pixels: int = 128  # along each side
+    samplers: int = 16
+    processes: int = 4  # that the samplers share
+    weight_bytes: int = 3_000_000  # rank-4 adapters of Stable Diffusion 1.5
+    busy_seconds: float = 0.0  # that every sampler draws in a round
+    uneven: bool = False  # every second sampler is half as fast as the others, and together they are as fast
+
+    @property
+    def tasks(self) -> int:
+        """A round's."""
+        return self.images // self.images_per_task
+
+    @property
+    def trajectory_bytes(self) -> int:
+        """An image's path: the latents that enter the first step, and those that leave each."""
+        side = self.pixels // PIXELS_A_LATENT
+        return (self.steps + 1) * LATENT_CHANNELS * side * side * LATENT_BYTES
+
+    @property
+    def picture_bytes(self) -> int:
+        """An image's pixels."""
+        return 3 * self.pixels * self.pixels
+
+    @property
+    def drawing_seconds(self) -> float:
+        """How long all samplers together take for a round, if none is ever idle."""
+        speeds = [1 / self._slowness(sampler) for sampler in range(self.samplers)]
+        return self.busy_seconds * self.samplers / sum(speeds)
+
+    def _slowness(self, sampler: int) -> float:
+        return (0.75, 1.5)[sampler % 2] if self.uneven else 1.0
+
+    def task_seconds(self, sampler: int) -> float:
+        """How long a sampler sleeps over a task."""
+        return self._slowness(sampler) * self.busy_seconds * self.samplers / self.tasks
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a driver reads of a TaskReport, with its fields."""
+
+    task: Task
+    fingerprint: str
+    modules_bound: int
+    trajectory_bytes: int
+    seconds: float
+    image_fingerprints: tuple[str, ...]
+    drawn_by: str
+    machine: None = None
+    set_aside: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a driver reads of Scores, with its fields."""
+
+    rewards: dict[str, np.ndarray]
+    seconds: float
+    set_aside: dict[int, str]
+    machines: frozenset[object] = frozenset()
+
+
+class SamplerHost:
+    """A process of samplers: each of them has one task in hand at a time, in the order in which it was asked."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._hands: dict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._forgotten: set[Place] = set()
+
+    async def ready(self) -> bool:
+        """True."""
+        return True
+
+    async def stacks(self) -> str:
+        """Nothing to tell."""
+        return "a stand-in"
+
+    async def forget(self, place: Place) -> None:
+        """As a sampler does."""
+        self._forgotten.add(place)
+
+    async def draw(
+        self, sampler: int, task: Task, weights: LoraWeights, care: object = None, note: object = None
+    ) -> tuple[Drawn, np.ndarray, np.ndarray] | tuple[None, None, None]:
+        """A trajectory and pictures of the right size."""
+        async with self._hands[sampler]:
+            if task.place in self._forgotten:
+                self._forgotten.remove(task.place)
+                return None, None, None
+            images, seconds = len(task.seeds), self._setting.task_seconds(sampler)
+            if seconds:
+                await asyncio.sleep(seconds)
+            trajectory = np.zeros(images * self._setting.trajectory_bytes, np.uint8)
+            pictures = np.zeros((images, self._setting.picture_bytes), np.uint8)
+            fingerprints = tuple(f"{seed:064x}" for seed in task.seeds)
+            drawn_by = f"stand-in {sampler}"
+            report = Drawn(task, weights.fingerprint, 1, trajectory.nbytes, seconds, fingerprints, drawn_by)
+            return report, trajectory, pictures
+
+
+class SamplerHandle:
+    """A sampler of a host, called as an actor of its own is."""
+
+    def __init__(self, host: Any, sampler: int) -> None:
+        self.ready, self.stacks, self.forget = host.ready, host.stacks, host.forget
+        self.draw = _Numbered(host.draw, sampler)
+
+
+class _Numbered:
+    """A method of the host whose first argument is the sampler's number."""
+
+    def __init__(self, method: Any, sampler: int) -> None:
+        self._method = method
+        self._sampler = sampler
+
+    def options(self, **options: Any) -> "_Numbered":
+        return _Numbered(self._method.options(**options), self._sampler)
+
+    def remote(self, *arguments: Any) -> Any:
+        return self._method.remote(self._sampler, *arguments)
+
+
+class ScorerStandIn:
+    """Scores by the seeds of nothing: a fixed ramp, so that rewards differ."""
+
+    def ready(self) -> bool:
+        """True."""
+        return True
+
+    def stacks(self) -> str:
+        """Nothing to tell."""
+        return "a stand-in"
+
+    def score(self, images: np.ndarray, first: int = 0, last: int | None = None, note: object = None) -> Scored:
+        """A number a picture."""
+        return Scored({"stand_in": np.arange(len(images), dtype=np.float32)[first:last]}, 0.0, {})
+
+    def score_together(self, cuts: tuple[tuple[int, int], ...], *images: np.ndarray) -> list[Scored]:
+        """The same for several tasks."""
+        return [self.score(batch, *cut) for cut, batch in zip(cuts, images, strict=True)]

@@ -1,0 +1,209 @@
+"""Rounds of stand-ins on the real stream, pools, learner group and schedule; and the ideal that they are held against."""
+
+import heapq
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+
+from benchmarks.stand_ins import StandInLearner, StandInRewardWorker, StandInSampler
+from ray_ddpo.actors.rollouts.ray_stream import Pools, RayRolloutStream
+from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringPool
+from ray_ddpo.actors.rollouts.stream import StreamSettings
+from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.schedule import last_startable_round, round_parts, round_tasks
+from ray_ddpo.common.trajectory import Rollout, TrainBatch
+from ray_ddpo.learner.ray_learner_group import RayLearnerGroup
+
+IMAGES_PER_TASK = 4
+WEIGHT_BYTES = 3_000_000  # rank-4 adapters of Stable Diffusion 1.5
+CPUS_OF_A_SLEEPER = 0.01
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """How long each side of a round takes, and how many there are."""
+
+    name: str
+    samplers: int
+    reward_workers: int
+    tasks: int  # a round
+    draw: float  # seconds a task
+    score: float  # seconds a task
+    update: float  # seconds a round
+    parts: int = 1  # that a round is learned from in
+
+    @property
+    def sampling(self) -> float:
+        """S/N: tasks are whole, so the samplers take them in waves."""
+        return -(-self.tasks // self.samplers) * self.draw
+
+    @property
+    def scoring(self) -> float:
+        """R/M."""
+        return self.tasks * self.score / self.reward_workers
+
+    @property
+    def tail(self) -> float:
+        """r: scoring that is left when the last task is drawn."""
+        return max(self._scored()) - self.sampling
+
+    def _scored(self) -> list[float]:
+        """When each task is scored: the first worker that is free takes the next task."""
+        workers, scored = [0.0] * self.reward_workers, []
+        for task in range(self.tasks):
+            drawn = (task // self.samplers + 1) * self.draw
+            scored.append(max(workers[0], drawn) + self.score)
+            heapq.heapreplace(workers, scored[-1])
+        return scored
+
+    def ideal(self, max_policy_lag: int) -> float:
+        """Seconds a round."""
+        if self.parts > 1:
+            return self._ideal_in_parts()
+        return ideal_seconds((self.sampling, self.scoring, self.update), self.tail, max_policy_lag)
+
+    def _ideal_in_parts(self) -> float:
+        """In step: a part is learned from when its tasks are there, and when the part before it is done."""
+        done, size = 0.0, self.tasks // self.parts
+        there = self._scored()
+        for first in range(0, self.tasks, size):
+            done = max(done, *there[first : first + size]) + self.update / self.parts
+        return done
+
+
+def ideal_seconds(sides: tuple[float, float, float], tail: float, max_policy_lag: int) -> float:
+    """A round's ideal from S/N, R/M and U: the slowest side, or the way of one round through all, shared by those under way."""
+    sampling, _, update = sides
+    through = sampling + tail + update
+    return through if max_policy_lag == 0 else max(*sides, through / (max_policy_lag + 1))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run of stand-ins took."""
+
+    seconds: float  # a round
+    images_per_second: float
+    driver_cores: float  # CPU seconds of the driver's process a second
+
+
+@contextmanager
+def local_ray(num_cpus: int = 4) -> Iterator[None]:
+    """A cluster of its own. Its folder is short, because a socket's path may have 107 bytes."""
+    folder = tempfile.mkdtemp(prefix="b", dir="/tmp")
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class StandInRun:
+    """The driver's loop as in train.py, without advantages and checkpoints, on stand-ins. It never runs out of rounds."""
+
+    def __init__(self, proportion: Proportion, max_policy_lag: int) -> None:
+        self._lag = max_policy_lag
+        self._recipe = _recipe(proportion, max_policy_lag)
+        budget = RestartBudget(0)
+        make_scorer = _maker(StandInRewardWorker, proportion.score)
+        scorers = WorkerPool("reward_workers", "reward_worker", make_scorer, proportion.reward_workers, budget)
+        self._pools = Pools(
+            WorkerPool("samplers", "sampler", _maker(StandInSampler, proportion.draw), proportion.samplers, budget),
+            (ScoringPool(scorers, ("stand_in",), self._recipe.reward_workers, independent=False),),
+            budget,
+        )
+        settings = StreamSettings(self._recipe.runtime, max_policy_lag + 1, 4.0, check=lambda: None)
+        self._stream = RayRolloutStream(self._pools, settings)
+        make = _maker(StandInLearner, proportion.update, max_policy_lag + 1, WEIGHT_BYTES)
+        self._learner = RayLearnerGroup(
+            [make(0)],
+            lambda: [make(1)],
+            self._stream.work_until,
+            lambda death: budget.spend("learner", death.reason),
+        )
+        self._stream.wait_until_loaded({"samplers": proportion.samplers, "reward_workers": proportion.reward_workers})
+        self._learner.wait_until_loaded()
+
+    def measure(self, warm_up: int, rounds: int) -> Measured:
+        """Run, and measure after the first rounds."""
+        (weights,) = self._learner.weights()
+        self._stream.publish(weights)
+        submitted, process = 0, psutil.Process()
+        started = busy = 0.0
+        for round in range(warm_up + rounds):
+            if round == warm_up:
+                started, busy = time.monotonic(), _cpu_seconds(process)
+            while submitted <= last_startable_round(round, self._lag):
+                self._stream.submit(round_tasks(self._recipe, submitted, lambda generator: Prompt("nothing")))
+                submitted += 1
+            *begun, last = enumerate(round_parts(self._recipe))
+            for part, tasks in begun:
+                self._learner.begin(*self._collected(round, part, tasks))
+            _, state = self._learner.update(*self._collected(round, *last))
+            self._stream.publish(state.weights[-1])
+            self._stream.report()
+        seconds = time.monotonic() - started
+        images = rounds * self._recipe.images_per_round
+        return Measured(seconds / rounds, images / seconds, (_cpu_seconds(process) - busy) / seconds)
+
+    def _collected(self, round: int, part: int, tasks: range) -> tuple[TrainBatch, list[Rollout]]:
+        rollouts = self._stream.collect(round, tasks)
+        reports = tuple(rollout.report for rollout in rollouts)
+        nothing = np.zeros(len(reports) * IMAGES_PER_TASK)
+        return TrainBatch(round, reports, nothing, part=part, parts=self._recipe.learner.parts_per_round), rollouts
+
+    def close(self) -> None:
+        """End the actors."""
+        self._learner.close()
+        for pool in self._pools.all:
+            pool.close()
+
+
+def run(proportion: Proportion, max_policy_lag: int, warm_up: int, rounds: int) -> Measured:
+    """Start the stand-ins, measure, end them."""
+    stand_ins = StandInRun(proportion, max_policy_lag)
+    try:
+        return stand_ins.measure(warm_up, rounds)
+    finally:
+        stand_ins.close()
+
+
+def _maker(cls: type, *arguments: Any) -> Callable[[int], Any]:
+    remote = ray.remote(num_cpus=CPUS_OF_A_SLEEPER, concurrency_groups={"health": 1})(cls)
+    return lambda number: remote.remote(*arguments)
+
+
+def _recipe(proportion: Proportion, max_policy_lag: int) -> Recipe:
+    return Recipe.parse(
+        {
+            "name": "stand-ins",
+            "rounds": 1,
+            "max_policy_lag": max_policy_lag,
+            "policy": {"name": "stand_in"},
+            "prompts": {"name": "stand_in"},
+            "sampling": {"batch_size": IMAGES_PER_TASK, "batches_per_round": proportion.tasks, "num_steps": 4},
+            "reward": {"name": "stand_in"},
+            "algorithm": {"name": "stand_in"},
+            "learner": {
+                "batch_size": IMAGES_PER_TASK,
+                "micro_batch_size": 1,
+                "parts_per_round": proportion.parts,
+            },
+        }
+    )
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system

@@ -1,0 +1,134 @@
+"""Stand-ins for the three actors: they sleep a set time where the real ones compute, and import no torch."""
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.schedule import Place, Task
+from ray_ddpo.common.trajectory import TrainBatch
+
+# Past the size up to which Ray sends an answer inside its reply: so it takes the way of real trajectories and pictures.
+HEAVY_BYTES = 200_000
+
+
+@dataclass(frozen=True)
+class StandInReport:
+    """What a driver reads of a TaskReport."""
+
+    task: Task
+    fingerprint: str
+    seconds: float
+    machine: None = None
+    set_aside: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StandInScores:
+    """What a driver reads of Scores."""
+
+    rewards: dict[str, np.ndarray]
+    seconds: float
+    set_aside: dict[int, str]
+    machines: frozenset[object] = frozenset()
+
+
+@dataclass(frozen=True)
+class StandInState:
+    """What a driver reads of a LearnerState."""
+
+    policy_version: int
+    weights: tuple[LoraWeights, ...]
+
+
+class StandInSampler:
+    """Takes a set time for a task."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._forgotten: set[Place] = set()
+
+    def ready(self) -> bool:
+        return True
+
+    def stacks(self) -> str:
+        return "asleep"
+
+    def forget(self, place: Place) -> None:
+        self._forgotten.add(place)
+
+    def draw(
+        self, task: Task, weights: LoraWeights, care: object = None, note: object = None
+    ) -> tuple[StandInReport, np.ndarray, np.ndarray] | tuple[None, None, None]:
+        if task.place in self._forgotten:
+            self._forgotten.remove(task.place)
+            return None, None, None
+        assert weights.policy_version == task.policy_version
+        time.sleep(self._seconds)
+        heavy = np.zeros(HEAVY_BYTES, np.uint8)
+        return StandInReport(task, weights.fingerprint, self._seconds), heavy, heavy.copy()
+
+
+class StandInRewardWorker:
+    """Takes a set time for the pictures of a task."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def ready(self) -> bool:
+        return True
+
+    def stacks(self) -> str:
+        return "asleep"
+
+    def score(self, images: np.ndarray, first: int = 0, last: int | None = None, note: object = None) -> StandInScores:
+        assert last is not None and images.nbytes == HEAVY_BYTES
+        time.sleep(self._seconds)
+        return StandInScores({"stand_in": np.zeros(last - first, np.float32)}, self._seconds, {})
+
+
+class StandInLearner:
+    """Takes a set time for a round, in parts of equal time, and publishes weights of a set size."""
+
+    def __init__(self, seconds: float, versions_kept: int, weight_bytes: int) -> None:
+        self._seconds = seconds
+        self._versions_kept = versions_kept
+        self._buffer = np.zeros(weight_bytes // 4, np.float32)
+        self._published = (self._weights(0),)
+
+    def _weights(self, version: int) -> LoraWeights:
+        return pack(version, {"stand_in": self._buffer})
+
+    def ready(self) -> bool:
+        return True
+
+    def stacks(self) -> str:
+        return "asleep"
+
+    def weights(self) -> tuple[LoraWeights, ...]:
+        return self._published
+
+    def state(self) -> StandInState:
+        return StandInState(self._published[-1].policy_version, self._published)
+
+    def load_state(self, state: StandInState) -> None:
+        self._published = state.weights
+
+    def begin(self, batch: TrainBatch, *trajectories: np.ndarray) -> None:
+        self._refuse_others(batch, trajectories)
+        time.sleep(self._seconds / batch.parts)
+
+    def _refuse_others(self, batch: TrainBatch, trajectories: tuple[np.ndarray, ...]) -> None:
+        known = {weights.policy_version: weights.fingerprint for weights in self._published}
+        assert all(known[report.task.policy_version] == report.fingerprint for report in batch.reports)
+        assert len(trajectories) == len(batch.reports)
+
+    def update(self, batch: TrainBatch, *trajectories: np.ndarray) -> tuple[dict[str, float], StandInState]:
+        started = time.perf_counter()
+        self._refuse_others(batch, trajectories)
+        weights = self._weights(self._published[-1].policy_version + 1)
+        self._published = (*self._published, weights)[-self._versions_kept :]
+        seconds = self._seconds / batch.parts
+        time.sleep(max(0.0, seconds - (time.perf_counter() - started)))  # what is done above is part of the time
+        return {"seconds/learn": self._seconds}, StandInState(weights.policy_version, self._published)

@@ -1,0 +1,164 @@
+"""FLUX.1 (Black Forest Labs 2024): a transformer over packed latents that was distilled to be guided, flow-matching steps."""
+
+import functools
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
+from ray_ddpo.common.diffusion.memory.model_sizes import Configs
+from ray_ddpo.common.diffusion.memory.published_parts import CLIP_L, FLOW_AUTOENCODER, T5_XXL
+from ray_ddpo.common.diffusion.policy import Conditioning, Role
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
+from ray_ddpo.common.recipe.tables import SamplingTable
+
+PATCH = 2  # latents a side that one token of the transformer holds
+OWN_LATENT_SIZE = 128  # the configuration has none: pictures of 1024² pixels
+
+# As in the configuration files of black-forest-labs/FLUX.1-dev; FLUX.1-schnell has no guidance embedded.
+DEV: Configs = {
+    "transformer": {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+    },
+    "vae": FLOW_AUTOENCODER | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "text_encoder": CLIP_L,
+    "text_encoder_2": T5_XXL,
+}
+
+
+def packed(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L C4"]:
+    """Each square of 2 × 2 latents as a token, in rows from the top."""
+    rows, channels, height, width = latents.shape
+    squares = latents.view(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(rows, -1, channels * PATCH**2)
+
+
+def unpacked(tokens: Float[Tensor, "B L C4"], height: int, width: int) -> Float[Tensor, "B C H W"]:
+    """`packed` undone."""
+    rows, _, channels = tokens.shape
+    squares = tokens.view(rows, height // PATCH, width // PATCH, channels // PATCH**2, PATCH, PATCH)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels // PATCH**2, height, width)
+
+
+def token_places(height: int, width: int, like: Tensor) -> Float[Tensor, "L 3"]:
+    """(0, row, column) of each token, made on the device."""
+    rows = torch.arange(height // PATCH, device=like.device, dtype=like.dtype)
+    columns = torch.arange(width // PATCH, device=like.device, dtype=like.dtype)
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
+    return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1)
+
+
+def call_transformer(
+    guidance_scale: float,
+    network: Any,
+    latents: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor,
+) -> Tensor:
+    """The velocity that the transformer predicts, of a row each; guidance is a number that it is told."""
+    height, width = latents.shape[-2:]
+    guidance = None
+    if network.config.guidance_embeds:
+        guidance = torch.full((len(latents),), guidance_scale, device=latents.device, dtype=torch.float32)
+    tokens = network(
+        hidden_states=packed(latents),
+        timestep=timesteps.to(latents.dtype) / 1000,
+        guidance=guidance,
+        pooled_projections=pooled_prompt_embeds,
+        encoder_hidden_states=prompt_embeds,
+        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device, dtype=prompt_embeds.dtype),
+        img_ids=token_places(height, width, prompt_embeds),
+        return_dict=False,
+    )[0]
+    return unpacked(tokens, height, width)
+
+
+class FluxPolicy(DiffusersPolicy):
+    """A loaded FluxPipeline. Latents travel unpacked: a step is the same of each."""
+
+    config: "Flux"
+
+    def _table(self, sampling: SamplingTable) -> FlowMatchTable:
+        scheduler = self.pipeline.scheduler.config
+        tokens = (self.latent_shape[1] // PATCH) * (self.latent_shape[2] // PATCH)
+        evenly_spaced = not scheduler.get("use_flow_sigmas", False)
+        return flow_match_table(scheduler, sampling.num_steps, sampling.eta, tokens, evenly_spaced).to(self.device)
+
+    def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompt, device=self.device, max_sequence_length=self.config.max_sequence_length
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+class Flux(DiffusersConfig):
+    """Keys beside those of every pipeline: how much of a prompt its T5 reads. Guidance costs nothing: it was distilled in."""
+
+    pipeline_class: ClassVar[str] = "FluxPipeline"
+    takes_negative_prompt: ClassVar[bool] = False  # its guidance is a number that the network is told
+    network_name: ClassVar[str] = "transformer"
+    network_class: ClassVar[str] = "FluxTransformer2DModel"
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    latent_packing: ClassVar[int] = PATCH**2
+    published: ClassVar[dict[str, Configs]] = {
+        "black-forest-labs/FLUX.1-dev": DEV,
+        "black-forest-labs/FLUX.1-schnell": {**DEV, "transformer": DEV["transformer"] | {"guidance_embeds": False}},
+    }
+
+    # Flow-GRPO's adapter for SD 3.5 (Liu et al. 2025); theirs for FLUX is larger and stands in the recipe.
+    lora: LoraSettings = LoraSettings(
+        rank=32,
+        alpha=64,
+        target_modules=(
+            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        ),
+    )
+    max_sequence_length: int = Field(default=512, ge=1, le=512)  # tokens of a prompt that T5 reads
+
+    @property
+    def text_parts(self) -> dict[str, tuple[str, str]]:
+        return {"text_encoder": ("CLIPTextConfig", "CLIPTextModel"), "text_encoder_2": ("T5Config", "T5EncoderModel")}
+
+    def branches(self, sampling: SamplingTable) -> int:
+        return 1
+
+    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
+        return network_config["in_channels"] // PATCH**2, *self.latent_sides(OWN_LATENT_SIZE)
+
+    @property
+    def size_unit(self) -> int:
+        return self.scale_factor * PATCH
+
+    def network_call(self, sampling: SamplingTable) -> NetworkCall:
+        return functools.partial(call_transformer, sampling.guidance_scale)
+
+    def noisy_steps(self, sampling: SamplingTable) -> int:
+        return sampling.num_steps - 1
+
+    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
+        return {
+            "prompt_embeds": (self.max_sequence_length, configs["text_encoder_2"]["d_model"]),
+            "pooled_prompt_embeds": (configs["text_encoder"]["hidden_size"],),
+        }
+
+    def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return shapes
+
+    def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> FluxPolicy:
+        return FluxPolicy(self, pipeline, device, sampling, role)

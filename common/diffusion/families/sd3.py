@@ -1,0 +1,150 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024): a transformer with classifier-free guidance, flow-matching steps."""
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.loading.config_keys import text_tokens
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
+from ray_ddpo.common.diffusion.memory.model_sizes import Configs
+from ray_ddpo.common.diffusion.memory.published_parts import CLIP_BIG_G, CLIP_L, FLOW_AUTOENCODER, T5_XXL
+from ray_ddpo.common.diffusion.policy import Conditioning, Role
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
+from ray_ddpo.common.recipe.tables import SamplingTable
+
+PATCH, POSITIONS = 2, 96  # where the transformer's configuration has none, as diffusers has them
+NAMES = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+# As in the configuration files of stabilityai/stable-diffusion-3.5-medium and stable-diffusion-3-medium-diffusers.
+MEDIUM = {
+    "_class_name": "SD3Transformer2DModel",
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+TEXT_AND_DECODER: Configs = {
+    "vae": FLOW_AUTOENCODER | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "text_encoder": CLIP_L,
+    "text_encoder_2": CLIP_BIG_G,
+    "text_encoder_3": T5_XXL,
+}
+SD35_MEDIUM: Configs = {
+    "transformer": MEDIUM
+    | {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+    **TEXT_AND_DECODER,
+}
+
+
+def call_transformer(
+    network: Any, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor
+) -> Tensor:
+    """The velocity that the transformer predicts, of a row each."""
+    return network(
+        hidden_states=latents,
+        timestep=timesteps,
+        encoder_hidden_states=prompt_embeds,
+        pooled_projections=pooled_prompt_embeds,
+        return_dict=False,
+    )[0]
+
+
+class SD3Policy(DiffusersPolicy):
+    """A loaded StableDiffusion3Pipeline."""
+
+    config: "SD3"
+
+    def _table(self, sampling: SamplingTable) -> FlowMatchTable:
+        patch = self.network.config.patch_size
+        tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
+        table = flow_match_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, tokens, False)
+        return table.to(self.device)
+
+    def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
+        encoded = self.pipeline.encode_prompt(
+            prompt,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=with_negative,
+            negative_prompt=self.negative_prompt,
+            max_sequence_length=self.config.max_sequence_length,
+        )
+        return {name: value for name, value in zip(NAMES, encoded, strict=True) if value is not None}
+
+
+class SD3(DiffusersConfig):
+    """Keys beside those of every pipeline: those of its third text encoder, a T5 of 9.5 GB in half precision."""
+
+    pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
+    network_name: ClassVar[str] = "transformer"
+    network_class: ClassVar[str] = "SD3Transformer2DModel"
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    switches: ClassVar[dict[str, str]] = dict.fromkeys(("text_encoder_3", "tokenizer_3"), "policy.t5 = false")
+    published: ClassVar[dict[str, Configs]] = {
+        "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
+        "stabilityai/stable-diffusion-3-medium-diffusers": {"transformer": MEDIUM, **TEXT_AND_DECODER},
+    }
+
+    # Flow-GRPO's adapter (Liu et al. 2025), which has the text's projections too.
+    lora: LoraSettings = LoraSettings(
+        rank=32,
+        alpha=64,
+        target_modules=(
+            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        ),
+    )
+    max_sequence_length: int = Field(default=256, ge=1, le=512)  # tokens of a prompt that T5 reads
+    t5: bool = True  # false: T5 is left out, and zeros stand in its place
+
+    @property
+    def text_parts(self) -> dict[str, tuple[str, str]]:
+        clip = ("CLIPTextConfig", "CLIPTextModelWithProjection")
+        third = {"text_encoder_3": ("T5Config", "T5EncoderModel")} if self.t5 else {}
+        return {"text_encoder": clip, "text_encoder_2": clip, **third}
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        return {} if self.t5 else {"text_encoder_3": None, "tokenizer_3": None}
+
+    @property
+    def size_unit(self) -> int:
+        return self.scale_factor * self.part_config("transformer").get("patch_size", PATCH)
+
+    def check_size(self) -> None:
+        super().check_size()
+        largest = self.size_unit * self.part_config("transformer").get("pos_embed_max_size", POSITIONS)
+        for key, sides in self.given_sizes.items():
+            pixels = max(side for side in sides if side is not None)
+            if pixels > largest:
+                raise ValueError(
+                    f"policy.{key} is {pixels}: this model has positions for {largest} pixels a side at most"
+                )
+
+    def network_call(self, sampling: SamplingTable) -> NetworkCall:
+        return call_transformer
+
+    def noisy_steps(self, sampling: SamplingTable) -> int:
+        return sampling.num_steps - 1
+
+    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
+        first, second, network = configs["text_encoder"], configs["text_encoder_2"], configs["transformer"]
+        tokens = text_tokens(self, first) + self.max_sequence_length
+        return {
+            "prompt_embeds": (tokens, network["joint_attention_dim"]),
+            "pooled_prompt_embeds": (first["projection_dim"] + second["projection_dim"],),
+        }
+
+    def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> SD3Policy:
+        return SD3Policy(self, pipeline, device, sampling, role)

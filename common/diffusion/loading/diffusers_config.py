@@ -1,0 +1,156 @@
+"""The keys of `[policy]` that every family of diffusers' pipelines has, and how a pipeline is found, counted and loaded."""
+
+import os
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.image_size import SizedConfig
+from ray_ddpo.common.diffusion.loading.config_keys import check_keys, check_steps
+from ray_ddpo.common.diffusion.loading.library_errors import names_the_model, try_once
+from ray_ddpo.common.diffusion.loading.model_files import check_model, files_by_role, source_of
+from ray_ddpo.common.diffusion.loading.pipeline import load_pipeline
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
+from ray_ddpo.common.diffusion.memory.model_sizes import Configs, model_sizes, read_config
+from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
+from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, Role, quiet_libraries
+from ray_ddpo.common.model_files.model_hub import Weights
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.common.trajectory import DTYPES
+
+
+class DiffusersConfig(SizedConfig):
+    """`model`: a folder in diffusers' format, a single file, a hub name, or a model that ships with the project."""
+
+    pipeline_class: ClassVar[str]  # of diffusers
+    network_name: ClassVar[str]  # of the part that is trained
+    network_class: ClassVar[str]
+    tokenizers: ClassVar[tuple[str, ...]]
+    decoder_classes: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "AutoencoderTiny")
+    latent_packing: ClassVar[int] = 1  # latents that one of the network's tokens holds
+    switches: ClassVar[dict[str, str]] = {}  # parts that the family can do without: the key and value that say so
+    scheduler_class: ClassVar[str | None] = None  # of diffusers, that draws as samplers do; none: the pipeline's own
+    takes_negative_prompt: ClassVar[bool] = True
+    published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
+
+    variant: str | None = Field(default=None, pattern=r"[A-Za-z0-9_-]+")  # of the weights' files, such as fp16
+    single_file_config: str | None = None  # where the configurations of a single file are: a folder or a hub name
+    lora: LoraSettings = LoraSettings()
+    vae_slicing: bool = False  # the decoder takes a picture after the other
+    vae_tiling: bool = False  # and each in tiles: less memory, and seams that can hardly be seen
+    offload: bool = False  # text encoders and decoder wait in the host's memory while they have nothing to do
+
+    @property
+    @abstractmethod
+    def text_parts(self) -> dict[str, tuple[str, str]]:
+        """Of each text encoder transformers' classes: its configuration's, its own."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What the pipeline's own `from_pretrained` is given beside."""
+        return {}
+
+    @abstractmethod
+    def network_call(self, sampling: SamplingTable) -> NetworkCall:
+        """How the network is called: a function of (network, latents, timesteps, **rows of conditioning)."""
+
+    @abstractmethod
+    def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
+        """Of one prompt's row, by name, from the parts' configurations; without those that are negative."""
+
+    @abstractmethod
+    def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:
+        """The family's policy of a pipeline that was loaded."""
+
+    def branches(self, sampling: SamplingTable) -> int:
+        """Rows of the network for an image: with and without the prompt, where it is guided by the difference."""
+        return 2 if sampling.is_guided else 1
+
+    def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
+        """C, H, W of one image's latents."""
+        return network_config["in_channels"], *self.latent_sides(network_config["sample_size"])
+
+    def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The same with what all prompts share."""
+        return shapes | {f"negative_{name}": shape for name, shape in shapes.items()}
+
+    @property
+    def decoder_dtype(self) -> torch.dtype:
+        """What samplers decode in."""
+        return self.loaded_dtype
+
+    @property
+    def loaded_dtype(self) -> torch.dtype:
+        """What weights are read in."""
+        return torch.float32 if self.train == "full" else DTYPES[self.dtype]  # master weights are float32
+
+    def check(self) -> None:
+        self._check("sampler")
+
+    def _check(self, role: Role) -> None:
+        if self.train == "full" and self.dtype == "float16":
+            raise ValueError(
+                "policy.train is 'full' and policy.dtype is 'float16': whole networks train in float32 or bfloat16"
+            )
+        check_model(self, role)
+        check_keys(self)
+        if self.folder().exists() or self.model in self.published:  # else its configuration is read when it is loaded
+            self.check_size()
+
+    def folder(self) -> Path:
+        """Return where the model is, if it is on this machine; where its configurations are, if it is a single file."""
+        source = source_of(self)
+        return EMBEDDED_MODELS.get(source, Path(os.path.expanduser(source)))
+
+    def part_config(self, part: str) -> dict[str, Any]:
+        """One part's configuration. ValueError: it is neither in a folder, nor known here, nor to be had from the hub."""
+        return read_config(source_of(self), self.folder(), self.published, part)
+
+    def needs(self) -> tuple[Weights, ...]:
+        return files_by_role(self, "sampler", texts=False)
+
+    def files_of(self, role: Role) -> tuple[Weights, ...]:
+        """Return the files of each part that the role loads, to be fingerprinted."""
+        return files_by_role(self, role)
+
+    @names_the_model
+    def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
+        self.check()
+        check_steps(self, sampling)
+        configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
+        return model_sizes(self, configs, sampling, device)
+
+    @names_the_model
+    def load(self, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:
+        quiet_libraries()
+        self._check(role)
+        pipeline = load_pipeline(self, role)
+        check_keys(self, pipeline)
+        network = getattr(pipeline, self.network_name)
+        if role == "sampler":
+            self.set_up_decoder(pipeline.vae)
+        if role != "learner" and self.train == "lora":  # text encoder and decoder stay as they are
+            network.to(self.dtype_of(role))
+        if self.gradient_checkpointing and role == "learner":
+            network.enable_gradient_checkpointing()
+        policy = self.make_policy(pipeline, device, sampling, role)
+        if role == "sampler":
+            try_once(policy)
+        return policy
+
+    def set_up_decoder(self, vae: Any) -> None:
+        """As the recipe has it. ValueError: the decoder cannot do that."""
+        vae.to(self.decoder_dtype)
+        if self.vae_slicing:
+            vae.enable_slicing()
+        if self.vae_tiling:
+            if type(vae).__name__ != "AutoencoderKL":  # AutoencoderTiny's own fails on pictures smaller than a tile
+                raise ValueError(
+                    f"policy.vae_tiling is true, and the model's decoder is an {type(vae).__name__}: only that of an "
+                    "AutoencoderKL can take pictures in tiles"
+                )
+            vae.enable_tiling()

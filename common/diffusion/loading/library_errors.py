@@ -1,0 +1,91 @@
+"""Turn what diffusers, transformers and torch raise on a configuration that they cannot use into one line for the user."""
+
+import functools
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from ray_ddpo.common.diffusion.policy import select_rows
+from ray_ddpo.common.user_code.frames import LIBRARIES
+
+if TYPE_CHECKING:
+    from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
+
+T = TypeVar("T")
+# What those libraries raise where keys do not go together. Running out of memory is no matter of keys.
+RAISED = (
+    *(ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, ImportError, NotImplementedError),
+    *(AssertionError, ZeroDivisionError, OverflowError),
+)
+
+PIPELINES_FILE = "diffusers/pipelines/pipeline_utils.py"  # loads one part after the other
+
+
+def names_the_model(method: Callable[..., T]) -> Callable[..., T]:
+    """Make a method of a model's configuration raise ValueError that names the model, if a library raises in it."""
+
+    @functools.wraps(method)
+    def named(config: Any, *arguments: Any, **keys: Any) -> T:
+        with library_errors(config.model, "its parts cannot be made as their config.json say"):
+            return method(config, *arguments, **keys)
+
+    return named
+
+
+@contextmanager
+def library_errors(model: str | None, what: str) -> Iterator[None]:
+    """Raise ValueError with `what` and the library's words, if a library raises. The project's own errors pass unchanged.
+
+    `model`: what the error begins with; None: somebody outside puts it there.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (*RAISED, *_of_transformers()) as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not LIBRARIES.search(frames[-1].f_code.co_filename):
+            raise
+        said = " ".join(str(error).split())[:400]
+        key = "" if model is None else f"policy.model is {model!r}: "
+        raise ValueError(f"{key}{what}: {_part(frames)}{type(error).__name__}: {said}") from error
+
+
+def _part(frames: list[FrameType]) -> str:
+    """Return the part that a pipeline was loading, and the class of the part that raised, as far as they can be told."""
+    loading = [frame.f_locals.get("name") for frame in frames if frame.f_code.co_filename.endswith(PIPELINES_FILE)]
+    owners = [type(frame.f_locals.get("self")) for frame in frames]
+    classes = [kind.__name__ for kind in owners if issubclass(kind, nn.Module) or kind.__name__.endswith("Config")]
+    named = [name for name in loading if isinstance(name, str)]
+    return "".join(f"{word}: " for word in (*named[:1], *classes[:1]))
+
+
+def _of_transformers() -> tuple[type[Exception], ...]:
+    """Return what its configurations raise on values that they refuse, which is no ValueError."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (StrictDataclassError,)
+
+
+@torch.no_grad()
+def try_once(policy: "DiffusersPolicy") -> None:
+    """Take one row from a prompt to an image, so that keys that do not go together are named before the first round.
+
+    Raises:
+        ValueError: a part cannot compute what the others give it.
+    """
+    model, config = policy.config.model, policy.config
+    text = ", ".join(f"{part}/config.json" for part in config.text_parts)
+    with library_errors(model, f"a prompt cannot be encoded as {text} and the tokenizers' files say"):
+        conditioning = policy.encode([""])
+    latents, first = (torch.zeros(1, *shape, device=policy.device) for shape in (policy.latent_shape, ()))
+    network = f"{config.network_name}/config.json"
+    with library_errors(model, f"the network cannot compute a step as {network} says, on what {text} give it"):
+        policy.transition(latents, first.long(), select_rows(conditioning, first.long()))
+    with library_errors(model, "latents cannot be decoded as vae/config.json says"):
+        policy.decode(latents)

@@ -1,0 +1,72 @@
+"""Say what `policy.model` is and which files of it a role reads, before anything is loaded."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_ddpo.common.diffusion.loading.model_index import INDEX, about_model, check_folder, known_parts
+from ray_ddpo.common.diffusion.loading.part_files import TEXT_FILES
+from ray_ddpo.common.diffusion.loading.pipeline import loaded_files, part_weights
+from ray_ddpo.common.diffusion.loading.single_file import check_single_file, names_a_file, single_file
+from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS
+from ray_ddpo.common.model_files.model_hub import Weights, folder_here, is_hub_name
+
+if TYPE_CHECKING:
+    from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+    from ray_ddpo.common.diffusion.policy import Role
+
+
+def source_of(config: "DiffusersConfig") -> str:
+    """Return the folder or hub name that has the parts' configurations."""
+    return (config.single_file_config or config.model) if names_a_file(config.model) else config.model
+
+
+def check_model(config: "DiffusersConfig", role: "Role") -> None:
+    """Check all that can be told of the model without loading it. ValueError: a role cannot load it."""
+    if names_a_file(config.model):
+        check_single_file(config)
+    elif config.single_file_config:
+        raise ValueError(
+            f"policy.single_file_config is {config.single_file_config!r}, and policy.model, {config.model!r}, is no "
+            ".safetensors file: leave it out, a folder has its own configurations"
+        )
+    folder, source = config.folder(), source_of(config)
+    if not folder.exists() and is_hub_name(source) and not source.startswith((".", "/", "~")):
+        return
+    if not (folder / INDEX).is_file():
+        key = "single_file_config" if names_a_file(config.model) else "model"
+        raise ValueError(
+            f"policy.{key} is {source!r}: there is no {INDEX} in {folder}; give a folder in diffusers' format, a hub name "
+            f"(owner/model){'' if key != 'model' else f' or one of {sorted(EMBEDDED_MODELS)}'}"
+        )
+    with about_model(config.model):
+        check_folder(config, folder, role)
+        if not names_a_file(config.model) and _has_weights(config, folder, role):
+            part_weights(config, folder, role)
+
+
+def _has_weights(config: "DiffusersConfig", folder: Path, role: "Role") -> bool:
+    """Return whether anything but configurations is there: those alone are enough for a plan."""
+    parts = [part for part, known in known_parts(config, role).items() if known.kind == "model"]
+    return any(path.suffix[1:] not in TEXT_FILES for part in parts for path in (folder / part).iterdir())
+
+
+def files_by_role(config: "DiffusersConfig", role: "Role", texts: bool = True) -> tuple[Weights, ...]:
+    """Return the files that a role reads: by their names where the model is on this machine, else by patterns.
+
+    Args:
+        config: the model family's keys.
+        role: who reads them.
+        texts: whether configurations and vocabularies are among them.
+    """
+    if names_a_file(config.model):
+        return single_file(config, role)
+    source = str(config.folder()) if config.folder().is_dir() else config.model
+    folder = folder_here(Weights(source, (INDEX,), "policy.model"))
+    kinds = ("safetensors", *TEXT_FILES) if texts else ("safetensors",)
+    parts = [part for part, known in known_parts(config, role).items() if texts or known.kind == "model"]
+    files = [f"{part}/*.{kind}" for part in parts for kind in kinds]
+    with suppress(ValueError):  # then the patterns say what is looked for, and loading says what is wrong
+        if folder is not None:
+            files = loaded_files(config, folder, role, texts)
+    return (Weights(source, (INDEX, *files), "policy.model"),)

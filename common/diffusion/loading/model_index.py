@@ -1,0 +1,179 @@
+"""Read what a model's folder says it is (model_index.json), and refuse what its family does not train."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.loading.part_files import PartNotThere
+from ray_ddpo.common.model_files.file_faults import DamagedFile, check_file
+
+if TYPE_CHECKING:
+    from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+
+INDEX = "model_index.json"
+FAMILIES = {  # diffusers' pipeline class: the family that trains it, and its name in words
+    "StableDiffusionPipeline": ("stable_diffusion", "Stable Diffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "SDXL"),
+    "StableDiffusion3Pipeline": ("sd3", "Stable Diffusion 3"),
+    "FluxPipeline": ("flux", "FLUX"),
+}
+TOKENIZERS = {  # by the text encoder's class; transformers has had two classes of each
+    "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "CLIPTextModelWithProjection": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "T5EncoderModel": ("T5Tokenizer", "T5TokenizerFast"),
+}
+VOCABULARIES = {  # sets of files, one of which a tokenizer needs
+    "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
+}
+MODEL_TYPES = {  # what a text encoder's own configuration may say of itself; a whole CLIP has a text encoder
+    "CLIPTextModel": ("clip_text_model", "clip"),
+    "CLIPTextModelWithProjection": ("clip_text_model", "clip"),
+    "T5EncoderModel": ("t5",),
+}
+
+
+@dataclass(frozen=True)
+class PartClass:
+    """What a part of a pipeline is, its library, and the classes that the family knows; none: any."""
+
+    kind: Literal["model", "tokenizer", "scheduler"]
+    library: str
+    classes: tuple[str, ...] = ()
+
+
+def known_parts(config: "DiffusersConfig", role: str = "sampler") -> dict[str, PartClass]:
+    """Return the parts that a role loads; a sampler loads all that anybody does."""
+    found = {
+        config.network_name: PartClass("model", "diffusers", (config.network_class,)),
+        "scheduler": PartClass("scheduler", "diffusers"),
+    }
+    if role != "sampler":
+        return found
+    found["vae"] = PartClass("model", "diffusers", config.decoder_classes)
+    found |= {part: PartClass("model", "transformers", (name,)) for part, (_, name) in config.text_parts.items()}
+    for tokenizer in config.tokenizers:
+        if config.loading.get(tokenizer, True) is None:  # the recipe leaves it out
+            continue
+        _, encoder = config.text_parts.get(tokenizer.replace("tokenizer", "text_encoder"), ("", ""))
+        found[tokenizer] = PartClass("tokenizer", "transformers", TOKENIZERS.get(encoder, ()))
+    return found
+
+
+@contextmanager
+def about_model(model: str) -> Iterator[None]:
+    """Let what is raised about a model's files begin with the recipe's key and value."""
+    try:
+        yield
+    except PartNotThere as error:
+        raise PartNotThere(f"policy.model is {model!r}, which cannot be loaded: {error}") from error
+    except DamagedFile as error:
+        raise ValueError(f"policy.model is {model!r}, and {error}") from error
+    except ValueError as error:
+        raise ValueError(f"policy.model is {model!r}: {error}") from error
+
+
+def check_folder(config: "DiffusersConfig", folder: Path, role: str = "sampler") -> None:
+    """Check what a folder says of itself, and that the files of a role's parts fit that.
+
+    Raises:
+        PartNotThere: a part that the role loads is not there.
+        ValueError: the recipe's family does not train such a model.
+    """
+    index = read_object(folder / INDEX)
+    _check_pipeline(config, index)
+    named = {part: _class_of(config, part, index.get(part), known) for part, known in known_parts(config).items()}
+    for part, known in known_parts(config, role).items():
+        if not (folder / part).is_dir():
+            raise PartNotThere(f"there is no folder {part} in {folder}, which {INDEX} names")
+        _check_part(folder / part, named[part], known)
+    if "vae" in known_parts(config, role):
+        _check_channels(config, folder)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of the model. ValueError: there is none."""
+    if not path.is_file():
+        raise PartNotThere(f"there is no {path.name} in {path.parent}")
+    check_file(path)
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise DamagedFile(path, f"it must be a JSON object, and is {str(found)[:40]!r}")
+    return found
+
+
+def read_class(folder: Path, part: str) -> str:
+    """Return the class of a part, as the index of a checked folder names it."""
+    return read_object(folder / INDEX)[part][1]
+
+
+def _check_pipeline(config: "DiffusersConfig", index: dict[str, Any]) -> None:
+    name = index.get("_class_name")
+    known = f"the families are {sorted(POLICIES)}, for {', '.join(FAMILIES)}"
+    if index.get("requires_aesthetics_score") is True:
+        raise ValueError(f"this is the refiner of an SDXL ({name}), which no family here trains; {known}")
+    if name == config.pipeline_class:
+        return
+    if not isinstance(name, str):
+        raise ValueError(f"{INDEX} names no pipeline of diffusers' (its _class_name is {name!r}); {known}")
+    if name not in FAMILIES:
+        raise ValueError(f"this is {with_article(name)}, which no family here trains; {known}")
+    family, words = FAMILIES[name]
+    raise ValueError(f'this is {with_article(words)} ({name}): policy.name must be "{family}"')
+
+
+def _check_channels(config: "DiffusersConfig", folder: Path) -> None:
+    """Check that the network takes the decoder's latents and nothing beside."""
+    network = read_object(folder / config.network_name / "config.json")
+    taken, given = network.get("in_channels"), read_object(folder / "vae" / "config.json").get("latent_channels")
+    if taken and given and taken != given * config.latent_packing:
+        raise ValueError(
+            f"its {config.network_name} takes latents of {taken} channels and its decoder has {given}: a model that is given "
+            f"an image beside the prompt, which no family here trains (in_channels in {config.network_name}/config.json, "
+            "latent_channels in vae/config.json)"
+        )
+
+
+def with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'AEIO' or words.startswith('SD') else 'a'} {words}"
+
+
+def _class_of(config: "DiffusersConfig", part: str, entry: Any, known: PartClass) -> str:
+    """Return the class that the index names for a part."""
+    if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
+        switch = config.switches.get(part)
+        remedy = f"set {switch} to do without" if switch else "give a folder that has it"
+        raise ValueError(f"{INDEX} has no {part}, which {config.pipeline_class} needs here: {remedy}")
+    library, name = entry
+    if library != known.library or (known.classes and name not in known.classes):
+        expected = " or ".join(known.classes) or "a class"
+        raise ValueError(
+            f"its {part} is {with_article(str(name))} of {library}, and must be {expected} of {known.library}"
+        )
+    return name
+
+
+def _check_part(folder: Path, named: str, known: PartClass) -> None:
+    """Check that a part's own files are of the class that the index names."""
+    if known.kind == "tokenizer":
+        sets = VOCABULARIES.get(named.removesuffix("Fast"), ())
+        if sets and not any(all((folder / name).is_file() for name in files) for files in sets):
+            needed = " or ".join(" with ".join(files) for files in sets)
+            raise PartNotThere(f"its {folder.name} has no vocabulary: {folder} must have {needed}")
+        return
+    path = folder / ("scheduler_config.json" if known.kind == "scheduler" else "config.json")
+    own = read_object(path)
+    if known.kind == "scheduler":
+        return
+    if known.library == "diffusers":
+        said, expected = own.get("_class_name"), (named,)
+    else:
+        said, expected = own.get("model_type"), MODEL_TYPES.get(named)
+    if said and expected and said not in expected:
+        raise ValueError(f"{path} is that of {with_article(str(said))}, and {INDEX} says {named}")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"its {folder.name} has a LoRA beside its weights (adapter_config.json): merge or remove it")

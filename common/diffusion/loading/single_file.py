@@ -1,0 +1,222 @@
+"""Load a checkpoint that is one file (Stability's own format, as Civitai has it) with a folder of configurations beside."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_ddpo.common.diffusion.loading.model_index import (
+    FAMILIES,
+    INDEX,
+    about_model,
+    check_folder,
+    known_parts,
+    read_class,
+    read_object,
+    with_article,
+)
+from ray_ddpo.common.diffusion.loading.part_files import TEXT_FILES, PartNotThere, text_files, weights_of
+from ray_ddpo.common.model_files.file_faults import check_file
+from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.model_hub import Weights, read_from_hub
+from ray_ddpo.common.model_files.pretrained import weights_fault
+
+if TYPE_CHECKING:
+    from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+
+SAFE, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
+DECODERS = ("first_stage_model.", "vae.")  # how the names of a decoder's weights begin
+BY_REPOSITORY = {  # what diffusers takes a file for: the pipeline it makes of it
+    "stable-diffusion-xl-base": "StableDiffusionXLPipeline",
+    "stable-diffusion-3": "StableDiffusion3Pipeline",
+    "FLUX.1-dev": "FluxPipeline",
+    "FLUX.1-schnell": "FluxPipeline",
+    "stable-diffusion-2-1": "StableDiffusionPipeline",
+}
+UNTOLD = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # also what diffusers takes a file for that it does not know
+EXAMPLES = {
+    "StableDiffusionPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "StableDiffusionXLPipeline": "stabilityai/stable-diffusion-xl-base-1.0",
+    "StableDiffusion3Pipeline": "stabilityai/stable-diffusion-3.5-medium",
+    "FluxPipeline": "black-forest-labs/FLUX.1-dev",
+}
+
+
+def names_a_file(model: str) -> bool:
+    """Return whether `policy.model` names one file rather than a folder or a repository of the hub."""
+    path = file_path(model)
+    return path.is_file() or (path.suffix in (SAFE, *PICKLES) and not path.is_dir())
+
+
+def file_path(model: str) -> Path:
+    """Return the path that `policy.model` stands for."""
+    return Path(os.path.expanduser(model))
+
+
+def check_single_file(config: "DiffusersConfig") -> None:
+    """Check all that can be told of a single file by its name and header. ValueError: it cannot be loaded."""
+    path = file_path(config.model)
+    example = EXAMPLES.get(config.pipeline_class, "the model's repository")
+    with about_model(config.model):
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        if path.suffix != SAFE:
+            raise ValueError(f"it is no {SAFE} file, and pickles are not opened: {_conversion(config)}")
+        check_file(path)
+        _check_kind(config, _names_and_shapes(path))
+        if config.single_file_config is None:
+            raise ValueError(
+                "a single file has no configurations: set policy.single_file_config to a folder in diffusers' format or a "
+                f"hub name that has those of the same architecture, such as '{example}'; or {_conversion(config)}"
+            )
+
+
+def _conversion(config: "DiffusersConfig") -> str:
+    program = f"from diffusers import {config.pipeline_class} as P; P.from_single_file('{config.model}').save_pretrained('MODEL')"
+    return f'convert it where the hub can be reached, with `python -c "{program}"`, and set policy.model to the folder MODEL'
+
+
+def _names_and_shapes(path: Path) -> dict[str, Any]:
+    """Return the file's weights on the meta device: names and shapes, from its header."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+
+
+def _check_kind(config: "DiffusersConfig", names: dict[str, Any]) -> None:
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+    if any("lora_" in name for name in names):
+        raise ValueError("this is a LoRA, and policy.model must be a whole model")
+    repository = fetch_diffusers_config(names)["pretrained_model_name_or_path"]
+    if repository == UNTOLD:
+        return
+    found = next(
+        (name for part, name in BY_REPOSITORY.items() if part in repository and "inpaint" not in repository), None
+    )
+    if found is None:
+        raise ValueError(
+            f"this is of the kind of {repository}, which no family here trains; those are {sorted(FAMILIES)}"
+        )
+    if found != config.pipeline_class:
+        family, words = FAMILIES[found]
+        raise ValueError(f'this is {with_article(words)} (of the kind of {repository}): policy.name must be "{family}"')
+
+
+def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, absent: dict[str, None]) -> Any:
+    """Return the pipeline of a single file with the parts that `role` needs. ValueError: a weight is not there."""
+    from ray_ddpo.common.diffusion.loading.pipeline import load_part
+
+    path, folder = file_path(config.model), _config_folder(config)
+    with about_model(config.model):
+        check_folder(config, folder, role)
+        beside = {
+            part: load_part(config, folder, part, weights) for part, weights in _beside(config, folder, role).items()
+        }
+        names = _names_and_shapes(path)
+        for part, known in known_parts(config, role).items():
+            if known.kind == "model" and known.library == "diffusers" and part not in beside:
+                _check_names(folder, part, names)
+        given = {**config.loading, **absent, **beside}
+        pipeline = pipeline_class.from_single_file(
+            str(path), config=str(folder), local_files_only=True, dtype=config.loaded_dtype, **given
+        )
+        for part, known in known_parts(config, role).items():
+            if known.kind == "model":
+                _check_complete(part, getattr(pipeline, part))
+                refuse_not_finite(f"{path}, its {part}", getattr(pipeline, part).state_dict())
+        return pipeline
+
+
+def _check_names(folder: Path, part: str, names: dict[str, Any]) -> None:
+    """Compare the names and shapes that diffusers makes of the file's with those of the part. ValueError: they differ."""
+    import diffusers
+    import torch
+    from diffusers.loaders.single_file_model import (
+        SINGLE_FILE_LOADABLE_CLASSES,
+        _should_convert_state_dict_to_diffusers,
+    )
+
+    name, keys = read_class(folder, part), read_object(folder / part / "config.json")
+    with torch.device("meta"):
+        expected = getattr(diffusers, name).from_config(keys).state_dict()
+    found = dict(names)
+    if _should_convert_state_dict_to_diffusers(expected, found):
+        try:
+            found = SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"](config=keys, checkpoint=found)
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"its {part} cannot be loaded (weights are missing: {error}, or others beside)") from error
+    report = {
+        "missing_keys": expected.keys() - found.keys(),
+        "unexpected_keys": (),
+        "mismatched_keys": [
+            (each,) for each in expected.keys() & found.keys() if expected[each].shape != found[each].shape
+        ],
+    }
+    if fault := weights_fault(report):
+        raise ValueError(f"its {part}, {with_article(name)}, cannot be loaded ({fault})")
+
+
+def _check_complete(part: str, model: Any) -> None:
+    """diffusers leaves what a file lacks on the meta device."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    missing = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
+    if missing:
+        raise ValueError(f"its {part} cannot be loaded (weights are missing: {missing[0]}, {len(missing)} in all)")
+
+
+def _config_folder(config: "DiffusersConfig") -> Path:
+    """Return the folder of configurations; a repository's are downloaded if they were not before."""
+    from huggingface_hub import snapshot_download
+
+    if config.folder().is_dir():
+        return config.folder()
+    source, patterns = str(config.single_file_config), [f"*.{kind}" for kind in TEXT_FILES]
+
+    def read(local_files_only: bool) -> Path:
+        return Path(snapshot_download(source, allow_patterns=patterns, local_files_only=local_files_only))
+
+    return read_from_hub(read, f"policy.single_file_config is {source!r}, which cannot be loaded")
+
+
+def _beside(config: "DiffusersConfig", folder: Path, role: str) -> dict[str, Any]:
+    """Return the weights of the parts that are not in the file, as many published ones lack text encoders or decoder."""
+    import transformers
+    from diffusers.loaders import single_file_utils as utils
+
+    names = _names_and_shapes(file_path(config.model))
+    decoder = any(name.startswith(DECODERS) for name in names)
+    found = {}
+    for part, known in known_parts(config, role).items():
+        if known.kind != "model" or part == config.network_name:
+            continue
+        if known.library == "diffusers":
+            inside = decoder and read_class(folder, part) == "AutoencoderKL"
+        elif "T5EncoderModel" in known.classes:
+            inside = utils.is_t5_in_single_file(names)
+        else:
+            inside = utils.is_clip_model_in_single_file(getattr(transformers, known.classes[0]), names)
+        if not inside:
+            try:
+                found[part] = weights_of(folder, part, known.library, config.variant)
+            except PartNotThere as error:
+                raise PartNotThere(f"the file has no {part}, and {error}") from error
+    return found
+
+
+def single_file(config: "DiffusersConfig", role: str) -> tuple[Weights, ...]:
+    """Return the files that a role reads where the model is a single file."""
+    path, source = file_path(config.model), config.single_file_config
+    model = Weights(str(path.parent), (path.name,), "policy.model")
+    if source is None:
+        return (model,)
+    folder, names = config.folder(), [INDEX]
+    if not folder.is_dir():
+        patterns = [f"{part}/*.{kind}" for part in known_parts(config, role) for kind in TEXT_FILES]
+        return (model, Weights(source, (INDEX, *patterns), "policy.single_file_config"))
+    beside = _beside(config, folder, role) if path.is_file() else {}
+    for part in known_parts(config, role):
+        files = beside[part].files if part in beside else ()
+        names += [f"{part}/{name}" for name in (*files, *text_files(folder, part))]
+    return (model, Weights(str(folder), tuple(names), "policy.single_file_config"))

@@ -1,0 +1,1 @@
+"""LoRA: adapters in a network, and adapter files in every format."""

@@ -1,0 +1,288 @@
+"""Low-rank adapters (Hu et al. 2021): attach, read and load them, switch them off for the pretrained model."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from pydantic import Field, model_serializer
+from torch import Tensor, nn
+
+from ray_ddpo.common.diffusion.lora.files import (
+    EXACT_NAME,
+    FILE_NAME,
+    METADATA,
+    NETWORK,
+    TRAINED,
+    LoraFile,
+    read_lora_file,
+    save_with_header,
+)
+from ray_ddpo.common.diffusion.lora.targets import check_targets
+from ray_ddpo.common.policy_weights import LoraWeights, packed, verified
+from ray_ddpo.common.recipe.registry import Entry
+
+ADAPTER = "default"  # PEFT's name for the one that is trained
+
+
+class LoraSettings(Entry):
+    """The lineage's adapter: rank 4, alpha 4, on the attention's projections."""
+
+    rank: int = Field(default=4, ge=1, le=4096)
+    alpha: int = Field(default=4, ge=1)
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    path: str | None = Field(
+        default=None, min_length=1
+    )  # a LoRA that training begins from: rank, alpha and target modules are that file's
+
+    @model_serializer(mode="wrap")
+    def _without_what_the_file_says(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
+        table = handler(self)
+        return table if self.path is None else {key: table[key] for key in table if key in self.model_fields_set}
+
+
+def make_trainable(network: nn.Module, train: str, lora: LoraSettings) -> None:
+    """Leave gradients only where we train: in float32 adapters ("lora") or everywhere ("full").
+
+    Adapters are new, or begin as those in the file that `lora.path` names.
+
+    Raises:
+        ValueError: one of the adapter's target modules is no layer of the network that an adapter can go into, or the
+            file does not fit.
+    """
+    network.requires_grad_(train == "full")
+    if train == "lora" and lora.path is not None:
+        from ray_ddpo.common.diffusion.lora.start import start_from_file
+
+        start_from_file(network, lora)
+    elif train == "lora":
+        attach(network, {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.target_modules)})
+    for parameter in trained_parameters(network).values():
+        parameter.data = parameter.data.float()
+
+
+def attach(network: nn.Module, settings: dict[str, Any]) -> None:
+    """Add new adapters with PEFT's settings to any module: it need not be one of diffusers'."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    check_targets(network, settings["target_modules"])
+    inject_adapter_in_model(LoraConfig(**settings, init_lora_weights="gaussian"), network)
+
+
+def compute_adapters_in(network: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Let float32 adapters compute in the half precision of the layers beside them, by autocast in these layers alone.
+
+    Autocast around the whole network would have every norm in float32, with its activations written and read twice as wide.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            adapted: Any = layer
+            adapted.cast_input_dtype_enabled = (
+                False  # else to float32, which autocast takes back: the same bits, two copies
+            )
+            adapted.forward = torch.autocast(device.partition(":")[0], dtype)(adapted.forward)
+
+
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter, in the network's own order, which is the order in every LoraWeights."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def read_weights(network: nn.Module, policy_version: int) -> LoraWeights:
+    """A copy of the trained parameters, to be published."""
+    parameters = trained_parameters(network)
+    shapes = {name: value.shape for name, value in parameters.items()}
+    return packed(policy_version, shapes, (value.detach().cpu().numpy() for value in parameters.values()))
+
+
+@torch.no_grad()
+def load_weights(network: nn.Module, weights: LoraWeights) -> int:
+    """Lay `weights` into the network; how many parameters were bound.
+
+    ValueError: the weights were damaged on the way, or do not fit the network name by name and shape by shape.
+    """
+    parameters = trained_parameters(network)
+    expected = tuple((name, tuple(value.shape)) for name, value in parameters.items())
+    if expected != tuple(weights.manifest):
+        missing = sorted(dict(expected).items() - dict(weights.manifest).items())[:3]
+        foreign = sorted(dict(weights.manifest).items() - dict(expected).items())[:3]
+        raise ValueError(
+            f"weights of version {weights.policy_version} do not fit the network: it lacks {foreign} and still needs {missing}"
+        )
+    for name, array in verified(weights).arrays().items():
+        # A copy: the buffer may be a read-only view of Ray's store, and torch would warn that it is.
+        parameters[name].copy_(torch.from_numpy(array.copy()))
+    return len(parameters)
+
+
+@final
+class MergedAdapters:
+    """Adapters added to the weights beside them, which a forward pass then uses alone.
+
+    Each time from the pretrained weights anew: adding and taking away again would let rounding grow from version to version.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        self._layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
+        self._pretrained = [layer.get_base_layer().weight.detach().clone() for layer in self._layers]
+
+    def to(self, device: str) -> None:
+        """Move the pretrained weights that are kept to another device."""
+        self._pretrained = [each.to(device) for each in self._pretrained]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapters as they are now."""
+        for layer, pretrained in zip(self._layers, self._pretrained, strict=True):
+            layer.get_base_layer().weight.copy_(pretrained)
+            layer.merged_adapters.clear()
+            layer.merge()
+
+
+def base_weight_bytes(network: nn.Module) -> int:
+    """What the weights take that adapters are merged into, of which `MergedAdapters` keeps a copy."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
+    return sum(layer.get_base_layer().weight.nbytes for layer in layers)
+
+
+@contextmanager
+def reference_policy(network: nn.Module) -> Iterator[None]:
+    """The pretrained network, by switching its adapters off: no second copy of it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def adapted_layers(network: nn.Module) -> dict[str, Any]:
+    """Return the layers with an adapter by the names that they have in the network."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def module_of(name: str) -> str:
+    """Return the layer that an adapter's tensor belongs to."""
+    return name.partition(".lora_")[0]
+
+
+def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = "unet") -> Path:
+    """Write the adapter as the file that diffusers' `load_lora_weights` reads. Equal weights give equal bytes.
+
+    alpha / rank is folded into the weights, so that a program that reads no header applies them at the same strength.
+    Where that rounds them, the weights as trained are written beside that file.
+
+    Args:
+        network: with the adapter.
+        lora: the adapter's settings, of which the target modules are written.
+        folder: where the file is written.
+        part: what the network is called in its pipeline.
+    """
+    from peft import get_peft_model_state_dict
+
+    layers, state = adapted_layers(network), get_peft_model_state_dict(network)
+    trained = {f"{part}.{name}": value.cpu().contiguous() for name, value in state.items()}
+    scales = {f"{part}.{name}": float(layer.scaling[ADAPTER]) for name, layer in layers.items()}
+    folded = _scaled(trained, scales)
+    unfolded = _scaled(folded, {name: 1 / scale for name, scale in scales.items()})
+    targets = sorted(lora.target_modules if lora.path is None else layers)
+    ranks = {name: int(layer.r[ADAPTER]) for name, layer in layers.items()}
+    alphas = {name: _whole(layer.scaling[ADAPTER] * layer.r[ADAPTER]) for name, layer in layers.items()}
+    of_folded, of_trained = _header(part, ranks, ranks, targets), _header(part, ranks, alphas, targets)
+    kind = type(network).__name__
+    folder.mkdir(parents=True, exist_ok=True)
+    save_with_header(folded, folder / FILE_NAME, {METADATA: of_folded, TRAINED: of_trained, NETWORK: kind})
+    if all(torch.equal(unfolded[name], value) for name, value in trained.items()):
+        (folder / EXACT_NAME).unlink(missing_ok=True)
+    else:
+        save_with_header(trained, folder / EXACT_NAME, {METADATA: of_trained, TRAINED: of_trained, NETWORK: kind})
+    return folder / FILE_NAME
+
+
+def _scaled(tensors: dict[str, Tensor], scales: dict[str, float]) -> dict[str, Tensor]:
+    """Multiply the second matrix of each adapter, and its bias."""
+    return {
+        name: value * scales[module_of(name)] if ".lora_B" in name or ".lora_embedding_B" in name else value
+        for name, value in tensors.items()
+    }
+
+
+def _header(part: str, ranks: dict[str, int], alphas: dict[str, Any], targets: list[str]) -> str:
+    """PEFT's settings as diffusers reads them: one rank and alpha for most layers, patterns for the others."""
+    settings: dict[str, Any] = {"target_modules": targets}
+    for key, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
+        counted = list(values.values())
+        settings[key] = max(sorted(set(counted)), key=counted.count)
+        others = {f"^{name}": value for name, value in values.items() if value != settings[key]}
+        settings |= {pattern: others} if others else {}
+    return json.dumps({f"{part}.{name}": value for name, value in settings.items()}, sort_keys=True)
+
+
+def _whole(alpha: float | int) -> float | int:
+    return int(alpha) if float(alpha).is_integer() else float(alpha)
+
+
+def read_lora_settings(path: Path) -> LoraSettings | None:
+    """Return rank, alpha and target modules as one of our files has them, or `path` where they differ among layers.
+
+    None: it is no file of ours. ValueError: it is not safetensors.
+    """
+    file = read_lora_file(path)
+    if not file.is_ours:
+        return None
+    settings = file.own_settings
+    alpha, is_one = settings["lora_alpha"], not (settings.get("rank_pattern") or settings.get("alpha_pattern"))
+    if is_one and isinstance(alpha, int) and alpha > 0:
+        return LoraSettings(rank=settings["r"], alpha=alpha, target_modules=tuple(settings["target_modules"]))
+    return LoraSettings(path=str(file.path))
+
+
+def load_lora(network: nn.Module, path: Path) -> None:
+    """Load a LoRA file into the network's own adapter, never beside it.
+
+    Raises:
+        ValueError: it is not safetensors, or does not fit name by name.
+    """
+    load_lora_file(network, read_lora_file(path))
+
+
+def load_lora_file(network: nn.Module, file: LoraFile) -> None:
+    """Load what was read of a file of ours into the network's own adapter, at the strength that the file says.
+
+    Raises:
+        ValueError: it does not fit name by name.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(network).items()}
+    given = {name: tuple(value.shape) for name, value in file.named().items()}
+    if wanted != given:
+        differing = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+        raise ValueError(
+            f"the LoRA {file.path} does not fit the network at {differing[:3]} ({len(differing)} of {len(wanted)} "
+            "tensors): another model, or another rank"
+        )
+    scales = {name: file.scale(name) / float(layer.scaling[ADAPTER]) for name, layer in adapted_layers(network).items()}
+    set_peft_model_state_dict(network, _scaled(file.named(), scales))
+
+
+def trained_tensors(file: LoraFile) -> dict[str, Tensor]:
+    """Return the tensors of one of our files as they were trained: without alpha / rank in them."""
+    modules = {module_of(name) for name in file.tensors}
+    names = {module: module.removeprefix(f"{file.part}.") for module in modules}
+    scales = {module: file.scale(name) / file.trained_scale(name) for module, name in names.items()}
+    return _scaled(file.tensors, scales)

@@ -1,0 +1,279 @@
+"""LoRA files of every form that diffusers reads, loaded by diffusers itself; what it would leave out is an error here."""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ray_ddpo.common.diffusion.lora.files import PEFT_CONFIG, LoraFile
+from ray_ddpo.common.recipe.reading import reading
+
+# What diffusers and peft raise over a file of another form.
+NOT_READ = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, AssertionError, RuntimeError)
+PEFT_PREFIX = "base_model.model."  # of each name in a file that PEFT wrote
+KINDS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector")
+FIRST = "default_0"  # diffusers' name for the first adapter
+LONGEST_REASON = 300  # letters of a library's message, which may list every name
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """A LoRA by the names of diffusers' parts, with what says how strongly it acts."""
+
+    state: dict[str, Tensor]
+    alphas: dict[str, float] | None
+    metadata: dict[str, Any] | None
+
+    def of(self, part: str) -> dict[str, Tensor]:
+        """Return the tensors of one part by their names in it."""
+        return {
+            name.removeprefix(f"{part}."): value for name, value in self.state.items() if name.startswith(f"{part}.")
+        }
+
+
+class _Traced(Tensor):
+    """A tensor that knows which of a file's tensors it was made from."""
+
+    sources: frozenset[str] = frozenset()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        sources = frozenset[str]().union(*(each.sources for each in _traced((args, kwargs))))
+        for each in _traced(result):
+            each.sources = sources
+        return result
+
+
+def _traced(values: Any) -> Iterator[_Traced]:
+    return (each for each in tree_leaves(values) if isinstance(each, _Traced))
+
+
+def load_any_lora(
+    file: LoraFile, network: Any, part: str, beside: Mapping[str, nn.Module], adapter: str | None = None
+) -> dict[str, Tensor]:
+    """Load a LoRA through diffusers into a network and text encoders; return the network's tensors by PEFT's names.
+
+    Args:
+        file: of any form that diffusers reads, or PEFT's.
+        network: the pipeline's UNet or transformer.
+        part: what the network is called in its pipeline.
+        beside: the text encoders that the LoRA may have a part for, by their names in the pipeline.
+        adapter: the adapter's name, which is not there yet; none: as diffusers calls the first one.
+
+    Raises:
+        ValueError: it is of another form, or some of its tensors fit nowhere, which diffusers would leave out.
+    """
+    loader = _loader(network)
+    if loader is None:
+        raise ValueError(
+            f"the LoRA {file.path} was not written by this program, and {type(network).__name__} is no network whose "
+            "LoRA files diffusers reads"
+        )
+    converted = _converted(file, loader, network, part)
+    _refuse_other_parts(file, converted, (part, *beside))
+    _refuse_what_does_not_fit(file, network, part, _of_network(converted.of(part)))
+    for name, encoder in beside.items():
+        _refuse_what_does_not_fit(file, encoder, name, _of_encoder(converted.of(name), encoder))
+    given: dict[str, Any] = {"network_alphas": converted.alphas, "metadata": converted.metadata}
+    given |= {"adapter_name": adapter or FIRST, "low_cpu_mem_usage": True}  # as its pipelines do
+    with _refusing(file, f"diffusers cannot load it into {type(network).__name__}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of what does not match, which is refused or told below
+        if converted.of(part):
+            network.load_lora_adapter(converted.state, prefix=part, **given)
+        for name, encoder in beside.items():
+            if converted.of(name):
+                loader.load_lora_into_text_encoder(converted.state, text_encoder=encoder, prefix=name, **given)
+    of_network = _of_network(converted.of(part))
+    _tell_of_alphas(file, network, converted, part)
+    _refuse_what_did_not_arrive(file, network, of_network, adapter or FIRST)
+    for name, encoder in beside.items():
+        _refuse_what_did_not_arrive(file, encoder, _of_encoder(converted.of(name), encoder), adapter or FIRST)
+    return of_network
+
+
+def loadable_encoders(pipeline: Any) -> dict[str, nn.Module]:
+    """Return a pipeline's text encoders that diffusers loads LoRAs into."""
+    names = [name for name in pipeline._lora_loadable_modules if name.startswith("text_encoder")]
+    return {name: encoder for name in names if (encoder := getattr(pipeline, name, None)) is not None}
+
+
+def _loader(network: Any) -> Any:
+    """Return diffusers' reader for the pipelines with such a network. None: it has none."""
+    from diffusers.loaders import lora_pipeline as loaders
+
+    kind = type(network).__name__
+    if kind == "UNet2DConditionModel":
+        of_xl = network.config.get("addition_embed_type") == "text_time"
+        return loaders.StableDiffusionXLLoraLoaderMixin if of_xl else loaders.StableDiffusionLoraLoaderMixin
+    known = {"SD3Transformer2DModel": "SD3LoraLoaderMixin", "FluxTransformer2DModel": "FluxLoraLoaderMixin"}
+    return getattr(loaders, known[kind]) if kind in known else None
+
+
+def _converted(file: LoraFile, loader: Any, network: Any, part: str) -> _Converted:
+    if (file.path.parent / PEFT_CONFIG).is_file() and all(name.startswith(PEFT_PREFIX) for name in file.tensors):
+        return _of_peft(file, part)
+    tensors: dict[str, Any] = {}
+    for name, value in file.tensors.items():
+        tensors[name] = value.as_subclass(_Traced)
+        tensors[name].sources = frozenset((name,))
+    reader = loader.__name__
+    keys = {"unet_config": network.config} if "XL" in reader else {}
+    keys |= {"return_alphas": True} if "Flux" in reader else {}
+    with _refusing(file, f"diffusers cannot read it for {type(network).__name__}"):
+        state, *alphas, _ = loader.lora_state_dict(tensors, return_lora_metadata=True, **keys)
+    _refuse_what_is_left_out(file, state)
+    strengths = {
+        name: float(value) if isinstance(value, Tensor) else value
+        for name, value in ((alphas[0] if alphas else None) or {}).items()
+    }
+    plain = {name: value.as_subclass(Tensor) for name, value in state.items()}
+    return _Converted(plain, strengths or None, file.metadata or None)
+
+
+def _of_peft(file: LoraFile, part: str) -> _Converted:
+    """Read a file and the configuration beside it as PEFT's `save_pretrained` writes them, for the network alone."""
+    from peft import LoraConfig
+
+    path = file.path.parent / PEFT_CONFIG
+    with reading(path):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{path} has peft_type {kind!r}: only LORA can be read")
+    start = settings.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+        raise ValueError(
+            f"{path} has init_lora_weights {start!r}, which changes the network's own weights: save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        )
+    known = {field.name for field in fields(LoraConfig)} | {"peft_version"}
+    unknown = sorted(name for name in settings.keys() - known if settings[name] not in (None, False))
+    if unknown:
+        raise ValueError(f"{path} has settings that the installed peft does not know: {unknown[:3]}")
+    metadata = {f"{part}.{name}": value for name, value in settings.items() if name in known - {"peft_version"}}
+    state = {f"{part}.{name.removeprefix(PEFT_PREFIX)}": value for name, value in file.tensors.items()}
+    return _Converted(state, None, metadata)
+
+
+@contextmanager
+def _refusing(file: LoraFile, what: str) -> Iterator[None]:
+    """Turn what a library raises over a file into a ValueError that names the file."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except NOT_READ as error:
+        flat = " ".join(str(error).split())
+        short = flat if len(flat) <= LONGEST_REASON else f"{flat[:LONGEST_REASON]}…"
+        raise ValueError(f"the LoRA {file.path} does not fit: {what} ({type(error).__name__}: {short})") from error
+
+
+def _refuse_what_is_left_out(file: LoraFile, state: Mapping[str, Any]) -> None:
+    """Raise ValueError if diffusers' conversion has dropped a tensor that has an effect."""
+    used = frozenset[str]().union(*(each.sources for each in _traced(dict(state))))
+    modules = {name.split(".lora")[0].split("_lora.")[0] for name in used}
+    left = [
+        name
+        for name, value in file.tensors.items()
+        if name not in used and not (name.endswith(".alpha") and name.removesuffix(".alpha") in modules)
+    ]
+    left = [name for name in left if name.endswith(".alpha") or bool(file.tensors[name].float().any())]
+    if left:
+        raise ValueError(_misfit(file, left, "would be left out by diffusers"))
+
+
+def _refuse_other_parts(file: LoraFile, converted: _Converted, parts: tuple[str, ...]) -> None:
+    others = [name for name in converted.state if name.partition(".")[0] not in parts]
+    if others:
+        of_text = len(parts) == 1 and all(name.startswith("text_encoder") for name in others)
+        where = (
+            "belong to text encoders, which are not trained here"
+            if of_text
+            else f"belong to none of {', '.join(parts)}"
+        )
+        raise ValueError(_misfit(file, others, where))
+
+
+def _refuse_what_does_not_fit(file: LoraFile, module: nn.Module, part: str, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor's layer is not there, or has another shape."""
+    layers = {name: getattr(layer, "weight", None) for name, layer in module.named_modules()}
+    wrong = []
+    for name, value in state.items():
+        layer, _, kind = name.partition(".lora_")
+        weight, kind = (
+            layers.get(layer),
+            f"lora_{kind}".removesuffix(".weight") if "magnitude" in kind else f"lora_{kind}",
+        )
+        paired = {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"} <= state.keys()
+        if kind not in KINDS or not paired or weight is None or not _matches(kind, value, weight):
+            wrong.append(f"{part}.{name}")
+    if wrong:
+        raise ValueError(_misfit(file, wrong, f"have no layer of that name and shape in {type(module).__name__}"))
+
+
+def _matches(kind: str, value: Tensor, weight: Tensor) -> bool:
+    if kind == "lora_A.weight":
+        return value.shape[1:] == weight.shape[1:]
+    return value.shape[0] == weight.shape[0] or "magnitude" in kind
+
+
+def _refuse_what_did_not_arrive(file: LoraFile, module: Any, state: Mapping[str, Tensor], adapter: str) -> None:
+    from peft import get_peft_model_state_dict
+
+    if not state:
+        return
+    arrived = {_plain(name) for name in get_peft_model_state_dict(module, adapter_name=adapter)}
+    given = {_plain(name) for name in state}
+    if arrived != given:
+        raise ValueError(_misfit(file, sorted(arrived ^ given), f"are not those that {type(module).__name__} has now"))
+
+
+def _tell_of_alphas(file: LoraFile, network: nn.Module, converted: _Converted, part: str) -> None:
+    """Say where diffusers gives all layers one alpha though the file has several."""
+    given = {value for name, value in (converted.alphas or {}).items() if name.startswith(f"{part}.")}
+    layers: list[Any] = [each for each in network.modules() if isinstance(getattr(each, "lora_alpha", None), dict)]
+    applied = {float(alpha) for layer in layers for alpha in layer.lora_alpha.values()}
+    if len(given) > 1 and applied != given:
+        print(
+            f"the LoRA {file.path} has an alpha of {' and '.join(f'{each:g}' for each in sorted(given))} on different "
+            f"layers, of which diffusers applies {' and '.join(f'{each:g}' for each in sorted(applied))} to all",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
+
+
+def _of_network(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors by PEFT's names, as diffusers does for a UNet or transformer."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    first = next(iter(state), "lora_A")
+    return state if "lora_A" in first else convert_unet_state_dict_to_peft(state)
+
+
+def _of_encoder(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors by PEFT's names, as diffusers does for a text encoder."""
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
+
+    if not state:
+        return state
+    found = convert_state_dict_to_peft(convert_state_dict_to_diffusers(state))
+    return (
+        found if hasattr(encoder, "text_model") else {name.removeprefix("text_model."): v for name, v in found.items()}
+    )
+
+
+def _misfit(file: LoraFile, names: list[str], why: str) -> str:
+    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    return f"the LoRA {file.path} does not fit: {len(names)} of its {len(file.tensors)} tensors {why}: {shown}"

@@ -1,0 +1,165 @@
+"""LoRA files: find them, read their tensors and header; refuse what is pickled, damaged or not finite."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ray_ddpo.common.diffusion.weight_files import TRAINED_PARTS, part_of
+from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.recipe.named_files import Weights
+from ray_ddpo.common.recipe.reading import reading
+
+FILE_NAME = "pytorch_lora_weights.safetensors"  # as diffusers calls it
+EXACT_NAME = "trained_adapter.safetensors"  # beside it, where folding alpha / rank into the weights rounds them
+PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+METADATA = "lora_adapter_metadata"  # the header's key where diffusers looks for rank and alpha
+TRAINED = "trained_adapter_metadata"  # the header's key for the rank and alpha that were trained with
+NETWORK = "trained_network"  # the header's key for the network's class
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+OWN_KEYS = {"r", "lora_alpha", "target_modules"}
+OWN_PATTERNS = {"rank_pattern", "alpha_pattern"}
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What is in a LoRA's file: tensors by name, and the settings in its header by `part.key`."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]  # those that diffusers reads
+    trained: dict[str, Any]  # those that were trained with, where alpha / rank is folded into the weights
+    network: str = ""  # the class of the network that was trained, where the header says
+
+    @property
+    def part(self) -> str | None:
+        """The network's name in its pipeline, as the tensors have it. None: they have none."""
+        return part_of(next(iter(self.tensors), ""))
+
+    @cached_property
+    def is_ours(self) -> bool:
+        """Whether this program wrote it: settings of one network, and no others."""
+        keys = _keys(self.metadata, self.part)
+        if not isinstance(self.own_settings.get("target_modules"), list):  # others may have a pattern there
+            return False
+        if self.trained:
+            return OWN_KEYS <= keys <= OWN_KEYS | OWN_PATTERNS
+        return keys == OWN_KEYS
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """Rank, alpha, target modules and patterns of one of our files, as the adapter was trained."""
+        return {name.removeprefix(f"{self.part}."): value for name, value in (self.trained or self.metadata).items()}
+
+    def scale(self, module: str) -> float:
+        """Return what the header multiplies a module's adapter by; 1 where there is none, as in every other program."""
+        return scale_of(self.metadata, self.part, module)
+
+    def trained_scale(self, module: str) -> float:
+        """Return what the module's adapter was multiplied by in training."""
+        return scale_of(self.trained or self.metadata, self.part, module)
+
+    def named(self) -> dict[str, Tensor]:
+        """Return the tensors by the names that they have in the network."""
+        return {name.removeprefix(f"{self.part}."): value for name, value in self.tensors.items()}
+
+
+def lora_file(path: Path) -> Path:
+    """Find the LoRA file that a run's folder, a LoRA's folder or the file's own path stands for.
+
+    Raises:
+        ValueError: there is none, there are several, or it is pickled.
+    """
+    names = (EXACT_NAME, FILE_NAME, PEFT_NAME)
+    candidates = [folder / name for folder in (path / "lora", path) for name in names]
+    found = next((candidate for candidate in (*candidates, path) if candidate.is_file()), None)
+    if found is None:
+        there = sorted(file for file in path.glob("*.safetensors") if file.is_file())
+        if len(there) > 1:
+            raise ValueError(f"{path} has {len(there)} safetensors files, such as {there[0].name}: name the LoRA's own")
+        pickled = sorted(file for file in path.glob("*") if file.suffix in PICKLED)
+        found = next(iter(there or pickled), None)
+    if found is None:
+        raise ValueError(f"{path} is no run with a LoRA, no folder with {FILE_NAME}, and no LoRA file")
+    if found.suffix in PICKLED:
+        raise ValueError(
+            f"{found} is pickled, and loading it could run a program: convert it to safetensors, with "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE), and name that file"
+        )
+    return found
+
+
+def save_with_header(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    """Write a safetensors file whose bytes are always the same: the library itself writes a header's settings in any order."""
+    save_file(tensors, path, header)
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:start])
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at a multiple of 8 bytes
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+
+
+def files_of_lora(path: str) -> Weights:
+    """Return the files at `policy.lora.path`, to be fingerprinted. ValueError: there are none, or they are pickled."""
+    try:
+        file = lora_file(Path(path).expanduser())
+    except ValueError as error:
+        raise ValueError(f"policy.lora.path is {path!r}: {error}") from error
+    beside = (PEFT_CONFIG,) if (file.parent / PEFT_CONFIG).is_file() else ()
+    return Weights(str(file.parent.absolute()), (file.name, *beside), "policy.lora.path")
+
+
+def holds_lora(path: Path) -> bool:
+    """Return whether a LoRA's file is at a path, and not a whole network."""
+    names = (FILE_NAME, PEFT_NAME, f"lora/{FILE_NAME}")
+    return path.is_file() or any((path / name).is_file() for name in names)
+
+
+def read_lora_file(path: Path) -> LoraFile:
+    """Read a LoRA's file.
+
+    Raises:
+        ValueError: it is not safetensors, holds nothing, or has numbers that are not finite.
+    """
+    file = lora_file(path)
+    with reading(file):
+        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+        metadata, trained = (json.loads(header.get(key, "{}")) for key in (METADATA, TRAINED))
+        if not all(isinstance(each, dict) for each in (metadata, trained)):
+            raise ValueError(f"{METADATA} in its header is no JSON object")
+    if not tensors:
+        raise ValueError(f"the LoRA {file} holds no tensor")
+    refuse_not_finite(file, tensors)
+    for settings in (metadata, trained):
+        for key, value in settings.items():
+            if key.rpartition(".")[2] in ("r", "lora_alpha") and not (isinstance(value, int | float) and value):
+                raise ValueError(
+                    f"the LoRA {file} has {key} = {value!r} in its header: it must be a number other than 0"
+                )
+    return LoraFile(file, tensors, metadata, trained, header.get(NETWORK, ""))
+
+
+def _keys(settings: Mapping[str, Any], part: str | None) -> set[str]:
+    return {name.removeprefix(f"{part}.") if part in TRAINED_PARTS else name for name in settings}
+
+
+def scale_of(settings: Mapping[str, Any], part: str | None, module: str) -> float:
+    """Return alpha / rank of a module as PEFT finds them in a file's settings; 1 where there are none."""
+    from peft.utils.other import get_pattern_key
+
+    values = {name.removeprefix(f"{part}."): value for name, value in settings.items()}
+    if not {"r", "lora_alpha"} <= values.keys():
+        return 1.0
+    ranks, alphas = values.get("rank_pattern", {}), values.get("alpha_pattern", {})
+    rank = ranks.get(get_pattern_key(list(ranks), module), values["r"])
+    return alphas.get(get_pattern_key(list(alphas), module), values["lora_alpha"]) / rank

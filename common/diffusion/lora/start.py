@@ -1,0 +1,87 @@
+"""Begin training from the adapters in a LoRA's file, which `policy.lora.path` names."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ray_ddpo.common.diffusion.lora.adapters import ADAPTER, LoraSettings, adapted_layers, attach, load_lora_file
+from ray_ddpo.common.diffusion.lora.diffusers_format import load_any_lora
+from ray_ddpo.common.diffusion.lora.files import LoraFile, read_lora_file
+from ray_ddpo.common.diffusion.weight_files import TRAINED_PARTS
+from ray_ddpo.common.model_files.model_hub import first_line
+
+
+def start_from_file(network: nn.Module, lora: LoraSettings) -> None:
+    """Give a network the adapters of the file at `lora.path`, with that file's ranks, alphas and layers.
+
+    Raises:
+        ValueError: the file cannot be read, does not fit the network, holds what cannot be trained here, or disagrees
+            with a key that is given.
+    """
+    assert lora.path is not None, "whoever asks for this names a file"
+    try:
+        file = read_lora_file(Path(lora.path).expanduser())
+        if file.is_ours:
+            attach(network, file.own_settings)
+            if not next(network.parameters()).is_meta:
+                load_lora_file(network, file)
+        else:
+            _start_through_diffusers(network, file)
+        network.requires_grad_(False)
+        for layer in adapted_layers(network).values():
+            for name in layer.adapter_layer_names:
+                getattr(layer, name).requires_grad_(True)
+        _refuse_disagreement(network, lora)
+    except ValueError as error:
+        raise ValueError(f"policy.lora.path is {lora.path!r}: {error}") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"policy.lora.path is {lora.path!r}: {first_line(error)}") from error
+
+
+def _start_through_diffusers(network: Any, file: LoraFile) -> None:
+    from peft import set_peft_model_state_dict
+
+    state = load_any_lora(file, network, _part(network), {}, ADAPTER)
+    if not state:
+        raise ValueError(f"it holds nothing for {type(network).__name__}")
+    dora = [name for name in state if "lora_magnitude_vector" in name]
+    if dora:
+        raise ValueError(f"it is a DoRA, which is not trained here ({len(dora)} magnitudes, such as {dora[0]})")
+    biases = [name for name in state if name.endswith("lora_B.bias")]
+    if biases:
+        raise ValueError(
+            f"it has biases in its adapters (lora_bias), {len(biases)} in all, such as {biases[0]}: they are not trained here"
+        )
+    for layer in adapted_layers(network).values():  # diffusers has rounded them to the network's dtype
+        for name in layer.adapter_layer_names:
+            getattr(layer, name).float()
+    if not next(network.parameters()).is_meta:
+        set_peft_model_state_dict(network, state)
+
+
+def _part(network: nn.Module) -> str:
+    unet, transformer = TRAINED_PARTS
+    return unet if "UNet" in type(network).__name__ else transformer
+
+
+def _refuse_disagreement(network: nn.Module, lora: LoraSettings) -> None:
+    layers = adapted_layers(network)
+    found: dict[str, Any] = {
+        "rank": sorted({layer.r[ADAPTER] for layer in layers.values()}),
+        "alpha": sorted({layer.lora_alpha[ADAPTER] for layer in layers.values()}),
+    }
+    for key, values in found.items():
+        if key in lora.model_fields_set and values != [getattr(lora, key)]:
+            raise ValueError(
+                f"policy.lora.{key} is {getattr(lora, key)}, and the file has {', '.join(map(str, values))}: leave the key out"
+            )
+    if "target_modules" in lora.model_fields_set:
+        ends = tuple(f".{target}" for target in lora.target_modules)
+        outside = [name for name in layers if not f".{name}".endswith(ends)]
+        unused = [target for target in lora.target_modules if not any(f".{n}".endswith(f".{target}") for n in layers)]
+        if outside or unused:
+            raise ValueError(
+                f"policy.lora.target_modules is {list(lora.target_modules)}, and the file has other layers, such as "
+                f"{(outside or unused)[0]}: leave the key out"
+            )

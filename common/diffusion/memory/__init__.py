@@ -1,0 +1,1 @@
+"""Predict peak memory on the meta device, without loading a model."""

@@ -1,0 +1,120 @@
+"""What real devices do and the meta device does not: autocast, fused attention, and memory that kernels take for a moment."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ray_ddpo.common.diffusion.memory.live_bytes import PLAIN, Kernels
+
+# What torch.autocast runs in half precision and what in float32, of the functions that denoising networks are made of.
+IN_HALF = {F.linear, torch.conv2d, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
+IN_FLOAT32 = {"cuda": {F.group_norm, F.layer_norm, F.softmax, torch.softmax}, "cpu": set()}
+
+BLAS_BYTES = 2 * 2**25  # cuBLAS's workspaces of 32 MiB, of the forward and of the backward thread
+TRANSPOSED_SHARE = 1.0  # of what a convolution reads and writes, that cuDNN lays out anew where it is not channels-last
+SPLITS = 132  # of deterministic fused attention's backward pass: one a multiprocessor of an H100, at least one a head
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+
+class LikeDevice(TorchFunctionMode):
+    """The network on the meta device as it runs on `device`: with autocast to `dtype` unless float32, attention fused."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._device = device
+        self._dtype = dtype
+        self._autocast = dtype != torch.float32
+        self._weights: dict[int, Tensor] = {}  # in half precision
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._autocast and func in IN_HALF | IN_FLOAT32[self._device]:
+            dtype = self._dtype if func in IN_HALF else torch.float32
+            args = tuple(self._cast(value, dtype) for value in args)
+            kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}
+        if func is F.scaled_dot_product_attention:
+            names = ("query", "key", "value")
+            return FusedAttention.apply(self._device, *args[:3], *(kwargs[name] for name in names if name in kwargs))
+        return func(*args, **kwargs)
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if not (value.is_leaf and value.requires_grad and dtype == self._dtype):
+            return value.to(dtype)
+        if id(value) not in self._weights:  # autocast keeps the trained weights' copies until its end
+            self._weights[id(value)] = value.to(dtype)
+        return self._weights[id(value)]
+
+
+class FusedAttention(torch.autograd.Function):
+    """What fused attention holds: its inputs, its output and a float32 a query for the backward pass, never the matrix."""
+
+    @staticmethod
+    def forward(context: Any, device: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        context.device = device
+        context.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        query, key, value, *_ = context.saved_tensors
+        summed = _query_sums(query) if context.device == "cuda" else None
+        gradient = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        del summed
+        return None, *gradient
+
+
+def _query_sums(query: Tensor) -> Tensor:
+    """In what the kernel adds up the query's gradient: float32, its width rounded up, in parts that are added in order."""
+    images, heads, tokens, width = query.shape
+    splits = math.ceil(SPLITS / (images * heads))
+    return query.new_empty((splits, images, heads, tokens, 32 * math.ceil(width / 32)), dtype=torch.float32)
+
+
+class CudaKernels(Kernels):
+    """cuDNN's convolutions: channels-last if weights or input are, and what is not is laid out anew meanwhile."""
+
+    def laid_out(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
+        if operation not in CONVOLUTIONS or not any(map(_is_channels_last, arguments[:3])):
+            return output
+        if isinstance(output, Tensor):
+            return _channels_last_like(output)
+        return tuple(each if each is None or each.ndim != 4 else _channels_last_like(each) for each in output)
+
+    def scratch(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> int:
+        if operation not in CONVOLUTIONS:
+            return 0
+        outputs = [output] if isinstance(output, Tensor) else [output[0]]
+        tensors = [each for each in (*arguments[:2], *outputs) if isinstance(each, Tensor) and each.ndim == 4]
+        anew = [each.nbytes for each in tensors if not each.is_contiguous(memory_format=torch.channels_last)]
+        return round(TRANSPOSED_SHARE * sum(anew))
+
+
+def _is_channels_last(value: Any) -> bool:
+    """And not only because both layouts are the same."""
+    if not isinstance(value, Tensor) or value.ndim != 4:
+        return False
+    return value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
+
+
+def _channels_last_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.channels_last)
+
+
+CUDA = CudaKernels()
+
+
+def library_bytes(device: str) -> int:
+    """What the libraries hold for themselves of what torch allocates."""
+    return BLAS_BYTES if device == "cuda" else 0
+
+
+def kernels_of(device: str) -> Kernels:
+    """The device's kernels. A CPU's take what they need outside of torch's allocator."""
+    return CUDA if device == "cuda" else PLAIN

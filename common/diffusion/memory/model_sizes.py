@@ -1,0 +1,124 @@
+"""The sizes of a model of diffusers' from its configuration files, which are read here; nothing is loaded."""
+
+import functools
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ray_ddpo.common.diffusion.loading.model_index import about_model, read_object
+from ray_ddpo.common.diffusion.lora.adapters import base_weight_bytes, make_trainable, trained_parameters
+from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
+from ray_ddpo.common.diffusion.memory.network_memory import Inputs, NetworkMemory
+from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes, count_parameters, parameter_bytes
+from ray_ddpo.common.diffusion.policy import quiet_libraries
+from ray_ddpo.common.model_files.model_hub import file_from_hub
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.common.trajectory import DTYPES
+
+if TYPE_CHECKING:
+    from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+
+Configs = dict[str, dict[str, Any]]  # a pipeline's parts: their configurations
+
+
+def read_config(model: str, folder: Path, published: dict[str, Configs], part: str) -> dict[str, Any]:
+    """Return one part's configuration. ValueError: it is neither in a folder, nor known here, nor to be had from the hub."""
+    if folder.is_dir():
+        with about_model(model):
+            found = read_object(folder / part / "config.json")
+        # A whole CLIP's has a text tower's and an image tower's; transformers takes the first.
+        return found["text_config"] if isinstance(found.get("text_config"), dict) else found
+    if model in published:
+        return published[model][part]
+    file = file_from_hub(model, f"{part}/config.json", f"policy.model is {model!r}, whose {part}/config.json is needed")
+    return json.loads(Path(file).read_text())
+
+
+def model_sizes(
+    config: "DiffusersConfig", configs: Configs, sampling: SamplingTable, device: DeviceKind
+) -> PolicySizes:
+    """Build every part on the meta device and count. `configs` has one configuration a part."""
+    # How far a guided path is guided and how long it is changes nothing of a step: one count does for all.
+    alike = SamplingTable(guidance_scale=2.0 if sampling.is_guided else 1.0)
+    keys = f"{type(config).__module__}:{type(config).__qualname__} {config.model_dump_json()}"
+    sizes = _counted(_Work(config, keys, json.dumps(configs, sort_keys=True), alike, device))
+    path = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # numbers an image
+    kept = DTYPES[sampling.latents_dtype].itemsize
+    return replace(
+        sizes,
+        noisy_steps=config.noisy_steps(sampling),
+        drawing=sizes.drawing.plus(0, path * (4 + 2 * kept)),  # noise, the path step by step, and as one tensor
+        decoding=sizes.decoding.plus(0, path * kept),
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is counted once and remembered."""
+
+    config: "DiffusersConfig" = field(compare=False)  # a family of the user's own may have keys that cannot be hashed
+    keys: str  # the configuration's class and keys
+    files: str  # the parts' configurations
+    sampling: SamplingTable
+    device: DeviceKind
+
+
+@functools.lru_cache(maxsize=16)
+def _counted(work: _Work) -> PolicySizes:
+    quiet_libraries()
+    config, sampling, device, configs = work.config, work.sampling, work.device, json.loads(work.files)
+    parts = meta_parts(config, configs)
+    for part in parts.values():
+        part.to(config.loaded_dtype)
+    network, vae = parts.pop(config.network_name), parts.pop("vae")
+    config.set_up_decoder(vae)
+    network_parameters = count_parameters(network)
+    make_trainable(network, config.train, config.lora)
+    trained = sum(parameter.numel() for parameter in trained_parameters(network).values())
+    shapes, latent_shape = config.conditioning_shapes(configs), config.latent_shape(dict(network.config))
+    inputs = Inputs(config.network_call(sampling), latent_shape, shapes, config.branches(sampling))
+    memory = NetworkMemory(network, inputs, config.dtype_of("learner"), device)
+    # Gradient and AdamW's two moments, in float32, of each trained parameter.
+    learning = parameter_bytes(network) + 3 * 4 * trained + library_bytes(device)
+    learner = memory.learning(config.gradient_checkpointing).plus(learning)
+    if config.train == "lora":
+        memory.change_dtype(config.dtype_of("sampler"))
+    held = parameter_bytes(network) + library_bytes(device)
+    if config.merge_adapters:  # the weights beside adapters are kept as they were
+        held += base_weight_bytes(network)
+    encoders, decoder = sum(parameter_bytes(part) for part in parts.values()), parameter_bytes(vae)
+    waiting = config.offload and device == "cuda"
+    text_bytes = sum(math.prod(shape) for shape in shapes.values()) * config.loaded_dtype.itemsize
+    return PolicySizes(
+        latent_shape=latent_shape,
+        noisy_steps=config.noisy_steps(sampling),
+        conditioning_shape=config.with_negative(shapes),
+        conditioning_bytes=text_bytes,
+        network_parameters=network_parameters,
+        trained_parameters=trained,
+        learner=learner,
+        drawing=memory.drawing().plus(held + (0 if waiting else encoders + decoder)),
+        decoding=memory.decoding(vae).plus(held + decoder + (0 if waiting else encoders)),
+        encoding_bytes=held + encoders + (0 if waiting else decoder),
+    )
+
+
+def meta_parts(config: "DiffusersConfig", configs: Configs) -> dict[str, Any]:
+    """A pipeline's networks on the meta device, by the names that diffusers gives them."""
+    import diffusers
+    import transformers
+
+    with torch.device("meta"):
+        network_class: Any = getattr(diffusers, config.network_class)
+        parts = {
+            config.network_name: network_class.from_config(configs[config.network_name]),
+            "vae": getattr(diffusers, configs["vae"].get("_class_name", "AutoencoderKL")).from_config(configs["vae"]),
+        }
+        for part, (config_class, model_class) in config.text_parts.items():
+            text_config = getattr(transformers, config_class)(**configs[part])
+            parts[part] = getattr(transformers, model_class)(text_config)
+    return parts

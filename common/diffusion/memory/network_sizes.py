@@ -1,0 +1,68 @@
+"""The sizes of a family that has one network: counted on the meta device, as a family of your own may."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ray_ddpo.common.diffusion.lora.adapters import base_weight_bytes, make_trainable, trained_parameters
+from ray_ddpo.common.diffusion.memory.live_bytes import line_through, peak_bytes
+from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
+from ray_ddpo.common.diffusion.memory.network_memory import Inputs, NetworkMemory
+from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes, count_parameters, parameter_bytes
+from ray_ddpo.common.diffusion.policy import PolicyConfig
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.common.trajectory import DTYPES
+
+
+def network_sizes(
+    config: PolicyConfig,
+    network: Any,
+    inputs: Inputs,
+    sampling: SamplingTable,
+    device: DeviceKind,
+    decode: Callable[[Tensor], Tensor],
+) -> PolicySizes:
+    """Return what `ddpo plan` needs to know of a family that has one network.
+
+    Args:
+        config: the family's keys; its adapter's stand under `lora`.
+        network: on the meta device, as it is constructed.
+        inputs: what the network is called with; `negative_…` of the same shapes are counted beside it.
+        sampling: the recipe's `[sampling]`.
+        device: whose memory is counted.
+        decode: makes images from latents, without a network.
+    """
+    parameters = count_parameters(network)
+    make_trainable(network, config.train, getattr(config, "lora"))  # noqa: B009  each family gives its own default
+    trained = sum(parameter.numel() for parameter in trained_parameters(network).values())
+    memory = NetworkMemory(network, inputs, config.dtype_of("learner"), device)
+    held = parameter_bytes(network) + library_bytes(device)
+    learner = memory.learning(config.gradient_checkpointing).plus(held + 3 * 4 * trained)  # gradient, two of AdamW's
+    if config.train == "lora":
+        memory.change_dtype(config.dtype_of("sampler"))
+    held = parameter_bytes(network) + library_bytes(device)
+    held += base_weight_bytes(network) if config.merge_adapters else 0
+    path = DTYPES[sampling.latents_dtype].itemsize * (sampling.num_steps + 1) * math.prod(inputs.latent_shape)
+
+    def decoded(images: int) -> int:
+        return peak_bytes(lambda: decode(torch.empty(images, *inputs.latent_shape, device="meta")))
+
+    shapes, dtypes = inputs.conditioning_shapes, inputs.conditioning_dtypes
+    return PolicySizes(
+        latent_shape=inputs.latent_shape,
+        noisy_steps=config.noisy_steps(sampling),
+        conditioning_shape=shapes | {f"negative_{name}": shape for name, shape in shapes.items()},
+        conditioning_bytes=sum(
+            math.prod(shape) * dtypes.get(name, torch.float32).itemsize for name, shape in shapes.items()
+        ),
+        network_parameters=parameters,
+        trained_parameters=trained,
+        learner=learner,
+        drawing=memory.drawing().plus(held, 3 * path),
+        decoding=line_through(decoded, 1, 2).plus(held, path),
+        encoding_bytes=held,
+        conditioning_dtypes=dtypes | {f"negative_{name}": dtype for name, dtype in dtypes.items()},
+    )

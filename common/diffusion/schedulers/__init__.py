@@ -1,0 +1,1 @@
+"""Denoising schedules: the distribution of each step."""

@@ -1,0 +1,157 @@
+"""DDIM (Song et al. 2021): mean and standard deviation of one step, from the paper's equations 12 and 16."""
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ray_ddpo.common.diffusion.schedulers.conversion import FILE, ddim_config
+from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, Noised, column
+from ray_ddpo.common.diffusion.transition import Transition
+
+
+@dataclass(frozen=True)
+class DDIMTable(DenoisingSteps):
+    """What a step needs to know of its place on the path, for each of the T steps."""
+
+    timesteps: Int[Tensor, "T"]  # the model's own, 999 … 0
+    alphas_cumprod: Float[Tensor, "T"]  # ᾱ where the step starts
+    next_alphas_cumprod: Float[Tensor, "T"]  # ᾱ where it ends
+    eta: Float[Tensor, "T"]  # 0: this step is drawn without noise
+    prediction_type: str  # epsilon, v_prediction or sample
+    training_alphas_cumprod: Float[Tensor, "N"]  # ᾱ of each of the model's own timesteps
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.training_alphas_cumprod)
+
+    def std(self) -> Float[Tensor, "T"]:
+        """σ of each step (eq. 16); 0 where the step has no noise."""
+        variance = (1 - self.next_alphas_cumprod) / (1 - self.alphas_cumprod)
+        return self.eta * (variance * (1 - self.alphas_cumprod / self.next_alphas_cumprod)).clamp(min=0).sqrt()
+
+    def transition(
+        self,
+        latents: Float[Tensor, "B C H W"],
+        model_output: Float[Tensor, "B C H W"],
+        steps: Int[Tensor, "B"],
+        noisy: bool = True,
+    ) -> Transition:
+        return ddim_transition(self, latents, model_output, steps, noisy)
+
+    def noised(
+        self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]
+    ) -> Noised:
+        alphas = self.training_alphas_cumprod[timesteps]
+        signal, spread = column(alphas).sqrt(), (1 - column(alphas)).sqrt()
+        target = training_target(self.prediction_type, clean_latents, noise, alphas)
+        return signal * clean_latents + spread * noise, timesteps, target
+
+
+def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, device: str) -> DDIMTable:
+    """Return the table of `num_steps` steps for a diffusers scheduler configuration (of any of SD's schedulers).
+
+    Raises:
+        ValueError: DDIM cannot take the configuration over, or its schedule has no such steps.
+    """
+    from diffusers import DDIMScheduler
+
+    scheduler: Any = DDIMScheduler.from_config(ddim_config(scheduler_config))
+    _check_betas(scheduler)
+    timesteps = _timesteps(scheduler, num_steps)
+    following = timesteps - scheduler.config["num_train_timesteps"] // num_steps
+    final = scheduler.final_alpha_cumprod.to(scheduler.alphas_cumprod)
+    if scheduler.config["prediction_type"] == "epsilon" and not scheduler.alphas_cumprod[timesteps].all():
+        raise ValueError(
+            "the model's scheduler has rescale_betas_zero_snr=True and prediction_type epsilon: its first step divides by 0"
+        )
+    next_alphas = torch.where(following >= 0, scheduler.alphas_cumprod[following.clamp(min=0)], final)
+    table = DDIMTable(
+        timesteps.to(device),
+        scheduler.alphas_cumprod[timesteps].to(device),
+        next_alphas.to(device),
+        torch.full((num_steps,), eta, device=device),
+        scheduler.config["prediction_type"],
+        scheduler.alphas_cumprod.to(device),
+    )
+    if not table.std().isfinite().all():
+        _refuse_betas(scheduler)
+    return table
+
+
+def _check_betas(scheduler: Any) -> None:
+    """Raise ValueError if they make no schedule: ᾱ must fall, and reach 0 only where it is rescaled to."""
+    alphas, ends_at_zero = scheduler.alphas_cumprod, scheduler.config["rescale_betas_zero_snr"]
+    falls = (scheduler.betas >= 0).all() and (alphas[:-1] > 0).all() and (ends_at_zero or alphas[-1] > 0)
+    if not falls or not alphas.isfinite().all():
+        _refuse_betas(scheduler)
+
+
+def _refuse_betas(scheduler: Any) -> NoReturn:
+    keys = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
+    shown = ", ".join(f"{key}={scheduler.config[key]!r:.40}" for key in keys if scheduler.config[key] is not None)
+    raise ValueError(f"the model's scheduler has {shown}: every beta must lie above 0 and below 1 (in {FILE})")
+
+
+def _timesteps(scheduler: Any, num_steps: int) -> Int[Tensor, "T"]:
+    """Return the timesteps that diffusers steps on. Raise ValueError if some lie outside of the model's schedule."""
+    count, spacing = scheduler.config["num_train_timesteps"], scheduler.config["timestep_spacing"]
+    if num_steps > count:
+        raise ValueError(
+            f"sampling.num_steps is {num_steps}, and the model's scheduler has num_train_timesteps={count}: it must be at "
+            f"most {count}"
+        )
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps.long()
+    outside = [timestep for timestep in timesteps.tolist() if not 0 <= timestep < count]
+    if outside:
+        raise ValueError(
+            f"sampling.num_steps is {num_steps}: with timestep_spacing={spacing!r} and steps_offset="
+            f"{scheduler.config['steps_offset']} the model's scheduler would step on timestep {outside[0]}, and the model has "
+            f"0 to {count - 1}: give another number of steps"
+        )
+    return timesteps
+
+
+def ddim_transition(
+    table: DDIMTable,
+    latents: Float[Tensor, "B C H W"],
+    model_output: Float[Tensor, "B C H W"],
+    steps: Int[Tensor, "B"],
+    noisy: bool = True,
+) -> Transition:
+    """The step's distribution: μ = √ᾱ' x̂0 + √(1 − ᾱ' − σ²) ε (eq. 12). In float32, whatever the network ran in.
+
+    Not `noisy`: the step with σ = 0, whose μ is another one; the μ of the noisy step has lost its variance.
+    """
+    latents, model_output = latents.float(), model_output.float()
+    alpha, next_alpha = column(table.alphas_cumprod[steps]), column(table.next_alphas_cumprod[steps])
+    clean, noise = _clean_and_noise(table.prediction_type, latents, model_output, alpha)
+    std = table.std()[steps] if noisy else torch.zeros_like(alpha).flatten()
+    mean = next_alpha.sqrt() * clean + (1 - next_alpha - column(std).square()).clamp(min=0).sqrt() * noise
+    return Transition(mean, std)
+
+
+def _clean_and_noise(prediction_type: str, latents: Tensor, output: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """x̂0 and ε from what the network predicts (Salimans & Ho 2022, appendix D, for v)."""
+    signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+    match prediction_type:
+        case "epsilon":
+            return (latents - spread * output) / signal, output
+        case "v_prediction":
+            return signal * latents - spread * output, signal * output + spread * latents
+        case "sample":
+            return output, (latents - signal * output) / spread
+        case unknown:
+            raise ValueError(f"the model's prediction_type is {unknown!r}: it must be epsilon, v_prediction or sample")
+
+
+def training_target(
+    prediction_type: str, clean: Tensor, noise: Float[Tensor, "B C H W"], alphas_cumprod: Float[Tensor, "B"]
+) -> Float[Tensor, "B C H W"]:
+    """What the network should have predicted of √ᾱ x0 + √(1−ᾱ) ε."""
+    signal, spread = column(alphas_cumprod).sqrt(), (1 - column(alphas_cumprod)).sqrt()
+    targets = {"epsilon": noise, "v_prediction": signal * noise - spread * clean, "sample": clean}
+    return targets[prediction_type]

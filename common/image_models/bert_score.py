@@ -1,0 +1,80 @@
+"""BERTScore recall: how much of a reference text another text says, by its tokens' embeddings (Zhang et al. 2020)."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ray_ddpo.common.model_files.model_hub import read_pretrained
+
+
+def recall(
+    reference: Float[Tensor, "R D"], candidate: Float[Tensor, "C D"], counts: Bool[Tensor, "R"]
+) -> Float[Tensor, ""]:
+    """Zhang et al. 2020, section 3: the mean, over the reference's tokens, of the best cosine with one of the candidate's.
+
+    `counts`: which tokens are the reference's own. Those that open and close a text do not count, but can be matched, as
+    in the paper's code. No weights by frequency (idf), no rescaling.
+    """
+    cosines = torch.nn.functional.normalize(reference, dim=-1) @ torch.nn.functional.normalize(candidate, dim=-1).T
+    return cosines.amax(dim=1)[counts].mean()
+
+
+class BertScore:
+    """A text encoder, of which one layer's output is compared. ValueError: it has no such layer."""
+
+    def __init__(self, model: Any, tokenizer: Any, layer: int) -> None:
+        layers = model.config.num_hidden_layers
+        if not 1 <= layer <= layers:
+            raise ValueError(f"layer {layer} of the text encoder is asked for, and it has 1 to {layers}")
+        self._model, self._tokenizer, self._layer = model, tokenizer, layer
+        self._longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+
+    def recall(self, candidates: list[str], references: list[str]) -> Float[Tensor, "B"]:
+        """How much of each reference its candidate says; 0 where the candidate says nothing. Long texts lose their end."""
+        pairs = zip(self._embed(references), self._embed(candidates), strict=True)
+        recalls = [
+            recall(reference, candidate, counts) if own.any() else torch.zeros((), device=reference.device)
+            for (reference, counts), (candidate, own) in pairs
+        ]
+        return torch.stack(recalls)
+
+    @torch.no_grad()
+    def _embed(self, texts: list[str]) -> list[tuple[Float[Tensor, "_ D"], Bool[Tensor, "_"]]]:
+        """Of each text its tokens' embeddings, and which are its own."""
+        tokens = self._tokenizer(
+            [text.strip() for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self._longest,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        ).to(self._model.device)
+        own = tokens.pop("special_tokens_mask") == 0
+        there = tokens["attention_mask"].bool()
+        embeddings = self._model(**tokens, output_hidden_states=True).hidden_states[self._layer].float()
+        return [(embeddings[row, there[row]], own[row, there[row]]) for row in range(len(texts))]
+
+
+def load_bert_score(source: str, layer: int, device: str, missing: str) -> BertScore:
+    """From a folder or a hub name, in float32. ValueError: `missing`, and why."""
+    from transformers import AutoModel, AutoTokenizer
+
+    def read(where: Any, local_files_only: bool) -> tuple[Any, Any, Any]:
+        model, loading = AutoModel.from_pretrained(
+            where,
+            dtype=torch.float32,
+            local_files_only=local_files_only,
+            output_loading_info=True,
+            trust_remote_code=False,
+            weights_only=True,  # the paper's scorer is published as a pickle only
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local_files_only, trust_remote_code=False)
+        return model, loading, tokenizer
+
+    model, loading, tokenizer = read_pretrained(source, read, missing)
+    lacking = sorted(name for name in loading["missing_keys"] if "pooler" not in name)  # which comes after all layers
+    if lacking:
+        raise ValueError(f"{missing} (weights are missing: {lacking[0]} and others)")
+    return BertScore(model.to(device).eval().requires_grad_(False), tokenizer, layer)

@@ -1,0 +1,97 @@
+"""CLIP's two towers: pictures and prompts as embeddings of L2 norm 1, whose cosine says how well they fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ray_ddpo.common.image_models.clip_preprocessing import clip_pixels
+from ray_ddpo.common.model_files.model_hub import Weights, cannot_load
+from ray_ddpo.common.model_files.pretrained import read_model, read_tokenizer
+
+EmbedImages = Callable[[UInt8[Tensor, "B H W 3"]], Float[Tensor, "B D"]]
+EmbedTexts = Callable[[list[str]], Float[Tensor, "B D"]]
+
+HIGHEST_TOKEN = 2  # what old configurations say of the end-of-text token, and transformers then takes the highest one
+
+
+@dataclass(frozen=True)
+class ClipTowers:
+    """Both towers on one device. Embeddings are projected, of L2 norm 1 and in float32."""
+
+    embed_images: EmbedImages
+    embed_texts: EmbedTexts  # longer prompts are cut as CLIPProcessor(truncation=True) cuts them, at CLIP's 77 tokens
+    logit_scale: float  # the learned factor of the cosine in CLIP's softmax, near 100
+    device: str
+
+    def cosines(self, images: UInt8[np.ndarray, "B H W 3"], prompts: list[str]) -> Float[np.ndarray, "B"]:
+        """Between each picture and its own prompt, -1 … 1. A prompt that occurs several times is encoded once."""
+        place = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        texts = self.embed_texts(list(place))[[place[prompt] for prompt in prompts]]
+        # A copy: pictures out of Ray's store are read-only, and torch warns of sharing them.
+        pictures = self.embed_images(torch.from_numpy(np.array(images)).to(self.device))
+        return (pictures * texts).sum(1).cpu().numpy()
+
+
+def load_image_embedder(clip: str, device: str, dtype: torch.dtype, missing: str) -> tuple[EmbedImages, int]:
+    """The image tower alone, and the dimension of its embeddings. ValueError: `missing`, and why."""
+    from transformers import CLIPVisionModelWithProjection
+
+    tower = read_model(CLIPVisionModelWithProjection, clip, dtype, missing).to(device)
+    side = tower.config.image_size
+
+    @torch.no_grad()
+    def embed(images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B D"]:
+        return unit(tower(pixel_values=clip_pixels(images, side).to(dtype)).image_embeds)
+
+    return embed, tower.config.projection_dim
+
+
+def load_clip(clip: Weights, tokenizer: Weights, device: str, dtype: torch.dtype) -> ClipTowers:
+    """A whole CLIP of transformers'. ValueError: the key of the recipe whose files cannot be read, and why."""
+    from transformers import CLIPModel
+
+    return clip_towers(read_model(CLIPModel, clip.source, dtype, cannot_load(clip)), tokenizer, device)
+
+
+def clip_towers(model: Any, tokenizer: Weights, device: str, whole: bool = False) -> ClipTowers:
+    """The towers of a CLIPModel. `whole`: pictures that are not square keep their edges (clip_preprocessing)."""
+    model = model.to(device)
+    tokens = _tokenizer_for(model.config.text_config, tokenizer)
+    side, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
+
+    @torch.no_grad()
+    def embed_images(images: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B D"]:
+        pixels = clip_pixels(images, side, whole).to(model.dtype)
+        return unit(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output))
+
+    @torch.no_grad()
+    def embed_texts(prompts: list[str]) -> Float[Tensor, "B D"]:
+        encoded = tokens(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(device)
+        return unit(model.text_projection(model.text_model(**encoded).pooler_output))
+
+    return ClipTowers(embed_images, embed_texts, model.logit_scale.float().exp().item(), device)
+
+
+def unit(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    """In float32, of L2 norm 1."""
+    embeddings = embeddings.float()
+    return embeddings / embeddings.norm(dim=-1, keepdim=True)
+
+
+def _tokenizer_for(text_config: Any, tokenizer: Weights) -> Any:
+    from transformers import CLIPTokenizer
+
+    tokens = read_tokenizer(CLIPTokenizer, tokenizer)
+    # With another vocabulary, or another end to look for, every prompt would get an embedding, and a wrong one.
+    ends_alike = text_config.eos_token_id in (HIGHEST_TOKEN, tokens.eos_token_id)
+    if len(tokens) != text_config.vocab_size or not ends_alike:
+        raise ValueError(
+            f"{tokenizer.key} is {tokenizer.source!r}, whose tokenizer has {len(tokens)} tokens and ends a text with number "
+            f"{tokens.eos_token_id}: CLIP's text tower here takes {text_config.vocab_size} and {text_config.eos_token_id}"
+        )
+    return tokens

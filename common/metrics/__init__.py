@@ -1,0 +1,1 @@
+"""Metrics of a round, and what they say about a run."""

@@ -1,0 +1,1 @@
+"""Find, download and check the files of pretrained models."""

@@ -1,0 +1,88 @@
+"""Read models and tokenizers of transformers' so that what lacks is an error: left alone, it makes them up at random."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ray_ddpo.common.model_files.model_hub import Weights, cannot_load, errors_only, read_pretrained
+from ray_ddpo.common.trajectory import DTYPES
+
+Precision = Literal["auto", "float32", "float16", "bfloat16"]  # auto: half on CUDA, float32 elsewhere
+MODEL_FILES = ("config.json", "*.safetensors")
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def torch_dtype(precision: Precision, device: str) -> torch.dtype:
+    """What weights and activations are in on `device`."""
+    automatic = "float16" if device.startswith("cuda") else "float32"
+    return DTYPES[automatic if precision == "auto" else precision]
+
+
+def weight_bytes(parameters: int, precision: Precision) -> int:
+    """What so many weights take; on "auto" what a GPU would take."""
+    return parameters * torch_dtype(precision, "cuda").itemsize
+
+
+def read_model(cls: Any, source: str, dtype: torch.dtype, missing: str) -> Any:
+    """A model of class `cls` from a folder or the hub, on the CPU. ValueError: `missing`, and why."""
+
+    def read(place: str | Path, local_files_only: bool) -> Any:
+        return loaded(cls, place, missing, dtype=dtype, local_files_only=local_files_only)
+
+    return read_pretrained(source, read, missing)
+
+
+def loaded(cls: Any, place: str | Path | None, missing: str, **options: Any) -> Any:
+    """`cls.from_pretrained`, for use and not for training; no pickle is opened, and no code that lies beside the weights run.
+
+    ValueError: `missing`, where a weight lacks or does not fit.
+    """
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with errors_only():  # a whole CLIP has a text tower, and each of its weights would be reported as not needed
+        model, found = cls.from_pretrained(place, use_safetensors=True, trust_remote_code=False, **options)
+    if fault := weights_fault(found):
+        raise ValueError(f"{missing} ({fault})")
+    return model.eval().requires_grad_(False)
+
+
+def weights_fault(found: dict[str, Any], refuse_unexpected: bool = False) -> str:
+    """Say what is wrong by a loading report of transformers' or diffusers'; nothing: every weight came from the file.
+
+    Args:
+        found: what `from_pretrained` gives beside the model with `output_loading_info`.
+        refuse_unexpected: whether weights that the model has not are a fault by themselves.
+    """
+    absent, misfits = sorted(found["missing_keys"]), sorted(name for name, *_ in found["mismatched_keys"])
+    unexpected = sorted(found["unexpected_keys"])
+    if absent:
+        beside = f"; the file has {unexpected[0]}, {len(unexpected)} that are unknown" if unexpected else ""
+        return f"weights are missing: {absent[0]}, {len(absent)} in all{beside}{_advice(unexpected)}"
+    if misfits:
+        return f"weights are of another size than the configuration says: {misfits[0]}, {len(misfits)} in all"
+    if unexpected and refuse_unexpected:
+        return (
+            f"the file has weights that the configuration has no place for: {unexpected[0]}, {len(unexpected)} in all"
+        )
+    return ""
+
+
+def _advice(unexpected: list[str]) -> str:
+    if any(".base_layer." in name for name in unexpected):
+        return "; a LoRA was not unloaded before saving: fuse it, call unload_lora_weights(), then save again"
+    return ""
+
+
+def read_tokenizer(tokenizer_class: Any, tokenizer: Weights) -> Any:
+    """A tokenizer of this class. ValueError: there is none."""
+    from huggingface_hub import hf_hub_download
+
+    def read(place: str | Path, local_files_only: bool) -> Any:
+        # Looked for first: where there is no vocabulary, transformers makes a tokenizer that knows no word.
+        if isinstance(place, Path):
+            (place / TOKENIZER_FILE).open().close()
+        else:
+            hf_hub_download(place, TOKENIZER_FILE, local_files_only=local_files_only)
+        return tokenizer_class.from_pretrained(place, local_files_only=local_files_only, trust_remote_code=False)
+
+    return read_pretrained(tokenizer.source, read, cannot_load(tokenizer))

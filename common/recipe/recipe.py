@@ -1,0 +1,222 @@
+"""The recipe: every table that a run is made from, checked against each other, read from TOML (no torch)."""
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from ray_ddpo.common.recipe.overrides import with_overrides
+from ray_ddpo.common.recipe.reading import reading
+from ray_ddpo.common.recipe.registry import explain
+from ray_ddpo.common.recipe.tables import (
+    MOST_IMAGES,
+    AlgorithmTable,
+    CheckpointTable,
+    CompositionTable,
+    EvaluationTable,
+    ExhibitsTable,
+    GuardTable,
+    LearnerTable,
+    PolicyTable,
+    PromptsTable,
+    PushTable,
+    RewardTable,
+    RewardWorkersTable,
+    RolloutsTable,
+    RuntimeTable,
+    SamplersTable,
+    SamplingTable,
+    StartFromTable,
+    Table,
+    TrackerTable,
+)
+
+STORAGE_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # those of pyarrow's filesystems
+URI_WITH_A_USER = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*@")
+
+
+class Recipe(Table):
+    """A whole run. `Recipe.load` reads one from TOML with the command line's overrides."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    output_dir: str = "runs"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    rounds: int = Field(ge=1)
+    max_policy_lag: int = Field(default=0, ge=0)
+    start_from: StartFromTable | None = None
+    policy: PolicyTable
+    prompts: PromptsTable
+    sampling: SamplingTable
+    samplers: SamplersTable = SamplersTable()
+    reward: RewardTable | None = None
+    rewards: tuple[RewardTable, ...] = ()
+    composition: CompositionTable = CompositionTable()
+    reward_workers: RewardWorkersTable = RewardWorkersTable()
+    algorithm: AlgorithmTable
+    learner: LearnerTable
+    runtime: RuntimeTable = RuntimeTable()
+    checkpoint: CheckpointTable = CheckpointTable()
+    rollouts: RolloutsTable = RolloutsTable()
+    evaluation: EvaluationTable = EvaluationTable()
+    guard: GuardTable = GuardTable()
+    push: PushTable = PushTable()
+    exhibits: ExhibitsTable = ExhibitsTable()
+    trackers: tuple[TrackerTable, ...] = ()
+
+    @property
+    def images_per_round(self) -> int:
+        return self.sampling.batch_size * self.sampling.batches_per_round
+
+    @property
+    def all_rewards(self) -> tuple[RewardTable, ...]:
+        """The rewards that are trained on, however the recipe gives them."""
+        return self.rewards or ((self.reward,) if self.reward else ())
+
+    @model_validator(mode="after")
+    def _one_way_of_giving_rewards(self) -> "Recipe":
+        if self.reward is not None and self.rewards:
+            raise ValueError(
+                "the recipe has both [reward] and [[rewards]]: it must have one of them; write [[rewards]] for each"
+            )
+        if not self.all_rewards:
+            raise ValueError("the recipe has no reward: it needs a table [reward], or several [[rewards]]")
+        names = [reward.called for reward in (*self.all_rewards, *self.evaluation.scorers)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards and evaluation.scorers are called {names}: give a label to those of one name")
+        if not any(reward.weight or reward.floor is not None for reward in self.all_rewards):
+            raise ValueError(f"every weight of {names} is 0 and none has a floor: there is nothing to learn")
+        if self.composition.join == "win_rate" and self.prompts.images_per_prompt < 2:
+            raise ValueError(
+                f"composition.join is 'win_rate' and prompts.images_per_prompt {self.prompts.images_per_prompt}: "
+                "a group needs at least 2 images of one prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fit_together(self) -> "Recipe":
+        group, step = self.prompts.images_per_prompt, self.learner.images_per_step
+        tasks, parts = self.sampling.batches_per_round, self.learner.parts_per_round
+        if tasks % parts:
+            raise ValueError(
+                f"a round has sampling.batches_per_round = {tasks} tasks, "
+                f"which learner.parts_per_round = {parts} does not divide"
+            )
+        if self.images_per_round > MOST_IMAGES:
+            raise ValueError(
+                f"a round has sampling.batch_size × batches_per_round = {self.images_per_round} images, and it may have "
+                f"{MOST_IMAGES:,}"
+            )
+        images = self.images_per_round // parts
+        which = "a round has sampling.batch_size × batches_per_round" + " / learner.parts_per_round" * (parts > 1)
+        if images % group:
+            raise ValueError(f"{which} = {images} images, which prompts.images_per_prompt = {group} does not divide")
+        if images % step:
+            raise ValueError(
+                f"{which} = {images} images, which an optimizer step's "
+                f"learner.batch_size × gradient_accumulation_steps = {step} does not divide"
+            )
+        if step % self.learner.ranks:
+            raise ValueError(
+                f"an optimizer step has learner.batch_size × gradient_accumulation_steps = {step} images, "
+                f"which learner.ranks = {self.learner.ranks} does not divide"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_guard_can_see(self) -> "Recipe":
+        known = ["reward", *(table.called for table in (*self.all_rewards, *self.evaluation.scorers))]
+        if self.guard.best_by not in known:
+            raise ValueError(f"guard.best_by is {self.guard.best_by!r}: it must be one of {known}")
+        if self.guard.on_alarm != "go_on" and not self.evaluation.every:
+            raise ValueError(
+                f"guard.on_alarm is {self.guard.on_alarm!r} and evaluation.every 0: the guard judges evaluations, so give "
+                "the rounds between two of them"
+            )
+        if self.guard.max_kl_nats is not None and self.policy.table().get("train") == "full":
+            raise ValueError(
+                f"guard.max_kl_nats is {self.guard.max_kl_nats:g} and policy.train 'full': the pretrained model is the network "
+                'with its adapters switched off, so a KL to it needs policy.train = "lora"'
+            )
+        return self
+
+    @field_validator("output_dir", mode="after")
+    @classmethod
+    def _can_hold_a_run(cls, output_dir: str) -> str:
+        scheme, separator, _ = output_dir.partition("://")
+        if separator and scheme not in STORAGE_SCHEMES:
+            raise ValueError(f"runs are kept in a folder, or at a URI that begins with one of {list(STORAGE_SCHEMES)}")
+        if not output_dir.strip() or not output_dir.isprintable():
+            raise ValueError("it must name a folder or URI, without control characters")
+        return output_dir
+
+    @classmethod
+    def parse(cls, tables: dict[str, Any], where: str = "") -> "Recipe":
+        """Check a recipe's tables.
+
+        Args:
+            tables: as TOML gives them.
+            where: the file that they come from, as an error names it.
+
+        Raises:
+            ValueError: one line that names every key at fault, and shows no password.
+        """
+        which = f"the recipe {where}".rstrip()
+        if shown := list(_holding_a_user(tables)):
+            raise ValueError(
+                f"{which} cannot be used: {', '.join(shown)} holds a URI with a user's name or password, and a run keeps its "
+                "recipe where others read it: leave it out, keys and tokens come from the environment"
+            )
+        try:
+            return cls.model_validate(tables)
+        except ValidationError as error:
+            raise ValueError(f"{which} cannot be used: {explain(error, cls)}") from error
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
+        """Read a recipe's TOML file and lay `--section.key value` overrides over it."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(
+                f"there is no recipe at {path}: give the path of a TOML file, such as one in deploy/recipes"
+            )
+        with reading(path):
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        return cls.from_toml(text, str(path), overrides or [])
+
+    @classmethod
+    def from_toml(cls, text: str, where: str, overrides: list[str]) -> "Recipe":
+        """Read a recipe's text, which lies `where`, and lay overrides over it."""
+        try:
+            tables = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            line = re.search(r"at line (\d+)", str(error))
+            quoted = repr(text.split("\n")[int(line[1]) - 1].strip()) if line else ""
+            raise ValueError(f"the recipe {where} is not TOML: {error}{': ' if quoted else ''}{quoted}") from error
+        return cls.parse(with_overrides(tables, overrides, cls), where)
+
+    def run_path(self) -> str:
+        """The run's folder, a path or a URI. A relative path inside a submitted job would lie in Ray's throw-away copy."""
+        if "://" in self.output_dir:
+            return f"{self.output_dir.rstrip('/')}/{self.name}"
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not os.path.isabs(self.output_dir):
+            raise ValueError(
+                f"output_dir is {self.output_dir!r}, which inside a submitted job lies in a throw-away copy of the "
+                "working directory: give --output_dir an absolute path on storage that all nodes see, or a URI (s3://…)"
+            )
+        return os.path.join(self.output_dir, self.name)
+
+
+def _holding_a_user(value: Any, key: str = "") -> Iterator[str]:
+    """The keys below which a text has scheme://user@ or scheme://user:password@ in it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _holding_a_user(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _holding_a_user(inner, key)
+    elif isinstance(value, str) and URI_WITH_A_USER.search(value):
+        yield key

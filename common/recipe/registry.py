@@ -1,0 +1,112 @@
+"""Turn a recipe's table (a name and keys) into an entry of a room: a frozen, checked object that is its own config."""
+
+import difflib
+import importlib
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from ray_ddpo.common.recipe.bounds import Bounded
+from ray_ddpo.common.user_code.blame import blamed
+from ray_ddpo.common.user_code.sources import is_of_the_project
+
+Room = dict[str, str]  # name in a recipe -> "module:Class"
+
+
+class Entry(Bounded):
+    """A choice in a room. Its fields are its hyperparameters; it travels in bytes and is made live by `load`."""
+
+    def user_modules(self) -> dict[str, str]:
+        """Return the modules outside the project that decide what this entry does, by the key that names them."""
+        own = type(self).__module__
+        return {} if is_of_the_project(own) else {"name": own}
+
+
+EntryT = TypeVar("EntryT", bound=Entry)
+
+
+def import_object(path: str, what: str) -> Any:
+    """Import "module:attribute"; a ValueError says what was looked for where it is not there."""
+    module_name, separator, attribute = path.partition(":")
+    if not separator or not module_name or not attribute:
+        raise ValueError(f"{what} is {path!r}: it must have the form module:name")
+    try:
+        with blamed(f"{what} is {path!r}: importing it"):
+            module = importlib.import_module(module_name)
+    except ValueError as error:
+        cause = error.__cause__
+        # The module itself, or a package that it lies in: else it is there, and something that it imports is not.
+        if isinstance(cause, ModuleNotFoundError) and f"{module_name}.".startswith(f"{cause.name}."):
+            raise ValueError(f"{what} is {path!r}: there is no module {cause.name!r} to import") from cause
+        raise
+    if not hasattr(module, attribute):
+        raise ValueError(f"{what} is {path!r}: module {module_name!r} has no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def entry_class(room: Room, name: str, what: str, kind: type[Entry] | None = None) -> type[Entry]:
+    """The class that a recipe's name stands for: one of the room's or, where there is a `kind`, "module:Class" of that kind."""
+    if name in room:
+        return import_object(room[name], f"{what}.name")
+    if kind is None or ":" not in name:
+        own = f", or module:Class with a {kind.__name__} of your own" if kind else ""
+        raise ValueError(f"{what}.name is {name!r}: it must be one of {sorted(room)}{own}")
+    cls = import_object(name, f"{what}.name")
+    if not (isinstance(cls, type) and issubclass(cls, kind)):
+        raise ValueError(f"{what}.name is {name!r}: it must be derived from {kind.__name__} in {kind.__module__}")
+    if lacking := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise ValueError(f"{what}.name is {name!r}: it lacks {lacking}")
+    return cls
+
+
+def build(room: Room, table: dict[str, Any], what: str, kind: type[Entry] | None = None) -> Any:
+    """Make the entry that `table` names from the table's other keys. `what` is the table's name, for the errors.
+
+    `kind`: what a class from outside the room must be; none: the room's are all that there are.
+    ValueError: the name stands for no such class, or a key is unknown, of the wrong type or out of range.
+    """
+    keys = {key: value for key, value in table.items() if key != "name"}
+    cls = entry_class(room, table["name"], what, kind)
+    try:
+        return cls(**keys)
+    except ValidationError as error:
+        raise ValueError(explain(error, cls, f"{what}.")) from error
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One line for each fault pydantic found in making `model`: the key, what came, what is allowed."""
+    lines = []
+    for fault in error.errors():
+        place, message = fault["loc"], fault["msg"].removeprefix("Value error, ")
+        key = prefix + ".".join(str(part) for part in place)
+        if fault["type"] == "extra_forbidden":
+            known = _keys_at(model, place[:-1])
+            near = difflib.get_close_matches(str(place[-1]), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{key} is not a key that is known: the keys here are {known}{hint}")
+        elif fault["type"] == "missing":
+            lines.append(f"{key} is missing")
+        elif fault["type"] == "value_error" and not place:
+            lines.append(f"{prefix}{message}")
+        elif fault["type"] in ("model_type", "dict_type"):
+            lines.append(f"{key} is {fault['input']!r}: it must be a table, [{key}] and its keys below")
+        else:
+            lines.append(f"{key} is {fault['input']!r}: {message[0].lower() + message[1:]}")
+    return "; ".join(lines)
+
+
+def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """The keys of the table at `place` inside `model`'s; numbers are positions in a list of tables."""
+    for part in place:
+        if isinstance(part, str):
+            model = next(models_in(model.model_fields[part].annotation))
+    name = ["name"] if issubclass(model, Entry) else []
+    return sorted([*name, *model.model_fields])
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from models_in(inner)

@@ -1,0 +1,126 @@
+"""What evaluations have found: `evaluations.jsonl`, an object a version, and `evaluations/version=000012/images.parquet`."""
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as compute
+import pyarrow.parquet as parquet
+from jaxtyping import UInt8
+
+from ray_ddpo.common.prompts import Prompt, metadata_as_json
+from ray_ddpo.common.recipe.reading import parquet_table, read_json_lines, reading
+from ray_ddpo.common.run_storage.png import from_png, png
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.common.run_storage.unwritten import Unwritten
+
+FIGURES = "evaluations.jsonl"
+FOLDER = "evaluations"
+FILE = "images.parquet"
+REPORTED = ("policy_version", "scores", "alarms", "pictures")  # keys of a version that a report needs
+
+
+@dataclass(frozen=True)
+class EvaluatedImages:
+    """The pictures of one version, or of the moving average at it, with their scores."""
+
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    scores: dict[str, np.ndarray]  # by reward and scorer, [N], NaN where a picture has none
+    pixels: UInt8[np.ndarray, "N H W 3"]
+
+
+def images_table(variant: str, images: EvaluatedImages, pictures: int) -> pa.Table:
+    """A row an image, of which the first so many hold their picture; `variant`: under which weights they were drawn."""
+    count = len(images.seeds)
+    shown = [png(pixels) if image < pictures else None for image, pixels in enumerate(images.pixels)]
+    columns = {
+        "variant": pa.array([variant] * count),
+        "image": pa.array(range(count), pa.int32()),
+        "prompt": pa.array([prompt.text for prompt in images.prompts]),
+        "seed": pa.array(images.seeds, pa.int64()),
+        "picture": pa.array(shown, pa.binary()),
+    }
+    if any(prompt.metadata for prompt in images.prompts):
+        columns["metadata"] = pa.array(metadata_as_json(images.prompts), pa.string())
+    scores = {
+        f"score/{name}": pa.array(values.astype(np.float64), from_pandas=True) for name, values in images.scores.items()
+    }
+    return pa.table(columns | scores)
+
+
+class EvaluationLog:
+    """Writes and reads both. A version is there when its line is, which is written last."""
+
+    def __init__(self, storage: Storage, unwritten: Unwritten | None = None) -> None:
+        """`unwritten` keeps what the storage refuses for the moment."""
+        self._storage = storage
+        self._unwritten = unwritten or Unwritten()
+
+    def figures(self, keys: tuple[str, ...] = ("policy_version",)) -> list[dict[str, Any]]:
+        """The versions' objects, in the order in which they were written; without a last line that a kill cut off.
+
+        ValueError: a line is damaged, or lacks one of `keys`.
+        """
+        if not self._storage.exists(FIGURES):
+            return []
+        return read_json_lines(self._storage, FIGURES, keys)
+
+    def keep(self, figures: list[dict[str, Any]]) -> None:
+        """Forget every version but these."""
+        kept = {_folder(each["policy_version"]) for each in figures}
+        self._storage.write(FIGURES, "".join(_line(each) for each in figures).encode())
+        for name in self._storage.names(FOLDER):
+            if name not in kept:
+                self._storage.remove(f"{FOLDER}/{name}")
+
+    def write(self, figures: dict[str, Any], variants: dict[str, EvaluatedImages], pictures: int) -> None:
+        """Add a version: its object, and a row an image, of which the first so many hold their picture."""
+        tables = [images_table(variant, images, pictures) for variant, images in variants.items()]
+        buffer = io.BytesIO()
+        parquet.write_table(pa.concat_tables(tables), buffer)
+        name = f"{FOLDER}/{_folder(figures['policy_version'])}/{FILE}"
+        self._unwritten.write(self._storage, name, buffer.getvalue())
+        self._unwritten.append(self._storage, FIGURES, _line(figures).encode())
+
+    def read(self, policy_version: int) -> pa.Table:
+        """A version's rows, in the order of the evaluation set. FileNotFoundError: it was not evaluated."""
+        name = f"{FOLDER}/{_folder(policy_version)}/{FILE}"
+        data = self._unwritten.read(self._storage, name)
+        return parquet_table(data, f"{self._storage.location}/{name}", ("variant", "picture"))
+
+    def pictures(self, policy_version: int) -> list[UInt8[np.ndarray, "H W 3"]]:
+        """Those of its pictures that were kept, the first ones."""
+        kept = [data for data in self._current(policy_version)["picture"].to_pylist() if data is not None]
+        with reading(f"{self._storage.location}/{FOLDER}/{_folder(policy_version)}/{FILE}"):
+            return [from_png(data) for data in kept]
+
+    def _current(self, policy_version: int) -> pa.Table:
+        return self.read(policy_version).filter(compute.field("variant") == "current")
+
+    def scores(self, policy_version: int) -> dict[str, np.ndarray]:
+        """Its pictures' scores by reward and scorer, NaN where one has none."""
+        rows = self._current(policy_version)
+        names = [name for name in rows.column_names if name.startswith("score/")]
+        return {name.removeprefix("score/"): rows[name].to_numpy().astype(np.float64) for name in names}
+
+
+def _folder(policy_version: int) -> str:
+    return f"version={policy_version:06d}"
+
+
+def _line(figures: dict[str, Any]) -> str:
+    return json.dumps(_without_nan(figures)) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: what is no finite number is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

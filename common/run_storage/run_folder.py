@@ -1,0 +1,219 @@
+"""What a run leaves, and where."""
+
+import json
+import os
+import secrets
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+from pydantic import Field, StrictInt, TypeAdapter, ValidationError
+
+from ray_ddpo.common.base_parts import Base, as_tables, read_base
+from ray_ddpo.common.diffusion.weight_files import TRAINED_PARTS
+from ray_ddpo.common.package_versions import VERSIONED, package_version
+from ray_ddpo.common.recipe.reading import read_json, read_text, reading
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.storage import Storage, StorageError
+from ray_ddpo.common.run_storage.unwritten import Unwritten
+
+START_SECONDS = 5.0  # in which an object store has to take a first file
+PROBE_BYTES = 2**16
+CONTROL = "control.json"  # what `ddpo scale` asks of the driver
+BASE_FILE = "base.json"  # what the run stands on, part by part
+WATCHDOG = "watchdog.txt"
+TOKEN = "token.txt"
+GUARD = "guard.json"  # in the folder of a run that the guard has ended
+BEST = "best.json"  # in `best/`, written last: which version lies beside it
+GUARD_KEYS = ("policy_version", "alarms", "weights_of")
+BEST_KEYS = ("policy_version", "fingerprint", "best_by", "score")
+ASKED = TypeAdapter(dict[str, Annotated[StrictInt, Field(ge=1)]])
+WEIGHTS = ("lora", *TRAINED_PARTS)  # folders of a run, whichever was trained
+FOLDERS = ("checkpoints", "rollouts", "logs", "best", "report", *WEIGHTS)
+FILES = ("recipe.toml", "metrics.jsonl", "evaluations.jsonl", BASE_FILE, CONTROL, WATCHDOG, TOKEN, GUARD)
+
+
+class RunFolder:
+    """Names the places in a run's folder, on a disk or in an object store (design: one folder a run)."""
+
+    recipe = "recipe.toml"
+    metrics = "metrics.jsonl"
+
+    def __init__(self, location: str | Path) -> None:
+        self.storage = Storage(location)
+        self.unwritten = Unwritten()
+
+    @property
+    def location(self) -> str:
+        """An absolute path or a URI."""
+        return self.storage.location
+
+    @property
+    def checkpoints(self) -> Storage:
+        return self.storage.folder("checkpoints")
+
+    @property
+    def rollouts(self) -> Storage:
+        return self.storage.folder("rollouts")
+
+    @property
+    def logs(self) -> Storage:
+        """What roles print, a file for each."""
+        return self.storage.folder("logs")
+
+    @property
+    def lora(self) -> Storage:
+        return self.storage.folder("lora")
+
+    @property
+    def best(self) -> Storage:
+        """The weights that were best on held-out pictures, laid out as the run's own are."""
+        return self.storage.folder("best")
+
+    @property
+    def report(self) -> Storage:
+        return self.storage.folder("report")
+
+    def where_everything_lies(self) -> str:
+        """What a finished run has left, a line each."""
+        places = {
+            "weights": "lora/pytorch_lora_weights.safetensors",
+            **{part: part for part in TRAINED_PARTS},
+            "metrics": self.metrics,
+            "rollouts": "rollouts",
+            "checkpoints": "checkpoints",
+            "evaluations": "evaluations.jsonl",
+            "best weights": "best",
+            "recipe": self.recipe,
+        }
+        there = {name: place for name, place in places.items() if self.storage.exists(place)}
+        return "\n".join(f"{name:<13} {self.storage.folder(place).location}" for name, place in there.items())
+
+    def create(self) -> None:
+        """Make the folder and see that it can be written. ValueError: it cannot, or something else is in a place of its own."""
+        for name in (*FOLDERS, *FILES):
+            path = self.storage.folder(name).local_path
+            if path and path.exists() and path.is_dir() != (name in FOLDERS):
+                is_, must_be = ("a file", "a folder") if name in FOLDERS else ("a folder", "a file")
+                raise ValueError(
+                    f"output_dir: {path} is {is_} and must be {must_be}: move it away, or give another --name or --output_dir"
+                )
+        probe, storage = f".writable-{os.getpid()}", self.storage.with_patience(START_SECONDS)
+        try:
+            storage.write(probe, bytes(PROBE_BYTES))  # more than a full disk has left for a file's name alone
+            storage.remove(probe)
+        except OSError as error:
+            reason = error.reason if isinstance(error, StorageError) else error.strerror or error
+            raise ValueError(f"output_dir: the run folder {self.location} cannot be written: {reason}") from error
+
+    @contextmanager
+    def token(self) -> Iterator[str]:
+        """Something that only this start knows lies in the folder meanwhile, for processes elsewhere to read back."""
+        token = secrets.token_hex(8)
+        self.storage.write(TOKEN, token.encode())
+        try:
+            yield token
+        finally:
+            self.storage.remove(TOKEN)
+
+    def has_token(self, token: str) -> bool:
+        """Whether this is, seen from this process, the folder that `token` lies in."""
+        return self.storage.exists(TOKEN) and self.storage.read(TOKEN) == token.encode()
+
+    def write_recipe(self, tables: dict[str, Any], base: Base | None = None) -> None:
+        """The recipe as resolved, which is itself a recipe, with the versions that ran it and what it stands on in its head.
+
+        With `base` its parts are written beside it, first: a folder with a recipe has them.
+        """
+        head = "".join(f"# {package} {package_version(package)}\n" for package in VERSIONED)
+        if base is not None:
+            self.storage.write(BASE_FILE, json.dumps(as_tables(base), indent=1).encode())
+            head += "".join(f"# {name} sha256 {part.sha256}\n" for name, part in sorted(base.items()))
+        self.storage.write(self.recipe, (head + tomli_w.dumps(without_none(tables))).encode())
+
+    def base(self) -> Base:
+        """Return what the run stands on. ValueError: the file that says so is missing or cannot be used."""
+        where = f"{self.location}/{BASE_FILE}"
+        try:
+            return read_base(self.storage.read(BASE_FILE), where)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{where} is missing: without it nobody can tell whether model, prompts and rewards are still those of the "
+                "run; restore the file, or begin a new run"
+            ) from None
+
+    def guard_ended(self) -> dict[str, Any] | None:
+        """Where the guard has ended the run: at which version, its alarms, and whose weights are the run's (None: the last's)."""
+        return read_json(self.storage, GUARD, GUARD_KEYS) if self.storage.exists(GUARD) else None
+
+    def best_version(self) -> dict[str, Any] | None:
+        """Of the weights in `best/`: version, fingerprint, and the score that it was chosen by; None where none is kept."""
+        return read_json(self.best, BEST, BEST_KEYS) if self.best.exists(BEST) else None
+
+    def write_watchdog(self, dump: str) -> None:
+        """Keep the dump of a run that the watchdog ended."""
+        self.storage.write(WATCHDOG, dump.encode())
+
+    def asked(self) -> dict[str, int]:
+        """The numbers of workers that `ddpo scale` has asked for, by role. ValueError: something else stands there."""
+        try:
+            return ASKED.validate_json(self.storage.read(CONTROL))
+        except FileNotFoundError:
+            return {}
+        except ValidationError as error:
+            raise ValueError(
+                f"{self.location}/{CONTROL} cannot be used: it must be a JSON object with a number of workers, 1 or more, for "
+                f"each role, as ddpo scale writes it ({error.errors()[0]['msg']})"
+            ) from None
+
+    def ask(self, wanted: dict[str, int]) -> None:
+        """Ask for numbers of workers, by role; the driver looks about once a second."""
+        self.storage.write(CONTROL, json.dumps({**self.asked(), **wanted}).encode())
+
+    def recipe_tables(self) -> dict[str, Any]:
+        """The tables of the recipe that the run was made with."""
+        with reading(f"{self.location}/{self.recipe}"):
+            return tomllib.loads(read_text(self.storage, self.recipe))
+
+    def refuse_if_no_run(self, said_by: str = "") -> None:
+        """Raise ValueError if no run lies here; `said_by` stands before it."""
+        path = self.storage.local_path
+        if path and not path.exists():
+            raise ValueError(f"{said_by}{self.location} is no run's folder: there is no such folder")
+        if not self.storage.exists(self.recipe):
+            raise ValueError(f"{said_by}{self.location} is no run's folder: it has no {self.recipe}")
+
+    def load_recipe(self, overrides: list[str]) -> Recipe:
+        """The recipe that the run was made with, and overrides over it. ValueError: there is no run."""
+        self.refuse_if_no_run()
+        return Recipe.from_toml(read_text(self.storage, self.recipe), f"{self.location}/{self.recipe}", overrides)
+
+
+@contextmanager
+def weights_here(location: str) -> Iterator[Path]:
+    """A path on this machine to the weights of a run, or to a LoRA's folder or file, wherever those are."""
+    if "://" not in location:
+        yield Path(location)
+        return
+    storage = Storage(location)
+    of_run = [name for name in WEIGHTS if storage.exists(name)]
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in of_run:
+            storage.copy_out(name, Path(scratch))
+        if not of_run:
+            folder, _, name = location.rstrip("/").rpartition("/")
+            Storage(folder).copy_out(name, Path(scratch))
+        yield Path(scratch) if of_run else Path(scratch) / storage.name
+
+
+def without_none(value: Any) -> Any:
+    """TOML has no null: a key that is None is left out, which means its default."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_none(item) for item in value]
+    return value

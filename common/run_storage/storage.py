@@ -1,0 +1,207 @@
+"""Storage: a folder on a local disk, or on any filesystem that pyarrow speaks (`s3://…`, `gs://…`)."""
+
+import copy
+import errno
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Concatenate, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from safetensors import SafetensorError
+
+from ray_ddpo.common.run_storage.filesystems import UNFINISHED, Files, LocalFiles, RemoteFiles
+
+T = TypeVar("T")
+PATIENCE_SECONDS = 60.0  # in which an object store that refuses is asked again
+FIRST_PAUSE_SECONDS = 0.5  # before it is asked again; each pause is twice the one before
+LONGEST_PAUSE_SECONDS = 10.0
+EXPECTED = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)  # answers, not failures
+PERMANENT_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+# What object stores answer to requests that stay wrong, however often they are repeated.
+PERMANENT = re.compile(
+    r"HTTP status 4(?!08|29)\d\d|ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|NO_SUCH_BUCKET"
+    r"|RESOURCE_NOT_FOUND|EXPIRED_TOKEN|PERMISSION_DENIED|UNAUTHENTICATED"
+)
+
+
+class StorageError(OSError):
+    """A file cannot be read or written: for the moment, as on a full disk, or for good (`permanent`)."""
+
+    def __init__(self, text: str, reason: str = "", permanent: bool = False) -> None:
+        super().__init__(text)
+        self.reason = reason
+        self.permanent = permanent
+
+    @classmethod
+    def of(cls, error: Exception, what: str) -> "StorageError":
+        """Return what `error` means for something that was to be done."""
+        reason = getattr(error, "strerror", None) or str(error)
+        permanent = getattr(error, "errno", None) in PERMANENT_ERRNOS or bool(PERMANENT.search(reason))
+        return cls(f"{what}: {reason}", reason, permanent)
+
+
+class Storage:
+    """A folder, which need not be there yet. A name may lead through folders in it, `a/state.json`, never out (ValueError)."""
+
+    def __init__(self, location: str | Path) -> None:
+        """ValueError: the location is no path and no URI of a filesystem that is known."""
+        self._files, self._root, self.location = _opened(str(location))
+        self.patience_seconds = PATIENCE_SECONDS
+        # Asked before each change, and with True after one that failed: whether this process may still write here.
+        self.guard: Callable[[bool], None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.location.rstrip("/").rpartition("/")[2]
+
+    @property
+    def local_path(self) -> Path | None:
+        """The folder's path, if it is on a disk of this machine."""
+        return Path(self._root) if isinstance(self._files, LocalFiles) else None
+
+    def folder(self, name: str) -> "Storage":
+        """A folder in this one."""
+        inner = copy.copy(self)
+        inner._root, inner.location = self._path(name), f"{self.location.rstrip('/')}/{name}"
+        return inner
+
+    def with_patience(self, seconds: float) -> "Storage":
+        """The same folder, asked again for so long where it refuses, and without a guard."""
+        other = copy.copy(self)
+        other.patience_seconds, other.guard = seconds, None
+        return other
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes. FileNotFoundError: it is not there."""
+        return self._asked("read", self._files.read, name)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole file: a reader sees the old bytes or the new. Folders on the way are made."""
+        self._change("written", self._files.write, name, data)
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write a file that is not there. FileExistsError: it is. Of two at once one wins, but for an object store."""
+        self._change("written", self._files.create, name, data)
+
+    def append(self, name: str, data: bytes) -> None:
+        """Add to a file's end; where the filesystem cannot, the file is written anew."""
+        self._change("written", self._files.append, name, data)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file or a folder of that name."""
+        return self._asked("looked for", self._files.exists, name)
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names of files and folders directly in `folder`, sorted; none where it is not there."""
+        found = self._asked("listed", self._files.names, folder)
+        return sorted(name for name in found if not name.endswith(UNFINISHED))
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder with all that is in it. It need not be there."""
+        self._change("removed", self._files.remove, name)
+
+    def sweep(self) -> None:
+        """Remove what writers left unfinished directly in this folder. Only for who alone writes here."""
+        for name in self._asked("listed", self._files.names, ""):
+            if name.endswith(UNFINISHED):
+                self._change("removed", self._files.remove, name)
+
+    def copy_in(self, folder: Path) -> None:
+        """Write every file below a local folder here, under the same names."""
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            self.write(path.relative_to(folder).as_posix(), path.read_bytes())
+
+    def copy_out(self, name: str, folder: Path) -> None:
+        """Copy the file or folder `name` into a local folder, under the same name."""
+        children = self.names(name)
+        for child in children:
+            self.copy_out(f"{name}/{child}" if name else child, folder)
+        if not children and self.exists(name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(self.read(name))
+
+    def _change(self, done: str, call: Callable[Concatenate[str, ...], None], name: str, *data: bytes) -> None:
+        if self.guard is not None:
+            self.guard(False)
+        try:
+            self._asked(done, call, name, *data)
+        except OSError:
+            if self.guard is not None:
+                self.guard(True)
+            raise
+
+    def _asked(self, done: str, call: Callable[Concatenate[str, ...], T], name: str, *data: bytes) -> T:
+        """Call a filesystem. StorageError: it refused, an object store for longer than `patience_seconds`."""
+        path, pause, deadline = self._path(name), FIRST_PAUSE_SECONDS, time.monotonic() + self.patience_seconds
+        while True:
+            try:
+                return call(path, *data)
+            except EXPECTED:
+                raise
+            except OSError as error:
+                failed = StorageError.of(error, f"{self.location}/{name} cannot be {done}".replace("/ ", " "))
+                # A disk that is full, or broken, is no better a few seconds later.
+                if failed.permanent or self.local_path is not None or time.monotonic() + pause > deadline:
+                    raise failed from error
+                if pause == FIRST_PAUSE_SECONDS:
+                    print(f"{failed}; it is tried again for {self.patience_seconds:g} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _path(self, name: str) -> str:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{name!r} leads out of the folder {self.location}: no file there may be called that")
+        return f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+
+@contextmanager
+def local_folder(storage: Storage) -> Iterator[Path]:
+    """A folder on this machine to write into: the storage itself, or one that is copied there at the end.
+
+    StorageError: what the body wrote did not find room.
+    """
+    try:
+        if storage.local_path is not None:
+            storage.local_path.mkdir(parents=True, exist_ok=True)
+            yield storage.local_path
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+            storage.copy_in(Path(scratch))
+    except StorageError:
+        raise
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+        named = getattr(error, "filename", None)
+        if storage.local_path is not None and named and not Path(named).is_relative_to(storage.local_path):
+            raise  # of another file, which the body was reading
+        raise StorageError.of(error, f"{storage.location} cannot be written") from error
+
+
+def _opened(location: str) -> tuple[Files, str, str]:
+    """The files, the root's path among them, and the location to name it by. Keys come from the environment alone."""
+    parts = urlsplit(location)
+    if "://" not in location or parts.scheme == "file":
+        path = os.path.abspath(url2pathname(parts.path) if "://" in location else location)
+        return LocalFiles(), path, path
+    if "@" in parts.netloc or parts.query or parts.fragment:  # the location is shown, and is no place for a key
+        raise ValueError(
+            f"a location of {parts.scheme}:// is given with a user, a query or a fragment: it must be "
+            f"{parts.scheme}://bucket/folder, and keys and endpoint come from the environment (AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL …)"
+        )
+    from pyarrow import ArrowException
+    from pyarrow.fs import FileSystem
+
+    try:
+        filesystem, root = FileSystem.from_uri(location)
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"the location {location!r} cannot be used: {error}") from error
+    return RemoteFiles(filesystem), root, location.rstrip("/")

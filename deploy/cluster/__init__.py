@@ -1,0 +1,1 @@
+"""Files that bring a run onto machines: image, compose, Ray clusters, Kubernetes, dashboards."""

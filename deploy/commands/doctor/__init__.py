@@ -1,0 +1,1 @@
+"""ddpo doctor: find what would go wrong with a recipe here, before it does."""

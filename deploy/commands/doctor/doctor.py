@@ -1,0 +1,296 @@
+"""ddpo doctor: what would go wrong with a recipe, before it does, on the hardware at hand."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import torch
+from ray.exceptions import GetTimeoutError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ray_ddpo.actors.evaluation.evaluation import evaluation_set
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import RoleTable
+from ray_ddpo.common.schedule import round_tasks
+from ray_ddpo.deploy.commands.doctor.checks import (
+    MADE_UP,
+    authentication_finding,
+    device_finding,
+    disk_finding,
+    folder_findings,
+    push_findings,
+    reward_findings,
+    tracker_findings,
+    version_findings,
+    weights_findings,
+)
+from ray_ddpo.deploy.commands.doctor.guard import Finding, OutOfTime, guarded
+from ray_ddpo.deploy.commands.doctor.ratio_measurement import draw_some, runtime_of, score_again
+from ray_ddpo.deploy.commands.doctor.ratio_noise import (
+    WIDEST,
+    Noise,
+    clip_range,
+    noise_findings,
+    table_rows,
+    worst_in_words,
+)
+from ray_ddpo.deploy.commands.doctor.resources import (
+    Machine,
+    Resources,
+    cores_finding,
+    memory_findings,
+    place_findings,
+    roles_of,
+)
+from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes, plan_of_parts
+from ray_ddpo.deploy.driver.cluster import attach, attaches, check_temporary_folder
+from ray_ddpo.deploy.driver.components import Parts, build_reward, entries_of
+from ray_ddpo.deploy.driver.numerics_rows import rows_note
+from ray_ddpo.deploy.driver.workers import place_options
+from ray_ddpo.learner.optimization.optimizer import check_optimizer
+
+STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
+TRIED = 2  # images that a reward scores
+MARK, SUBJECT, NUMBER_WIDTH = 9, 15, 7  # columns
+At = Callable[
+    ..., Any
+]  # (role's table, function, its arguments) -> what it returns, where an actor of that role would be
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The noise of the ratio, and the algorithm's clip range to compare it with."""
+
+    noise: Noise
+    clip: float | None
+
+
+def doctor(recipe: Recipe) -> int:
+    """Print a line for everything that was looked at. Return 1 if something will not work, else 0."""
+    console, faults, warnings = Console(highlight=False), 0, 0
+    for result in _examined(recipe):
+        if isinstance(result, Measured):
+            _print_noise(console, result.noise, result.clip)
+            continue
+        _print(console, result)
+        faults += result.level == "fault"
+        warnings += result.level == "warning"
+    counted = f"{faults} fault{'s' * (faults != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+    console.print(f"\n{counted}: {'this will not work as it is' if faults else 'nothing stands in the way'}")
+    return 1 if faults else 0
+
+
+def _examined(recipe: Recipe) -> Iterator[Finding | Measured]:
+    """Yield findings, as soon as there are any, and the noise where it could be measured."""
+    yield from guarded("versions", version_findings)
+    yield from guarded("device", lambda: [device_finding(recipe)])
+    yield from guarded("run folder", folder_findings, recipe)
+    yield from guarded("push", push_findings, recipe)
+    yield from guarded("Ray's token", lambda: [authentication_finding(os.environ, Path.home())])
+    built = list(guarded("recipe", lambda: [entries_of(recipe)]))
+    parts = built[0]
+    if isinstance(parts, Finding):
+        yield parts
+        return
+    yield from guarded("trackers", tracker_findings, parts.trackers)
+    started_here = not ray.is_initialized()
+    try:
+        yield from _parts_findings(parts)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _parts_findings(parts: Parts) -> Iterator[Finding | Measured]:
+    """Yield findings of what the recipe names: here as far as that can be told here, then where the actors would be."""
+    prompts: list[Prompt] = []
+    lacking = list(guarded("prompts", _prompt_findings, parts, prompts))
+    lacking += guarded("model", lambda: parts.policy.check() or ())
+    lacking += guarded("optimizer", lambda: check_optimizer(parts.recipe.learner) or ())
+    yield from lacking
+    if note := rows_note(parts):
+        yield Finding("warning", "batch rows", *note.split("; ", 1))
+    planned = [] if lacking else list(guarded("plan", lambda: [plan_of_parts(parts)]))
+    numbers = next((plan for plan in planned if isinstance(plan, Plan)), None)
+    if numbers:
+        yield from guarded("disk", lambda: [disk_finding(parts.recipe, numbers)])
+    else:
+        yield from planned
+    yield from guarded("cluster", _on_the_machines, parts, numbers, tuple(prompts) or MADE_UP)
+
+
+def _prompt_findings(parts: Parts, drawn: list[Prompt]) -> Iterator[Finding]:
+    """Draw the run's first prompts, of which a few are kept in `drawn`, and those of its evaluations. Yield nothing."""
+    task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
+    drawn += task.prompts[:TRIED]
+    evaluation_set(parts.recipe.evaluation, parts.prompts)
+    yield from ()
+
+
+def _on_the_machines(parts: Parts, numbers: Plan | None, prompts: tuple[Prompt, ...]) -> Iterator[Finding | Measured]:
+    """`numbers`: None where model or prompts are not there; then nothing is drawn."""
+    recipe, attached = parts.recipe, _attach()
+    nodes = _nodes() if attached else [_this_machine(recipe)]
+    places = list(place_findings(roles_of(recipe), nodes))
+    yield from places
+    yield _leftovers(recipe) if attached else cores_finding(recipe, os.cpu_count() or 1)
+    if numbers:
+        yield from [_memory_elsewhere(numbers)] if attached else memory_findings(recipe, numbers, _free_memory())
+    homeless = ", ".join(place.subject for place in places if place.level == "fault")
+    if homeless and attached:
+        yield Finding("warning", "not looked at", f"weights and ratio: no place for {homeless}")
+        return
+    yield from _tried_out(
+        parts, _at_cluster(recipe) if attached else _here, prompts, numbers is not None and not homeless
+    )
+
+
+def _tried_out(parts: Parts, at: At, prompts: tuple[Prompt, ...], may_draw: bool) -> Iterator[Finding | Measured]:
+    try:
+        yield from _reward_findings(parts, at, prompts)
+        weights = list(guarded("model", _model_findings, parts, at))
+        yield from weights
+        if may_draw and weights[-1].level == "ok":
+            yield from guarded("trial", _noise, parts, at)
+        else:
+            yield Finding("warning", "not looked at", "the ratio: what is said above stands in the way of drawing")
+    except OutOfTime:
+        found = f"weights and ratio: not done in runtime.ready_seconds = {parts.recipe.runtime.ready_seconds:g}"
+        yield Finding("warning", "not looked at", found, "where the cluster is busy, try again when there is room")
+
+
+def _reward_findings(parts: Parts, at: At, prompts: tuple[Prompt, ...]) -> Iterator[Finding]:
+    """Of every reward and scorer."""
+    recipe = parts.recipe
+    rewards = [("reward", table) for table in recipe.all_rewards]
+    scorers = [("scorer", table) for table in recipe.evaluation.scorers]
+    for kind, table in rewards + scorers:
+        workers = table.workers or recipe.reward_workers
+        runtime = runtime_of(workers, recipe.runtime)
+        yield from guarded(
+            kind, at, workers, reward_findings, kind, table.called, build_reward(table), runtime, prompts
+        )
+
+
+def _model_findings(parts: Parts, at: At) -> Iterator[Finding]:
+    lacking = at(parts.recipe.samplers, weights_findings, "model", "the policy", parts.policy.needs())
+    yield from lacking or [Finding("ok", "model", f"the files of {parts.policy.model} are there")]
+
+
+def _noise(parts: Parts, at: At) -> Iterator[Finding | Measured]:
+    recipe = parts.recipe
+    drawn = at(recipe.samplers, draw_some, recipe)
+    if drawn.cut_prompts:
+        yield Finding(
+            "warning", "prompts", drawn.cut_prompts.removeprefix("prompts: "), "shorten them: what is cut has no effect"
+        )
+    noise = at(recipe.learner, score_again, recipe, drawn)
+    clip = clip_range(parts.algorithm, noise.latent_elements)
+    yield Measured(noise, clip)
+    yield from noise_findings(noise, clip, recipe.sampling)
+
+
+def _here(table: RoleTable, function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _at_cluster(recipe: Recipe) -> At:
+    """Run a function where an actor of a role would be.
+
+    OutOfTime: it had no place, or was not done, in `runtime.ready_seconds`. RayError: its node died.
+    """
+
+    def run(table: RoleTable, function: Callable[..., Any], *arguments: Any) -> Any:
+        options = place_options(table) | _hidden_gpus(table)
+        done = ray.remote(max_retries=0, **options)(function).remote(*arguments)
+        try:
+            return ray.get(done, timeout=recipe.runtime.ready_seconds)
+        except GetTimeoutError as error:
+            raise OutOfTime from error
+
+    return run
+
+
+def _hidden_gpus(table: RoleTable) -> dict[str, Any]:
+    """Ray's options that hide the node's GPUs from a role that asks for none, as its actors do themselves."""
+    return {} if table.num_gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
+
+
+def _attach() -> bool:
+    """Return whether this process is on a cluster. ValueError: the one of RAY_ADDRESS, or one here, is out of reach."""
+    if ray.is_initialized():
+        return True
+    if attaches():
+        attach(log_to_driver=False, logging_level=logging.ERROR)
+        return True
+    check_temporary_folder()
+    return False
+
+
+def _free_memory() -> Machine:
+    gpus = range(torch.cuda.device_count())
+    return Machine(psutil.virtual_memory().available, tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus))
+
+
+def _nodes() -> list[Resources]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _this_machine(recipe: Recipe) -> Resources:
+    """What a cluster started here would have: as many CPUs as are asked for, and the GPUs that are there."""
+    roles = roles_of(recipe)
+    cpus = sum(role.table.num_cpus * role.count for role in roles)
+    gpus = torch.cuda.device_count()
+    names = " ".join(torch.cuda.get_device_name(index) for index in range(gpus))
+    asked = [role.table.accelerator_type for role in roles]
+    accelerators = {f"accelerator_type:{kind}": 1.0 for kind in asked if kind and kind in names}
+    return {"CPU": max(os.cpu_count() or 1, cpus), "GPU": gpus, **accelerators}
+
+
+def _leftovers(recipe: Recipe) -> Finding:
+    actors: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+    ours = sorted(actor["name"] for actor in actors if actor["name"].startswith(f"{recipe.name}/"))
+    if ours:
+        found = f"the cluster has living actors of a run called {recipe.name}: {', '.join(ours)}"
+        return Finding("warning", "leftovers", found, "see `ddpo status` whether it goes on; else stop its job")
+    return Finding("ok", "leftovers", f"no actors of a run called {recipe.name} on the cluster")
+
+
+def _memory_elsewhere(numbers: Plan) -> Finding:
+    needs = {"learner": numbers.learner_bytes, "samplers": numbers.sampler_bytes, **numbers.reward_worker_bytes}
+    store = ray.cluster_resources().get("object_store_memory", 0)
+    found = "one of each: " + ", ".join(f"{role} {in_bytes(size)}" for role, size in needs.items())
+    under_way = f"{in_bytes(numbers.round_bytes)} of trajectories, in stores of {in_bytes(int(store))}"
+    if numbers.round_bytes > store:
+        return Finding("warning", "memory", f"{found}; {under_way}", "it will spill to disk: lower batches_per_round")
+    return Finding("ok", "memory", f"{found}; {under_way}")
+
+
+def _print(console: Console, finding: Finding) -> None:
+    mark = Text(f"{finding.level:<{MARK}}", STYLES[finding.level])
+    console.print(mark, Text(f"{finding.subject:<{SUBJECT}} {finding.found}"), sep="", soft_wrap=True)
+    if finding.advice:
+        console.print(Text(" " * (MARK + SUBJECT) + f" → {finding.advice}"), soft_wrap=True)
+
+
+def _print_noise(console: Console, noise: Noise, clip: float | None) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("largest |log ratio|, scored again")  # folded where the terminal is narrow: numbers are not cut
+    table.add_column("clip ranges", justify="right", min_width=NUMBER_WIDTH)
+    table.add_column("nats", justify="right", min_width=NUMBER_WIDTH)
+    table.add_column("step by step", no_wrap=True, min_width=min(WIDEST, noise.of_the_run.log_ratios.shape[1]))
+    for row in table_rows(noise, clip):
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+    if noise.unavailable:
+        console.print(f"not to be had on {noise.device}: {', '.join(noise.unavailable)}", style="dim")
+    console.print(f"{worst_in_words(noise, clip)}\n", soft_wrap=True)

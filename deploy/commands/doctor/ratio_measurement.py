@@ -1,0 +1,179 @@
+"""Draw a few paths as a sampler does, and score them again as the learner does and in other ways."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ray_ddpo.common.diffusion.lora.adapters import read_weights, trained_parameters
+from ray_ddpo.common.diffusion.policy import Policy
+from ray_ddpo.common.diffusion.policy_trial import load_checked, try_sampling
+from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words
+from ray_ddpo.common.diffusion.rollout import draw, score
+from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, output_sensitivity
+from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import RoleTable, RuntimeTable
+from ray_ddpo.common.runtime import settle
+from ray_ddpo.common.schedule import round_tasks, transition_order
+from ray_ddpo.common.trajectory import DTYPES, Trajectory
+from ray_ddpo.deploy.commands.doctor.ratio_noise import Comparison, Kind, Noise
+from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.deploy.driver.trial_prompts import checked_prompts, trial_prompts
+from ray_ddpo.learner.learning_trial import try_learning
+from ray_ddpo.learner.optimization.micro_batch import micro_batch_size
+from ray_ddpo.learner.round_data.reference_passes import log_probs_under
+from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
+from ray_ddpo.learner.round_data.transitions_index import micro_batches
+
+TRAINED = 0.02  # of a merged adapter's numbers: their standard deviation
+IMAGES = 4  # of the run's first task; with all steps learned from, hundreds of transitions
+KERNELS = {
+    "math attention": SDPBackend.MATH,
+    "memory-efficient attention": SDPBackend.EFFICIENT_ATTENTION,
+    "flash attention": SDPBackend.FLASH_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a sampler has drawn: the same noise twice where paths are stored in half precision, and with which weights."""
+
+    as_stored: Trajectory
+    in_float32: Trajectory
+    weights: LoraWeights
+    cut_prompts: str | None = None  # what there is to say of prompts that are longer than the text encoders read
+
+
+def runtime_of(table: RoleTable, runtime: RuntimeTable) -> RuntimeTable:
+    """The recipe's `[runtime]` for a role: without num_gpus an actor computes on the CPU, whatever the machine has."""
+    return runtime if table.num_gpus else runtime.model_copy(update={"device": "cpu"})
+
+
+def draw_some(recipe: Recipe) -> Drawn:
+    """The first images of the run's first task, with every step that the recipe learns from."""
+    parts = entries_of(recipe)
+    tried_on = [prompt.text for prompt in trial_prompts(parts)]
+    task = round_tasks(recipe, 0, parts.prompts.load())[0]
+    device = settle(runtime_of(recipe.samplers, recipe.runtime))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        policy = load_checked(parts.policy, device, recipe.sampling, "sampler")
+        try_sampling(parts.policy, policy, tried_on)
+        weights = _trained_a_little(policy)
+    cut = cut_prompts_in_words(policy.text_readers(), checked_prompts(parts), recipe.sampling)
+    if parts.policy.is_compiled("sampler"):
+        policy.compile(recipe.sampling.batch_size)
+    policy.lay_in(weights)
+    sampling = recipe.sampling.model_copy(update={"step_fraction": 1.0, "window": None})
+    prompts, seeds = [prompt.text for prompt in task.prompts[:IMAGES]], list(task.seeds[:IMAGES])
+    as_stored = draw(policy, prompts, seeds, sampling)
+    in_float32 = (
+        as_stored
+        if sampling.latents_dtype == "float32"
+        else draw(policy, prompts, seeds, sampling.model_copy(update={"latents_dtype": "float32"}))
+    )
+    return Drawn(as_stored, in_float32, weights, cut)
+
+
+@torch.no_grad()
+def _trained_a_little(policy: Policy) -> LoraWeights:
+    """Weights as after some rounds: adapters begin as zero, and of zero nothing is lost where it is merged and rounded."""
+    if policy.merged:
+        for parameter in trained_parameters(policy.network).values():
+            parameter.add_(TRAINED * torch.randn_like(parameter))
+    return read_weights(policy.network, 0)
+
+
+def score_again(recipe: Recipe, drawn: Drawn) -> Noise:
+    """Every comparison that this device can make."""
+    device, parts = settle(runtime_of(recipe.learner, recipe.runtime)), entries_of(recipe)
+    config = parts.policy
+    policy = load_checked(config, device, recipe.sampling, "learner")
+    try_learning(policy, config, parts.algorithm, recipe)
+    size = micro_batch_size(policy, config, parts.algorithm, recipe)
+    policy.lay_in(drawn.weights)
+    unavailable: list[str] = []
+    comparisons = tuple(_comparisons(policy, recipe, drawn, size, unavailable))
+    if config.is_compiled("learner"):  # last, for every other comparison would be compiled anew
+        policy.compile(size)
+        comparisons = (*map(_not_compiled, comparisons), _as_the_learner(policy, recipe, drawn.as_stored, size))
+    return Noise(
+        comparisons,
+        tuple(unavailable),
+        int(np.prod(policy.latent_shape)),
+        _sensitivity(policy, np.unique(drawn.as_stored.steps.cpu().numpy())),
+        device,
+    )
+
+
+def _comparisons(
+    policy: Policy, recipe: Recipe, drawn: Drawn, size: int, unavailable: list[str]
+) -> Iterator[Comparison]:
+    path, stored = drawn.as_stored, recipe.sampling.latents_dtype
+    transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
+    yield _compared(f"as drawn, {stored} as stored", "other", path, score(policy, path))
+    yield _as_the_learner(policy, recipe, path, size)
+    single = round_transitions((_first_image(path),), np.zeros(1), policy.device)
+    yield _compared("one transition at a time", "other", _first_image(path), _in_batches(policy, recipe, single, 1))
+    for name, kernel in KERNELS.items():
+        try:
+            with sdpa_kernel(kernel), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says at length why a kernel is not to be had
+                log_probs = _in_batches(policy, recipe, transitions, size)
+        except RuntimeError:
+            unavailable.append(name)
+            continue
+        yield _compared(name, "other", path, log_probs)
+    for dtype in ("float16", "bfloat16") if stored == "float32" else (stored,):
+        path = _rounded(drawn.in_float32, DTYPES[dtype])
+        rounded = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
+        log_probs = _in_batches(policy, recipe, rounded, size)
+        yield _compared(f"rounded to {dtype} once scored", "rounded", path, log_probs)
+
+
+def _as_the_learner(policy: Policy, recipe: Recipe, path: Trajectory, size: int) -> Comparison:
+    transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
+    return _compared(f"learner's micro-batches of {size}", "run", path, _in_batches(policy, recipe, transitions, size))
+
+
+def _not_compiled(comparison: Comparison) -> Comparison:
+    kind: Kind = "other" if comparison.kind == "run" else comparison.kind
+    return dataclasses.replace(comparison, name=f"{comparison.name}, not compiled", kind=kind)
+
+
+def _compared(name: str, kind: Kind, path: Trajectory, log_probs: torch.Tensor) -> Comparison:
+    difference = log_probs.cpu() - path.log_probs.cpu()
+    return Comparison(name, kind, difference.numpy(), path.steps.cpu().numpy())
+
+
+def _in_batches(policy: Policy, recipe: Recipe, transitions: RoundTransitions, size: int) -> torch.Tensor:
+    """Log-probs [N, W], images and steps mixed in the order in which the learner takes them."""
+    images = transition_order(recipe.seed, 0, 0, len(transitions.images))
+    pairs = transitions.pairs_of(images)
+    found = log_probs_under(policy, transitions, micro_batches(pairs, size))
+    rows = [[found[image, place] for place in range(transitions.num_places)] for image in range(len(images))]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def _first_image(path: Trajectory) -> Trajectory:
+    """One image is enough where each of its transitions is a forward pass."""
+    rows = {name: getattr(path, name)[:1] for name in ("prompt_index", "steps", "log_probs", "latents", "next_latents")}
+    return dataclasses.replace(path, **rows, final_latents=path.final_latents[:1])
+
+
+def _rounded(path: Trajectory, dtype: torch.dtype) -> Trajectory:
+    """The path as it would be stored, with the log-probs that it had before."""
+    return dataclasses.replace(path, latents=path.latents.to(dtype), next_latents=path.next_latents.to(dtype))
+
+
+def _sensitivity(policy: Policy, steps: np.ndarray) -> dict[int, float]:
+    of_path = getattr(policy, "steps", None)
+    if not isinstance(of_path, DenoisingSteps):
+        return {}
+    of_all = output_sensitivity(of_path)
+    return {int(step): float(of_all[step]) for step in steps}

@@ -1,0 +1,1 @@
+"""ddpo fit-aesthetic: fit an aesthetic head on rated images."""

@@ -1,0 +1,1 @@
+"""ddpo migrate: turn a DDPOConfig of TRL's into a recipe."""

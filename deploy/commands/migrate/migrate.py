@@ -1,0 +1,178 @@
+"""ddpo migrate: a recipe from the DDPOConfig that a run of TRL had, and what of it has no counterpart."""
+
+import json
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.registry import explain
+from ray_ddpo.deploy.commands.migrate.trl_config import TRL_VERSION, DDPOConfig, TrlRun
+from ray_ddpo.deploy.commands.migrate.trl_fields import COUNTERPARTS
+from ray_ddpo.deploy.driver.components import parts_of
+
+LORA = {"rank": 4, "alpha": 4, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+NOT_IN_A_CONFIG = (
+    "Not in a DDPOConfig: policy.model and the reward are those asked for, the LoRA is that of TRL's "
+    "DefaultDDPOStableDiffusionPipeline, and the prompts are the paper's 45 animals, of which TRL's example has 27."
+)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a TRL script says beside its config."""
+
+    processes: int  # of accelerate, each with a GPU
+    model: str
+    reward: str  # a name, or module:function
+
+
+@dataclass(frozen=True)
+class Migrated:
+    """A recipe's tables, and a paragraph on each thing that became of the config's fields."""
+
+    tables: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def lines(self) -> list[str]:
+        """The notes, wrapped for a comment."""
+        return [line for note in self.notes for line in textwrap.wrap(note, 118, subsequent_indent="  ")]
+
+    @property
+    def toml(self) -> str:
+        """The recipe, with the notes in its head."""
+        return "".join(f"# {line}\n" for line in self.lines) + tomli_w.dumps(self.tables)
+
+
+def migrate(config: dict[str, Any], beside: Beside) -> Migrated:
+    """The recipe of a DDPOConfig's fields; what is missing has TRL's default.
+
+    ValueError: a field that TRL does not know, a value of the wrong type, or a config that no recipe can be made from.
+    """
+    if beside.processes < 1:
+        raise ValueError(f"--processes is {beside.processes}: accelerate had one or more")
+    run = TrlRun(_checked(config), beside.processes)
+    if run.images_per_step > 0 and run.images % run.images_per_step:
+        raise ValueError(
+            f"sample_batch_size × sample_num_batches_per_epoch × processes = {run.images} images a round, which "
+            f"train_batch_size × train_gradient_accumulation_steps × processes = {run.images_per_step} does not divide"
+        )
+    tables = _frame(run, beside)
+    for field, counterpart in COUNTERPARTS.items():
+        value = counterpart.value_of(field, run)
+        if value is not None:
+            _put(tables, counterpart.key, value)
+    tables = {key: value for key, value in tables.items() if value not in ({}, [])}
+    _refuse_impossible(tables)
+    return Migrated(tables, [f"From the DDPOConfig of TRL {TRL_VERSION}.", NOT_IN_A_CONFIG, *_notes(run)])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A DDPOConfig's fields from JSON, also as its own `to_dict` flattens them. ValueError: there is no such object."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: give the path of a JSON object with the fields of a DDPOConfig")
+    try:
+        flat = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(flat, dict):
+        raise ValueError(f"{path} holds a {type(flat).__name__}: it must be an object with the fields of a DDPOConfig")
+    config: dict[str, Any] = {}
+    for key, value in flat.items():
+        _put(config, key.replace("/", "."), value)
+    return config
+
+
+def write_recipe(path: Path, migrated: Migrated) -> Path:
+    """Write the recipe; where it lies. ValueError: something lies there already."""
+    if path.exists():
+        raise ValueError(f"--output is {path}, which exists: give the recipe a place of its own")
+    path.write_text(migrated.toml, encoding="utf-8")
+    return path
+
+
+def _checked(config: dict[str, Any]) -> DDPOConfig:
+    try:
+        return DDPOConfig.model_validate(config)
+    except ValidationError as error:
+        raise ValueError(f"not the DDPOConfig of TRL {TRL_VERSION}: {explain(error, DDPOConfig)}") from error
+
+
+def _frame(run: TrlRun, beside: Beside) -> dict[str, Any]:
+    """What a recipe says beside the config's fields, its tables in their usual order."""
+    named = {"name": "function", "path": beside.reward} if ":" in beside.reward else {"name": beside.reward}
+    tables: dict[str, Any] = {
+        "policy": {"name": "stable_diffusion", "model": beside.model, "lora": LORA},
+        "prompts": {"name": "animals"},
+        "sampling": {},
+        "samplers": {},
+        "reward": named,
+        "reward_workers": {},
+        "algorithm": {"name": "ddpo_is"},
+        "learner": {"micro_batch_size": run.micro_batch_size},
+    }
+    if beside.model not in EMBEDDED_MODELS:
+        for key, value in _places(run).items():
+            _put(tables, key, value)
+    return tables
+
+
+def _places(run: TrlRun) -> dict[str, Any]:
+    """As many GPUs as accelerate had: one for all roles, or one for the learner and the rest for samplers."""
+    workers = run.config.max_workers if run.config.async_reward_computation else 1
+    share = {"reward_workers.num_gpus": int(1000 / max(workers, 1)) / 10_000}
+    if run.processes == 1:
+        return {"samplers.num_gpus": 0.3, **share, "learner.num_gpus": 0.6}
+    return {"samplers.count": run.processes - 1, "samplers.num_gpus": 0.9, **share, "learner.num_gpus": 1}
+
+
+def _put(tables: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tables = tables.setdefault(section, {})
+        if not isinstance(tables, dict):
+            raise ValueError(f"{section} is {tables!r}, and {key} would lie inside it")
+    tables[last] = value
+
+
+def _refuse_impossible(tables: dict[str, Any]) -> None:
+    """ValueError: no recipe can be like this, with the fields that say so."""
+    try:
+        parts_of(Recipe.parse(tables))
+    except ValueError as error:
+        keys = set(re.findall(r"(?:^|[:;] )([\w.]+) is ", str(error)))
+        fields = [
+            f"{part.key} comes from {field}"
+            for field, part in COUNTERPARTS.items()
+            if part.key and any(f"{key}.".startswith(f"{part.key}.") for key in keys)
+        ]
+        raise ValueError("; ".join([str(error), *fields])) from error
+
+
+def _notes(run: TrlRun) -> list[str]:
+    """Every field once: carried over silently, with a difference, without a counterpart, or with nothing to carry over."""
+    same, other, none, nothing = [], [], [], []
+    for field, counterpart in COUNTERPARTS.items():
+        carried = counterpart.value_of(field, run) is not None
+        says = "" if counterpart.quiet(run) else counterpart.says.format(run=run, config=run.config)
+        if carried and says:
+            other.append(f"- {field} → {counterpart.key}: {says}.")
+        elif carried:
+            same.append(f"{field} → {counterpart.key}")
+        elif says:
+            none.append(f"- {field}: {says}.")
+        else:
+            nothing.append(field)
+    return [
+        f"Carried over as they stand: {', '.join(same)}.",
+        *(["Carried over with a difference:", *other] if other else []),
+        *(["Without a counterpart:", *none] if none else []),
+        f"Nothing to carry over: {', '.join(nothing)}.",
+    ]

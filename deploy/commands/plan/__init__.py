@@ -1,0 +1,1 @@
+"""ddpo plan: the sizes and the memory that follow from a recipe."""

@@ -1,0 +1,109 @@
+"""The numbers that follow from a recipe, before anything runs."""
+
+from dataclasses import dataclass
+
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.reward_pools import all_pools
+from ray_ddpo.common.trajectory import DTYPES
+from ray_ddpo.common.user_code.blame import call_if_own
+from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.learner.optimization.optimizer import moment_bytes, with_moments_of
+from ray_ddpo.learner.process_group import buffer_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of one round, and bytes: the most that tensors take at once. Not counted is the libraries' own memory."""
+
+    images: int
+    images_learned_from: int  # about so many, where the algorithm leaves the others out
+    tasks: int
+    optimizer_steps: int  # a round
+    images_per_step: int
+    pairs_per_step: int  # transitions, or noisings of finished images
+    micro_batch_size: int  # where it is found at the start, the least
+    forward_passes: int  # of the learner, a round, of all its ranks together
+    trajectory_bytes: int  # one image's, as it travels
+    round_bytes: int  # all trajectories under way at once
+    broadcast_bytes: int  # one policy version
+    optimizer_bytes: int  # its state, as a checkpoint has it
+    conditioning_bytes: int  # of a round's prompts, on the learner's device
+    learner_bytes: int
+    sampler_bytes: int
+    reward_worker_bytes: dict[str, int]  # by pool, of one worker
+    sizes: PolicySizes
+    forward_process: bool  # learned from are finished images, noised anew
+    ranks: int = 1  # of the learner, each with `learner_bytes`
+    reduced_bytes: int = 0  # of a rank, once more for its gradients where several ranks sum them up
+
+    @property
+    def pairs_per_rank(self) -> int:
+        """Of an optimizer step."""
+        return self.pairs_per_step // self.ranks
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """All numbers of a recipe. ValueError: the recipe or its model cannot be used."""
+    return plan_of_parts(parts_of(recipe))
+
+
+def plan_of_parts(parts: Parts) -> Plan:
+    """The same of a recipe's parts, whether or not all that they need is there."""
+    recipe, policy = parts.recipe, parts.policy
+    sampling, learner = recipe.sampling, recipe.learner
+    sizes = with_moments_of(learner, call_if_own(policy, POLICIES, "sizes", sampling, device_of(recipe)))
+    channels, height, width = sizes.latent_shape
+    latent_bytes = channels * height * width * DTYPES[sampling.latents_dtype].itemsize
+    kept = sampling.kept_steps(sizes.noisy_steps)
+    # Neighbouring steps share what leaves one and enters the next; steps drawn by themselves travel with both.
+    latents = kept + 2 if sampling.step_fraction == 1 else 2 * kept + 1
+    trajectory = latents * latent_bytes + kept * 12 + sizes.conditioning_bytes
+    pairs = learner.images_per_step * parts.algorithm.pairs_per_image(recipe, sizes.noisy_steps)
+    learned_from = round(recipe.images_per_round * parts.algorithm.share_that_teaches)
+    steps = max(1, learned_from // learner.images_per_step) * learner.inner_epochs  # the last one has what is left over
+    micro_batch = 1 if learner.micro_batch_size == "auto" else learner.micro_batch_size
+    conditioning = recipe.images_per_round * sizes.conditioning_bytes
+    reduced = buffer_bytes(sizes.trained_parameters, learner.ranks)
+    return Plan(
+        images=recipe.images_per_round,
+        images_learned_from=learned_from,
+        tasks=sampling.batches_per_round,
+        optimizer_steps=steps,
+        images_per_step=learner.images_per_step,
+        pairs_per_step=pairs,
+        micro_batch_size=micro_batch,
+        forward_passes=steps * pairs // micro_batch,
+        trajectory_bytes=trajectory,
+        round_bytes=trajectory * recipe.images_per_round * (recipe.max_policy_lag + 1),
+        broadcast_bytes=4 * sizes.trained_parameters,
+        optimizer_bytes=moment_bytes(learner, sizes),
+        conditioning_bytes=conditioning,
+        learner_bytes=sizes.learner.of(micro_batch) + conditioning + reduced,
+        sampler_bytes=sizes.sampler_bytes(sampling.batch_size),
+        reward_worker_bytes={
+            pool.name: sum(reward.memory_bytes for reward in parts.rewards_of(pool).values())
+            for pool in all_pools(recipe)
+        },
+        sizes=sizes,
+        forward_process=parts.algorithm.noisings_per_image is not None,
+        ranks=learner.ranks,
+        reduced_bytes=reduced,
+    )
+
+
+def device_of(recipe: Recipe) -> DeviceKind:
+    """Where the policy computes: on a GPU if one is asked for."""
+    return "cuda" if recipe.learner.num_gpus or recipe.samplers.num_gpus else "cpu"
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes in the unit that suits it."""
+    return (
+        f"{count / 1e9:.2f} GB"
+        if count >= 1e9
+        else f"{count / 1e6:.2f} MB"
+        if count >= 1e6
+        else f"{count / 1e3:.1f} kB"
+    )

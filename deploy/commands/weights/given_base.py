@@ -1,0 +1,70 @@
+"""Refuse to look at weights on another model, or with other rewards or prompts, than they were trained on."""
+
+import sys
+from collections.abc import Sequence
+
+from ray_ddpo.common.base_parts import Base, differing_parts
+from ray_ddpo.common.diffusion.lora.files import EXACT_NAME, FILE_NAME
+from ray_ddpo.common.diffusion.weight_files import TRAINED_PARTS
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.driver.start import refusal
+
+INSIDE_A_RUN = ("lora", "best", FILE_NAME, EXACT_NAME, *TRAINED_PARTS)
+# Whoever names others by these keys wants others.
+ASKED_FOR = {"reward": ("reward", "rewards", "evaluation.scorers"), "prompts": ("prompts",)}
+
+
+def run_of(location: str) -> RunFolder | None:
+    """Return the run that weights lie in, or a run's recipe; None where they lie in none."""
+    place = location.rstrip("/")
+    for _ in range(4):
+        folder = RunFolder(place)
+        if folder.storage.exists(folder.recipe):
+            return folder
+        above, _, name = place.rpartition("/")
+        if not above or name not in (*INSIDE_A_RUN, RunFolder.recipe):
+            return None
+        place = above
+    return None
+
+
+def check_base(run: RunFolder, now: Base, overrides: Sequence[str] = ()) -> None:
+    """Compare what was loaded with what a run stands on. ValueError: a part is another one, and no override asks for that."""
+    refuse_another_base(run, run.base(), now, overrides)
+
+
+def refuse_another_base(run: RunFolder, before: Base, now: Base, overrides: Sequence[str] = ()) -> None:
+    """Do the same with what the run stood on given."""
+    keys = tuple(word.removeprefix("--") for word in overrides if word.startswith("--"))
+    wanted = {
+        table
+        for table, named in ASKED_FOR.items()
+        if any(key == name or key.startswith(f"{name}.") for key in keys for name in named)
+    }
+    differing = {
+        name: said for name, said in differing_parts(before, now).items() if name.partition(".")[0] not in wanted
+    }
+    if differing:
+        raise ValueError(refusal(run.location, differing))
+
+
+def check_given(weights: Sequence[str], named: str | None, now: Base, overrides: Sequence[str]) -> None:
+    """Check the run whose recipe is used, then those of the other weights, as far as their model goes.
+
+    Where a recipe is named that is not theirs, another model is wanted, and only said.
+
+    ValueError: a part is another one.
+    """
+    runs = [run for run in map(run_of, weights) if run is not None]
+    of_recipe = run_of(named) if named is not None else next(iter(runs), None)
+    if of_recipe is not None:
+        check_base(of_recipe, now, overrides)
+    model = {name: part for name, part in now.items() if name.startswith("policy.")}
+    for run in runs:
+        if of_recipe is not None and run.location == of_recipe.location:
+            continue
+        if named is None:
+            check_base(run, model)
+        else:
+            for said in differing_parts(run.base(), model).values():
+                print(f"{run.location}: {said}, as --recipe {named} asks", file=sys.stderr, flush=True)

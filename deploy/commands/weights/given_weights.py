@@ -1,0 +1,77 @@
+"""Weights that somebody names: a run's folder, its `best/`, a LoRA's file or folder; whose recipe, and the policy under them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, read_lora_settings
+from ray_ddpo.common.diffusion.lora.files import holds_lora, read_lora_file
+from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
+from ray_ddpo.common.diffusion.policy_trial import load_checked
+from ray_ddpo.common.diffusion.weight_files import network_folder
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.runtime import settle
+from ray_ddpo.deploy.driver.components import parts_of
+
+
+def recipe_of(weights: Sequence[str], named: str | None, overrides: list[str]) -> Recipe:
+    """The recipe that is named, else that of the first of `weights` that is a run. ValueError: none of them is one."""
+    if named is not None:
+        return Recipe.load(named, overrides)
+    folders = [RunFolder(location) for location in weights]
+    run = next((folder for folder in folders if folder.storage.exists(folder.recipe)), None)
+    if run is None:
+        for place in [folder.storage.local_path for folder in folders]:
+            if place and not place.exists():
+                raise ValueError(f"there is nothing at {place}: give a run's folder, or a LoRA's file or folder")
+        raise ValueError(
+            f"{', '.join(weights)} is no run's folder with a recipe: say with --recipe whose model these weights are for"
+        )
+    return run.load_recipe(overrides)
+
+
+def load_policy(recipe: Recipe, weights: Path | None) -> Policy:
+    """Load the recipe's model with a run's weights, or with any LoRA that diffusers reads; None: as it was pretrained.
+
+    A LoRA acts as strongly as its file says: the recipe's rank and alpha decide nothing of that.
+
+    Raises:
+        ValueError: there are none, or they do not fit.
+    """
+    config, device = parts_of(recipe).policy, settle(recipe.runtime)
+
+    def load(config: PolicyConfig) -> Policy:
+        return load_checked(config, device, recipe.sampling, "sampler")
+
+    if weights is None:  # new adapters change nothing
+        return load(_pretrained(config))
+    network = network_folder(weights)
+    if network or (config.train == "full" and not holds_lora(weights)):
+        policy = load(config.model_copy(update={"train": "full"}))
+        policy.restore(network or weights)
+        return policy
+    config = config.model_copy(update={"train": "lora"})
+    file = read_lora_file(weights)
+    if isinstance(config, DiffusersConfig) and file.is_ours and file.part != config.network_name:
+        raise ValueError(
+            f"the LoRA {file.path} does not fit: it is for a {file.part}, and the model has a {config.network_name}"
+        )
+    if isinstance(config, DiffusersConfig) and not file.is_ours:
+        policy = load(_pretrained(config))
+        assert isinstance(policy, DiffusersPolicy), "a pipeline of diffusers'"
+        policy.take_lora(file)
+        return policy
+    settings = read_lora_settings(file.path)
+    policy = load(config.model_copy(update={"lora": settings}) if settings else config)
+    policy.restore(file.path)
+    return policy
+
+
+def _pretrained(config: PolicyConfig) -> PolicyConfig:
+    """Return the same without the LoRA that training begins from."""
+    lora = getattr(config, "lora", None)
+    if not isinstance(lora, LoraSettings) or lora.path is None:
+        return config
+    return config.model_copy(update={"lora": type(config).model_fields["lora"].default})

@@ -1,0 +1,1 @@
+"""What the driver is composed of: components, workers, start, progress, supervision."""

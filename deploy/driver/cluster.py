@@ -1,0 +1,83 @@
+"""Reach the Ray cluster that RAY_ADDRESS names, or say in one line which variable keeps this process from it."""
+
+import os
+import socket
+import sys
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+
+from ray_ddpo.common.model_files.model_hub import first_line
+
+PROBE_SECONDS = 5.0
+SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of a socket's whole path, by the operating system
+LONGEST_SOCKET = "ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # below the temporary folder
+TEMPORARY = ("RAY_TMPDIR", "TMPDIR")  # where Ray looks for a temporary folder, in this order
+LOCAL = "local"
+
+
+def attaches() -> bool:
+    """Return whether this process is to attach to a cluster that RAY_ADDRESS names."""
+    return os.environ.get("RAY_ADDRESS", LOCAL) not in ("", LOCAL)
+
+
+def attach(**options: Any) -> None:
+    """Attach to the cluster of RAY_ADDRESS.
+
+    Raises:
+        ValueError: nobody answers there, or whoever answers refuses.
+    """
+    address = os.environ["RAY_ADDRESS"]
+    try:
+        if address != "auto":
+            _probe(address)
+        ray.init(**options)
+    except (OSError, RuntimeError, ValueError) as error:
+        ray.shutdown()
+        raise ValueError(
+            f"the cluster of RAY_ADDRESS {address!r} cannot be reached: {first_line(error)}; give auto or the head's host:6379, "
+            "see that it runs and that both sides agree on the token (export RAY_AUTH_MODE=token), or unset RAY_ADDRESS to "
+            "start a cluster on this machine"
+        ) from error
+
+
+def start_here(num_cpus: int) -> None:
+    """Start a cluster on this machine.
+
+    Raises:
+        ValueError: its sockets or files cannot be made.
+    """
+    check_temporary_folder()
+    try:
+        ray.init(address=LOCAL, num_cpus=num_cpus, log_to_driver=True)
+    except (OSError, RuntimeError) as error:
+        ray.shutdown()
+        raise ValueError(
+            f"Ray cannot be started on this machine: {first_line(error)}; its files lie in {_temporary_folder()}/ray, and "
+            "RAY_TMPDIR names another folder"
+        ) from error
+
+
+def check_temporary_folder() -> None:
+    """Check that Ray can make sockets in its temporary folder. ValueError: the folder's path is too long."""
+    folder = _temporary_folder()
+    path = f"{folder.rstrip('/')}/{LONGEST_SOCKET}"
+    if len(os.fsencode(path)) > SOCKET_BYTES:
+        variable = next(name for name in TEMPORARY if name in os.environ)
+        most = SOCKET_BYTES - len(LONGEST_SOCKET) - 1
+        raise ValueError(
+            f"{variable} is {folder!r}, too long a path for Ray's sockets: it may have {most} bytes and has "
+            f"{len(os.fsencode(folder))}; export RAY_TMPDIR=/tmp"
+        )
+
+
+def _temporary_folder() -> str:
+    return next((os.environ[name] for name in TEMPORARY if name in os.environ), "/tmp")
+
+
+def _probe(address: str) -> None:
+    """Connect once: Ray itself would try for many minutes where nobody listens."""
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    if parts.hostname and parts.port:
+        socket.create_connection((parts.hostname, parts.port), PROBE_SECONDS).close()

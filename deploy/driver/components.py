@@ -1,0 +1,112 @@
+"""From a recipe to its parts: every entry that it names, built and checked before anything heavy starts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ray_ddpo.actors.rewards import REWARDS
+from ray_ddpo.actors.rewards.reward import Reward
+from ray_ddpo.common.diffusion import POLICIES
+from ray_ddpo.common.diffusion.policy import PolicyConfig
+from ray_ddpo.common.prompts import PROMPTS, PromptSource
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.reward_pools import RewardPool, reward_pools
+from ray_ddpo.common.recipe.tables import Choice, RewardTable
+from ray_ddpo.common.trackers import TRACKERS
+from ray_ddpo.common.trackers.tracker import Tracker
+from ray_ddpo.common.user_code.blame import call_if_own
+from ray_ddpo.learner.algorithms import ALGORITHMS
+from ray_ddpo.learner.algorithms.algorithm import Algorithm
+from ray_ddpo.learner.algorithms.reward_aggregation import RewardComposition
+from ray_ddpo.learner.optimization.optimizer import check_optimizer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The entries of a recipe. They are light, and travel to the process that makes them live."""
+
+    recipe: Recipe
+    policy: PolicyConfig
+    prompts: PromptSource
+    rewards: dict[str, Reward]
+    scorers: dict[str, Reward]  # looked at, never trained on
+    composition: RewardComposition
+    algorithm: Algorithm
+    trackers: dict[str, Tracker]
+
+    def rewards_of(self, pool: RewardPool) -> dict[str, Reward]:
+        """The rewards that a pool of reward workers holds."""
+        return {name: (self.rewards | self.scorers)[name] for name in pool.rewards}
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe's tables with every default filled in, those of the entries too."""
+        tables = self.recipe.model_dump()
+        tables["policy"] |= self.policy.model_dump()
+        tables["prompts"] |= self.prompts.model_dump()
+        tables["algorithm"] |= self.algorithm.model_dump()
+        named = "rewards" if self.recipe.rewards else "reward"
+        rewards = [
+            {**table.model_dump(), **self.rewards[table.called].model_dump()} for table in self.recipe.all_rewards
+        ]
+        tables[named] = rewards if named == "rewards" else rewards[0]
+        tables["trackers"] = [
+            {**table.model_dump(), **self.trackers[table.name].model_dump()} for table in self.recipe.trackers
+        ]
+        return tables
+
+
+def parts_of(recipe: Recipe) -> Parts:
+    """Build every entry the recipe names. ValueError: a name or key is not known, or what an entry needs is not there."""
+    parts = entries_of(recipe)
+    call_if_own(parts.policy, POLICIES, "check")
+    parts.policy.lora_files()
+    check_optimizer(recipe.learner)
+    call_if_own(parts.prompts, PROMPTS, "load")
+    for tracker in parts.trackers.values():
+        call_if_own(tracker, TRACKERS, "check")
+    return parts
+
+
+def entries_of(recipe: Recipe) -> Parts:
+    """The same without asking whether what an entry needs is there.
+
+    ValueError: a name or key is not known, or the algorithm does not go with the rest.
+    """
+    algorithm: Algorithm = build(ALGORITHMS, recipe.algorithm.table(), "algorithm", Algorithm)
+    algorithm.check(recipe)
+    composition = RewardComposition.of(recipe)
+    composition.check(algorithm)
+    policy: PolicyConfig = build(POLICIES, recipe.policy.table(), "policy", PolicyConfig)
+    policy.check_sampling(recipe.sampling)
+    algorithm.check_policy(policy)
+    algorithm.check_micro_batches(recipe, policy.noisy_steps(recipe.sampling))
+    trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
+    for table in recipe.trackers:
+        trackers[table.name] = build(TRACKERS, table.table(), "trackers", Tracker)
+    rewards = {table.called: build_reward(table) for table in recipe.all_rewards}
+    scorers = {table.called: build_reward(table) for table in recipe.evaluation.scorers}
+    _check_caches(recipe, rewards)
+    return Parts(
+        recipe,
+        policy,
+        build(PROMPTS, recipe.prompts.table(), "prompts", PromptSource),
+        rewards,
+        scorers,
+        composition,
+        algorithm,
+        trackers,
+    )
+
+
+def _check_caches(recipe: Recipe, rewards: dict[str, Reward]) -> None:
+    for pool in reward_pools(recipe):
+        if pool.table.cache and not any(rewards[name].independent_of_batch for name in pool.rewards):
+            raise ValueError(
+                f"{pool.name}.cache is {pool.table.cache}, and the scores of {list(pool.rewards)} depend on the batch that a "
+                "picture stands in, so that a remembered one may differ in bits: set it to 0"
+            )
+
+
+def build_reward(table: RewardTable) -> Reward:
+    """The reward that a `[reward]` table names."""
+    return build(REWARDS, Choice.table(table), "reward")

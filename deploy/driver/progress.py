@@ -1,0 +1,180 @@
+"""Progress: what a run has learned so far, and how much of it is on disk."""
+
+import dataclasses
+import sys
+import time
+from collections import deque
+
+from ray_ddpo.common.base_parts import Base, as_tables
+from ray_ddpo.common.machine import Machine
+from ray_ddpo.common.metrics.bottleneck import bottleneck
+from ray_ddpo.common.metrics.reward_collapse import CollapseWatch
+from ray_ddpo.common.metrics.round_metrics import RoundClock, memory_now, reward_metrics, round_metrics
+from ray_ddpo.common.recipe.reward_pools import reward_pools
+from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.run_storage.storage import StorageError
+from ray_ddpo.common.trackers.fan_out import FanOut
+from ray_ddpo.common.trajectory import Rollout, Scored, TrainBatch, whole_round
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.numerics_notes import NumericsNotes
+from ray_ddpo.deploy.driver.round_media import first_pictures, round_exhibits
+from ray_ddpo.deploy.driver.workers import Workers
+from ray_ddpo.deploy.evaluation.runner import Evaluating
+from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from ray_ddpo.learner.checkpoints.learner_state import LearnerState
+from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
+
+Metrics = dict[str, float]
+FAILED_ROUNDS = 3  # in a row in which the storage refused something: then the run ends
+REMEMBERED = 256  # rounds; a run of many thousands must not grow in memory
+
+
+class Progress:
+    """Takes a round when it is learned from; commits it when a checkpoint is due, or at once when the run is stopped."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        trackers: FanOut,
+        evaluating: Evaluating,
+        folder: RunFolder,
+        checkpoint: Checkpoint | None,
+        base: Base,
+    ) -> None:
+        recipe = parts.recipe
+        self._parts = parts
+        self._checkpoints, self._location = folder.checkpoints, folder.location
+        self._unwritten = folder.unwritten
+        self._failed_rounds = 0  # in a row
+        self._trackers = trackers
+        self.evaluating = evaluating
+        self._base = base
+        started = recipe.start_from.model_dump() if recipe.start_from else None
+        about = {"base": as_tables(base), "start_from": started}
+        self._ledger = Ledger(folder.storage, recipe.rollouts, about, folder.unwritten)
+        self._done: Checkpoint | None = None  # after the last whole round of this start
+        self._resumed_from = checkpoint
+        self.buffer = RoundBuffer(
+            parts.algorithm,
+            parts.composition,
+            recipe.prompts.images_per_prompt,
+            recipe.reward_workers.max_set_aside,
+            recipe.learner.parts_per_round,
+        )
+        groups = recipe.images_per_round // recipe.prompts.images_per_prompt
+        self.collapse = CollapseWatch(groups, recipe.learner.learning_rate)
+        self.rounds_done = self._committed = checkpoint.rounds_done if checkpoint else 0
+        self.metrics: deque[Metrics] = deque(maxlen=REMEMBERED)  # of the last rounds since this start
+        if checkpoint:
+            self.buffer.statistics = checkpoint.statistics
+            self.buffer.set_aside = {round: list(images) for round, images in checkpoint.set_aside.items()}
+        self._ledger.cut(self.rounds_done)
+        self._numerics: NumericsNotes | None = None
+
+    def begin(self, learner: Machine | None, before: Machine | None) -> None:
+        """Compare the machines of this start with `before`, the one of the checkpoint that it resumes from."""
+        self._numerics = NumericsNotes(learner, before) if learner else None
+
+    def learned(self, state: LearnerState, metrics: Metrics) -> None:
+        """The learner has this round behind it: from here on a stop commits it."""
+        self.rounds_done = state.policy_version
+        self.evaluating.learned(state.weights[-1], metrics.get("kl_reference_nats"))
+        set_aside = {round: list(images) for round, images in self.buffer.set_aside.items()}
+        ids = self._trackers.identities()
+        rounds = self.rounds_done if self._parts.recipe.rollouts.keep else 0
+        self._done = Checkpoint(self.rounds_done, state, self.buffer.statistics, ids, rounds, set_aside)
+
+    def write(self, scored: list[Scored], learned: Metrics, clock: RoundClock, workers: Workers) -> None:
+        """The round's rows in the ledger, its metrics to the trackers, and a checkpoint where one is due."""
+        assert self._done is not None, "a round is learned from before it is written"
+        batch = whole_round([part for part, _ in scored])
+        rollouts = [rollout for _, of_part in scored for rollout in of_part]
+        recipe, stream = self._parts.recipe, workers.stream
+        if self._numerics:
+            self._numerics.saw(rollouts)
+            self._numerics.rounded(learned)
+        pictures = (
+            [stream.pictures(rollout) for rollout in rollouts] if self._ledger.wants_pictures(batch.round) else []
+        )
+        there = [images.pixels for images in pictures if images is not None]
+        weights, floors = self._parts.composition.weights, self._parts.composition.floors
+        self._ledger.write_round(batch, rollouts, weights, there if len(there) == len(rollouts) else None)
+        per_prompt = recipe.prompts.images_per_prompt
+        figures = reward_metrics(batch, rollouts, weights, floors, per_prompt) | learned
+        memory = memory_now(self._done.learner.weights[-1].buffer.nbytes)
+        metrics = round_metrics(batch.round, rollouts, figures, clock, stream.report(), memory)
+        try:
+            self._show(batch, rollouts, workers)
+            began = time.monotonic()
+            found = self.evaluating.read(batch.round)
+            metrics |= found | ({"seconds/evaluation": time.monotonic() - began} if found else {})
+        finally:  # whoever stops the run while it waits for one of them: the round itself is done
+            self.metrics.append(metrics)
+            self._trackers.log(metrics)
+        if says := self.collapse.add(batch.round, metrics["reward/mean"], metrics["reward/std"]):
+            print(says, file=sys.stderr, flush=True)
+        due = self.rounds_done % recipe.checkpoint.every == 0 or self.rounds_done == recipe.rounds
+        self._settle(due or self.evaluating.is_over or self._failed_rounds > 0)
+
+    def _settle(self, due: bool) -> None:
+        """Write what the storage refused before, and a checkpoint if one is due.
+
+        StorageError: it refuses for good, for the third round in a row, or after the last round.
+        """
+        try:
+            self.flush()
+            if due:
+                self.commit()
+        except StorageError as error:
+            self._failed_rounds += 1
+            over = self.rounds_done == self._parts.recipe.rounds or self.evaluating.is_over
+            if over or error.permanent or self._failed_rounds == FAILED_ROUNDS:
+                raise
+            text = f"not saved: {error}; it is tried again after the next round"
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._failed_rounds = 0
+
+    def save_good(self, workers: Workers) -> None:
+        """Write the weights of the last whole round for diffusers: what the learner has is of a round that went wrong."""
+        if last := self._done or self._resumed_from:
+            workers.learner.load_state(last.learner)
+            workers.learner.save_policy(self._location)
+
+    @property
+    def last_checkpoint(self) -> str:
+        """The last one that was committed, in words."""
+        return (
+            f"the last good checkpoint is that of round {self._committed}"
+            if self._committed
+            else "there is no checkpoint yet"
+        )
+
+    def closing_line(self) -> str:
+        """Return what a user should know at the end of a run: that the reward collapsed, else who was waited for."""
+        recipe = self._parts.recipe
+        scoring = sum(pool.table.count for pool in reward_pools(recipe))
+        idle = bottleneck(list(self.metrics), recipe.max_policy_lag, recipe.samplers.count, scoring)
+        return self.collapse.at_end() or idle
+
+    def flush(self) -> None:
+        """Write what the storage refused before."""
+        self._unwritten.flush()
+        self._trackers.flush()
+
+    def _show(self, batch: TrainBatch, rollouts: list[Rollout], workers: Workers) -> None:
+        """Pictures, a table and histograms of the round, where it is its turn and a tracker shows them."""
+        table, rounds = self._parts.recipe.exhibits, self._parts.recipe.rounds
+        if table.is_due(batch.round, rounds) and self._trackers.shows:
+            pictures = first_pictures(rollouts, table.pictures, workers.stream.pictures)
+            weights, log_ratios = self._parts.composition.weights, workers.learner.log_ratios()
+            self._trackers.show(round_exhibits(batch, rollouts, weights, pictures, log_ratios))
+
+    def commit(self) -> None:
+        """Save what was learned since the last checkpoint, after all that a resumed run takes as written before it."""
+        self.flush()
+        if self._done and self._done.rounds_done > self._committed:
+            done = dataclasses.replace(self._done, evaluation=self.evaluating.state, base=self._base)
+            save_checkpoint(self._checkpoints, done, self._parts.recipe.checkpoint.keep)
+            self._committed = self._done.rounds_done

@@ -1,0 +1,172 @@
+"""What roles print, from their processes to the driver's terminal and into the run's folder, through Ray's own log stream.
+
+Ray reads the output of every process on every node and sends it to the driver. There is no line in between that a process
+could lose when it dies. A role marks its lines with its name, so that Ray's own lines can be told from them.
+"""
+
+import io
+import os
+import re
+import sys
+import threading
+import time
+from collections import defaultdict
+from typing import Any, TextIO
+
+from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.common.user_code.frames import is_users
+
+RAYS_TOKENS = (":actor_name:", ":task_name:", ":job_id:")  # lines that Ray's log monitor reads for itself
+MARKED = re.compile(
+    r"\[((?:sampler|reward-worker|scorer|learner)[\w.-]*-\d+)\]([ #])(.*)", re.DOTALL
+)  # '#': for the file only
+EXITS = "exit code {} (os._exit)"
+FATAL = re.compile(r"Fatal Python error: (.+)")
+SIGNALS = {
+    "Aborted": "SIGABRT",
+    "Segmentation fault": "SIGSEGV",
+    "Bus error": "SIGBUS",
+    "Illegal instruction": "SIGILL",
+    "Floating-point exception": "SIGFPE",
+}
+FRAME = re.compile(r'File "(.+)", line (\d+) in ')
+REMOTE_SECONDS = 30.0  # between two writes into an object store, which cannot append
+QUIET_SECONDS, LONGEST_WAIT_SECONDS = 0.4, 3.0  # at the end: how long nothing must come, and how long that may take
+OTHERS = "ray"  # the file of what Ray says of its own
+
+
+class LabelledOutput(io.TextIOBase):
+    """A text stream that puts a role's name before each whole line, and hands the line on at once."""
+
+    def __init__(self, stream: TextIO, label: str) -> None:
+        self.stream = stream
+        self._label = label
+        self._begun = threading.local()  # each thread's line that is not whole yet
+
+    def write(self, text: str) -> int:
+        *lines, self._begun.line = (getattr(self._begun, "line", "") + text).split("\n")
+        if lines:
+            self.stream.write("".join(f"{self._labelled(line)}\n" for line in lines))
+            self.stream.flush()
+        return len(text)
+
+    def _labelled(self, line: str) -> str:
+        if line.startswith(RAYS_TOKENS):
+            return line
+        last_state = line.rstrip("\r").rpartition("\r")[2]  # of a progress bar
+        return f"[{self._label}] {last_state}"
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)  # such as `buffer`, whose bytes reach the log file unmarked
+
+
+def label_output(label: str) -> TextIO:
+    """Mark what this process prints and logs from now on as a role's; return the stream for the log file only."""
+    plain = sys.stderr
+    print(f"[{label}]#started as process {os.getpid()}", file=plain, flush=True)
+    sys.stdout, sys.stderr = LabelledOutput(sys.stdout, label), LabelledOutput(plain, label)
+    exit_now, process = os._exit, os.getpid()
+
+    def tell_and_exit(status: int) -> None:
+        if os.getpid() == process:  # and not a child that was forked
+            print(f"[{label}]#{EXITS.format(status)}", file=plain, flush=True)
+        exit_now(status)
+
+    os._exit = tell_and_exit  # type: ignore[assignment]  # nobody else could tell the exit code
+    return plain
+
+
+class RoleOutput:
+    """Prints the roles' lines on the terminal and keeps them, with all else that their processes write, in `logs`."""
+
+    def __init__(self, logs: Storage) -> None:
+        self._logs = logs
+        self._labels: dict[tuple[str, Any], str] = {}  # by node and process
+        self._ends: dict[str, list[str]] = defaultdict(list)  # of a role, how its process says that it ends, and where
+        self._unwritten: dict[str, list[str]] = defaultdict(list)
+        self._written = self._came = time.monotonic()
+        self._changed = threading.Condition()
+        self._is_read = self._is_kept = True
+        self.attached = False
+
+    def attach(self) -> None:
+        """Take what Ray would print itself; to be called before `ray.init(log_to_driver=True)`."""
+        import ray._private.worker
+
+        ray._private.worker.print_to_stdstream = self._take
+        self.attached = True
+
+    def _take(self, data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        """Take a piece of one process's output, as Ray's log stream has it. Called from threads of Ray's."""
+        process = (str(data.get("ip")), data.get("pid"))
+        if process[1] in ("autoscaler", "gcs_server"):
+            return
+        with self._changed:
+            for line in data["lines"]:
+                self._take_line(line, process, sys.stderr if data["is_err"] else sys.stdout)
+            self._came = time.monotonic()
+            if self._logs.local_path or self._came - self._written > REMOTE_SECONDS:
+                self._write()
+            self._changed.notify_all()
+
+    def _take_line(self, line: str, process: tuple[str, Any], terminal: TextIO) -> None:
+        if marked := MARKED.fullmatch(line):
+            label, kind, text = marked.groups()
+            self._labels[process] = label
+            if kind == " " and self._is_read:
+                self._print(line, terminal)
+        else:
+            label, text = self._labels.get(process, OTHERS), line
+        self._note_end(label, text)
+        self._unwritten[label].append(text)
+
+    def _print(self, line: str, terminal: TextIO) -> None:
+        try:
+            print(line, file=terminal, flush=True)
+        except BrokenPipeError:  # nobody reads any more, which the driver's own thread notices and answers for
+            self._is_read = False
+
+    def _note_end(self, label: str, text: str) -> None:
+        if text.startswith(EXITS.partition("{")[0]) and text.endswith("(os._exit)"):
+            self._ends[label] = [text]
+        elif fatal := FATAL.match(text):
+            self._ends[label] = [SIGNALS.get(fatal[1].strip(), fatal[1].strip())]
+        elif len(self._ends.get(label, ())) == 1 and (frame := FRAME.search(text)) and is_users(frame[1]):
+            self._ends[label].append(f"in {frame[1]}:{frame[2]}")
+
+    def last_words(self, label: str, seconds: float) -> str | None:
+        """Return how a process said that it ends, which may come a moment after Ray knows that it is dead."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while label not in self._ends and self.attached and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            return " ".join(self._ends[label]) if label in self._ends else None
+
+    def _write(self) -> None:
+        unwritten, self._unwritten = self._unwritten, defaultdict(list)
+        self._written = time.monotonic()
+        try:
+            for label, lines in unwritten.items() if self._is_kept else ():
+                self._logs.append(f"{label}.log", "".join(f"{line}\n" for line in lines).encode())
+        except OSError as error:  # no reason to end a run
+            self._is_kept = False
+            print(f"what roles print is no longer kept in {self._logs.location}: {error}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Wait for what is still on its way, and write it."""
+        closed = time.monotonic()
+        while self.attached and time.monotonic() < min(
+            closed + LONGEST_WAIT_SECONDS, max(closed, self._came) + QUIET_SECONDS
+        ):
+            time.sleep(QUIET_SECONDS / 4)
+        with self._changed:
+            self._write()

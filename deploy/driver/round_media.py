@@ -1,0 +1,70 @@
+"""What trackers are shown of a round: its first pictures with their rewards, a table of its prompts, and distributions."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from ray_ddpo.common.trackers.exhibits import Exhibits, Picture, ShownTable
+from ray_ddpo.common.trajectory import ImageBatch, Rollout, TrainBatch
+
+PANEL = "round"
+COLUMNS = ("prompt", "images", "reward_mean", "reward_std", "advantage_mean", "advantage_std")
+Pixels = UInt8[np.ndarray, "H W 3"]
+
+
+def first_pictures(
+    rollouts: list[Rollout], count: int, fetch: Callable[[Rollout], ImageBatch | None]
+) -> dict[int, Pixels]:
+    """A round's first `count` pictures, by their number in it. Only their tasks are fetched; what is lost is left out."""
+    found: dict[int, Pixels] = {}
+    first = 0
+    for rollout in rollouts:
+        if first >= count:
+            break
+        images = fetch(rollout)
+        if images is not None:
+            found |= {first + row: pixels.copy() for row, pixels in enumerate(images.pixels[: count - first])}
+        first += len(rollout.report.task.seeds)
+    return found
+
+
+def round_exhibits(
+    batch: TrainBatch,
+    rollouts: list[Rollout],
+    weights: dict[str, float],
+    pictures: dict[int, Pixels],
+    log_ratios: Float[np.ndarray, "N"],
+) -> Exhibits:
+    """`pictures` by their number in the round, `weights` by the reward's name; images set aside are in no figure."""
+    prompts = [prompt.text for rollout in rollouts for prompt in rollout.report.task.prompts]
+    scores = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts]) for name in weights}
+    parts = [weight * scores[name].astype(np.float64) for name, weight in weights.items()]
+    reward = np.sum(parts, axis=0)
+    kept = np.setdiff1d(np.arange(len(prompts)), batch.set_aside)
+    histograms = {"reward": reward[kept], "advantage": batch.advantages[kept], "log_ratio": log_ratios}
+    if len(scores) > 1:
+        histograms |= {f"reward/{name}": values[kept] for name, values in scores.items()}
+    shown = tuple(
+        Picture(pixels, _caption(prompts[image], reward[image], batch.advantages[image]))
+        for image, pixels in pictures.items()
+    )
+    table = ShownTable(COLUMNS, _rows(np.array(prompts)[kept], reward[kept], batch.advantages[kept]))
+    return Exhibits(batch.round, {PANEL: shown} if shown else {}, {PANEL: table}, histograms)
+
+
+def _caption(prompt: str, reward: float, advantage: float) -> str:
+    if np.isnan(advantage):
+        return f"{prompt}: set aside"
+    return f"{prompt}: reward {reward:.4g}, advantage {advantage:+.3g}"
+
+
+def _rows(
+    prompts: np.ndarray, reward: Float[np.ndarray, "N"], advantages: Float[np.ndarray, "N"]
+) -> tuple[tuple[str | int | float, ...], ...]:
+    rows = []
+    for prompt in np.unique(prompts):
+        rewards, worth = reward[prompts == prompt], advantages[prompts == prompt]
+        figures = (rewards.mean(), rewards.std(), worth.mean(), worth.std())
+        rows.append((str(prompt), len(rewards), *(float(figure) for figure in figures)))
+    return tuple(rows)

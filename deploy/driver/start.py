@@ -1,0 +1,158 @@
+"""Where a start of a run begins: anew, at its newest checkpoint or at an earlier run's weights; and what it must stand on."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from ray_ddpo.common.base_parts import MODEL_KEYS, Base, LoadedBase, differing_parts, entry_base, text_part
+from ray_ddpo.common.recipe.tables import StartFromTable
+from ray_ddpo.common.run_storage.run_folder import BASE_FILE, RunFolder
+from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.start_from import EarlierRun, earlier_run
+from ray_ddpo.learner.checkpoints.checkpoint import (
+    Checkpoint,
+    committed_checkpoints,
+    damaged_checkpoints,
+    save_checkpoint,
+)
+from ray_ddpo.learner.checkpoints.resume import resume_point
+
+
+@dataclass(frozen=True)
+class Start:
+    """The parts, with the earlier run that they start from; the checkpoint to go on from, and what was loaded so far."""
+
+    parts: Parts
+    checkpoint: Checkpoint | None
+    base: LoadedBase
+
+    def write(self, folder: RunFolder) -> None:
+        """Write recipe and fingerprints; before them the weights of an earlier run, which a resume no longer asks for."""
+        if self.checkpoint and not self.checkpoint.rounds_done and not folder.storage.exists(folder.recipe):
+            begun = replace(self.checkpoint, base=self.base.parts)
+            save_checkpoint(folder.checkpoints, begun, self.parts.recipe.checkpoint.keep)
+        folder.write_recipe(self.parts.resolved(), self.base.parts)
+
+
+def start_of(folder: RunFolder, parts: Parts, resume: bool) -> Start:
+    """Find where a run begins. ValueError: not here, or not with this recipe, these prompts or from this earlier run."""
+    if folder.storage.exists(folder.recipe):
+        return _resumed(folder, parts, resume)
+    _refuse_a_run_without_recipe(folder)
+    table = parts.recipe.start_from
+    earlier = earlier_run(table, parts) if table else None
+    base = LoadedBase(earlier.base, _refusing_to_start(earlier)) if earlier else LoadedBase()
+    base.take("the driver", prompts_base(parts))
+    if earlier is None:
+        return Start(parts, None, base)
+    print(
+        f"starts from {earlier.table.run} after round {earlier.table.round}, weights {earlier.weights.fingerprint[:12]}; "
+        "optimizer state and statistics begin afresh",
+        flush=True,
+    )
+    return Start(_starting_from(parts, earlier.table), earlier.checkpoint, base)
+
+
+def _refuse_a_run_without_recipe(folder: RunFolder) -> None:
+    """Raise ValueError if the folder holds an earlier run's results: a new run would write over them."""
+    # What a start writes before its recipe is no result: the weights that it starts from, round-000000.
+    results = [name for name in committed_checkpoints(folder.checkpoints) if not name.startswith("round-000000")]
+    there = [name for name in (folder.metrics,) if folder.storage.exists(name)] + results
+    if there:
+        raise ValueError(
+            f"{folder.location} has {there[0]} and no {folder.recipe}, so nobody can tell which run this was: restore the file, "
+            "or give another --name or --output_dir"
+        )
+
+
+def _refuse_damaged_checkpoints(folder: RunFolder) -> None:
+    """Raise ValueError if no committed checkpoint is whole: the run would begin again without a word."""
+    damaged = damaged_checkpoints(folder.checkpoints)
+    if damaged:
+        raise ValueError(
+            f"the run in {folder.location} has no whole checkpoint, {', '.join(damaged)} is damaged: restore it, or remove "
+            f"{folder.checkpoints.location} to begin again"
+        )
+    print(f"the run in {folder.location} has no checkpoint yet: it begins again", file=sys.stderr, flush=True)
+
+
+def _resumed(folder: RunFolder, parts: Parts, resume: bool) -> Start:
+    if resume:
+        before = folder.recipe_tables().get("start_from")
+        parts = _starting_from(parts, _same_start(folder, before, parts.recipe.start_from))
+    checkpoint = resume_point(folder, parts.resolved(), resume, set(_places(parts)))
+    if checkpoint is None:
+        _refuse_damaged_checkpoints(folder)
+    known = folder.base()
+    if checkpoint and (differing := differing_parts(checkpoint.base, known)):
+        said = "; ".join(differing.values())
+        raise ValueError(
+            f"{folder.location} has a checkpoint that was made on other files than {BASE_FILE} says: {said}"
+        )
+    base = LoadedBase(known, lambda differing: refusal(folder.location, differing, of_training=True))
+    base.take("the driver", prompts_base(parts))
+    return Start(parts, checkpoint, base)
+
+
+def _same_start(folder: RunFolder, before: dict | None, now: StartFromTable | None) -> StartFromTable | None:
+    """The earlier run as this one has it in its recipe, which need not be given again, nor be there any more."""
+    known = StartFromTable(**before) if before else None
+    if now is None or now == known:
+        return known
+    if known is None or RunFolder(now.run).location != known.run or now.round not in (None, known.round):
+        started = f"started from {known.run} after round {known.round}" if known else "did not start from another run"
+        raise ValueError(
+            f"the run in {folder.location} {started}, and --from now says {now.run}"
+            f"{f'@{now.round}' if now.round else ''}: leave --from out, or give another --name"
+        )
+    return known
+
+
+def _starting_from(parts: Parts, table: StartFromTable | None) -> Parts:
+    return replace(parts, recipe=parts.recipe.model_copy(update={"start_from": table}))
+
+
+def _places(parts: Parts) -> Iterator[str]:
+    """Yield the keys that say where files are; what is in the files is known by their fingerprints."""
+    yield from (weights.key for weights in (*parts.policy.files_of("sampler"), *parts.policy.lora_files()))
+    yield from (weights.key for weights in parts.prompts.needs())
+    several = bool(parts.recipe.rewards)
+    for place, table in enumerate(parts.recipe.all_rewards):
+        key = f"rewards.{place}" if several else "reward"
+        yield from (weights.key.replace("reward", key, 1) for weights in parts.rewards[table.called].needs())
+
+
+def prompts_base(parts: Parts) -> Base:
+    """Fingerprint the prompts: their file, the user's module, or the list itself."""
+    source = parts.prompts
+    found = entry_base(source, "prompts", source.needs())
+    listed = source.listed()
+    if not found and listed is not None:
+        told = json.dumps([listed, source.held_out()])
+        found["prompts"] = text_part(told, f"{len(listed)} prompts of prompts.name = {parts.recipe.prompts.name!r}")
+    return found
+
+
+def refusal(run: str, differing: dict[str, str], of_training: bool = False) -> str:
+    """Say which parts are others than a run was made with, and what to do."""
+    said = f"the run in {run} stands on other files than are here: {'; '.join(differing.values())}"
+    if any(name.startswith(MODEL_KEYS) for name in differing):
+        if not of_training:
+            of_lora = not any(name.startswith("policy.model") for name in differing)
+            where = "--policy.lora.path where the LoRA" if of_lora else "--policy.model where the model"
+            return f"{said}; restore the file, or say with {where} is that the run was trained on"
+        return f"{said}; restore the file, or begin a new run with another --name (--from takes weights to the same model only)"
+    if not of_training:
+        return f"{said}; restore the file, or name another one with a key of prompts, reward or evaluation"
+    return f"{said}; restore the file, or start a new run from this one's weights: --from {run} and another --name"
+
+
+def _refusing_to_start(earlier: EarlierRun) -> Callable[[dict[str, str]], str]:
+    def refuse(differing: dict[str, str]) -> str:
+        return (
+            f"--from {earlier.table.run}: its weights were trained on another model: {'; '.join(differing.values())}; "
+            "restore the file, or say with --policy.model where that model is"
+        )
+
+    return refuse

@@ -1,0 +1,181 @@
+"""Supervision: what reaches a driver from outside while it works: a signal to stop, another number of workers, a lost lease."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.reward_pools import elastic_roles, refused
+from ray_ddpo.common.run_storage.lease import Lease, LeaseLost
+from ray_ddpo.common.run_storage.run_folder import CONTROL, RunFolder
+from ray_ddpo.common.run_storage.storage import StorageError
+from ray_ddpo.deploy.driver.cluster_watch import ClusterWatch
+from ray_ddpo.deploy.driver.reaper import leave
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NOTICE_SECONDS = 2.0  # in which it is seen that a call has failed because the cluster is lost
+LOSS_SECONDS = 5.0  # that a driver has to see that its cluster is lost; then it is taken to be stuck in a call of Ray's
+POLL_SECONDS = 1.0
+REMOTE_POLL_SECONDS = 5.0  # of an object store, which counts requests
+
+
+class Stopped(Exception):
+    """A run that ended early: by a signal, or because its folder, its storage or its cluster is lost."""
+
+    def __init__(self, why: str, exit_code: int, may_commit: bool = True, cluster_is_lost: bool = False) -> None:
+        super().__init__(why)
+        self.exit_code = exit_code
+        self.cluster_is_lost = cluster_is_lost  # then Ray cannot be shut down either
+        self.may_commit = may_commit  # not where the folder is another's by now
+
+
+EXPECTED = (Stopped, KeyboardInterrupt, ValueError, StorageError, LeaseLost)
+
+
+class Supervision:
+    """Use as a context manager. `check` is called between any two steps of the driver's work, about once a second or more."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, lease: Lease) -> None:
+        self._folder = folder
+        self._recipe = recipe
+        self._lease = lease
+        self._poll_seconds = POLL_SECONDS if folder.storage.local_path else REMOTE_POLL_SECONDS
+        self._signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
+        self._watch: ClusterWatch | None = None
+        self._loss = ""  # of the cluster, in words
+        self._is_lost = threading.Event()
+        self._is_stopping = threading.Event()
+        self._next_poll = 0.0
+        self._asked: dict[str, int] = {}
+        self._told = ""  # last, of what was asked and cannot be done
+        self.on_scale: dict[str, Callable[[int], None]] = {}  # by role; set by who can
+        self.saved: Callable[[], str] | None = None  # the last checkpoint, in words; set when the first round begins
+
+    def __enter__(self) -> "Supervision":
+        self._folder.storage.remove(CONTROL)  # what was asked of an earlier start
+        self.listen()
+        return self
+
+    def listen(self) -> None:
+        """Take the signals; again after `ray.init`, which takes them for itself."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # as nohup asks
+                continue
+            before = signal.signal(number, self._note)
+            self._before.setdefault(number, before)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Say in one line what ended the run, if it is a lost cluster or folder, or storage that refuses."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._watch is not None:
+            if error is not None and not isinstance(error, EXPECTED):
+                self._is_lost.wait(NOTICE_SECONDS)
+            self._watch.stop()
+        if error is None or isinstance(error, Stopped | KeyboardInterrupt):
+            return
+        if self.cluster_is_lost:  # whatever a call on a lost cluster ended with
+            raise self._cluster_lost() from error
+        if isinstance(error, LeaseLost):
+            raise self._lease_lost() from error
+        if isinstance(error, StorageError):
+            failed = getattr(error, "cause", error)  # of an actor's error, which Ray prints with its traceback
+            if self.saved is None:
+                raise ValueError(f"output_dir: {failed}") from error
+            raise Stopped(f"{failed}; {self.saved()}", 1) from error
+
+    def watch(self, watch: ClusterWatch) -> None:
+        """Keep what looks after the cluster, to stop it in the end."""
+        self._watch = watch
+
+    @property
+    def cluster_is_lost(self) -> bool:
+        return self._is_lost.is_set()
+
+    def lose_cluster(self, what: str) -> None:
+        """Have `check` end the run; if the driver does not come to it, end the process. Called from a thread."""
+        _silence_libraries()
+        self._loss = f"the Ray cluster is lost: {what}"
+        self._is_lost.set()
+        if not self._is_stopping.wait(LOSS_SECONDS):
+            print(f"ddpo train: {self._loss}; resume with --resume auto", file=sys.stderr, flush=True)
+            self._lease.let_go()
+            leave(1)
+
+    def _cluster_lost(self) -> Stopped:
+        self._is_stopping.set()
+        return Stopped(self._loss, 1, cluster_is_lost=True)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: at once, without a commit
+        self._signal = signal.Signals(number)
+
+    def check(self) -> None:
+        """Stopped: a signal came, or another process has taken the run's folder over. Also sees to `ddpo scale`."""
+        if self._signal is not None:
+            self._is_stopping.set()
+            raise Stopped(f"stopped by {self._signal.name}", 128 + self._signal, cluster_is_lost=self.cluster_is_lost)
+        if self.cluster_is_lost:
+            raise self._cluster_lost()
+        if self._lease.lost:
+            raise self._lease_lost()
+        if self.on_scale and time.monotonic() >= self._next_poll:
+            self._next_poll = time.monotonic() + self._poll_seconds
+            self._scale()
+
+    def _lease_lost(self) -> Stopped:
+        return Stopped(f"another process has taken over {self._folder.location}", 1, may_commit=False)
+
+    def _scale(self) -> None:
+        tables = elastic_roles(self._recipe)
+        try:
+            asked = self._folder.asked()
+            wrong = [why for role, count in asked.items() if (why := refused(tables, role, count))]
+        except ValueError as error:
+            asked, wrong = {}, [str(error)]
+        if wrong:  # no reason to end a run
+            self._tell(f"what was asked is not done: {'; '.join(wrong)}")
+            return
+        for role, scale in self.on_scale.items():
+            table = tables[role]
+            count = asked.get(role, self._asked.get(role, table.count))
+            if count != self._asked.get(role, table.count):
+                print(f"{role}: {self._asked.get(role, table.count)} → {count}, as asked", file=sys.stderr, flush=True)
+                scale(count)
+                self._asked[role] = count
+
+    def _tell(self, text: str) -> None:
+        """Once, though it is found again at every look."""
+        if text != self._told:
+            print(text, file=sys.stderr, flush=True)
+            self._told = text
+
+
+@contextmanager
+def sheltered_from_hangup() -> Iterator[None]:
+    """Have processes that are started meanwhile ignore SIGHUP, which a closed terminal sends to all: the driver answers it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
+def _silence_libraries() -> None:
+    """Keep standard error for our own lines: Ray reports a lost cluster at length, from C++ there and on standard output."""
+    own = os.dup(2)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends, which is soon)
+    os.dup2(sys.stdout.fileno(), 2)
+    sys.stderr = os.fdopen(own, "w", buffering=1, errors="backslashreplace")

@@ -1,0 +1,1 @@
+"""Held-out evaluation of policy versions beside the training, and the guard that judges it."""

@@ -1,0 +1,110 @@
+"""Embed pictures once: whole batches of those that the store does not have yet, decoded ahead on threads."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ray_ddpo.learner.aesthetic_head.embedding_store import EmbeddingStore, Known
+from ray_ddpo.learner.aesthetic_head.image_files import NOT_THERE, FileState, file_state, read_squared
+
+Embed = Callable[[UInt8[Tensor, "B H W 3"]], Float[Tensor, "B D"]]
+Squared = UInt8[np.ndarray, "side side 3"]
+DECODERS = 4  # threads
+AHEAD = 2  # batches that are decoded while one is embedded
+NAMED = 3  # broken pictures, in an error
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """CLIP's image tower as a function on the device it computes on, and the side of the squares that it sees."""
+
+    embed: Embed
+    side: int
+    device: str
+    batch_size: int = 32
+    part_batches: int = 32  # that are written as one file
+
+
+def embed_pictures(folder: Path, paths: Sequence[str], embedder: Embedder, store: EmbeddingStore) -> dict[str, str]:
+    """Fill the store with what it lacks of `paths`; the broken pictures, and why each is.
+
+    Batches are cut from what is left in the order of `paths`, and a part is whole batches: so embeddings have the same bits
+    with or without a stop on the way. ValueError: most pictures are broken.
+    """
+    states = {path: file_state(folder / path) for path in paths}
+    _refuse_most_broken({path: NOT_THERE for path, state in states.items() if not state.there}, len(paths), folder)
+    left = [path for path, state in states.items() if path not in store.known or store.known[path].state != state]
+    batches = [left[start : start + embedder.batch_size] for start in range(0, len(left), embedder.batch_size)]
+    pending: dict[str, Known] = {}
+    with _progress() as progress, ThreadPoolExecutor(DECODERS) as pool:
+        bar = progress.add_task("embedding", total=len(paths), completed=len(paths) - len(left))
+        for number, (batch, pictures) in enumerate(_decoded_ahead(pool, folder, batches, embedder.side), start=1):
+            pending |= _embedded(batch, pictures, states, embedder)
+            progress.advance(bar, len(batch))
+            if number % embedder.part_batches == 0 or number == len(batches):
+                store.add(pending)
+                pending = {}
+    broken = {path: reason for path in paths if (reason := store.known[path].broken)}
+    _refuse_most_broken(broken, len(paths), folder)
+    return broken
+
+
+def _decoded_ahead(
+    pool: ThreadPoolExecutor, folder: Path, batches: Iterable[list[str]], side: int
+) -> Iterator[tuple[list[str], list[Squared | str]]]:
+    """Each batch with its pictures, or why there is none, while the next ones are read."""
+    waiting: deque[tuple[list[str], list[Future[Squared | str]]]] = deque()
+    for batch in batches:
+        waiting.append((batch, [pool.submit(read_squared, folder / path, side) for path in batch]))
+        if len(waiting) > AHEAD:
+            paths, futures = waiting.popleft()
+            yield paths, [future.result() for future in futures]
+    for paths, futures in waiting:
+        yield paths, [future.result() for future in futures]
+
+
+def _embedded(
+    batch: list[str], pictures: list[Squared | str], states: dict[str, FileState], embedder: Embedder
+) -> dict[str, Known]:
+    known = {
+        path: Known(states[path], None, reason)
+        for path, reason in zip(batch, pictures, strict=True)
+        if isinstance(reason, str)
+    }
+    good = {path: picture for path, picture in zip(batch, pictures, strict=True) if not isinstance(picture, str)}
+    if good:
+        pixels = torch.from_numpy(np.stack(list(good.values()))).to(embedder.device)
+        for path, embedding in zip(good, embedder.embed(pixels).float().cpu().numpy(), strict=True):
+            finite = bool(np.isfinite(embedding).all())
+            known[path] = Known(
+                states[path], embedding if finite else None, None if finite else "its embedding is not finite"
+            )
+    return {path: known[path] for path in batch}
+
+
+def _refuse_most_broken(broken: dict[str, str], pictures: int, folder: Path) -> None:
+    if 2 * len(broken) > pictures:
+        examples = "; ".join(f"{path}: {reason}" for path, reason in list(broken.items())[:NAMED])
+        raise ValueError(
+            f"{len(broken)} of the table's {pictures} pictures in {folder} cannot be used, which is most of them ({examples}): "
+            "do the table's paths begin at this folder?"
+        )
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns)

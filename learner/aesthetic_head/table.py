@@ -1,0 +1,120 @@
+"""Rated pictures as a table has them: a path each, a rating or counts of votes, and perhaps the split."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from ray_ddpo.learner.aesthetic_head.formats import rows_of
+
+SPLITS = ("train", "validation", "test")
+COLUMNS = "path, and one of rating, votes (a list) and votes_1 … votes_N (counts of the ratings 1 to N); split may be there too"
+
+
+@dataclass(frozen=True)
+class RatedPictures:
+    """N pictures in the table's order."""
+
+    paths: tuple[str, ...]  # in the folder of pictures
+    ratings: Float[np.ndarray, "N"]  # where there are votes, their mean
+    splits: tuple[str, ...] | None = None  # of SPLITS; None: the table does not say
+
+
+class BadCell(ValueError):
+    """What a column's cell must be and is not; the reader adds table and place."""
+
+
+def mean_rating(votes: Sequence[int | float]) -> float:
+    """The mean of votes for the ratings 1, 2, …, by their counts."""
+    return sum(rating * count for rating, count in enumerate(votes, start=1)) / sum(votes)
+
+
+def read_table(table: Path, format: str | None = None) -> RatedPictures:
+    """Read and check a table; `format` of `formats.READERS`, None: as it looks.
+
+    ValueError: a column lacks, or a cell is not what it must be; it names table, place, column, what came and what is allowed.
+    """
+    rows = list(rows_of(table, format))
+    if not rows:
+        raise ValueError(f"the table {table} has no pictures: it needs the columns {COLUMNS}")
+    columns = set(rows[0][1])
+    try:
+        rating = _rating_reader(columns)
+    except BadCell as error:
+        raise ValueError(f"the table {table} has the columns {sorted(columns)}: {error}") from None
+    pictures, seen = [], {}
+    for place, cells in rows:
+        try:
+            path, split = _path(cells["path"]), _split(cells.get("split")) if "split" in columns else None
+            pictures.append((path, rating(cells), split))
+        except BadCell as error:
+            raise ValueError(f"{table}, {place}: {error}") from None
+        if path in seen:
+            raise ValueError(f"{table}, {place}: {path!r} stands in {seen[path]} too: a picture has one row")
+        seen[path] = place
+    paths, ratings, splits = zip(*pictures, strict=True)
+    return RatedPictures(paths, np.array(ratings), splits if "split" in columns else None)
+
+
+def _rating_reader(columns: set[str]) -> Callable[[dict[str, Any]], float]:
+    """How a row's rating is had from its cells."""
+    numbers = sorted(int(match[1]) for column in columns if (match := re.fullmatch(r"votes_(\d+)", column)))
+    ways = [
+        name
+        for name, there in (("rating", "rating" in columns), ("votes", "votes" in columns), ("votes_1", numbers))
+        if there
+    ]
+    if "path" not in columns or len(ways) != 1:
+        raise BadCell(f"it needs {COLUMNS}")
+    if ways == ["rating"]:
+        return lambda cells: _number(cells["rating"], "rating")
+    if ways == ["votes"]:
+        return lambda cells: _of_votes(_listed(cells["votes"]), "votes")
+    if numbers != list(range(1, len(numbers) + 1)) or len(numbers) < 2:
+        raise BadCell("votes_… must be numbered 1, 2, … without a gap, two or more of them")
+    return lambda cells: _of_votes([cells[f"votes_{number}"] for number in numbers], "votes_…")
+
+
+def _path(cell: Any) -> str:
+    if not isinstance(cell, str) or not cell:
+        raise BadCell(f"column path is {cell!r}: it must be a picture's path in the folder of pictures")
+    return cell
+
+
+def _split(cell: Any) -> str:
+    if cell not in SPLITS:
+        raise BadCell(f"column split is {cell!r}: it must be one of {', '.join(SPLITS)}")
+    return cell
+
+
+def _listed(cell: Any) -> list[Any]:
+    """A list, also as a csv's cell: "[1, 0, 5]" or "1 0 5"."""
+    if isinstance(cell, str):
+        return re.split(r"[,;\s]+", cell.strip(" []()"))
+    if not isinstance(cell, list):
+        raise BadCell(f"column votes is {cell!r}: it must be a list of counts, of the ratings 1, 2, …")
+    return cell
+
+
+def _number(cell: Any, column: str) -> float:
+    try:
+        number = float(cell)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadCell(f"column {column} is {cell!r}: it must be a finite number")
+    return number
+
+
+def _of_votes(counts: list[Any], column: str) -> float:
+    votes = [_number(count, column) for count in counts]
+    if min(votes) < 0 or sum(votes) == 0 or len(votes) < 2:
+        raise BadCell(
+            f"column {column} is {counts}: it must be counts of 0 or more, of two ratings or more, not all of them 0"
+        )
+    return mean_rating(votes)

@@ -1,0 +1,124 @@
+"""What a reward is worth beside others: advantages, as pure functions with explicit state."""
+
+import numpy as np
+from jaxtyping import Float
+
+from ray_ddpo.common.metrics.named_rows import rows_by_name
+
+PromptStatistics = dict[str, tuple[float, ...]]  # the last rewards of each prompt, oldest first
+
+ROUND_EPSILON = 1e-8  # ddpo-pytorch and TRL, without tracking
+PROMPT_EPSILON = 1e-6  # the same, with per-prompt tracking
+GROUP_EPSILON = 1e-4  # Flow-GRPO
+
+
+def mean_and_std(values: Float[np.ndarray, "... N"]) -> tuple[Float[np.ndarray, "... 1"], Float[np.ndarray, "... 1"]]:
+    """Return mean and population deviation over the last axis. Of equal values the mean is exactly that value.
+
+    Otherwise rounding gives equal rewards advantages that are not 0, and their division by an epsilon makes these large.
+    """
+    alike = (values == values[..., :1]).all(axis=-1, keepdims=True)
+    mean = np.where(alike, values[..., :1], values.mean(axis=-1, keepdims=True))
+    return mean, np.where(alike, 0.0, values.std(axis=-1, keepdims=True))
+
+
+def round_advantages(rewards: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    """(reward − mean) / (std + 1e-8) over the round; population deviation."""
+    rewards = rewards.astype(np.float64)
+    mean, std = mean_and_std(rewards)
+    return (rewards - mean) / (std + ROUND_EPSILON)
+
+
+def extend_statistics(
+    statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], buffer_size: int
+) -> PromptStatistics:
+    """The statistics with a round's rewards added in task order, keeping the last `buffer_size` of each prompt."""
+    added: dict[str, list[float]] = {}
+    for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+        added.setdefault(prompt, []).append(reward)
+    return statistics | {name: (*statistics.get(name, ()), *new)[-buffer_size:] for name, new in added.items()}
+
+
+def per_prompt_advantages(
+    statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], min_count: int
+) -> Float[np.ndarray, "N"]:
+    """(reward − mean) / (std + 1e-6) over the prompt's last rewards, this round's among them (DDPO, section 4.3).
+
+    A prompt with fewer than `min_count` rewards is held against the whole round instead.
+    """
+    rewards = rewards.astype(np.float64)
+    mean, std = mean_and_std(rewards)
+    advantages = (rewards - mean) / (std + PROMPT_EPSILON)
+    for prompt, rows in rows_by_name(prompts).items():
+        if len(statistics[prompt]) >= min_count:
+            mean, std = mean_and_std(np.array(statistics[prompt]))
+            advantages[rows] = (rewards[rows] - mean) / (std + PROMPT_EPSILON)
+    return advantages
+
+
+def group_advantages(rewards: Float[np.ndarray, "N"], images_per_prompt: int, deviation: str) -> Float[np.ndarray, "N"]:
+    """(reward − mean of its group) / (std + 1e-4), std of the group or of the round (GRPO; Flow-GRPO); groups are neighbours."""
+    rewards = rewards.astype(np.float64)
+    groups = rewards.reshape(-1, images_per_prompt)
+    mean, std = mean_and_std(groups)
+    return ((groups - mean) / ((std if deviation == "group" else rewards.std()) + GROUP_EPSILON)).ravel()
+
+
+def win_rates(rewards: Float[np.ndarray, "N"], images_per_prompt: int) -> Float[np.ndarray, "N"]:
+    """The share of the other images of its group that an image beats, a tie counting half (Pref-GRPO, arXiv 2508.20751).
+
+    It knows order and no distance, so an outlier is worth no more than the best.
+    """
+    groups = rewards.reshape(-1, images_per_prompt).astype(np.float64)
+    beats = np.sign(groups[:, :, None] - groups[:, None, :]).sum(axis=2)  # those below less those above
+    return (0.5 + 0.5 * beats / (images_per_prompt - 1)).ravel()
+
+
+def shortfall(rewards: Float[np.ndarray, "N"], floor: float) -> Float[np.ndarray, "N"]:
+    """How far images lie below a reward's floor, in that reward's deviations over the round; 0 at the floor or above."""
+    rewards = rewards.astype(np.float64)
+    return np.maximum(0.0, floor - rewards) / (rewards.std() + ROUND_EPSILON)
+
+
+def feasible_first(joined: Float[np.ndarray, "N"], shortfalls: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    """Images below a floor rank under all those that keep it, by how far below (Deb 2000, constraint handling).
+
+    The worst that keeps it, less `shortfalls` in deviations of `joined`; where none keeps it, the shortfall alone counts.
+    """
+    keeps = shortfalls == 0
+    if not keeps.any():
+        return -shortfalls
+    scale = joined.std() or 1.0
+    return np.where(keeps, joined, joined[keeps].min() - scale * shortfalls)
+
+
+def softmax_weights(
+    rewards: Float[np.ndarray, "N"], groups: list[str], inverse_temperature: float
+) -> Float[np.ndarray, "N"]:
+    """∝ exp(inverse_temperature · reward) among the images with the same name in `groups`, with mean 1 over them."""
+    rewards = rewards.astype(np.float64)
+    weights = np.empty_like(rewards)
+    for chosen in rows_by_name(groups).values():
+        powers = np.exp(inverse_temperature * (rewards[chosen] - rewards[chosen].max()))
+        weights[chosen] = powers / powers.mean()
+    return weights
+
+
+def sparse_weights(
+    statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], percentile: float, min_count: int
+) -> Float[np.ndarray, "N"]:
+    """1 at or above the percentile of the prompt's last rewards, this round's among them; else 0.
+
+    A prompt with fewer than `min_count` rewards is held against the whole round instead.
+    """
+    of_round = np.percentile(rewards, percentile)
+    bars = np.empty(len(prompts))
+    for prompt, rows in rows_by_name(prompts).items():
+        enough = len(statistics[prompt]) >= min_count
+        bars[rows] = np.percentile(statistics[prompt], percentile) if enough else of_round
+    return (rewards.astype(np.float64) >= bars).astype(np.float64)
+
+
+def optimality(advantages: Float[np.ndarray, "N"], clip: float) -> Float[np.ndarray, "N"]:
+    """r = 1/2 + 1/2 clip(A / `clip`, −1, 1): 0 for the worst, 1 for the best (DiffusionNFT)."""
+    return 0.5 + 0.5 * (advantages / clip).clip(-1, 1)

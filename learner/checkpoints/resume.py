@@ -1,0 +1,77 @@
+"""Where a run goes on: from its newest checkpoint, or from the start; never over another run's results."""
+
+from collections.abc import Collection
+from fnmatch import fnmatch
+from typing import Any
+
+from ray_ddpo.common.run_storage.run_folder import RunFolder, without_none
+from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+
+# What may change between a run and its continuation without changing the weights it arrives at.
+ROLE = ("num_cpus", "num_gpus", "resources", "accelerator_type")
+WORKERS = ("count", "min", "max", "cache", *ROLE)
+# These decide what becomes of a scoring batch that fails, so which pictures are set aside: where none fails they
+# decide nothing, and where some do a run must be able to go on with more patience.
+PATIENCE = ("timeout_seconds", "attempts")
+FREE = (
+    *("output_dir", "rounds", "samplers", "checkpoint", "rollouts", "evaluation", "guard", "exhibits", "push"),
+    "trackers",
+    *(
+        f"{pool}.{key}"
+        for pool in ("reward_workers", "reward.workers", "rewards.*.workers")
+        for key in WORKERS + PATIENCE
+    ),
+    "reward_workers.max_set_aside",
+    *(f"learner.{key}" for key in (*ROLE, "log_prob_tolerance", "shard_optimizer")),
+    *(f"runtime.{key}" for key in ("ready_seconds", "watchdog_seconds", "max_restarts")),
+)
+
+LATER = ("runtime.tf32",)  # keys that the recipes of earlier runs do not have
+
+
+def resume_point(
+    folder: RunFolder, tables: dict[str, Any], resume: bool, places: Collection[str] = ()
+) -> Checkpoint | None:
+    """The checkpoint to go on from; None to begin.
+
+    `places`: keys that say where files are, which are known by their fingerprints.
+
+    ValueError: the folder has a run and `resume` is not set, or that run was made with another recipe.
+    """
+    if not folder.storage.exists(folder.recipe):
+        return None
+    if not resume:
+        raise ValueError(
+            f"the run folder {folder.location} exists: go on with --resume auto, or give another --name or --output_dir; "
+            f"--from {folder.location} starts the other run from this one's weights"
+        )
+    differing = _differences(folder.recipe_tables(), without_none(tables), [*FREE, *places])
+    if differing:
+        raise ValueError(
+            f"the run in {folder.location} was made with another recipe: {'; '.join(differing)}; to train its weights further "
+            f"with other keys start a new run: --from {folder.location} and another --name"
+        )
+    newest = newest_checkpoint(folder.checkpoints)
+    return load_checkpoint(newest) if newest else None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], free: list[str], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        if f"{prefix}{key}" in LATER and key not in before:
+            continue
+        if any(fnmatch(f"{prefix}{key}", each) for each in free):
+            continue
+        old, new = _by_place(before.get(key)), _by_place(now.get(key))
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, free, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old!r} and is {new!r}")
+    return found
+
+
+def _by_place(value: Any) -> Any:
+    """A list of tables as a table of them, so that those of the same place are compared key by key."""
+    if isinstance(value, list | tuple) and value and all(isinstance(table, dict) for table in value):
+        return {str(place): table for place, table in enumerate(value)}
+    return value

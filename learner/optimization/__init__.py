@@ -1,0 +1,1 @@
+"""Optimizers, optimizer steps, and the size of micro-batches."""

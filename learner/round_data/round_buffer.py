@@ -1,0 +1,104 @@
+"""RoundBuffer: takes a round's scored rollouts and asks the algorithm what each picture is worth."""
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from ray_ddpo.common.trajectory import Rollout, TrainBatch
+from ray_ddpo.learner.algorithms.algorithm import Algorithm
+from ray_ddpo.learner.algorithms.reward_aggregation import RewardComposition, Statistics, Worth
+
+
+class TooManySetAside(RuntimeError):
+    """More pictures could not be scored than the run may lose, or none of a round is left."""
+
+
+class RoundBuffer:
+    """Owns the advantage statistics and which images are set aside, and nothing heavy.
+
+    A group stands or falls together: where one of its images cannot be scored, the whole group is set aside.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        composition: RewardComposition,
+        images_per_prompt: int = 1,
+        max_set_aside: int | None = None,
+        parts_per_round: int = 1,
+    ) -> None:
+        self._algorithm = algorithm
+        self._composition = composition
+        self._group = images_per_prompt
+        self._max_set_aside = max_set_aside
+        self._parts = parts_per_round
+        self._reasons: list[str] = []  # of what this process saw set aside, the newest last
+        self.statistics: Statistics = {}  # in the checkpoint
+        self.set_aside: dict[int, list[int]] = {}  # in the checkpoint: round → images, numbered in task order
+
+    def train_batch(self, rollouts: list[Rollout]) -> TrainBatch:
+        """The advantages of a round, or of its next part, in task order; the statistics know no later rewards than these.
+
+        What a round set aside before, it sets aside again, so that a round learned from twice arrives at the same bits.
+        TooManySetAside: the run has lost more images than it may, or nothing of the round is left.
+        """
+        tasks = [rollout.report.task for rollout in rollouts]
+        part = tasks[0].index // len(tasks)
+        in_order = range(part * len(tasks), (part + 1) * len(tasks))
+        assert [task.index for task in tasks] == list(in_order), "a round is learned from in task order"
+        assert part < self._parts, "a round has no more parts than the recipe says"
+        assert len({task.round for task in tasks}) == 1, "a round's tasks are of one round"
+        prompts = [prompt.text for task in tasks for prompt in task.prompts]
+        kept = self._kept(tasks[0].round, part, rollouts)
+        worth = self._worth(prompts, rollouts, kept)
+        reports = tuple(rollout.report for rollout in rollouts)
+        set_aside = tuple(np.flatnonzero(~kept).tolist())
+        return TrainBatch(tasks[0].round, reports, worth.advantages, set_aside, part, self._parts, worth.parts)
+
+    def _worth(self, prompts: list[str], rollouts: list[Rollout], kept: Bool[np.ndarray, "N"]) -> Worth:
+        """What the images that are kept are worth, NaN for the others."""
+        everywhere = {name: np.full(len(prompts), np.nan) for name in self._composition.compared}
+        worth = Worth(np.full(len(prompts), np.nan), everywhere)
+        if kept.any():
+            rewards = {name: _concatenated(rollouts, name)[kept] for name in self._composition.weights}
+            finite = all(np.isfinite(values).all() for values in rewards.values())
+            assert finite, "a picture without a finite reward is set aside with its reason"
+            texts = [prompt for prompt, is_kept in zip(prompts, kept, strict=True) if is_kept]
+            self.statistics, of_kept = self._composition.worth(
+                self._algorithm, self.statistics, texts, rewards, self._group
+            )
+            worth.advantages[kept] = of_kept.advantages
+            for name, values in of_kept.parts.items():
+                everywhere[name][kept] = values
+        return worth
+
+    def _kept(self, round: int, part: int, rollouts: list[Rollout]) -> Bool[np.ndarray, "N"]:
+        """Which of the part's images are learned from. TooManySetAside: too few."""
+        count = sum(len(rollout.report.task.seeds) for rollout in rollouts)
+        images, first = list(self.set_aside.get(round, [])), part * count
+        for rollout in rollouts:
+            images += [first + row for row in rollout.scores.set_aside]
+            self._reasons += rollout.scores.set_aside.values()
+            first += len(rollout.report.task.seeds)
+        groups = {image // self._group for image in images}
+        kept = np.array([image // self._group not in groups for image in range(count * self._parts)])
+        if groups:
+            self.set_aside[round] = np.flatnonzero(~kept).tolist()
+        self._refuse_too_few(round, kept)
+        return kept[part * count : (part + 1) * count]
+
+    def _refuse_too_few(self, round: int, kept: Bool[np.ndarray, "N"]) -> None:
+        total = sum(len(of_round) for of_round in self.set_aside.values())
+        reasons = "; ".join(list(dict.fromkeys(reversed(self._reasons)))[:3]) or "said when they were set aside"
+        if self._max_set_aside is not None and total > self._max_set_aside:
+            raise TooManySetAside(
+                f"{total} images of this run are set aside, whole groups of {self._group} counted, and at most "
+                f"{self._max_set_aside} may be; the reasons: {reasons}"
+            )
+        if not kept.any():
+            raise TooManySetAside(
+                f"all {len(kept)} images of round {round} are set aside: nothing is left to learn from; the reasons: {reasons}"
+            )
+
+
+def _concatenated(rollouts: list[Rollout], name: str) -> Float[np.ndarray, "N"]:
+    return np.concatenate([rollout.scores.rewards[name] for rollout in rollouts])

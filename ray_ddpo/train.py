@@ -1,0 +1,116 @@
+"""The driver: build the parts from a recipe, and let the data go round."""
+
+import time
+
+from ray_ddpo.actors.rollouts.inquiry import RewardFailed
+from ray_ddpo.actors.rollouts.ray_stream import NothingMoves
+from ray_ddpo.common.metrics.round_metrics import RoundClock
+from ray_ddpo.common.prompts import Draw
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.lease import Lease
+from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.schedule import last_startable_round, round_parts, round_tasks
+from ray_ddpo.common.trackers.fan_out import FanOut
+from ray_ddpo.common.trackers.tracker import RunInfo
+from ray_ddpo.common.trajectory import Scored
+from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.progress import Progress
+from ray_ddpo.deploy.driver.start import start_of
+from ray_ddpo.deploy.driver.supervision import Stopped, Supervision
+from ray_ddpo.deploy.driver.workers import Workers, ray_workers, serial_workers
+from ray_ddpo.deploy.evaluation.runner import Evaluating
+from ray_ddpo.deploy.hub import check_push
+from ray_ddpo.learner.learner_group import Learned, TrajectoriesLost
+from ray_ddpo.learner.optimization.optimizer_steps import NotFinite
+
+
+def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[str, float]:
+    """Run a recipe; the last round's metrics. ValueError: what the user has to change, before anything is lost.
+
+    Stopped: a signal came, or storage or cluster failed; what was learned is in the last checkpoint.
+    One of deploy.broke_off: the run cannot go on.
+    """
+    parts, folder = parts_of(recipe), RunFolder(recipe.run_path())
+    folder.create()
+    with Lease(folder) as lease, Supervision(folder, recipe, lease) as supervision:
+        start = start_of(folder, parts, resume)
+        parts, checkpoint = start.parts, start.checkpoint
+        check_push(recipe)
+        trackers = FanOut(parts.trackers)
+        workers = (serial_workers if serial else ray_workers)(parts, supervision, start.base)
+        try:
+            with folder.token() as token:
+                workers.learner.check_folder(folder.location, token)
+            start.write(folder)
+            evaluating = Evaluating(parts, folder, workers, trackers)
+            progress = Progress(parts, trackers, evaluating, folder, checkpoint, start.base.parts)
+            ids = checkpoint.tracker_ids if checkpoint else {}
+            run = RunInfo(recipe.name, folder.location, parts.resolved(), recipe.rounds, progress.rounds_done, ids)
+            trackers.start(run)
+            pretrained = workers.learner.weights()[-1]
+            if checkpoint:
+                workers.learner.load_state(checkpoint.learner)
+            evaluating.begin(pretrained, checkpoint)
+            progress.begin(workers.learner.machine(), checkpoint.learner.machine if checkpoint else None)
+            supervision.saved = lambda: progress.last_checkpoint
+            run_rounds(parts, workers, progress, supervision)
+            workers.learner.save_policy(folder.location)
+            evaluating.end()
+        except NothingMoves as stuck:
+            folder.write_watchdog(f"{stuck}\n--- learner\n{workers.learner.stacks()}\n")
+            raise
+        finally:
+            trackers.finish()
+            workers.close()
+    print(progress.closing_line())
+    return progress.metrics[-1] if progress.metrics else {}
+
+
+def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: Supervision) -> None:
+    """Data goes one way round: prompts → sampler → reward → advantages → learner → weights → sampler."""
+    recipe, stream, draw = parts.recipe, workers.stream, parts.prompts.load()
+    for weights in workers.learner.weights():
+        stream.publish(weights)
+    submitted = progress.rounds_done
+    try:
+        for round in range(progress.rounds_done, recipe.rounds):
+            if progress.evaluating.is_over:  # the guard has had enough
+                break
+            started = time.monotonic()
+            while submitted <= min(last_startable_round(round, recipe.max_policy_lag), recipe.rounds - 1):
+                stream.submit(round_tasks(recipe, submitted, draw))  # prompts → sampler
+                submitted += 1
+            progress.evaluating.submit(round)  # held-out prompts → sampler, behind them
+            scored: list[Scored] = []
+            for tasks in round_parts(recipe):  # one, unless the learner is to begin with a round's first tasks
+                rollouts = stream.collect(round, tasks)  # sampler → reward → scores and references
+                scored.append((progress.buffer.train_batch(rollouts), rollouts))  # scores → advantages
+                if len(scored) < recipe.learner.parts_per_round:
+                    workers.learner.begin(*scored[-1])
+            collected = time.monotonic()
+            learned, state = learn(parts, workers, scored, draw)  # trajectories → learner
+            stream.publish(state.weights[-1])  # weights → sampler
+            progress.learned(state, learned)
+            progress.write(scored, learned, RoundClock(started, collected, time.monotonic()), workers)
+            supervision.check()
+            del rollouts, scored  # or the store would hold this round's trajectories while the next is collected
+    except (NotFinite, RewardFailed, Stopped) as ended:
+        if not isinstance(ended, Stopped) or ended.may_commit:
+            progress.commit()
+        if isinstance(ended, NotFinite):
+            progress.save_good(workers)
+        raise
+
+
+def learn(parts: Parts, workers: Workers, scored: list[Scored], draw: Draw) -> Learned:
+    """Learn from a round while others are drawn; trajectories that were lost with their node are drawn again first."""
+    while True:
+        try:
+            return workers.learner.update(*scored[-1])
+        except TrajectoriesLost:
+            round = scored[-1][0].round
+            workers.stream.submit(round_tasks(parts.recipe, round, draw))
+            again = [workers.stream.collect(round, tasks) for tasks in round_parts(parts.recipe)]
+            scored = [(batch, rollouts) for (batch, _), rollouts in zip(scored, again, strict=True)]
+            for part in scored[:-1]:
+                workers.learner.begin(*part)
