@@ -54,7 +54,8 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest tests/test_import_rules.py
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_house.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.embedded_model

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from ray_ddpo.actors.rollouts.suspects import PLAIN, Care
+from ray_ddpo.actors.task_care import PLAIN, Care
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.policy_trial import load_checked, try_sampling

@@ -16,7 +16,7 @@ from benchmarks.random_stable_diffusion import SCHEDULER, fill
 from benchmarks.round_process import RoundProcess
 from benchmarks.timing import machine
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
-from ray_ddpo.common.diffusion.memory.model_sizes import meta_parts
+from ray_ddpo.common.diffusion.loading.model_sizes import meta_parts
 from ray_ddpo.common.diffusion.policy import quiet_libraries
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.driver.components import entries_of

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ray_ddpo.common.diffusion.families.stable_diffusion import SD1, StableDiffusion
-from ray_ddpo.common.diffusion.memory.model_sizes import meta_parts
+from ray_ddpo.common.diffusion.loading.model_sizes import meta_parts
 from ray_ddpo.common.diffusion.policy import quiet_libraries
 from tests.tiny_pipeline import tiny_tokenizer
 

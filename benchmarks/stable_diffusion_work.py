@@ -12,7 +12,7 @@ def work_of_a_row(config: StableDiffusion) -> dict[str, float]:
     """Of a forward pass, and of one with the backward pass that adapters need: no gradients of the frozen weights."""
     from diffusers import UNet2DConditionModel
 
-    from ray_ddpo.common.diffusion.lora.adapters import make_trainable
+    from ray_ddpo.common.diffusion.lora.start import make_trainable
 
     sizes = config.part_config("unet")
     with torch.device("meta"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ray_ddpo.common.recipe.reading import reading
+from ray_ddpo.common.reading import reading
 
 Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet"]
 ENDINGS: dict[str, Format] = {

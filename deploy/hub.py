@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS
-from ray_ddpo.common.diffusion.weight_files import TRAINED_PARTS
 from ray_ddpo.common.model_files.model_hub import first_line, is_hub_name
+from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import PushTable
 

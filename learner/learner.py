@@ -31,8 +31,9 @@ from ray_ddpo.learner.round_data.noised_samples import RoundNoisings
 from ray_ddpo.learner.round_data.reference_passes import References, Update, references_of
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
 from ray_ddpo.learner.round_data.transitions_index import Pair, RoundPairs, micro_batches
+from ray_ddpo.learner.temporary_weights import swapped_in
 from ray_ddpo.learner.update_metrics import Divergence, UpdateMetrics
-from ray_ddpo.learner.weight_check import Arrival, ArrivalCheck, refuse_mismatch, swapped_in
+from ray_ddpo.learner.weight_check import Arrival, ArrivalCheck, refuse_mismatch
 
 
 class Learner:

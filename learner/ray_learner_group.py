@@ -12,8 +12,8 @@ from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.policy_weights import LoraWeights
 from ray_ddpo.common.process_deaths import LOADING, Death
+from ray_ddpo.common.role_loading import RoleNotStarted
 from ray_ddpo.common.trajectory import Rollout, Scored, TrainBatch
-from ray_ddpo.common.user_code.loading import RoleNotStarted
 from ray_ddpo.learner.call_names import title_of
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner_group import Learned, LearnerGroup, TrajectoriesLost, Wait

@@ -1,21 +1,19 @@
 """Prove that weights arrived: by the samplers' reports, and by scoring a few transitions again, computing as samplers do."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.lora.adapters import load_weights
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
 from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.policy_weights import LoraWeights
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import TaskReport, TrainBatch
 from ray_ddpo.learner.round_data.transitions import Pair, RoundTransitions
+from ray_ddpo.learner.temporary_weights import swapped_in
 
 NUM_TASKS = 8  # of a round that are looked at, at least: each may have a sampler of its own
 
@@ -37,19 +35,6 @@ def log_prob_tolerance(given: float | None, policy: PolicyConfig) -> float:
     if given is not None:
         return given
     return 1e-4 if policy.dtype_of("sampler") == torch.float32 else 1e-2
-
-
-@contextmanager
-def swapped_in(network: Any, wanted: LoraWeights, present: LoraWeights) -> Iterator[None]:
-    """The network under the weights `wanted`, and then under `present`, which it had before, to the last bit again."""
-    if wanted.fingerprint == present.fingerprint:
-        yield
-        return
-    load_weights(network, wanted)
-    try:
-        yield
-    finally:
-        load_weights(network, present)
 
 
 def refuse_mismatch(report: TaskReport, published: tuple[LoraWeights, ...], parameters: int) -> None:

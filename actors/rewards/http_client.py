@@ -9,7 +9,7 @@ from typing import TypeVar
 import httpx2
 from pydantic import ValidationError
 
-from ray_ddpo.actors.rollouts.scoring_job import backoff_seconds
+from ray_ddpo.actors.rewards.backoff import backoff_seconds
 from ray_ddpo.common.reward_protocol import Message
 
 CONNECT_SECONDS = 10.0

@@ -12,8 +12,9 @@ from ray_ddpo.actors.rewards.failure import is_poisoned
 from ray_ddpo.actors.rollouts.call_names import CallNames
 from ray_ddpo.actors.rollouts.current_image import Whereabouts
 from ray_ddpo.actors.rollouts.stragglers import Pace
-from ray_ddpo.actors.rollouts.suspects import PLAIN, Care, Suspects
+from ray_ddpo.actors.rollouts.suspects import Suspects
 from ray_ddpo.actors.rollouts.worker_pool import Worker, WorkerPool
+from ray_ddpo.actors.task_care import PLAIN, Care
 from ray_ddpo.common.schedule import Place, Stream, Task
 from ray_ddpo.common.trajectory import TaskReport
 

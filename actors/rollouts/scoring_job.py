@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_ddpo.actors.rewards.backoff import backoff_seconds
 from ray_ddpo.actors.rollouts.inquiry import Control, Inquiry
 from ray_ddpo.common.trajectory import Scores
 
@@ -190,8 +191,3 @@ class ScoringJob:
         seconds = sum((scores.seconds for _, scores in self._scored), 0.0)
         machines = frozenset().union(*(scores.machines for _, scores in self._scored))
         return Scores(rewards, seconds, dict(sorted(self._set_aside.items())), machines)
-
-
-def backoff_seconds(failures: int) -> float:
-    """How long to wait before the next attempt: half a second, then twice as long each time, 30 at the most."""
-    return min(30.0, 0.5 * 2 ** max(0, failures - 1)) if failures else 0.0

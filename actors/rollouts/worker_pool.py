@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from ray_ddpo.common.process_deaths import LOADING, Death, in_one_line
-from ray_ddpo.common.user_code.loading import RoleNotStarted
+from ray_ddpo.common.role_loading import RoleNotStarted
 
 TASKS_AHEAD = 2  # a worker has one call in hand and one waiting, so that none waits for a round trip
 LONGEST_BACKOFF_SECONDS = 30.0

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.compiled import CompiledNetwork
 from ray_ddpo.common.diffusion.guidance import guided
-from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters, compute_adapters_in, make_trainable
+from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters, compute_adapters_in
 from ray_ddpo.common.diffusion.lora.diffusers_format import load_any_lora, loadable_encoders
 from ray_ddpo.common.diffusion.lora.files import LoraFile
+from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.policy import Conditioning, Policy, Role, autocast
 from ray_ddpo.common.diffusion.prompt_lengths import TextReader
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps

@@ -19,11 +19,11 @@ from ray_ddpo.common.diffusion.rollout import image_noise
 from ray_ddpo.common.diffusion.tensor_checks import check_tensor, described, refuse_unless
 from ray_ddpo.common.diffusion.trained_weights import stored_weights
 from ray_ddpo.common.diffusion.transition import Transition
-from ray_ddpo.common.diffusion.weight_files import network_folder
+from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.common.role_loading import loading
 from ray_ddpo.common.undisturbed import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
-from ray_ddpo.common.user_code.loading import loading
 
 ROWS = 2  # a method that takes all rows for the first would pass with one
 SAME = 1e-3  # of the largest number: rounding alone moves a mean by less

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, load_lora, save_lora, trained_tensors
 from ray_ddpo.common.diffusion.lora.files import read_lora_file
-from ray_ddpo.common.diffusion.weight_files import TRAINED_PARTS, network_folder
 from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS, network_folder
 from ray_ddpo.common.policy_weights import LoraWeights, Manifest, pack
-from ray_ddpo.common.recipe.reading import reading
+from ray_ddpo.common.reading import reading
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # as diffusers calls a network's file
 

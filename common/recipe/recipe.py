@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.overrides import with_overrides
-from ray_ddpo.common.recipe.reading import reading
 from ray_ddpo.common.recipe.registry import explain
 from ray_ddpo.common.recipe.tables import (
     MOST_IMAGES,

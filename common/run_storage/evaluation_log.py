@@ -13,8 +13,9 @@ import pyarrow.parquet as parquet
 from jaxtyping import UInt8
 
 from ray_ddpo.common.prompts import Prompt, metadata_as_json
-from ray_ddpo.common.recipe.reading import parquet_table, read_json_lines, reading
+from ray_ddpo.common.reading import parquet_table, reading
 from ray_ddpo.common.run_storage.png import from_png, png
+from ray_ddpo.common.run_storage.reading import read_json_lines
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.run_storage.unwritten import Unwritten
 

@@ -14,10 +14,11 @@ import tomli_w
 from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 
 from ray_ddpo.common.base_parts import Base, as_tables, read_base
-from ray_ddpo.common.diffusion.weight_files import TRAINED_PARTS
+from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS
 from ray_ddpo.common.package_versions import VERSIONED, package_version
-from ray_ddpo.common.recipe.reading import read_json, read_text, reading
+from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.run_storage.reading import read_json, read_text
 from ray_ddpo.common.run_storage.storage import Storage, StorageError
 from ray_ddpo.common.run_storage.unwritten import Unwritten
 

@@ -3,7 +3,7 @@
 import json
 import math
 
-from ray_ddpo.common.recipe.reading import read_text
+from ray_ddpo.common.run_storage.reading import read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.run_storage.unwritten import Unwritten

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 
 from ray_ddpo.common.model_files.model_hub import first_line, server_answers
-from ray_ddpo.common.recipe.reading import read_json_lines
+from ray_ddpo.common.run_storage.reading import read_json_lines
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.trackers.exhibits import Exhibits, Picture
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package

@@ -5,8 +5,9 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-OURS = tuple(str(ROOT / name) for name in ("common/", "actors/", "learner/", "deploy/", "train.py", "ddpo.py"))
+PACKAGE = Path(__file__).parents[2]  # ray_ddpo/, which in a clone has links to the four folders beside it
+FOLDERS = (PACKAGE, *((PACKAGE / name).resolve() for name in ("common", "actors", "learner", "deploy")))
+OURS = tuple(f"{folder}/" for folder in FOLDERS)
 LIBRARIES = re.compile(r"/(site|dist)-packages/|/lib(64)?/python\d")  # Python's own too, on whichever machine
 
 

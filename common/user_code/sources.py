@@ -6,13 +6,13 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-PROJECT = ("common", "actors", "learner", "deploy", "train", "ddpo", "ray_ddpo")
+PROJECT = "ray_ddpo"
 INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib"))
 
 
 def is_of_the_project(module: str) -> bool:
     """Return whether a module is part of this program and not a user's own."""
-    return module.partition(".")[0] in PROJECT
+    return module.partition(".")[0] == PROJECT
 
 
 def user_sources(module: str) -> dict[str, Path]:

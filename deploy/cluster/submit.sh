@@ -15,7 +15,7 @@ recipe=$1
 output_dir=$2
 shift 2
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [ -f "$recipe" ] || refuse "there is no recipe at $recipe, seen from $PWD, which is what is uploaded"
 case $recipe in
 /* | ../*) refuse "the recipe $recipe must lie inside $PWD, which is what is uploaded, and be named from there" ;;

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ray_ddpo.common.diffusion.lora.files import FILE_NAME, read_lora_file
 from ray_ddpo.common.diffusion.lora.kohya import save_kohya
-from ray_ddpo.common.diffusion.weight_files import network_folder
+from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.run_storage.run_folder import weights_here
 
 

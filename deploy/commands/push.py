@@ -10,10 +10,10 @@ import tomli_w
 
 from ray_ddpo.actors.evaluation.evaluation import evaluation_set
 from ray_ddpo.common.diffusion.lora.files import FILE_NAME
-from ray_ddpo.common.diffusion.weight_files import network_folder
-from ray_ddpo.common.recipe.reading import read_json, read_text
+from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.evaluation_log import FIGURES
+from ray_ddpo.common.run_storage.reading import read_json, read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.model_card.card import Published, model_card
 from ray_ddpo.deploy.commands.report.images import before_after_picture, reward_curve

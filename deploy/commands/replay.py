@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ray_ddpo.actors.rollouts.suspects import Care
 from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.actors.task_care import Care
 from ray_ddpo.common.base_parts import BASE
 from ray_ddpo.common.policy_weights import LoraWeights
 from ray_ddpo.common.prompts import Prompt, metadata_as_json

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ray_ddpo.common.recipe.reading import read_json_lines, read_text
 from ray_ddpo.common.run_storage.lease import runs_it
+from ray_ddpo.common.run_storage.reading import read_json_lines, read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 
 SHOWN = {

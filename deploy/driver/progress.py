@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 from ray_ddpo.common.base_parts import Base, as_tables
 from ray_ddpo.common.machine import Machine
@@ -20,10 +21,12 @@ from ray_ddpo.deploy.driver.components import Parts
 from ray_ddpo.deploy.driver.numerics_notes import NumericsNotes
 from ray_ddpo.deploy.driver.round_media import first_pictures, round_exhibits
 from ray_ddpo.deploy.driver.workers import Workers
-from ray_ddpo.deploy.evaluation.runner import Evaluating
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
+
+if TYPE_CHECKING:
+    from ray_ddpo.deploy.evaluation.runner import Evaluating
 
 Metrics = dict[str, float]
 FAILED_ROUNDS = 3  # in a row in which the storage refused something: then the run ends
@@ -37,7 +40,7 @@ class Progress:
         self,
         parts: Parts,
         trackers: FanOut,
-        evaluating: Evaluating,
+        evaluating: "Evaluating",
         folder: RunFolder,
         checkpoint: Checkpoint | None,
         base: Base,

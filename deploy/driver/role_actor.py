@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from ray_ddpo.common.recipe.registry import import_object
-from ray_ddpo.common.user_code.loading import RoleNotStarted, starting
+from ray_ddpo.common.role_loading import RoleNotStarted, starting
 from ray_ddpo.deploy.driver.role_output import label_output
 
 

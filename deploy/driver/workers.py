@@ -22,8 +22,8 @@ from ray_ddpo.common.process_deaths import LOADING, Death, in_one_line
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import RewardPool, all_pools, elastic_roles
 from ray_ddpo.common.recipe.tables import RoleTable
+from ray_ddpo.common.role_loading import RoleNotStarted, starting
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.common.user_code.loading import RoleNotStarted, starting
 from ray_ddpo.deploy.driver.cluster import attach, attaches, start_here
 from ray_ddpo.deploy.driver.cluster_watch import ClusterWatch
 from ray_ddpo.deploy.driver.components import Parts

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.compiled import CompiledNetwork
 from ray_ddpo.common.diffusion.guidance import guided
-from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters, make_trainable
+from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters
+from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.policy import Conditioning, Policy, Role
 from ray_ddpo.common.diffusion.schedulers.flow_match import flow_match_table
 from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained

@@ -24,7 +24,7 @@ CLIP_RANGE = 1e-4  # the lineage's, on the mean scale
 
 
 class OffPolicySettings(Entry):
-    """What is made of a policy that has moved since it drew (`learner/algorithms/off_policy.py`); by default nothing but the ratio."""
+    """Off-policy corrections (`learner/algorithms/off_policy.py`); by default none but the ratio."""
 
     ratio: Literal["behaviour", "proximal"] = "behaviour"  # against the policy that drew, or that at the update's start
     # Weigh pairs by π_prox / π_behaviour, its logarithm held within ± this on the scale of log_prob; none: by 1.

@@ -16,7 +16,7 @@ from ray_ddpo.common.runtime import to_device
 from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.learner.round_data.transitions_index import Pair, RoundPairs, micro_batches, share_of
-from ray_ddpo.learner.weight_check import swapped_in
+from ray_ddpo.learner.temporary_weights import swapped_in
 
 Known = dict[Pair, Tensor]
 Batch = TransitionBatch | NoisedBatch

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ray_ddpo.actors.rollouts.suspects import Care
 from ray_ddpo.actors.sampler import Sampler
+from ray_ddpo.actors.task_care import Care
 from ray_ddpo.common.diffusion.lora.adapters import load_weights
 from ray_ddpo.common.diffusion.rollout import draw
 from ray_ddpo.common.policy_weights import LoraWeights, pack

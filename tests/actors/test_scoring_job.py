@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_ddpo.actors.rewards.backoff import backoff_seconds
 from ray_ddpo.actors.rewards.reward import RewardMistake
 from ray_ddpo.actors.rollouts.inquiry import MOST_TRIED, RewardFailed
-from ray_ddpo.actors.rollouts.scoring_job import ScoringBatch, ScoringJob, backoff_seconds
+from ray_ddpo.actors.rollouts.scoring_job import ScoringBatch, ScoringJob
 from ray_ddpo.common.trajectory import Scores
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from ray_ddpo.actors.rollouts.suspects import PLAIN, Care, Suspects
+from ray_ddpo.actors.rollouts.suspects import Suspects
+from ray_ddpo.actors.task_care import PLAIN, Care
 
 PLACE = (0, 0, 3)
 

@@ -9,7 +9,7 @@ import torch
 
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.recipe.registry import import_object
-from ray_ddpo.common.user_code.loading import RoleNotStarted, loading, starting
+from ray_ddpo.common.role_loading import RoleNotStarted, loading, starting
 from tests import user_functions
 
 HERE = Path(__file__)

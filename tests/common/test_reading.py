@@ -11,7 +11,8 @@ import pyarrow.parquet as parquet
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ray_ddpo.common.recipe.reading import read_json, read_json_lines, read_parquet, read_text, reading
+from ray_ddpo.common.reading import reading
+from ray_ddpo.common.run_storage.reading import read_json, read_json_lines, read_parquet, read_text
 from ray_ddpo.common.run_storage.storage import Storage
 
 

@@ -15,7 +15,7 @@ from ray_ddpo.common.recipe.tables import RoleTable
 from ray_ddpo.deploy.commands.command_line import read
 
 ROOT = Path(__file__).parents[2]
-DEPLOY = ROOT / "deploy"
+DEPLOY = ROOT / "deploy" / "cluster"
 README = (DEPLOY / "README.md").read_text(encoding="utf-8")
 PINNED = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -15,7 +15,7 @@ from ray_ddpo.common.trackers.ray_metrics import TAGS
 from tests.deploy.lint import tool
 
 ROOT = Path(__file__).parents[2]
-DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "ray_ddpo.json").read_text(encoding="utf-8"))
+DASHBOARD = json.loads((ROOT / "deploy" / "cluster" / "grafana" / "ray_ddpo.json").read_text(encoding="utf-8"))
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
 # Ray's own, and their labels, as Ray's default dashboard asks for them.
@@ -132,7 +132,7 @@ def test_every_panel_has_a_number_and_a_place_of_its_own() -> None:
 def test_prometheus_reads_the_file_that_ray_writes() -> None:
     from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
-    (job,) = yaml.safe_load((ROOT / "deploy" / "prometheus.yaml").read_text())["scrape_configs"]
+    (job,) = yaml.safe_load((ROOT / "deploy" / "cluster" / "prometheus.yaml").read_text())["scrape_configs"]
     assert job["file_sd_configs"][0]["files"] == [f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]
 
 
@@ -141,6 +141,6 @@ def test_prometheus_accepts_its_configuration_and_every_query(tmp_path: Path) ->
     filled_in = [query.replace("$run", ".*").replace("$session", ".*") for query in QUERIES]
     rules = [{"record": f"query_{number}", "expr": query} for number, query in enumerate(filled_in)]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
-    for check in (("config", ROOT / "deploy" / "prometheus.yaml"), ("rules", tmp_path / "rules.yaml")):
+    for check in (("config", ROOT / "deploy" / "cluster" / "prometheus.yaml"), ("rules", tmp_path / "rules.yaml")):
         done = subprocess.run([promtool, "check", *check], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.deploy.manifests import PINNED, PYPROJECT, ROOT
 
-DOCKERFILE = ROOT / "deploy" / "Dockerfile"
+DOCKERFILE = ROOT / "deploy" / "cluster" / "Dockerfile"
 
 
 def instructions() -> list[tuple[str, str]]:

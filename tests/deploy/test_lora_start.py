@@ -11,7 +11,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from ray_ddpo import cli
-from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, make_trainable, read_weights
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, read_weights
+from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def said(served: tuple[str, Hub], folder: Path, tiny_model: Path) -> str:
     """`ddpo train` of a recipe with `[push]`, as a user types it: what it prints."""
-    command = [sys.executable, ROOT / "ddpo.py", "train", recipe_file(folder, tiny_model), "--serial"]
+    command = [sys.executable, "-m", "ray_ddpo", "train", recipe_file(folder, tiny_model), "--serial"]
     done = subprocess.run(command, cwd=folder, env=with_the_hub(served[0]), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-import ray_ddpo.deploy.hub
 from ray_ddpo import cli
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.commands.doctor.checks import push_findings

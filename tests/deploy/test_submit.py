@@ -1,4 +1,4 @@
-"""deploy/cluster/submit.sh: what it hands to `ray job submit`, recorded by a stand-in for ray on the PATH, and what it refuses."""
+"""submit.sh: what it hands to `ray job submit`, recorded by a stand-in for ray on the PATH, and what it refuses."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.commands.command_line import read
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "deploy" / "submit.sh"
+SCRIPT = ROOT / "deploy" / "cluster" / "submit.sh"
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "deploy" / "recipes").rglob("*.toml"))
 DEMO = "deploy/recipes/demo.toml"
 STAND_IN = """#!/bin/sh
@@ -77,7 +77,7 @@ def test_a_run_is_submitted_from_the_root_with_its_name_a_grace_and_resume(recor
     }
     assert "--entrypoint-resources" not in submitted.arguments
     assert json.loads(submitted.option("--runtime-env-json")) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
-    train = ["python", "ddpo.py", "train", DEMO, "--output_dir", "s3://bucket/runs", "--resume", "auto"]
+    train = ["python", "-m", "ray_ddpo", "train", DEMO, "--output_dir", "s3://bucket/runs", "--resume", "auto"]
     assert submitted.entrypoint == [*train, "--learner.num_gpus", "0.9"]
 
 

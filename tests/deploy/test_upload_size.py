@@ -20,9 +20,9 @@ WHOLE = 600 * 2**20
 def clone(tmp_path: Path) -> Path:
     """A clone with a sparse file of 600 MB, and a stand-in for ray that must not be called."""
     clone = tmp_path / "clone"
-    (clone / "deploy").mkdir(parents=True)
+    (clone / "deploy" / "cluster").mkdir(parents=True)
     for name in ("submit.sh", "upload_size.py"):
-        shutil.copy(ROOT / "deploy" / name, clone / "deploy" / name)
+        shutil.copy(ROOT / "deploy" / "cluster" / name, clone / "deploy" / "cluster" / name)
     (clone / "demo.toml").write_text('name = "demo"\nrounds = 1\n')
     (clone / "weights").mkdir()
     with (clone / "weights" / "model.safetensors").open("wb") as file:

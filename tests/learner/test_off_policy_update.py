@@ -18,7 +18,7 @@ from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.round_data.reference_passes import Update, references_of
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
 from ray_ddpo.learner.round_data.transitions_index import Pair
-from ray_ddpo.learner.weight_check import swapped_in
+from ray_ddpo.learner.temporary_weights import swapped_in
 from tests.gradients import ONE_STEP, gradient_of, relative_error
 from tests.reference import ddpo_reference as reference
 from tests.rounds import DrawnRound, draw_round, learner_of, parts_with

@@ -16,7 +16,8 @@ from ray_ddpo.common.policy_weights import LoraWeights
 from ray_ddpo.deploy.driver.components import Parts
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
-from ray_ddpo.learner.weight_check import WeightsDidNotArrive, log_prob_tolerance, rows_to_check, swapped_in
+from ray_ddpo.learner.temporary_weights import swapped_in
+from ray_ddpo.learner.weight_check import WeightsDidNotArrive, log_prob_tolerance, rows_to_check
 from tests.rounds import DrawnRound, draw_round, learner_of, moved, parts_with
 
 PER_IMAGE = ("prompt_index", "steps", "log_probs", "latents", "next_latents", "final_latents")

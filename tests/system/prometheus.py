@@ -15,7 +15,7 @@ from tests.deploy.lint import tool
 from tests.system.disturbances import wait_until
 from tests.system.started_nodes import free_ports
 
-CONFIGURATION = Path(__file__).parents[2] / "deploy" / "prometheus.yaml"
+CONFIGURATION = Path(__file__).parents[2] / "deploy" / "cluster" / "prometheus.yaml"
 START_SECONDS = 60.0
 
 

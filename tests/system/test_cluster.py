@@ -18,7 +18,7 @@ from tests.system.started_nodes import StartedCluster, StartedNode, started_clus
 from tests.system.submitted_run import DEMO, PLACES, ROOT, ROUNDS, SHORT_FORM, Story, first_job, second_job
 
 pytestmark = pytest.mark.system
-DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "ray_ddpo.json").read_text(encoding="utf-8"))
+DASHBOARD = json.loads((ROOT / "deploy" / "cluster" / "grafana" / "ray_ddpo.json").read_text(encoding="utf-8"))
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())]
 
 

@@ -31,7 +31,7 @@ def address() -> Iterator[str]:
 
 
 def doctor(recipe_file: Path, address: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "ddpo.py", "doctor", str(recipe_file), *options]
+    command = [sys.executable, "-m", "ray_ddpo", "doctor", str(recipe_file), *options]
     root = Path(__file__).parents[2]
     # As in a job, whose working directory all of its workers share.
     there = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(root), **environment}

@@ -13,9 +13,9 @@ from ray_ddpo.common.diffusion.image_size import SizedConfig
 from ray_ddpo.common.diffusion.loading.config_keys import check_keys, check_steps
 from ray_ddpo.common.diffusion.loading.library_errors import names_the_model, try_once
 from ray_ddpo.common.diffusion.loading.model_files import check_model, files_by_role, source_of
+from ray_ddpo.common.diffusion.loading.model_sizes import Configs, model_sizes, read_config
 from ray_ddpo.common.diffusion.loading.pipeline import load_pipeline
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
-from ray_ddpo.common.diffusion.memory.model_sizes import Configs, model_sizes, read_config
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, Role, quiet_libraries
 from ray_ddpo.common.model_files.model_hub import Weights

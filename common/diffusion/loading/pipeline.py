@@ -3,20 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_ddpo.common.diffusion.loading.library_errors import library_errors
+from ray_ddpo.common.diffusion.loading.load_part import load_part
 from ray_ddpo.common.diffusion.loading.model_index import (
     about_model,
     check_folder,
     known_parts,
-    read_class,
-    with_article,
 )
 from ray_ddpo.common.diffusion.loading.part_files import OnlyPickles, PartNotThere, PartWeights, text_files, weights_of
 from ray_ddpo.common.diffusion.loading.single_file import load_single_file, names_a_file
 from ray_ddpo.common.model_files.file_faults import check_file
-from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
 from ray_ddpo.common.model_files.model_hub import errors_only, first_line, read_from_hub
-from ray_ddpo.common.model_files.pretrained import weights_fault
 
 if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
@@ -122,31 +118,3 @@ def _load_folder(config: "DiffusersConfig", pipeline_class: Any, folder: Path, r
     return pipeline_class.from_pretrained(
         str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=False, **{**others, **parts}
     )
-
-
-def load_part(config: "DiffusersConfig", folder: Path, part: str, weights: PartWeights) -> Any:
-    """Return a network, decoder or text encoder. ValueError: its file lacks a weight, or has one that does not fit."""
-    import diffusers
-    import transformers
-
-    known = known_parts(config)[part]
-    library: Any = diffusers if known.library == "diffusers" else transformers
-    name = read_class(folder, part)
-    cls = getattr(library, name)
-    dtype = {"torch_dtype" if known.library == "diffusers" else "dtype": config.loaded_dtype}
-    with library_errors(None, f"its {part} cannot be made as {part}/config.json says"):
-        model, found = cls.from_pretrained(
-            str(folder / part),
-            variant=weights.variant,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which are then reported together
-            **dtype,
-        )
-    # A text encoder's file may hold more than that encoder; a network's or decoder's that does is another network's.
-    fault = weights_fault(found, refuse_unexpected=known.library == "diffusers")
-    if fault:
-        raise ValueError(f"its {part}, {with_article(name)}, cannot be loaded ({fault})")
-    refuse_not_finite(folder / part, model.state_dict())
-    return model

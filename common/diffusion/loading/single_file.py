@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_ddpo.common.diffusion.loading.load_part import load_part
 from ray_ddpo.common.diffusion.loading.model_index import (
     FAMILIES,
     INDEX,
@@ -106,8 +107,6 @@ def _check_kind(config: "DiffusersConfig", names: dict[str, Any]) -> None:
 
 def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, absent: dict[str, None]) -> Any:
     """Return the pipeline of a single file with the parts that `role` needs. ValueError: a weight is not there."""
-    from ray_ddpo.common.diffusion.loading.pipeline import load_part
-
     path, folder = file_path(config.model), _config_folder(config)
     with about_model(config.model):
         check_folder(config, folder, role)

@@ -43,26 +43,6 @@ class LoraSettings(Entry):
         return table if self.path is None else {key: table[key] for key in table if key in self.model_fields_set}
 
 
-def make_trainable(network: nn.Module, train: str, lora: LoraSettings) -> None:
-    """Leave gradients only where we train: in float32 adapters ("lora") or everywhere ("full").
-
-    Adapters are new, or begin as those in the file that `lora.path` names.
-
-    Raises:
-        ValueError: one of the adapter's target modules is no layer of the network that an adapter can go into, or the
-            file does not fit.
-    """
-    network.requires_grad_(train == "full")
-    if train == "lora" and lora.path is not None:
-        from ray_ddpo.common.diffusion.lora.start import start_from_file
-
-        start_from_file(network, lora)
-    elif train == "lora":
-        attach(network, {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.target_modules)})
-    for parameter in trained_parameters(network).values():
-        parameter.data = parameter.data.float()
-
-
 def attach(network: nn.Module, settings: dict[str, Any]) -> None:
     """Add new adapters with PEFT's settings to any module: it need not be one of diffusers'."""
     from peft import LoraConfig, inject_adapter_in_model

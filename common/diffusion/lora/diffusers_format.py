@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ray_ddpo.common.diffusion.lora.files import PEFT_CONFIG, LoraFile
-from ray_ddpo.common.recipe.reading import reading
+from ray_ddpo.common.reading import reading
 
 # What diffusers and peft raise over a file of another form.
 NOT_READ = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, AssertionError, RuntimeError)

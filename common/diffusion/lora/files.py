@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.weight_files import TRAINED_PARTS, part_of
 from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS, part_of
+from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.named_files import Weights
-from ray_ddpo.common.recipe.reading import reading
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 EXACT_NAME = "trained_adapter.safetensors"  # beside it, where folding alpha / rank into the weights rounds them

@@ -5,11 +5,36 @@ from typing import Any
 
 from torch import nn
 
-from ray_ddpo.common.diffusion.lora.adapters import ADAPTER, LoraSettings, adapted_layers, attach, load_lora_file
+from ray_ddpo.common.diffusion.lora.adapters import (
+    ADAPTER,
+    LoraSettings,
+    adapted_layers,
+    attach,
+    load_lora_file,
+    trained_parameters,
+)
 from ray_ddpo.common.diffusion.lora.diffusers_format import load_any_lora
 from ray_ddpo.common.diffusion.lora.files import LoraFile, read_lora_file
-from ray_ddpo.common.diffusion.weight_files import TRAINED_PARTS
 from ray_ddpo.common.model_files.model_hub import first_line
+from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS
+
+
+def make_trainable(network: nn.Module, train: str, lora: LoraSettings) -> None:
+    """Leave gradients only where we train: in float32 adapters ("lora") or everywhere ("full").
+
+    Adapters are new, or begin as those in the file that `lora.path` names.
+
+    Raises:
+        ValueError: one of the adapter's target modules is no layer of the network that an adapter can go into, or the
+            file does not fit.
+    """
+    network.requires_grad_(train == "full")
+    if train == "lora" and lora.path is not None:
+        start_from_file(network, lora)
+    elif train == "lora":
+        attach(network, {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.target_modules)})
+    for parameter in trained_parameters(network).values():
+        parameter.data = parameter.data.float()
 
 
 def start_from_file(network: nn.Module, lora: LoraSettings) -> None:

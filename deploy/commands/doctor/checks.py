@@ -29,7 +29,7 @@ from ray_ddpo.deploy.commands.doctor.guard import Finding, Level, guarded
 from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes
 from ray_ddpo.deploy.hub import NotPushed, license_of, may_push
 
-PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+PYPROJECT = Path(__file__).parents[4] / "pyproject.toml"
 ON_CPU = RuntimeTable(device="cpu")
 MADE_UP = (Prompt("a photo of a cat"), Prompt("a photo of a dog"))
 NOISE_SIZE = 256  # pixels of an image that a reward is tried on

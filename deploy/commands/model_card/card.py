@@ -12,9 +12,9 @@ from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.lora.files import FILE_NAME
 from ray_ddpo.common.diffusion.lora.kohya import READERS
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
-from ray_ddpo.common.recipe.reading import read_text
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.evaluation_log import REPORTED, EvaluationLog
+from ray_ddpo.common.run_storage.reading import read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.model_card.code import loading
 from ray_ddpo.deploy.commands.report.evaluation import alarms_told, evaluated, guard_sentences

@@ -11,9 +11,9 @@ import jinja2
 from markupsafe import Markup
 
 from ray_ddpo.actors.evaluation.evaluation import Comparison
-from ray_ddpo.common.recipe.reading import read_text
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.ledger import Ledger
+from ray_ddpo.common.run_storage.reading import read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.report import charts, numbers
 from ray_ddpo.deploy.commands.report.evaluation import evaluation_told, guard_sentences

@@ -9,11 +9,11 @@ from typing import Any
 from ray_ddpo.actors.evaluation.evaluation import Comparison
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.diffusion.lora.adapters import reference_policy
-from ray_ddpo.common.diffusion.weight_files import network_folder
 from ray_ddpo.common.metrics.paired import paired_error
-from ray_ddpo.common.recipe.reading import read_json_lines
+from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
+from ray_ddpo.common.run_storage.reading import read_json_lines
 from ray_ddpo.common.run_storage.run_folder import RunFolder, weights_here
 from ray_ddpo.common.run_storage.storage import local_folder
 from ray_ddpo.common.runtime import settle

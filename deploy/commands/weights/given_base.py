@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ray_ddpo.common.base_parts import Base, differing_parts
 from ray_ddpo.common.diffusion.lora.files import EXACT_NAME, FILE_NAME
-from ray_ddpo.common.diffusion.weight_files import TRAINED_PARTS
+from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.driver.start import refusal
 

@@ -9,7 +9,7 @@ from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, read_lora_sett
 from ray_ddpo.common.diffusion.lora.files import holds_lora, read_lora_file
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
 from ray_ddpo.common.diffusion.policy_trial import load_checked
-from ray_ddpo.common.diffusion.weight_files import network_folder
+from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.runtime import settle

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_ddpo.common.diffusion.trained_weights import stored_weights
-from ray_ddpo.common.diffusion.weight_files import network_folder
+from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.policy_weights import LoraWeights, Manifest
 from ray_ddpo.common.run_storage.run_folder import RunFolder, weights_here
 from ray_ddpo.learner.checkpoints.checkpoint import damaged_checkpoints, load_checkpoint, newest_checkpoint

@@ -16,7 +16,6 @@ from ray_ddpo.common.diffusion.lora.adapters import (
     compute_adapters_in,
     load_lora,
     load_weights,
-    make_trainable,
     read_lora_settings,
     read_weights,
     reference_policy,
@@ -24,6 +23,7 @@ from ray_ddpo.common.diffusion.lora.adapters import (
     trained_parameters,
 )
 from ray_ddpo.common.diffusion.lora.files import FILE_NAME, lora_file
+from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.policy_weights import pack
 from tests.tiny_policy import scatter
 

@@ -10,11 +10,11 @@ from torch import nn
 from ray_ddpo.common.diffusion.lora.adapters import (
     LoraSettings,
     MergedAdapters,
-    make_trainable,
     read_lora_settings,
     read_weights,
     reference_policy,
 )
+from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.memory.synthetic_inputs import IntegerIndices
 from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained, stored_weights
 from tests.tiny_policy import scatter

@@ -8,9 +8,9 @@ import torch
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.loading.model_sizes import meta_parts
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, trained_parameters
 from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes, peak_bytes
-from ray_ddpo.common.diffusion.memory.model_sizes import meta_parts
 from ray_ddpo.common.diffusion.memory.sizes import count_parameters, largest_divisor, parameter_bytes, usable_bytes
 from ray_ddpo.common.diffusion.policy import select_rows
 from ray_ddpo.common.diffusion.rollout import draw

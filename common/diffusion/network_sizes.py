@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.lora.adapters import base_weight_bytes, make_trainable, trained_parameters
+from ray_ddpo.common.diffusion.lora.adapters import base_weight_bytes, trained_parameters
+from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.memory.live_bytes import line_through, peak_bytes
 from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
 from ray_ddpo.common.diffusion.memory.network_memory import Inputs, NetworkMemory

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ray_ddpo.common.diffusion.loading.model_index import about_model, read_object
-from ray_ddpo.common.diffusion.lora.adapters import base_weight_bytes, make_trainable, trained_parameters
+from ray_ddpo.common.diffusion.lora.adapters import base_weight_bytes, trained_parameters
+from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
 from ray_ddpo.common.diffusion.memory.network_memory import Inputs, NetworkMemory
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes, count_parameters, parameter_bytes

@@ -1,0 +1,46 @@
+"""Read a file of a run: whatever is wrong with it becomes one line that names the file."""
+
+from typing import TYPE_CHECKING
+
+from ray_ddpo.common.reading import Object, object_in, parquet_table, reading
+from ray_ddpo.common.run_storage.storage import Storage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def read_text(storage: Storage, name: str) -> str:
+    """Return a file's text. ValueError: it is not UTF-8."""
+    with reading(_path(storage, name)):
+        return storage.read(name).decode()
+
+
+def read_json(storage: Storage, name: str, keys: tuple[str, ...] = ()) -> Object:
+    """Return the object in a JSON file. ValueError: there is none in it, or it lacks one of `keys`."""
+    with reading(_path(storage, name)):
+        return object_in(storage.read(name), keys)
+
+
+def read_json_lines(storage: Storage, name: str, keys: tuple[str, ...] = ()) -> list[Object]:
+    """Return the objects of a JSONL file, without a last line that a kill cut off.
+
+    Raises:
+        ValueError: a line is no object, or lacks one of `keys`.
+    """
+    lines = [line for line in read_text(storage, name).splitlines(keepends=True) if line.endswith("\n")]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        with reading(f"{_path(storage, name)}, line {number},"):
+            found.append(object_in(line, keys))
+    return found
+
+
+def read_parquet(storage: Storage, name: str, columns: tuple[str, ...] = ()) -> "pa.Table":
+    """Return the table in a parquet file. ValueError: there is none in it, or it lacks one of `columns`."""
+    with reading(_path(storage, name)):
+        data = storage.read(name)
+    return parquet_table(data, _path(storage, name), columns)
+
+
+def _path(storage: Storage, name: str) -> str:
+    return f"{storage.location.rstrip('/')}/{name}"

@@ -1,0 +1,21 @@
+"""Put other weights into a network for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray_ddpo.common.diffusion.lora.adapters import load_weights
+from ray_ddpo.common.policy_weights import LoraWeights
+
+
+@contextmanager
+def swapped_in(network: Any, wanted: LoraWeights, present: LoraWeights) -> Iterator[None]:
+    """The network under the weights `wanted`, and then under `present`, which it had before, to the last bit again."""
+    if wanted.fingerprint == present.fingerprint:
+        yield
+        return
+    load_weights(network, wanted)
+    try:
+        yield
+    finally:
+        load_weights(network, present)
