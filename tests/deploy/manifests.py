@@ -114,7 +114,7 @@ def run_of_the_readme() -> Recipe:
 def run_of_the_readmes_tables() -> Recipe:
     """Its tables, over the recipe that they are shown for."""
     (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    tables = tomllib.loads((DEPLOY / "recipes" / "sd15_aesthetic.toml").read_text())
+    tables = tomllib.loads((ROOT / "deploy" / "recipes" / "sd15_aesthetic.toml").read_text())
     for name, value in tomllib.loads(text).items():
         tables[name] = {**tables.get(name, {}), **value} if isinstance(value, dict) else value
     return Recipe.parse(tables)

@@ -243,19 +243,23 @@ def test_an_upload_is_small_and_holds_what_a_run_needs(tmp_path: Path) -> None:
     create_package(str(ROOT), tmp_path / "upload.zip", True, excludes=get_runtime_env_default_excludes())
     with zipfile.ZipFile(tmp_path / "upload.zip") as upload:
         sizes = {entry.filename: entry.compress_size for entry in upload.infolist()}
-    needed = ["ddpo.py", "train.py", "deploy/recipes/demo.toml", "common/prompt_lists/animals.txt"]
-    needed += ["common/tiny_animals/unet/diffusion_pytorch_model.safetensors"]
+    needed = ["ray_ddpo/cli.py", "ray_ddpo/train.py", "deploy/recipes/demo.toml"]
+    needed += ["ray_ddpo/common/prompt_lists/animals.txt"]
+    needed += ["ray_ddpo/common/tiny_animals/unet/diffusion_pytorch_model.safetensors"]
     assert set(needed) <= set(sizes)
     left_here = (
         "docs/",
         "tests/",
         ".ci/",
-        "deploy/cluster/kuberay/",
-        "deploy/cluster/grafana/",
+        "common/",
+        "actors/",
+        "learner/",
+        "deploy/cluster/",
+        "ray_ddpo/deploy/cluster/",
         "runs/",
         ".venv/",
         ".git/",
     )
     assert [name for name in sizes if name.startswith(left_here)] == []
-    program = ("common/", "actors/", "learner/", "deploy/")
+    program = ("ray_ddpo/", "deploy/")
     assert 5e6 < sum(size for name, size in sizes.items() if name.startswith(program) or os.sep not in name) < 20e6

@@ -27,7 +27,8 @@ def served(recipe: Path) -> Iterator[str]:
     """`ddpo serve-reward` as a user types it; the URL that it prints."""
     command = [
         sys.executable,
-        "ddpo.py",
+        "-m",
+        "ray_ddpo",
         "serve-reward",
         str(recipe),
         "--port",
