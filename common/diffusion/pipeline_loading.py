@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.diffusion.library_errors import library_errors
-from common.diffusion.model_index import about_model, check_folder, known_parts, read_class, with_article
+from common.diffusion.model_index import about_model, check_folder, known_parts, read_class, read_object, with_article
 from common.diffusion.part_files import OnlyPickles, PartNotThere, PartWeights, text_files, weights_of
 from common.diffusion.single_file import load_single_file, names_a_file
 from common.file_faults import check_file
@@ -128,7 +128,8 @@ def load_part(config: "DiffusersConfig", folder: Path, part: str, weights: PartW
     name = read_class(folder, part)
     cls = getattr(library, name)
     dtype = {"torch_dtype" if known.library == "diffusers" else "dtype": config.loaded_dtype}
-    with library_errors(None, f"its {part} cannot be made as {part}/config.json says"):
+    keys = read_object(folder / part / "config.json")
+    with library_errors(None, f"its {part} cannot be made as {part}/config.json says", keys):
         model, found = cls.from_pretrained(
             str(folder / part),
             variant=weights.variant,
