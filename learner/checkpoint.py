@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from common.base_parts import BASE, Base, as_tables
 from common.finite_weights import refuse_not_finite
-from common.lora_weights import LoraWeights, verified
+from common.lora_weights import LoraWeights, fingerprint
 from common.machine import Machine
 from common.storage import Storage, StorageError
 from learner.learner_state import Evaluated, EvaluationState, LearnerState
@@ -269,6 +269,11 @@ def _load_weights(checkpoint: Storage, name: str, header: dict, state: dict) -> 
     manifest = tuple((parameter, tuple(shape)) for parameter, shape in header["manifest"])
     size = sum(math.prod(shape) for _, shape in manifest)
     buffer = read_buffer(checkpoint, name, _num_shards(state, name), size)
-    weights = verified(LoraWeights(header["policy_version"], buffer, manifest, header["fingerprint"]))
-    refuse_not_finite(f"{checkpoint.location}/{name}", weights.arrays())
+    weights = LoraWeights(header["policy_version"], buffer, manifest, header["fingerprint"])
+    refuse_not_finite(f"{checkpoint.location}/{name}", weights.arrays())  # first: it says more than a fingerprint
+    if fingerprint(buffer, manifest) != weights.fingerprint:
+        raise ValueError(
+            f"{checkpoint.location}/{name} holds other weights of version {weights.policy_version} than were saved there: "
+            "their fingerprint is another one; restore the file, or remove this checkpoint, which goes back to the one before"
+        )
     return weights
