@@ -139,7 +139,9 @@ def test_weights_that_are_not_what_they_were_saved_as_are_refused(folder: Storag
     state = json.loads(path.read("state.json"))
     state["weights"][1]["fingerprint"] = "0" * 64
     path.write("state.json", json.dumps(state).encode())
-    with pytest.raises(ValueError, match=r"weights-000002.safetensors holds other weights of version 2 than were saved"):
+    with pytest.raises(
+        ValueError, match=r"weights-000002.safetensors holds other weights of version 2 than were saved"
+    ):
         load_checkpoint(path)
 
 
