@@ -233,16 +233,24 @@ def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
     return Checkpoint(
         state["rounds_done"],
         learner,
-        {
-            compared: {prompt: tuple(rewards) for prompt, rewards in of_prompts.items()}
-            for compared, of_prompts in state["statistics"].items()
-        },
+        _statistics(checkpoint, state["statistics"]),
         state.get("tracker_ids", {}),
         state.get("ledger_rounds", 0),
         {int(round): images for round, images in state.get("set_aside", {}).items()},
         _load_evaluation(checkpoint, state),
         BASE.validate_python(state.get("base", {})),
     )
+
+
+def _statistics(checkpoint: Storage, tables: dict) -> Statistics:
+    found = {name: {prompt: tuple(rewards) for prompt, rewards in each.items()} for name, each in tables.items()}
+    for each in found.values():
+        for prompt, rewards in each.items():
+            if not all(map(math.isfinite, rewards)):
+                raise ValueError(
+                    f"{checkpoint.location}/state.json: the last rewards of {prompt!r} hold NaN or infinity: restore the file"
+                )
+    return found
 
 
 def policy_versions(checkpoint: Storage) -> list[int]:

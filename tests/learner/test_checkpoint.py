@@ -164,6 +164,13 @@ def test_a_nan_in_a_file_is_said_of_its_tensor_where_the_manifest_agrees_with_th
     assert_refused("weights in a file that are NaN or infinite", str(error.value))
 
 
+def test_a_nan_among_the_last_rewards_of_a_prompt_is_said_of_the_prompt(tmp_path: Path) -> None:
+    path = save_checkpoint(Storage(tmp_path), checkpoint(2), keep=2)
+    path.write("state.json", path.read("state.json").replace(b"-2.5e-17", b"NaN"))
+    with pytest.raises(ValueError, match="state.json: the last rewards of 'a cat' hold NaN or infinity"):
+        load_checkpoint(path)
+
+
 def test_versions_whose_evaluation_is_not_read_yet_come_back(folder: Storage) -> None:
     before = checkpoint()
     average = pack(3, {"a.lora_A": np.ones((2, 3)), "a.lora_B": np.zeros((3, 2))})
