@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from common.diffusion.model_index import (
     FAMILIES,
     INDEX,
+    about_folder,
     about_model,
     check_folder,
     known_parts,
@@ -109,8 +110,9 @@ def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, 
     from common.diffusion.pipeline_loading import load_part
 
     path, folder = file_path(config.model), _config_folder(config)
-    with about_model(config.model):
+    with about_folder(config):
         check_folder(config, folder, role)
+    with about_model(config.model):
         beside = {
             part: load_part(config, folder, part, weights) for part, weights in _beside(config, folder, role).items()
         }

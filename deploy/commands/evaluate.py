@@ -19,7 +19,7 @@ from common.evaluation_log import EvaluatedImages, images_table
 from common.paired import in_errors, paired_change
 from common.run_folder import weights_here
 from deploy.commands.given_base import check_given
-from deploy.commands.given_weights import load_policy, recipe_of
+from deploy.commands.given_weights import load_policy, recipe_of, refuse_output_file
 from deploy.commands.held_out import JOINED, HeldOut, scorers_of
 from deploy.commands.report_page.scores import headline, share_kept
 from deploy.commands.report_pictures import COLUMNS, rows_picture
@@ -79,6 +79,7 @@ def _output(asked: str | None) -> Path:
         return next(folder for folder in candidates if not _is_taken(folder))
     if _is_taken(Path(asked)):
         raise ValueError(f"--output is {asked!r}, which has the result of an earlier evaluation: give another folder")
+    refuse_output_file(Path(asked))
     return Path(asked)
 
 
