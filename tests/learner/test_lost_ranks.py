@@ -32,9 +32,13 @@ LOST = (
         "operation timeout: WorkNCCL(SeqNum=42, OpType=ALLREDUCE, Timeout(ms)=600000) ran for 600410 milliseconds before "
         "timing out.\nException raised from checkTimeout at ProcessGroupNCCL.cpp:672 (most recent call first):\nframe #0: …"
     ),
-    distributed.DistNetworkError("The client socket has timed out after 600000ms while trying to connect to (10.0.0.1, 4)."),
+    distributed.DistNetworkError(
+        "The client socket has timed out after 600000ms while trying to connect to (10.0.0.1, 4)."
+    ),
     distributed.DistStoreError("wait timeout after 600000ms, keys: /1//cpu//0/1"),
-    RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:28453"),
+    RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:28453"
+    ),
     torch.AcceleratorError("CUDA error: unspecified launch failure"),
 )
 SHARED_GPU = distributed.DistBackendError(
@@ -87,7 +91,9 @@ def test_ranks_on_one_gpu_are_the_users_to_mend_and_missing_memory_stays_what_it
 @pytest.mark.skipif(distributed.is_nccl_available(), reason="this torch has NCCL")
 def test_a_torch_without_nccl_is_told_by_the_key_that_asks_for_it(first_group: None) -> None:
     meeting = Meeting("127.0.0.1")
-    with pytest.raises(ValueError, match="learner.ranks: rank 0 of 2.*NCCL built in; .* learner.num_gpus to 0.5 or less"):
+    with pytest.raises(
+        ValueError, match="learner.ranks: rank 0 of 2.*NCCL built in; .* learner.num_gpus to 0.5 or less"
+    ):
         Ranks(0, 2).join(meeting.address, "cuda")
 
 
