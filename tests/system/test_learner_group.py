@@ -1,7 +1,7 @@
 """The learner's ranks as the driver sees them: which failures it mends, which it passes on; it waits for nobody in vain."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,12 @@ def state_with(value: float) -> LearnerState:
 class Rank:
     """Learns nothing. Of the first generation, each does at its update what its `fate` says."""
 
-    def __init__(self, rank: int, fate: str) -> None:
+    def __init__(self, rank: int) -> None:
         self._rank = rank
+        self.take_fate("")
+
+    def take_fate(self, fate: str) -> None:
+        """Begin as new: a process costs seconds, so those that are left of a test are the next one's."""
         self._fate = fate
         self._loaded = 0.0
 
@@ -77,16 +81,29 @@ class Rank:
                 ray.actor.exit_actor()
 
 
+@pytest.fixture(scope="module")
+def left() -> Iterator[list[list[Any]]]:
+    """The pairs of ranks that are left of earlier tests: at most one."""
+    pairs: list[list[Any]] = []
+    yield pairs
+    for actor in [actor for pair in pairs for actor in pair]:
+        ray.kill(actor)
+
+
 @pytest.fixture
-def group_of(cluster: None) -> Any:
+def group_of(cluster: None, left: list[list[Any]]) -> Any:
     """A group of two ranks with these fates, and what it counts; those started in their place have none."""
     made: list[list[Any]] = []
     deaths: list[Death] = []
+    fated: list[tuple[str, str]] = []
 
     def make(fates: tuple[str, str] = ("", "")) -> list[Any]:
         remote = ray.remote(num_cpus=0)(Rank)
-        made.append([remote.remote(rank, fate) for rank, fate in enumerate(fates)])
-        return made[-1]
+        pair = left.pop() if left else [remote.remote(rank) for rank in range(2)]
+        ray.get([actor.take_fate.remote(fate) for actor, fate in zip(pair, fates, strict=True)])
+        fated.append(fates)
+        made.append(pair)
+        return pair
 
     def wait(references: tuple[Any, ...], loading: bool) -> None:
         assert ray.wait(list(references), num_returns=1, timeout=60)[0], "waits in vain"
@@ -97,8 +114,10 @@ def group_of(cluster: None) -> Any:
         return ranks, made, deaths
 
     yield group
-    for actor in [actor for generation in made for actor in generation]:
+    lasts = not {"waits", "dies"} & set(fated[-1])
+    for actor in [actor for generation in made[: -1 if lasts else None] for actor in generation]:
         ray.kill(actor)
+    left += made[-1:] if lasts else []
 
 
 Group = Callable[..., tuple[RayLearnerGroup, list[list[Any]], list[Death]]]
