@@ -10,6 +10,7 @@ import torch
 import torch.distributed as distributed
 
 from learner.rank_group import Meeting, RankLost, Ranks, error_of_collective, is_lost_rank
+from tests.failure_page import assert_documented
 
 # As torch 2.3 to 2.13 with NCCL 2.14 to 2.28 say it where another process or its machine is gone, or does not answer.
 LOST = (
@@ -84,6 +85,8 @@ def test_ranks_on_one_gpu_are_the_users_to_mend_and_missing_memory_stays_what_it
     assert isinstance(found, ValueError) and "\n" not in str(found)
     assert str(found).startswith("learner.ranks: rank 1 of 2 cannot compute with NCCL: ")
     assert "rank 1 and rank 0 both on CUDA device 1000; give each rank" in str(found)
+    situation = "two ranks of the learner have one GPU, though `learner.num_gpus` is above 0.5"
+    assert_documented(situation, 2, f"ddpo train: {found}")
     memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     assert error_of_collective(Ranks(1, 2), memory) is memory
 
