@@ -45,7 +45,8 @@ class Sampler:
         self._called = f"Sampler of {policy.model}"
         device = settle(runtime)
         self._policy = load_checked(policy, device, sampling, "sampler")
-        try_sampling(policy, self._policy, [prompt.text for prompt in tried_on])
+        tried = try_sampling(policy, self._policy, [prompt.text for prompt in tried_on])
+        self._image_size = self._policy.image_size() or tried
         if cut := cut_prompts_in_words(self._policy.text_readers(), checked, sampling):
             print(cut, file=sys.stderr, flush=True)
         refuse_window_without_noise(self._policy, sampling)
@@ -156,7 +157,9 @@ class Sampler:
         """
         rows = [row for row in range(len(latents)) if row not in care.left_out]
         if not rows:
-            return np.zeros((len(latents), 8 * latents.shape[-2], 8 * latents.shape[-1], 3), np.uint8), set()
+            # A replay has not tried a family that does not tell the size, and looks at none of these images.
+            height, width = self._image_size or latents.shape[-2:]
+            return np.zeros((len(latents), height, width, 3), np.uint8), set()
         if care.one_by_one == "nothing":
             standing_in = [row if row in rows else rows[0] for row in range(len(latents))]
             kept = latents if len(rows) == len(latents) else latents[standing_in]

@@ -131,6 +131,15 @@ def _draw_from(prompts: list[Prompt]) -> Draw:
     return lambda generator: prompts[int(generator.integers(len(prompts)))]
 
 
+def _rows_of(text: str, prompts: list[Prompt]) -> list[Prompt]:
+    """Return the prompts of a text, which may have several rows; those that are equal once."""
+    found: list[Prompt] = []
+    for prompt in prompts:
+        if prompt.text == text and prompt not in found:
+            found.append(prompt)
+    return found
+
+
 def read_prompts(file: PromptFile) -> list[Prompt]:
     """Return the prompts of a file with their metadata, in order.
 
@@ -208,11 +217,8 @@ class File(PromptSource):
         """Return the prompts that are never drawn, each with its metadata; a prompt of several rows with each of them."""
         if self.held_out_path is not None:
             return self._read(self.held_out_path, "prompts.held_out_path")
-        rows: dict[str, list[Prompt]] = {text: [] for text in self.leave_out}
-        for prompt in self._all() if rows else ():
-            if prompt.text in rows and prompt not in rows[prompt.text]:
-                rows[prompt.text].append(prompt)
-        return [prompt for text in self.leave_out for prompt in rows[text]]
+        every = self._all() if self.leave_out else []
+        return [prompt for text in dict.fromkeys(self.leave_out) for prompt in _rows_of(text, every)]
 
     def listed(self) -> list[str]:
         return _texts(_without(self._all(), self.leave_out))
@@ -224,8 +230,8 @@ class File(PromptSource):
         held_out, every = self._held_out(), self._all()
         if not texts:
             return held_out or every
-        known = {prompt.text: prompt for prompt in reversed([*held_out, *every])}
-        return [known.get(text, Prompt(text)) for text in texts]
+        found = [_rows_of(text, held_out) or _rows_of(text, every) or [Prompt(text)] for text in texts]
+        return [prompt for rows in found for prompt in rows]
 
     def load(self) -> Draw:
         return _draw_from(_without(self._all(), self.leave_out))

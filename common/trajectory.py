@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,15 +154,10 @@ def merged_scores(parts: list[Scores]) -> Scores:
     return Scores(rewards, sum(part.seconds for part in parts), dict(sorted(reasons.items())), machines)
 
 
-def without(scores: Scores, reasons: dict[int, str]) -> Scores:
-    """Set more images aside, by their rows, whatever they were scored."""
-    if not reasons:
-        return scores
-    rewards = {name: values.copy() for name, values in scores.rewards.items()}
-    for values in rewards.values():
-        values[list(reasons)] = np.nan
-    set_aside = dict(sorted((scores.set_aside | reasons).items()))
-    return Scores(rewards, scores.seconds, set_aside, scores.machines)
+def unscored(names: Sequence[str], report: TaskReport) -> Scores:
+    """Return the scores of a task of which no image was made."""
+    images = len(report.task.seeds)
+    return Scores({name: np.full(images, np.nan, np.float32) for name in names}, 0.0, dict(report.set_aside))
 
 
 @dataclass(frozen=True)

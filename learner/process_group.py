@@ -14,6 +14,8 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.learner.round_data.transitions_index import Pair, share_of
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element: what its bits are read as
+# What NCCL and torch say where ranks share a GPU, or where torch has no NCCL.
+SET_UP_WRONGLY = ("ncclInvalidUsage", "ncclInvalidArgument", "doesn't have NCCL built in")
 BUCKET_BYTES = 2**28  # that travel at once: enough to be rid of every call's own cost, and little beside a network
 
 
@@ -23,6 +25,30 @@ class RankLost(RuntimeError):
 
 class OtherRankFailed(RuntimeError):
     """Another rank cannot go on, and says itself why."""
+
+
+def error_of_collective(ranks: object, error: RuntimeError) -> Exception:
+    """Return what an error of torch.distributed stands for; `ranks`: the rank that met it, in words.
+
+    Returns:
+        A ValueError where every start of the ranks would meet it again, because they are set up wrongly; the error itself
+        where memory ran out; else RankLost. A backend cannot tell what has become of the others: a dead rank is a remote, a
+        system or an internal error of NCCL's, whatever was noticed first.
+    """
+    if isinstance(error, RankLost | torch.OutOfMemoryError):
+        return error
+    said = " ".join(str(error).split("Exception raised from")[0].split())  # without the frames of C++
+    if any(words in said for words in SET_UP_WRONGLY):
+        return ValueError(
+            f"learner.ranks: {ranks} cannot compute with NCCL: {said}; give each rank a GPU of its own, or set "
+            "learner.num_gpus to 0.5 or less, with which ranks may share a GPU and do not use NCCL"
+        )
+    return RankLost(f"{ranks} has lost the others: {said}")
+
+
+def is_lost_rank(error: object) -> bool:
+    """Return whether an error of a rank says that another one is gone, though it was raised outside of a collective."""
+    return isinstance(error, RankLost | distributed.DistError)
 
 
 @final
@@ -167,10 +193,8 @@ class Ranks:
     def _lost_where_it_fails(self) -> Iterator[None]:
         try:
             yield
-        except RankLost:
-            raise
-        except RuntimeError as error:  # of every backend, whatever has become of the others
-            raise RankLost(f"{self} has lost the others: {error}") from error
+        except RuntimeError as error:  # of every backend
+            raise error_of_collective(self, error) from error
 
 
 def ranks_of(recipe: Recipe) -> tuple[Ranks, ...]:

@@ -17,7 +17,7 @@ from ray_ddpo.common.trajectory import Rollout, Scored, TrainBatch
 from ray_ddpo.learner.call_names import title_of
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner_group import Learned, LearnerGroup, TrajectoriesLost, Wait
-from ray_ddpo.learner.process_group import Meeting, OtherRankFailed, RankLost
+from ray_ddpo.learner.process_group import Meeting, OtherRankFailed, is_lost_rank
 
 STACKS_SECONDS = 5.0
 
@@ -98,9 +98,7 @@ class RayLearnerGroup(LearnerGroup):
 
     def _restart(self, error: RayError) -> None:
         """Others in the place of all ranks, if `error` is that one of them has died; else it is raised."""
-        missed = isinstance(error, RayTaskError) and isinstance(
-            error.cause, RankLost
-        )  # by another rank, before Ray tells
+        missed = isinstance(error, RayTaskError) and is_lost_rank(error.cause)  # by another rank, before Ray tells
         died = isinstance(error, RayActorError) and not error.actor_init_failed  # the same would happen to the next one
         if not (missed or died or isinstance(error, ObjectLostError)):
             raise error

@@ -54,6 +54,12 @@ def raises_from_the_second_round(images: np.ndarray, prompts: list[str], metadat
     return [float(image.mean()) for image in images]
 
 
+def raises_on_black(images: np.ndarray, prompts: list[str], metadata: Metadata) -> np.ndarray:
+    if not images.any(axis=(1, 2, 3)).all():
+        raise ValueError("a black image")
+    return jpeg_kilobytes(images)
+
+
 def writes_into_images(images: np.ndarray, prompts: list[str], metadata: Metadata) -> list[float]:
     images[:] = 0
     return [1.0 for _ in images]

@@ -1,5 +1,7 @@
 """What can be told of an evaluation's pictures without a reward: dark, flat, all alike."""
 
+import math
+
 import numpy as np
 from jaxtyping import UInt8
 
@@ -8,7 +10,12 @@ from ray_ddpo.actors.rewards.image_statistics import DarkShare, Entropy, Sharpne
 
 
 def picture_summary(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> dict[str, float]:
-    """Means over the pictures of their statistics, and how much those of one prompt differ (NaN where it has one)."""
+    """Means over the pictures of their statistics, and how much those of one prompt differ (NaN where it has one).
+
+    Without any picture all are NaN.
+    """
     statistics = {"dark_share": DarkShare(), "sharpness": Sharpness(), "entropy": Entropy()}
+    if not len(pixels):
+        return dict.fromkeys([*statistics, "diversity"], math.nan)
     means = {name: float(np.mean([each.of(picture) for picture in pixels])) for name, each in statistics.items()}
     return means | {"diversity": diversity(pixels, prompts)}

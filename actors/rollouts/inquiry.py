@@ -1,5 +1,6 @@
 """Inquiry: after a batch has failed, whether the reward is broken for every image or only for some of the batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +34,13 @@ class Inquiry:
     reasons: dict[int, str] = field(default_factory=dict)  # of the images that failed, by row
 
     @classmethod
-    def into(cls, batch: tuple[int, int], count: int, failure: tuple[str, str], control: Control) -> "Inquiry":
-        """Begin with some of the batch's images. Images of its task come next where none was ever scored to compare with."""
+    def into(cls, batch: tuple[int, int], rows: Sequence[int], failure: tuple[str, str], control: Control) -> "Inquiry":
+        """Begin with some of the batch's images. Images of its task come next where none was ever scored to compare with.
+
+        `rows`: those of the task that have an image.
+        """
         first, last = batch
-        others = [row for row in range(count) if not first <= row < last] if control.images is None else []
+        others = [row for row in rows if not first <= row < last] if control.images is None else []
         inquiry = cls(first, last, [*spread(list(range(first, last))), *spread(others)], *failure, control)
         if last - first == 1:  # it was tried alone already
             inquiry.rows.remove(first)

@@ -16,7 +16,7 @@ from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.metrics.round_metrics import StreamReport
 from ray_ddpo.common.policy_weights import LoraWeights
 from ray_ddpo.common.schedule import Place, Stream, Task
-from ray_ddpo.common.trajectory import ImageBatch, Rollout, without
+from ray_ddpo.common.trajectory import ImageBatch, Rollout
 
 POLL_SECONDS = 0.5  # the longest that deadlines, signals and `ddpo scale` go unseen
 STACKS_SECONDS = 5.0
@@ -153,7 +153,7 @@ class RayRolloutStream(RolloutStream):
         if self._drawing.holds(reference):
             drawn = self._drawing.finished(reference, now)
             if drawn is not None:
-                self._scoring.submit(drawn)
+                self._keep(self._scoring.submit(drawn))
         elif self._scoring.holds(reference):
             self._keep(self._scoring.finished(reference, now))
         else:
@@ -166,8 +166,7 @@ class RayRolloutStream(RolloutStream):
         for drawn, scores in outcome.scored:
             if not drawn.report.task.trains:
                 self._evaluation_seconds += drawn.report.seconds
-            kept = without(scores, drawn.report.set_aside)
-            self._done[drawn.report.task.place] = Rollout(drawn.report, kept, drawn.trajectory, drawn.images)
+            self._done[drawn.report.task.place] = Rollout(drawn.report, scores, drawn.trajectory, drawn.images)
 
     def _dump(self, what: str) -> str:
         """Who waits for what, and where the threads of every actor are."""

@@ -1,5 +1,6 @@
 """ScoringJob: how one task's images get their scores although rewards raise, hang, die or answer nonsense; no clock, no Ray."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +51,8 @@ class ScoringJob:
 
     A worker's death is not the reward's fault, unless it happens twice over one batch. Then the images are tried one by one,
     and the one over which two more workers die is set aside. If there is none, the batch is tried again whole.
+
+    A row without an image is given to no reward.
     """
 
     names: tuple[str, ...]  # of the rewards
@@ -58,6 +61,7 @@ class ScoringJob:
     attempts: int
     images: Any = None  # the task's, or a reference to them
     control: Control = field(default_factory=Control)  # shared by the jobs of a pool
+    without_image: Mapping[int, str] = field(default_factory=dict)  # row: why there is no image of it to score
     waiting: list[ScoringBatch] = field(init=False)
     broken: Inquiry | None = field(init=False, default=None)  # the reward fails for every image
     _scored: list[tuple[ScoringBatch, Scores]] = field(init=False, default_factory=list)
@@ -66,7 +70,15 @@ class ScoringJob:
 
     def __post_init__(self) -> None:
         starts = range(0, self.count, self.batch_size)
-        self.waiting = [ScoringBatch(start, min(start + self.batch_size, self.count)) for start in starts]
+        batches = [ScoringBatch(start, min(start + self.batch_size, self.count)) for start in starts]
+        self.waiting = [part for batch in batches for part in self._with_image(batch)]
+        self._set_aside |= self.without_image
+
+    def _with_image(self, batch: ScoringBatch) -> list[ScoringBatch]:
+        """Return the batch, or what is before, between and after its rows without an image."""
+        gaps = [row for row in range(batch.first, batch.last) if row in self.without_image]
+        firsts, lasts = [batch.first, *(row + 1 for row in gaps)], [*gaps, batch.last]
+        return [ScoringBatch(first, last) for first, last in zip(firsts, lasts, strict=True) if first < last]
 
     @property
     def finished(self) -> bool:
@@ -114,7 +126,8 @@ class ScoringJob:
             self._next(replace(batch, failures=failures))
         elif not batch.halved:
             place = (batch.first, batch.last)
-            self._go_on(Inquiry.into(place, self.count, (reason, trace), self.control))
+            rows = [row for row in range(self.count) if row not in self.without_image]
+            self._go_on(Inquiry.into(place, rows, (reason, trace), self.control))
         elif batch.size == 1:
             self._set_aside[batch.first] = reason
         else:

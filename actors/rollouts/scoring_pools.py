@@ -5,7 +5,7 @@ from typing import Any
 from ray_ddpo.actors.rollouts.sampling_scheduler import Drawn
 from ray_ddpo.actors.rollouts.scoring_scheduler import Scoring, ScoringOutcome, ScoringPool
 from ray_ddpo.common.schedule import Place
-from ray_ddpo.common.trajectory import Scores, merged_scores
+from ray_ddpo.common.trajectory import Scores, merged_scores, unscored
 
 
 class ScoringPools:
@@ -18,10 +18,15 @@ class ScoringPools:
             Place, dict[int, Scores]
         ] = {}  # of tasks that some pools are done with, by the pool's number
 
-    def submit(self, drawn: Drawn) -> None:
-        """Queue a drawn task with every pool that it concerns."""
-        for number in self._concerned(drawn):
+    def submit(self, drawn: Drawn) -> ScoringOutcome:
+        """Queue a drawn task with every pool that it concerns. A task without any image is done at once."""
+        report, concerned = drawn.report, self._concerned(drawn)
+        if len(report.set_aside) == len(report.task.seeds):
+            names = [name for number in concerned for name in self._asked[number].names]
+            return ScoringOutcome(scored=((drawn, unscored(names, report)),))
+        for number in concerned:
             self._pools[number].submit(drawn)
+        return ScoringOutcome()
 
     def _concerned(self, drawn: Drawn) -> list[int]:
         return [number for number, pool in enumerate(self._asked) if pool.scores(drawn.report.task)]

@@ -98,11 +98,11 @@ class Scoring:
         self._whereabouts = Whereabouts()
 
     def submit(self, drawn: Drawn) -> None:
-        """Queue a drawn task."""
-        table = self._pool.table
-        count = len(drawn.report.task.seeds)
-        job = ScoringJob(self._pool.names, count, table.batch_size, table.attempts, drawn.images, self._control)
-        open = self._open[drawn.report.task.place] = _Open(drawn, job)
+        """Queue a drawn task, of which at least one row has an image."""
+        table, report = self._pool.table, drawn.report
+        asked = self._pool.names, len(report.task.seeds), table.batch_size, table.attempts
+        job = ScoringJob(*asked, drawn.images, self._control, report.set_aside)
+        open = self._open[report.task.place] = _Open(drawn, job)
         self._list(open)
 
     def _list(self, open: _Open) -> None:

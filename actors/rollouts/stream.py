@@ -16,7 +16,7 @@ from ray_ddpo.common.metrics.round_metrics import StreamReport
 from ray_ddpo.common.policy_weights import LoraWeights
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.schedule import Place, Stream, Task
-from ray_ddpo.common.trajectory import ImageBatch, Rollout, Scores, merged_scores, without
+from ray_ddpo.common.trajectory import ImageBatch, Rollout, Scores, TaskReport, merged_scores
 
 # Called between any two steps of work, at least about once a second: to stop a run it raises.
 Check = Callable[[], None]
@@ -107,15 +107,15 @@ class SerialRolloutStream(RolloutStream):
         report, trajectory, images = self._sampler.draw(task, weights or self._weights[task.policy_version])
         assert report is not None and images is not None, "nobody tells this sampler to forget a task"
         asked = [number for number, pool in enumerate(self._pools) if pool.trains or not task.trains]
-        scores = merged_scores([self._scores(number, task, images) for number in asked])
+        scores = merged_scores([self._scores(number, report, images) for number in asked])
         if not task.trains:
             self._evaluation_seconds += report.seconds
-        return Rollout(report, without(scores, report.set_aside), trajectory, images)
+        return Rollout(report, scores, trajectory, images)
 
-    def _scores(self, number: int, task: Task, images: ImageBatch) -> Scores:
+    def _scores(self, number: int, report: TaskReport, images: ImageBatch) -> Scores:
         pool, count = self._pools[number], len(images.prompts)
-        names, table = pool.worker.names, pool.table
-        job = ScoringJob(names, count, table.batch_size, table.attempts, images, self._controls[number])
+        names, table, control = pool.worker.names, pool.table, self._controls[number]
+        job = ScoringJob(names, count, table.batch_size, table.attempts, images, control, report.set_aside)
         while not job.finished:
             self._settings.check()
             batch = job.waiting.pop(0)
@@ -126,7 +126,7 @@ class SerialRolloutStream(RolloutStream):
                 self._count("reward_error")
                 job.failed(batch, str(error), error.trace)
                 if job.broken:
-                    raise job.broken.error(task.title) from error
+                    raise job.broken.error(report.task.title) from error
             else:
                 if not job.scored(batch, scores):
                     self._count("reward_not_finite")

@@ -97,6 +97,10 @@ class DiffusersPolicy(Policy):
     def compile(self, batch_size: int) -> None:
         self._compiled = CompiledNetwork(self._call, batch_size * self.branches)
 
+    def image_size(self) -> tuple[int, int]:
+        height, width = self.latent_shape[1:]
+        return self.config.scale_factor * height, self.config.scale_factor * width
+
     @property
     def noisy_steps(self) -> list[int]:
         return torch.nonzero(self.steps.std() > 0).flatten().tolist()

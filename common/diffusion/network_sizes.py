@@ -44,8 +44,8 @@ def network_sizes(
     learner = memory.learning(config.gradient_checkpointing).plus(held + 3 * 4 * trained)  # gradient, two of AdamW's
     if config.train == "lora":
         memory.change_dtype(config.dtype_of("sampler"))
-    held = parameter_bytes(network) + library_bytes(device)
-    held += base_weight_bytes(network) if config.merge_adapters else 0
+    network_bytes = parameter_bytes(network) + (base_weight_bytes(network) if config.merge_adapters else 0)
+    held = network_bytes + library_bytes(device)
     path = DTYPES[sampling.latents_dtype].itemsize * (sampling.num_steps + 1) * math.prod(inputs.latent_shape)
 
     def decoded(images: int) -> int:
@@ -66,4 +66,5 @@ def network_sizes(
         decoding=line_through(decoded, 1, 2).plus(held, path),
         encoding_bytes=held,
         conditioning_dtypes=dtypes | {f"negative_{name}": dtype for name, dtype in dtypes.items()},
+        network_bytes=network_bytes,
     )

@@ -50,6 +50,10 @@ class Policy(ABC):
         """
         raise ValueError(f'policy.compile is set, and {type(self).__name__} has no compiled network: give "none"')
 
+    def image_size(self) -> tuple[int, int] | None:
+        """Return height and width of an image in pixels, if that is known without decoding one; a family need not tell."""
+        return None
+
     def lay_in(self, weights: LoraWeights) -> int:
         """Lay a version's weights into the network; how many parameters were bound. Errors are those of `load_weights`."""
         bound = load_weights(self.network, weights)

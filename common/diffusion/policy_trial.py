@@ -68,14 +68,17 @@ def _loaded(config: PolicyConfig, device: str, sampling: SamplingTable, role: Ro
     return policy
 
 
-def try_sampling(config: PolicyConfig, policy: Policy, prompts: Sequence[str]) -> None:
+def try_sampling(config: PolicyConfig, policy: Policy, prompts: Sequence[str]) -> tuple[int, int] | None:
     """Take a user's own policy from prompts to images, and check what each method returns.
+
+    Returns:
+        Height and width of its images. None: it was not tried.
 
     Raises:
         ValueError: a method raises, or returns something else than it must.
     """
     if not is_users_own(config, POLICIES) or not prompts:
-        return
+        return None
     with undisturbed(), torch.no_grad():
         rows = _encoded(policy, [prompts[row % len(prompts)] for row in range(ROWS)])
         noise = next(image_noise(list(range(ROWS)), policy.latent_shape)).to(policy.device)
@@ -87,6 +90,8 @@ def try_sampling(config: PolicyConfig, policy: Policy, prompts: Sequence[str]) -
         expected = f"uint8 of shape ({ROWS}, height, width, 3), from 0 to 255"
         shaped = isinstance(images, Tensor) and images.ndim == 4 and images.shape[0] == ROWS and images.shape[3] == 3
         refuse_unless(shaped and images.dtype == torch.uint8, f"{name} {described(images)}", expected)
+    height, width = images.shape[1:3]
+    return height, width
 
 
 def try_files(config: PolicyConfig, policy: Policy) -> None:

@@ -1,5 +1,6 @@
 """Trained weights in files: adapters, or a whole network, in diffusers' own format. Nothing is pickled."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, load_lora, save_lora, trained_tensors
 from ray_ddpo.common.diffusion.lora.files import read_lora_file
 from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.pretrained import weights_fault
 from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS, network_folder
 from ray_ddpo.common.policy_weights import LoraWeights, Manifest, pack
 from ray_ddpo.common.reading import reading
+from ray_ddpo.common.run_storage.reading import read_json
+from ray_ddpo.common.run_storage.storage import Storage
 
+CONFIG_NAME = "config.json"
+SHOWN = 3  # keys of a configuration in a message
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # as diffusers calls a network's file
 
 
@@ -44,10 +50,7 @@ def restore_trained(network: Any, train: str, path: Path) -> None:
         with reading(file):
             refuse_not_finite(file, load_file(file))
     if _is_of_diffusers(network):
-        with reading(path):
-            whole = type(network).from_pretrained(path, use_safetensors=True)
-        network.load_state_dict(whole.state_dict())
-        return None
+        return _load_network(network, path)
     return _load_state(network, path / WEIGHTS_NAME)
 
 
@@ -84,6 +87,25 @@ def _is_of_diffusers(network: Any) -> bool:
     from diffusers.models.modeling_utils import ModelMixin
 
     return isinstance(network, ModelMixin)
+
+
+def _load_network(network: Any, path: Path) -> None:
+    """Load a network of diffusers' from its folder. ValueError: it is another one, or its files lack a weight."""
+    name, misfit = type(network).__name__, f"the weights in {path} do not fit {type(network).__name__}"
+    config = read_json(Storage(path), CONFIG_NAME) if (path / CONFIG_NAME).is_file() else {}
+    if config.get("_class_name", name) != name:
+        raise ValueError(f"{misfit}: their {CONFIG_NAME} is that of {config['_class_name']}")
+    with reading(path):
+        keys = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        whole, found = type(network).from_pretrained(path, local_files_only=True, **keys)
+    if fault := weights_fault(found, refuse_unexpected=True):
+        raise ValueError(f"{misfit} ({fault})")
+    own, given = (json.loads(each.to_json_string()) for each in (network, whole))
+    differing = [key for key in own if not key.startswith("_") and key != "sample_size" and own[key] != given.get(key)]
+    if differing:
+        said = ", ".join(f"{key}={given.get(key)!r} and the model {own[key]!r}" for key in differing[:SHOWN])
+        raise ValueError(f"{misfit}: their {CONFIG_NAME} has {said}")
+    network.load_state_dict(whole.state_dict())
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:

@@ -35,7 +35,9 @@ from ray_ddpo.common.recipe.tables import (
     TrackerTable,
 )
 
+RECIPE_FILE = "recipe.toml"  # as a run's folder has it
 STORAGE_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # those of pyarrow's filesystems
+LONGEST_QUOTE = 100  # letters of a line that is no TOML
 URI_WITH_A_USER = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*@")
 
 
@@ -180,11 +182,14 @@ class Recipe(Table):
         """Read a recipe's TOML file and lay `--section.key value` overrides over it."""
         path = Path(path)
         if not path.is_file():
-            raise ValueError(
-                f"there is no recipe at {path}: give the path of a TOML file, such as one in deploy/recipes"
-            )
+            raise ValueError(_no_recipe(path))
         with reading(path):
-            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+            content = path.read_bytes()
+        if b"\0" in content:
+            raise ValueError(f"{path} is no recipe, it is no text in UTF-8: give the path of a TOML file")
+        with reading(path):
+            text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
         return cls.from_toml(text, str(path), overrides or [])
 
     @classmethod
@@ -194,7 +199,7 @@ class Recipe(Table):
             tables = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             line = re.search(r"at line (\d+)", str(error))
-            quoted = repr(text.split("\n")[int(line[1]) - 1].strip()) if line else ""
+            quoted = repr(text.split("\n")[int(line[1]) - 1].strip()[:LONGEST_QUOTE]) if line else ""
             raise ValueError(f"the recipe {where} is not TOML: {error}{': ' if quoted else ''}{quoted}") from error
         return cls.parse(with_overrides(tables, overrides, cls), where)
 
@@ -208,6 +213,14 @@ class Recipe(Table):
                 "working directory: give --output_dir an absolute path on storage that all nodes see, or a URI (s3://…)"
             )
         return os.path.join(self.output_dir, self.name)
+
+
+def _no_recipe(path: Path) -> str:
+    """Return why there is no recipe at a path, and which one is meant where that can be told."""
+    if (path / RECIPE_FILE).is_file():
+        return f"there is no recipe at {path}, it is a folder: give the recipe in it, {path / RECIPE_FILE}"
+    place = f"{path}, it is a folder" if path.is_dir() else path
+    return f"there is no recipe at {place}: give the path of a TOML file, such as one in deploy/recipes"
 
 
 def _holding_a_user(value: Any, key: str = "") -> Iterator[str]:

@@ -33,6 +33,7 @@ class EvaluatedImages:
     seeds: tuple[int, ...]
     scores: dict[str, np.ndarray]  # by reward and scorer, [N], NaN where a picture has none
     pixels: UInt8[np.ndarray, "N H W 3"]
+    without_image: frozenset[int] = frozenset()  # rows whose pixels are black because there is no image
 
 
 def images_table(variant: str, images: EvaluatedImages, pictures: int) -> pa.Table:

@@ -17,7 +17,7 @@ from ray_ddpo.common.base_parts import Base, as_tables, read_base
 from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS
 from ray_ddpo.common.package_versions import VERSIONED, package_version
 from ray_ddpo.common.reading import reading
-from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.recipe import RECIPE_FILE, Recipe
 from ray_ddpo.common.run_storage.reading import read_json, read_text
 from ray_ddpo.common.run_storage.storage import Storage, StorageError
 from ray_ddpo.common.run_storage.unwritten import Unwritten
@@ -35,13 +35,13 @@ BEST_KEYS = ("policy_version", "fingerprint", "best_by", "score")
 ASKED = TypeAdapter(dict[str, Annotated[StrictInt, Field(ge=1)]])
 WEIGHTS = ("lora", *TRAINED_PARTS)  # folders of a run, whichever was trained
 FOLDERS = ("checkpoints", "rollouts", "logs", "best", "report", *WEIGHTS)
-FILES = ("recipe.toml", "metrics.jsonl", "evaluations.jsonl", BASE_FILE, CONTROL, WATCHDOG, TOKEN, GUARD)
+FILES = (RECIPE_FILE, "metrics.jsonl", "evaluations.jsonl", BASE_FILE, CONTROL, WATCHDOG, TOKEN, GUARD)
 
 
 class RunFolder:
     """Names the places in a run's folder, on a disk or in an object store (design: one folder a run)."""
 
-    recipe = "recipe.toml"
+    recipe = RECIPE_FILE
     metrics = "metrics.jsonl"
 
     def __init__(self, location: str | Path) -> None:
@@ -186,12 +186,30 @@ class RunFolder:
         if path and not path.exists():
             raise ValueError(f"{said_by}{self.location} is no run's folder: there is no such folder")
         if not self.storage.exists(self.recipe):
-            raise ValueError(f"{said_by}{self.location} is no run's folder: it has no {self.recipe}")
+            why = _not_a_run(path) if path else f"it has no {self.recipe}"
+            raise ValueError(f"{said_by}{self.location} is no run's folder: {why}")
 
     def load_recipe(self, overrides: list[str]) -> Recipe:
         """The recipe that the run was made with, and overrides over it. ValueError: there is no run."""
         self.refuse_if_no_run()
         return Recipe.from_toml(read_text(self.storage, self.recipe), f"{self.location}/{self.recipe}", overrides)
+
+
+def _looks_like_a_run(path: Path) -> bool:
+    return all((path / name).is_file() for name in (RECIPE_FILE, BASE_FILE))
+
+
+def _not_a_run(path: Path) -> str:
+    """Return why no run lies at a path, and which run is meant where that can be told."""
+    around = next(filter(_looks_like_a_run, path.parents), None)
+    inside = sorted(file.parent for file in path.glob(f"*/{RECIPE_FILE}") if _looks_like_a_run(file.parent))
+    if around:
+        return f"it lies in one: give {around}"
+    if path.suffix == ".toml":
+        return "it is a recipe: give the folder that its run is kept in, output_dir/name"
+    if path.is_file():
+        return "it is a file"
+    return f"it has no {RECIPE_FILE}" + (f", but holds runs, such as {inside[0]}: give one of them" if inside else "")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ray_ddpo.deploy.commands.report.images import COLUMNS, rows_picture
 from ray_ddpo.deploy.commands.report.scores import headline, share_kept
 from ray_ddpo.deploy.commands.settings import differing_settings, kept_settings, settings_in_words
 from ray_ddpo.deploy.commands.weights.given_base import check_given
-from ray_ddpo.deploy.commands.weights.given_weights import load_policy, recipe_of
+from ray_ddpo.deploy.commands.weights.given_weights import load_policy, recipe_of, refuse_output_file
 from ray_ddpo.deploy.driver.components import Parts, parts_of
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.deploy.evaluation.held_out import JOINED, HeldOut, scorers_of
@@ -79,6 +79,7 @@ def _output(asked: str | None) -> Path:
         return next(folder for folder in candidates if not _is_taken(folder))
     if _is_taken(Path(asked)):
         raise ValueError(f"--output is {asked!r}, which has the result of an earlier evaluation: give another folder")
+    refuse_output_file(Path(asked))
     return Path(asked)
 
 

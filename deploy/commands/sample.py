@@ -12,7 +12,7 @@ from ray_ddpo.common.diffusion.rollout import draw, window_of_pictures
 from ray_ddpo.common.run_storage.run_folder import weights_here
 from ray_ddpo.deploy.commands.settings import differing_settings
 from ray_ddpo.deploy.commands.weights.given_base import check_given
-from ray_ddpo.deploy.commands.weights.given_weights import load_policy, recipe_of
+from ray_ddpo.deploy.commands.weights.given_weights import load_policy, recipe_of, refuse_output_file
 from ray_ddpo.deploy.driver.components import parts_of
 
 
@@ -30,6 +30,7 @@ class SampleRequest:
 def sample(request: SampleRequest, overrides: list[str]) -> Iterator[Path]:
     """Draw one picture a prompt; the paths as they are written. ValueError: no weights or no recipe there."""
     recipe = recipe_of([request.weights], request.recipe, overrides)
+    refuse_output_file(Path(request.output))
     with weights_here(request.weights) as path:
         policy = load_policy(recipe, path)
     parts = parts_of(recipe)

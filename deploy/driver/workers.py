@@ -259,10 +259,16 @@ def _refuse_what_cannot_be_held(role: str, table: RoleTable, count: int = 1) -> 
     asked = {"CPU": table.num_cpus, "GPU": table.num_gpus, **table.resources}
     asked = {name: amount * count for name, amount in asked.items()}
     available = ray.cluster_resources()
-    lacking = {name: amount for name, amount in asked.items() if amount > available.get(name, 0)}
+    lacking = [name for name, amount in asked.items() if amount > available.get(name, 0)]
     if lacking and not attaches():
         who = "one asks" if count == 1 else f"its {count} ranks ask"
-        raise ValueError(f"{role}: {who} for {lacking}, and the whole cluster has {available}")
+        asks = ", ".join(f"{name} {asked[name]:g}" for name in lacking)
+        has = ", ".join(f"{name} {available.get(name, 0):g}" for name in lacking)
+        keys = ", ".join({"CPU": "num_cpus", "GPU": "num_gpus"}.get(name, f"resources.{name}") for name in lacking)
+        raise ValueError(
+            f"{role}: {who} for {asks}, and the whole cluster has {has}: lower the role's {keys}, or set RAY_ADDRESS to a "
+            "cluster that is large enough"
+        )
 
 
 def _refuse_what_does_not_fit_together(recipe: Recipe) -> None:

@@ -156,7 +156,9 @@ class Evaluating:
 
     def _judge(self, drawing: _Drawing, round: int) -> Metrics:
         variants = self._images(drawing)
-        summary = picture_summary(variants["current"].pixels, [prompt.text for prompt in self._chosen.prompts])
+        current = variants["current"]
+        rows = [row for row in range(len(current.seeds)) if row not in current.without_image]
+        summary = picture_summary(current.pixels[rows], [self._chosen.prompts[row].text for row in rows])
         base = self._verdicts[0] if self._verdicts else None
         verdict, figures = figures_of(self._parts.recipe, drawing.version, variants, summary, base)
         self._verdicts.append(verdict)
@@ -191,4 +193,7 @@ class Evaluating:
         }
         weights = self._parts.composition.weights
         scores["reward"] = np.sum([weight * scores[name] for name, weight in weights.items()], axis=0)
-        return EvaluatedImages(self._chosen.prompts, self._chosen.seeds, scores, np.concatenate(pixels))
+        reports = [rollout.report for rollout in rollouts]
+        missing = [row in report.set_aside for report in reports for row in range(len(report.task.seeds))]
+        without_image = frozenset(row for row, is_missing in enumerate(missing) if is_missing)
+        return EvaluatedImages(self._chosen.prompts, self._chosen.seeds, scores, np.concatenate(pixels), without_image)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from ray_ddpo.common.base_parts import BASE, Base, as_tables
 from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
-from ray_ddpo.common.policy_weights import LoraWeights, verified
+from ray_ddpo.common.policy_weights import LoraWeights, fingerprint
 from ray_ddpo.common.run_storage.storage import Storage, StorageError
 from ray_ddpo.learner.algorithms.reward_aggregation import Statistics
 from ray_ddpo.learner.checkpoints.learner_state import Evaluated, EvaluationState, LearnerState
@@ -233,16 +233,24 @@ def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
     return Checkpoint(
         state["rounds_done"],
         learner,
-        {
-            compared: {prompt: tuple(rewards) for prompt, rewards in of_prompts.items()}
-            for compared, of_prompts in state["statistics"].items()
-        },
+        _statistics(checkpoint, state["statistics"]),
         state.get("tracker_ids", {}),
         state.get("ledger_rounds", 0),
         {int(round): images for round, images in state.get("set_aside", {}).items()},
         _load_evaluation(checkpoint, state),
         BASE.validate_python(state.get("base", {})),
     )
+
+
+def _statistics(checkpoint: Storage, tables: dict) -> Statistics:
+    found = {name: {prompt: tuple(rewards) for prompt, rewards in each.items()} for name, each in tables.items()}
+    for each in found.values():
+        for prompt, rewards in each.items():
+            if not all(map(math.isfinite, rewards)):
+                raise ValueError(
+                    f"{checkpoint.location}/state.json: the last rewards of {prompt!r} hold NaN or infinity: restore the file"
+                )
+    return found
 
 
 def policy_versions(checkpoint: Storage) -> list[int]:
@@ -269,6 +277,11 @@ def _load_weights(checkpoint: Storage, name: str, header: dict, state: dict) -> 
     manifest = tuple((parameter, tuple(shape)) for parameter, shape in header["manifest"])
     size = sum(math.prod(shape) for _, shape in manifest)
     buffer = read_buffer(checkpoint, name, _num_shards(state, name), size)
-    weights = verified(LoraWeights(header["policy_version"], buffer, manifest, header["fingerprint"]))
-    refuse_not_finite(f"{checkpoint.location}/{name}", weights.arrays())
+    weights = LoraWeights(header["policy_version"], buffer, manifest, header["fingerprint"])
+    refuse_not_finite(f"{checkpoint.location}/{name}", weights.arrays())  # first: it says more than a fingerprint
+    if fingerprint(buffer, manifest) != weights.fingerprint:
+        raise ValueError(
+            f"{checkpoint.location}/{name} holds other weights of version {weights.policy_version} than were saved there: "
+            "their fingerprint is another one; restore the file, or remove this checkpoint, which goes back to the one before"
+        )
     return weights

@@ -90,6 +90,7 @@ def trained(tables: dict, folder: Path, capfd: pytest.CaptureFixture) -> tuple[i
 def test_a_run_learns_from_the_others_and_ends_if_there_are_none(
     tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tables |= {"reward": {"name": "function", "path": "tests.faulty_rewards:raises_on_black"}}
     recipe = parts_with(tables).recipe
     seeds = [task.seeds for round in range(2) for task in round_tasks(recipe, round, parts_with(tables).prompts.load())]
     one = seeds[1][2]

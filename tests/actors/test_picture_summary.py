@@ -16,3 +16,7 @@ def test_the_summary_of_a_black_and_a_checkered_picture_by_hand() -> None:
     # The Laplacian is ±255 in the two columns at the edge and 0 elsewhere: variance 255² / 16.
     assert found["sharpness"] == pytest.approx(255**2 / 16 / 2)
     assert found["diversity"] == pytest.approx(0.5**0.5)  # half of the pixels differ by 1
+
+
+def test_a_summary_of_no_picture_has_no_number() -> None:
+    assert np.isnan(list(picture_summary(np.zeros((0, 8, 8, 3), np.uint8), []).values())).all()

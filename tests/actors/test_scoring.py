@@ -10,6 +10,7 @@ from ray_ddpo.actors.rewards.failure import ScoringFailed
 from ray_ddpo.actors.rollouts import scoring_scheduler as scoring
 from ray_ddpo.actors.rollouts import worker_pool
 from ray_ddpo.actors.rollouts.sampling_scheduler import Drawn
+from ray_ddpo.actors.rollouts.scoring_pools import ScoringPools
 from ray_ddpo.actors.rollouts.scoring_scheduler import Scoring, ScoringPool
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.prompts import Prompt
@@ -63,6 +64,18 @@ class Driver:
         self.scored += [drawn.report.task.place for drawn, _ in outcome.scored]
         for drawn in outcome.lost:
             self.scoring.submit(drawn)
+
+
+def test_a_task_without_any_image_is_done_without_a_reward_worker(answers: Answers) -> None:
+    workers = Driver(answers, independent=True).pool
+    table = RewardPoolTable(batch_size=4, attempts=100)
+    pools = ScoringPools(tuple(ScoringPool(workers, (name,), table, True) for name in ("a", "b")), {})
+    task = Task(0, 0, 0, (Prompt("a cat"),) * 2, (1, 2))
+    report = TaskReport(task, "", 1, 0, 0.0, set_aside={0: "NaN", 1: "NaN"})
+    ((_, scores),) = pools.submit(Drawn(report, None, None, None)).scored
+    assert scores.set_aside == report.set_aside and np.isnan(list(scores.rewards.values())).all()
+    pools.move(0.0)
+    assert scores.rewards.keys() == {"a", "b"} and not pools.references()
 
 
 def answer(call: scoring._Call, how: str) -> Scores | list[Scores]:

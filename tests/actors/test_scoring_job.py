@@ -42,8 +42,30 @@ def run(job: ScoringJob, bad: set[int]) -> list[tuple[int, int]]:
     return tried
 
 
+def run_until_broken(job: ScoringJob) -> None:
+    while not job.broken:
+        job.failed(job.waiting.pop(0), "it is bad")
+
+
 def test_batches_are_cut_from_the_task_in_order() -> None:
     assert run(job(10, 4), set()) == [(0, 4), (4, 8), (8, 10)]
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.sets(st.integers(0, 8)), st.sets(st.integers(0, 8)))
+def test_a_row_without_an_image_is_given_to_no_reward(count: int, size: int, without: set[int], bad: set[int]) -> None:
+    missing = {row: "no image" for row in without if row < count}
+    whole = ScoringJob(("beauty",), count, size, 1, without_image=missing)
+    whole.control.images = "an image that was scored before"
+    asked = {row for batch in whole.waiting for row in range(batch.first, batch.last)}
+    assert asked == set(range(count)) - missing.keys() and all(batch.size <= size for batch in whole.waiting)
+    run(whole, bad - missing.keys())
+    assert whole.scores().set_aside == missing | {row: "it is bad" for row in asked & bad}
+
+
+def test_an_inquiry_tries_no_row_without_an_image() -> None:
+    whole = ScoringJob(("beauty",), 4, 2, 1, without_image={1: "no image", 3: "no image"})
+    run_until_broken(whole)
+    assert whole.broken and whole.broken.reasons.keys() == {0, 2}
 
 
 def test_scores_stand_in_the_pictures_order_whatever_the_order_they_came_in() -> None:

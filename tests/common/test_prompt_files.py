@@ -272,6 +272,7 @@ def test_held_out_prompts_have_their_metadata_from_either_file(tmp_path: Path) -
     assert left_out.evaluated() == [Prompt("a dog", {"at": 1}), Prompt("a dog", {"at": 3})]
     assert left_out.listed() == ["a cat", "a fox"] and left_out.held_out() == ["a dog", "a dog"]
     assert left_out.evaluated(["a fox", "new"]) == [Prompt("a fox", {"at": 2}), Prompt("new")]
+    assert left_out.evaluated(["a dog"]) == left_out.evaluated()  # both rows
     second = file(tmp_path / "a.jsonl", "\n".join(lines), held_out_path=str(tmp_path / "test.jsonl"))
     assert second.evaluated() == [Prompt("an owl", {"at": 9})] and len(second.listed()) == 4
     assert [weights.key for weights in second.needs()] == ["prompts.path", "prompts.held_out_path"]

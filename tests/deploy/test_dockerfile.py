@@ -37,6 +37,12 @@ def test_it_is_not_root_and_kubernetes_can_tell() -> None:
     assert [word for word, _ in after].count("COPY") == len(copied())  # nothing of ours belongs to root
 
 
+def test_triton_finds_a_c_compiler_without_which_no_network_is_compiled_on_a_gpu() -> None:
+    installed = next(text for word, text in instructions() if word == "RUN" and "apt-get install" in text).split()
+    assert {"gcc", "libc6-dev"} <= set(installed)
+    assert not any("purge" in text or "autoremove" in text for word, text in instructions() if word == "RUN")
+
+
 def test_a_login_shell_finds_the_program_too() -> None:
     (path,) = re.findall(r"PATH=(\S+):\$PATH ", next(text for word, text in instructions() if word == "ENV") + " ")
     assert f'"PATH={path}:\\$PATH" > /etc/profile.d/venv.sh' in instructions()[1][1]

@@ -1,16 +1,18 @@
 """What `ddpo plan` prints is what a run does, and what the lineage's tables say."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
 from ray_ddpo import cli
+from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes
 from ray_ddpo.common.prompts import Animals
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks
 from ray_ddpo.deploy.commands.plan.memory import GIGABYTES, largest_micro_batch
-from ray_ddpo.deploy.commands.plan.numbers import plan_of
+from ray_ddpo.deploy.commands.plan.numbers import learner_peak, plan_of
 from ray_ddpo.deploy.commands.plan.plan import plan
 from ray_ddpo.deploy.driver.components import parts_of
 from ray_ddpo.learner.learner import Learner
@@ -222,3 +224,30 @@ def test_the_papers_recipes_have_its_tables_numbers(
 def test_ddpo_pytorchs_recipe_has_four_updates_of_64_images_a_round() -> None:
     numbers = plan_of(Recipe.load(RECIPES / "ddpo_pytorch_compressibility.toml"))
     assert (numbers.images, numbers.images_per_step, numbers.optimizer_steps) == (256, 64, 4)
+
+
+def test_the_copy_of_the_network_that_checks_log_probs_is_counted_if_numerics_differ(tables: dict) -> None:
+    own = {"algorithm": {**tables["algorithm"], "off_policy": {"ratio": "proximal"}}}
+    alike, half, merged = (
+        Recipe.parse({**tables, **own, "policy": {**tables["policy"], **keys}})
+        for keys in ({}, {"sampler_dtype": "bfloat16"}, {"sampler_dtype": "bfloat16", "merge_adapters": True})
+    )
+    without, numbers, with_merged = map(plan_of, (alike, half, merged))
+    parts = parts_of(merged)
+    copy = Learner(parts.policy, parts.algorithm, merged)._arrival_check._copy
+    assert copy is not None and copy.merged is not None
+    held = sum(parameter.nbytes for parameter in copy.network.parameters())
+    assert without.copy_bytes == 0 < numbers.copy_bytes == held
+    # Beside merged weights, those of the layers with adapters are kept.
+    beside = sum(kept.nbytes for kept in copy.merged._pretrained)
+    assert with_merged.copy_bytes == held + beside and beside > 0
+    # On a CPU the host's memory is the learner's; on a GPU it holds the copy only while a round is checked.
+    assert numbers.learner_bytes == without.learner_bytes + held
+    on_gpu = half.model_copy(update={"learner": half.learner.model_copy(update={"num_gpus": 1})})
+    sizes = dataclasses.replace(numbers.sizes, learner=PeakBytes(100, 10), drawing=PeakBytes(70, 2))
+    assert half.sampling.batch_size == 4
+    assert [learner_peak(on_gpu, sizes, micro_batch, copy=50) for micro_batch in (1, 64)] == [
+        100 + 50 + 4 * 2,
+        100 + 640,
+    ]
+    assert "host's memory" in plan(half) and "host's memory" not in plan(alike)

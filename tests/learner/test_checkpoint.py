@@ -1,11 +1,13 @@
 """Checkpoints: everything comes back, what is not whole is passed over, nothing is unpickled."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.policy_weights import pack
@@ -19,6 +21,7 @@ from ray_ddpo.learner.checkpoints.checkpoint import (
     save_checkpoint,
 )
 from ray_ddpo.learner.checkpoints.learner_state import Evaluated, EvaluationState, LearnerState
+from tests.accepted_page import assert_refused
 
 MACHINE = Machine(processor="a processor", versions="torch 2.13.0")
 
@@ -142,7 +145,35 @@ def test_weights_that_are_not_what_they_were_saved_as_are_refused(folder: Storag
     state = json.loads(path.read("state.json"))
     state["weights"][1]["fingerprint"] = "0" * 64
     path.write("state.json", json.dumps(state).encode())
-    with pytest.raises(ValueError, match="weights of version 2 arrived with fingerprint"):
+    with pytest.raises(
+        ValueError, match=r"weights-000002.safetensors holds other weights of version 2 than were saved"
+    ):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("file", ["weights-000002.safetensors", "optimizer.safetensors"])
+def test_a_nan_in_a_file_is_said_of_its_tensor_where_the_manifest_agrees_with_the_file(
+    tmp_path: Path, file: str
+) -> None:
+    path = save_checkpoint(Storage(tmp_path), checkpoint(2), keep=2)
+    arrays = {name: array.copy() for name, array in load(path.read(file)).items()}
+    name = "buffer" if file.startswith("weights") else "a.lora_A/exp_avg"
+    arrays[name].flat[-1] = np.nan
+    path.write(file, save(arrays))
+    manifest = json.loads(path.read(MANIFEST)) | {file: hashlib.sha256(path.read(file)).hexdigest()}
+    path.write(MANIFEST, json.dumps(manifest).encode())
+    newest = newest_checkpoint(Storage(tmp_path))
+    assert newest is not None
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(newest)
+    assert f"{path.location}/{file}: the tensor {'a.lora_B' if name == 'buffer' else name} holds" in str(error.value)
+    assert_refused("weights in a file that are NaN or infinite", str(error.value))
+
+
+def test_a_nan_among_the_last_rewards_of_a_prompt_is_said_of_the_prompt(tmp_path: Path) -> None:
+    path = save_checkpoint(Storage(tmp_path), checkpoint(2), keep=2)
+    path.write("state.json", path.read("state.json").replace(b"-2.5e-17", b"NaN"))
+    with pytest.raises(ValueError, match="state.json: the last rewards of 'a cat' hold NaN or infinity"):
         load_checkpoint(path)
 
 

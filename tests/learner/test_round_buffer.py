@@ -14,6 +14,7 @@ from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
 from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
 from ray_ddpo.learner.algorithms.reward_aggregation import RewardComposition
 from ray_ddpo.learner.round_data.round_buffer import RoundBuffer, TooManySetAside
+from tests.accepted_page import assert_accepted
 from tests.reference.ddpo_reference import PerPromptTracker
 
 
@@ -49,6 +50,18 @@ def test_several_rewards_are_summed_by_their_weights() -> None:
     # 2 · 1 − 0.5 · 4 = 0 and 2 · 2 − 0 = 4
     assert metrics["reward/mean"] == 2 and metrics["reward/std"] == 2
     assert metrics["reward/a/mean"] == 1.5 and metrics["reward/b/mean"] == 2
+
+
+def test_rows_of_one_text_are_one_prompt_to_its_statistics_and_groups_of_their_own() -> None:
+    prompts = tuple(Prompt("two cats", {"place": place}) for place in (1, 1, 2, 2))
+    report = TaskReport(Task(0, 0, 0, prompts, (1, 2, 3, 4)), "f", 1, 1, 1.0)
+    rollouts = [Rollout(report, Scores({"a": np.array([1, 2, 5, 9], np.float32)}, 1.0), None, None)]
+    per_prompt, groups = buffer({"a": 1.0}, min_count=1), buffer({"a": 1.0}, images_per_prompt=2, kind="group")
+    tracker = PerPromptTracker(buffer_size=16, min_count=1)
+    expected = tracker.update(["two cats"] * 4, [1, 2, 5, 9])
+    assert per_prompt.train_batch(rollouts).advantages == pytest.approx(expected, rel=1e-5)
+    assert groups.train_batch(rollouts).advantages == pytest.approx([-1, 1, -1, 1], rel=1e-3)
+    assert_accepted("rows of one text and different metadata")
 
 
 def test_metrics_by_hand() -> None:

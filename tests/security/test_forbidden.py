@@ -12,7 +12,10 @@ TEMPLATES = sorted((ROOT / "deploy").rglob("*.jinja"))
 
 
 def files() -> list[Path]:
-    return [*(path for folder in PROGRAM for path in sorted((ROOT / folder).rglob("*.py"))), *(ROOT / "ray_ddpo").glob("*.py")]
+    return [
+        *(path for folder in PROGRAM for path in sorted((ROOT / folder).rglob("*.py"))),
+        *(ROOT / "ray_ddpo").glob("*.py"),
+    ]
 
 
 def test_the_program_does_nothing_that_is_forbidden() -> None:

@@ -140,7 +140,7 @@ def test_a_relative_output_folder_inside_a_submitted_job(
 
 def test_a_role_that_the_cluster_cannot_hold(recipe_file: Path, capsys: pytest.CaptureFixture, cluster: None) -> None:
     text = said(capsys, "train", recipe_file, "--samplers.num_gpus", "1")
-    assert "samplers: one asks for {'GPU': 1.0}" in text
+    assert "samplers: one asks for GPU 1, and the whole cluster has GPU 0: lower the role's num_gpus" in text
 
 
 @pytest.mark.parametrize("verb", ["report", "sample"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_ddpo.common.diffusion.loading.model_index import read_object
+from ray_ddpo.common.diffusion.number_keys import decoder_number_faults, sample_size_faults
 from ray_ddpo.common.diffusion.schedulers.conversion import as_loaded, check_scheduler
 from ray_ddpo.common.recipe.tables import SamplingTable
 
@@ -141,6 +142,7 @@ def _faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
             yield f"{_file(name)} has a quantization_config: quantized weights are neither trained nor sampled from here"
     if "vae" in parts:
         yield from _decoder_faults(config, parts)
+    yield from sample_size_faults(_file(config.network_name), parts.get(config.network_name, {}))
     if "vae" in parts and config.network_name in parts:
         yield from _channel_faults(config, parts)
     if config.network_name in parts and all(name in parts for name in config.text_parts):
@@ -156,6 +158,7 @@ def _decoder_faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
     if config.pipeline_class in FLOW_PIPELINES and vae.get("shift_factor", 0.0 if tiny else None) is None:
         yield f"vae/config.json has no shift_factor, which {config.pipeline_class} adds to latents: write a number"
     of_sdxl = config.pipeline_class == "StableDiffusionXLPipeline"
+    yield from decoder_number_faults(vae, config.pipeline_class in FLOW_PIPELINES, of_sdxl)
     statistics = [vae.get(key) for key in ("latents_mean", "latents_std")]
     channels = _value(config, parts, "vae", "latent_channels")
     if of_sdxl and None not in statistics and any(len(value or ()) != channels for value in statistics):

@@ -2,7 +2,7 @@
 
 import functools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from ray_ddpo.common.diffusion.number_keys import named_keys
 from ray_ddpo.common.diffusion.policy import select_rows
 from ray_ddpo.common.user_code.frames import LIBRARIES
 
@@ -38,10 +39,11 @@ def names_the_model(method: Callable[..., T]) -> Callable[..., T]:
 
 
 @contextmanager
-def library_errors(model: str | None, what: str) -> Iterator[None]:
+def library_errors(model: str | None, what: str, keys: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Raise ValueError with `what` and the library's words, if a library raises. The project's own errors pass unchanged.
 
-    `model`: what the error begins with; None: somebody outside puts it there.
+    `model`: what the error begins with; None: somebody outside puts it there. `keys`: of the part's file, whose texts a
+    library's error may quote without their names.
     """
     try:
         yield
@@ -53,7 +55,8 @@ def library_errors(model: str | None, what: str) -> Iterator[None]:
             raise
         said = " ".join(str(error).split())[:400]
         key = "" if model is None else f"policy.model is {model!r}: "
-        raise ValueError(f"{key}{what}: {_part(frames)}{type(error).__name__}: {said}") from error
+        named = named_keys(keys or {}, said)
+        raise ValueError(f"{key}{what}: {_part(frames)}{type(error).__name__}: {said}{named}") from error
 
 
 def _part(frames: list[FrameType]) -> str:
@@ -72,6 +75,22 @@ def _of_transformers() -> tuple[type[Exception], ...]:
     return (StrictDataclassError,)
 
 
+def _check_tokens(policy: "DiffusersPolicy") -> None:
+    """Raise ValueError if a tokenizer puts a token into each prompt that its text encoder does not have."""
+    for reader in policy.text_readers():
+        tokenizer, part = reader.tokenizer, reader.name
+        known = getattr(policy.pipeline, part).get_input_embeddings().num_embeddings
+        given = tokenizer("", padding="max_length", truncation=True, max_length=reader.length)["input_ids"]
+        for key in ("pad_token", "bos_token", "eos_token"):
+            token = getattr(tokenizer, f"{key}_id", None)
+            if token in given and token >= known:
+                raise ValueError(
+                    f"policy.model is {policy.config.model!r}: {part.replace('text_encoder', 'tokenizer')}/"
+                    f"tokenizer_config.json has {key}={getattr(tokenizer, key)!r}, token {token}, and {part}/config.json "
+                    f"vocab_size={known}: it must be a token that the text encoder has"
+                )
+
+
 @torch.no_grad()
 def try_once(policy: "DiffusersPolicy") -> None:
     """Take one row from a prompt to an image, so that keys that do not go together are named before the first round.
@@ -81,6 +100,7 @@ def try_once(policy: "DiffusersPolicy") -> None:
     """
     model, config = policy.config.model, policy.config
     text = ", ".join(f"{part}/config.json" for part in config.text_parts)
+    _check_tokens(policy)
     with library_errors(model, f"a prompt cannot be encoded as {text} and the tokenizers' files say"):
         conditioning = policy.encode([""])
     latents, first = (torch.zeros(1, *shape, device=policy.device) for shape in (policy.latent_shape, ()))

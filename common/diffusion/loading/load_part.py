@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_ddpo.common.diffusion.loading.library_errors import library_errors
-from ray_ddpo.common.diffusion.loading.model_index import known_parts, read_class, with_article
+from ray_ddpo.common.diffusion.loading.model_index import known_parts, read_class, read_object, with_article
 from ray_ddpo.common.diffusion.loading.part_files import PartWeights
 from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
 from ray_ddpo.common.model_files.pretrained import weights_fault
@@ -23,7 +23,8 @@ def load_part(config: "DiffusersConfig", folder: Path, part: str, weights: PartW
     name = read_class(folder, part)
     cls = getattr(library, name)
     dtype = {"torch_dtype" if known.library == "diffusers" else "dtype": config.loaded_dtype}
-    with library_errors(None, f"its {part} cannot be made as {part}/config.json says"):
+    keys = read_object(folder / part / "config.json")
+    with library_errors(None, f"its {part} cannot be made as {part}/config.json says", keys):
         model, found = cls.from_pretrained(
             str(folder / part),
             variant=weights.variant,

@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_ddpo.common.diffusion.loading.model_index import INDEX, about_model, check_folder, known_parts
+from ray_ddpo.common.diffusion.loading.model_index import INDEX, about_folder, check_folder, known_parts
 from ray_ddpo.common.diffusion.loading.part_files import TEXT_FILES
 from ray_ddpo.common.diffusion.loading.pipeline import loaded_files, part_weights
 from ray_ddpo.common.diffusion.loading.single_file import check_single_file, names_a_file, single_file
@@ -39,7 +39,7 @@ def check_model(config: "DiffusersConfig", role: "Role") -> None:
             f"policy.{key} is {source!r}: there is no {INDEX} in {folder}; give a folder in diffusers' format, a hub name "
             f"(owner/model){'' if key != 'model' else f' or one of {sorted(EMBEDDED_MODELS)}'}"
         )
-    with about_model(config.model):
+    with about_folder(config):
         check_folder(config, folder, role)
         if not names_a_file(config.model) and _has_weights(config, folder, role):
             part_weights(config, folder, role)

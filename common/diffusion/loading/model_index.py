@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,16 +65,23 @@ def known_parts(config: "DiffusersConfig", role: str = "sampler") -> dict[str, P
 
 
 @contextmanager
-def about_model(model: str) -> Iterator[None]:
+def about_model(model: str, key: str = "policy.model") -> Iterator[None]:
     """Let what is raised about a model's files begin with the recipe's key and value."""
     try:
         yield
     except PartNotThere as error:
-        raise PartNotThere(f"policy.model is {model!r}, which cannot be loaded: {error}") from error
+        raise PartNotThere(f"{key} is {model!r}, which cannot be loaded: {error}") from error
     except DamagedFile as error:
-        raise ValueError(f"policy.model is {model!r}, and {error}") from error
+        raise ValueError(f"{key} is {model!r}, and {error}") from error
     except ValueError as error:
-        raise ValueError(f"policy.model is {model!r}: {error}") from error
+        raise ValueError(f"{key} is {model!r}: {error}") from error
+
+
+def about_folder(config: "DiffusersConfig") -> AbstractContextManager[None]:
+    """Do the same for the folder of configurations, which is the model itself unless that is a single file."""
+    if config.single_file_config is None:
+        return about_model(config.model)
+    return about_model(config.single_file_config, "policy.single_file_config")
 
 
 def check_folder(config: "DiffusersConfig", folder: Path, role: str = "sampler") -> None:
@@ -123,7 +130,8 @@ def _check_pipeline(config: "DiffusersConfig", index: dict[str, Any]) -> None:
     if name not in FAMILIES:
         raise ValueError(f"this is {with_article(name)}, which no family here trains; {known}")
     family, words = FAMILIES[name]
-    raise ValueError(f'this is {with_article(words)} ({name}): policy.name must be "{family}"')
+    other = f", or the folder one for {config.pipeline_class}" if config.single_file_config else ""
+    raise ValueError(f'this is {with_article(words)} ({name}): policy.name must be "{family}"{other}')
 
 
 def _check_channels(config: "DiffusersConfig", folder: Path) -> None:

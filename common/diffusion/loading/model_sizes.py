@@ -88,9 +88,9 @@ def _counted(work: _Work) -> PolicySizes:
     learner = memory.learning(config.gradient_checkpointing).plus(learning)
     if config.train == "lora":
         memory.change_dtype(config.dtype_of("sampler"))
-    held = parameter_bytes(network) + library_bytes(device)
-    if config.merge_adapters:  # the weights beside adapters are kept as they were
-        held += base_weight_bytes(network)
+    # With adapters merged, the weights beside them are kept as they were.
+    network_bytes = parameter_bytes(network) + (base_weight_bytes(network) if config.merge_adapters else 0)
+    held = network_bytes + library_bytes(device)
     encoders, decoder = sum(parameter_bytes(part) for part in parts.values()), parameter_bytes(vae)
     waiting = config.offload and device == "cuda"
     text_bytes = sum(math.prod(shape) for shape in shapes.values()) * config.loaded_dtype.itemsize
@@ -105,6 +105,7 @@ def _counted(work: _Work) -> PolicySizes:
         drawing=memory.drawing().plus(held + (0 if waiting else encoders + decoder)),
         decoding=memory.decoding(vae).plus(held + decoder + (0 if waiting else encoders)),
         encoding_bytes=held + encoders + (0 if waiting else decoder),
+        network_bytes=network_bytes,
     )
 
 

@@ -105,8 +105,10 @@ def _shards(folder: Path, part: str, index: str, names: list[str]) -> list[str]:
     check_file(path)
     found = json.loads(path.read_bytes())
     table = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise DamagedFile(path, "it must have a weight_map of file names")
+    if not isinstance(found.get("metadata"), dict):  # without which neither library reads it
+        raise DamagedFile(path, 'it must have a metadata object, such as {"metadata": {}, "weight_map": …}')
     shards = sorted(set(table.values()))
     lacking = [name for name in shards if name not in names]
     if lacking:

@@ -8,6 +8,7 @@ from ray_ddpo.common.diffusion.loading.load_part import load_part
 from ray_ddpo.common.diffusion.loading.model_index import (
     FAMILIES,
     INDEX,
+    about_folder,
     about_model,
     check_folder,
     known_parts,
@@ -108,8 +109,9 @@ def _check_kind(config: "DiffusersConfig", names: dict[str, Any]) -> None:
 def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, absent: dict[str, None]) -> Any:
     """Return the pipeline of a single file with the parts that `role` needs. ValueError: a weight is not there."""
     path, folder = file_path(config.model), _config_folder(config)
-    with about_model(config.model):
+    with about_folder(config):
         check_folder(config, folder, role)
+    with about_model(config.model):
         beside = {
             part: load_part(config, folder, part, weights) for part, weights in _beside(config, folder, role).items()
         }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ray_ddpo.common.diffusion.lora.files import PEFT_CONFIG, LoraFile
+from ray_ddpo.common.diffusion.lora.files import PEFT_CONFIG, LoraFile, refuse_settings
 from ray_ddpo.common.reading import reading
 
 # What diffusers and peft raise over a file of another form.
@@ -79,6 +79,9 @@ def load_any_lora(
         )
     converted = _converted(file, loader, network, part)
     _refuse_other_parts(file, converted, (part, *beside))
+    for name in (part, *beside):
+        if converted.of(name):
+            refuse_settings(file.path, converted.metadata or {}, name)
     _refuse_what_does_not_fit(file, network, part, _of_network(converted.of(part)))
     for name, encoder in beside.items():
         _refuse_what_does_not_fit(file, encoder, name, _of_encoder(converted.of(name), encoder))
@@ -166,6 +169,10 @@ def _of_peft(file: LoraFile, part: str) -> _Converted:
 @contextmanager
 def _refusing(file: LoraFile, what: str) -> Iterator[None]:
     """Turn what a library raises over a file into a ValueError that names the file."""
+    from diffusers.utils import logging as of_diffusers
+
+    verbosity = of_diffusers.get_verbosity()
+    of_diffusers.set_verbosity(of_diffusers.CRITICAL)  # it prints an error before it raises it
     try:
         yield
     except torch.OutOfMemoryError:
@@ -174,6 +181,8 @@ def _refusing(file: LoraFile, what: str) -> Iterator[None]:
         flat = " ".join(str(error).split())
         short = flat if len(flat) <= LONGEST_REASON else f"{flat[:LONGEST_REASON]}…"
         raise ValueError(f"the LoRA {file.path} does not fit: {what} ({type(error).__name__}: {short})") from error
+    finally:
+        of_diffusers.set_verbosity(verbosity)
 
 
 def _refuse_what_is_left_out(file: LoraFile, state: Mapping[str, Any]) -> None:

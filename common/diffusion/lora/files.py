@@ -1,6 +1,7 @@
 """LoRA files: find them, read their tensors and header; refuse what is pickled, damaged or not finite."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,7 +45,9 @@ class LoraFile:
 
     @cached_property
     def is_ours(self) -> bool:
-        """Whether this program wrote it: settings of one network, and no others."""
+        """Whether this program wrote it: settings of one network, each with its prefix, and no others."""
+        if not all(name.startswith(f"{self.part}.") for name in self.metadata):
+            return False
         keys = _keys(self.metadata, self.part)
         if not isinstance(self.own_settings.get("target_modules"), list):  # others may have a pattern there
             return False
@@ -92,6 +95,8 @@ def lora_file(path: Path) -> Path:
             f"{found} is pickled, and loading it could run a program: convert it to safetensors, with "
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE), and name that file"
         )
+    if found.suffix != ".safetensors":
+        raise ValueError(f"{found} is no LoRA file: its name must end in .safetensors")
     return found
 
 
@@ -142,11 +147,33 @@ def read_lora_file(path: Path) -> LoraFile:
     refuse_not_finite(file, tensors)
     for settings in (metadata, trained):
         for key, value in settings.items():
-            if key.rpartition(".")[2] in ("r", "lora_alpha") and not (isinstance(value, int | float) and value):
+            if key.rpartition(".")[2] in ("r", "lora_alpha") and not _is_number(value):
                 raise ValueError(
                     f"the LoRA {file} has {key} = {value!r} in its header: it must be a number other than 0"
                 )
     return LoraFile(file, tensors, metadata, trained, header.get(NETWORK, ""))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and bool(value) and math.isfinite(value)
+
+
+def refuse_settings(path: Path, metadata: Mapping[str, Any], part: str) -> None:
+    """Raise ValueError if diffusers cannot read the settings of a part, as they are in a LoRA's header or beside it."""
+    of_part = {name.removeprefix(f"{part}."): value for name, value in metadata.items() if name.startswith(f"{part}.")}
+    if metadata and not of_part:
+        raise ValueError(
+            f"the LoRA {path} has settings for {part} under other names, such as {min(metadata)}: diffusers looks for "
+            f"{part}.r, {part}.lora_alpha and {part}.target_modules; rename them, or leave out the header for strength 1"
+        )
+    if metadata and not of_part.get("target_modules"):
+        raise ValueError(
+            f"the LoRA {path} has settings for {part} without target_modules: diffusers needs the names of the layers"
+        )
+    if kept := of_part.get("modules_to_save"):
+        raise ValueError(
+            f"the LoRA {path} has modules_to_save = {kept!r}: whole layers beside the adapters, which diffusers does not load"
+        )
 
 
 def _keys(settings: Mapping[str, Any], part: str | None) -> set[str]:

@@ -34,6 +34,7 @@ class PolicySizes:
     decoding: PeakBytes
     encoding_bytes: int  # the weights that a sampler holds while it encodes prompts
     conditioning_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of what is not floating, as labels are
+    network_bytes: int = 0  # of the network alone as a sampler holds it, with its weights beside merged adapters
 
     def sampler_bytes(self, batch: int) -> int:
         """A sampler's peak over a task of so many images."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from ray_ddpo.common.diffusion.number_keys import bad_beta
+
 FILE = "scheduler/scheduler_config.json"
 DDIM = "DDIMScheduler"
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -98,6 +100,9 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{_says(name, key, written[key])}: {reason}{remedy} (in {FILE})")
     _check_absent(name, written)
     _check_length(name, written)
+    key = bad_beta(written)
+    if key is not None:
+        raise ValueError(f"{_says(name, key, written[key])}: it must be a number above 0 and below 1 (in {FILE})")
     if written.get("final_sigmas_type", "zero") != "zero" and written.get("set_alpha_to_one", True):
         raise ValueError(
             f"{_says(name, 'final_sigmas_type', written['final_sigmas_type'])}: DDIM ends so only where set_alpha_to_one is "

@@ -87,7 +87,7 @@ COUNTERPARTS = {
         lambda run: run.config.mixed_precision == "no",
     ),
     "allow_tf32": Counterpart(
-        says="float32 stays float32: its matrix products are not rounded to TF32",
+        says="float32 stays float32: its matrix products are not rounded to TF32; runtime.tf32 = true computes as TRL does",
         quiet=lambda run: not run.config.allow_tf32 or run.config.mixed_precision != "no",  # half precision has none
     ),
     "resume_from": Counterpart(

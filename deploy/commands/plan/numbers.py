@@ -11,6 +11,7 @@ from ray_ddpo.common.user_code.blame import call_if_own
 from ray_ddpo.deploy.driver.components import Parts, parts_of
 from ray_ddpo.learner.optimization.optimizer import moment_bytes, with_moments_of
 from ray_ddpo.learner.process_group import buffer_bytes
+from ray_ddpo.learner.weight_check import computes_as_samplers
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Plan:
     forward_process: bool  # learned from are finished images, noised anew
     ranks: int = 1  # of the learner, each with `learner_bytes`
     reduced_bytes: int = 0  # of a rank, once more for its gradients where several ranks sum them up
+    copy_bytes: int = (
+        0  # of a rank, in its host's memory: the second copy of the network that checks samplers' log-probs
+    )
 
     @property
     def pairs_per_rank(self) -> int:
@@ -66,6 +70,7 @@ def plan_of_parts(parts: Parts) -> Plan:
     micro_batch = 1 if learner.micro_batch_size == "auto" else learner.micro_batch_size
     conditioning = recipe.images_per_round * sizes.conditioning_bytes
     reduced = buffer_bytes(sizes.trained_parameters, learner.ranks)
+    copy = 0 if computes_as_samplers(policy, recipe) else sizes.network_bytes
     return Plan(
         images=recipe.images_per_round,
         images_learned_from=learned_from,
@@ -80,7 +85,7 @@ def plan_of_parts(parts: Parts) -> Plan:
         broadcast_bytes=4 * sizes.trained_parameters,
         optimizer_bytes=moment_bytes(learner, sizes),
         conditioning_bytes=conditioning,
-        learner_bytes=sizes.learner.of(micro_batch) + conditioning + reduced,
+        learner_bytes=learner_peak(recipe, sizes, micro_batch, copy) + conditioning + reduced,
         sampler_bytes=sizes.sampler_bytes(sampling.batch_size),
         reward_worker_bytes={
             pool.name: sum(reward.memory_bytes for reward in parts.rewards_of(pool).values())
@@ -90,7 +95,21 @@ def plan_of_parts(parts: Parts) -> Plan:
         forward_process=parts.algorithm.noisings_per_image is not None,
         ranks=learner.ranks,
         reduced_bytes=reduced,
+        copy_bytes=copy,
     )
+
+
+def learner_peak(recipe: Recipe, sizes: PolicySizes, micro_batch: int, copy: int) -> int:
+    """Return the most bytes that a rank's tensors take on its device: while it learns, or while it checks a round.
+
+    Args:
+        copy: bytes of the network's second copy, which lies in the host's memory unless a round is checked. 0: there is none.
+    """
+    learning = sizes.learner.of(micro_batch)
+    if not copy:
+        return learning
+    checking = round(sizes.learner.fixed + copy + recipe.sampling.batch_size * sizes.drawing.each)
+    return max(learning + (copy if device_of(recipe) == "cpu" else 0), checking)
 
 
 def device_of(recipe: Recipe) -> DeviceKind:

@@ -40,6 +40,7 @@ def plan(recipe: Recipe) -> str:
         ("a broadcast", f"{in_bytes(numbers.broadcast_bytes)} to each sampler's node, once a round"),
         ("optimizer's state", f"{in_bytes(numbers.optimizer_bytes)} of {learner.optimizer}{_divided(recipe, numbers)}"),
         ("learner's memory" if numbers.ranks == 1 else "a learner rank's memory", _learners(recipe, numbers)),
+        *_of_second_copy(numbers),
         ("a sampler's memory", f"{in_bytes(numbers.sampler_bytes)} at the most, with tasks of {sampling.batch_size}"),
         *((f"{_who(pool)} memory{_own(pool)}", in_bytes(numbers.reward_worker_bytes[pool.name])) for pool in pools),
         ("memory in all", f"{in_bytes(memory)}: {', '.join(f'{count} {role}' for role, count, _ in _actors(recipe))}"),
@@ -102,6 +103,15 @@ def _micro_batches(recipe: Recipe) -> str:
 def _learners(recipe: Recipe, numbers: Plan) -> str:
     found = f"{in_bytes(numbers.learner_bytes)} at the most, of it {in_bytes(round(numbers.sizes.learner.each))} a pair"
     return f"{found}; so with micro-batches of 1" if recipe.learner.micro_batch_size == "auto" else found
+
+
+def _of_second_copy(numbers: Plan) -> list[tuple[str, str]]:
+    """Where samplers and learner compute differently, what the check of a round's log-probs takes."""
+    if not numbers.copy_bytes:
+        return []
+    whose = "of it, in the host's memory" if numbers.ranks == 1 else "of each rank, in its host's memory"
+    why = "for a second copy of the network, which computes as samplers do and checks their log-probs"
+    return [(whose, f"{in_bytes(numbers.copy_bytes)} {why}")]
 
 
 def _actors(recipe: Recipe) -> list[tuple[str, int, float]]:

@@ -13,7 +13,10 @@ from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.runtime import settle
+from ray_ddpo.deploy.commands.weights.given_base import run_of
 from ray_ddpo.deploy.driver.components import parts_of
+
+PIPELINE_FILE = "model_index.json"  # of diffusers
 
 
 def recipe_of(weights: Sequence[str], named: str | None, overrides: list[str]) -> Recipe:
@@ -26,10 +29,29 @@ def recipe_of(weights: Sequence[str], named: str | None, overrides: list[str]) -
         for place in [folder.storage.local_path for folder in folders]:
             if place and not place.exists():
                 raise ValueError(f"there is nothing at {place}: give a run's folder, or a LoRA's file or folder")
+            refuse_recipe(place)
+        around = next((found.location for found in map(run_of, weights) if found), None)
+        which = f", such as --recipe {around}/{RunFolder.recipe}" if around else ""
         raise ValueError(
-            f"{', '.join(weights)} is no run's folder with a recipe: say with --recipe whose model these weights are for"
+            f"{', '.join(weights)} is no run's folder with a recipe: say with --recipe whose model these weights are for{which}"
         )
     return run.load_recipe(overrides)
+
+
+def refuse_recipe(place: Path | None) -> None:
+    """Raise ValueError if a recipe is given in the place of weights."""
+    if place is None or place.suffix != ".toml":
+        return
+    if place.name == RunFolder.recipe:
+        raise ValueError(f"{place} is a recipe, and weights are needed: give the run's folder, {place.parent}")
+    raise ValueError(f"{place} is a recipe, and weights are needed: name it with --recipe, beside a run or a LoRA")
+
+
+def refuse_output_file(output: Path) -> None:
+    """Raise ValueError if `--output` is, or lies in, a file, before anything is loaded for it."""
+    taken = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
+    if taken:
+        raise ValueError(f"--output is {str(output)!r}, and {taken} is a file: give a folder")
 
 
 def load_policy(recipe: Recipe, weights: Path | None) -> Policy:
@@ -47,6 +69,12 @@ def load_policy(recipe: Recipe, weights: Path | None) -> Policy:
 
     if weights is None:  # new adapters change nothing
         return load(_pretrained(config))
+    refuse_recipe(weights)
+    if (weights / PIPELINE_FILE).is_file():
+        raise ValueError(
+            f"{weights} is a whole pipeline, of which only the network would be taken: for its network alone give the folder "
+            f"in it, and for all of it --policy.model {weights}"
+        )
     network = network_folder(weights)
     if network or (config.train == "full" and not holds_lora(weights)):
         policy = load(config.model_copy(update={"train": "full"}))

@@ -1,5 +1,8 @@
 """A compiled network: one shape whatever it is given, the same rows and gradients as the network itself."""
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,9 +15,9 @@ ROWS = 4
 class Small(nn.Module):
     """Called as diffusers' networks are; compiles in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 3) -> None:
         super().__init__()
-        self.layer = nn.Linear(3, 3)
+        self.layer = nn.Linear(3, width)
 
     def forward(self, latents: Tensor, timesteps: Tensor, return_dict: bool = True) -> tuple[Tensor]:
         assert not return_dict
@@ -68,3 +71,18 @@ def test_rows_that_only_fill_up_have_no_part_in_the_gradient(
         gradients.append(network.layer.weight.grad.clone())
     torch.testing.assert_close(*gradients)
     assert gradients[0].abs().max() > 0.1
+
+
+def call(network: Small, **given: Any) -> Tensor:
+    return network(**given, return_dict=False)[0]
+
+
+@pytest.mark.thorough
+def test_a_process_may_compile_more_networks_than_torch_recompiles_one() -> None:
+    """As its sampler, its learner and their copies are: each call of torch.compile's wraps the same code."""
+    limit: int = torch._dynamo.config.recompile_limit  # pyright: ignore[reportAttributeAccessIssue]
+    for width in range(1, limit + 2):
+        network = Small(width)
+        compiled = CompiledNetwork(functools.partial(call, network), ROWS)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs(ROWS)), call(network, **inputs(ROWS)), rtol=1e-6, atol=1e-6)

@@ -107,6 +107,15 @@ REFUSED: dict[str, tuple[str, Change]] = {
     ),
     "an SD3's or FLUX's decoder without `shift_factor`": ("sd3", Change("vae", "shift_factor", None)),
     "a decoder of other than three colours": ("stable_diffusion", Change("vae", "out_channels", 1)),
+    "a decoder whose `scaling_factor` is 0, null or no number": (
+        "stable_diffusion",
+        Change("vae", "scaling_factor", 0),
+    ),
+    "a network whose `sample_size` is no size": ("stable_diffusion", Change("unet", "sample_size", "8")),
+    "`beta_start` or `beta_end` that is no number, or below 0": (
+        "stable_diffusion",
+        Change("scheduler", "beta_start", "0.001"),
+    ),
     "`add_watermarker` true in an SDXL's model_index.json": ("sdxl", Change("model_index", "add_watermarker", True)),
     "quantized weights (`quantization_config`)": (
         "stable_diffusion",
@@ -120,13 +129,32 @@ def test_a_key_that_cannot_be_honoured_is_refused_before_anything_is_loaded(mode
         assert_refused(situation, refusal(models, name, change))
 
 
+def test_numbers_that_nothing_can_be_computed_with_are_refused_by_key(models: Models) -> None:
+    for name, change in (
+        ("stable_diffusion", Change("vae", "scaling_factor", None)),
+        ("flux", Change("vae", "scaling_factor", "0.5")),
+        ("sd3", Change("vae", "shift_factor", "0.1")),
+        ("sdxl", Change("vae", "latents_std", [1.0, "2", 1.0, 1.0])),
+        ("sd3", Change("transformer", "sample_size", 0)),
+        ("sdxl", Change("unet", "sample_size", [8, 8, 8])),
+        ("stable_diffusion", Change("scheduler", "beta_end", -0.1)),
+    ):
+        assert f"{change.key}=" in refusal(models, name, change), str(change)
+
+
 def test_what_a_library_refuses_is_named_when_the_model_is_loaded(models: Models) -> None:
-    for situation, change in (
+    for situation, *changes in (
         ("keys of a part that diffusers or transformers refuse", Change("unet", "num_attention_heads", 2)),
         ("keys of a part with which it cannot compute", Change("unet", "cross_attention_dim", [40, 40])),
+        ("a text of a part's configuration that a library does not know", Change("text_encoder", "hidden_act", "nope")),
+        (
+            "a tokenizer that pads with a token that its text encoder has not",
+            Change("tokenizer", "pad_token", "<another>"),
+            Change("text_encoder", "vocab_size", 514),
+        ),
     ):
         with pytest.raises(ValueError) as error:
-            ours_drawn("stable_diffusion", models.changed("stable_diffusion", change), 0.0)
+            ours_drawn("stable_diffusion", models.changed("stable_diffusion", *changes), 0.0)
         assert_refused(situation, str(error.value))
 
 

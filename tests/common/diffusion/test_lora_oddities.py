@@ -29,6 +29,11 @@ def written(folder: Path, tensors: dict[str, torch.Tensor], **settings: Any) -> 
     return LoraSettings(path=str(folder / "lora.safetensors"))
 
 
+def with_header(folder: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> LoraSettings:
+    save_file(tensors, folder / "lora.safetensors", {METADATA: json.dumps(header)})
+    return LoraSettings(path=str(folder / "lora.safetensors"))
+
+
 def test_dropout_of_a_file_is_off(tiny_model: Path, tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     for role in ("sampler", "learner"):
         policy = tiny_policy(tiny_model, role, lora=written(tmp_path, tensors, lora_dropout=0.5))
@@ -57,6 +62,11 @@ def test_what_cannot_be_trained_is_refused_by_name(
         "PiSSA, OLoRA and others that change the network's own weights (`init_lora_weights`)": lambda: LoraSettings(
             path=str(peft)
         ),
+        "settings in a LoRA's header without the part's prefix": lambda: with_header(
+            tmp_path, tensors, SETTINGS | {"lora_alpha": 8}
+        ),
+        "settings in a LoRA's header without target modules": lambda: written(tmp_path, tensors, target_modules=None),
+        "a LoRA with `modules_to_save`": lambda: written(tmp_path, tensors, modules_to_save=["conv_in"]),
     }.items():
         with pytest.raises(ValueError) as error:
             tiny_policy(tiny_model, lora=make())

@@ -219,6 +219,12 @@ def test_what_is_missing_in_a_local_folder_is_named_and_the_hub_is_not_asked(
     save_variant(model, "unet", "fp16", shards=True)
     next((model / "unet").glob("*00001-of-00002.safetensors")).unlink()
     assert_refused("one of several files of weights is missing", early_refusal("stable_diffusion", model))
+    for number, keys in enumerate(({"weight_map": {}}, {"metadata": None})):
+        model = copied(original, tmp_path / f"index {number}")
+        save_variant(model, "unet", "fp16", shards=True)
+        change_json(next((model / "unet").glob("*.index*.json")), **keys)
+        said = early_refusal("stable_diffusion", model)
+        assert_refused("an index of weights that names no file, or lacks its `metadata`", said)
     model = copied(original, tmp_path / "adapter")
     (model / "text_encoder" / "adapter_config.json").write_text("{}")
     assert_refused("a text encoder with a LoRA beside its weights", early_refusal("stable_diffusion", model))

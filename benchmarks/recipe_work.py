@@ -1,0 +1,94 @@
+"""How many floating-point operations a recipe's networks take for an image, counted on torch's meta device; none is run.
+
+`python -m benchmarks.recipe_work` prints docs/model_families.md's figures.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.lora.start import make_trainable
+from ray_ddpo.common.diffusion.memory.synthetic_inputs import made_up_conditioning
+from ray_ddpo.common.diffusion.policy import quiet_libraries
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import SamplingTable
+from ray_ddpo.deploy.driver.components import Parts, parts_of
+
+RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
+NAMES = (
+    "sd15_aesthetic",
+    "families/sd21_aesthetic",
+    "families/sdxl_aesthetic",
+    "families/sdxl_full",
+    "families/sd35_medium_pickscore",
+    "families/sd35_medium_window",
+    "families/flux_dev_pickscore",
+)
+FLOPS_A_SECOND = 1e14  # what Stable Diffusion 1.5 came to on an H100 (docs/performance.md)
+
+
+@dataclass(frozen=True)
+class RowWork:
+    """Operations that the network takes for a row of its batch."""
+
+    forward: int
+    both: int  # forward and backward, as the recipe's adapters or the whole network need it
+    recomputed: int  # in the backward pass, where activations are not kept: about one more forward pass
+
+
+def row_work(config: DiffusersConfig, sampling: SamplingTable) -> RowWork:
+    """Count a forward pass, and one with the backward pass."""
+    quiet_libraries()
+    import diffusers
+
+    configs = {part: config.part_config(part) for part in (config.network_name, "vae", *config.text_parts)}
+    network_class: Any = getattr(diffusers, config.network_class)
+    with torch.device("meta"):
+        network = network_class.from_config(configs[config.network_name])
+    make_trainable(network, config.train, config.lora)
+    latents = torch.empty(1, *config.latent_shape(dict(network.config)), device="meta")
+    rows = made_up_conditioning(config.conditioning_shapes(configs), {}, 1, "meta")
+    call = config.network_call(sampling)
+
+    def predict() -> Tensor:
+        return call(network, latents, torch.empty(1, device="meta"), **rows)
+
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        predict()
+    with FlopCounterMode(display=False) as both:
+        predict().sum().backward()
+    once = forward.get_total_flops()
+    return RowWork(once, both.get_total_flops(), once if config.gradient_checkpointing else 0)
+
+
+def image_work(parts: Parts) -> float:
+    """Return the operations for an image: its sampling, its learning, and the KL's passes. Not its decoding and scores."""
+    config: Any = parts.policy
+    recipe, algorithm = parts.recipe, parts.algorithm
+    assert not algorithm.needs_proximal_log_probs and not algorithm.needs_behaviour_means, (
+        "these passes are not counted"
+    )
+    row = row_work(config, recipe.sampling)
+    pairs = algorithm.pairs_per_image(recipe, config.noisy_steps(recipe.sampling)) * recipe.learner.inner_epochs
+    of_pair = row.both + row.recomputed + (row.forward if algorithm.needs_reference_means else 0)
+    return config.branches(recipe.sampling) * (recipe.sampling.num_steps * row.forward + pairs * of_pair)
+
+
+def main(names: Sequence[str]) -> None:
+    """Print the table's last two columns."""
+    for name in names or NAMES:
+        recipe = Recipe.load(RECIPES / f"{name}.toml", [])
+        flops = image_work(parts_of(recipe))
+        hours = flops * recipe.images_per_round * recipe.rounds / FLOPS_A_SECOND / 3600
+        print(f"{name}.toml: {flops / 1e12:,.0f} TFLOP an image, {hours:.0f} GPU-hours", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

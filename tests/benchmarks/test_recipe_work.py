@@ -1,0 +1,56 @@
+"""Counted operations: those of the formula of FLUX's layers, and the figures that the documentation has of each recipe."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.recipe_work import FLOPS_A_SECOND, NAMES, RECIPES, image_work, row_work
+from ray_ddpo.common.diffusion.families.flux import Flux
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy.driver.components import parts_of
+
+PAGE = (Path(__file__).parents[2] / "docs" / "model_families.md").read_text()
+WIDTH, TEXT, IMAGE, DOUBLE, SINGLE = 3072, 512, 1024, 19, 38  # FLUX.1-dev at 512 × 512
+
+
+def flux_forward(rank: int) -> int:
+    """Return the operations of a row by the layers' sizes: two for each weight that a token meets; attention beside them."""
+    tokens, width = TEXT + IMAGE, WIDTH
+    layer = 12 * width**2 * tokens  # attention 4 and feed-forward 8 in a double layer, fused ones in a single one
+    adapters = rank * width * tokens * (DOUBLE * (4 * 2 + 2 * 5) + SINGLE * 3 * 2)
+    attention = 2 * tokens**2 * width
+    once = width**2 * (DOUBLE * 2 * 6 + SINGLE * 3)  # what scales and shifts a layer, from the image's one vector
+    ends = width * (TEXT * 4096 + IMAGE * (64 + 64)) + width * (256 + 256 + 768) + 3 * width**2 + 2 * width**2
+    return 2 * ((DOUBLE + SINGLE) * (layer + attention) + adapters + once + ends)
+
+
+@pytest.mark.thorough
+def test_flux_takes_the_operations_that_the_sizes_of_its_layers_say() -> None:
+    """With twelve billion parameters on the meta device, a quarter of a minute."""
+    parts = parts_of(Recipe.load(RECIPES / "families" / "flux_dev_pickscore.toml", []))
+    assert isinstance(parts.policy, Flux)
+    row = row_work(parts.policy, parts.recipe.sampling)
+    assert row.forward == flux_forward(parts.policy.lora.rank)
+    # Backward: as much for activations, in attention twice as much, and a little for the adapters' own gradients.
+    assert 2.0 < row.both / row.forward < 2.15 and row.recomputed == row.forward
+
+
+def figures_of(name: str) -> tuple[str, str]:
+    """Return what the page's table says of a recipe: TFLOP an image, GPU-hours."""
+    found = re.search(rf"^\| `{name}\.toml` \|[^|]*\|[^|]*\| ([^|]*) \| ([^|]*) \|$", PAGE, re.MULTILINE)
+    assert found, f"{name} has no row"
+    return found[1], found[2]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["sd15_aesthetic", "families/sd35_medium_pickscore", "families/flux_dev_pickscore"])
+def test_the_page_has_the_operations_that_were_counted(name: str) -> None:
+    recipe = Recipe.load(RECIPES / f"{name}.toml", [])
+    flops = image_work(parts_of(recipe))
+    hours = flops * recipe.images_per_round * recipe.rounds / FLOPS_A_SECOND / 3600
+    assert figures_of(name) == (f"{flops / 1e12:,.0f}", f"{hours:.0f}")
+
+
+def test_each_recipe_of_the_table_can_be_counted() -> None:
+    assert all(figures_of(name) and (RECIPES / f"{name}.toml").is_file() for name in NAMES)
