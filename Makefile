@@ -99,7 +99,7 @@ soak: $(VENV)/installed
 	rm -rf runs/soak
 	$(BIN)/python -m benchmarks.soak --minutes 20
 
-# SEED=7 makes the schedules of that seed again; else it is drawn, and printed.
+# SEED=7 makes the schedules of that seed again; else it is sampled, and printed.
 chaos: $(VENV)/installed
 	$(BIN)/python -m benchmarks.chaos $(if $(SEED),--seed $(SEED))
 
@@ -118,7 +118,7 @@ algorithm-study: $(VENV)/installed
 
 three-steps: $(VENV)/installed
 	rm -rf runs/three-steps
-	$(BIN)/python -m benchmarks.three_steps --picture runs/three-steps/before_after.png --runtime.threads 2
+	$(BIN)/python -m benchmarks.three_steps --image runs/three-steps/before_after.png --runtime.threads 2
 
 animal-reward: $(VENV)/installed
 	rm -rf runs/tiny_animal_classifier

@@ -1,4 +1,4 @@
-"""RewardWorker: pictures in, scores out; what is not one finite number a picture never passes as a score."""
+"""RewardWorker: images in, scores out; what is not one finite number an image never passes as a score."""
 
 import time
 from collections.abc import Callable
@@ -79,7 +79,7 @@ class RewardWorker:
         last: int | None = None,
         note: Callable[[int], None] | None = None,
     ) -> Scores:
-        """Every reward of the pictures `first` … `last` − 1. One without a finite number is set aside, with the reason.
+        """Every reward of the images `first` … `last` − 1. One without a finite number is dropped, with the reason.
 
         Args:
             note: is told the row of every image before it is scored, one by one: to find the one that kills this process.
@@ -93,18 +93,18 @@ class RewardWorker:
         if note:
             return self._score_one_by_one(images, wanted, note)
         rewards = {name: self._score_all(name, reward, images, wanted) for name, reward in self._rewards.items()}
-        set_aside = {}
+        dropped = {}
         for name, values in rewards.items():
             for row in np.flatnonzero(~np.isfinite(values)):
                 prompt = images.prompts[first + int(row)].text
                 number = f"{values[row]}" + (", or a number beyond float32," if np.isinf(values[row]) else "")
-                set_aside[int(row)] = f"the reward {name!r} gave {number} for the picture of {prompt!r}"
+                dropped[int(row)] = f"the reward {name!r} gave {number} for the image of {prompt!r}"
                 values[row] = np.nan
         machines = frozenset({self._machine})
-        return Scores(rewards, time.perf_counter() - start, set_aside, machines)
+        return Scores(rewards, time.perf_counter() - start, dropped, machines)
 
     def score_together(self, cuts: tuple[tuple[int, int], ...], *images: ImageBatch) -> list[Scores]:
-        """The pictures `first` … `last` − 1 of several tasks as one batch, and each task's scores: for rewards independent
+        """The images `first` … `last` − 1 of several tasks as one batch, and each task's scores: for rewards independent
         of their batch.
         """
         pieces = [batch.pixels[first:last] for (first, last), batch in zip(cuts, images, strict=True)]
@@ -121,8 +121,8 @@ class RewardWorker:
             note(row)
             parts.append(self.score(images, row, row + 1))
         rewards = {name: np.concatenate([part.rewards[name] for part in parts]) for name in self._rewards}
-        set_aside = {row: reason for row, part in enumerate(parts) for reason in part.set_aside.values()}
-        return Scores(rewards, time.perf_counter() - start, set_aside)
+        dropped = {row: reason for row, part in enumerate(parts) for reason in part.dropped.values()}
+        return Scores(rewards, time.perf_counter() - start, dropped)
 
     def _score_all(self, name: str, reward: LoadedReward, images: ImageBatch, wanted: range) -> Float[np.ndarray, "B"]:
         parts = []
@@ -148,5 +148,5 @@ def _rows(scores: Scores, first: int, last: int) -> Scores:
     """A part of a batch's scores; of its seconds, its share."""
     count = len(next(iter(scores.rewards.values())))
     rewards = {name: values[first:last] for name, values in scores.rewards.items()}
-    set_aside = {row - first: reason for row, reason in scores.set_aside.items() if first <= row < last}
-    return Scores(rewards, scores.seconds * (last - first) / count, set_aside, scores.machines)
+    dropped = {row - first: reason for row, reason in scores.dropped.items() if first <= row < last}
+    return Scores(rewards, scores.seconds * (last - first) / count, dropped, scores.machines)

@@ -1,4 +1,4 @@
-"""Sampler: draws a task's trajectories and pictures under the policy version that the task asks for."""
+"""Sampler: samples a task's trajectories and images under the policy version that the task asks for."""
 
 import os
 import socket
@@ -15,9 +15,9 @@ from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.policy_trial import load_checked, try_sampling
 from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words
-from ray_ddpo.common.diffusion.rollout import draw, refuse_window_without_noise
+from ray_ddpo.common.diffusion.rollout import refuse_window_without_noise, sample_trajectories
 from ray_ddpo.common.machine import this_machine
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.tables import RuntimeTable, SamplingTable
 from ray_ddpo.common.runtime import python_stacks, settle
@@ -57,7 +57,7 @@ class Sampler:
         self._sampling = sampling
         self._machine = this_machine(device)
         self._fingerprint = ""
-        self._modules_bound = 0
+        self._num_loaded_params = 0
         self._forgotten: set[Place] = set()
         self._called = f"Sampler of {policy.model} on {device}"
 
@@ -74,17 +74,17 @@ class Sampler:
         return self._base
 
     def stacks(self) -> str:
-        """What this process is doing; answered from a thread of its own while a task is drawn."""
+        """What this process is doing; answered from a thread of its own while a task is sampled."""
         return python_stacks()
 
     def forget(self, place: Place) -> None:
-        """Leave this task out if it has not been begun: another sampler draws it. Comes in while a task is drawn."""
+        """Leave this task out if it has not been begun: another sampler samples it. Comes in while a task is sampled."""
         self._forgotten.add(place)
 
-    def draw(
+    def sample(
         self,
         task: Task,
-        weights: LoraWeights,
+        weights: PolicyWeights,
         care: Care = PLAIN,
         note: Callable[[int], None] | None = None,
     ) -> tuple[TaskReport, Trajectory | None, ImageBatch] | tuple[None, None, None]:
@@ -109,43 +109,45 @@ class Sampler:
             return None, None, None
         trajectory = self._denoise(task, care)
         pixels, undecoded = self._decode(trajectory.final_latents, care, note)
-        set_aside = self._not_finite(trajectory, undecoded, task) | care.left_out
-        if set_aside:
+        dropped = self._not_finite(trajectory, undecoded, task) | care.left_out
+        if dropped:
             pixels = pixels.copy()
-            pixels[list(set_aside)] = 0
+            pixels[list(dropped)] = 0
         seconds = time.perf_counter() - start
         fingerprints = image_fingerprints(pixels)
         report = TaskReport(
             task,
             self._fingerprint,
-            self._modules_bound,
+            self._num_loaded_params,
             trajectory.num_bytes if task.trains else 0,
             seconds,
-            tuple("" if row in set_aside else found for row, found in enumerate(fingerprints)),
+            tuple("" if row in dropped else found for row, found in enumerate(fingerprints)),
             f"{socket.gethostname()}/{os.getpid()}",
             self._machine,
-            set_aside,
+            dropped,
         )
         return report, trajectory if task.trains else None, ImageBatch(pixels, task.prompts)
 
     def _denoise(self, task: Task, care: Care) -> Trajectory:
-        """Draw the task's trajectories. In the place of an image that is left out stands another one: shapes stay alike."""
+        """Sample the task's trajectories. A left-out image is replaced by another one, so that shapes stay alike."""
         rows = list(range(len(task.seeds)))
-        drawn = [row for row in rows if row not in care.not_drawn]
-        if not drawn:
-            raise ValueError(f"every image of {task.title} ends the process of the sampler that draws it")
-        rows = [drawn[0] if row in care.not_drawn else row for row in rows]
+        sampled = [row for row in rows if row not in care.not_sampled]
+        if not sampled:
+            raise ValueError(f"every image of {task.title} ends the process of the sampler that samples it")
+        rows = [sampled[0] if row in care.not_sampled else row for row in rows]
         prompts, seeds = [task.prompts[row].text for row in rows], [task.seeds[row] for row in rows]
-        return draw(self._policy, prompts, seeds, self._sampling, task.window)
+        return sample_trajectories(self._policy, prompts, seeds, self._sampling, task.window)
 
     def _try_out(self, task: Task, care: Care, note: Callable[[int], None] | None) -> None:
-        """Draw and decode the task's images one by one, only to see whether this process survives."""
+        """SamplePrompt and decode the task's images one by one, only to see whether this process survives."""
         for row in range(len(task.seeds)):
             if row in care.left_out:
                 continue
             if note:
                 note(row)
-            alone = draw(self._policy, [task.prompts[row].text], [task.seeds[row]], self._sampling, task.window)
+            alone = sample_trajectories(
+                self._policy, [task.prompts[row].text], [task.seeds[row]], self._sampling, task.window
+            )
             self._policy.decode(alone.final_latents).cpu()
 
     def _decode(
@@ -174,20 +176,20 @@ class Sampler:
 
     def _not_finite(self, trajectory: Trajectory, undecoded: set[int], task: Task) -> dict[int, str]:
         """Return the rows whose latents or pixels are no finite numbers, and why they are no images."""
-        drawn = [trajectory.final_latents.flatten(1), trajectory.log_probs]
-        finite = torch.stack([each.isfinite().all(1) for each in drawn]).all(0).tolist()
+        sampled = [trajectory.final_latents.flatten(1), trajectory.log_probs]
+        finite = torch.stack([each.isfinite().all(1) for each in sampled]).all(0).tolist()
         learned = f"version {task.policy_version} was trained with too high a learner.learning_rate"
         cause = learned if task.policy_version else f"the model overflows in policy.dtype = {self._dtype!r}"
         reasons = {row: f"its pixels are not finite: the decoder overflows in {self._dtype}" for row in undecoded}
         unsampled = f"its latents are not finite: most likely {cause}"
         return reasons | {row: unsampled for row, is_finite in enumerate(finite) if not is_finite}
 
-    def _swap(self, task: Task, weights: LoraWeights) -> None:
+    def _swap(self, task: Task, weights: PolicyWeights) -> None:
         if weights.policy_version != task.policy_version:
             raise ValueError(
                 f"task {task.index} of round {task.round} asks for policy version {task.policy_version}, "
                 f"and came with weights of version {weights.policy_version}"
             )
         if weights.fingerprint != self._fingerprint:
-            self._modules_bound = self._policy.lay_in(weights)
+            self._num_loaded_params = self._policy.load_weights(weights)
             self._fingerprint = weights.fingerprint

@@ -1,4 +1,4 @@
-"""make bench-trl: rounds of the program beside rounds of TRL's DDPOTrainer, same model, recipe and number of pictures.
+"""make bench-trl: rounds of the program beside rounds of TRL's DDPOTrainer, same model, recipe and number of images.
 
 Each side is a process of its own, and they take turns: while one makes a round, the others sleep. Every measurement is a row of
 the CSV as soon as it is there; `--table` prints what the CSV has.
@@ -18,7 +18,7 @@ from benchmarks.round_process import RoundProcess, our_process, trl_process
 from benchmarks.timing import machine
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.components import Components, build_components
 from tests.parity.sides import trl_config
 
 TRL = "TRL"
@@ -30,8 +30,8 @@ SAME = {  # for both sides
     "sampling.guidance_scale": "5",
     "sampling.batch_size": "8",
     "sampling.batches_per_round": "4",
-    "sampling.step_fraction": "1.0",
-    "sampling.untrained_last_steps": "0",
+    "sampling.timestep_fraction": "1.0",
+    "sampling.skip_last_steps": "0",
     "algorithm.clip_range": "1e-4",
     "algorithm.advantages.min_count": "16",
     "learner.batch_size": "8",
@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, str]] = {
         "policy.sampler_dtype": "bfloat16",
         "policy.merge_adapters": "true",
         "algorithm.off_policy.ratio": "proximal",
-        "sampling.untrained_last_steps": "2",
+        "sampling.skip_last_steps": "2",
         "learner.micro_batch_size": "36",
     },
 }
@@ -63,7 +63,7 @@ def words(*tables: dict[str, str]) -> list[str]:
     return [word for key, value in joined.items() for word in (f"--{key}", value)]
 
 
-def trl_job(parts: Parts) -> dict[str, Any]:
+def trl_job(parts: Components) -> dict[str, Any]:
     """The same rounds for TRL: its model's folder, its keys, our prompts."""
     recipe, device = parts.recipe, parts.recipe.runtime.device
     return {
@@ -77,7 +77,7 @@ def trl_job(parts: Parts) -> dict[str, Any]:
 
 def measured(settings: list[str], repeats: int, same: dict[str, str], folder: Path) -> Iterator[Row]:
     """Rows as they come; repeat 0 is the first round, with whatever is compiled then."""
-    job = trl_job(parts_of(Recipe.load(RECIPE, words(same))))
+    job = trl_job(build_components(Recipe.load(RECIPE, words(same))))
     with ExitStack() as open_sides:
         sides = {TRL: open_sides.enter_context(trl_process(job, folder))}
         versions = {TRL: sides[TRL].answer()["versions"]}

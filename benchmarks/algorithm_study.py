@@ -35,7 +35,7 @@ def all_runs() -> list[StudyRun]:
 
 
 def draw_chart(results: Results, path: Path, costs: dict[str, float]) -> None:
-    """On the left what a picture teaches, on the right what a second does."""
+    """On the left what an image teaches, on the right what a second does."""
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.5))
@@ -43,10 +43,10 @@ def draw_chart(results: Results, path: Path, costs: dict[str, float]) -> None:
         color = plt.get_cmap("tab10")(index % 10)
         draw_setting(left, name, runs, 1.0, color)
         draw_setting(right, name, runs, costs[name], color)
-    left.set_xlabel("pictures drawn")
-    right.set_xlabel("seconds of one process on one thread, by what a picture costs under each algorithm")
+    left.set_xlabel("images drawn")
+    right.set_xlabel("seconds of one process on one thread, by what an image costs under each algorithm")
     for axis in (left, right):
-        axis.set_ylabel("reward of the pictures that were learned from")
+        axis.set_ylabel("reward of the images that were learned from")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="upper left")
     figure.suptitle("band: from the lowest to the highest of the seeds; line: their mean", fontsize=10)
@@ -59,7 +59,7 @@ def write_csv(results: Results, path: Path, costs: dict[str, float]) -> None:
     """A row a point of the chart's curves."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("algorithm", "seed", "pictures", "seconds", "reward"))
+        writer.writerow(("algorithm", "seed", "images", "seconds", "reward"))
         for name, runs in by_setting(results).items():
             for run in runs:
                 for images, reward in zip(*curve(run), strict=True):
@@ -67,10 +67,10 @@ def write_csv(results: Results, path: Path, costs: dict[str, float]) -> None:
 
 
 def table(results: Results, costs: dict[str, float]) -> str:
-    """A line an algorithm, in markdown: what its runs changed on held-out pictures, and in how many standard errors."""
+    """A line an algorithm, in markdown: what its runs changed on held-out images, and in how many standard errors."""
     lines = [
-        "| recipe | pictures | change of the reward on held-out pictures | mean | fewest paired standard errors "
-        "| still named | clipped | seconds a picture |",
+        "| recipe | images | change of the reward on held-out images | mean | fewest paired standard errors "
+        "| still named | clipped | seconds an image |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in by_setting(results).items():
@@ -93,7 +93,7 @@ def main() -> int:
     if not options.chart:
         return list_or_make(options, all_runs())
     results, costs = read_results(options.results), read_costs(COSTS)
-    draw_chart(results, options.picture, costs)
+    draw_chart(results, options.image, costs)
     write_csv(results, options.results.with_suffix(".csv"), costs)
     print(table(results, costs))
     return 0

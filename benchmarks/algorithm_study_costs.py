@@ -1,4 +1,4 @@
-"""What a picture costs under each algorithm: rounds of 64 pictures drawn, scored and learned from in turn, in one run.
+"""What an image costs under each algorithm: rounds of 64 images drawn, scored and learned from in turn, in one run.
 
 The study's own runs stand beside each other and beside other programs, so their clocks cannot be compared.
 """
@@ -15,7 +15,7 @@ from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks
 from ray_ddpo.common.trajectory import Rollout
-from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
 
@@ -28,7 +28,7 @@ COSTS = Path("docs/algorithm_study_costs.json")
 class Rounds:
     """A recipe's rounds, one after the other, in this process."""
 
-    parts: Parts
+    parts: Components
     sampler: Sampler
     worker: RewardWorker
     learner: Learner
@@ -37,19 +37,19 @@ class Rounds:
 
     @classmethod
     def of(cls, path: str) -> "Rounds":
-        """Of a recipe, at 64 pictures a round, or at its own number where that is less."""
-        parts = parts_of(Recipe.load(path, ["--runtime.threads", "1"]))
+        """Of a recipe, at 64 images a round, or at its own number where that is less."""
+        parts = build_components(Recipe.load(path, ["--runtime.threads", "1"]))
         if parts.recipe.images_per_round > ROUND_IMAGES:
             tasks = ROUND_IMAGES // parts.recipe.sampling.batch_size
             words = ["--runtime.threads", "1", "--sampling.batches_per_round", str(tasks)]
-            parts = parts_of(Recipe.load(path, words))
+            parts = build_components(Recipe.load(path, words))
         recipe = parts.recipe
         return cls(
             parts,
             Sampler(parts.policy, recipe.sampling, recipe.runtime),
             RewardWorker(parts.rewards, recipe.reward_workers, recipe.runtime),
             Learner(parts.policy, parts.algorithm, recipe),
-            RoundBuffer(parts.algorithm, parts.composition, recipe.prompts.images_per_prompt),
+            RoundBuffer(parts.algorithm, parts.aggregation, recipe.prompts.images_per_prompt),
         )
 
     def next_round(self) -> None:
@@ -63,30 +63,30 @@ class Rounds:
         self.learner.update(batch, *(rollout.trajectory for rollout in rollouts))
         self.round += 1
 
-    def seconds_a_picture(self) -> float:
-        """Of as many rounds as have 64 pictures."""
+    def seconds_per_image(self) -> float:
+        """Of as many rounds as have 64 images."""
         count = max(1, ROUND_IMAGES // self.parts.recipe.images_per_round)
         taken = sum(seconds(self.next_round) for _ in range(count))
         return taken / (count * self.parts.recipe.images_per_round)
 
 
 def measure(recipes: dict[str, str], path: Path, repeats: int = REPEATS) -> dict[str, float]:
-    """Seconds a picture by name, medians of interleaved repeats after one that does not count; kept at `path`."""
+    """Seconds an image by name, medians of interleaved repeats after one that does not count; kept at `path`."""
     prepared = {name: Rounds.of(recipe) for name, recipe in recipes.items()}
     taken: dict[str, list[float]] = {name: [] for name in recipes}
     for each in prepared.values():
         each.next_round()
     for _ in range(repeats):
         for name, each in prepared.items():
-            taken[name].append(each.seconds_a_picture())
+            taken[name].append(each.seconds_per_image())
     costs = {name: round(median(times), 4) for name, times in taken.items()}
-    path.write_text(json.dumps({"seconds a picture": costs, "machine": machine()}, indent=1) + "\n")
+    path.write_text(json.dumps({"seconds an image": costs, "machine": machine()}, indent=1) + "\n")
     return costs
 
 
 def read_costs(path: Path) -> dict[str, float]:
     """By algorithm."""
-    return json.loads(path.read_text())["seconds a picture"]
+    return json.loads(path.read_text())["seconds an image"]
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--costs", type=Path, default=COSTS)
     costs = measure({run.setting: run.recipe for run in all_runs()}, parser.parse_args().costs)
     for name, each in costs.items():
-        print(f"{name:<16} {each:.3f} s a picture")
+        print(f"{name:<16} {each:.3f} s an image")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import ray
 from ray._private.internal_api import node_stats
 
 from benchmarks.timing import machine
-from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from tests.system.nodes import local_nodes
 
 MEGABYTES = (3, 50)
@@ -50,7 +50,7 @@ class Reader:
     def ready(self) -> str:
         return ray.get_runtime_context().get_node_id()
 
-    def read(self, weights: LoraWeights) -> Arrival:
+    def read(self, weights: PolicyWeights) -> Arrival:
         began = time.time()
         assert float(weights.buffer.sum(dtype=np.float64)) == weights.policy_version * weights.buffer.size
         return Arrival(ray.get_runtime_context().get_node_id(), began, time.time())
@@ -82,7 +82,7 @@ def stored_bytes() -> dict[str, int]:
     return taken
 
 
-def broadcast(actors: list[Any], weights: LoraWeights) -> Broadcast:
+def broadcast(actors: list[Any], weights: PolicyWeights) -> Broadcast:
     """Publish a version as the driver does: once into its store, and by reference to everybody."""
     before = stored_bytes()
     started = time.time()

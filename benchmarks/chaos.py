@@ -33,8 +33,8 @@ def main() -> int:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
         (folder / "token").write_text(secrets.token_hex(32))
         tables = small_tables(save_tiny_pipeline(folder / "model"), folder)
-        drawn = schedules(options.schedules, options.seed, ROUNDS, options.suspended_seconds)[options.first :]
-        chosen = [each for each in drawn if options.only in (None, each.victim)]
+        sampled = schedules(options.schedules, options.seed, ROUNDS, options.suspended_seconds)[options.first :]
+        chosen = [each for each in sampled if options.only in (None, each.victim)]
         with Chaos(folder, chaos_tables(tables, ROUNDS, WATCHDOG_SECONDS)) as chaos:
             for schedule in chosen:
                 began = time.monotonic()

@@ -1,6 +1,6 @@
 """make demo-seeds: the demo with several run seeds, a line each, and the worst of them.
 
-Numbers of a recipe are chosen with other seeds and other pictures: `--seeds 10 11 --evaluation.split tuning …`.
+Numbers of a recipe are chosen with other seeds and other images: `--seeds 10 11 --evaluation.split tuning …`.
 """
 
 import argparse

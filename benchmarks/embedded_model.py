@@ -13,11 +13,11 @@ from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rewards.jpeg import jpeg_kilobytes
 from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
-from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks
 from ray_ddpo.common.trajectory import Rollout, TrainBatch, Trajectory, image_fingerprints
-from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
 from ray_ddpo.train import train
@@ -51,7 +51,7 @@ def interleaved(bare: Callable[[], object], ours: Callable[[], object]) -> tuple
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
-def sampling(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
+def sampling(parts: Components, sampler: Sampler, learner: Learner) -> Row:
     """A task against T forward passes of the network with both branches of guidance."""
     recipe = parts.recipe
     task = round_tasks(recipe, 0, parts.prompts.load())[0]
@@ -63,18 +63,18 @@ def sampling(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
         for _ in range(recipe.sampling.num_steps):
             policy.network(*inputs, return_dict=False)
 
-    ours = interleaved(bare, lambda: sampler.draw(task, learner.weights()[-1]))
+    ours = interleaved(bare, lambda: sampler.sample(task, learner.weights()[-1]))
     return Row("sampling", "images", recipe.sampling.batch_size, *ours)
 
 
-def learning(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
+def learning(parts: Components, sampler: Sampler, learner: Learner) -> Row:
     """A round against forward and backward passes over as many transitions in the same micro-batches."""
     recipe = parts.recipe
     tasks = round_tasks(recipe, 0, parts.prompts.load())
     micro_batch = recipe.learner.micro_batch_size
     policy = learner._policy
     inputs = network_inputs(sampler, micro_batch)
-    transitions = recipe.images_per_round * recipe.sampling.kept_steps(recipe.sampling.num_steps)
+    transitions = recipe.images_per_round * recipe.sampling.trained_steps(recipe.sampling.num_steps)
     parameters = list(trained_parameters(policy.network).values())
 
     def bare() -> None:
@@ -85,17 +85,17 @@ def learning(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
 
     worker = RewardWorker(parts.rewards, recipe.reward_workers, recipe.runtime)
 
-    def drawn() -> tuple[TrainBatch, list[Trajectory]]:
+    def sampled() -> tuple[TrainBatch, list[Trajectory]]:
         weights, rollouts = learner.weights()[-1], []
         for task in tasks:
-            report, trajectory, images = sampler.draw(replace(task, policy_version=weights.policy_version), weights)
+            report, trajectory, images = sampler.sample(replace(task, policy_version=weights.policy_version), weights)
             rollouts.append(Rollout(report, worker.score(images), trajectory, images))
-        batch = RoundBuffer(parts.algorithm, parts.composition).train_batch(rollouts)
+        batch = RoundBuffer(parts.algorithm, parts.aggregation).train_batch(rollouts)
         return batch, [rollout.trajectory for rollout in rollouts]
 
     bare_seconds, our_seconds = [], []
     for repeat in range(REPEATS + 1):
-        batch, trajectories = drawn()
+        batch, trajectories = sampled()
         times = seconds(bare), seconds(lambda: learner.update(batch, *trajectories))  # noqa: B023
         if repeat:
             bare_seconds.append(times[0])
@@ -103,10 +103,10 @@ def learning(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
     return Row("learning", "transitions", transitions, bare_seconds, our_seconds)
 
 
-def scoring(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
-    """A task's pictures through the reward worker against the reward's own function."""
+def scoring(parts: Components, sampler: Sampler, learner: Learner) -> Row:
+    """A task's images through the reward worker against the reward's own function."""
     task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
-    images = sampler.draw(task, learner.weights()[-1])[2]
+    images = sampler.sample(task, learner.weights()[-1])[2]
     worker = RewardWorker(parts.rewards, parts.recipe.reward_workers, parts.recipe.runtime)
     times = interleaved(
         lambda: [jpeg_kilobytes(images.pixels) for _ in range(20)], lambda: [worker.score(images) for _ in range(20)]
@@ -114,17 +114,17 @@ def scoring(parts: Parts, sampler: Sampler, learner: Learner) -> Row:
     return Row("scoring", "images", 20 * len(task.seeds), *times)
 
 
-def decoding_beside(parts: Parts, sampler: Sampler) -> str:
-    """Tasks one after the other against each decoded and hashed in a thread while the next one's steps are drawn."""
+def decoding_beside(parts: Components, sampler: Sampler) -> str:
+    """Tasks one after the other against each decoded and hashed in a thread while the next one's steps are sampled."""
     recipe, policy = parts.recipe, sampler._policy
     task = round_tasks(recipe, 0, parts.prompts.load())[0]
     prompts, seeds = [prompt.text for prompt in task.prompts], list(task.seeds)
 
     def path() -> Trajectory:
-        return draw(policy, prompts, seeds, recipe.sampling)
+        return sample_trajectories(policy, prompts, seeds, recipe.sampling)
 
-    def finish(drawn: Trajectory) -> None:
-        image_fingerprints(policy.decode(drawn.final_latents).cpu().numpy())
+    def finish(sampled: Trajectory) -> None:
+        image_fingerprints(policy.decode(sampled.final_latents).cpu().numpy())
 
     def in_turn() -> None:
         for _ in range(TASKS):
@@ -137,8 +137,8 @@ def decoding_beside(parts: Parts, sampler: Sampler) -> str:
             each.result()
 
     first, second = interleaved(in_turn, beside)
-    drawn = path()
-    share = median(seconds(lambda: finish(drawn)) for _ in range(REPEATS)) * TASKS / median(first)
+    sampled = path()
+    share = median(seconds(lambda: finish(sampled)) for _ in range(REPEATS)) * TASKS / median(first)
     ratio = median(one / other for one, other in zip(first, second, strict=True))
     return (
         f"{TASKS} tasks: {median(first):.2f} s, {100 * share:.1f} % of it decoding and hashing; with that in a thread beside the "
@@ -170,7 +170,7 @@ def ray_rounds() -> str:
 def main() -> None:
     """Print the table."""
     recipe = Recipe.load(RECIPE)
-    parts = parts_of(recipe)
+    parts = build_components(recipe)
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
     learner = Learner(parts.policy, parts.algorithm, recipe)
     print(f"{machine()}; medians of {REPEATS} interleaved repeats; {recipe.runtime.threads} threads, float32\n")

@@ -25,7 +25,7 @@ from benchmarks.stable_diffusion_work import work_of_a_row
 from benchmarks.timing import machine, median_seconds
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.deploy.driver.components import components_of
 from tests.parity.sides import trl_config
 
 RECIPE = "deploy/recipes/sd15_compressibility.toml"
@@ -101,7 +101,7 @@ def device_section(job: Job) -> dict[str, Any]:
 def trl_section(job: Job, sizes: tuple[int, int]) -> dict[str, Any]:
     """Two rounds of TRL; the first is not counted."""
     sampled, trained = (4, 2) if job.tiny else sizes
-    parts = entries_of(Recipe.load(RECIPE, job.recipe()))
+    parts = components_of(Recipe.load(RECIPE, job.recipe()))
     batches = max(1, job.images // (2 * sampled))
     sides = {
         "sample_batch_size": sampled,

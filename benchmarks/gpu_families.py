@@ -19,7 +19,7 @@ from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import meta_parts
 from ray_ddpo.common.diffusion.policy import quiet_libraries
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.deploy.driver.components import components_of
 from tests.tiny_families import KEYS, MAKERS
 from tests.tiny_pipeline import tiny_tokenizer
 
@@ -39,7 +39,7 @@ def save_random_family(folder: Path, config: DiffusersConfig) -> Path:
     )
     for seed, part in enumerate(parts.values()):
         fill(part.to(config.loaded_dtype).to_empty(device="cpu"), seed)
-        for buffer in part.buffers():  # tables of positions; those that a file does not keep are made anew
+        for buffer in part.buffers():  # tables of positions; those that a file does not keep are made again
             buffer.zero_()
     absent = {part: None for part, value in config.loading.items() if value is None}
     length = configs["text_encoder"]["max_position_embeddings"]
@@ -84,12 +84,12 @@ def measured(family: str, options: argparse.Namespace) -> dict[str, Any]:
     recipe_path = f"deploy/recipes/{RECIPES[family]}"
     model = options.folder / family
     recipe = Recipe.load(recipe_path, overrides_of(family, model, options))
-    config: Any = entries_of(recipe).policy
+    config: Any = components_of(recipe).policy
     if not model.exists():
-        published = entries_of(Recipe.load(recipe_path, ["--policy.t5", "false"] if family == "sd3" else [])).policy
+        published = components_of(Recipe.load(recipe_path, ["--policy.t5", "false"] if family == "sd3" else [])).policy
         MAKERS[family](model) if options.tiny else save_random_family(model, published)
     sizes = config.sizes(recipe.sampling, "cuda" if options.device == "cuda" else "cpu")
-    learning = sizes.learner.of(recipe.learner.micro_batch_size) + sizes.drawing.fixed
+    learning = sizes.learner.of(recipe.learner.micro_batch_size) + sizes.sampling.fixed
     predicted = max(learning, sizes.learner.fixed + sizes.sampler_bytes(recipe.sampling.batch_size))
     job = options.folder / f"{family}.json"
     job.write_text(json.dumps({"recipe": recipe_path, "overrides": overrides_of(family, model, options)}))

@@ -23,7 +23,7 @@ from benchmarks.random_stable_diffusion import save_random_pipeline
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
 from ray_ddpo.common.diffusion.memory.live_bytes import allocated_peak
 from ray_ddpo.common.diffusion.memory.sizes import CONTEXT_BYTES, LEFT_FREE, PolicySizes, parameter_bytes
-from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.tables import RuntimeTable, SamplingTable
 from ray_ddpo.common.runtime import settle
 from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
@@ -32,7 +32,7 @@ from ray_ddpo.learner.optimization.micro_batch import StepTrial
 GIGABYTES = (8, 12, 16, 24, 40, 80)
 TINY_GIGABYTES = (0.008, 0.016)
 SAMPLING = SamplingTable(num_steps=2)
-# Of a decoder's picture 31 times 256 · 512² numbers are the last that 32 bits count; the learner's is for the time it takes.
+# Of a decoder's image 31 times 256 · 512² numbers are the last that 32 bits count; the learner's is for the time it takes.
 MOST = {"learner": 40, "learner, checkpointing": 64, "sampler": 31}
 BISECTIONS = 3  # after the planned batch
 
@@ -118,7 +118,7 @@ def _subjects(model: str, dtype: str, device: str) -> Iterator[Subject]:
 
 def _sampler(policy: Any, sizes: PolicySizes) -> Subject:
     def task(images: int) -> None:
-        trajectory = draw(policy, ["a cat"] * images, list(range(images)), SAMPLING)
+        trajectory = sample_trajectories(policy, ["a cat"] * images, list(range(images)), SAMPLING)
         policy.decode(trajectory.final_latents)
 
     held = sum(parameter_bytes(part) for part in (policy.network, policy.vae, *policy.text_encoders))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.commands.doctor.ratio_measurement import draw_some, score_again
+from ray_ddpo.deploy.commands.doctor.ratio_measurement import sample_some, score_again
 
 PROXIMAL = ["--algorithm.off_policy.ratio", "proximal"]  # the others are refused by a recipe otherwise
 WAYS = {
@@ -20,10 +20,10 @@ SHORTER = ["--sampling.num_steps", "10"]
 
 
 def main(recipe: str, answers: str, overrides: list[str]) -> None:
-    """Draw as the sampler and score as the learner, in every way."""
+    """SamplePrompt as the sampler and score as the learner, in every way."""
     for way, words in WAYS.items():
         of_this_way = Recipe.load(recipe, [*overrides, *SHORTER, *PROXIMAL, *words])
-        noise = score_again(of_this_way, draw_some(of_this_way))
+        noise = score_again(of_this_way, sample_some(of_this_way))
         found = {each.name: [each.kind, each.largest] for each in noise.comparisons}
         with Path(answers).open("a") as file:
             file.write(json.dumps({"way": way, "latent_elements": noise.latent_elements, "largest": found}) + "\n")

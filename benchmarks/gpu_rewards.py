@@ -1,4 +1,4 @@
-"""Pictures a second of the aesthetic reward on a device: CLIP of ViT-L/14's shape with random weights, pictures of 512 pixels.
+"""PageImages a second of the aesthetic reward on a device: CLIP of ViT-L/14's shape with random weights, images of 512 pixels.
 
 Usage: python -m benchmarks.gpu_rewards ANSWERS.jsonl [--device cuda] [--tiny].
 """

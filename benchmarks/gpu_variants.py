@@ -19,7 +19,7 @@ from ray_ddpo.common.diffusion.lora.adapters import MergedAdapters, trained_para
 from ray_ddpo.common.diffusion.policy import autocast
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.runtime import settle
-from ray_ddpo.deploy.driver.components import Parts, entries_of
+from ray_ddpo.deploy.driver.components import Components, components_of
 
 REPEATS = 5
 OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -130,7 +130,7 @@ def inputs_of(policy: Any, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]
 class Variants:
     """Times one policy in its variants and writes each down when it is done."""
 
-    def __init__(self, parts: Parts, answers: Path) -> None:
+    def __init__(self, parts: Components, answers: Path) -> None:
         self._parts, self._answers = parts, answers
         self._device = settle(parts.recipe.runtime)
 
@@ -177,7 +177,7 @@ class Variants:
 
 def main(recipe: str, answers: str, overrides: list[str]) -> None:
     """All variants, those that are not compiled first."""
-    parts = entries_of(Recipe.load(recipe, overrides))
+    parts = components_of(Recipe.load(recipe, overrides))
     variants = Variants(parts, Path(answers))
     policy, merged = variants.policy(), variants.policy()
     MergedAdapters(merged.network).merge()

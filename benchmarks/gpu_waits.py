@@ -1,4 +1,4 @@
-"""Where the host waits for the GPU while a round is drawn and learned from: inside a micro-batch it should nowhere.
+"""Where the host waits for the GPU while a round is sampled and learned from: inside a micro-batch it should nowhere.
 
 Usage: python -m benchmarks.gpu_waits RECIPE ANSWERS.jsonl [--override value …]; a line for each place that waited.
 """
@@ -16,7 +16,7 @@ from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks
 from ray_ddpo.common.trajectory import TrainBatch
-from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.learner.learner import Learner
 
 SHORTER = ["--sampling.num_steps", "4"]
@@ -24,7 +24,7 @@ SHORTER = ["--sampling.num_steps", "4"]
 
 def main(recipe: str, answers: str, overrides: list[str]) -> None:
     """The second round, for in the first one memory is taken from the device and pinned."""
-    parts = entries_of(Recipe.load(recipe, [*overrides, *SHORTER]))
+    parts = components_of(Recipe.load(recipe, [*overrides, *SHORTER]))
     sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
     learner = Learner(parts.policy, parts.algorithm, parts.recipe)
     micro_batches = parts.recipe.images_per_round * 4 // learner.state().micro_batch_size  # type: ignore[operator]
@@ -34,10 +34,12 @@ def main(recipe: str, answers: str, overrides: list[str]) -> None:
             if round and torch.cuda.is_available():
                 torch.cuda.set_sync_debug_mode("warn")
             weights = learner.weights()[-1]
-            drawn = [sampler.draw(task, weights)[:2] for task in round_tasks(parts.recipe, round, parts.prompts.load())]
+            sampled = [
+                sampler.sample(task, weights)[:2] for task in round_tasks(parts.recipe, round, parts.prompts.load())
+            ]
             advantages = np.random.default_rng(0).standard_normal(parts.recipe.images_per_round)
-            batch = TrainBatch(round, tuple(report for report, _ in drawn if report), advantages)
-            learner.update(batch, *(trajectory for _, trajectory in drawn if trajectory))
+            batch = TrainBatch(round, tuple(report for report, _ in sampled if report), advantages)
+            learner.update(batch, *(trajectory for _, trajectory in sampled if trajectory))
     places = Counter(
         f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)
     )

@@ -1,4 +1,4 @@
-"""What versions of the adapters are worth on held-out pictures, whoever trained them, all drawn in one way."""
+"""What versions of the adapters are worth on held-out images, whoever trained them, all sampled in one way."""
 
 from dataclasses import dataclass
 
@@ -9,22 +9,22 @@ from ray_ddpo.common.diffusion.lora.adapters import load_weights, trained_parame
 from ray_ddpo.common.policy_weights import pack
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.runtime import settle
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 
 
 @dataclass(frozen=True)
 class Worth:
-    """Means over the held-out pictures."""
+    """Means over the held-out images."""
 
     reward: float
-    top1: float  # share of the pictures in which the classifier names the animal that was asked for
+    top1: float  # share of the images in which the classifier names the animal that was asked for
 
 
 class HeldOut:
     """The recipe's evaluation set, same prompts and noise for every version; the recipe has a scorer `animal_classifier`."""
 
     def __init__(self, recipe: Recipe) -> None:
-        parts, device = parts_of(recipe), settle(recipe.runtime)
+        parts, device = build_components(recipe), settle(recipe.runtime)
         self._sampling = recipe.sampling
         self._policy = parts.policy.load(device, recipe.sampling, "sampler")
         self._chosen = evaluation_set(recipe.evaluation, parts.prompts)
@@ -37,7 +37,7 @@ class HeldOut:
         if arrays is not None:
             names = trained_parameters(self._policy.network)
             load_weights(self._policy.network, pack(0, {name: arrays[name] for name in names}))
-        pictures = evaluation_images(self._policy, self._chosen, self._sampling)
+        images = evaluation_images(self._policy, self._chosen, self._sampling)
         prompts = [prompt.text for prompt in self._chosen.prompts]
-        given = (pictures, prompts, [{} for _ in prompts])
+        given = (images, prompts, [{} for _ in prompts])
         return Worth(float(self._reward(*given).mean()), float(self._classifier(*given).mean()))

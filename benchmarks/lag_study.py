@@ -19,7 +19,7 @@ ROUND_IMAGES = {"large": 64, "middle": 32, "small": 16}  # 4, 2 and 1 optimizer 
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "proximal": {"off_policy.ratio": "proximal"},
-    "weight": {"off_policy.ratio": "proximal", "off_policy.behaviour_weight": 4e-3},  # as wide as the clip
+    "weight": {"off_policy.ratio": "proximal", "off_policy.importance_weight": 4e-3},  # as wide as the clip
     "mask": {"off_policy.max_drift_nats": 4.0},  # the clip range in nats
     "wide_clip": {"clip_range": 8e-3},
     "parts": {},  # learned from in four parts, each while the next is drawn
@@ -73,7 +73,7 @@ def all_runs(images: int) -> list[StudyRun]:
 def main() -> int:
     """One of the three."""
     parser = study_parser(__doc__, "lag_study")
-    parser.add_argument("--images", type=int, default=IMAGES, help="pictures drawn in each run")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images drawn in each run")
     parser.add_argument("--samplers", type=int, default=1, help="of the chart's wall-clock")
     parser.add_argument("--costs", type=Path, default=Path("docs/lag_study_costs.json"))
     options = parser.parse_args()
@@ -85,7 +85,7 @@ def main() -> int:
         return list_or_make(options, all_runs(options.images))
     results = [result for result in read_results(options.results) if result["images"] == options.images]
     costs = read_costs(options.costs)
-    draw_chart(results, options.picture, options.samplers, costs)
+    draw_chart(results, options.image, options.samplers, costs)
     print(table(results, options.samplers, costs))
     return 0
 

@@ -1,4 +1,4 @@
-"""The lag study's chart and table: reward against pictures drawn, and against the time that a round would take."""
+"""The lag study's chart and table: reward against images drawn, and against the time that a round would take."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -8,10 +8,10 @@ import numpy as np
 
 Results = list[dict[str, Any]]
 MORE_WORK = ("proximal", "weight", "mask")  # corrections that cost passes of their own
-WINDOW = 64  # pictures that a point of a curve is the mean of, whatever the round's size
+WINDOW = 64  # images that a point of a curve is the mean of, whatever the round's size
 PANELS = (
-    ("large rounds as they are: 64 pictures, 4 optimizer steps", ("large-*-plain", "large-lag0-parts")),
-    ("smaller rounds as they are: 32 pictures, 2 steps; 16 pictures, 1 step", ("middle-*-plain", "small-*-plain")),
+    ("large rounds as they are: 64 images, 4 optimizer steps", ("large-*-plain", "large-lag0-parts")),
+    ("smaller rounds as they are: 32 images, 2 steps; 16 images, 1 step", ("middle-*-plain", "small-*-plain")),
     ("large rounds at lag 1, with and without corrections", ("large-lag0-plain", "large-lag1-*")),
     ("large rounds at lag 2 and 4, with and without corrections", ("large-lag0-plain", "large-lag2-*", "large-lag4-*")),
 )
@@ -34,9 +34,9 @@ def round_seconds(sample: float, score: float, update: float, lag: int, shape: t
 
 
 def paces(results: Results, costs: dict[str, float]) -> dict[str, tuple[float, float, float]]:
-    """By correction, the median seconds that a picture's drawing, scoring and learning took on one thread.
+    """By correction, the median seconds that an image's drawing, scoring and learning took on one thread.
 
-    A picture's work is the same in every run, but for the passes that a correction adds to learning. So all runs share the
+    An image's work is the same in every run, but for the passes that a correction adds to learning. So all runs share the
     medians: what else the machine did while one of them was made favours none. What passes add is `costs`, from one run.
     """
     sample, score = (_median(results, part) for part in ("sample", "score"))
@@ -45,22 +45,22 @@ def paces(results: Results, costs: dict[str, float]) -> dict[str, tuple[float, f
 
 
 def _median(results: Results, part: str) -> float:
-    return float(np.median(np.concatenate([_seconds_a_picture(result, part) for result in results])))
+    return float(np.median(np.concatenate([_seconds_per_image(result, part) for result in results])))
 
 
-def _seconds_a_picture(result: dict[str, Any], part: str) -> np.ndarray:
+def _seconds_per_image(result: dict[str, Any], part: str) -> np.ndarray:
     return np.array([metrics[f"seconds/{part}"] for metrics in result["rounds"]]) / result["round_images"]
 
 
 def seconds_an_image(result: dict[str, Any], pace: tuple[float, float, float], samplers: int) -> float:
-    """What a picture of this run's schedule takes, where drawing, scoring and learning one take as long as `pace` says."""
+    """What an image of this run's schedule takes, where drawing, scoring and learning one take as long as `pace` says."""
     sample, score, learn = (seconds * result["round_images"] for seconds in pace)
     shape = (samplers, result["tasks"], result.get("parts", 1))
     return round_seconds(sample, score, learn, result["lag"], shape) / result["round_images"]
 
 
 def curve(result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures drawn, and the mean reward of the last `WINDOW` of them."""
+    """PageImages drawn, and the mean reward of the last `WINDOW` of them."""
     size = result["round_images"]
     rewards = np.array([metrics["reward/mean"] for metrics in result["rounds"]])
     width = max(1, WINDOW // size)
@@ -77,7 +77,7 @@ def by_setting(results: Results) -> dict[str, Results]:
 
 
 def draw_chart(results: Results, path: Path, samplers: int, costs: dict[str, float]) -> None:
-    """A row a question: on the left what a picture teaches, on the right what a second does."""
+    """A row a question: on the left what an image teaches, on the right what a second does."""
     from fnmatch import fnmatch
 
     from matplotlib import pyplot as plt
@@ -93,13 +93,13 @@ def draw_chart(results: Results, path: Path, samplers: int, costs: dict[str, flo
             seconds = seconds_an_image(first, pace[first["correction"]], samplers)
             draw_setting(right, name, groups[name], seconds, color)
         left.set_title(title, fontsize=10)
-        left.set_xlabel("pictures drawn")
+        left.set_xlabel("images drawn")
         right.set_xlabel(
-            f"seconds, by the schedule's formula from a picture's median times on one thread\n"
+            f"seconds, by the schedule's formula from an image's median times on one thread\n"
             f"({samplers} sampler{'s' * (samplers > 1)}, reward worker and learner stand in on cores of their own)"
         )
         for axis in (left, right):
-            axis.set_ylabel(f"reward, mean of the last {WINDOW} pictures")
+            axis.set_ylabel(f"reward, mean of the last {WINDOW} images")
             axis.grid(alpha=0.3)
             if shown:
                 axis.legend(fontsize=8, loc="upper left")
@@ -111,7 +111,7 @@ def draw_chart(results: Results, path: Path, samplers: int, costs: dict[str, flo
 
 
 def draw_setting(axis: Any, name: str, runs: Results, scale: float, color: Any) -> None:
-    """One line with its band; the horizontal axis is pictures times `scale`."""
+    """One line with its band; the horizontal axis is images times `scale`."""
     curves = [curve(run) for run in runs]
     length = min(len(means) for _, means in curves)
     images, means = curves[0][0][:length] * scale, np.stack([values[:length] for _, values in curves])
@@ -121,11 +121,11 @@ def draw_setting(axis: Any, name: str, runs: Results, scale: float, color: Any) 
 
 
 def table(results: Results, samplers: int, costs: dict[str, float]) -> str:
-    """A line a setting, in markdown: seed by seed the change on held-out pictures, and the share of the animals named before
-    that are still named; and what a picture takes.
+    """A line a setting, in markdown: seed by seed the change on held-out images, and the share of the animals named before
+    that are still named; and what an image takes.
     """
     lines = [
-        "| setting | change of the reward on held-out pictures | mean | still named | clipped | masked | seconds a picture |",
+        "| setting | change of the reward on held-out images | mean | still named | clipped | masked | seconds an image |",
         "|---|---|---|---|---|---|---|",
     ]
     pace = paces(results, costs)

@@ -13,7 +13,7 @@ from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks
 from ray_ddpo.common.trajectory import TrainBatch, Trajectory
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner import Learner
 
@@ -40,7 +40,7 @@ def drawn_round(
 ) -> tuple[TrainBatch, tuple[Trajectory, ...]]:
     """A round with the oldest version that the learner keeps, and advantages that any will do for."""
     weights = learner.weights()[0]
-    tasks = round_tasks(recipe, round, parts_of(recipe).prompts.load())
+    tasks = round_tasks(recipe, round, build_components(recipe).prompts.load())
     drawn = [sampler.draw(task, weights)[:2] for task in tasks]
     advantages = np.random.default_rng(round).standard_normal(recipe.images_per_round)
     return TrainBatch(round, tuple(report for report, _ in drawn), advantages), tuple(path for _, path in drawn)
@@ -48,7 +48,7 @@ def drawn_round(
 
 def lagging(run: StudyRun) -> Lagging:
     """Made by one update at lag 1, on a round drawn for it."""
-    parts = parts_of(Recipe.load(run.recipe, list(run.overrides)))
+    parts = build_components(Recipe.load(run.recipe, list(run.overrides)))
     recipe = parts.recipe
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
     learner = Learner(parts.policy, parts.algorithm, recipe)

@@ -22,7 +22,7 @@ from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks
 from ray_ddpo.common.trajectory import Rollout
-from ray_ddpo.deploy.driver.components import Parts, entries_of
+from ray_ddpo.deploy.driver.components import Components, components_of
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
 
@@ -32,13 +32,13 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 class OurRounds:
     """Sampler, reward worker and learner of a recipe in this process."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Components) -> None:
         recipe = parts.recipe
         self._parts, self._recipe, self._next = parts, recipe, 0
         self._sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
         self._worker = RewardWorker(parts.rewards, recipe.reward_workers, recipe.runtime)
         self._learner = Learner(parts.policy, parts.algorithm, recipe)
-        self._buffer = RoundBuffer(parts.algorithm, parts.composition, recipe.prompts.images_per_prompt)
+        self._buffer = RoundBuffer(parts.algorithm, parts.aggregation, recipe.prompts.images_per_prompt)
         self._cuda = self._sampler._policy.device.startswith("cuda")
 
     def now(self) -> float:
@@ -49,11 +49,11 @@ class OurRounds:
 
     def round(self) -> dict[str, float]:
         """prompts → sampler → reward → advantages → learner → weights."""
-        weights, drawn, rollouts, started = self._learner.weights()[-1], [], [], self.now()
+        weights, sampled, rollouts, started = self._learner.weights()[-1], [], [], self.now()
         for task in round_tasks(self._recipe, self._next, self._parts.prompts.load()):
-            drawn.append(self._sampler.draw(task, weights))
+            sampled.append(self._sampler.sample(task, weights))
         sampled = self.now()
-        for report, trajectory, images in drawn:
+        for report, trajectory, images in sampled:
             rollouts.append(Rollout(report, self._worker.score(images), trajectory, None))
         scored = self.now()
         batch = self._buffer.train_batch(rollouts)
@@ -74,8 +74,8 @@ class OurRounds:
             started = self.now()
             for _ in range(sampling.num_steps):
                 policy._predict(*inputs)
-        drawn = self.now()
-        rows = sampling.batch_size * sampling.kept_steps(len(policy.noisy_steps))
+        sampled = self.now()
+        rows = sampling.batch_size * sampling.trained_steps(len(policy.stochastic_steps))
         size = min(self._learner._micro_batch_size, rows)
         inputs = self._inputs(size)
         learning._predict(*inputs).square().mean().backward()
@@ -92,7 +92,7 @@ class OurRounds:
         for parameter in trained_parameters(learning.network).values():
             parameter.grad = None
         whole = rows / (rows // size * size)  # what no full micro-batch is left of
-        return {"sampling": tasks * (drawn - started), "learning": tasks * whole * learned}
+        return {"sampling": tasks * (sampled - started), "learning": tasks * whole * learned}
 
     def _inputs(self, images: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Of a forward pass for so many images, with both branches of guidance where there is guidance."""
@@ -130,7 +130,7 @@ def main(path: Path) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     job = json.loads(path.read_text(encoding="utf-8"))
-    rounds = OurRounds(entries_of(Recipe.load(job["recipe"], job["overrides"])))
+    rounds = OurRounds(components_of(Recipe.load(job["recipe"], job["overrides"])))
     print(json.dumps({"ready": True, "versions": {name: version(name) for name in LIBRARIES}}), file=answers)
     for line in sys.stdin:
         print(json.dumps(answer(rounds, json.loads(line))), file=answers)

@@ -18,18 +18,18 @@ from ray_ddpo.train import train
 LAGS = (0, 1, 2)
 ROUNDS = 12  # measured: a multiple of every lag + 1, because rounds that overlap end in groups
 PROPORTIONS = (
-    Proportion("sampling takes longest", 4, 2, 16, draw=0.5, score=0.05, update=0.6),
-    Proportion("learning takes longest", 4, 2, 16, draw=0.25, score=0.05, update=2.0),
-    Proportion("scoring takes longest", 4, 2, 16, draw=0.25, score=0.25, update=0.6),
-    Proportion("all alike", 4, 2, 16, draw=0.5, score=0.2, update=2.0),
-    Proportion("large tasks, slow rewards", 4, 4, 4, draw=1.0, score=0.8, update=0.4),
+    Proportion("sampling takes longest", 4, 2, 16, sample=0.5, score=0.05, update=0.6),
+    Proportion("learning takes longest", 4, 2, 16, sample=0.25, score=0.05, update=2.0),
+    Proportion("scoring takes longest", 4, 2, 16, sample=0.25, score=0.25, update=0.6),
+    Proportion("all alike", 4, 2, 16, sample=0.5, score=0.2, update=2.0),
+    Proportion("large tasks, slow rewards", 4, 4, 4, sample=1.0, score=0.8, update=0.4),
 )
 PARTS = (
-    Proportion("sampling takes longest", 4, 2, 16, draw=0.5, score=0.05, update=0.6, parts=4),
-    Proportion("learning takes longest", 4, 2, 16, draw=0.25, score=0.05, update=2.0, parts=4),
-    Proportion("all alike", 4, 2, 16, draw=0.5, score=0.2, update=2.0, parts=4),
+    Proportion("sampling takes longest", 4, 2, 16, sample=0.5, score=0.05, update=0.6, parts=4),
+    Proportion("learning takes longest", 4, 2, 16, sample=0.25, score=0.05, update=2.0, parts=4),
+    Proportion("all alike", 4, 2, 16, sample=0.5, score=0.2, update=2.0, parts=4),
 )
-REWARDS = Proportion("rewards", 4, 2, 16, draw=0.5, score=0.0, update=0.6)
+REWARDS = Proportion("rewards", 4, 2, 16, sample=0.5, score=0.0, update=0.6)
 SCORING = (0.05, 0.1, 0.2)  # seconds a task
 SAMPLERS = (1, 4, 16, 64)
 MODEL_ROUNDS = 9
@@ -39,7 +39,7 @@ MODEL_TASKS = 2
 def scaled(samplers: int) -> Proportion:
     """Two tasks a sampler and round, whatever their number."""
     tasks = 2 * samplers
-    return Proportion(f"{samplers}", samplers, max(1, samplers // 8), tasks, draw=1.0, score=0.05, update=0.5)
+    return Proportion(f"{samplers}", samplers, max(1, samplers // 8), tasks, sample=1.0, score=0.05, update=0.5)
 
 
 def proportions(rounds: int) -> None:
@@ -68,7 +68,7 @@ def in_parts(rounds: int) -> None:
 
 
 def rewards(rounds: int) -> None:
-    """The table of how much of scoring is hidden behind drawing and learning: rounds with rewards of some speeds."""
+    """The table of how much of scoring is hidden behind sampling and learning: rounds with rewards of some speeds."""
     print(
         "\n| scoring a task | R/M | lag | round | round if scoring took no time | hidden |\n|---|---|---|---|---|---|"
     )
@@ -112,7 +112,7 @@ def embedded_model(rounds: int) -> None:
 
 
 def model_row(lag: int, metrics: list[dict[str, float]]) -> str:
-    """One line: means over the rounds after the first lag + 1, and without the last lag, beside which less is drawn."""
+    """One line: means over the rounds after the first lag + 1, and without the last lag, beside which less is sampled."""
     steady = metrics[lag + 1 : len(metrics) - lag]
     parts = ("sample", "score", "learn", "round")
     sample, score, learn, measured = (mean(each[f"seconds/{part}"] for each in steady) for part in parts)

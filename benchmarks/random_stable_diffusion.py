@@ -14,7 +14,7 @@ from ray_ddpo.common.diffusion.policy import quiet_libraries
 from tests.tiny_pipeline import tiny_tokenizer
 
 Scale = Literal["sd15", "tiny"]
-# The same kinds of blocks as SD 1.5's, a few thousand times smaller: pictures of 16 pixels a side.
+# The same kinds of blocks as SD 1.5's, a few thousand times smaller: images of 16 pixels a side.
 TINY: dict[str, dict[str, Any]] = {
     "unet": {
         "_class_name": "UNet2DConditionModel",

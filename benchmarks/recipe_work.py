@@ -19,7 +19,7 @@ from ray_ddpo.common.diffusion.memory.synthetic_inputs import made_up_conditioni
 from ray_ddpo.common.diffusion.policy import quiet_libraries
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import SamplingTable
-from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.components import Components, build_components
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 NAMES = (
@@ -68,15 +68,13 @@ def row_work(config: DiffusersConfig, sampling: SamplingTable) -> RowWork:
     return RowWork(once, both.get_total_flops(), once if config.gradient_checkpointing else 0)
 
 
-def image_work(parts: Parts) -> float:
+def image_work(parts: Components) -> float:
     """Return the operations for an image: its sampling, its learning, and the KL's passes. Not its decoding and scores."""
     config: Any = parts.policy
     recipe, algorithm = parts.recipe, parts.algorithm
-    assert not algorithm.needs_proximal_log_probs and not algorithm.needs_behaviour_means, (
-        "these passes are not counted"
-    )
+    assert not algorithm.needs_proximal_log_probs and not algorithm.needs_behavior_means, "these passes are not counted"
     row = row_work(config, recipe.sampling)
-    pairs = algorithm.pairs_per_image(recipe, config.noisy_steps(recipe.sampling)) * recipe.learner.inner_epochs
+    pairs = algorithm.pairs_per_image(recipe, config.stochastic_steps(recipe.sampling)) * recipe.learner.inner_epochs
     of_pair = row.both + row.recomputed + (row.forward if algorithm.needs_reference_means else 0)
     return config.branches(recipe.sampling) * (recipe.sampling.num_steps * row.forward + pairs * of_pair)
 
@@ -85,7 +83,7 @@ def main(names: Sequence[str]) -> None:
     """Print the table's last two columns."""
     for name in names or NAMES:
         recipe = Recipe.load(RECIPES / f"{name}.toml", [])
-        flops = image_work(parts_of(recipe))
+        flops = image_work(build_components(recipe))
         hours = flops * recipe.images_per_round * recipe.rounds / FLOPS_A_SECOND / 3600
         print(f"{name}.toml: {flops / 1e12:,.0f} TFLOP an image, {hours:.0f} GPU-hours", flush=True)
 

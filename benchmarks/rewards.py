@@ -1,4 +1,4 @@
-"""make rewards-bench: pictures a second of each reward that runs without a hub; CLIP's with the true shape, random weights."""
+"""make rewards-bench: images a second of each reward that runs without a hub; CLIP's with the true shape, random weights."""
 
 import argparse
 import tempfile
@@ -41,7 +41,7 @@ class Case:
     """One reward on one batch."""
 
     name: str
-    side: int  # of the square pictures, in pixels
+    side: int  # of the square images, in pixels
     batch: int
     score: LoadedReward
 
@@ -93,7 +93,7 @@ def interleaved(runs: list[Callable[[], Any]], repeats: int) -> list[float]:
 
 
 def table(measured: list[tuple[Case, float]]) -> Iterator[str]:
-    """A line for each reward: pictures a second at each size."""
+    """A line for each reward: images a second at each size."""
     sides = sorted({case.side for case, _ in measured})
     yield f"| reward | {' | '.join(f'{side}×{side}' for side in sides)} |"
     yield f"|---|{'---|' * len(sides)}"
@@ -103,8 +103,8 @@ def table(measured: list[tuple[Case, float]]) -> Iterator[str]:
         yield f"| `{name}` | {' | '.join(cells)} |"
 
 
-def _rate(pictures_a_second: float) -> str:
-    return f"{pictures_a_second:,.0f}" if pictures_a_second >= 100 else f"{pictures_a_second:.2g}"
+def _rate(images_per_second: float) -> str:
+    return f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.2g}"
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     versions = ", ".join(f"{package} {version(package)}" for package in ("transformers", "pillow", "numpy"))
     print(f"{machine()}, {versions}; medians of {options.repeats} interleaved runs; {options.threads} threads, float32")
-    print(f"pictures a second, in batches of {BATCH}, of {CLIP_BATCH} where CLIP's ViT-L/14 runs\n")
+    print(f"images a second, in batches of {BATCH}, of {CLIP_BATCH} where CLIP's ViT-L/14 runs\n")
     with tempfile.TemporaryDirectory() as folder:
         found = list(cases(options.only, Path(folder)))
     times = interleaved([case.run for case in found], options.repeats)

@@ -2,7 +2,7 @@
 
 It is told one JSON object a line and answers with one. When it has loaded: {"ready": true, "versions": {…}}. Then, for each
 {"save": PATH or absent}, a round, and afterwards its weights in PATH: {"sampling", "scoring", "learning", "round": seconds,
-"reward": mean of its pictures, "peak_bytes"}. The program's side (`our_rounds.py`) also knows {"bare": true}. At the end of its
+"reward": mean of its images, "peak_bytes"}. The program's side (`our_rounds.py`) also knows {"bare": true}. At the end of its
 input it ends.
 """
 

@@ -19,7 +19,7 @@ from ray_ddpo.common.machine import this_machine
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks
 from ray_ddpo.common.trajectory import Trajectory
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.round_data.transitions import round_transitions
 from ray_ddpo.learner.weight_check import log_prob_differences, rows_to_check
 
@@ -38,16 +38,16 @@ def measured(folder: Path) -> dict[str, str | float]:
     """Return the processor's name, and the largest difference of log-probs in both numerics, on the mean scale."""
     keys = {"policy.sampler_dtype": "bfloat16", "algorithm.off_policy.ratio": "proximal", "output_dir": str(folder)}
     recipe = Recipe.load(RECIPE, [word for key, value in keys.items() for word in (f"--{key}", value)])
-    parts = parts_of(recipe)
+    parts = build_components(recipe)
     torch.manual_seed(0)
     learner = parts.policy.load("cpu", recipe.sampling, "learner")
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
     weights = read_weights(learner.network, 0)
     task = round_tasks(recipe, 0, parts.prompts.load())[0]
-    trajectory = sampler.draw(task, weights)[1]
+    trajectory = sampler.sample(task, weights)[1]
     assert isinstance(trajectory, Trajectory)
     copy = parts.policy.load("cpu", recipe.sampling, "check")
-    copy.lay_in(weights)
+    copy.load_weights(weights)
     images = len(task.seeds)
     transitions = round_transitions((trajectory,), torch.zeros(images).numpy(), "cpu")
     (rows,) = rows_to_check(transitions, (), images)

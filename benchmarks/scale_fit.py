@@ -16,7 +16,7 @@ SIZES = {
     "image": lambda setting: setting.images,
     "sampler": lambda setting: setting.samplers,
     "MB of weights": lambda setting: setting.weight_bytes / 1e6,
-    "MB drawn": lambda setting: setting.images * (setting.trajectory_bytes + setting.picture_bytes) / 1e6,
+    "MB sampled": lambda setting: setting.images * (setting.trajectory_bytes + setting.image_bytes) / 1e6,
 }
 ROUNDING = 1e-9  # of the solution
 FITTED = ("driver_cpu", "cluster_cpu", "driver_peak")

@@ -22,13 +22,13 @@ from ray_ddpo.actors.rollouts.ray_stream import Pools, RayRolloutStream
 from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringPool
 from ray_ddpo.actors.rollouts.stream import StreamSettings
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
-from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.tracker import RunInfo
 from ray_ddpo.common.trajectory import TrainBatch
-from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.deploy.driver.progress import Progress
 from ray_ddpo.deploy.driver.supervision import Supervision
 from ray_ddpo.deploy.driver.workers import Workers
@@ -56,7 +56,7 @@ class LearnerStandIn:
         """Nothing to tell."""
         return "a stand-in"
 
-    def weights(self) -> tuple[LoraWeights, ...]:
+    def weights(self) -> tuple[PolicyWeights, ...]:
         """The one version that is asked for at lag 0."""
         return (self._published,)
 
@@ -126,7 +126,7 @@ def recipe_of(setting: Setting, folder: str, rounds: int) -> Recipe:
 def measured(setting: Setting, rounds: int) -> Cost:
     """Start the stand-ins on a cluster of their own, let `train.run_rounds` do its rounds, end them."""
     with tempfile.TemporaryDirectory() as folder, local_ray():
-        parts = parts_of(recipe_of(setting, folder, WARM_UP + rounds))
+        parts = build_components(recipe_of(setting, folder, WARM_UP + rounds))
         workers = _workers(parts, setting)
         run_folder = RunFolder(parts.recipe.run_path())
         run_folder.create()
@@ -140,7 +140,7 @@ def measured(setting: Setting, rounds: int) -> Cost:
         return meter.cost(setting)
 
 
-def _workers(parts: Parts, setting: Setting) -> Workers:
+def _workers(parts: Components, setting: Setting) -> Workers:
     recipe, budget = parts.recipe, RestartBudget(0)
     options: dict[str, Any] = {"num_cpus": CPUS_OF_A_SLEEPER, "concurrency_groups": {"health": 1}}
     host = ray.remote(**options)(SamplerHost).options(max_concurrency=100_000)

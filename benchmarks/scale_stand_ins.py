@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.schedule import Place, Task
 
 LATENT_CHANNELS = 4
@@ -26,7 +26,7 @@ class Setting:
     samplers: int = 16
     processes: int = 4  # that the samplers share
     weight_bytes: int = 3_000_000  # rank-4 adapters of Stable Diffusion 1.5
-    busy_seconds: float = 0.0  # that every sampler draws in a round
+    busy_seconds: float = 0.0  # that every sampler samples in a round
     uneven: bool = False  # every second sampler is half as fast as the others, and together they are as fast
 
     @property
@@ -41,7 +41,7 @@ class Setting:
         return (self.steps + 1) * LATENT_CHANNELS * side * side * LATENT_BYTES
 
     @property
-    def picture_bytes(self) -> int:
+    def image_bytes(self) -> int:
         """An image's pixels."""
         return 3 * self.pixels * self.pixels
 
@@ -60,18 +60,18 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Sampled:
     """What a driver reads of a TaskReport, with its fields."""
 
     task: Task
     fingerprint: str
-    modules_bound: int
+    num_loaded_params: int
     trajectory_bytes: int
     seconds: float
     image_fingerprints: tuple[str, ...]
-    drawn_by: str
+    sampled_by: str
     machine: None = None
-    set_aside: dict[int, str] = field(default_factory=dict)
+    dropped: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Scored:
 
     rewards: dict[str, np.ndarray]
     seconds: float
-    set_aside: dict[int, str]
+    dropped: dict[int, str]
     machines: frozenset[object] = frozenset()
 
 
@@ -104,23 +104,23 @@ class SamplerHost:
         """As a sampler does."""
         self._forgotten.add(place)
 
-    async def draw(
-        self, sampler: int, task: Task, weights: LoraWeights, care: object = None, note: object = None
-    ) -> tuple[Drawn, np.ndarray, np.ndarray] | tuple[None, None, None]:
-        """A trajectory and pictures of the right size."""
+    async def sample(
+        self, sampler: int, task: Task, weights: PolicyWeights, care: object = None, note: object = None
+    ) -> tuple[Sampled, np.ndarray, np.ndarray] | tuple[None, None, None]:
+        """A trajectory and images of the right size."""
         async with self._hands[sampler]:
             if task.place in self._forgotten:
                 self._forgotten.remove(task.place)
                 return None, None, None
-            images, seconds = len(task.seeds), self._setting.task_seconds(sampler)
+            count, seconds = len(task.seeds), self._setting.task_seconds(sampler)
             if seconds:
                 await asyncio.sleep(seconds)
-            trajectory = np.zeros(images * self._setting.trajectory_bytes, np.uint8)
-            pictures = np.zeros((images, self._setting.picture_bytes), np.uint8)
+            trajectory = np.zeros(count * self._setting.trajectory_bytes, np.uint8)
+            images = np.zeros((count, self._setting.image_bytes), np.uint8)
             fingerprints = tuple(f"{seed:064x}" for seed in task.seeds)
-            drawn_by = f"stand-in {sampler}"
-            report = Drawn(task, weights.fingerprint, 1, trajectory.nbytes, seconds, fingerprints, drawn_by)
-            return report, trajectory, pictures
+            sampled_by = f"stand-in {sampler}"
+            report = Sampled(task, weights.fingerprint, 1, trajectory.nbytes, seconds, fingerprints, sampled_by)
+            return report, trajectory, images
 
 
 class SamplerHandle:
@@ -128,7 +128,7 @@ class SamplerHandle:
 
     def __init__(self, host: Any, sampler: int) -> None:
         self.ready, self.stacks, self.forget = host.ready, host.stacks, host.forget
-        self.draw = _Numbered(host.draw, sampler)
+        self.sample = _Numbered(host.sample, sampler)
 
 
 class _Numbered:
@@ -157,7 +157,7 @@ class ScorerStandIn:
         return "a stand-in"
 
     def score(self, images: np.ndarray, first: int = 0, last: int | None = None, note: object = None) -> Scored:
-        """A number a picture."""
+        """A number an image."""
         return Scored({"stand_in": np.arange(len(images), dtype=np.float32)[first:last]}, 0.0, {})
 
     def score_together(self, cuts: tuple[tuple[int, int], ...], *images: np.ndarray) -> list[Scored]:

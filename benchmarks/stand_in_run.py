@@ -37,7 +37,7 @@ class Proportion:
     samplers: int
     reward_workers: int
     tasks: int  # a round
-    draw: float  # seconds a task
+    sample: float  # seconds a task
     score: float  # seconds a task
     update: float  # seconds a round
     parts: int = 1  # that a round is learned from in
@@ -45,7 +45,7 @@ class Proportion:
     @property
     def sampling(self) -> float:
         """S/N: tasks are whole, so the samplers take them in waves."""
-        return -(-self.tasks // self.samplers) * self.draw
+        return -(-self.tasks // self.samplers) * self.sample
 
     @property
     def scoring(self) -> float:
@@ -54,15 +54,15 @@ class Proportion:
 
     @property
     def tail(self) -> float:
-        """r: scoring that is left when the last task is drawn."""
+        """r: scoring that is left when the last task is sampled."""
         return max(self._scored()) - self.sampling
 
     def _scored(self) -> list[float]:
         """When each task is scored: the first worker that is free takes the next task."""
         workers, scored = [0.0] * self.reward_workers, []
         for task in range(self.tasks):
-            drawn = (task // self.samplers + 1) * self.draw
-            scored.append(max(workers[0], drawn) + self.score)
+            sampled = (task // self.samplers + 1) * self.sample
+            scored.append(max(workers[0], sampled) + self.score)
             heapq.heapreplace(workers, scored[-1])
         return scored
 
@@ -119,7 +119,7 @@ class StandInRun:
         make_scorer = _maker(StandInRewardWorker, proportion.score)
         scorers = WorkerPool("reward_workers", "reward_worker", make_scorer, proportion.reward_workers, budget)
         self._pools = Pools(
-            WorkerPool("samplers", "sampler", _maker(StandInSampler, proportion.draw), proportion.samplers, budget),
+            WorkerPool("samplers", "sampler", _maker(StandInSampler, proportion.sample), proportion.samplers, budget),
             (ScoringPool(scorers, ("stand_in",), self._recipe.reward_workers, independent=False),),
             budget,
         )

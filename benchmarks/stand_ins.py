@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from ray_ddpo.common.schedule import Place, Task
 from ray_ddpo.common.trajectory import TrainBatch
 
-# Past the size up to which Ray sends an answer inside its reply: so it takes the way of real trajectories and pictures.
+# Past the size up to which Ray sends an answer inside its reply: so it takes the way of real trajectories and images.
 HEAVY_BYTES = 200_000
 
 
@@ -21,7 +21,7 @@ class StandInReport:
     fingerprint: str
     seconds: float
     machine: None = None
-    set_aside: dict[int, str] = field(default_factory=dict)
+    dropped: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class StandInScores:
 
     rewards: dict[str, np.ndarray]
     seconds: float
-    set_aside: dict[int, str]
+    dropped: dict[int, str]
     machines: frozenset[object] = frozenset()
 
 
@@ -39,7 +39,7 @@ class StandInState:
     """What a driver reads of a LearnerState."""
 
     policy_version: int
-    weights: tuple[LoraWeights, ...]
+    weights: tuple[PolicyWeights, ...]
 
 
 class StandInSampler:
@@ -58,8 +58,8 @@ class StandInSampler:
     def forget(self, place: Place) -> None:
         self._forgotten.add(place)
 
-    def draw(
-        self, task: Task, weights: LoraWeights, care: object = None, note: object = None
+    def sample(
+        self, task: Task, weights: PolicyWeights, care: object = None, note: object = None
     ) -> tuple[StandInReport, np.ndarray, np.ndarray] | tuple[None, None, None]:
         if task.place in self._forgotten:
             self._forgotten.remove(task.place)
@@ -71,7 +71,7 @@ class StandInSampler:
 
 
 class StandInRewardWorker:
-    """Takes a set time for the pictures of a task."""
+    """Takes a set time for the images of a task."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -97,7 +97,7 @@ class StandInLearner:
         self._buffer = np.zeros(weight_bytes // 4, np.float32)
         self._published = (self._weights(0),)
 
-    def _weights(self, version: int) -> LoraWeights:
+    def _weights(self, version: int) -> PolicyWeights:
         return pack(version, {"stand_in": self._buffer})
 
     def ready(self) -> bool:
@@ -106,7 +106,7 @@ class StandInLearner:
     def stacks(self) -> str:
         return "asleep"
 
-    def weights(self) -> tuple[LoraWeights, ...]:
+    def weights(self) -> tuple[PolicyWeights, ...]:
         return self._published
 
     def state(self) -> StandInState:

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.timing import machine
 
 KEPT = ("reward/mean", "seconds/sample", "seconds/score", "seconds/learn", "lag/max", "clip_fraction", "kl_nats")
-ALSO_KEPT = ("ratio/max_abs_log", "masked_fraction", "behaviour_weight/mean", "kl_reference_nats")
+ALSO_KEPT = ("ratio/max_abs_log", "masked_fraction", "importance_weight/mean", "kl_reference_nats")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def study_parser(description: str | None, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each has one thread")
     parser.add_argument("--folder", type=Path, default=Path(f"runs/{name}"))
     parser.add_argument("--results", type=Path, default=Path(f"docs/{name}.jsonl"))
-    parser.add_argument("--picture", type=Path, default=Path(f"docs/{name}.png"))
+    parser.add_argument("--image", type=Path, default=Path(f"docs/{name}.png"))
     return parser
 
 

@@ -1,7 +1,7 @@
-"""make bench-target: minutes of training until held-out pictures are as good as TRL's are at its end, for TRL and the program.
+"""make bench-target: minutes of training until held-out images are as good as TRL's are at its end, for TRL and the program.
 
 Both sides train alone on the machine, one after the other. Their clocks run from the loaded model on, over everything that the
-training process does, compilation included; versions are drawn and scored afterwards. `--stage` makes one part of it again.
+training process does, compilation included; versions are sampled and scored afterwards. `--stage` makes one part of it again.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.target_results import OURS, Point, draw_chart, read_points, tabl
 from benchmarks.timing import machine
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.checkpoints.checkpoint import MANIFEST, load_weights
 
 FAST = "deploy/recipes/tiny/fast.toml"
@@ -34,13 +34,13 @@ SEEDS = (0, 1, 2)
 TUNING = ("--seeds", "10", "--evaluation.split", "tuning")  # by which numbers are chosen
 TRL_ROUNDS = 8
 TRL_KEYS = {  # the demo's recipe in TRL's form: learned from all steps, each prompt against its own past
-    "sampling.step_fraction": "1.0",
-    "sampling.untrained_last_steps": "0",
+    "sampling.timestep_fraction": "1.0",
+    "sampling.skip_last_steps": "0",
     "learner.learning_rate": "1e-2",  # of 4e-3, 6e-3 and 1e-2 its best
     "learner.micro_batch_size": "16",  # as train_batch_size, which decides it with TRL
     "rounds": str(TRL_ROUNDS),
 }
-HELD_OUT = {"evaluation.images": "90"}  # drawn as TRL draws: all 15 steps with noise
+HELD_OUT = {"evaluation.images": "90"}  # sampled as TRL samples: all 15 steps with noise
 VERSIONS_APART = 2  # between two that are evaluated, but for the one before the target is reached
 
 
@@ -71,7 +71,7 @@ def train_trl(seed: int, folder: Path, overrides: list[str]) -> None:
     place, recipe, times = folder / f"trl-seed{seed}", trl_recipe(seed, overrides), []
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    with trl_process(trl_job(parts_of(recipe)), place) as process:
+    with trl_process(trl_job(build_components(recipe)), place) as process:
         process.answer()
         started = time.perf_counter()
         for round in range(1, recipe.rounds + 1):
@@ -110,7 +110,7 @@ def versions(side: str, seed: int, folder: Path) -> list[Version]:
         times = enumerate(json.loads((place / "times.json").read_text()), 1)
         return [Version(side, seed, round, seconds, place / f"{round:06d}.safetensors") for round, seconds in times]
     run = folder / f"ours-seed{seed}"
-    started = (run / RunFolder.recipe).stat().st_mtime  # written when the models are loaded, before anything is drawn
+    started = (run / RunFolder.recipe).stat().st_mtime  # written when the models are loaded, before anything is sampled
     checkpoints = sorted((run / "checkpoints").glob("round-*"))
     return [
         Version(side, seed, int(file.name[6:]), (file / MANIFEST).stat().st_mtime - started, file)

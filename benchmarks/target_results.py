@@ -13,7 +13,7 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Point:
-    """A version on held-out pictures, and when it was there."""
+    """A version on held-out images, and when it was there."""
 
     side: str
     seed: int
@@ -99,7 +99,7 @@ def draw_chart(points: list[Point], path: Path) -> None:
             minutes, rewards = [point.seconds / 60 for point in line], [point.reward for point in line]
             axis.plot(minutes, rewards, color=color, marker="o", markersize=3, label=None if number else side)
     axis.set_xlabel("minutes of training after the model is loaded")
-    axis.set_ylabel("reward of held-out pictures: − kilobytes of JPEG")
+    axis.set_ylabel("reward of held-out images: − kilobytes of JPEG")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""make three-steps: a pretrained diffusion model, a head fitted on rated pictures of it, and DDPO against that head.
+"""make three-steps: a pretrained diffusion model, a head fitted on rated images of it, and DDPO against that head.
 
 The taste is a known one, for warm colours, so what is learned can be held against it: people are stood in for by votes about
 it with noise. CLIP has random weights, in which colours can still be told apart.
@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
+from tests.rated_images import warmth, write_csv
 
 from benchmarks.timing import machine
-from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.runtime import settle
-from ray_ddpo.deploy.driver.components import parts_of
-from tests.rated_pictures import warmth, write_csv
+from ray_ddpo.deploy.driver.components import build_components
 from tests.tiny_clip import save_tiny_clip
 
 RECIPE = "deploy/recipes/tiny/three_steps.toml"
-PICTURES, BATCH = 405, 15  # nine of each animal
+IMAGES, BATCH = 405, 15  # nine of each animal
 SCORERS = (
     '[{name = "function", path = "benchmarks.three_steps:warmth_of"}, {name = "animal_classifier", measure = "top1"}]'
 )
-VOTERS, SPREAD = 20, 1.5  # people a picture, and how far they lie apart
-PICTURE_WIDTH = 1000  # of the before/after picture for the documentation
+VOTERS, SPREAD = 20, 1.5  # people an image, and how far they lie apart
+IMAGE_WIDTH = 1000  # of the before/after image for the documentation
 
 
 def warmth_of(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
@@ -39,15 +39,17 @@ def warmth_of(images: np.ndarray, prompts: list[str], metadata: list[dict[str, A
     return np.array([warmth(image) for image in images], dtype=np.float32)
 
 
-def draw_pictures(folder: Path, recipe: Recipe) -> list[Path]:
-    """Step 1: pictures of the pretrained model; its new adapters change nothing."""
-    parts = parts_of(recipe)
+def sample_images(folder: Path, recipe: Recipe) -> list[Path]:
+    """Step 1: images of the pretrained model; its new adapters change nothing."""
+    parts = build_components(recipe)
     policy = parts.policy.load(settle(recipe.runtime), recipe.sampling, "sampler")
     animals, paths = parts.prompts.listed(), []
     folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, PICTURES, BATCH):
+    for first in range(0, IMAGES, BATCH):
         seeds = list(range(first, first + BATCH))
-        trajectory = draw(policy, [animals[seed % len(animals)] for seed in seeds], seeds, recipe.sampling)
+        trajectory = sample_trajectories(
+            policy, [animals[seed % len(animals)] for seed in seeds], seeds, recipe.sampling
+        )
         for seed, pixels in zip(seeds, policy.decode(trajectory.final_latents).cpu().numpy(), strict=True):
             paths.append(folder / f"{seed:04d}-{animals[seed % len(animals)]}.png")
             Image.fromarray(pixels).save(paths[-1])
@@ -63,7 +65,7 @@ def vote(tastes: Float[np.ndarray, "N"], seed: int) -> Int[np.ndarray, "N 10"]:
 
 
 def rate(paths: list[Path], table: Path, seed: int) -> None:
-    """The table of rated pictures: their paths, and how many people gave which rating."""
+    """The table of rated images: their paths, and how many people gave which rating."""
     votes = vote(np.array([warmth(np.asarray(Image.open(path))) for path in paths]), seed)
     counts = {f"votes_{rating}": votes[:, rating - 1].tolist() for rating in range(1, 11)}
     write_csv(table, {"path": [path.name for path in paths], **counts})
@@ -77,10 +79,10 @@ def ddpo(*words: str) -> None:
 
 
 def small_copy(source: Path, path: Path) -> None:
-    """The report's picture for a page of the documentation."""
-    picture = Image.open(source).convert("RGB")
-    height = round(picture.height * PICTURE_WIDTH / picture.width)
-    picture.resize((PICTURE_WIDTH, height), Image.Resampling.LANCZOS).quantize(128).save(path, optimize=True)
+    """The report's image for a page of the documentation."""
+    image = Image.open(source).convert("RGB")
+    height = round(image.height * IMAGE_WIDTH / image.width)
+    image.resize((IMAGE_WIDTH, height), Image.Resampling.LANCZOS).quantize(128).save(path, optimize=True)
 
 
 def table(summary: dict[str, Any], fitted: dict[str, Any], seconds: dict[str, float]) -> str:
@@ -91,10 +93,10 @@ def table(summary: dict[str, Any], fitted: dict[str, Any], seconds: dict[str, fl
     took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     return "\n".join(
         [
-            f"head: {test['pictures']} test pictures, SRCC {test['srcc']:.3f}, PLCC {test['plcc']:.3f}, "
+            f"head: {test['images']} test images, SRCC {test['srcc']:.3f}, PLCC {test['plcc']:.3f}, "
             f"MSE {test['mse']:.2f} (of the mean {test['mse_of_mean']:.2f})",
             "",
-            f"| on {summary['images_compared']} held-out pictures | before | after |",
+            f"| on {summary['images_compared']} held-out images | before | after |",
             "|---|---|---|",
             f"| rating by the head | {summary['reward_before']:.2f} | {summary['reward_after']:.2f} "
             f"({gain / summary['paired_standard_error']:+.1f} paired standard errors) |",
@@ -111,15 +113,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/three-steps"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, help="where to put a small before/after picture")
+    parser.add_argument("--image", type=Path, help="where to put a small before/after image")
     options, overrides = parser.parse_known_args()
     folder, seconds, start = options.folder, {}, time.perf_counter()
 
     def lap(name: str) -> None:
         seconds[name] = time.perf_counter() - start - sum(seconds.values())
 
-    paths = draw_pictures(folder / "pictures", Recipe.load(RECIPE, overrides))
-    lap("drawing")
+    paths = sample_images(folder / "images", Recipe.load(RECIPE, overrides))
+    lap("sampling")
     rate(paths, folder / "ratings.csv", options.seed)
     clip, fitted = save_tiny_clip(folder / "clip"), folder / "fitted"
     ddpo(
@@ -148,8 +150,8 @@ def main() -> None:
     lap("report")
     summary = json.loads((folder / "ddpo" / "report" / "summary.json").read_text())
     print("\n" + table(summary, json.loads((fitted / "metrics.json").read_text()), seconds))
-    if options.picture:
-        small_copy(folder / "ddpo" / "report" / "before_after.png", options.picture)
+    if options.image:
+        small_copy(folder / "ddpo" / "report" / "before_after.png", options.image)
 
 
 if __name__ == "__main__":

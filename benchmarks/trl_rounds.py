@@ -1,7 +1,7 @@
 """TRL's own DDPO, one round for each line that comes in: run in TRL's environment, it imports nothing of this project.
 
 Usage: python trl_rounds.py JOB.json. The job: "model" (a folder in diffusers' format), "config" (keys of DDPOConfig), "prompts"
-to draw from, "device" ("cpu" or "cuda"), "threads" of torch. What goes in and out is said in `round_process.py`.
+to sample from, "device" ("cpu" or "cuda"), "threads" of torch. What goes in and out is said in `round_process.py`.
 Nothing of TRL is replaced; its methods are timed from outside.
 """
 
@@ -32,10 +32,10 @@ class TimedTrainer(DDPOTrainer):
     """TRL's trainer in every method, with a clock beside it."""
 
     seconds: dict[str, float]
-    reward: float  # mean of the round's pictures
+    reward: float  # mean of the round's images
 
     def round(self, index: int) -> dict[str, float]:
-        """One epoch of TRL: drawn, scored and learned from."""
+        """One epoch of TRL: sampled, scored and learned from."""
         self.seconds = {"sampling": 0.0, "scoring": 0.0, "learning": 0.0}
         started = self.now()
         self.step(index, index)
@@ -81,12 +81,12 @@ class TimedTrainer(DDPOTrainer):
 
 
 def compressibility(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[torch.Tensor, dict]:
-    """Minus the size of each picture's JPEG file in kilobytes."""
+    """Minus the size of each image's JPEG file in kilobytes."""
     pixels = (images.detach().float().cpu().numpy() * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     sizes = []
-    for picture in pixels:
+    for image in pixels:
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, format="JPEG", quality=QUALITY)
+        Image.fromarray(image).save(file, format="JPEG", quality=QUALITY)
         sizes.append(file.tell() / 1000)
     return -torch.tensor(sizes), {}
 

@@ -1,4 +1,4 @@
-"""make window: images a second of a whole round, drawn and learned from: all steps, a fraction, windows of 4, 3 and 2."""
+"""make window: images a second of a whole round, sampled and learned from: all steps, a fraction, windows of 4, 3 and 2."""
 
 import dataclasses
 from statistics import median
@@ -10,16 +10,19 @@ from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks
 from ray_ddpo.common.trajectory import TrainBatch
-from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.learner.learner import Learner
 
 RECIPE = "deploy/recipes/demo.toml"
 REPEATS = 5
 ONE_TASK = ["--sampling.batches_per_round", "1", "--runtime.threads", "1", "--learner.micro_batch_size", "16"]
 SETTINGS: dict[str, list[str]] = {
-    "all steps": ["--sampling.step_fraction", "1.0", "--sampling.untrained_last_steps", "0"],
+    "all steps": ["--sampling.timestep_fraction", "1.0", "--sampling.skip_last_steps", "0"],
     "the demo's 8 of 15": [],
-    **{f"window of {size}": ["--sampling.step_fraction", "1.0", "--sampling.window", str(size)] for size in (4, 3, 2)},
+    **{
+        f"window of {size}": ["--sampling.timestep_fraction", "1.0", "--sampling.sde_window", str(size)]
+        for size in (4, 3, 2)
+    },
 }
 
 
@@ -27,25 +30,25 @@ SETTINGS: dict[str, list[str]] = {
 class Round:
     """Both sides of one setting, and a round of one task."""
 
-    parts: Parts
+    parts: Components
     sampler: Sampler
     learner: Learner
 
     def times(self) -> tuple[float, float]:
-        """Seconds of drawing and of learning, of a task each; the next call goes on from the weights of this one."""
+        """Seconds of sampling and of learning, of a task each; the next call goes on from the weights of this one."""
         weights = self.learner.weights()[-1]
         (task,) = round_tasks(self.parts.recipe, weights.policy_version, self.parts.prompts.load())
-        drawn = []
-        drawing = seconds(lambda: drawn.extend(self.sampler.draw(task, weights)))
-        report, trajectory, _ = drawn
+        sampled = []
+        sampling = seconds(lambda: sampled.extend(self.sampler.sample(task, weights)))
+        report, trajectory, _ = sampled
         advantages = np.random.default_rng(0).standard_normal(len(task.seeds))
         batch = TrainBatch(task.round, (report,), advantages)
-        return drawing, seconds(lambda: self.learner.update(batch, trajectory))
+        return sampling, seconds(lambda: self.learner.update(batch, trajectory))
 
 
 def round_of(overrides: list[str]) -> Round:
     """Load both sides."""
-    parts = parts_of(Recipe.load(RECIPE, [*ONE_TASK, *overrides]))
+    parts = build_components(Recipe.load(RECIPE, [*ONE_TASK, *overrides]))
     recipe = parts.recipe
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
     return Round(parts, sampler, Learner(parts.policy, parts.algorithm, recipe))
@@ -61,12 +64,12 @@ def main() -> None:
             if repeat:
                 measured[name].append(times)
     print(f"{machine()}; medians of {REPEATS} interleaved rounds of 16 images; one thread\n")
-    print("| learned from | drawing | learning | images/s | against all steps |\n|---|---|---|---|---|")
+    print("| learned from | sampling | learning | images/s | against all steps |\n|---|---|---|---|---|")
     whole = median(sum(times) for times in measured["all steps"])
     for name, each in measured.items():
         total = median(sum(times) for times in each)
-        drawing, learning = (median(times[side] for times in each) for side in (0, 1))
-        print(f"| {name} | {drawing:.2f} s | {learning:.2f} s | {16 / total:.2f} | {whole / total:.2f} × |")
+        sampling, learning = (median(times[side] for times in each) for side in (0, 1))
+        print(f"| {name} | {sampling:.2f} s | {learning:.2f} s | {16 / total:.2f} | {whole / total:.2f} × |")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ray_ddpo.common.model_files.model_hub import Weights, files_here
-from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.recipe.registry import Component
 from ray_ddpo.common.user_code.sources import user_sources
 
 VARIANT = re.compile(r"[^.]+\.[^.]+\.(safetensors|bin)")  # model.fp16.safetensors beside model.safetensors
@@ -57,7 +57,7 @@ def as_tables(base: Mapping[str, BasePart]) -> dict[str, Any]:
     return {name: part.model_dump() for name, part in sorted(base.items())}
 
 
-def entry_base(entry: Entry, table: str, files: Iterable[Weights] = (), label: str = "") -> Base:
+def entry_base(entry: Component, table: str, files: Iterable[Weights] = (), label: str = "") -> Base:
     """Fingerprint the files that an entry of a recipe reads and the user's modules that it is made of.
 
     `label`: which of several rewards it is.

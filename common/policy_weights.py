@@ -1,4 +1,4 @@
-"""LoraWeights: what the learner publishes and samplers load, as one flat buffer with proof of what is in it."""
+"""PolicyWeights: what the learner publishes and samplers load, as one flat buffer with proof of what is in it."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ PIECE = 2**24  # numbers that are worked on at once
 
 
 @dataclass(frozen=True)
-class LoraWeights:
+class PolicyWeights:
     """The trained parameters of one policy version. One buffer: Ray ships it without a copy (a dict of tensors is slower)."""
 
     policy_version: int
@@ -47,13 +47,13 @@ def fingerprint(buffer: np.ndarray, manifest: Manifest) -> str:
     return digest.hexdigest()
 
 
-def pack(policy_version: int, arrays: dict[str, np.ndarray]) -> LoraWeights:
+def pack(policy_version: int, arrays: dict[str, np.ndarray]) -> PolicyWeights:
     """Lay named arrays one after the other, in float32."""
     shapes = {name: array.shape for name, array in arrays.items()}
     return packed(policy_version, shapes, arrays.values())
 
 
-def packed(policy_version: int, shapes: Mapping[str, Sequence[int]], arrays: Iterable[np.ndarray]) -> LoraWeights:
+def packed(policy_version: int, shapes: Mapping[str, Sequence[int]], arrays: Iterable[np.ndarray]) -> PolicyWeights:
     """The same of arrays that come one at a time: of a whole network there is then one copy, and not two."""
     manifest = tuple((name, tuple(int(size) for size in shape)) for name, shape in shapes.items())
     buffer = np.empty(sum(math.prod(shape) for _, shape in manifest), np.float32)
@@ -62,10 +62,10 @@ def packed(policy_version: int, shapes: Mapping[str, Sequence[int]], arrays: Ite
         end = start + math.prod(shape)
         buffer[start:end] = array.ravel()
         start = end
-    return LoraWeights(policy_version, buffer, manifest, fingerprint(buffer, manifest))
+    return PolicyWeights(policy_version, buffer, manifest, fingerprint(buffer, manifest))
 
 
-def verified(weights: LoraWeights) -> LoraWeights:
+def verified(weights: PolicyWeights) -> PolicyWeights:
     """The weights, if they are what they claim to be. ValueError: they were changed on the way."""
     actual = fingerprint(weights.buffer, weights.manifest)
     if actual != weights.fingerprint:
@@ -76,11 +76,11 @@ def verified(weights: LoraWeights) -> LoraWeights:
     return weights
 
 
-def averaged(old: LoraWeights, new: LoraWeights, decay: float) -> LoraWeights:
+def averaged(old: PolicyWeights, new: PolicyWeights, decay: float) -> PolicyWeights:
     """The moving average `decay` · old + (1 − `decay`) · new, under the version of `new`."""
     assert old.manifest == new.manifest, "weights of one network"
     buffer = np.empty_like(new.buffer)
     for start in range(0, len(buffer), PIECE):  # or a whole network would take three times its memory on the way
         part = slice(start, start + PIECE)
         buffer[part] = np.float32(decay) * old.buffer[part] + np.float32(1 - decay) * new.buffer[part]
-    return LoraWeights(new.policy_version, buffer, new.manifest, fingerprint(buffer, new.manifest))
+    return PolicyWeights(new.policy_version, buffer, new.manifest, fingerprint(buffer, new.manifest))

@@ -14,10 +14,10 @@ from pydantic import Field, model_validator
 
 from ray_ddpo.common.prompt_files import Format, PromptFile
 from ray_ddpo.common.recipe.named_files import Weights
-from ray_ddpo.common.recipe.registry import Entry, Room, import_object
+from ray_ddpo.common.recipe.registry import Component, Registry, import_object
 from ray_ddpo.common.user_code.blame import blamed
 
-PROMPTS: Room = {
+PROMPTS: Registry = {
     "animals": "ray_ddpo.common.prompts:Animals",
     "texts": "ray_ddpo.common.prompts:Texts",
     "file": "ray_ddpo.common.prompts:File",
@@ -28,7 +28,7 @@ PROMPT_LISTS = Path(__file__).parent / "prompt_lists"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a picture is asked to show, and whatever its reward needs to know besides: values that JSON has."""
+    """What an image is asked to show, and whatever its reward needs to know besides: values that JSON has."""
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -82,26 +82,26 @@ def _json_value(value: Any, place: str) -> Any:
     return value
 
 
-Draw = Callable[[np.random.Generator], Prompt]
+SamplePrompt = Callable[[np.random.Generator], Prompt]
 
 
-class PromptSource(Entry, ABC):
-    """Entry of the room of prompts. Prompts are drawn from a generator given, so a seed fixes their sequence."""
+class PromptSource(Component, ABC):
+    """Component of the registry of prompts. Prompts are sampled from a generator given, so a seed fixes their sequence."""
 
     @abstractmethod
-    def load(self) -> Draw:
-        """The function that draws one prompt. ValueError: the source is missing or empty."""
+    def load(self) -> SamplePrompt:
+        """The function that samples one prompt. ValueError: the source is missing or empty."""
 
     @abstractmethod
     def listed(self) -> list[str] | None:
-        """All prompts that are drawn from, in order; None where only drawing tells."""
+        """All prompts that are sampled from, in order; None where only sampling tells."""
 
     def held_out(self) -> list[str]:
-        """Prompts of the source that are never drawn, for evaluation."""
+        """Prompts of the source that are never sampled, for evaluation."""
         return []
 
     def evaluated(self, texts: Sequence[str] = ()) -> list[Prompt]:
-        """Return prompts for evaluation, with metadata: `texts`, else those held out, else all; none where only drawing tells."""
+        """Return prompts for evaluation with metadata: `texts`, else those held out, else all; none if only sampling tells."""
         return [Prompt(text) for text in texts or self.held_out() or self.listed() or ()]
 
     def needs(self) -> tuple[Weights, ...]:
@@ -119,7 +119,7 @@ def _without(prompts: list[Prompt], left_out: tuple[str, ...]) -> list[Prompt]:
         )
     left = [prompt for prompt in prompts if prompt.text not in left_out]
     if not left:
-        raise ValueError(f"prompts.leave_out has all {len(prompts)} prompts of the source: there is nothing to draw")
+        raise ValueError(f"prompts.leave_out has all {len(prompts)} prompts of the source: there is nothing to sample")
     return left
 
 
@@ -127,7 +127,7 @@ def _texts(prompts: list[Prompt]) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
-def _draw_from(prompts: list[Prompt]) -> Draw:
+def _draw_from(prompts: list[Prompt]) -> SamplePrompt:
     return lambda generator: prompts[int(generator.integers(len(prompts)))]
 
 
@@ -158,7 +158,7 @@ def read_prompts(file: PromptFile) -> list[Prompt]:
 class Animals(PromptSource):
     """The 45 animals of the DDPO paper (section 6), by their bare names."""
 
-    leave_out: tuple[str, ...] = ()  # never drawn: for evaluation
+    leave_out: tuple[str, ...] = ()  # never sampled: for evaluation
 
     def _prompts(self) -> list[Prompt]:
         return _without(read_prompts(PromptFile(PROMPT_LISTS / "animals.txt", "prompts.path")), self.leave_out)
@@ -169,7 +169,7 @@ class Animals(PromptSource):
     def held_out(self) -> list[str]:
         return list(self.leave_out)
 
-    def load(self) -> Draw:
+    def load(self) -> SamplePrompt:
         return _draw_from(self._prompts())
 
 
@@ -181,7 +181,7 @@ class Texts(PromptSource):
     def listed(self) -> list[str]:
         return list(self.texts)
 
-    def load(self) -> Draw:
+    def load(self) -> SamplePrompt:
         return _draw_from([Prompt(text) for text in self.texts])
 
 
@@ -191,7 +191,7 @@ class File(PromptSource):
     path: str
     format: Format | None = None  # how both files are read; none: by the ending of each file's name
     column: str | None = None  # that has the prompts; none: the only one, or the one called prompt, text or caption
-    leave_out: tuple[str, ...] = ()  # never drawn: for evaluation
+    leave_out: tuple[str, ...] = ()  # never sampled: for evaluation
     held_out_path: str | None = None  # a second file, of prompts for evaluation
 
     @model_validator(mode="after")
@@ -214,7 +214,7 @@ class File(PromptSource):
         return self._read(self.path, "prompts.path")
 
     def _held_out(self) -> list[Prompt]:
-        """Return the prompts that are never drawn, each with its metadata; a prompt of several rows with each of them."""
+        """Return the prompts that are never sampled, each with its metadata; a prompt of several rows with each of them."""
         if self.held_out_path is not None:
             return self._read(self.held_out_path, "prompts.held_out_path")
         every = self._all() if self.leave_out else []
@@ -233,7 +233,7 @@ class File(PromptSource):
         found = [_rows_of(text, held_out) or _rows_of(text, every) or [Prompt(text)] for text in texts]
         return [prompt for rows in found for prompt in rows]
 
-    def load(self) -> Draw:
+    def load(self) -> SamplePrompt:
         return _draw_from(_without(self._all(), self.leave_out))
 
 
@@ -248,17 +248,17 @@ class Function(PromptSource):
     def listed(self) -> None:
         return None
 
-    def load(self) -> Draw:
+    def load(self) -> SamplePrompt:
         function = import_object(self.path, "prompts.path")
 
-        def draw(generator: np.random.Generator) -> Prompt:
+        def sample(generator: np.random.Generator) -> Prompt:
             with blamed(f"prompts.path is {self.path!r}: calling it"):
-                drawn = function(generator)
-            text, metadata = drawn if isinstance(drawn, tuple) else (drawn, {})
+                sampled = function(generator)
+            text, metadata = sampled if isinstance(sampled, tuple) else (sampled, {})
             if not isinstance(text, str) or not isinstance(metadata, dict):
                 raise ValueError(
-                    f"{self.path} returned {drawn!r}: a prompt is a text, or a text and a dict of metadata"
+                    f"{self.path} returned {sampled!r}: a prompt is a text, or a text and a dict of metadata"
                 )
             return Prompt(text, metadata)
 
-        return draw
+        return sample

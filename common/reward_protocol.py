@@ -1,4 +1,4 @@
-"""What a reward service and those who ask it say to each other: JSON over HTTP, pictures as PNG in base64."""
+"""What a reward service and those who ask it say to each other: JSON over HTTP, images as PNG in base64."""
 
 import base64
 import io
@@ -22,24 +22,22 @@ class Message(BaseModel):
 
 
 class ScoreRequest(Message):
-    """Pictures of one size, and each one's prompt with its metadata."""
+    """PageImages of one size, and each one's prompt with its metadata."""
 
-    pictures: list[str] = Field(min_length=1)  # PNG files in base64
+    images: list[str] = Field(min_length=1)  # PNG files in base64
     prompts: list[str]
     metadata: list[dict[str, Any]]
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "ScoreRequest":
-        counts = len(self.pictures), len(self.prompts), len(self.metadata)
+        counts = len(self.images), len(self.prompts), len(self.metadata)
         if len(set(counts)) > 1:
-            raise ValueError(
-                f"{counts[0]} pictures, {counts[1]} prompts and {counts[2]} metadata: one of each is needed"
-            )
+            raise ValueError(f"{counts[0]} images, {counts[1]} prompts and {counts[2]} metadata: one of each is needed")
         return self
 
 
 class ScoreReply(Message):
-    """One number a picture, in the pictures' order; null where one could not be scored."""
+    """One number an image, in the images' order; null where one could not be scored."""
 
     scores: list[float | None]
 
@@ -56,22 +54,22 @@ class Fault(Message):
     error: str
 
 
-def to_png(picture: UInt8[np.ndarray, "H W 3"]) -> str:
-    """The picture as a PNG file in base64; nothing is lost."""
+def to_png(image: UInt8[np.ndarray, "H W 3"]) -> str:
+    """The image as a PNG file in base64; nothing is lost."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="PNG", compress_level=1)  # the default level takes five times as long
+    Image.fromarray(image).save(file, format="PNG", compress_level=1)  # the default level takes five times as long
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def from_png(text: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The picture that somebody sent. ValueError: it is no PNG of RGB, or has more pixels; then nothing is unpacked."""
+    """The image that somebody sent. ValueError: it is no PNG of RGB, or has more pixels; then nothing is unpacked."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) as picture:
-            if picture.mode != "RGB":
-                raise ValueError(f"it is {picture.mode}, and must be RGB")
-            if picture.width * picture.height > max_pixels:
-                raise ValueError(f"it has {picture.width} × {picture.height} pixels, and there may be {max_pixels}")
-            return np.array(picture)
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) as image:
+            if image.mode != "RGB":
+                raise ValueError(f"it is {image.mode}, and must be RGB")
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"it has {image.width} × {image.height} pixels, and there may be {max_pixels}")
+            return np.array(image)
     # What Pillow raises for files that are damaged, beside OSError.
     except (OSError, SyntaxError, EOFError, zlib.error, Image.DecompressionBombError) as error:
         raise ValueError(f"it is no PNG that can be read: {type(error).__name__}: {error}") from None

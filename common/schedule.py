@@ -5,7 +5,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from ray_ddpo.common.prompts import Draw, Prompt
+from ray_ddpo.common.prompts import Prompt, SamplePrompt
 from ray_ddpo.common.recipe.recipe import Recipe
 
 Place = tuple[int, int, int]  # a task's round, what it is for, and its index there: also the order of all tasks
@@ -35,7 +35,7 @@ class Task:
     policy_version: int
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]  # one an image; all of its noise comes from it
-    window: range | None = None  # the steps that are drawn with noise and learned from; None: all have noise
+    window: range | None = None  # the steps that are sampled with noise and learned from; None: all have noise
     stream: Stream = Stream.TRAINING  # of its seeds
 
     @property
@@ -67,7 +67,7 @@ def image_seed(run_seed: int, stream: Stream, round: int, image: int) -> int:
 
 
 def policy_version(round: int, max_policy_lag: int) -> int:
-    """The version that a round is drawn with: `max_policy_lag` behind, but never before the first."""
+    """The version that a round is sampled with: `max_policy_lag` behind, but never before the first."""
     return max(0, round - max_policy_lag)
 
 
@@ -76,31 +76,31 @@ def last_startable_round(version: int, max_policy_lag: int) -> int:
     return version + max_policy_lag
 
 
-def window_of_round(recipe: Recipe, round: int) -> range | None:
-    """Which steps of a round are drawn with noise and learned from (Flow-GRPO-Fast, MixGRPO); None: all of them.
+def sde_window_of_round(recipe: Recipe, round: int) -> range | None:
+    """Which steps of a round are sampled with noise and learned from (Flow-GRPO-Fast, MixGRPO); None: all of them.
 
     One window for the whole round: images of a group that differ in it would be held against what is not their like.
     """
     sampling = recipe.sampling
-    if sampling.window is None:
+    if sampling.sde_window is None:
         return None
-    starts = sampling.num_steps - sampling.untrained_last_steps - sampling.window + 1
-    place = round // sampling.window_rounds
+    starts = sampling.num_steps - sampling.skip_last_steps - sampling.sde_window + 1
+    place = round // sampling.sde_window_rounds
     start = place % starts
-    if sampling.window_order == "random":
+    if sampling.sde_window_order == "random":
         start = int(np.random.default_rng([recipe.seed, _WINDOW, place]).integers(starts))
-    return range(start, start + sampling.window)
+    return range(start, start + sampling.sde_window)
 
 
-def round_tasks(recipe: Recipe, round: int, draw: Draw) -> list[Task]:
-    """All tasks of a round, in order. A pure function of the recipe and the round, given a pure `draw`."""
+def round_tasks(recipe: Recipe, round: int, sample: SamplePrompt) -> list[Task]:
+    """All tasks of a round, in order. A pure function of the recipe and the round, given a pure `sample`."""
     group = recipe.prompts.images_per_prompt
     groups = range(-(-recipe.images_per_round // group))
-    of_groups = [_draw_prompt(recipe.seed, round, number, draw) for number in groups]
+    of_groups = [_sample_prompt(recipe.seed, round, number, sample) for number in groups]
     prompts = [of_groups[image // group] for image in range(recipe.images_per_round)]
     seeds = [image_seed(recipe.seed, Stream.TRAINING, round, image) for image in range(recipe.images_per_round)]
     size = recipe.sampling.batch_size
-    version, window = policy_version(round, recipe.max_policy_lag), window_of_round(recipe, round)
+    version, window = policy_version(round, recipe.max_policy_lag), sde_window_of_round(recipe, round)
     return [
         Task(round, index, version, tuple(prompts[start : start + size]), tuple(seeds[start : start + size]), window)
         for index, start in enumerate(range(0, recipe.images_per_round, size))
@@ -113,8 +113,8 @@ def round_parts(recipe: Recipe) -> list[range]:
     return [range(first, first + size) for first in range(0, recipe.sampling.batches_per_round, size)]
 
 
-def _draw_prompt(run_seed: int, round: int, group: int, draw: Draw) -> Prompt:
-    return draw(np.random.default_rng([run_seed, _PROMPTS, round, group]))
+def _sample_prompt(run_seed: int, round: int, group: int, sample: SamplePrompt) -> Prompt:
+    return sample(np.random.default_rng([run_seed, _PROMPTS, round, group]))
 
 
 def transition_order(

@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Trajectory:
-    """B denoising paths drawn by one version of the policy. Heavy: only the learner opens it.
+    """B denoising paths sampled by one version of the policy. Heavy: only the learner opens it.
 
     `latents` and `next_latents` are views of one path where the steps are neighbours, and travel as that path.
     """
@@ -28,7 +28,7 @@ class Trajectory:
     conditioning: dict[str, Tensor]  # of the P distinct prompts, as the policy's `encode` gives it
     prompt_index: Int[Tensor, "B"]  # which of them each image has
     steps: Int[Tensor, "B W"]  # the steps that are learned from
-    log_probs: Float[Tensor, "B W"]  # as drawn; mean over latent elements, in nats
+    log_probs: Float[Tensor, "B W"]  # as sampled; mean over latent elements, in nats
     latents: Float[Tensor, "B W C H W2"]  # entering each of these steps
     next_latents: Float[Tensor, "B W C H W2"]  # leaving it, as rounded for storage
     final_latents: Float[Tensor, "B C H W2"]
@@ -110,46 +110,46 @@ def _from_wire(conditioning: dict[str, Wire], light: list[Wire], paths: list[Wir
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """A task's pictures on their way to the reward worker."""
+    """A task's images on their way to the reward worker."""
 
     pixels: UInt8[np.ndarray, "B H W 3"]
     prompts: tuple[Prompt, ...]
 
 
 def image_fingerprints(pixels: UInt8[np.ndarray, "B H W 3"]) -> tuple[str, ...]:
-    """SHA-256 of each picture's pixels: equal exactly where two pictures are."""
-    return tuple(hashlib.sha256(np.ascontiguousarray(picture).data).hexdigest() for picture in pixels)
+    """SHA-256 of each image's pixels: equal exactly where two images are."""
+    return tuple(hashlib.sha256(np.ascontiguousarray(image).data).hexdigest() for image in pixels)
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What the driver learns of a task that was drawn: small, and proof of which weights drew it."""
+    """What the driver learns of a task that was sampled: small, and proof of which weights sampled it."""
 
     task: Task
-    fingerprint: str  # of the weights that drew it
-    modules_bound: int  # how many of the policy's parameters they were laid into
+    fingerprint: str  # of the weights that sampled it
+    num_loaded_params: int  # how many of the policy's parameters they were laid into
     trajectory_bytes: int
     seconds: float
-    image_fingerprints: tuple[str, ...] = ()  # SHA-256 of each picture's pixels
-    drawn_by: str = ""  # host and process
-    machine: Machine | None = None  # that it was drawn on
-    set_aside: dict[int, str] = field(default_factory=dict)  # row: why there is no image of it
+    image_fingerprints: tuple[str, ...] = ()  # SHA-256 of each image's pixels
+    sampled_by: str = ""  # host and process
+    machine: Machine | None = None  # that it was sampled on
+    dropped: dict[int, str] = field(default_factory=dict)  # row: why there is no image of it
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A task's rewards by the reward's name. A picture that is set aside has NaN there and a reason; it is never scored 0."""
+    """A task's rewards by the reward's name. An image that is dropped has NaN there and a reason; it is never scored 0."""
 
     rewards: dict[str, Float[np.ndarray, "B"]]
     seconds: float
-    set_aside: dict[int, str] = field(default_factory=dict)  # row: why it could not be scored
+    dropped: dict[int, str] = field(default_factory=dict)  # row: why it could not be scored
     machines: frozenset[Machine] = frozenset()  # that it was scored on
 
 
 def merged_scores(parts: list[Scores]) -> Scores:
-    """One task's scores by different rewards as one; a picture that one of them set aside is set aside."""
+    """One task's scores by different rewards as one; an image that one of them dropped is dropped."""
     rewards = {name: values for part in parts for name, values in part.rewards.items()}
-    reasons = {row: reason for part in reversed(parts) for row, reason in part.set_aside.items()}
+    reasons = {row: reason for part in reversed(parts) for row, reason in part.dropped.items()}
     machines = frozenset().union(*(part.machines for part in parts))
     return Scores(rewards, sum(part.seconds for part in parts), dict(sorted(reasons.items())), machines)
 
@@ -157,12 +157,12 @@ def merged_scores(parts: list[Scores]) -> Scores:
 def unscored(names: Sequence[str], report: TaskReport) -> Scores:
     """Return the scores of a task of which no image was made."""
     images = len(report.task.seeds)
-    return Scores({name: np.full(images, np.nan, np.float32) for name in names}, 0.0, dict(report.set_aside))
+    return Scores({name: np.full(images, np.nan, np.float32) for name in names}, 0.0, dict(report.dropped))
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A task that was drawn and scored. `trajectory` and `images` are references on Ray: the driver never opens them."""
+    """A task that was sampled and scored. `trajectory` and `images` are references on Ray: the driver never opens them."""
 
     report: TaskReport
     scores: Scores
@@ -177,7 +177,7 @@ class TrainBatch:
     round: int
     reports: tuple[TaskReport, ...]
     advantages: Float[np.ndarray, "N"]  # as the algorithm's `worth` gives it: an advantage, or a weight
-    set_aside: tuple[int, ...] = ()  # images, in task order, that nothing is learned from: their advantage is NaN
+    dropped: tuple[int, ...] = ()  # images, in task order, that nothing is learned from: their advantage is NaN
     part: int = 0
     parts: int = 1  # of the round, all of one size
     joined_from: dict[str, Float[np.ndarray, "N"]] = field(
@@ -194,9 +194,9 @@ def whole_round(parts: list[TrainBatch]) -> TrainBatch:
     reports = tuple(report for batch in parts for report in batch.reports)
     advantages = np.concatenate([batch.advantages for batch in parts])
     size = len(parts[0].advantages)
-    set_aside = tuple(batch.part * size + image for batch in parts for image in batch.set_aside)
+    dropped = tuple(batch.part * size + image for batch in parts for image in batch.dropped)
     joined_from = {name: np.concatenate([batch.joined_from[name] for batch in parts]) for name in parts[0].joined_from}
-    return TrainBatch(parts[0].round, reports, advantages, set_aside, joined_from=joined_from)
+    return TrainBatch(parts[0].round, reports, advantages, dropped, joined_from=joined_from)
 
 
 @dataclass(frozen=True)
@@ -213,13 +213,13 @@ class TransitionBatch:
     old_log_probs: Float[Tensor, "B"]
     advantages: Float[Tensor, "B"]
     proximal_log_probs: Float[Tensor, "B"] | None = None  # under the weights at the start of the round's update
-    behaviour_means: Float[Tensor, "B C H W"] | None = None  # of the transitions, under the weights that drew them
+    behavior_means: Float[Tensor, "B C H W"] | None = None  # of the transitions, under the weights that sampled them
     reference_means: Float[Tensor, "B C H W"] | None = None  # under the pretrained model
 
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """B finished images noised anew, on the device: what a loss on the forward process is computed on."""
+    """B finished images noised again, on the device: what a loss on the forward process is computed on."""
 
     conditioning: dict[str, Tensor]  # one row a pair
     timesteps: Int[Tensor, "B"]  # the model's own
@@ -227,6 +227,6 @@ class NoisedBatch:
     noise: Float[Tensor, "B C H W"]
     worth: Float[Tensor, "B"]
     old_predictions: Float[Tensor, "B C H W"] | None = (
-        None  # under the weights that drew; None: those of this very pass
+        None  # under the weights that sampled; None: those of this very pass
     )
     reference_predictions: Float[Tensor, "B C H W"] | None = None  # under the pretrained model

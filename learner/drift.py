@@ -1,4 +1,4 @@
-"""How far an update has moved the policy, from the one that drew and from the pretrained one: on a few of its pairs."""
+"""How far an update has moved the policy, from the one that sampled and from the pretrained one: on a few of its pairs."""
 
 from collections.abc import Iterator
 
@@ -12,11 +12,13 @@ from ray_ddpo.common.trajectory import TransitionBatch
 from ray_ddpo.learner.algorithms.losses import gaussian_kl
 from ray_ddpo.learner.process_group import Ranks
 from ray_ddpo.learner.round_data.transitions import RoundTransitions
-from ray_ddpo.learner.round_data.transitions_index import Pair, micro_batches
+from ray_ddpo.learner.round_data.transitions_index import TransitionIndex, micro_batches
 from ray_ddpo.learner.update_metrics import Divergence
 
 
-def few(transitions: RoundTransitions, steps: list[list[Pair]], size: int, ranks: Ranks) -> Iterator[TransitionBatch]:
+def few(
+    transitions: RoundTransitions, steps: list[list[TransitionIndex]], size: int, ranks: Ranks
+) -> Iterator[TransitionBatch]:
     """As many of the images learned from as one batch of `size` takes with all their steps, at least one; this rank's share.
 
     No more: a compiled network takes for a batch that is hardly filled what it takes for a full one.
@@ -29,7 +31,7 @@ def few(transitions: RoundTransitions, steps: list[list[Pair]], size: int, ranks
 def divergence(
     policy: Policy, batches: Iterator[TransitionBatch], ranks: Ranks, is_compiled: bool = False
 ) -> Divergence:
-    """Where the present policy stands against the one that drew: of all ranks' pairs."""
+    """Where the present policy stands against the one that sampled: of all ranks' pairs."""
     found: Divergence = []
     with graph_of_learning(is_compiled):
         for batch in batches:

@@ -11,7 +11,7 @@ from ray_ddpo.common.diffusion.lora.adapters import load_weights, read_weights, 
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.policy_trial import load_checked
 from ray_ddpo.common.machine import this_machine
-from ray_ddpo.common.policy_weights import LoraWeights, averaged
+from ray_ddpo.common.policy_weights import PolicyWeights, averaged
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage, local_folder
@@ -27,11 +27,11 @@ from ray_ddpo.learner.optimization.optimizer import load_optimizer_arrays, optim
 from ray_ddpo.learner.optimization.optimizer_steps import OptimizerSteps, refuse_weights
 from ray_ddpo.learner.optimization.sharded_optimizer import ShardedOptimizer
 from ray_ddpo.learner.process_group import Ranks
-from ray_ddpo.learner.round_data.noised_samples import RoundNoisings
+from ray_ddpo.learner.round_data.noised_samples import NoisedSamples
 from ray_ddpo.learner.round_data.reference_passes import References, Update, references_of
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
-from ray_ddpo.learner.round_data.transitions_index import Pair, RoundPairs, micro_batches
-from ray_ddpo.learner.temporary_weights import swapped_in
+from ray_ddpo.learner.round_data.transitions_index import TrainingItems, TransitionIndex, micro_batches
+from ray_ddpo.learner.temporary_weights import temporary_weights
 from ray_ddpo.learner.update_metrics import Divergence, UpdateMetrics
 from ray_ddpo.learner.weight_check import Arrival, ArrivalCheck, refuse_mismatch
 
@@ -60,13 +60,13 @@ class Learner:
         try_learning(self._policy, policy, algorithm, recipe)
         self._base = policy.loaded_base("learner") | entry_base(algorithm, "algorithm")
         # Only the loaded model's schedule tells how many steps have noise.
-        algorithm.check_micro_batches(recipe, len(self._policy.noisy_steps))
+        algorithm.check_micro_batches(recipe, len(self._policy.stochastic_steps))
         self._micro_batch_size = micro_batch_size(self._policy, policy, algorithm, recipe)
         self._compiles = policy.is_compiled("learner")
         if self._compiles:
             self._policy.compile(self._micro_batch_size)
         self._parameters = trained_parameters(self._policy.network)
-        self._divides_moments = self._settings.shard_optimizer and self._ranks.count > 1
+        self._divides_moments = self._settings.shard_optimizer_state and self._ranks.count > 1
         self._optimizer, self._owned = self._make_optimizer()
         self._arrival_check = ArrivalCheck(policy, recipe, self._policy)
         self._scaler = torch.amp.GradScaler(self._device, enabled=policy.dtype == "float16")
@@ -93,9 +93,9 @@ class Learner:
     def _no_metrics(self) -> UpdateMetrics:
         return UpdateMetrics(self._policy.num_steps, int(np.prod(self._policy.latent_shape)))
 
-    def join(self, meeting: str) -> None:
+    def join(self, rendezvous: str) -> None:
         """Find the other ranks. RuntimeError: they do not begin with the same weights."""
-        self._ranks.join(meeting, self._device)
+        self._ranks.join(rendezvous, self._device)
         self._use_micro_batch_size(int(self._ranks.least(self._micro_batch_size)))
         self._ranks.check_equal(self._parameters.values())
 
@@ -111,14 +111,14 @@ class Learner:
         """Return the fingerprints of what policy and algorithm were made from."""
         return self._base
 
-    def weights(self) -> tuple[LoraWeights, ...]:
+    def weights(self) -> tuple[PolicyWeights, ...]:
         """The versions that samplers may still be asked for, the newest last."""
         return self._published
 
     def update(self, batch: TrainBatch, *trajectories: Trajectory) -> tuple[dict[str, float], LearnerState]:
         """Learn from a round, or from its last part; its metrics, and the state after it with the next version's weights.
 
-        RuntimeError: a trajectory was not drawn with the weights that its version stands for, as its report says, or
+        RuntimeError: a trajectory was not sampled with the weights that its version stands for, as its report says, or
         as its log-probs say (WeightsDidNotArrive). The learner is then as it was before this call.
         """
         return self._learn_last_part(batch, trajectories), self.state()
@@ -178,15 +178,15 @@ class Learner:
                 self._metrics.set_reference_kl(reference_kl(self._policy, some, self._ranks))
         self._metrics.end_part(time.perf_counter() - start, arrival)
 
-    def _spent(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> bool:
-        """Whether the inner epochs have moved the policy as far from the one that drew as the recipe allows."""
+    def _spent(self, transitions: RoundTransitions, steps: list[list[TransitionIndex]]) -> bool:
+        """Whether the inner epochs have moved the policy as far from the one that sampled as the recipe allows."""
         budget = self._settings.max_kl_nats
         if budget is None:
             return False
         over = self._metrics.kl_nats(self._divergence(transitions, steps)) > budget
         return self._ranks.largest(over) > 0  # all stop or none, also where their machines round differently
 
-    def _check_arrival(self, batch: TrainBatch, transitions: RoundTransitions, present: LoraWeights) -> Arrival:
+    def _check_arrival(self, batch: TrainBatch, transitions: RoundTransitions, present: PolicyWeights) -> Arrival:
         """Every round is checked, and most have a version of their own: so nothing is to be remembered over a resume.
 
         Every rank checks the same transitions, its own numerics with them.
@@ -196,33 +196,35 @@ class Learner:
         rounding = None if found.rounding is None else self._ranks.largest(found.rounding)
         return Arrival(self._ranks.largest(found.largest), rounding)
 
-    def _drawn_with(self, batch: TrainBatch) -> LoraWeights:
+    def _drawn_with(self, batch: TrainBatch) -> PolicyWeights:
         (version,) = {report.task.policy_version for report in batch.reports}  # the schedule gives a round one version
         return next(weights for weights in self._published if weights.policy_version == version)
 
-    def _pairs_of(self, batch: TrainBatch, transitions: RoundTransitions) -> RoundPairs:
-        """What the algorithm learns from: the path's own steps, or its finished images noised anew."""
-        per_image = self._algorithm.noisings_per_image
+    def _pairs_of(self, batch: TrainBatch, transitions: RoundTransitions) -> TrainingItems:
+        """What the algorithm learns from: the path's own steps, or its finished images noised again."""
+        per_image = self._algorithm.noised_samples_per_image
         if per_image is None:
             return transitions
         seeds = tuple(seed for report in batch.reports for seed in report.task.seeds)
-        return RoundNoisings(transitions, seeds, per_image, self._policy.num_train_timesteps)
+        return NoisedSamples(transitions, seeds, per_image, self._policy.num_train_timesteps)
 
-    def _optimizer_steps_of(self, batch: TrainBatch, pairs: RoundPairs, inner_epoch: int) -> list[list[Pair]]:
+    def _optimizer_steps_of(
+        self, batch: TrainBatch, pairs: TrainingItems, inner_epoch: int
+    ) -> list[list[TransitionIndex]]:
         """The pairs of each optimizer step of an inner epoch."""
         place = (batch.part, batch.parts)
         order = transition_order(self._recipe.seed, batch.round, inner_epoch, pairs.num_images, place)
         order = order[self._algorithm.teaches(batch.advantages)[order]]
-        return pairs.optimizer_steps(order, self._settings.images_per_step, batch.set_aside, inner_epoch)
+        return pairs.optimizer_steps(order, self._settings.images_per_step, batch.dropped, inner_epoch)
 
     def _optimizer_step(
-        self, source: RoundPairs, pairs: list[Pair], references: References, worth: Float[np.ndarray, "N"]
+        self, source: TrainingItems, pairs: list[TransitionIndex], references: References, worth: Float[np.ndarray, "N"]
     ) -> None:
         self._steps.begin()
         own = self._ranks.share(pairs)
         for micro_batch in micro_batches(own, self._micro_batch_size):
             known = references.laid_into(source.batch(micro_batch), micro_batch)
-            result = self._algorithm.pair_loss(self._policy, known)
+            result = self._algorithm.compute_loss(self._policy, known)
             self._steps.add(result, len(pairs))
             self._metrics.add_micro_batch(result, known.steps if isinstance(known, TransitionBatch) else None)
         norm = self._steps.apply(len(pairs), len(own), may_be_zero=_are_equal(worth, pairs))
@@ -231,7 +233,7 @@ class Learner:
         else:
             self._metrics.end_optimizer_step(norm)
 
-    def _divergence(self, transitions: RoundTransitions, steps: list[list[Pair]]) -> Divergence:
+    def _divergence(self, transitions: RoundTransitions, steps: list[list[TransitionIndex]]) -> Divergence:
         some = few(transitions, steps, self._micro_batch_size, self._ranks)
         return divergence(self._policy, some, self._ranks, self._compiles)
 
@@ -275,14 +277,14 @@ class Learner:
                 "lost; give --output_dir a path on storage that all nodes see, or a URI (s3://…)"
             )
 
-    def save_policy(self, location: str, weights: LoraWeights | None = None) -> str:
+    def save_policy(self, location: str, weights: PolicyWeights | None = None) -> str:
         """Write the trained weights, or those given, for diffusers into a run's folder; where they lie."""
         storage, present = Storage(location), self._trained
-        with local_folder(storage) as folder, swapped_in(self._policy.network, weights or present, present):
+        with local_folder(storage) as folder, temporary_weights(self._policy.network, weights or present, present):
             written = self._policy.save(folder).relative_to(folder)
         return storage.folder(str(written)).location
 
 
-def _are_equal(worth: Float[np.ndarray, "N"], pairs: list[Pair]) -> bool:
+def _are_equal(worth: Float[np.ndarray, "N"], pairs: list[TransitionIndex]) -> bool:
     """Return whether all images of an optimizer step are worth the same. Only then its gradient may be exactly 0."""
     return len({worth[image] for image, _ in pairs}) == 1

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ray_ddpo.common.machine import Machine
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.trajectory import Rollout, TrainBatch
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner import Learner
@@ -19,7 +19,7 @@ Learned = tuple[dict[str, float], LearnerState]
 
 
 class TrajectoriesLost(RuntimeError):
-    """Trajectories that were not read yet went with their node; the round is to be drawn again."""
+    """Trajectories that were not read yet went with their node; the round is to be re-sampled."""
 
 
 class LearnerGroup(ABC):
@@ -27,17 +27,17 @@ class LearnerGroup(ABC):
 
     @abstractmethod
     def begin(self, batch: TrainBatch, rollouts: list[Rollout]) -> None:
-        """Learn from a part of a round, while the parts after it are still drawn. Errors are raised by `update`."""
+        """Learn from a part of a round, while the parts after it are still sampled. Errors are raised by `update`."""
 
     @abstractmethod
     def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
         """Learn from a round, or from its last part; its metrics and the state after it. Errors of the round are raised here.
 
-        TrajectoriesLost: the round has to be drawn again, and begun anew.
+        TrajectoriesLost: the round has to be re-sampled, and begun again.
         """
 
     @abstractmethod
-    def weights(self) -> tuple[LoraWeights, ...]:
+    def weights(self) -> tuple[PolicyWeights, ...]:
         """The versions that samplers may be asked for, the newest last."""
 
     @abstractmethod
@@ -53,7 +53,7 @@ class LearnerGroup(ABC):
         """ValueError: where the learner runs, the run's folder is another one than the driver's."""
 
     @abstractmethod
-    def save_policy(self, folder: str, weights: LoraWeights | None = None) -> str:
+    def save_policy(self, folder: str, weights: PolicyWeights | None = None) -> str:
         """Write the trained weights, or those given, for diffusers; the path written."""
 
     @abstractmethod
@@ -81,7 +81,7 @@ class SerialLearnerGroup(LearnerGroup):
     def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
         return self._learner.update(batch, *(rollout.trajectory for rollout in rollouts))
 
-    def weights(self) -> tuple[LoraWeights, ...]:
+    def weights(self) -> tuple[PolicyWeights, ...]:
         return self._learner.weights()
 
     def log_ratios(self) -> Float[np.ndarray, "N"]:
@@ -93,7 +93,7 @@ class SerialLearnerGroup(LearnerGroup):
     def check_folder(self, folder: str, token: str) -> None:
         self._learner.check_folder(folder, token)
 
-    def save_policy(self, folder: str, weights: LoraWeights | None = None) -> str:
+    def save_policy(self, folder: str, weights: PolicyWeights | None = None) -> str:
         return self._learner.save_policy(folder, weights)
 
     def machine(self) -> Machine | None:

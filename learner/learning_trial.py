@@ -16,7 +16,7 @@ from ray_ddpo.common.trajectory import TransitionBatch
 from ray_ddpo.common.undisturbed import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, call_if_own, is_users_own
 from ray_ddpo.learner.algorithms import ALGORITHMS
-from ray_ddpo.learner.algorithms.algorithm import Algorithm, PairLoss
+from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss
 from ray_ddpo.learner.optimization.micro_batch import made_up_batch
 
 
@@ -69,8 +69,8 @@ def _try_loss(policy: Policy, algorithm: Algorithm, sizes: PolicySizes) -> None:
         moved = f"{type(policy).__name__}.transition"
         transition = call(policy, "transition", batch.latents, batch.steps, batch.conditioning)
         refuse_unless(transition.mean.requires_grad, f"{moved} gave a mean without gradients", _GRADIENTS)
-    name, result = f"{type(algorithm).__name__}.pair_loss", call(algorithm, "pair_loss", policy, batch)
-    refuse_unless(isinstance(result, PairLoss), f"{name} returned {described(result)}", "a PairLoss")
+    name, result = f"{type(algorithm).__name__}.compute_loss", call(algorithm, "compute_loss", policy, batch)
+    refuse_unless(isinstance(result, TransitionLoss), f"{name} returned {described(result)}", "a TransitionLoss")
     loss: Tensor = check_tensor(f"{name} returned a loss of", result.loss, (2,), None)
     refuse_unless(loss.requires_grad, f"{name} returned a loss without gradients", _GRADIENTS)
     with blamed(f"the gradients of {name}"):

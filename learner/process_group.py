@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.learner.round_data.transitions_index import Pair, share_of
+from ray_ddpo.learner.round_data.transitions_index import TransitionIndex, share_of
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element: what its bits are read as
 # What NCCL and torch say where ranks share a GPU, or where torch has no NCCL.
@@ -40,7 +40,7 @@ def error_of_collective(ranks: object, error: RuntimeError) -> Exception:
     said = " ".join(str(error).split("Exception raised from")[0].split())  # without the frames of C++
     if any(words in said for words in SET_UP_WRONGLY):
         return ValueError(
-            f"learner.ranks: {ranks} cannot compute with NCCL: {said}; give each rank a GPU of its own, or set "
+            f"learner.world_size: {ranks} cannot compute with NCCL: {said}; give each rank a GPU of its own, or set "
             "learner.num_gpus to 0.5 or less, with which ranks may share a GPU and do not use NCCL"
         )
     return RankLost(f"{ranks} has lost the others: {said}")
@@ -52,7 +52,7 @@ def is_lost_rank(error: object) -> bool:
 
 
 @final
-class Meeting:
+class Rendezvous:
     """Where ranks find each other: on a free port of the process that holds this, which has to outlive them."""
 
     def __init__(self, host: str) -> None:
@@ -80,9 +80,9 @@ class Ranks:
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.count}"
 
-    def join(self, meeting: str, device: str) -> None:
-        """Find the others at the address of a `Meeting`; NCCL between GPUs, gloo otherwise."""
-        host, _, port = meeting.rpartition(":")
+    def join(self, rendezvous: str, device: str) -> None:
+        """Find the others at the address of a `Rendezvous`; NCCL between GPUs, gloo otherwise."""
+        host, _, port = rendezvous.rpartition(":")
         backend = "nccl" if device.startswith("cuda") and self._own_gpu else "gloo"
         with self._lost_where_it_fails():
             store = distributed.TCPStore(
@@ -93,7 +93,7 @@ class Ranks:
             )
         self._device = device if backend == "nccl" else "cpu"
 
-    def share(self, pairs: list[Pair]) -> list[Pair]:
+    def share(self, pairs: list[TransitionIndex]) -> list[TransitionIndex]:
         """This rank's part of an optimizer step's pairs; no collective."""
         return share_of(pairs, self.rank, self.count)
 
@@ -199,7 +199,7 @@ class Ranks:
 
 def ranks_of(recipe: Recipe) -> tuple[Ranks, ...]:
     """The ranks of a recipe's learner. Two of them may share a GPU where each asks for half of one or less."""
-    count, runtime = recipe.learner.ranks, recipe.runtime
+    count, runtime = recipe.learner.world_size, recipe.runtime
     # Longer than the driver's own limits: it is the driver that finds out who is to blame.
     seconds = runtime.ready_seconds + runtime.watchdog_seconds
     return tuple(Ranks(rank, count, recipe.learner.num_gpus > 0.5, seconds) for rank in range(count))

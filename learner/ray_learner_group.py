@@ -10,14 +10,14 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.machine import Machine
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.process_deaths import LOADING, Death
 from ray_ddpo.common.role_loading import RoleNotStarted
 from ray_ddpo.common.trajectory import Rollout, Scored, TrainBatch
 from ray_ddpo.learner.call_names import title_of
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner_group import Learned, LearnerGroup, TrajectoriesLost, Wait
-from ray_ddpo.learner.process_group import Meeting, OtherRankFailed, is_lost_rank
+from ray_ddpo.learner.process_group import OtherRankFailed, Rendezvous, is_lost_rank
 
 STACKS_SECONDS = 5.0
 
@@ -42,7 +42,7 @@ class RayLearnerGroup(LearnerGroup):
         self._on_death = on_death
         # Set by who compares what the ranks have loaded: told which rank and what; it may raise an error.
         self.on_loaded: Callable[[str, Base], None] = lambda who, loaded: None
-        self._meeting: Meeting | None = None  # has to outlive the ranks
+        self._rendezvous: Rendezvous | None = None  # has to outlive the ranks
         self._state: LearnerState | None = None  # after the last whole round
         self._begun: list[Scored] = []  # parts of the present round
         self._beginning: list[Any] = []  # references to what comes of them
@@ -58,8 +58,8 @@ class RayLearnerGroup(LearnerGroup):
             for rank, loaded in enumerate(self._answers([each.ready.remote() for each in self._actors], loading=True)):
                 self.on_loaded(f"learner rank {rank}" if len(self._actors) > 1 else "learner", loaded)
             if len(self._actors) > 1:
-                self._meeting = Meeting(ray.util.get_node_ip_address())
-                self._answers([actor.join.remote(self._meeting.address) for actor in self._actors], loading=True)
+                self._rendezvous = Rendezvous(ray.util.get_node_ip_address())
+                self._answers([actor.join.remote(self._rendezvous.address) for actor in self._actors], loading=True)
         except RayError as error:
             self._restart(error)
         self._at = "between two rounds"
@@ -177,7 +177,7 @@ class RayLearnerGroup(LearnerGroup):
         elif begun:
             self._call("load_state", self._state)
 
-    def weights(self) -> tuple[LoraWeights, ...]:
+    def weights(self) -> tuple[PolicyWeights, ...]:
         return self._call("weights")
 
     def log_ratios(self) -> Float[np.ndarray, "N"]:
@@ -190,7 +190,7 @@ class RayLearnerGroup(LearnerGroup):
     def check_folder(self, folder: str, token: str) -> None:
         self._call("check_folder", folder, token)
 
-    def save_policy(self, folder: str, weights: LoraWeights | None = None) -> str:
+    def save_policy(self, folder: str, weights: PolicyWeights | None = None) -> str:
         return self._call("save_policy", folder, weights)
 
     def machine(self) -> Machine | None:

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray_ddpo.common.diffusion.lora.adapters import load_weights
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 
 
 @contextmanager
-def swapped_in(network: Any, wanted: LoraWeights, present: LoraWeights) -> Iterator[None]:
+def temporary_weights(network: Any, wanted: PolicyWeights, present: PolicyWeights) -> Iterator[None]:
     """The network under the weights `wanted`, and then under `present`, which it had before, to the last bit again."""
     if wanted.fingerprint == present.fingerprint:
         yield

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ray_ddpo.learner.algorithms.algorithm import PairLoss
+from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
 from ray_ddpo.learner.process_group import Ranks
 from ray_ddpo.learner.weight_check import Arrival
 
-NUMBERS = tuple(each.name for each in dataclasses.fields(PairLoss) if each.name != "terms")
+NUMBERS = tuple(each.name for each in dataclasses.fields(TransitionLoss) if each.name != "terms")
 Divergence = list[tuple[Tensor, Tensor]]  # of batches of pairs: each pair's step, and its log_prob − old_log_prob
 
 
@@ -29,13 +29,13 @@ class UpdateMetrics:
         self._left_out = 0
         self._any_update = False
         self._first_log_ratios: list[Tensor] = []
-        self._results: list[PairLoss] = []
+        self._results: list[TransitionLoss] = []
         self._steps: list[Tensor] = []
         self._gradient_norms: list[Tensor] = []
         self._divergence: Divergence = []
         self._reference_kl: list[Tensor] = []
 
-    def add_micro_batch(self, result: PairLoss, steps: Int[Tensor, "B"] | None) -> None:
+    def add_micro_batch(self, result: TransitionLoss, steps: Int[Tensor, "B"] | None) -> None:
         """A micro-batch that was learned from, and each pair's step; None: its pairs are not steps of a path."""
         self._results.append(dataclasses.replace(result, loss=result.loss.detach(), terms={}))
         if steps is not None:
@@ -61,7 +61,7 @@ class UpdateMetrics:
         self._arrivals.append(arrival)
 
     def set_divergence(self, divergence: Divergence) -> None:
-        """How far the last update has moved from the policy that drew."""
+        """How far the last update has moved from the policy that sampled."""
         self._divergence = divergence
 
     def set_reference_kl(self, kl: list[Tensor]) -> None:
@@ -79,7 +79,7 @@ class UpdateMetrics:
 
         joined: dict[str, Any] = {name: of_all(self._joined(name)) for name in NUMBERS}
         loss, steps, first = joined.pop("loss"), of_all(_cat(self._steps)), of_all(_cat(self._first_log_ratios))
-        self._results = [] if loss is None else [dataclasses.replace(PairLoss(loss), **joined)]
+        self._results = [] if loss is None else [dataclasses.replace(TransitionLoss(loss), **joined)]
         self._steps = [] if steps is None else [steps.long()]
         self._first_log_ratios = [] if first is None else [first]
 
@@ -157,12 +157,12 @@ class UpdateMetrics:
     def _corrections(self, loss: Float[Tensor, "N"] | None) -> dict[str, float]:
         """Of an algorithm that masks pairs or weighs them: how many, how much, and the loss of those left."""
         metrics = {}
-        kept, weight = self._joined("kept"), self._unmasked("behaviour_weight")
+        kept, weight = self._joined("kept"), self._unmasked("importance_weight")
         if kept is not None and loss is not None:
             left = float(kept.sum())
             metrics |= {"masked_fraction": 1 - left / len(loss), "loss": float(loss.sum()) / max(left, 1)}
         if weight is not None:
-            metrics["behaviour_weight/mean"] = float(weight.mean())
+            metrics["importance_weight/mean"] = float(weight.mean())
         return metrics
 
 

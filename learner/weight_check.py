@@ -9,17 +9,17 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
 from ray_ddpo.common.machine import Machine
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import TaskReport, TrainBatch
-from ray_ddpo.learner.round_data.transitions import Pair, RoundTransitions
-from ray_ddpo.learner.temporary_weights import swapped_in
+from ray_ddpo.learner.round_data.transitions import RoundTransitions, TransitionIndex
+from ray_ddpo.learner.temporary_weights import temporary_weights
 
 NUM_TASKS = 8  # of a round that are looked at, at least: each may have a sampler of its own
 
 
 class WeightsDidNotArrive(RuntimeError):
-    """A batch was not drawn with the weights that its version stands for, whatever its reports say."""
+    """A batch was not sampled with the weights that its version stands for, whatever its reports say."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,26 @@ def log_prob_tolerance(given: float | None, policy: PolicyConfig) -> float:
     return 1e-4 if policy.dtype_of("sampler") == torch.float32 else 1e-2
 
 
-def refuse_mismatch(report: TaskReport, published: tuple[LoraWeights, ...], parameters: int) -> None:
-    """RuntimeError: a task was not drawn with the weights that its version stands for, as its report says."""
+def refuse_mismatch(report: TaskReport, published: tuple[PolicyWeights, ...], parameters: int) -> None:
+    """RuntimeError: a task was not sampled with the weights that its version stands for, as its report says."""
     task, known = report.task, {weights.policy_version: weights.fingerprint for weights in published}
     place = f"task {task.index} of round {task.round}"
     if task.policy_version not in known:
         raise RuntimeError(
-            f"{place} was drawn with version {task.policy_version}, and the learner keeps {sorted(known)}"
+            f"{place} was sampled with version {task.policy_version}, and the learner keeps {sorted(known)}"
         )
     if known[task.policy_version] != report.fingerprint:
         raise RuntimeError(
-            f"{place} was drawn with weights {report.fingerprint[:12]}, and version {task.policy_version} "
+            f"{place} was sampled with weights {report.fingerprint[:12]}, and version {task.policy_version} "
             f"is {known[task.policy_version][:12]}"
         )
-    if report.modules_bound != parameters:
-        raise RuntimeError(f"{place}: its sampler bound {report.modules_bound} of {parameters} parameters")
+    if report.num_loaded_params != parameters:
+        raise RuntimeError(f"{place}: its sampler bound {report.num_loaded_params} of {parameters} parameters")
 
 
-def rows_to_check(transitions: RoundTransitions, set_aside: tuple[int, ...], rows: int) -> list[list[Pair | None]]:
+def rows_to_check(
+    transitions: RoundTransitions, dropped: tuple[int, ...], rows: int
+) -> list[list[TransitionIndex | None]]:
     """Return batches of pairs from all tasks in turn, each pair in the row that its image had in its sampler's batch.
 
     Kernels may round by a row's place in the batch. The tasks begin at different steps. None: nothing to check there.
@@ -62,11 +64,11 @@ def rows_to_check(transitions: RoundTransitions, set_aside: tuple[int, ...], row
     Args:
         rows: images of a sampler's batch. There are enough batches to look at NUM_TASKS tasks, if the round has so many.
     """
-    numbers = {place: image for image, place in enumerate(transitions.images) if image not in set_aside}
+    numbers = {place: image for image, place in enumerate(transitions.images) if image not in dropped}
     tasks, places = len(transitions.trajectories), transitions.num_places
-    batches: list[list[Pair | None]] = []
+    batches: list[list[TransitionIndex | None]] = []
     for start in range(0, min(tasks, NUM_TASKS), rows):
-        batch: list[Pair | None] = []
+        batch: list[TransitionIndex | None] = []
         for row in range(rows):
             turn = start + row
             in_turn = ((turn + further) % tasks for further in range(tasks))
@@ -77,7 +79,9 @@ def rows_to_check(transitions: RoundTransitions, set_aside: tuple[int, ...], row
 
 
 @torch.no_grad()
-def log_prob_differences(policy: Policy, transitions: RoundTransitions, rows: list[Pair | None]) -> Float[Tensor, "B"]:
+def log_prob_differences(
+    policy: Policy, transitions: RoundTransitions, rows: list[TransitionIndex | None]
+) -> Float[Tensor, "B"]:
     """Return |log_prob − old_log_prob| of each row, infinite where it is no number and 0 where there is no pair."""
     filling = next(pair for pair in rows if pair is not None)
     batch = transitions.batch([pair or filling for pair in rows])
@@ -109,7 +113,12 @@ class ArrivalCheck:
             self._move_copy("cpu")
 
     def check(
-        self, batch: TrainBatch, transitions: RoundTransitions, wanted: LoraWeights, present: LoraWeights, here: Machine
+        self,
+        batch: TrainBatch,
+        transitions: RoundTransitions,
+        wanted: PolicyWeights,
+        present: PolicyWeights,
+        here: Machine,
     ) -> Arrival:
         """Compare the samplers' log-probs with those of the weights that they claim.
 
@@ -122,15 +131,15 @@ class ArrivalCheck:
             WeightsDidNotArrive: the log-probs lie further apart than the tolerance.
         """
         _refuse_unnumbered(batch, transitions)
-        batches = rows_to_check(transitions, batch.set_aside, self._rows)
+        batches = rows_to_check(transitions, batch.dropped, self._rows)
         batches = [rows for rows in batches if any(rows)]
         rounding = None
-        with swapped_in(self._policy.network, wanted, present):
+        with temporary_weights(self._policy.network, wanted, present):
             found = [log_prob_differences(self._policy, transitions, rows) for rows in batches]
         if self._copy is not None:
             rounding = max((float(each.max()) for each in found), default=0.0)
             self._move_copy(self._policy.device)
-            self._copy.lay_in(wanted)
+            self._copy.load_weights(wanted)
             found = [log_prob_differences(self._copy, transitions, rows) for rows in batches]
             self._move_copy("cpu")
         for rows, differences in zip(batches, found, strict=True):
@@ -139,14 +148,14 @@ class ArrivalCheck:
                     self._refuse(batch.reports[transitions.images[pair[0]][0]], pair, difference, here)
         return Arrival(max((float(each.max()) for each in found), default=0.0), rounding)
 
-    def _refuse(self, report: TaskReport, pair: Pair, difference: float, here: Machine) -> None:
+    def _refuse(self, report: TaskReport, pair: TransitionIndex, difference: float, here: Machine) -> None:
         comparable = report.machine is None or report.machine.computes_like(here)
         if difference <= self._tolerance or (not comparable and difference < torch.inf):
             return
         raise WeightsDidNotArrive(
-            f"task {report.task.index} says that it was drawn with version {report.task.policy_version}, and at place "
+            f"task {report.task.index} says that it was sampled with version {report.task.policy_version}, and at place "
             f"{pair[1]} of its steps its log_prob lies {difference:.2g} from what these weights give when computed as the "
-            f"sampler computes, over the tolerance of {self._tolerance:.2g}: it was drawn with other weights, or the "
+            f"sampler computes, over the tolerance of {self._tolerance:.2g}: it was sampled with other weights, or the "
             "sampler's machine computes wrongly"
         )
 
@@ -160,9 +169,9 @@ class ArrivalCheck:
 def _refuse_unnumbered(batch: TrainBatch, transitions: RoundTransitions) -> None:
     """Raise WeightsDidNotArrive if any log-prob of the round is no finite number."""
     for image, (task, row) in enumerate(transitions.images):
-        if image not in batch.set_aside and not transitions.trajectories[task].log_probs[row].isfinite().all():
+        if image not in batch.dropped and not transitions.trajectories[task].log_probs[row].isfinite().all():
             raise WeightsDidNotArrive(
-                f"task {task} says that it was drawn with version {batch.reports[task].task.policy_version}, and a log_prob of "
+                f"task {task} says that it was sampled with version {batch.reports[task].task.policy_version}, and a log_prob of "
                 f"image {row} is no finite number: its network does not compute"
             )
 

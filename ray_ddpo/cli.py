@@ -78,10 +78,10 @@ def _verb(arguments: Sequence[str] | None) -> int:
     from ray_ddpo.common.recipe import overrides
     from ray_ddpo.common.run_storage.storage import StorageError
     from ray_ddpo.deploy.commands.command_line import read
-    from ray_ddpo.deploy.driver.registries import ROOMS
+    from ray_ddpo.deploy.driver.registries import REGISTRIES
 
     options = read(arguments)
-    overrides.ROOMS.update(ROOMS)
+    overrides.REGISTRIES.update(REGISTRIES)
 
     try:
         return RUN[options.verb](options) or 0
@@ -126,7 +126,7 @@ def _without_passwords(text: str) -> str:
 def _train(options: argparse.Namespace) -> int:
     from ray_ddpo.common.recipe.recipe import Recipe
     from ray_ddpo.common.run_storage.run_folder import RunFolder
-    from ray_ddpo.deploy.driver.fatal_errors import BROKE_OFF
+    from ray_ddpo.deploy.driver.fatal_errors import FATAL_ERRORS
     from ray_ddpo.deploy.driver.start_from import start_from_of
     from ray_ddpo.train import Stopped, train
 
@@ -139,7 +139,7 @@ def _train(options: argparse.Namespace) -> int:
     except Stopped as stopped:
         print(f"ddpo train: {_without_passwords(str(stopped))}; resume with --resume auto", file=sys.stderr)
         return _left(stopped.exit_code) if stopped.cluster_is_lost else stopped.exit_code
-    except BROKE_OFF as error:
+    except FATAL_ERRORS as error:
         cause = getattr(error, "cause", error)
         print(f"ddpo train: {type(cause).__name__}: {_without_passwords(str(cause))}", file=sys.stderr)
         return 1
@@ -154,7 +154,7 @@ def _publish(recipe: Any) -> int:
 
     try:
         print(push(recipe.run_path(), []))
-    # RuntimeError: the report's pictures, which this machine may have no memory for.
+    # RuntimeError: the report's images, which this machine may have no memory for.
     except (NotPushed, ValueError, OSError, RuntimeError) as error:
         by_hand = f"ddpo push {recipe.run_path()} {recipe.push.repo}"
         print(f"ddpo train: the run is whole, and was not pushed: {error}; push it with: {by_hand}", file=sys.stderr)

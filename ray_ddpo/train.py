@@ -3,9 +3,9 @@
 import time
 
 from ray_ddpo.actors.rollouts.inquiry import RewardFailed
-from ray_ddpo.actors.rollouts.ray_stream import NothingMoves
+from ray_ddpo.actors.rollouts.ray_stream import StallError
 from ray_ddpo.common.metrics.round_metrics import RoundClock
-from ray_ddpo.common.prompts import Draw
+from ray_ddpo.common.prompts import SamplePrompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.lease import Lease
 from ray_ddpo.common.run_storage.run_folder import RunFolder
@@ -13,7 +13,7 @@ from ray_ddpo.common.schedule import last_startable_round, round_parts, round_ta
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.tracker import RunInfo
 from ray_ddpo.common.trajectory import Scored
-from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.deploy.driver.progress import Progress
 from ray_ddpo.deploy.driver.start import start_of
 from ray_ddpo.deploy.driver.supervision import Stopped, Supervision
@@ -30,7 +30,7 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
     Stopped: a signal came, or storage or cluster failed; what was learned is in the last checkpoint.
     One of deploy.broke_off: the run cannot go on.
     """
-    parts, folder = parts_of(recipe), RunFolder(recipe.run_path())
+    parts, folder = build_components(recipe), RunFolder(recipe.run_path())
     folder.create()
     with Lease(folder) as lease, Supervision(folder, recipe, lease) as supervision:
         start = start_of(folder, parts, resume)
@@ -56,7 +56,7 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
             run_rounds(parts, workers, progress, supervision)
             workers.learner.save_policy(folder.location)
             evaluating.end()
-        except NothingMoves as stuck:
+        except StallError as stuck:
             folder.write_watchdog(f"{stuck}\n--- learner\n{workers.learner.stacks()}\n")
             raise
         finally:
@@ -66,9 +66,9 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
     return progress.metrics[-1] if progress.metrics else {}
 
 
-def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: Supervision) -> None:
+def run_rounds(parts: Components, workers: Workers, progress: Progress, supervision: Supervision) -> None:
     """Data goes one way round: prompts → sampler → reward → advantages → learner → weights → sampler."""
-    recipe, stream, draw = parts.recipe, workers.stream, parts.prompts.load()
+    recipe, stream, sample = parts.recipe, workers.stream, parts.prompts.load()
     for weights in workers.learner.weights():
         stream.publish(weights)
     submitted = progress.rounds_done
@@ -78,7 +78,7 @@ def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: 
                 break
             started = time.monotonic()
             while submitted <= min(last_startable_round(round, recipe.max_policy_lag), recipe.rounds - 1):
-                stream.submit(round_tasks(recipe, submitted, draw))  # prompts → sampler
+                stream.submit(round_tasks(recipe, submitted, sample))  # prompts → sampler
                 submitted += 1
             progress.evaluating.submit(round)  # held-out prompts → sampler, behind them
             scored: list[Scored] = []
@@ -88,7 +88,7 @@ def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: 
                 if len(scored) < recipe.learner.parts_per_round:
                     workers.learner.begin(*scored[-1])
             collected = time.monotonic()
-            learned, state = learn(parts, workers, scored, draw)  # trajectories → learner
+            learned, state = learn(parts, workers, scored, sample)  # trajectories → learner
             stream.publish(state.weights[-1])  # weights → sampler
             progress.learned(state, learned)
             progress.write(scored, learned, RoundClock(started, collected, time.monotonic()), workers)
@@ -102,14 +102,14 @@ def run_rounds(parts: Parts, workers: Workers, progress: Progress, supervision: 
         raise
 
 
-def learn(parts: Parts, workers: Workers, scored: list[Scored], draw: Draw) -> Learned:
-    """Learn from a round while others are drawn; trajectories that were lost with their node are drawn again first."""
+def learn(parts: Components, workers: Workers, scored: list[Scored], sample: SamplePrompt) -> Learned:
+    """Learn from a round while others are sampled; trajectories that were lost with their node are re-sampled first."""
     while True:
         try:
             return workers.learner.update(*scored[-1])
         except TrajectoriesLost:
             round = scored[-1][0].round
-            workers.stream.submit(round_tasks(parts.recipe, round, draw))
+            workers.stream.submit(round_tasks(parts.recipe, round, sample))
             again = [workers.stream.collect(round, tasks) for tasks in round_parts(parts.recipe)]
             scored = [(batch, rollouts) for (batch, _), rollouts in zip(scored, again, strict=True)]
             for part in scored[:-1]:

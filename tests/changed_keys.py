@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.families.flux import packed
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
-from ray_ddpo.common.diffusion.rollout import draw, image_noise
+from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import policy_table
@@ -47,7 +47,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Sampled:
     """Final latents and images of the two prompts."""
 
     latents: torch.Tensor
@@ -118,8 +118,8 @@ def plain_pipeline(name: str, model: Path) -> Any:
     return pipeline
 
 
-def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Drawn:
-    """Draw with the pipeline's own call."""
+def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Sampled:
+    """SamplePrompt with the pipeline's own call."""
     pipeline, seen = plain_pipeline(name, model), []
     latent_shape = config_of(name, model).latent_shape(dict(getattr(pipeline, network_of(name)).config))
     keys: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": SCALE, **CALL.get(name, {})}
@@ -134,17 +134,17 @@ def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) ->
         return values
 
     images = pipeline(PROMPTS, callback_on_step_end=watch, **keys).images
-    return Drawn(seen[-1], np.stack([np.asarray(image) for image in images]).astype(int))
+    return Sampled(seen[-1], np.stack([np.asarray(image) for image in images]).astype(int))
 
 
-def ours_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Drawn:
-    """Draw with the program. ValueError: the model is refused."""
+def ours_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Sampled:
+    """SamplePrompt with the program. ValueError: the model is refused."""
     sampling = SamplingTable(num_steps=num_steps, guidance_scale=SCALE, eta=eta or 1.0)
     policy = config_of(name, model).load("cpu", sampling, "sampler")
     window = range(num_steps) if name in UNETS and eta else range(0)
-    latents = draw(policy, PROMPTS, SEEDS, sampling, window).final_latents
+    latents = sample_trajectories(policy, PROMPTS, SEEDS, sampling, window).final_latents
     images = policy.decode(latents).numpy().astype(int)
-    return Drawn(packed(latents) if name == "flux" else latents, images)
+    return Sampled(packed(latents) if name == "flux" else latents, images)
 
 
 def network_of(name: str) -> str:
@@ -156,7 +156,7 @@ def config_of(name: str, model: Path) -> DiffusersConfig:
     return build(POLICIES, policy_table(name, model, train="full"), "policy")
 
 
-def assert_same(ours: Drawn, plain: Drawn) -> None:
+def assert_same(ours: Sampled, plain: Sampled) -> None:
     """Latents agree within float32's rounding on both ways; an image may be pushed over a rounding edge here and there."""
     assert ours.latents.shape == plain.latents.shape
     scale = float(plain.latents.abs().max())

@@ -31,7 +31,7 @@ class DoublePolicy(Policy):
         raise AssertionError("it is never compiled")
 
     @property
-    def noisy_steps(self) -> list[int]:
+    def stochastic_steps(self) -> list[int]:
         return list(range(self.num_steps))
 
     def encode(self, prompts: list[str]) -> Conditioning:

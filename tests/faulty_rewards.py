@@ -1,4 +1,4 @@
-"""Rewards that go wrong as a user's might: once, for one kind of picture, or for ever. Prompts tell them when."""
+"""Rewards that go wrong as a user's might: once, for one kind of image, or for ever. Prompts tell them when."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""The gradient of one update of the learner, and what the slow reference needs to work it out anew."""
+"""The gradient of one update of the learner, and what the slow reference needs to work it out again."""
 
 import math
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.learner.learner import Learner
 from tests.reference import ddpo_reference as reference
-from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
+from tests.rounds import SampledRound, learner_of, parts_with, sample_round
 
 # One optimizer step without beta1, weight decay or a limit on the norm: AdamW's first moment is then the gradient.
 ONE_STEP = {
@@ -17,7 +17,7 @@ ONE_STEP = {
     "learner__adam_beta1": 0.0,
     "learner__weight_decay": 0.0,
     "learner__max_grad_norm": 1e9,
-    "learner__log_prob_tolerance": 1.0,  # a round that is made stale by hand is not what any weights would have drawn
+    "learner__log_prob_tolerance": 1.0,  # a round that is made stale by hand is not what any weights would have sampled
 }
 
 
@@ -32,16 +32,16 @@ def relative_error(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray
     return difference / math.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in expected.values()))
 
 
-def updated(tables: dict, drawn: DrawnRound | None = None, **values: object) -> Learner:
-    """A learner after one update on the round given, else on one drawn for it."""
+def updated(tables: dict, sampled: SampledRound | None = None, **values: object) -> Learner:
+    """A learner after one update on the round given, else on one sampled for it."""
     parts = parts_with(tables, **{**ONE_STEP, **values})
     learner = learner_of(parts)
-    drawn = drawn or draw_round(parts, learner.weights()[-1])
-    learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sampled or sample_round(parts, learner.weights()[-1])
+    learner.update(sampled.batch, *sampled.trajectories)
     return learner
 
 
-def reference_network(model: Path, weights: LoraWeights) -> torch.nn.Module:
+def reference_network(model: Path, weights: PolicyWeights) -> torch.nn.Module:
     """The UNet straight from diffusers and peft, with these adapters, in float64."""
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig
@@ -53,15 +53,15 @@ def reference_network(model: Path, weights: LoraWeights) -> torch.nn.Module:
     return network.double()
 
 
-def reference_paths(drawn: DrawnRound, model: Path) -> list[reference.ImagePath]:
-    """The round's images, one by one, with embeddings made anew from their prompts."""
-    (trajectory,), (report,) = drawn.trajectories, drawn.batch.reports  # of one task
+def reference_paths(sampled: SampledRound, model: Path) -> list[reference.ImagePath]:
+    """The round's images, one by one, with embeddings made again from their prompts."""
+    (trajectory,), (report,) = sampled.trajectories, sampled.batch.reports  # of one task
     paths = []
     for row, prompt in enumerate(report.task.prompts):
         latents, next_latents = trajectory.latents[row].double(), trajectory.next_latents[row].double()
         embedding = reference.text_embedding(model, prompt.text).double()
         steps, log_probs = trajectory.steps[row].tolist(), trajectory.log_probs[row].tolist()
-        advantage = float(drawn.batch.advantages[row])
+        advantage = float(sampled.batch.advantages[row])
         paths.append(reference.ImagePath(embedding, steps, latents, next_latents, log_probs, advantage))
     return paths
 

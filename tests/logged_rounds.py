@@ -6,4 +6,4 @@ def logged(round: int, **changes: float) -> dict[str, float]:
     parts = {f"seconds/{part}": 2.0 for part in ("sample", "score", "learn", "round", "wait")}
     idle = {f"idle/{role}": 0.25 for role in ("sampler", "reward_worker", "learner")}
     rewards = {"reward/mean": 1.0 + round, "reward/std": 0.5, "kl_nats": 0.01}
-    return {"round": float(round), "images": 8.0, "images_set_aside": 0.0, **parts, **idle, **rewards, **changes}
+    return {"round": float(round), "images": 8.0, "images_dropped": 0.0, **parts, **idle, **rewards, **changes}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-Pair = tuple[Tensor, Tensor]
+TransitionIndex = tuple[Tensor, Tensor]
 UNETS = ("stable_diffusion", "sdxl")
 ALL = (*UNETS, "sd3", "flux")
 ENDS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out")
@@ -21,7 +21,7 @@ def part_name(family: str) -> str:
 
 def pairs(
     module: nn.Module, ends: tuple[str, ...] = ENDS, rank: Callable[[int], int] = lambda index: 4
-) -> dict[str, Pair]:
+) -> dict[str, TransitionIndex]:
     """Both matrices of an adapter on each layer whose name ends so; `rank` is given the layer's place."""
     generator, found = torch.Generator().manual_seed(5), {}
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
@@ -31,7 +31,7 @@ def pairs(
     return found
 
 
-def peft_names(found: dict[str, Pair], prefix: str) -> dict[str, Tensor]:
+def peft_names(found: dict[str, TransitionIndex], prefix: str) -> dict[str, Tensor]:
     tensors = {}
     for name, (down, up) in found.items():
         tensors |= {f"{prefix}.{name}.lora_A.weight": down, f"{prefix}.{name}.lora_B.weight": up}
@@ -105,7 +105,7 @@ def peft_folder(pipeline: Any, family: str, folder: Path) -> Path:
     return folder
 
 
-def kohya_names(found: dict[str, Pair], prefix: str, alpha: float) -> dict[str, Tensor]:
+def kohya_names(found: dict[str, TransitionIndex], prefix: str, alpha: float) -> dict[str, Tensor]:
     tensors = {}
     for name, (down, up) in found.items():
         key = prefix + name.replace(".", "_")
@@ -123,7 +123,7 @@ def kohya(pipeline: Any, family: str, folder: Path) -> Path:
     return saved(tensors, folder)
 
 
-def _of_encoder(encoder: nn.Module) -> dict[str, Pair]:
+def _of_encoder(encoder: nn.Module) -> dict[str, TransitionIndex]:
     found = pairs(encoder, ("q_proj", "v_proj", "out_proj", "fc1"))
     return {name.removeprefix("text_model."): pair for name, pair in found.items()}
 

@@ -8,10 +8,10 @@ from shapes import Shapes
 
 from ray_ddpo.actors.rewards.reward import LoadedReward, Reward
 from ray_ddpo.common.diffusion.policy import Policy, Role
-from ray_ddpo.common.prompts import Draw, Prompt, PromptSource
+from ray_ddpo.common.prompts import Prompt, PromptSource, SamplePrompt
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.trackers.tracker import LiveTracker, RunInfo, Tracker
-from ray_ddpo.learner.algorithms.algorithm import PairLoss
+from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
 from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
 
 
@@ -39,7 +39,7 @@ class Cats(PromptSource):
     def listed(self) -> None:
         return None
 
-    def load(self) -> Draw:
+    def load(self) -> SamplePrompt:
         return lambda generator: Prompt(f"cat number {generator.integers(9)}")
 
 
@@ -53,8 +53,8 @@ class OnlyTexts(Cats):
 class LosesGradients(DDPOImportanceSampling):
     """Its loss leads nowhere."""
 
-    def pair_loss(self, policy: Any, batch: Any) -> PairLoss:
-        return PairLoss(torch.zeros(len(batch.latents)))
+    def compute_loss(self, policy: Any, batch: Any) -> TransitionLoss:
+        return TransitionLoss(torch.zeros(len(batch.latents)))
 
 
 class OneForAll(DDPOImportanceSampling):

@@ -17,13 +17,13 @@ import torch.distributed as distributed
 
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.policy_weights import fingerprint
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner import process_group as rank_group
 from ray_ddpo.learner.learner import Learner
-from ray_ddpo.learner.process_group import BUCKET_BYTES, Meeting, OtherRankFailed, RankLost, Ranks
+from ray_ddpo.learner.process_group import BUCKET_BYTES, OtherRankFailed, RankLost, Ranks, Rendezvous
 from ray_ddpo.learner.weight_check import WeightsDidNotArrive
 from tests.double_policy import Double
-from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
+from tests.rounds import SampledRound, learner_of, parts_with, sample_round
 
 LONGEST_SECONDS = 300.0
 KILLED = 9
@@ -36,7 +36,7 @@ class Case:
     tables: dict[str, Any]
     deed: str = "learn"
     rounds: int = 1
-    set_aside: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
     double: bool = False
     bucket_bytes: int = BUCKET_BYTES
 
@@ -62,7 +62,7 @@ def with_changes(tables: dict, changes: dict) -> dict:
     return tables
 
 
-def parts_of_case(case: Case) -> Parts:
+def parts_of_case(case: Case) -> Components:
     """The case's parts; with another policy where it is to compute in float64."""
     parts = parts_with(case.tables)
     policy = Double(model=parts.policy.model, train=parts.policy.train)
@@ -81,26 +81,26 @@ def watched(learner: Learner, outcome: Outcome) -> Learner:
     return learner
 
 
-def drawn_for(learner: Learner, parts: Parts, round: int, set_aside: tuple[int, ...]) -> DrawnRound:
+def sampled_for(learner: Learner, parts: Components, round: int, dropped: tuple[int, ...]) -> SampledRound:
     """A round as the algorithm sees it, the same on every rank."""
-    drawn = draw_round(parts, learner.weights()[0 if parts.recipe.max_policy_lag else -1], round)
-    rewards = np.random.default_rng(round).normal(size=len(drawn.batch.advantages))
-    prompts = [prompt.text for report in drawn.batch.reports for prompt in report.task.prompts]
+    sampled = sample_round(parts, learner.weights()[0 if parts.recipe.max_policy_lag else -1], round)
+    rewards = np.random.default_rng(round).normal(size=len(sampled.batch.advantages))
+    prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
     _, worth = parts.algorithm.worth({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
-    worth[list(set_aside)] = np.nan
-    batch = dataclasses.replace(drawn.batch, advantages=worth, set_aside=set_aside)
-    return DrawnRound(batch, drawn.trajectories)
+    worth[list(dropped)] = np.nan
+    batch = dataclasses.replace(sampled.batch, advantages=worth, dropped=dropped)
+    return SampledRound(batch, sampled.trajectories)
 
 
-def learn(case: Case, ranks: Ranks, meeting: str = "") -> Outcome:
-    """Rounds as a run has them. One alone needs no meeting."""
+def learn(case: Case, ranks: Ranks, rendezvous: str = "") -> Outcome:
+    """Rounds as a run has them. One alone needs no rendezvous."""
     outcome, parts = Outcome(), parts_of_case(case)
     learner = watched(learner_of(parts, ranks), outcome)
     if ranks.count > 1:
-        learner.join(meeting)
+        learner.join(rendezvous)
     for round in range(case.rounds):
-        drawn = drawn_for(learner, parts, round, case.set_aside)
-        metrics, state = learner.update(drawn.batch, *drawn.trajectories)
+        sampled = sampled_for(learner, parts, round, case.dropped)
+        metrics, state = learner.update(sampled.batch, *sampled.trajectories)
         outcome.metrics.append(metrics)
         outcome.micro_batch_size = float(state.micro_batch_size or 0)
         outcome.moments = state.optimizer
@@ -110,60 +110,60 @@ def learn(case: Case, ranks: Ranks, meeting: str = "") -> Outcome:
     return outcome
 
 
-def joined(case: Case, ranks: Ranks, meeting: str) -> tuple[Outcome, Learner, DrawnRound]:
+def joined(case: Case, ranks: Ranks, rendezvous: str) -> tuple[Outcome, Learner, SampledRound]:
     """A learner that has met the others, and its first round."""
     outcome, parts = Outcome(), parts_of_case(case)
     learner = watched(learner_of(parts, ranks), outcome)
-    learner.join(meeting)
-    return outcome, learner, drawn_for(learner, parts, 0, ())
+    learner.join(rendezvous)
+    return outcome, learner, sampled_for(learner, parts, 0, ())
 
 
-def meet_a_bad_trajectory(case: Case, ranks: Ranks, meeting: str) -> Outcome:
+def meet_a_bad_trajectory(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
     """What one rank alone can see is wrong with it; then the same round as it should be."""
-    outcome, learner, drawn = joined(case, ranks, meeting)
-    bad = drawn.trajectories
+    outcome, learner, sampled = joined(case, ranks, rendezvous)
+    bad = sampled.trajectories
     if ranks.rank == 1:
         bad = tuple(dataclasses.replace(each, log_probs=each.log_probs + 1) for each in bad)
     try:
-        learner.update(drawn.batch, *bad)
+        learner.update(sampled.batch, *bad)
     except (WeightsDidNotArrive, OtherRankFailed) as error:
         outcome.errors.append(type(error).__name__)
-    outcome.metrics.append(learner.update(drawn.batch, *drawn.trajectories)[0])
+    outcome.metrics.append(learner.update(sampled.batch, *sampled.trajectories)[0])
     return outcome
 
 
-def go_apart(case: Case, ranks: Ranks, meeting: str) -> Outcome:
+def go_apart(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
     """One rank's weights are moved, as a GPU that computes wrongly would move them."""
-    outcome, learner, drawn = joined(case, ranks, meeting)
+    outcome, learner, sampled = joined(case, ranks, rendezvous)
     if ranks.rank == 1:
         with torch.no_grad():
             next(iter(learner._parameters.values())).view(-1)[0] += 1e-3
     try:
-        learner.update(drawn.batch, *drawn.trajectories)
+        learner.update(sampled.batch, *sampled.trajectories)
     except RuntimeError as error:
         outcome.errors.append(str(error))
     return outcome
 
 
-def find_least_micro_batch(case: Case, ranks: Ranks, meeting: str) -> Outcome:
+def find_least_micro_batch(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
     """One rank's device holds less than the other's."""
     outcome, parts = Outcome(), parts_of_case(case)
     learner = learner_of(parts, ranks)
     if ranks.rank == 1:
         learner._use_micro_batch_size(2)
-    learner.join(meeting)
+    learner.join(rendezvous)
     outcome.micro_batch_size = float(learner.state().micro_batch_size or 0)
     return outcome
 
 
-def lose_one(case: Case, ranks: Ranks, meeting: str) -> Outcome:
+def lose_one(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
     """One rank's process ends in the middle of it all."""
-    outcome, learner, drawn = joined(case, ranks, meeting)
+    outcome, learner, sampled = joined(case, ranks, rendezvous)
     if ranks.rank == 1:
         os._exit(KILLED)
     started = time.monotonic()
     try:
-        learner.update(drawn.batch, *drawn.trajectories)
+        learner.update(sampled.batch, *sampled.trajectories)
     except RankLost as error:
         outcome.errors.append(str(error))
     outcome.seconds = time.monotonic() - started
@@ -177,7 +177,7 @@ DEEDS: dict[str, Callable[[Case, Ranks, str], Outcome]] = {
 
 def run_in_ranks(cases: dict[str, Case], folder: Path, count: int = 2) -> dict[str, list[Outcome]]:
     """What each rank arrives at in each case, in processes that do one case after the other."""
-    meetings = {name: Meeting("127.0.0.1") for name in cases}
+    meetings = {name: Rendezvous("127.0.0.1") for name in cases}
     told = {name: (dataclasses.asdict(case), meetings[name].address) for name, case in cases.items()}
     (folder / "cases.json").write_text(json.dumps(told))
     command = [sys.executable, "-m", "tests.rank_processes", str(folder), str(count)]
@@ -211,10 +211,10 @@ def _read(folder: Path, name: str, rank: int) -> Outcome:
 def main(folder: Path, count: int, rank: int) -> None:
     """One rank's process."""
     torch.set_num_threads(1)
-    for name, (told, meeting) in json.loads((folder / "cases.json").read_text()).items():
-        case = Case(**{**told, "set_aside": tuple(told["set_aside"])})
+    for name, (told, rendezvous) in json.loads((folder / "cases.json").read_text()).items():
+        case = Case(**{**told, "dropped": tuple(told["dropped"])})
         rank_group.BUCKET_BYTES = case.bucket_bytes
-        outcome = DEEDS[case.deed](case, Ranks(rank, count, timeout_seconds=60), meeting)
+        outcome = DEEDS[case.deed](case, Ranks(rank, count, timeout_seconds=60), rendezvous)
         distributed.destroy_process_group()
         file = _written(folder, name, rank)
         np.savez(file.with_suffix(".npz"), **outcome.weights)

@@ -1,4 +1,4 @@
-"""Pictures that differ in colour and pattern, with a rating that is a known function of their pixels."""
+"""PageImages that differ in colour and pattern, with a rating that is a known function of their pixels."""
 
 import csv
 from pathlib import Path
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def warmth(pixels: np.ndarray) -> float:
-    """How much redder than blue a picture is on the average: -1 … 1."""
+    """How much redder than blue an image is on the average: -1 … 1."""
     return float((pixels[..., 0].astype(float) - pixels[..., 2]).mean() / 255)
 
 
@@ -17,7 +17,7 @@ def warmth_rating(pixels: np.ndarray) -> float:
     return 5.5 + 4.5 * warmth(pixels)
 
 
-def save_pictures(folder: Path, count: int, seed: int = 0) -> dict[str, float]:
+def save_images(folder: Path, count: int, seed: int = 0) -> dict[str, float]:
     """Write PNGs of several sizes, patterned in two colours; their ratings by path."""
     folder.mkdir(parents=True, exist_ok=True)
     generator, ratings = np.random.default_rng(seed), {}
@@ -41,5 +41,5 @@ def write_csv(path: Path, columns: dict[str, list]) -> Path:
 
 
 def write_ratings(path: Path, ratings: dict[str, float]) -> Path:
-    """The table that goes with `save_pictures`."""
+    """The table that goes with `save_images`."""
     return write_csv(path, {"path": list(ratings), "rating": list(ratings.values())})

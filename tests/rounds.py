@@ -1,4 +1,4 @@
-"""Rounds drawn on the tiny pipeline with fixed advantages, for tests of the learner."""
+"""Rounds sampled on the tiny pipeline with fixed advantages, for tests of the learner."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ import numpy as np
 import torch
 
 from ray_ddpo.actors.sampler import Sampler
-from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from ray_ddpo.common.recipe.overrides import with_overrides
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.schedule import round_tasks
 from ray_ddpo.common.trajectory import TaskReport, TrainBatch, Trajectory
-from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.process_group import Ranks
 
 
 @dataclass(frozen=True)
-class DrawnRound:
+class SampledRound:
     """What the learner is given of a round."""
 
     batch: TrainBatch
@@ -33,20 +33,20 @@ class DrawnRound:
         return dataclasses.replace(self.batch, reports=reports)
 
 
-def parts_with(tables: dict, **values: Any) -> Parts:
+def parts_with(tables: dict, **values: Any) -> Components:
     """The recipe's parts, after overrides such as learner__batch_size=2."""
     overrides = [(f"--{key.replace('__', '.')}", str(value)) for key, value in values.items()]
-    return parts_of(Recipe.parse(with_overrides(tables, [word for pair in overrides for word in pair])))
+    return build_components(Recipe.parse(with_overrides(tables, [word for pair in overrides for word in pair])))
 
 
-def learner_of(parts: Parts, ranks: Ranks | None = None) -> Learner:
+def learner_of(parts: Components, ranks: Ranks | None = None) -> Learner:
     """A learner whose adapters already do something, still at version 0."""
     learner = Learner(parts.policy, parts.algorithm, parts.recipe, ranks)
     learner.load_state(LearnerState(0, (moved(learner.weights()[-1]),), {}, {}))
     return learner
 
 
-def moved(weights: LoraWeights, seed: int = 1) -> LoraWeights:
+def moved(weights: PolicyWeights, seed: int = 1) -> PolicyWeights:
     """The weights with noise on every number: a fresh adapter would have no gradient in half of its matrices."""
     generator = np.random.default_rng(seed)
     arrays = {
@@ -56,25 +56,25 @@ def moved(weights: LoraWeights, seed: int = 1) -> LoraWeights:
     return pack(weights.policy_version, arrays)
 
 
-def draw_round(parts: Parts, weights: LoraWeights, round: int = 0) -> DrawnRound:
-    """Draw a round's tasks; its advantages are normal noise, the first two far outside the usual."""
+def sample_round(parts: Components, weights: PolicyWeights, round: int = 0) -> SampledRound:
+    """SamplePrompt a round's tasks; its advantages are normal noise, the first two far outside the usual."""
     sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
-    drawn = [sampler.draw(task, weights)[:2] for task in round_tasks(parts.recipe, round, parts.prompts.load())]
+    sampled = [sampler.sample(task, weights)[:2] for task in round_tasks(parts.recipe, round, parts.prompts.load())]
     advantages = np.random.default_rng(round).standard_normal(parts.recipe.images_per_round)
     advantages[:2] = 7.0, -6.0
-    reports: tuple[TaskReport, ...] = tuple(report for report, _ in drawn)
-    return DrawnRound(TrainBatch(round, reports, advantages), tuple(trajectory for _, trajectory in drawn))
+    reports: tuple[TaskReport, ...] = tuple(report for report, _ in sampled)
+    return SampledRound(TrainBatch(round, reports, advantages), tuple(trajectory for _, trajectory in sampled))
 
 
-def stale(drawn: DrawnRound, shifts: list[float], seed: int = 0) -> DrawnRound:
-    """The round as if the policy had moved since: every old log-prob is moved by one of `shifts`, drawn at random."""
+def stale(sampled: SampledRound, shifts: list[float], seed: int = 0) -> SampledRound:
+    """The round as if the policy had moved since: every old log-prob is moved by one of `shifts`, sampled at random."""
     generator = torch.Generator().manual_seed(seed)
     trajectories = []
-    for trajectory in drawn.trajectories:
+    for trajectory in sampled.trajectories:
         chosen = torch.randint(len(shifts), trajectory.log_probs.shape, generator=generator)
         log_probs = trajectory.log_probs + torch.tensor(shifts)[chosen]
         trajectories.append(dataclasses.replace(trajectory, log_probs=log_probs))
-    return DrawnRound(drawn.batch, tuple(trajectories))
+    return SampledRound(sampled.batch, tuple(trajectories))
 
 
 def begun_run(tables: dict) -> RunFolder:

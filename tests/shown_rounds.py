@@ -19,7 +19,7 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def shown_in(recipe: Recipe) -> dict:
-    """The pictures, by round and place, and the counts of log-ratios, by round."""
+    """The images, by round and place, and the counts of log-ratios, by round."""
     events = EventAccumulator(
         str(Path(recipe.run_path()) / "tensorboard"), size_guidance={"histograms": 0, "images": 0}
     )
@@ -39,7 +39,7 @@ def shown_in(recipe: Recipe) -> dict:
 
 def run(tables: dict, name: str, serial: bool, **changes: object) -> Recipe:
     """Four rounds, three of them shown; the recipe."""
-    own = {"name": name, "rounds": 4, "exhibits": {"every": 2, "pictures": 5}, "rollouts": {"pictures_every": 1}}
+    own = {"name": name, "rounds": 4, "media": {"every": 2, "images": 5}, "rollouts": {"images_every": 1}}
     recipe = Recipe.parse({**tables, **own, "trackers": [{"name": "tensorboard"}], **changes})
     train(recipe, serial=serial)
     return recipe

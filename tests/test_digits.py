@@ -15,19 +15,19 @@ import pytest
 import torch
 from digit_transformer import DigitTransformer
 from digits import Digits
-from digits_policy import digit_of, pictures_of
-from pretrain_digits import FONTS, SIZE, drawn, flow_matching_loss, pretrain
+from digits_policy import digit_of, images_of
+from pretrain_digits import FONTS, SIZE, flow_matching_loss, pretrain, sampled
 
 from ray_ddpo import cli
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.diffusion.memory.live_bytes import peak_bytes
 from ray_ddpo.common.diffusion.memory.sizes import parameter_bytes
 from ray_ddpo.common.diffusion.policy import select_rows
-from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.weights.run_weights import run_weights
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from tests.test_documentation import ROOT, blocks
 from tests.tiny_families import save_tiny_digits
 from tests.tiny_policy import SAMPLING
@@ -49,16 +49,16 @@ def test_a_prompt_that_names_not_one_digit_is_refused(prompt: str, named: int) -
 
 
 def test_pictures_are_squares_of_white_on_black() -> None:
-    pictures = pictures_of(torch.tensor([[[[-1.0, 1.0], [0.0, 9.0]]]]), zoom=2)
-    assert pictures[0, :, :, 0].tolist() == [[0, 0, 255, 255]] * 2 + [[128, 128, 255, 255]] * 2
-    assert torch.equal(pictures[..., 0], pictures[..., 2])
+    images = images_of(torch.tensor([[[[-1.0, 1.0], [0.0, 9.0]]]]), zoom=2)
+    assert images[0, :, :, 0].tolist() == [[0, 0, 255, 255]] * 2 + [[128, 128, 255, 255]] * 2
+    assert torch.equal(images[..., 0], images[..., 2])
 
 
 def test_printed_digits_are_read_as_what_they_are_and_have_their_ink() -> None:
-    printed = torch.from_numpy(np.stack([drawn(digit, FONTS[2], 14, 5, (0.5, 0)) for digit in range(10)]))
-    pictures = pictures_of(printed.unsqueeze(1), zoom=4).numpy()
-    assert digit_rewards.reads(pictures, WORDS, []).tolist() == [1] * 10
-    assert digit_rewards.reads(pictures, [*WORDS[1:], "zero"], []).tolist() == [0] * 10
+    printed = torch.from_numpy(np.stack([sampled(digit, FONTS[2], 14, 5, (0.5, 0)) for digit in range(10)]))
+    images = images_of(printed.unsqueeze(1), zoom=4).numpy()
+    assert digit_rewards.reads(images, WORDS, []).tolist() == [1] * 10
+    assert digit_rewards.reads(images, [*WORDS[1:], "zero"], []).tolist() == [0] * 10
     half = np.zeros((1, SIZE, SIZE, 3), np.uint8)
     half[:, : SIZE // 2] = 255
     assert digit_rewards.ink(half, ["one"], [{}]).tolist() == [0.5]
@@ -84,10 +84,10 @@ def test_a_samplers_and_a_learners_peaks_are_predicted(tmp_path: Path) -> None:
     sizes, policy = config.sizes(SAMPLING, "cpu"), config.load("cpu", SAMPLING, "sampler")
 
     def task() -> None:
-        policy.decode(draw(policy, ["one"] * 3, [1, 2, 3], SAMPLING).final_latents)
+        policy.decode(sample_trajectories(policy, ["one"] * 3, [1, 2, 3], SAMPLING).final_latents)
 
     assert sizes.sampler_bytes(3) == pytest.approx(parameter_bytes(policy.network) + peak_bytes(task), rel=0.05)
-    assert sizes.noisy_steps == len(policy.noisy_steps)
+    assert sizes.stochastic_steps == len(policy.stochastic_steps)
     assert sizes.conditioning_shape == {name: tuple(row.shape[1:]) for name, row in policy.encode(["one"]).items()}
     learner = config.load("cpu", SAMPLING, "learner")
     trained = trained_parameters(learner.network).values()
@@ -133,8 +133,8 @@ def beside_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_example_is_pretrained_trained_reported_and_sampled(
     train: str, beside_the_example: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    pretrain(steps=2, pictures=20).save_pretrained("runs/pretrained")
-    parts_of(Recipe.load("digits.toml"))  # the recipe as it stands
+    pretrain(steps=2, images=20).save_pretrained("runs/pretrained")
+    build_components(Recipe.load("digits.toml"))  # the recipe as it stands
     smaller = "--rounds 1 --sampling.batches_per_round 1 --learner.batch_size 32 --sampling.num_steps 4 --evaluation.images 10"
     run = beside_the_example / "runs" / "digits"
     assert cli.main(["train", "digits.toml", "--serial", "--policy.train", train, *smaller.split()]) == 0
@@ -145,7 +145,7 @@ def test_the_example_is_pretrained_trained_reported_and_sampled(
         ["push", str(run), "zoo/digits", "--dry-run", "published", "--push.license", "mit"],
     ):
         assert cli.main(command) == 0, command
-    assert "ddpo sample draws with these weights" in Path("published/README.md").read_text()
+    assert "ddpo sample samples with these weights" in Path("published/README.md").read_text()
     assert "reads" in json.loads((run / "report" / "summary.json").read_text())["scorers"]
     assert cli.main(["sample", "--lora", str(run), "seven", "a 3"]) == 0
     assert len(list(Path("samples").glob("*.png"))) == 2

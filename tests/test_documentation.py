@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
+from tests.rated_images import save_images, write_ratings
 
 from ray_ddpo.actors.rewards.reward import Reward
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.driver.components import parts_of
-from tests.rated_pictures import save_pictures, write_ratings
+from ray_ddpo.deploy.driver.components import build_components
 from tests.tiny_clip import save_tiny_clip
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ RECIPES = ROOT / "deploy" / "recipes"
 
 @pytest.mark.parametrize("recipe", sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml")))
 def test_every_recipe_is_checked_and_named_in_the_readme_or_on_a_page_of_recipes(recipe: str) -> None:
-    parts_of(Recipe.load(RECIPES / recipe))
+    build_components(Recipe.load(RECIPES / recipe))
     of_recipes = ("algorithms", "aesthetic", "evaluation", "full_fine_tuning", "model_families", "rewards")
     pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in of_recipes)]
     assert f"`{recipe}`" in "".join(page.read_text() for page in pages)
@@ -82,7 +82,7 @@ def test_the_example_rewards_score_pictures(tmp_path: Path) -> None:
 def test_the_readmes_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "deploy" / "recipes", tmp_path / "deploy" / "recipes")
     demo = tmp_path / "deploy" / "recipes" / "demo.toml"
-    # The commands are run as they stand; a part of the pictures that they draw, in fewer steps: all take minutes.
+    # The commands are run as they stand; a part of the images that they sample, in fewer steps: all take minutes.
     text = demo.read_text()
     for sizes in (
         ("images = 135", "images = 9"),
@@ -92,7 +92,7 @@ def test_the_readmes_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
         assert text.count(sizes[0]) == 1
         text = text.replace(*sizes)
     demo.write_text(text)
-    write_ratings(tmp_path / "ratings.csv", save_pictures(tmp_path / "pictures", 100))
+    write_ratings(tmp_path / "ratings.csv", save_images(tmp_path / "images", 100))
     save_tiny_clip(tmp_path / "clip")
     (tmp_path / "config.json").write_text(blocks(ROOT / "docs" / "coming_from_trl.md", "json")[0])
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -77,14 +77,14 @@ CHECK_THE_DEMO = """
 from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.recipe.registry import entry_class
+from ray_ddpo.common.recipe.registry import component_class
 from ray_ddpo.common.trackers import TRACKERS
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.algorithms import ALGORITHMS
-parts_of(Recipe.load("deploy/recipes/demo.toml"))
-for room in (POLICIES, TRACKERS, REWARDS, ALGORITHMS):
-    for name in room:
-        entry_class(room, name, "entry")
+build_components(Recipe.load("deploy/recipes/demo.toml"))
+for registry in (POLICIES, TRACKERS, REWARDS, ALGORITHMS):
+    for name in registry:
+        component_class(registry, name, "entry")
 """
 
 

@@ -11,8 +11,8 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RewardWorkersTable, RuntimeTable
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.tracker import RunInfo
-from ray_ddpo.deploy.commands.doctor.ratio_measurement import draw_some, score_again
-from ray_ddpo.deploy.driver.components import build_reward, parts_of
+from ray_ddpo.deploy.commands.doctor.ratio_measurement import sample_some, score_again
+from ray_ddpo.deploy.driver.components import build_components, build_reward
 from ray_ddpo.deploy.driver.trial_prompts import trial_prompts
 from ray_ddpo.learner.learner import Learner
 from tests import own_components
@@ -25,7 +25,7 @@ def with_own(tables: dict, **own: dict[str, Any]) -> Recipe:
 
 
 def test_prompts_of_a_users_own_source_are_drawn_twice_and_alike(tables: dict) -> None:
-    parts = parts_of(with_own(tables, prompts={"name": "tests.own_components:Cats"}))
+    parts = build_components(with_own(tables, prompts={"name": "tests.own_components:Cats"}))
     first, second = trial_prompts(parts)
     assert first.text.startswith("cat number") and trial_prompts(parts) == (first, second)
 
@@ -35,7 +35,7 @@ def test_prompts_of_a_users_own_source_are_drawn_twice_and_alike(tables: dict) -
     [
         (
             {"name": "tests.own_components:OnlyTexts"},
-            "what OnlyTexts.load returned drew 'a cat': expected a common.prompts.Prompt",
+            "what OnlyTexts.load returned sampled 'a cat': expected a common.prompts.Prompt",
         ),
         (
             {"name": "function", "path": "tests.user_functions:no_prompt"},
@@ -49,7 +49,7 @@ def test_prompts_of_a_users_own_source_are_drawn_twice_and_alike(tables: dict) -
 )
 def test_what_draws_no_prompts_is_refused(table: dict, message: str, tables: dict) -> None:
     with pytest.raises(ValueError) as error:
-        trial_prompts(parts_of(with_own(tables, prompts=table)))
+        trial_prompts(build_components(with_own(tables, prompts=table)))
     assert str(error.value).startswith(message)
 
 
@@ -62,14 +62,14 @@ def test_what_draws_no_prompts_is_refused(table: dict, message: str, tables: dic
         ),
         (
             "LosesGradients",
-            "LosesGradients.pair_loss returned a loss without gradients: expected gradients of what is trained",
+            "LosesGradients.compute_loss returned a loss without gradients: expected gradients of what is trained",
         ),
     ],
 )
 def test_an_algorithm_is_tried_by_the_learner(name: str, message: str, tables: dict) -> None:
     tables["learner"]["micro_batch_size"] = 4
     recipe = with_own(tables, algorithm={"name": f"tests.own_components:{name}"})
-    parts = parts_of(recipe)
+    parts = build_components(recipe)
     with pytest.raises(ValueError) as error:
         Learner(parts.policy, parts.algorithm, recipe)
     assert str(error.value).startswith(message)
@@ -81,11 +81,11 @@ def test_the_doctor_tries_a_family_as_sampler_and_as_learner(tables: dict, tmp_p
     own = {"prompts": {"name": "texts", "texts": ["disc", "ring"]}}
     policy = {"name": "tests.own_components:FloatImages", "model": model}
     with pytest.raises(ValueError, match=r"ShapesPolicy.decode returned float32 of shape \(2, 3, 16, 16\)"):
-        draw_some(with_own(tables, policy=policy, **own))
+        sample_some(with_own(tables, policy=policy, **own))
     policy["name"] = "tests.own_components:ForgetsWeights"
     recipe = with_own(tables, policy=policy, **own)
     with pytest.raises(ValueError, match="ShapesPolicy.restore gave other weights than ShapesPolicy.save wrote"):
-        score_again(recipe, draw_some(recipe))
+        score_again(recipe, sample_some(recipe))
 
 
 @pytest.mark.parametrize(

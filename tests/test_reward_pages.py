@@ -1,4 +1,4 @@
-"""docs/rewards.md and the room are compared both ways; examples, messages and defaults of its pages are the program's."""
+"""docs/rewards.md and the registry are compared both ways; examples, messages and defaults of its pages are the program's."""
 
 import re
 import tomllib
@@ -10,7 +10,7 @@ from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.actors.rewards.http import Http
 from ray_ddpo.actors.rewards.reward import Reward
 from ray_ddpo.actors.rewards.vlm_alignment import VlmAlignment
-from ray_ddpo.common.recipe.registry import build, entry_class
+from ray_ddpo.common.recipe.registry import build, component_class
 from ray_ddpo.common.recipe.tables import RewardTable
 from ray_ddpo.common.reward_protocol import Fault, Health, ScoreReply, ScoreRequest
 from ray_ddpo.deploy.driver.components import build_reward
@@ -47,7 +47,7 @@ def test_a_row_says_what_the_entry_says(name: str) -> None:
         assert f"`{needed.source}`" in weights
         assert needed.files[0] in ("config.json", "tokenizer.json") or f"`{needed.files[0]}`" in weights
     if reward.memory_bytes:
-        full = entry_class(REWARDS, name, "reward")(dtype="float32").memory_bytes  # type: ignore[attr-defined]
+        full = component_class(REWARDS, name, "reward")(dtype="float32").memory_bytes  # type: ignore[attr-defined]
         assert memory == f"{reward.memory_bytes / 1e9:.2f} / {full / 1e9:.2f} GB"
 
 
@@ -58,7 +58,7 @@ def test_the_examples_are_accepted_and_show_every_reward_that_takes_keys_of_its_
         for table in tables.get("rewards", [tables.get("reward")]):
             build_reward(RewardTable.model_validate(table))
             shown.add(table["name"])
-    with_keys = {name for name in REWARDS if entry_class(REWARDS, name, "reward").model_fields}
+    with_keys = {name for name in REWARDS if component_class(REWARDS, name, "reward").model_fields}
     assert with_keys - set(ELSEWHERE) <= shown
     assert all(f'name = "{name}"' in (DOCS / page).read_text(encoding="utf-8") for name, page in ELSEWHERE.items())
 
@@ -72,7 +72,7 @@ def test_the_example_of_a_service_is_a_reward_and_says_the_defaults() -> None:
     shown = example(SERVICE)
     assert isinstance(shown, Http)
     plain = Http(url=shown.url)
-    changed = {"token_variable": "REWARD_TOKEN", "pictures_per_request": 16}
+    changed = {"token_variable": "REWARD_TOKEN", "images_per_request": 16}
     assert shown == plain.model_copy(update=changed)
 
 

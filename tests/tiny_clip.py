@@ -44,7 +44,7 @@ def save_tiny_clip(folder: Path, seed: int = 0) -> Path:
     vision = {**SMALL, "image_size": SIDE, "patch_size": 8}
     text = {**SMALL, "vocab_size": words, "bos_token_id": words - 2, "eos_token_id": words - 1}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=EMBEDDING))
-    # Weights of the usual 0.02 would give nearly one embedding for all pictures, and one for all prompts.
+    # Weights of the usual 0.02 would give nearly one embedding for all images, and one for all prompts.
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)

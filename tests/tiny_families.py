@@ -104,7 +104,7 @@ def save_tiny_sd3(folder: Path, seed: int = 0, **scheduler: object) -> Path:
 
 
 def save_tiny_flux(folder: Path, seed: int = 0, **scheduler: object) -> Path:
-    """Write it; `scheduler` changes its configuration, which shifts its noise levels with the picture's size."""
+    """Write it; `scheduler` changes its configuration, which shifts its noise levels with the image's size."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A small Stable Diffusion with random weights in diffusers' own format, for tests that need no real pictures."""
+"""A small Stable Diffusion with random weights in diffusers' own format, for tests that need no real images."""
 
 from pathlib import Path
 from typing import Any

@@ -40,7 +40,7 @@ def pair_step(policy: StableDiffusionPolicy, pairs: int) -> Callable[[], None]:
     text = policy.network.config.cross_attention_dim
     embeds = torch.randn(2, pairs, 77, text, generator=generator)
     conditioning = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
-    steps = torch.full((pairs,), policy.noisy_steps[0])
+    steps = torch.full((pairs,), policy.stochastic_steps[0])
 
     def step() -> None:
         policy.transition(latents, steps, conditioning).log_prob(next_latents).sum().backward()

@@ -50,7 +50,7 @@ def save_tiny_vlm(folder: Path, seed: int = 0, chat_template: str | None = CHAT_
     vision = CLIPVisionConfig(**SMALL, image_size=SIDE, patch_size=PATCH, projection_dim=16)
     text = LlamaConfig(**SMALL, vocab_size=len(SPECIAL) + len(WORDS), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=4))
-    # Weights of the usual 0.02 would give nearly one answer for all pictures.
+    # Weights of the usual 0.02 would give nearly one answer for all images.
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -32,13 +32,13 @@ def _records(run: Path) -> Iterator[Record]:
 
 
 def pixels_of(run: Path, name: str) -> np.ndarray:
-    """A picture's, by its path or by the name that its row gives it."""
+    """An image's, by its path or by the name that its row gives it."""
     (file,) = [Path(name)] if name.startswith("/") else run.glob(f"wandb/offline-run-*/files/{name}")
     return np.asarray(Image.open(file))
 
 
 def tables_of(run: Path, key: str) -> list[dict[str, Any]]:
-    """The tables of a key as wandb's JSON; a picture's `path` is that of its file."""
+    """The tables of a key as wandb's JSON; an image's `path` is that of its file."""
     found = []
     for artifact in (record.artifact for record in _records(run)):
         files = {content.path: content.local_path for content in artifact.manifest.contents}

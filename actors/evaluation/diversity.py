@@ -1,4 +1,4 @@
-"""How much the pictures of one prompt differ: what is lost when a policy draws the same picture over and over."""
+"""How much the images of one prompt differ: what is lost when a policy samples the same image over and over."""
 
 import math
 from itertools import combinations
@@ -7,23 +7,23 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-EDGE = 16  # pixels of the small picture: composition and colours are compared, not texture
+EDGE = 16  # pixels of the small image: aggregation and colours are compared, not texture
 
 
 def diversity(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> float:
-    """The root mean square difference of two pictures of one prompt, 0 … 1: mean over pairs, then over prompts.
+    """The root mean square difference of two images of one prompt, 0 … 1: mean over pairs, then over prompts.
 
-    Of pictures reduced to 16 × 16. NaN where no prompt has two pictures.
+    Of images reduced to 16 × 16. NaN where no prompt has two images.
     """
-    small = np.stack([_reduced(picture) for picture in pixels])
+    small = np.stack([_reduced(image) for image in pixels])
     of_prompts = [small[[text == prompt for text in prompts]] for prompt in dict.fromkeys(prompts)]
-    means = [_mean_difference(pictures) for pictures in of_prompts if len(pictures) > 1]
+    means = [_mean_difference(images) for images in of_prompts if len(images) > 1]
     return float(np.mean(means)) if means else math.nan
 
 
-def _reduced(picture: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "E E 3"]:
-    return np.asarray(Image.fromarray(picture).resize((EDGE, EDGE), Image.Resampling.BOX), np.float64) / 255
+def _reduced(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "E E 3"]:
+    return np.asarray(Image.fromarray(image).resize((EDGE, EDGE), Image.Resampling.BOX), np.float64) / 255
 
 
-def _mean_difference(pictures: Float[np.ndarray, "N E E 3"]) -> float:
-    return float(np.mean([np.sqrt(np.square(one - other).mean()) for one, other in combinations(pictures, 2)]))
+def _mean_difference(images: Float[np.ndarray, "N E E 3"]) -> float:
+    return float(np.mean([np.sqrt(np.square(one - other).mean()) for one, other in combinations(images, 2)]))

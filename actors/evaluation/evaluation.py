@@ -1,4 +1,4 @@
-"""Evaluation: fixed prompts and fixed seeds, drawn and scored in the same way at every version."""
+"""Evaluation: fixed prompts and fixed seeds, sampled and scored in the same way at every version."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from ray_ddpo.common.diffusion.policy import Policy
-from ray_ddpo.common.diffusion.rollout import draw, window_of_pictures
+from ray_ddpo.common.diffusion.rollout import evaluation_window, sample_trajectories
 from ray_ddpo.common.prompts import Prompt, PromptSource
 from ray_ddpo.common.recipe.tables import EvaluationTable, SamplingTable
 from ray_ddpo.common.schedule import Stream, Task, image_seed
@@ -15,7 +15,7 @@ from ray_ddpo.common.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The pictures to compare: never those of training, whose seeds belong to another stream."""
+    """The images to compare: never those of training, whose seeds belong to another stream."""
 
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
@@ -26,8 +26,8 @@ class EvaluationSet:
         return -(-len(self.seeds) // self.batch_size)
 
     def tasks(self, policy_version: int, round: int, first: int, sampling: SamplingTable) -> list[Task]:
-        """The set's pictures for the stream, numbered from `first`; drawn behind what is learned from in `round`."""
-        window = window_of_pictures(sampling)
+        """The set's images for the stream, numbered from `first`; sampled behind what is learned from in `round`."""
+        window = evaluation_window(sampling)
         starts = range(0, len(self.seeds), self.batch_size)
         parts = [slice(start, start + self.batch_size) for start in starts]
         return [
@@ -38,7 +38,7 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same pictures, same prompts and noise, under the pretrained weights and under a run's."""
+    """The same images, same prompts and noise, under the pretrained weights and under a run's."""
 
     chosen: EvaluationSet
     before: UInt8[np.ndarray, "N H W 3"]
@@ -48,29 +48,29 @@ class Comparison:
 
 
 def evaluation_set(table: EvaluationTable, source: PromptSource) -> EvaluationSet:
-    """The recipe's prompts, else those that its source leaves out, else all of it, in turn until there are enough pictures."""
+    """The recipe's prompts, else those that its source leaves out, else all of it, in turn until there are enough images."""
     stream = Stream.EVALUATION if table.split == "evaluation" else Stream.TUNING
     chosen = source.evaluated(table.prompts)
     if chosen:
         prompts = [chosen[image % len(chosen)] for image in range(table.images)]
     else:
-        draw_prompt = source.load()
+        sample_prompt = source.load()
         prompts = [
-            draw_prompt(np.random.default_rng([table.seed, int(stream), image])) for image in range(table.images)
+            sample_prompt(np.random.default_rng([table.seed, int(stream), image])) for image in range(table.images)
         ]
     seeds = [image_seed(table.seed, stream, 0, image) for image in range(table.images)]
     return EvaluationSet(tuple(prompts), tuple(seeds), table.batch_size)
 
 
 def evaluation_images(policy: Policy, chosen: EvaluationSet, sampling: SamplingTable) -> UInt8[np.ndarray, "N H W 3"]:
-    """The set's pictures under the policy's present weights."""
-    pictures = []
+    """The set's images under the policy's present weights."""
+    images = []
     for start in range(0, len(chosen.seeds), chosen.batch_size):
         part = slice(start, start + chosen.batch_size)
         texts = [prompt.text for prompt in chosen.prompts[part]]
-        trajectory = draw(policy, texts, list(chosen.seeds[part]), sampling, window_of_pictures(sampling))
-        pictures.append(decoded(policy, trajectory, texts))
-    return np.concatenate(pictures)
+        trajectory = sample_trajectories(policy, texts, list(chosen.seeds[part]), sampling, evaluation_window(sampling))
+        images.append(decoded(policy, trajectory, texts))
+    return np.concatenate(images)
 
 
 def decoded(policy: Policy, trajectory: Trajectory, prompts: list[str]) -> UInt8[np.ndarray, "B H W 3"]:

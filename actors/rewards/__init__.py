@@ -1,8 +1,8 @@
-"""The room of rewards: what is a good image. One file a reward, one line here."""
+"""The registry of rewards: what is a good image. One file a reward, one line here."""
 
-from ray_ddpo.common.recipe.registry import Room
+from ray_ddpo.common.recipe.registry import Registry
 
-REWARDS: Room = {
+REWARDS: Registry = {
     "jpeg_compressibility": "ray_ddpo.actors.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "ray_ddpo.actors.rewards.jpeg:JpegIncompressibility",
     "brightness": "ray_ddpo.actors.rewards.image_statistics:Brightness",

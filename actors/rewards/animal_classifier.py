@@ -1,4 +1,4 @@
-"""Does the picture show the animal that was asked for: a linear head over features of a pretrained ImageNet network."""
+"""Does the image show the animal that was asked for: a linear head over features of a pretrained ImageNet network."""
 
 import re
 from pathlib import Path

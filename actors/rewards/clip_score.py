@@ -1,4 +1,4 @@
-"""How well a picture fits its prompt, as CLIP sees it: CLIPScore (Hessel et al. 2021)."""
+"""How well an image fits its prompt, as CLIP sees it: CLIPScore (Hessel et al. 2021)."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ VIT_L_14_PARAMETERS = 427_616_513  # both towers, their projections and the logi
 
 
 class ClipScore(Reward):
-    """100 times the cosine between the embeddings of picture and prompt, mostly 15 to 35. `clip`: a folder or a hub name.
+    """100 times the cosine between the embeddings of image and prompt, mostly 15 to 35. `clip`: a folder or a hub name.
 
     The scale is torchmetrics'; the paper's is 2.5 times the cosine, so a fortieth. Both cut at 0, which is left out here:
-    below 0 a worse picture still scores less, and a reward that stands still says nothing to learn from.
+    below 0 a worse image still scores less, and a reward that stands still says nothing to learn from.
     """
 
     clip: str = CLIP

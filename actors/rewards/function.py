@@ -11,7 +11,7 @@ class Function(Reward):
     """`path` is module:function; the function takes (images uint8 [B,H,W,3], prompts, metadata) and returns [B]: contract.py."""
 
     path: str = Field(pattern=r"^[\w.]+:\w+$")
-    independent: bool = False  # whether it scores a picture alike, to the bit, in whatever batch
+    independent: bool = False  # whether it scores an image alike, to the bit, in whatever batch
 
     def user_modules(self) -> dict[str, str]:
         return {**super().user_modules(), "path": self.path.partition(":")[0]}

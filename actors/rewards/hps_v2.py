@@ -1,4 +1,4 @@
-"""What people prefer among generated pictures: HPS v2.1, an open_clip ViT-H/14 tuned on preferences (Wu et al. 2023)."""
+"""What people prefer among generated images: HPS v2.1, an open_clip ViT-H/14 tuned on preferences (Wu et al. 2023)."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ HEADS = 16  # of attention in either tower of a ViT-H/14: the one size that the 
 
 
 class HpsV2(Reward):
-    """The cosine between the embeddings of picture and prompt, mostly 0.2 to 0.35: the paper's score, not times 100.
+    """The cosine between the embeddings of image and prompt, mostly 0.2 to 0.35: the paper's score, not times 100.
 
     `checkpoint`: a path, None: v2.1 from the hub; `tokenizer`: a folder or a hub name.
     """
@@ -41,7 +41,7 @@ class HpsV2(Reward):
         checkpoint, tokenizer = self.needs()
         path = self.checkpoint or file_from_hub(REPOSITORY, CHECKPOINT, cannot_load(checkpoint))
         model = load_open_clip(path, HEADS, torch_dtype(self.dtype, device))
-        # The paper's code pads a picture that is not square with black, and does not cut it.
+        # The paper's code pads an image that is not square with black, and does not cut it.
         towers = clip_towers(model, tokenizer, device, whole=True)
 
         def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:

@@ -1,4 +1,4 @@
-"""A reward service: pictures go to it over HTTP, scores come back. JSON both ways, and nothing is unpickled."""
+"""A reward service: images go to it over HTTP, scores come back. JSON both ways, and nothing is unpickled."""
 
 import json
 import os
@@ -22,8 +22,8 @@ class Http(Reward):
     timeout_seconds: float = Field(default=60.0, gt=0)  # for one request and its reply
     attempts: int = Field(default=3, ge=1)  # where it does not answer, or answers 429 or 5xx
     token_variable: str | None = None
-    pictures_per_request: int | None = Field(default=None, ge=1)  # none: the whole scoring batch
-    independent: bool = False  # whether the service scores a picture the same in whatever company it comes
+    images_per_request: int | None = Field(default=None, ge=1)  # none: the whole scoring batch
+    independent: bool = False  # whether the service scores an image the same in whatever company it comes
 
     # A check of the whole model, for a fault in a field is told with the field's value.
     @model_validator(mode="after")
@@ -56,12 +56,12 @@ class Http(Reward):
         client = self._client(self.attempts)
 
         def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
-            size = self.pictures_per_request or len(images)
+            size = self.images_per_request or len(images)
             scores = []
             for start in range(0, len(images), size):
                 part = slice(start, start + size)
                 scores += _ask(client, images[part], prompts[part], metadata[part])
-            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is set aside as that
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is dropped as that
                 return np.array([np.nan if score is None else score for score in scores]).astype(np.float32)
 
         return score
@@ -70,12 +70,12 @@ class Http(Reward):
 def _ask(
     client: RewardClient, images: Images, prompts: list[str], metadata: list[dict[str, Any]]
 ) -> list[float | None]:
-    request = {"pictures": [to_png(image) for image in images], "prompts": prompts, "metadata": metadata}
+    request = {"images": [to_png(image) for image in images], "prompts": prompts, "metadata": metadata}
     try:
         body = json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise RewardMistake(f"the prompts' metadata cannot be sent as JSON: {error}") from error
     scores = client.ask(SCORE_PATH, ScoreReply, body).scores
     if len(scores) != len(images):
-        raise RewardMistake(f"{client.url} gave {len(scores)} scores for {len(images)} pictures: one each is needed")
+        raise RewardMistake(f"{client.url} gave {len(scores)} scores for {len(images)} images: one each is needed")
     return scores

@@ -1,4 +1,4 @@
-"""How much people would like a picture for its prompt: ImageReward, a BLIP tuned on rankings (Xu et al. 2023)."""
+"""How much people would like an image for its prompt: ImageReward, a BLIP tuned on rankings (Xu et al. 2023)."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ ADDED_WORDS = 2  # [DEC] and [ENC], which BLIP adds to BERT's and no prompt has
 
 
 class ImageReward(Reward):
-    """The paper's score, about -2.3 to 2, of mean 0 and standard deviation 1 over its pictures.
+    """The paper's score, about -2.3 to 2, of mean 0 and standard deviation 1 over its images.
 
     `checkpoint`: a path, None: from the hub; `tokenizer`: a folder or a hub name. Prompts are cut at 35 tokens, as there.
     """

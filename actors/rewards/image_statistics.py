@@ -1,4 +1,4 @@
-"""Plain measures of a picture, for tests and as guards: brightness, colour, sharpness, entropy, and how much is dark."""
+"""Plain measures of an image, for tests and as guards: brightness, colour, sharpness, entropy, and how much is dark."""
 
 from abc import abstractmethod
 from typing import Annotated, Any
@@ -9,25 +9,25 @@ from pydantic import Field
 
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
 
-Picture = UInt8[np.ndarray, "H W 3"]
+Image = UInt8[np.ndarray, "H W 3"]
 LUMA = (299, 587, 114)  # thousandths of red, green and blue in what is seen as bright (ITU-R BT.601)
 WHITE = 255 * 1000
 
 
-def luma_thousandths(picture: Picture) -> Int[np.ndarray, "H W"]:
+def luma_thousandths(image: Image) -> Int[np.ndarray, "H W"]:
     """How bright each pixel is, 0 … 255000: whole numbers, whose sums are exact in any order."""
-    red, green, blue = (share * channel for share, channel in zip(LUMA, channels(picture), strict=True))
+    red, green, blue = (share * channel for share, channel in zip(LUMA, channels(image), strict=True))
     return red + green + blue
 
 
-def channels(picture: Picture) -> list[Int[np.ndarray, "H W"]]:
+def channels(image: Image) -> list[Int[np.ndarray, "H W"]]:
     """Red, green and blue, in whole numbers that can be added and subtracted."""
-    return [picture[..., channel].astype(np.int32) for channel in range(3)]
+    return [image[..., channel].astype(np.int32) for channel in range(3)]
 
 
-def grey(picture: Picture) -> Int[np.ndarray, "H W"]:
+def grey(image: Image) -> Int[np.ndarray, "H W"]:
     """The same, rounded to the grey levels 0 … 255."""
-    return (luma_thousandths(picture) + 500) // 1000
+    return (luma_thousandths(image) + 500) // 1000
 
 
 def mean_and_variance(values: Int[np.ndarray, "H W"]) -> tuple[float, float]:
@@ -36,11 +36,11 @@ def mean_and_variance(values: Int[np.ndarray, "H W"]) -> tuple[float, float]:
     return total / count, (count * squares - total * total) / count**2
 
 
-class PictureStatistic(Reward):
-    """One number of one picture; the prompt plays no part."""
+class ImageStatistic(Reward):
+    """One number of one image; the prompt plays no part."""
 
     @abstractmethod
-    def of(self, picture: Picture) -> float:
+    def of(self, image: Image) -> float:
         """The statistic."""
 
     @property
@@ -49,54 +49,54 @@ class PictureStatistic(Reward):
 
     def load(self, device: str) -> LoadedReward:
         def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
-            return np.array([self.of(picture) for picture in images], dtype=np.float32)
+            return np.array([self.of(image) for image in images], dtype=np.float32)
 
         return score
 
 
-class Brightness(PictureStatistic):
+class Brightness(ImageStatistic):
     """The mean luma: 0 black, 1 white."""
 
-    def of(self, picture: Picture) -> float:
-        return mean_and_variance(luma_thousandths(picture))[0] / WHITE
+    def of(self, image: Image) -> float:
+        return mean_and_variance(luma_thousandths(image))[0] / WHITE
 
 
-class Colourfulness(PictureStatistic):
+class Colourfulness(ImageStatistic):
     """How colourful people find it (Hasler and Süsstrunk 2003, M3): 0 grey, 15 slightly, 59 quite, 109 extremely."""
 
-    def of(self, picture: Picture) -> float:
-        red, green, blue = channels(picture)
+    def of(self, image: Image) -> float:
+        red, green, blue = channels(image)
         mean_rg, variance_rg = mean_and_variance(red - green)
         mean_2yb, variance_2yb = mean_and_variance(red + green - 2 * blue)  # twice the paper's yb, in whole numbers
         spread = np.sqrt(variance_rg + variance_2yb / 4)
         return float(spread + 0.3 * np.sqrt(mean_rg**2 + mean_2yb**2 / 4))
 
 
-class Sharpness(PictureStatistic):
+class Sharpness(ImageStatistic):
     """The variance of the Laplacian of the grey levels (Pech-Pacheco et al. 2000): 0 flat, some hundreds in focus.
 
     At the edge the last pixel is repeated.
     """
 
-    def of(self, picture: Picture) -> float:
-        levels = np.pad(grey(picture), 1, mode="edge")
+    def of(self, image: Image) -> float:
+        levels = np.pad(grey(image), 1, mode="edge")
         neighbours = levels[:-2, 1:-1] + levels[2:, 1:-1] + levels[1:-1, :-2] + levels[1:-1, 2:]
         return mean_and_variance(neighbours - 4 * levels[1:-1, 1:-1])[1]
 
 
-class Entropy(PictureStatistic):
+class Entropy(ImageStatistic):
     """Of the histogram of grey levels, in bits: 0 one level, 8 all 256 equally often."""
 
-    def of(self, picture: Picture) -> float:
-        counts = np.bincount(grey(picture).ravel(), minlength=256)
+    def of(self, image: Image) -> float:
+        counts = np.bincount(grey(image).ravel(), minlength=256)
         present = counts[counts > 0] / counts.sum()
         return float((present * np.log2(1 / present)).sum())
 
 
-class DarkShare(PictureStatistic):
-    """The share of pixels whose luma is under `below`: 0 none, 1 all. It tells when a run turns its pictures dark."""
+class DarkShare(ImageStatistic):
+    """The share of pixels whose luma is under `below`: 0 none, 1 all. It tells when a run turns its images dark."""
 
     below: Annotated[float, Field(gt=0, le=1)] = 0.1
 
-    def of(self, picture: Picture) -> float:
-        return float((luma_thousandths(picture) < self.below * WHITE).mean())
+    def of(self, image: Image) -> float:
+        return float((luma_thousandths(image) < self.below * WHITE).mean())

@@ -1,4 +1,4 @@
-"""How well a picture compresses: the size of its JPEG file, in kilobytes (DDPO, section 5.2)."""
+"""How well an image compresses: the size of its JPEG file, in kilobytes (DDPO, section 5.2)."""
 
 import io
 from typing import Any
@@ -13,7 +13,7 @@ QUALITY = 95  # as in the paper's code
 
 
 def jpeg_kilobytes(images: Images) -> Float[np.ndarray, "B"]:
-    """Size of each picture as a JPEG of quality 95; 1 kilobyte is 1000 bytes."""
+    """Size of each image as a JPEG of quality 95; 1 kilobyte is 1000 bytes."""
     sizes = []
     for image in images:
         file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Which of two pictures people would pick for a prompt: PickScore, a CLIP ViT-H/14 tuned on choices (Kirstain et al. 2023)."""
+"""Which of two images people would pick for a prompt: PickScore, a CLIP ViT-H/14 tuned on choices (Kirstain et al. 2023)."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ VIT_H_14_PARAMETERS = 986_109_441  # both towers, their projections and the logi
 
 
 class PickScore(Reward):
-    """CLIP's logit of picture and prompt, mostly 18 to 24; of two pictures, exp of the difference is the odds of the pick.
+    """CLIP's logit of image and prompt, mostly 18 to 24; of two images, exp of the difference is the odds of the pick.
 
     `clip` and `tokenizer`: a folder or a hub name each.
     """

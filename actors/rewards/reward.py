@@ -1,4 +1,4 @@
-"""What every reward promises: pictures and their prompts in, one number a picture out."""
+"""What every reward promises: images and their prompts in, one number an image out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from ray_ddpo.common.model_files.model_hub import Weights
-from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.recipe.registry import Component
 
 Images = UInt8[np.ndarray, "B H W 3"]
 LoadedReward = Callable[[Images, list[str], list[dict[str, Any]]], Float[np.ndarray, "B"]]
@@ -18,7 +18,7 @@ class RewardMistake(ValueError):
     """A reward answered with the wrong shape or type: no second attempt can mend it, so the run ends at once."""
 
 
-class Reward(Entry, ABC):
+class Reward(Component, ABC):
     """A reward's hyperparameters. `load` makes it live, and imports what is heavy, in the one process that needs it."""
 
     @property
@@ -28,7 +28,7 @@ class Reward(Entry, ABC):
 
     @property
     def independent_of_batch(self) -> bool:
-        """Whether a picture scores the same bits in whatever batch it stands; only then are batches cut across tasks."""
+        """Whether an image scores the same bits in whatever batch it stands; only then are batches cut across tasks."""
         return False
 
     def needs(self) -> tuple[Weights, ...]:

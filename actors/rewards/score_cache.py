@@ -1,4 +1,4 @@
-"""ScoreCache: a picture that was scored before has its score at once, from rewards for which its batch does not matter."""
+"""ScoreCache: an image that was scored before has its score at once, from rewards for which its batch does not matter."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from ray_ddpo.actors.rewards.reward import Images, LoadedReward
 
 
 class ScoreCache:
-    """A reward that remembers its last `size` scores by picture, prompt and metadata; what is not finite is not kept."""
+    """A reward that remembers its last `size` scores by image, prompt and metadata; what is not finite is not kept."""
 
     def __init__(self, reward: LoadedReward, size: int) -> None:
         self._reward = reward

@@ -1,4 +1,4 @@
-"""Does the picture show what was asked for: a vision-language model says what it sees (DDPO, section 5.2)."""
+"""Does the image show what was asked for: a vision-language model says what it sees (DDPO, section 5.2)."""
 
 import re
 from collections.abc import Callable
@@ -71,7 +71,7 @@ class VlmAlignment(Reward):
         bert_score = load_bert_score(self.scorer, self.scorer_layer, device, missing)
 
         def score(images: Images, prompts: list[str], metadata: Metadata) -> Float[np.ndarray, "B"]:
-            answers = describe(_pictures(images), [self.question] * len(images))
+            answers = describe(_images(images), [self.question] * len(images))
             references = [self.reference.replace("{prompt}", prompt) for prompt in prompts]
             return bert_score.recall(answers, references).cpu().numpy()
 
@@ -82,9 +82,9 @@ def _strict(describe: Describe, question: str) -> LoadedReward:
     def score(images: Images, prompts: list[str], metadata: Metadata) -> Float[np.ndarray, "B"]:
         asked = [asked_and_right(prompt, about, question) for prompt, about in zip(prompts, metadata, strict=True)]
         counts = [len(pairs) for pairs in asked]
-        pictures = [picture for picture, count in zip(_pictures(images), counts, strict=True) for _ in range(count)]
+        pil_images = [image for image, count in zip(_images(images), counts, strict=True) for _ in range(count)]
         pairs = [pair for each in asked for pair in each]
-        answers = describe(pictures, [about for about, _ in pairs])
+        answers = describe(pil_images, [about for about, _ in pairs])
         right = [says(answer, words) for answer, (_, words) in zip(answers, pairs, strict=True)]
         ends = np.cumsum(counts)
         return np.array([np.mean(part) for part in np.split(right, ends[:-1])], dtype=np.float32)
@@ -93,7 +93,7 @@ def _strict(describe: Describe, question: str) -> LoadedReward:
 
 
 def asked_and_right(prompt: str, metadata: dict[str, Any], question: str) -> list[tuple[str, str]]:
-    """The questions about a picture and their right answers: from its prompt's metadata, as in the paper's code, or what
+    """The questions about an image and their right answers: from its prompt's metadata, as in the paper's code, or what
     it shows, and the prompt. ValueError: they do not pair up, or there is nothing to find in an answer.
     """
     if "questions" in metadata or "answers" in metadata:
@@ -125,7 +125,7 @@ def _texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
 
-def _pictures(images: Images) -> list[Image.Image]:
+def _images(images: Images) -> list[Image.Image]:
     return [Image.fromarray(image) for image in images]
 
 
@@ -137,11 +137,11 @@ def _load_describer(name: str, device: str, dtype: torch.dtype, max_new_tokens: 
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     @torch.no_grad()
-    def describe(pictures: list[Image.Image], questions: list[str]) -> list[str]:
+    def describe(images: list[Image.Image], questions: list[str]) -> list[str]:
         """One answer each, the likeliest token after the other."""
         conversations = [
-            [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
-            for picture, question in zip(pictures, questions, strict=True)
+            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+            for image, question in zip(images, questions, strict=True)
         ]
         inputs = processor.apply_chat_template(
             conversations,

@@ -7,14 +7,14 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError
 
-from ray_ddpo.actors.rollouts.sampling_scheduler import Drawing
+from ray_ddpo.actors.rollouts.sampling_scheduler import SamplingScheduler
 from ray_ddpo.actors.rollouts.scoring_pools import ScoringPools
 from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringOutcome, ScoringPool
 from ray_ddpo.actors.rollouts.stragglers import Pace
-from ray_ddpo.actors.rollouts.stream import RolloutStream, StreamSettings, say_what_is_set_aside
+from ray_ddpo.actors.rollouts.stream import RolloutStream, StreamSettings, report_dropped
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.metrics.round_metrics import StreamReport
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.schedule import Place, Stream, Task
 from ray_ddpo.common.trajectory import ImageBatch, Rollout
 
@@ -23,7 +23,7 @@ STACKS_SECONDS = 5.0
 SILENT = f"it does not answer within {STACKS_SECONDS:g} s: the process is stopped, or has no place yet"
 
 
-class NothingMoves(RuntimeError):
+class StallError(RuntimeError):
     """Nobody has finished anything for too long. The text is the dump of who waits for what."""
 
 
@@ -47,30 +47,30 @@ class RayRolloutStream(RolloutStream):
         self._pools = pools
         self._settings = settings
         self._retries: dict[str, int] = {}
-        self._drawing = Drawing(pools.samplers, Pace(settings.overdue_factor), self._retries)
+        self._sampling = SamplingScheduler(pools.samplers, Pace(settings.straggler_factor), self._retries)
         self._scoring = ScoringPools(pools.scoring, self._retries)
         self._fingerprints: dict[int, str] = {}  # of the published versions
         self._done: dict[Place, Rollout] = {}
-        self._evaluation_seconds = 0.0  # of drawing, since the last report
+        self._evaluation_seconds = 0.0  # of sampling, since the last report
         self._moved = time.monotonic()
 
-    def publish(self, weights: LoraWeights) -> None:
-        self._drawing.publish(weights.policy_version, ray.put(weights), self._settings.versions_kept)
+    def publish(self, weights: PolicyWeights) -> None:
+        self._sampling.publish(weights.policy_version, ray.put(weights), self._settings.versions_kept)
         self._fingerprints[weights.policy_version] = weights.fingerprint
-        for version in [each for each in self._fingerprints if self._drawing.published(each) is None]:
+        for version in [each for each in self._fingerprints if self._sampling.published(each) is None]:
             del self._fingerprints[version]
 
-    def _reference(self, weights: LoraWeights) -> Any:
+    def _reference(self, weights: PolicyWeights) -> Any:
         """That of the published version, if this is it: a second one would travel to every node a second time."""
         if self._fingerprints.get(weights.policy_version) == weights.fingerprint:
-            return self._drawing.published(weights.policy_version)
+            return self._sampling.published(weights.policy_version)
         return ray.put(weights)
 
-    def submit(self, tasks: list[Task], weights: LoraWeights | None = None) -> None:
+    def submit(self, tasks: list[Task], weights: PolicyWeights | None = None) -> None:
         given = None if weights is None else self._reference(weights)
         for task in tasks:
-            self._drawing.submit(task, given)
-        self._drawing.move(time.monotonic())
+            self._sampling.submit(task, given)
+        self._sampling.move(time.monotonic())
 
     def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
         self._moved = time.monotonic()
@@ -78,7 +78,7 @@ class RayRolloutStream(RolloutStream):
         for place in places:
             while place not in self._done:
                 self._wait((), f"round {round} waits for its {stream.name.lower()} rollouts")
-        return say_what_is_set_aside([self._done.pop(place) for place in places])
+        return report_dropped([self._done.pop(place) for place in places])
 
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
         self._moved = time.monotonic()
@@ -118,7 +118,7 @@ class RayRolloutStream(RolloutStream):
     def _wait(self, pending: tuple[Any, ...], what: str, seconds: float | None = None) -> None:
         """Sleep until one of all the things under way is done, pass it on, and see to what is due.
 
-        NothingMoves: nothing was done for the watchdog's time, or for `seconds` where that is longer.
+        StallError: nothing was done for the watchdog's time, or for `seconds` where that is longer.
         """
         self._settings.check()
         now = time.monotonic()
@@ -126,10 +126,10 @@ class RayRolloutStream(RolloutStream):
             pool.tick(now)
         watchdog_seconds = self._settings.runtime.watchdog_seconds
         if now - self._moved < watchdog_seconds / 2:  # others go on; else the watchdog is to end the run
-            self._drawing.give_up_on_silent(now, watchdog_seconds)
-        self._drawing.move(now)
+            self._sampling.give_up_on_silent(now, watchdog_seconds)
+        self._sampling.move(now)
         self._scoring.move(now)
-        waiting = [*self._drawing.references(), *self._scoring.references(), *pending]
+        waiting = [*self._sampling.references(), *self._scoring.references(), *pending]
         waiting += [reference for pool in self._pools.all for reference in pool.references()]
         ready = self._ready(waiting)
         for reference in ready:
@@ -137,7 +137,7 @@ class RayRolloutStream(RolloutStream):
         if ready:
             self._moved = time.monotonic()
         elif time.monotonic() - self._moved > max(watchdog_seconds, seconds or 0.0):
-            raise NothingMoves(self._dump(what))
+            raise StallError(self._dump(what))
 
     def _ready(self, waiting: list[Any]) -> list[Any]:
         if not waiting:  # everybody is dead, and the replacements are not due yet
@@ -150,10 +150,10 @@ class RayRolloutStream(RolloutStream):
 
     def _take(self, reference: Any) -> None:
         now = time.monotonic()
-        if self._drawing.holds(reference):
-            drawn = self._drawing.finished(reference, now)
-            if drawn is not None:
-                self._keep(self._scoring.submit(drawn))
+        if self._sampling.holds(reference):
+            sampled = self._sampling.finished(reference, now)
+            if sampled is not None:
+                self._keep(self._scoring.submit(sampled))
         elif self._scoring.holds(reference):
             self._keep(self._scoring.finished(reference, now))
         else:
@@ -161,19 +161,19 @@ class RayRolloutStream(RolloutStream):
                 pool.take_loaded(reference)
 
     def _keep(self, outcome: ScoringOutcome) -> None:
-        for drawn in outcome.lost:  # with the node that held its pictures
-            self._drawing.submit(drawn.report.task, drawn.weights)
-        for drawn, scores in outcome.scored:
-            if not drawn.report.task.trains:
-                self._evaluation_seconds += drawn.report.seconds
-            self._done[drawn.report.task.place] = Rollout(drawn.report, scores, drawn.trajectory, drawn.images)
+        for sampled in outcome.lost:  # with the node that held its images
+            self._sampling.submit(sampled.report.task, sampled.weights)
+        for sampled, scores in outcome.scored:
+            if not sampled.report.task.trains:
+                self._evaluation_seconds += sampled.report.seconds
+            self._done[sampled.report.task.place] = Rollout(sampled.report, scores, sampled.trajectory, sampled.images)
 
     def _dump(self, what: str) -> str:
         """Who waits for what, and where the threads of every actor are."""
         lines = [
             f"nothing was finished for runtime.watchdog_seconds = {self._settings.runtime.watchdog_seconds:g}: {what}"
         ]
-        lines += [*self._drawing.waiting_for(), *self._scoring.waiting_for()]
+        lines += [*self._sampling.waiting_for(), *self._scoring.waiting_for()]
         for pool in self._pools.all:
             lines.append(f"{pool.name}: {len(pool.loaded)} loaded of {pool.wanted}")
             stacks = stacks_of([worker.actor for worker in pool.workers])
@@ -181,7 +181,7 @@ class RayRolloutStream(RolloutStream):
                 lines.append(f"--- {worker.name}, {len(worker.calls)} calls in hand\n{text}")
         return "\n".join(lines)
 
-    def pictures(self, rollout: Rollout) -> ImageBatch | None:
+    def images(self, rollout: Rollout) -> ImageBatch | None:
         try:
             return ray.get(rollout.images)
         except ObjectLostError:
@@ -198,7 +198,7 @@ class RayRolloutStream(RolloutStream):
             sum(len(pool.loaded) for pool in workers),
             samplers.report_seconds(),
             sum(pool.report_seconds() for pool in workers),
-            self._drawing.inflight(),
+            self._sampling.inflight(),
             len(self._done),
             retries,
             self._pools.budget.report(),

@@ -1,4 +1,4 @@
-"""Drawing: tasks in samplers' hands. A task may be in several, and its first answer counts: all would be the same bits."""
+"""SamplingScheduler: assign tasks to samplers. A task may run on several; the first answer counts, all have the same bits."""
 
 import heapq
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from ray_ddpo.common.trajectory import TaskReport
 
 @dataclass(frozen=True)
 class Asked:
-    """A task, and a reference to the weights that it is drawn with."""
+    """A task, and a reference to the weights that it is sampled with."""
 
     task: Task
     weights: Any
@@ -45,16 +45,16 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A task that was drawn: its report, and references to what is heavy."""
+class SampledTask:
+    """A task that was sampled: its report, and references to what is heavy."""
 
     report: TaskReport
     trajectory: Any
     images: Any
-    weights: Any  # that drew it
+    weights: Any  # that sampled it
 
 
-class Drawing:
+class SamplingScheduler:
     """Gives tasks to samplers in order, one ahead for each; what a dead or overdue sampler had is given to another."""
 
     def __init__(self, samplers: WorkerPool, pace: Pace, retries: dict[str, int]) -> None:
@@ -66,7 +66,7 @@ class Drawing:
         self._queue: list[Place] = []
         self._queued: set[Place] = set()  # what is in the queue
         self._queued_rounds = 0  # of these, to be learned from
-        self._open: dict[Place, Asked] = {}  # not drawn yet
+        self._open: dict[Place, Asked] = {}  # not sampled yet
         self._attempts: dict[Any, Attempt] = {}
         self._in_hands: dict[Place, dict[Any, Attempt]] = {}  # the same, by task
         self._suspects = Suspects()
@@ -129,12 +129,12 @@ class Drawing:
 
     def _give(self, asked: Asked, sampler: Worker, now: float) -> None:
         # In the dashboard; the class comes first because Ray also makes it the name of the sampler's process.
-        name = self._names.of(f"Sampler: draw {asked.task.title}", f"Sampler: draw {asked.task.title_of_round}")
-        draw = sampler.actor.draw.options(num_returns=3, name=name)
+        name = self._names.of(f"Sampler: sample {asked.task.title}", f"Sampler: sample {asked.task.title_of_round}")
+        sample = sampler.actor.sample.options(num_returns=3, name=name)
         care = self._suspects.care(asked.task.place)
         note = None if care.one_by_one == "nothing" else self._whereabouts.note()
         carefully = () if care == PLAIN else (care, note)
-        report, trajectory, images = draw.remote(asked.task, asked.weights, *carefully)
+        report, trajectory, images = sample.remote(asked.task, asked.weights, *carefully)
         attempt = Attempt(asked, sampler, report, trajectory, images, care, note)
         self._attempts[report] = self._in_hands.setdefault(asked.task.place, {})[report] = attempt
         if sampler.calls:
@@ -157,7 +157,7 @@ class Drawing:
             if not sampler.calls or sampler.suspect:
                 continue
             images = len(self._attempts[sampler.calls[0]].task.seeds)
-            if self._pace.is_overdue(now - sampler.head_since, images):
+            if self._pace.is_straggler(now - sampler.head_since, images):
                 sampler.suspect = True
                 for call in sampler.calls:
                     self._again(self._attempts[call].task, "overdue")
@@ -188,8 +188,8 @@ class Drawing:
             attempt.sampler.actor.forget.options(concurrency_group="health").remote(asked.task.place)
         self._give(asked, sampler, now)
 
-    def finished(self, report: Any, now: float) -> Drawn | None:
-        """What came of a report that is there: the drawn task, or nothing where it is to be drawn again or was drawn twice.
+    def finished(self, report: Any, now: float) -> SampledTask | None:
+        """What came of a report that is there: the sampled task, or nothing where it is to be re-sampled or was sampled twice.
 
         An error of the sampler's own code is raised.
         """
@@ -218,7 +218,7 @@ class Drawing:
             return None
         del self._open[attempt.task.place]
         self._suspects.forget(attempt.task.place)
-        return Drawn(value, attempt.trajectory, attempt.images, attempt.asked.weights)
+        return SampledTask(value, attempt.trajectory, attempt.images, attempt.asked.weights)
 
     def _sampler_died(self, attempt: Attempt, reason: str) -> None:
         """Give what a dead sampler had in its hands to others. It was at work on the first of it."""

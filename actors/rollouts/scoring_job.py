@@ -47,10 +47,10 @@ class ScoringJob:
     """Batches are cut from the task in order. One that fails is tried again whole, so that a passing fault changes no bit.
 
     After `attempts` an `Inquiry` tries images alone. If none passes, the reward is `broken`. Otherwise the batch is halved
-    until the image at fault stands alone, and that image is set aside.
+    until the image at fault stands alone, and that image is dropped.
 
     A worker's death is not the reward's fault, unless it happens twice over one batch. Then the images are tried one by one,
-    and the one over which two more workers die is set aside. If there is none, the batch is tried again whole.
+    and the one over which two more workers die is dropped. If there is none, the batch is tried again whole.
 
     A row without an image is given to no reward.
     """
@@ -65,14 +65,14 @@ class ScoringJob:
     waiting: list[ScoringBatch] = field(init=False)
     broken: Inquiry | None = field(init=False, default=None)  # the reward fails for every image
     _scored: list[tuple[ScoringBatch, Scores]] = field(init=False, default_factory=list)
-    _set_aside: dict[int, str] = field(init=False, default_factory=dict)
+    _dropped: dict[int, str] = field(init=False, default_factory=dict)
     _deaths_alone: dict[int, int] = field(init=False, default_factory=dict)  # by row
 
     def __post_init__(self) -> None:
         starts = range(0, self.count, self.batch_size)
         batches = [ScoringBatch(start, min(start + self.batch_size, self.count)) for start in starts]
         self.waiting = [part for batch in batches for part in self._with_image(batch)]
-        self._set_aside |= self.without_image
+        self._dropped |= self.without_image
 
     def _with_image(self, batch: ScoringBatch) -> list[ScoringBatch]:
         """Return the batch, or what is before, between and after its rows without an image."""
@@ -82,14 +82,14 @@ class ScoringJob:
 
     @property
     def finished(self) -> bool:
-        """Whether every image has its scores or is set aside."""
+        """Whether every image has its scores or is dropped."""
         return sum(batch.size for batch, _ in self._scored) + self._alone_without_scores() == self.count
 
     def _alone_without_scores(self) -> int:
-        if not self._set_aside:
+        if not self._dropped:
             return 0
         scored = {row for batch, _ in self._scored for row in range(batch.first, batch.last)}
-        return len(self._set_aside.keys() - scored)
+        return len(self._dropped.keys() - scored)
 
     def images_of(self, batch: ScoringBatch) -> Any:
         """Return the images, or a reference to them, that the batch's rows belong to."""
@@ -103,13 +103,13 @@ class ScoringJob:
         if batch.one_by_one:
             self._whole_again(batch)
             return True
-        if scores.set_aside and batch.failures + 1 < self.attempts:
+        if scores.dropped and batch.failures + 1 < self.attempts:
             self._next(replace(batch, failures=batch.failures + 1))
             return False
         self._scored.append((batch, scores))
-        self._set_aside |= {batch.first + row: reason for row, reason in scores.set_aside.items()}
-        if self.images is not None and len(scores.set_aside) < batch.size:
-            row = next(row for row in range(batch.size) if row not in scores.set_aside)
+        self._dropped |= {batch.first + row: reason for row, reason in scores.dropped.items()}
+        if self.images is not None and len(scores.dropped) < batch.size:
+            row = next(row for row in range(batch.size) if row not in scores.dropped)
             self.control.images, self.control.row = self.images, batch.first + row
         return True
 
@@ -129,7 +129,7 @@ class ScoringJob:
             rows = [row for row in range(self.count) if row not in self.without_image]
             self._go_on(Inquiry.into(place, rows, (reason, trace), self.control))
         elif batch.size == 1:
-            self._set_aside[batch.first] = reason
+            self._dropped[batch.first] = reason
         else:
             # One attempt for a half, so that a reward which hangs costs its time-out once a level; all for one image.
             self._halve(batch, halved=True, failures=self.attempts - 1)
@@ -149,7 +149,7 @@ class ScoringJob:
 
     def _some_pass(self, inquiry: Inquiry) -> None:
         if inquiry.is_decided:
-            self._set_aside |= inquiry.reasons_in_batch
+            self._dropped |= inquiry.reasons_in_batch
         else:
             self._halve(ScoringBatch(inquiry.first, inquiry.last), halved=True, failures=self.attempts - 1)
 
@@ -190,12 +190,12 @@ class ScoringJob:
 
     def _leave_out(self, batch: ScoringBatch, row: int) -> None:
         """Set one image aside, and score those before and after it as batches of their own."""
-        self._set_aside[row] = f"the reward worker that scored it died, {DEATHS} times over it alone"
+        self._dropped[row] = f"the reward worker that scored it died, {DEATHS} times over it alone"
         pieces = [(first, last) for first, last in ((batch.first, row), (row + 1, batch.last)) if first < last]
         self._next(*(ScoringBatch(first, last, halved=batch.halved) for first, last in pieces))
 
     def scores(self) -> Scores:
-        """All of the task's scores, NaN where an image is set aside."""
+        """All of the task's scores, NaN where an image is dropped."""
         assert self.finished, "scores are asked for when all are there"
         rewards = {name: np.full(self.count, np.nan, np.float32) for name in self.names}
         for batch, scores in self._scored:
@@ -203,4 +203,4 @@ class ScoringJob:
                 rewards[name][batch.first : batch.last] = values
         seconds = sum((scores.seconds for _, scores in self._scored), 0.0)
         machines = frozenset().union(*(scores.machines for _, scores in self._scored))
-        return Scores(rewards, seconds, dict(sorted(self._set_aside.items())), machines)
+        return Scores(rewards, seconds, dict(sorted(self._dropped.items())), machines)

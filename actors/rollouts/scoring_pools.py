@@ -1,35 +1,35 @@
-"""ScoringPools: every pool of reward workers scores the drawn tasks that concern it; a task is done when all of those are."""
+"""ScoringPools: every pool of reward workers scores the sampled tasks that concern it; a task is done when all of those are."""
 
 from typing import Any
 
-from ray_ddpo.actors.rollouts.sampling_scheduler import Drawn
-from ray_ddpo.actors.rollouts.scoring_scheduler import Scoring, ScoringOutcome, ScoringPool
+from ray_ddpo.actors.rollouts.sampling_scheduler import SampledTask
+from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringOutcome, ScoringPool, ScoringScheduler
 from ray_ddpo.common.schedule import Place
 from ray_ddpo.common.trajectory import Scores, merged_scores, unscored
 
 
 class ScoringPools:
-    """The same interface as one pool's `Scoring`, over several."""
+    """The same interface as one pool's `ScoringScheduler`, over several."""
 
     def __init__(self, pools: tuple[ScoringPool, ...], retries: dict[str, int]) -> None:
         self._asked = pools
-        self._pools = tuple(Scoring(pool, retries) for pool in pools)
+        self._pools = tuple(ScoringScheduler(pool, retries) for pool in pools)
         self._scores: dict[
             Place, dict[int, Scores]
         ] = {}  # of tasks that some pools are done with, by the pool's number
 
-    def submit(self, drawn: Drawn) -> ScoringOutcome:
-        """Queue a drawn task with every pool that it concerns. A task without any image is done at once."""
-        report, concerned = drawn.report, self._concerned(drawn)
-        if len(report.set_aside) == len(report.task.seeds):
+    def submit(self, sampled: SampledTask) -> ScoringOutcome:
+        """Queue a sampled task with every pool that it concerns. A task without any image is done at once."""
+        report, concerned = sampled.report, self._concerned(sampled)
+        if len(report.dropped) == len(report.task.seeds):
             names = [name for number in concerned for name in self._asked[number].names]
-            return ScoringOutcome(scored=((drawn, unscored(names, report)),))
+            return ScoringOutcome(scored=((sampled, unscored(names, report)),))
         for number in concerned:
-            self._pools[number].submit(drawn)
+            self._pools[number].submit(sampled)
         return ScoringOutcome()
 
-    def _concerned(self, drawn: Drawn) -> list[int]:
-        return [number for number, pool in enumerate(self._asked) if pool.scores(drawn.report.task)]
+    def _concerned(self, sampled: SampledTask) -> list[int]:
+        return [number for number, pool in enumerate(self._asked) if pool.scores(sampled.report.task)]
 
     def references(self) -> list[Any]:
         """What to wait for."""
@@ -48,18 +48,18 @@ class ScoringPools:
         """What came of a call that is over: tasks that every pool is done with, with all of their scores."""
         number = next(number for number, pool in enumerate(self._pools) if pool.holds(reference))
         outcome = self._pools[number].finished(reference, now)
-        for drawn in outcome.lost:
-            self._scores.pop(drawn.report.task.place, None)
+        for sampled in outcome.lost:
+            self._scores.pop(sampled.report.task.place, None)
             for pool in self._pools:
-                pool.forget(drawn)
-        scored = [(drawn, self._joined(drawn, number, scores)) for drawn, scores in outcome.scored]
-        return ScoringOutcome(tuple((drawn, scores) for drawn, scores in scored if scores), outcome.lost)
+                pool.forget(sampled)
+        scored = [(sampled, self._joined(sampled, number, scores)) for sampled, scores in outcome.scored]
+        return ScoringOutcome(tuple((sampled, scores) for sampled, scores in scored if scores), outcome.lost)
 
-    def _joined(self, drawn: Drawn, number: int, scores: Scores) -> Scores | None:
-        place = drawn.report.task.place
+    def _joined(self, sampled: SampledTask, number: int, scores: Scores) -> Scores | None:
+        place = sampled.report.task.place
         of_task = self._scores.setdefault(place, {})
         of_task[number] = scores
-        concerned = self._concerned(drawn)
+        concerned = self._concerned(sampled)
         if len(of_task) < len(concerned):
             return None
         del self._scores[place]

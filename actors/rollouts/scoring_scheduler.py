@@ -1,4 +1,4 @@
-"""Scoring: drawn tasks in the hands of a pool of reward workers, with a deadline a batch and another worker after a failure."""
+"""ScoringScheduler: sampled tasks on a pool of reward workers, with a deadline per batch and another worker after a failure."""
 
 import heapq
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from ray_ddpo.actors.rewards.failure import ScoringFailed
 from ray_ddpo.actors.rollouts.call_names import CallNames
 from ray_ddpo.actors.rollouts.current_image import Whereabouts
 from ray_ddpo.actors.rollouts.inquiry import Control
-from ray_ddpo.actors.rollouts.sampling_scheduler import Drawn
+from ray_ddpo.actors.rollouts.sampling_scheduler import SampledTask
 from ray_ddpo.actors.rollouts.scoring_job import ScoringBatch, ScoringJob
 from ray_ddpo.actors.rollouts.worker_pool import Worker, WorkerPool
 from ray_ddpo.common.recipe.tables import RewardPoolTable
@@ -27,37 +27,37 @@ class ScoringPool:
     workers: WorkerPool
     names: tuple[str, ...]  # of the rewards
     table: RewardPoolTable
-    independent: bool  # whether a picture's scores do not depend on its batch: then batches are made of several tasks
-    trains: bool = True  # else it holds scorers, which are asked only of pictures that are looked at
+    independent: bool  # whether an image's scores do not depend on its batch: then batches are made of several tasks
+    trains: bool = True  # else it holds scorers, which are asked only of images that are looked at
 
     def scores(self, task: Task) -> bool:
-        """Whether a task's pictures are for these workers."""
+        """Whether a task's images are for these workers."""
         return self.trains or not task.trains
 
 
 @dataclass(frozen=True)
 class ScoringOutcome:
-    """What came of a call that is over: tasks whose pictures all have their scores, and tasks whose pictures are lost."""
+    """What came of a call that is over: tasks whose images all have their scores, and tasks whose images are lost."""
 
-    scored: tuple[tuple[Drawn, Scores], ...] = ()
-    lost: tuple[Drawn, ...] = ()
+    scored: tuple[tuple[SampledTask, Scores], ...] = ()
+    lost: tuple[SampledTask, ...] = ()
 
 
 @dataclass(eq=False)
 class _Open:
-    """A drawn task whose pictures are being scored."""
+    """A sampled task whose images are being scored."""
 
-    drawn: Drawn
+    sampled: SampledTask
     job: ScoringJob
     not_before: float = 0.0
     paused: bool = False  # until then, after a failure
     last_failed: Worker | None = None
-    gone: bool = False  # its pictures are lost: the task is drawn again
+    gone: bool = False  # its images are lost: the task is re-sampled
     listed: bool = False  # among those that a worker may be given now
 
     @property
     def place(self) -> Place:
-        return self.drawn.report.task.place
+        return self.sampled.report.task.place
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ class _Call:
     def title(self) -> str:
         """As the dashboard shows it."""
         pieces = [
-            f"{open.drawn.report.task.title}, images {batch.first}-{batch.last - 1}" for open, batch in self.parts
+            f"{open.sampled.report.task.title}, images {batch.first}-{batch.last - 1}" for open, batch in self.parts
         ]
         return f"RewardWorker: score {'; '.join(pieces)}"
 
     @property
     def title_of_round(self) -> str:
         """The same of the first task's round."""
-        return f"RewardWorker: score {self.parts[0][0].drawn.report.task.title_of_round}"
+        return f"RewardWorker: score {self.parts[0][0].sampled.report.task.title_of_round}"
 
 
-class Scoring:
+class ScoringScheduler:
     """Hands batches out in order; counts only the reward's own errors, time-outs and non-finite answers against it."""
 
     def __init__(self, pool: ScoringPool, retries: dict[str, int]) -> None:
@@ -97,12 +97,12 @@ class Scoring:
         self._control = Control()
         self._whereabouts = Whereabouts()
 
-    def submit(self, drawn: Drawn) -> None:
-        """Queue a drawn task, of which at least one row has an image."""
-        table, report = self._pool.table, drawn.report
+    def submit(self, sampled: SampledTask) -> None:
+        """Queue a sampled task, of which at least one row has an image."""
+        table, report = self._pool.table, sampled.report
         asked = self._pool.names, len(report.task.seeds), table.batch_size, table.attempts
-        job = ScoringJob(*asked, drawn.images, self._control, report.set_aside)
-        open = self._open[report.task.place] = _Open(drawn, job)
+        job = ScoringJob(*asked, sampled.images, self._control, report.dropped)
+        open = self._open[report.task.place] = _Open(sampled, job)
         self._list(open)
 
     def _list(self, open: _Open) -> None:
@@ -170,7 +170,7 @@ class Scoring:
         else:
             cuts = tuple((batch.first, batch.last) for _, batch in parts)
             score = worker.actor.score_together.options(name=name)
-            reference = score.remote(cuts, *(open.drawn.images for open, _ in parts))
+            reference = score.remote(cuts, *(open.sampled.images for open, _ in parts))
         self._calls[reference] = call
         self._workers.give(worker, reference, now)
 
@@ -198,7 +198,7 @@ class Scoring:
 
     def _raise_if_broken(self, open: _Open) -> None:
         if open.job.broken and not open.gone:
-            raise open.job.broken.error(open.drawn.report.task.title)
+            raise open.job.broken.error(open.sampled.report.task.title)
 
     def _pause(self, open: _Open, worker: Worker, now: float) -> None:
         """Let the task wait before its next batch, where that is another attempt."""
@@ -232,7 +232,7 @@ class Scoring:
             call = self._calls.pop(reference)
             self._workers.answered(call.worker, reference, now)
             if isinstance(failure, ObjectLostError):
-                return self._pictures_lost(call)
+                return self._images_lost(call)
             if not isinstance(failure, ScoringFailed):
                 raise
             self._failed(call, str(failure), "reward_error", now, failure.trace)
@@ -256,10 +256,10 @@ class Scoring:
             self._again(call, to_blame)
         return self._done(*(call for call, _ in calls))
 
-    def _pictures_lost(self, call: _Call) -> ScoringOutcome:
-        """The call's tasks, to be drawn again; each once, however many of its batches were under way.
+    def _images_lost(self, call: _Call) -> ScoringOutcome:
+        """The call's tasks, to be re-sampled; each once, however many of its batches were under way.
 
-        Of several tasks one alone may have lost its pictures, and Ray does not say which.
+        Of several tasks one alone may have lost its images, and Ray does not say which.
         """
         self._count("object_lost")
         if any(batch.of_control for _, batch in call.parts):
@@ -267,12 +267,12 @@ class Scoring:
         lost = [open for open in dict.fromkeys(open for open, _ in call.parts) if not open.gone]
         for open in lost:
             self._close(open)
-        return ScoringOutcome(lost=tuple(open.drawn for open in lost))
+        return ScoringOutcome(lost=tuple(open.sampled for open in lost))
 
-    def forget(self, drawn: Drawn) -> None:
-        """The task's pictures are lost, as another pool has found: it will be submitted again."""
-        open = self._open.get(drawn.report.task.place)
-        if open and open.drawn is drawn:
+    def forget(self, sampled: SampledTask) -> None:
+        """The task's images are lost, as another pool has found: it will be submitted again."""
+        open = self._open.get(sampled.report.task.place)
+        if open and open.sampled is sampled:
             self._close(open)
 
     def _close(self, open: _Open) -> None:
@@ -284,12 +284,12 @@ class Scoring:
         done = [open for open in opens if not open.gone and open.job.finished]
         for open in done:
             del self._open[open.place]
-        return ScoringOutcome(tuple((open.drawn, open.job.scores()) for open in done))
+        return ScoringOutcome(tuple((open.sampled, open.job.scores()) for open in done))
 
     def waiting_for(self) -> list[str]:
         """Who has what in hand, a line each, for the watchdog's dump."""
         what = ", ".join(self._pool.names)
-        lines = [f"pictures of task {open.place} wait for scores of {what}" for open in self._open.values()]
+        lines = [f"images of task {open.place} wait for scores of {what}" for open in self._open.values()]
         for call in self._calls.values():
             places = ", ".join(str(open.place) for open, _ in call.parts)
             lines.append(f"task {places} is in the hands of {call.worker.name}")

@@ -11,8 +11,8 @@ SHORTEST_SECONDS = 1.0  # below, a busy machine's jitter would look like a fault
 class Pace:
     """Remembers the last tasks' seconds an image: tasks of an evaluation may have more of them than those of a round."""
 
-    def __init__(self, overdue_factor: float) -> None:
-        self._factor = overdue_factor
+    def __init__(self, straggler_factor: float) -> None:
+        self._factor = straggler_factor
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
         self._usual = 0.0  # their median
 
@@ -21,7 +21,7 @@ class Pace:
         self._seconds.append(seconds / images)
         self._usual = median(self._seconds)
 
-    def is_overdue(self, seconds: float, images: int) -> bool:
+    def is_straggler(self, seconds: float, images: int) -> bool:
         """Whether a task of so many images that has taken so many seconds is over the factor of its peers' median."""
         if len(self._seconds) < FEWEST:
             return False

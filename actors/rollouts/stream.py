@@ -13,7 +13,7 @@ from ray_ddpo.actors.rollouts.inquiry import Control
 from ray_ddpo.actors.rollouts.scoring_job import ScoringJob
 from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.common.metrics.round_metrics import StreamReport
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.schedule import Place, Stream, Task
 from ray_ddpo.common.trajectory import ImageBatch, Rollout, Scores, TaskReport, merged_scores
@@ -26,11 +26,11 @@ class RolloutStream(ABC):
     """Draws and scores tasks. A round comes back whole and in task order, whoever was first."""
 
     @abstractmethod
-    def publish(self, weights: LoraWeights) -> None:
+    def publish(self, weights: PolicyWeights) -> None:
         """Make a policy version available to tasks."""
 
     @abstractmethod
-    def submit(self, tasks: list[Task], weights: LoraWeights | None = None) -> None:
+    def submit(self, tasks: list[Task], weights: PolicyWeights | None = None) -> None:
         """Queue tasks. Their policy version must have been published, or they come with its weights."""
 
     @abstractmethod
@@ -48,8 +48,8 @@ class RolloutStream(ABC):
         """
 
     @abstractmethod
-    def pictures(self, rollout: Rollout) -> ImageBatch | None:
-        """A rollout's pictures themselves, for a ledger that keeps some; None where they went with their node."""
+    def images(self, rollout: Rollout) -> ImageBatch | None:
+        """A rollout's images themselves, for a ledger that keeps some; None where they went with their node."""
 
     @abstractmethod
     def report(self) -> StreamReport:
@@ -62,7 +62,7 @@ class StreamSettings:
 
     runtime: RuntimeTable
     versions_kept: int
-    overdue_factor: float
+    straggler_factor: float
     check: Check
 
 
@@ -72,7 +72,7 @@ class SerialPool:
 
     worker: RewardWorker
     table: RewardPoolTable
-    trains: bool = True  # else it holds scorers, which are asked only of pictures that are looked at
+    trains: bool = True  # else it holds scorers, which are asked only of images that are looked at
 
 
 class SerialRolloutStream(RolloutStream):
@@ -83,28 +83,28 @@ class SerialRolloutStream(RolloutStream):
         self._pools = pools
         self._controls = [Control() for _ in pools]
         self._settings = settings
-        self._weights: dict[int, LoraWeights] = {}
-        self._tasks: dict[Place, tuple[Task, LoraWeights | None]] = {}
+        self._weights: dict[int, PolicyWeights] = {}
+        self._tasks: dict[Place, tuple[Task, PolicyWeights | None]] = {}
         self._retries: dict[str, int] = {}
         self._reported = time.monotonic()
-        self._evaluation_seconds = 0.0  # of drawing, since the last report
+        self._evaluation_seconds = 0.0  # of sampling, since the last report
 
-    def publish(self, weights: LoraWeights) -> None:
+    def publish(self, weights: PolicyWeights) -> None:
         self._weights[weights.policy_version] = weights
         oldest = weights.policy_version - self._settings.versions_kept
         for version in [version for version in self._weights if version <= oldest]:
             del self._weights[version]
 
-    def submit(self, tasks: list[Task], weights: LoraWeights | None = None) -> None:
+    def submit(self, tasks: list[Task], weights: PolicyWeights | None = None) -> None:
         self._tasks |= {task.place: (task, weights) for task in tasks}
 
     def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
         places = [(round, int(stream), index) for index in tasks]
-        return say_what_is_set_aside([self._rollout(*self._tasks.pop(place)) for place in places])
+        return report_dropped([self._rollout(*self._tasks.pop(place)) for place in places])
 
-    def _rollout(self, task: Task, weights: LoraWeights | None) -> Rollout:
+    def _rollout(self, task: Task, weights: PolicyWeights | None) -> Rollout:
         self._settings.check()
-        report, trajectory, images = self._sampler.draw(task, weights or self._weights[task.policy_version])
+        report, trajectory, images = self._sampler.sample(task, weights or self._weights[task.policy_version])
         assert report is not None and images is not None, "nobody tells this sampler to forget a task"
         asked = [number for number, pool in enumerate(self._pools) if pool.trains or not task.trains]
         scores = merged_scores([self._scores(number, report, images) for number in asked])
@@ -115,7 +115,7 @@ class SerialRolloutStream(RolloutStream):
     def _scores(self, number: int, report: TaskReport, images: ImageBatch) -> Scores:
         pool, count = self._pools[number], len(images.prompts)
         names, table, control = pool.worker.names, pool.table, self._controls[number]
-        job = ScoringJob(names, count, table.batch_size, table.attempts, images, control, report.set_aside)
+        job = ScoringJob(names, count, table.batch_size, table.attempts, images, control, report.dropped)
         while not job.finished:
             self._settings.check()
             batch = job.waiting.pop(0)
@@ -138,7 +138,7 @@ class SerialRolloutStream(RolloutStream):
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
         assert not pending, "in one process nothing is pending"
 
-    def pictures(self, rollout: Rollout) -> ImageBatch | None:
+    def images(self, rollout: Rollout) -> ImageBatch | None:
         return rollout.images
 
     def report(self) -> StreamReport:
@@ -150,11 +150,11 @@ class SerialRolloutStream(RolloutStream):
         return StreamReport(1, 1, training, seconds, seconds, len(self._tasks), 0, retries, {}, evaluation)
 
 
-def say_what_is_set_aside(rollouts: list[Rollout]) -> list[Rollout]:
+def report_dropped(rollouts: list[Rollout]) -> list[Rollout]:
     """Print a line for each image that could not be scored; returns what it is given."""
     for rollout in rollouts:
         task = rollout.report.task
-        for row, reason in rollout.scores.set_aside.items():
+        for row, reason in rollout.scores.dropped.items():
             which = f"{task.title}, image {row} (seed {task.seeds[row]}, prompt {task.prompts[row].text!r})"
-            print(f"{which} is set aside: {reason}", file=sys.stderr, flush=True)
+            print(f"{which} is dropped: {reason}", file=sys.stderr, flush=True)
     return rollouts

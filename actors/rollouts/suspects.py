@@ -18,22 +18,22 @@ class _Suspect:
 
 
 class Suspects:
-    """After two deaths over a task it is denoised as ever and decoded image by image, then, if need be, drawn image by image.
+    """After two deaths over a task it is denoised as ever and decoded image by image, then, if need be, sampled image by image.
 
     The image over which two more samplers die is left out from then on. One death proves nothing, and neither do two of them
-    if nobody dies when the images are tried: the task is then drawn as any other, to the same bits.
+    if nobody dies when the images are tried: the task is then sampled as any other, to the same bits.
     """
 
     def __init__(self) -> None:
         self._suspects: dict[Place, _Suspect] = {}
 
     def care(self, place: Place) -> Care:
-        """Return how the task is to be drawn now."""
+        """Return how the task is to be sampled now."""
         suspect = self._suspects.get(place)
         return suspect.care if suspect else PLAIN
 
     def died(self, place: Place, care: Care, row: int | None) -> None:
-        """Note that a sampler died over the task, drawn with `care`, with `row` in hand if that is known."""
+        """Note that a sampler died over the task, sampled with `care`, with `row` in hand if that is known."""
         suspect = self._suspects.setdefault(place, _Suspect())
         if care != suspect.care:  # another sampler has found out more meanwhile
             return
@@ -44,9 +44,9 @@ class Suspects:
         if suspect.deaths_alone[row] < DEATHS:
             return
         if care.one_by_one == "decoding":
-            suspect.begin(Care(not_decoded=(*care.not_decoded, row), not_drawn=care.not_drawn))
+            suspect.begin(Care(not_decoded=(*care.not_decoded, row), not_sampled=care.not_sampled))
         else:
-            suspect.begin(Care(not_decoded=care.not_decoded, not_drawn=(*care.not_drawn, row)))
+            suspect.begin(Care(not_decoded=care.not_decoded, not_sampled=(*care.not_sampled, row)))
 
     def _died_over_task(self, suspect: _Suspect) -> None:
         suspect.deaths += 1
@@ -55,7 +55,7 @@ class Suspects:
             suspect.begin(replace(suspect.care, one_by_one=following))
 
     def counts(self, place: Place, care: Care) -> bool:
-        """Return whether what was drawn with `care` is the task's result. If not, it is to be drawn once more.
+        """Return whether what was sampled with `care` is the task's result. If not, it is to be sampled once more.
 
         Images decoded one by one have other last bits; they count only if the task kills samplers in no other way, as a
         batch that is too large for the memory does.
@@ -69,5 +69,5 @@ class Suspects:
         return counts
 
     def forget(self, place: Place) -> None:
-        """Drop what is known of a task that is drawn."""
+        """Drop what is known of a task that is sampled."""
         self._suspects.pop(place, None)

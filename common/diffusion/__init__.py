@@ -1,8 +1,8 @@
-"""The room of model families: how one encodes prompts, steps, and decodes pictures. One file a family, one line here."""
+"""The registry of model families: how one encodes prompts, steps, and decodes images. One file a family, one line here."""
 
-from ray_ddpo.common.recipe.registry import Room
+from ray_ddpo.common.recipe.registry import Registry
 
-POLICIES: Room = {
+POLICIES: Registry = {
     "stable_diffusion": "ray_ddpo.common.diffusion.families.stable_diffusion:StableDiffusion",
     "sdxl": "ray_ddpo.common.diffusion.families.sdxl:SDXL",
     "sd3": "ray_ddpo.common.diffusion.families.sd3:SD3",

@@ -102,7 +102,7 @@ class DiffusersPolicy(Policy):
         return self.config.scale_factor * height, self.config.scale_factor * width
 
     @property
-    def noisy_steps(self) -> list[int]:
+    def stochastic_steps(self) -> list[int]:
         return torch.nonzero(self.steps.std() > 0).flatten().tolist()
 
     @torch.no_grad()

@@ -54,7 +54,7 @@ def network_sizes(
     shapes, dtypes = inputs.conditioning_shapes, inputs.conditioning_dtypes
     return PolicySizes(
         latent_shape=inputs.latent_shape,
-        noisy_steps=config.noisy_steps(sampling),
+        stochastic_steps=config.stochastic_steps(sampling),
         conditioning_shape=shapes | {f"negative_{name}": shape for name, shape in shapes.items()},
         conditioning_bytes=sum(
             math.prod(shape) * dtypes.get(name, torch.float32).itemsize for name, shape in shapes.items()
@@ -62,7 +62,7 @@ def network_sizes(
         network_parameters=parameters,
         trained_parameters=trained,
         learner=learner,
-        drawing=memory.drawing().plus(held, 3 * path),
+        sampling=memory.sampling().plus(held, 3 * path),
         decoding=line_through(decoded, 1, 2).plus(held, path),
         encoding_bytes=held,
         conditioning_dtypes=dtypes | {f"negative_{name}": dtype for name, dtype in dtypes.items()},

@@ -1,4 +1,4 @@
-"""What every model family promises: encode prompts, give one step's distribution, decode pictures."""
+"""What every model family promises: encode prompts, give one step's distribution, decode images."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -18,8 +18,8 @@ from ray_ddpo.common.diffusion.prompt_lengths import TextReader
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps
 from ray_ddpo.common.diffusion.transition import Transition
 from ray_ddpo.common.model_files.model_hub import Weights, file_of
-from ray_ddpo.common.policy_weights import LoraWeights
-from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.policy_weights import PolicyWeights
+from ray_ddpo.common.recipe.registry import Component
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.trajectory import DTYPES
 
@@ -54,7 +54,7 @@ class Policy(ABC):
         """Return height and width of an image in pixels, if that is known without decoding one; a family need not tell."""
         return None
 
-    def lay_in(self, weights: LoraWeights) -> int:
+    def load_weights(self, weights: PolicyWeights) -> int:
         """Lay a version's weights into the network; how many parameters were bound. Errors are those of `load_weights`."""
         bound = load_weights(self.network, weights)
         if self.merged:
@@ -63,7 +63,7 @@ class Policy(ABC):
 
     @property
     @abstractmethod
-    def noisy_steps(self) -> list[int]:
+    def stochastic_steps(self) -> list[int]:
         """The steps that are actions: their standard deviation is above 0."""
 
     @abstractmethod
@@ -108,7 +108,7 @@ class Policy(ABC):
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:
-        """Pictures of final latents."""
+        """PageImages of final latents."""
 
     @abstractmethod
     def save(self, folder: Path) -> Path:
@@ -119,7 +119,7 @@ class Policy(ABC):
         """Read trained weights that `save` wrote, or any of the same form. ValueError: they do not fit this network."""
 
 
-class PolicyConfig(Entry, ABC):
+class PolicyConfig(Component, ABC):
     """A model family's keys in the recipe. `load` reads the weights, in the one process that needs them."""
 
     # Whether `encode` gives what all prompts share as of `sampling.negative_prompt`.
@@ -128,7 +128,7 @@ class PolicyConfig(Entry, ABC):
     model: str
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     train: Literal["lora", "full"] = "lora"
-    gradient_checkpointing: bool = False  # the learner keeps few activations and computes the others anew: same bits
+    gradient_checkpointing: bool = False  # the learner keeps few activations and computes the others again: same bits
     compile: Literal["none", "sampler", "both"] = "none"  # where the network runs through torch.compile
     sampler_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of a sampler's network; none: dtype
     merge_adapters: bool = False  # a sampler adds them to the network's own weights: fewer and larger kernels
@@ -153,7 +153,7 @@ class PolicyConfig(Entry, ABC):
         path = self._lora_path()
         return () if path is None else (files_of_lora(path),)
 
-    def noisy_steps(self, sampling: SamplingTable) -> int:
+    def stochastic_steps(self, sampling: SamplingTable) -> int:
         """How many steps of a path have noise, as far as can be told without its schedule."""
         return sampling.num_steps
 

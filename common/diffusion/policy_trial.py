@@ -149,11 +149,11 @@ def _encoded(policy: Policy, prompts: list[str]) -> Conditioning:
 
 def _try_transition(policy: Policy, latents: Tensor, rows: Conditioning) -> None:
     name = f"{type(policy).__name__}.transition"
-    noisy = _noisy_steps(policy)
+    noisy = _stochastic_steps(policy)
     steps = torch.tensor([noisy[0], noisy[-1]], device=policy.device)
     transition = _transition(policy, (latents, steps, rows, True))
     positive = bool((transition.std > 0).all())
-    where = f"{name} gave a std of {transition.std.tolist()} at the steps {steps.tolist()}, which noisy_steps has"
+    where = f"{name} gave a std of {transition.std.tolist()} at the steps {steps.tolist()}, which stochastic_steps has"
     refuse_unless(positive, where, "above 0 at each of them")
     again = _transition(policy, (latents, steps, rows, True))
     expected = "the same for the same input: no state, no dropout (network.eval()), no random numbers"
@@ -168,10 +168,10 @@ def _try_transition(policy: Policy, latents: Tensor, rows: Conditioning) -> None
     refuse_unless(not silent.std.any(), where, "0, and the mean of the step without noise")
 
 
-def _noisy_steps(policy: Policy) -> list[int]:
-    name = f"{type(policy).__name__}.noisy_steps"
+def _stochastic_steps(policy: Policy) -> list[int]:
+    name = f"{type(policy).__name__}.stochastic_steps"
     with blamed(name):
-        noisy: Any = policy.noisy_steps
+        noisy: Any = policy.stochastic_steps
     known = (
         isinstance(noisy, list)
         and noisy

@@ -1,4 +1,4 @@
-"""Draw trajectories, and give the same trajectories their log_prob again under newer weights: side by side."""
+"""SamplePrompt trajectories, and give the same trajectories their log_prob again under newer weights: side by side."""
 
 from collections.abc import Iterator
 
@@ -18,14 +18,14 @@ _KEPT_STEPS = 6  # what an image's seed is hashed with to choose them
 def image_noise(seeds: list[int], shape: tuple[int, ...]) -> Iterator[Float[Tensor, "B ..."]]:
     """Standard normal noise again and again, a row an image from its own seed and on the CPU: nothing else decides it.
 
-    One draw after the other, as diffusers draws with a generator for each image.
+    One sample after the other, as diffusers samples with a generator for each image.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     while True:
         yield torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def kept_steps(candidates: list[int], count: int, seeds: list[int]) -> Int[Tensor, "B W"]:
+def trained_steps(candidates: list[int], count: int, seeds: list[int]) -> Int[Tensor, "B W"]:
     """Which `count` of the candidate steps each image is learned from: in order, and decided by its seed alone."""
     if count == len(candidates):
         return torch.tensor(candidates, dtype=torch.long).expand(len(seeds), count)
@@ -33,24 +33,24 @@ def kept_steps(candidates: list[int], count: int, seeds: list[int]) -> Int[Tenso
     return torch.from_numpy(np.sort(np.stack(chosen), axis=1))
 
 
-def window_of_pictures(sampling: SamplingTable) -> range | None:
-    """For pictures to be looked at and not learned from: as the recipe draws, but no noise where it has a window of it."""
-    return None if sampling.window is None else range(0)
+def evaluation_window(sampling: SamplingTable) -> range | None:
+    """For images to be looked at and not learned from: as the recipe samples, but no noise where it has a window of it."""
+    return None if sampling.sde_window is None else range(0)
 
 
 def refuse_window_without_noise(policy: Policy, sampling: SamplingTable) -> None:
     """ValueError: the window may come to stand on a step that has no noise with this model, which is no action."""
-    reached = range(sampling.num_steps - sampling.untrained_last_steps)
-    silent = sorted(set(reached) - set(policy.noisy_steps))
-    if sampling.window is not None and silent:
+    reached = range(sampling.num_steps - sampling.skip_last_steps)
+    silent = sorted(set(reached) - set(policy.stochastic_steps))
+    if sampling.sde_window is not None and silent:
         raise ValueError(
-            f"sampling.window may come to stand on the steps {silent}, which have no noise with this model: "
-            f"let it end before them with untrained_last_steps = {sampling.num_steps - silent[0]}"
+            f"sampling.sde_window may come to stand on the steps {silent}, which have no noise with this model: "
+            f"let it end before them with skip_last_steps = {sampling.num_steps - silent[0]}"
         )
 
 
 @torch.no_grad()
-def draw(
+def sample_trajectories(
     policy: Policy, prompts: list[str], seeds: list[int], sampling: SamplingTable, window: range | None = None
 ) -> Trajectory:
     """One denoising path for each prompt and seed, rounded to `latents_dtype` step by step, with its log-probs.
@@ -62,7 +62,7 @@ def draw(
     prompt_index = torch.tensor([distinct.index(prompt) for prompt in prompts])
     conditioning = policy.encode(distinct)
     rows = select_rows(conditioning, prompt_index.to(policy.device))
-    # Drawn when it is needed: a GPU is then still at the step before, for which nobody waits.
+    # Sampled when it is needed: a GPU is then still at the step before, for which nobody waits.
     noise = (to_device(each, policy.device) for each in image_noise(seeds, policy.latent_shape))
 
     latents = policy.initial_latents(next(noise)).to(latents_dtype)
@@ -76,11 +76,11 @@ def draw(
         path.append(latents)
     whole_path, all_log_probs = torch.stack(path, dim=1), torch.stack(log_probs, dim=1)
     if window is None:
-        noisy_steps = policy.noisy_steps
-        candidates = noisy_steps[: len(noisy_steps) - sampling.untrained_last_steps]
-        kept = kept_steps(candidates, sampling.kept_steps(len(noisy_steps)), seeds)
+        stochastic_steps = policy.stochastic_steps
+        candidates = stochastic_steps[: len(stochastic_steps) - sampling.skip_last_steps]
+        kept = trained_steps(candidates, sampling.trained_steps(len(stochastic_steps)), seeds)
     else:
-        kept = kept_steps(list(window), len(window), seeds)
+        kept = trained_steps(list(window), len(window), seeds)
     before, after = _steps_of(whole_path, kept.to(policy.device))
     kept_log_probs = all_log_probs.gather(1, kept.to(policy.device))
     return Trajectory(conditioning, prompt_index, kept, kept_log_probs, before, after, whole_path[:, -1])
@@ -100,7 +100,7 @@ def _steps_of(
 
 @torch.no_grad()
 def score(policy: Policy, trajectory: Trajectory) -> Float[Tensor, "B W"]:
-    """The log_prob that `policy` gives to each kept step of `trajectory`, in batches composed as they were drawn."""
+    """The log_prob that `policy` gives to each kept step of `trajectory`, in batches composed as they were sampled."""
     conditioning = {name: value.to(policy.device) for name, value in trajectory.conditioning.items()}
     rows = select_rows(conditioning, trajectory.prompt_index.to(policy.device))
     columns = []

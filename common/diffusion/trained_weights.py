@@ -15,7 +15,7 @@ from ray_ddpo.common.diffusion.lora.files import read_lora_file
 from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
 from ray_ddpo.common.model_files.pretrained import weights_fault
 from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS, network_folder
-from ray_ddpo.common.policy_weights import LoraWeights, Manifest, pack
+from ray_ddpo.common.policy_weights import Manifest, PolicyWeights, pack
 from ray_ddpo.common.reading import reading
 from ray_ddpo.common.run_storage.reading import read_json
 from ray_ddpo.common.run_storage.storage import Storage
@@ -54,7 +54,7 @@ def restore_trained(network: Any, train: str, path: Path) -> None:
     return _load_state(network, path / WEIGHTS_NAME)
 
 
-def stored_weights(path: Path, manifest: Manifest, policy_version: int) -> LoraWeights:
+def stored_weights(path: Path, manifest: Manifest, policy_version: int) -> PolicyWeights:
     """Return what the files in a run's folder hold, under the names that the parameters have in the network.
 
     Raises:

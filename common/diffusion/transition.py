@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Transition:
-    """N(mean, std² I) over the next latents (DDPO, section 4.1). float32; std 0 marks a step drawn without noise."""
+    """N(mean, std² I) over the next latents (DDPO, section 4.1). float32; std 0 marks a step sampled without noise."""
 
     mean: Float[Tensor, "B C H W"]
     std: Float[Tensor, "B"]

@@ -33,7 +33,7 @@ IMAGES, TEXTS = "visual_encoder.", "text_encoder."
 
 
 def load_blip(state: State, dtype: torch.dtype, missing: str) -> tuple[Any, Any]:
-    """The image tower, and the text tower that looks at pictures by cross-attention; sizes are read off the weights.
+    """The image tower, and the text tower that looks at images by cross-attention; sizes are read off the weights.
 
     ValueError: `missing`, and which weight lacks or is no BLIP's.
     """

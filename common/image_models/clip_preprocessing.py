@@ -1,4 +1,4 @@
-"""CLIP's own picture preprocessing, for a batch on its device: resize, centre crop, normalise."""
+"""CLIP's own image preprocessing, for a batch on its device: resize, centre crop, normalise."""
 
 import numpy as np
 import torch
@@ -9,12 +9,12 @@ from torch.nn.functional import pad
 
 from ray_ddpo.common.image_models.pil_resize import Span, resize
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue of the pictures CLIP learned from, in 0 … 1
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue of the images CLIP learned from, in 0 … 1
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def rgb_pixels(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture of any mode as CLIPProcessor takes it: what is transparent lies on white, and no EXIF tag turns it."""
+    """An image of any mode as CLIPProcessor takes it: what is transparent lies on white, and no EXIF tag turns it."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)

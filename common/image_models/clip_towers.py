@@ -1,4 +1,4 @@
-"""CLIP's two towers: pictures and prompts as embeddings of L2 norm 1, whose cosine says how well they fit."""
+"""CLIP's two towers: images and prompts as embeddings of L2 norm 1, whose cosine says how well they fit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ class ClipTowers:
     device: str
 
     def cosines(self, images: UInt8[np.ndarray, "B H W 3"], prompts: list[str]) -> Float[np.ndarray, "B"]:
-        """Between each picture and its own prompt, -1 … 1. A prompt that occurs several times is encoded once."""
+        """Between each image and its own prompt, -1 … 1. A prompt that occurs several times is encoded once."""
         place = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         texts = self.embed_texts(list(place))[[place[prompt] for prompt in prompts]]
-        # A copy: pictures out of Ray's store are read-only, and torch warns of sharing them.
-        pictures = self.embed_images(torch.from_numpy(np.array(images)).to(self.device))
-        return (pictures * texts).sum(1).cpu().numpy()
+        # A copy: images out of Ray's store are read-only, and torch warns of sharing them.
+        embeddings = self.embed_images(torch.from_numpy(np.array(images)).to(self.device))
+        return (embeddings * texts).sum(1).cpu().numpy()
 
 
 def load_image_embedder(clip: str, device: str, dtype: torch.dtype, missing: str) -> tuple[EmbedImages, int]:
@@ -59,7 +59,7 @@ def load_clip(clip: Weights, tokenizer: Weights, device: str, dtype: torch.dtype
 
 
 def clip_towers(model: Any, tokenizer: Weights, device: str, whole: bool = False) -> ClipTowers:
-    """The towers of a CLIPModel. `whole`: pictures that are not square keep their edges (clip_preprocessing)."""
+    """The towers of a CLIPModel. `whole`: images that are not square keep their edges (clip_preprocessing)."""
     model = model.to(device)
     tokens = _tokenizer_for(model.config.text_config, tokenizer)
     side, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings

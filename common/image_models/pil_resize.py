@@ -10,12 +10,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 BITS = 22  # of a weight's fraction in PIL, so that 255 times the weights' sum fits into 32 bits
-SUPPORT = 2.0  # how far the bicubic filter reaches, in pixels of the smaller of the two pictures
+SUPPORT = 2.0  # how far the bicubic filter reaches, in pixels of the smaller of the two images
 
 
 @dataclass(frozen=True)
 class Span:
-    """One side of a picture: its length, what it is resized to, and which part of the result is wanted."""
+    """One side of an image: its length, what it is resized to, and which part of the result is wanted."""
 
     length: int
     new_length: int
@@ -24,7 +24,7 @@ class Span:
 
 
 def resize(images: UInt8[Tensor, "B H W 3"], rows: Span, columns: Span) -> UInt8[Tensor, "B 3 rows columns"]:
-    """The wanted part of the resized pictures. What is not wanted is never made, so that a thin picture costs little."""
+    """The wanted part of the resized images. What is not wanted is never made, so that a thin image costs little."""
     levels = images.permute(0, 3, 1, 2)
     shrunk_rows, shrunk_columns = rows.length - rows.new_length, columns.length - columns.new_length
     # Each pass rounds, so their order shows. Pillow 13 goes down first where that saves work.
@@ -48,7 +48,7 @@ def _resize_along(dimension: int, levels: UInt8[Tensor, "B 3 _ _"], span: Span) 
 def _taps(span: Span) -> tuple[Int[np.ndarray, "taps count"], Int[np.ndarray, "taps count"]]:
     """For each new pixel: the places that it is made of, and their weights times 2^22."""
     scale = span.length / span.new_length
-    stretch = max(scale, 1.0)  # the filter grows with a picture that shrinks, or it would skip pixels
+    stretch = max(scale, 1.0)  # the filter grows with an image that shrinks, or it would skip pixels
     centres = (np.arange(span.start, span.start + span.count) + 0.5) * scale
     first = np.trunc(centres - SUPPORT * stretch + 0.5).clip(min=0).astype(np.int64)
     end = np.trunc(centres + SUPPORT * stretch + 0.5).clip(max=span.length).astype(np.int64)

@@ -74,7 +74,7 @@ def _learner(busy: dict[str, float], pace: Pace, samplers: int) -> str:
     return (
         f"samplers idle {_percent(1 - busy['samplers'])}: the learner is the bottleneck "
         f"(busy {_percent(busy['learner'])} of the time); "
-        f"a faster device for it, more learner.ranks or a larger learner.micro_batch_size would help{fewer}"
+        f"a faster device for it, more learner.world_size or a larger learner.micro_batch_size would help{fewer}"
     )
 
 

@@ -1,16 +1,16 @@
-"""Two scores of each picture, before and after: how far the mean moved, and how sure that is."""
+"""Two scores of each image, before and after: how far the mean moved, and how sure that is."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
-ROUNDING = 1e-6  # of a change: below, what differs between pictures is rounding, and a standard error that is none
+ROUNDING = 1e-6  # of a change: below, what differs between images is rounding, and a standard error that is none
 
 
 @dataclass(frozen=True)
 class PairedChange:
-    """Means over the pictures that have a finite score both times."""
+    """Means over the images that have a finite score both times."""
 
     images: int
     before: float
@@ -24,12 +24,12 @@ class PairedChange:
 
     @property
     def errors(self) -> float | None:
-        """The change in standard errors; None where every picture changed alike."""
+        """The change in standard errors; None where every image changed alike."""
         return in_errors(self.change, self.error)
 
 
 def in_errors(change: float, error: float) -> float | None:
-    """A change in its standard errors; None where there is no error, for every picture changed alike."""
+    """A change in its standard errors; None where there is no error, for every image changed alike."""
     return change / error if error > ROUNDING * abs(change) else None
 
 
@@ -39,7 +39,7 @@ def paired_error(before: Float[np.ndarray, "N"], after: Float[np.ndarray, "N"]) 
 
 
 def paired_change(before: Float[np.ndarray, "N"], after: Float[np.ndarray, "N"]) -> PairedChange | None:
-    """The change of the mean; None where fewer than two pictures have a finite score both times."""
+    """The change of the mean; None where fewer than two images have a finite score both times."""
     both = np.isfinite(before) & np.isfinite(after)
     if both.sum() < 2:
         return None

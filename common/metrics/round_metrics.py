@@ -28,7 +28,7 @@ class StreamReport:
     tasks_ready: int
     retries: dict[str, int]  # by reason
     restarts: dict[str, int]  # of actors, by role
-    evaluation_seconds: float = 0.0  # of drawing what is only looked at, summed over tasks
+    evaluation_seconds: float = 0.0  # of sampling what is only looked at, summed over tasks
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ def reward_metrics(
     floors: dict[str, float] | None = None,
     images_per_prompt: int = 1,
 ) -> dict[str, float]:
-    """What the pictures of a whole round were worth, without those set aside; `weights` and `floors` by the reward's name."""
+    """What the images of a whole round were worth, without those dropped; `weights` and `floors` by the reward's name."""
     prompts = [prompt.text for rollout in rollouts for prompt in rollout.report.task.prompts]
-    kept = np.setdiff1d(np.arange(len(prompts)), batch.set_aside)
+    kept = np.setdiff1d(np.arange(len(prompts)), batch.dropped)
     parts = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts])[kept] for name in weights}
     rewards = sum((weight * parts[name] for name, weight in weights.items()), np.zeros(len(kept)))
     metrics = {
         "images": float(len(prompts)),
-        "images_set_aside": float(len(batch.set_aside)),
+        "images_dropped": float(len(batch.dropped)),
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "reward/zero_std_groups": _share_without_spread(rewards, images_per_prompt),
@@ -122,7 +122,7 @@ def _share_without_spread(rewards: Float[np.ndarray, "N"], images_per_prompt: in
 
 def _idle(busy: float, there: float) -> float:
     """The share of the time that somebody was there and did nothing; no number where nobody was there."""
-    # A round's tasks may have been drawn before it began, while the round before was learned from.
+    # A round's tasks may have been sampled before it began, while the round before was learned from.
     return max(0.0, 1 - busy / there) if there else math.nan
 
 

@@ -8,13 +8,13 @@ from typing import Any
 from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
 
 from ray_ddpo.common.recipe.registry import import_object, models_in
-from ray_ddpo.common.recipe.tables import Choice
+from ray_ddpo.common.recipe.tables import ComponentTable
 
-# By the class of a recipe's table: module:ROOM with the classes that it can name. Filled by the program, which knows them all.
-ROOMS: dict[str, str] = {}
+# By the class of a recipe's table: module:REGISTRY with the classes that it can name. Filled by the program.
+REGISTRIES: dict[str, str] = {}
 
 
-# Not pydantic-settings: its command line knows only declared fields, and a room's table has the chosen class's own keys.
+# Not pydantic-settings: its command line knows only declared fields, and a registry's table has the chosen class's own keys.
 def with_overrides(
     tables: dict[str, Any], overrides: list[str], model: type[BaseModel] | None = None
 ) -> dict[str, Any]:
@@ -63,17 +63,17 @@ def _types_of_key(annotation: Any, value: Any, path: list[str]) -> Iterator[Any]
     inside = value.get(key, {}) if isinstance(value, dict) else {}
     for model in models_in(annotation):
         fields = model.model_fields
-        if issubclass(model, Choice) and key not in fields and isinstance(value, dict):
+        if issubclass(model, ComponentTable) and key not in fields and isinstance(value, dict):
             fields = _component_fields(model, value.get("name"))
         if key in fields:
             yield from _types_of_key(fields[key].annotation, inside, rest)
 
 
-def _component_fields(table: type[Choice], name: Any) -> dict[str, Any]:
+def _component_fields(table: type[ComponentTable], name: Any) -> dict[str, Any]:
     """Return the fields of the class that a table names. None of a class that cannot be imported: building it says why."""
     try:
-        room = import_object(ROOMS[table.__name__], "room") if table.__name__ in ROOMS else {}
-        component = import_object(room.get(name, name), "name")
+        registry = import_object(REGISTRIES[table.__name__], "registry") if table.__name__ in REGISTRIES else {}
+        component = import_object(registry.get(name, name), "name")
     # A user's own module may raise anything while it is imported. The same error ends the run when the class is built.
     except Exception:  # noqa: BLE001
         return {}

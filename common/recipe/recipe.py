@@ -14,13 +14,13 @@ from ray_ddpo.common.recipe.overrides import with_overrides
 from ray_ddpo.common.recipe.registry import explain
 from ray_ddpo.common.recipe.tables import (
     MOST_IMAGES,
+    AggregationTable,
     AlgorithmTable,
     CheckpointTable,
-    CompositionTable,
     EvaluationTable,
-    ExhibitsTable,
     GuardTable,
     LearnerTable,
+    MediaTable,
     PolicyTable,
     PromptsTable,
     PushTable,
@@ -56,7 +56,7 @@ class Recipe(Table):
     samplers: SamplersTable = SamplersTable()
     reward: RewardTable | None = None
     rewards: tuple[RewardTable, ...] = ()
-    composition: CompositionTable = CompositionTable()
+    aggregation: AggregationTable = AggregationTable()
     reward_workers: RewardWorkersTable = RewardWorkersTable()
     algorithm: AlgorithmTable
     learner: LearnerTable
@@ -66,7 +66,7 @@ class Recipe(Table):
     evaluation: EvaluationTable = EvaluationTable()
     guard: GuardTable = GuardTable()
     push: PushTable = PushTable()
-    exhibits: ExhibitsTable = ExhibitsTable()
+    media: MediaTable = MediaTable()
     trackers: tuple[TrackerTable, ...] = ()
 
     @property
@@ -91,9 +91,9 @@ class Recipe(Table):
             raise ValueError(f"rewards and evaluation.scorers are called {names}: give a label to those of one name")
         if not any(reward.weight or reward.floor is not None for reward in self.all_rewards):
             raise ValueError(f"every weight of {names} is 0 and none has a floor: there is nothing to learn")
-        if self.composition.join == "win_rate" and self.prompts.images_per_prompt < 2:
+        if self.aggregation.kind == "win_rate" and self.prompts.images_per_prompt < 2:
             raise ValueError(
-                f"composition.join is 'win_rate' and prompts.images_per_prompt {self.prompts.images_per_prompt}: "
+                f"aggregation.kind is 'win_rate' and prompts.images_per_prompt {self.prompts.images_per_prompt}: "
                 "a group needs at least 2 images of one prompt"
             )
         return self
@@ -121,10 +121,10 @@ class Recipe(Table):
                 f"{which} = {images} images, which an optimizer step's "
                 f"learner.batch_size × gradient_accumulation_steps = {step} does not divide"
             )
-        if step % self.learner.ranks:
+        if step % self.learner.world_size:
             raise ValueError(
                 f"an optimizer step has learner.batch_size × gradient_accumulation_steps = {step} images, "
-                f"which learner.ranks = {self.learner.ranks} does not divide"
+                f"which learner.world_size = {self.learner.world_size} does not divide"
             )
         return self
 
@@ -133,7 +133,7 @@ class Recipe(Table):
         known = ["reward", *(table.called for table in (*self.all_rewards, *self.evaluation.scorers))]
         if self.guard.best_by not in known:
             raise ValueError(f"guard.best_by is {self.guard.best_by!r}: it must be one of {known}")
-        if self.guard.on_alarm != "go_on" and not self.evaluation.every:
+        if self.guard.on_alarm != "continue" and not self.evaluation.every:
             raise ValueError(
                 f"guard.on_alarm is {self.guard.on_alarm!r} and evaluation.every 0: the guard judges evaluations, so give "
                 "the rounds between two of them"

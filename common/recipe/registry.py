@@ -1,4 +1,4 @@
-"""Turn a recipe's table (a name and keys) into an entry of a room: a frozen, checked object that is its own config."""
+"""Turn a recipe's table (a name and keys) into an entry of a registry: a frozen, checked object that is its own config."""
 
 import difflib
 import importlib
@@ -11,11 +11,11 @@ from ray_ddpo.common.recipe.bounds import Bounded
 from ray_ddpo.common.user_code.blame import blamed
 from ray_ddpo.common.user_code.sources import is_of_the_project
 
-Room = dict[str, str]  # name in a recipe -> "module:Class"
+Registry = dict[str, str]  # name in a recipe -> "module:Class"
 
 
-class Entry(Bounded):
-    """A choice in a room. Its fields are its hyperparameters; it travels in bytes and is made live by `load`."""
+class Component(Bounded):
+    """A choice in a registry. Its fields are its hyperparameters; it travels in bytes and is made live by `load`."""
 
     def user_modules(self) -> dict[str, str]:
         """Return the modules outside the project that decide what this entry does, by the key that names them."""
@@ -23,7 +23,7 @@ class Entry(Bounded):
         return {} if is_of_the_project(own) else {"name": own}
 
 
-EntryT = TypeVar("EntryT", bound=Entry)
+ComponentT = TypeVar("ComponentT", bound=Component)
 
 
 def import_object(path: str, what: str) -> Any:
@@ -45,13 +45,13 @@ def import_object(path: str, what: str) -> Any:
     return getattr(module, attribute)
 
 
-def entry_class(room: Room, name: str, what: str, kind: type[Entry] | None = None) -> type[Entry]:
-    """The class that a recipe's name stands for: one of the room's or, where there is a `kind`, "module:Class" of that kind."""
-    if name in room:
-        return import_object(room[name], f"{what}.name")
+def component_class(registry: Registry, name: str, what: str, kind: type[Component] | None = None) -> type[Component]:
+    """Return the class that a recipe names: one of the registry or, if there is a `kind`, "module:Class" of that kind."""
+    if name in registry:
+        return import_object(registry[name], f"{what}.name")
     if kind is None or ":" not in name:
         own = f", or module:Class with a {kind.__name__} of your own" if kind else ""
-        raise ValueError(f"{what}.name is {name!r}: it must be one of {sorted(room)}{own}")
+        raise ValueError(f"{what}.name is {name!r}: it must be one of {sorted(registry)}{own}")
     cls = import_object(name, f"{what}.name")
     if not (isinstance(cls, type) and issubclass(cls, kind)):
         raise ValueError(f"{what}.name is {name!r}: it must be derived from {kind.__name__} in {kind.__module__}")
@@ -60,14 +60,14 @@ def entry_class(room: Room, name: str, what: str, kind: type[Entry] | None = Non
     return cls
 
 
-def build(room: Room, table: dict[str, Any], what: str, kind: type[Entry] | None = None) -> Any:
+def build(registry: Registry, table: dict[str, Any], what: str, kind: type[Component] | None = None) -> Any:
     """Make the entry that `table` names from the table's other keys. `what` is the table's name, for the errors.
 
-    `kind`: what a class from outside the room must be; none: the room's are all that there are.
+    `kind`: what a class from outside the registry must be; none: the registry's are all that there are.
     ValueError: the name stands for no such class, or a key is unknown, of the wrong type or out of range.
     """
     keys = {key: value for key, value in table.items() if key != "name"}
-    cls = entry_class(room, table["name"], what, kind)
+    cls = component_class(registry, table["name"], what, kind)
     try:
         return cls(**keys)
     except ValidationError as error:
@@ -101,7 +101,7 @@ def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
     for part in place:
         if isinstance(part, str):
             model = next(models_in(model.model_fields[part].annotation))
-    name = ["name"] if issubclass(model, Entry) else []
+    name = ["name"] if issubclass(model, Component) else []
     return sorted([*name, *model.model_fields])
 
 

@@ -16,8 +16,8 @@ class Table(Bounded):
     """A table of the recipe: its keys are known, typed and bounded."""
 
 
-class Choice(Bounded):
-    """A table that names a choice in a room. Its other keys belong to the class chosen, which checks them itself."""
+class ComponentTable(Bounded):
+    """A table that names a choice in a registry. Its other keys belong to the class chosen, which checks them itself."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
     name: str
@@ -27,20 +27,20 @@ class Choice(Bounded):
         return {"name": self.name, **(self.model_extra or {})}
 
 
-class PolicyTable(Choice):
+class PolicyTable(ComponentTable):
     """The model family."""
 
 
-class AlgorithmTable(Choice):
+class AlgorithmTable(ComponentTable):
     """The algorithm."""
 
 
-class TrackerTable(Choice):
+class TrackerTable(ComponentTable):
     """One tracker."""
 
 
-class PromptsTable(Choice):
-    images_per_prompt: int = Field(default=1, ge=1)  # a group; 1: every image draws its prompt
+class PromptsTable(ComponentTable):
+    images_per_prompt: int = Field(default=1, ge=1)  # a group; 1: every image samples its prompt
 
 
 class SamplingTable(Table):
@@ -51,14 +51,16 @@ class SamplingTable(Table):
     eta: float = Field(default=1.0, gt=0, le=1)
     batch_size: int = Field(default=8, ge=1)  # images a task
     batches_per_round: int = Field(default=4, ge=1)  # tasks a round
-    step_fraction: float = Field(
+    timestep_fraction: float = Field(
         default=1.0, gt=0, le=1
-    )  # of an image's steps, drawn from its seed, that are learned from
-    untrained_last_steps: int = Field(default=0, ge=0)  # not learned from: the nearly clean ones are ill-conditioned
-    # So many neighbouring steps are drawn with noise and learned from, the others without; none: all steps have noise.
-    window: int | None = Field(default=None, ge=1)
-    window_order: Literal["random", "sliding"] = "random"  # where it stands: drawn anew, or one step later each time
-    window_rounds: int = Field(default=1, ge=1)  # for which it stays where it is
+    )  # of an image's steps, sampled from its seed, that are learned from
+    skip_last_steps: int = Field(default=0, ge=0)  # not learned from: the nearly clean ones are ill-conditioned
+    # So many neighbouring steps are sampled with noise and learned from, the others without; none: all steps have noise.
+    sde_window: int | None = Field(default=None, ge=1)
+    sde_window_order: Literal["random", "sliding"] = (
+        "random"  # where it stands: re-sampled, or one step later each time
+    )
+    sde_window_rounds: int = Field(default=1, ge=1)  # for which it stays where it is
     latents_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # how a path is stored, and so scored
 
     @property
@@ -66,31 +68,32 @@ class SamplingTable(Table):
         """Whether classifier-free guidance runs the network with and without the prompt, as diffusers decides it."""
         return self.guidance_scale > 1
 
-    def kept_steps(self, noisy_steps: int) -> int:
+    def trained_steps(self, stochastic_steps: int) -> int:
         """How many of an image's steps with noise are kept and learned from; at least one."""
-        if self.window is not None:
-            return self.window
-        return max(1, round(self.step_fraction * (noisy_steps - self.untrained_last_steps)))
+        if self.sde_window is not None:
+            return self.sde_window
+        return max(1, round(self.timestep_fraction * (stochastic_steps - self.skip_last_steps)))
 
     @model_validator(mode="after")
     def _window_fits(self) -> "SamplingTable":
-        if self.window is not None and self.step_fraction != 1:
+        if self.sde_window is not None and self.timestep_fraction != 1:
             raise ValueError(
-                f"window is {self.window} and step_fraction {self.step_fraction}: a recipe learns either from a window of steps, "
+                f"sde_window is {self.sde_window} and timestep_fraction {self.timestep_fraction}: a recipe learns either from a "
+                "window of steps, "
                 "the same for a round, or from a fraction of them, each image's own"
             )
-        if self.window is not None and self.window > self.num_steps - self.untrained_last_steps:
+        if self.sde_window is not None and self.sde_window > self.num_steps - self.skip_last_steps:
             raise ValueError(
-                f"window {self.window} is longer than num_steps {self.num_steps} less untrained_last_steps "
-                f"{self.untrained_last_steps}"
+                f"sde_window {self.sde_window} is longer than num_steps {self.num_steps} less skip_last_steps "
+                f"{self.skip_last_steps}"
             )
         return self
 
     @model_validator(mode="after")
     def _steps_are_left_to_learn_from(self) -> "SamplingTable":
-        if self.untrained_last_steps >= self.num_steps - 1:
+        if self.skip_last_steps >= self.num_steps - 1:
             raise ValueError(
-                f"untrained_last_steps {self.untrained_last_steps} of num_steps {self.num_steps} leaves too few to learn from"
+                f"skip_last_steps {self.skip_last_steps} of num_steps {self.num_steps} leaves too few to learn from"
             )
         return self
 
@@ -143,7 +146,9 @@ class ElasticTable(RoleTable):
 
 
 class SamplersTable(ElasticTable):
-    overdue_factor: float = Field(default=4.0, gt=1)  # × its peers' time: then a task is drawn a second time elsewhere
+    straggler_factor: float = Field(
+        default=4.0, gt=1
+    )  # × its peers' time: then a task is sampled a second time elsewhere
 
 
 class RewardPoolTable(ElasticTable):
@@ -151,11 +156,11 @@ class RewardPoolTable(ElasticTable):
 
     batch_size: int = Field(default=64, ge=1)  # images a scoring batch, cut from a task in order
     timeout_seconds: float = Field(default=600.0, gt=0)  # for one scoring batch
-    attempts: int = Field(default=3, ge=1)  # at a scoring batch that fails, before it is halved to find the picture
-    cache: int = Field(default=0, ge=0)  # scores a worker remembers by picture; of rewards independent of their batch
+    attempts: int = Field(default=3, ge=1)  # at a scoring batch that fails, before it is halved to find the image
+    cache: int = Field(default=0, ge=0)  # scores a worker remembers by image; of rewards independent of their batch
 
 
-class RewardTable(Choice):
+class RewardTable(ComponentTable):
     # What it is called in metrics and rows; none: its name.
     label: str | None = Field(default=None, pattern=r"^\w[\w-]*$")
     weight: float = 1.0
@@ -168,15 +173,15 @@ class RewardTable(Choice):
         return self.label or self.name
 
 
-class CompositionTable(Table):
+class AggregationTable(Table):
     # Of several rewards: as they are; each less its mean over its deviation; advantages of each; win rates in a group.
-    join: Literal["sum", "normalised", "advantages", "win_rate"] = "sum"
+    kind: Literal["sum", "z_score", "advantages", "win_rate"] = "sum"
 
 
 class RewardWorkersTable(RewardPoolTable):
     """Those of all rewards that have none of their own; and of the whole run."""
 
-    max_set_aside: int = Field(default=32, ge=0)  # images of the whole run; one more ends it
+    max_dropped: int = Field(default=32, ge=0)  # images of the whole run; one more ends it
 
 
 class LearnerTable(RoleTable):
@@ -185,7 +190,9 @@ class LearnerTable(RoleTable):
     # Transitions a forward pass: memory and speed, not mathematics; "auto": the most that the device holds, found at the start.
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"]
     inner_epochs: int = Field(default=1, ge=1)
-    parts_per_round: int = Field(default=1, ge=1)  # learned from in task order, each while the tasks after it are drawn
+    parts_per_round: int = Field(
+        default=1, ge=1
+    )  # learned from in task order, each while the tasks after it are sampled
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # in 8 bits a quarter of the memory; needs bitsandbytes
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
@@ -193,13 +200,15 @@ class LearnerTable(RoleTable):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    # Of a step, from the policy that drew: then no more inner epochs.
+    # Of a step, from the policy that sampled: then no more inner epochs.
     max_kl_nats: float | None = Field(default=None, gt=0)
     # How far sampler's and learner's log_prob may lie apart under the same weights; none: 1e-4 in float32, else 1e-2.
     log_prob_tolerance: float | None = Field(default=None, gt=0)
     # Processes that share every optimizer step; each has this table's resources.
-    ranks: int = Field(default=1, ge=1, le=MOST_ACTORS)
-    shard_optimizer: bool = False  # each keeps a part of its state, and sends the others the weights that it has moved
+    world_size: int = Field(default=1, ge=1, le=MOST_ACTORS)
+    shard_optimizer_state: bool = (
+        False  # each keeps a part of its state, and sends the others the weights that it has moved
+    )
 
     @property
     def images_per_step(self) -> int:
@@ -209,7 +218,7 @@ class LearnerTable(RoleTable):
     @property
     def images_per_rank(self) -> int:
         """Of these, a rank's own."""
-        return self.images_per_step // self.ranks
+        return self.images_per_step // self.world_size
 
 
 class RuntimeTable(Table):
@@ -224,14 +233,14 @@ class RuntimeTable(Table):
 
 class RolloutsTable(Table):
     keep: bool = True  # the ledger: a parquet row an image
-    pictures_every: int = Field(default=0, ge=0)  # rounds whose rows hold their picture; 0: none does
+    images_every: int = Field(default=0, ge=0)  # rounds whose rows hold their image; 0: none does
 
 
-class ExhibitsTable(Table):
+class MediaTable(Table):
     """What wandb and TensorBoard are shown of rounds, beside their metrics."""
 
     every: int = Field(default=10, ge=0)  # rounds between two that are shown; the last one is too; 0: none is
-    pictures: int = Field(default=8, ge=0)  # of such a round, the first ones
+    images: int = Field(default=8, ge=0)  # of such a round, the first ones
 
     def is_due(self, round: int, rounds: int) -> bool:
         """Whether this round is shown, in a run of so many."""
@@ -249,11 +258,13 @@ class EvaluationTable(Table):
     images: int = Field(default=64, ge=2, le=MOST_IMAGES)
     batch_size: int = Field(default=16, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    split: Literal["evaluation", "tuning"] = "evaluation"  # choose a recipe's numbers on "tuning" pictures only
+    split: Literal["evaluation", "tuning"] = "evaluation"  # choose a recipe's numbers on "tuning" images only
     scorers: tuple[RewardTable, ...] = ()  # looked at beside the reward, never trained on
     workers: RewardPoolTable = RewardPoolTable()  # that hold the scorers while it trains
-    average_decay: float | None = Field(default=None, gt=0, lt=1)  # of the versions' moving average, drawn with as well
-    pictures: int = Field(default=8, ge=0)  # of each evaluation that are kept, the first ones
+    average_decay: float | None = Field(
+        default=None, gt=0, lt=1
+    )  # of the versions' moving average, sampled with as well
+    saved_images: int = Field(default=8, ge=0)  # of each evaluation that are kept, the first ones
 
     def is_due(self, policy_version: int, rounds: int) -> bool:
         """Whether this version is evaluated in a run of so many rounds: every so often, and at the end."""
@@ -268,11 +279,11 @@ class GuardTable(Table):
     dark_share: float = Field(default=0.5, ge=0, le=1)  # of pixels that are nearly black, over the pretrained model's
     sharpness: float = Field(default=0.1, ge=0)  # share that must be left; 0: not watched, so with the next two
     entropy: float = Field(default=0.5, ge=0)
-    diversity: float = Field(default=0.25, ge=0)  # between pictures of one prompt
+    diversity: float = Field(default=0.25, ge=0)  # between images of one prompt
     max_kl_nats: float | None = Field(default=None, gt=0)  # of a step, to the pretrained model; none: not watched
     patience: int = Field(default=1, ge=1)  # evaluations in a row with an alarm, before on_alarm is done
     # Go on with a warning; end the run; or end it with the best version's weights in place of the last.
-    on_alarm: Literal["go_on", "stop", "roll_back"] = "go_on"
+    on_alarm: Literal["continue", "stop", "roll_back"] = "continue"
     best_by: str = "reward"  # whose mean over the evaluation tells the best version: "reward", a reward, or a scorer
 
 

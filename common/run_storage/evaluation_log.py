@@ -22,35 +22,36 @@ from ray_ddpo.common.run_storage.unwritten import Unwritten
 FIGURES = "evaluations.jsonl"
 FOLDER = "evaluations"
 FILE = "images.parquet"
-REPORTED = ("policy_version", "scores", "alarms", "pictures")  # keys of a version that a report needs
+REPORTED = ("policy_version", "scores", "alarms", "image_statistics")  # keys of a version that a report needs
 
 
 @dataclass(frozen=True)
 class EvaluatedImages:
-    """The pictures of one version, or of the moving average at it, with their scores."""
+    """The images of one version, or of the moving average at it, with their scores."""
 
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
-    scores: dict[str, np.ndarray]  # by reward and scorer, [N], NaN where a picture has none
+    scores: dict[str, np.ndarray]  # by reward and scorer, [N], NaN where an image has none
     pixels: UInt8[np.ndarray, "N H W 3"]
     without_image: frozenset[int] = frozenset()  # rows whose pixels are black because there is no image
 
 
-def images_table(variant: str, images: EvaluatedImages, pictures: int) -> pa.Table:
-    """A row an image, of which the first so many hold their picture; `variant`: under which weights they were drawn."""
-    count = len(images.seeds)
-    shown = [png(pixels) if image < pictures else None for image, pixels in enumerate(images.pixels)]
+def images_table(variant: str, evaluated: EvaluatedImages, images: int) -> pa.Table:
+    """A row an image, of which the first so many hold their image; `variant`: under which weights they were sampled."""
+    count = len(evaluated.seeds)
+    shown = [png(pixels) if image < images else None for image, pixels in enumerate(evaluated.pixels)]
     columns = {
         "variant": pa.array([variant] * count),
         "image": pa.array(range(count), pa.int32()),
-        "prompt": pa.array([prompt.text for prompt in images.prompts]),
-        "seed": pa.array(images.seeds, pa.int64()),
-        "picture": pa.array(shown, pa.binary()),
+        "prompt": pa.array([prompt.text for prompt in evaluated.prompts]),
+        "seed": pa.array(evaluated.seeds, pa.int64()),
+        "pixels": pa.array(shown, pa.binary()),
     }
-    if any(prompt.metadata for prompt in images.prompts):
-        columns["metadata"] = pa.array(metadata_as_json(images.prompts), pa.string())
+    if any(prompt.metadata for prompt in evaluated.prompts):
+        columns["metadata"] = pa.array(metadata_as_json(evaluated.prompts), pa.string())
     scores = {
-        f"score/{name}": pa.array(values.astype(np.float64), from_pandas=True) for name, values in images.scores.items()
+        f"score/{name}": pa.array(values.astype(np.float64), from_pandas=True)
+        for name, values in evaluated.scores.items()
     }
     return pa.table(columns | scores)
 
@@ -80,9 +81,9 @@ class EvaluationLog:
             if name not in kept:
                 self._storage.remove(f"{FOLDER}/{name}")
 
-    def write(self, figures: dict[str, Any], variants: dict[str, EvaluatedImages], pictures: int) -> None:
-        """Add a version: its object, and a row an image, of which the first so many hold their picture."""
-        tables = [images_table(variant, images, pictures) for variant, images in variants.items()]
+    def write(self, figures: dict[str, Any], variants: dict[str, EvaluatedImages], images: int) -> None:
+        """Add a version: its object, and a row an image, of which the first so many hold their image."""
+        tables = [images_table(variant, evaluated, images) for variant, evaluated in variants.items()]
         buffer = io.BytesIO()
         parquet.write_table(pa.concat_tables(tables), buffer)
         name = f"{FOLDER}/{_folder(figures['policy_version'])}/{FILE}"
@@ -93,11 +94,11 @@ class EvaluationLog:
         """A version's rows, in the order of the evaluation set. FileNotFoundError: it was not evaluated."""
         name = f"{FOLDER}/{_folder(policy_version)}/{FILE}"
         data = self._unwritten.read(self._storage, name)
-        return parquet_table(data, f"{self._storage.location}/{name}", ("variant", "picture"))
+        return parquet_table(data, f"{self._storage.location}/{name}", ("variant", "pixels"))
 
-    def pictures(self, policy_version: int) -> list[UInt8[np.ndarray, "H W 3"]]:
-        """Those of its pictures that were kept, the first ones."""
-        kept = [data for data in self._current(policy_version)["picture"].to_pylist() if data is not None]
+    def images(self, policy_version: int) -> list[UInt8[np.ndarray, "H W 3"]]:
+        """Those of its images that were kept, the first ones."""
+        kept = [data for data in self._current(policy_version)["pixels"].to_pylist() if data is not None]
         with reading(f"{self._storage.location}/{FOLDER}/{_folder(policy_version)}/{FILE}"):
             return [from_png(data) for data in kept]
 
@@ -105,7 +106,7 @@ class EvaluationLog:
         return self.read(policy_version).filter(compute.field("variant") == "current")
 
     def scores(self, policy_version: int) -> dict[str, np.ndarray]:
-        """Its pictures' scores by reward and scorer, NaN where one has none."""
+        """Its images' scores by reward and scorer, NaN where one has none."""
         rows = self._current(policy_version)
         names = [name for name in rows.column_names if name.startswith("score/")]
         return {name.removeprefix("score/"): rows[name].to_numpy().astype(np.float64) for name in names}

@@ -25,26 +25,26 @@ FOLDER = "rollouts"
 FILE = "images.parquet"
 ABOUT = "ray_ddpo"
 ROUND_FOLDER = re.compile(r"round=(\d+)")
-OF_ITS_GROUP = "an image of its group was set aside"
+OF_ITS_GROUP = "an image of its group was dropped"
 COLUMNS = {
     "task": pa.int32(),
     "image": pa.int32(),  # in the round, in task order
     "prompt": pa.string(),
     "seed": pa.int64(),
     "policy_version": pa.int64(),
-    "fingerprint": pa.string(),  # of the weights that drew it
+    "fingerprint": pa.string(),  # of the weights that sampled it
     "image_fingerprint": pa.string(),  # of its pixels
-    "drawn_by": pa.string(),
-    "drawn_on": pa.string(),  # processor or GPU, and library versions
+    "sampled_by": pa.string(),
+    "sampled_on": pa.string(),  # processor or GPU, and library versions
     "scored_on": pa.string(),  # the same of reward workers; of several machines, one after the other
-    "seconds": pa.float64(),  # of drawing: its share of its task's
-    "set_aside": pa.string(),  # why it was not learned from; null: it was
+    "seconds": pa.float64(),  # of sampling: its share of its task's
+    "dropped": pa.string(),  # why it was not learned from; null: it was
     "reward": pa.float64(),  # weighted sum of the columns reward/<name>; null: it could not be scored
     "advantage": pa.float64(),  # null: it was not learned from
 }
 
 
-NOT_DRAWN = ("scored_on", "set_aside", "reward", "advantage")
+NOT_SAMPLED = ("scored_on", "dropped", "reward", "advantage")
 
 
 class Ledger:
@@ -68,26 +68,26 @@ class Ledger:
         self._about = about or {}
         self._write = unwritten.write if unwritten else Storage.write
 
-    def wants_pictures(self, round: int) -> bool:
-        """Whether this round's rows are to hold their pictures."""
-        return self._table.keep and self._table.pictures_every > 0 and round % self._table.pictures_every == 0
+    def wants_images(self, round: int) -> bool:
+        """Whether this round's rows are to hold their images."""
+        return self._table.keep and self._table.images_every > 0 and round % self._table.images_every == 0
 
     def write_round(
         self,
         batch: TrainBatch,
         rollouts: list[Rollout],
         weights: dict[str, float],
-        pictures: list[UInt8[np.ndarray, "B H W 3"]] | None = None,
+        images: list[UInt8[np.ndarray, "B H W 3"]] | None = None,
     ) -> None:
-        """Write what a round has learned from, if the recipe keeps rollouts; `pictures` are a task's each."""
+        """Write what a round has learned from, if the recipe keeps rollouts; `images` are a task's each."""
         if not self._table.keep:
             return
         columns = {**_drawn([rollout.report for rollout in rollouts]), **_scored(rollouts, weights)}
-        images = len(columns["seed"])
-        assert images == len(batch.advantages), "a round has one advantage an image"
+        count = len(columns["seed"])
+        assert count == len(batch.advantages), "a round has one advantage an image"
         reasons = _reasons(rollouts)
-        columns["set_aside"] = [
-            reasons.get(image, OF_ITS_GROUP if image in batch.set_aside else None) for image in range(images)
+        columns["dropped"] = [
+            reasons.get(image, OF_ITS_GROUP if image in batch.dropped else None) for image in range(count)
         ]
         columns["advantage"] = batch.advantages
         columns |= {f"joined/{name}": values for name, values in batch.joined_from.items()}
@@ -96,8 +96,8 @@ class Ledger:
         if any(prompt.metadata for prompt in prompts):
             columns["metadata"], types["metadata"] = metadata_as_json(prompts), pa.string()
         table = pa.table({name: pa.array(columns[name], kind, from_pandas=True) for name, kind in types.items()})
-        if pictures is not None and self.wants_pictures(batch.round):
-            table = table.append_column("picture", pa.array([png(image) for task in pictures for image in task]))
+        if images is not None and self.wants_images(batch.round):
+            table = table.append_column("image", pa.array([png(image) for task in images for image in task]))
         table = table.replace_schema_metadata({ABOUT: json.dumps(self._about)})
         buffer = io.BytesIO()
         parquet.write_table(table, buffer)
@@ -137,7 +137,7 @@ def _folder(round: int) -> str:
 
 def _drawn(reports: list[TaskReport]) -> dict[str, Any]:
     """What the samplers have said, an entry an image."""
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS if name not in NOT_DRAWN}
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS if name not in NOT_SAMPLED}
     for report in reports:
         task, images = report.task, len(report.task.seeds)
         columns["prompt"] += [prompt.text for prompt in task.prompts]
@@ -147,8 +147,8 @@ def _drawn(reports: list[TaskReport]) -> dict[str, Any]:
             "task": task.index,
             "policy_version": task.policy_version,
             "fingerprint": report.fingerprint,
-            "drawn_by": report.drawn_by,
-            "drawn_on": str(report.machine) if report.machine else None,
+            "sampled_by": report.sampled_by,
+            "sampled_on": str(report.machine) if report.machine else None,
             "seconds": report.seconds / images,
         }
         for name, value in of_task.items():
@@ -176,6 +176,6 @@ def _reasons(rollouts: list[Rollout]) -> dict[int, str]:
     """Why images could not be scored, by their number in the round."""
     found, first = {}, 0
     for rollout in rollouts:
-        found |= {first + row: reason for row, reason in rollout.scores.set_aside.items()}
+        found |= {first + row: reason for row, reason in rollout.scores.dropped.items()}
         first += len(rollout.report.task.seeds)
     return found

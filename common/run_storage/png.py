@@ -1,4 +1,4 @@
-"""A picture as the bytes of a PNG file, and back."""
+"""An image as the bytes of a PNG file, and back."""
 
 import io
 

@@ -72,7 +72,7 @@ class RunFolder:
 
     @property
     def best(self) -> Storage:
-        """The weights that were best on held-out pictures, laid out as the run's own are."""
+        """The weights that were best on held-out images, laid out as the run's own are."""
         return self.storage.folder("best")
 
     @property

@@ -92,7 +92,7 @@ class Storage:
         self._change("written", self._files.create, name, data)
 
     def append(self, name: str, data: bytes) -> None:
-        """Add to a file's end; where the filesystem cannot, the file is written anew."""
+        """Add to a file's end; where the filesystem cannot, the file is written again."""
         self._change("written", self._files.append, name, data)
 
     def exists(self, name: str) -> bool:

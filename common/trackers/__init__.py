@@ -1,8 +1,8 @@
-"""The room of trackers: where metrics go. One file a tracker, one line here."""
+"""The registry of trackers: where metrics go. One file a tracker, one line here."""
 
-from ray_ddpo.common.recipe.registry import Room
+from ray_ddpo.common.recipe.registry import Registry
 
-TRACKERS: Room = {
+TRACKERS: Registry = {
     "jsonl": "ray_ddpo.common.trackers.jsonl:Jsonl",
     "terminal": "ray_ddpo.common.trackers.terminal:Terminal",
     "wandb": "ray_ddpo.common.trackers.wandb_run:WandbRun",

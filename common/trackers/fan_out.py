@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 from ray_ddpo.common.trackers import TRACKERS
-from ray_ddpo.common.trackers.exhibits import Exhibits
+from ray_ddpo.common.trackers.media import Media
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 from ray_ddpo.common.user_code.blame import call_if_own
 
@@ -56,9 +56,9 @@ class FanOut:
         """Whether any of them shows more than numbers, so that it is worth the making."""
         return any(type(live).show is not LiveTracker.show for live in self._live.values())
 
-    def show(self, exhibits: Exhibits) -> None:
-        """Give pictures, tables and histograms to all; those of numbers alone ignore them."""
-        self._each(lambda live: live.show(exhibits))
+    def show(self, media: Media) -> None:
+        """Give images, tables and histograms to all; those of numbers alone ignore them."""
+        self._each(lambda live: live.show(media))
 
     def flush(self) -> None:
         """Have each write what the run's folder refused before. StorageError: it refuses again."""

@@ -11,7 +11,7 @@ from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Trac
 Kind = Literal["counter", "gauge", "histogram"]
 NAME = "ray"
 TAGS = ("run", "role", "index")
-COUNTED = {"images", "images_set_aside", "optimizer_steps", "optimizer_steps_skipped"}
+COUNTED = {"images", "images_dropped", "optimizer_steps", "optimizer_steps_skipped"}
 # The last part of these names is a tag: what it may be is not known beforehand, and one graph shows them all.
 FAMILIES: dict[str, tuple[str, str, Kind]] = {
     "retries/": ("retries", "reason", "counter"),

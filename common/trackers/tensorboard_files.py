@@ -3,16 +3,18 @@
 import html
 from typing import Any
 
-from ray_ddpo.common.trackers.exhibits import Cell, Exhibits, Picture, ShownTable
+from ray_ddpo.common.trackers.media import CaptionedImage, Cell, Media, ShownTable
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
 
 FOLDER = "tensorboard"
 
 
 def markdown(table: ShownTable) -> str:
-    """As TensorBoard's text shows it, which has no pictures: their columns are left out."""
+    """As TensorBoard's text shows it, which has no images: their columns are left out."""
     shown = [
-        place for place in range(len(table.columns)) if not any(isinstance(row[place], Picture) for row in table.rows)
+        place
+        for place in range(len(table.columns))
+        if not any(isinstance(row[place], CaptionedImage) for row in table.rows)
     ]
     rows = [table.columns, ("---",) * len(table.columns), *table.rows]
     return "\n".join("| " + " | ".join(_text(row[place]) for place in shown) + " |" for row in rows)
@@ -24,9 +26,9 @@ def _text(cell: Cell) -> str:
     return html.escape(" ".join(str(cell).split())).replace("|", "&#124;")
 
 
-def _captions(pictures: tuple[Picture, ...]) -> ShownTable:
+def _captions(images: tuple[CaptionedImage, ...]) -> ShownTable:
     return ShownTable(
-        ("picture", "caption"), tuple((f"{place:02d}", picture.caption) for place, picture in enumerate(pictures))
+        ("image", "caption"), tuple((f"{place:02d}", image.caption) for place, image in enumerate(images))
     )
 
 
@@ -42,16 +44,16 @@ class EventFiles(LiveTracker):
             self._writer.add_scalar(name, value, global_step=int(metrics["round"]))
         self._writer.flush()
 
-    def show(self, exhibits: Exhibits) -> None:
-        step = exhibits.round
-        for panel, pictures in exhibits.pictures.items():
-            for place, picture in enumerate(pictures):
-                tag = f"pictures/{panel}/{place:02d}"
-                self._writer.add_image(tag, picture.pixels, global_step=step, dataformats="HWC")
-            self._writer.add_text(f"captions/{panel}", markdown(_captions(pictures)), global_step=step)
-        for panel, table in exhibits.tables.items():
+    def show(self, media: Media) -> None:
+        step = media.round
+        for panel, images in media.images.items():
+            for place, image in enumerate(images):
+                tag = f"images/{panel}/{place:02d}"
+                self._writer.add_image(tag, image.pixels, global_step=step, dataformats="HWC")
+            self._writer.add_text(f"captions/{panel}", markdown(_captions(images)), global_step=step)
+        for panel, table in media.tables.items():
             self._writer.add_text(f"tables/{panel}", markdown(table), global_step=step)
-        for name, values in exhibits.countable.items():
+        for name, values in media.countable.items():
             self._writer.add_histogram(f"histograms/{name}", values, global_step=step)
 
     def finish(self) -> None:

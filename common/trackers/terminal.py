@@ -33,7 +33,7 @@ class Bar(LiveTracker):
         self._progress = Progress(round_column, BarColumn(), TimeElapsedColumn(), figures_column, refresh_per_second=1)
         self._time_left = TimeLeft(run)
         self._progress.console.print(settings_line(run), markup=False, highlight=False)
-        self._row = self._progress.add_task("drawing", total=run.rounds, completed=run.first_round)
+        self._row = self._progress.add_task("sampling", total=run.rounds, completed=run.first_round)
         self._progress.start()
 
     def log(self, metrics: Metrics) -> None:

@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.recipe.registry import Component
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.trackers import TRACKERS
-from ray_ddpo.common.trackers.exhibits import Exhibits
+from ray_ddpo.common.trackers.media import Media
 
 Metrics = dict[str, float]
 
@@ -66,15 +66,15 @@ class LiveTracker(ABC):
     def flush(self) -> None:  # noqa: B027  a tracker elsewhere holds nothing back
         """Write into the run's folder what it refused before. StorageError: it refuses again; no checkpoint is committed."""
 
-    def show(self, exhibits: Exhibits) -> None:  # noqa: B027  a tracker of numbers alone shows nothing
-        """Take pictures, tables and histograms, before the metrics of their round, which end it."""
+    def show(self, media: Media) -> None:  # noqa: B027  a tracker of numbers alone shows nothing
+        """Take images, tables and histograms, before the metrics of their round, which end it."""
 
     def identity(self) -> str | None:
         """What a resumed run must be told to go on in the same place of a service; None where the folder says it."""
         return None
 
 
-class Tracker(Entry, ABC):
+class Tracker(Component, ABC):
     """A tracker's keys in the recipe."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ import PIL.Image
 from ray_ddpo.common.model_files.model_hub import first_line, server_answers
 from ray_ddpo.common.run_storage.reading import read_json_lines
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.common.trackers.exhibits import Exhibits, Picture
+from ray_ddpo.common.trackers.media import CaptionedImage, Media
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
 from ray_ddpo.common.trackers.wandb_files import rounds_in_files
 
@@ -30,7 +30,7 @@ class OpenRun(LiveTracker):
     """A run that wandb keeps open in this process. wandb's step is the round, and may not go back.
 
     A history cannot be changed. What a resumed run does again is not sent again: it has the same bits. What was done
-    before the checkpoint and is not in wandb is sent anew.
+    before the checkpoint and is not in wandb is sent again.
     """
 
     def __init__(self, run: Any, info: RunInfo, rounds_there: int) -> None:
@@ -48,10 +48,10 @@ class OpenRun(LiveTracker):
         if round >= self._rounds_there:
             self._run.log(metrics, step=round, commit=True)
 
-    def show(self, exhibits: Exhibits) -> None:
-        if exhibits.round >= self._rounds_there:
+    def show(self, media: Media) -> None:
+        if media.round >= self._rounds_there:
             with self._nothing_elsewhere():
-                self._run.log(as_wandb_has_it(exhibits), step=exhibits.round, commit=False)
+                self._run.log(as_wandb_has_it(media), step=media.round, commit=False)
 
     @contextmanager
     def _nothing_elsewhere(self) -> Iterator[None]:
@@ -131,26 +131,26 @@ class WandbRun(Tracker):
         return OpenRun(opened, run, opened.starting_step if way == "online" else rounds_there)
 
 
-def as_wandb_has_it(exhibits: Exhibits) -> dict[str, Any]:
-    """By what it is and then by its panel: `pictures/evaluation`, `tables/evaluation`, `histograms/reward`."""
+def as_wandb_has_it(media: Media) -> dict[str, Any]:
+    """By what it is and then by its panel: `images/evaluation`, `tables/evaluation`, `histograms/reward`."""
     import wandb
 
     shown: dict[str, Any] = {}
-    for panel, pictures in exhibits.pictures.items():
-        shown[f"pictures/{panel}"] = [_image(picture) for picture in pictures]
-    for panel, table in exhibits.tables.items():
-        rows = [[_image(cell) if isinstance(cell, Picture) else cell for cell in row] for row in table.rows]
+    for panel, images in media.images.items():
+        shown[f"images/{panel}"] = [_image(image) for image in images]
+    for panel, table in media.tables.items():
+        rows = [[_image(cell) if isinstance(cell, CaptionedImage) else cell for cell in row] for row in table.rows]
         shown[f"tables/{panel}"] = wandb.Table(columns=list(table.columns), data=rows)
-    for name, values in exhibits.countable.items():
+    for name, values in media.countable.items():
         shown[f"histograms/{name}"] = wandb.Histogram(np_histogram=np.histogram(values, bins=BINS))
     return shown
 
 
-def _image(picture: Picture) -> Any:
+def _image(image: CaptionedImage) -> Any:
     import wandb
 
     # From an array wandb would first guess whether to stretch its values.
-    return wandb.Image(PIL.Image.fromarray(picture.pixels), caption=picture.caption or None)
+    return wandb.Image(PIL.Image.fromarray(image.pixels), caption=image.caption or None)
 
 
 def _rounds_before(info: RunInfo) -> Iterator[Metrics]:

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 from ray_ddpo.common.user_code.frames import place_in_users_code
 
 if TYPE_CHECKING:
-    from ray_ddpo.common.recipe.registry import Entry, Room
+    from ray_ddpo.common.recipe.registry import Component, Registry
 
 MOST_LETTERS = 300  # of another library's message
 
 
-def is_users_own(component: "Entry", room: "Room") -> bool:
-    """Return whether a component was written outside the project: its class is none of the room's."""
-    return f"{type(component).__module__}:{type(component).__qualname__}" not in room.values()
+def is_users_own(component: "Component", registry: "Registry") -> bool:
+    """Return whether a component was written outside the project: its class is none of the registry's."""
+    return f"{type(component).__module__}:{type(component).__qualname__}" not in registry.values()
 
 
-def call_if_own(component: "Entry", room: "Room", method: str, *arguments: Any) -> Any:
+def call_if_own(component: "Component", registry: "Registry", method: str, *arguments: Any) -> Any:
     """Call a method: as `call` does if the component is the user's own, else directly."""
-    if is_users_own(component, room):
+    if is_users_own(component, registry):
         return call(component, method, *arguments)
     return getattr(component, method)(*arguments)
 

@@ -47,21 +47,21 @@ def parser() -> argparse.ArgumentParser:
 
     _add_of_living_runs(verbs)
 
-    verb = verbs.add_parser("sample", help="draw pictures with a run's weights")
+    verb = verbs.add_parser("sample", help="sample images with a run's weights")
     verb.add_argument("--lora", required=True, metavar="RUN_OR_PATH", help="a run's folder, or any LoRA file or folder")
     verb.add_argument("--recipe", help="whose model and sampling to use; by default the run's own")
     verb.add_argument("--output", default="samples", help="the folder for the PNGs")
-    verb.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next")
+    verb.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next")
     verb.add_argument("prompts", nargs="+", metavar="PROMPT")
 
     verb = verbs.add_parser(
-        "report", help="write report.html, before/after pictures, the reward's curve and summary.json"
+        "report", help="write report.html, before/after images, the reward's curve and summary.json"
     )
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
 
     _add_evaluate(verbs)
 
-    verb = verbs.add_parser("replay", help="draw a round again and compare it with the ledger, image by image")
+    verb = verbs.add_parser("replay", help="sample a round again and compare it with the ledger, image by image")
     verb.add_argument("replayed", metavar="RUN", help="a run's folder")
     verb.add_argument("--round", type=int, required=True, help="counted from 0")
     _add_export(verbs)
@@ -87,7 +87,7 @@ def _add_of_living_runs(verbs: Any) -> None:
 def _add_evaluate(verbs: Any) -> None:
     verb = verbs.add_parser(
         "evaluate",
-        help="compare weights on the same held-out pictures, with each other or with the pretrained model",
+        help="compare weights on the same held-out images, with each other or with the pretrained model",
         epilog="--section.key VALUE changes any key of the recipe, such as evaluation.images and evaluation.prompts",
     )
     verb.add_argument(
@@ -120,7 +120,7 @@ def _add_push(verbs: Any) -> None:
 
 
 def _add_serve_reward(verbs: Any) -> None:
-    verb = verbs.add_parser("serve-reward", help="score pictures for others: a recipe's reward over HTTP")
+    verb = verbs.add_parser("serve-reward", help="score images for others: a recipe's reward over HTTP")
     verb.add_argument("recipe")
     verb.add_argument("--reward", metavar="NAME", help="which of the recipe's rewards; needed where it has several")
     verb.add_argument("--host", default="127.0.0.1", help="the address to listen at; by default %(default)s")
@@ -138,14 +138,14 @@ def _add_migrate(verbs: Any) -> None:
 
 
 def _add_fit_aesthetic(verbs: Any) -> None:
-    verb = verbs.add_parser("fit-aesthetic", help="fit an aesthetic head on rated pictures")
-    verb.add_argument("pictures", help="the folder that the table's paths begin at")
+    verb = verbs.add_parser("fit-aesthetic", help="fit an aesthetic head on rated images")
+    verb.add_argument("images", help="the folder that the table's paths begin at")
     verb.add_argument("table", help="csv, parquet, AVA.txt, or json of vote histograms: docs/aesthetic.md")
     verb.add_argument("--output", required=True, metavar="FOLDER", help="goes on with the embeddings that are there")
     verb.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub name; %(default)s")
     verb.add_argument("--head", choices=["linear", "mlp", "mlp-relu"], default="linear", help="by default %(default)s")
     verb.add_argument("--format", choices=["csv", "parquet", "ava", "json"], help="by default as the table looks")
-    verb.add_argument("--split-file", metavar="FILE", help="the test pictures: a path or an id a line")
+    verb.add_argument("--split-file", metavar="FILE", help="the test images: a path or an id a line")
     verb.add_argument("--validation", type=float, default=0.1, help="share; by default %(default)s")
     verb.add_argument("--test", type=float, default=0.1, help="share, without --split-file; by default %(default)s")
     verb.add_argument("--seed", type=int, default=0, help="of the split and of the MLP's training")

@@ -16,11 +16,11 @@ from ray_ddpo.common.run_storage.evaluation_log import FIGURES
 from ray_ddpo.common.run_storage.reading import read_json, read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.model_card.card import Published, model_card
-from ray_ddpo.deploy.commands.report.images import before_after_picture, reward_curve
+from ray_ddpo.deploy.commands.report.images import before_after_image, reward_curve
 from ray_ddpo.deploy.commands.report.report import compare, figures_of, logged_rounds, report
 from ray_ddpo.deploy.commands.weights.given_base import check_base
 from ray_ddpo.deploy.commands.weights.run_weights import RunWeights, best_weights, run_weights
-from ray_ddpo.deploy.driver.components import entries_of, parts_of
+from ray_ddpo.deploy.driver.components import build_components, components_of
 from ray_ddpo.deploy.hub import Files, license_of, prepare, upload
 
 BEFORE_AFTER, CURVE, SUMMARY = "before_after.png", "reward_curve.png", "summary.json"
@@ -37,7 +37,7 @@ def push(run: str, overrides: list[str], dry_run: str | None = None) -> str:
     recipe = folder.load_recipe(overrides)
     license_of(recipe)
     if dry_run is None:
-        prepare(recipe)  # before pictures are drawn
+        prepare(recipe)  # before images are charts
     elif Path(dry_run).exists() and (not Path(dry_run).is_dir() or any(Path(dry_run).iterdir())):
         raise ValueError(
             f"{dry_run} is there and not an empty folder: what would be pushed would be mixed with what is in it"
@@ -52,21 +52,21 @@ def push(run: str, overrides: list[str], dry_run: str | None = None) -> str:
 
 
 def _looked_at(folder: RunFolder, recipe: Recipe, overrides: list[str], weights: RunWeights) -> dict[str, bytes]:
-    """The report's pictures and summary of these weights; where it has not been made of them, it is now."""
+    """The report's images and summary of these weights; where it has not been made of them, it is now."""
     if weights.location == folder.location and not _is_of(folder, weights):
         print(f"{folder.location} has no report of these weights: it is made now", file=sys.stderr, flush=True)
         report(folder.location, overrides)
     if _is_of(folder, weights):
         return {name: folder.report.read(name) for name in LOOKED_AT}
-    print("the report is not of these weights: their pictures are drawn now", file=sys.stderr, flush=True)
+    print("the report is not of these weights: their images are charts now", file=sys.stderr, flush=True)
     rounds = logged_rounds(folder)
-    comparison = compare(parts_of(recipe), weights.location, lambda base: check_base(folder, base, overrides))
+    comparison = compare(build_components(recipe), weights.location, lambda base: check_base(folder, base, overrides))
     figures = figures_of(comparison, recipe, rounds, weights)
     with tempfile.TemporaryDirectory() as scratch:
-        before_after_picture(comparison, Path(scratch) / BEFORE_AFTER)
+        before_after_image(comparison, Path(scratch) / BEFORE_AFTER)
         reward_curve(rounds, Path(scratch) / CURVE)
-        drawn = {name: (Path(scratch) / name).read_bytes() for name in (BEFORE_AFTER, CURVE)}
-    return {**drawn, SUMMARY: json.dumps(figures).encode()}
+        charts = {name: (Path(scratch) / name).read_bytes() for name in (BEFORE_AFTER, CURVE)}
+    return {**charts, SUMMARY: json.dumps(figures).encode()}
 
 
 def _is_of(folder: RunFolder, weights: RunWeights) -> bool:
@@ -77,7 +77,7 @@ def _is_of(folder: RunFolder, weights: RunWeights) -> bool:
 
 def _files(folder: RunFolder, recipe: Recipe, weights: RunWeights, looked_at: dict[str, bytes]) -> Files:
     """All but the weights."""
-    parts = entries_of(recipe)
+    parts = components_of(recipe)
     figures = {name: value for name, value in json.loads(looked_at[SUMMARY]).items() if name != "seconds_report"}
     recipe_text = _recipe_text(folder)
     left = [name for name in (folder.metrics, FIGURES) if folder.storage.exists(name)]

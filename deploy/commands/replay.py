@@ -1,4 +1,4 @@
-"""ddpo replay: draw a round again from the checkpointed weights, and compare it with the ledger image by image."""
+"""ddpo replay: sample a round again from the checkpointed weights, and compare it with the ledger image by image."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.actors.task_care import Care
 from ray_ddpo.common.base_parts import BASE
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.prompts import Prompt, metadata_as_json
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.schedule import Task, round_tasks
 from ray_ddpo.deploy.commands.weights.given_base import refuse_another_base
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.learner.checkpoints.checkpoint import (
     damaged_checkpoints,
@@ -41,14 +41,14 @@ class Replay:
     @property
     def text(self) -> str:
         lines = [f"image {image}: {'; '.join(texts)}" for image, texts in sorted(self.differences.items())]
-        drawn = f"round {self.round}, drawn again with policy version {self.policy_version}"
+        sampled = f"round {self.round}, re-sampled with policy version {self.policy_version}"
         count = len(self.differences)
         summary = f"all {self.images} images are equal" if self.equal else f"{count} of {self.images} images differ"
-        return "\n".join([*lines, f"{drawn}: {summary}"])
+        return "\n".join([*lines, f"{sampled}: {summary}"])
 
 
 def replay(run: str, round: int, overrides: list[str]) -> Replay:
-    """Draw `round` of a run again. ValueError: no run, no such round in its ledger, or its weights were not kept."""
+    """SamplePrompt `round` of a run again. ValueError: no run, no such round in its ledger, or its weights were not kept."""
     folder = RunFolder(run)
     recipe = folder.load_recipe(overrides)
     ledger = Ledger(folder.storage, recipe.rollouts)
@@ -56,26 +56,26 @@ def replay(run: str, round: int, overrides: list[str]) -> Replay:
     stood_on = BASE.validate_python(ledger.about(round).get("base") or folder.base())
     version = rows[0]["policy_version"]
     weights = kept_weights(folder.checkpoints, round, version)
-    parts = parts_of(recipe)
+    parts = build_components(recipe)
     scheduled = round_tasks(recipe, round, parts.prompts.load())
     differences: dict[int, list[str]] = {}
     for image, text in [*_against_schedule(rows, scheduled), *_against_weights(rows, weights)]:
         differences.setdefault(image, []).append(text)
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
     refuse_another_base(folder, stood_on, sampler.loaded_parts() | prompts_base(parts), overrides)
-    drawn: list[str] = []
+    sampled: list[str] = []
     for task in tasks_of(rows):
-        report, _, _ = sampler.draw(task, weights, Care(not_decoded=without_image(rows, task.index)))
+        report, _, _ = sampler.sample(task, weights, Care(not_decoded=without_image(rows, task.index)))
         assert report is not None, "nobody tells this sampler to forget a task"
-        drawn += report.image_fingerprints
-    for row, fingerprint in zip(rows, drawn, strict=True):
+        sampled += report.image_fingerprints
+    for row, fingerprint in zip(rows, sampled, strict=True):
         if row["image_fingerprint"] != fingerprint:
-            text = f"the ledger has {_short(row['image_fingerprint'])}, and drawn again it is {_short(fingerprint)}"
+            text = f"the ledger has {_short(row['image_fingerprint'])}, and re-sampled it is {_short(fingerprint)}"
             differences.setdefault(row["image"], []).append(f"{text} ({row['prompt']!r}, seed {row['seed']})")
     return Replay(round, version, len(rows), differences)
 
 
-def kept_weights(checkpoints: Storage, round: int, version: int) -> LoraWeights:
+def kept_weights(checkpoints: Storage, round: int, version: int) -> PolicyWeights:
     """The weights of a policy version, from the newest checkpoint that holds them. ValueError: none does."""
     whole = list(whole_checkpoints(checkpoints))
     for checkpoint in whole:
@@ -85,7 +85,7 @@ def kept_weights(checkpoints: Storage, round: int, version: int) -> LoraWeights:
     there = [f"{name} has {versions}" for name, versions in held.items()] or ["there are none"]
     there += [f"{name} is damaged" for name in damaged_checkpoints(checkpoints)]
     raise ValueError(
-        f"round {round} was drawn with policy version {version}, which no checkpoint in {checkpoints.location} holds "
+        f"round {round} was sampled with policy version {version}, which no checkpoint in {checkpoints.location} holds "
         f"({'; '.join(there)}): a run with a smaller checkpoint.every and a larger checkpoint.keep keeps more of them"
     )
 
@@ -101,7 +101,7 @@ def tasks_of(rows: list[Row]) -> list[Task]:
 
 
 def without_image(rows: list[Row], task: int) -> tuple[int, ...]:
-    """Return the task's rows that were set aside without an image, because they end the process that decodes them."""
+    """Return the task's rows that were dropped without an image, because they end the process that decodes them."""
     of_task = [row for row in rows if row["task"] == task]
     return tuple(number for number, row in enumerate(of_task) if row["image_fingerprint"] == "")
 
@@ -130,11 +130,11 @@ def _against_schedule(rows: list[Row], scheduled: list[Task]) -> list[tuple[int,
     ]
 
 
-def _against_weights(rows: list[Row], weights: LoraWeights) -> list[tuple[int, str]]:
+def _against_weights(rows: list[Row], weights: PolicyWeights) -> list[tuple[int, str]]:
     return [
         (
             row["image"],
-            f"drawn with weights {_short(row['fingerprint'])}, the checkpoint's are {_short(weights.fingerprint)}",
+            f"sampled with weights {_short(row['fingerprint'])}, the checkpoint's are {_short(weights.fingerprint)}",
         )
         for row in rows
         if row["fingerprint"] != weights.fingerprint

@@ -1,4 +1,4 @@
-"""ddpo sample: draw pictures with a run's weights, as PNGs."""
+"""ddpo sample: sample images with a run's weights, as PNGs."""
 
 import sys
 from collections.abc import Iterator
@@ -8,17 +8,17 @@ from pathlib import Path
 from PIL import Image
 
 from ray_ddpo.actors.evaluation.evaluation import decoded
-from ray_ddpo.common.diffusion.rollout import draw, window_of_pictures
+from ray_ddpo.common.diffusion.rollout import evaluation_window, sample_trajectories
 from ray_ddpo.common.run_storage.run_folder import weights_here
 from ray_ddpo.deploy.commands.settings import differing_settings
 from ray_ddpo.deploy.commands.weights.given_base import check_given
 from ray_ddpo.deploy.commands.weights.given_weights import load_policy, recipe_of, refuse_output_file
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to draw, with which weights, and where to put it."""
+    """What to sample, with which weights, and where to put it."""
 
     weights: str  # a run's folder, or a LoRA's file or folder
     recipe: str | None
@@ -28,20 +28,20 @@ class SampleRequest:
 
 
 def sample(request: SampleRequest, overrides: list[str]) -> Iterator[Path]:
-    """Draw one picture a prompt; the paths as they are written. ValueError: no weights or no recipe there."""
+    """SamplePrompt one image a prompt; the paths as they are written. ValueError: no weights or no recipe there."""
     recipe = recipe_of([request.weights], request.recipe, overrides)
     refuse_output_file(Path(request.output))
     with weights_here(request.weights) as path:
         policy = load_policy(recipe, path)
-    parts = parts_of(recipe)
+    parts = build_components(recipe)
     check_given([request.weights], request.recipe, parts.policy.loaded_base("sampler"), overrides)
     for line in differing_settings([request.weights], parts.resolved()):
         print(line, file=sys.stderr, flush=True)
     output = Path(request.output)
     output.mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(request.prompts):
-        trajectory = draw(
-            policy, [prompt], [request.seed + index], recipe.sampling, window_of_pictures(recipe.sampling)
+        trajectory = sample_trajectories(
+            policy, [prompt], [request.seed + index], recipe.sampling, evaluation_window(recipe.sampling)
         )
         pixels = decoded(policy, trajectory, [prompt])[0]
         path = output / f"{index:03d}-{_file_name(prompt)}-seed{request.seed + index}.png"

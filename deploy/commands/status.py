@@ -21,7 +21,7 @@ SHOWN = {
 def status(run: str) -> dict[str, Any]:
     """What is known of a run: who runs it, rounds done of how many, its last round's metrics, its newest checkpoint.
 
-    `images_set_aside` and `actor_restarts` are sums over the rounds in metrics.jsonl. ValueError: no run there.
+    `images_dropped` and `actor_restarts` are sums over the rounds in metrics.jsonl. ValueError: no run there.
     """
     folder = RunFolder(run)
     recipe = folder.load_recipe([])
@@ -34,7 +34,7 @@ def status(run: str) -> dict[str, Any]:
         "rounds": recipe.rounds,
         "checkpoint": _text(folder, "checkpoints/latest"),
         "ended_by_guard": folder.guard_ended(),
-        "images_set_aside": int(sum(metrics["images_set_aside"] for metrics in rounds)),
+        "images_dropped": int(sum(metrics["images_dropped"] for metrics in rounds)),
         "actor_restarts": int(sum(restarts)),
         "last_round": {name: rounds[-1].get(name) for name, _ in SHOWN.values()} if rounds else {},
     }
@@ -49,7 +49,7 @@ def in_words(known: dict[str, Any]) -> str:
     lines = {
         "rounds": f"{known['rounds_done']} of {known['rounds']}",
         "checkpoint": known["checkpoint"] or "none yet",
-        "images set aside": str(known["images_set_aside"]),
+        "images dropped": str(known["images_dropped"]),
         "actor restarts": str(known["actor_restarts"]),
     }
     if ended:
@@ -63,7 +63,7 @@ def in_words(known: dict[str, Any]) -> str:
 def _rounds(folder: RunFolder) -> list[dict[str, float]]:
     """Of metrics.jsonl; a line that is just being written is left out."""
     try:
-        return read_json_lines(folder.storage, folder.metrics, ("images_set_aside",))
+        return read_json_lines(folder.storage, folder.metrics, ("images_dropped",))
     except FileNotFoundError:
         return []
 

@@ -11,18 +11,18 @@ from ray_ddpo.common.prompts import PROMPTS, PromptSource
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.reward_pools import RewardPool, reward_pools
-from ray_ddpo.common.recipe.tables import Choice, RewardTable
+from ray_ddpo.common.recipe.tables import ComponentTable, RewardTable
 from ray_ddpo.common.trackers import TRACKERS
 from ray_ddpo.common.trackers.tracker import Tracker
 from ray_ddpo.common.user_code.blame import call_if_own
 from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
-from ray_ddpo.learner.algorithms.reward_aggregation import RewardComposition
+from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation
 from ray_ddpo.learner.optimization.optimizer import check_optimizer
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """The entries of a recipe. They are light, and travel to the process that makes them live."""
 
     recipe: Recipe
@@ -30,7 +30,7 @@ class Parts:
     prompts: PromptSource
     rewards: dict[str, Reward]
     scorers: dict[str, Reward]  # looked at, never trained on
-    composition: RewardComposition
+    aggregation: RewardAggregation
     algorithm: Algorithm
     trackers: dict[str, Tracker]
 
@@ -55,9 +55,9 @@ class Parts:
         return tables
 
 
-def parts_of(recipe: Recipe) -> Parts:
+def build_components(recipe: Recipe) -> Components:
     """Build every entry the recipe names. ValueError: a name or key is not known, or what an entry needs is not there."""
-    parts = entries_of(recipe)
+    parts = components_of(recipe)
     call_if_own(parts.policy, POLICIES, "check")
     parts.policy.lora_files()
     check_optimizer(recipe.learner)
@@ -67,32 +67,32 @@ def parts_of(recipe: Recipe) -> Parts:
     return parts
 
 
-def entries_of(recipe: Recipe) -> Parts:
+def components_of(recipe: Recipe) -> Components:
     """The same without asking whether what an entry needs is there.
 
     ValueError: a name or key is not known, or the algorithm does not go with the rest.
     """
     algorithm: Algorithm = build(ALGORITHMS, recipe.algorithm.table(), "algorithm", Algorithm)
     algorithm.check(recipe)
-    composition = RewardComposition.of(recipe)
-    composition.check(algorithm)
+    aggregation = RewardAggregation.of(recipe)
+    aggregation.check(algorithm)
     policy: PolicyConfig = build(POLICIES, recipe.policy.table(), "policy", PolicyConfig)
     policy.check_sampling(recipe.sampling)
     algorithm.check_policy(policy)
-    algorithm.check_micro_batches(recipe, policy.noisy_steps(recipe.sampling))
+    algorithm.check_micro_batches(recipe, policy.stochastic_steps(recipe.sampling))
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:
         trackers[table.name] = build(TRACKERS, table.table(), "trackers", Tracker)
     rewards = {table.called: build_reward(table) for table in recipe.all_rewards}
     scorers = {table.called: build_reward(table) for table in recipe.evaluation.scorers}
     _check_caches(recipe, rewards)
-    return Parts(
+    return Components(
         recipe,
         policy,
         build(PROMPTS, recipe.prompts.table(), "prompts", PromptSource),
         rewards,
         scorers,
-        composition,
+        aggregation,
         algorithm,
         trackers,
     )
@@ -103,10 +103,10 @@ def _check_caches(recipe: Recipe, rewards: dict[str, Reward]) -> None:
         if pool.table.cache and not any(rewards[name].independent_of_batch for name in pool.rewards):
             raise ValueError(
                 f"{pool.name}.cache is {pool.table.cache}, and the scores of {list(pool.rewards)} depend on the batch that a "
-                "picture stands in, so that a remembered one may differ in bits: set it to 0"
+                "image stands in, so that a remembered one may differ in bits: set it to 0"
             )
 
 
 def build_reward(table: RewardTable) -> Reward:
     """The reward that a `[reward]` table names."""
-    return build(REWARDS, Choice.table(table), "reward")
+    return build(REWARDS, ComponentTable.table(table), "reward")

@@ -38,7 +38,7 @@ class NumericsNotes:
             _say(
                 f"samplers and learner compute the same log-probs up to {rounding:.2g} apart (dtype, merged adapters or "
                 "compilation). The loss's ratio is not affected: it is taken to the learner's own log-probs. kl_nats and a "
-                "behaviour_weight are: policy.sampler_dtype and policy.compile decide how much"
+                "importance_weight are: policy.sampler_dtype and policy.compile decide how much"
             )
 
     def _met(self, role: str, machine: Machine, known: list[Machine]) -> None:

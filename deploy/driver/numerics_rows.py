@@ -2,10 +2,10 @@
 
 import torch
 
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 
 
-def rows_note(parts: Parts) -> str | None:
+def rows_note(parts: Components) -> str | None:
     """Return what is to be known, and what to do; None if the ratio is exactly 1 before the first update, or need not be."""
     recipe, policy = parts.recipe, parts.policy
     in_half = {policy.dtype_of("sampler"), policy.dtype_of("learner")} != {torch.float32}

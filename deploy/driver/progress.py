@@ -17,9 +17,9 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import StorageError
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trajectory import Rollout, Scored, TrainBatch, whole_round
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.driver.numerics_notes import NumericsNotes
-from ray_ddpo.deploy.driver.round_media import first_pictures, round_exhibits
+from ray_ddpo.deploy.driver.round_media import first_images, round_media
 from ray_ddpo.deploy.driver.workers import Workers
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
@@ -38,7 +38,7 @@ class Progress:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: Components,
         trackers: FanOut,
         evaluating: "Evaluating",
         folder: RunFolder,
@@ -60,9 +60,9 @@ class Progress:
         self._resumed_from = checkpoint
         self.buffer = RoundBuffer(
             parts.algorithm,
-            parts.composition,
+            parts.aggregation,
             recipe.prompts.images_per_prompt,
-            recipe.reward_workers.max_set_aside,
+            recipe.reward_workers.max_dropped,
             recipe.learner.parts_per_round,
         )
         groups = recipe.images_per_round // recipe.prompts.images_per_prompt
@@ -71,7 +71,7 @@ class Progress:
         self.metrics: deque[Metrics] = deque(maxlen=REMEMBERED)  # of the last rounds since this start
         if checkpoint:
             self.buffer.statistics = checkpoint.statistics
-            self.buffer.set_aside = {round: list(images) for round, images in checkpoint.set_aside.items()}
+            self.buffer.dropped = {round: list(images) for round, images in checkpoint.dropped.items()}
         self._ledger.cut(self.rounds_done)
         self._numerics: NumericsNotes | None = None
 
@@ -83,10 +83,10 @@ class Progress:
         """The learner has this round behind it: from here on a stop commits it."""
         self.rounds_done = state.policy_version
         self.evaluating.learned(state.weights[-1], metrics.get("kl_reference_nats"))
-        set_aside = {round: list(images) for round, images in self.buffer.set_aside.items()}
+        dropped = {round: list(images) for round, images in self.buffer.dropped.items()}
         ids = self._trackers.identities()
         rounds = self.rounds_done if self._parts.recipe.rollouts.keep else 0
-        self._done = Checkpoint(self.rounds_done, state, self.buffer.statistics, ids, rounds, set_aside)
+        self._done = Checkpoint(self.rounds_done, state, self.buffer.statistics, ids, rounds, dropped)
 
     def write(self, scored: list[Scored], learned: Metrics, clock: RoundClock, workers: Workers) -> None:
         """The round's rows in the ledger, its metrics to the trackers, and a checkpoint where one is due."""
@@ -97,11 +97,9 @@ class Progress:
         if self._numerics:
             self._numerics.saw(rollouts)
             self._numerics.rounded(learned)
-        pictures = (
-            [stream.pictures(rollout) for rollout in rollouts] if self._ledger.wants_pictures(batch.round) else []
-        )
-        there = [images.pixels for images in pictures if images is not None]
-        weights, floors = self._parts.composition.weights, self._parts.composition.floors
+        images = [stream.images(rollout) for rollout in rollouts] if self._ledger.wants_images(batch.round) else []
+        there = [each.pixels for each in images if each is not None]
+        weights, floors = self._parts.aggregation.weights, self._parts.aggregation.floors
         self._ledger.write_round(batch, rollouts, weights, there if len(there) == len(rollouts) else None)
         per_prompt = recipe.prompts.images_per_prompt
         figures = reward_metrics(batch, rollouts, weights, floors, per_prompt) | learned
@@ -167,12 +165,12 @@ class Progress:
         self._trackers.flush()
 
     def _show(self, batch: TrainBatch, rollouts: list[Rollout], workers: Workers) -> None:
-        """Pictures, a table and histograms of the round, where it is its turn and a tracker shows them."""
-        table, rounds = self._parts.recipe.exhibits, self._parts.recipe.rounds
+        """PageImages, a table and histograms of the round, where it is its turn and a tracker shows them."""
+        table, rounds = self._parts.recipe.media, self._parts.recipe.rounds
         if table.is_due(batch.round, rounds) and self._trackers.shows:
-            pictures = first_pictures(rollouts, table.pictures, workers.stream.pictures)
-            weights, log_ratios = self._parts.composition.weights, workers.learner.log_ratios()
-            self._trackers.show(round_exhibits(batch, rollouts, weights, pictures, log_ratios))
+            images = first_images(rollouts, table.images, workers.stream.images)
+            weights, log_ratios = self._parts.aggregation.weights, workers.learner.log_ratios()
+            self._trackers.show(round_media(batch, rollouts, weights, images, log_ratios))
 
     def commit(self) -> None:
         """Save what was learned since the last checkpoint, after all that a resumed run takes as written before it."""

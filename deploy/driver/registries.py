@@ -1,6 +1,6 @@
-"""Which room each table of a recipe names a component of, so that the command line's values are read by the component's types."""
+"""The registry that each table of a recipe names a component of, so that overrides are parsed by the component's types."""
 
-ROOMS = {
+REGISTRIES = {
     "PolicyTable": "ray_ddpo.common.diffusion:POLICIES",
     "PromptsTable": "ray_ddpo.common.prompts:PROMPTS",
     "RewardTable": "ray_ddpo.actors.rewards:REWARDS",

@@ -1,11 +1,11 @@
-"""What trackers are shown of a round: its first pictures with their rewards, a table of its prompts, and distributions."""
+"""What trackers are shown of a round: its first images with their rewards, a table of its prompts, and distributions."""
 
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ray_ddpo.common.trackers.exhibits import Exhibits, Picture, ShownTable
+from ray_ddpo.common.trackers.media import CaptionedImage, Media, ShownTable
 from ray_ddpo.common.trajectory import ImageBatch, Rollout, TrainBatch
 
 PANEL = "round"
@@ -13,10 +13,10 @@ COLUMNS = ("prompt", "images", "reward_mean", "reward_std", "advantage_mean", "a
 Pixels = UInt8[np.ndarray, "H W 3"]
 
 
-def first_pictures(
+def first_images(
     rollouts: list[Rollout], count: int, fetch: Callable[[Rollout], ImageBatch | None]
 ) -> dict[int, Pixels]:
-    """A round's first `count` pictures, by their number in it. Only their tasks are fetched; what is lost is left out."""
+    """A round's first `count` images, by their number in it. Only their tasks are fetched; what is lost is left out."""
     found: dict[int, Pixels] = {}
     first = 0
     for rollout in rollouts:
@@ -29,33 +29,33 @@ def first_pictures(
     return found
 
 
-def round_exhibits(
+def round_media(
     batch: TrainBatch,
     rollouts: list[Rollout],
     weights: dict[str, float],
-    pictures: dict[int, Pixels],
+    images: dict[int, Pixels],
     log_ratios: Float[np.ndarray, "N"],
-) -> Exhibits:
-    """`pictures` by their number in the round, `weights` by the reward's name; images set aside are in no figure."""
+) -> Media:
+    """`images` by their number in the round, `weights` by the reward's name; images dropped are in no figure."""
     prompts = [prompt.text for rollout in rollouts for prompt in rollout.report.task.prompts]
     scores = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts]) for name in weights}
     parts = [weight * scores[name].astype(np.float64) for name, weight in weights.items()]
     reward = np.sum(parts, axis=0)
-    kept = np.setdiff1d(np.arange(len(prompts)), batch.set_aside)
+    kept = np.setdiff1d(np.arange(len(prompts)), batch.dropped)
     histograms = {"reward": reward[kept], "advantage": batch.advantages[kept], "log_ratio": log_ratios}
     if len(scores) > 1:
         histograms |= {f"reward/{name}": values[kept] for name, values in scores.items()}
     shown = tuple(
-        Picture(pixels, _caption(prompts[image], reward[image], batch.advantages[image]))
-        for image, pixels in pictures.items()
+        CaptionedImage(pixels, _caption(prompts[image], reward[image], batch.advantages[image]))
+        for image, pixels in images.items()
     )
     table = ShownTable(COLUMNS, _rows(np.array(prompts)[kept], reward[kept], batch.advantages[kept]))
-    return Exhibits(batch.round, {PANEL: shown} if shown else {}, {PANEL: table}, histograms)
+    return Media(batch.round, {PANEL: shown} if shown else {}, {PANEL: table}, histograms)
 
 
 def _caption(prompt: str, reward: float, advantage: float) -> str:
     if np.isnan(advantage):
-        return f"{prompt}: set aside"
+        return f"{prompt}: dropped"
     return f"{prompt}: reward {reward:.4g}, advantage {advantage:+.3g}"
 
 

@@ -1,4 +1,4 @@
-"""Where a start of a run begins: anew, at its newest checkpoint or at an earlier run's weights; and what it must stand on."""
+"""Where a start of a run begins: again, at its newest checkpoint or at an earlier run's weights; and what it must stand on."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ray_ddpo.common.base_parts import MODEL_KEYS, Base, LoadedBase, differing_parts, entry_base, text_part
 from ray_ddpo.common.recipe.tables import StartFromTable
 from ray_ddpo.common.run_storage.run_folder import BASE_FILE, RunFolder
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.driver.start_from import EarlierRun, earlier_run
 from ray_ddpo.learner.checkpoints.checkpoint import (
     Checkpoint,
@@ -23,7 +23,7 @@ from ray_ddpo.learner.checkpoints.resume import resume_point
 class Start:
     """The parts, with the earlier run that they start from; the checkpoint to go on from, and what was loaded so far."""
 
-    parts: Parts
+    parts: Components
     checkpoint: Checkpoint | None
     base: LoadedBase
 
@@ -35,7 +35,7 @@ class Start:
         folder.write_recipe(self.parts.resolved(), self.base.parts)
 
 
-def start_of(folder: RunFolder, parts: Parts, resume: bool) -> Start:
+def start_of(folder: RunFolder, parts: Components, resume: bool) -> Start:
     """Find where a run begins. ValueError: not here, or not with this recipe, these prompts or from this earlier run."""
     if folder.storage.exists(folder.recipe):
         return _resumed(folder, parts, resume)
@@ -77,7 +77,7 @@ def _refuse_damaged_checkpoints(folder: RunFolder) -> None:
     print(f"the run in {folder.location} has no checkpoint yet: it begins again", file=sys.stderr, flush=True)
 
 
-def _resumed(folder: RunFolder, parts: Parts, resume: bool) -> Start:
+def _resumed(folder: RunFolder, parts: Components, resume: bool) -> Start:
     if resume:
         before = folder.recipe_tables().get("start_from")
         parts = _starting_from(parts, _same_start(folder, before, parts.recipe.start_from))
@@ -109,11 +109,11 @@ def _same_start(folder: RunFolder, before: dict | None, now: StartFromTable | No
     return known
 
 
-def _starting_from(parts: Parts, table: StartFromTable | None) -> Parts:
+def _starting_from(parts: Components, table: StartFromTable | None) -> Components:
     return replace(parts, recipe=parts.recipe.model_copy(update={"start_from": table}))
 
 
-def _places(parts: Parts) -> Iterator[str]:
+def _places(parts: Components) -> Iterator[str]:
     """Yield the keys that say where files are; what is in the files is known by their fingerprints."""
     yield from (weights.key for weights in (*parts.policy.files_of("sampler"), *parts.policy.lora_files()))
     yield from (weights.key for weights in parts.prompts.needs())
@@ -123,7 +123,7 @@ def _places(parts: Parts) -> Iterator[str]:
         yield from (weights.key.replace("reward", key, 1) for weights in parts.rewards[table.called].needs())
 
 
-def prompts_base(parts: Parts) -> Base:
+def prompts_base(parts: Components) -> Base:
     """Fingerprint the prompts: their file, the user's module, or the list itself."""
     source = parts.prompts
     found = entry_base(source, "prompts", source.needs())

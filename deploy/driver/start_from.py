@@ -6,10 +6,10 @@ from typing import Any
 
 from ray_ddpo.common.base_parts import MODEL_KEYS, Base
 from ray_ddpo.common.diffusion.trained_weights import stored_weights
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.tables import StartFromTable
 from ray_ddpo.common.run_storage.run_folder import RunFolder, weights_here
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, checkpoint_of, load_checkpoint, newest_checkpoint
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 
@@ -24,7 +24,7 @@ class EarlierRun:
     """The weights that a new run starts from, whose they are in the recipe's words, and what they were trained on."""
 
     table: StartFromTable
-    weights: LoraWeights
+    weights: PolicyWeights
     base: Base
 
     @property
@@ -47,7 +47,7 @@ def start_from_of(text: str) -> StartFromTable:
     return StartFromTable(run=run, round=BEST if which == BEST else int(which))
 
 
-def earlier_run(table: StartFromTable, parts: Parts) -> EarlierRun:
+def earlier_run(table: StartFromTable, parts: Components) -> EarlierRun:
     """Read the weights that a recipe's `[start_from]` names. ValueError: they are not there, or do not fit the recipe."""
     folder = RunFolder(table.run)
     folder.refuse_if_no_run(f"--from {table.run}: ")
@@ -63,7 +63,7 @@ def earlier_run(table: StartFromTable, parts: Parts) -> EarlierRun:
     return EarlierRun(found, replace(weights, policy_version=0), base)
 
 
-def _refuse_other_weights(folder: RunFolder, parts: Parts) -> None:
+def _refuse_other_weights(folder: RunFolder, parts: Components) -> None:
     before, now = folder.recipe_tables()["policy"], parts.resolved()["policy"]
     differing = [_difference(f"policy.{key}", before.get(key), now.get(key)) for key in SAME_ALWAYS]
     if not any(differing) and now["train"] == "lora":
@@ -84,7 +84,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
     return "" if before == now else f"{key} was {before!r} and is {now!r}"
 
 
-def _weights(folder: RunFolder, which: int | str | None) -> tuple[int, LoraWeights]:
+def _weights(folder: RunFolder, which: int | str | None) -> tuple[int, PolicyWeights]:
     """How many rounds they were trained on, and the weights."""
     ended = folder.guard_ended()
     if which == BEST or (which is None and ended and ended["weights_of"] is not None):  # `lora/` holds the best then
@@ -103,7 +103,7 @@ def _newest(folder: RunFolder) -> Any:
     return newest
 
 
-def _best(folder: RunFolder) -> tuple[int, LoraWeights]:
+def _best(folder: RunFolder) -> tuple[int, PolicyWeights]:
     best = folder.best_version()
     if best is None:
         raise ValueError(f"--from {folder.location}@{BEST}: it keeps no best version: that needs evaluation.every")

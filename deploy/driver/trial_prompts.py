@@ -8,37 +8,37 @@ from ray_ddpo.actors.evaluation.evaluation import evaluation_set
 from ray_ddpo.common.prompts import PROMPTS, Function, Prompt
 from ray_ddpo.common.undisturbed import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 
 TRIED = 2
 MOST_CHECKED = 100_000  # prompts, which take seconds
 _TRIAL = 11  # what the run's seed is hashed with, beside the prompts of its rounds
 
 
-def trial_prompts(parts: Parts) -> tuple[Prompt, ...]:
+def trial_prompts(parts: Components) -> tuple[Prompt, ...]:
     """Return two prompts. They are no round's, so that no round's change.
 
     Raises:
-        ValueError: the source raises, or draws something else than a prompt.
+        ValueError: the source raises, or samples something else than a prompt.
     """
     source, name = parts.prompts, f"{type(parts.prompts).__name__}.load"
     generator = np.random.default_rng([parts.recipe.seed, _TRIAL])
     with undisturbed():
-        draw = call(source, "load") if is_users_own(source, PROMPTS) else source.load()
-        if not callable(draw):
-            raise ValueError(f"{name} returned {type(draw).__name__}: expected a function that draws a prompt")
+        sample = call(source, "load") if is_users_own(source, PROMPTS) else source.load()
+        if not callable(sample):
+            raise ValueError(f"{name} returned {type(sample).__name__}: expected a function that samples a prompt")
         with blamed(source.path if isinstance(source, Function) else f"what {name} returned"):
-            drawn: list[Any] = [draw(generator) for _ in range(TRIED)]
-    for prompt in drawn:
+            sampled: list[Any] = [sample(generator) for _ in range(TRIED)]
+    for prompt in sampled:
         if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
-            raise ValueError(f"what {name} returned drew {prompt!r}: expected a common.prompts.Prompt with a text")
-    return tuple(drawn)
+            raise ValueError(f"what {name} returned sampled {prompt!r}: expected a common.prompts.Prompt with a text")
+    return tuple(sampled)
 
 
-def checked_prompts(parts: Parts) -> list[str]:
+def checked_prompts(parts: Components) -> list[str]:
     """Return the run's prompts and its evaluation's, to be told which are longer than the text encoders read.
 
-    Where only a function draws prompts, those of the trial stand for the run's.
+    Where only a function samples prompts, those of the trial stand for the run's.
     """
     listed = parts.prompts.listed()
     own = [prompt.text for prompt in trial_prompts(parts)] if listed is None else listed

@@ -26,7 +26,7 @@ from ray_ddpo.common.role_loading import RoleNotStarted, starting
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.driver.cluster import attach, attaches, start_here
 from ray_ddpo.deploy.driver.cluster_watch import ClusterWatch
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.driver.death_lines import DeathLines
 from ray_ddpo.deploy.driver.reaper import start_reaper
 from ray_ddpo.deploy.driver.role_actor import RoleSetting, role_actor
@@ -65,13 +65,13 @@ class Workers:
             each.close()
 
 
-def serial_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> Workers:
+def serial_workers(parts: Components, supervision: Supervision, base: LoadedBase) -> Workers:
     """Everything in this process, for debugging. ValueError: the learner has several ranks, or `base` refuses what was loaded."""
     recipe = parts.recipe
-    if recipe.learner.ranks > 1:
+    if recipe.learner.world_size > 1:
         raise ValueError(
-            f"learner.ranks is {recipe.learner.ranks} and --serial has one process: leave --serial out, or give "
-            "--learner.ranks 1"
+            f"learner.world_size is {recipe.learner.world_size} and --serial has one process: leave --serial out, or give "
+            "--learner.world_size 1"
         )
     tried_on = trial_prompts(parts)
     with starting("sampler"):
@@ -85,7 +85,7 @@ def serial_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> 
     return Workers(stream, SerialLearnerGroup(learner))
 
 
-def _serial_pool(parts: Parts, pool: RewardPool, base: LoadedBase) -> SerialPool:
+def _serial_pool(parts: Components, pool: RewardPool, base: LoadedBase) -> SerialPool:
     with starting(_in_words(pool)):
         worker = RewardWorker(parts.rewards_of(pool), pool.table, parts.recipe.runtime, tried=True)
     base.take(_in_words(pool), worker.loaded_parts())
@@ -96,7 +96,7 @@ def _in_words(pool: RewardPool) -> str:
     return "reward worker" if pool.trains else "scorer"
 
 
-def ray_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> Workers:
+def ray_workers(parts: Components, supervision: Supervision, base: LoadedBase) -> Workers:
     """Actors of all roles, on the cluster that RAY_ADDRESS names or on one started here.
 
     ValueError: the cluster cannot hold a role, a role could not be made ready in time, or `base` refuses what one has loaded.
@@ -107,7 +107,7 @@ def ray_workers(parts: Parts, supervision: Supervision, base: LoadedBase) -> Wor
     connect(recipe, output)
     supervision.listen()
     supervision.watch(ClusterWatch(supervision.lose_cluster, own_cluster=not attaches()))
-    _refuse_what_cannot_be_held("learner", recipe.learner, recipe.learner.ranks)  # before any of them is started
+    _refuse_what_cannot_be_held("learner", recipe.learner, recipe.learner.world_size)  # before any of them is started
     for role, table in elastic_roles(recipe).items():
         _refuse_what_cannot_be_held(role, table)
     _refuse_what_does_not_fit_together(recipe)
@@ -150,7 +150,7 @@ def _learner_died(budget: RestartBudget, lines: DeathLines, death: Death) -> Non
     budget.spend("learner", in_one_line(death.reason), LOADS_TRIED if death.at == LOADING else None)
 
 
-def _samplers(parts: Parts, budget: RestartBudget, lines: DeathLines) -> WorkerPool:
+def _samplers(parts: Components, budget: RestartBudget, lines: DeathLines) -> WorkerPool:
     table, recipe = parts.recipe.samplers, parts.recipe
     arguments = (parts.policy, recipe.sampling, recipe.runtime, trial_prompts(parts))
     make_first, make_other = (
@@ -163,7 +163,7 @@ def _samplers(parts: Parts, budget: RestartBudget, lines: DeathLines) -> WorkerP
     return _told(lines, "sampler", WorkerPool("samplers", "sampler", make, table.count, budget))
 
 
-def _reward_workers(parts: Parts, pool: RewardPool, budget: RestartBudget, lines: DeathLines) -> ScoringPool:
+def _reward_workers(parts: Components, pool: RewardPool, budget: RestartBudget, lines: DeathLines) -> ScoringPool:
     recipe, rewards = parts.recipe, parts.rewards_of(pool)
     name = pool.name.replace("reward_workers", "reward-worker").replace(".", "-") if pool.trains else "scorer"
     make = _maker(RewardWorker, name, pool.table, recipe, (rewards, pool.table, recipe.runtime, True), _in_words(pool))
@@ -182,7 +182,7 @@ def _settings(recipe: Recipe, supervision: Supervision) -> StreamSettings:
     return StreamSettings(
         recipe.runtime,
         recipe.max_policy_lag + 1,
-        recipe.samplers.overdue_factor,
+        recipe.samplers.straggler_factor,
         supervision.check,
     )
 
@@ -210,7 +210,7 @@ def _init(recipe: Recipe) -> None:
     if attaches():
         attach(log_to_driver=True)
         return
-    learner = recipe.learner.num_cpus * recipe.learner.ranks
+    learner = recipe.learner.num_cpus * recipe.learner.world_size
     asked = learner + sum(table.num_cpus * table.count for table in elastic_roles(recipe).values())
     start_here(int(max(os.cpu_count() or 1, -(-asked // 1))))
 
@@ -244,7 +244,7 @@ def _maker(
     return make
 
 
-def _learner_maker(parts: Parts) -> Callable[[], list[Any]]:
+def _learner_maker(parts: Components) -> Callable[[], list[Any]]:
     """What starts all ranks of the learner, rank 0 first; those started later have other numbers."""
     recipe, numbers, makers = parts.recipe, itertools.count(), []
     for ranks in ranks_of(recipe):
@@ -274,7 +274,7 @@ def _refuse_what_cannot_be_held(role: str, table: RoleTable, count: int = 1) -> 
 def _refuse_what_does_not_fit_together(recipe: Recipe) -> None:
     """Raise ValueError if all roles ask for more GPUs than a cluster has that no node can join."""
     have = ray.cluster_resources().get("GPU", 0)
-    asked = {"learner": recipe.learner.num_gpus * recipe.learner.ranks}
+    asked = {"learner": recipe.learner.num_gpus * recipe.learner.world_size}
     asked |= {role: table.num_gpus * table.count for role, table in elastic_roles(recipe).items()}
     total = sum(asked.values())
     if total > have + 1e-9 and not attaches():

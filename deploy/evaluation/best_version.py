@@ -1,8 +1,8 @@
-"""BestVersion: the weights that were best on held-out pictures before any alarm, in the run's folder under `best/`."""
+"""BestVersion: the weights that were best on held-out images before any alarm, in the run's folder under `best/`."""
 
 import json
 
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.tables import GuardTable
 from ray_ddpo.common.run_storage.run_folder import BEST, WEIGHTS, RunFolder
 from ray_ddpo.deploy.evaluation.guard import Judged, best_version
@@ -18,7 +18,7 @@ class BestVersion:
         self._settings = settings
         self.policy_version: int | None = None
 
-    def consider(self, judged: list[Judged], weights: LoraWeights) -> None:
+    def consider(self, judged: list[Judged], weights: PolicyWeights) -> None:
         """After an evaluation, the last of `judged`, of `weights`: keep them where they are the best now."""
         self.policy_version = best_version(judged)
         newest = judged[-1]
@@ -32,7 +32,7 @@ class BestVersion:
         }
         self._folder.unwritten.call(lambda: self._write(weights, json.dumps(says, indent=1).encode()))
 
-    def _write(self, weights: LoraWeights, says: bytes) -> None:
+    def _write(self, weights: PolicyWeights, says: bytes) -> None:
         self._learner.save_policy(self._folder.best.location, weights)
         self._folder.best.write(BEST, says)
 

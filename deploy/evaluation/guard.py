@@ -19,10 +19,10 @@ LEFT = ("sharpness", "entropy", "diversity")  # statistics of which a share must
 
 @dataclass(frozen=True)
 class Look:
-    """What an evaluation saw of one version's pictures."""
+    """What an evaluation saw of one version's images."""
 
-    scores: dict[str, Float[np.ndarray, "N"]]  # by reward and scorer, NaN where a picture has none
-    pictures: dict[str, float]  # means over the pictures: dark_share, and those of LEFT
+    scores: dict[str, Float[np.ndarray, "N"]]  # by reward and scorer, NaN where an image has none
+    images: dict[str, float]  # means over the images: dark_share, and those of LEFT
     kl_reference_nats: float | None = None  # of a step, to the pretrained model; None: not measured
 
 
@@ -59,7 +59,7 @@ def _fallen(base: Look, now: Look, scorers: list[str], settings: GuardTable) -> 
 
 
 def _dark(base: Look, now: Look, settings: GuardTable) -> Iterator[Alarm]:
-    before, after = base.pictures["dark_share"], now.pictures["dark_share"]
+    before, after = base.images["dark_share"], now.images["dark_share"]
     if after > before + settings.dark_share:
         yield Alarm(
             "dark_share",
@@ -69,7 +69,7 @@ def _dark(base: Look, now: Look, settings: GuardTable) -> Iterator[Alarm]:
 
 def _lost(base: Look, now: Look, settings: GuardTable) -> Iterator[Alarm]:
     for name in LEFT:
-        before, after, limit = base.pictures[name], now.pictures[name], getattr(settings, name)
+        before, after, limit = base.images[name], now.images[name], getattr(settings, name)
         if after < limit * before:  # never where one of them is NaN
             yield Alarm(
                 name,
@@ -95,4 +95,4 @@ def best_version(judged: list[Judged]) -> int | None:
 def is_over(judged: list[Judged], settings: GuardTable) -> bool:
     """Whether the last `patience` evaluations all had an alarm, and the recipe wants the run to end then."""
     last = judged[-settings.patience :]
-    return settings.on_alarm != "go_on" and len(last) == settings.patience and all(each.alarms for each in last)
+    return settings.on_alarm != "continue" and len(last) == settings.patience and all(each.alarms for each in last)

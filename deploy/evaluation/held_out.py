@@ -1,4 +1,4 @@
-"""The evaluation's pictures under any weights, scored by all that the recipe names: what `ddpo report` and `evaluate` compare."""
+"""The evaluation's images under any weights, scored by all that the recipe names: what `ddpo report` and `evaluate` compare."""
 
 import numpy as np
 
@@ -10,28 +10,28 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RewardTable
 from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages
 from ray_ddpo.common.trajectory import ImageBatch
-from ray_ddpo.deploy.driver.components import Parts, build_reward
+from ray_ddpo.deploy.driver.components import Components, build_reward
 
 JOINED = "reward"  # the weighted sum, among the scores
 
 
 class HeldOut:
-    """Prompts and noise stay the same, so two sets of pictures are compared picture by picture."""
+    """Prompts and noise stay the same, so two sets of images are compared image by image."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Components) -> None:
         recipe = parts.recipe
         rewards = {name: build_reward(table) for name, table in scorers_of(recipe).items()}
         self.chosen = evaluation_set(recipe.evaluation, parts.prompts)
         self._sampling = recipe.sampling
         self._worker = RewardWorker(rewards, recipe.reward_workers, recipe.runtime)
-        self._weights = parts.composition.weights
+        self._weights = parts.aggregation.weights
 
     def loaded_parts(self) -> Base:
         """Return the fingerprints of what the images are scored with."""
         return self._worker.loaded_parts()
 
     def images(self, policy: Policy) -> EvaluatedImages:
-        """The pictures under the policy's present weights, and their scores; NaN where one has none."""
+        """The images under the policy's present weights, and their scores; NaN where one has none."""
         pixels = evaluation_images(policy, self.chosen, self._sampling)
         scores = self._worker.score(ImageBatch(pixels, self.chosen.prompts)).rewards
         joined = np.sum([weight * scores[name] for name, weight in self._weights.items()], axis=0)

@@ -30,30 +30,30 @@ class Verdict:
     @staticmethod
     def of(figures: Figures, scores: dict[str, np.ndarray]) -> "Verdict":
         """From the log."""
-        pictures = {name: math.nan if value is None else value for name, value in figures["pictures"].items()}
+        images = {name: math.nan if value is None else value for name, value in figures["image_statistics"].items()}
         found = tuple(Alarm(alarm["about"], alarm["says"]) for alarm in figures["alarms"])
-        return Verdict(figures["policy_version"], Look(scores, pictures, figures["kl_reference_nats"]), found)
+        return Verdict(figures["policy_version"], Look(scores, images, figures["kl_reference_nats"]), found)
 
 
 def identity_of(recipe: Recipe, chosen: EvaluationSet) -> str:
-    """Of what is drawn and who scores it: figures of different ones cannot be compared."""
+    """Of what is sampled and who scores it: figures of different ones cannot be compared."""
     table = recipe.evaluation
     scorers = [scorer.model_dump(exclude={"workers"}) for scorer in table.scorers]
-    drawn = [[prompt.text for prompt in chosen.prompts], list(chosen.seeds), table.batch_size, table.average_decay]
+    sampled = [[prompt.text for prompt in chosen.prompts], list(chosen.seeds), table.batch_size, table.average_decay]
     if any(prompt.metadata for prompt in chosen.prompts):
-        drawn.append([prompt.metadata for prompt in chosen.prompts])
-    return hashlib.sha256(json.dumps([drawn, scorers], sort_keys=True).encode()).hexdigest()[:16]
+        sampled.append([prompt.metadata for prompt in chosen.prompts])
+    return hashlib.sha256(json.dumps([sampled, scorers], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def figures_of(
     recipe: Recipe,
     version: Evaluated,
     variants: dict[str, EvaluatedImages],
-    pictures: dict[str, float],
+    images: dict[str, float],
     base: Verdict | None,
 ) -> tuple[Verdict, Figures]:
     """A version's verdict and its object in the log; `base` is the pretrained model's, None where this is it."""
-    look = Look(variants["current"].scores, pictures, version.kl_reference_nats)
+    look = Look(variants["current"].scores, images, version.kl_reference_nats)
     scorers = [table.called for table in recipe.evaluation.scorers]
     found = tuple(alarms(base.look, look, scorers, recipe.guard)) if base else ()
     before = base.look.scores if base else look.scores
@@ -62,7 +62,7 @@ def figures_of(
         "policy_version": version.policy_version,
         "images": len(variants["current"].seeds),
         "scores": of_scores,
-        "pictures": pictures,
+        "image_statistics": images,
         "kl_reference_nats": version.kl_reference_nats,
         "alarms": [{"about": alarm.about, "says": alarm.says} for alarm in found],
     }
@@ -94,7 +94,7 @@ def as_metrics(figures: Figures) -> dict[str, float]:
     metrics = {"evaluation/policy_version": float(figures["policy_version"])}
     for name, values in figures["scores"].items():
         metrics |= {f"evaluation/{name}/{what}": value for what, value in values.items()}
-    metrics |= {f"evaluation/pictures/{name}": value for name, value in figures["pictures"].items()}
+    metrics |= {f"evaluation/images/{name}": value for name, value in figures["image_statistics"].items()}
     metrics["guard/alarms"] = float(len(figures["alarms"]))
     if figures["best_version"] is not None:
         metrics["guard/best_version"] = float(figures["best_version"])

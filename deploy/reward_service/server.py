@@ -1,4 +1,4 @@
-"""A small reward service: a reward of the room behind HTTP. What comes in is never trusted."""
+"""A small reward service: a reward of the registry behind HTTP. What comes in is never trusted."""
 
 import hmac
 import logging
@@ -32,8 +32,8 @@ from ray_ddpo.common.trajectory import ImageBatch
 
 LOG = logging.getLogger(__name__)
 MAX_REQUEST_BYTES = 512_000_000
-MAX_PICTURE_PIXELS = 4096 * 4096
-MAX_REQUEST_PIXELS = 8 * MAX_PICTURE_PIXELS  # 400 MB unpacked, 512 pictures of 512 × 512
+MAX_IMAGE_PIXELS = 4096 * 4096
+MAX_REQUEST_PIXELS = 8 * MAX_IMAGE_PIXELS  # 400 MB unpacked, 512 images of 512 × 512
 REQUESTS_AT_ONCE = 4  # held in memory; the next waits with its body unread
 QUIET_SECONDS = 60.0  # a connection that says nothing for so long is closed
 REQUEST_SECONDS = 300.0  # for a body to arrive, and to wait for a place
@@ -75,8 +75,8 @@ class RewardServer(ThreadingHTTPServer):
         return self._token is None or hmac.compare_digest(given, f"Bearer {self._token}".encode())
 
     def score(self, request: ScoreRequest) -> ScoreReply:
-        """Refusal: a picture is not one, or the reward fails."""
-        images = ImageBatch(_unpacked(request.pictures), tuple(map(Prompt, request.prompts, request.metadata)))
+        """Refusal: an image is not one, or the reward fails."""
+        images = ImageBatch(_unpacked(request.images), tuple(map(Prompt, request.prompts, request.metadata)))
         try:
             with self._one_at_a_time:
                 scores = self._worker.score(images).rewards[self.reward].tolist()
@@ -92,17 +92,17 @@ class RewardServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def _unpacked(pictures: list[str]) -> np.ndarray:
+def _unpacked(images: list[str]) -> np.ndarray:
     left, unpacked = MAX_REQUEST_PIXELS, []
-    for index, text in enumerate(pictures):
+    for index, text in enumerate(images):
         try:
-            picture = from_png(text, min(left, MAX_PICTURE_PIXELS))
+            image = from_png(text, min(left, MAX_IMAGE_PIXELS))
         except ValueError as error:
-            raise Refusal(422, f"picture {index}: {error}") from error
-        if unpacked and picture.shape != unpacked[0].shape:
-            raise Refusal(422, f"picture {index} has another size than picture 0: one request has pictures of one size")
-        left -= picture.shape[0] * picture.shape[1]
-        unpacked.append(picture)
+            raise Refusal(422, f"image {index}: {error}") from error
+        if unpacked and image.shape != unpacked[0].shape:
+            raise Refusal(422, f"image {index} has another size than image 0: one request has images of one size")
+        left -= image.shape[0] * image.shape[1]
+        unpacked.append(image)
     return np.stack(unpacked)
 
 

@@ -8,16 +8,16 @@ from digits_policy import digit_of
 from jaxtyping import Float, Int, UInt8
 from pretrain_digits import SIZE, data
 
-Pictures = UInt8[np.ndarray, "B H W 3"]
+PageImages = UInt8[np.ndarray, "B H W 3"]
 
 
-def ink(images: Pictures, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+def ink(images: PageImages, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
     """The share of white."""
     return images.mean(axis=(1, 2, 3)) / 255
 
 
-def reads(images: Pictures, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
-    """1 where the printed digit that the picture is most like is the one that was asked for, else 0."""
+def reads(images: PageImages, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+    """1 where the printed digit that the image is most like is the one that was asked for, else 0."""
     zoom = images.shape[1] // SIZE
     printed, digits = _printed()
     found = digits[(_unit(images[:, ::zoom, ::zoom, 0]) @ printed.T).argmax(axis=1)]
@@ -27,12 +27,12 @@ def reads(images: Pictures, prompts: list[str], metadata: list[dict[str, Any]]) 
 @cache
 def _printed() -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, "N"]]:
     """Printed digits, none of which the model was trained on, and what they are."""
-    pictures, digits = data(3000, seed=1)
-    return _unit(pictures.numpy()), digits.numpy()
+    images, digits = data(3000, seed=1)
+    return _unit(images.numpy()), digits.numpy()
 
 
-def _unit(pictures: np.ndarray) -> Float[np.ndarray, "N D"]:
+def _unit(images: np.ndarray) -> Float[np.ndarray, "N D"]:
     """Of mean 0 and length 1, so that a product of two is their correlation."""
-    rows = pictures.reshape(len(pictures), -1).astype(np.float32)
+    rows = images.reshape(len(images), -1).astype(np.float32)
     rows = rows - rows.mean(axis=1, keepdims=True)
     return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-6)

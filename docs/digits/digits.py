@@ -1,4 +1,4 @@
-"""The keys of a family of models that draw digits, for `name = "digits:Digits"` in a recipe's `[policy]`."""
+"""The keys of a family of models that sample digits, for `name = "digits:Digits"` in a recipe's `[policy]`."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits_policy import DIGITS, DigitsPolicy, call_network, pictures_of
+from digits_policy import DIGITS, DigitsPolicy, call_network, images_of
 from pydantic import Field
 
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
@@ -22,7 +22,7 @@ class Digits(PolicyConfig):
     """`model`: a folder with a network, as `pretrain_digits.py` writes it."""
 
     lora: LoraSettings = LoraSettings(rank=8, alpha=8, target_modules=("to_q", "to_k", "to_v", "to_out"))
-    zoom: int = Field(default=4, ge=1)  # pixels of a picture, along a side, for one of the network's
+    zoom: int = Field(default=4, ge=1)  # pixels of an image, along a side, for one of the network's
 
     def folder(self) -> Path:
         """Where the network lies."""
@@ -54,8 +54,8 @@ class Digits(PolicyConfig):
                 "float32 and keeps its activations"
             )
 
-    def noisy_steps(self, sampling: SamplingTable) -> int:
-        return sampling.num_steps - 1  # the last one leads to the picture
+    def stochastic_steps(self, sampling: SamplingTable) -> int:
+        return sampling.num_steps - 1  # the last one leads to the image
 
     def needs(self) -> tuple[Weights, ...]:
         return (Weights(str(self.folder()), ("config.json", "*.safetensors"), "policy.model"),)
@@ -68,7 +68,7 @@ class Digits(PolicyConfig):
             network: Any = DigitTransformer.from_config(self.network_config())
         shapes: dict[str, tuple[int, ...]] = {"digit": (len(DIGITS),)}
         inputs = Inputs(call_network, self.latent_shape, shapes, 1 if self.guidance(sampling) is None else 2)
-        return network_sizes(self, network, inputs, sampling, device, lambda latents: pictures_of(latents, self.zoom))
+        return network_sizes(self, network, inputs, sampling, device, lambda latents: images_of(latents, self.zoom))
 
     def load(self, device: str, sampling: SamplingTable, role: Role) -> DigitsPolicy:
         quiet_libraries()

@@ -1,4 +1,4 @@
-"""A digits' network that is live on a device: what a prompt is to it, how it steps, and what its pictures look like."""
+"""A digits' network that is live on a device: what a prompt is to it, how it steps, and what its images look like."""
 
 import re
 from pathlib import Path
@@ -39,7 +39,7 @@ def call_network(network: Any, latents: Tensor, timesteps: Tensor, digit: Tensor
     return network(latents, timesteps, digit)
 
 
-def pictures_of(latents: Float[Tensor, "B 1 H W"], zoom: int) -> UInt8[Tensor, "B H2 W2 3"]:
+def images_of(latents: Float[Tensor, "B 1 H W"], zoom: int) -> UInt8[Tensor, "B H2 W2 3"]:
     """White on black, each of the network's pixels a square of `zoom` by `zoom`."""
     grey = ((latents.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     large = grey.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
@@ -67,7 +67,7 @@ class DigitsPolicy(Policy):
         self._compiled = CompiledNetwork(lambda **inputs: call_network(self.network, **inputs), rows)
 
     @property
-    def noisy_steps(self) -> list[int]:
+    def stochastic_steps(self) -> list[int]:
         return torch.nonzero(self.steps.std() > 0).flatten().tolist()
 
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -103,7 +103,7 @@ class DigitsPolicy(Policy):
         return call_network(self.network, latents, timesteps, **rows)
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:
-        return pictures_of(latents, self.config.zoom)
+        return images_of(latents, self.config.zoom)
 
     def save(self, folder: Path) -> Path:
         return save_trained(self.network, self.config.train, self.config.lora, folder, "transformer")

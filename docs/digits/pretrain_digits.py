@@ -1,4 +1,4 @@
-"""Makes the model that is fine-tuned: draws digits in a few fonts, and trains the transformer on them by flow matching."""
+"""Makes the model that is fine-tuned: samples digits in a few fonts, and trains the transformer on them by flow matching."""
 
 import argparse
 import math
@@ -16,27 +16,27 @@ from torch import Tensor
 
 FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # matplotlib ships with fonts
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif")
-SIZE, FINER = 16, 4  # pixels a side of a picture, and how much finer it is drawn
-BATCH, ANY_DIGIT = 64, 0.1  # share of pictures whose digit the network is not told, for guidance
+SIZE, FINER = 16, 4  # pixels a side of an image, and how much finer it is sampled
+BATCH, ANY_DIGIT = 64, 0.1  # share of images whose digit the network is not told, for guidance
 
 
-def drawn(digit: int, font: str, height: float, angle: float, place: tuple[float, float]) -> Float[np.ndarray, "S S"]:
-    """A digit's picture, −1 black and 1 white: `height` of its font and `place` of its middle in pixels, turned in degrees."""
+def sampled(digit: int, font: str, height: float, angle: float, place: tuple[float, float]) -> Float[np.ndarray, "S S"]:
+    """A digit's image, −1 black and 1 white: `height` of its font and `place` of its middle in pixels, turned in degrees."""
     side = SIZE * FINER
-    picture = Image.new("L", (side, side))
+    image = Image.new("L", (side, side))
     letters = ImageFont.truetype(FOLDER / f"{font}.ttf", round(FINER * height))
     middle = (side / 2 + FINER * place[0], side / 2 + FINER * place[1])
-    ImageDraw.Draw(picture).text(middle, str(digit), fill=255, font=letters, anchor="mm")
-    small = picture.rotate(angle, Image.Resampling.BILINEAR).resize((SIZE, SIZE), Image.Resampling.BOX)
+    ImageDraw.Draw(image).text(middle, str(digit), fill=255, font=letters, anchor="mm")
+    small = image.rotate(angle, Image.Resampling.BILINEAR).resize((SIZE, SIZE), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float32) / 127.5 - 1
 
 
 def data(count: int, seed: int = 0) -> tuple[Float[Tensor, "N 1 S S"], Int[Tensor, "N"]]:
-    """Pictures and their digits."""
+    """PageImages and their digits."""
     generator = np.random.default_rng(seed)
     digits = generator.integers(10, size=count)
-    pictures = [
-        drawn(
+    images = [
+        sampled(
             digit,
             str(generator.choice(FONTS)),
             generator.uniform(14, 17),
@@ -45,7 +45,7 @@ def data(count: int, seed: int = 0) -> tuple[Float[Tensor, "N 1 S S"], Int[Tenso
         )
         for digit in digits
     ]
-    return torch.from_numpy(np.stack(pictures)).unsqueeze(1), torch.from_numpy(digits)
+    return torch.from_numpy(np.stack(images)).unsqueeze(1), torch.from_numpy(digits)
 
 
 def flow_matching_loss(
@@ -58,9 +58,9 @@ def flow_matching_loss(
     return F.mse_loss(velocity, noise - clean)
 
 
-def pretrain(steps: int, pictures: int, seed: int = 0) -> DigitTransformer:
+def pretrain(steps: int, images: int, seed: int = 0) -> DigitTransformer:
     """The network whose weights are the moving average over the training."""
-    clean, digits = data(pictures, seed)
+    clean, digits = data(images, seed)
     torch.manual_seed(seed)
     network = DigitTransformer(SIZE)
     average: Any = torch.optim.swa_utils.AveragedModel(
@@ -85,7 +85,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="runs/pretrained", help="the folder for the network")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--pictures", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=4000)
     options = parser.parse_args()
-    pretrain(options.steps, options.pictures).save_pretrained(options.output, safe_serialization=True)
+    pretrain(options.steps, options.images).save_pretrained(options.output, safe_serialization=True)
     print(options.output)

@@ -16,7 +16,7 @@ BATCH, ANY_CLASS = 64, 0.1  # share of images whose class the network is not tol
 SIZE = LATENT_SHAPE[1]
 
 
-def drawn(labels: Int[Tensor, "N"]) -> Float[Tensor, "N 3 S S"]:
+def sampled(labels: Int[Tensor, "N"]) -> Float[Tensor, "N 3 S S"]:
     """Return a shape of each class at a random place, in a random colour on black; −1 is dark and 1 is bright."""
     count, rows = len(labels), torch.arange(SIZE).float()
     centre = 5 + 5 * torch.rand(2, count, 1, 1)
@@ -35,7 +35,7 @@ def pretrain(steps: int, seed: int = 0) -> ShapeNetwork:
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     for step in range(steps):
         labels = torch.randint(len(CLASSES), (BATCH,))
-        clean = drawn(labels)
+        clean = sampled(labels)
         noised, times, target = table.noised(clean, torch.randn_like(clean), torch.randint(1000, (BATCH,)))
         told = torch.where(torch.rand(BATCH) < ANY_CLASS, len(CLASSES), labels)
         loss = F.mse_loss(network(noised, times, told), target)

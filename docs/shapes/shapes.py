@@ -38,7 +38,7 @@ class Shapes(PolicyConfig):
         if self.dtype != "float32" or self.sampler_dtype:
             raise ValueError("policy.dtype and sampler_dtype are for large networks: this one computes in float32")
 
-    def noisy_steps(self, sampling: SamplingTable) -> int:
+    def stochastic_steps(self, sampling: SamplingTable) -> int:
         return sampling.num_steps - 1  # the last one leads to the image
 
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
@@ -65,7 +65,7 @@ class ShapesPolicy(Policy):
         self.latent_shape = LATENT_SHAPE
 
     @property
-    def noisy_steps(self) -> list[int]:
+    def stochastic_steps(self) -> list[int]:
         return torch.nonzero(self.steps.std() > 0).flatten().tolist()
 
     def encode(self, prompts: list[str]) -> Conditioning:

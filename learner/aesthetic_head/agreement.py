@@ -24,12 +24,12 @@ def spearman(first: Float[np.ndarray, "N"], second: Float[np.ndarray, "N"]) -> f
 
 
 def agreement(predicted: Float[np.ndarray, "N"], true: Float[np.ndarray, "N"]) -> dict[str, int | float | None]:
-    """The figures of one split. `mse_of_mean` is that of saying the mean of these ratings of every picture: their variance."""
+    """The figures of one split. `mse_of_mean` is that of saying the mean of these ratings of every image: their variance."""
     predicted, true = predicted.astype(np.float64), true.astype(np.float64)
     if len(true) == 0:
-        return {"pictures": 0, "mse": None, "mse_of_mean": None, "srcc": None, "plcc": None}
+        return {"images": 0, "mse": None, "mse_of_mean": None, "srcc": None, "plcc": None}
     return {
-        "pictures": len(true),
+        "images": len(true),
         "mse": float(np.square(predicted - true).mean()),
         "mse_of_mean": float(true.var()),
         "srcc": spearman(predicted, true),

@@ -1,4 +1,4 @@
-"""Embed pictures once: whole batches of those that the store does not have yet, decoded ahead on threads."""
+"""Embed images once: whole batches of those that the store does not have yet, decoded ahead on threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ Embed = Callable[[UInt8[Tensor, "B H W 3"]], Float[Tensor, "B D"]]
 Squared = UInt8[np.ndarray, "side side 3"]
 DECODERS = 4  # threads
 AHEAD = 2  # batches that are decoded while one is embedded
-NAMED = 3  # broken pictures, in an error
+NAMED = 3  # broken images, in an error
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Embedder:
     part_batches: int = 32  # that are written as one file
 
 
-def embed_pictures(folder: Path, paths: Sequence[str], embedder: Embedder, store: EmbeddingStore) -> dict[str, str]:
-    """Fill the store with what it lacks of `paths`; the broken pictures, and why each is.
+def embed_images_of(folder: Path, paths: Sequence[str], embedder: Embedder, store: EmbeddingStore) -> dict[str, str]:
+    """Fill the store with what it lacks of `paths`; the broken images, and why each is.
 
     Batches are cut from what is left in the order of `paths`, and a part is whole batches: so embeddings have the same bits
-    with or without a stop on the way. ValueError: most pictures are broken.
+    with or without a stop on the way. ValueError: most images are broken.
     """
     states = {path: file_state(folder / path) for path in paths}
     _refuse_most_broken({path: NOT_THERE for path, state in states.items() if not state.there}, len(paths), folder)
@@ -46,8 +46,8 @@ def embed_pictures(folder: Path, paths: Sequence[str], embedder: Embedder, store
     pending: dict[str, Known] = {}
     with _progress() as progress, ThreadPoolExecutor(DECODERS) as pool:
         bar = progress.add_task("embedding", total=len(paths), completed=len(paths) - len(left))
-        for number, (batch, pictures) in enumerate(_decoded_ahead(pool, folder, batches, embedder.side), start=1):
-            pending |= _embedded(batch, pictures, states, embedder)
+        for number, (batch, images) in enumerate(_decoded_ahead(pool, folder, batches, embedder.side), start=1):
+            pending |= _embedded(batch, images, states, embedder)
             progress.advance(bar, len(batch))
             if number % embedder.part_batches == 0 or number == len(batches):
                 store.add(pending)
@@ -60,7 +60,7 @@ def embed_pictures(folder: Path, paths: Sequence[str], embedder: Embedder, store
 def _decoded_ahead(
     pool: ThreadPoolExecutor, folder: Path, batches: Iterable[list[str]], side: int
 ) -> Iterator[tuple[list[str], list[Squared | str]]]:
-    """Each batch with its pictures, or why there is none, while the next ones are read."""
+    """Each batch with its images, or why there is none, while the next ones are read."""
     waiting: deque[tuple[list[str], list[Future[Squared | str]]]] = deque()
     for batch in batches:
         waiting.append((batch, [pool.submit(read_squared, folder / path, side) for path in batch]))
@@ -72,14 +72,14 @@ def _decoded_ahead(
 
 
 def _embedded(
-    batch: list[str], pictures: list[Squared | str], states: dict[str, FileState], embedder: Embedder
+    batch: list[str], images: list[Squared | str], states: dict[str, FileState], embedder: Embedder
 ) -> dict[str, Known]:
     known = {
         path: Known(states[path], None, reason)
-        for path, reason in zip(batch, pictures, strict=True)
+        for path, reason in zip(batch, images, strict=True)
         if isinstance(reason, str)
     }
-    good = {path: picture for path, picture in zip(batch, pictures, strict=True) if not isinstance(picture, str)}
+    good = {path: image for path, image in zip(batch, images, strict=True) if not isinstance(image, str)}
     if good:
         pixels = torch.from_numpy(np.stack(list(good.values()))).to(embedder.device)
         for path, embedding in zip(good, embedder.embed(pixels).float().cpu().numpy(), strict=True):
@@ -90,11 +90,11 @@ def _embedded(
     return {path: known[path] for path in batch}
 
 
-def _refuse_most_broken(broken: dict[str, str], pictures: int, folder: Path) -> None:
-    if 2 * len(broken) > pictures:
+def _refuse_most_broken(broken: dict[str, str], images: int, folder: Path) -> None:
+    if 2 * len(broken) > images:
         examples = "; ".join(f"{path}: {reason}" for path, reason in list(broken.items())[:NAMED])
         raise ValueError(
-            f"{len(broken)} of the table's {pictures} pictures in {folder} cannot be used, which is most of them ({examples}): "
+            f"{len(broken)} of the table's {images} images in {folder} cannot be used, which is most of them ({examples}): "
             "do the table's paths begin at this folder?"
         )
 

@@ -1,4 +1,4 @@
-"""CLIP's embeddings of pictures on disk: parquet files that are each written whole, so that a kill loses at most one."""
+"""CLIP's embeddings of images on disk: parquet files that are each written whole, so that a kill loses at most one."""
 
 import io
 import re
@@ -28,7 +28,7 @@ class ClipIdentity:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a picture file: its embedding, or why it has none."""
+    """What is known of an image file: its embedding, or why it has none."""
 
     state: FileState
     embedding: Embedding | None
@@ -37,7 +37,7 @@ class Known:
 
 @dataclass
 class EmbeddingStore:
-    """The embeddings of one CLIP, by a picture's path. `parts` on disk only grow: a later row replaces an earlier."""
+    """The embeddings of one CLIP, by an image's path. `parts` on disk only grow: a later row replaces an earlier."""
 
     storage: Storage
     clip: ClipIdentity

@@ -1,4 +1,4 @@
-"""Fit an aesthetic head on the frozen embeddings of rated pictures: a linear one in closed form, or the published MLP."""
+"""Fit an aesthetic head on the frozen embeddings of rated images: a linear one in closed form, or the published MLP."""
 
 import math
 from collections.abc import Callable
@@ -15,13 +15,13 @@ HEADS: tuple[HeadKind, ...] = ("linear", "mlp", "mlp-relu")
 WIDTHS = (1024, 128, 64, 16)  # of improved-aesthetic-predictor, train_predictor.py
 DROPOUT = (0.2, 0.2, 0.1)  # behind its first three layers
 LEARNING_RATE = 1e-3  # of Adam, as there
-PENALTIES = tuple(10.0**power for power in torch.linspace(-6, 3, 37).tolist())  # of features of variance 1, a picture
+PENALTIES = tuple(10.0**power for power in torch.linspace(-6, 3, 37).tolist())  # of features of variance 1, an image
 LEAST_DEVIATION = 1e-3  # of a feature, over the mean one: one that hardly varies is not blown up
 
 
 @dataclass(frozen=True)
 class Rated:
-    """N pictures: their embeddings of norm 1, and their ratings."""
+    """N images: their embeddings of norm 1, and their ratings."""
 
     embeddings: Float[Tensor, "N D"]
     ratings: Float[Tensor, "N"]
@@ -65,11 +65,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class FittedHead:
-    """Weights in a published layout, in float32 on the CPU; what was chosen by the validation pictures, and among what."""
+    """Weights in a published layout, in float32 on the CPU; what was chosen by the validation images, and among what."""
 
     weights: dict[str, Tensor]
     chosen: dict[str, int | float]
-    tried: list[dict[str, int | float]]  # each with its MSE of the validation pictures, in units of the ratings
+    tried: list[dict[str, int | float]]  # each with its MSE of the validation images, in units of the ratings
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Training:
 
 
 def fit_head(kind: HeadKind, train: Rated, validation: Rated, training: Training) -> FittedHead:
-    """The head of that kind that is best on the validation pictures. ValueError: all ratings to fit on are equal."""
+    """The head of that kind that is best on the validation images. ValueError: all ratings to fit on are equal."""
     scale = Scale.of(train)
     one, other = scale.standard(train), scale.standard(validation)
     if kind == "linear":
@@ -159,7 +159,7 @@ def _train(
         errors.append(error)
     if not best:
         raise ValueError(
-            f"the head's error on the validation pictures is {errors[-1]} after every epoch: nothing was learned"
+            f"the head's error on the validation images is {errors[-1]} after every epoch: nothing was learned"
         )
     return best, errors
 

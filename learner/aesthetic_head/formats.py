@@ -1,4 +1,4 @@
-"""The formats of a table of rated pictures: csv, parquet, AVA's own text file, and a json list of vote histograms."""
+"""The formats of a table of rated images: csv, parquet, AVA's own text file, and a json list of vote histograms."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ AVA_VOTES = slice(2, 12)
 def rows_of(table: Path, format: str | None = None) -> Iterator[Row]:
     """A table's rows, columns named as in a csv. ValueError: it is not there, or cannot be read in this format."""
     if not table.is_file():
-        raise ValueError(f"the table {table} is not there: give a file with a row a picture")
+        raise ValueError(f"the table {table} is not there: give a file with a row an image")
     name = format or format_of(table)
     if name not in READERS:
         raise ValueError(f"the format is {name!r}: it must be one of {sorted(READERS)}")

@@ -1,4 +1,4 @@
-"""Read picture files for CLIP: of any size and mode, squared one by one so that they stack into a batch."""
+"""Read image files for CLIP: of any size and mode, squared one by one so that they stack into a batch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ def squared(pixels: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, 
 
 
 def read_squared(path: Path, side: int) -> UInt8[np.ndarray, "{side} {side} 3"] | str:
-    """A picture for CLIP, or in words why it cannot be had."""
+    """An image for CLIP, or in words why it cannot be had."""
     try:
         with Image.open(path) as image:
             if max(image.size) > LONGEST * min(image.size):

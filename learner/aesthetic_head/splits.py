@@ -1,23 +1,23 @@
-"""Which pictures a head is fitted on, which choose among its fits, and which only judge it."""
+"""Which images a head is fitted on, which choose among its fits, and which only judge it."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ray_ddpo.learner.aesthetic_head.table import SPLITS, RatedPictures
+from ray_ddpo.learner.aesthetic_head.table import SPLITS, RatedImages
 
 FEWEST = {"train": 2, "validation": 2, "test": 0}
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """How pictures are divided whose table does not do it."""
+    """How images are divided whose table does not do it."""
 
     seed: int = 0
     validation: int | float = 0.1  # share, of what is not in `test_list`
     test: int | float = 0.1  # share; not used with `test_list`
-    test_list: Path | None = None  # a file with a line a picture: its path, its file's name, or that without its ending
+    test_list: Path | None = None  # a file with a line an image: its path, its file's name, or that without its ending
 
 
 def hash_fraction(path: str, seed: int) -> float:
@@ -26,7 +26,7 @@ def hash_fraction(path: str, seed: int) -> float:
 
 
 def split_by_hash(paths: Sequence[str], seed: int, validation: int | float, test: int | float) -> tuple[str, ...]:
-    """A split each, so that a picture keeps its own when others come or go."""
+    """A split each, so that an image keeps its own when others come or go."""
     fractions = [hash_fraction(path, seed) for path in paths]
     return tuple(
         "test" if fraction < test else "validation" if fraction < test + validation else "train"
@@ -34,41 +34,41 @@ def split_by_hash(paths: Sequence[str], seed: int, validation: int | float, test
     )
 
 
-def assign_splits(pictures: RatedPictures, plan: SplitPlan) -> tuple[str, ...]:
-    """The table's own splits, else the list's test pictures, else by hash.
+def assign_splits(images: RatedImages, plan: SplitPlan) -> tuple[str, ...]:
+    """The table's own splits, else the list's test images, else by hash.
 
-    ValueError: the table and a list both say, the list names none of the pictures, or a share is out of range.
+    ValueError: the table and a list both say, the list names none of the images, or a share is out of range.
     """
-    if pictures.splits is not None:
+    if images.splits is not None:
         if plan.test_list is not None:
             raise ValueError(f"the table has a column split, and {plan.test_list} is a second answer: give one of them")
-        return pictures.splits
+        return images.splits
     if not (0 < plan.validation < 1 and 0 <= plan.test < 1 and plan.validation + plan.test < 1):
         raise ValueError(
             f"the shares of validation and test are {plan.validation} and {plan.test}: validation must be over 0, "
             "test 0 or more, and their sum below 1"
         )
     if plan.test_list is None:
-        return split_by_hash(pictures.paths, plan.seed, plan.validation, plan.test)
+        return split_by_hash(images.paths, plan.seed, plan.validation, plan.test)
     listed = _names_in(plan.test_list)
-    others = split_by_hash(pictures.paths, plan.seed, plan.validation, 0)
+    others = split_by_hash(images.paths, plan.seed, plan.validation, 0)
     splits = tuple(
-        "test" if _names_of(path) & listed else split for path, split in zip(pictures.paths, others, strict=True)
+        "test" if _names_of(path) & listed else split for path, split in zip(images.paths, others, strict=True)
     )
     if "test" not in splits:
         raise ValueError(
-            f"{plan.test_list} names none of the table's pictures: its lines must be paths such as {pictures.paths[0]!r}, or "
-            f"ids such as {PurePosixPath(pictures.paths[0]).stem!r}; its first is {min(listed, default='missing')!r}"
+            f"{plan.test_list} names none of the table's images: its lines must be paths such as {images.paths[0]!r}, or "
+            f"ids such as {PurePosixPath(images.paths[0]).stem!r}; its first is {min(listed, default='missing')!r}"
         )
     return splits
 
 
 def check_sizes(splits: Sequence[str]) -> None:
-    """ValueError: too few pictures are left to fit on, or to choose by."""
+    """ValueError: too few images are left to fit on, or to choose by."""
     counts = {split: splits.count(split) for split in SPLITS}
     if any(counts[split] < fewest for split, fewest in FEWEST.items()):
         listed = ", ".join(f"{count} {split}" for split, count in counts.items())
-        raise ValueError(f"the pictures are {listed}: two or more must be for train, and two or more for validation")
+        raise ValueError(f"the images are {listed}: two or more must be for train, and two or more for validation")
 
 
 def _names_of(path: str) -> set[str]:
@@ -77,5 +77,5 @@ def _names_of(path: str) -> set[str]:
 
 def _names_in(file: Path) -> set[str]:
     if not file.is_file():
-        raise ValueError(f"the list of test pictures {file} is not there: give a file with a line a picture")
+        raise ValueError(f"the list of test images {file} is not there: give a file with a line an image")
     return {line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()}

@@ -1,4 +1,4 @@
-"""Rated pictures as a table has them: a path each, a rating or counts of votes, and perhaps the split."""
+"""Rated images as a table has them: a path each, a rating or counts of votes, and perhaps the split."""
 
 import math
 import re
@@ -17,10 +17,10 @@ COLUMNS = "path, and one of rating, votes (a list) and votes_1 … votes_N (coun
 
 
 @dataclass(frozen=True)
-class RatedPictures:
-    """N pictures in the table's order."""
+class RatedImages:
+    """N images in the table's order."""
 
-    paths: tuple[str, ...]  # in the folder of pictures
+    paths: tuple[str, ...]  # in the folder of images
     ratings: Float[np.ndarray, "N"]  # where there are votes, their mean
     splits: tuple[str, ...] | None = None  # of SPLITS; None: the table does not say
 
@@ -34,31 +34,31 @@ def mean_rating(votes: Sequence[int | float]) -> float:
     return sum(rating * count for rating, count in enumerate(votes, start=1)) / sum(votes)
 
 
-def read_table(table: Path, format: str | None = None) -> RatedPictures:
+def read_table(table: Path, format: str | None = None) -> RatedImages:
     """Read and check a table; `format` of `formats.READERS`, None: as it looks.
 
     ValueError: a column lacks, or a cell is not what it must be; it names table, place, column, what came and what is allowed.
     """
     rows = list(rows_of(table, format))
     if not rows:
-        raise ValueError(f"the table {table} has no pictures: it needs the columns {COLUMNS}")
+        raise ValueError(f"the table {table} has no images: it needs the columns {COLUMNS}")
     columns = set(rows[0][1])
     try:
         rating = _rating_reader(columns)
     except BadCell as error:
         raise ValueError(f"the table {table} has the columns {sorted(columns)}: {error}") from None
-    pictures, seen = [], {}
+    images, seen = [], {}
     for place, cells in rows:
         try:
             path, split = _path(cells["path"]), _split(cells.get("split")) if "split" in columns else None
-            pictures.append((path, rating(cells), split))
+            images.append((path, rating(cells), split))
         except BadCell as error:
             raise ValueError(f"{table}, {place}: {error}") from None
         if path in seen:
-            raise ValueError(f"{table}, {place}: {path!r} stands in {seen[path]} too: a picture has one row")
+            raise ValueError(f"{table}, {place}: {path!r} stands in {seen[path]} too: an image has one row")
         seen[path] = place
-    paths, ratings, splits = zip(*pictures, strict=True)
-    return RatedPictures(paths, np.array(ratings), splits if "split" in columns else None)
+    paths, ratings, splits = zip(*images, strict=True)
+    return RatedImages(paths, np.array(ratings), splits if "split" in columns else None)
 
 
 def _rating_reader(columns: set[str]) -> Callable[[dict[str, Any]], float]:
@@ -82,7 +82,7 @@ def _rating_reader(columns: set[str]) -> Callable[[dict[str, Any]], float]:
 
 def _path(cell: Any) -> str:
     if not isinstance(cell, str) or not cell:
-        raise BadCell(f"column path is {cell!r}: it must be a picture's path in the folder of pictures")
+        raise BadCell(f"column path is {cell!r}: it must be an image's path in the folder of images")
     return cell
 
 

@@ -1,8 +1,8 @@
-"""The room of algorithms: what a reward is worth, and what we descend on. One file an algorithm, one line here."""
+"""The registry of algorithms: what a reward is worth, and what we descend on. One file an algorithm, one line here."""
 
-from ray_ddpo.common.recipe.registry import Room
+from ray_ddpo.common.recipe.registry import Registry
 
-ALGORITHMS: Room = {
+ALGORITHMS: Registry = {
     "ddpo_is": "ray_ddpo.learner.algorithms.ddpo_is:DDPOImportanceSampling",
     "ddpo_sf": "ray_ddpo.learner.algorithms.ddpo_sf:DDPOScoreFunction",
     "diffusion_nft": "ray_ddpo.learner.algorithms.diffusion_nft:DiffusionNFT",

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.recipe.registry import Component
 from ray_ddpo.learner.algorithms.advantages import (
     PromptStatistics,
     extend_statistics,
@@ -17,7 +17,7 @@ from ray_ddpo.learner.algorithms.advantages import (
 )
 
 
-class AdvantageSettings(Entry):
+class AdvantageSettings(Component):
     """Per-prompt running statistics (the default of the lineage), the whole round's, or a group's (GRPO)."""
 
     kind: Literal["per_prompt", "round", "group"] = "per_prompt"

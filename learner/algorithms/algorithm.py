@@ -10,28 +10,28 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.recipe.registry import Component
 from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
 from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
 from ray_ddpo.learner.algorithms.advantages import PromptStatistics
 
 
 @dataclass(frozen=True)
-class PairLoss:
+class TransitionLoss:
     """An algorithm's loss and what it looked at, one value a pair; all but loss and terms without gradient. None: not its way."""
 
     loss: Float[Tensor, "B"]
     log_ratio: Float[Tensor, "B"] | None = None  # log_prob − old_log_prob
     clipped: Float[Tensor, "B"] | None = None  # 1 where the loss's ratio is outside its range
     kept: Float[Tensor, "B"] | None = None  # 0 where a pair is masked: its loss is 0 and the denominator leaves it out
-    behaviour_weight: Float[Tensor, "B"] | None = None
+    importance_weight: Float[Tensor, "B"] | None = None
     kl_reference: Float[Tensor, "B"] | None = None  # nats, of the pair's step, to the pretrained model
     terms: Mapping[str, Float[Tensor, "B"]] = field(
         default_factory=dict
     )  # the parts of the loss by name, if it has any
 
 
-class Algorithm(Entry, ABC):
+class Algorithm(Component, ABC):
     """An algorithm's hyperparameters, and its mathematics."""
 
     def check(self, recipe: Recipe) -> None:
@@ -40,50 +40,50 @@ class Algorithm(Entry, ABC):
     def check_policy(self, policy: PolicyConfig) -> None:
         """ValueError: the algorithm does not go with how sampler and learner compute."""
 
-    def check_micro_batches(self, recipe: Recipe, noisy_steps: int) -> None:
+    def check_micro_batches(self, recipe: Recipe, stochastic_steps: int) -> None:
         """ValueError: `learner.micro_batch_size` does not divide a rank's pairs of an optimizer step, of so many noisy steps."""
-        images, each = recipe.learner.images_per_rank, self.pairs_per_image(recipe, noisy_steps)
-        size, ranks = recipe.learner.micro_batch_size, recipe.learner.ranks
+        images, each = recipe.learner.images_per_rank, self.pairs_per_image(recipe, stochastic_steps)
+        size, ranks = recipe.learner.micro_batch_size, recipe.learner.world_size
         if size != "auto" and images * each % size:
-            what = "noisings" if self.noisings_per_image else "steps with noise"
+            what = "noised_samples" if self.noised_samples_per_image else "steps with noise"
             raise ValueError(
                 f"an optimizer step has {images} images × {each} {what} = {images * each} pairs to learn from"
                 f"{f' on each of {ranks} ranks' if ranks > 1 else ''}, "
                 f"which learner.micro_batch_size = {size} does not divide"
             )
 
-    def pairs_per_image(self, recipe: Recipe, noisy_steps: int) -> int:
+    def pairs_per_image(self, recipe: Recipe, stochastic_steps: int) -> int:
         """How many pairs an image gives an optimizer step, of a schedule with so many steps with noise."""
-        return self.noisings_per_image or recipe.sampling.kept_steps(noisy_steps)
+        return self.noised_samples_per_image or recipe.sampling.trained_steps(stochastic_steps)
 
     @property
-    def noisings_per_image(self) -> int | None:
-        """How often a finished image is noised anew to be learned from; None: the steps of its path are learned from."""
+    def noised_samples_per_image(self) -> int | None:
+        """How often a finished image is noised again to be learned from; None: the steps of its path are learned from."""
         return None
 
     @property
     def needs_proximal_log_probs(self) -> bool:
-        """Whether `pair_loss` reads `proximal_log_probs`, which cost a forward pass after a round's first optimizer step."""
+        """Whether `compute_loss` reads `proximal_log_probs`, which cost a forward pass after a round's first optimizer step."""
         return False
 
     @property
-    def needs_behaviour_means(self) -> bool:
-        """Whether `pair_loss` reads `behaviour_means`, which cost a forward pass under the weights that drew."""
+    def needs_behavior_means(self) -> bool:
+        """Whether `compute_loss` reads `behavior_means`, which cost a forward pass under the weights that sampled."""
         return False
 
     @property
     def needs_reference_means(self) -> bool:
-        """Whether `pair_loss` reads `reference_means`, which cost a forward pass of the pretrained model."""
+        """Whether `compute_loss` reads `reference_means`, which cost a forward pass of the pretrained model."""
         return False
 
     @property
     def needs_old_predictions(self) -> bool:
-        """Whether `pair_loss` reads `old_predictions`, which cost a forward pass under the weights that drew."""
+        """Whether `compute_loss` reads `old_predictions`, which cost a forward pass under the weights that sampled."""
         return False
 
     @property
     def needs_reference_predictions(self) -> bool:
-        """Whether `pair_loss` reads `reference_predictions`, which cost a forward pass of the pretrained model."""
+        """Whether `compute_loss` reads `reference_predictions`, which cost a forward pass of the pretrained model."""
         return False
 
     @property
@@ -92,7 +92,7 @@ class Algorithm(Entry, ABC):
         return 1.0
 
     def average_decay(self, policy_version: int) -> float | None:
-        """Samplers draw with decay · the version before + (1 − decay) · the trained weights; None: with the trained weights."""
+        """Samplers sample with decay · the version before + (1 − decay) · the trained weights; None: with the trained weights."""
         return None
 
     def teaches(self, worth: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
@@ -115,5 +115,5 @@ class Algorithm(Entry, ABC):
         """The statistics with these images in them, and what each image is worth: an advantage, or a weight."""
 
     @abstractmethod
-    def pair_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch) -> PairLoss:
+    def compute_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch) -> TransitionLoss:
         """The loss of each pair under the policy's present weights, with gradients."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from ray_ddpo.common.diffusion.transition import Transition
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import TransitionBatch
-from ray_ddpo.learner.algorithms.algorithm import PairLoss
+from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
 from ray_ddpo.learner.algorithms.losses import score_function
 from ray_ddpo.learner.algorithms.policy_gradient import PolicyGradient
 
@@ -26,7 +26,7 @@ class DDPOScoreFunction(PolicyGradient):
 
     def transition_loss(
         self, transition: Transition, batch: TransitionBatch, advantages: Float[Tensor, "B"]
-    ) -> PairLoss:
+    ) -> TransitionLoss:
         log_prob = transition.log_prob(batch.next_latents)
         loss = score_function(log_prob, advantages)
-        return PairLoss(loss, (log_prob - batch.old_log_probs).detach(), terms={"policy": loss})
+        return TransitionLoss(loss, (log_prob - batch.old_log_probs).detach(), terms={"policy": loss})

@@ -1,4 +1,4 @@
-"""What algorithms on finished images share: they are noised anew, so neither log-probs nor the path that led there count."""
+"""What algorithms on finished images share: they are noised again, so neither log-probs nor the path that led there count."""
 
 from abc import ABC
 
@@ -8,24 +8,24 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
-from ray_ddpo.learner.algorithms.algorithm import Algorithm, PairLoss
+from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss
 from ray_ddpo.learner.algorithms.losses import sum_of
 
 
 class ForwardProcess(Algorithm, ABC):
     """A loss on what the network, guided as it samples, predicts of noised images; so any lag is as good as none."""
 
-    noisings: int = Field(default=1, ge=1)  # of each image in an inner epoch, each to a timestep of its own
+    noised_samples: int = Field(default=1, ge=1)  # of each image in an inner epoch, each to a timestep of its own
 
     @property
-    def noisings_per_image(self) -> int:
-        return self.noisings
+    def noised_samples_per_image(self) -> int:
+        return self.noised_samples
 
-    def pair_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch) -> PairLoss:
+    def compute_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch) -> TransitionLoss:
         assert isinstance(batch, NoisedBatch), "finished images are learned from"
         predicted, target = policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)
         terms = self.noised_terms(predicted, target, policy.clean_scale(batch.timesteps), batch)
-        return PairLoss(sum_of(terms), terms=terms)
+        return TransitionLoss(sum_of(terms), terms=terms)
 
     def noised_terms(
         self,

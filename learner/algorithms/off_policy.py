@@ -1,6 +1,6 @@
 """Learning from a policy that has moved on: what is made of the distance, as pure functions; one value a pair.
 
-Three policies: behaviour, which drew the trajectory; proximal, at the start of the round's update; the present one, θ.
+Three policies: behavior, which sampled the trajectory; proximal, at the start of the round's update; the present one, θ.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from ray_ddpo.common.diffusion.transition import Transition
 from ray_ddpo.learner.algorithms.losses import clipped_surrogate, gaussian_kl
 
 
-def behaviour_weight(
+def importance_weight(
     proximal_log_prob: Float[Tensor, "B"], old_log_prob: Float[Tensor, "B"], band: float
 ) -> Float[Tensor, "B"]:
     """w = π_prox / π_behaviour, without gradient and with its logarithm held within ± `band`.
@@ -34,15 +34,15 @@ def decoupled_surrogate(
     return weight.detach() * clipped_surrogate(log_prob, proximal_log_prob.detach(), advantages, clip_range)
 
 
-def drift_nats(transition: Transition, behaviour: Transition) -> Float[Tensor, "B"]:
+def drift_nats(transition: Transition, behavior: Transition) -> Float[Tensor, "B"]:
     """KL of one step between two policies with the same σ: ‖μ − μ_behaviour‖² / (2σ²), without gradient."""
-    return gaussian_kl(Transition(transition.mean.detach(), transition.std), behaviour)
+    return gaussian_kl(Transition(transition.mean.detach(), transition.std), behavior)
 
 
 def within_drift(drift: Float[Tensor, "B"], max_drift_nats: float) -> Float[Tensor, "B"]:
     """1 where a pair is learned from, 0 where its step has moved too far.
 
-    From the means and never from the single log-ratio: that would select on the noise that was drawn.
+    From the means and never from the single log-ratio: that would select on the noise that was sampled.
     """
     return (drift <= max_drift_nats).float()
 

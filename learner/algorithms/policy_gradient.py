@@ -12,37 +12,39 @@ from torch import Tensor
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
 from ray_ddpo.common.diffusion.transition import Transition
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.recipe.registry import Component
 from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
 from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
 from ray_ddpo.learner.algorithms.advantages import PromptStatistics
-from ray_ddpo.learner.algorithms.algorithm import Algorithm, PairLoss
+from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss
 from ray_ddpo.learner.algorithms.losses import gaussian_kl, sum_of
-from ray_ddpo.learner.algorithms.off_policy import behaviour_weight, decoupled_surrogate, drift_nats, within_drift
+from ray_ddpo.learner.algorithms.off_policy import decoupled_surrogate, drift_nats, importance_weight, within_drift
 
 CLIP_RANGE = 1e-4  # the lineage's, on the mean scale
 
 
-class OffPolicySettings(Entry):
+class OffPolicySettings(Component):
     """Off-policy corrections (`learner/algorithms/off_policy.py`); by default none but the ratio."""
 
-    ratio: Literal["behaviour", "proximal"] = "behaviour"  # against the policy that drew, or that at the update's start
+    ratio: Literal["behavior", "proximal"] = (
+        "behavior"  # against the policy that sampled, or that at the update's start
+    )
     # Weigh pairs by π_prox / π_behaviour, its logarithm held within ± this on the scale of log_prob; none: by 1.
-    behaviour_weight: float | None = Field(default=None, gt=0)
+    importance_weight: float | None = Field(default=None, gt=0)
     max_drift_nats: float | None = Field(default=None, gt=0)  # of a step's mean; a pair beyond is left out
 
     @model_validator(mode="after")
     def _weight_belongs_to_the_proximal_ratio(self) -> "OffPolicySettings":
-        if self.behaviour_weight is not None and self.ratio != "proximal":
+        if self.importance_weight is not None and self.ratio != "proximal":
             raise ValueError(
-                f"behaviour_weight is {self.behaviour_weight} and ratio {self.ratio!r}, which has that weight in it "
-                'already: give ratio = "proximal", or no behaviour_weight'
+                f"importance_weight is {self.importance_weight} and ratio {self.ratio!r}, which has that weight in it "
+                'already: give ratio = "proximal", or no importance_weight'
             )
         return self
 
 
 class PolicyGradient(Algorithm, ABC):
-    """An algorithm that moves the log_prob of the steps that were drawn; advantages are held within a limit."""
+    """An algorithm that moves the log_prob of the steps that were sampled; advantages are held within a limit."""
 
     advantages: AdvantageSettings = AdvantageSettings()
     advantage_clip: float = Field(default=5.0, gt=0)
@@ -67,7 +69,7 @@ class PolicyGradient(Algorithm, ABC):
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
         return self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)
 
-    def pair_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch) -> PairLoss:
+    def compute_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch) -> TransitionLoss:
         assert isinstance(batch, TransitionBatch), "the path's own steps are learned from"
         transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
         limited = batch.advantages.clamp(-self.advantage_clip, self.advantage_clip)
@@ -78,7 +80,7 @@ class PolicyGradient(Algorithm, ABC):
     @abstractmethod
     def transition_loss(
         self, transition: Transition, batch: TransitionBatch, advantages: Float[Tensor, "B"]
-    ) -> PairLoss:
+    ) -> TransitionLoss:
         """The loss of each pair, from its distribution under the present weights and its advantage, limited and weighted."""
 
 
@@ -112,7 +114,7 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
             )
 
     def check_policy(self, policy: PolicyConfig) -> None:
-        if policy.numerics_differ and self.off_policy.ratio == "behaviour":
+        if policy.numerics_differ and self.off_policy.ratio == "behavior":
             raise ValueError(
                 f"policy.dtype is {policy.dtype!r}, sampler_dtype {policy.sampler_dtype!r}, compile {policy.compile!r} and "
                 f"merge_adapters {policy.merge_adapters}: sampler and learner then round differently, by far more than the clip "
@@ -128,7 +130,7 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
         return self.off_policy.ratio == "proximal"
 
     @property
-    def needs_behaviour_means(self) -> bool:
+    def needs_behavior_means(self) -> bool:
         return self.off_policy.max_drift_nats is not None
 
     @property
@@ -137,7 +139,7 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
 
     def transition_loss(
         self, transition: Transition, batch: TransitionBatch, advantages: Float[Tensor, "B"]
-    ) -> PairLoss:
+    ) -> TransitionLoss:
         clip_range = self.clip(batch.latents[0].numel())
         log_prob = transition.log_prob(batch.next_latents)
         log_ratio = (log_prob - batch.old_log_probs).detach()
@@ -157,20 +159,20 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
             kl = kl.detach()
         if kept is not None:  # in every term, or a KL would still pull what is masked
             terms = {name: torch.where(kept > 0, term, 0.0) for name, term in terms.items()}
-        return PairLoss(sum_of(terms), log_ratio, clipped, kept, weight, kl, terms)
+        return TransitionLoss(sum_of(terms), log_ratio, clipped, kept, weight, kl, terms)
 
     def _ratios_denominator(self, log_prob: Float[Tensor, "B"], batch: TransitionBatch) -> Float[Tensor, "B"]:
-        if self.off_policy.ratio == "behaviour":
+        if self.off_policy.ratio == "behavior":
             return batch.old_log_probs
         return log_prob.detach() if batch.proximal_log_probs is None else batch.proximal_log_probs
 
     def _weight(self, anchor: Float[Tensor, "B"], batch: TransitionBatch) -> Float[Tensor, "B"] | None:
-        band = self.off_policy.behaviour_weight
-        return None if band is None else behaviour_weight(anchor, batch.old_log_probs, band)
+        band = self.off_policy.importance_weight
+        return None if band is None else importance_weight(anchor, batch.old_log_probs, band)
 
     def _kept(self, transition: Transition, batch: TransitionBatch) -> Float[Tensor, "B"] | None:
         limit = self.off_policy.max_drift_nats
         if limit is None:
             return None
-        means = transition.mean.detach() if batch.behaviour_means is None else batch.behaviour_means
+        means = transition.mean.detach() if batch.behavior_means is None else batch.behavior_means
         return within_drift(drift_nats(transition, Transition(means, transition.std)), limit)

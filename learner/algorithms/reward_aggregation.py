@@ -1,4 +1,4 @@
-"""RewardComposition: several rewards become one number an image, compared as whole rounds and groups allow."""
+"""RewardAggregation: several rewards become one number an image, compared as whole rounds and groups allow."""
 
 from dataclasses import dataclass, field
 
@@ -29,18 +29,18 @@ class Worth:
 
 
 @dataclass(frozen=True)
-class RewardComposition:
-    """How a recipe joins its rewards: `join` of `[composition]`, and weight and floor of each."""
+class RewardAggregation:
+    """How a recipe joins its rewards: `join` of `[aggregation]`, and weight and floor of each."""
 
     weights: dict[str, float]
     join: str = "sum"
     floors: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "RewardComposition":
+    def of(cls, recipe: Recipe) -> "RewardAggregation":
         """What the recipe's reward tables say."""
         floors = {table.called: table.floor for table in recipe.all_rewards if table.floor is not None}
-        return cls({table.called: table.weight for table in recipe.all_rewards}, recipe.composition.join, floors)
+        return cls({table.called: table.weight for table in recipe.all_rewards}, recipe.aggregation.kind, floors)
 
     @property
     def compared(self) -> tuple[str, ...]:
@@ -51,8 +51,8 @@ class RewardComposition:
         """ValueError: advantages of each reward are to be joined, and the algorithm has no advantages."""
         if self.join == "advantages" and algorithm.comparison is None:
             raise ValueError(
-                f"composition.join is 'advantages', and {type(algorithm).__name__} makes weights of rewards and no advantages: "
-                "join with 'sum', 'normalised' or 'win_rate', or take an algorithm with [algorithm.advantages]"
+                f"aggregation.kind is 'advantages', and {type(algorithm).__name__} makes weights of rewards and no advantages: "
+                "join with 'sum', 'z_score' or 'win_rate', or take an algorithm with [algorithm.advantages]"
             )
 
     def worth(
@@ -79,7 +79,7 @@ class RewardComposition:
         return extended, Worth(algorithm.from_advantages(joined), parts)
 
     def _part(self, values: Float[np.ndarray, "N"], images_per_prompt: int) -> Float[np.ndarray, "N"]:
-        if self.join == "normalised":
+        if self.join == "z_score":
             return round_advantages(values)
         return win_rates(values, images_per_prompt) if self.join == "win_rate" else values.astype(np.float64)
 

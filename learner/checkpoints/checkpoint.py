@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from ray_ddpo.common.base_parts import BASE, Base, as_tables
 from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
-from ray_ddpo.common.policy_weights import LoraWeights, fingerprint
+from ray_ddpo.common.policy_weights import PolicyWeights, fingerprint
 from ray_ddpo.common.run_storage.storage import Storage, StorageError
 from ray_ddpo.learner.algorithms.reward_aggregation import Statistics
 from ray_ddpo.learner.checkpoints.learner_state import Evaluated, EvaluationState, LearnerState
@@ -35,7 +35,7 @@ class Checkpoint:
     statistics: Statistics
     tracker_ids: dict[str, str] = field(default_factory=dict)  # under which a tracker goes on, by its name
     ledger_rounds: int = 0  # in the ledger
-    set_aside: dict[int, list[int]] = field(default_factory=dict)  # round: its images that were not learned from
+    dropped: dict[int, list[int]] = field(default_factory=dict)  # round: its images that were not learned from
     evaluation: EvaluationState = EvaluationState()
     base: Base = field(default_factory=dict)  # what the weights stand on
 
@@ -116,7 +116,7 @@ def _files(checkpoint: Checkpoint, shards: list[Shards]) -> Iterator[tuple[str, 
         "statistics": checkpoint.statistics,
         "tracker_ids": checkpoint.tracker_ids,
         "ledger_rounds": checkpoint.ledger_rounds,
-        "set_aside": checkpoint.set_aside,
+        "dropped": checkpoint.dropped,
         "evaluation": _evaluation_header(checkpoint.evaluation),
         "base": as_tables(checkpoint.base),
     }
@@ -127,7 +127,7 @@ def _files(checkpoint: Checkpoint, shards: list[Shards]) -> Iterator[tuple[str, 
     yield "state.json", json.dumps(state).encode()
 
 
-def _evaluated(state: EvaluationState) -> dict[str, LoraWeights]:
+def _evaluated(state: EvaluationState) -> dict[str, PolicyWeights]:
     """The weights of an evaluation's state by the file that each lies in."""
     found = {"average": state.average}
     for each in state.pending:
@@ -159,7 +159,7 @@ def _weights_file(policy_version: int) -> str:
     return f"weights-{policy_version:06d}.safetensors"
 
 
-def _weights_header(weights: LoraWeights) -> dict[str, object]:
+def _weights_header(weights: PolicyWeights) -> dict[str, object]:
     return {"policy_version": weights.policy_version, "manifest": weights.manifest, "fingerprint": weights.fingerprint}
 
 
@@ -236,7 +236,7 @@ def _load_checkpoint(checkpoint: Storage) -> Checkpoint:
         _statistics(checkpoint, state["statistics"]),
         state.get("tracker_ids", {}),
         state.get("ledger_rounds", 0),
-        {int(round): images for round, images in state.get("set_aside", {}).items()},
+        {int(round): images for round, images in state.get("dropped", {}).items()},
         _load_evaluation(checkpoint, state),
         BASE.validate_python(state.get("base", {})),
     )
@@ -258,7 +258,7 @@ def policy_versions(checkpoint: Storage) -> list[int]:
     return [header["policy_version"] for header in json.loads(checkpoint.read("state.json"))["weights"]]
 
 
-def load_weights(checkpoint: Storage) -> tuple[LoraWeights, ...]:
+def load_weights(checkpoint: Storage) -> tuple[PolicyWeights, ...]:
     """A checkpoint's policy versions alone, the newest last. ValueError: they are not what they were saved as."""
     state = json.loads(checkpoint.read("state.json"))
     return tuple(
@@ -273,11 +273,11 @@ def _num_shards(state: dict, file: str) -> int:
     return count
 
 
-def _load_weights(checkpoint: Storage, name: str, header: dict, state: dict) -> LoraWeights:
+def _load_weights(checkpoint: Storage, name: str, header: dict, state: dict) -> PolicyWeights:
     manifest = tuple((parameter, tuple(shape)) for parameter, shape in header["manifest"])
     size = sum(math.prod(shape) for _, shape in manifest)
     buffer = read_buffer(checkpoint, name, _num_shards(state, name), size)
-    weights = LoraWeights(header["policy_version"], buffer, manifest, header["fingerprint"])
+    weights = PolicyWeights(header["policy_version"], buffer, manifest, header["fingerprint"])
     refuse_not_finite(f"{checkpoint.location}/{name}", weights.arrays())  # first: it says more than a fingerprint
     if fingerprint(buffer, manifest) != weights.fingerprint:
         raise ValueError(

@@ -10,19 +10,19 @@ from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, load_checkpoint,
 # What may change between a run and its continuation without changing the weights it arrives at.
 ROLE = ("num_cpus", "num_gpus", "resources", "accelerator_type")
 WORKERS = ("count", "min", "max", "cache", *ROLE)
-# These decide what becomes of a scoring batch that fails, so which pictures are set aside: where none fails they
+# These decide what becomes of a scoring batch that fails, so which images are dropped: where none fails they
 # decide nothing, and where some do a run must be able to go on with more patience.
 PATIENCE = ("timeout_seconds", "attempts")
 FREE = (
-    *("output_dir", "rounds", "samplers", "checkpoint", "rollouts", "evaluation", "guard", "exhibits", "push"),
+    *("output_dir", "rounds", "samplers", "checkpoint", "rollouts", "evaluation", "guard", "media", "push"),
     "trackers",
     *(
         f"{pool}.{key}"
         for pool in ("reward_workers", "reward.workers", "rewards.*.workers")
         for key in WORKERS + PATIENCE
     ),
-    "reward_workers.max_set_aside",
-    *(f"learner.{key}" for key in (*ROLE, "log_prob_tolerance", "shard_optimizer")),
+    "reward_workers.max_dropped",
+    *(f"learner.{key}" for key in (*ROLE, "log_prob_tolerance", "shard_optimizer_state")),
     *(f"runtime.{key}" for key in ("ready_seconds", "watchdog_seconds", "max_restarts")),
 )
 

@@ -31,7 +31,7 @@ def micro_batch_size(policy: Policy, config: PolicyConfig, algorithm: Algorithm,
 
     ValueError: not even one pair fits.
     """
-    given, per_image = recipe.learner.micro_batch_size, algorithm.pairs_per_image(recipe, len(policy.noisy_steps))
+    given, per_image = recipe.learner.micro_batch_size, algorithm.pairs_per_image(recipe, len(policy.stochastic_steps))
     if given != "auto":
         return given
     pairs = recipe.learner.images_per_rank * per_image
@@ -40,7 +40,7 @@ def micro_batch_size(policy: Policy, config: PolicyConfig, algorithm: Algorithm,
     if on_gpu:
         limit = gpu_limit(recipe.learner.num_gpus)
         beside = recipe.images_per_round * sizes.conditioning_bytes
-        beside += buffer_bytes(sizes.trained_parameters, recipe.learner.ranks)
+        beside += buffer_bytes(sizes.trained_parameters, recipe.learner.world_size)
         trial = StepTrial(policy, algorithm, sizes, rank_moment_bytes(recipe.learner, sizes))
         found = largest_that_fits(pairs, limit - beside, sizes.learner.largest(limit - beside), trial.peak)
     else:
@@ -54,7 +54,7 @@ def micro_batch_size(policy: Policy, config: PolicyConfig, algorithm: Algorithm,
             f'learner.micro_batch_size is "auto", and one pair takes {sizes.learner.of(1) / 1e9:.2f} GB of the '
             f"{limit / 1e9:.2f} GB that may be used: give {advice}, or half precision"
         )
-    whose = "an optimizer step's" if recipe.learner.ranks == 1 else "a rank's"
+    whose = "an optimizer step's" if recipe.learner.world_size == 1 else "a rank's"
     print(f"learner.micro_batch_size: {found} of {whose} {pairs} pairs, found for {policy.device}", flush=True)
     return found
 
@@ -102,7 +102,7 @@ class StepTrial:
         for _ in range(2):
             batch = made_up_batch(self._policy, self._algorithm, self._sizes, pairs)
             with IntegerIndices():
-                loss = self._algorithm.pair_loss(self._policy, batch).loss
+                loss = self._algorithm.compute_loss(self._policy, batch).loss
             (loss.sum() / (2 * pairs)).backward()
         del moments
 
@@ -119,10 +119,10 @@ def made_up_batch(
         return torch.full((pairs,), value, device=policy.device)
 
     conditioning = made_up_conditioning(sizes.conditioning_shape, sizes.conditioning_dtypes, pairs, policy.device)
-    steps = torch.full((pairs,), policy.noisy_steps[0], device=policy.device)
+    steps = torch.full((pairs,), policy.stochastic_steps[0], device=policy.device)
     entering, leaving = latents(), latents()
     assert entering is not None and leaving is not None
-    if algorithm.noisings_per_image is not None:
+    if algorithm.noised_samples_per_image is not None:
         old = latents(algorithm.needs_old_predictions)
         pretrained = latents(algorithm.needs_reference_predictions)
         return NoisedBatch(conditioning, steps, entering, leaving, numbers(1.0), old, pretrained)
@@ -134,6 +134,6 @@ def made_up_batch(
         numbers(0.0),
         numbers(1.0),
         numbers(0.0) if algorithm.needs_proximal_log_probs else None,
-        latents(algorithm.needs_behaviour_means),
+        latents(algorithm.needs_behavior_means),
         latents(algorithm.needs_reference_means),
     )

@@ -112,4 +112,4 @@ def with_moments_of(settings: LearnerTable, sizes: PolicySizes) -> PolicySizes:
 
 def rank_moment_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
     """What a rank keeps of the moments; where they are divided, but for how evenly whole parameters can be."""
-    return -(-moment_bytes(settings, sizes) // (settings.ranks if settings.shard_optimizer else 1))
+    return -(-moment_bytes(settings, sizes) // (settings.world_size if settings.shard_optimizer_state else 1))

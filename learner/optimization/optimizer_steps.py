@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ray_ddpo.common.model_files.finite_weights import first_not_finite
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.tables import LearnerTable
 from ray_ddpo.common.trajectory import TrainBatch
-from ray_ddpo.learner.algorithms.algorithm import PairLoss
+from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
 from ray_ddpo.learner.algorithms.off_policy import rescale_gradients, to_those_left
 from ray_ddpo.learner.optimization.optimizer import is_fused
 from ray_ddpo.learner.process_group import OtherRankFailed, Ranks
@@ -54,7 +54,7 @@ class OptimizerSteps:
         self._optimizer.zero_grad(set_to_none=True)
         self._masks, self._terms = [], {}
 
-    def add(self, result: PairLoss, num_pairs: int) -> None:
+    def add(self, result: TransitionLoss, num_pairs: int) -> None:
         """Add the gradient of a micro-batch: its share of the mean over the step's pairs on all ranks."""
         self._scaler.scale(result.loss.sum() / num_pairs).backward()
         self._masks += [] if result.kept is None else [result.kept]
@@ -159,7 +159,7 @@ def _advice(settings: LearnerTable, round: int, half: bool) -> str:
     return f"most likely {overflows}learner.learning_rate = {settings.learning_rate:g} is too high; {saved if round else begin}"
 
 
-def refuse_weights(weights: LoraWeights, round: int, settings: LearnerTable) -> None:
+def refuse_weights(weights: PolicyWeights, round: int, settings: LearnerTable) -> None:
     """Raise NotFinite if an update has made a weight that is no finite number."""
     name = first_not_finite(weights.arrays())
     if name is None:

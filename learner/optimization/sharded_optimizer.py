@@ -24,7 +24,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(parameters.values(), {})
         if len(parameters) < ranks.count:
             raise ValueError(
-                f"learner.ranks is {ranks.count}, and the network has {len(parameters)} trained parameters to divide "
+                f"learner.world_size is {ranks.count}, and the network has {len(parameters)} trained parameters to divide "
                 "among them: give no more ranks than that"
             )
         self._ranks = ranks

@@ -22,19 +22,19 @@ LATENT_PENALTY = 2e-3  # keeps latents near zero, where that noise counts
 PIXELS = 64
 
 
-def augmented_pictures(
+def augmented_images(
     drawings: list[Drawing], variants: int, seed: int, size: int = PIXELS
 ) -> UInt8[Tensor, "drawings {2*variants} 3 {size} {size}"]:
     """Each drawing at random scales and places, and each of these mirrored; `size` pixels on a side."""
     random = np.random.default_rng(seed)
-    pictures = np.empty((len(drawings), 2 * variants, size, size, 3), np.uint8)
-    for row, drawing in zip(pictures, drawings, strict=True):
+    images = np.empty((len(drawings), 2 * variants, size, size, 3), np.uint8)
+    for row, drawing in zip(images, drawings, strict=True):
         for variant in range(variants):
             scale = random.uniform(0.84, 0.98)
             shift = random.uniform(-0.04, 0.04, 2)
             row[2 * variant] = drawing.render(size, scale, (shift[0], shift[1]))
             row[2 * variant + 1] = row[2 * variant, :, ::-1]
-    return torch.from_numpy(pictures).permute(0, 1, 4, 2, 3).contiguous()
+    return torch.from_numpy(images).permute(0, 1, 4, 2, 3).contiguous()
 
 
 def to_unit(pixels: UInt8[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B 3 H W"]:
@@ -42,13 +42,13 @@ def to_unit(pixels: UInt8[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B 3 H W"]:
     return pixels.float() / 127.5 - 1
 
 
-def train_autoencoder(pictures: UInt8[Tensor, "N 3 64 64"], steps: int, seed: int) -> AutoencoderTiny:
+def train_autoencoder(images: UInt8[Tensor, "N 3 64 64"], steps: int, seed: int) -> AutoencoderTiny:
     """The trained autoencoder, its scaling factor set so that latents have a standard deviation of 1."""
     torch.manual_seed(seed)
     autoencoder = build_autoencoder()
-    _fit(autoencoder, pictures, steps, seed)
+    _fit(autoencoder, images, steps, seed)
     autoencoder.requires_grad_(False).eval()
-    latents = encode(autoencoder, pictures[torch.randperm(len(pictures))[:1024]])
+    latents = encode(autoencoder, images[torch.randperm(len(images))[:1024]])
     autoencoder.register_to_config(scaling_factor=1 / latents.std().item())
     return autoencoder
 
@@ -63,7 +63,7 @@ def load_autoencoder(work: Path) -> AutoencoderTiny:
     return AutoencoderTiny.from_pretrained(work / "autoencoder", use_safetensors=True).requires_grad_(False).eval()
 
 
-def _fit(autoencoder: AutoencoderTiny, pictures: UInt8[Tensor, "N 3 64 64"], steps: int, seed: int) -> None:
+def _fit(autoencoder: AutoencoderTiny, images: UInt8[Tensor, "N 3 64 64"], steps: int, seed: int) -> None:
     optimizer = torch.optim.AdamW(autoencoder.parameters(), LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     generator = torch.Generator().manual_seed(seed)
@@ -71,8 +71,8 @@ def _fit(autoencoder: AutoencoderTiny, pictures: UInt8[Tensor, "N 3 64 64"], ste
     with Progress() as progress:
         bar = progress.add_task("autoencoder", total=steps)
         for step in range(steps):
-            chosen = torch.randint(len(pictures), (BATCH,), generator=generator)
-            clean = to_unit(pictures[chosen]).contiguous(memory_format=torch.channels_last)
+            chosen = torch.randint(len(images), (BATCH,), generator=generator)
+            clean = to_unit(images[chosen]).contiguous(memory_format=torch.channels_last)
             loss, squared_error = _loss(autoencoder, clean, generator)
             optimizer.zero_grad()
             loss.backward()
@@ -100,9 +100,9 @@ def _loss(
 
 
 @torch.no_grad()
-def encode(autoencoder: AutoencoderTiny, pictures: UInt8[Tensor, "N 3 64 64"]) -> Float[Tensor, "N 4 16 16"]:
+def encode(autoencoder: AutoencoderTiny, images: UInt8[Tensor, "N 3 64 64"]) -> Float[Tensor, "N 4 16 16"]:
     """Latents before scaling."""
-    batches = [to_unit(batch).contiguous(memory_format=torch.channels_last) for batch in pictures.split(64)]
+    batches = [to_unit(batch).contiguous(memory_format=torch.channels_last) for batch in images.split(64)]
     return torch.cat([autoencoder.encoder(batch) for batch in batches]).contiguous()
 
 

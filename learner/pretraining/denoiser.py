@@ -101,7 +101,7 @@ class DenoiserTraining:
         """One optimizer step; its loss, the mean squared error of the noise (Ho et al. 2020, eq. 14)."""
         # A generator for each step, so that a resumed training draws what an undisturbed one would have drawn.
         generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.progress.step)
-        clean, token_ids = draw_batch(self.material, generator)
+        clean, token_ids = sample_batch(self.material, generator)
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(len(self.alphas_cumprod), (BATCH,), generator=generator)
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
@@ -126,7 +126,7 @@ class DenoiserTraining:
         self.progress.step += 1
 
 
-def draw_batch(
+def sample_batch(
     material: Material, generator: torch.Generator
 ) -> tuple[Float[Tensor, "32 4 16 16"], Int[Tensor, "32 16"]]:
     """Latents and the token ids of their captions, some of these dropped."""

@@ -59,7 +59,7 @@ PROMPTS_FILE = Path(__file__).parents[2] / "common" / "prompt_lists" / "animals.
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture of one animal in one style, as vectors."""
+    """One image of one animal in one style, as vectors."""
 
     animal: str  # the caption
     style: str  # a key of STYLES
@@ -86,7 +86,7 @@ def prompted_animals() -> list[str]:
 
 
 def read_drawings(other_animals: bool = False) -> list[Drawing]:
-    """Every drawing of the 45 animals in all styles, and on wish of further animals; equal pictures only once."""
+    """Every drawing of the 45 animals in all styles, and on wish of further animals; equal images only once."""
     wanted = [(animal, icon) for animal in prompted_animals() for icon in ANIMAL_ICONS.get(animal, (animal,))]
     if other_animals:
         wanted += [(_caption(icon), icon) for icon in OTHER_ICONS.split()]

@@ -26,7 +26,7 @@ def build_autoencoder() -> AutoencoderTiny:
         num_decoder_blocks=(3, 2, 1),
         latent_channels=4,
     )
-    lay_channels_last(autoencoder)
+    to_channels_last(autoencoder)
     return autoencoder
 
 
@@ -44,11 +44,11 @@ def build_unet() -> UNet2DConditionModel:
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    lay_channels_last(unet)
+    to_channels_last(unet)
     return unet
 
 
-def lay_channels_last(network: torch.nn.Module) -> None:
+def to_channels_last(network: torch.nn.Module) -> None:
     """Lay convolutions' weights in memory as a CPU reads them fastest."""
     for parameter in network.parameters():
         if parameter.dim() == 4:

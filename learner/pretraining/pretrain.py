@@ -11,7 +11,7 @@ import torch
 from torch import multiprocessing
 
 from ray_ddpo.learner.pretraining.autoencoder import (
-    augmented_pictures,
+    augmented_images,
     encode,
     load_autoencoder,
     save_autoencoder,
@@ -38,11 +38,11 @@ def words_of(captions: list[str]) -> list[str]:
 
 def prepare(drawings: list[Drawing], autoencoder_steps: int, seed: int, work: Path) -> Material:
     """Render the drawings, train the autoencoder on them unless that is done, and encode them."""
-    pictures = augmented_pictures(drawings, VARIANTS, seed)
+    images = augmented_images(drawings, VARIANTS, seed)
     if not (work / "autoencoder").exists():
-        save_autoencoder(train_autoencoder(pictures.flatten(0, 1), autoencoder_steps, seed), work)
+        save_autoencoder(train_autoencoder(images.flatten(0, 1), autoencoder_steps, seed), work)
     autoencoder = load_autoencoder(work)
-    latents = encode(autoencoder, pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
+    latents = encode(autoencoder, images.flatten(0, 1)).unflatten(0, images.shape[:2])
     captions = captions_of(drawings)
     rows = torch.tensor([captions.index(drawing.animal) for drawing in drawings])
     tokenizer = build_tokenizer(words_of(captions))

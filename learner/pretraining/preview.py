@@ -1,4 +1,4 @@
-"""Show the embedded model: a sheet with a picture of each animal, and its loss curve.
+"""Show the embedded model: a sheet with an image of each animal, and its loss curve.
 
 python -m ray_ddpo.learner.pretraining.preview --model common/tiny_animals --output sheet.png
 """
@@ -30,7 +30,7 @@ def load_pipeline(model: Path) -> StableDiffusionPipeline:
 def draw(
     pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, guidance_scale: float = 4.0
 ) -> UInt8[np.ndarray, "B 64 64 3"]:
-    """One picture a prompt, 20 DDIM steps with eta 1; image i has the noise of seed + i."""
+    """One image a prompt, 20 DDIM steps with eta 1; image i has the noise of seed + i."""
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
     sampling = {"num_inference_steps": 20, "eta": 1.0, "guidance_scale": guidance_scale, "generator": generators}
     images = pipeline(prompts, output_type="np", return_dict=False, **sampling)[0]
@@ -38,7 +38,7 @@ def draw(
 
 
 def draw_animals(model: Path, animals: list[str], file: Path, seed: int = 0) -> None:
-    """Save a sheet with one captioned picture of each animal."""
+    """Save a sheet with one captioned image of each animal."""
     images = draw(load_pipeline(model), animals, seed)
     cell = images.shape[1] + CAPTION_HEIGHT
     sheet = Image.new("RGB", (COLUMNS * images.shape[2], -(-len(animals) // COLUMNS) * cell), "white")
@@ -65,7 +65,7 @@ def draw_losses(losses: list[float], steps_a_loss: int, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="A sheet with a picture of each animal.")
+    parser = argparse.ArgumentParser(description="A sheet with an image of each animal.")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

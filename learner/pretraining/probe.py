@@ -1,4 +1,4 @@
-"""Fit the linear probe that tells the 45 animals apart, and say how well it names unseen and generated pictures.
+"""Fit the linear probe that tells the 45 animals apart, and say how well it names unseen and generated images.
 
 python -m ray_ddpo.learner.pretraining.probe --model common/tiny_animals
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ray_ddpo.common.image_models.image_features import FEATURES, ImageFeatures, load_image_features
 from ray_ddpo.common.image_models.linear_probe import LinearProbe, save_probe
-from ray_ddpo.learner.pretraining.autoencoder import augmented_pictures, decode, encode
+from ray_ddpo.learner.pretraining.autoencoder import augmented_images, decode, encode
 from ray_ddpo.learner.pretraining.drawings import Drawing, prompted_animals, read_drawings
 from ray_ddpo.learner.pretraining.preview import draw, load_pipeline
 
@@ -47,29 +47,29 @@ def fit(features: Float[Tensor, "N 1280"], labels: Int[Tensor, "N"], classes: li
     return LinearProbe(scaled, (bias - scaled @ mean).detach(), classes)
 
 
-def fitting_pictures(
+def fitting_images(
     drawings: list[Drawing], autoencoder: AutoencoderTiny, seed: int
 ) -> list[UInt8[np.ndarray, "N H W 3"]]:
-    """Augmented drawings thrice: as they are, passed through the autoencoder as generated pictures are, and large."""
-    small = augmented_pictures(drawings, VARIANTS, seed).flatten(0, 1)
-    passed = decode(autoencoder, encode(autoencoder, augmented_pictures(drawings, VARIANTS, seed + 1).flatten(0, 1)))
-    large = augmented_pictures(drawings, VARIANTS, seed + 2, LARGE).flatten(0, 1)
-    return [pictures.permute(0, 2, 3, 1).numpy() for pictures in (small, passed, large)]
+    """Augmented drawings thrice: as they are, passed through the autoencoder as generated images are, and large."""
+    small = augmented_images(drawings, VARIANTS, seed).flatten(0, 1)
+    passed = decode(autoencoder, encode(autoencoder, augmented_images(drawings, VARIANTS, seed + 1).flatten(0, 1)))
+    large = augmented_images(drawings, VARIANTS, seed + 2, LARGE).flatten(0, 1)
+    return [images.permute(0, 2, 3, 1).numpy() for images in (small, passed, large)]
 
 
-def features_of(pictures: UInt8[np.ndarray, "N H W 3"], features: ImageFeatures) -> Float[Tensor, "N 1280"]:
+def features_of(images: UInt8[np.ndarray, "N H W 3"], features: ImageFeatures) -> Float[Tensor, "N 1280"]:
     """In batches of 32."""
-    batches = [pictures[start : start + 32] for start in range(0, len(pictures), 32)]
+    batches = [images[start : start + 32] for start in range(0, len(images), 32)]
     return torch.cat([features(batch) for batch in track(batches, "features")])
 
 
 def accuracy(probe: LinearProbe, features: Float[Tensor, "N 1280"], labels: Int[Tensor, "N"]) -> float:
-    """Share of pictures whose animal the probe names first."""
+    """Share of images whose animal the probe names first."""
     return (probe.logits(features).argmax(1) == labels).float().mean().item()
 
 
 def labels_of(drawings: list[Drawing], repeats: int) -> Int[Tensor, "N"]:
-    """Class of each of the drawings' pictures, `repeats` in a row for each drawing."""
+    """Class of each of the drawings' images, `repeats` in a row for each drawing."""
     animals = prompted_animals()
     return torch.tensor([animals.index(drawing.animal) for drawing in drawings]).repeat_interleave(repeats)
 
@@ -82,11 +82,9 @@ def fit_on_drawings(model: Path, features: ImageFeatures, seed: int, console: Co
     drawings = read_drawings()
     known = [drawing for drawing in drawings if drawing.style != HELD_OUT_STYLE]
     unseen = [drawing for drawing in drawings if drawing.style == HELD_OUT_STYLE]
-    pictures = fitting_pictures(known, autoencoder, seed)
+    images = fitting_images(known, autoencoder, seed)
     labels = labels_of(known, 2 * VARIANTS)
-    probe = fit(
-        torch.cat([features_of(p, features) for p in pictures]), labels.repeat(len(pictures)), prompted_animals()
-    )
+    probe = fit(torch.cat([features_of(p, features) for p in images]), labels.repeat(len(images)), prompted_animals())
     for size in (64, LARGE):
         rendered = np.stack([drawing.render(size, 0.92) for drawing in unseen])
         share = accuracy(probe, features_of(rendered, features), labels_of(unseen, 1))
@@ -95,13 +93,13 @@ def fit_on_drawings(model: Path, features: ImageFeatures, seed: int, console: Co
 
 
 def report_generated(model: Path, probe: LinearProbe, features: ImageFeatures, console: Console) -> None:
-    """Say how often the prompted animal is named first in pictures of the embedded model."""
+    """Say how often the prompted animal is named first in images of the embedded model."""
     pipeline, labels = load_pipeline(model), torch.arange(len(probe.classes))
     for guidance_scale in (3.0, 4.0, 5.0):
         hits = []
         for seed in range(GENERATED_SEEDS):
-            pictures = draw(pipeline, probe.classes, 1000 * seed, guidance_scale)
-            hits.append(probe.logits(features(pictures)).argmax(1) == labels)
+            images = draw(pipeline, probe.classes, 1000 * seed, guidance_scale)
+            hits.append(probe.logits(features(images)).argmax(1) == labels)
         share = torch.stack(hits).float().mean(0)
         worst = ", ".join(f"{probe.classes[i]} {share[i]:.2f}" for i in share.argsort()[:12].tolist())
         console.print(f"generated, guidance {guidance_scale}: named first {share.mean():.3f}; worst {worst}")

@@ -1,4 +1,4 @@
-"""A round's (image, noising) pairs: its finished images noised anew, each time to a timestep of its own."""
+"""A round's (image, noising) pairs: its finished images noised again, each time to a timestep of its own."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from ray_ddpo.common.diffusion.policy import select_rows
 from ray_ddpo.common.runtime import to_device
 from ray_ddpo.common.trajectory import NoisedBatch
 from ray_ddpo.learner.round_data.transitions import RoundTransitions
-from ray_ddpo.learner.round_data.transitions_index import Pair, RoundPairs
+from ray_ddpo.learner.round_data.transitions_index import TrainingItems, TransitionIndex
 
 _NOISING = 7  # what an image's seed is hashed with for them
 
 
 @dataclass(frozen=True)
-class RoundNoisings(RoundPairs):
+class NoisedSamples(TrainingItems):
     """Timestep and noise come from the image's own seed and the place, on the CPU: nothing else decides them."""
 
     transitions: RoundTransitions  # whose finished images these are
@@ -32,17 +32,17 @@ class RoundNoisings(RoundPairs):
     def places(self, inner_epoch: int) -> range:
         return range(inner_epoch * self.per_image, (inner_epoch + 1) * self.per_image)
 
-    def batch(self, pairs: list[Pair]) -> NoisedBatch:
+    def batch(self, pairs: list[TransitionIndex]) -> NoisedBatch:
         of, device = self.transitions, self.transitions.device
         index = to_device(torch.tensor([image for image, _ in pairs]), device)
         rows = [of.images[image] for image, _ in pairs]
         clean = torch.stack([of.trajectories[trajectory].final_latents[row] for trajectory, row in rows])
-        drawn = [self._drawn(image, place, clean.shape[1:]) for image, place in pairs]
+        sampled = [self._drawn(image, place, clean.shape[1:]) for image, place in pairs]
         return NoisedBatch(
             select_rows(of.conditioning, of.prompt_rows[index]),
-            to_device(torch.tensor([timestep for timestep, _ in drawn]), device),
+            to_device(torch.tensor([timestep for timestep, _ in sampled]), device),
             to_device(clean, device),
-            to_device(torch.stack([noise for _, noise in drawn]), device),
+            to_device(torch.stack([noise for _, noise in sampled]), device),
             of.advantages[index],
         )
 

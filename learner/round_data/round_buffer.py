@@ -1,45 +1,45 @@
-"""RoundBuffer: takes a round's scored rollouts and asks the algorithm what each picture is worth."""
+"""RoundBuffer: takes a round's scored rollouts and asks the algorithm what each image is worth."""
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from ray_ddpo.common.trajectory import Rollout, TrainBatch
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
-from ray_ddpo.learner.algorithms.reward_aggregation import RewardComposition, Statistics, Worth
+from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation, Statistics, Worth
 
 
-class TooManySetAside(RuntimeError):
-    """More pictures could not be scored than the run may lose, or none of a round is left."""
+class TooManyDropped(RuntimeError):
+    """More images could not be scored than the run may lose, or none of a round is left."""
 
 
 class RoundBuffer:
-    """Owns the advantage statistics and which images are set aside, and nothing heavy.
+    """Owns the advantage statistics and which images are dropped, and nothing heavy.
 
-    A group stands or falls together: where one of its images cannot be scored, the whole group is set aside.
+    A group stands or falls together: where one of its images cannot be scored, the whole group is dropped.
     """
 
     def __init__(
         self,
         algorithm: Algorithm,
-        composition: RewardComposition,
+        aggregation: RewardAggregation,
         images_per_prompt: int = 1,
-        max_set_aside: int | None = None,
+        max_dropped: int | None = None,
         parts_per_round: int = 1,
     ) -> None:
         self._algorithm = algorithm
-        self._composition = composition
+        self._aggregation = aggregation
         self._group = images_per_prompt
-        self._max_set_aside = max_set_aside
+        self._max_dropped = max_dropped
         self._parts = parts_per_round
-        self._reasons: list[str] = []  # of what this process saw set aside, the newest last
+        self._reasons: list[str] = []  # of what this process saw dropped, the newest last
         self.statistics: Statistics = {}  # in the checkpoint
-        self.set_aside: dict[int, list[int]] = {}  # in the checkpoint: round → images, numbered in task order
+        self.dropped: dict[int, list[int]] = {}  # in the checkpoint: round → images, numbered in task order
 
     def train_batch(self, rollouts: list[Rollout]) -> TrainBatch:
         """The advantages of a round, or of its next part, in task order; the statistics know no later rewards than these.
 
-        What a round set aside before, it sets aside again, so that a round learned from twice arrives at the same bits.
-        TooManySetAside: the run has lost more images than it may, or nothing of the round is left.
+        What a round dropped before, it drops again, so that a round learned from twice arrives at the same bits.
+        TooManyDropped: the run has lost more images than it may, or nothing of the round is left.
         """
         tasks = [rollout.report.task for rollout in rollouts]
         part = tasks[0].index // len(tasks)
@@ -51,19 +51,19 @@ class RoundBuffer:
         kept = self._kept(tasks[0].round, part, rollouts)
         worth = self._worth(prompts, rollouts, kept)
         reports = tuple(rollout.report for rollout in rollouts)
-        set_aside = tuple(np.flatnonzero(~kept).tolist())
-        return TrainBatch(tasks[0].round, reports, worth.advantages, set_aside, part, self._parts, worth.parts)
+        dropped = tuple(np.flatnonzero(~kept).tolist())
+        return TrainBatch(tasks[0].round, reports, worth.advantages, dropped, part, self._parts, worth.parts)
 
     def _worth(self, prompts: list[str], rollouts: list[Rollout], kept: Bool[np.ndarray, "N"]) -> Worth:
         """What the images that are kept are worth, NaN for the others."""
-        everywhere = {name: np.full(len(prompts), np.nan) for name in self._composition.compared}
+        everywhere = {name: np.full(len(prompts), np.nan) for name in self._aggregation.compared}
         worth = Worth(np.full(len(prompts), np.nan), everywhere)
         if kept.any():
-            rewards = {name: _concatenated(rollouts, name)[kept] for name in self._composition.weights}
+            rewards = {name: _concatenated(rollouts, name)[kept] for name in self._aggregation.weights}
             finite = all(np.isfinite(values).all() for values in rewards.values())
-            assert finite, "a picture without a finite reward is set aside with its reason"
+            assert finite, "an image without a finite reward is dropped with its reason"
             texts = [prompt for prompt, is_kept in zip(prompts, kept, strict=True) if is_kept]
-            self.statistics, of_kept = self._composition.worth(
+            self.statistics, of_kept = self._aggregation.worth(
                 self._algorithm, self.statistics, texts, rewards, self._group
             )
             worth.advantages[kept] = of_kept.advantages
@@ -72,31 +72,31 @@ class RoundBuffer:
         return worth
 
     def _kept(self, round: int, part: int, rollouts: list[Rollout]) -> Bool[np.ndarray, "N"]:
-        """Which of the part's images are learned from. TooManySetAside: too few."""
+        """Which of the part's images are learned from. TooManyDropped: too few."""
         count = sum(len(rollout.report.task.seeds) for rollout in rollouts)
-        images, first = list(self.set_aside.get(round, [])), part * count
+        images, first = list(self.dropped.get(round, [])), part * count
         for rollout in rollouts:
-            images += [first + row for row in rollout.scores.set_aside]
-            self._reasons += rollout.scores.set_aside.values()
+            images += [first + row for row in rollout.scores.dropped]
+            self._reasons += rollout.scores.dropped.values()
             first += len(rollout.report.task.seeds)
         groups = {image // self._group for image in images}
         kept = np.array([image // self._group not in groups for image in range(count * self._parts)])
         if groups:
-            self.set_aside[round] = np.flatnonzero(~kept).tolist()
+            self.dropped[round] = np.flatnonzero(~kept).tolist()
         self._refuse_too_few(round, kept)
         return kept[part * count : (part + 1) * count]
 
     def _refuse_too_few(self, round: int, kept: Bool[np.ndarray, "N"]) -> None:
-        total = sum(len(of_round) for of_round in self.set_aside.values())
-        reasons = "; ".join(list(dict.fromkeys(reversed(self._reasons)))[:3]) or "said when they were set aside"
-        if self._max_set_aside is not None and total > self._max_set_aside:
-            raise TooManySetAside(
-                f"{total} images of this run are set aside, whole groups of {self._group} counted, and at most "
-                f"{self._max_set_aside} may be; the reasons: {reasons}"
+        total = sum(len(of_round) for of_round in self.dropped.values())
+        reasons = "; ".join(list(dict.fromkeys(reversed(self._reasons)))[:3]) or "said when they were dropped"
+        if self._max_dropped is not None and total > self._max_dropped:
+            raise TooManyDropped(
+                f"{total} images of this run are dropped, whole groups of {self._group} counted, and at most "
+                f"{self._max_dropped} may be; the reasons: {reasons}"
             )
         if not kept.any():
-            raise TooManySetAside(
-                f"all {len(kept)} images of round {round} are set aside: nothing is left to learn from; the reasons: {reasons}"
+            raise TooManyDropped(
+                f"all {len(kept)} images of round {round} are dropped: nothing is left to learn from; the reasons: {reasons}"
             )
 
 

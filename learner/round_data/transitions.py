@@ -10,11 +10,11 @@ from torch import Tensor
 from ray_ddpo.common.diffusion.policy import Conditioning, select_rows
 from ray_ddpo.common.runtime import to_device
 from ray_ddpo.common.trajectory import Trajectory, TransitionBatch
-from ray_ddpo.learner.round_data.transitions_index import Pair, RoundPairs
+from ray_ddpo.learner.round_data.transitions_index import TrainingItems, TransitionIndex
 
 
 @dataclass(frozen=True)
-class RoundTransitions(RoundPairs):
+class RoundTransitions(TrainingItems):
     """Reads pairs straight out of the trajectories' own memory; only what a micro-batch needs is copied to the device."""
 
     trajectories: tuple[Trajectory, ...]
@@ -36,7 +36,7 @@ class RoundTransitions(RoundPairs):
     def places(self, inner_epoch: int) -> range:
         return range(self.num_places)
 
-    def batch(self, pairs: list[Pair]) -> TransitionBatch:
+    def batch(self, pairs: list[TransitionIndex]) -> TransitionBatch:
         rows = [(self.trajectories[self.images[image][0]], self.images[image][1], place) for image, place in pairs]
         index = to_device(torch.tensor([image for image, _ in pairs]), self.device)
 

@@ -27,7 +27,7 @@ class Actor:
     """Any actor."""
 
     ready: Call = field(default_factory=Call)
-    draw: Call = field(default_factory=Call)
+    sample: Call = field(default_factory=Call)
     forget: Call = field(default_factory=Call)
     score: Call = field(default_factory=Call)
     score_together: Call = field(default_factory=Call)

@@ -1,4 +1,4 @@
-"""Diversity: worked out by hand on plain pictures."""
+"""Diversity: worked out by hand on plain images."""
 
 import math
 
@@ -14,8 +14,8 @@ def plain(*greys: int) -> np.ndarray:
 
 def test_it_is_the_mean_over_pairs_and_then_over_prompts() -> None:
     # cats: the pairs differ by 51, 102 and 51 of 255; dogs by 255: mean of (.2 + .4 + .2) / 3 and 1
-    pictures = plain(0, 51, 102, 0, 255)
-    assert diversity(pictures, ["cat", "cat", "cat", "dog", "dog"]) == pytest.approx((0.8 / 3 + 1) / 2)
+    images = plain(0, 51, 102, 0, 255)
+    assert diversity(images, ["cat", "cat", "cat", "dog", "dog"]) == pytest.approx((0.8 / 3 + 1) / 2)
 
 
 def test_pictures_that_are_all_alike_have_none() -> None:

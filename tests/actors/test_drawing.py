@@ -5,9 +5,9 @@ import random
 import pytest
 from ray.exceptions import RayActorError
 
-from ray_ddpo.actors.rollouts import sampling_scheduler as drawing
+from ray_ddpo.actors.rollouts import sampling_scheduler as sampling
 from ray_ddpo.actors.rollouts import worker_pool
-from ray_ddpo.actors.rollouts.sampling_scheduler import Drawing
+from ray_ddpo.actors.rollouts.sampling_scheduler import SamplingScheduler
 from ray_ddpo.actors.rollouts.stragglers import Pace
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.prompts import Prompt
@@ -18,24 +18,24 @@ from tests.actors.stand_in_actors import Actor, Answers, Nowhere
 ACTS = ("submit", "submit", "answer", "answer", "answer", "die", "slow", "forgotten", "move")
 
 
-def searched(drawing: Drawing) -> Place | None:
+def searched(sampling: SamplingScheduler) -> Place | None:
     """The first task that waits behind another one in a sampler's hands, and is nowhere else; by looking at all."""
-    behind = [call for sampler in drawing._samplers.loaded for call in sampler.calls[1:]]
-    places = [attempt.task.place for attempt in drawing._attempts.values()]
-    waiting = [drawing._attempts[call].task.place for call in behind]
-    return min((place for place in waiting if place in drawing._open and places.count(place) == 1), default=None)
+    behind = [call for sampler in sampling._samplers.loaded for call in sampler.calls[1:]]
+    places = [attempt.task.place for attempt in sampling._attempts.values()]
+    waiting = [sampling._attempts[call].task.place for call in behind]
+    return min((place for place in waiting if place in sampling._open and places.count(place) == 1), default=None)
 
 
 class Driver:
-    """What befalls a drawing, one thing after the other."""
+    """What befalls a sampling, one thing after the other."""
 
     def __init__(self, answers: Answers) -> None:
         self.answers = answers
         self.pool = WorkerPool("samplers", "sampler", lambda index: Actor(), 3, RestartBudget(10**6))
-        self.drawing = Drawing(self.pool, Pace(4.0), {})
-        self.drawing.publish(0, "weights", 1)
+        self.sampling = SamplingScheduler(self.pool, Pace(4.0), {})
+        self.sampling.publish(0, "weights", 1)
         self.submitted = 0
-        self.drawn: list[Place] = []
+        self.sampled: list[Place] = []
         self.load()
 
     def load(self) -> None:
@@ -47,23 +47,23 @@ class Driver:
         held = [sampler for sampler in self.pool.loaded if sampler.calls]
         if what == "submit":
             stream = Stream.EVALUATION if number % 4 == 0 else Stream.TRAINING
-            self.drawing.submit(Task(number % 3, self.submitted, 0, (Prompt("a cat"),), (1,), stream=stream))
+            self.sampling.submit(Task(number % 3, self.submitted, 0, (Prompt("a cat"),), (1,), stream=stream))
             self.submitted += 1
         elif what == "slow" and held:
             sampler = held[number % len(held)]
             sampler.suspect = True
             for call in sampler.calls:
-                self.drawing._again(self.drawing._attempts[call].task, "overdue")
+                self.sampling._again(self.sampling._attempts[call].task, "overdue")
         elif what in ("answer", "die", "forgotten") and held:
             self.end(held[number % len(held)].calls[0], what)
-        self.drawing.move(0.0)
+        self.sampling.move(0.0)
 
     def end(self, call: int, what: str) -> None:
-        task = self.drawing._attempts[call].task
+        task = self.sampling._attempts[call].task
         self.answers.say(call, {"answer": lambda: report(task), "die": died, "forgotten": lambda: None}[what])
-        done = self.drawing.finished(call, 0.0)
+        done = self.sampling.finished(call, 0.0)
         if done:
-            self.drawn.append(done.report.task.place)
+            self.sampled.append(done.report.task.place)
         self.load()
 
 
@@ -78,9 +78,9 @@ def died() -> None:
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
     given = Answers()
-    for module in (drawing, worker_pool):
+    for module in (sampling, worker_pool):
         monkeypatch.setattr(module, "ray", given)
-    monkeypatch.setattr(drawing, "Whereabouts", Nowhere)
+    monkeypatch.setattr(sampling, "Whereabouts", Nowhere)
     return given
 
 
@@ -88,16 +88,16 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
 def taken_over(monkeypatch: pytest.MonkeyPatch) -> list[Place]:
     """Every task that is found to be taken over, held against the search."""
     found: list[Place] = []
-    waiting_behind = Drawing._waiting_behind
+    waiting_behind = SamplingScheduler._waiting_behind
 
-    def watched(self: Drawing) -> drawing.Asked | None:
+    def watched(self: SamplingScheduler) -> sampling.Asked | None:
         expected = searched(self)
         asked = waiting_behind(self)
         assert (asked.task.place if asked else None) == expected
         found.extend([asked.task.place] if asked else [])
         return asked
 
-    monkeypatch.setattr(Drawing, "_waiting_behind", watched)
+    monkeypatch.setattr(SamplingScheduler, "_waiting_behind", watched)
     return found
 
 
@@ -110,8 +110,8 @@ def test_every_task_is_drawn_once_whatever_befalls_the_samplers(
         driver.act(chance.choice(ACTS), chance.randrange(20))
     for _ in range(10 * (driver.submitted + 1)):
         driver.act("answer", 0)
-    assert len(driver.drawn) == len(set(driver.drawn)) == driver.submitted
-    assert driver.drawing.inflight() == 0 and driver.drawing.waiting_for() == []
+    assert len(driver.sampled) == len(set(driver.sampled)) == driver.submitted
+    assert driver.sampling.inflight() == 0 and driver.sampling.waiting_for() == []
 
 
 def test_an_idle_sampler_takes_over_what_waits_behind_another_task(answers: Answers, taken_over: list[Place]) -> None:
@@ -119,7 +119,7 @@ def test_an_idle_sampler_takes_over_what_waits_behind_another_task(answers: Answ
     for _ in range(4):  # three in hand, one behind the first
         driver.act("submit", 1)
     (behind,) = [sampler.calls[1] for sampler in driver.pool.loaded if len(sampler.calls) > 1]
-    place = driver.drawing._attempts[behind].task.place
+    place = driver.sampling._attempts[behind].task.place
     driver.end(driver.pool.loaded[1].calls[0], "answer")
-    driver.drawing.move(0.0)
+    driver.sampling.move(0.0)
     assert taken_over == [place]

@@ -1,4 +1,4 @@
-"""Evaluation: pictures that no training and no tuning ever saw, the same each time."""
+"""Evaluation: images that no training and no tuning ever saw, the same each time."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An image whose latents or pixels are no finite numbers is set aside by name; if all of a round are, the run ends so."""
+"""An image whose latents or pixels are no finite numbers is dropped by name; if all of a round are, the run ends so."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,13 +23,13 @@ from tests.tiny_policy import SAMPLING, tiny_policy
 
 
 def poisoned_noise(is_poisoned: Callable[[int], bool]) -> Callable[[list[int], tuple[int, ...]], Iterator[Tensor]]:
-    """The noise that images are drawn with, NaN for some seeds."""
+    """The noise that images are sampled with, NaN for some seeds."""
     whole = rollout.image_noise
 
     def noise(seeds: list[int], shape: tuple[int, ...]) -> Iterator[Tensor]:
-        for drawn in whole(seeds, shape):
-            drawn[[row for row, seed in enumerate(seeds) if is_poisoned(seed)]] = torch.nan
-            yield drawn
+        for sampled in whole(seeds, shape):
+            sampled[[row for row, seed in enumerate(seeds) if is_poisoned(seed)]] = torch.nan
+            yield sampled
 
     return noise
 
@@ -39,13 +39,13 @@ def test_one_image_is_set_aside_and_the_others_keep_their_bits(tables: dict, mon
     sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
     weights = moved(Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1])
     task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
-    whole, _, images = sampler.draw(task, weights)
-    assert whole.set_aside == {}
+    whole, _, images = sampler.sample(task, weights)
+    assert whole.dropped == {}
     monkeypatch.setattr(rollout, "image_noise", poisoned_noise(lambda seed: seed == task.seeds[1]))
-    report, _, poisoned = sampler.draw(task, weights)
-    assert list(report.set_aside) == [1] and not poisoned.pixels[1].any()
+    report, _, poisoned = sampler.sample(task, weights)
+    assert list(report.dropped) == [1] and not poisoned.pixels[1].any()
     assert (
-        "its latents are not finite: most likely the model overflows in policy.dtype = 'float32'" in report.set_aside[1]
+        "its latents are not finite: most likely the model overflows in policy.dtype = 'float32'" in report.dropped[1]
     )
     assert report.image_fingerprints[1] == ""
     assert np.array_equal(np.delete(poisoned.pixels, 1, 0), np.delete(images.pixels, 1, 0))
@@ -64,14 +64,14 @@ def test_an_image_that_the_decoder_makes_infinite_is_set_aside(tables: dict, mon
         return (pixels,)
 
     monkeypatch.setattr(vae, "decode", overflowing)
-    report, _, images = sampler.draw(round_tasks(parts.recipe, 0, parts.prompts.load())[0], weights)
-    assert report.set_aside == {2: "its pixels are not finite: the decoder overflows in float32"}
+    report, _, images = sampler.sample(round_tasks(parts.recipe, 0, parts.prompts.load())[0], weights)
+    assert report.dropped == {2: "its pixels are not finite: the decoder overflows in float32"}
     assert not images.pixels[2].any() and images.pixels[1].any()
 
 
 def test_outside_of_a_run_an_image_that_is_not_finite_is_refused(tiny_model: Path) -> None:
     policy = tiny_policy(tiny_model)
-    trajectory = rollout.draw(policy, ["a cat", "a dog"], [1, 2], SAMPLING)
+    trajectory = rollout.sample(policy, ["a cat", "a dog"], [1, 2], SAMPLING)
     trajectory.final_latents[1] = torch.nan
     with pytest.raises(ValueError) as error:
         decoded(policy, trajectory, ["a cat", "a dog"])
@@ -98,7 +98,7 @@ def test_a_run_learns_from_the_others_and_ends_if_there_are_none(
     exit_code, printed = trained(tables, tmp_path, capfd)
     assert exit_code == 0, printed
     assert_accepted("an image whose latents or pixels are NaN or infinite")
-    assert f"(seed {one}, prompt " in printed and "is set aside: its latents are not finite" in printed
+    assert f"(seed {one}, prompt " in printed and "is dropped: its latents are not finite" in printed
     assert RunFolder(recipe.run_path()).storage.exists("lora/pytorch_lora_weights.safetensors")
     monkeypatch.undo()
     second = {seed for of_task in seeds[2:] for seed in of_task}

@@ -1,4 +1,4 @@
-"""The reward worker: batches cut in order, and nothing but one finite number a picture lets through."""
+"""The reward worker: batches cut in order, and nothing but one finite number an image lets through."""
 
 from typing import Any
 
@@ -69,9 +69,7 @@ def test_several_tasks_scored_together_have_each_its_own_scores_reasons_and_shar
     first, second = together.score_together(((1, 3), (0, 1)), images(3), images(2))
     assert [seen[0] for seen in SEEN] == [[10, 20, 0]] and SEEN[0][1] == ["animal 1", "animal 2", "animal 0"]
     assert first.rewards["bright"].tolist() == [10, 20] and second.rewards["bright"].tolist() == [0]
-    assert (
-        first.set_aside == {1: "the reward 'given' gave nan for the picture of 'animal 2'"} and second.set_aside == {}
-    )
+    assert first.dropped == {1: "the reward 'given' gave nan for the image of 'animal 2'"} and second.dropped == {}
     assert second.rewards["given"].tolist() == [3] and first.seconds == pytest.approx(2 * second.seconds)
 
 
@@ -96,18 +94,18 @@ def test_what_is_not_one_real_number_a_picture_is_refused(answer: Any, text: str
 def test_what_is_not_finite_is_set_aside_with_the_picture_it_belongs_to(value: float) -> None:
     scores = worker(given=Answers(answers=[np.array([1.0, value, 3.0])])).score(images(3))
     number = "nan" if np.isnan(value) else f"{value}, or a number beyond float32,"
-    assert scores.set_aside == {1: f"the reward 'given' gave {number} for the picture of 'animal 1'"}
+    assert scores.dropped == {1: f"the reward 'given' gave {number} for the image of 'animal 1'"}
     assert scores.rewards["given"][[0, 2]].tolist() == [1, 3] and np.isnan(scores.rewards["given"][1])
 
 
 def test_a_number_too_large_for_float32_is_not_passed_on_as_infinity() -> None:
     scores = worker(given=Answers(answers=[np.array([1.0, 1e300, 2.0])])).score(images(3))
-    assert list(scores.set_aside) == [1] and np.isnan(scores.rewards["given"][1])
+    assert list(scores.dropped) == [1] and np.isnan(scores.rewards["given"][1])
 
 
 def test_a_fault_in_a_later_batch_is_found_too() -> None:
     answers = [np.array([1.0, 2.0]), np.array([float("nan")])]
-    assert list(worker(batch_size=2, given=Answers(answers=answers)).score(images(3)).set_aside) == [2]
+    assert list(worker(batch_size=2, given=Answers(answers=answers)).score(images(3)).dropped) == [2]
 
 
 def test_a_part_of_a_task_is_scored_with_its_own_prompts_and_rows_counted_from_its_first() -> None:
@@ -115,8 +113,8 @@ def test_a_part_of_a_task_is_scored_with_its_own_prompts_and_rows_counted_from_i
     scores = worker(brightness=Brightness()).score(images(5), 1, 4)
     assert scores.rewards["brightness"].tolist() == [10, 20, 30]
     assert SEEN[0][1] == ["animal 1", "animal 2", "animal 3"]
-    aside = worker(given=Answers(answers=[np.array([1.0, np.nan])])).score(images(5), 3, 5).set_aside
-    assert aside == {1: "the reward 'given' gave nan for the picture of 'animal 4'"}
+    aside = worker(given=Answers(answers=[np.array([1.0, np.nan])])).score(images(5), 3, 5).dropped
+    assert aside == {1: "the reward 'given' gave nan for the image of 'animal 4'"}
 
 
 class Raises(Reward):

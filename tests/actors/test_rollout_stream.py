@@ -8,21 +8,21 @@ from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rewards.jpeg import jpeg_kilobytes
 from ray_ddpo.actors.rollouts.stream import SerialPool, SerialRolloutStream, StreamSettings
 from ray_ddpo.actors.sampler import Sampler
-from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from ray_ddpo.common.recipe.reward_pools import reward_pools
 from ray_ddpo.common.schedule import Task, round_tasks
 from ray_ddpo.common.trajectory import Rollout
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.learner import Learner
 from tests.rounds import moved, parts_with
 
 
 @pytest.fixture
-def parts(tables: dict) -> Parts:
+def parts(tables: dict) -> Components:
     return parts_with(tables, max_policy_lag=1, sampling__batch_size=2, sampling__batches_per_round=2)
 
 
-def stream_of(parts: Parts, versions_kept: int = 2) -> SerialRolloutStream:
+def stream_of(parts: Components, versions_kept: int = 2) -> SerialRolloutStream:
     recipe = parts.recipe
     pools = tuple(
         SerialPool(RewardWorker(parts.rewards_of(pool), pool.table, recipe.runtime), pool.table)
@@ -32,7 +32,7 @@ def stream_of(parts: Parts, versions_kept: int = 2) -> SerialRolloutStream:
     return SerialRolloutStream(Sampler(parts.policy, recipe.sampling, recipe.runtime), pools, settings)
 
 
-def versions(parts: Parts, count: int) -> list[LoraWeights]:
+def versions(parts: Components, count: int) -> list[PolicyWeights]:
     first = Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1]
     return [pack(version, moved(first, seed=version).arrays()) for version in range(count)]
 
@@ -41,11 +41,11 @@ def collected(stream: SerialRolloutStream, round: int) -> list[Rollout]:
     return stream.collect(round, range(2))
 
 
-def tasks_of(parts: Parts, round: int) -> list[Task]:
+def tasks_of(parts: Components, round: int) -> list[Task]:
     return round_tasks(parts.recipe, round, parts.prompts.load())
 
 
-def test_a_round_comes_back_whole_in_task_order_scored_and_with_its_pictures(parts: Parts) -> None:
+def test_a_round_comes_back_whole_in_task_order_scored_and_with_its_pictures(parts: Components) -> None:
     stream, weights = stream_of(parts), versions(parts, 1)
     stream.publish(weights[0])
     stream.submit(tasks_of(parts, 0))
@@ -57,7 +57,7 @@ def test_a_round_comes_back_whole_in_task_order_scored_and_with_its_pictures(par
         assert np.array_equal(scores, -jpeg_kilobytes(rollout.images.pixels))
 
 
-def test_rounds_ahead_are_drawn_with_the_version_they_ask_for_though_a_newer_one_is_there(parts: Parts) -> None:
+def test_rounds_ahead_are_drawn_with_the_version_they_ask_for_though_a_newer_one_is_there(parts: Components) -> None:
     stream, weights = stream_of(parts), versions(parts, 2)
     stream.publish(weights[0])
     stream.submit(tasks_of(parts, 0))
@@ -69,7 +69,7 @@ def test_rounds_ahead_are_drawn_with_the_version_they_ask_for_though_a_newer_one
     assert {rollout.report.fingerprint for rollout in collected(stream, 2)} == {weights[1].fingerprint}
 
 
-def test_the_round_is_the_same_whatever_was_drawn_before_it(parts: Parts) -> None:
+def test_the_round_is_the_same_whatever_was_drawn_before_it(parts: Components) -> None:
     weights = versions(parts, 1)
     paths = []
     for rounds in ([1], [0, 1]):
@@ -82,14 +82,14 @@ def test_the_round_is_the_same_whatever_was_drawn_before_it(parts: Parts) -> Non
 
 
 @pytest.mark.parametrize("versions_kept", [1, 2])
-def test_as_many_versions_are_kept_as_tasks_may_ask_for(versions_kept: int, parts: Parts) -> None:
+def test_as_many_versions_are_kept_as_tasks_may_ask_for(versions_kept: int, parts: Components) -> None:
     stream = stream_of(parts, versions_kept)
     for weights in versions(parts, 4):
         stream.publish(weights)
     assert list(stream._weights) == list(range(4 - versions_kept, 4))
 
 
-def test_in_one_process_nothing_is_pending(parts: Parts) -> None:
+def test_in_one_process_nothing_is_pending(parts: Components) -> None:
     stream = stream_of(parts)
     stream.work_until(())
     with pytest.raises(AssertionError, match="nothing is pending"):

@@ -1,4 +1,4 @@
-"""The cache: a picture is scored once, a changed one anew, and the oldest is forgotten."""
+"""The cache: an image is scored once, a changed one again, and the oldest is forgotten."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from ray_ddpo.actors.rewards.score_cache import ScoreCache
 
 SEEN: list[list[float]] = []
-PICTURES = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (10, 20, 30)])
+IMAGES = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (10, 20, 30)])
 
 
 def brightness(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
@@ -17,7 +17,7 @@ def brightness(images: np.ndarray, prompts: list[str], metadata: list[dict[str, 
 
 def ask(cache: ScoreCache, rows: list[int], prompt: str = "a", **metadata: int) -> list[float]:
     SEEN.clear()
-    return cache(PICTURES[rows], [prompt] * len(rows), [metadata] * len(rows)).tolist()
+    return cache(IMAGES[rows], [prompt] * len(rows), [metadata] * len(rows)).tolist()
 
 
 def test_only_what_is_new_is_scored() -> None:
@@ -52,7 +52,7 @@ def test_a_score_that_is_not_finite_is_asked_for_again() -> None:
 
 def test_an_answer_of_the_wrong_shape_reaches_the_worker_as_it_is() -> None:
     wrong = np.zeros((2, 1), np.float32)
-    assert ScoreCache(lambda images, prompts, metadata: wrong, 8)(PICTURES[:2], ["a"] * 2, [{}] * 2) is wrong
+    assert ScoreCache(lambda images, prompts, metadata: wrong, 8)(IMAGES[:2], ["a"] * 2, [{}] * 2) is wrong
 
 
 def test_one_picture_twice_in_a_batch_has_its_score_twice() -> None:

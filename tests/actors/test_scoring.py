@@ -9,9 +9,9 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray_ddpo.actors.rewards.failure import ScoringFailed
 from ray_ddpo.actors.rollouts import scoring_scheduler as scoring
 from ray_ddpo.actors.rollouts import worker_pool
-from ray_ddpo.actors.rollouts.sampling_scheduler import Drawn
+from ray_ddpo.actors.rollouts.sampling_scheduler import SampledTask
 from ray_ddpo.actors.rollouts.scoring_pools import ScoringPools
-from ray_ddpo.actors.rollouts.scoring_scheduler import Scoring, ScoringPool
+from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringPool, ScoringScheduler
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.tables import RewardPoolTable
@@ -38,7 +38,7 @@ class Driver:
         self.answers = answers
         self.pool = WorkerPool("reward_workers", "reward_worker", lambda index: Actor(), workers, RestartBudget(10**6))
         table = RewardPoolTable(batch_size=4, attempts=100, timeout_seconds=1e9)
-        self.scoring = Scoring(ScoringPool(self.pool, ("a",), table, independent), {})
+        self.scoring = ScoringScheduler(ScoringPool(self.pool, ("a",), table, independent), {})
         self.now = 0.0
         self.submitted = 0
         self.scored: list[Place] = []
@@ -46,7 +46,7 @@ class Driver:
 
     def submit(self, round: int, images: int) -> None:
         task = Task(round, self.submitted, 0, (Prompt("a cat"),) * images, tuple(range(images)))
-        self.scoring.submit(Drawn(TaskReport(task, "", 1, 0, 0.0), None, None, None))
+        self.scoring.submit(SampledTask(TaskReport(task, "", 1, 0, 0.0), None, None, None))
         self.submitted += 1
 
     def move(self, seconds: float = 1.0) -> None:
@@ -60,10 +60,10 @@ class Driver:
         call = self.scoring._calls[reference]
         self.answers.say(reference, lambda: answer(call, how))
         outcome = self.scoring.finished(reference, self.now)
-        self.aside += [scores.set_aside for _, scores in outcome.scored]
-        self.scored += [drawn.report.task.place for drawn, _ in outcome.scored]
-        for drawn in outcome.lost:
-            self.scoring.submit(drawn)
+        self.aside += [scores.dropped for _, scores in outcome.scored]
+        self.scored += [sampled.report.task.place for sampled, _ in outcome.scored]
+        for sampled in outcome.lost:
+            self.scoring.submit(sampled)
 
 
 def test_a_task_without_any_image_is_done_without_a_reward_worker(answers: Answers) -> None:
@@ -71,9 +71,9 @@ def test_a_task_without_any_image_is_done_without_a_reward_worker(answers: Answe
     table = RewardPoolTable(batch_size=4, attempts=100)
     pools = ScoringPools(tuple(ScoringPool(workers, (name,), table, True) for name in ("a", "b")), {})
     task = Task(0, 0, 0, (Prompt("a cat"),) * 2, (1, 2))
-    report = TaskReport(task, "", 1, 0, 0.0, set_aside={0: "NaN", 1: "NaN"})
-    ((_, scores),) = pools.submit(Drawn(report, None, None, None)).scored
-    assert scores.set_aside == report.set_aside and np.isnan(list(scores.rewards.values())).all()
+    report = TaskReport(task, "", 1, 0, 0.0, dropped={0: "NaN", 1: "NaN"})
+    ((_, scores),) = pools.submit(SampledTask(report, None, None, None)).scored
+    assert scores.dropped == report.dropped and np.isnan(list(scores.rewards.values())).all()
     pools.move(0.0)
     assert scores.rewards.keys() == {"a", "b"} and not pools.references()
 

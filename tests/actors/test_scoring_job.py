@@ -1,4 +1,4 @@
-"""The scoring job: a passing fault is tried again whole, a lasting one is narrowed down to its picture, a death is nobody's."""
+"""The scoring job: a passing fault is tried again whole, a lasting one is narrowed down to its image, a death is nobody's."""
 
 import re
 
@@ -18,15 +18,15 @@ def job(count: int = 8, batch_size: int = 4, attempts: int = 2) -> ScoringJob:
     return ScoringJob(("beauty",), count, batch_size, attempts)
 
 
-def score(batch: ScoringBatch, **set_aside: str) -> Scores:
+def score(batch: ScoringBatch, **dropped: str) -> Scores:
     values = np.arange(batch.first, batch.last, dtype=np.float32)
-    rows = {int(row.removeprefix("row")): reason for row, reason in set_aside.items()}
+    rows = {int(row.removeprefix("row")): reason for row, reason in dropped.items()}
     values[list(rows)] = np.nan
     return Scores({"beauty": values}, 0.5, rows)
 
 
 def run(job: ScoringJob, bad: set[int]) -> list[tuple[int, int]]:
-    """Score until all is done; a batch with a bad picture fails. The batches in the order they were tried."""
+    """Score until all is done; a batch with a bad image fails. The batches in the order they were tried."""
     tried = []
     while not job.finished:
         batch = job.waiting.pop(0)
@@ -59,7 +59,7 @@ def test_a_row_without_an_image_is_given_to_no_reward(count: int, size: int, wit
     asked = {row for batch in whole.waiting for row in range(batch.first, batch.last)}
     assert asked == set(range(count)) - missing.keys() and all(batch.size <= size for batch in whole.waiting)
     run(whole, bad - missing.keys())
-    assert whole.scores().set_aside == missing | {row: "it is bad" for row in asked & bad}
+    assert whole.scores().dropped == missing | {row: "it is bad" for row in asked & bad}
 
 
 def test_an_inquiry_tries_no_row_without_an_image() -> None:
@@ -83,16 +83,16 @@ def test_a_batch_that_fails_in_passing_is_scored_again_as_the_same_batch() -> No
         assert (batch.first, batch.last, batch.failures) == (0, 4, failures)
         whole.failed(batch, "the network is down")
     assert whole.scored(whole.waiting.pop(0), score(ScoringBatch(0, 4)))
-    assert whole.finished and whole.scores().set_aside == {}
+    assert whole.finished and whole.scores().dropped == {}
 
 
 def test_a_lasting_fault_is_halved_down_to_its_picture_and_the_others_keep_their_scores() -> None:
     whole = job(4, 4, attempts=2)
     tried = run(whole, {2})
-    # twice whole; the halves once each; the half with the fault halved; its picture alone twice
+    # twice whole; the halves once each; the half with the fault halved; its image alone twice
     assert tried == [(0, 4), (0, 4), (0, 2), (2, 4), (2, 3), (2, 3), (3, 4)]
     scores = whole.scores()
-    assert scores.set_aside == {2: "it is bad"} and np.isnan(scores.rewards["beauty"][2])
+    assert scores.dropped == {2: "it is bad"} and np.isnan(scores.rewards["beauty"][2])
     assert scores.rewards["beauty"][[0, 1, 3]].tolist() == [0, 1, 3]
 
 
@@ -103,7 +103,7 @@ def test_an_answer_that_is_not_finite_is_asked_for_again_and_then_only_its_pictu
     assert not whole.finished
     again = whole.waiting.pop(0)
     assert again.failures == 1 and whole.scored(again, score(again, row1="nan"))
-    assert whole.finished and whole.scores().set_aside == {1: "nan"}
+    assert whole.finished and whole.scores().dropped == {1: "nan"}
 
 
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 3), st.sets(st.integers(0, 19)))
@@ -111,8 +111,8 @@ def test_exactly_the_bad_images_are_set_aside(count: int, batch_size: int, attem
     whole = job(count, batch_size, attempts)
     whole.control.images, whole.control.row = "of another task", 99
     run(whole, bad)
-    assert set(whole.scores().set_aside) == {image for image in bad if image < count} and not whole.broken
-    assert np.isnan(whole.scores().rewards["beauty"]).sum() == len(whole.scores().set_aside)
+    assert set(whole.scores().dropped) == {image for image in bad if image < count} and not whole.broken
+    assert np.isnan(whole.scores().rewards["beauty"]).sum() == len(whole.scores().dropped)
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 3), st.booleans())
@@ -143,7 +143,7 @@ def test_a_batch_of_bad_images_alone_is_set_aside_where_an_image_that_was_scored
     control = whole.waiting.pop(0)
     assert whole.images_of(control) == "of another task" and (control.first, control.last) == (3, 4)
     assert whole.scored(control, score(ScoringBatch(0, 1)))
-    assert whole.finished and whole.scores().set_aside == {row: f"{row} is bad" for row in range(4)}
+    assert whole.finished and whole.scores().dropped == {row: f"{row} is bad" for row in range(4)}
 
 
 def test_only_another_attempt_at_the_same_images_waits() -> None:
@@ -181,8 +181,8 @@ def test_images_that_kill_their_worker_are_found_by_four_deaths_each_and_set_asi
     whole = job(count, batch_size)
     deaths = deadly(whole, killers)
     scores, expected = whole.scores(), {image for image in killers if image < count}
-    assert set(scores.set_aside) == expected and len(deaths) == 4 * len(expected)
-    assert all("died, 2 times over it alone" in reason for reason in scores.set_aside.values())
+    assert set(scores.dropped) == expected and len(deaths) == 4 * len(expected)
+    assert all("died, 2 times over it alone" in reason for reason in scores.dropped.values())
     others = [image for image in range(count) if image not in expected]
     assert scores.rewards["beauty"][others].tolist() == others
 
@@ -198,7 +198,7 @@ def test_deaths_by_chance_change_neither_batches_nor_scores() -> None:
     again = whole.waiting.pop(0)
     assert (again.first, again.last, again.one_by_one) == (0, 4, False)
     whole.lost(again, to_blame=True)
-    assert run(whole, set()) == [(0, 4)] and whole.scores().set_aside == {}
+    assert run(whole, set()) == [(0, 4)] and whole.scores().dropped == {}
 
 
 def test_a_batch_that_kills_workers_though_no_image_does_is_halved() -> None:
@@ -211,7 +211,7 @@ def test_a_batch_that_kills_workers_though_no_image_does_is_halved() -> None:
             whole.lost(batch, to_blame=True)
         else:
             whole.scored(batch, score(batch))
-    assert len(died) == 4 and whole.scores().set_aside == {}
+    assert len(died) == 4 and whole.scores().dropped == {}
 
 
 @pytest.mark.parametrize(("failures", "seconds"), [(0, 0), (1, 0.5), (2, 1), (3, 2), (20, 30)])

@@ -1,4 +1,4 @@
-"""Tasks over which samplers die: by chance they are drawn as ever, by one image that image is found and left out."""
+"""Tasks over which samplers die: by chance they are sampled as ever, by one image that image is found and left out."""
 
 import pytest
 
@@ -8,12 +8,12 @@ from ray_ddpo.actors.task_care import PLAIN, Care
 PLACE = (0, 0, 3)
 
 
-def drawn(suspects: Suspects, not_decoded: set[int], not_drawn: set[int], images: int = 8) -> tuple[Care, int]:
-    """Draw until it counts, with images that kill who decodes or denoises them; the last care, and how many died."""
+def sampled(suspects: Suspects, not_decoded: set[int], not_sampled: set[int], images: int = 8) -> tuple[Care, int]:
+    """SamplePrompt until it counts, with images that kill who decodes or denoises them; the last care, and how many died."""
     deaths = 0
     while True:
         care = suspects.care(PLACE)
-        killing = not_drawn - set(care.not_drawn)
+        killing = not_sampled - set(care.not_sampled)
         undecodable = not_decoded - set(care.left_out)
         if not killing and not undecodable:
             if suspects.counts(PLACE, care):
@@ -30,19 +30,19 @@ def drawn(suspects: Suspects, not_decoded: set[int], not_drawn: set[int], images
 
 @pytest.mark.parametrize("image", [0, 5, 7])
 def test_an_image_that_cannot_be_decoded_is_left_out_of_decoding_after_four_deaths(image: int) -> None:
-    care, deaths = drawn(Suspects(), {image}, set())
+    care, deaths = sampled(Suspects(), {image}, set())
     assert care == Care(not_decoded=(image,)) and deaths == 4
     assert care.left_out == {image: "the sampler that decoded it died, 2 times over it alone"}
 
 
 def test_an_image_that_cannot_be_denoised_is_left_out_altogether() -> None:
-    care, deaths = drawn(Suspects(), set(), {2})
-    assert care == Care(not_drawn=(2,)) and deaths == 6
-    assert care.left_out == {2: "the sampler that drew it died, 2 times over it alone"}
+    care, deaths = sampled(Suspects(), set(), {2})
+    assert care == Care(not_sampled=(2,)) and deaths == 6
+    assert care.left_out == {2: "the sampler that sampled it died, 2 times over it alone"}
 
 
 def test_several_images_are_found_one_after_the_other() -> None:
-    care, _ = drawn(Suspects(), {1, 6}, {3})
+    care, _ = sampled(Suspects(), {1, 6}, {3})
     assert set(care.left_out) == {1, 3, 6} and care.one_by_one == "nothing"
 
 

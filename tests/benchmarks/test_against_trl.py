@@ -14,7 +14,7 @@ from benchmarks.round_process import our_process, trl_process
 from benchmarks.target import FAST, TRL_KEYS, Version, evaluate, trl_recipe, versions
 from benchmarks.target_results import OURS, Point, draw_chart, first_past, read_points, write_points
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.train import train
 
 
@@ -41,7 +41,7 @@ def test_the_table_leaves_the_first_round_out_and_takes_ratios_within_a_repeat(t
 
 
 def test_trl_is_told_the_same_rounds() -> None:
-    parts = parts_of(Recipe.load(RECIPE, [*words(SAME, {"rounds": "3"}), "--seed", "4"]))
+    parts = build_components(Recipe.load(RECIPE, [*words(SAME, {"rounds": "3"}), "--seed", "4"]))
     job = trl_job(parts)
     config, sampling = job["config"], parts.recipe.sampling
     assert Path(job["model"], "model_index.json").is_file() and len(job["prompts"]) == 45
@@ -51,11 +51,11 @@ def test_trl_is_told_the_same_rounds() -> None:
         20,
     )
     assert (config["train_batch_size"], config["train_learning_rate"], config["seed"]) == (8, 3e-4, 4)
-    assert sampling.kept_steps(sampling.num_steps) == 20 and job["device"] == "cpu"  # TRL learns from all of them
+    assert sampling.trained_steps(sampling.num_steps) == 20 and job["device"] == "cpu"  # TRL learns from all of them
 
 
 def test_both_sides_of_the_target_train_the_same_model_on_as_many_pictures_of_the_same_reward_a_round() -> None:
-    ours, theirs = parts_of(Recipe.load(FAST)), parts_of(trl_recipe(0, []))
+    ours, theirs = build_components(Recipe.load(FAST)), build_components(trl_recipe(0, []))
     assert ours.recipe.images_per_round == theirs.recipe.images_per_round == 64
     assert TRL_KEYS["rounds"] == str(theirs.recipe.rounds)
     assert ours.recipe.sampling.guidance_scale == theirs.recipe.sampling.guidance_scale
@@ -126,7 +126,7 @@ def test_both_sides_make_rounds_and_their_adapters_are_drawn_with(
 ) -> None:
     place = tmp_path / "trl-seed0"
     place.mkdir()
-    job = trl_job(parts_of(Recipe.load(small)))
+    job = trl_job(build_components(Recipe.load(small)))
     with trl_process(job, place) as process:
         assert process.answer()["versions"]["trl"] == "0.23.1"
         answers = [process.ask(save=str(place / f"{round:06d}.safetensors")) for round in (1, 2)]

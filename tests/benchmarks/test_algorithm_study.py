@@ -1,4 +1,4 @@
-"""The algorithm study: every algorithm of the room has its runs, at as many pictures, and its table and CSV are right by hand."""
+"""The algorithm study: which runs it has, how results become a table, and that every algorithm is in it."""
 
 import csv
 from pathlib import Path
@@ -10,7 +10,7 @@ from benchmarks.algorithm_study import SEEDS, all_runs, draw_chart, table, write
 from benchmarks.algorithm_study_costs import measure, read_costs
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import without_none
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.algorithms import ALGORITHMS
 
 
@@ -34,7 +34,7 @@ def result(setting: str, seed: int, rewards: list[float]) -> dict:
 def test_every_algorithm_of_the_room_is_in_it_with_three_seeds_at_as_many_pictures() -> None:
     runs = all_runs()
     assert len(runs) == len({run.name for run in runs}) and {run.seed for run in runs} == set(SEEDS) and len(SEEDS) >= 3
-    recipes = {run.setting: parts_of(Recipe.load(run.recipe, list(run.overrides))).recipe for run in runs}
+    recipes = {run.setting: build_components(Recipe.load(run.recipe, list(run.overrides))).recipe for run in runs}
     assert {recipe.algorithm.name for recipe in recipes.values()} == set(ALGORITHMS)
     drawn = {name: recipe.rounds * recipe.images_per_round for name, recipe in recipes.items()}
     assert {images for name, images in drawn.items() if name != "window"} == {768}  # equal images
@@ -49,7 +49,7 @@ def test_table_csv_and_chart_by_hand(tmp_path: Path) -> None:
     assert table(runs, costs).splitlines()[2] == line
     write_csv(runs, tmp_path / "study.csv", costs)
     rows = list(csv.DictReader((tmp_path / "study.csv").open()))
-    assert rows[1] == {"algorithm": "ddpo_is", "seed": "0", "pictures": "128", "seconds": "16.0", "reward": "-1.5000"}
+    assert rows[1] == {"algorithm": "ddpo_is", "seed": "0", "images": "128", "seconds": "16.0", "reward": "-1.5000"}
     assert len(rows) == 4
     draw_chart(runs, tmp_path / "chart.png", costs)
     assert (tmp_path / "chart.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""The benchmark of other families goes its whole way in its small form, and its random pipelines load and draw."""
+"""The benchmark of other families goes its whole way in its small form, and its random pipelines load and sample."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu_families import save_random_family
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
-from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import MAKERS, policy_table
@@ -44,6 +44,6 @@ def test_a_pipeline_of_random_weights_draws_pictures(family: str, tmp_path: Path
     model = save_random_family(tmp_path / "random", config)
     sampling = SamplingTable(num_steps=2)
     policy = build(POLICIES, policy_table(family, model, **keys), "policy").load("cpu", sampling, "sampler")
-    trajectory = draw(policy, ["a cat"], [1], sampling)
+    trajectory = sample_trajectories(policy, ["a cat"], [1], sampling)
     assert trajectory.log_probs.isfinite().all()
     assert policy.decode(trajectory.final_latents).to(torch.float32).std() > 5

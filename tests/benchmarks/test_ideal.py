@@ -33,7 +33,7 @@ def test_with_lag_the_slowest_side_decides_or_the_way_through_all(
 
 
 def test_tasks_are_whole() -> None:
-    assert Proportion("", samplers=4, reward_workers=1, tasks=9, draw=0.5, score=0, update=0).sampling == 1.5
+    assert Proportion("", samplers=4, reward_workers=1, tasks=9, sample=0.5, score=0, update=0).sampling == 1.5
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,11 @@ def test_tasks_are_whole() -> None:
     [
         (2, 0.1, 0.1),  # of the last two tasks, at once
         (1, 0.1, 0.2),  # of the last two tasks, in turn
-        (1, 1.0, 3.0),  # at 1, 2, 3, 4 s; drawn after 1 s: 1 + 4 × 1 − 2
+        (1, 1.0, 3.0),  # at 1, 2, 3, 4 s; sampled after 1 s: 1 + 4 × 1 − 2
     ],
 )
 def test_what_scoring_is_left_when_the_last_task_is_drawn(reward_workers: int, score: float, tail: float) -> None:
-    proportion = Proportion("", 2, reward_workers, tasks=4, draw=1.0, score=score, update=0)
+    proportion = Proportion("", 2, reward_workers, tasks=4, sample=1.0, score=score, update=0)
     assert proportion.tail == pytest.approx(tail)
 
 
@@ -69,7 +69,7 @@ def test_the_models_row_leaves_out_the_rounds_that_have_less_beside_them() -> No
 @pytest.mark.parametrize(
     ("stand_in", "real", "methods"),
     [
-        (StandInSampler, Sampler, ("ready", "stacks", "forget", "draw")),
+        (StandInSampler, Sampler, ("ready", "stacks", "forget", "sample")),
         (StandInRewardWorker, RewardWorker, ("ready", "stacks", "score")),
         (StandInLearner, Learner, ("stacks", "weights", "state", "load_state", "begin", "update")),
     ],

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.lag_study import IMAGES, SEEDS, all_runs, setting_parts
 from benchmarks.lag_study_chart import curve, paces, round_seconds, seconds_an_image, table
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 
 
 def result(setting: str, seed: int, round_images: int, rewards: list[float]) -> dict:
@@ -36,7 +36,7 @@ def test_there_are_at_most_sixty_runs_and_each_is_a_recipe_that_draws_as_many_pi
     runs = all_runs(IMAGES)
     assert len(runs) == len({run.name for run in runs}) <= 60
     for run in runs:
-        recipe = parts_of(Recipe.load(run.recipe, list(run.overrides))).recipe
+        recipe = build_components(Recipe.load(run.recipe, list(run.overrides))).recipe
         assert recipe.rounds * recipe.images_per_round == IMAGES
         assert recipe.runtime.threads == 1 and recipe.evaluation.split == "tuning"
         assert (
@@ -112,7 +112,7 @@ def test_the_tables_line_by_hand() -> None:
 
 
 def study(tmp_path: Path, *words: str) -> str:
-    places = ["--results", str(tmp_path / "results.jsonl"), "--picture", str(tmp_path / "chart.png")]
+    places = ["--results", str(tmp_path / "results.jsonl"), "--image", str(tmp_path / "chart.png")]
     places += ["--costs", str(tmp_path / "costs.json")]
     command = [sys.executable, "-m", "benchmarks.lag_study", "--folder", str(tmp_path), *places, *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout

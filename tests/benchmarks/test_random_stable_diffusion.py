@@ -1,4 +1,4 @@
-"""The pipeline of random weights is one: it loads, draws and learns in half precision, and is always the same."""
+"""The pipeline of random weights is one: it loads, samples and learns in half precision, and is always the same."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.random_stable_diffusion import save_random_pipeline
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
-from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 SAMPLING = SamplingTable(num_steps=2)
@@ -17,10 +17,10 @@ SAMPLING = SamplingTable(num_steps=2)
 def test_it_draws_pictures_that_are_neither_flat_nor_overflown(dtype: str, tmp_path: Path) -> None:
     model = save_random_pipeline(tmp_path / "model", "tiny")
     policy = StableDiffusion(model=str(model), dtype=dtype).load("cpu", SAMPLING, "sampler")
-    trajectory = draw(policy, ["a cat", "a cat with a very long name"], [1, 2], SAMPLING)
-    pictures = policy.decode(trajectory.final_latents)
-    assert pictures.shape == (2, 16, 16, 3)
-    assert pictures.float().std() > 10
+    trajectory = sample_trajectories(policy, ["a cat", "a cat with a very long name"], [1, 2], SAMPLING)
+    images = policy.decode(trajectory.final_latents)
+    assert images.shape == (2, 16, 16, 3)
+    assert images.float().std() > 10
     assert trajectory.log_probs.isfinite().all()
     assert trajectory.conditioning["prompt_embeds"].shape == (2, 77, 16)
 

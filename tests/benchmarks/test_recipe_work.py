@@ -8,7 +8,7 @@ import pytest
 from benchmarks.recipe_work import FLOPS_A_SECOND, NAMES, RECIPES, image_work, row_work
 from ray_ddpo.common.diffusion.families.flux import Flux
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 
 PAGE = (Path(__file__).parents[2] / "docs" / "model_families.md").read_text()
 WIDTH, TEXT, IMAGE, DOUBLE, SINGLE = 3072, 512, 1024, 19, 38  # FLUX.1-dev at 512 × 512
@@ -28,7 +28,7 @@ def flux_forward(rank: int) -> int:
 @pytest.mark.thorough
 def test_flux_takes_the_operations_that_the_sizes_of_its_layers_say() -> None:
     """With twelve billion parameters on the meta device, a quarter of a minute."""
-    parts = parts_of(Recipe.load(RECIPES / "families" / "flux_dev_pickscore.toml", []))
+    parts = build_components(Recipe.load(RECIPES / "families" / "flux_dev_pickscore.toml", []))
     assert isinstance(parts.policy, Flux)
     row = row_work(parts.policy, parts.recipe.sampling)
     assert row.forward == flux_forward(parts.policy.lora.rank)
@@ -47,7 +47,7 @@ def figures_of(name: str) -> tuple[str, str]:
 @pytest.mark.parametrize("name", ["sd15_aesthetic", "families/sd35_medium_pickscore", "families/flux_dev_pickscore"])
 def test_the_page_has_the_operations_that_were_counted(name: str) -> None:
     recipe = Recipe.load(RECIPES / f"{name}.toml", [])
-    flops = image_work(parts_of(recipe))
+    flops = image_work(build_components(recipe))
     hours = flops * recipe.images_per_round * recipe.rounds / FLOPS_A_SECOND / 3600
     assert figures_of(name) == (f"{flops / 1e12:,.0f}", f"{hours:.0f}")
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.scale_fit import Cost, Measured, costs_table, fitted, least_squares, on_paper, table
 from benchmarks.scale_run import LearnerStandIn
-from benchmarks.scale_stand_ins import Drawn, SamplerHost, Scored, ScorerStandIn, Setting
+from benchmarks.scale_stand_ins import Sampled, SamplerHost, Scored, ScorerStandIn, Setting
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.common.trajectory import Scores, TaskReport
@@ -18,7 +18,7 @@ from ray_ddpo.learner.learner import Learner
 def test_a_settings_sizes() -> None:
     setting = Setting(images=64, images_per_task=8, steps=10, pixels=64, samplers=4, busy_seconds=2.0)
     assert setting.tasks == 8
-    assert setting.trajectory_bytes == 11 * 4 * 8 * 8 * 2 and setting.picture_bytes == 3 * 64 * 64
+    assert setting.trajectory_bytes == 11 * 4 * 8 * 8 * 2 and setting.image_bytes == 3 * 64 * 64
     assert setting.task_seconds(0) == setting.task_seconds(1) == 1.0  # two tasks for each of four samplers in 2 s
 
 
@@ -74,7 +74,7 @@ def test_tables_have_a_line_each() -> None:
 @pytest.mark.parametrize(
     ("stand_in", "real", "methods"),
     [
-        (SamplerHost, Sampler, ("ready", "stacks", "forget", "draw")),
+        (SamplerHost, Sampler, ("ready", "stacks", "forget", "sample")),
         (ScorerStandIn, RewardWorker, ("ready", "stacks", "score", "score_together")),
         (LearnerStandIn, Learner, ("ready", "stacks", "weights", "state", "update")),
     ],
@@ -88,6 +88,6 @@ def test_a_stand_in_is_called_like_the_real_one(stand_in: type, real: type, meth
         ], method
 
 
-@pytest.mark.parametrize(("stand_in", "real"), [(Drawn, TaskReport), (Scored, Scores)])
+@pytest.mark.parametrize(("stand_in", "real"), [(Sampled, TaskReport), (Scored, Scores)])
 def test_what_a_stand_in_answers_has_the_real_fields(stand_in: type, real: type) -> None:
     assert [field.name for field in dataclasses.fields(stand_in)] == [field.name for field in dataclasses.fields(real)]

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests.rated_images import save_images, warmth
 
 from benchmarks.three_steps import RECIPE, SCORERS, VOTERS, rate, small_copy, table, vote, warmth_of
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.aesthetic_head.agreement import spearman
 from ray_ddpo.learner.aesthetic_head.table import read_table
-from tests.rated_pictures import save_pictures, warmth
 
 
 def test_voters_are_counted_whole_agree_with_the_taste_and_follow_their_seed() -> None:
@@ -24,17 +24,17 @@ def test_voters_are_counted_whole_agree_with_the_taste_and_follow_their_seed() -
 
 
 def test_the_table_of_votes_is_one_that_the_command_reads(tmp_path: Path) -> None:
-    paths = [tmp_path / name for name in save_pictures(tmp_path, 30)]
+    paths = [tmp_path / name for name in save_images(tmp_path, 30)]
     rate(paths, tmp_path / "ratings.csv", 0)
-    pictures = read_table(tmp_path / "ratings.csv")
+    images = read_table(tmp_path / "ratings.csv")
     tastes = np.array([warmth(np.asarray(Image.open(path))) for path in paths])
-    assert pictures.paths == tuple(path.name for path in paths)
-    assert (spearman(pictures.ratings, tastes) or 0) > 0.9
+    assert images.paths == tuple(path.name for path in paths)
+    assert (spearman(images.ratings, tastes) or 0) > 0.9
 
 
 def test_the_recipe_takes_the_scorers_and_the_head_by_override() -> None:
     overrides = ["--evaluation.scorers", SCORERS, "--reward.clip", "a/clip", "--reward.head", "a/head.safetensors"]
-    recipe = parts_of(Recipe.load(RECIPE, overrides)).recipe
+    recipe = build_components(Recipe.load(RECIPE, overrides)).recipe
     assert [scorer.name for scorer in recipe.evaluation.scorers] == ["function", "animal_classifier"]
     red, blue = np.zeros((2, 4, 4, 3), np.uint8)
     red[..., 0], blue[..., 2] = 255, 51
@@ -42,7 +42,7 @@ def test_the_recipe_takes_the_scorers_and_the_head_by_override() -> None:
 
 
 def test_table_and_small_picture_by_hand(tmp_path: Path) -> None:
-    test = {"pictures": 40, "srcc": 0.8, "plcc": 0.7, "mse": 0.5, "mse_of_mean": 2.0}
+    test = {"images": 40, "srcc": 0.8, "plcc": 0.7, "mse": 0.5, "mse_of_mean": 2.0}
     scorers = {"function": {"before": 0.05, "after": 0.2}, "animal_classifier": {"before": 0.9, "after": 0.8}}
     summary = {
         "images_compared": 135,
@@ -51,10 +51,10 @@ def test_table_and_small_picture_by_hand(tmp_path: Path) -> None:
         "paired_standard_error": 0.1,
         "scorers": scorers,
     }
-    lines = table(summary, {"splits": {"test": test}}, {"drawing": 60.4}).splitlines()
-    assert lines[0] == "head: 40 test pictures, SRCC 0.800, PLCC 0.700, MSE 0.50 (of the mean 2.00)"
+    lines = table(summary, {"splits": {"test": test}}, {"sampling": 60.4}).splitlines()
+    assert lines[0] == "head: 40 test images, SRCC 0.800, PLCC 0.700, MSE 0.50 (of the mean 2.00)"
     assert "| rating by the head | 5.00 | 6.50 (+15.0 paired standard errors) |" in lines
-    assert "| warmth, the true taste | 0.050 | 0.200 |" in lines and lines[-1].startswith("drawing 60 s; ")
+    assert "| warmth, the true taste | 0.050 | 0.200 |" in lines and lines[-1].startswith("sampling 60 s; ")
     Image.new("RGB", (2000, 500)).save(tmp_path / "large.png")
     small_copy(tmp_path / "large.png", tmp_path / "small.png")
     assert Image.open(tmp_path / "small.png").size == (1000, 250)

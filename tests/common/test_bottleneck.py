@@ -21,7 +21,7 @@ def rounds_of(sampling: float, scoring: float, learning: float, seconds: float, 
 
 
 def test_in_step_both_sides_wait_and_one_round_of_lag_would_overlap_them() -> None:
-    # Two samplers draw for 11 s, the last task's scoring takes 1 s, the update 8 s. Overlapped: max(22 / 2, 3, 8, 20 / 2).
+    # Two samplers sample for 11 s, the last task's scoring takes 1 s, the update 8 s. Overlapped: max(22 / 2, 3, 8, 20 / 2).
     sentence = bottleneck([rounds_of(22.0, 3.0, 8.0, seconds=20.0)], 0, samplers=2, reward_workers=1)
     assert sentence == (
         "samplers idle 45 %, learner idle 60 %: they wait for each other; max_policy_lag = 1 would overlap them, "
@@ -36,7 +36,7 @@ def test_in_step_the_round_itself_may_be_what_stays_when_the_two_sides_overlap()
 
 
 def test_a_learner_that_waits_for_busy_samplers_asks_for_one_more() -> None:
-    # 19.4 s of drawing in 10 s by two samplers: 97 %. By three: 19.4 / 3 = 6.47 s, more than the update's 5.9 s.
+    # 19.4 s of sampling in 10 s by two samplers: 97 %. By three: 19.4 / 3 = 6.47 s, more than the update's 5.9 s.
     sentence = bottleneck([rounds_of(19.4, 1.0, 5.9, seconds=10.0)], 1, samplers=2, reward_workers=1)
     assert sentence == (
         "learner idle 41 %: add a sampler (samplers are busy 97 % of the time); "
@@ -55,7 +55,7 @@ def test_in_step_too_more_samplers_help_where_the_round_is_nearly_all_drawing() 
 
 
 def test_busy_reward_workers_are_named() -> None:
-    # Two reward workers: 9.8 / 2 = 4.9 s, less than the 6 s of drawing.
+    # Two reward workers: 9.8 / 2 = 4.9 s, less than the 6 s of sampling.
     sentence = bottleneck([rounds_of(12.0, 9.8, 5.0, seconds=10.0)], 1, samplers=2, reward_workers=1)
     assert sentence == (
         "learner idle 50 %: add a reward worker (reward workers are busy 98 % of the time); "
@@ -64,11 +64,11 @@ def test_busy_reward_workers_are_named() -> None:
 
 
 def test_samplers_that_wait_for_the_learner_are_too_many() -> None:
-    # 12 s of drawing in a round of 10 s: three samplers are busy 40 %, and two would be ready after 6 s.
+    # 12 s of sampling in a round of 10 s: three samplers are busy 40 %, and two would be ready after 6 s.
     sentence = bottleneck([rounds_of(12.0, 1.0, 9.8, seconds=10.0, samplers=3)], 1, samplers=3, reward_workers=1)
     assert sentence == (
         "samplers idle 60 %: the learner is the bottleneck (busy 98 % of the time); a faster device for it, more "
-        "learner.ranks or a larger learner.micro_batch_size would help; 2 of the 3 samplers would do"
+        "learner.world_size or a larger learner.micro_batch_size would help; 2 of the 3 samplers would do"
     )
 
 

@@ -36,7 +36,7 @@ def test_pictures_of_any_size_come_out_as_from_clips_own_processor(height: int, 
     from transformers import CLIPImageProcessorPil
 
     images = noise_and_pattern(height, width)
-    # Said, because a picture 3 high or wide could be either.
+    # Said, because an image 3 high or wide could be either.
     processed = CLIPImageProcessorPil()(images=list(images), return_tensors="np", input_data_format="channels_last")
     expected = np.array(processed["pixel_values"])
     levels_apart = (
@@ -45,13 +45,13 @@ def test_pictures_of_any_size_come_out_as_from_clips_own_processor(height: int, 
     assert levels_apart.max() < 0.01
 
 
-def picture_of_mode(mode: str) -> Image.Image:
+def image_of_mode(mode: str) -> Image.Image:
     """With every alpha where the mode has one, and for "P" a palette in which one colour is transparent."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (97, 131, 4), dtype=np.uint8), mode="RGBA")
     if mode == "P":
-        picture = noise.convert("RGB").quantize(16)
-        picture.info["transparency"] = 3
-        return picture
+        image = noise.convert("RGB").quantize(16)
+        image.info["transparency"] = 3
+        return image
     return noise.convert(mode)
 
 
@@ -59,18 +59,18 @@ def picture_of_mode(mode: str) -> Image.Image:
 def test_pictures_of_any_mode_come_out_as_from_clips_own_processor(mode: str) -> None:
     from transformers import CLIPImageProcessorPil
 
-    picture = picture_of_mode(mode)
-    expected = np.array(CLIPImageProcessorPil()(images=picture, return_tensors="np")["pixel_values"])
-    pixels = rgb_pixels(picture)
+    image = image_of_mode(mode)
+    expected = np.array(CLIPImageProcessorPil()(images=image, return_tensors="np")["pixel_values"])
+    pixels = rgb_pixels(image)
     assert pixels.shape == (97, 131, 3) and pixels.dtype == np.uint8
     levels_apart = clip_pixels(torch.from_numpy(pixels)[None]).numpy() - expected
     assert np.abs(levels_apart * np.array(STD).reshape(3, 1, 1) * 255).max() < 0.01
 
 
 def test_what_is_transparent_lies_on_white() -> None:
-    picture = Image.new("RGBA", (2, 1), (200, 100, 0, 0))
-    picture.putpixel((1, 0), (200, 100, 0, 255))
-    assert rgb_pixels(picture).tolist() == [[[255, 255, 255], [200, 100, 0]]]
+    image = Image.new("RGBA", (2, 1), (200, 100, 0, 0))
+    image.putpixel((1, 0), (200, 100, 0, 255))
+    assert rgb_pixels(image).tolist() == [[[255, 255, 255], [200, 100, 0]]]
 
 
 @pytest.mark.parametrize(("height", "width"), [(512, 512), (301, 640), (640, 301), (224, 100), (4, 900)])

@@ -39,8 +39,8 @@ def test_cosines_are_those_of_transformers_own_model_and_processor(folder: Path,
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     model = CLIPModel.from_pretrained(folder).eval()
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = CLIPProcessor(image_processor=pictures, tokenizer=CLIPTokenizer.from_pretrained(folder))
+    pil_images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = CLIPProcessor(image_processor=pil_images, tokenizer=CLIPTokenizer.from_pretrained(folder))
     inputs = processor(text=PROMPTS, images=list(images), return_tensors="pt", padding=True, truncation=True)
     with torch.no_grad():
         logits = model(**inputs).logits_per_image.diagonal().numpy()

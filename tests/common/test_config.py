@@ -103,7 +103,7 @@ def test_a_recipe_cannot_be_changed(recipe: Recipe) -> None:
         ("learner.learning_rate", "nan", "learner.learning_rate is nan: input should be a finite number"),
         ("learner.learning_rate", "fast", "learner.learning_rate is 'fast': input should be a valid number"),
         ("learner.adam_beta1", 1, "learner.adam_beta1 is 1: input should be less than 1"),
-        ("learner.ranks", 0, "learner.ranks is 0: input should be greater than or equal to 1"),
+        ("learner.world_size", 0, "learner.world_size is 0: input should be greater than or equal to 1"),
         ("samplers.count", 0, "samplers.count is 0: input should be greater than or equal to 1"),
         ("runtime.device", "tpu", "runtime.device is 'tpu': input should be 'auto', 'cpu' or 'cuda'"),
         ("checkpoint.keep", 0, "checkpoint.keep is 0: input should be greater than or equal to 1"),
@@ -267,7 +267,7 @@ def test_a_relative_output_folder_inside_a_submitted_job_is_refused_with_what_to
 
 
 def test_an_optimizer_steps_images_are_divided_among_the_learners_ranks_or_the_recipe_is_refused(path: Path) -> None:
-    recipe = Recipe.load(path, ["--learner.ranks", "2"])
+    recipe = Recipe.load(path, ["--learner.world_size", "2"])
     assert (recipe.learner.images_per_step, recipe.learner.images_per_rank) == (4, 2)
-    with pytest.raises(ValueError, match="accumulation_steps = 4 images, which learner.ranks = 3 does not divide"):
-        Recipe.load(path, ["--learner.ranks", "3"])
+    with pytest.raises(ValueError, match="accumulation_steps = 4 images, which learner.world_size = 3 does not divide"):
+        Recipe.load(path, ["--learner.world_size", "3"])

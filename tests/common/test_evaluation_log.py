@@ -25,12 +25,12 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 def test_scores_and_the_first_pictures_come_back(storage: Storage) -> None:
     log, current = EvaluationLog(storage), images(0)
-    log.write({"policy_version": 4, "x": float("nan")}, {"current": current, "average": images(1)}, pictures=2)
+    log.write({"policy_version": 4, "x": float("nan")}, {"current": current, "average": images(1)}, images=2)
     assert log.figures() == [{"policy_version": 4, "x": None}]
     scores = log.scores(4)
     assert np.array_equal(scores["reward"], current.scores["reward"])
     assert np.array_equal(scores["beauty"], current.scores["beauty"], equal_nan=True)
-    assert all(np.array_equal(*pair) for pair in zip(log.pictures(4), current.pixels[:2], strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(log.images(4), current.pixels[:2], strict=True))
     table = log.read(4)
     assert table["variant"].to_pylist() == ["current"] * 3 + ["average"] * 3
     assert table["prompt"].to_pylist()[:3] == ["prompt 0", "prompt 1", "prompt 2"]
@@ -40,7 +40,7 @@ def test_scores_and_the_first_pictures_come_back(storage: Storage) -> None:
 def test_versions_that_are_not_kept_are_gone(storage: Storage) -> None:
     log = EvaluationLog(storage)
     for version in (0, 2, 4):
-        log.write({"policy_version": version}, {"current": images(version)}, pictures=0)
+        log.write({"policy_version": version}, {"current": images(version)}, images=0)
     log.keep([{"policy_version": 0}, {"policy_version": 2}])
     assert [each["policy_version"] for each in log.figures()] == [0, 2]
     assert np.array_equal(log.scores(2)["reward"], images(2).scores["reward"])

@@ -1,4 +1,4 @@
-"""Pictures go into the network as it was trained on them, and come out as features that tell pictures apart."""
+"""PageImages go into the network as it was trained on them, and come out as features that tell images apart."""
 
 import numpy as np
 import pytest
@@ -37,6 +37,6 @@ def test_a_moved_disc_has_closer_features_than_stripes(features):
     rows, columns = np.mgrid[:64, :64]
     disc = np.where((rows - 32) ** 2 + (columns - 26) ** 2 < 300, 60, 255)
     stripes = np.where(columns // 8 % 2, 60, 255)
-    pictures = np.stack([disc, disc[:, ::-1], stripes])[..., None].repeat(3, 3).astype(np.uint8)
-    one, moved, other = features(pictures)
+    images = np.stack([disc, disc[:, ::-1], stripes])[..., None].repeat(3, 3).astype(np.uint8)
+    one, moved, other = features(images)
     assert (one - moved).norm() < 0.7 * (one - other).norm()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ddpo.common.policy_weights import LoraWeights, fingerprint, pack, verified
+from ray_ddpo.common.policy_weights import PolicyWeights, fingerprint, pack, verified
 
 
 @pytest.fixture
@@ -91,6 +91,6 @@ def test_weights_that_changed_on_the_way_are_refused_with_both_fingerprints(arra
 
 def test_a_buffer_that_its_manifest_does_not_describe_is_refused() -> None:
     with pytest.raises(ValueError, match=r"version 2 are float32 \(3,\): their manifest says float32 \(4,\)"):
-        LoraWeights(2, np.zeros(3, np.float32), (("a", (2, 2)),), "")
+        PolicyWeights(2, np.zeros(3, np.float32), (("a", (2, 2)),), "")
     with pytest.raises(ValueError, match=r"version 2 are float64 \(4,\): their manifest says float32 \(4,\)"):
-        LoraWeights(2, np.zeros(4), (("a", (2, 2)),), "")
+        PolicyWeights(2, np.zeros(4), (("a", (2, 2)),), "")

@@ -100,9 +100,9 @@ def test_both_towers_are_open_clips_own(towers: ClipTowers, images: Tensor, tmp_
     theirs = model.CLIP(EMBEDDING, vision, text).eval()
     theirs.load_state_dict(tiny_open_clip_state())
     with torch.no_grad():
-        pictures = theirs.encode_image(clip_pixels(images, SIDE), normalize=True)
+        pil_images = theirs.encode_image(clip_pixels(images, SIDE), normalize=True)
         texts = theirs.encode_text(token_numbers(tmp_path / "words"), normalize=True)
-    torch.testing.assert_close(towers.embed_images(images), pictures)
+    torch.testing.assert_close(towers.embed_images(images), pil_images)
     torch.testing.assert_close(towers.embed_texts(PROMPTS), texts)
 
 

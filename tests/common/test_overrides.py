@@ -7,7 +7,7 @@ import pytest
 from ray_ddpo.common.recipe import overrides
 from ray_ddpo.common.recipe.overrides import with_overrides
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.driver.registries import ROOMS
+from ray_ddpo.deploy.driver.registries import REGISTRIES
 
 TABLES = {
     "name": "demo",
@@ -95,7 +95,7 @@ def test_a_key_inside_a_value_is_refused() -> None:
 def test_a_value_is_read_by_the_type_of_its_key(
     key: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(overrides, "ROOMS", ROOMS)
+    monkeypatch.setattr(overrides, "REGISTRIES", REGISTRIES)
     found: Any = with_overrides(TABLES, [f"--{key}", text], Recipe)
     for part in key.split("."):
         found = found[int(part)] if isinstance(found, list) else found[part]
@@ -103,7 +103,7 @@ def test_a_value_is_read_by_the_type_of_its_key(
 
 
 def test_a_components_name_may_come_after_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overrides, "ROOMS", ROOMS)
+    monkeypatch.setattr(overrides, "REGISTRIES", REGISTRIES)
     words = [
         "--trackers.0.project",
         "2024",

@@ -34,10 +34,10 @@ def file(path: Path, data: bytes | str, **keys: Any) -> File:
     return build(PROMPTS, {"name": "file", "path": str(path), **keys}, "prompts")
 
 
-def drawn(source: File) -> list[Prompt]:
-    """Every prompt that is drawn, with its metadata, in the file's order."""
-    draw, generator = source.load(), np.random.default_rng(0)
-    found = [draw(generator) for _ in range(900)]
+def sampled(source: File) -> list[Prompt]:
+    """Every prompt that is sampled, with its metadata, in the file's order."""
+    sample, generator = source.load(), np.random.default_rng(0)
+    found = [sample(generator) for _ in range(900)]
     every = [prompt for prompt in source.evaluated() if prompt in found]
     assert all(prompt in every for prompt in found) and [prompt.text for prompt in every] == source.listed()
     return every
@@ -67,27 +67,27 @@ def as_parquet(columns: dict[str, Any], **keys: Any) -> bytes:
 def test_jsonl_as_flow_grpo_publishes_it(tmp_path: Path) -> None:
     source = file(tmp_path / "train_metadata.jsonl", "\n".join(json.dumps(row) for row in GENEVAL) + "\n\n")
     metadata = [{key: value for key, value in row.items() if key != "prompt"} for row in GENEVAL]
-    assert drawn(source) == [Prompt(row["prompt"], about) for row, about in zip(GENEVAL, metadata, strict=True)]
+    assert sampled(source) == [Prompt(row["prompt"], about) for row, about in zip(GENEVAL, metadata, strict=True)]
     assert_accepted("JSONL with metadata, as flow_grpo's `train_metadata.jsonl`")
 
 
 def test_json_lists_and_columns(tmp_path: Path) -> None:
     texts = file(tmp_path / "a.json", json.dumps(HARD))
-    assert drawn(texts) == [Prompt(text) for text in HARD]
+    assert sampled(texts) == [Prompt(text) for text in HARD]
     lines = file(tmp_path / "a.ndjson", "\n".join(json.dumps(text) for text in HARD))
-    assert drawn(lines) == [Prompt(text) for text in HARD]
+    assert sampled(lines) == [Prompt(text) for text in HARD]
     rows = [{"text": text, "at": index} for index, text in enumerate(HARD)]
     expected = [Prompt(text, {"at": index}) for index, text in enumerate(HARD)]
-    assert drawn(file(tmp_path / "b.JSON", json.dumps(rows, indent=1))) == expected
+    assert sampled(file(tmp_path / "b.JSON", json.dumps(rows, indent=1))) == expected
     columns = {"text": HARD, "at": list(range(len(HARD)))}
-    assert drawn(file(tmp_path / "c.json", json.dumps(columns))) == expected
+    assert sampled(file(tmp_path / "c.json", json.dumps(columns))) == expected
     assert_accepted("a JSON list of texts or objects, or an object of columns")
 
 
 @pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
 def test_csv_and_tsv_with_quotes_and_line_ends_in_a_prompt(tmp_path: Path, name: str, separator: str) -> None:
     rows = [{"id": str(index), "Prompt": text} for index, text in enumerate(HARD)]
-    assert drawn(file(tmp_path / name, as_csv(rows, separator))) == [
+    assert sampled(file(tmp_path / name, as_csv(rows, separator))) == [
         Prompt(row["Prompt"], {"id": row["id"]}) for row in rows
     ]
     assert_accepted("CSV and TSV with a header, quoted commas and line ends")
@@ -99,7 +99,7 @@ def test_parquet_with_nested_columns_and_many_row_groups(tmp_path: Path) -> None
         "about": [{"boxes": [[index, 0.5]], "name": None} for index in range(40)],
         "kind": pa.array([f"{index % 2}" for index in range(40)]).dictionary_encode(),
     }
-    found = drawn(file(tmp_path / "a.parquet", as_parquet(columns, row_group_size=7)))
+    found = sampled(file(tmp_path / "a.parquet", as_parquet(columns, row_group_size=7)))
     assert found[11] == Prompt("cat 11", {"about": {"boxes": [[11, 0.5]], "name": None}, "kind": "1"})
     assert_accepted("parquet, nested columns too")
 
@@ -143,8 +143,8 @@ def test_the_draws_of_a_text_file_are_the_same_whatever_its_format(tmp_path: Pat
         file(tmp_path / "a.lst", "\n".join(texts), format="text"),
     ]
     for source in sources:
-        draw, generator, numbers = source.load(), np.random.default_rng(5), np.random.default_rng(5)
-        assert [draw(generator).text for _ in range(9)] == [texts[int(numbers.integers(17))] for _ in range(9)]
+        sample, generator, numbers = source.load(), np.random.default_rng(5), np.random.default_rng(5)
+        assert [sample(generator).text for _ in range(9)] == [texts[int(numbers.integers(17))] for _ in range(9)]
 
 
 def test_a_key_names_format_and_column(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prompts from a list, a file or a function of the user's: drawn by a generator given, and refused where there are none."""
+"""Prompts from a list, a file or a function of the user's: sampled by a generator given, and refused where there are none."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ def source(**table: object):
     return build(PROMPTS, table, "prompts")
 
 
-def drawn(draw, count: int, seed: int = 0) -> list[Prompt]:
+def sampled(sample, count: int, seed: int = 0) -> list[Prompt]:
     generator = np.random.default_rng(seed)
-    return [draw(generator) for _ in range(count)]
+    return [sample(generator) for _ in range(count)]
 
 
 def test_the_animals_are_the_45_of_the_paper_by_their_bare_names() -> None:
@@ -27,7 +27,7 @@ def test_the_animals_are_the_45_of_the_paper_by_their_bare_names() -> None:
 
 
 def test_every_animal_is_drawn_about_as_often_as_every_other() -> None:
-    texts = [prompt.text for prompt in drawn(source(name="animals").load(), 9000)]
+    texts = [prompt.text for prompt in sampled(source(name="animals").load(), 9000)]
     counts = [texts.count(animal) for animal in source(name="animals").listed()]
     # 200 each, and a standard deviation of 14: five of them to each side.
     assert min(counts) > 130 and max(counts) < 270
@@ -36,21 +36,21 @@ def test_every_animal_is_drawn_about_as_often_as_every_other() -> None:
 def test_texts_of_the_recipe_are_the_prompts() -> None:
     few = source(name="texts", texts=["a red cat", "dog"])
     assert few.listed() == ["a red cat", "dog"]
-    assert {prompt.text for prompt in drawn(few.load(), 50)} == {"a red cat", "dog"}
+    assert {prompt.text for prompt in sampled(few.load(), 50)} == {"a red cat", "dog"}
     with pytest.raises(ValueError, match="prompts.texts"):
         source(name="texts", texts=[])
 
 
 def test_the_same_generator_draws_the_same_prompts() -> None:
-    draw = source(name="animals").load()
-    assert drawn(draw, 20, seed=3) == drawn(draw, 20, seed=3) != drawn(draw, 20, seed=4)
+    sample = source(name="animals").load()
+    assert sampled(sample, 20, seed=3) == sampled(sample, 20, seed=3) != sampled(sample, 20, seed=4)
 
 
 def test_a_file_has_one_prompt_a_line_and_empty_lines_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red cat\n\n  a fox, at dusk \n", encoding="utf-8")
     file = source(name="file", path=str(tmp_path / "prompts.txt"))
     assert file.listed() == ["a red cat", "a fox, at dusk"]
-    assert {prompt.text for prompt in drawn(file.load(), 50)} == {"a red cat", "a fox, at dusk"}
+    assert {prompt.text for prompt in sampled(file.load(), 50)} == {"a red cat", "a fox, at dusk"}
 
 
 def test_a_path_may_begin_with_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,9 +71,9 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_function_may_give_a_text_or_a_text_with_what_its_reward_needs() -> None:
-    (plain,) = drawn(source(name="function", path="tests.user_functions:text_prompt").load(), 1)
+    (plain,) = sampled(source(name="function", path="tests.user_functions:text_prompt").load(), 1)
     assert plain.text.startswith("cat number ") and plain.metadata == {}
-    (coloured,) = drawn(source(name="function", path="tests.user_functions:colour_prompt").load(), 1)
+    (coloured,) = sampled(source(name="function", path="tests.user_functions:colour_prompt").load(), 1)
     assert coloured.text == f"a {coloured.metadata['colour']} cat"
 
 
@@ -82,9 +82,9 @@ def test_a_function_has_no_list_of_its_prompts() -> None:
 
 
 def test_a_function_that_gives_no_prompt_is_named_with_what_it_gave() -> None:
-    draw = source(name="function", path="tests.user_functions:no_prompt").load()
+    sample = source(name="function", path="tests.user_functions:no_prompt").load()
     with pytest.raises(ValueError, match="tests.user_functions:no_prompt returned 7: a prompt is a text"):
-        draw(np.random.default_rng(0))
+        sample(np.random.default_rng(0))
 
 
 def test_a_path_that_is_no_module_and_function_is_refused() -> None:
@@ -95,14 +95,14 @@ def test_a_path_that_is_no_module_and_function_is_refused() -> None:
 def test_prompts_that_are_left_out_are_never_drawn(tmp_path: Path) -> None:
     animals = source(name="animals", leave_out=["bear", "deer"])
     assert len(animals.listed()) == 43 and animals.held_out() == ["bear", "deer"]
-    assert not {"bear", "deer"} & {prompt.text for prompt in drawn(animals.load(), 2000)}
+    assert not {"bear", "deer"} & {prompt.text for prompt in sampled(animals.load(), 2000)}
     (tmp_path / "few.txt").write_text("a\nb\nc\n")
     few = source(name="file", path=str(tmp_path / "few.txt"), leave_out=["b"])
     assert few.listed() == ["a", "c"] and few.held_out() == ["b"]
     assert source(name="texts", texts=["a"]).held_out() == []
 
 
-@pytest.mark.parametrize(("left_out", "says"), [(["unicorn"], "unicorn"), (["a", "b"], "nothing to draw")])
+@pytest.mark.parametrize(("left_out", "says"), [(["unicorn"], "unicorn"), (["a", "b"], "nothing to sample")])
 def test_what_cannot_be_left_out_is_said(tmp_path: Path, left_out: list[str], says: str) -> None:
     (tmp_path / "few.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match=f"prompts.leave_out has .*{says}"):

@@ -8,26 +8,26 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, Field, ValidationError
 
-from ray_ddpo.common.recipe.registry import Entry, build, explain, import_object
+from ray_ddpo.common.recipe.registry import Component, build, explain, import_object
 
 
 class Inner(BaseModel, extra="forbid"):
     rank: int = Field(default=4, ge=1)
 
 
-class Cooked(Entry):
+class Cooked(Component):
     clip_range: float = Field(default=1e-4, gt=0)
     inner: Inner = Inner()
     inners: tuple[Inner, ...] = ()
 
 
-class Plain(Entry):
+class Plain(Component):
     """Without keys."""
 
 
 # What an importable module would hold; the tests' own is imported by its file.
 PLACE = "cooked_for_tests"
-ROOM = {"cooked": f"{PLACE}:Cooked", "plain": f"{PLACE}:Plain", "lost": f"{PLACE}:Lost"}
+REGISTRY = {"cooked": f"{PLACE}:Cooked", "plain": f"{PLACE}:Plain", "lost": f"{PLACE}:Lost"}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_other_keys_of_a_table_are_the_fields_of_the_class_it_names() -> None:
-    entry = build(ROOM, {"name": "cooked", "clip_range": 2e-4, "inner": {"rank": 8}}, "algorithm")
+    entry = build(REGISTRY, {"name": "cooked", "clip_range": 2e-4, "inner": {"rank": 8}}, "algorithm")
     assert isinstance(entry, Cooked) and entry.clip_range == 2e-4 and entry.inner.rank == 8
 
 
@@ -49,7 +49,7 @@ def test_an_entry_cannot_be_changed_and_travels_in_bytes() -> None:
 
 def test_building_leaves_the_table_as_it_was() -> None:
     table = {"name": "cooked", "clip_range": 2e-4}
-    build(ROOM, table, "algorithm")
+    build(REGISTRY, table, "algorithm")
     assert table == {"name": "cooked", "clip_range": 2e-4}
 
 
@@ -70,18 +70,18 @@ def test_building_leaves_the_table_as_it_was() -> None:
 )
 def test_a_fault_names_the_key_what_came_and_what_is_allowed(keys: dict, message: str) -> None:
     with pytest.raises(ValueError) as error:
-        build(ROOM, {"name": "cooked", **keys}, "algorithm")
+        build(REGISTRY, {"name": "cooked", **keys}, "algorithm")
     assert str(error.value).startswith(message)
 
 
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(ValueError, match=r"algorithm\.clip_range is -1.*; algorithm\.inner\.rank is 0"):
-        build(ROOM, {"name": "cooked", "clip_range": -1, "inner": {"rank": 0}}, "algorithm")
+        build(REGISTRY, {"name": "cooked", "clip_range": -1, "inner": {"rank": 0}}, "algorithm")
 
 
 def test_an_entry_without_keys_says_that_it_has_only_its_name() -> None:
     with pytest.raises(ValueError, match=r"reward\.x is not a key that is known: the keys here are \['name'\]"):
-        build(ROOM, {"name": "plain", "x": 1}, "reward")
+        build(REGISTRY, {"name": "plain", "x": 1}, "reward")
 
 
 def test_a_missing_key_is_named() -> None:
@@ -95,10 +95,10 @@ def test_a_missing_key_is_named() -> None:
 
 def test_an_unknown_name_is_answered_with_the_rooms_names() -> None:
     with pytest.raises(ValueError, match=r"reward.name is 'rwa': it must be one of \['cooked', 'lost', 'plain'\]"):
-        build(ROOM, {"name": "rwa"}, "reward")
+        build(REGISTRY, {"name": "rwa"}, "reward")
 
 
-class Raw(Entry, ABC):
+class Raw(Component, ABC):
     """What an entry of a kind is to be derived from."""
 
     @abstractmethod
@@ -112,9 +112,9 @@ class Fried(Raw):
 
 
 def test_a_class_from_outside_the_room_is_named_by_its_module_where_there_is_a_kind() -> None:
-    assert build(ROOM, {"name": f"{PLACE}:Fried", "heat": 4}, "policy", Raw) == Fried(heat=4)
+    assert build(REGISTRY, {"name": f"{PLACE}:Fried", "heat": 4}, "policy", Raw) == Fried(heat=4)
     with pytest.raises(ValueError, match=r"policy.heat is 'x': input should be a valid integer"):
-        build(ROOM, {"name": f"{PLACE}:Fried", "heat": "x"}, "policy", Raw)
+        build(REGISTRY, {"name": f"{PLACE}:Fried", "heat": "x"}, "policy", Raw)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_class_from_outside_the_room_is_named_by_its_module_where_there_is_a_k
 )
 def test_what_is_no_class_of_the_kind_is_named_with_the_reason(name: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
-        build(ROOM, {"name": name}, "policy", Raw)
+        build(REGISTRY, {"name": name}, "policy", Raw)
     assert str(error.value).startswith(f"policy.name is {name!r}: {message}")
 
 
@@ -138,7 +138,7 @@ def test_without_a_kind_there_is_nothing_outside_the_room() -> None:
     with pytest.raises(
         ValueError, match=r"is 'cooked_for_tests:Fried': it must be one of \['cooked', 'lost', 'plain'\]$"
     ):
-        build(ROOM, {"name": f"{PLACE}:Fried"}, "reward")
+        build(REGISTRY, {"name": f"{PLACE}:Fried"}, "reward")
 
 
 @pytest.mark.parametrize(

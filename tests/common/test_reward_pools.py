@@ -4,7 +4,7 @@ import pytest
 
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import RewardPool, all_pools, elastic_roles, reward_pools
-from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.deploy.driver.components import components_of
 
 
 def with_rewards(tables: dict, *rewards: dict, **workers: object) -> Recipe:
@@ -28,11 +28,11 @@ def test_there_is_no_shared_pool_where_every_reward_has_its_own(tables: dict) ->
 
 
 def test_a_cache_for_a_reward_whose_score_depends_on_its_batch_is_refused(tables: dict) -> None:
-    entries_of(with_rewards(tables, {"name": "jpeg_compressibility"}, cache=10))
+    components_of(with_rewards(tables, {"name": "jpeg_compressibility"}, cache=10))
     with pytest.raises(
         ValueError, match=r"reward_workers.cache is 10, and the scores of \['animal_classifier'\] depend"
     ):
-        entries_of(with_rewards(tables, {"name": "animal_classifier"}, cache=10))
+        components_of(with_rewards(tables, {"name": "animal_classifier"}, cache=10))
 
 
 def test_an_unknown_key_of_a_rewards_own_workers_is_named(tables: dict) -> None:
@@ -49,4 +49,4 @@ def test_scorers_have_workers_of_their_own_where_they_are_asked_while_it_trains(
     assert (own.name, own.rewards, own.trains, own.table.count) == ("evaluation.workers", ("brightness",), False, 2)
     assert shared.trains and reward_pools(beside) == (shared,)
     assert elastic_roles(beside)["evaluation.workers"].count == 2
-    assert list(entries_of(beside).rewards_of(own)) == ["brightness"]
+    assert list(components_of(beside).rewards_of(own)) == ["brightness"]

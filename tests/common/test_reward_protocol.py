@@ -1,4 +1,4 @@
-"""The wire format: pictures come through bit for bit, and nothing that pretends to be one is unpacked."""
+"""The wire format: images come through bit for bit, and nothing that pretends to be one is unpacked."""
 
 import base64
 import io
@@ -15,14 +15,14 @@ from ray_ddpo.common.reward_protocol import ScoreReply, ScoreRequest, from_png, 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (64, 48), (513, 2)])
 def test_a_picture_comes_through_bit_for_bit(size: tuple[int, int]) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    picture.flags.writeable = False  # as it comes out of Ray's store
-    assert np.array_equal(from_png(to_png(picture), size[0] * size[1]), picture)
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    image.flags.writeable = False  # as it comes out of Ray's store
+    assert np.array_equal(from_png(to_png(image), size[0] * size[1]), image)
 
 
-def file_of(picture: Image.Image, kind: str) -> bytes:
+def file_of(image: Image.Image, kind: str) -> bytes:
     file = io.BytesIO()
-    picture.save(file, format=kind)
+    image.save(file, format=kind)
     return file.getvalue()
 
 
@@ -42,7 +42,7 @@ RED = Image.new("RGB", (8, 8), "red")
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        (b"no picture", "no PNG that can be read"),
+        (b"no image", "no PNG that can be read"),
         (b"", "no PNG that can be read"),
         (file_of(RED, "JPEG"), "no PNG that can be read"),
         (file_of(RED, "PNG")[:-30], "no PNG that can be read"),
@@ -70,9 +70,9 @@ def test_a_picture_of_just_the_pixels_that_are_allowed_is_taken() -> None:
 
 
 def test_a_request_has_as_many_prompts_and_metadata_as_pictures() -> None:
-    for pictures, prompts, metadata in ((1, 2, 1), (1, 1, 0), (0, 0, 0)):
+    for images, prompts, metadata in ((1, 2, 1), (1, 1, 0), (0, 0, 0)):
         with pytest.raises(ValidationError):
-            ScoreRequest(pictures=[""] * pictures, prompts=["cat"] * prompts, metadata=[{}] * metadata)
+            ScoreRequest(images=[""] * images, prompts=["cat"] * prompts, metadata=[{}] * metadata)
 
 
 def test_a_reply_takes_numbers_and_null_and_nothing_that_could_be_made_a_number() -> None:

@@ -1,4 +1,4 @@
-"""The arithmetic of a run: who draws what under which version, from the recipe alone."""
+"""The arithmetic of a run: who samples what under which version, from the recipe alone."""
 
 import dataclasses
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_ddpo.common.prompts import Draw, Prompt
+from ray_ddpo.common.prompts import Prompt, SamplePrompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.schedule import (
@@ -20,8 +20,8 @@ from ray_ddpo.common.schedule import (
     last_startable_round,
     policy_version,
     round_tasks,
+    sde_window_of_round,
     transition_order,
-    window_of_round,
 )
 
 seeds, rounds, places = st.integers(0, 2**63 - 1), st.integers(0, 10_000), st.integers(0, 10_000)
@@ -42,11 +42,11 @@ def test_no_two_purposes_share_a_seed(run_seed: int, round: int, image: int) -> 
 
 
 def test_the_seeds_of_training_tuning_evaluation_and_checking_do_not_meet() -> None:
-    drawn = {
+    sampled = {
         stream: {image_seed(0, stream, round, image) for round in range(40) for image in range(64)} for stream in Stream
     }
-    assert all(len(of_stream) == 40 * 64 for of_stream in drawn.values())
-    assert len(set().union(*drawn.values())) == len(Stream) * 40 * 64
+    assert all(len(of_stream) == 40 * 64 for of_stream in sampled.values())
+    assert len(set().union(*sampled.values())) == len(Stream) * 40 * 64
 
 
 @given(run_seed=seeds, stream=st.sampled_from(Stream), round=rounds, image=places)
@@ -69,8 +69,8 @@ def test_tasks_cut_a_round_in_order_and_every_image_has_a_seed_of_its_own(tables
     tasks = round_tasks(recipe_with(tables), 5, numbered)
     assert [(task.round, task.index) for task in tasks] == [(5, 0), (5, 1)]
     assert [len(task.seeds) for task in tasks] == [len(task.prompts) for task in tasks] == [4, 4]
-    drawn = [seed for task in tasks for seed in task.seeds]
-    assert drawn == [image_seed(0, Stream.TRAINING, 5, image) for image in range(8)]
+    sampled = [seed for task in tasks for seed in task.seeds]
+    assert sampled == [image_seed(0, Stream.TRAINING, 5, image) for image in range(8)]
 
 
 def test_a_cut_into_other_tasks_has_the_same_images(tables: dict) -> None:
@@ -119,8 +119,8 @@ def test_a_drawing_that_takes_more_random_numbers_does_not_shift_the_prompts_aft
         generator.random(generator.integers(1, 9))
         return prompt
 
-    def prompts(draw: Draw) -> list[Prompt]:
-        return [prompt for task in round_tasks(recipe_with(tables), 0, draw) for prompt in task.prompts]
+    def prompts(sample: SamplePrompt) -> list[Prompt]:
+        return [prompt for task in round_tasks(recipe_with(tables), 0, sample) for prompt in task.prompts]
 
     assert prompts(greedy) == prompts(numbered)
 
@@ -179,38 +179,38 @@ def windowed(tables: dict, **sampling: object) -> Recipe:
 
 
 def test_without_a_window_all_steps_have_noise(recipe: Recipe) -> None:
-    assert window_of_round(recipe, 3) is None
+    assert sde_window_of_round(recipe, 3) is None
     assert all(task.window is None for task in round_tasks(recipe, 3, numbered))
 
 
 @given(round=rounds)
 def test_a_window_has_its_length_lies_before_the_untrained_steps_and_is_the_same_for_a_whole_round(round: int) -> None:
-    tables = {"num_steps": 10, "batch_size": 4, "batches_per_round": 2, "window": 3, "untrained_last_steps": 2}
+    tables = {"num_steps": 10, "batch_size": 4, "batches_per_round": 2, "sde_window": 3, "skip_last_steps": 2}
     recipe = Recipe.model_construct(seed=5, sampling=SamplingTable(**tables))
-    window = window_of_round(recipe, round)
+    window = sde_window_of_round(recipe, round)
     assert len(window) == 3 and window.start >= 0 and window.stop <= 8
-    assert window == window_of_round(recipe, round)
+    assert window == sde_window_of_round(recipe, round)
 
 
 def test_a_random_window_comes_to_every_place_and_another_run_has_another_order(tables: dict) -> None:
     recipe, other = windowed(tables, window=4), recipe_with(windowed(tables, window=4).model_dump(), seed=1)
-    starts = [window_of_round(recipe, round).start for round in range(200)]
+    starts = [sde_window_of_round(recipe, round).start for round in range(200)]
     assert set(starts) == set(range(7))
-    assert starts != [window_of_round(other, round).start for round in range(200)]
+    assert starts != [sde_window_of_round(other, round).start for round in range(200)]
     assert [task.window.start for task in round_tasks(recipe, 9, numbered)] == [starts[9]] * 2
 
 
 def test_a_sliding_window_moves_one_step_later_every_so_many_rounds_and_begins_anew(tables: dict) -> None:
-    recipe = windowed(tables, window=8, window_order="sliding", window_rounds=2)
-    assert [window_of_round(recipe, round).start for round in range(8)] == [0, 0, 1, 1, 2, 2, 0, 0]
+    recipe = windowed(tables, window=8, sde_window_order="sliding", sde_window_rounds=2)
+    assert [sde_window_of_round(recipe, round).start for round in range(8)] == [0, 0, 1, 1, 2, 2, 0, 0]
 
 
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        ({"window": 9, "untrained_last_steps": 2}, "window 9 is longer than num_steps 10 less untrained_last_steps 2"),
-        ({"window": 2, "step_fraction": 0.5}, "window is 2 and step_fraction 0.5: .* either from a window"),
-        ({"window": 0}, "sampling.window is 0"),
+        ({"sde_window": 9, "skip_last_steps": 2}, "window 9 is longer than num_steps 10 less skip_last_steps 2"),
+        ({"sde_window": 2, "timestep_fraction": 0.5}, "window is 2 and timestep_fraction 0.5: .* either from a window"),
+        ({"sde_window": 0}, "sampling.sde_window is 0"),
     ],
 )
 def test_a_window_that_cannot_be_is_refused(keys: dict, text: str, tables: dict) -> None:

@@ -1,4 +1,4 @@
-"""The embedded model is a plain Stable Diffusion folder: it loads, it is small, it draws."""
+"""The embedded model is a plain Stable Diffusion folder: it loads, it is small, it samples."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What every algorithm promises, for each in its room: one loss a pair, whatever stands beside it."""
+"""What every algorithm promises, for each in its registry: one loss a pair, whatever stands beside it."""
 
 import dataclasses
 from pathlib import Path
@@ -10,14 +10,14 @@ import torch
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusionPolicy
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.diffusion.policy import select_rows
-from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
 from ray_ddpo.learner.algorithms import ALGORITHMS
-from ray_ddpo.learner.algorithms.algorithm import Algorithm, PairLoss
+from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss
 from tests.tiny_policy import SAMPLING, scatter, tiny_policy
 
-CORRECTED = {"ratio": "proximal", "behaviour_weight": 1e-3, "max_drift_nats": 1e6}
+CORRECTED = {"ratio": "proximal", "importance_weight": 1e-3, "max_drift_nats": 1e6}
 CHOICES = [
     *({"name": name} for name in ALGORITHMS),
     {"name": "ddpo_is", "off_policy": CORRECTED},
@@ -34,8 +34,8 @@ def policy(tiny_model: Path) -> StableDiffusionPolicy:
 
 @pytest.fixture(scope="module")
 def batches(policy: StableDiffusionPolicy) -> dict[str, Batch]:
-    """Eight pairs of four images, drawn before the policy moved a little: at mixed steps, and noised to mixed timesteps."""
-    trajectory = draw(policy, ["a cat", "a dog", "a cat", "a cow"], [1, 2, 3, 4], SAMPLING)
+    """Eight pairs of four images, sampled before the policy moved a little: at mixed steps, and noised to mixed timesteps."""
+    trajectory = sample_trajectories(policy, ["a cat", "a dog", "a cat", "a cow"], [1, 2, 3, 4], SAMPLING)
     images, places = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0]), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
     conditioning = select_rows(trajectory.conditioning, trajectory.prompt_index[images])
     clean, noise = trajectory.final_latents[images], torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -63,7 +63,7 @@ def algorithm(request: pytest.FixtureRequest) -> Algorithm:
 
 @pytest.fixture
 def batch(algorithm: Algorithm, batches: dict[str, Batch]) -> Batch:
-    if algorithm.noisings_per_image:
+    if algorithm.noised_samples_per_image:
         return batches["noised"]
     path = batches["path"]
     return path if algorithm.needs_reference_means else dataclasses.replace(path, reference_means=None)
@@ -76,12 +76,12 @@ def rows_of(batch: Batch, index: torch.Tensor) -> Batch:
     return type(batch)(conditioning, **rows)
 
 
-def seen(result: PairLoss) -> dict[str, torch.Tensor]:
+def seen(result: TransitionLoss) -> dict[str, torch.Tensor]:
     values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.name != "terms"}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def joined(results: list[PairLoss]) -> dict[str, torch.Tensor]:
+def joined(results: list[TransitionLoss]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([seen(result)[name].detach() for result in results]) for name in seen(results[0])}
 
 
@@ -92,7 +92,7 @@ def gradients(policy: StableDiffusionPolicy, loss: torch.Tensor) -> dict[str, to
 
 
 def test_every_pair_has_one_finite_loss(algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch) -> None:
-    result = algorithm.pair_loss(policy, batch)
+    result = algorithm.compute_loss(policy, batch)
     for values in seen(result).values():
         assert values.shape == (8,) and values.isfinite().all()
     assert result.loss.unique().numel() > 1
@@ -104,7 +104,7 @@ def test_every_pair_has_one_finite_loss(algorithm: Algorithm, policy: StableDiff
 def test_only_the_loss_has_a_gradient_and_it_reaches_every_adapter_and_nothing_else(
     algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
 ) -> None:
-    result = algorithm.pair_loss(policy, batch)
+    result = algorithm.compute_loss(policy, batch)
     assert [name for name, value in seen(result).items() if value.requires_grad] == ["loss"]
     trained = trained_parameters(policy.network)
     for name, gradient in gradients(policy, result.loss).items():
@@ -115,8 +115,8 @@ def test_only_the_loss_has_a_gradient_and_it_reaches_every_adapter_and_nothing_e
 def test_splitting_a_micro_batch_changes_no_value(
     algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
 ) -> None:
-    whole = joined([algorithm.pair_loss(policy, batch)])
-    halves = [algorithm.pair_loss(policy, rows_of(batch, part)) for part in torch.arange(8).split(4)]
+    whole = joined([algorithm.compute_loss(policy, batch)])
+    halves = [algorithm.compute_loss(policy, rows_of(batch, part)) for part in torch.arange(8).split(4)]
     for name, values in joined(halves).items():
         torch.testing.assert_close(values, whole[name], rtol=5e-6, atol=5e-6)
 
@@ -125,8 +125,8 @@ def test_pairs_in_another_order_have_their_values_in_that_order(
     algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
 ) -> None:
     order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
-    there = joined([algorithm.pair_loss(policy, batch)])
-    permuted = joined([algorithm.pair_loss(policy, rows_of(batch, order))])
+    there = joined([algorithm.compute_loss(policy, batch)])
+    permuted = joined([algorithm.compute_loss(policy, rows_of(batch, order))])
     for name, values in permuted.items():
         torch.testing.assert_close(values, there[name][order], rtol=5e-6, atol=5e-6)
 
@@ -139,7 +139,7 @@ def test_images_that_are_worth_no_more_than_others_teach_nothing(
         assert algorithm.worth({}, ["a cat"] * 4, np.ones(4), 4)[1].std() == 0
         return
     worthless = dataclasses.replace(batch, advantages=torch.zeros(8), reference_means=None)
-    result = algorithm.pair_loss(policy, worthless)
+    result = algorithm.compute_loss(policy, worthless)
     assert all(gradient is None or not gradient.any() for gradient in gradients(policy, result.loss).values())
 
 
@@ -149,10 +149,10 @@ def test_a_better_image_becomes_more_likely_by_a_small_step_down_the_loss(
     # The first and the last pair are one image's, which is worth the most of all; the others are left out.
     wanted = rows_of(batch, torch.tensor([0, 7]))
     if isinstance(wanted, TransitionBatch):  # on the policy's own data, and without a pull elsewhere
-        fresh = wanted.old_log_probs + algorithm.pair_loss(policy, wanted).log_ratio
+        fresh = wanted.old_log_probs + algorithm.compute_loss(policy, wanted).log_ratio
         wanted = dataclasses.replace(wanted, old_log_probs=fresh, reference_means=None)
     before = likelihood(policy, wanted)
-    slopes = gradients(policy, algorithm.pair_loss(policy, wanted).loss)
+    slopes = gradients(policy, algorithm.compute_loss(policy, wanted).loss)
     parameters = trained_parameters(policy.network)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -165,7 +165,7 @@ def test_a_better_image_becomes_more_likely_by_a_small_step_down_the_loss(
 
 @torch.no_grad()
 def likelihood(policy: StableDiffusionPolicy, batch: Batch) -> float:
-    """Of the steps that were drawn; of noised images, minus how wrongly they are denoised."""
+    """Of the steps that were sampled; of noised images, minus how wrongly they are denoised."""
     if isinstance(batch, TransitionBatch):
         transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
         return float(transition.log_prob(batch.next_latents).double().sum())

@@ -9,7 +9,7 @@ import torch
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig, select_rows
-from ray_ddpo.common.diffusion.rollout import draw, score
+from ray_ddpo.common.diffusion.rollout import sample_trajectories, score
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import FROM_OUTSIDE, MAKERS, PROMPTS, policy_table
@@ -90,7 +90,7 @@ def test_noise_is_above_zero_exactly_on_the_steps_called_noisy(policy: Policy, p
     rows = select_rows(policy.encode(prompts[:1]), torch.zeros(policy.num_steps, dtype=torch.long))
     with torch.no_grad():
         std = policy.transition(some_latents(policy, policy.num_steps), steps, rows).std
-    assert policy.noisy_steps and torch.nonzero(std > 0).flatten().tolist() == policy.noisy_steps
+    assert policy.stochastic_steps and torch.nonzero(std > 0).flatten().tolist() == policy.stochastic_steps
 
 
 def test_the_prompt_and_the_trained_weights_move_the_distribution(
@@ -113,7 +113,7 @@ def test_the_prompt_and_the_trained_weights_move_the_distribution(
 def test_the_learner_gives_what_the_sampler_drew_its_very_log_prob(
     policy: Policy, config: PolicyConfig, prompts: list[str]
 ) -> None:
-    trajectory = draw(policy, prompts, [1, 2, 3], SAMPLING)
+    trajectory = sample_trajectories(policy, prompts, [1, 2, 3], SAMPLING)
     arrived = pickle.loads(pickle.dumps(trajectory))
     assert torch.equal(score(loaded(config, "learner"), arrived), trajectory.log_probs)
 
@@ -148,17 +148,17 @@ def test_what_is_predicted_of_a_noised_image_is_its_own_and_float32(policy: Poli
 
 def test_a_step_taken_without_noise_has_no_deviation_and_another_mean(policy: Policy, prompts: list[str]) -> None:
     latents, rows = some_latents(policy, 2), select_rows(policy.encode(prompts[:2]), torch.arange(2))
-    steps = torch.tensor(policy.noisy_steps[:2])
+    steps = torch.tensor(policy.stochastic_steps[:2])
     with torch.no_grad():
-        drawn, still = (policy.transition(latents, steps, rows, noisy) for noisy in (True, False))
-    assert (drawn.std > 0).all() and not still.std.any()
-    assert not torch.allclose(drawn.mean, still.mean, atol=1e-4)
+        sampled, still = (policy.transition(latents, steps, rows, noisy) for noisy in (True, False))
+    assert (sampled.std > 0).all() and not still.std.any()
+    assert not torch.allclose(sampled.mean, still.mean, atol=1e-4)
 
 
 def test_pictures_are_uint8_with_three_channels_last(policy: Policy) -> None:
-    pictures = policy.decode(some_latents(policy, 2))
-    assert pictures.dtype == torch.uint8 and pictures.shape[0] == 2 and pictures.shape[-1] == 3
-    assert pictures.float().std() > 1 and not torch.equal(pictures[0], pictures[1])
+    images = policy.decode(some_latents(policy, 2))
+    assert images.dtype == torch.uint8 and images.shape[0] == 2 and images.shape[-1] == 3
+    assert images.float().std() > 1 and not torch.equal(images[0], images[1])
 
 
 def test_trained_weights_come_back_from_their_files(config: PolicyConfig, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What every reward promises, asked of each entry of the room."""
+"""What every reward promises, asked of each entry of the registry."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +40,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory, service: str) -> dict[str, di
             "tokenizer": str(save_tiny_bert_tokenizer(folder / "bert")),
         },
         "hps_v2": {"checkpoint": str(save_tiny_open_clip(folder / "hps.pt")), "tokenizer": str(clip)},
-        "dark_share": {"below": 0.9},  # by default all of these pictures but one would score 0
+        "dark_share": {"below": 0.9},  # by default all of these images but one would score 0
         "function": {"path": "tests.user_functions:brightness"},
         "http": {"url": service},
         "vlm_alignment": {
@@ -63,12 +63,12 @@ def reward(table: dict[str, Any]) -> LoadedReward:
 
 @pytest.fixture
 def images() -> np.ndarray:
-    """Four pictures that differ in brightness and detail, read-only as they come out of Ray's store."""
+    """Four images that differ in brightness and detail, read-only as they come out of Ray's store."""
     generator = np.random.default_rng(0)
     noise = generator.integers(0, 256, (4, 64, 64, 3))
     strength, level = np.array([0, 60, 120, 255]), np.array([250, 30, 120, 0])
-    pictures = level[:, None, None, None] + noise * strength[:, None, None, None] // 256
-    images = pictures.clip(0, 255).astype(np.uint8)
+    unclipped = level[:, None, None, None] + noise * strength[:, None, None, None] // 256
+    images = unclipped.clip(0, 255).astype(np.uint8)
     images.flags.writeable = False
     return images
 
@@ -140,7 +140,7 @@ def test_a_hostile_prompt_has_a_finite_score_or_a_clear_error(
         assert "prompt" in str(error) and len(str(error)) < 1000
     else:
         assert rewards.shape == (2,) and np.isfinite(rewards).all()
-        # The picture beside it is scored as ever: nothing of the one prompt got into the other's score.
+        # The image beside it is scored as ever: nothing of the one prompt got into the other's score.
         np.testing.assert_allclose(rewards[1], reward(images[1:2], ["cat"], [{}])[0], rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""What every tracker promises, asked of each entry of the room."""
+"""What every tracker promises, asked of each entry of the registry."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.trackers import TRACKERS
-from ray_ddpo.common.trackers.exhibits import Exhibits, Picture, ShownTable
+from ray_ddpo.common.trackers.media import CaptionedImage, Media, ShownTable
 from ray_ddpo.common.trackers.tracker import Metrics, RunInfo
 
 # A figure may be missing in some rounds, as an evaluation's, or not be finite.
@@ -25,10 +25,12 @@ ROUNDS: list[Metrics] = [
 ]
 REWARD_MEANS = {0: 1.5, 1: 2.25, 2: -3.0}
 RED, BLUE = (np.full((8, 12, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
-EXHIBITS = Exhibits(
+MEDIA = Media(
     1,
-    pictures={"evaluation": (Picture(RED, "a red fox, 1.5"), Picture(BLUE, "a | blue <jay>"))},
-    tables={"evaluation": ShownTable(("prompt", "seed", "picture", "reward"), (("a red fox", 7, Picture(RED), 1.5),))},
+    images={"evaluation": (CaptionedImage(RED, "a red fox, 1.5"), CaptionedImage(BLUE, "a | blue <jay>"))},
+    tables={
+        "evaluation": ShownTable(("prompt", "seed", "image", "reward"), (("a red fox", 7, CaptionedImage(RED), 1.5),))
+    },
     histograms={"reward": np.array([1.0, 2.0, 2.0, 9.0])},
 )
 
@@ -136,7 +138,7 @@ def test_exhibits_before_a_rounds_metrics_leave_these_as_they_would_be(
 ) -> None:
     live = build(TRACKERS, {"name": name}, "trackers.0").start(RunInfo("tiny", tmp_path, recipe.model_dump(), 3, 0))
     for metrics in ROUNDS:
-        live.show(dataclasses.replace(EXHIBITS, round=int(metrics["round"])))
+        live.show(dataclasses.replace(MEDIA, round=int(metrics["round"])))
         live.log(metrics)
     live.finish()
     assert READ_BACK[name](tmp_path, capsys.readouterr().out) == REWARD_MEANS

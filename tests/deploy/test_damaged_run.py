@@ -21,7 +21,7 @@ EVALUATED = "evaluations/version=000002/images.parquet"
 def whole_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small finished run with evaluations."""
     folder = tmp_path_factory.mktemp("whole")
-    evaluation = {"every": 1, "images": 2, "batch_size": 2, "pictures": 2, "prompts": ["cat", "dog"]}
+    evaluation = {"every": 1, "images": 2, "batch_size": 2, "saved_images": 2, "prompts": ["cat", "dog"]}
     tables = {**small_tables(tiny_model, folder), "evaluation": evaluation, "checkpoint": {"every": 1}}
     (folder / "recipe.toml").write_text(tomli_w.dumps(without_none(tables)))
     assert cli.main(["train", str(folder / "recipe.toml"), "--serial"]) == 0
@@ -73,7 +73,7 @@ WORDS = {
     "evaluate": lambda run: ["evaluate", run, "--output", run.parent / "evaluation"],
     "push": lambda run: ["push", run, "a/b", "--dry-run", run.parent / "dry", "--push.license", "mit"],
 }
-READ = [  # which commands read which file before they draw
+READ = [  # which commands read which file before they sample
     ("recipe.toml", ("status", "scale", "report", "replay", "sample", "evaluate", "push")),
     ("metrics.jsonl", ("status", "report")),
     (ROWS, ("replay",)),

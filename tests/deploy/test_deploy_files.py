@@ -204,7 +204,7 @@ def test_no_task_of_a_run_becomes_a_series_wherever_prometheus_runs() -> None:
     ((of_pods,),) = values(document("kuberay/pod_monitor.yaml"), "metricRelabelings")
     assert (of_pods["regex"], of_pods["action"]) == (rule["regex"], rule["action"])
     assert of_pods["sourceLabels"] == rule["source_labels"] == ["__name__", "Name"]
-    for dropped in ("ray_tasks;Sampler: draw round 1, task 2 (version 0)", "ray_tasks;Learner: learn from round 3"):
+    for dropped in ("ray_tasks;Sampler: sample round 1, task 2 (version 0)", "ray_tasks;Learner: learn from round 3"):
         assert re.fullmatch(rule["regex"], dropped)
     assert not re.fullmatch(rule["regex"], "ray_tasks;Sampler.ready")
 

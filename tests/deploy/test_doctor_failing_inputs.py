@@ -74,7 +74,7 @@ def test_a_reward_that_fails_is_a_fault_with_its_cause(
 ) -> None:
     _, path, text, words = fault
     reward = {"name": "function", "path": path or f"{module(text or '')}:score"}
-    nowhere = {**tables["policy"], "model": "./none"}  # then nothing is drawn
+    nowhere = {**tables["policy"], "model": "./none"}  # then nothing is sampled
     exit_code, printed = doctor(capfd, {**tables, "reward": reward, "policy": nowhere}, tmp_path)
     (line,) = [line for line in faults(printed) if " reward " in line]
     assert exit_code == 1 and all(word in line for word in words), printed
@@ -156,8 +156,8 @@ def test_a_prompt_file_that_cannot_be_read_is_a_fault_that_names_it(
 def test_a_prompt_function_that_raises_is_a_fault_with_file_and_line(
     tables: dict, tmp_path: Path, module: Callable[[str], str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    name = module("def draw(generator):\n    raise LookupError('no prompts today')\n")
-    exit_code, printed = doctor(capfd, {**tables, "prompts": {"name": "function", "path": f"{name}:draw"}}, tmp_path)
+    name = module("def sample(generator):\n    raise LookupError('no prompts today')\n")
+    exit_code, printed = doctor(capfd, {**tables, "prompts": {"name": "function", "path": f"{name}:sample"}}, tmp_path)
     (fault,) = faults(printed)
     assert exit_code == 1 and "prompts" in fault and "no prompts today" in fault and ".py:2)" in fault
 

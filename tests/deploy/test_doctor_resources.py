@@ -62,7 +62,7 @@ def test_an_actor_has_its_place_on_one_node_not_on_a_sum_of_nodes(tables: dict) 
 
 
 def test_every_rank_of_the_learner_needs_a_place_its_cores_and_its_memory(tables: dict, numbers: Plan) -> None:
-    recipe = with_roles(tables, learner={"ranks": 2, "num_gpus": 1, "num_cpus": 4})
+    recipe = with_roles(tables, learner={"world_size": 2, "num_gpus": 1, "num_cpus": 4})
     nodes = [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}]
     assert by_subject(place_findings(roles_of(recipe), nodes))["learner"].found.startswith("2 of 2 have a place")
     finding = by_subject(place_findings(roles_of(recipe), nodes[:1]))["learner"]
@@ -71,7 +71,7 @@ def test_every_rank_of_the_learner_needs_a_place_its_cores_and_its_memory(tables
     assert "8 CPUs" in cores_finding(recipe, 2).found
     machine = Machine(64 * GIGABYTE, (10 * GIGABYTE, 10 * GIGABYTE))
     assert "8.60 GB on the fullest" in by_subject(memory_findings(recipe, numbers, machine))["GPU memory"].found
-    on_cpu = with_roles(tables, learner={"ranks": 2})
+    on_cpu = with_roles(tables, learner={"world_size": 2})
     found = by_subject(memory_findings(on_cpu, numbers, machine))["memory"].found
     assert found.startswith(f"{2 * 8 + 4 + 1 + 5 * 0.45:.2f} GB for 5 processes")
 

@@ -1,4 +1,4 @@
-"""`ddpo evaluate`: any weights on the same held-out pictures, against the pretrained model or each other."""
+"""`ddpo evaluate`: any weights on the same held-out images, against the pretrained model or each other."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_a_run_against_the_pretrained_model_has_the_figures_and_pictures_of_its_
     assert found["after"] == pytest.approx(report["reward_after"])
     assert found["paired_standard_error"] == pytest.approx(report["paired_standard_error"])
     printed = capsys.readouterr().out
-    assert "6 held-out pictures, same prompts and noise, against pretrained" in printed
+    assert "6 held-out images, same prompts and noise, against pretrained" in printed
     assert f"{found['before']:.4g} → {found['after']:.4g}" in printed
     rows = parquet.read_table(output / "images.parquet").to_pylist()
     assert [row["variant"] for row in rows] == ["pretrained"] * 6 + [str(run)] * 6
@@ -56,8 +56,8 @@ def test_a_run_against_the_pretrained_model_has_the_figures_and_pictures_of_its_
     scores = [row["score/jpeg_compressibility"] for row in rows]
     assert np.mean(scores[:6]) == pytest.approx(found["before"])
     assert np.mean(scores[6:]) == pytest.approx(found["after"])
-    assert not np.array_equal(from_png(rows[0]["picture"]), from_png(rows[6]["picture"]))
-    assert len(np.unique(np.asarray(Image.open(output / "pictures.png")))) > 50
+    assert not np.array_equal(from_png(rows[0]["image"]), from_png(rows[6]["image"]))
+    assert len(np.unique(np.asarray(Image.open(output / "images.png")))) > 50
 
 
 def test_two_runs_are_held_against_each_other_and_against_a_lora_of_another_rank(tables: dict, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_drawn(
     arguments = [word.format(**places) for word in named]
     assert cli.main(["evaluate", *arguments, "--output", str(tmp_path / "found")]) == 2
     said = capsys.readouterr()
-    assert says in said.err and "draws" not in said.err and not said.out
+    assert says in said.err and "samples" not in said.err and not said.out
     assert not (tmp_path / "found").exists()
 
 
@@ -153,5 +153,5 @@ def test_the_figures_of_a_comparison_by_hand(tables: dict) -> None:
     lines = in_words("runs/one", found).splitlines()
     assert lines[0] == "runs/one"
     assert lines[1] == "  reward  3 → 4.333, +44.4 %, +1.5 paired standard errors"
-    assert lines[2] == "  small   fewer than two pictures could be scored both times"
+    assert lines[2] == "  small   fewer than two images could be scored both times"
     assert lines[3].endswith("of those with 1 before 50 % still have it")

@@ -18,7 +18,7 @@ EVALUATION = {
     "prompts": ["cat", "dog"],
     "images": 6,
     "batch_size": 4,
-    "pictures": 2,
+    "saved_images": 2,
     "average_decay": 0.5,
     "scorers": [{"name": "brightness"}, {"name": "jpeg_incompressibility"}],
 }
@@ -80,7 +80,7 @@ def test_its_figures_hold_the_version_against_the_pretrained_model(tables: dict)
     assert last["scores"]["brightness"]["mean"] != last["scores"]["brightness"]["average_mean"]
     table = log.read(5)
     assert table["variant"].to_pylist() == ["current"] * 6 + ["average"] * 6
-    assert [picture is not None for picture in table["picture"].to_pylist()] == [
+    assert [image is not None for image in table["image"].to_pylist()] == [
         True,
         True,
         False,
@@ -138,7 +138,7 @@ def test_other_pictures_begin_anew(tables: dict, capsys: pytest.CaptureFixture) 
     more = {**tables, "name": "run", "rounds": 6, "evaluation": {**EVALUATION, "seed": 7}}
     train(Recipe.parse(more), resume=True, serial=True)
     assert [each["policy_version"] for each in figures(run)] == [0, 6]
-    assert "begun anew" in capsys.readouterr().err
+    assert "begun again" in capsys.readouterr().err
 
 
 GUARD = {"max_kl_nats": 1e-9, "on_alarm": "stop"}
@@ -181,7 +181,7 @@ def test_the_best_version_is_kept_and_rolled_back_to(tables: dict) -> None:
     [
         ({"best_by": "beauty"}, EVALUATION, "guard.best_by is 'beauty'"),
         ({"on_alarm": "stop"}, {}, "evaluation.every 0"),
-        ({"on_alarm": "panic"}, EVALUATION, "go_on"),
+        ({"on_alarm": "panic"}, EVALUATION, "continue"),
     ],
 )
 def test_what_the_guard_cannot_do_is_said_early(tables: dict, guard: dict, evaluation: dict, says: str) -> None:

@@ -1,4 +1,4 @@
-"""ddpo fit-aesthetic end to end on pictures with a known rating, with a tiny CLIP; and its head as the reward by its path."""
+"""ddpo fit-aesthetic end to end on images with a known rating, with a tiny CLIP; and its head as the reward by its path."""
 
 import csv
 import json
@@ -11,12 +11,12 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from tests.rated_images import save_images, write_csv, write_ratings
 
 from ray_ddpo import cli
 from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.common.recipe.registry import build
-from ray_ddpo.deploy.commands.fit_aesthetic.calibration import calibration_bins, calibration_picture
-from tests.rated_pictures import save_pictures, write_csv, write_ratings
+from ray_ddpo.deploy.commands.fit_aesthetic.calibration import calibration_bins, calibration_chart
 from tests.tiny_clip import save_tiny_clip
 
 FILES = {
@@ -37,9 +37,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """400 pictures and their ratings."""
-    folder = tmp_path_factory.mktemp("pictures")
-    return folder, save_pictures(folder, 400)
+    """400 images and their ratings."""
+    folder = tmp_path_factory.mktemp("images")
+    return folder, save_images(folder, 400)
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def table(rated: tuple[Path, dict[str, float]], tmp_path: Path) -> Path:
     return write_ratings(tmp_path / "ratings.csv", rated[1])
 
 
-def fit(pictures: Path, table: Path, clip: Path, output: Path, *more: str) -> int:
-    return cli.main(["fit-aesthetic", str(pictures), str(table), "--clip", str(clip), "--output", str(output), *more])
+def fit(images: Path, table: Path, clip: Path, output: Path, *more: str) -> int:
+    return cli.main(["fit-aesthetic", str(images), str(table), "--clip", str(clip), "--output", str(output), *more])
 
 
 def metrics(output: Path) -> dict:
@@ -63,7 +63,7 @@ def test_a_known_taste_is_recovered_on_pictures_that_were_not_fitted_on(
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     figures = metrics(tmp_path / "out")
     test = figures["splits"]["test"]
-    assert sum(split["pictures"] for split in figures["splits"].values()) == 400 and test["pictures"] > 60
+    assert sum(split["images"] for split in figures["splits"].values()) == 400 and test["images"] > 60
     assert test["srcc"] > 0.9 and test["plcc"] > 0.9 and test["mse"] < 0.25 * test["mse_of_mean"]
 
 
@@ -99,27 +99,27 @@ def test_the_same_seed_gives_the_same_bytes_and_another_a_different_head(
 def test_broken_pictures_are_listed_counted_and_left_out(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    ratings = save_pictures(tmp_path / "pictures", 60)
-    (tmp_path / "pictures" / "0-0003.png").write_bytes(b"no picture")
+    ratings = save_images(tmp_path / "images", 60)
+    (tmp_path / "images" / "0-0003.png").write_bytes(b"no image")
     table = write_ratings(tmp_path / "ratings.csv", {**ratings, "absent.png": 4.0})
-    assert fit(tmp_path / "pictures", table, clip, tmp_path / "out", "--validation", "0.3") == 0
+    assert fit(tmp_path / "images", table, clip, tmp_path / "out", "--validation", "0.3") == 0
     with (tmp_path / "out" / "broken.csv").open() as file:
         broken = {row["path"]: row["reason"] for row in csv.DictReader(file)}
     assert set(broken) == {"0-0003.png", "absent.png"} and broken["absent.png"] == "it is not in the folder"
-    assert "broken pictures: 2, listed in" in capsys.readouterr().out
+    assert "broken images: 2, listed in" in capsys.readouterr().out
     figures = metrics(tmp_path / "out")
-    assert (figures["pictures"], figures["broken"]) == (59, 2)
+    assert (figures["images"], figures["broken"]) == (59, 2)
     assert "2 more were broken" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_ava_with_its_official_list(clip: Path, tmp_path: Path) -> None:
-    """Votes of 20 people each; ids in AVA.txt, and the list of the test pictures by id."""
-    ratings = save_pictures(tmp_path / "drawn", 60)
+    """Votes of 20 people each; ids in AVA.txt, and the list of the test images by id."""
+    ratings = save_images(tmp_path / "sampled", 60)
     generator, lines, ids = np.random.default_rng(0), [], []
     (tmp_path / "images").mkdir()
     for number, (name, rating) in enumerate(ratings.items()):
         ids.append(str(900_000 + number))
-        Image.open(tmp_path / "drawn" / name).save(tmp_path / "images" / f"{ids[-1]}.jpg", quality=95)
+        Image.open(tmp_path / "sampled" / name).save(tmp_path / "images" / f"{ids[-1]}.jpg", quality=95)
         votes = np.bincount(generator.normal(rating, 1, 20).round().clip(1, 10).astype(int), minlength=11)[1:]
         lines.append(" ".join(map(str, (number + 1, ids[-1], *votes, 0, 0, 1396))))
     (tmp_path / "AVA.txt").write_text("\n".join(lines))
@@ -136,12 +136,12 @@ def test_ava_with_its_official_list(clip: Path, tmp_path: Path) -> None:
 def test_pictures_that_are_added_are_embedded_beside_the_others_and_move_none_between_splits(
     clip: Path, tmp_path: Path
 ) -> None:
-    ratings = save_pictures(tmp_path / "pictures", 80)
+    ratings = save_images(tmp_path / "images", 80)
     few = dict(list(ratings.items())[20:])
     splits = []
     for chosen in (few, ratings):
         table = write_ratings(tmp_path / "ratings.csv", chosen)
-        assert fit(tmp_path / "pictures", table, clip, tmp_path / "out", "--validation", "0.2") == 0
+        assert fit(tmp_path / "images", table, clip, tmp_path / "out", "--validation", "0.2") == 0
         rows = parquet.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()
         splits.append({row["path"]: row["split"] for row in rows})
     assert len(splits[1]) == 80 and all(splits[1][path] == split for path, split in splits[0].items())
@@ -167,8 +167,8 @@ def test_what_is_wrong_with_the_command_is_said_before_anything_is_loaded(
 ) -> None:
     wrong = write_csv(tmp_path / "wrong.csv", {"path": ["a"], "score": [1]})
     nowhere, output = tmp_path / "nowhere", tmp_path / "out"
-    for pictures, given, more, message in (
-        (nowhere, table, (), "the folder of pictures .*nowhere is not there"),
+    for images, given, more, message in (
+        (nowhere, table, (), "the folder of images .*nowhere is not there"),
         (rated[0], wrong, (), r"has the columns \['path', 'score'\]: it needs path, and one of rating"),
         (rated[0], table, ("--validation", "1.5"), "the shares of validation and test are 1.5 and 0.1"),
         (rated[0], table, ("--epochs", "0"), "--epochs is 0: it must be 1 or more"),
@@ -179,7 +179,7 @@ def test_what_is_wrong_with_the_command_is_said_before_anything_is_loaded(
             "--output is 's3://bucket/x': it must be a folder of this machine",
         ),
     ):
-        assert fit(pictures, given, nowhere, output, *more) == 2
+        assert fit(images, given, nowhere, output, *more) == 2
         assert re.search(message, capsys.readouterr().err)
     assert not output.exists()
 
@@ -191,7 +191,7 @@ def test_the_model_card_says_what_the_metrics_say(
     card, figures = (tmp_path / "out" / "README.md").read_text(), metrics(tmp_path / "out")
     assert card.startswith("---\nlicense: # fill in") and f"| seed | {figures['seed']} |" in card
     test = figures["splits"]["test"]
-    cells = (str(test["pictures"]), *(f"{test[name]:.4f}" for name in ("mse", "mse_of_mean", "srcc", "plcc")))
+    cells = (str(test["images"]), *(f"{test[name]:.4f}" for name in ("mse", "mse_of_mean", "srcc", "plcc")))
     assert f"| test | {' | '.join(cells)} |" in card
     assert figures["clip_fingerprint"] in card and figures["versions"]["torch"] in card
 
@@ -208,6 +208,6 @@ def test_the_bins_of_the_calibration_by_hand() -> None:
 def test_the_calibration_picture_shows_its_pictures() -> None:
     generator = np.random.default_rng(0)
     true = generator.normal(5, 1, 300)
-    good, bad = (calibration_picture(true + generator.normal(0, noise, 300), true, "test") for noise in (0.1, 2.0))
+    good, bad = (calibration_chart(true + generator.normal(0, noise, 300), true, "test") for noise in (0.1, 2.0))
     assert good.startswith(b"\x89PNG") and len(good) > 10_000 and good != bad
-    assert calibration_picture(np.array([3.0, 3.0]), np.array([3.0, 3.0]), "validation").startswith(b"\x89PNG")
+    assert calibration_chart(np.array([3.0, 3.0]), np.array([3.0, 3.0]), "validation").startswith(b"\x89PNG")

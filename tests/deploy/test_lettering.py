@@ -1,4 +1,4 @@
-"""Prompts in report pictures: readable where a font of this machine has their letters, else a number; never boxes."""
+"""Prompts in report images: readable where a font of this machine has their letters, else a number; never boxes."""
 
 import warnings
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
-from ray_ddpo.deploy.commands.report.images import rows_picture
+from ray_ddpo.deploy.commands.report.images import rows_image
 from ray_ddpo.deploy.commands.report.lettering import lettering
 from tests.accepted_page import assert_accepted
 
@@ -29,7 +29,7 @@ def test_every_letter_that_is_written_is_in_a_font_and_the_others_have_a_number(
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of each letter that it draws as a box
         images = [np.zeros((24, 16, 3), np.uint8)] * len(PROMPTS)
-        rows_picture([("runs/a $\\b", images, "black")], tmp_path / "rows.png", PROMPTS)
+        rows_image([("runs/a $\\b", images, "black")], tmp_path / "rows.png", PROMPTS)
     assert (tmp_path / "rows.png").stat().st_size > 5000
     assert_accepted("Chinese, Arabic, emoji in `before_after.png`")
 

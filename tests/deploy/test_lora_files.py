@@ -1,4 +1,4 @@
-"""LoRA files on the command line: drawn with as plain diffusers draws, or refused by name with exit code 2."""
+"""LoRA files on the command line: shown with as plain diffusers samples, or refused by name with exit code 2."""
 
 import json
 import shutil
@@ -52,14 +52,14 @@ def test_sample_draws_plain_diffusers_image_with_a_lora_of_kohyas(
     home: Path, pipeline: StableDiffusionPipeline, tiny_model: Path, capsys: pytest.CaptureFixture
 ) -> None:
     path = kohya(pipeline, "stable_diffusion", home / "kohya")
-    assert sampled(home, path, "drawn") == 0
-    ours = np.asarray(Image.open(home / "drawn/000-cat-seed3.png")).astype(int)
+    assert sampled(home, path, "shown") == 0
+    ours = np.asarray(Image.open(home / "shown/000-cat-seed3.png")).astype(int)
     plain = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, requires_safety_checker=False)
     plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
     plain.load_lora_weights(str(path))
     keys = {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 1.0}
-    drawn: Any = plain("cat", generator=torch.Generator().manual_seed(3), **keys)
-    theirs = drawn.images[0]
+    shown: Any = plain("cat", generator=torch.Generator().manual_seed(3), **keys)
+    theirs = shown.images[0]
     assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 1 and ours.std() > 1
     output = ["--recipe", str(home / "small.toml"), "--output", str(home / "compared")]
     assert cli.main(["evaluate", str(path), *output]) == 0

@@ -13,7 +13,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.commands.migrate.migrate import Beside, Migrated, migrate, read_config
 from ray_ddpo.deploy.commands.migrate.trl_config import DDPOConfig, TrlRun
 from ray_ddpo.deploy.commands.migrate.trl_fields import COUNTERPARTS
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 
 ROOT = Path(__file__).parents[2]
 SD15 = Beside(processes=1, model="stable-diffusion-v1-5/stable-diffusion-v1-5", reward="aesthetic")
@@ -75,12 +75,12 @@ def test_a_default_config_gives_trls_arithmetic() -> None:
     recipe = recipe_of(migrate({}, SD15))
     assert (recipe.rounds, recipe.images_per_round, recipe.learner.images_per_step) == (100, 2, 1)
     assert (recipe.learner.micro_batch_size, recipe.max_policy_lag, recipe.trackers) == (2, 0, ())
-    assert parts_of(recipe).algorithm.advantages.kind == "round"
+    assert build_components(recipe).algorithm.advantages.kind == "round"
 
 
 def test_the_blogs_config_is_the_recipe_that_ships() -> None:
-    migrated = parts_of(recipe_of(migrate(BLOG, SD15))).resolved()
-    shipped = parts_of(Recipe.load(ROOT / "deploy/recipes/sd15_aesthetic.toml")).resolved()
+    migrated = build_components(recipe_of(migrate(BLOG, SD15))).resolved()
+    shipped = build_components(Recipe.load(ROOT / "deploy/recipes/sd15_aesthetic.toml")).resolved()
     differing = {key for key in shipped if shipped[key] != migrated[key]}
     assert differing == {"name", "checkpoint", "evaluation", "learner"}  # the shipped one is evaluated on the same GPU
     assert migrated["learner"] == {**shipped["learner"], "num_gpus": 0.6}
@@ -115,7 +115,7 @@ def test_processes_multiply_the_batches_and_the_accumulation() -> None:
 )
 def test_as_many_steps_are_learned_from_as_trl_cuts_off(steps: int, fraction: float, kept: int) -> None:
     recipe = recipe_of(migrate({"sample_num_steps": steps, "train_timestep_fraction": fraction}, SD15))
-    assert kept == int(steps * fraction) == recipe.sampling.kept_steps(steps)
+    assert kept == int(steps * fraction) == recipe.sampling.trained_steps(steps)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_trackers_workers_folder_and_name_are_carried_over() -> None:
     config = {
         "run_name": "my run/1",
         "log_with": "wandb",
-        "tracker_project_name": "pictures",
+        "tracker_project_name": "images",
         "tracker_kwargs": {"wandb": {"entity": "us", "tags": ["a"], "notes": "b"}},
         "project_kwargs": {"project_dir": "save", "total_limit": 3},
         "async_reward_computation": True,
@@ -147,7 +147,7 @@ def test_trackers_workers_folder_and_name_are_carried_over() -> None:
     recipe = recipe_of(migrate(config, SD15))
     assert (recipe.name, recipe.output_dir, recipe.checkpoint.keep) == ("my-run-1", "save", 3)
     assert [table.table() for table in recipe.trackers] == [
-        {"name": "wandb", "project": "pictures", "entity": "us", "tags": ["a"]}
+        {"name": "wandb", "project": "images", "entity": "us", "tags": ["a"]}
     ]
     assert (recipe.reward_workers.count, recipe.reward_workers.num_gpus) == (4, 0.025)
 
@@ -187,8 +187,8 @@ def test_guidance_below_1_is_none_as_trl_draws() -> None:
         ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8': input should be 'no', 'fp16' or 'bf16'"),
         ({"sample_eta": 0}, "sampling.eta comes from sample_eta"),
         ({"train_clip_range": 0.0}, "algorithm.clip_range comes from train_clip_range"),
-        ({"train_timestep_fraction": 0.01}, "sampling.step_fraction comes from train_timestep_fraction"),
-        ({"train_timestep_fraction": 1.5}, "sampling.step_fraction comes from train_timestep_fraction"),
+        ({"train_timestep_fraction": 0.01}, "sampling.timestep_fraction comes from train_timestep_fraction"),
+        ({"train_timestep_fraction": 1.5}, "sampling.timestep_fraction comes from train_timestep_fraction"),
         ({"save_freq": 0}, "checkpoint.every comes from save_freq"),
         ({"train_batch_size": 0}, "learner.batch_size comes from train_batch_size"),
         ({"sample_num_steps": 0}, "sampling.num_steps comes from sample_num_steps"),
@@ -230,7 +230,7 @@ def test_the_command_prints_a_recipe_and_says_the_notes_beside_it(
     assert main(command) == 0
     printed, said = capsys.readouterr()
     recipe = Recipe.parse(tomllib.loads(printed))
-    assert parts_of(recipe).rewards["function"] == Function(path="my_rewards:brightness")
+    assert build_components(recipe).rewards["function"] == Function(path="my_rewards:brightness")
     assert [line.removeprefix("# ") for line in printed.splitlines() if line.startswith("#")] == said.splitlines()
     assert main([*command, "--output", str(tmp_path / "mine.toml")]) == 0
     assert (tmp_path / "mine.toml").read_text() == printed

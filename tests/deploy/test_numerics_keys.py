@@ -12,7 +12,7 @@ from ray_ddpo.common.recipe.tables import RuntimeTable
 from ray_ddpo.common.runtime import settle
 from ray_ddpo.deploy.commands.doctor.resources import place_findings, roles_of
 from ray_ddpo.deploy.driver import workers
-from ray_ddpo.deploy.driver.components import Parts, entries_of
+from ray_ddpo.deploy.driver.components import Components, components_of
 from ray_ddpo.deploy.driver.numerics_rows import rows_note
 from ray_ddpo.learner.checkpoints.resume import _differences
 from tests.accepted_page import assert_accepted, assert_refused
@@ -40,9 +40,9 @@ def test_a_run_from_before_the_key_goes_on() -> None:
     assert _differences({"runtime": {"tf32": True}}, {"runtime": {"tf32": False}}, [])
 
 
-def parts_of_tables(tables: dict, **changes: Any) -> Parts:
+def parts_of_tables(tables: dict, **changes: Any) -> Components:
     gpus = {"samplers": {"num_gpus": 0.4}, "policy": {**tables["policy"], "dtype": "bfloat16"}}
-    return entries_of(Recipe.parse({**tables, **gpus, **changes}))
+    return components_of(Recipe.parse({**tables, **gpus, **changes}))
 
 
 def test_batches_of_different_rows_in_half_precision_are_told_of(tables: dict) -> None:
@@ -56,7 +56,7 @@ def test_batches_of_different_rows_in_half_precision_are_told_of(tables: dict) -
         {"samplers": {}},
         {"runtime": {"device": "cpu"}},
         {"algorithm": {**tables["algorithm"], "off_policy": {"ratio": "proximal"}}},
-        {"algorithm": {"name": "rwr", "noisings": 2}},
+        {"algorithm": {"name": "rwr", "noised_samples": 2}},
     ):
         assert rows_note(parts_of_tables(tables, **changes)) is None, changes
     auto = {"learner": {**tables["learner"], "micro_batch_size": "auto"}}

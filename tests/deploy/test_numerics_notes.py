@@ -41,7 +41,7 @@ def test_a_resumed_run_says_that_its_machine_is_another_one(
     folder = RunFolder(parts_with(tables).recipe.run_path())
     newest = newest_checkpoint(folder.checkpoints)
     assert newest and load_checkpoint(newest).learner.machine == this_machine("cpu")
-    assert Ledger(folder.storage, RolloutsTable()).read(0)["drawn_on"].to_pylist() == [str(this_machine("cpu"))] * 8
+    assert Ledger(folder.storage, RolloutsTable()).read(0)["sampled_on"].to_pylist() == [str(this_machine("cpu"))] * 8
     this_machine.cache_clear()
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     try:

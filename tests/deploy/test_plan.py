@@ -14,7 +14,7 @@ from ray_ddpo.common.schedule import round_tasks
 from ray_ddpo.deploy.commands.plan.memory import GIGABYTES, largest_micro_batch
 from ray_ddpo.deploy.commands.plan.numbers import learner_peak, plan_of
 from ray_ddpo.deploy.commands.plan.plan import plan
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.learner import Learner
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
@@ -22,7 +22,7 @@ RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 
 def test_the_plan_of_a_small_recipe_is_what_its_parts_are(recipe: Recipe) -> None:
     numbers = plan_of(recipe)
-    parts = parts_of(recipe)
+    parts = build_components(recipe)
     learner = Learner(parts.policy, parts.algorithm, recipe)
     assert numbers.broadcast_bytes == learner.weights()[-1].buffer.nbytes
     assert numbers.images == sum(len(task.seeds) for task in round_tasks(recipe, 0, Animals().load()))
@@ -33,11 +33,11 @@ def test_the_plan_of_a_small_recipe_is_what_its_parts_are(recipe: Recipe) -> Non
 def test_a_trajectory_is_as_large_as_planned(recipe: Recipe) -> None:
     from ray_ddpo.actors.sampler import Sampler
 
-    parts = parts_of(recipe)
+    parts = build_components(recipe)
     learner = Learner(parts.policy, parts.algorithm, recipe)
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
     task = round_tasks(recipe, 0, Animals().load())[0]
-    _, trajectory, _ = sampler.draw(task, learner.weights()[-1])
+    _, trajectory, _ = sampler.sample(task, learner.weights()[-1])
     planned = plan_of(recipe).trajectory_bytes * len(task.seeds)
     assert trajectory.num_bytes == pytest.approx(
         planned, rel=0.1
@@ -107,7 +107,7 @@ def test_rewards_with_workers_of_their_own_are_counted_with_them(tables: dict) -
 
 @pytest.mark.thorough
 def test_of_a_learner_of_several_ranks_each_has_its_share_its_memory_and_its_gpu() -> None:
-    options = ["--learner.ranks", "2", "--learner.num_gpus", "1", "--learner.batch_size", "6"]
+    options = ["--learner.world_size", "2", "--learner.num_gpus", "1", "--learner.batch_size", "6"]
     one, two = (Recipe.load(RECIPES / "sd15_aesthetic.toml", options[first:]) for first in (2, 0))
     text, numbers, before = plan(two), plan_of(two), plan_of(one)
     assert numbers.pairs_per_step == before.pairs_per_step == 2 * numbers.pairs_per_rank
@@ -133,13 +133,13 @@ def test_a_divided_optimizer_state_is_a_ranks_part_of_its_memory_and_whole_in_a_
         "full",
         "--policy.dtype",
         "bfloat16",
-        "--learner.ranks",
+        "--learner.world_size",
         "2",
         "--learner.batch_size",
         "6",
     ]
     whole = Recipe.load(RECIPES / "sd15_aesthetic.toml", options)
-    divided = Recipe.load(RECIPES / "sd15_aesthetic.toml", [*options, "--learner.shard_optimizer", "true"])
+    divided = Recipe.load(RECIPES / "sd15_aesthetic.toml", [*options, "--learner.shard_optimizer_state", "true"])
     before, after = plan_of(whole), plan_of(divided)
     assert before.reduced_bytes == 2**28 < 4 * 859_520_964
     assert after.optimizer_bytes == before.optimizer_bytes == 8 * 859_520_964
@@ -159,7 +159,7 @@ def test_the_command_prints_the_arithmetic(capsys: pytest.CaptureFixture) -> Non
 
 def test_neighbouring_steps_share_their_latents_also_where_the_last_are_left_out(recipe: Recipe) -> None:
     whole = plan_of(recipe)
-    sampling = recipe.sampling.model_copy(update={"untrained_last_steps": 1})
+    sampling = recipe.sampling.model_copy(update={"skip_last_steps": 1})
     learner = recipe.learner.model_copy(update={"micro_batch_size": 4})
     early = plan_of(recipe.model_copy(update={"sampling": sampling, "learner": learner}))
     channels, height, width = whole.sizes.latent_shape
@@ -167,7 +167,7 @@ def test_neighbouring_steps_share_their_latents_also_where_the_last_are_left_out
 
 
 def test_of_a_window_only_its_latents_travel(recipe: Recipe) -> None:
-    sampling = recipe.sampling.model_copy(update={"window": 2})
+    sampling = recipe.sampling.model_copy(update={"sde_window": 2})
     windowed = plan_of(recipe.model_copy(update={"sampling": sampling}))
     channels, height, width = windowed.sizes.latent_shape
     assert windowed.pairs_per_step == 4 * 2
@@ -176,16 +176,16 @@ def test_of_a_window_only_its_latents_travel(recipe: Recipe) -> None:
 
 
 def test_of_finished_images_the_noisings_are_counted(capsys: pytest.CaptureFixture) -> None:
-    options = ["--algorithm", '{name = "rwr", noisings = 4}', "--sampling.step_fraction", "0.1"]
+    options = ["--algorithm", '{name = "rwr", noised_samples = 4}', "--sampling.timestep_fraction", "0.1"]
     assert cli.main(["plan", str(RECIPES / "demo.toml"), *options]) == 0
-    assert "64 = 16 images × 4 noisings, in micro-batches of 32" in capsys.readouterr().out
+    assert "64 = 16 images × 4 noised_samples, in micro-batches of 32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         (["--learner.micro_batch_size", "7"], "16 images × 8 steps with noise = 128 pairs .* = 7 does not divide"),
-        (["--algorithm", '{name = "rwr"}'], "16 images × 1 noisings = 16 pairs .* = 32 does not divide"),
+        (["--algorithm", '{name = "rwr"}'], "16 images × 1 noised_samples = 16 pairs .* = 32 does not divide"),
         (
             ["--algorithm", '{name = "grpo"}'],
             "'group' and prompts.images_per_prompt 1: a group needs at least 2 images",
@@ -233,7 +233,7 @@ def test_the_copy_of_the_network_that_checks_log_probs_is_counted_if_numerics_di
         for keys in ({}, {"sampler_dtype": "bfloat16"}, {"sampler_dtype": "bfloat16", "merge_adapters": True})
     )
     without, numbers, with_merged = map(plan_of, (alike, half, merged))
-    parts = parts_of(merged)
+    parts = build_components(merged)
     copy = Learner(parts.policy, parts.algorithm, merged)._arrival_check._copy
     assert copy is not None and copy.merged is not None
     held = sum(parameter.nbytes for parameter in copy.network.parameters())
@@ -244,7 +244,7 @@ def test_the_copy_of_the_network_that_checks_log_probs_is_counted_if_numerics_di
     # On a CPU the host's memory is the learner's; on a GPU it holds the copy only while a round is checked.
     assert numbers.learner_bytes == without.learner_bytes + held
     on_gpu = half.model_copy(update={"learner": half.learner.model_copy(update={"num_gpus": 1})})
-    sizes = dataclasses.replace(numbers.sizes, learner=PeakBytes(100, 10), drawing=PeakBytes(70, 2))
+    sizes = dataclasses.replace(numbers.sizes, learner=PeakBytes(100, 10), sampling=PeakBytes(70, 2))
     assert half.sampling.batch_size == 4
     assert [learner_peak(on_gpu, sizes, micro_batch, copy=50) for micro_batch in (1, 64)] == [
         100 + 50 + 4 * 2,

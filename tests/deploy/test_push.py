@@ -105,7 +105,7 @@ def test_the_cards_program_draws_the_pictures_of_ddpo_sample(
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
     assert cli.main(["sample", "--lora", str(run), "--output", str(tmp_path / "ours"), "cat"]) == 0
     plain, ours = (
-        np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("picture.png", "ours/000-cat-seed0.png")
+        np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("image.png", "ours/000-cat-seed0.png")
     )
     assert np.abs(plain - ours).max() <= 1 and plain.std() > 1
 
@@ -241,4 +241,4 @@ def test_a_whole_network_is_published_in_its_folder_and_loads(
     exec(compile(program, "card", "exec"), space)
     trained = load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
     assert all((space["unet"].state_dict()[name] == value).all() for name, value in trained.items())
-    assert Image.open(io.BytesIO((tmp_path / "picture.png").read_bytes())).size == (16, 16)
+    assert Image.open(io.BytesIO((tmp_path / "image.png").read_bytes())).size == (16, 16)

@@ -8,14 +8,14 @@ import torch
 from ray_ddpo.common.diffusion.rollout import score
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RoleTable, RuntimeTable
-from ray_ddpo.deploy.commands.doctor.ratio_measurement import draw_some, runtime_of, score_again
+from ray_ddpo.deploy.commands.doctor.ratio_measurement import runtime_of, sample_some, score_again
 from ray_ddpo.deploy.commands.doctor.ratio_noise import Comparison, Noise, share_outside
 from tests.tiny_policy import tiny_policy
 
 
 def measured(tables: dict[str, Any], **sampling: Any) -> Noise:
     recipe = Recipe.parse({**tables, "sampling": {**tables["sampling"], **sampling}})
-    return score_again(recipe, draw_some(recipe))
+    return score_again(recipe, sample_some(recipe))
 
 
 def named(noise: Noise, part: str) -> Comparison:
@@ -26,13 +26,13 @@ def named(noise: Noise, part: str) -> Comparison:
 def test_the_learner_gets_the_samplers_bits_whichever_dtype_paths_are_stored_in(tables: dict[str, Any]) -> None:
     for dtype in ("float32", "float16", "bfloat16"):
         noise = measured(tables, latents_dtype=dtype)
-        assert named(noise, f"as drawn, {dtype}").largest == 0
+        assert named(noise, f"as sampled, {dtype}").largest == 0
         assert noise.of_the_run.name == "learner's micro-batches of 8" and noise.of_the_run.largest < 1e-5
         assert noise.latent_elements == 4 * 8 * 8
 
 
 def test_every_comparison_has_all_trained_steps_and_one_at_a_time_a_single_image(tables: dict[str, Any]) -> None:
-    noise = measured(tables, step_fraction=0.5, untrained_last_steps=1)
+    noise = measured(tables, timestep_fraction=0.5, skip_last_steps=1)
     for comparison in noise.comparisons:
         images = 1 if comparison.name.startswith("one transition") else 4
         assert comparison.steps.tolist() == [[0, 1, 2]] * images and comparison.log_ratios.shape == (images, 3)
@@ -48,16 +48,16 @@ def test_rounding_after_scoring_moves_the_ratio_and_bfloat16_more_than_float16(t
 
 def test_a_recipe_in_half_precision_is_compared_with_its_own_rounding_of_a_float32_path(tables: dict[str, Any]) -> None:
     recipe = Recipe.parse({**tables, "sampling": {**tables["sampling"], "latents_dtype": "bfloat16"}})
-    drawn = draw_some(recipe)
-    assert (drawn.as_stored.latents.dtype, drawn.in_float32.latents.dtype) == (torch.bfloat16, torch.float32)
-    noise = score_again(recipe, drawn)
+    sampled = sample_some(recipe)
+    assert (sampled.as_stored.latents.dtype, sampled.in_float32.latents.dtype) == (torch.bfloat16, torch.float32)
+    noise = score_again(recipe, sampled)
     assert [one.name for one in noise.comparisons if one.kind == "rounded"] == ["rounded to bfloat16 once scored"]
 
 
 def test_the_comparison_with_what_was_drawn_sees_other_weights(tables: dict[str, Any]) -> None:
-    drawn = draw_some(Recipe.parse(tables))
-    moved = tiny_policy(tables["policy"]["model"], "learner")  # its adapters are not those that drew
-    assert np.abs((score(moved, drawn.as_stored) - drawn.as_stored.log_probs).numpy()).max() > 1e-4
+    sampled = sample_some(Recipe.parse(tables))
+    moved = tiny_policy(tables["policy"]["model"], "learner")  # its adapters are not those that sampled
+    assert np.abs((score(moved, sampled.as_stored) - sampled.as_stored.log_probs).numpy()).max() > 1e-4
 
 
 def test_kernels_that_a_cpu_has_are_compared_and_the_others_named(tables: dict[str, Any]) -> None:

@@ -106,13 +106,13 @@ def test_a_log_ratio_that_is_not_a_number_is_a_fault() -> None:
 
 def test_where_late_steps_lead_the_advice_says_how_many_to_leave_out() -> None:
     late = compared([[1e-5, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5, 2e-4, 9e-5]])
-    sampling = SamplingTable(num_steps=9, untrained_last_steps=1, latents_dtype="float16")
+    sampling = SamplingTable(num_steps=9, skip_last_steps=1, latents_dtype="float16")
     half = compared([[0.0] * 8], "rounded", "rounded to float16")
     first, *_ = noise_findings(noise(late, half), CLIP, sampling)
-    assert "sampling.untrained_last_steps 3" in first.advice and "latents_dtype float32" in first.advice
+    assert "sampling.skip_last_steps 3" in first.advice and "latents_dtype float32" in first.advice
     early = compared([[2e-4, *[1e-5] * 7]])
     first, *_ = noise_findings(noise(early, half), CLIP, sampling)
-    assert "untrained_last_steps" not in first.advice
+    assert "skip_last_steps" not in first.advice
 
 
 def test_another_way_of_computing_that_is_far_quieter_is_advised() -> None:
@@ -144,7 +144,7 @@ def test_a_step_over_three_times_as_sensitive_as_the_median_is_to_be_left_out() 
     leading = replace(calm, sensitivity=dict.fromkeys(range(10), 0.5) | {8: 3.28})
     finding = noise_findings(leading, CLIP, SAMPLING)[1]
     assert finding.level == "warning" and "6.6 times" in finding.found and "step 8" in finding.found
-    assert "untrained_last_steps 2" in finding.advice
+    assert "skip_last_steps 2" in finding.advice
 
 
 def test_the_bars_are_as_high_as_the_largest_step_and_zero_has_a_dot() -> None:

@@ -13,10 +13,10 @@ from pydantic import BaseModel
 from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import build, import_object, models_in
-from ray_ddpo.common.recipe.tables import Choice
+from ray_ddpo.common.recipe.tables import ComponentTable
 from ray_ddpo.deploy.commands.plan.plan import plan
-from ray_ddpo.deploy.driver.components import entries_of
-from ray_ddpo.deploy.driver.registries import ROOMS
+from ray_ddpo.deploy.driver.components import components_of
+from ray_ddpo.deploy.driver.registries import REGISTRIES
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 NAMES = ("demo", "tiny/held_out", "tiny/window", "tiny/diffusion_nft", "tiny/dpok", "tiny/rwr_sparse", "tiny/floor")
@@ -29,9 +29,9 @@ def number_keys(model: type[BaseModel], table: Any, place: Place = ()) -> Iterat
     """Yield the place of every key that takes a number, in a recipe's tables and in those of the components they name."""
     fields = dict(model.model_fields)
     table = table if isinstance(table, dict) else {}
-    if issubclass(model, Choice) and model.__name__ in ROOMS and "name" in table:
-        room = import_object(ROOMS[model.__name__], "room")
-        fields |= import_object(room[table["name"]], "component").model_fields
+    if issubclass(model, ComponentTable) and model.__name__ in REGISTRIES and "name" in table:
+        registry = import_object(REGISTRIES[model.__name__], "registry")
+        fields |= import_object(registry[table["name"]], "component").model_fields
     for key, field in fields.items():
         inside = table.get(key)
         tables = list(enumerate(inside)) if isinstance(inside, list) else []
@@ -62,7 +62,7 @@ def accepted(tables: dict[str, Any], place: Place, value: Any) -> Recipe | None:
     """The recipe with this value; None where it is refused, of which one line must name the key."""
     try:
         recipe = Recipe.parse(changed(tables, place, value))
-        entries_of(recipe)
+        components_of(recipe)
     except ValueError as error:
         text, key = str(error), ".".join(place)
         assert "\n" not in text and type(error) is ValueError, text

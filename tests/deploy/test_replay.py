@@ -1,4 +1,4 @@
-"""ddpo replay: a round drawn again is the round that was learned from, and whatever is not says so."""
+"""ddpo replay: a round re-sampled is the round that was learned from, and whatever is not says so."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def run(tables: dict, tmp_path: Path) -> RunFolder:
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     tables["prompts"] = {"name": "file", "path": str(tmp_path / "prompts.jsonl")}
     tables["reward"] = {"name": "function", "path": "tests.user_functions:prompts_and_metadata"}
-    recipe = Recipe.parse({**tables, "rollouts": {"pictures_every": 2}})
+    recipe = Recipe.parse({**tables, "rollouts": {"images_every": 2}})
     train(recipe, serial=True)
     return RunFolder(recipe.run_path())
 
@@ -48,7 +48,7 @@ def test_a_run_writes_every_round_into_its_ledger(run: RunFolder, recipe: Recipe
     assert ledger.rounds() == [0, 1, 2]
     versions = [ledger.read(round).to_pydict()["policy_version"][0] for round in range(3)]
     assert versions == [0, 0, 1] and ledger.read(1).num_rows == recipe.images_per_round
-    assert ["picture" in ledger.read(round).column_names for round in range(3)] == [True, False, True]
+    assert ["image" in ledger.read(round).column_names for round in range(3)] == [True, False, True]
     for row in ledger.read(2).to_pylist():
         at = int(row["prompt"].removeprefix("cat "))
         assert json.loads(row["metadata"]) == {"bonus": at, "about": {"boxes": [[at, 0.1]]}}
@@ -66,7 +66,7 @@ def test_metadata_that_is_another_is_told(run: RunFolder, capsys: pytest.Capture
 
 def test_a_round_drawn_again_is_equal_image_by_image(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     code, text = replayed(run, 2, capsys)
-    assert code == 0 and text == "round 2, drawn again with policy version 1: all 8 images are equal\n"
+    assert code == 0 and text == "round 2, re-sampled with policy version 1: all 8 images are equal\n"
 
 
 def test_an_image_that_is_another_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
@@ -77,7 +77,7 @@ def test_an_image_that_is_another_is_told(run: RunFolder, capsys: pytest.Capture
     code, text = replayed(run, 2, capsys)
     lines = text.splitlines()
     assert code == 1 and len(lines) == 2 and lines[1].endswith(": 1 of 8 images differ")
-    assert lines[0].startswith("image 5: the ledger has ffffffffffff, and drawn again it is ")
+    assert lines[0].startswith("image 5: the ledger has ffffffffffff, and re-sampled it is ")
 
 
 @pytest.mark.thorough
@@ -98,7 +98,7 @@ def test_weights_that_are_not_the_checkpoints_are_told(run: RunFolder, capsys: p
 
     alter(run, 2, change)
     code, text = replayed(run, 2, capsys)
-    assert code == 1 and "image 0: drawn with weights eeeeeeeeeeee, the checkpoint's are " in text
+    assert code == 1 and "image 0: sampled with weights eeeeeeeeeeee, the checkpoint's are " in text
     assert "8 of 8 images differ" in text
 
 
@@ -111,7 +111,7 @@ def test_a_recipe_that_draws_otherwise_is_told(run: RunFolder, capsys: pytest.Ca
 @pytest.mark.thorough
 def test_weights_that_were_not_kept_are_told_with_those_that_are(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     code, text = replayed(run, 0, capsys)
-    assert code == 2 and "round 0 was drawn with policy version 0, which no checkpoint in" in text
+    assert code == 2 and "round 0 was sampled with policy version 0, which no checkpoint in" in text
     assert "(round-000003 has [2, 3]; round-000002 has [1, 2])" in text and "larger checkpoint.keep" in text
 
 

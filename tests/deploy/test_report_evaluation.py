@@ -41,7 +41,7 @@ def found(version: int, brightness: float, entropy: float, sharpness: float, *al
     return {
         "policy_version": version,
         "scores": {name: {"mean": mean, "standard_error": 0.5} for name, mean in scores.items()},
-        "pictures": {"dark_share": 0.25, "sharpness": sharpness, "entropy": entropy, "diversity": 2.0},
+        "image_statistics": {"dark_share": 0.25, "sharpness": sharpness, "entropy": entropy, "diversity": 2.0},
         "kl_reference_nats": version or None,
         "alarms": [{"about": "entropy", "says": says} for says in alarms],
     }
@@ -53,12 +53,12 @@ def written(recipe: Recipe, *figures: dict) -> RunFolder:
     log = EvaluationLog(folder.storage)
     log.keep([])
     for each in figures:
-        log.write(each, {"current": pictures_of(each)}, pictures=2)
+        log.write(each, {"current": images_of(each)}, images=2)
     return folder
 
 
-def pictures_of(figures: dict) -> EvaluatedImages:
-    """Three grey pictures, as grey as the version's number."""
+def images_of(figures: dict) -> EvaluatedImages:
+    """Three grey images, as grey as the version's number."""
     pixels = np.full((3, 8, 8, 3), figures["policy_version"], np.uint8)
     return EvaluatedImages((Prompt("cat"),) * 3, (1, 2, 3), {"brightness": np.ones(3)}, pixels)
 
@@ -89,9 +89,9 @@ def test_of_many_versions_a_few_are_shown_with_the_pictures_that_were_kept(recip
     folder = written(recipe, *(found(version, 10, 8, 20) for version in range(0, 40, 2)))
     rows = evaluation_told(folder, recipe).rows
     assert [row.policy_version for row in rows] == [0, 6, 10, 16, 22, 28, 32, 38]
-    data = base64.b64decode(rows[1].pictures[0].partition(",")[2])
+    data = base64.b64decode(rows[1].images[0].partition(",")[2])
     assert np.asarray(Image.open(io.BytesIO(data))).tolist() == np.full((8, 8, 3), 6).tolist()
-    assert (len(rows[1].pictures), rows[1].width) == (2, 8)
+    assert (len(rows[1].images), rows[1].width) == (2, 8)
 
 
 def test_an_alarm_at_the_last_version_stands_in_the_summary(recipe: Recipe) -> None:

@@ -93,7 +93,7 @@ def test_nothing_but_tables_is_wider_than_the_screen(opened: Page) -> None:
 
 
 def seen(page: Page, frames: str) -> float:
-    """From where on, in percent of its width, the picture after is shown."""
+    """From where on, in percent of its width, the image after is shown."""
     clip = page.evaluate(f"getComputedStyle(document.querySelector('{frames} .after')).clipPath")
     return float(clip.removeprefix("inset(").removesuffix(")").split()[-1].rstrip("%px"))
 
@@ -107,7 +107,7 @@ def test_the_slider_moves_by_pointer_by_key_and_all_at_once(opened: Page) -> Non
     before = seen(opened, first)
     for kind in ("keyDown", "keyUp"):
         opened.call("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39)
-    assert seen(opened, first) == pytest.approx(before - 1)  # towards the picture after
+    assert seen(opened, first) == pytest.approx(before - 1)  # towards the image after
     opened.click("#all", at=(0.999, 0.5))
     assert seen(opened, first) == seen(opened, last) == 0
 

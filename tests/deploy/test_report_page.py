@@ -26,7 +26,7 @@ from ray_ddpo.deploy.commands.report.prompts import PromptRow, held_out_table, t
 from ray_ddpo.deploy.commands.report.report import in_words, logged_rounds
 from ray_ddpo.deploy.commands.report.scores import headline, paired, scores
 from ray_ddpo.deploy.commands.report.summary import summary_in_words
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from tests.logged_rounds import logged
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}", "</style></pre>&amp;'")
@@ -63,7 +63,7 @@ class Markup(HTMLParser):
 
 
 def compared(before: dict[str, Any], after: dict[str, Any], prompts: tuple[str, ...] = (), size: int = 8) -> Comparison:
-    """Pictures of noise with these scores; without a score `reward`, the first one's."""
+    """PageImages of noise with these scores; without a score `reward`, the first one's."""
     first = next(iter(before))
     found = [{name: np.array(values, np.float32) for name, values in scored.items()} for scored in (before, after)]
     for scored in found:
@@ -77,17 +77,17 @@ def compared(before: dict[str, Any], after: dict[str, Any], prompts: tuple[str, 
 
 def run_of(recipe: Recipe, rounds: int = 3) -> FinishedRun:
     folder = RunFolder(recipe.run_path())
-    folder.write_recipe(parts_of(recipe).resolved())
+    folder.write_recipe(build_components(recipe).resolved())
     return FinishedRun(folder, recipe, [], [logged(round) for round in range(rounds)], "0123456789abcdef", rounds)
 
 
 def keep_rows(folder: RunFolder, round: int, rows: list[tuple[str, float | None, str | None]]) -> None:
-    """A round of a ledger, of prompt, reward and why it was set aside."""
+    """A round of a ledger, of prompt, reward and why it was dropped."""
     prompts, rewards, reasons = zip(*rows, strict=True)
     values = pa.array(rewards, pa.float64())
     columns = {"prompt": list(prompts), "reward": values, "reward/jpeg_compressibility": values}
     buffer = io.BytesIO()
-    parquet.write_table(pa.table({**columns, "set_aside": pa.array(reasons, pa.string())}), buffer)
+    parquet.write_table(pa.table({**columns, "dropped": pa.array(reasons, pa.string())}), buffer)
     folder.storage.write(f"rollouts/round={round:06d}/images.parquet", buffer.getvalue())
 
 
@@ -106,7 +106,7 @@ def test_nothing_that_a_run_brings_becomes_markup(tables: dict, scored: Comparis
     assert (page.count("script"), page.count("style"), page.count("pre")) == (1, 1, 1)
     assert not [attributes for _, attributes in page.elements if any(name.startswith("on") for name in attributes)]
     cells = [text for text in page.of("td") if text in HOSTILE]
-    assert sorted(cells) == sorted(2 * HOSTILE)  # among the held-out pictures, and among those learned from
+    assert sorted(cells) == sorted(2 * HOSTILE)  # among the held-out images, and among those learned from
     assert {f"before: {prompt}" for prompt in HOSTILE} <= {attributes.get("alt") for _, attributes in page.elements}
 
 
@@ -125,16 +125,16 @@ def test_the_page_asks_for_nothing_outside_itself(recipe: Recipe, scored: Compar
 def test_a_part_of_the_pictures_is_said_to_be_one(recipe: Recipe) -> None:
     of_forty = compared({"jpeg_compressibility": np.arange(40)}, {"jpeg_compressibility": np.arange(40) % 7})
     page = report_page(run_of(recipe), of_forty)
-    assert "The first 36 of 40 held-out pictures" in page
+    assert "The first 36 of 40 held-out images" in page
     assert Markup(page).count("img") == 2 * (36 + 6 + 6)
     of_four = compared({"jpeg_compressibility": [1, 2, 3, 4]}, {"jpeg_compressibility": [2, 3, 4, 6]})
-    assert "All 4 held-out pictures" in report_page(run_of(recipe), of_four)
+    assert "All 4 held-out images" in report_page(run_of(recipe), of_four)
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_run_without_rows_or_with_one_round_has_a_page(recipe: Recipe, scored: Comparison, rounds: int) -> None:
     page = Markup(report_page(run_of(recipe, rounds), scored))
-    assert page.count("table") == 2  # the scores, and the held-out pictures by prompt
+    assert page.count("table") == 2  # the scores, and the held-out images by prompt
     assert any("a run keeps with rollouts.keep" in text for text in page.of("p"))
     assert any(f"in {'one round' if rounds == 1 else '2 rounds'} and" in text for text in page.of("p"))
 
@@ -214,8 +214,8 @@ def test_pictures_that_could_not_be_scored_both_times_are_left_out() -> None:
         ([2.0, 3.1, 3.9, 5.1], "more than chance"),
         ([0.0, 1.1, 1.9, 3.1], "fell from 2.500 to 1.525"),
         ([2.0, 1.0, 3.5, 4.0], "which cannot be told from chance"),
-        ([1.0, 2.0, 3.0, 4.0], "stayed at 2.500: no picture changed"),
-        ([2.0, 3.0, 4.0, 5.0], "every picture changed alike"),
+        ([1.0, 2.0, 3.0, 4.0], "stayed at 2.500: no image changed"),
+        ([2.0, 3.0, 4.0, 5.0], "every image changed alike"),
     ],
 )
 def test_the_verdict_says_how_sure_it_is(recipe: Recipe, after: list[float], said: str) -> None:

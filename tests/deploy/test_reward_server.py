@@ -23,8 +23,8 @@ from ray_ddpo.deploy.reward_service.serve_reward import Listening
 from tests.common.test_reward_protocol import png_that_says
 from tests.reward_services import running, serving
 
-PICTURE = np.full((8, 8, 3), 100, np.uint8)
-REQUEST: dict[str, Any] = {"pictures": [to_png(PICTURE)], "prompts": ["cat"], "metadata": [{}]}
+IMAGE = np.full((8, 8, 3), 100, np.uint8)
+REQUEST: dict[str, Any] = {"images": [to_png(IMAGE)], "prompts": ["cat"], "metadata": [{}]}
 HEADERS = "POST /v1/score HTTP/1.1\r\nHost: x\r\n"
 
 
@@ -51,17 +51,17 @@ def test_it_says_what_it_is_and_scores(url: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"pictures": "abc"}, "pictures: "),
-        ({"pictures": [5]}, "pictures.0: "),
-        ({"pictures": ["abc"]}, "picture 0: "),
-        ({"pictures": [], "prompts": [], "metadata": []}, "pictures: "),
-        ({"prompts": []}, "1 pictures, 0 prompts and 1 metadata"),
+        ({"images": "abc"}, "images: "),
+        ({"images": [5]}, "images.0: "),
+        ({"images": ["abc"]}, "image 0: "),
+        ({"images": [], "prompts": [], "metadata": []}, "images: "),
+        ({"prompts": []}, "1 images, 0 prompts and 1 metadata"),
         ({"prompts": [None]}, "prompts.0: "),
         ({"metadata": ["text"]}, "metadata.0: "),
-        ({"pictures": [base64.b64encode(png_that_says(4097, 4096)).decode()]}, "picture 0: it has 4097 × 4096 pixels"),
+        ({"images": [base64.b64encode(png_that_says(4097, 4096)).decode()]}, "image 0: it has 4097 × 4096 pixels"),
         (
-            {"pictures": [to_png(PICTURE), to_png(PICTURE[:4])], "prompts": ["a", "b"], "metadata": [{}, {}]},
-            "picture 1 has another size than picture 0",
+            {"images": [to_png(IMAGE), to_png(IMAGE[:4])], "prompts": ["a", "b"], "metadata": [{}, {}]},
+            "image 1 has another size than image 0",
         ),
     ],
 )
@@ -80,7 +80,7 @@ def test_many_pictures_that_are_small_as_files_may_not_be_large_together(
     monkeypatch.setattr(reward_server, "MAX_REQUEST_PIXELS", 2 * 64 - 1)
     twice = {name: values * 2 for name, values in REQUEST.items()}
     words = refused(httpx2.post(f"{url}/v1/score", json=twice), 422)
-    assert words == "picture 1: it has 8 × 8 pixels, and there may be 63"
+    assert words == "image 1: it has 8 × 8 pixels, and there may be 63"
 
 
 def test_other_paths_and_methods_are_refused(url: str) -> None:
@@ -94,7 +94,7 @@ def test_an_oversized_request_is_refused_before_it_is_read_and_the_asker_learns_
     said = raw(url, HEADERS + "Content-Length: 999999999999\r\n\r\n")
     assert said.startswith("HTTP/1.1 413 ") and "may have 20000" in said
     noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
-    assert Http(url=url, pictures_per_request=1).load("cpu")(noise, ["cat"] * 8, [{}] * 8).shape == (8,)
+    assert Http(url=url, images_per_request=1).load("cpu")(noise, ["cat"] * 8, [{}] * 8).shape == (8,)
 
 
 def test_an_asker_that_is_still_sending_when_it_is_refused_learns_why() -> None:
@@ -122,7 +122,7 @@ def raw(url: str, text: str) -> str:
         (HEADERS + "Content-Length: -1\r\n\r\n", 400),
         (HEADERS + "Content-Length: 1e3\r\n\r\n", 400),
         (HEADERS + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
-        (HEADERS + 'Content-Length: 100\r\n\r\n{"pictures"', 408),
+        (HEADERS + 'Content-Length: 100\r\n\r\n{"images"', 408),
         (HEADERS + "X: " + "x" * 70_000 + "\r\n\r\n", 431),
     ],
 )

@@ -11,7 +11,7 @@ from ray_ddpo.common.run_storage.png import from_png
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.schedule import Task
 from ray_ddpo.common.trajectory import ImageBatch, Rollout, Scores, TaskReport, TrainBatch
-from ray_ddpo.deploy.driver.round_media import first_pictures, round_exhibits
+from ray_ddpo.deploy.driver.round_media import first_images, round_media
 from tests.shown_rounds import fingerprint, run, shown_in
 
 CAT, DOG = Prompt("cat"), Prompt("dog")
@@ -29,21 +29,19 @@ ROUND = [
     rollout(1, (DOG, DOG), [4.0, np.nan]),
     rollout(2, (CAT, DOG), [3.0, 6.0]),
 ]
-BATCH = TrainBatch(
-    3, tuple(each.report for each in ROUND), np.array([-2.0, 0.0, -1.0, np.nan, 2.0, 1.0]), set_aside=(3,)
-)
+BATCH = TrainBatch(3, tuple(each.report for each in ROUND), np.array([-2.0, 0.0, -1.0, np.nan, 2.0, 1.0]), dropped=(3,))
 
 
 def test_a_table_of_prompts_captions_and_distributions_without_what_is_set_aside() -> None:
-    pictures = first_pictures(ROUND, 4, lambda each: each.images)
-    shown = round_exhibits(BATCH, ROUND, {"beauty": 2.0}, pictures, np.array([0.0, 0.5]))
+    images = first_images(ROUND, 4, lambda each: each.images)
+    shown = round_media(BATCH, ROUND, {"beauty": 2.0}, images, np.array([0.0, 0.5]))
     assert shown.round == 3 and shown.tables["round"].columns[:2] == ("prompt", "images")
     cat, dog = shown.tables["round"].rows
     assert cat == pytest.approx(("cat", 3, 4.0, np.std([2, 4, 6]), 0.0, np.std([-2, 0, 2])))
     assert dog == pytest.approx(("dog", 2, 10.0, 2.0, 0.0, 1.0))
-    captions = [picture.caption for picture in shown.pictures["round"]]
-    assert captions[0] == "cat: reward 2, advantage -2" and captions[3] == "dog: set aside"
-    assert [picture.pixels.max() for picture in shown.pictures["round"]] == [0, 1, 10, 11]
+    captions = [image.caption for image in shown.images["round"]]
+    assert captions[0] == "cat: reward 2, advantage -2" and captions[3] == "dog: dropped"
+    assert [image.pixels.max() for image in shown.images["round"]] == [0, 1, 10, 11]
     assert shown.histograms["reward"].tolist() == [2, 4, 8, 6, 12]
     assert shown.histograms["advantage"].tolist() == [-2, 0, -1, 2, 1]
     assert shown.histograms["log_ratio"].tolist() == [0, 0.5] and set(shown.histograms) == {
@@ -60,19 +58,19 @@ def test_only_the_tasks_of_the_pictures_that_are_shown_are_fetched_and_what_is_l
         fetched.append(each.report.task.index)
         return None if each.report.task.index == 0 else each.images
 
-    found = first_pictures(ROUND, 3, fetch)
+    found = first_images(ROUND, 3, fetch)
     assert fetched == [0, 1] and {image: pixels.max() for image, pixels in found.items()} == {2: 10}
-    assert first_pictures(ROUND, 0, fetch) == {} and fetched == [0, 1]
-    captions = round_exhibits(BATCH, ROUND, {"beauty": 1.0}, found, np.empty(0)).pictures["round"]
-    assert [picture.caption for picture in captions] == ["dog: reward 4, advantage -1"]
-    assert round_exhibits(BATCH, ROUND, {"beauty": 1.0}, {}, np.empty(0)).pictures == {}
+    assert first_images(ROUND, 0, fetch) == {} and fetched == [0, 1]
+    captions = round_media(BATCH, ROUND, {"beauty": 1.0}, found, np.empty(0)).images["round"]
+    assert [image.caption for image in captions] == ["dog: reward 4, advantage -1"]
+    assert round_media(BATCH, ROUND, {"beauty": 1.0}, {}, np.empty(0)).images == {}
 
 
 def test_several_rewards_have_a_distribution_each() -> None:
-    shown = round_exhibits(BATCH, ROUND, {"beauty": 1.0}, {}, np.empty(0))
+    shown = round_media(BATCH, ROUND, {"beauty": 1.0}, {}, np.empty(0))
     assert "reward/beauty" not in shown.histograms
     two = [Rollout(each.report, Scores({**each.scores.rewards, "size": np.ones(2)}, 0.0), None, None) for each in ROUND]
-    shown = round_exhibits(BATCH, two, {"beauty": 1.0, "size": 0.5}, {}, np.empty(0))
+    shown = round_media(BATCH, two, {"beauty": 1.0, "size": 0.5}, {}, np.empty(0))
     assert shown.histograms["reward"].tolist() == [1.5, 2.5, 4.5, 3.5, 6.5]
     assert shown.histograms["reward/size"].tolist() == [1, 1, 1, 1, 1]
 
@@ -80,16 +78,16 @@ def test_several_rewards_have_a_distribution_each() -> None:
 @pytest.mark.thorough
 def test_a_run_shows_the_pictures_of_its_ledger_and_its_bits_stay_the_same(tables: dict) -> None:
     tables["learner"]["parts_per_round"] = 2
-    shown, blind = run(tables, "shown", True), run(tables, "blind", True, exhibits={"every": 0})
+    shown, blind = run(tables, "shown", True), run(tables, "blind", True, media={"every": 0})
     assert fingerprint(shown) == fingerprint(blind)
-    pictures = shown_in(shown)
-    log_ratios = pictures.pop("log_ratios")
+    images = shown_in(shown)
+    log_ratios = images.pop("log_ratios")
     ledger = Ledger(RunFolder(shown.run_path()).storage, shown.rollouts)
     expected = {
         (round, image): from_png(data).tobytes()
         for round in (0, 2, 3)
-        for image, data in enumerate(ledger.read(round)["picture"].to_pylist()[:5])
+        for image, data in enumerate(ledger.read(round)["image"].to_pylist()[:5])
     }
-    assert pictures == expected and len(pictures) == 15
+    assert images == expected and len(images) == 15
     assert {round: count for round, (count, _) in log_ratios.items()} == {0: 32, 2: 32, 3: 32}  # 8 images of 4 steps
     assert not list(Path(blind.run_path()).glob("tensorboard/*/*"))

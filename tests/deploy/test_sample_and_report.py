@@ -1,4 +1,4 @@
-"""A run's weights outside the run: `ddpo sample`, `ddpo report`, and plain diffusers drawing the same pictures."""
+"""A run's weights outside the run: `ddpo sample`, `ddpo report`, and plain diffusers sampling the same images."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_the_page_tells_of_every_reward_and_of_the_rows_that_were_kept(tables: d
     figures = json.loads((Path(recipe.run_path()) / "report" / "summary.json").read_text())
     assert {"small", "rich"} == set(figures["scorers"]) and "<b>small</b>" in page and "<b>rich</b>" in page
     assert f"{number(figures['reward_before'])} → {number(figures['reward_after'])}" in page
-    assert ("round 0</th>" in page) == ("pictures learned from, by prompt" in page) == keep
+    assert ("round 0</th>" in page) == ("images learned from, by prompt" in page) == keep
     assert "&lt;b&gt;dog&lt;/b&gt;" in page and "<b>dog" not in page
 
 
@@ -124,11 +124,11 @@ def test_an_untrained_run_changes_nothing(tables: dict) -> None:
 def test_the_figures_of_a_comparison_by_hand() -> None:
     before, after = np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 6.0])
     named = {"before": np.array([1.0, 1.0, 0.0]), "after": np.array([1.0, 0.0, 1.0])}
-    pictures = np.zeros((3, 8, 8, 3), np.uint8)
+    images = np.zeros((3, 8, 8, 3), np.uint8)
     comparison = Comparison(
         EvaluationSet((), (), 1),
-        pictures,
-        pictures,
+        images,
+        images,
         {"reward": before, "probe": named["before"]},
         {"reward": after, "probe": named["after"]},
     )

@@ -35,7 +35,7 @@ def test_a_run_that_is_done_says_so_with_its_last_rounds_figures(tables: dict, c
     assert main(["status", recipe.run_path(), "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
     assert known["rounds_done"] == 2 and known["run_by"] is None and known["checkpoint"] == "round-000002"
-    assert known["last_round"]["reward/mean"] == last["reward/mean"] and known["images_set_aside"] == 0
+    assert known["last_round"]["reward/mean"] == last["reward/mean"] and known["images_dropped"] == 0
     assert main(["status", recipe.run_path()]) == 0
     text = capsys.readouterr().out
     assert "done" in text and "2 of 2" in text and f"{last['reward/mean']:.4g}" in text and "%" in text
@@ -46,12 +46,12 @@ def test_restarts_and_what_was_set_aside_are_summed_and_a_line_half_written_is_l
     folder = RunFolder(recipe.run_path())
     folder.create()
     folder.write_recipe(recipe.model_dump())
-    rounds = [{"images_set_aside": 2.0, "actor_restarts/sampler": 1.0, "actor_restarts/learner": 1.0}]
-    rounds += [{"images_set_aside": 1.0, "actor_restarts/sampler": 3.0, "samplers/alive": 4.0}]
+    rounds = [{"images_dropped": 2.0, "actor_restarts/sampler": 1.0, "actor_restarts/learner": 1.0}]
+    rounds += [{"images_dropped": 1.0, "actor_restarts/sampler": 3.0, "samplers/alive": 4.0}]
     text = "".join(json.dumps(metrics) + "\n" for metrics in rounds) + '{"images_set'
     (Path(recipe.run_path()) / "metrics.jsonl").write_text(text)
     known = status(recipe.run_path())
-    assert (known["images_set_aside"], known["actor_restarts"], known["rounds_done"]) == (3, 5, 2)
+    assert (known["images_dropped"], known["actor_restarts"], known["rounds_done"]) == (3, 5, 2)
     assert known["last_round"]["samplers/alive"] == 4
 
 

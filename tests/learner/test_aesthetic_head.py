@@ -59,7 +59,7 @@ def test_the_linear_head_recovers_a_linear_taste(tmp_path: Path) -> None:
 
 
 def test_the_validation_pictures_choose_the_penalty() -> None:
-    """With 8 noisy pictures to fit on, the least penalty is not the best; the best of those tried is taken."""
+    """With 8 noisy images to fit on, the least penalty is not the best; the best of those tried is taken."""
     head = fit_head("linear", rated(8, 0, noise=1.0), rated(400, 1), Training())
     errors = {each["penalty"]: each["mse"] for each in head.tried}
     assert head.chosen["penalty"] == min(errors, key=lambda penalty: errors[penalty])
@@ -91,7 +91,7 @@ def test_the_mlp_learns_what_no_linear_head_can(tmp_path: Path) -> None:
 
 
 def test_the_best_epoch_is_kept_and_not_the_last(tmp_path: Path) -> None:
-    """On 12 pictures with noise the error on others rises again."""
+    """On 12 images with noise the error on others rises again."""
     validation = rated(300, 1)
     head = fit_head("mlp-relu", rated(12, 0, noise=2.0), validation, Training(epochs=40))
     errors = [each["mse"] for each in head.tried]

@@ -10,34 +10,34 @@ import torch
 from ray_ddpo.common.diffusion.lora.adapters import load_weights, trained_parameters
 from ray_ddpo.common.policy_weights import averaged, pack
 from ray_ddpo.common.run_storage.storage import Storage
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
 from tests.gradients import ONE_STEP, gradient_of, relative_error
-from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
+from tests.rounds import SampledRound, learner_of, parts_with, sample_round
 
 
-def of(tables: dict, name: str, **values: object) -> Parts:
+def of(tables: dict, name: str, **values: object) -> Components:
     """The small recipe with another algorithm, in a shape that goes with any: groups of two, one optimizer step."""
     keys = {"prompts__images_per_prompt": 2, "learner__batch_size": 8, "learner__micro_batch_size": 8}
     return parts_with({**tables, "algorithm": {"name": name}}, **{**keys, **values})
 
 
-def worthy(drawn: DrawnRound, parts: Parts) -> DrawnRound:
+def worthy(sampled: SampledRound, parts: Components) -> SampledRound:
     """The round with what the algorithm makes of rewards that it could have had."""
-    rewards = np.random.default_rng(drawn.batch.round).normal(size=len(drawn.batch.advantages))
-    prompts = [prompt.text for report in drawn.batch.reports for prompt in report.task.prompts]
+    rewards = np.random.default_rng(sampled.batch.round).normal(size=len(sampled.batch.advantages))
+    prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
     _, worth = parts.algorithm.worth({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
-    return DrawnRound(dataclasses.replace(drawn.batch, advantages=worth), drawn.trajectories)
+    return SampledRound(dataclasses.replace(sampled.batch, advantages=worth), sampled.trajectories)
 
 
-def learn(learner: Learner, parts: Parts, round: int) -> tuple[dict[str, float], LearnerState]:
+def learn(learner: Learner, parts: Components, round: int) -> tuple[dict[str, float], LearnerState]:
     lag = parts.recipe.max_policy_lag
-    drawn = worthy(draw_round(parts, learner.weights()[0] if lag else learner.weights()[-1], round), parts)
-    return learner.update(drawn.batch, *drawn.trajectories)
+    sampled = worthy(sample_round(parts, learner.weights()[0] if lag else learner.weights()[-1], round), parts)
+    return learner.update(sampled.batch, *sampled.trajectories)
 
 
 RESUMED = [  # one of each kind always; the others share its lines
@@ -94,16 +94,16 @@ def test_an_algorithm_without_an_average_publishes_what_it_trains_and_saves_it_o
 
 def test_old_predictions_are_those_of_the_weights_that_drew(tables: dict) -> None:
     """At lag 1: the gradient of a network that is held against what it predicted two versions ago."""
-    algorithm = {"name": "diffusion_nft", "noisings": 2}
+    algorithm = {"name": "diffusion_nft", "noised_samples": 2}
     keys = {"max_policy_lag": 1, "learner__micro_batch_size": 1, "prompts__images_per_prompt": 2}
     parts = parts_with({**tables, "algorithm": algorithm}, **keys, **ONE_STEP)
     learner = learner_of(parts)
     learn(learner, parts, 0)
-    drew, present = learner.weights()[0], learner.state().trained
-    drawn = worthy(draw_round(parts, drew, 1), parts)
+    sampled, present = learner.weights()[0], learner.state().trained
+    sampled = worthy(sample_round(parts, sampled, 1), parts)
     policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
-    pairs = learner._pairs_of(drawn.batch, _transitions(drawn))
-    load_weights(policy.network, drew)
+    pairs = learner._pairs_of(sampled.batch, _transitions(sampled))
+    load_weights(policy.network, sampled)
     every = pairs.pairs_of(np.arange(4))
     with torch.no_grad():
         old = [_denoise(policy, pairs.batch([pair]))[0] for pair in every]
@@ -118,14 +118,14 @@ def test_old_predictions_are_those_of_the_weights_that_drew(tables: dict) -> Non
             loss = loss + 5 * share * error.square().mean() / error.detach().abs().mean() / len(every)
     loss.backward()
     expected = {name: value.grad.numpy() for name, value in trained_parameters(policy.network).items()}
-    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     error = relative_error(gradient_of(learner), expected)
     print(f"relative error {error:.1e}")
     assert error < 1e-4 and metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
 
 
-def _transitions(drawn: DrawnRound) -> RoundTransitions:
-    return round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
+def _transitions(sampled: SampledRound) -> RoundTransitions:
+    return round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
 
 
 def _denoise(policy, batch):
@@ -135,22 +135,22 @@ def _denoise(policy, batch):
 def test_a_fresh_adapter_has_no_kl_to_the_pretrained_model_and_a_moved_one_has_the_one_by_hand(tables: dict) -> None:
     parts = parts_with({**tables, "algorithm": {"name": "dpok"}}, **ONE_STEP)
     fresh = Learner(parts.policy, parts.algorithm, parts.recipe)
-    drawn = draw_round(parts, fresh.weights()[-1])
-    assert fresh.update(drawn.batch, *drawn.trajectories)[0]["kl_reference_nats"] == 0
+    sampled = sample_round(parts, fresh.weights()[-1])
+    assert fresh.update(sampled.batch, *sampled.trajectories)[0]["kl_reference_nats"] == 0
 
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
+    sampled = sample_round(parts, learner.weights()[-1])
     policy = parts.policy.load(
         "cpu", parts.recipe.sampling, "learner"
     )  # adapters fresh from their start change nothing
-    transitions = _transitions(drawn)
+    transitions = _transitions(sampled)
     batch = transitions.batch(transitions.pairs_of(np.arange(4)))
     with torch.no_grad():
         pretrained = policy.transition(batch.latents, batch.steps, batch.conditioning)
         load_weights(policy.network, learner.weights()[-1])
         moved = policy.transition(batch.latents, batch.steps, batch.conditioning)
     distance = ((moved.mean - pretrained.mean).double() / moved.std.view(-1, 1, 1, 1)).square().flatten(1).sum(1) / 2
-    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     assert metrics["kl_reference_nats"] == pytest.approx(float(distance.mean()), rel=1e-4)
     assert float(distance.mean()) > 1
 
@@ -162,9 +162,9 @@ def test_the_kl_pulls_the_policy_back_to_the_pretrained_model(tables: dict) -> N
         parts = parts_with({**tables, "algorithm": table}, learner__learning_rate=1e-2)
         learner = learner_of(parts)
         for round in range(3):
-            drawn = draw_round(parts, learner.weights()[-1], round)
-            batch = dataclasses.replace(drawn.batch, advantages=np.zeros(8))
-            metrics, _ = learner.update(batch, *drawn.trajectories)
+            sampled = sample_round(parts, learner.weights()[-1], round)
+            batch = dataclasses.replace(sampled.batch, advantages=np.zeros(8))
+            metrics, _ = learner.update(batch, *sampled.trajectories)
         return metrics["kl_reference_nats"]
 
     assert distance(10.0) < 0.8 * distance(1e-9)
@@ -173,12 +173,12 @@ def test_the_kl_pulls_the_policy_back_to_the_pretrained_model(tables: dict) -> N
 def test_only_the_images_that_count_enter_the_sparse_steps(tables: dict) -> None:
     parts = parts_with({**tables, "algorithm": {"name": "rwr_sparse"}}, learner__micro_batch_size=2)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    batch = dataclasses.replace(drawn.batch, advantages=np.array([1.0, 0, 0, 1, 1, 0, 1, 1]), set_aside=())
-    steps = learner._optimizer_steps_of(batch, learner._pairs_of(batch, _transitions(drawn)), 0)
+    sampled = sample_round(parts, learner.weights()[-1])
+    batch = dataclasses.replace(sampled.batch, advantages=np.array([1.0, 0, 0, 1, 1, 0, 1, 1]), dropped=())
+    steps = learner._optimizer_steps_of(batch, learner._pairs_of(batch, _transitions(sampled)), 0)
     assert [len(step) for step in steps] == [5]  # four make a step, and what is left over joins it
     assert {image for step in steps for image, _ in step} == {0, 3, 4, 6, 7}
-    metrics, _ = learner.update(batch, *drawn.trajectories)
+    metrics, _ = learner.update(batch, *sampled.trajectories)
     assert metrics["optimizer_steps"] == 1 and "ratio/mean" not in metrics and np.isfinite(metrics["kl_nats"])
 
 
@@ -189,8 +189,8 @@ def test_inner_epochs_end_when_the_budget_of_kl_is_spent(tables: dict) -> None:
     def update(**more: object) -> tuple[float, str]:
         parts = parts_with(tables, **values, **more)
         learner = learner_of(parts)
-        drawn = draw_round(parts, learner.weights()[-1])
-        metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+        sampled = sample_round(parts, learner.weights()[-1])
+        metrics, after = learner.update(sampled.batch, *sampled.trajectories)
         return metrics["optimizer_steps"], after.trained.fingerprint
 
     free, spent = update(), update(learner__max_kl_nats=1e-9)
@@ -201,11 +201,11 @@ def test_inner_epochs_end_when_the_budget_of_kl_is_spent(tables: dict) -> None:
 def test_a_window_is_learned_from_with_a_ratio_of_one(tables: dict) -> None:
     parts = parts_with(tables, sampling__window=2, learner__micro_batch_size=4)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    assert all(trajectory.steps.shape == (4, 2) for trajectory in drawn.trajectories)
-    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, learner.weights()[-1])
+    assert all(trajectory.steps.shape == (4, 2) for trajectory in sampled.trajectories)
+    metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     assert metrics["ratio/max_abs_log"] < 1e-5
-    start = int(drawn.trajectories[0].steps[0, 0])
+    start = int(sampled.trajectories[0].steps[0, 0])
     assert {name for name in metrics if name.startswith("kl_nats/")} == {
         f"kl_nats/step_{start + step:02d}" for step in (0, 1)
     }

@@ -34,7 +34,7 @@ class Toy(Policy):
         self.network = nn.ParameterDict({"theta": torch.linspace(0.5, 1.2, 8, dtype=torch.float64).reshape(SHAPE)})
 
     @property
-    def noisy_steps(self) -> list[int]:
+    def stochastic_steps(self) -> list[int]:
         return [0, 1, 2]
 
     def compile(self, batch_size: int) -> None:
@@ -50,7 +50,7 @@ class Toy(Policy):
         raise AssertionError("nothing is encoded here")
 
     def initial_latents(self, noise: Tensor) -> Tensor:
-        raise AssertionError("nothing is drawn here")
+        raise AssertionError("nothing is sampled here")
 
     def decode(self, latents: Tensor) -> Tensor:
         raise AssertionError("nothing is looked at here")
@@ -187,7 +187,7 @@ def test_loss_and_gradient_of_every_pair_are_the_references(case: str) -> None:
     table, batch, slow = CASES[case]
     toy, algorithm = Toy(), build(ALGORITHMS, table, "algorithm")
     theta = toy.network["theta"].detach().numpy().copy()
-    losses = algorithm.pair_loss(toy, batch).loss
+    losses = algorithm.compute_loss(toy, batch).loss
     for row in range(PAIRS):
         assert losses[row].item() == pytest.approx(slow(theta, row), rel=1e-9, abs=1e-12), row
         (gradient,) = torch.autograd.grad(losses[row], toy.network["theta"], retain_graph=True)
@@ -196,7 +196,7 @@ def test_loss_and_gradient_of_every_pair_are_the_references(case: str) -> None:
 
 def test_a_stale_batch_has_clipped_pairs_on_both_sides_and_they_have_no_gradient() -> None:
     toy = Toy()
-    result = build(ALGORITHMS, {"name": "ddpo_is", "clip_range": 1e-3}, "algorithm").pair_loss(toy, OFF)
+    result = build(ALGORITHMS, {"name": "ddpo_is", "clip_range": 1e-3}, "algorithm").compute_loss(toy, OFF)
     assert result.clipped.tolist() == [1, 1, 0, 0, 1, 1]
     # ratio above the range, good action; below it, bad action: held. The rest is brought back or is within the range.
     held = [row for row in range(PAIRS) if abs(STALE[row]) > 1e-3 and STALE[row] * ADVANTAGES[row] > 0]
@@ -208,7 +208,7 @@ def test_a_stale_batch_has_clipped_pairs_on_both_sides_and_they_have_no_gradient
 def test_weights_of_steps_multiply_what_their_pairs_teach() -> None:
     weighted = build(ALGORITHMS, {"name": "ddpo_sf", "step_weights": [1.0, 0.0, 2.5]}, "algorithm")
     plain = build(ALGORITHMS, {"name": "ddpo_sf"}, "algorithm")
-    ratio = weighted.pair_loss(Toy(), PATH).loss / plain.pair_loss(Toy(), PATH).loss
+    ratio = weighted.compute_loss(Toy(), PATH).loss / plain.compute_loss(Toy(), PATH).loss
     assert ratio.tolist() == pytest.approx([1.0, 0.0, 2.5, 1.0, 0.0, 2.5])
 
 
@@ -218,5 +218,5 @@ def test_the_kl_that_is_shown_is_in_nats_whatever_scale_its_coefficient_stands_o
         for row, mean in enumerate(REFERRED.reference_means)
     ]
     for keys in ({"kl_coef": 0.04}, {"kl_coef_nats": 0.04}):
-        shown = build(ALGORITHMS, {"name": "grpo", **keys}, "algorithm").pair_loss(Toy(), REFERRED).kl_reference
+        shown = build(ALGORITHMS, {"name": "grpo", **keys}, "algorithm").compute_loss(Toy(), REFERRED).kl_reference
         assert shown.tolist() == pytest.approx(expected, rel=1e-9)

@@ -52,7 +52,7 @@ def test_everything_comes_back_to_the_last_bit(folder: Storage) -> None:
     after = load_checkpoint(save_checkpoint(folder, before, keep=2))
     assert after.rounds_done == before.rounds_done and after.statistics == before.statistics
     assert after.tracker_ids == before.tracker_ids and after.ledger_rounds == before.ledger_rounds
-    assert after.set_aside == before.set_aside
+    assert after.dropped == before.dropped
     assert after.learner.policy_version == before.learner.policy_version
     assert after.learner.scaler == before.learner.scaler and after.learner.micro_batch_size == 6
     assert after.learner.machine == MACHINE
@@ -133,11 +133,11 @@ def test_a_damaged_one_ahead_does_not_push_out_the_one_just_saved(folder: Storag
 def test_one_saved_without_the_newer_keys_is_read(folder: Storage) -> None:
     saved = save_checkpoint(folder, checkpoint(2), keep=2)
     state = json.loads(saved.read("state.json"))
-    for key in ("tracker_ids", "ledger_rounds", "set_aside"):
+    for key in ("tracker_ids", "ledger_rounds", "dropped"):
         del state[key]
     saved.write("state.json", json.dumps(state).encode())
     found = load_checkpoint(saved)
-    assert (found.tracker_ids, found.ledger_rounds, found.set_aside) == ({}, 0, {}) and found.rounds_done == 2
+    assert (found.tracker_ids, found.ledger_rounds, found.dropped) == ({}, 0, {}) and found.rounds_done == 2
 
 
 def test_weights_that_are_not_what_they_were_saved_as_are_refused(folder: Storage) -> None:

@@ -3,9 +3,9 @@
 import pytest
 
 from tests.gradients import ONE_STEP
-from tests.rounds import draw_round, learner_of, parts_with, stale
+from tests.rounds import learner_of, parts_with, sample_round, stale
 
-NATS = [-2.0, -0.5, 0.5, 2.0]  # by which steps have moved since they were drawn
+NATS = [-2.0, -0.5, 0.5, 2.0]  # by which steps have moved since they were sampled
 
 
 def clip_fraction(tables: dict, resolution: int, clip: dict[str, float]) -> float:
@@ -13,10 +13,10 @@ def clip_fraction(tables: dict, resolution: int, clip: dict[str, float]) -> floa
     tables = {**tables, "algorithm": {"name": "ddpo_is", **clip}}
     parts = parts_with(tables, policy__resolution=resolution, **ONE_STEP)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    elements = drawn.trajectories[0].latents[0, 0].numel()
+    sampled = sample_round(parts, learner.weights()[-1])
+    elements = sampled.trajectories[0].latents[0, 0].numel()
     assert elements == 4 * (resolution // 2) ** 2
-    moved = stale(drawn, [nats / elements for nats in NATS])
+    moved = stale(sampled, [nats / elements for nats in NATS])
     metrics, _ = learner.update(moved.batch, *moved.trajectories)
     return metrics["clip_fraction"]
 
@@ -36,8 +36,8 @@ def test_with_clip_range_it_does_not(tables: dict) -> None:
 def test_the_share_is_told_step_by_step(tables: dict) -> None:
     parts = parts_with({**tables, "algorithm": {"name": "ddpo_is", "clip_nats": 1.0}}, **ONE_STEP)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    moved = stale(drawn, [nats / 256 for nats in NATS])
+    sampled = sample_round(parts, learner.weights()[-1])
+    moved = stale(sampled, [nats / 256 for nats in NATS])
     metrics, _ = learner.update(moved.batch, *moved.trajectories)
     of_steps = [metrics[f"clip_fraction/step_{step:02d}"] for step in range(4)]
     assert sum(of_steps) / 4 == pytest.approx(metrics["clip_fraction"])

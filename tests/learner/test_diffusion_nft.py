@@ -81,7 +81,7 @@ def test_loss_and_gradient_are_the_authors_on_flow_models(
     scatter(policy.network)
     batch = noised_batch(policy)
     algorithm = build(ALGORITHMS, {"name": "diffusion_nft", "beta": beta, "kl_coef": 1e-2}, "algorithm")
-    ours = algorithm.pair_loss(policy, batch)
+    ours = algorithm.compute_loss(policy, batch)
     sigmas = policy.steps.training_sigmas[batch.timesteps]
     assert 0 < float(sigmas[0]) < 0.05
     old, pretrained = batch.old_predictions.double(), batch.reference_predictions.double()
@@ -98,7 +98,7 @@ def test_on_a_unet_errors_are_measured_in_what_it_predicts(tiny_model: Path) -> 
     assert_accepted("DiffusionNFT on a UNet")
     policy = tiny_policy(tiny_model)
     batch = dataclasses.replace(noised_batch(policy), reference_predictions=None)
-    loss = DiffusionNFT().pair_loss(policy, batch).loss.detach()
+    loss = DiffusionNFT().compute_loss(policy, batch).loss.detach()
     with torch.no_grad():
         predicted, target = policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)
     expected = []

@@ -9,11 +9,11 @@ RED, WHITE = [255, 0, 0], [255, 255, 255]
 
 
 def test_a_drawing_is_rendered_on_white_at_its_own_place() -> None:
-    picture = SQUARE.render(32)
-    assert picture.shape == (32, 32, 3)
-    assert picture[16, 16].tolist() == RED
-    assert picture[2, 2].tolist() == WHITE
-    assert np.all(picture == RED, axis=-1).mean() == 0.25  # half the side, a quarter of the area
+    image = SQUARE.render(32)
+    assert image.shape == (32, 32, 3)
+    assert image[16, 16].tolist() == RED
+    assert image[2, 2].tolist() == WHITE
+    assert np.all(image == RED, axis=-1).mean() == 0.25  # half the side, a quarter of the area
 
 
 def test_scale_makes_it_larger_and_shift_moves_it_to_the_right_and_down() -> None:

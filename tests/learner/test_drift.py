@@ -6,7 +6,7 @@ import pytest
 from ray_ddpo.learner.drift import few
 from ray_ddpo.learner.process_group import Ranks
 from ray_ddpo.learner.round_data.transitions import round_transitions
-from tests.rounds import draw_round, learner_of, parts_with
+from tests.rounds import learner_of, parts_with, sample_round
 
 
 @pytest.mark.parametrize(
@@ -17,8 +17,8 @@ def test_whole_images_are_looked_at_that_fill_no_more_than_one_batch(
     size: int, images: int, batches: list[int], tables: dict
 ) -> None:
     parts = parts_with(tables, sampling__num_steps=4, sampling__step_fraction=1.0)
-    drawn = draw_round(parts, learner_of(parts).weights()[0], 0)
-    transitions = round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
+    sampled = sample_round(parts, learner_of(parts).weights()[0], 0)
+    transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
     order = np.array([3, 1, 2, 0])
     steps = transitions.optimizer_steps(order, 2, ())
     looked_at = list(few(transitions, steps, size, Ranks()))

@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.algorithms.advantages import (
     extend_statistics,
     group_advantages,
     per_prompt_advantages,
     round_advantages,
 )
-from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
+from tests.rounds import SampledRound, learner_of, parts_with, sample_round
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, -1e9 / 7, 0.0])
@@ -33,18 +33,18 @@ def test_only_the_group_without_spread_has_advantages_of_0() -> None:
     assert advantages[:3].tolist() == [0] * 3 and np.all(advantages[[3, 5]] != 0)
 
 
-def with_worth(drawn: DrawnRound, worth: float) -> DrawnRound:
-    advantages = np.full(len(drawn.batch.advantages), worth)
-    return DrawnRound(dataclasses.replace(drawn.batch, advantages=advantages), drawn.trajectories)
+def with_worth(sampled: SampledRound, worth: float) -> SampledRound:
+    advantages = np.full(len(sampled.batch.advantages), worth)
+    return SampledRound(dataclasses.replace(sampled.batch, advantages=advantages), sampled.trajectories)
 
 
-def second_round(parts: Parts, worth: float) -> tuple[dict[str, float], bool]:
+def second_round(parts: Components, worth: float) -> tuple[dict[str, float], bool]:
     """Learn from an ordinary round, then from one whose images are all worth the same; its metrics, and if it moved anything."""
     learner = learner_of(parts)
-    first = draw_round(parts, learner.weights()[-1])
+    first = sample_round(parts, learner.weights()[-1])
     learner.update(first.batch, *first.trajectories)
     before = learner.state()
-    second = with_worth(draw_round(parts, learner.weights()[-1], 1), worth)
+    second = with_worth(sample_round(parts, learner.weights()[-1], 1), worth)
     metrics, after = learner.update(second.batch, *second.trajectories)
     same = after.trained.fingerprint == before.trained.fingerprint
     moments = all(np.array_equal(after.optimizer[name], before.optimizer[name]) for name in before.optimizer)

@@ -17,7 +17,7 @@ from ray_ddpo.deploy.commands.plan.numbers import plan_of
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.train import train
-from tests.rounds import draw_round, parts_with
+from tests.rounds import parts_with, sample_round
 from tests.tiny_policy import SAMPLING, tiny_policy
 
 FULL = {"policy__train": "full", "learner__learning_rate": 1e-5}
@@ -31,8 +31,8 @@ def test_in_bfloat16_weights_gradients_and_moments_are_float32_and_small_steps_a
     parts = parts_with(tables, **HALF, learner__optimizer=optimizer, learner__weight_decay=0)
     learner = Learner(parts.policy, parts.algorithm, parts.recipe)
     before = learner.weights()[-1]
-    drawn = draw_round(parts, before)
-    metrics, state = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, before)
+    metrics, state = learner.update(sampled.batch, *sampled.trajectories)
     floats = {value.dtype for value in state.optimizer.values()} - {np.dtype("uint8"), np.dtype("int64")}
     assert floats == {np.dtype("float32")} and metrics["grad_norm"] > 0
     old, new = before.arrays(), state.trained.arrays()
@@ -49,8 +49,8 @@ def test_in_bfloat16_sampler_and_learner_compute_the_same(micro_batch_size: int,
     values = {**HALF, "sampling__batch_size": 8, "sampling__batches_per_round": 1, "learner__batch_size": 8}
     parts = parts_with(tables, **values, learner__micro_batch_size=micro_batch_size, algorithm__clip_range=1e-4)
     learner = Learner(parts.policy, parts.algorithm, parts.recipe)
-    drawn = draw_round(parts, learner.weights()[-1])
-    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, learner.weights()[-1])
+    metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     print(f"micro-batches of {micro_batch_size}: largest |log ratio| {metrics['ratio/max_abs_log']:.1e}")
     assert metrics["ratio/max_abs_log"] == 0.0 and metrics["clip_fraction"] == 0.0
 
@@ -79,7 +79,7 @@ def test_a_plan_counts_gradients_and_moments_for_the_learner_alone(role: Role, t
         assert sizes.learner.fixed >= 4 * network  # weights, gradients, two moments
         return
     held = network + sum(parameter_bytes(part) for part in (policy.vae, *policy.text_encoders))
-    assert held <= sizes.drawing.fixed < held + 0.1 * network
+    assert held <= sizes.sampling.fixed < held + 0.1 * network
     assert all(value.grad is None for value in trained_parameters(policy.network).values())
 
 

@@ -10,8 +10,8 @@ from ray_ddpo.common.recipe.tables import GuardTable
 from ray_ddpo.deploy.evaluation.guard import Alarm, Judged, Look, alarms, best_version, is_over
 
 SETTINGS = GuardTable(dark_share=0.3, sharpness=0.5, entropy=0.5, diversity=0.5)
-PICTURES = {"dark_share": 0.1, "sharpness": 100.0, "entropy": 6.0, "diversity": 0.2}
-BASE = Look({"clip_score": np.array([1.0, 3.0, 2.0, 2.0])}, PICTURES)  # spread: √(2/3) = .816
+IMAGES = {"dark_share": 0.1, "sharpness": 100.0, "entropy": 6.0, "diversity": 0.2}
+BASE = Look({"clip_score": np.array([1.0, 3.0, 2.0, 2.0])}, IMAGES)  # spread: √(2/3) = .816
 
 
 def about(now: Look, settings: GuardTable = SETTINGS) -> list[str]:
@@ -22,8 +22,8 @@ def with_scores(*scores: float) -> Look:
     return replace(BASE, scores={"clip_score": np.array(scores)})
 
 
-def with_pictures(**values: float) -> Look:
-    return replace(BASE, pictures=PICTURES | values)
+def with_images(**values: float) -> Look:
+    return replace(BASE, images=IMAGES | values)
 
 
 def test_nothing_is_found_where_nothing_changed() -> None:
@@ -51,15 +51,15 @@ def test_a_rise_and_pictures_without_a_score_are_no_fall() -> None:
 
 
 def test_the_dark_share_may_rise_by_so_much() -> None:
-    assert about(with_pictures(dark_share=0.4)) == [] and about(with_pictures(dark_share=0.41)) == ["dark_share"]
+    assert about(with_images(dark_share=0.4)) == [] and about(with_images(dark_share=0.41)) == ["dark_share"]
 
 
 @pytest.mark.parametrize("name", ["sharpness", "entropy", "diversity"])
 def test_a_share_of_the_pretrained_models_must_be_left(name: str) -> None:
-    assert about(with_pictures(**{name: PICTURES[name] * 0.5})) == []
-    assert about(with_pictures(**{name: PICTURES[name] * 0.49})) == [name]
-    assert about(with_pictures(**{name: 0.0}), SETTINGS.model_copy(update={name: 0.0})) == []
-    assert about(with_pictures(**{name: math.nan})) == []
+    assert about(with_images(**{name: IMAGES[name] * 0.5})) == []
+    assert about(with_images(**{name: IMAGES[name] * 0.49})) == [name]
+    assert about(with_images(**{name: 0.0}), SETTINGS.model_copy(update={name: 0.0})) == []
+    assert about(with_images(**{name: math.nan})) == []
 
 
 def test_the_kl_is_watched_where_the_recipe_has_a_limit() -> None:
@@ -70,7 +70,7 @@ def test_the_kl_is_watched_where_the_recipe_has_a_limit() -> None:
 
 
 def test_an_alarm_says_its_numbers() -> None:
-    (alarm,) = alarms(BASE, with_pictures(sharpness=20.0), [], SETTINGS)
+    (alarm,) = alarms(BASE, with_images(sharpness=20.0), [], SETTINGS)
     assert alarm.says == "sharpness is 20 and was 100: 20% of it is left, under 50%"
 
 

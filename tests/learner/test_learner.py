@@ -22,7 +22,7 @@ from tests.gradients import (
     updated,
 )
 from tests.reference import ddpo_reference as reference
-from tests.rounds import DrawnRound, draw_round, learner_of, parts_with, stale
+from tests.rounds import SampledRound, learner_of, parts_with, sample_round, stale
 
 
 def test_a_learner_that_sees_another_folder_than_the_driver_says_so(tables: dict, tmp_path: Path) -> None:
@@ -43,15 +43,15 @@ def test_of_two_updates_on_stale_data_the_second_has_the_references_ratios_clip_
     values = {**ONE_STEP, "learner__learning_rate": 3e-3}
     once, twice = parts_with(tables, **values), parts_with(tables, **values, learner__inner_epochs=2)
     learner = learner_of(once)
-    drawn = stale(draw_round(once, learner.weights()[-1]), SHIFTS)
-    first, after = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = stale(sample_round(once, learner.weights()[-1]), SHIFTS)
+    first, after = learner.update(sampled.batch, *sampled.trajectories)
     again = learner_of(twice)
-    both, _ = again.update(drawn.batch, *drawn.trajectories)
+    both, _ = again.update(sampled.batch, *sampled.trajectories)
 
     network = reference_network(tiny_model, after.weights[-1])
     unconditional = reference.text_embedding(tiny_model, "").double()
     setting = reference.Setting(model_alphas(tiny_model), num_steps=4, guidance_scale=3.0, clip_range=1e-3)
-    paths = reference_paths(drawn, tiny_model)
+    paths = reference_paths(sampled, tiny_model)
     ratios = np.array(reference.ddpo_ratios(network, unconditional, paths, setting))
     assert both["ratio/min"] == pytest.approx(min(first["ratio/min"], ratios.min()), rel=1e-5)
     assert both["ratio/max"] == pytest.approx(max(first["ratio/max"], ratios.max()), rel=1e-5)
@@ -66,22 +66,22 @@ def test_of_two_updates_on_stale_data_the_second_has_the_references_ratios_clip_
 
 
 @pytest.mark.parametrize(
-    ("shifts", "step_fraction"),
+    ("shifts", "timestep_fraction"),
     [([0.0], 1.0), (SHIFTS, 1.0), (SHIFTS, 0.5)],
     ids=["on_policy", "off_policy", "half_of_the_steps"],
 )
 def test_the_gradient_of_an_update_is_that_of_the_papers_taken_image_by_image_and_step_by_step(
-    shifts: list[float], step_fraction: float, tables: dict, tiny_model: Path
+    shifts: list[float], timestep_fraction: float, tables: dict, tiny_model: Path
 ) -> None:
-    parts = parts_with(tables, sampling__num_steps=8, sampling__step_fraction=step_fraction, **ONE_STEP)
+    parts = parts_with(tables, sampling__num_steps=8, sampling__step_fraction=timestep_fraction, **ONE_STEP)
     learner = learner_of(parts)
     weights = learner.weights()[-1]
-    drawn = stale(draw_round(parts, weights), shifts)
-    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = stale(sample_round(parts, weights), shifts)
+    metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     assert (metrics["clip_fraction"] > 0.2) == (len(shifts) > 1)  # the clip has something to do, or nothing
     setting = reference.Setting(model_alphas(tiny_model), num_steps=8, guidance_scale=3.0, clip_range=1e-3)
     unconditional = reference.text_embedding(tiny_model, "").double()
-    network, paths = reference_network(tiny_model, weights), reference_paths(drawn, tiny_model)
+    network, paths = reference_network(tiny_model, weights), reference_paths(sampled, tiny_model)
     expected = reference.ddpo_gradient(network, unconditional, paths, setting)
     error = relative_error(gradient_of(learner), {name: value.numpy() for name, value in expected.items()})
     print(f"relative error of the gradient: {error:.1e}")
@@ -94,9 +94,9 @@ def test_the_gradient_of_an_update_is_that_of_the_papers_taken_image_by_image_an
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 16])
 def test_the_micro_batch_size_does_not_change_the_update(micro_batch_size: int, tables: dict) -> None:
     parts = parts_with(tables, **ONE_STEP)
-    drawn = stale(draw_round(parts, learner_of(parts).weights()[-1]), SHIFTS)
-    expected = gradient_of(updated(tables, drawn))
-    error = relative_error(gradient_of(updated(tables, drawn, learner__micro_batch_size=micro_batch_size)), expected)
+    sampled = stale(sample_round(parts, learner_of(parts).weights()[-1]), SHIFTS)
+    expected = gradient_of(updated(tables, sampled))
+    error = relative_error(gradient_of(updated(tables, sampled, learner__micro_batch_size=micro_batch_size)), expected)
     print(f"relative error at micro_batch_size {micro_batch_size}: {error:.1e}")
     assert error < 3e-5
 
@@ -111,35 +111,35 @@ def test_accumulated_batches_are_one_larger_batch(tables: dict) -> None:
 def test_two_optimizer_steps_and_two_inner_epochs_are_counted_and_change_the_weights(tables: dict) -> None:
     parts = parts_with(tables, learner__inner_epochs=2)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, learner.weights()[-1])
+    metrics, after = learner.update(sampled.batch, *sampled.trajectories)
     weights = after.weights[-1]
     assert metrics["optimizer_steps"] == 2 * 2  # 8 images, 4 an optimizer step, twice
     steps = {name: value for name, value in learner.state().optimizer.items() if name.endswith("/step")}
     assert {float(value) for value in steps.values()} == {4.0}
-    assert weights.policy_version == 1 and weights.fingerprint != drawn.batch.reports[0].fingerprint
+    assert weights.policy_version == 1 and weights.fingerprint != sampled.batch.reports[0].fingerprint
 
 
 def test_before_the_first_optimizer_step_every_ratio_is_one(tables: dict) -> None:
     parts = parts_with(tables, algorithm__clip_range=1e-4, learner__micro_batch_size=4)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, learner.weights()[-1])
+    metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     print(f"ratio/max_abs_log before any update: {metrics['ratio/max_abs_log']:.1e}")
     assert metrics["ratio/max_abs_log"] <= 0.01 * 1e-4
-    assert metrics["ratio/max"] > 1 + 1e-4  # the second optimizer step is no longer on the policy that drew
+    assert metrics["ratio/max"] > 1 + 1e-4  # the second optimizer step is no longer on the policy that sampled
 
 
 def test_in_bfloat16_at_most_a_hundredth_of_the_pairs_is_outside_the_clip_range_at_the_start(tables: dict) -> None:
     values = {**ONE_STEP, "policy__dtype": "bfloat16", "algorithm__clip_range": 1e-4}
     parts = parts_with(tables, **values)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, learner.weights()[-1])
+    metrics, after = learner.update(sampled.batch, *sampled.trajectories)
     weights = after.weights[-1]
     print(f"bfloat16: {metrics['clip_fraction']:.1%} outside, largest |log ratio| {metrics['ratio/max_abs_log']:.1e}")
     assert metrics["clip_fraction"] <= 0.01
-    assert weights.fingerprint != drawn.batch.reports[0].fingerprint
+    assert weights.fingerprint != sampled.batch.reports[0].fingerprint
 
 
 def test_in_float16_a_step_that_overflows_is_left_out_and_counted_while_the_version_advances(tables: dict) -> None:
@@ -148,14 +148,14 @@ def test_in_float16_a_step_that_overflows_is_left_out_and_counted_while_the_vers
     state = learner.state()
     learner.load_state(dataclasses.replace(state, scaler={**state.scaler, "scale": 2.0**100}))
     before = learner.weights()[-1]
-    drawn = draw_round(parts, before)
-    metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, before)
+    metrics, after = learner.update(sampled.batch, *sampled.trajectories)
     weights = after.weights[-1]
     assert metrics["optimizer_steps"] == metrics["optimizer_steps_skipped"] == 1
     assert weights.policy_version == 1 and weights.fingerprint == before.fingerprint
     assert learner.state().scaler["scale"] == 2.0**99
     calm = learner_of(parts)
-    assert calm.update(drawn.batch, *drawn.trajectories)[0]["optimizer_steps_skipped"] == 0
+    assert calm.update(sampled.batch, *sampled.trajectories)[0]["optimizer_steps_skipped"] == 0
 
 
 def test_the_norm_of_the_gradient_is_limited(tables: dict) -> None:
@@ -169,10 +169,10 @@ def test_the_norm_of_the_gradient_is_limited(tables: dict) -> None:
 def test_a_learner_that_goes_on_from_a_state_arrives_at_the_same_bits(dtype: str, tables: dict) -> None:
     parts = parts_with(tables, max_policy_lag=1, policy__dtype=dtype, sampling__num_steps=2)
     learner = learner_of(parts)
-    first = draw_round(parts, learner.weights()[-1], round=0)
+    first = sample_round(parts, learner.weights()[-1], round=0)
     learner.update(first.batch, *first.trajectories)
     state = learner.state()
-    second = draw_round(parts, learner.weights()[0], round=1)
+    second = sample_round(parts, learner.weights()[0], round=1)
     expected_metrics, after = learner.update(second.batch, *second.trajectories)
     expected = after.weights[-1]
 
@@ -191,11 +191,11 @@ def test_a_learner_that_goes_on_from_a_state_arrives_at_the_same_bits(dtype: str
 def test_a_state_is_a_copy_that_later_updates_do_not_change(tables: dict) -> None:
     parts = parts_with(tables, **ONE_STEP)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, learner.weights()[-1])
+    learner.update(sampled.batch, *sampled.trajectories)
     state = learner.state()
     before = {name: value.copy() for name, value in state.optimizer.items()}
-    again = draw_round(parts, learner.weights()[-1], round=1)
+    again = sample_round(parts, learner.weights()[-1], round=1)
     learner.update(again.batch, *again.trajectories)
     assert all(np.array_equal(value, before[name]) for name, value in state.optimizer.items())
     assert any(not np.array_equal(value, before[name]) for name, value in learner.state().optimizer.items())
@@ -217,38 +217,38 @@ def test_as_many_versions_are_kept_as_the_lag_may_ask_for(lag: int, tables: dict
     parts = parts_with(tables, max_policy_lag=lag, sampling__num_steps=2, **ONE_STEP)
     learner = learner_of(parts)
     for round in range(3):
-        drawn = draw_round(parts, learner.weights()[0 if round else -1], round)
-        learner.update(drawn.batch, *drawn.trajectories)
+        sampled = sample_round(parts, learner.weights()[0 if round else -1], round)
+        learner.update(sampled.batch, *sampled.trajectories)
     assert [weights.policy_version for weights in learner.weights()] == list(range(3 - lag, 4))
 
 
 @pytest.fixture
-def refusing(tables: dict) -> tuple[Learner, DrawnRound]:
+def refusing(tables: dict) -> tuple[Learner, SampledRound]:
     parts = parts_with(tables, **ONE_STEP)
     learner = learner_of(parts)
-    return learner, draw_round(parts, learner.weights()[-1])
+    return learner, sample_round(parts, learner.weights()[-1])
 
 
-def test_a_trajectory_drawn_with_other_weights_is_refused(refusing: tuple[Learner, DrawnRound]) -> None:
-    learner, drawn = refusing
+def test_a_trajectory_drawn_with_other_weights_is_refused(refusing: tuple[Learner, SampledRound]) -> None:
+    learner, sampled = refusing
     known = learner.weights()[-1].fingerprint
-    text = f"task 0 of round 0 was drawn with weights 0123456789ab, and version 0 is {known[:12]}"
+    text = f"task 0 of round 0 was sampled with weights 0123456789ab, and version 0 is {known[:12]}"
     with pytest.raises(RuntimeError, match=text):
-        learner.update(drawn.with_reports(fingerprint="0123456789abcdef"), *drawn.trajectories)
+        learner.update(sampled.with_reports(fingerprint="0123456789abcdef"), *sampled.trajectories)
     assert learner.weights()[-1].fingerprint == known
 
 
-def test_a_trajectory_of_a_version_that_is_no_longer_kept_is_refused(refusing: tuple[Learner, DrawnRound]) -> None:
-    learner, drawn = refusing
-    learner.update(drawn.batch, *drawn.trajectories)
-    with pytest.raises(RuntimeError, match=r"was drawn with version 0, and the learner keeps \[1\]"):
-        learner.update(drawn.batch, *drawn.trajectories)
+def test_a_trajectory_of_a_version_that_is_no_longer_kept_is_refused(refusing: tuple[Learner, SampledRound]) -> None:
+    learner, sampled = refusing
+    learner.update(sampled.batch, *sampled.trajectories)
+    with pytest.raises(RuntimeError, match=r"was sampled with version 0, and the learner keeps \[1\]"):
+        learner.update(sampled.batch, *sampled.trajectories)
 
 
-def test_a_sampler_that_did_not_bind_every_parameter_is_refused(refusing: tuple[Learner, DrawnRound]) -> None:
-    learner, drawn = refusing
+def test_a_sampler_that_did_not_bind_every_parameter_is_refused(refusing: tuple[Learner, SampledRound]) -> None:
+    learner, sampled = refusing
     with pytest.raises(RuntimeError, match="task 0 of round 0: its sampler bound 63 of 64 parameters"):
-        learner.update(drawn.with_reports(modules_bound=63), *drawn.trajectories)
+        learner.update(sampled.with_reports(num_loaded_params=63), *sampled.trajectories)
 
 
 def test_a_micro_batch_that_does_not_fit_the_steps_with_noise_is_refused_at_the_start(
@@ -266,15 +266,15 @@ def test_the_kl_to_the_pretrained_model_is_that_of_both_policies_transitions(tab
     values = {"learner__batch_size": 8, "learner__micro_batch_size": 32, "rounds": 4}  # all pairs are looked at
     evaluated, others = (parts_with(tables, **values, evaluation__every=every) for every in (1, 0))
     learner, unwatched = learner_of(evaluated), learner_of(others)
-    drawn = draw_round(evaluated, learner.weights()[-1])
-    metrics, state = learner.update(drawn.batch, *drawn.trajectories)
-    without, same = unwatched.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(evaluated, learner.weights()[-1])
+    metrics, state = learner.update(sampled.batch, *sampled.trajectories)
+    without, same = unwatched.update(sampled.batch, *sampled.trajectories)
     assert same.trained.fingerprint == state.trained.fingerprint and "kl_reference_nats" not in without
     policy = evaluated.policy.load("cpu", evaluated.recipe.sampling, "learner")
     load_weights(policy.network, state.trained)
     found = []
     with torch.no_grad():
-        for trajectory in drawn.trajectories:
+        for trajectory in sampled.trajectories:
             rows = select_rows(trajectory.conditioning, trajectory.prompt_index)
             for place in range(trajectory.steps.shape[1]):
                 arguments = trajectory.latents[:, place], trajectory.steps[:, place], rows

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from ray_ddpo.learner.process_group import Meeting, RankLost, Ranks, error_of_collective, is_lost_rank
+from ray_ddpo.learner.process_group import RankLost, Ranks, Rendezvous, error_of_collective, is_lost_rank
 from tests.failure_page import assert_documented
 
 # As torch 2.3 to 2.13 with NCCL 2.14 to 2.28 say it where another process or its machine is gone, or does not answer.
@@ -83,7 +83,7 @@ def test_errors_outside_of_collectives_are_lost_ranks_if_a_backend_raises_them()
 def test_ranks_on_one_gpu_are_the_users_to_mend_and_missing_memory_stays_what_it_is() -> None:
     found = error_of_collective(Ranks(1, 2), SHARED_GPU)
     assert isinstance(found, ValueError) and "\n" not in str(found)
-    assert str(found).startswith("learner.ranks: rank 1 of 2 cannot compute with NCCL: ")
+    assert str(found).startswith("learner.world_size: rank 1 of 2 cannot compute with NCCL: ")
     assert "rank 1 and rank 0 both on CUDA device 1000; give each rank" in str(found)
     situation = "two ranks of the learner have one GPU, though `learner.num_gpus` is above 0.5"
     assert_documented(situation, 2, f"ddpo train: {found}")
@@ -93,21 +93,21 @@ def test_ranks_on_one_gpu_are_the_users_to_mend_and_missing_memory_stays_what_it
 
 @pytest.mark.skipif(distributed.is_nccl_available(), reason="this torch has NCCL")
 def test_a_torch_without_nccl_is_told_by_the_key_that_asks_for_it(first_group: None) -> None:
-    meeting = Meeting("127.0.0.1")
+    rendezvous = Rendezvous("127.0.0.1")
     with pytest.raises(
-        ValueError, match="learner.ranks: rank 0 of 2.*NCCL built in; .* learner.num_gpus to 0.5 or less"
+        ValueError, match="learner.world_size: rank 0 of 2.*NCCL built in; .* learner.num_gpus to 0.5 or less"
     ):
-        Ranks(0, 2).join(meeting.address, "cuda")
+        Ranks(0, 2).join(rendezvous.address, "cuda")
 
 
 def test_a_rank_killed_in_the_middle_of_a_collective_is_lost_to_the_other(first_group: None) -> None:
-    meeting = Meeting("127.0.0.1")
-    command = [sys.executable, "-c", OTHER_RANK, meeting.address]
+    rendezvous = Rendezvous("127.0.0.1")
+    command = [sys.executable, "-c", OTHER_RANK, rendezvous.address]
     other = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE)
     kill = threading.Timer(0.2, other.kill)
     ranks, weights = Ranks(0, 2, timeout_seconds=60.0), torch.nn.Parameter(torch.zeros(2**24))
     try:
-        ranks.join(meeting.address, "cpu")
+        ranks.join(rendezvous.address, "cpu")
         ranks.reduce_gradients([weights])
         kill.start()
         with pytest.raises(RankLost, match="rank 0 of 2 has lost the others: .*peer") as lost:

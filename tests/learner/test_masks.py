@@ -24,15 +24,15 @@ BAND = 1e-3
 
 
 def masked_batch() -> TransitionBatch:
-    """Pairs with all references, and behaviour means near the present ones for the rows that are left alone."""
+    """Pairs with all references, and behavior means near the present ones for the rows that are left alone."""
     means = Toy().network["theta"].detach() * REFERRED.latents
     far = torch.tensor([0.01 if row in LEFT else 10.0 for row in range(PAIRS)]).view(-1, 1, 1, 1)
     shifted = REFERRED.old_log_probs + torch.linspace(-2e-3, 2e-3, PAIRS)
-    return dataclasses.replace(REFERRED, behaviour_means=means + far * normal(8), proximal_log_probs=shifted)
+    return dataclasses.replace(REFERRED, behavior_means=means + far * normal(8), proximal_log_probs=shifted)
 
 
 BATCH = masked_batch()
-PROXIMAL = {"ratio": "proximal", "behaviour_weight": BAND, "max_drift_nats": LIMIT}
+PROXIMAL = {"ratio": "proximal", "importance_weight": BAND, "max_drift_nats": LIMIT}
 CASES: dict[
     str, tuple[dict[str, Any], float, bool]
 ] = {  # keys, coefficient of the KL in nats, against the proximal policy
@@ -51,7 +51,7 @@ def result_of(case: str, batch: TransitionBatch, toy: Toy):
     batch = batch if proximal else dataclasses.replace(batch, proximal_log_probs=None)
     if not CASES[case][1]:
         batch = dataclasses.replace(batch, reference_means=None)
-    return algorithm.pair_loss(toy, batch)
+    return algorithm.compute_loss(toy, batch)
 
 
 def slow_loss(case: str) -> Slow:

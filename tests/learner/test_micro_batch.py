@@ -8,7 +8,7 @@ import torch
 
 import ray_ddpo.learner.optimization.micro_batch as module
 from ray_ddpo.learner.optimization.micro_batch import MOST_ON_CPU, StepTrial, largest_that_fits
-from tests.rounds import draw_round, learner_of, parts_with
+from tests.rounds import learner_of, parts_with, sample_round
 
 Memory = namedtuple("Memory", "available")
 AUTO = {"learner__micro_batch_size": "auto"}
@@ -53,8 +53,8 @@ def test_a_run_with_little_memory_takes_less_and_says_what_to_do_about_none(
 
 def test_the_number_found_learns_as_the_same_number_given(tables: dict) -> None:
     found, given = (learner_of(parts_with(tables, learner__micro_batch_size=size)) for size in ("auto", 16))
-    drawn = draw_round(parts_with(tables, **AUTO), found.weights()[-1])
-    (metrics, state), (_, other) = (learner.update(drawn.batch, *drawn.trajectories) for learner in (found, given))
+    sampled = sample_round(parts_with(tables, **AUTO), found.weights()[-1])
+    (metrics, state), (_, other) = (learner.update(sampled.batch, *sampled.trajectories) for learner in (found, given))
     assert metrics["learner/micro_batch_size"] == 16
     assert state.trained.fingerprint == other.trained.fingerprint
     assert state.micro_batch_size == other.micro_batch_size == 16
@@ -67,8 +67,8 @@ def test_a_learner_goes_on_with_the_number_that_was_found_before(tables: dict, m
     after = learner_of(parts)
     assert after.state().micro_batch_size == 2
     after.load_state(before.state())
-    drawn = draw_round(parts, before.weights()[-1])
-    trained = [learner.update(drawn.batch, *drawn.trajectories)[1].trained for learner in (before, after)]
+    sampled = sample_round(parts, before.weights()[-1])
+    trained = [learner.update(sampled.batch, *sampled.trajectories)[1].trained for learner in (before, after)]
     assert trained[0].fingerprint == trained[1].fingerprint
     after.load_state(dataclasses.replace(before.state(), micro_batch_size=None))  # of an older checkpoint
     assert after.state().micro_batch_size == 16

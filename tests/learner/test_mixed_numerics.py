@@ -13,11 +13,11 @@ from ray_ddpo.common.diffusion import diffusers_policy
 from ray_ddpo.common.diffusion.compiled import CompiledNetwork
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.driver.components import entries_of, parts_of
+from ray_ddpo.deploy.driver.components import build_components, components_of
 from ray_ddpo.learner.weight_check import WeightsDidNotArrive, computes_as_samplers
 from tests.conftest import small_tables
 from tests.model_copies import copied
-from tests.rounds import draw_round, learner_of, moved, parts_with
+from tests.rounds import learner_of, moved, parts_with, sample_round
 
 HALF = {"policy__sampler_dtype": "bfloat16"}
 OWN = {"algorithm__off_policy__ratio": "proximal"}
@@ -26,21 +26,21 @@ OWN = {"algorithm__off_policy__ratio": "proximal"}
 def test_the_plain_ratio_is_refused_with_the_keys_that_are_at_odds(tables: dict) -> None:
     with pytest.raises(ValueError, match='sampler_dtype .bfloat16.*ratio = "proximal"'):
         parts_with(tables, **HALF)
-    assert entries_of(parts_with(tables, **HALF, **OWN).recipe).policy.numerics_differ
+    assert components_of(parts_with(tables, **HALF, **OWN).recipe).policy.numerics_differ
     sf = {**tables, "algorithm": {"name": "ddpo_sf"}}  # looks at no log-prob of the sampler's
-    assert parts_of(parts_with(sf, **HALF, learner__batch_size=8).recipe).policy.sampler_dtype == "bfloat16"
+    assert build_components(parts_with(sf, **HALF, learner__batch_size=8).recipe).policy.sampler_dtype == "bfloat16"
 
 
 def test_the_samplers_rounding_moves_no_ratio_where_it_is_to_the_learners_own_log_probs(tables: dict) -> None:
     parts = parts_with(tables, **HALF, **OWN, learner__batch_size=8)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    metrics, state = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, learner.weights()[-1])
+    metrics, state = learner.update(sampled.batch, *sampled.trajectories)
     assert metrics["ratio/max_abs_log"] > 1e-5  # the sampler's log-probs are another network's
     assert metrics["clip_fraction"] == 0.0  # and the loss's ratio is 1 before any update
     assert metrics["log_prob_check/rounding"] > 1e-5
     assert metrics["log_prob_check/max_abs"] == 0.0  # computed as the sampler does, they are the same bits
-    assert state.weights[-1].fingerprint != drawn.batch.reports[0].fingerprint
+    assert state.weights[-1].fingerprint != sampled.batch.reports[0].fingerprint
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -51,19 +51,19 @@ def test_no_rounding_ends_a_run_and_weights_that_did_not_arrive_do(lag: int, tab
     learner = learner_of(parts)
     for round in range(2):
         claimed = learner.weights()[0]
-        drawn = draw_round(parts, claimed, round)
-        wrong = draw_round(parts, moved(claimed, seed=2), round)
+        sampled = sample_round(parts, claimed, round)
+        wrong = sample_round(parts, moved(claimed, seed=2), round)
         with pytest.raises(WeightsDidNotArrive, match="when computed as the sampler computes"):
             learner.update(wrong.with_reports(fingerprint=claimed.fingerprint), *wrong.trajectories)
-        learner.update(drawn.batch, *drawn.trajectories)
+        learner.update(sampled.batch, *sampled.trajectories)
 
 
 def test_merged_adapters_in_half_precision_are_compared_with_merged_ones(tables: dict) -> None:
     keys = {"policy__dtype": "bfloat16", "policy__merge_adapters": True, "learner__log_prob_tolerance": 1e-9}
     parts = parts_with(tables, **OWN, **keys)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, learner.weights()[-1])
+    metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     assert metrics["log_prob_check/rounding"] > 0.0
 
 
@@ -84,8 +84,8 @@ def test_a_second_network_is_kept_only_where_the_first_computes_otherwise() -> N
 def test_a_merged_sampler_in_float32_stays_within_the_usual_tolerance(tables: dict) -> None:
     parts = parts_with(tables, policy__merge_adapters=True)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, learner.weights()[-1])
+    metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     assert 0 < metrics["ratio/max_abs_log"] < 1e-5
 
 
@@ -119,8 +119,8 @@ def test_compiled_both_learn_the_same_as_eager_within_rounding(one_block_model: 
         parts = parts_with(small_tables(one_block_model, tmp_path), **ONE_SHAPE, **keys)
         learner = learner_of(parts)
         start = torch.cat([torch.from_numpy(each.copy()).flatten() for each in learner.weights()[-1].arrays().values()])
-        drawn = draw_round(parts, learner.weights()[-1])
-        metrics, state = learner.update(drawn.batch, *drawn.trajectories)
+        sampled = sample_round(parts, learner.weights()[-1])
+        metrics, state = learner.update(sampled.batch, *sampled.trajectories)
         after = torch.cat([torch.from_numpy(each.copy()).flatten() for each in state.weights[-1].arrays().values()])
         return metrics, after - start
 
@@ -154,9 +154,9 @@ def test_compiled_in_half_precision_the_proximal_ratio_is_1_until_the_weights_mo
     still = {"learner__learning_rate": 1e-30, "learner__weight_decay": 0, "learner__batch_size": 4}
     parts = parts_with(tables, **OWN, **keys, **still, **ONE_SHAPE)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    metrics, state = learner.update(drawn.batch, *drawn.trajectories)
-    assert state.weights[-1].fingerprint == drawn.batch.reports[0].fingerprint
+    sampled = sample_round(parts, learner.weights()[-1])
+    metrics, state = learner.update(sampled.batch, *sampled.trajectories)
+    assert state.weights[-1].fingerprint == sampled.batch.reports[0].fingerprint
     assert metrics["optimizer_steps"] == 2 and metrics["clip_fraction"] == 0.0
-    limited = np.float32(drawn.batch.advantages).clip(-5, 5)
+    limited = np.float32(sampled.batch.advantages).clip(-5, 5)
     assert metrics["loss"] == pytest.approx(-float(limited.mean()), rel=1e-5)

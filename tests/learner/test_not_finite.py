@@ -20,7 +20,7 @@ from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.optimization.optimizer_steps import NotFinite
 from tests.accepted_page import assert_refused
 from tests.failure_page import assert_documented
-from tests.rounds import draw_round, learner_of, parts_with
+from tests.rounds import learner_of, parts_with, sample_round
 
 MODES = {
     "float32": {},
@@ -59,16 +59,16 @@ def is_finite(arrays: dict[str, np.ndarray]) -> bool:
 def test_a_step_whose_gradient_is_not_finite_is_not_applied(mode: str, tables: dict) -> None:
     parts = parts_with(tables, learner__batch_size=2, **MODES[mode])
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
+    sampled = sample_round(parts, learner.weights()[-1])
     with planted(learner):
         if mode == "float16":  # an overflow of its scaled gradients looks just so, and is the scaler's daily bread
-            metrics, state = learner.update(drawn.batch, *drawn.trajectories)
+            metrics, state = learner.update(sampled.batch, *sampled.trajectories)
             assert metrics["optimizer_steps_not_finite"] == metrics["optimizer_steps_skipped"] == 1
             assert metrics["optimizer_steps"] == 4 and np.isfinite(metrics["grad_norm"])
             assert np.isfinite(state.trained.buffer).all()
         else:
             with pytest.raises(NotFinite) as refused:
-                learner.update(drawn.batch, *drawn.trajectories)
+                learner.update(sampled.batch, *sampled.trajectories)
             text = str(refused.value)
             assert text.startswith(
                 "round 0, optimizer step 2 of 4: the loss (policy) is finite and its gradient is not"
@@ -82,14 +82,14 @@ def test_a_step_whose_gradient_is_not_finite_is_not_applied(mode: str, tables: d
 def test_after_it_the_learner_goes_on_from_its_last_state_to_the_same_bits(tables: dict) -> None:
     parts = parts_with(tables)
     whole, learner = learner_of(parts), learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
+    sampled = sample_round(parts, learner.weights()[-1])
     state = learner.state()
     with planted(learner), pytest.raises(NotFinite):
-        learner.update(drawn.batch, *drawn.trajectories)
+        learner.update(sampled.batch, *sampled.trajectories)
     learner.load_state(state)
     assert (
-        learner.update(drawn.batch, *drawn.trajectories)[1].trained.fingerprint
-        == whole.update(drawn.batch, *drawn.trajectories)[1].trained.fingerprint
+        learner.update(sampled.batch, *sampled.trajectories)[1].trained.fingerprint
+        == whole.update(sampled.batch, *sampled.trajectories)[1].trained.fingerprint
     )
 
 
@@ -98,9 +98,9 @@ def test_float16_whose_scaler_has_nothing_left_to_halve_is_at_its_end(tables: di
     learner = learner_of(parts)
     state = learner.state()
     learner.load_state(dataclasses.replace(state, scaler={**state.scaler, "scale": 1.0}))
-    drawn = draw_round(parts, learner.weights()[-1])
+    sampled = sample_round(parts, learner.weights()[-1])
     with planted(learner), pytest.raises(NotFinite, match='"float16" overflows'):
-        learner.update(drawn.batch, *drawn.trajectories)
+        learner.update(sampled.batch, *sampled.trajectories)
 
 
 @pytest.mark.parametrize("part", ["policy", "kl"])
@@ -112,19 +112,19 @@ def test_the_part_of_the_loss_that_is_not_finite_is_named(
     monkeypatch.setattr(policy_gradient, broken, lambda *given: whole(*given) * torch.nan)
     parts = parts_with({**tables, "algorithm": {"name": "ddpo_is", "kl_coef": 0.1}})
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
+    sampled = sample_round(parts, learner.weights()[-1])
     with pytest.raises(NotFinite, match=re.escape(f"optimizer step 1 of 2: the loss ({part}) is not finite")):
-        learner.update(drawn.batch, *drawn.trajectories)
+        learner.update(sampled.batch, *sampled.trajectories)
 
 
 def test_weights_that_an_update_makes_infinite_are_never_published(tables: dict) -> None:
     parts = parts_with(tables, learner__batch_size=8)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
+    sampled = sample_round(parts, learner.weights()[-1])
     parameter = next(iter(learner._parameters.values()))
     learner._optimizer.register_step_post_hook(lambda *_: parameter.data.view(-1)[:1].fill_(torch.inf))
     with pytest.raises(NotFinite, match=r"round 0: the weights \S+ are not finite after it; .* 0.001 is too high"):
-        learner.update(drawn.batch, *drawn.trajectories)
+        learner.update(sampled.batch, *sampled.trajectories)
     assert [weights.policy_version for weights in learner.weights()] == [0]
 
 

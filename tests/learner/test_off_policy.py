@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from ray_ddpo.common.diffusion.transition import Transition
 from ray_ddpo.learner.algorithms.off_policy import (
-    behaviour_weight,
     decoupled_surrogate,
     drift_nats,
+    importance_weight,
     to_those_left,
     within_drift,
 )
@@ -25,7 +25,7 @@ def logs(*values: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("proximal", "behaviour", "weight"),
+    ("proximal", "behavior", "weight"),
     [
         (1.2, 1.0, 1.2),  # within a band of ln 1.5
         (3.0, 1.0, 1.5),  # held from above
@@ -33,8 +33,8 @@ def logs(*values: float) -> torch.Tensor:
         (2.0, 2.0, 1.0),
     ],
 )
-def test_the_weight_by_hand(proximal: float, behaviour: float, weight: float) -> None:
-    assert behaviour_weight(logs(proximal), logs(behaviour), math.log(1.5)).item() == pytest.approx(weight)
+def test_the_weight_by_hand(proximal: float, behavior: float, weight: float) -> None:
+    assert importance_weight(logs(proximal), logs(behavior), math.log(1.5)).item() == pytest.approx(weight)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_the_decoupled_loss_and_its_gradient_by_hand(
 
 def test_neither_the_weight_nor_the_proximal_policy_has_a_gradient() -> None:
     log_prob, proximal = logs(1.1).requires_grad_(), logs(1.0).requires_grad_()
-    weight = behaviour_weight(proximal, logs(1.05), 0.2)
+    weight = importance_weight(proximal, logs(1.05), 0.2)
     decoupled_surrogate(log_prob, proximal, weight, torch.ones(1), 0.2).sum().backward()
     assert not weight.requires_grad and proximal.grad is None and log_prob.grad is not None
 
@@ -81,12 +81,12 @@ QUADRUPLES = st.lists(
 def test_every_pair_has_the_references_loss(
     pairs: list[tuple[float, float, float, float]], clip_range: float, band: float
 ) -> None:
-    behaviour, first, second, advantages = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    proximal = behaviour + first
+    behavior, first, second, advantages = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    proximal = behavior + first
     log_prob = proximal + second
-    weight = behaviour_weight(proximal, behaviour, band)
+    weight = importance_weight(proximal, behavior, band)
     losses = decoupled_surrogate(log_prob, proximal, weight, advantages, clip_range)
-    triples = zip(log_prob.tolist(), proximal.tolist(), behaviour.tolist(), strict=True)
+    triples = zip(log_prob.tolist(), proximal.tolist(), behavior.tolist(), strict=True)
     expected = [
         reference.decoupled_surrogate(triple, advantage, clip_range, band)
         for triple, advantage in zip(triples, advantages.tolist(), strict=True)
@@ -97,9 +97,9 @@ def test_every_pair_has_the_references_loss(
 def test_drift_by_hand() -> None:
     # two latents of 2 elements: (3² + 4²) / (2 · 0.5²) = 50 nats, and (0 + 1²) / (2 · 2²) = 1/8
     mean = torch.tensor([[3.0, 4.0], [1.0, 0.0]]).view(2, 1, 1, 2)
-    behaviour = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).view(2, 1, 1, 2)
+    behavior = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).view(2, 1, 1, 2)
     std = torch.tensor([0.5, 2.0])
-    found = drift_nats(Transition(mean, std), Transition(behaviour, std))
+    found = drift_nats(Transition(mean, std), Transition(behavior, std))
     assert found.tolist() == [50.0, 0.125]
     assert within_drift(found, 1.0).tolist() == [0.0, 1.0]
     assert within_drift(found, 50.0).tolist() == [1.0, 1.0]
@@ -107,21 +107,21 @@ def test_drift_by_hand() -> None:
 
 def test_drift_is_the_references_and_has_no_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
-    mean, behaviour = (torch.randn(5, 4, 8, 8, generator=generator) for _ in range(2))
+    mean, behavior = (torch.randn(5, 4, 8, 8, generator=generator) for _ in range(2))
     std = torch.tensor([0.1, 0.5, 1.0, 2.0, 3.0])
-    found = drift_nats(Transition(mean.requires_grad_(), std), Transition(behaviour, std))
+    found = drift_nats(Transition(mean.requires_grad_(), std), Transition(behavior, std))
     expected = [
-        reference.gaussian_kl(mean[row].detach().numpy(), behaviour[row].numpy(), float(std[row])) for row in range(5)
+        reference.gaussian_kl(mean[row].detach().numpy(), behavior[row].numpy(), float(std[row])) for row in range(5)
     ]
     assert found.tolist() == pytest.approx(expected, rel=1e-5) and not found.requires_grad
 
 
 def test_drift_is_what_the_log_ratio_of_many_draws_has_as_its_mean() -> None:
-    mean, behaviour, std = torch.full((1, 1, 4, 4), 0.3), torch.zeros(1, 1, 4, 4), torch.tensor([0.5])
-    drawn = behaviour + 0.5 * torch.randn(20_000, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    present, drew = (Transition(value.expand_as(drawn), std.expand(20_000)) for value in (mean, behaviour))
-    kl = 16 * float((drew.log_prob(drawn) - present.log_prob(drawn)).mean())
-    assert kl == pytest.approx(float(drift_nats(Transition(mean, std), Transition(behaviour, std))), rel=0.02)
+    mean, behavior, std = torch.full((1, 1, 4, 4), 0.3), torch.zeros(1, 1, 4, 4), torch.tensor([0.5])
+    sampled = behavior + 0.5 * torch.randn(20_000, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    present, sampled = (Transition(value.expand_as(sampled), std.expand(20_000)) for value in (mean, behavior))
+    kl = 16 * float((sampled.log_prob(sampled) - present.log_prob(sampled)).mean())
+    assert kl == pytest.approx(float(drift_nats(Transition(mean, std), Transition(behavior, std))), rel=0.02)
 
 
 def test_the_denominator_counts_what_is_left() -> None:
@@ -130,5 +130,5 @@ def test_the_denominator_counts_what_is_left() -> None:
 
 
 def test_a_weight_without_the_proximal_ratio_is_refused() -> None:
-    with pytest.raises(ValueError, match="behaviour_weight is 0.001 and ratio 'behaviour', which has that weight"):
-        OffPolicySettings(behaviour_weight=1e-3)
+    with pytest.raises(ValueError, match="importance_weight is 0.001 and ratio 'behavior', which has that weight"):
+        OffPolicySettings(importance_weight=1e-3)

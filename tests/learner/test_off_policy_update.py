@@ -9,19 +9,19 @@ import torch
 
 from ray_ddpo.common.diffusion.lora.adapters import load_weights, trained_parameters
 from ray_ddpo.common.diffusion.policy import Policy
-from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from ray_ddpo.common.trajectory import TransitionBatch
-from ray_ddpo.deploy.driver.components import Parts
-from ray_ddpo.learner.algorithms.algorithm import Algorithm, PairLoss
+from ray_ddpo.deploy.driver.components import Components
+from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss
 from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.round_data.reference_passes import Update, references_of
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
-from ray_ddpo.learner.round_data.transitions_index import Pair
-from ray_ddpo.learner.temporary_weights import swapped_in
+from ray_ddpo.learner.round_data.transitions_index import TransitionIndex
+from ray_ddpo.learner.temporary_weights import temporary_weights
 from tests.gradients import ONE_STEP, gradient_of, relative_error
 from tests.reference import ddpo_reference as reference
-from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
+from tests.rounds import SampledRound, learner_of, parts_with, sample_round
 
 SEEN: list[TransitionBatch] = []
 
@@ -39,25 +39,25 @@ class Watching(Algorithm):
         return True
 
     @property
-    def needs_behaviour_means(self) -> bool:
+    def needs_behavior_means(self) -> bool:
         return True
 
-    def pair_loss(self, policy: Policy, batch: TransitionBatch) -> PairLoss:
+    def compute_loss(self, policy: Policy, batch: TransitionBatch) -> TransitionLoss:
         if torch.is_grad_enabled():
             SEEN.append(batch)
-        return self.inner.pair_loss(policy, batch)
+        return self.inner.compute_loss(policy, batch)
 
 
-def lagging(parts: Parts) -> tuple[Learner, DrawnRound]:
+def lagging(parts: Components) -> tuple[Learner, SampledRound]:
     """A learner one version ahead of the round that it is about to learn from; at lag 0 on the round's own."""
     learner, lag = learner_of(parts), parts.recipe.max_policy_lag
     for round in range(lag):
-        drawn = draw_round(parts, learner.weights()[0], round)
-        learner.update(drawn.batch, *drawn.trajectories)
-    return learner, draw_round(parts, learner.weights()[0], lag)
+        sampled = sample_round(parts, learner.weights()[0], round)
+        learner.update(sampled.batch, *sampled.trajectories)
+    return learner, sample_round(parts, learner.weights()[0], lag)
 
 
-def transition_under(parts: Parts, weights: LoraWeights, batch: TransitionBatch):
+def transition_under(parts: Components, weights: PolicyWeights, batch: TransitionBatch):
     policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
     load_weights(policy.network, weights)
     with torch.no_grad():
@@ -71,61 +71,65 @@ def test_references_are_those_of_the_updates_start_and_of_the_version_that_drew(
 ) -> None:
     values = {"max_policy_lag": lag, "learner__inner_epochs": inner_epochs}
     parts = dataclasses.replace(parts_with(tables, **values), algorithm=Watching())
-    learner, drawn = lagging(parts)
-    drew, start = learner.weights()[0], learner.weights()[-1]
-    assert (drew.fingerprint == start.fingerprint) == (lag == 0)
+    learner, sampled = lagging(parts)
+    sampled, start = learner.weights()[0], learner.weights()[-1]
+    assert (sampled.fingerprint == start.fingerprint) == (lag == 0)
     SEEN.clear()
-    learner.update(drawn.batch, *drawn.trajectories)
+    learner.update(sampled.batch, *sampled.trajectories)
     assert len(SEEN) == 2 * 2 * inner_epochs  # two optimizer steps of two micro-batches
     first_step = SEEN[:2]
     # Where the own pass is under the very weights, none is made twice.
     assert all((batch.proximal_log_probs is None) == (inner_epochs == 1) for batch in first_step)
-    assert all((batch.behaviour_means is None) == (inner_epochs == 1 and lag == 0) for batch in first_step)
+    assert all((batch.behavior_means is None) == (inner_epochs == 1 and lag == 0) for batch in first_step)
     for batch in SEEN:
         if batch.proximal_log_probs is not None:
             expected = transition_under(parts, start, batch).log_prob(batch.next_latents)
             torch.testing.assert_close(batch.proximal_log_probs, expected, rtol=0, atol=0)
-        if batch.behaviour_means is not None:
-            torch.testing.assert_close(batch.behaviour_means, transition_under(parts, drew, batch).mean, rtol=0, atol=0)
-    assert all(batch.proximal_log_probs is not None and batch.behaviour_means is not None for batch in SEEN[2:])
+        if batch.behavior_means is not None:
+            torch.testing.assert_close(
+                batch.behavior_means, transition_under(parts, sampled, batch).mean, rtol=0, atol=0
+            )
+    assert all(batch.proximal_log_probs is not None and batch.behavior_means is not None for batch in SEEN[2:])
 
 
 def test_one_optimizer_step_on_the_present_version_needs_no_pass_at_all(tables: dict) -> None:
     parts = dataclasses.replace(parts_with(tables, **ONE_STEP), algorithm=Watching())
-    learner, drawn = lagging(parts)
+    learner, sampled = lagging(parts)
     SEEN.clear()
-    learner.update(drawn.batch, *drawn.trajectories)
-    assert all(batch.proximal_log_probs is batch.behaviour_means is None for batch in SEEN)
+    learner.update(sampled.batch, *sampled.trajectories)
+    assert all(batch.proximal_log_probs is batch.behavior_means is None for batch in SEEN)
 
 
 def fingerprint_with(tables: dict, off_policy: dict) -> tuple[str, dict[str, float]]:
     tables = {**tables, "algorithm": {**tables["algorithm"], **off_policy}}
-    learner, drawn = lagging(parts_with(tables, max_policy_lag=1))
-    metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+    learner, sampled = lagging(parts_with(tables, max_policy_lag=1))
+    metrics, after = learner.update(sampled.batch, *sampled.trajectories)
     return after.weights[-1].fingerprint, metrics
 
 
 def test_defaults_written_out_and_a_mask_that_masks_nothing_change_no_bit(tables: dict) -> None:
     plain, metrics = fingerprint_with(tables, {})
-    assert fingerprint_with(tables, {"off_policy": {"ratio": "behaviour"}})[0] == plain
+    assert fingerprint_with(tables, {"off_policy": {"ratio": "behavior"}})[0] == plain
     wide, wide_metrics = fingerprint_with(tables, {"off_policy": {"max_drift_nats": 1e9}})
     assert wide == plain and wide_metrics["masked_fraction"] == 0
-    assert "masked_fraction" not in metrics and "behaviour_weight/mean" not in metrics
+    assert "masked_fraction" not in metrics and "importance_weight/mean" not in metrics
 
 
 def test_each_correction_changes_what_is_learned_and_says_so(tables: dict) -> None:
     plain, metrics = fingerprint_with(tables, {})
     proximal, proximal_metrics = fingerprint_with(tables, {"off_policy": {"ratio": "proximal"}})
-    weighed, weighed_metrics = fingerprint_with(tables, {"off_policy": {"ratio": "proximal", "behaviour_weight": 1e-3}})
+    weighed, weighed_metrics = fingerprint_with(
+        tables, {"off_policy": {"ratio": "proximal", "importance_weight": 1e-3}}
+    )
     masked, masked_metrics = fingerprint_with(tables, {"off_policy": {"max_drift_nats": 0.05}})
     assert len({plain, proximal, weighed, masked}) == 4
-    for found in (proximal_metrics, weighed_metrics, masked_metrics):  # of the first micro-batches, against behaviour
+    for found in (proximal_metrics, weighed_metrics, masked_metrics):  # of the first micro-batches, against behavior
         assert (
             found["ratio/max_abs_log"] == pytest.approx(metrics["ratio/max_abs_log"], rel=0.2)
             and found["ratio/max_abs_log"] > 1e-4
         )
     assert proximal_metrics["clip_fraction"] < metrics["clip_fraction"]
-    assert math.exp(-1e-3) <= weighed_metrics["behaviour_weight/mean"] <= math.exp(1e-3)
+    assert math.exp(-1e-3) <= weighed_metrics["importance_weight/mean"] <= math.exp(1e-3)
     assert 0 < masked_metrics["masked_fraction"] < 1
 
 
@@ -133,12 +137,12 @@ def test_where_everything_is_masked_no_step_is_taken(tables: dict) -> None:
     tables = {**tables, "algorithm": {**tables["algorithm"], "off_policy": {"max_drift_nats": 1e-9}}}
     parts = parts_with(tables, max_policy_lag=1)
     learner = learner_of(parts)
-    first = draw_round(parts, learner.weights()[0], 0)
+    first = sample_round(parts, learner.weights()[0], 0)
     metrics, _ = learner.update(first.batch, *first.trajectories)
-    assert metrics["masked_fraction"] == 0.5  # on the policy that drew the first step is free, the second has moved
+    assert metrics["masked_fraction"] == 0.5  # on the policy that sampled the first step is free, the second has moved
     before = learner.weights()[-1].fingerprint
-    drawn = draw_round(parts, learner.weights()[0], 1)
-    metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, learner.weights()[0], 1)
+    metrics, after = learner.update(sampled.batch, *sampled.trajectories)
     assert metrics["masked_fraction"] == 1 and metrics["optimizer_steps_skipped"] == metrics["optimizer_steps"] == 2
     assert after.weights[-1].fingerprint == before and metrics["loss"] == 0
 
@@ -147,9 +151,9 @@ BAND, CLIP, LIMIT = 2e-4, 2e-4, 0.05
 
 
 def slow_loss(
-    policy: Policy, old: dict[Pair, np.ndarray], pair: Pair, transitions: RoundTransitions
+    policy: Policy, old: dict[TransitionIndex, np.ndarray], pair: TransitionIndex, transitions: RoundTransitions
 ) -> tuple[torch.Tensor, bool]:
-    """One pair's loss by the formula, from the mean that the behaviour policy has there; and whether it is left."""
+    """One pair's loss by the formula, from the mean that the behavior policy has there; and whether it is left."""
     batch = transitions.batch([pair])
     transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
     drift = reference.gaussian_kl(transition.mean.detach().numpy(), old[pair], float(transition.std))
@@ -161,17 +165,17 @@ def slow_loss(
 
 
 def test_the_gradient_is_that_of_the_decoupled_loss_over_the_pairs_left_taken_pair_by_pair(tables: dict) -> None:
-    off_policy = {"ratio": "proximal", "behaviour_weight": BAND, "max_drift_nats": LIMIT}
+    off_policy = {"ratio": "proximal", "importance_weight": BAND, "max_drift_nats": LIMIT}
     tables = {**tables, "algorithm": {"name": "ddpo_is", "clip_range": CLIP, "off_policy": off_policy}}
     parts = parts_with(tables, max_policy_lag=1, **ONE_STEP)
-    learner, drawn = lagging(parts)
-    drew, start = learner.weights()
+    learner, sampled = lagging(parts)
+    sampled, start = learner.weights()
     policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
-    transitions = round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
+    transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
     pairs = transitions.pairs_of(np.arange(4))
     load_weights(policy.network, start)
     old = {}
-    with torch.no_grad(), swapped_in(policy.network, drew, start):
+    with torch.no_grad(), temporary_weights(policy.network, sampled, start):
         for pair in pairs:
             batch = transitions.batch([pair])
             old[pair] = policy.transition(batch.latents, batch.steps, batch.conditioning).mean.numpy()
@@ -181,7 +185,7 @@ def test_the_gradient_is_that_of_the_decoupled_loss_over_the_pairs_left_taken_pa
     (torch.stack(left).sum() / len(left)).backward()
     expected = {name: value.grad.numpy() for name, value in trained_parameters(policy.network).items()}
 
-    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     error = relative_error(gradient_of(learner), expected)
     print(f"relative error {error:.1e}, masked {metrics['masked_fraction']:.2f}")
     assert error < 1e-4
@@ -189,25 +193,25 @@ def test_the_gradient_is_that_of_the_decoupled_loss_over_the_pairs_left_taken_pa
 
 
 def test_a_learner_that_goes_on_from_a_state_arrives_at_the_same_bits(tables: dict) -> None:
-    off_policy = {"ratio": "proximal", "behaviour_weight": BAND, "max_drift_nats": LIMIT}
+    off_policy = {"ratio": "proximal", "importance_weight": BAND, "max_drift_nats": LIMIT}
     tables = {**tables, "algorithm": {**tables["algorithm"], "off_policy": off_policy}}
     parts = parts_with(tables, max_policy_lag=1)
-    learner, drawn = lagging(parts)
+    learner, sampled = lagging(parts)
     resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
     resumed.load_state(learner.state())
-    after = [one.update(drawn.batch, *drawn.trajectories)[1].weights[-1].fingerprint for one in (learner, resumed)]
+    after = [one.update(sampled.batch, *sampled.trajectories)[1].weights[-1].fingerprint for one in (learner, resumed)]
     assert after[0] == after[1]
 
 
 def test_weights_that_are_not_the_present_ones_are_given_back_to_the_last_bit(tables: dict) -> None:
     off_policy = {"max_drift_nats": 1e9}
     parts = parts_with({**tables, "algorithm": {**tables["algorithm"], "off_policy": off_policy}}, max_policy_lag=1)
-    learner, drawn = lagging(parts)
-    batch, steps = drawn.batch, [[(0, 0), (1, 0)]]
-    transitions = round_transitions(drawn.trajectories, batch.advantages, "cpu")
-    drew, present = learner.weights()
-    update = Update(transitions, [steps], drew, present)
+    learner, sampled = lagging(parts)
+    batch, steps = sampled.batch, [[(0, 0), (1, 0)]]
+    transitions = round_transitions(sampled.trajectories, batch.advantages, "cpu")
+    sampled, present = learner.weights()
+    update = Update(transitions, [steps], sampled, present)
     references = references_of(learner._algorithm, learner._policy, update, 8)
     arrays = {name: value.detach().numpy() for name, value in learner._parameters.items()}
-    assert set(references.behaviour_means) == {(0, 0), (1, 0)} and not references.proximal_log_probs
+    assert set(references.behavior_means) == {(0, 0), (1, 0)} and not references.proximal_log_probs
     assert pack(1, arrays).fingerprint == learner.weights()[-1].fingerprint

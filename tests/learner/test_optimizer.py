@@ -13,11 +13,11 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import LearnerTable
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.deploy.commands.plan.numbers import plan_of
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.optimization.optimizer import load_optimizer_arrays, optimizer_arrays, optimizer_of
-from tests.rounds import draw_round, parts_with
+from tests.rounds import parts_with, sample_round
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 EIGHT_BIT = {"learner__optimizer": "adamw_8bit", "policy__train": "full", "policy__model": "tiny_animals"}
@@ -127,11 +127,11 @@ def small(tables: dict, **values: object) -> dict:
 def test_a_learner_with_eight_bits_goes_on_from_a_checkpoint_to_the_same_bits(tables: dict, tmp_path: Path) -> None:
     parts = parts_with(tables, **small(tables))
     learner = Learner(parts.policy, parts.algorithm, parts.recipe)
-    first = draw_round(parts, learner.weights()[-1], round=0)
+    first = sample_round(parts, learner.weights()[-1], round=0)
     _, state = learner.update(first.batch, *first.trajectories)
     assert np.dtype("uint8") in {array.dtype for array in state.optimizer.values()}
     saved = save_checkpoint(Storage(tmp_path / "saved"), Checkpoint(1, state, {}), keep=1, shard_bytes=100_000)
-    second = draw_round(parts, learner.weights()[-1], round=1)
+    second = sample_round(parts, learner.weights()[-1], round=1)
     _, expected = learner.update(second.batch, *second.trajectories)
 
     resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
@@ -154,8 +154,8 @@ def test_the_plan_counts_two_bytes_a_parameter_and_not_eight(tables: dict) -> No
     assert plain.sampler_bytes == eight.sampler_bytes  # it has no optimizer
     parts = parts_with(tables, **small(tables))
     made = Learner(parts.policy, parts.algorithm, parts.recipe)
-    drawn = draw_round(parts, made.weights()[-1])
-    _, state = made.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, made.weights()[-1])
+    _, state = made.update(sampled.batch, *sampled.trajectories)
     maps = sum(array.nbytes for name, array in state.optimizer.items() if "qmap" in name)  # one for all, on the device
     held = sum(array.nbytes for array in state.optimizer.values()) - maps
     print(f"{held / plan_of(parts.recipe).optimizer_bytes:.3f} of what is planned")
@@ -168,7 +168,7 @@ def test_without_its_library_the_recipe_is_refused_before_anything_is_drawn(
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r'"adamw_8bit", which needs bitsandbytes.*pip install "ray-ddpo\[8bit\]"'):
         parts_with(tables, **EIGHT_BIT)
-    assert parts_of(parts_with(tables).recipe)
+    assert build_components(parts_with(tables).recipe)
     options = ["--learner.optimizer", "adamw_8bit"]
     assert cli.main(["train", str(RECIPES / "demo.toml"), *options]) == 2
     assert "needs bitsandbytes" in capsys.readouterr().err

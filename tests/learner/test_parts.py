@@ -1,28 +1,28 @@
-"""A round learned from in parts: each as it comes, the same bits however often it is begun anew, and nothing out of order."""
+"""A round learned from in parts: each as it comes, the same bits however often it is begun again, and nothing out of order."""
 
 import numpy as np
 import pytest
 
 from ray_ddpo.common.schedule import round_parts, transition_order
 from ray_ddpo.common.trajectory import TrainBatch
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.learner import Learner
-from tests.rounds import DrawnRound, draw_round, learner_of, parts_with, stale
+from tests.rounds import SampledRound, learner_of, parts_with, sample_round, stale
 
 
 @pytest.fixture
-def parts(tables: dict) -> Parts:
+def parts(tables: dict) -> Components:
     """Two parts of two tasks of two images; an optimizer step has a part."""
     changes = {"sampling__batch_size": 2, "sampling__batches_per_round": 4, "max_policy_lag": 1}
     return parts_with(tables, **changes, learner__batch_size=4, learner__micro_batch_size=2, learner__parts_per_round=2)
 
 
-def halves(drawn: DrawnRound, count: int = 2) -> list[DrawnRound]:
+def halves(sampled: SampledRound, count: int = 2) -> list[SampledRound]:
     """The round cut into its parts."""
-    batch, size = drawn.batch, len(drawn.trajectories) // count
+    batch, size = sampled.batch, len(sampled.trajectories) // count
     images = len(batch.advantages) // count
     return [
-        DrawnRound(
+        SampledRound(
             TrainBatch(
                 batch.round,
                 batch.reports[part * size : (part + 1) * size],
@@ -30,13 +30,13 @@ def halves(drawn: DrawnRound, count: int = 2) -> list[DrawnRound]:
                 part=part,
                 parts=count,
             ),
-            drawn.trajectories[part * size : (part + 1) * size],
+            sampled.trajectories[part * size : (part + 1) * size],
         )
         for part in range(count)
     ]
 
 
-def test_the_tasks_of_each_part(parts: Parts) -> None:
+def test_the_tasks_of_each_part(parts: Components) -> None:
     assert round_parts(parts.recipe) == [range(2), range(2, 4)]
 
 
@@ -47,22 +47,22 @@ def test_each_part_keeps_the_order_of_its_images_among_all_of_the_round() -> Non
         assert own.tolist() == [image for image in whole if image // 4 == part]
 
 
-def one_after_the_other(learner: Learner, drawn: DrawnRound) -> tuple[dict[str, float], np.ndarray]:
-    first, last = halves(drawn)
+def one_after_the_other(learner: Learner, sampled: SampledRound) -> tuple[dict[str, float], np.ndarray]:
+    first, last = halves(sampled)
     learner.begin(first.batch, *first.trajectories)
     metrics, after = learner.update(last.batch, *last.trajectories)
     return metrics, after.weights[-1].buffer
 
 
-def test_two_parts_of_one_optimizer_step_each_are_two_updates_with_nothing_published_between(parts: Parts) -> None:
+def test_two_parts_of_one_optimizer_step_each_are_two_updates_with_nothing_published_between(parts: Components) -> None:
     in_parts, in_rounds = learner_of(parts), learner_of(parts)
-    drawn = draw_round(parts, in_parts.weights()[-1])
+    sampled = sample_round(parts, in_parts.weights()[-1])
     before = in_parts.weights()
-    first, last = halves(drawn)
+    first, last = halves(sampled)
     in_parts.begin(first.batch, *first.trajectories)
     assert in_parts.weights() == before
     metrics, after = in_parts.update(last.batch, *last.trajectories)
-    for part in halves(drawn):
+    for part in halves(sampled):
         own_round = TrainBatch(0, part.batch.reports, part.batch.advantages)
         _, expected = in_rounds.update(own_round, *part.trajectories)
     assert after.policy_version == 1 and expected.policy_version == 2
@@ -70,44 +70,44 @@ def test_two_parts_of_one_optimizer_step_each_are_two_updates_with_nothing_publi
     # The images of a step are added up in another order, which AdamW shows at single weights: how far depends on the processor.
     assert np.abs(after.weights[-1].buffer - expected.weights[-1].buffer).mean() < 0.002 * moved
     assert metrics["optimizer_steps"] == 2 and metrics["ratio/max_abs_log"] < 1e-5
-    assert metrics["log_prob_check/max_abs"] < 1e-5, "the second part is checked under the weights that drew it"
+    assert metrics["log_prob_check/max_abs"] < 1e-5, "the second part is checked under the weights that sampled it"
 
 
-def test_the_second_part_is_learned_from_with_the_weights_that_the_first_one_left(parts: Parts) -> None:
-    """In one part its ratio would be 1 all along; here the policy has moved since the pictures were drawn."""
+def test_the_second_part_is_learned_from_with_the_weights_that_the_first_one_left(parts: Components) -> None:
+    """In one part its ratio would be 1 all along; here the policy has moved since the images were sampled."""
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    metrics, _ = one_after_the_other(learner, drawn)
+    sampled = sample_round(parts, learner.weights()[-1])
+    metrics, _ = one_after_the_other(learner, sampled)
     assert metrics["ratio/max"] - metrics["ratio/min"] > 1e-5
 
 
-def test_what_was_begun_is_undone_by_the_state_before_it(parts: Parts) -> None:
+def test_what_was_begun_is_undone_by_the_state_before_it(parts: Components) -> None:
     learner = learner_of(parts)
     state = learner.state()
-    drawn = draw_round(parts, learner.weights()[-1])
-    first = halves(drawn)[0]
+    sampled = sample_round(parts, learner.weights()[-1])
+    first = halves(sampled)[0]
     learner.begin(first.batch, *first.trajectories)
     learner.load_state(state)
-    metrics, after = one_after_the_other(learner, drawn)
+    metrics, after = one_after_the_other(learner, sampled)
     calm = learner_of(parts)
-    expected_metrics, expected = one_after_the_other(calm, drawn)
+    expected_metrics, expected = one_after_the_other(calm, sampled)
     assert np.array_equal(after, expected)
     assert {**metrics, "seconds/learn": 0} == {**expected_metrics, "seconds/learn": 0}
 
 
-def test_a_part_that_was_drawn_with_other_weights_is_refused_though_the_first_was_not(parts: Parts) -> None:
+def test_a_part_that_was_drawn_with_other_weights_is_refused_though_the_first_was_not(parts: Components) -> None:
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    first, last = halves(drawn)[0], halves(stale(drawn, [0.01]))[1]
+    sampled = sample_round(parts, learner.weights()[-1])
+    first, last = halves(sampled)[0], halves(stale(sampled, [0.01]))[1]
     learner.begin(first.batch, *first.trajectories)
     with pytest.raises(RuntimeError, match="other weights"):
         learner.update(last.batch, *last.trajectories)
 
 
-def test_a_part_whose_images_are_all_set_aside_moves_nothing(parts: Parts) -> None:
+def test_a_part_whose_images_are_all_set_aside_moves_nothing(parts: Components) -> None:
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    first, last = halves(drawn)
+    sampled = sample_round(parts, learner.weights()[-1])
+    first, last = halves(sampled)
     learner.begin(first.batch, *first.trajectories)
     nothing = np.full(4, np.nan)
     aside = TrainBatch(0, last.batch.reports, nothing, (0, 1, 2, 3), part=1, parts=2)
@@ -117,9 +117,9 @@ def test_a_part_whose_images_are_all_set_aside_moves_nothing(parts: Parts) -> No
 
 
 @pytest.mark.parametrize("which", ["the last one first", "the first one twice", "the last one begun"])
-def test_parts_out_of_order_are_our_own_error(parts: Parts, which: str) -> None:
+def test_parts_out_of_order_are_our_own_error(parts: Components, which: str) -> None:
     learner = learner_of(parts)
-    first, last = halves(draw_round(parts, learner.weights()[-1]))
+    first, last = halves(sample_round(parts, learner.weights()[-1]))
     with pytest.raises(AssertionError, match="part"):
         if which == "the last one first":
             learner.update(last.batch, *last.trajectories)

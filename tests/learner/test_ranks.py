@@ -19,10 +19,10 @@ from ray_ddpo.learner.round_data.transitions_index import share_of
 from tests.conftest import small_tables
 from tests.gradients import relative_error
 from tests.rank_processes import Case, Outcome, learn, run_in_ranks, with_changes
-from tests.rounds import draw_round, learner_of, parts_with
+from tests.rounds import learner_of, parts_with, sample_round
 
-TWO_RANKS = {"batch_size": 4, "ranks": 2}
-ONE_RANK = {"batch_size": 2, "gradient_accumulation_steps": 2, "ranks": 1}  # the same images an optimizer step
+TWO_RANKS = {"batch_size": 4, "world_size": 2}
+ONE_RANK = {"batch_size": 2, "gradient_accumulation_steps": 2, "world_size": 1}  # the same images an optimizer step
 GROUPS = {"prompts": {"name": "animals", "images_per_prompt": 2}}
 TWICE = {"learner": {"inner_epochs": 2}}
 
@@ -46,22 +46,22 @@ LEARNED: dict[str, tuple[dict, dict]] = {
     "evaluated": ({"evaluation": {"every": 1, "images": 2}, "learner": {"micro_batch_size": 4}}, {"rounds": 2}),
     "full": ({"policy": {"train": "full"}, **TWICE}, {}),
     "grpo": ({**_algorithm("grpo", clip_range=1e-3), **GROUPS}, {"rounds": 2}),
-    "rwr": ({**_algorithm("rwr", noisings=4), **TWICE}, {}),
+    "rwr": ({**_algorithm("rwr", noised_samples=4), **TWICE}, {}),
     "dpok": (_algorithm("dpok", kl_coef=0.1, clip_range=1e-3), {}),
-    "diffusion_nft": ({**_algorithm("diffusion_nft", noisings=4), **GROUPS, "max_policy_lag": 1}, {"rounds": 2}),
+    "diffusion_nft": ({**_algorithm("diffusion_nft", noised_samples=4), **GROUPS, "max_policy_lag": 1}, {"rounds": 2}),
     "mask": ({**_algorithm("ddpo_is", clip_range=1e-3, off_policy=MASK), **TWICE}, {}),
-    "set aside": (TWICE, {"set_aside": (2, 5, 6)}),
-    "one image left": (_algorithm("ddpo_is", off_policy={"ratio": "proximal"}), {"set_aside": FIRST_STEP[1:]}),
-    "nothing left": ({}, {"set_aside": FIRST_STEP}),
+    "dropped": (TWICE, {"dropped": (2, 5, 6)}),
+    "one image left": (_algorithm("ddpo_is", off_policy={"ratio": "proximal"}), {"dropped": FIRST_STEP[1:]}),
+    "nothing left": ({}, {"dropped": FIRST_STEP}),
     "a budget of KL": ({"learner": {"inner_epochs": 4, "max_kl_nats": 1e-4}}, {}),
     "float16": ({"policy": {"dtype": "float16"}}, {"rounds": 2}),
     "double": (TWICE, DOUBLE),
-    "double divided": ({"learner": {"inner_epochs": 2, "shard_optimizer": True}}, {**DOUBLE, "rounds": 2}),
+    "double divided": ({"learner": {"inner_epochs": 2, "shard_optimizer_state": True}}, {**DOUBLE, "rounds": 2}),
     "double full": ({"policy": {"train": "full"}, **TWICE}, DOUBLE),
     "double grpo": ({**_algorithm("grpo"), **GROUPS}, DOUBLE),
-    "double rwr": (_algorithm("rwr", noisings=4), DOUBLE),
+    "double rwr": (_algorithm("rwr", noised_samples=4), DOUBLE),
     "double dpok": (_algorithm("dpok", kl_coef=0.1), DOUBLE),
-    "double set aside": (TWICE, {**DOUBLE, "set_aside": (2, 5, 6)}),
+    "double dropped": (TWICE, {**DOUBLE, "dropped": (2, 5, 6)}),
 }
 DEEDS = ("meet_a_bad_trajectory", "go_apart", "find_least_micro_batch", "lose_one")  # none comes after the last
 
@@ -186,8 +186,8 @@ def test_all_shares_together_are_the_optimizer_step(count: int) -> None:
 @pytest.fixture(scope="module")
 def transitions(small: dict) -> RoundTransitions:
     parts = parts_with(small)
-    drawn = draw_round(parts, learner_of(parts).weights()[-1])
-    return round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
+    sampled = sample_round(parts, learner_of(parts).weights()[-1])
+    return round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
 
 
 def _asked(pairs: RoundTransitions, epochs: list, share: tuple[int, int], own_pass_will_do: bool) -> list:

@@ -8,14 +8,14 @@ import pytest
 
 from ray_ddpo.common.policy_weights import pack
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.checkpoints.resume import resume_point
 from tests.rounds import parts_with
 
 
-def folder_of(parts: Parts) -> RunFolder:
+def folder_of(parts: Components) -> RunFolder:
     return RunFolder(parts.recipe.run_path())
 
 

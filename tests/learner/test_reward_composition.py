@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from ray_ddpo.common.recipe.overrides import with_overrides
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
 from ray_ddpo.learner.algorithms.advantages import feasible_first, shortfall, win_rates
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
 from ray_ddpo.learner.algorithms.diffusion_nft import DiffusionNFT
-from ray_ddpo.learner.algorithms.reward_aggregation import RewardComposition, Statistics, Worth
+from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation, Statistics, Worth
 
 ROUND = DDPOImportanceSampling(advantages=AdvantageSettings(kind="round"))
 GROUP = DDPOImportanceSampling(advantages=AdvantageSettings(kind="group"))
@@ -21,26 +21,26 @@ numbers = st.lists(st.floats(-100, 100).map(lambda value: round(value, 3)), min_
 
 
 def joined(
-    composition: RewardComposition, rewards: dict[str, list], algorithm: Algorithm = ROUND, group: int = 1
+    aggregation: RewardAggregation, rewards: dict[str, list], algorithm: Algorithm = ROUND, group: int = 1
 ) -> Worth:
     arrays = {name: np.array(values, np.float32) for name, values in rewards.items()}
     prompts = ["cat"] * len(next(iter(arrays.values())))
-    return composition.worth(algorithm, {}, prompts, arrays, group)[1]
+    return aggregation.worth(algorithm, {}, prompts, arrays, group)[1]
 
 
 def test_a_sum_is_of_the_rewards_as_they_are_and_keeps_no_parts() -> None:
-    worth = joined(RewardComposition({"a": 2.0, "b": -1.0}), {"a": [1, 2, 3], "b": [0, 4, 0]})
+    worth = joined(RewardAggregation({"a": 2.0, "b": -1.0}), {"a": [1, 2, 3], "b": [0, 4, 0]})
     # 2, 0, 6: mean 8/3, deviation √(56/9)
     assert worth.advantages == pytest.approx((np.array([2, 0, 6]) - 8 / 3) / (56 / 9) ** 0.5)
     assert worth.parts == {}
 
 
 def test_normalised_rewards_count_by_their_weights_and_not_by_their_units() -> None:
-    composition = RewardComposition({"a": 1.0, "b": 0.5}, "normalised")
-    worth = joined(composition, {"a": [0, 1], "b": [0, -1000]})
+    aggregation = RewardAggregation({"a": 1.0, "b": 0.5}, "z_score")
+    worth = joined(aggregation, {"a": [0, 1], "b": [0, -1000]})
     assert worth.parts["a"] == pytest.approx([-1, 1]) and worth.parts["b"] == pytest.approx([1, -1])
     assert worth.advantages == pytest.approx([-1, 1])  # −1 + 0.5 and 1 − 0.5, over their deviation
-    in_other_units = joined(composition, {"a": [0, 7], "b": [5, 4]})
+    in_other_units = joined(aggregation, {"a": [0, 7], "b": [5, 4]})
     assert in_other_units.advantages == pytest.approx(worth.advantages)
 
 
@@ -65,8 +65,8 @@ def test_win_rates_as_a_slow_count_of_pairs_has_them(rewards: list[float], group
 
 def test_an_outlier_that_rules_a_sum_is_one_win_among_win_rates() -> None:
     weights, rewards = {"a": 1.0, "b": 1.0}, {"a": [1000, 1, 2, 0], "b": [0, 3, 2, 1]}
-    summed = joined(RewardComposition(weights), rewards, GROUP, 4).advantages
-    by_wins = joined(RewardComposition(weights, "win_rate"), rewards, GROUP, 4)
+    summed = joined(RewardAggregation(weights), rewards, GROUP, 4).advantages
+    by_wins = joined(RewardAggregation(weights, "win_rate"), rewards, GROUP, 4)
     assert summed.argmax() == 0
     # Win rates 1, 1/3, 2/3, 0 and 0, 1, 2/3, 1/3: sums 1, 4/3, 4/3, 1/3
     assert by_wins.parts["a"] + by_wins.parts["b"] == pytest.approx([1, 4 / 3, 4 / 3, 1 / 3])
@@ -76,8 +76,8 @@ def test_an_outlier_that_rules_a_sum_is_one_win_among_win_rates() -> None:
 def test_gdpo_tells_apart_what_a_sum_before_comparing_makes_alike() -> None:
     """Rewards (0, 1) and (1, 0) have the same sum; compared each, the one that fewer of the group have is worth more."""
     weights, rewards = {"a": 1.0, "b": 1.0}, {"a": [0, 0, 0, 1], "b": [1, 0, 1, 0]}
-    summed = joined(RewardComposition(weights), rewards, GROUP, 4).advantages
-    apart = joined(RewardComposition(weights, "advantages"), rewards, GROUP, 4)
+    summed = joined(RewardAggregation(weights), rewards, GROUP, 4).advantages
+    apart = joined(RewardAggregation(weights, "advantages"), rewards, GROUP, 4)
     assert summed[0] == summed[2] == summed[3]
     assert apart.advantages[3] > apart.advantages[0] == apart.advantages[2] > apart.advantages[1]
     deviations = {"a": (3 / 16) ** 0.5 + 1e-4, "b": 0.5 + 1e-4}
@@ -92,28 +92,28 @@ def test_gdpo_tells_apart_what_a_sum_before_comparing_makes_alike() -> None:
 
 
 def test_gdpo_keeps_statistics_of_each_reward_over_rounds() -> None:
-    composition = RewardComposition({"a": 1.0, "b": 3.0}, "advantages")
+    aggregation = RewardAggregation({"a": 1.0, "b": 3.0}, "advantages")
     algorithm = DDPOImportanceSampling(advantages=AdvantageSettings(buffer_size=4, min_count=2))
     statistics: Statistics = {}
     for round in range(2):
         rewards = {"a": np.array([1.0, 2.0]) + round, "b": np.array([5.0, 3.0])}
-        statistics, worth = composition.worth(algorithm, statistics, ["cat", "cat"], rewards, 1)
+        statistics, worth = aggregation.worth(algorithm, statistics, ["cat", "cat"], rewards, 1)
     assert statistics == {"a": {"cat": (1.0, 2.0, 2.0, 3.0)}, "b": {"cat": (5.0, 3.0, 5.0, 3.0)}}
     assert worth.parts["a"] == pytest.approx(np.array([0.0, 1.0]) / 0.5**0.5, abs=1e-5)
 
 
 def test_what_is_joined_has_one_ring_a_prompt_however_many_rewards() -> None:
-    composition = RewardComposition({"a": 1.0, "b": 1.0})
+    aggregation = RewardAggregation({"a": 1.0, "b": 1.0})
     algorithm = DDPOImportanceSampling(advantages=AdvantageSettings(min_count=1))
     rewards = {"a": np.array([1.0, 2.0]), "b": np.array([5.0, 3.0])}
-    assert composition.worth(algorithm, {}, ["cat", "dog"], rewards, 1)[0] == {"joined": {"cat": (6.0,), "dog": (5.0,)}}
+    assert aggregation.worth(algorithm, {}, ["cat", "dog"], rewards, 1)[0] == {"joined": {"cat": (6.0,), "dog": (5.0,)}}
 
 
 def test_diffusion_nft_makes_optimalities_of_joined_advantages() -> None:
     algorithm = DiffusionNFT(advantage_clip=2.0, advantages=AdvantageSettings(kind="round"))
-    composition = RewardComposition({"a": 1.0, "b": 1.0}, "advantages")
+    aggregation = RewardAggregation({"a": 1.0, "b": 1.0}, "advantages")
     rewards = {"a": np.array([0.0, 1.0]), "b": np.array([0.0, 9.0])}
-    worth = composition.worth(algorithm, {}, ["cat"] * 2, rewards, 1)[1]
+    worth = aggregation.worth(algorithm, {}, ["cat"] * 2, rewards, 1)[1]
     assert worth.advantages == pytest.approx([0.25, 0.75])  # 1/2 ± 1/2 · 1/2
 
 
@@ -142,17 +142,17 @@ def test_a_floor_never_lets_an_image_below_it_beat_one_that_keeps_it(
     assert (np.diff(ranked[~keeps][order]) <= 0).all()
 
 
-@pytest.mark.parametrize("join", ["sum", "normalised", "advantages", "win_rate"])
+@pytest.mark.parametrize("join", ["sum", "z_score", "advantages", "win_rate"])
 def test_a_floor_holds_in_every_way_of_joining(join: str) -> None:
-    composition = RewardComposition({"aim": 1.0, "guard": 0.0}, join, {"guard": 0.5})
-    worth = joined(composition, {"aim": [10, 1, 2, 9], "guard": [0.1, 0.9, 0.8, 0.4]}, GROUP, 4)
+    aggregation = RewardAggregation({"aim": 1.0, "guard": 0.0}, join, {"guard": 0.5})
+    worth = joined(aggregation, {"aim": [10, 1, 2, 9], "guard": [0.1, 0.9, 0.8, 0.4]}, GROUP, 4)
     assert worth.advantages.argsort().tolist() == [0, 3, 1, 2]
 
 
 def test_a_floor_that_all_images_keep_changes_nothing() -> None:
     rewards = {"aim": [4.0, 1.0, 2.0], "guard": [0.9, 0.9, 0.5]}
-    without = RewardComposition({"aim": 1.0, "guard": 0.0})
-    with_floor = RewardComposition(without.weights, "sum", {"guard": 0.5})
+    without = RewardAggregation({"aim": 1.0, "guard": 0.0})
+    with_floor = RewardAggregation(without.weights, "sum", {"guard": 0.5})
     assert joined(with_floor, rewards).advantages.tolist() == joined(without, rewards).advantages.tolist()
 
 
@@ -165,22 +165,22 @@ def recipe_with(tables: dict, *words: str, **values: object) -> Recipe:
 
 
 def test_a_recipe_says_weights_floors_and_how_they_are_joined(tables: dict) -> None:
-    parts = entries_of(recipe_with(tables, "--composition.join", "normalised", **TWO))
+    parts = components_of(recipe_with(tables, "--aggregation.kind", "z_score", **TWO))
     weights = {"jpeg_compressibility": 1.0, "animal_classifier": 0.5}
-    assert parts.composition == RewardComposition(weights, "normalised", {"animal_classifier": -1.0})
+    assert parts.aggregation == RewardAggregation(weights, "z_score", {"animal_classifier": -1.0})
 
 
 def test_an_algorithm_without_advantages_cannot_join_them(tables: dict) -> None:
     of_rwr = {**tables, "algorithm": {"name": "rwr"}}
     with pytest.raises(ValueError, match="join is 'advantages', and RewardWeightedRegression makes weights"):
-        entries_of(recipe_with(of_rwr, "--composition.join", "advantages", "--learner.micro_batch_size", "4", **TWO))
+        components_of(recipe_with(of_rwr, "--aggregation.kind", "advantages", "--learner.micro_batch_size", "4", **TWO))
 
 
 @pytest.mark.parametrize(
     "words, values, text",
     [
-        (["--composition.join", "product"], TWO, r"composition.join is 'product': input should be 'sum', 'normalised'"),
-        (["--composition.join", "win_rate"], TWO, "a group needs at least 2 images of one prompt"),
+        (["--aggregation.kind", "product"], TWO, r"aggregation.kind is 'product': input should be 'sum', 'z_score'"),
+        (["--aggregation.kind", "win_rate"], TWO, "a group needs at least 2 images of one prompt"),
         (
             [],
             {"rewards": [{"name": "jpeg_compressibility", "weight": 0}]},

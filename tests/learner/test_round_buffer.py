@@ -12,8 +12,8 @@ from ray_ddpo.common.schedule import Task
 from ray_ddpo.common.trajectory import Rollout, Scores, TaskReport, whole_round
 from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
 from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
-from ray_ddpo.learner.algorithms.reward_aggregation import RewardComposition
-from ray_ddpo.learner.round_data.round_buffer import RoundBuffer, TooManySetAside
+from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation
+from ray_ddpo.learner.round_data.round_buffer import RoundBuffer, TooManyDropped
 from tests.accepted_page import assert_accepted
 from tests.reference.ddpo_reference import PerPromptTracker
 
@@ -27,12 +27,12 @@ def rollout(index: int, prompts: list[str], round: int = 0, **rewards: list[floa
 def buffer(
     weights: dict[str, float],
     images_per_prompt: int = 1,
-    max_set_aside: int | None = None,
+    max_dropped: int | None = None,
     parts_per_round: int = 1,
     **settings: object,
 ) -> RoundBuffer:
     algorithm = DDPOImportanceSampling(advantages=AdvantageSettings(**settings))
-    return RoundBuffer(algorithm, RewardComposition(weights), images_per_prompt, max_set_aside, parts_per_round)
+    return RoundBuffer(algorithm, RewardAggregation(weights), images_per_prompt, max_dropped, parts_per_round)
 
 
 def test_advantages_stand_in_task_order() -> None:
@@ -108,12 +108,12 @@ def test_tasks_out_of_order_or_of_two_rounds_are_our_own_error() -> None:
         buffer({"a": 1.0}).train_batch([in_order[0], rollout(1, ["dog"], round=1, a=[2])])
 
 
-def with_failures(rollout: Rollout, set_aside: dict[int, str]) -> Rollout:
+def with_failures(rollout: Rollout, dropped: dict[int, str]) -> Rollout:
     """The rollout after its reward has failed at these rows."""
     rewards = {name: values.copy() for name, values in rollout.scores.rewards.items()}
     for values in rewards.values():
-        values[list(set_aside)] = np.nan
-    return dataclasses.replace(rollout, scores=Scores(rewards, 1.0, set_aside))
+        values[list(dropped)] = np.nan
+    return dataclasses.replace(rollout, scores=Scores(rewards, 1.0, dropped))
 
 
 def test_a_group_is_set_aside_whole_and_the_rest_is_worth_what_it_is_without_it() -> None:
@@ -126,8 +126,8 @@ def test_a_group_is_set_aside_whole_and_the_rest_is_worth_what_it_is_without_it(
     deviation = ((3.25**2 + 2.25**2 + 0.75**2 + 4.75**2) / 4) ** 0.5  # of 1, 2, 5, 9 around 4.25
     expected = np.array([-3.25, -2.25, np.nan, np.nan, 0.75, 4.75]) / deviation
     assert batch.advantages == pytest.approx(expected, nan_ok=True)
-    assert batch.set_aside == (2, 3) and ours.set_aside == {0: [2, 3]}
-    assert metrics["images"] == 6 and metrics["images_set_aside"] == 2
+    assert batch.dropped == (2, 3) and ours.dropped == {0: [2, 3]}
+    assert metrics["images"] == 6 and metrics["images_dropped"] == 2
     assert metrics["reward/mean"] == metrics["reward/a/mean"] == 4.25
     assert metrics["reward/std"] == pytest.approx(deviation) and metrics["advantage/std"] == pytest.approx(1)
     assert "reward/prompt/dog" not in metrics and metrics["reward/prompt/cow"] == 7
@@ -142,39 +142,39 @@ def test_statistics_of_a_prompt_do_not_know_what_was_set_aside() -> None:
 
 
 def test_a_round_without_failures_sets_nothing_aside() -> None:
-    ours = buffer({"a": 1.0}, max_set_aside=0, kind="round")
+    ours = buffer({"a": 1.0}, max_dropped=0, kind="round")
     batch = ours.train_batch([rollout(0, ["cat", "dog"], a=[1, 2])])
-    assert batch.set_aside == () and ours.set_aside == {}
+    assert batch.dropped == () and ours.dropped == {}
 
 
 def test_a_round_learned_from_again_sets_aside_what_it_did_before_and_counts_it_once() -> None:
-    ours = buffer({"a": 1.0}, max_set_aside=1, kind="round")
+    ours = buffer({"a": 1.0}, max_dropped=1, kind="round")
     failed = [with_failures(rollout(0, ["cat", "dog", "cow"], a=[1, 2, 3]), {1: "it hung"})]
     before = ours.train_batch(failed)
     for again in (failed, [rollout(0, ["cat", "dog", "cow"], a=[1, 2, 3])]):
         assert ours.train_batch(again).advantages == pytest.approx(before.advantages, nan_ok=True)
-    assert ours.set_aside == {0: [1]}
+    assert ours.dropped == {0: [1]}
 
 
 def test_one_more_than_the_run_may_lose_ends_it_with_count_limit_and_three_reasons() -> None:
-    ours = buffer({"a": 1.0}, images_per_prompt=2, max_set_aside=4, kind="round")
+    ours = buffer({"a": 1.0}, images_per_prompt=2, max_dropped=4, kind="round")
     ours.train_batch([with_failures(rollout(0, ["cat"] * 4, a=[1, 2, 3, 4]), {0: "first", 1: "second"})])
     ours.train_batch([with_failures(rollout(0, ["cat"] * 4, round=1, a=[1, 2, 3, 4]), {3: "third"})])
-    assert sum(len(images) for images in ours.set_aside.values()) == 4
+    assert sum(len(images) for images in ours.dropped.values()) == 4
     text = "6 images of this run .* groups of 2 counted, and at most 4 may be; the reasons: fourth; third; second$"
-    with pytest.raises(TooManySetAside, match=text):
+    with pytest.raises(TooManyDropped, match=text):
         ours.train_batch([with_failures(rollout(0, ["cat"] * 4, round=2, a=[1, 2, 3, 4]), {2: "fourth"})])
 
 
 def test_a_limit_counts_what_a_checkpoint_brought_back() -> None:
-    ours = buffer({"a": 1.0}, max_set_aside=2, kind="round")
-    ours.set_aside = {0: [3], 4: [0]}
-    with pytest.raises(TooManySetAside, match="3 images of this run"):
+    ours = buffer({"a": 1.0}, max_dropped=2, kind="round")
+    ours.dropped = {0: [3], 4: [0]}
+    with pytest.raises(TooManyDropped, match="3 images of this run"):
         ours.train_batch([with_failures(rollout(0, ["cat", "dog"], round=5, a=[1, 2]), {0: "it hung"})])
 
 
 def test_a_round_of_which_nothing_is_left_ends_the_run() -> None:
-    with pytest.raises(TooManySetAside, match="all 2 images of round 0 are set aside: nothing is left.*it hung"):
+    with pytest.raises(TooManyDropped, match="all 2 images of round 0 are dropped: nothing is left.*it hung"):
         buffer({"a": 1.0}, images_per_prompt=2).train_batch(
             [with_failures(rollout(0, ["cat", "cat"], a=[1, 2]), {0: "it hung"})]
         )
@@ -200,17 +200,17 @@ def test_a_part_may_be_set_aside_whole_and_images_are_numbered_in_the_round() ->
     ours = buffer({"a": 1.0}, images_per_prompt=2, kind="round", parts_per_round=2)
     first, second = rollout(0, ["cat", "cat"], a=[1, 2]), rollout(1, ["dog", "dog"], a=[3, 4])
     batches = [ours.train_batch([first]), ours.train_batch([with_failures(second, {1: "it hung"})])]
-    assert [batch.set_aside for batch in batches] == [(), (0, 1)] and ours.set_aside == {0: [2, 3]}
+    assert [batch.dropped for batch in batches] == [(), (0, 1)] and ours.dropped == {0: [2, 3]}
     assert np.isnan(batches[1].advantages).all()
     whole = whole_round(batches)
-    assert whole.set_aside == (2, 3)
-    assert reward_metrics(whole, [first, second], {"a": 1.0})["images_set_aside"] == 2
+    assert whole.dropped == (2, 3)
+    assert reward_metrics(whole, [first, second], {"a": 1.0})["images_dropped"] == 2
 
 
 def test_a_round_whose_parts_are_all_set_aside_ends_the_run() -> None:
     ours = buffer({"a": 1.0}, kind="round", parts_per_round=2)
     ours.train_batch([with_failures(rollout(0, ["cat"], a=[1]), {0: "it hung"})])
-    with pytest.raises(TooManySetAside, match="all 2 images of round 0"):
+    with pytest.raises(TooManyDropped, match="all 2 images of round 0"):
         ours.train_batch([with_failures(rollout(1, ["dog"], a=[1]), {0: "it hung again"})])
 
 
@@ -220,5 +220,5 @@ def test_a_part_that_the_recipe_does_not_have_is_our_own_error() -> None:
 
 
 def test_a_reward_that_is_not_finite_and_has_no_reason_is_our_own_error() -> None:
-    with pytest.raises(AssertionError, match="set aside with its reason"):
+    with pytest.raises(AssertionError, match="dropped with its reason"):
         buffer({"a": 1.0}).train_batch([rollout(0, ["cat", "dog"], a=[1, float("nan")])])

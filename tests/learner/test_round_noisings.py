@@ -1,11 +1,11 @@
-"""A round's noisings: whose image, which timestep and which noise; decided by the image's seed and the place alone."""
+"""A round's noised_samples: whose image, which timestep and which noise; decided by the image's seed and the place alone."""
 
 import numpy as np
 import pytest
 import torch
 
 from ray_ddpo.common.trajectory import Trajectory
-from ray_ddpo.learner.round_data.noised_samples import RoundNoisings
+from ray_ddpo.learner.round_data.noised_samples import NoisedSamples
 from ray_ddpo.learner.round_data.transitions import round_transitions
 
 SEEDS = (101, 102, 103, 104)
@@ -27,25 +27,25 @@ def finished(first_image: int, count: int) -> Trajectory:
     )
 
 
-def noisings(per_image: int = 2) -> RoundNoisings:
+def noised_samples(per_image: int = 2) -> NoisedSamples:
     transitions = round_transitions((finished(0, 3), finished(3, 1)), np.array([0.5, 1.0, 0.0, 0.25]), "cpu")
-    return RoundNoisings(transitions, SEEDS, per_image, 1000)
+    return NoisedSamples(transitions, SEEDS, per_image, 1000)
 
 
 def test_each_row_is_the_finished_image_that_was_asked_for_with_its_worth_and_its_prompt() -> None:
-    batch = noisings().batch([(3, 0), (1, 1)])
+    batch = noised_samples().batch([(3, 0), (1, 1)])
     assert batch.clean_latents[:, 0, 0, 0].tolist() == [3, 1] and batch.worth.tolist() == [0.25, 1.0]
     assert batch.conditioning["prompt_embeds"][:, 0, 0].tolist() == [1003, 1001]
     assert batch.old_predictions is None
 
 
 def test_a_noising_does_not_depend_on_what_stands_beside_it() -> None:
-    together, alone = noisings().batch([(0, 0), (2, 1), (2, 0)]), noisings().batch([(2, 1)])
+    together, alone = noised_samples().batch([(0, 0), (2, 1), (2, 0)]), noised_samples().batch([(2, 1)])
     assert torch.equal(together.noise[1:2], alone.noise) and together.timesteps[1] == alone.timesteps[0]
 
 
 def test_every_image_place_and_inner_epoch_has_a_noising_of_its_own() -> None:
-    source = noisings(per_image=3)
+    source = noised_samples(per_image=3)
     assert [list(source.places(epoch)) for epoch in range(2)] == [[0, 1, 2], [3, 4, 5]]
     pairs = [pair for epoch in range(2) for pair in source.pairs_of(np.arange(4), epoch)]
     noise = source.batch(pairs).noise.flatten(1)
@@ -53,7 +53,7 @@ def test_every_image_place_and_inner_epoch_has_a_noising_of_its_own() -> None:
 
 
 def test_timesteps_go_evenly_over_the_models_own_and_noise_is_standard_normal() -> None:
-    source = noisings(per_image=2000)
+    source = noised_samples(per_image=2000)
     batch = source.batch(source.pairs_of(np.arange(4)))
     timesteps, noise = batch.timesteps.double(), batch.noise.double()
     assert timesteps.min() >= 0 and timesteps.max() <= 999

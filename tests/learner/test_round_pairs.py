@@ -3,7 +3,7 @@
 import numpy as np
 
 from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
-from ray_ddpo.learner.round_data.transitions_index import Pair, RoundPairs, micro_batches
+from ray_ddpo.learner.round_data.transitions_index import TrainingItems, TransitionIndex, micro_batches
 from tests.accepted_page import assert_accepted
 
 
@@ -29,7 +29,7 @@ def test_a_remainder_joins_the_last_optimizer_step() -> None:
     assert [image for image, _ in Pairs().optimizer_steps(order, 2, (1,))[-1]] == [8, 2]
 
 
-class Pairs(RoundPairs):
+class Pairs(TrainingItems):
     """One place an image."""
 
     @property
@@ -39,5 +39,5 @@ class Pairs(RoundPairs):
     def places(self, inner_epoch: int) -> range:
         return range(1)
 
-    def batch(self, pairs: list[Pair]) -> TransitionBatch | NoisedBatch:
+    def batch(self, pairs: list[TransitionIndex]) -> TransitionBatch | NoisedBatch:
         raise AssertionError("nothing is learned here")

@@ -1,4 +1,4 @@
-"""Images that are set aside: nothing is learned from them, and nothing else changes."""
+"""Images that are dropped: nothing is learned from them, and nothing else changes."""
 
 import dataclasses
 import math
@@ -10,29 +10,29 @@ import torch
 
 from ray_ddpo.common.diffusion.lora.adapters import load_weights, read_weights, trained_parameters
 from ray_ddpo.common.schedule import transition_order
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.round_data.transitions import round_transitions
 from tests.gradients import ONE_STEP, gradient_of, model_alphas, reference_network, reference_paths, relative_error
 from tests.reference import ddpo_reference as reference
-from tests.rounds import DrawnRound, draw_round, learner_of, parts_with
+from tests.rounds import SampledRound, learner_of, parts_with, sample_round
 
 
-def without(drawn: DrawnRound, *images: int) -> DrawnRound:
-    """The round with these images set aside."""
-    advantages = drawn.batch.advantages.copy()
+def without(sampled: SampledRound, *images: int) -> SampledRound:
+    """The round with these images dropped."""
+    advantages = sampled.batch.advantages.copy()
     advantages[list(images)] = np.nan
-    batch = dataclasses.replace(drawn.batch, advantages=advantages, set_aside=tuple(sorted(images)))
-    return DrawnRound(batch, drawn.trajectories)
+    batch = dataclasses.replace(sampled.batch, advantages=advantages, dropped=tuple(sorted(images)))
+    return SampledRound(batch, sampled.trajectories)
 
 
-def plain_update(parts: Parts, drawn: DrawnRound) -> str:
+def plain_update(parts: Components, sampled: SampledRound) -> str:
     """An update as the textbook has it, every image learned from; the fingerprint that it arrives at."""
     recipe = parts.recipe
     policy = parts.policy.load("cpu", recipe.sampling, "learner")
     load_weights(policy.network, learner_of(parts).weights()[-1])
     parameters = trained_parameters(policy.network).values()
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learner.learning_rate, weight_decay=1e-4, fused=True)
-    transitions = round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
+    transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
     for inner_epoch in range(recipe.learner.inner_epochs):
         order = transition_order(recipe.seed, 0, inner_epoch, len(transitions.images))
         for first in range(0, len(order), recipe.learner.images_per_step):
@@ -40,7 +40,7 @@ def plain_update(parts: Parts, drawn: DrawnRound) -> str:
             optimizer.zero_grad()
             for start in range(0, len(pairs), recipe.learner.micro_batch_size):
                 micro_batch = transitions.batch(pairs[start : start + recipe.learner.micro_batch_size])
-                (parts.algorithm.pair_loss(policy, micro_batch).loss.sum() / len(pairs)).backward()
+                (parts.algorithm.compute_loss(policy, micro_batch).loss.sum() / len(pairs)).backward()
             torch.nn.utils.clip_grad_norm_(parameters, recipe.learner.max_grad_norm, foreach=True)
             optimizer.step()
     return read_weights(policy.network, 1).fingerprint
@@ -50,19 +50,19 @@ def plain_update(parts: Parts, drawn: DrawnRound) -> str:
 def test_a_round_without_any_is_the_plain_update_to_the_last_bit(inner_epochs: int, tables: dict) -> None:
     parts = parts_with(tables, learner__inner_epochs=inner_epochs)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    _, after = learner.update(drawn.batch, *drawn.trajectories)
-    assert after.weights[-1].fingerprint == plain_update(parts, drawn)
+    sampled = sample_round(parts, learner.weights()[-1])
+    _, after = learner.update(sampled.batch, *sampled.trajectories)
+    assert after.weights[-1].fingerprint == plain_update(parts, sampled)
 
 
 def test_the_gradient_is_that_of_the_papers_over_the_images_that_are_left(tables: dict, tiny_model: Path) -> None:
     parts = parts_with(tables, **ONE_STEP)
     learner = learner_of(parts)
     weights = learner.weights()[-1]
-    drawn = without(draw_round(parts, weights), 2)  # 12 pairs are left: a micro-batch of 8 and one of 4
-    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = without(sample_round(parts, weights), 2)  # 12 pairs are left: a micro-batch of 8 and one of 4
+    metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     setting = reference.Setting(model_alphas(tiny_model), num_steps=4, guidance_scale=3.0, clip_range=1e-3)
-    paths = [path for image, path in enumerate(reference_paths(drawn, tiny_model)) if image != 2]
+    paths = [path for image, path in enumerate(reference_paths(sampled, tiny_model)) if image != 2]
     unconditional = reference.text_embedding(tiny_model, "").double()
     expected = reference.ddpo_gradient(reference_network(tiny_model, weights), unconditional, paths, setting)
     error = relative_error(gradient_of(learner), {name: value.numpy() for name, value in expected.items()})
@@ -77,8 +77,8 @@ def test_an_optimizer_step_with_nothing_left_is_left_out_and_the_other_stays_as_
     found = {}
     for name, images in (("first", first), ("second", second)):
         learner = learner_of(parts)
-        drawn = without(draw_round(parts, learner.weights()[-1]), *images.tolist())
-        metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+        sampled = without(sample_round(parts, learner.weights()[-1]), *images.tolist())
+        metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
         assert metrics["optimizer_steps"] == 2 and metrics["optimizer_steps_skipped"] == 1
         assert metrics["ratio/max_abs_log"] < 1e-5  # whichever is left is the first
         assert all(math.isfinite(value) for value in metrics.values())
@@ -93,11 +93,11 @@ def test_no_number_of_an_image_set_aside_reaches_the_weights_or_the_metrics(tabl
     found = []
     for damage in (False, True):
         learner = learner_of(parts)
-        drawn = without(draw_round(parts, learner.weights()[-1]), 0, 5)
+        sampled = without(sample_round(parts, learner.weights()[-1]), 0, 5)
         if damage:
-            for trajectory, row in zip(drawn.trajectories, (0, 1), strict=True):
+            for trajectory, row in zip(sampled.trajectories, (0, 1), strict=True):
                 trajectory.latents[row], trajectory.log_probs[row] = math.nan, math.nan
-        metrics, after = learner.update(drawn.batch, *drawn.trajectories)
+        metrics, after = learner.update(sampled.batch, *sampled.trajectories)
         assert all(math.isfinite(value) for value in metrics.values())
         found.append((after.weights[-1].fingerprint, {**metrics, "seconds/learn": 0}))
     assert found[0] == found[1]

@@ -15,8 +15,8 @@ from tests.conftest import small_tables
 from tests.rank_processes import Case, Outcome, run_in_ranks, with_changes
 
 Outcomes = dict[str, list[Outcome]]
-TWO_RANKS = {"batch_size": 4, "ranks": 2, "inner_epochs": 2}
-DIVIDED = {"learner": {"shard_optimizer": True}}
+TWO_RANKS = {"batch_size": 4, "world_size": 2, "inner_epochs": 2}
+DIVIDED = {"learner": {"shard_optimizer_state": True}}
 LEARNED = {
     "lora": {},
     "full": {"policy": {"train": "full"}},
@@ -105,7 +105,7 @@ def test_so_do_moments_in_eight_bits(small: dict, tmp_path: Path) -> None:
 @pytest.mark.eight_bit
 def test_in_eight_bits_a_rank_lays_the_others_parameters_out_as_they_do() -> None:
     settings = LearnerTable.model_validate(
-        {**TWO_RANKS, "micro_batch_size": 1, "optimizer": "adamw_8bit", "shard_optimizer": True}
+        {**TWO_RANKS, "micro_batch_size": 1, "optimizer": "adamw_8bit", "shard_optimizer_state": True}
     )
     kernels = {
         str(number): torch.nn.Parameter(torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last))
@@ -125,6 +125,6 @@ def test_parameters_are_divided_evenly_among_owners() -> None:
 
 
 def test_fewer_parameters_than_ranks_are_refused() -> None:
-    settings = LearnerTable.model_validate({**TWO_RANKS, "micro_batch_size": 1, "shard_optimizer": True})
-    with pytest.raises(ValueError, match="learner.ranks is 2, and the network has 1 trained parameters"):
+    settings = LearnerTable.model_validate({**TWO_RANKS, "micro_batch_size": 1, "shard_optimizer_state": True})
+    with pytest.raises(ValueError, match="learner.world_size is 2, and the network has 1 trained parameters"):
         ShardedOptimizer({"weight": torch.nn.Parameter(torch.zeros(3))}, settings, Ranks(1, 2))

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-from ray_ddpo.learner.algorithms.algorithm import PairLoss
+from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
 from ray_ddpo.learner.update_metrics import UpdateMetrics
 
 
-def result(loss: list[float], log_ratio: list[float], clipped: list[float]) -> PairLoss:
-    return PairLoss(torch.tensor(loss), torch.tensor(log_ratio), torch.tensor(clipped))
+def result(loss: list[float], log_ratio: list[float], clipped: list[float]) -> TransitionLoss:
+    return TransitionLoss(torch.tensor(loss), torch.tensor(log_ratio), torch.tensor(clipped))
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def test_a_step_with_nothing_left_is_counted_and_the_next_is_still_before_any_up
 def test_the_estimate_of_kl_is_right_for_two_gaussians() -> None:
     # KL of N(0, σ²) to N(Δ, σ²) is D Δ² / 2σ² = 32 · 0.01 / 0.5 = 0.64 nats; standard error √(2 · 0.64 / 5000) = 0.016
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(5000, 32, generator=generator) * 0.5
-    log_ratio = (drawn.square() - (drawn - 0.1).square()).mean(1) / (2 * 0.25)
+    sampled = torch.randn(5000, 32, generator=generator) * 0.5
+    log_ratio = (sampled.square() - (sampled - 0.1).square()).mean(1) / (2 * 0.25)
     metrics = UpdateMetrics(num_steps=1, latent_elements=32)
     metrics.add_micro_batch(result([0.0], [0.0], [0.0]), torch.tensor([0]))
     metrics.end_optimizer_step(torch.tensor(0.0))
@@ -92,28 +92,28 @@ def test_what_is_masked_counts_neither_in_the_loss_nor_in_its_denominator() -> N
     metrics = UpdateMetrics(num_steps=1, latent_elements=1)
     for kept, weight in (([1.0, 0.0], [1.0, 2.0]), ([0.0, 1.0], [3.0, 4.0])):
         part = result([kept[0] * 6.0, kept[1] * 4.0], [0.0, 0.0], [0.0, 0.0])
-        weighed = dataclasses.replace(part, kept=torch.tensor(kept), behaviour_weight=torch.tensor(weight))
+        weighed = dataclasses.replace(part, kept=torch.tensor(kept), importance_weight=torch.tensor(weight))
         metrics.add_micro_batch(weighed, torch.tensor([0, 0]))
     metrics.end_optimizer_step(torch.tensor(1.0))
     metrics.set_divergence([(torch.tensor([0]), torch.tensor([0.0]))])
     summary = metrics.summary()
-    assert summary["masked_fraction"] == 0.5 and summary["loss"] == 5.0 and summary["behaviour_weight/mean"] == 2.5
+    assert summary["masked_fraction"] == 0.5 and summary["loss"] == 5.0 and summary["importance_weight/mean"] == 2.5
 
 
 def test_an_algorithm_that_neither_masks_nor_weighs_has_no_such_metrics(summary: dict[str, float]) -> None:
-    assert "masked_fraction" not in summary and "behaviour_weight/mean" not in summary
+    assert "masked_fraction" not in summary and "importance_weight/mean" not in summary
 
 
 def test_gathering_keeps_no_graph() -> None:
     parameter = torch.tensor([2.0], requires_grad=True)
     metrics = UpdateMetrics(num_steps=1, latent_elements=1)
-    metrics.add_micro_batch(PairLoss(parameter * 3, torch.zeros(1), torch.zeros(1)), torch.tensor([0]))
+    metrics.add_micro_batch(TransitionLoss(parameter * 3, torch.zeros(1), torch.zeros(1)), torch.tensor([0]))
     assert not metrics._results[0].loss.requires_grad
 
 
 def test_a_loss_without_a_ratio_has_no_metrics_of_one_and_a_kl_to_the_pretrained_model_has_its_mean() -> None:
     metrics = UpdateMetrics(num_steps=2, latent_elements=4)
-    metrics.add_micro_batch(PairLoss(torch.tensor([1.0, 2.0])), None)
+    metrics.add_micro_batch(TransitionLoss(torch.tensor([1.0, 2.0])), None)
     metrics.end_optimizer_step(torch.tensor(1.0))
     summary = metrics.summary()
     assert summary["loss"] == 1.5 and not [name for name in summary if name.startswith(("ratio", "clip"))]

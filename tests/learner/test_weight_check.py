@@ -12,30 +12,30 @@ from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
 from ray_ddpo.common.diffusion.lora.adapters import read_weights
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.machine import Machine
-from ray_ddpo.common.policy_weights import LoraWeights
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.common.policy_weights import PolicyWeights
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
-from ray_ddpo.learner.temporary_weights import swapped_in
+from ray_ddpo.learner.temporary_weights import temporary_weights
 from ray_ddpo.learner.weight_check import WeightsDidNotArrive, log_prob_tolerance, rows_to_check
-from tests.rounds import DrawnRound, draw_round, learner_of, moved, parts_with
+from tests.rounds import SampledRound, learner_of, moved, parts_with, sample_round
 
 PER_IMAGE = ("prompt_index", "steps", "log_probs", "latents", "next_latents", "final_latents")
 
 
-def learner_at_lag(parts: Parts) -> tuple[Learner, LoraWeights]:
-    """A learner that is `max_policy_lag` versions ahead of the next round, and the weights which that is drawn with."""
+def learner_at_lag(parts: Components) -> tuple[Learner, PolicyWeights]:
+    """A learner that is `max_policy_lag` versions ahead of the next round, and the weights which that is sampled with."""
     learner, lag = learner_of(parts), parts.recipe.max_policy_lag
     for round in range(lag):
-        drawn = draw_round(parts, learner.weights()[0], round)
-        learner.update(drawn.batch, *drawn.trajectories)
+        sampled = sample_round(parts, learner.weights()[0], round)
+        learner.update(sampled.batch, *sampled.trajectories)
     return learner, learner.weights()[0]
 
 
-def silently_drawn_with(other: LoraWeights, parts: Parts, claimed: LoraWeights) -> DrawnRound:
-    """The round that comes next, drawn with other weights, whose reports claim the right ones."""
-    drawn = draw_round(parts, other, parts.recipe.max_policy_lag)
-    return DrawnRound(drawn.with_reports(fingerprint=claimed.fingerprint), drawn.trajectories)
+def silently_drawn_with(other: PolicyWeights, parts: Components, claimed: PolicyWeights) -> SampledRound:
+    """The round that comes next, sampled with other weights, whose reports claim the right ones."""
+    sampled = sample_round(parts, other, parts.recipe.max_policy_lag)
+    return SampledRound(sampled.with_reports(fingerprint=claimed.fingerprint), sampled.trajectories)
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
@@ -45,9 +45,9 @@ def test_weights_that_silently_did_not_arrive_are_found_and_the_learner_is_left_
     parts = parts_with(tables, max_policy_lag=lag)
     learner, claimed = learner_at_lag(parts)
     before = learner.state()
-    drawn = silently_drawn_with(moved(claimed, seed=2), parts, claimed)
+    sampled = silently_drawn_with(moved(claimed, seed=2), parts, claimed)
     with pytest.raises(WeightsDidNotArrive, match=r"version 0, and at place \d .* lies .* tolerance of 0.0001: it was"):
-        learner.update(drawn.batch, *drawn.trajectories)
+        learner.update(sampled.batch, *sampled.trajectories)
     assert_same_bits(learner, before)
 
 
@@ -65,17 +65,17 @@ def test_a_sampler_that_stayed_on_the_newest_version_or_the_one_before_is_found(
     parts = parts_with(tables, max_policy_lag=lag)
     learner, claimed = learner_at_lag(parts)
     newest = dataclasses.replace(learner.weights()[-1], policy_version=claimed.policy_version)
-    drawn = silently_drawn_with(newest, parts, claimed)
+    sampled = silently_drawn_with(newest, parts, claimed)
     with pytest.raises(WeightsDidNotArrive):
-        learner.update(drawn.batch, *drawn.trajectories)
+        learner.update(sampled.batch, *sampled.trajectories)
 
 
 def test_one_task_of_a_round_is_enough_to_be_found(tables: dict) -> None:
     parts = parts_with(tables, learner__micro_batch_size=4)  # less than one image of each task with all its steps
     learner, claimed = learner_at_lag(parts)
-    right = draw_round(parts, claimed)
+    right = sample_round(parts, claimed)
     wrong = silently_drawn_with(moved(claimed, seed=2), parts, claimed)
-    with pytest.raises(WeightsDidNotArrive, match="task 1 says that it was drawn with version 0"):
+    with pytest.raises(WeightsDidNotArrive, match="task 1 says that it was sampled with version 0"):
         learner.update(right.batch, right.trajectories[0], wrong.trajectories[1])
 
 
@@ -88,8 +88,8 @@ def test_in_float32_what_arrived_passes_whatever_the_batch_is_composed_of(
 ) -> None:
     parts = parts_with(tables, max_policy_lag=lag, learner__micro_batch_size=micro_batch_size)
     learner, weights = learner_at_lag(parts)
-    drawn = draw_round(parts, weights, lag)
-    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, weights, lag)
+    metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     print(f"lag {lag}, {micro_batch_size} pairs: {metrics['log_prob_check/max_abs']:.1e}")
     assert metrics["log_prob_check/max_abs"] <= 1e-5
     assert lag == 0 or metrics["ratio/max_abs_log"] > 1e-4  # the policy that learns had moved by then
@@ -100,8 +100,8 @@ def test_in_float32_what_arrived_passes_whatever_the_batch_is_composed_of(
 def test_half_precision_passes_at_its_own_tolerance(dtype: str, tables: dict) -> None:
     parts = parts_with(tables, policy__dtype=dtype, max_policy_lag=1)
     learner, weights = learner_at_lag(parts)
-    drawn = draw_round(parts, weights, 1)
-    metrics, _ = learner.update(drawn.batch, *drawn.trajectories)
+    sampled = sample_round(parts, weights, 1)
+    metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     print(f"{dtype}: {metrics['log_prob_check/max_abs']:.1e}")
     assert metrics["log_prob_check/max_abs"] <= 1e-2
 
@@ -111,18 +111,18 @@ def test_after_a_resume_a_version_is_checked_again(tables: dict) -> None:
     learner, claimed = learner_at_lag(parts)
     resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
     resumed.load_state(learner.state())
-    drawn = silently_drawn_with(moved(claimed, seed=2), parts, claimed)
+    sampled = silently_drawn_with(moved(claimed, seed=2), parts, claimed)
     with pytest.raises(WeightsDidNotArrive):
-        resumed.update(drawn.batch, *drawn.trajectories)
+        resumed.update(sampled.batch, *sampled.trajectories)
 
 
 def test_a_log_prob_that_is_no_number_does_not_pass(tables: dict) -> None:
     parts = parts_with(tables)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    drawn.trajectories[1].log_probs[0] = torch.nan
+    sampled = sample_round(parts, learner.weights()[-1])
+    sampled.trajectories[1].log_probs[0] = torch.nan
     with pytest.raises(WeightsDidNotArrive, match="task 1 .* log_prob of image 0 is no finite number"):
-        learner.update(drawn.batch, *drawn.trajectories)
+        learner.update(sampled.batch, *sampled.trajectories)
 
 
 def test_the_tolerance_is_the_recipes_or_follows_from_how_exactly_both_compute() -> None:
@@ -140,10 +140,10 @@ def test_the_tolerance_is_the_recipes_or_follows_from_how_exactly_both_compute()
 def test_the_recipes_tolerance_is_the_one_that_counts(tables: dict) -> None:
     parts = parts_with(tables, learner__log_prob_tolerance=1e-12, learner__micro_batch_size=4)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    drawn.trajectories[0].log_probs[0] += 1e-6
+    sampled = sample_round(parts, learner.weights()[-1])
+    sampled.trajectories[0].log_probs[0] += 1e-6
     with pytest.raises(WeightsDidNotArrive, match="over the tolerance of 1e-12"):
-        learner.update(drawn.batch, *drawn.trajectories)
+        learner.update(sampled.batch, *sampled.trajectories)
 
 
 def test_swapping_back_brings_every_bit_back_also_after_an_error(tables: dict) -> None:
@@ -151,10 +151,10 @@ def test_swapping_back_brings_every_bit_back_also_after_an_error(tables: dict) -
     learner = learner_of(parts)
     network, present = learner._policy.network, learner.weights()[-1]
     other = moved(present, seed=5)
-    with swapped_in(network, other, present):
+    with temporary_weights(network, other, present):
         assert read_weights(network, 0).fingerprint == other.fingerprint
     assert read_weights(network, 0).fingerprint == present.fingerprint
-    with pytest.raises(KeyError), swapped_in(network, other, present):
+    with pytest.raises(KeyError), temporary_weights(network, other, present):
         raise KeyError
     assert read_weights(network, 0).fingerprint == present.fingerprint
 
@@ -164,7 +164,7 @@ def test_nothing_is_laid_anew_where_the_version_is_the_present_one(tables: dict)
     learner = learner_of(parts)
     parameters = list(learner._parameters.values())
     counts = [parameter._version for parameter in parameters]  # torch counts every change in place
-    with swapped_in(learner._policy.network, learner.weights()[-1], learner.weights()[-1]):
+    with temporary_weights(learner._policy.network, learner.weights()[-1], learner.weights()[-1]):
         pass
     assert [parameter._version for parameter in parameters] == counts
 
@@ -173,8 +173,8 @@ def test_nothing_is_laid_anew_where_the_version_is_the_present_one(tables: dict)
 def transitions(tables: dict) -> RoundTransitions:
     """Two tasks of four images with four steps each."""
     parts = parts_with(tables)
-    drawn = draw_round(parts, learner_of(parts).weights()[-1])
-    return round_transitions(drawn.trajectories, drawn.batch.advantages, "cpu")
+    sampled = sample_round(parts, learner_of(parts).weights()[-1])
+    return round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
 
 
 def test_each_pair_is_checked_in_its_own_row_and_the_tasks_take_turns(transitions: RoundTransitions) -> None:
@@ -197,12 +197,12 @@ def test_a_round_of_small_batches_has_eight_of_its_tasks_checked(transitions: Ro
 def test_a_row_without_a_pair_is_no_difference_and_all_rows_set_aside_are_no_check(tables: dict) -> None:
     parts = parts_with(tables)
     learner = learner_of(parts)
-    drawn = draw_round(parts, learner.weights()[-1])
-    drawn.trajectories[0].log_probs[0] = 9.0
-    drawn.trajectories[1].log_probs[0] = 9.0  # both are row 0, and set aside
-    batch = dataclasses.replace(drawn.batch, set_aside=(0, 4))
+    sampled = sample_round(parts, learner.weights()[-1])
+    sampled.trajectories[0].log_probs[0] = 9.0
+    sampled.trajectories[1].log_probs[0] = 9.0  # both are row 0, and dropped
+    batch = dataclasses.replace(sampled.batch, dropped=(0, 4))
     batch.advantages[[0, 4]] = np.nan
-    metrics, _ = learner.update(batch, *drawn.trajectories)
+    metrics, _ = learner.update(batch, *sampled.trajectories)
     assert metrics["log_prob_check/max_abs"] <= 1e-5
 
 
@@ -211,9 +211,9 @@ def test_a_sampler_on_another_kind_of_machine_may_round_otherwise_but_not_give_n
     elsewhere = Machine(processor="another", versions="other")
     for log_prob, refused in ((9.0, False), (torch.inf, True)):
         learner = learner_of(parts)
-        drawn = draw_round(parts, learner.weights()[-1])
-        drawn.trajectories[0].log_probs[:] = log_prob
-        batch = drawn.with_reports(machine=elsewhere)
+        sampled = sample_round(parts, learner.weights()[-1])
+        sampled.trajectories[0].log_probs[:] = log_prob
+        batch = sampled.with_reports(machine=elsewhere)
         with pytest.raises(WeightsDidNotArrive) if refused else nullcontext():
-            metrics, _ = learner.update(batch, *drawn.trajectories)
+            metrics, _ = learner.update(batch, *sampled.trajectories)
             assert metrics["log_prob_check/max_abs"] > 1

@@ -1,4 +1,4 @@
-"""The program on the rounds that TRL is given too: drawn, rewarded and learned from, and written down under the same names."""
+"""The program on the rounds that TRL is given too: sampled, rewarded and learned from, and written down under the same names."""
 
 import itertools
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ray_ddpo.actors.sampler import Sampler
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks, transition_order
 from ray_ddpo.common.trajectory import Rollout, Scores, Trajectory
-from ray_ddpo.deploy.driver.components import Parts
-from ray_ddpo.learner.algorithms.algorithm import PairLoss
+from ray_ddpo.deploy.driver.components import Components
+from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
 from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
-from ray_ddpo.learner.algorithms.reward_aggregation import RewardComposition
+from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
 
@@ -27,18 +27,18 @@ Seen = dict[str, np.ndarray]  # "round0/latents" and so on: an array's first axe
 
 
 def prompted(tables: dict, folder: Path, *prompts: str) -> dict:
-    """The recipe's tables, with these prompts to draw from."""
+    """The recipe's tables, with these prompts to sample from."""
     (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     return {**tables, "prompts": {"name": "file", "path": str(folder / "prompts.txt")}}
 
 
 def rewards_of(recipe: Recipe) -> list[np.ndarray]:
-    """What each round's pictures are worth, no matter what they show: numbers like JPEG sizes in kilobytes."""
+    """What each round's images are worth, no matter what they show: numbers like JPEG sizes in kilobytes."""
     generator, shape = np.random.default_rng(recipe.seed), (recipe.rounds, recipe.images_per_round)
     return list(generator.normal(-5, 2, shape).astype(np.float32))
 
 
-def described(parts: Parts, rewards: list[np.ndarray]) -> list[dict[str, Any]]:
+def described(parts: Components, rewards: list[np.ndarray]) -> list[dict[str, Any]]:
     """Each round's prompts, seeds, rewards, and the order that its images are learned from in: what TRL is handed."""
     rounds, recipe = [], parts.recipe
     for index in range(recipe.rounds):
@@ -59,10 +59,10 @@ def described(parts: Parts, rewards: list[np.ndarray]) -> list[dict[str, Any]]:
 class Watched:
     """Runs the rounds of a recipe in this process and keeps what goes through."""
 
-    def __init__(self, parts: Parts, learner: Learner) -> None:
+    def __init__(self, parts: Components, learner: Learner) -> None:
         self._parts, self._recipe, self._learner = parts, parts.recipe, learner
         self._sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
-        self._buffer = RoundBuffer(parts.algorithm, RewardComposition({"given": 1.0}))
+        self._buffer = RoundBuffer(parts.algorithm, RewardAggregation({"given": 1.0}))
         self._prefix = ""
         self.seen: Seen = {}
 
@@ -79,7 +79,7 @@ class Watched:
         weights, rollouts = self._learner.weights()[-1], []
         tasks = round_tasks(self._recipe, index, self._parts.prompts.load())
         for task, of_task in zip(tasks, np.split(rewards, len(tasks)), strict=True):
-            report, trajectory, images = self._sampler.draw(task, weights)
+            report, trajectory, images = self._sampler.sample(task, weights)
             rollouts.append(Rollout(report, Scores({"given": of_task.astype(np.float64)}, 0.0), trajectory, images))
         trajectories = [rollout.trajectory for rollout in rollouts]
         paths = [torch.cat([one.latents, one.next_latents[:, -1:]], dim=1) for one in trajectories]
@@ -97,9 +97,9 @@ class Watched:
         entering = torch.cat([one.latents for one in trajectories])  # of all steps
         shape = (self._recipe.learner.inner_epochs, *entering.shape[:2])
         losses, ratios, pairs = np.full(shape, np.nan), np.full(shape, np.nan), itertools.count()
-        own = DDPOImportanceSampling.pair_loss
+        own = DDPOImportanceSampling.compute_loss
 
-        def watched(algorithm: Any, policy: Any, batch: Any) -> PairLoss:
+        def watched(algorithm: Any, policy: Any, batch: Any) -> TransitionLoss:
             result = own(algorithm, policy, batch)
             if torch.is_grad_enabled():  # not the measurement of the divergence
                 for row, step in enumerate(batch.steps.tolist()):
@@ -109,13 +109,13 @@ class Watched:
                     losses[place], ratios[place] = result.loss[row].detach(), result.log_ratio[row].exp()
             return result
 
-        with patch.object(DDPOImportanceSampling, "pair_loss", watched):
+        with patch.object(DDPOImportanceSampling, "compute_loss", watched):
             yield
         self._note("losses", losses)
         self._note("ratios", ratios)
 
     @contextmanager
-    def _optimizer_steps_watched(self, weights: LoraWeights) -> Iterator[None]:
+    def _optimizer_steps_watched(self, weights: PolicyWeights) -> Iterator[None]:
         """The gradient that each optimizer step takes, limited in its norm, and the adapters after it."""
         names, begun, ended = list(weights.arrays()), itertools.count(), itertools.count()
 

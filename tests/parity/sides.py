@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
 from tests.gradients import relative_error
 from tests.parity.our_side import Seen, Watched, described
@@ -60,7 +60,7 @@ class BothSides:
         return {name: weights[name].astype(np.float64) - self.start[name] for name in self.start}
 
 
-def trl_config(parts: Parts) -> dict[str, Any]:
+def trl_config(parts: Components) -> dict[str, Any]:
     """The recipe in TRL's words."""
     sampling, learner, algorithm = parts.recipe.sampling, parts.recipe.learner, parts.algorithm
     assert isinstance(algorithm, DDPOImportanceSampling)
@@ -89,11 +89,11 @@ def trl_config(parts: Parts) -> dict[str, Any]:
     }
 
 
-def run_ours(parts: Parts, rewards: list[np.ndarray]) -> Seen:
+def run_ours(parts: Components, rewards: list[np.ndarray]) -> Seen:
     return Watched(parts, learner_of(parts)).run(rewards)
 
 
-def run_both(parts: Parts, rewards: list[np.ndarray], folder: Path) -> BothSides:
+def run_both(parts: Components, rewards: list[np.ndarray], folder: Path) -> BothSides:
     """The recipe's rounds with these rewards, from the same adapters, which already do something."""
     folder.mkdir()
     job = {"model": parts.policy.model, "config": trl_config(parts), "rounds": described(parts, rewards)}

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ray_ddpo.deploy.driver.components import Parts
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.algorithms.advantages import extend_statistics, per_prompt_advantages
 from tests.parity.our_side import described, prompted, rewards_of
 from tests.parity.sides import run_both, run_ours
@@ -25,7 +25,7 @@ SHORT = {
 }
 
 
-def our_advantages(parts: Parts, rewards: list[np.ndarray], prompts: list[str]) -> np.ndarray:
+def our_advantages(parts: Components, rewards: list[np.ndarray], prompts: list[str]) -> np.ndarray:
     """Our advantages of the first round, were its prompts called so."""
     settings = parts.algorithm.advantages
     statistics = extend_statistics({}, prompts, rewards[0], settings.buffer_size)
@@ -73,7 +73,7 @@ def test_in_half_precision_trl_s_ratio_is_far_from_one_before_any_update(tables:
     tables = prompted(tables, tmp_path, "cat")
     parts = parts_with(tables, **SHORT, policy__dtype="bfloat16", algorithm__clip_range=1e-4)
     both = run_both(parts, rewards_of(parts.recipe), tmp_path / "job")
-    # It scores the latents that it draws before it rounds them, and later those that it has rounded.
+    # It scores the latents that it samples before it rounds them, and later those that it has rounded.
     outside = {
         name: np.abs(side["round0/ratios"] - 1) > 1e-4 for name, side in (("trl", both.trl), ("ours", both.ours))
     }

@@ -74,12 +74,12 @@ class WatchedTrainer(DDPOTrainer):
         return given
 
     def _generate_samples(self, iterations: int, batch_size: int) -> Any:
-        samples, pictures = super()._generate_samples(iterations, batch_size)
+        samples, images = super()._generate_samples(iterations, batch_size)
         paths = [torch.cat([batch["latents"], batch["next_latents"][:, -1:]], dim=1) for batch in samples]
         self.note("latents", torch.cat(paths))
         self.note("log_probs", torch.cat([batch["log_probs"] for batch in samples]))
-        self.note("images", torch.cat([images for images, _, _ in pictures]))
-        return samples, pictures
+        self.note("images", torch.cat([images for images, _, _ in images]))
+        return samples, images
 
     def _train_batched_samples(self, inner_epoch: int, epoch: int, global_step: int, batched_samples: list) -> int:
         advantages = torch.cat([batch["advantages"] for batch in batched_samples])
@@ -121,7 +121,7 @@ def note_optimizer_steps(trainer: WatchedTrainer) -> None:
 
 
 @torch.no_grad()
-def lay_in(network: torch.nn.Module, adapters: dict[str, Tensor]) -> None:
+def load_weights(network: torch.nn.Module, adapters: dict[str, Tensor]) -> None:
     parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
     assert parameters.keys() == adapters.keys(), "TRL attaches the same adapters, under the same names"
     for name, value in parameters.items():
@@ -149,7 +149,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     trainer = trainer_of(job)
-    lay_in(trainer.sd_pipeline.unet, load_file(folder / "adapters.safetensors"))
+    load_weights(trainer.sd_pipeline.unet, load_file(folder / "adapters.safetensors"))
     note_optimizer_steps(trainer)
     save_file(trainer.watch(job["rounds"]), folder / "result.safetensors")
 

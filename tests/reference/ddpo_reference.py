@@ -104,9 +104,9 @@ def clipped_surrogate(log_prob: float, old_log_prob: float, advantage: float, cl
 def decoupled_surrogate(
     log_probs: tuple[float, float, float], advantage: float, clip_range: float, band: float | None
 ) -> float:
-    """AReaL (arXiv 2505.24298), decoupled PPO as a loss; log-probs of the present, proximal and behaviour policy."""
-    log_prob, proximal, behaviour = log_probs
-    weight = 1.0 if band is None else math.exp(min(max(proximal - behaviour, -band), band))
+    """AReaL (arXiv 2505.24298), decoupled PPO as a loss; log-probs of the present, proximal and behavior policy."""
+    log_prob, proximal, behavior = log_probs
+    weight = 1.0 if band is None else math.exp(min(max(proximal - behavior, -band), band))
     return weight * clipped_surrogate(log_prob, proximal, advantage, clip_range)
 
 

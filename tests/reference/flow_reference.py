@@ -4,7 +4,7 @@ import math
 
 
 def shifted(sigma: float, shift: float) -> float:
-    """Esser et al. 2024, equation 23: noise levels of a model that was trained on larger pictures."""
+    """Esser et al. 2024, equation 23: noise levels of a model that was trained on larger images."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

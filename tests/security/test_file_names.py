@@ -124,12 +124,12 @@ def test_a_prompt_makes_a_file_name_and_no_path(prompt: str) -> None:
 def test_a_file_of_prompts_that_is_none_is_said_and_a_list_has_no_path(
     tables: dict, path: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    from ray_ddpo.deploy.driver.components import parts_of
+    from ray_ddpo.deploy.driver.components import build_components
 
     with pytest.raises(ValueError, match=r"prompts\.path is .*there is no such file"):
-        parts_of(Recipe.parse({**tables, "prompts": {"name": "file", "path": path}})).prompts.load()
+        build_components(Recipe.parse({**tables, "prompts": {"name": "file", "path": path}})).prompts.load()
     with pytest.raises(ValueError, match=r"prompts\.name is"):
-        parts_of(Recipe.parse({**tables, "prompts": {"name": f"../{path}"}}))
+        build_components(Recipe.parse({**tables, "prompts": {"name": f"../{path}"}}))
 
 
 def test_a_lora_is_taken_from_where_the_user_points_and_from_nowhere_else(

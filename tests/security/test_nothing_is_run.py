@@ -18,7 +18,7 @@ from ray_ddpo.common.image_models.weight_file import read_weight_file
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.model_files.pretrained import read_model, read_tokenizer
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from tests.tiny_clip import save_tiny_clip
 from tests.tiny_pipeline import save_tiny_pipeline
 from tests.tiny_vlm import save_tiny_encoder, save_tiny_vlm
@@ -106,7 +106,7 @@ def test_a_model_whose_weights_are_pickles_is_refused(tmp_path: Path, tables: di
 
 def loaded_policy(tables: dict, model: Path) -> object:
     recipe = Recipe.parse({**tables, "policy": {**tables["policy"], "model": str(model)}})
-    return parts_of(recipe).policy.load("cpu", recipe.sampling, "sampler")
+    return build_components(recipe).policy.load("cpu", recipe.sampling, "sampler")
 
 
 @pytest.mark.parametrize(("part", "library"), [("unet", "evil"), ("scheduler", "evil"), ("tokenizer", "os")])

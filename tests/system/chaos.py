@@ -193,7 +193,7 @@ def chaos_tables(tables: dict, rounds: int, watchdog_seconds: float) -> dict:
         "rounds": rounds,
         "max_policy_lag": 1,
         "samplers": {"count": 2},
-        "learner": {**tables["learner"], "ranks": 2},
+        "learner": {**tables["learner"], "world_size": 2},
         "checkpoint": {"every": 2},
         "runtime": {"watchdog_seconds": watchdog_seconds},
     }

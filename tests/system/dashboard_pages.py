@@ -1,4 +1,4 @@
-"""Ray's dashboard in a real browser, with the cluster's token: what its pages say, and pictures of them.
+"""Ray's dashboard in a real browser, with the cluster's token: what its pages say, and images of them.
 
 `python -m tests.system.dashboard_pages http://127.0.0.1:8265 FOLDER` leaves them in FOLDER; the token is in RAY_AUTH_TOKEN.
 """
@@ -19,7 +19,7 @@ class LookedAt:
     """A page as a person has it."""
 
     text: str
-    picture: bytes  # PNG
+    image: bytes  # PNG
     found: bool  # whether the words that were looked for came
 
 
@@ -33,13 +33,13 @@ class Wanted:
 
 
 def looked_at(api: str, token: str, wanted: dict[str, Wanted], folder: Path) -> dict[str, LookedAt]:
-    """Pages by any name. Their pictures are left in `folder`."""
+    """Pages by any name. Their images are left in `folder`."""
     with tempfile.TemporaryDirectory() as profile, browser(Path(profile)) as page:
         page.resize(*DESKTOP)
         log_in(page, api, token)
         pages = {name: _look(page, api, each) for name, each in wanted.items()}
     for name, looked in pages.items():
-        (folder / f"{name}.png").write_bytes(looked.picture)
+        (folder / f"{name}.png").write_bytes(looked.image)
     return pages
 
 
@@ -68,7 +68,7 @@ def _look(page: Page, api: str, wanted: Wanted) -> LookedAt:
 
 
 def main(api: str, folder: Path) -> None:
-    """Pictures of the two pages that list everything."""
+    """PageImages of the two pages that list everything."""
     folder.mkdir(parents=True, exist_ok=True)
     looked_at(
         api,

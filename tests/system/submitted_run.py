@@ -110,8 +110,8 @@ def jobs_of(cluster: StartedCluster) -> list[dict[str, Any]]:
     return sorted(jobs, key=lambda job: job["start_time"])
 
 
-def first_job(cluster: StartedCluster, samplers: list[StartedNode], story: Story, pictures: Path) -> None:
-    """Submitted, scaled from one sampler to two, robbed of a node, and stopped. `pictures`: a folder for the dashboard's."""
+def first_job(cluster: StartedCluster, samplers: list[StartedNode], story: Story, images: Path) -> None:
+    """Submitted, scaled from one sampler to two, robbed of a node, and stopped. `images`: a folder for the dashboard's."""
     submission = Submission(cluster, story)
     submission.wait_for_round(1)
     story.note("first round")
@@ -120,7 +120,7 @@ def first_job(cluster: StartedCluster, samplers: list[StartedNode], story: Story
         typed(cluster, "ddpo", "scale", str(story.run), "--samplers", "2")
         wait_until(lambda: loaded("ray::Sampler") == 2, "a second sampler")
         story.note("two samplers")
-        story.seen = look(cluster, pictures)
+        story.seen = look(cluster, images)
 
     while_held("ray::Learner", scaled_and_looked_at, lambda: True)()
     story.note("looked at")
@@ -145,7 +145,7 @@ def second_job(cluster: StartedCluster, story: Story) -> None:
     story.jobs, story.end = jobs_of(cluster), time.time()
 
 
-def look(cluster: StartedCluster, pictures: Path) -> Seen:
+def look(cluster: StartedCluster, images: Path) -> Seen:
     """At what Ray says of the run while it goes on."""
     actors = cluster.listed("actors", state="ALIVE")
     nodes: dict[str, set[str]] = {}
@@ -156,16 +156,16 @@ def look(cluster: StartedCluster, pictures: Path) -> Seen:
     wanted = {
         "jobs": Wanted("jobs", job),
         "job": Wanted(
-            f"jobs/{job}", ": (draw|score|learn from) round [0-9]+", "Task Table"
+            f"jobs/{job}", ": (sample|score|learn from) round [0-9]+", "Task Table"
         ),  # its first ten, in no order
         "actors": Wanted("actors", "demo/sampler-0"),
-        "actor": Wanted(f"actors/{sampler}", ": draw round [0-9]+, task [0-9]+", "Tasks History"),
+        "actor": Wanted(f"actors/{sampler}", ": sample round [0-9]+, task [0-9]+", "Tasks History"),
     }
     return Seen(
         nodes,
         {actor["name"]: actor["repr_name"] for actor in actors},
         {task["name"]: task["func_or_class_name"] for task in cluster.listed("tasks")},
-        looked_at(cluster.api, cluster_token(), wanted, pictures),
+        looked_at(cluster.api, cluster_token(), wanted, images),
     )
 
 
@@ -178,7 +178,7 @@ def lose(node: StartedNode) -> None:
 
 def _is_caught_drawing(sampler: psutil.Process) -> bool:
     sampler.suspend()
-    drawing = "draw" in title_of(sampler)
-    if not drawing:
+    sampling = "sample" in title_of(sampler)
+    if not sampling:
         sampler.resume()
-    return drawing
+    return sampling

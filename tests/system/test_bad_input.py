@@ -34,12 +34,15 @@ def said(capsys: pytest.CaptureFixture, *arguments: object) -> str:
         (("--sampling.eta", "0"), ["sampling.eta is 0", "greater than 0"]),
         (("--sampling.batch_size", "3"), ["= 6 images", "learner.batch_size × gradient_accumulation_steps = 4"]),
         (("--learner.micro_batch_size", "5"), ["= 16 pairs", "micro_batch_size = 5"]),
-        (("--learner.ranks", "3"), ["= 4 images", "learner.ranks = 3 does not divide"]),
+        (("--learner.world_size", "3"), ["= 4 images", "learner.world_size = 3 does not divide"]),
         (
-            ("--learner.ranks", "4"),
+            ("--learner.world_size", "4"),
             ["1 images × 4 steps with noise = 4 pairs", "each of 4 ranks", "micro_batch_size = 8"],
         ),
-        (("--learner.ranks", "2"), ["learner.ranks is 2", "--serial has one process", "--learner.ranks 1"]),
+        (
+            ("--learner.world_size", "2"),
+            ["learner.world_size is 2", "--serial has one process", "--learner.world_size 1"],
+        ),
         (("--prompts.images_per_prompt", "3"), ["= 8 images", "images_per_prompt = 3"]),
         (("--policy.model", "./nowhere"), ["policy.model is './nowhere'", "model_index.json", "tiny_animals"]),
         (("--policy.name", "unstable"), ["policy.name is 'unstable'", "stable_diffusion"]),

@@ -14,7 +14,7 @@ from ray_ddpo.actors.rollouts.ray_stream import Pools, RayRolloutStream
 from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringPool
 from ray_ddpo.actors.rollouts.stream import StreamSettings
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
-from ray_ddpo.common.policy_weights import LoraWeights, averaged, pack
+from ray_ddpo.common.policy_weights import PolicyWeights, averaged, pack
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.schedule import Place, Stream, Task
@@ -33,9 +33,9 @@ class Reader:
         return True
 
     def forget(self, place: Place) -> None:
-        """Every task is drawn."""
+        """Every task is sampled."""
 
-    def draw(self, task: Task, weights: LoraWeights) -> tuple[TaskReport, None, ImageBatch]:
+    def sample(self, task: Task, weights: PolicyWeights) -> tuple[TaskReport, None, ImageBatch]:
         pixels = np.full((len(task.seeds), 2, 2, 3), float(weights.buffer.mean()), np.uint8)
         return TaskReport(task, weights.fingerprint, 1, 0, 0.1), None, ImageBatch(pixels, task.prompts)
 
@@ -43,7 +43,7 @@ class Reader:
         return Scores({"nothing": np.zeros(last - first, np.float32)}, 0.0)
 
 
-def version_of(version: int) -> LoraWeights:
+def version_of(version: int) -> PolicyWeights:
     return pack(version, {"network": np.full(NUMBERS, 10 * version + 10, np.float32)})
 
 
@@ -87,8 +87,8 @@ def main() -> None:
                 stream.publish(weights)
                 stream.submit(tasks(version, 12, Stream.TRAINING))
                 stream.submit(tasks(version, 4, Stream.EVALUATION), weights)
-                drawn = stream.collect(version, range(12)) + stream.collect(version, range(4), Stream.EVALUATION)
-                assert {rollout.report.fingerprint for rollout in drawn} == {weights.fingerprint}
+                sampled = stream.collect(version, range(12)) + stream.collect(version, range(4), Stream.EVALUATION)
+                assert {rollout.report.fingerprint for rollout in sampled} == {weights.fingerprint}
                 copies = sorted(copied(before, weights))
                 stream.submit(tasks(version, 8, Stream.EVALUATION, first=4), average)
                 of_average = stream.collect(version, range(4, 12), Stream.EVALUATION)
@@ -104,7 +104,7 @@ def main() -> None:
             ray.shutdown()
 
 
-def copied(before: dict[str, int], weights: LoraWeights) -> list[float]:
+def copied(before: dict[str, int], weights: PolicyWeights) -> list[float]:
     """How often the weights fit into what each node has taken in since."""
     return [(taken - before[node]) / weights.buffer.nbytes for node, taken in stored_bytes().items()]
 

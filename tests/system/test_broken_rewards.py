@@ -52,7 +52,7 @@ def test_images_that_a_reward_cannot_score_are_set_aside_by_name(
     tables |= {"prompts": prompts, "rounds": 1, "sampling": {**tables["sampling"], "num_steps": 2}}
     exit_code, printed, _ = ended(tables, tmp_path, capfd, f"{FAULTS}:{function}", "--serial")
     assert_documented(situation, exit_code, printed)
-    assert "prompt 'cat') is set aside" in printed and printed.count("is set aside") < 8
+    assert "prompt 'cat') is dropped" in printed and printed.count("is dropped") < 8
 
 
 @pytest.mark.system

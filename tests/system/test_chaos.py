@@ -23,8 +23,8 @@ def test_whatever_process_is_killed_or_suspended_a_run_arrives_at_the_same_bits(
 
 
 def test_every_process_has_its_turn_before_one_has_it_again() -> None:
-    drawn = schedules(28, seed=1, rounds=4, suspended_seconds=40.0)
-    for half in (drawn[:14], drawn[14:]):
+    sampled = schedules(28, seed=1, rounds=4, suspended_seconds=40.0)
+    for half in (sampled[:14], sampled[14:]):
         assert {(each.victim, each.suspended_seconds > 0) for each in half} == {
             (victim, suspended) for victim in VICTIMS for suspended in (False, True)
         }

@@ -89,8 +89,8 @@ def test_actors_are_named_by_run_and_role_and_say_what_they_hold(story: Story) -
 
 def test_tasks_say_what_is_drawn_scored_and_learned_from(story: Story) -> None:
     expected = {
-        "Sampler: draw round 0, task 0 (version 0)": "Sampler.draw",
-        "Sampler: draw evaluation of version 0, task 0": "Sampler.draw",
+        "Sampler: sample round 0, task 0 (version 0)": "Sampler.sample",
+        "Sampler: sample evaluation of version 0, task 0": "Sampler.sample",
         "RewardWorker: score round 0, task 0 (version 0), images 0-3": "RewardWorker.score",
         "Learner: learn from round 0": "Learner.update",
     }
@@ -98,7 +98,7 @@ def test_tasks_say_what_is_drawn_scored_and_learned_from(story: Story) -> None:
 
 
 def test_no_task_has_a_series_of_its_own(story: Story, watching: Prometheus) -> None:
-    """As deploy/cluster/prometheus.yaml has it: there would be several for every task that is drawn."""
+    """As deploy/cluster/prometheus.yaml has it: there would be several for every task that is sampled."""
     names = watching.asked("label/Name/values", start=story.start, end=story.end)
     assert "object_store_memory" in names
     assert [name for name in names if ": " in name] == []
@@ -118,7 +118,7 @@ NO_DATA = {
     "ray_ddpo_masked_fraction": "this algorithm leaves no pair out",
     "ray_memory_manager_worker_eviction_total": "nothing ran out of memory",
     "ray_node_manager_unexpected_worker_failure_total": "no process died of a node that lived",
-    "ray_ddpo_images_set_aside_total": "every picture could be scored",
+    "ray_ddpo_images_set_aside_total": "every image could be scored",
 }
 
 

@@ -100,7 +100,7 @@ def test_a_rank_that_cannot_start_ends_the_run_by_its_name(
     tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture, cluster: None
 ) -> None:
     (tmp_path / "once").mkdir()
-    tables["learner"] |= {"ranks": 2, "micro_batch_size": 4}
+    tables["learner"] |= {"world_size": 2, "micro_batch_size": 4}
     changes = policy(name=OWN, fails={"learner": "memory"}, once=str(tmp_path / "once"))
     exit_code, _, err = printed(changes, tables, tmp_path, capfd)
     assert_documented("a rank of the learner cannot start", exit_code, err)

@@ -1,4 +1,4 @@
-"""An image that kills whoever scores or decodes it is found, set aside and named; the others keep all of their bits."""
+"""An image that kills whoever scores or decodes it is found, dropped and named; the others keep all of their bits."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.learner import Learner
 from tests.deadly_decoder import FILE
 from tests.failure_page import assert_documented
@@ -21,13 +21,13 @@ FAULTS = "tests.faulty_rewards"
 
 def mean_of_latents(recipe: Recipe, number: int) -> float:
     """Of the image in the first round whose prompt has this number."""
-    parts = parts_of(recipe)
+    parts = build_components(recipe)
     weights = Learner(parts.policy, parts.algorithm, recipe).weights()[-1]
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
     for task in round_tasks(recipe, 0, parts.prompts.load()):
         for row, prompt in enumerate(task.prompts):
             if prompt.metadata["number"] == number:
-                _, trajectory, _ = sampler.draw(task, weights)
+                _, trajectory, _ = sampler.sample(task, weights)
                 assert trajectory is not None
                 return float(trajectory.final_latents[row].mean())
     raise AssertionError(f"no prompt has the number {number}")
@@ -54,7 +54,7 @@ def test_images_that_kill_a_reward_worker_and_a_sampler_are_set_aside_and_change
 
     lines = (Path(recipe.run_path()) / "metrics.jsonl").read_text().splitlines()
     rounds = [json.loads(line) for line in lines]
-    assert [metrics["images_set_aside"] for metrics in rounds] == [2, 0]
+    assert [metrics["images_dropped"] for metrics in rounds] == [2, 0]
     assert sum(metrics.get("actor_restarts/sampler", 0) for metrics in rounds) == 4
     assert sum(metrics.get("actor_restarts/reward_worker", 0) for metrics in rounds) == 4
     said = capfd.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""Who is drawn first: what is learned from goes before what is only looked at, on the real stream with actors that sleep."""
+"""Who is sampled first: what is learned from goes before what is only looked at, on the real stream with actors that sleep."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from ray_ddpo.actors.rollouts.ray_stream import Pools, RayRolloutStream
 from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringPool
 from ray_ddpo.actors.rollouts.stream import StreamSettings
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
-from ray_ddpo.common.policy_weights import LoraWeights, pack
+from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.schedule import Stream, Task
@@ -29,7 +29,7 @@ class Sleeper:
     def ready(self) -> bool:
         return True
 
-    def draw(self, task: Task, weights: LoraWeights) -> tuple[TaskReport, None, ImageBatch]:
+    def sample(self, task: Task, weights: PolicyWeights) -> tuple[TaskReport, None, ImageBatch]:
         time.sleep(SECONDS)
         pixels = np.zeros((len(task.seeds), 2, 2, 3), np.uint8)
         return TaskReport(task, weights.fingerprint, 1, 0, SECONDS), None, ImageBatch(pixels, task.prompts)
@@ -58,25 +58,25 @@ def stream(cluster: None) -> Iterator[RayRolloutStream]:
         pool.close()
 
 
-def drawn_in_order(stream: RayRolloutStream, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """A list that grows with every task whose drawing is over."""
+def sampled_in_order(stream: RayRolloutStream, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """A list that grows with every task whose sampling is over."""
     order: list[tuple[str, int]] = []
-    finished: Any = stream._drawing.finished
+    finished: Any = stream._sampling.finished
 
     def noted(report: Any, now: float) -> Any:
-        drawn = finished(report, now)
-        if drawn is not None:
-            order.append((drawn.report.task.stream.name, drawn.report.task.round))
-        return drawn
+        sampled = finished(report, now)
+        if sampled is not None:
+            order.append((sampled.report.task.stream.name, sampled.report.task.round))
+        return sampled
 
-    monkeypatch.setattr(stream._drawing, "finished", noted)
+    monkeypatch.setattr(stream._sampling, "finished", noted)
     return order
 
 
 def test_a_round_waits_for_one_task_of_an_evaluation_at_most(
     stream: RayRolloutStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = drawn_in_order(stream, monkeypatch)
+    order = sampled_in_order(stream, monkeypatch)
     stream.submit(tasks(1, 4, Stream.EVALUATION))  # nothing else to do: the sampler begins with them
     stream.submit(tasks(1, 3, Stream.TRAINING))
     stream.submit(tasks(2, 2, Stream.TRAINING))

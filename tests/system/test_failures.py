@@ -54,7 +54,7 @@ def test_a_reward_that_fails_in_passing_is_tried_again_and_changes_no_bit(
     tables = with_reward(tables, tmp_path, function, marker, attempts=2)
     faulty = Recipe.parse({**tables, "name": "faulty"})
     fingerprint = final_fingerprint(faulty)
-    assert marker.exists() and total(faulty, f"retries/{reason}") == 1 and total(faulty, "images_set_aside") == 0
+    assert marker.exists() and total(faulty, f"retries/{reason}") == 1 and total(faulty, "images_dropped") == 0
     assert final_fingerprint(Recipe.parse({**tables, "name": "calm"}), serial=True) == fingerprint
 
 
@@ -74,9 +74,9 @@ def test_what_can_never_be_scored_is_set_aside_by_whole_group_and_counted(
     recipe = Recipe.parse({**with_reward(tables, tmp_path, function, "bad"), "name": "aside", "rounds": 4})
     final_fingerprint(recipe, serial=where == "in one process")
     rounds = metrics_of(recipe)
-    aside = [metrics["images_set_aside"] for metrics in rounds]
+    aside = [metrics["images_dropped"] for metrics in rounds]
     assert sum(aside) > 0 and all(count % 2 == 0 for count in aside), "groups of two go whole"
-    # The reward of what is left is the number of its kind, 1: a picture scored 0 would pull the mean down.
+    # The reward of what is left is the number of its kind, 1: an image scored 0 would pull the mean down.
     assert [metrics["reward/mean"] for metrics in rounds] == [1.0] * 4
     assert not any("bad" in name for metrics in rounds for name in metrics)
 
@@ -86,18 +86,18 @@ def test_one_bad_picture_costs_its_own_group_only(tables: dict, tmp_path: Path) 
     for function in ("raises_for_bad", "not_finite_for_bad"):
         recipe = Recipe.parse({**with_reward(tables, tmp_path, function, "bad"), "name": function})
         fingerprints.add(final_fingerprint(recipe, serial=True))
-    assert len(fingerprints) == 1, "the same pictures set aside lead to the same bits, whatever was wrong with them"
+    assert len(fingerprints) == 1, "the same images dropped lead to the same bits, whatever was wrong with them"
 
 
 def test_beyond_its_budget_of_pictures_a_run_ends_with_the_reason(
     tables: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     tables = with_reward(tables, tmp_path, "raises_for_bad", "bad")
-    tables["reward_workers"] |= {"max_set_aside": 1}
+    tables["reward_workers"] |= {"max_dropped": 1}
     file = written(tables, tmp_path)
     assert cli.main(["train", str(file), "--serial", "--rounds", "8"]) == 1
     said = capsys.readouterr().err
-    assert "TooManySetAside" in said and "KeyError" in said and "at most 1" in said
+    assert "TooManyDropped" in said and "KeyError" in said and "at most 1" in said
 
 
 def written(tables: dict, tmp_path: Path) -> Path:
@@ -122,7 +122,7 @@ def test_a_sampler_that_never_answers_ends_the_run_with_a_dump_within_the_deadli
     assert "nothing was finished for runtime.watchdog_seconds = 6" in dump
     assert "is in the hands of" in dump and "does not answer" in dump  # the sampler
     assert "--- learner" in dump and "thread MainThread" in dump  # the others' stacks
-    assert "NothingMoves" in driver.said()
+    assert "StallError" in driver.said()
     wait_until_gone(family)
     assert not (run / "lease.json").exists()
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.recipe.registry import entry_class
+from ray_ddpo.common.recipe.registry import component_class
 from ray_ddpo.train import train
 from tests.system.conftest import final_fingerprint
 from tests.tiny_families import MAKERS, policy_table
@@ -60,7 +60,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits_and_its_lora_loads_in_d
     lora = Path(recipe.run_path()) / "lora"
     learned = load_file(lora / "pytorch_lora_weights.safetensors")
     assert any(np.abs(value).max() > 0 for name, value in learned.items() if "lora_B" in name)
-    config: Any = entry_class(POLICIES, family, "policy")
+    config: Any = component_class(POLICIES, family, "policy")
     pipeline = getattr(diffusers, config.pipeline_class).from_pretrained(tmp_path / family)
     pipeline.load_lora_weights(lora)
     network = getattr(pipeline, config.network_name)

@@ -1,11 +1,11 @@
-"""The embedded model, every parameter trained: the reward rises on held-out animals, and pictures stay pictures."""
+"""The embedded model, every parameter trained: the reward rises on held-out animals, and images stay images."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ray_ddpo.actors.evaluation.image_summary import picture_summary
+from ray_ddpo.actors.evaluation.image_summary import image_summary
 from ray_ddpo.actors.rewards.image_statistics import Brightness, grey
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
@@ -15,39 +15,39 @@ from ray_ddpo.train import train
 pytestmark = pytest.mark.thorough
 FULL = Path(__file__).parents[2] / "deploy" / "recipes" / "tiny" / "full.toml"
 SHORT_FORM = [
-    *("--rounds", "3", "--evaluation.every", "3", "--evaluation.images", "27", "--evaluation.pictures", "27"),
+    *("--rounds", "3", "--evaluation.every", "3", "--evaluation.images", "27", "--evaluation.saved_images", "27"),
     *("--evaluation.batch_size", "9", "--sampling.batches_per_round", "3", "--runtime.threads", "1"),
 ]
-# How far a mean over the pictures may lie from the pretrained model's: added to it, or a share of it.
+# How far a mean over the images may lie from the pretrained model's: added to it, or a share of it.
 ADDED = {"dark_share": 0.1, "brightness": 0.15}
 SHARES = {"deviation": (0.6, 1.4), "entropy": (0.75, 1.25), "diversity": (0.6, 1.4)}
 
 
-def statistics(pictures: list[np.ndarray], prompts: list[str]) -> dict[str, float]:
-    """Means over the pictures, and how much those of one prompt differ."""
-    summary = picture_summary(np.stack(pictures), prompts)
-    brightness = float(np.mean([Brightness().of(picture) for picture in pictures]))
-    return {**summary, "brightness": brightness, "deviation": float(np.mean([grey(each).std() for each in pictures]))}
+def statistics(images: list[np.ndarray], prompts: list[str]) -> dict[str, float]:
+    """Means over the images, and how much those of one prompt differ."""
+    summary = image_summary(np.stack(images), prompts)
+    brightness = float(np.mean([Brightness().of(image) for image in images]))
+    return {**summary, "brightness": brightness, "deviation": float(np.mean([grey(each).std() for each in images]))}
 
 
 def out_of_bounds(before: dict[str, float], after: dict[str, float]) -> list[str]:
-    """The statistics that say that the pictures are not what they were."""
+    """The statistics that say that the images are not what they were."""
     added = [name for name, most in ADDED.items() if not abs(after[name] - before[name]) <= most]
     shares = [name for name, (low, high) in SHARES.items() if not low <= after[name] / before[name] <= high]
     return added + shares
 
 
 def trained(folder: Path, *options: str) -> tuple[dict, list[str]]:
-    """The change of the held-out reward in a short run, and which of its pictures' statistics are out of bounds."""
+    """The change of the held-out reward in a short run, and which of its images' statistics are out of bounds."""
     recipe = Recipe.load(FULL, [*SHORT_FORM, "--output_dir", str(folder), *options])
     without_average = recipe.evaluation.model_copy(update={"average_decay": None})
     recipe = recipe.model_copy(update={"evaluation": without_average})
     train(recipe, serial=True)
     log = EvaluationLog(RunFolder(recipe.run_path()).storage)
     first, last = log.figures()[0], log.figures()[-1]
-    pictures = [log.pictures(each["policy_version"]) for each in (first, last)]
-    prompts = log.read(0)["prompt"].to_pylist()[: len(pictures[0])]  # the first rows are those of the version itself
-    before, after = (statistics(each, prompts) for each in pictures)
+    images = [log.images(each["policy_version"]) for each in (first, last)]
+    prompts = log.read(0)["prompt"].to_pylist()[: len(images[0])]  # the first rows are those of the version itself
+    before, after = (statistics(each, prompts) for each in images)
     print({name: (round(before[name], 3), round(after[name], 3)) for name in before}, last["scores"]["reward"])
     return last["scores"]["reward"], out_of_bounds(before, after)
 

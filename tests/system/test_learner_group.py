@@ -47,8 +47,8 @@ class Rank:
     def ready(self) -> bool:
         return True
 
-    def join(self, meeting: str) -> None:
-        assert ":" in meeting
+    def join(self, rendezvous: str) -> None:
+        assert ":" in rendezvous
 
     def state(self) -> LearnerState:
         return state_with(0.0)
@@ -70,7 +70,7 @@ class Rank:
             case "waits":
                 time.sleep(FOR_EVER)
             case "has bad weights":
-                raise WeightsDidNotArrive("drawn with other weights")
+                raise WeightsDidNotArrive("sampled with other weights")
             case "follows":
                 raise OtherRankFailed("another rank cannot go on")
             case "misses another":
@@ -145,14 +145,14 @@ def test_where_a_rank_dies_all_are_started_again_from_the_last_state_and_one_dea
 @pytest.mark.parametrize("fates", [("follows", "has bad weights"), ("has bad weights", "follows")])
 def test_the_rank_that_knows_what_is_wrong_is_the_one_that_is_heard(fates: tuple[str, str], group_of: Group) -> None:
     group, made, deaths = group_of(*fates)
-    with pytest.raises(WeightsDidNotArrive, match="drawn with other weights"):
+    with pytest.raises(WeightsDidNotArrive, match="sampled with other weights"):
         group.update(BATCH, [])
     assert len(made) == 1 and not deaths
 
 
 def test_an_error_of_one_rank_is_not_waited_out_with_the_others(group_of: Group) -> None:
     group, _, _ = group_of("waits", "has bad weights")
-    with pytest.raises(RayTaskError, match="drawn with other weights"):
+    with pytest.raises(RayTaskError, match="sampled with other weights"):
         group.update(BATCH, [])
 
 

@@ -25,7 +25,7 @@ def test_a_nan_in_one_ranks_gradient_ends_the_run_with_whole_files(
     (tmp_path / "once").mkdir()
     own = {"name": "tests.failing_parts:OwnPolicy", "once": str(tmp_path / "once"), "poisons": IN_ROUND_THREE}
     tables |= {"rounds": 4, "policy": {**tables["policy"], **own, "dtype": dtype}}
-    tables["learner"] |= {"ranks": 2, "micro_batch_size": 8}
+    tables["learner"] |= {"world_size": 2, "micro_batch_size": 8}
     file = tmp_path / "recipe.toml"
     file.write_text(tomli_w.dumps(tables))
     exit_code = cli.main(["train", str(file)])

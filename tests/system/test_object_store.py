@@ -67,8 +67,8 @@ def test_report_and_sample_read_a_run_from_an_object_store(
         (home / "recipe.toml").write_bytes(RunFolder(f"{bucket}/runs/tiny").storage.read("recipe.toml"))
         lora = f"{bucket}/runs/tiny{place}"
         assert cli.main(["sample", "--lora", lora, *recipe, "--output", f"out{place.count('/')}", "fox"]) == 0
-    pictures = [(home / f"out{depth}" / "000-fox-seed0.png").read_bytes() for depth in range(3)]
-    assert pictures[0] == pictures[1] == pictures[2]
+    images = [(home / f"out{depth}" / "000-fox-seed0.png").read_bytes() for depth in range(3)]
+    assert images[0] == images[1] == images[2]
 
 
 def test_a_run_that_is_not_in_the_object_store_is_named(bucket: str, capsys: pytest.CaptureFixture) -> None:

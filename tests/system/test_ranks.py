@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
@@ -21,11 +21,11 @@ ROUNDS = 6
 
 
 def recipe_of(tables: dict, name: str, ranks: int = 2, divided: bool = False, **changes: object) -> Recipe:
-    learner = {**tables["learner"], "ranks": ranks, "shard_optimizer": divided}
+    learner = {**tables["learner"], "world_size": ranks, "shard_optimizer_state": divided}
     return Recipe.parse({**tables, "rounds": ROUNDS, "max_policy_lag": 1, "name": name, "learner": learner, **changes})
 
 
-def trained(recipe: Recipe) -> LoraWeights:
+def trained(recipe: Recipe) -> PolicyWeights:
     """The weights in a run's last checkpoint."""
     newest = newest_checkpoint(RunFolder(recipe.run_path()).checkpoints)
     assert newest is not None
@@ -77,7 +77,7 @@ def test_a_run_of_two_ranks_goes_on_from_its_checkpoint_to_the_same_bits_its_mom
 
 @pytest.mark.thorough
 def test_a_rank_that_dies_between_the_parts_of_a_round_changes_no_bit(tables: dict, cluster: None) -> None:
-    learner = {**tables["learner"], "ranks": 2, "shard_optimizer": True, "parts_per_round": 2}
+    learner = {**tables["learner"], "world_size": 2, "shard_optimizer_state": True, "parts_per_round": 2}
     calm, killed = (
         Recipe.parse({**tables, "rounds": ROUNDS, "max_policy_lag": 1, "name": name, "learner": learner})
         for name in ("calm", "killed")
@@ -103,12 +103,12 @@ def test_a_rank_that_dies_between_the_parts_of_a_round_changes_no_bit(tables: di
 def test_another_number_of_ranks_is_another_run(tables: dict, cluster: None) -> None:
     recipe = recipe_of(tables, "other", rounds=1)
     train(recipe)
-    with pytest.raises(ValueError, match="learner.ranks was 2 and is 1"):
+    with pytest.raises(ValueError, match="learner.world_size was 2 and is 1"):
         train(recipe_of(tables, "other", ranks=1), resume=True)
 
 
 @pytest.mark.system
 def test_what_the_whole_cluster_cannot_hold_is_refused_at_once(tables: dict, cluster: None) -> None:
-    learner = {**tables["learner"], "ranks": 2, "num_cpus": 5}
+    learner = {**tables["learner"], "world_size": 2, "num_cpus": 5}
     with pytest.raises(ValueError, match="learner: its 2 ranks ask for {'CPU': 10"):
         train(Recipe.parse({**tables, "name": "large", "learner": learner}))

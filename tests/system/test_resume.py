@@ -11,7 +11,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.lease import runs_it
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.deploy.driver.supervision import Stopped
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
 from ray_ddpo.learner.checkpoints.resume import resume_point
@@ -56,7 +56,7 @@ def test_a_resume_cuts_the_ledger_back_to_the_checkpoint(tables: dict) -> None:
     before = [ledger.read(round).drop_columns(["seconds"]) for round in range(3)]
     folder.checkpoints.remove("round-000003")
     folder.storage.write("rollouts/round=000007/images.parquet", b"of rounds that are done again")
-    found = resume_point(folder, parts_of(recipe).resolved(), resume=True)
+    found = resume_point(folder, build_components(recipe).resolved(), resume=True)
     assert found is not None and found.rounds_done == found.ledger_rounds == 2
     train(recipe, serial=True, resume=True)
     assert ledger.rounds() == [0, 1, 2]

@@ -9,8 +9,8 @@ import ray
 from ray_ddpo import cli
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rewards import REWARDS
-from ray_ddpo.actors.rollouts.sampling_scheduler import Drawn
-from ray_ddpo.actors.rollouts.scoring_scheduler import Scoring, ScoringPool
+from ray_ddpo.actors.rollouts.sampling_scheduler import Sampled
+from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringPool, ScoringScheduler
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -25,7 +25,7 @@ BRIGHTNESS = {"name": "function", "path": "tests.user_functions:brightness", "in
 
 def with_rewards(tables: dict, name: str, *rewards: dict) -> Recipe:
     one_reward = {key: value for key, value in tables.items() if key != "reward"}
-    return Recipe.parse({**one_reward, "name": name, "rewards": list(rewards), "composition": {"join": "normalised"}})
+    return Recipe.parse({**one_reward, "name": name, "rewards": list(rewards), "aggregation": {"kind": "z_score"}})
 
 
 @pytest.mark.system
@@ -58,11 +58,11 @@ def workers(cluster: None) -> Iterator[WorkerPool]:
     pool.close()
 
 
-def drawn(index: int, levels: list[int]) -> Drawn:
+def sampled(index: int, levels: list[int]) -> Sampled:
     prompts = tuple(Prompt("cat") for _ in levels)
     images = ImageBatch(np.stack([np.full((4, 4, 3), level, np.uint8) for level in levels]), prompts)
     task = Task(0, index, 0, prompts, tuple(range(len(levels))))
-    return Drawn(TaskReport(task, "f", 1, 1, 1.0), None, ray.put(images), None)
+    return Sampled(TaskReport(task, "f", 1, 1, 1.0), None, ray.put(images), None)
 
 
 @pytest.mark.system
@@ -70,9 +70,9 @@ def drawn(index: int, levels: list[int]) -> Drawn:
 def test_a_reward_independent_of_its_batch_scores_waiting_tasks_as_one_batch(
     workers: WorkerPool, independent: bool, calls: int
 ) -> None:
-    scoring = Scoring(ScoringPool(workers, ("b",), RewardPoolTable(batch_size=8), independent), {})
+    scoring = ScoringScheduler(ScoringPool(workers, ("b",), RewardPoolTable(batch_size=8), independent), {})
     for index in range(3):
-        scoring.submit(drawn(index, [10 * index, 10 * index + 1]))
+        scoring.submit(sampled(index, [10 * index, 10 * index + 1]))
     scores, made = {}, 0
     scoring.move(0.0)
     while scoring.references():

@@ -43,7 +43,7 @@ def eventful(tables: dict, folder: Path) -> Recipe:
         "prompts": {"name": "file", "path": str(prompts)},
         "reward": FUNCTION,
         "evaluation": {"every": 2, "images": 2, "prompts": ["cat"], "scorers": [{**FUNCTION, "label": "looked_at"}]},
-        "learner": {**tables["learner"], "ranks": 2, "micro_batch_size": 4, "num_gpus": 1},
+        "learner": {**tables["learner"], "world_size": 2, "micro_batch_size": 4, "num_gpus": 1},
         "samplers": {"resources": {"acting": 1}},
     }
     return Recipe.parse({**tables, **changes})

@@ -28,8 +28,8 @@ def test_a_killed_run_goes_on_in_the_same_wandb_run_and_has_every_round_once(
         "rounds": ROUNDS,
         "sampling": {**tables["sampling"], "batch_size": 2},
         "checkpoint": {"every": 5},
-        "evaluation": {"every": 6, "images": 2, "pictures": 2},
-        "exhibits": {"every": 2, "pictures": 3},
+        "evaluation": {"every": 6, "images": 2, "saved_images": 2},
+        "media": {"every": 2, "images": 3},
     }
     recipe = Recipe.parse({**tables, "trackers": [{"name": "wandb"}, {"name": "tensorboard"}]})
     folder = Path(recipe.run_path())
@@ -46,18 +46,18 @@ def test_a_killed_run_goes_on_in_the_same_wandb_run_and_has_every_round_once(
     assert len(starts(folder)) == 2 and len({file.name for file in starts(folder)}) == 1
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["reward/mean"] for row in rows] == [row["reward/mean"] for row in logged]
-    evaluated = [row["round"] for row in rows if "pictures/evaluation/count" in row]
+    evaluated = [row["round"] for row in rows if "images/evaluation/count" in row]
     assert evaluated == [row["round"] for row in logged if "evaluation/policy_version" in row] != []
-    shown = [row for row in rows if "pictures/round/count" in row]
-    # wandb's file is written every second: what a kill loses of it is filled up with metrics, and not with pictures.
+    shown = [row for row in rows if "images/round/count" in row]
+    # wandb's file is written every second: what a kill loses of it is filled up with metrics, and not with images.
     assert {0, 10, 11} <= {row["round"] for row in shown} <= {0, 2, 4, 6, 8, 10, 11}
-    assert pixels_of(folder, shown[-1]["pictures/round/filenames"][2]).shape == (16, 16, 3)
+    assert pixels_of(folder, shown[-1]["images/round/filenames"][2]).shape == (16, 16, 3)
     assert len(tables_of(folder, "tables/evaluation")) >= 1
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("reward/mean")] == list(range(ROUNDS))
-    assert [event.step for event in events.Images("pictures/round/02")] == [0, 2, 4, 6, 8, 10, 11]
+    assert [event.step for event in events.Images("images/round/02")] == [0, 2, 4, 6, 8, 10, 11]
 
     written = [path for path in folder.rglob("*") if path.is_file()]
     assert written and not [

@@ -18,7 +18,7 @@ from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 PATCH = 2  # latents a side that one token of the transformer holds
-OWN_LATENT_SIZE = 128  # the configuration has none: pictures of 1024² pixels
+OWN_LATENT_SIZE = 128  # the configuration has none: images of 1024² pixels
 
 # As in the configuration files of black-forest-labs/FLUX.1-dev; FLUX.1-schnell has no guidance embedded.
 DEV: Configs = {
@@ -148,7 +148,7 @@ class Flux(DiffusersConfig):
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         return functools.partial(call_transformer, sampling.guidance_scale)
 
-    def noisy_steps(self, sampling: SamplingTable) -> int:
+    def stochastic_steps(self, sampling: SamplingTable) -> int:
         return sampling.num_steps - 1
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:

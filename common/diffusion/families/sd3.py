@@ -135,7 +135,7 @@ class SD3(DiffusersConfig):
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
         return call_transformer
 
-    def noisy_steps(self, sampling: SamplingTable) -> int:
+    def stochastic_steps(self, sampling: SamplingTable) -> int:
         return sampling.num_steps - 1
 
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:

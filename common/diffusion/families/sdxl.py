@@ -45,7 +45,7 @@ def call_unet(
     prompt_embeds: Tensor,
     pooled_prompt_embeds: Tensor,
 ) -> Tensor:
-    """What the UNet predicts, of a row each, for pictures that were never cropped or scaled down."""
+    """What the UNet predicts, of a row each, for images that were never cropped or scaled down."""
     height, width = (scale_factor * side for side in latents.shape[-2:])
     # (height, width) before cropping, (top, left) of the crop, (height, width) that is wanted; made on the device.
     size_ids = torch.zeros(len(latents), 6, device=latents.device, dtype=prompt_embeds.dtype)

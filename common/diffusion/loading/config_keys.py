@@ -18,7 +18,7 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 
-Parts = Mapping[str, Mapping[str, Any]]  # by the part's name, its keys; model_index.json's under INDEX
+Components = Mapping[str, Mapping[str, Any]]  # by the part's name, its keys; model_index.json's under INDEX
 INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
 FLOW_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline")
@@ -101,7 +101,7 @@ def text_tokens(config: "DiffusersConfig", text: Mapping[str, Any]) -> int:
     return length or text.get("max_position_embeddings", DEFAULTS["text_encoder"]["max_position_embeddings"])
 
 
-def _files(config: "DiffusersConfig") -> Parts:
+def _files(config: "DiffusersConfig") -> Components:
     folder = config.folder()
     if not folder.is_dir():
         return {}
@@ -119,7 +119,7 @@ def _read(path: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
-def _loaded(pipeline: Any) -> Parts:
+def _loaded(pipeline: Any) -> Components:
     parts: dict[str, Mapping[str, Any]] = {INDEX: dict(pipeline.config)}
     for name, part in pipeline.components.items():
         if hasattr(part, "model_max_length"):
@@ -131,7 +131,7 @@ def _loaded(pipeline: Any) -> Parts:
     return parts
 
 
-def _faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
+def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     for rule in RULES.get(config.pipeline_class, ()):
         value = parts.get(rule.part, {}).get(rule.key)
         if rule.part in parts and value not in rule.allowed:
@@ -150,7 +150,7 @@ def _faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
     yield from _length_faults(config, parts)
 
 
-def _decoder_faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
+def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     vae = parts["vae"]
     if _value(config, parts, "vae", "out_channels") != 3:
         yield f"vae/config.json has out_channels={vae['out_channels']!r}: images have 3 channels, red, green and blue"
@@ -165,7 +165,7 @@ def _decoder_faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
         yield f"vae/config.json has latents_mean and latents_std of other lengths than latent_channels={channels}"
 
 
-def _channel_faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
+def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     """The network takes and gives what the decoder decodes."""
     network = config.network_name
     packed = SQUARE if config.pipeline_class == "FluxPipeline" else 1
@@ -184,7 +184,7 @@ def _channel_faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
         yield f"{_file(network)} has in_channels={taken} and {keys}: the network must give as much as it takes"
 
 
-def _width_faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
+def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     """The network takes what the text encoders give."""
     network, of = config.network_name, lambda part, key: _value(config, parts, part, key)
     wanted: list[tuple[str, Any, str, int]] = []  # key, its value, of what it must be the width, which is
@@ -215,7 +215,7 @@ def _width_faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
             yield f"{_file(network)} has {key}={value!r}, and its text encoders give {width} ({what}): they must be equal"
 
 
-def _length_faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
+def _length_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     """Each CLIP has a position for every token that it is given."""
     clips = [part for part, (_, made) in config.text_parts.items() if made.startswith("CLIP")]
     of_its_own = config.pipeline_class == "StableDiffusionXLPipeline"
@@ -239,7 +239,7 @@ def _length_faults(config: "DiffusersConfig", parts: Parts) -> Iterator[str]:
         yield f"{shown}: the two text encoders must read equally many tokens"
 
 
-def _value(config: "DiffusersConfig", parts: Parts, part: str, key: str) -> Any:
+def _value(config: "DiffusersConfig", parts: Components, part: str, key: str) -> Any:
     """The key's value, or the libraries' default."""
     kind = "text_encoder" if part.startswith("text_encoder") else part
     defaults = DEFAULTS.get(config.pipeline_class if kind == "transformer" else kind, {})

@@ -33,14 +33,14 @@ class DiffusersConfig(SizedConfig):
     decoder_classes: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "AutoencoderTiny")
     latent_packing: ClassVar[int] = 1  # latents that one of the network's tokens holds
     switches: ClassVar[dict[str, str]] = {}  # parts that the family can do without: the key and value that say so
-    scheduler_class: ClassVar[str | None] = None  # of diffusers, that draws as samplers do; none: the pipeline's own
+    scheduler_class: ClassVar[str | None] = None  # of diffusers, that samples as samplers do; none: the pipeline's own
     takes_negative_prompt: ClassVar[bool] = True
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
     variant: str | None = Field(default=None, pattern=r"[A-Za-z0-9_-]+")  # of the weights' files, such as fp16
     single_file_config: str | None = None  # where the configurations of a single file are: a folder or a hub name
     lora: LoraSettings = LoraSettings()
-    vae_slicing: bool = False  # the decoder takes a picture after the other
+    vae_slicing: bool = False  # the decoder takes an image after the other
     vae_tiling: bool = False  # and each in tiles: less memory, and seams that can hardly be seen
     offload: bool = False  # text encoders and decoder wait in the host's memory while they have nothing to do
 
@@ -148,9 +148,9 @@ class DiffusersConfig(SizedConfig):
         if self.vae_slicing:
             vae.enable_slicing()
         if self.vae_tiling:
-            if type(vae).__name__ != "AutoencoderKL":  # AutoencoderTiny's own fails on pictures smaller than a tile
+            if type(vae).__name__ != "AutoencoderKL":  # AutoencoderTiny's own fails on images smaller than a tile
                 raise ValueError(
                     f"policy.vae_tiling is true, and the model's decoder is an {type(vae).__name__}: only that of an "
-                    "AutoencoderKL can take pictures in tiles"
+                    "AutoencoderKL can take images in tiles"
                 )
             vae.enable_tiling()

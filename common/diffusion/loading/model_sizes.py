@@ -51,8 +51,8 @@ def model_sizes(
     kept = DTYPES[sampling.latents_dtype].itemsize
     return replace(
         sizes,
-        noisy_steps=config.noisy_steps(sampling),
-        drawing=sizes.drawing.plus(0, path * (4 + 2 * kept)),  # noise, the path step by step, and as one tensor
+        stochastic_steps=config.stochastic_steps(sampling),
+        sampling=sizes.sampling.plus(0, path * (4 + 2 * kept)),  # noise, the path step by step, and as one tensor
         decoding=sizes.decoding.plus(0, path * kept),
     )
 
@@ -96,13 +96,13 @@ def _counted(work: _Work) -> PolicySizes:
     text_bytes = sum(math.prod(shape) for shape in shapes.values()) * config.loaded_dtype.itemsize
     return PolicySizes(
         latent_shape=latent_shape,
-        noisy_steps=config.noisy_steps(sampling),
+        stochastic_steps=config.stochastic_steps(sampling),
         conditioning_shape=config.with_negative(shapes),
         conditioning_bytes=text_bytes,
         network_parameters=network_parameters,
         trained_parameters=trained,
         learner=learner,
-        drawing=memory.drawing().plus(held + (0 if waiting else encoders + decoder)),
+        sampling=memory.sampling().plus(held + (0 if waiting else encoders + decoder)),
         decoding=memory.decoding(vae).plus(held + decoder + (0 if waiting else encoders)),
         encoding_bytes=held + encoders + (0 if waiting else decoder),
         network_bytes=network_bytes,

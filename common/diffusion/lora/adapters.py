@@ -21,13 +21,13 @@ from ray_ddpo.common.diffusion.lora.files import (
     save_with_header,
 )
 from ray_ddpo.common.diffusion.lora.targets import check_targets
-from ray_ddpo.common.policy_weights import LoraWeights, packed, verified
-from ray_ddpo.common.recipe.registry import Entry
+from ray_ddpo.common.policy_weights import PolicyWeights, packed, verified
+from ray_ddpo.common.recipe.registry import Component
 
 ADAPTER = "default"  # PEFT's name for the one that is trained
 
 
-class LoraSettings(Entry):
+class LoraSettings(Component):
     """The lineage's adapter: rank 4, alpha 4, on the attention's projections."""
 
     rank: int = Field(default=4, ge=1, le=4096)
@@ -68,11 +68,11 @@ def compute_adapters_in(network: nn.Module, device: str, dtype: torch.dtype) -> 
 
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Name to parameter, in the network's own order, which is the order in every LoraWeights."""
+    """Name to parameter, in the network's own order, which is the order in every PolicyWeights."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
-def read_weights(network: nn.Module, policy_version: int) -> LoraWeights:
+def read_weights(network: nn.Module, policy_version: int) -> PolicyWeights:
     """A copy of the trained parameters, to be published."""
     parameters = trained_parameters(network)
     shapes = {name: value.shape for name, value in parameters.items()}
@@ -80,7 +80,7 @@ def read_weights(network: nn.Module, policy_version: int) -> LoraWeights:
 
 
 @torch.no_grad()
-def load_weights(network: nn.Module, weights: LoraWeights) -> int:
+def load_weights(network: nn.Module, weights: PolicyWeights) -> int:
     """Lay `weights` into the network; how many parameters were bound.
 
     ValueError: the weights were damaged on the way, or do not fit the network name by name and shape by shape.
@@ -103,7 +103,7 @@ def load_weights(network: nn.Module, weights: LoraWeights) -> int:
 class MergedAdapters:
     """Adapters added to the weights beside them, which a forward pass then uses alone.
 
-    Each time from the pretrained weights anew: adding and taking away again would let rounding grow from version to version.
+    Each time from the pretrained weights again: adding and taking away again would let rounding grow from version to version.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -27,13 +27,13 @@ ALONE = {
     },
     "single": {"proj_out": "linear2", "norm.linear": "modulation_lin"},
 }
-Pair = tuple[Tensor, Tensor]
+TransitionIndex = tuple[Tensor, Tensor]
 
 
 def flux_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a LoRA's tensors, named as in diffusers, by kohya's names; those without one are left out."""
     downs = {name.removesuffix(".lora_A.weight"): value for name, value in tensors.items() if "lora_A" in name}
-    blocks: dict[tuple[str, str], dict[str, Pair]] = {}
+    blocks: dict[tuple[str, str], dict[str, TransitionIndex]] = {}
     for module, down in downs.items():
         if found := BLOCK.fullmatch(module):
             kind, number, layer = found[1] or "", found[2], found[3]
@@ -50,7 +50,7 @@ def flux_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _as_one(layers: dict[str, Pair], parts: dict[str, int]) -> Pair:
+def _as_one(layers: dict[str, TransitionIndex], parts: dict[str, int]) -> TransitionIndex:
     """Return the adapter of the layer that several are one of: each acts on its own rows alone."""
     given = [layers[part] for part in parts if part in layers]
     rank = max(down.shape[0] for down, _ in given)

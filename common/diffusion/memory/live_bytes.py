@@ -17,7 +17,7 @@ class Kernels(ABC):
     """What a device's kernels do beyond what operations say."""
 
     @abstractmethod
-    def laid_out(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
+    def in_memory_format(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
         """The output as the device's kernel lays it out."""
 
     @abstractmethod
@@ -28,7 +28,7 @@ class Kernels(ABC):
 class PlainKernels(Kernels):
     """Nothing beyond it."""
 
-    def laid_out(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
+    def in_memory_format(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
         return output
 
     def scratch(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> int:
@@ -53,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, int] = {}  # storages that are live: identity, bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        output = self._kernels.laid_out(func, args, func(*args, **(kwargs or {})))
+        output = self._kernels.in_memory_format(func, args, func(*args, **(kwargs or {})))
         made = [leaf for leaf in _tensors(output) if _identity(leaf) not in self._known]
         if made:
             # A view of what was there before the work began is not its making.

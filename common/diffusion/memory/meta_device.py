@@ -15,7 +15,9 @@ IN_HALF = {F.linear, torch.conv2d, F.conv2d, torch.matmul, torch.bmm, torch.badd
 IN_FLOAT32 = {"cuda": {F.group_norm, F.layer_norm, F.softmax, torch.softmax}, "cpu": set()}
 
 BLAS_BYTES = 2 * 2**25  # cuBLAS's workspaces of 32 MiB, of the forward and of the backward thread
-TRANSPOSED_SHARE = 1.0  # of what a convolution reads and writes, that cuDNN lays out anew where it is not channels-last
+TRANSPOSED_SHARE = (
+    1.0  # of what a convolution reads and writes, that cuDNN lays out again where it is not channels-last
+)
 SPLITS = 132  # of deterministic fused attention's backward pass: one a multiprocessor of an H100, at least one a head
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
@@ -78,9 +80,9 @@ def _query_sums(query: Tensor) -> Tensor:
 
 
 class CudaKernels(Kernels):
-    """cuDNN's convolutions: channels-last if weights or input are, and what is not is laid out anew meanwhile."""
+    """cuDNN's convolutions: channels-last if weights or input are, and what is not is laid out again meanwhile."""
 
-    def laid_out(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
+    def in_memory_format(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
         if operation not in CONVOLUTIONS or not any(map(_is_channels_last, arguments[:3])):
             return output
         if isinstance(output, Tensor):
@@ -92,8 +94,8 @@ class CudaKernels(Kernels):
             return 0
         outputs = [output] if isinstance(output, Tensor) else [output[0]]
         tensors = [each for each in (*arguments[:2], *outputs) if isinstance(each, Tensor) and each.ndim == 4]
-        anew = [each.nbytes for each in tensors if not each.is_contiguous(memory_format=torch.channels_last)]
-        return round(TRANSPOSED_SHARE * sum(anew))
+        again = [each.nbytes for each in tensors if not each.is_contiguous(memory_format=torch.channels_last)]
+        return round(TRANSPOSED_SHARE * sum(again))
 
 
 def _is_channels_last(value: Any) -> bool:

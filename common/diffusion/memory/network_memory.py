@@ -70,12 +70,12 @@ class NetworkMemory:
         with _checkpointing(self._network, self._recomputed) if checkpointing else contextlib.nullcontext():
             return self._line(self._learn)
 
-    def drawing(self) -> PeakBytes:
+    def sampling(self) -> PeakBytes:
         """What a denoising step without gradient takes beside the weights, by images."""
         return self._line(self._draw)
 
     def decoding(self, vae: Any) -> PeakBytes:
-        """What the decoder takes from latents to pictures beside its weights, by images."""
+        """What the decoder takes from latents to images beside its weights, by images."""
         if self._device == "cuda":
             vae.to(memory_format=torch.channels_last)
 
@@ -115,7 +115,7 @@ class NetworkMemory:
         return unconditional + 5.0 * (conditional - unconditional)
 
     def _recomputed(self, module: Any, *args: Any) -> Any:
-        # The backward pass leaves function modes behind, so what it computes anew enters one of its own.
+        # The backward pass leaves function modes behind, so what it computes again enters one of its own.
         def contexts() -> tuple[Any, Any]:
             return contextlib.nullcontext(), self._like_device()
 

@@ -1,4 +1,4 @@
-"""Parts that published models share, as in their configuration files: text encoders and decoders."""
+"""Components that published models share, as in their configuration files: text encoders and decoders."""
 
 from typing import Any
 

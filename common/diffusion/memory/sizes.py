@@ -24,13 +24,13 @@ class PolicySizes:
     """What `ddpo plan` multiplies. Bytes are of the dtype the recipe gives, and the most that is allocated at once."""
 
     latent_shape: tuple[int, int, int]
-    noisy_steps: int  # of a path
+    stochastic_steps: int  # of a path
     conditioning_shape: dict[str, tuple[int, ...]]  # of one prompt's row, by name
     conditioning_bytes: int  # of one prompt's embeddings
     network_parameters: int  # of the network that is trained, without adapters
     trained_parameters: int
     learner: PeakBytes  # by the pairs of a micro-batch, both branches of guidance, with weights and optimizer
-    drawing: PeakBytes  # of a sampler, by the images of a task, with its weights
+    sampling: PeakBytes  # of a sampler, by the images of a task, with its weights
     decoding: PeakBytes
     encoding_bytes: int  # the weights that a sampler holds while it encodes prompts
     conditioning_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of what is not floating, as labels are
@@ -38,13 +38,13 @@ class PolicySizes:
 
     def sampler_bytes(self, batch: int) -> int:
         """A sampler's peak over a task of so many images."""
-        return max(self.drawing.of(batch), self.decoding.of(batch), self.encoding_bytes)
+        return max(self.sampling.of(batch), self.decoding.of(batch), self.encoding_bytes)
 
     def largest_batch(self, bytes: float | int) -> int:
-        """The most images of a task that a sampler can draw and decode with so many bytes; 0: not one."""
+        """The most images of a task that a sampler can sample and decode with so many bytes; 0: not one."""
         if self.encoding_bytes > bytes:
             return 0
-        return min(self.drawing.largest(bytes), self.decoding.largest(bytes))
+        return min(self.sampling.largest(bytes), self.decoding.largest(bytes))
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -19,7 +19,7 @@ class DDIMTable(DenoisingSteps):
     timesteps: Int[Tensor, "T"]  # the model's own, 999 … 0
     alphas_cumprod: Float[Tensor, "T"]  # ᾱ where the step starts
     next_alphas_cumprod: Float[Tensor, "T"]  # ᾱ where it ends
-    eta: Float[Tensor, "T"]  # 0: this step is drawn without noise
+    eta: Float[Tensor, "T"]  # 0: this step is sampled without noise
     prediction_type: str  # epsilon, v_prediction or sample
     training_alphas_cumprod: Float[Tensor, "N"]  # ᾱ of each of the model's own timesteps
 

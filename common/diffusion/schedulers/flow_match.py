@@ -19,7 +19,7 @@ class FlowMatchTable(DenoisingSteps):
     timesteps: Float[Tensor, "T"]  # 1000 σ
     sigmas: Float[Tensor, "T"]  # where the step starts
     next_sigmas: Float[Tensor, "T"]  # where it ends
-    noise_level: Float[Tensor, "T"]  # a; 0: this step is drawn without noise
+    noise_level: Float[Tensor, "T"]  # a; 0: this step is sampled without noise
     training_sigmas: Float[Tensor, "N"]  # σ of each of the model's own timesteps, spaced as it was trained
 
     def to(self, device: str) -> "FlowMatchTable":
@@ -68,7 +68,7 @@ def flow_match_table(
 
     `image_tokens` decide how far noise levels are shifted, where the configuration says that they do. `evenly_spaced`:
     σ goes in equal steps from 1 to 1/T before it is shifted, as FLUX has it, and not down to the schedule's own least.
-    ValueError: the configuration describes steps that are no flow from noise to the picture, or steps with noise of their own.
+    ValueError: the configuration describes steps that are no flow from noise to the image, or steps with noise of their own.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift

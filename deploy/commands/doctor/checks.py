@@ -1,4 +1,4 @@
-"""What can be told before anything is drawn: versions, authentication, folders, disk, trackers, weights. One finding each."""
+"""What can be told before anything is sampled: versions, authentication, folders, disk, trackers, weights. One finding each."""
 
 import importlib.metadata
 import os
@@ -241,9 +241,9 @@ def _tried(
         return
     noise = np.random.default_rng(0).integers(0, 256, (len(prompts), NOISE_SIZE, NOISE_SIZE, 3), np.uint8)
     scores = worker.score(ImageBatch(noise, prompts))
-    if scores.set_aside:
+    if scores.dropped:
         yield Finding(
-            "warning", subject, f"{name} can be loaded; {next(iter(scores.set_aside.values()))}, an image of noise"
+            "warning", subject, f"{name} can be loaded; {next(iter(scores.dropped.values()))}, an image of noise"
         )
     else:
         yield Finding("ok", subject, f"{name} can be loaded, and scores")

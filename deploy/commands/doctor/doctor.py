@@ -33,7 +33,7 @@ from ray_ddpo.deploy.commands.doctor.checks import (
     weights_findings,
 )
 from ray_ddpo.deploy.commands.doctor.guard import Finding, OutOfTime, guarded
-from ray_ddpo.deploy.commands.doctor.ratio_measurement import draw_some, runtime_of, score_again
+from ray_ddpo.deploy.commands.doctor.ratio_measurement import runtime_of, sample_some, score_again
 from ray_ddpo.deploy.commands.doctor.ratio_noise import (
     WIDEST,
     Noise,
@@ -52,7 +52,7 @@ from ray_ddpo.deploy.commands.doctor.resources import (
 )
 from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes, plan_of_parts
 from ray_ddpo.deploy.driver.cluster import attach, attaches, check_temporary_folder
-from ray_ddpo.deploy.driver.components import Parts, build_reward, entries_of
+from ray_ddpo.deploy.driver.components import Components, build_reward, components_of
 from ray_ddpo.deploy.driver.numerics_rows import rows_note
 from ray_ddpo.deploy.driver.workers import place_options
 from ray_ddpo.learner.optimization.optimizer import check_optimizer
@@ -95,7 +95,7 @@ def _examined(recipe: Recipe) -> Iterator[Finding | Measured]:
     yield from guarded("run folder", folder_findings, recipe)
     yield from guarded("push", push_findings, recipe)
     yield from guarded("Ray's token", lambda: [authentication_finding(os.environ, Path.home())])
-    built = list(guarded("recipe", lambda: [entries_of(recipe)]))
+    built = list(guarded("recipe", lambda: [components_of(recipe)]))
     parts = built[0]
     if isinstance(parts, Finding):
         yield parts
@@ -109,7 +109,7 @@ def _examined(recipe: Recipe) -> Iterator[Finding | Measured]:
             ray.shutdown()
 
 
-def _parts_findings(parts: Parts) -> Iterator[Finding | Measured]:
+def _parts_findings(parts: Components) -> Iterator[Finding | Measured]:
     """Yield findings of what the recipe names: here as far as that can be told here, then where the actors would be."""
     prompts: list[Prompt] = []
     lacking = list(guarded("prompts", _prompt_findings, parts, prompts))
@@ -127,16 +127,18 @@ def _parts_findings(parts: Parts) -> Iterator[Finding | Measured]:
     yield from guarded("cluster", _on_the_machines, parts, numbers, tuple(prompts) or MADE_UP)
 
 
-def _prompt_findings(parts: Parts, drawn: list[Prompt]) -> Iterator[Finding]:
-    """Draw the run's first prompts, of which a few are kept in `drawn`, and those of its evaluations. Yield nothing."""
+def _prompt_findings(parts: Components, sampled: list[Prompt]) -> Iterator[Finding]:
+    """SamplePrompt the run's first prompts, of which a few are kept in `sampled`, and those of its evaluations. Yield nothing."""
     task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
-    drawn += task.prompts[:TRIED]
+    sampled += task.prompts[:TRIED]
     evaluation_set(parts.recipe.evaluation, parts.prompts)
     yield from ()
 
 
-def _on_the_machines(parts: Parts, numbers: Plan | None, prompts: tuple[Prompt, ...]) -> Iterator[Finding | Measured]:
-    """`numbers`: None where model or prompts are not there; then nothing is drawn."""
+def _on_the_machines(
+    parts: Components, numbers: Plan | None, prompts: tuple[Prompt, ...]
+) -> Iterator[Finding | Measured]:
+    """`numbers`: None where model or prompts are not there; then nothing is sampled."""
     recipe, attached = parts.recipe, _attach()
     nodes = _nodes() if attached else [_this_machine(recipe)]
     places = list(place_findings(roles_of(recipe), nodes))
@@ -153,7 +155,7 @@ def _on_the_machines(parts: Parts, numbers: Plan | None, prompts: tuple[Prompt, 
     )
 
 
-def _tried_out(parts: Parts, at: At, prompts: tuple[Prompt, ...], may_draw: bool) -> Iterator[Finding | Measured]:
+def _tried_out(parts: Components, at: At, prompts: tuple[Prompt, ...], may_draw: bool) -> Iterator[Finding | Measured]:
     try:
         yield from _reward_findings(parts, at, prompts)
         weights = list(guarded("model", _model_findings, parts, at))
@@ -161,13 +163,13 @@ def _tried_out(parts: Parts, at: At, prompts: tuple[Prompt, ...], may_draw: bool
         if may_draw and weights[-1].level == "ok":
             yield from guarded("trial", _noise, parts, at)
         else:
-            yield Finding("warning", "not looked at", "the ratio: what is said above stands in the way of drawing")
+            yield Finding("warning", "not looked at", "the ratio: what is said above stands in the way of sampling")
     except OutOfTime:
         found = f"weights and ratio: not done in runtime.ready_seconds = {parts.recipe.runtime.ready_seconds:g}"
         yield Finding("warning", "not looked at", found, "where the cluster is busy, try again when there is room")
 
 
-def _reward_findings(parts: Parts, at: At, prompts: tuple[Prompt, ...]) -> Iterator[Finding]:
+def _reward_findings(parts: Components, at: At, prompts: tuple[Prompt, ...]) -> Iterator[Finding]:
     """Of every reward and scorer."""
     recipe = parts.recipe
     rewards = [("reward", table) for table in recipe.all_rewards]
@@ -180,19 +182,22 @@ def _reward_findings(parts: Parts, at: At, prompts: tuple[Prompt, ...]) -> Itera
         )
 
 
-def _model_findings(parts: Parts, at: At) -> Iterator[Finding]:
+def _model_findings(parts: Components, at: At) -> Iterator[Finding]:
     lacking = at(parts.recipe.samplers, weights_findings, "model", "the policy", parts.policy.needs())
     yield from lacking or [Finding("ok", "model", f"the files of {parts.policy.model} are there")]
 
 
-def _noise(parts: Parts, at: At) -> Iterator[Finding | Measured]:
+def _noise(parts: Components, at: At) -> Iterator[Finding | Measured]:
     recipe = parts.recipe
-    drawn = at(recipe.samplers, draw_some, recipe)
-    if drawn.cut_prompts:
+    sampled = at(recipe.samplers, sample_some, recipe)
+    if sampled.cut_prompts:
         yield Finding(
-            "warning", "prompts", drawn.cut_prompts.removeprefix("prompts: "), "shorten them: what is cut has no effect"
+            "warning",
+            "prompts",
+            sampled.cut_prompts.removeprefix("prompts: "),
+            "shorten them: what is cut has no effect",
         )
-    noise = at(recipe.learner, score_again, recipe, drawn)
+    noise = at(recipe.learner, score_again, recipe, sampled)
     clip = clip_range(parts.algorithm, noise.latent_elements)
     yield Measured(noise, clip)
     yield from noise_findings(noise, clip, recipe.sampling)

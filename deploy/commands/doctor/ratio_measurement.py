@@ -1,4 +1,4 @@
-"""Draw a few paths as a sampler does, and score them again as the learner does and in other ways."""
+"""SamplePrompt a few paths as a sampler does, and score them again as the learner does and in other ways."""
 
 import dataclasses
 import warnings
@@ -13,16 +13,16 @@ from ray_ddpo.common.diffusion.lora.adapters import read_weights, trained_parame
 from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.diffusion.policy_trial import load_checked, try_sampling
 from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words
-from ray_ddpo.common.diffusion.rollout import draw, score
+from ray_ddpo.common.diffusion.rollout import sample_trajectories, score
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, output_sensitivity
-from ray_ddpo.common.policy_weights import LoraWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RoleTable, RuntimeTable
 from ray_ddpo.common.runtime import settle
 from ray_ddpo.common.schedule import round_tasks, transition_order
 from ray_ddpo.common.trajectory import DTYPES, Trajectory
 from ray_ddpo.deploy.commands.doctor.ratio_noise import Comparison, Kind, Noise
-from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.deploy.driver.trial_prompts import checked_prompts, trial_prompts
 from ray_ddpo.learner.learning_trial import try_learning
 from ray_ddpo.learner.optimization.micro_batch import micro_batch_size
@@ -40,12 +40,12 @@ KERNELS = {
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What a sampler has drawn: the same noise twice where paths are stored in half precision, and with which weights."""
+class Sampled:
+    """What a sampler has sampled: the same noise twice where paths are stored in half precision, and with which weights."""
 
     as_stored: Trajectory
     in_float32: Trajectory
-    weights: LoraWeights
+    weights: PolicyWeights
     cut_prompts: str | None = None  # what there is to say of prompts that are longer than the text encoders read
 
 
@@ -54,9 +54,9 @@ def runtime_of(table: RoleTable, runtime: RuntimeTable) -> RuntimeTable:
     return runtime if table.num_gpus else runtime.model_copy(update={"device": "cpu"})
 
 
-def draw_some(recipe: Recipe) -> Drawn:
+def sample_some(recipe: Recipe) -> Sampled:
     """The first images of the run's first task, with every step that the recipe learns from."""
-    parts = entries_of(recipe)
+    parts = components_of(recipe)
     tried_on = [prompt.text for prompt in trial_prompts(parts)]
     task = round_tasks(recipe, 0, parts.prompts.load())[0]
     device = settle(runtime_of(recipe.samplers, recipe.runtime))
@@ -68,20 +68,20 @@ def draw_some(recipe: Recipe) -> Drawn:
     cut = cut_prompts_in_words(policy.text_readers(), checked_prompts(parts), recipe.sampling)
     if parts.policy.is_compiled("sampler"):
         policy.compile(recipe.sampling.batch_size)
-    policy.lay_in(weights)
-    sampling = recipe.sampling.model_copy(update={"step_fraction": 1.0, "window": None})
+    policy.load_weights(weights)
+    sampling = recipe.sampling.model_copy(update={"timestep_fraction": 1.0, "sde_window": None})
     prompts, seeds = [prompt.text for prompt in task.prompts[:IMAGES]], list(task.seeds[:IMAGES])
-    as_stored = draw(policy, prompts, seeds, sampling)
+    as_stored = sample_trajectories(policy, prompts, seeds, sampling)
     in_float32 = (
         as_stored
         if sampling.latents_dtype == "float32"
-        else draw(policy, prompts, seeds, sampling.model_copy(update={"latents_dtype": "float32"}))
+        else sample_trajectories(policy, prompts, seeds, sampling.model_copy(update={"latents_dtype": "float32"}))
     )
-    return Drawn(as_stored, in_float32, weights, cut)
+    return Sampled(as_stored, in_float32, weights, cut)
 
 
 @torch.no_grad()
-def _trained_a_little(policy: Policy) -> LoraWeights:
+def _trained_a_little(policy: Policy) -> PolicyWeights:
     """Weights as after some rounds: adapters begin as zero, and of zero nothing is lost where it is merged and rounded."""
     if policy.merged:
         for parameter in trained_parameters(policy.network).values():
@@ -89,34 +89,34 @@ def _trained_a_little(policy: Policy) -> LoraWeights:
     return read_weights(policy.network, 0)
 
 
-def score_again(recipe: Recipe, drawn: Drawn) -> Noise:
+def score_again(recipe: Recipe, sampled: Sampled) -> Noise:
     """Every comparison that this device can make."""
-    device, parts = settle(runtime_of(recipe.learner, recipe.runtime)), entries_of(recipe)
+    device, parts = settle(runtime_of(recipe.learner, recipe.runtime)), components_of(recipe)
     config = parts.policy
     policy = load_checked(config, device, recipe.sampling, "learner")
     try_learning(policy, config, parts.algorithm, recipe)
     size = micro_batch_size(policy, config, parts.algorithm, recipe)
-    policy.lay_in(drawn.weights)
+    policy.load_weights(sampled.weights)
     unavailable: list[str] = []
-    comparisons = tuple(_comparisons(policy, recipe, drawn, size, unavailable))
-    if config.is_compiled("learner"):  # last, for every other comparison would be compiled anew
+    comparisons = tuple(_comparisons(policy, recipe, sampled, size, unavailable))
+    if config.is_compiled("learner"):  # last, for every other comparison would be compiled again
         policy.compile(size)
-        comparisons = (*map(_not_compiled, comparisons), _as_the_learner(policy, recipe, drawn.as_stored, size))
+        comparisons = (*map(_not_compiled, comparisons), _as_the_learner(policy, recipe, sampled.as_stored, size))
     return Noise(
         comparisons,
         tuple(unavailable),
         int(np.prod(policy.latent_shape)),
-        _sensitivity(policy, np.unique(drawn.as_stored.steps.cpu().numpy())),
+        _sensitivity(policy, np.unique(sampled.as_stored.steps.cpu().numpy())),
         device,
     )
 
 
 def _comparisons(
-    policy: Policy, recipe: Recipe, drawn: Drawn, size: int, unavailable: list[str]
+    policy: Policy, recipe: Recipe, sampled: Sampled, size: int, unavailable: list[str]
 ) -> Iterator[Comparison]:
-    path, stored = drawn.as_stored, recipe.sampling.latents_dtype
+    path, stored = sampled.as_stored, recipe.sampling.latents_dtype
     transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
-    yield _compared(f"as drawn, {stored} as stored", "other", path, score(policy, path))
+    yield _compared(f"as sampled, {stored} as stored", "other", path, score(policy, path))
     yield _as_the_learner(policy, recipe, path, size)
     single = round_transitions((_first_image(path),), np.zeros(1), policy.device)
     yield _compared("one transition at a time", "other", _first_image(path), _in_batches(policy, recipe, single, 1))
@@ -130,7 +130,7 @@ def _comparisons(
             continue
         yield _compared(name, "other", path, log_probs)
     for dtype in ("float16", "bfloat16") if stored == "float32" else (stored,):
-        path = _rounded(drawn.in_float32, DTYPES[dtype])
+        path = _rounded(sampled.in_float32, DTYPES[dtype])
         rounded = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
         log_probs = _in_batches(policy, recipe, rounded, size)
         yield _compared(f"rounded to {dtype} once scored", "rounded", path, log_probs)

@@ -141,9 +141,7 @@ def _remedies(noise: Noise, sampling: SamplingTable) -> str:
         remedies.append("sampling.latents_dtype float32")
     late = _late_steps(run.by_step)
     if late:
-        remedies.append(
-            f"sampling.untrained_last_steps {sampling.untrained_last_steps + late}, for the late steps lead"
-        )
+        remedies.append(f"sampling.skip_last_steps {sampling.skip_last_steps + late}, for the late steps lead")
     better = [other for other in noise.comparisons if other.kind == "other" and other.largest < NOISY * run.largest]
     remedies += [f"compute as in '{better[0].name}', which is far quieter"] if better else []
     return "; ".join([*remedies, "the same attention kernel on both sides; a larger clip range; policy.dtype float32"])
@@ -181,6 +179,6 @@ def _sensitivity_findings(noise: Noise, sampling: SamplingTable) -> list[Finding
     if factor <= SENSITIVE:
         return [Finding("ok", "steps", found)]
     late = _late_steps(noise.sensitivity)
-    last = sampling.untrained_last_steps + late if late else sampling.num_steps - worst
-    drop = f"set sampling.untrained_last_steps {last}"
+    last = sampling.skip_last_steps + late if late else sampling.num_steps - worst
+    drop = f"set sampling.skip_last_steps {last}"
     return [Finding("warning", "steps", f"{found}: it drowns the others in ratio and clip", drop)]

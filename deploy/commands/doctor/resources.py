@@ -50,8 +50,8 @@ def roles_of(recipe: Recipe, numbers: Plan | None = None) -> tuple[Role, ...]:
         Role(
             "learner",
             recipe.learner,
-            recipe.learner.ranks,
-            recipe.learner.ranks,
+            recipe.learner.world_size,
+            recipe.learner.world_size,
             numbers.learner_bytes if numbers else 0,
         ),
         *(

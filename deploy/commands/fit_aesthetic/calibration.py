@@ -1,4 +1,4 @@
-"""The calibration picture of an aesthetic head: what it predicts against what people said."""
+"""The calibration image of an aesthetic head: what it predicts against what people said."""
 
 import io
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ BLUE, ORANGE = "#3465a4", "#e8743b"
 
 @dataclass(frozen=True)
 class Bins:
-    """B bins of about equally many pictures, by prediction."""
+    """B bins of about equally many images, by prediction."""
 
     predicted: Float[np.ndarray, "B"]  # mean
     true: Float[np.ndarray, "B"]  # mean
@@ -23,7 +23,7 @@ class Bins:
 
 
 def calibration_bins(predicted: Float[np.ndarray, "N"], true: Float[np.ndarray, "N"]) -> Bins:
-    """At most ten, of eight pictures or more where there are so many; N is two or more."""
+    """At most ten, of eight images or more where there are so many; N is two or more."""
     order = np.argsort(predicted, kind="stable")
     count = int(np.clip(len(order) // LEAST_IN_BIN, 1, MOST_BINS))
     bins = np.array_split(order, count)
@@ -35,8 +35,8 @@ def calibration_bins(predicted: Float[np.ndarray, "N"], true: Float[np.ndarray, 
     )
 
 
-def calibration_picture(predicted: np.ndarray, true: np.ndarray, split: str) -> bytes:
-    """A PNG: pictures as dots, bins with one standard error, the diagonal, and both distributions at the edges."""
+def calibration_chart(predicted: np.ndarray, true: np.ndarray, split: str) -> bytes:
+    """A PNG: images as dots, bins with one standard error, the diagonal, and both distributions at the edges."""
     from matplotlib import pyplot as plt
 
     predicted, true = predicted.astype(np.float64), true.astype(np.float64)
@@ -51,7 +51,7 @@ def calibration_picture(predicted: np.ndarray, true: np.ndarray, split: str) -> 
         height_ratios=(1, 5),
         gridspec_kw={"hspace": 0.04, "wspace": 0.04},
     )
-    _draw_pictures(axes[1, 0], predicted, true, limits)
+    _sample_images(axes[1, 0], predicted, true, limits)
     edges = np.linspace(*limits, int(np.clip(len(true) // 5, 14, 40)) + 1)
     axes[0, 0].hist(predicted, edges, color=BLUE, alpha=0.75, edgecolor="white", linewidth=0.6)
     axes[1, 1].hist(true, edges, color=ORANGE, alpha=0.75, edgecolor="white", linewidth=0.6, orientation="horizontal")
@@ -61,17 +61,17 @@ def calibration_picture(predicted: np.ndarray, true: np.ndarray, split: str) -> 
         axis.axis("off")
     known = {name: value for name, value in agreement(predicted, true).items() if name in ("srcc", "plcc") and value}
     measured = "".join(f" · {name.upper()} {value:.3f}" for name, value in known.items())
-    axes[0, 0].set_title(f"{len(true):,} {split} pictures{measured}", fontsize=11, loc="left")
+    axes[0, 0].set_title(f"{len(true):,} {split} images{measured}", fontsize=11, loc="left")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
 
 
-def _draw_pictures(axis: Any, predicted: np.ndarray, true: np.ndarray, limits: tuple[float, float]) -> None:
+def _sample_images(axis: Any, predicted: np.ndarray, true: np.ndarray, limits: tuple[float, float]) -> None:
     alpha = float(np.clip(60 / len(true), 0.04, 0.45))
     axis.plot(limits, limits, color="0.55", linewidth=1, linestyle="--", zorder=1, label="predicted = true")
-    axis.scatter(predicted, true, s=14, color=BLUE, alpha=alpha, linewidths=0, zorder=2, label="a picture")
+    axis.scatter(predicted, true, s=14, color=BLUE, alpha=alpha, linewidths=0, zorder=2, label="an image")
     bins = calibration_bins(predicted, true)
     axis.errorbar(
         bins.predicted,

@@ -12,7 +12,7 @@ KINDS = {
     "mlp": "1024-128-64-16 with dropout and without activations, the layout of improved-aesthetic-predictor",
     "mlp-relu": "1024-128-64-16 with ReLU and dropout, the layout of improved-aesthetic-predictor's reluMSE",
 }
-FIGURES = {"pictures": "d", "mse": ".4f", "mse_of_mean": ".4f", "srcc": ".4f", "plcc": ".4f"}
+FIGURES = {"images": "d", "mse": ".4f", "mse_of_mean": ".4f", "srcc": ".4f", "plcc": ".4f"}
 
 
 def versions() -> dict[str, str]:
@@ -28,8 +28,8 @@ def recipe_lines(clip: str, head: str) -> str:
 def in_words(figures: dict[str, Any], output: Path) -> str:
     """The summary that is printed."""
     lines = [
-        f"{figures['head']} head on {figures['pictures']} rated pictures; {_chosen(figures)}",
-        f"broken pictures: {figures['broken']}" + (f", listed in {output / 'broken.csv'}" if figures["broken"] else ""),
+        f"{figures['head']} head on {figures['images']} rated images; {_chosen(figures)}",
+        f"broken images: {figures['broken']}" + (f", listed in {output / 'broken.csv'}" if figures["broken"] else ""),
         "",
         f"{'':<12}" + "".join(f"{name:>13}" for name in FIGURES),
     ]
@@ -47,17 +47,17 @@ def model_card(figures: dict[str, Any]) -> str:
     mean, std, least, most = (figures["ratings"][name] for name in ("mean", "std", "min", "max"))
     used = "\n".join(f"| {name} | {version} |" for name, version in figures["versions"].items())
     return f"""---
-license: # fill in: what the licences of the ratings, of the pictures and of CLIP allow
+license: # fill in: what the licences of the ratings, of the images and of CLIP allow
 tags: [aesthetic-predictor, clip, ray-ddpo]
 ---
 
 # Aesthetic head
 
-Rates a picture from its CLIP embedding. Fitted by `ddpo fit-aesthetic`.
+Rates an image from its CLIP embedding. Fitted by `ddpo fit-aesthetic`.
 
 | | |
 |---|---|
-| ratings | `{figures["table"]}`: {figures["pictures"]} pictures; {figures["broken"]} more were broken |
+| ratings | `{figures["table"]}`: {figures["images"]} images; {figures["broken"]} more were broken |
 | their distribution | mean {mean:.3f}, standard deviation {std:.3f}, from {least:.2f} to {most:.2f} |
 | CLIP | `{figures["clip"]}`, fingerprint `{figures["clip_fingerprint"]}` |
 | head | `{figures["head"]}`: {KINDS[figures["head"]]} |
@@ -70,8 +70,8 @@ Rates a picture from its CLIP embedding. Fitted by `ddpo fit-aesthetic`.
 |---|{"---|" * len(FIGURES)}
 {rows}
 
-`mse_of_mean` is the error of rating every picture with the mean; `srcc` and `plcc` are the correlations of ranks and of
-values. The validation pictures chose among the fits, so only test pictures judge it without favour.
+`mse_of_mean` is the error of rating every image with the mean; `srcc` and `plcc` are the correlations of ranks and of
+values. The validation images chose among the fits, so only test images judge it without favour.
 
 ![Predicted against true ratings](calibration.png)
 
@@ -82,7 +82,7 @@ values. The validation pictures chose among the fits, so only test pictures judg
 ```
 
 `clip` must be the same CLIP as above; `head` is the path of this folder's `head.safetensors`. Its ratings mean nothing for
-pictures unlike those that it was fitted on, and a model that is trained against it finds such pictures: look at them, and
+images unlike those that it was fitted on, and a model that is trained against it finds such images: look at them, and
 compare with a second measure.
 
 ## Versions
@@ -102,7 +102,7 @@ def _rows(figures: dict[str, Any]) -> dict[str, list[str]]:
 
 def _chosen(figures: dict[str, Any]) -> str:
     ((name, value),) = figures["chosen"].items()
-    return f"{name} {value:g} of {len(figures['tried'])}, by the validation pictures"
+    return f"{name} {value:g} of {len(figures['tried'])}, by the validation images"
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""ddpo fit-aesthetic: from rated pictures to an aesthetic head, with its figures, its calibration and its model card."""
+"""ddpo fit-aesthetic: from rated images to an aesthetic head, with its figures, its calibration and its model card."""
 
 import argparse
 import csv
@@ -21,14 +21,14 @@ from ray_ddpo.common.recipe.tables import RuntimeTable
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.runtime import settle
 from ray_ddpo.common.trajectory import DTYPES
-from ray_ddpo.deploy.commands.fit_aesthetic.calibration import calibration_picture
+from ray_ddpo.deploy.commands.fit_aesthetic.calibration import calibration_chart
 from ray_ddpo.deploy.commands.fit_aesthetic.card import in_words, model_card, versions
 from ray_ddpo.learner.aesthetic_head.agreement import agreement
-from ray_ddpo.learner.aesthetic_head.embedding import Embedder, embed_pictures
+from ray_ddpo.learner.aesthetic_head.embedding import Embedder, embed_images_of
 from ray_ddpo.learner.aesthetic_head.embedding_store import ClipIdentity, EmbeddingStore
 from ray_ddpo.learner.aesthetic_head.fit import FittedHead, HeadKind, Rated, Training, fit_head
 from ray_ddpo.learner.aesthetic_head.splits import SplitPlan, assign_splits, check_sizes
-from ray_ddpo.learner.aesthetic_head.table import SPLITS, RatedPictures, read_table
+from ray_ddpo.learner.aesthetic_head.table import SPLITS, RatedImages, read_table
 
 HEAD, CARD, METRICS, BROKEN = "head.safetensors", "README.md", "metrics.json", "broken.csv"
 PREDICTIONS, CALIBRATION = "predictions.parquet", "calibration.png"
@@ -39,7 +39,7 @@ CLIP_FILES = ("*.safetensors", "pytorch_model*.bin")  # the first kind that is t
 class FitRequest:
     """What is typed."""
 
-    pictures: Path
+    images: Path
     table: Path
     output: Path
     clip: str
@@ -61,7 +61,7 @@ def request_of(options: argparse.Namespace) -> FitRequest:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be 1 or more")
     return FitRequest(
-        pictures=Path(options.pictures).expanduser(),
+        images=Path(options.images).expanduser(),
         table=Path(options.table).expanduser(),
         output=Path(options.output).expanduser(),
         clip=options.clip,
@@ -80,32 +80,32 @@ def request_of(options: argparse.Namespace) -> FitRequest:
 
 @dataclass(frozen=True)
 class Usable:
-    """The pictures that have an embedding, in the table's order."""
+    """The images that have an embedding, in the table's order."""
 
-    pictures: RatedPictures
+    images: RatedImages
     splits: np.ndarray  # [N] of names
     embeddings: torch.Tensor  # [N D]
 
     def of(self, split: str, device: str) -> Rated:
         chosen = self.splits == split
-        ratings = torch.from_numpy(self.pictures.ratings[chosen])
+        ratings = torch.from_numpy(self.images.ratings[chosen])
         return Rated(self.embeddings[torch.from_numpy(chosen)].to(device), ratings.to(device))
 
 
 def fit_aesthetic(request: FitRequest) -> str:
-    """Fill the output folder; what came of it, in words. ValueError: table, pictures, CLIP or shares cannot be used."""
-    if not request.pictures.is_dir():
-        raise ValueError(f"the folder of pictures {request.pictures} is not there")
+    """Fill the output folder; what came of it, in words. ValueError: table, images, CLIP or shares cannot be used."""
+    if not request.images.is_dir():
+        raise ValueError(f"the folder of images {request.images} is not there")
     device = settle(RuntimeTable(device=request.device, threads=request.threads))
-    pictures = read_table(request.table, request.format)
-    splits = assign_splits(pictures, request.splits)
+    images = read_table(request.table, request.format)
+    splits = assign_splits(images, request.splits)
     check_sizes(splits)
     embedder, clip = _load_clip(request, device)
     storage = Storage(request.output)
     store = EmbeddingStore.open(storage.folder("embeddings"), clip)
-    broken = embed_pictures(request.pictures, pictures.paths, embedder, store)
+    broken = embed_images_of(request.images, images.paths, embedder, store)
     _write_broken(storage, broken)
-    usable = _usable(pictures, splits, store)
+    usable = _usable(images, splits, store)
     check_sizes(usable.splits.tolist())
     fitted = fit_head(request.head, usable.of("train", device), usable.of("validation", device), request.training)
     storage.write(HEAD, _head_bytes(fitted, clip, request))
@@ -148,14 +148,14 @@ def _weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _usable(pictures: RatedPictures, splits: tuple[str, ...], store: EmbeddingStore) -> Usable:
+def _usable(images: RatedImages, splits: tuple[str, ...], store: EmbeddingStore) -> Usable:
     rows = [
         (row, known.embedding)
-        for row, path in enumerate(pictures.paths)
+        for row, path in enumerate(images.paths)
         if (known := store.known[path]).embedding is not None
     ]
     kept = [row for row, _ in rows]
-    there = RatedPictures(tuple(pictures.paths[row] for row in kept), pictures.ratings[kept])
+    there = RatedImages(tuple(images.paths[row] for row in kept), images.ratings[kept])
     embeddings = torch.from_numpy(np.stack([embedding for _, embedding in rows if embedding is not None]))
     return Usable(there, np.array([splits[row] for row in kept]), embeddings)
 
@@ -174,7 +174,7 @@ def _head_bytes(fitted: FittedHead, clip: ClipIdentity, request: FitRequest) -> 
 def _figures(
     request: FitRequest, clip: ClipIdentity, fitted: FittedHead, usable: Usable, predicted: np.ndarray
 ) -> dict[str, Any]:
-    ratings = usable.pictures.ratings
+    ratings = usable.images.ratings
     by_split = {
         split: agreement(predicted[usable.splits == split], ratings[usable.splits == split]) for split in SPLITS
     }
@@ -184,7 +184,7 @@ def _figures(
         "clip_fingerprint": clip.fingerprint,
         "table": request.table.name,
         "seed": request.training.seed,
-        "pictures": len(ratings),
+        "images": len(ratings),
         "ratings": {
             "mean": float(ratings.mean()),
             "std": float(ratings.std()),
@@ -199,15 +199,13 @@ def _figures(
 
 
 def _write_results(storage: Storage, usable: Usable, predicted: np.ndarray, figures: dict[str, Any]) -> None:
-    ratings, splits = usable.pictures.ratings, usable.splits
-    columns = {"path": usable.pictures.paths, "split": splits.tolist(), "rating": ratings, "predicted": predicted}
+    ratings, splits = usable.images.ratings, usable.splits
+    columns = {"path": usable.images.paths, "split": splits.tolist(), "rating": ratings, "predicted": predicted}
     buffer = io.BytesIO()
     parquet.write_table(pa.table(columns), buffer)
     storage.write(PREDICTIONS, buffer.getvalue())
     held_out = "test" if (splits == "test").sum() > 1 else "validation"
-    storage.write(
-        CALIBRATION, calibration_picture(predicted[splits == held_out], ratings[splits == held_out], held_out)
-    )
+    storage.write(CALIBRATION, calibration_chart(predicted[splits == held_out], ratings[splits == held_out], held_out))
     storage.write(METRICS, (json.dumps(figures, indent=1) + "\n").encode())
     storage.write(CARD, model_card(figures).encode())
 

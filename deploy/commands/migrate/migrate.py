@@ -15,7 +15,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import explain
 from ray_ddpo.deploy.commands.migrate.trl_config import TRL_VERSION, DDPOConfig, TrlRun
 from ray_ddpo.deploy.commands.migrate.trl_fields import COUNTERPARTS
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 
 LORA = {"rank": 4, "alpha": 4, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 NOT_IN_A_CONFIG = (
@@ -145,7 +145,7 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
 def _refuse_impossible(tables: dict[str, Any]) -> None:
     """ValueError: no recipe can be like this, with the fields that say so."""
     try:
-        parts_of(Recipe.parse(tables))
+        build_components(Recipe.parse(tables))
     except ValueError as error:
         keys = set(re.findall(r"(?:^|[:;] )([\w.]+) is ", str(error)))
         fields = [

@@ -83,7 +83,7 @@ class TrlRun:
         return int(self.config.sample_num_steps * self.config.train_timestep_fraction)
 
     @property
-    def step_fraction(self) -> float:
+    def timestep_fraction(self) -> float:
         """The fraction that gives a recipe as many steps."""
         fraction, steps = self.config.train_timestep_fraction, self.config.sample_num_steps
         same = self.trained_steps > 0 and round(steps * fraction) == self.trained_steps

@@ -99,7 +99,7 @@ COUNTERPARTS = {
     "sample_guidance_scale": Counterpart(
         "sampling.guidance_scale",
         lambda run: max(1.0, run.config.sample_guidance_scale),
-        "below 1 TRL draws without guidance, which a recipe calls 1",
+        "below 1 TRL samples without guidance, which a recipe calls 1",
         lambda run: run.config.sample_guidance_scale >= 1,
     ),
     "sample_batch_size": Counterpart("sampling.batch_size"),
@@ -134,14 +134,14 @@ COUNTERPARTS = {
     "train_max_grad_norm": Counterpart("learner.max_grad_norm"),
     "train_num_inner_epochs": Counterpart("learner.inner_epochs"),
     "train_cfg": Counterpart(
-        says="the learner scores with the guidance that the sampler drew with; without it no ratio is 1 before an update",
+        says="the learner scores with the guidance that the sampler sampled with; without it no ratio is 1 before an update",
         quiet=lambda run: run.config.train_cfg or run.config.sample_guidance_scale <= 1,
     ),
     "train_adv_clip_max": Counterpart("algorithm.advantage_clip"),
     "train_clip_range": Counterpart("algorithm.clip_range"),
     "train_timestep_fraction": Counterpart(
-        "sampling.step_fraction",
-        lambda run: run.step_fraction,
+        "sampling.timestep_fraction",
+        lambda run: run.timestep_fraction,
         "{run.trained_steps} of {config.sample_num_steps} steps: TRL shuffles an image's steps and takes the first, others "
         "in each inner epoch; here the image's seed chooses them once, and only they travel to the learner",
         lambda run: run.config.train_timestep_fraction == 1,
@@ -161,7 +161,7 @@ COUNTERPARTS = {
         "algorithm.advantages.min_count",
         lambda run: run.config.per_prompt_stat_tracking_min_count if run.advantages == "per_prompt" else None,
     ),
-    "async_reward_computation": Counterpart(),  # always so: reward workers score while samplers draw
+    "async_reward_computation": Counterpart(),  # always so: reward workers score while samplers sample
     "max_workers": Counterpart(
         "reward_workers.count", lambda run: run.config.max_workers if run.config.async_reward_computation else None
     ),

@@ -149,6 +149,6 @@ def _guard(run: Published) -> list[str]:
             else f"and these are of version {run.weights.policy_version}"
         )
         sentences.append(
-            f"Version {version} was the best on held-out pictures without an alarm (mean {by} {number(best['score'])}): {ours}."
+            f"Version {version} was the best on held-out images without an alarm (mean {by} {number(best['score'])}): {ours}."
         )
     return sentences

@@ -10,9 +10,9 @@ from ray_ddpo.common.recipe.recipe import Recipe
 
 
 def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str) -> str:
-    """Python that draws a picture with the run's weights; diffusers is all that it needs, where the model is of its own."""
+    """Python that samples an image with the run's weights; diffusers is all that it needs, where the model is of its own."""
     if not isinstance(policy, DiffusersConfig):
-        return f"# {type(policy).__name__} is no pipeline of diffusers: ddpo sample draws with these weights"
+        return f"# {type(policy).__name__} is no pipeline of diffusers: ddpo sample samples with these weights"
     push, full, part = recipe.push, policy.train == "full", policy.network_name
     revision = f", revision={push.revision!r}" if push.revision else ""
     names = [policy.pipeline_class, *([policy.network_class] if full else [])]
@@ -45,11 +45,11 @@ def _drawing(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> list[str]:
     if sampling.negative_prompt:
         keys.append(f"negative_prompt={sampling.negative_prompt!r}")
     return [
-        "picture = pipeline(",
+        "image = pipeline(",
         f"    {', '.join(keys)},",
         "    generator=torch.Generator().manual_seed(0),",
         ").images[0]",
-        'picture.save("picture.png")',
+        'image.save("image.png")',
     ]
 
 

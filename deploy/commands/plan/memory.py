@@ -43,5 +43,5 @@ def largest_micro_batch(numbers: Plan, gigabytes: int, processes: int = 1, other
 
 
 def largest_task(numbers: Plan, gigabytes: int) -> int:
-    """The most images a task that a sampler alone on a GPU draws; 0: not one."""
+    """The most images a task that a sampler alone on a GPU samples; 0: not one."""
     return numbers.sizes.largest_batch(usable_bytes(gigabytes * 2**30))

@@ -8,7 +8,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import all_pools
 from ray_ddpo.common.trajectory import DTYPES
 from ray_ddpo.common.user_code.blame import call_if_own
-from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.learner.optimization.optimizer import moment_bytes, with_moments_of
 from ray_ddpo.learner.process_group import buffer_bytes
 from ray_ddpo.learner.weight_check import computes_as_samplers
@@ -23,7 +23,7 @@ class Plan:
     tasks: int
     optimizer_steps: int  # a round
     images_per_step: int
-    pairs_per_step: int  # transitions, or noisings of finished images
+    pairs_per_step: int  # transitions, or noised_samples of finished images
     micro_batch_size: int  # where it is found at the start, the least
     forward_passes: int  # of the learner, a round, of all its ranks together
     trajectory_bytes: int  # one image's, as it travels
@@ -35,7 +35,7 @@ class Plan:
     sampler_bytes: int
     reward_worker_bytes: dict[str, int]  # by pool, of one worker
     sizes: PolicySizes
-    forward_process: bool  # learned from are finished images, noised anew
+    forward_process: bool  # learned from are finished images, noised again
     ranks: int = 1  # of the learner, each with `learner_bytes`
     reduced_bytes: int = 0  # of a rank, once more for its gradients where several ranks sum them up
     copy_bytes: int = (
@@ -50,26 +50,26 @@ class Plan:
 
 def plan_of(recipe: Recipe) -> Plan:
     """All numbers of a recipe. ValueError: the recipe or its model cannot be used."""
-    return plan_of_parts(parts_of(recipe))
+    return plan_of_parts(build_components(recipe))
 
 
-def plan_of_parts(parts: Parts) -> Plan:
+def plan_of_parts(parts: Components) -> Plan:
     """The same of a recipe's parts, whether or not all that they need is there."""
     recipe, policy = parts.recipe, parts.policy
     sampling, learner = recipe.sampling, recipe.learner
     sizes = with_moments_of(learner, call_if_own(policy, POLICIES, "sizes", sampling, device_of(recipe)))
     channels, height, width = sizes.latent_shape
     latent_bytes = channels * height * width * DTYPES[sampling.latents_dtype].itemsize
-    kept = sampling.kept_steps(sizes.noisy_steps)
+    kept = sampling.trained_steps(sizes.stochastic_steps)
     # Neighbouring steps share what leaves one and enters the next; steps drawn by themselves travel with both.
-    latents = kept + 2 if sampling.step_fraction == 1 else 2 * kept + 1
+    latents = kept + 2 if sampling.timestep_fraction == 1 else 2 * kept + 1
     trajectory = latents * latent_bytes + kept * 12 + sizes.conditioning_bytes
-    pairs = learner.images_per_step * parts.algorithm.pairs_per_image(recipe, sizes.noisy_steps)
+    pairs = learner.images_per_step * parts.algorithm.pairs_per_image(recipe, sizes.stochastic_steps)
     learned_from = round(recipe.images_per_round * parts.algorithm.share_that_teaches)
     steps = max(1, learned_from // learner.images_per_step) * learner.inner_epochs  # the last one has what is left over
     micro_batch = 1 if learner.micro_batch_size == "auto" else learner.micro_batch_size
     conditioning = recipe.images_per_round * sizes.conditioning_bytes
-    reduced = buffer_bytes(sizes.trained_parameters, learner.ranks)
+    reduced = buffer_bytes(sizes.trained_parameters, learner.world_size)
     copy = 0 if computes_as_samplers(policy, recipe) else sizes.network_bytes
     return Plan(
         images=recipe.images_per_round,
@@ -92,8 +92,8 @@ def plan_of_parts(parts: Parts) -> Plan:
             for pool in all_pools(recipe)
         },
         sizes=sizes,
-        forward_process=parts.algorithm.noisings_per_image is not None,
-        ranks=learner.ranks,
+        forward_process=parts.algorithm.noised_samples_per_image is not None,
+        ranks=learner.world_size,
         reduced_bytes=reduced,
         copy_bytes=copy,
     )
@@ -108,7 +108,7 @@ def learner_peak(recipe: Recipe, sizes: PolicySizes, micro_batch: int, copy: int
     learning = sizes.learner.of(micro_batch)
     if not copy:
         return learning
-    checking = round(sizes.learner.fixed + copy + recipe.sampling.batch_size * sizes.drawing.each)
+    checking = round(sizes.learner.fixed + copy + recipe.sampling.batch_size * sizes.sampling.each)
     return max(learning + (copy if device_of(recipe) == "cpu" else 0), checking)
 
 

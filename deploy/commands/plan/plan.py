@@ -6,7 +6,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import SHARED, RewardPool, all_pools
 from ray_ddpo.deploy.commands.plan.memory import gpu_rows
 from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes, plan_of
-from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.deploy.driver.numerics_rows import rows_note
 from ray_ddpo.learner.optimization.optimizer import rank_moment_bytes
 
@@ -56,7 +56,7 @@ def _notes(recipe: Recipe) -> list[tuple[str, str]]:
     """What will not work as it is on this machine, or not as exactly as one might think."""
     asked, here = sum(gpus for *_, gpus in _actors(recipe)), torch.cuda.device_count()
     few = f"{here}, fewer than the recipe asks for: lower samplers.count or num_gpus, or set RAY_ADDRESS to a cluster"
-    rows = rows_note(entries_of(recipe))
+    rows = rows_note(components_of(recipe))
     return [*([("GPUs here", few)] if 0 < here < asked - LITTLE else []), *([("note", rows)] if rows else [])]
 
 
@@ -67,7 +67,7 @@ def _learned_from(numbers: Plan) -> str:
 
 def _of_an_image(recipe: Recipe, numbers: Plan) -> str:
     each = numbers.pairs_per_step // numbers.images_per_step
-    return f"{each} noisings" if numbers.forward_process else f"{each} of {recipe.sampling.num_steps} steps"
+    return f"{each} noised_samples" if numbers.forward_process else f"{each} of {recipe.sampling.num_steps} steps"
 
 
 def _of_ranks(numbers: Plan) -> list[tuple[str, str]]:
@@ -123,7 +123,7 @@ def _actors(recipe: Recipe) -> list[tuple[str, int, float]]:
         (role, sum(table.count for table in tables), sum(table.count * table.num_gpus for table in tables))
         for role, tables in roles
     ]
-    ranks = recipe.learner.ranks
+    ranks = recipe.learner.world_size
     return [("learner" if ranks == 1 else "learner ranks", ranks, ranks * recipe.learner.num_gpus), *counted]
 
 

@@ -63,7 +63,7 @@ def run_charts(rounds: list[Metrics], rewards: Sequence[str]) -> list[Chart]:
     def series(metric: str, name: str, deviation: str | None = None) -> Series:
         return Series(name, column(rounds, metric), column(rounds, deviation) if deviation else None)
 
-    band = "mean of the pictures learned from ± their standard deviation"
+    band = "mean of the images learned from ± their standard deviation"
     wanted = [("reward", band, [series("reward/mean", "reward", "reward/std")])]
     if len(rewards) > 1:
         wanted += [

@@ -17,15 +17,15 @@ from ray_ddpo.deploy.commands.report.numbers import number
 Figures = dict[str, Any]
 BAND = "mean ± standard error of the difference from the pretrained model"
 SHARES = ("sharpness", "entropy", "diversity")
-ROWS = 8  # versions whose pictures are shown: the first, the last, and between them at even distances
+ROWS = 8  # versions whose images are shown: the first, the last, and between them at even distances
 
 
 @dataclass(frozen=True)
 class VersionRow:
-    """The pictures of one version that were kept, as data URIs, and whether the guard has found something."""
+    """The images of one version that were kept, as data URIs, and whether the guard has found something."""
 
     policy_version: int
-    pictures: list[str]
+    images: list[str]
     width: int
     alarm: bool
 
@@ -67,13 +67,13 @@ def shown_versions(figures: list[Figures]) -> list[Figures]:
 
 
 def _row(log: EvaluationLog, figures: Figures) -> VersionRow:
-    pictures = log.pictures(figures["policy_version"])
-    width = pictures[0].shape[1] if pictures else 0
-    return VersionRow(figures["policy_version"], [data_uri(each) for each in pictures], width, bool(figures["alarms"]))
+    images = log.images(figures["policy_version"])
+    width = images[0].shape[1] if images else 0
+    return VersionRow(figures["policy_version"], [data_uri(each) for each in images], width, bool(figures["alarms"]))
 
 
 def evaluation_charts(figures: list[Figures], recipe: Recipe) -> list[Chart]:
-    """Every score with its band, what is left of the pictures, and how far the policy has gone."""
+    """Every score with its band, what is left of the images, and how far the policy has gone."""
     versions = np.array([each["policy_version"] for each in figures], np.float64)
     rewards = {table.called for table in recipe.all_rewards}
     names = list(figures[0]["scores"])
@@ -86,11 +86,11 @@ def evaluation_charts(figures: list[Figures], recipe: Recipe) -> list[Chart]:
     shares = [Series(name, _share(figures, name)) for name in SHARES]
     wanted += [
         ("what is left", "of the pretrained model's sharpness, entropy and diversity within a prompt; 1: all", shares),
-        ("dark share", "of pixels that are nearly black", [Series("dark share", _picture(figures, "dark_share"))]),
+        ("dark share", "of pixels that are nearly black", [Series("dark share", _image(figures, "dark_share"))]),
         ("KL to the pretrained model", "nats a denoising step", [Series("KL", _numbers(figures, "kl_reference_nats"))]),
     ]
     made = [chart(title, caption, versions, lines, "version") for title, caption, lines in wanted]
-    return [drawn for drawn in made if drawn is not None]
+    return [sampled for sampled in made if sampled is not None]
 
 
 def _score(figures: list[Figures], name: str) -> list[Series]:
@@ -101,12 +101,12 @@ def _score(figures: list[Figures], name: str) -> list[Series]:
     return [Series("newest version", np.array(means), np.array(errors)), Series("moving average", np.array(averages))]
 
 
-def _picture(figures: list[Figures], name: str) -> Float[np.ndarray, "V"]:
-    return np.array([_float(each["pictures"][name]) for each in figures])
+def _image(figures: list[Figures], name: str) -> Float[np.ndarray, "V"]:
+    return np.array([_float(each["image_statistics"][name]) for each in figures])
 
 
 def _share(figures: list[Figures], name: str) -> Float[np.ndarray, "V"]:
-    values = _picture(figures, name)
+    values = _image(figures, name)
     return values / values[0] if values[0] else np.full(len(values), np.nan)
 
 

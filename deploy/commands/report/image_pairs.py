@@ -1,4 +1,4 @@
-"""The page's pictures, in the page itself: pairs with the same noise, and the worst and the best."""
+"""The page's images, in the page itself: pairs with the same noise, and the worst and the best."""
 
 import base64
 import io
@@ -13,14 +13,14 @@ from ray_ddpo.deploy.commands.report.lettering import lettering
 
 PAIRS = 36  # of the gallery
 EXTREMES = 6  # of the worst, and of the best
-LOSSLESS_EDGE = 128  # pixels: a smaller picture is kept as it is
+LOSSLESS_EDGE = 128  # pixels: a smaller image is kept as it is
 EDGE = 384  # a larger one is shown so large
 QUALITY = 88
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One held-out picture before and after, as data URIs, with its score."""
+class TransitionIndex:
+    """One held-out image before and after, as data URIs, with its score."""
 
     prompt: str
     before: str
@@ -36,7 +36,7 @@ class Pair:
         return self.reward_after - self.reward_before
 
 
-def gallery(comparison: Comparison, score: str) -> list[Pair]:
+def gallery(comparison: Comparison, score: str) -> list[TransitionIndex]:
     """The first pairs in the order of the evaluation set, so that nobody chose them, with a score's values."""
     shown = min(PAIRS, len(comparison.before))
     prompts = [prompt.text for prompt in comparison.chosen.prompts[:shown]]
@@ -44,7 +44,7 @@ def gallery(comparison: Comparison, score: str) -> list[Pair]:
     return [replace(_pair(comparison, score, index), number=written[index]) for index in range(shown)]
 
 
-def worst_and_best(comparison: Comparison, score: str) -> tuple[list[Pair], list[Pair]]:
+def worst_and_best(comparison: Comparison, score: str) -> tuple[list[TransitionIndex], list[TransitionIndex]]:
     """The pairs with the lowest and with the highest score after, each from the extreme on; never one twice."""
     values = comparison.scores_after[score]
     ranked = [int(index) for index in np.argsort(values, kind="stable") if np.isfinite(values[index])]
@@ -53,13 +53,13 @@ def worst_and_best(comparison: Comparison, score: str) -> tuple[list[Pair], list
     return [_pair(comparison, score, index) for index in lowest], [_pair(comparison, score, index) for index in highest]
 
 
-def are_reduced(pictures: UInt8[np.ndarray, "N H W 3"]) -> bool:
-    """Whether the page shows the pictures smaller or less exactly than they were drawn."""
-    return max(pictures.shape[1:3]) > LOSSLESS_EDGE
+def are_reduced(images: UInt8[np.ndarray, "N H W 3"]) -> bool:
+    """Whether the page shows the images smaller or less exactly than they were sampled."""
+    return max(images.shape[1:3]) > LOSSLESS_EDGE
 
 
 def data_uri(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
-    """A picture as a URI that holds it: PNG where it is small, else WebP."""
+    """An image as a URI that holds it: PNG where it is small, else WebP."""
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     if max(image.size) <= LOSSLESS_EDGE:
         image.save(buffer, "PNG", optimize=True)
@@ -71,9 +71,9 @@ def data_uri(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _pair(comparison: Comparison, score: str, index: int) -> Pair:
+def _pair(comparison: Comparison, score: str, index: int) -> TransitionIndex:
     height, width = comparison.before[index].shape[:2]
-    return Pair(
+    return TransitionIndex(
         comparison.chosen.prompts[index].text,
         data_uri(comparison.before[index]),
         data_uri(comparison.after[index]),

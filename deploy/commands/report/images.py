@@ -1,4 +1,4 @@
-"""The report's pictures: the same prompts and noise before and after, and the reward round by round."""
+"""The report's images: the same prompts and noise before and after, and the reward round by round."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from ray_ddpo.deploy.commands.report.lettering import Lettering, lettering
 
 COLUMNS = 12
 
-PictureRow = tuple[
+ImageRow = tuple[
     str, list[np.ndarray], str
-]  # what is written beside it, its pictures [H W 3] uint8, the writing's colour
+]  # what is written beside it, its images [H W 3] uint8, the writing's colour
 
 
-def before_after_picture(comparison: Comparison, path: Path) -> None:
-    """Pairs of rows: above the pretrained model's pictures, below the run's; the reward's change is under each pair."""
+def before_after_image(comparison: Comparison, path: Path) -> None:
+    """Pairs of rows: above the pretrained model's images, below the run's; the reward's change is under each pair."""
     from matplotlib import pyplot as plt
 
     shown = min(len(comparison.before), 3 * COLUMNS)
@@ -47,22 +47,22 @@ def _write_above(axis: Any, written: Lettering, index: int) -> None:
     axis.set_title(written.texts[index][:18], fontsize=8, pad=2, parse_math=False, family=list(written.families))
 
 
-def versions_picture(log: EvaluationLog, shown: list[dict[str, Any]], path: Path) -> None:
-    """A row a version: its kept pictures, with the same prompts and noise; red where there was an alarm. Without any, no file."""
+def versions_image(log: EvaluationLog, shown: list[dict[str, Any]], path: Path) -> None:
+    """A row a version: its kept images, with the same prompts and noise; red where there was an alarm. Without any, no file."""
     rows = [
         (
             f"version {figures['policy_version']}",
-            log.pictures(figures["policy_version"]),
+            log.images(figures["policy_version"]),
             "firebrick" if figures["alarms"] else "black",
         )
         for figures in shown
     ]
-    if any(pictures for _, pictures, _ in rows):
-        rows_picture(rows, path)
+    if any(images for _, images, _ in rows):
+        rows_image(rows, path)
 
 
-def rows_picture(rows: list[PictureRow], path: Path, prompts: list[str] | None = None) -> None:
-    """Rows of pictures, as many in each, with the same prompts and noise in a column; `prompts` are written above them."""
+def rows_image(rows: list[ImageRow], path: Path, prompts: list[str] | None = None) -> None:
+    """Rows of images, as many in each, with the same prompts and noise in a column; `prompts` are written above them."""
     from matplotlib import pyplot as plt
 
     columns = len(rows[0][1])
@@ -70,9 +70,9 @@ def rows_picture(rows: list[PictureRow], path: Path, prompts: list[str] | None =
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(1.25 * columns + 0.08 * longest, 1.25 * len(rows) + 0.2), squeeze=False
     )
-    for line, (label, pictures, colour) in zip(axes, rows, strict=True):
-        for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(picture, interpolation="nearest")
+    for line, (label, images, colour) in zip(axes, rows, strict=True):
+        for axis, image in zip(line, images, strict=True):
+            axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", color=colour, parse_math=False)
     written = lettering(prompts or [])
@@ -84,7 +84,7 @@ def rows_picture(rows: list[PictureRow], path: Path, prompts: list[str] | None =
 
 
 def reward_curve(rounds: list[dict[str, Any]], path: Path) -> None:
-    """Mean reward of the pictures drawn for each round, with the deviation of the pictures as a band."""
+    """Mean reward of the images sampled for each round, with the deviation of the images as a band."""
     from matplotlib import pyplot as plt
 
     images = np.cumsum([metrics["images"] for metrics in rounds])
@@ -94,7 +94,7 @@ def reward_curve(rounds: list[dict[str, Any]], path: Path) -> None:
     axis.plot(images, mean, marker="o", markersize=3)
     axis.fill_between(images, mean - error, mean + error, alpha=0.25, label="± one standard error of the round's mean")
     axis.set_xlabel("images drawn")
-    axis.set_ylabel("reward of the pictures learned from")
+    axis.set_ylabel("reward of the images learned from")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()

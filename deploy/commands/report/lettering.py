@@ -1,4 +1,4 @@
-"""Write prompts into pictures with the fonts of this machine, or a number in their place; never boxes."""
+"""Write prompts into images with the fonts of this machine, or a number in their place; never boxes."""
 
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ class Lettering:
 
 
 def lettering(prompts: Sequence[str]) -> Lettering:
-    """Return what of the prompts can be read in a picture on this machine."""
+    """Return what of the prompts can be read in an image on this machine."""
     import matplotlib
     from matplotlib import font_manager
 

@@ -1,7 +1,7 @@
 "use strict";
 document.documentElement.classList.add("script");
 
-// A slider's right end shows the picture after: the line that parts them then stands at the left edge.
+// A slider's right end shows the image after: the line that parts them then stands at the left edge.
 function show(frames, value) {
   frames.querySelector("input").value = value;
   frames.style.setProperty("--at", 100 - value + "%");

@@ -40,7 +40,7 @@ class FinishedRun:
 
 
 def report_page(run: FinishedRun, comparison: Comparison) -> str:
-    """One HTML text that asks for nothing else: styles, script, drawings and pictures are in it; all that is told is escaped."""
+    """One HTML text that asks for nothing else: styles, script, drawings and images are in it; all that is told is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""What each prompt's pictures are worth: held-out ones before and after, training's in the first and the last rounds."""
+"""What each prompt's images are worth: held-out ones before and after, training's in the first and the last rounds."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ WINDOW = 20  # rounds at either end of a run, at most
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt: how many pictures, and their mean reward at both ends; NaN where there is none."""
+    """One prompt: how many images, and their mean reward at both ends; NaN where there is none."""
 
     prompt: str
     images: int
@@ -38,11 +38,11 @@ class PromptTable:
 
 
 def held_out_table(comparison: Comparison, score: str) -> PromptTable:
-    """The comparison's pictures by prompt."""
+    """The comparison's images by prompt."""
     texts = [prompt.text for prompt in comparison.chosen.prompts]
     before = zip(texts, comparison.scores_before[score], strict=True)
     after = zip(texts, comparison.scores_after[score], strict=True)
-    return _table(before, after, "before", "after", pictures_are_shared=True)
+    return _table(before, after, "before", "after", images_are_shared=True)
 
 
 def training_table(ledger: Ledger, score: str) -> PromptTable | None:
@@ -58,7 +58,7 @@ def training_table(ledger: Ledger, score: str) -> PromptTable | None:
 
 
 def _learned_from(ledger: Ledger, rounds: list[int], score: str) -> Iterable[tuple[str, float]]:
-    names = ["prompt", "set_aside", score if score == JOINED else f"reward/{score}"]
+    names = ["prompt", "dropped", score if score == JOINED else f"reward/{score}"]
     for round in rounds:
         table = ledger.read(round, ("prompt", "reward"))
         for prompt, reason, reward in zip(*(table[name].to_pylist() for name in names), strict=True):
@@ -75,13 +75,13 @@ def _table(
     after: Iterable[tuple[str, float]],
     called_before: str,
     called_after: str,
-    pictures_are_shared: bool = False,
+    images_are_shared: bool = False,
 ) -> PromptTable:
     early, late = _by_prompt(before), _by_prompt(after)
     rows = []
     for prompt in dict.fromkeys([*early, *late]):
         counts = [len(early.get(prompt, ())), len(late.get(prompt, ()))]
-        images = max(counts) if pictures_are_shared else sum(counts)
+        images = max(counts) if images_are_shared else sum(counts)
         rows.append(PromptRow(prompt, images, _mean(early.get(prompt)), _mean(late.get(prompt))))
     rows.sort(key=lambda row: -abs(row.change) if np.isfinite(row.change) else np.inf)
     return PromptTable(rows[:ROWS], len(rows), called_before, called_after)

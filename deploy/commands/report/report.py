@@ -1,4 +1,4 @@
-"""ddpo report: what a run has changed, as a page to look at, its pictures one by one, and summary.json."""
+"""ddpo report: what a run has changed, as a page to look at, its images one by one, and summary.json."""
 
 import json
 import math
@@ -18,13 +18,13 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder, weights_here
 from ray_ddpo.common.run_storage.storage import local_folder
 from ray_ddpo.common.runtime import settle
 from ray_ddpo.deploy.commands.report.evaluation import evaluated, shown_versions
-from ray_ddpo.deploy.commands.report.images import before_after_picture, reward_curve, versions_picture
+from ray_ddpo.deploy.commands.report.images import before_after_image, reward_curve, versions_image
 from ray_ddpo.deploy.commands.report.page import FinishedRun, report_page
 from ray_ddpo.deploy.commands.report.scores import paired, share_kept
 from ray_ddpo.deploy.commands.settings import differing_settings, image_settings
 from ray_ddpo.deploy.commands.weights.given_base import check_base
 from ray_ddpo.deploy.commands.weights.run_weights import RunWeights, run_weights
-from ray_ddpo.deploy.driver.components import Parts, parts_of
+from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.deploy.evaluation.held_out import HeldOut, scorers_of
 
@@ -35,16 +35,16 @@ def report(run: str, overrides: list[str]) -> str:
     folder = RunFolder(run)
     recipe = folder.load_recipe(overrides)
     weights, rounds = run_weights(folder), logged_rounds(folder)
-    parts = parts_of(recipe)
+    parts = build_components(recipe)
     comparison = compare(parts, weights.location, lambda base: check_base(folder, base, overrides))
     differing = differing_settings([folder.location], parts.resolved())
     figures = figures_of(comparison, recipe, rounds, weights) | {"seconds_report": time.perf_counter() - start}
     figures |= {"settings": image_settings(parts.resolved()), "differs_from_training": differing}
     figures |= {"start_from": recipe.start_from.model_dump()} if recipe.start_from else {}
     with local_folder(folder.report) as path:
-        before_after_picture(comparison, path / "before_after.png")
+        before_after_image(comparison, path / "before_after.png")
         reward_curve(rounds, path / "reward_curve.png")
-        versions_picture(EvaluationLog(folder.storage), shown_versions(evaluated(folder)), path / "versions.png")
+        versions_image(EvaluationLog(folder.storage), shown_versions(evaluated(folder)), path / "versions.png")
     finished = FinishedRun(folder, recipe, overrides, rounds, weights.fingerprint, weights.policy_version)
     folder.report.write("report.html", report_page(finished, comparison).encode())
     folder.report.write("summary.json", json.dumps(figures, indent=1).encode())
@@ -70,8 +70,8 @@ def logged_rounds(folder: RunFolder) -> list[dict[str, float]]:
     return [{name: math.nan if value is None else value for name, value in metrics.items()} for metrics in rounds]
 
 
-def compare(parts: Parts, location: str, check: Callable[[Base], None]) -> Comparison:
-    """Draw and score the evaluation's pictures under the pretrained weights, then under those that lie at `location`.
+def compare(parts: Components, location: str, check: Callable[[Base], None]) -> Comparison:
+    """SamplePrompt and score the evaluation's images under the pretrained weights, then under those that lie at `location`.
 
     `check`: told first what was loaded, to refuse it.
     """
@@ -118,7 +118,7 @@ def changes(figures: dict[str, Any]) -> list[str]:
     errors = f" ({(after - before) / error:+.1f} paired standard errors)" if error else ""
     change = f", {100 * (after - before) / abs(before):+.1f} %" if before else ""
     lines = [
-        f"reward on {figures['images_compared']} held-out pictures, same prompts and noise: "
+        f"reward on {figures['images_compared']} held-out images, same prompts and noise: "
         f"{before:.3f} before, {after:.3f} after{change}{errors}"
     ]
     for name, values in figures["scorers"].items():

@@ -1,4 +1,4 @@
-"""What every reward and scorer says of the held-out pictures, before and after, with paired standard errors."""
+"""What every reward and scorer says of the held-out images, before and after, with paired standard errors."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from ray_ddpo.deploy.evaluation.held_out import JOINED
 
 @dataclass(frozen=True)
 class Score:
-    """One reward's or scorer's figures over the pictures that it could score both times."""
+    """One reward's or scorer's figures over the images that it could score both times."""
 
     name: str
     role: str  # what part it had in training
@@ -23,7 +23,7 @@ class Score:
     before: float  # means
     after: float
     error: float  # standard error of the mean paired difference
-    higher: int  # pictures whose score is higher after
+    higher: int  # images whose score is higher after
     lower: int
     kept: float | None  # of a yes-or-no scorer: the share of those with 1 before that have 1 after
     floor: float | None
@@ -36,7 +36,7 @@ class Score:
 
     @property
     def errors(self) -> float | None:
-        """The change in standard errors; None where every picture changed alike."""
+        """The change in standard errors; None where every image changed alike."""
         return in_errors(self.change, self.error)
 
     @property
@@ -46,12 +46,12 @@ class Score:
 
 
 def paired(comparison: Comparison, name: str) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
-    """Scores before and after of the pictures that could be scored both times. ValueError: there are not two."""
+    """Scores before and after of the images that could be scored both times. ValueError: there are not two."""
     before, after = comparison.scores_before[name], comparison.scores_after[name]
     both = np.isfinite(before) & np.isfinite(after)
     if both.sum() < 2:
         raise ValueError(
-            f"{name} gave a finite number for {both.sum()} of {len(both)} held-out pictures both before and after: "
+            f"{name} gave a finite number for {both.sum()} of {len(both)} held-out images both before and after: "
             "a comparison needs at least 2"
         )
     return before[both].astype(np.float64), after[both].astype(np.float64)
@@ -73,7 +73,7 @@ def headline(recipe: Recipe) -> str:
 
 def scores(comparison: Comparison, recipe: Recipe) -> list[Score]:
     """The headline's first, then the other rewards', then those of the scorers that were only looked at."""
-    rewards, join = recipe.all_rewards, recipe.composition.join
+    rewards, join = recipe.all_rewards, recipe.aggregation.kind
     how = "trained on" if join == "sum" else f"training joined the rewards by {join!r} instead"
     found = [_score(comparison, JOINED, f"weighted sum; {how}", True)] if headline(recipe) == JOINED else []
     for table in rewards:

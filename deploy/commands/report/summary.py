@@ -17,11 +17,11 @@ CERTAIN, LIKELY = 3.0, 2.0  # standard errors
 def summary_in_words(found: list[Score], rounds: list[Metrics]) -> list[str]:
     """Sentences, the most important first."""
     reward = found[0]
-    sentences = [_verdict(reward), _pictures(reward)]
+    sentences = [_verdict(reward), _images(reward)]
     sentences += [_of_score(score) for score in found[1:]]
     sentences += [_floor(score) for score in found if score.floor is not None]
     sentences += _suspicion(reward, [score for score in found if not score.trained_on])
-    return [*sentences, _training(rounds), *_set_aside(rounds)]
+    return [*sentences, _training(rounds), *_dropped(rounds)]
 
 
 def what_waits(rounds: list[Metrics], recipe: Recipe) -> str:
@@ -33,7 +33,7 @@ def what_waits(rounds: list[Metrics], recipe: Recipe) -> str:
 def _verdict(reward: Score) -> str:
     name = "" if reward.name == JOINED else f" {reward.name}"
     return (
-        f"On {reward.images} held-out pictures, drawn with the same prompts and the same noise, the reward{name} "
+        f"On {reward.images} held-out images, sampled with the same prompts and the same noise, the reward{name} "
         f"{_moved(reward)}: {_certainty(reward)}."
     )
 
@@ -48,7 +48,7 @@ def _moved(score: Score) -> str:
 
 def _certainty(score: Score) -> str:
     if score.errors is None:
-        return "every picture changed alike" if score.change else "no picture changed"
+        return "every image changed alike" if score.change else "no image changed"
     size = f"{signed(score.errors)} paired standard errors"
     if abs(score.errors) >= CERTAIN:
         return f"{size}, more than chance"
@@ -57,21 +57,21 @@ def _certainty(score: Score) -> str:
     return f"{size}, which cannot be told from chance"
 
 
-def _pictures(reward: Score) -> str:
+def _images(reward: Score) -> str:
     same = reward.images - reward.higher - reward.lower
     equal = f", {same} the same" if same else ""
-    return f"{reward.higher} pictures have a higher reward than before, {reward.lower} a lower one{equal}."
+    return f"{reward.higher} images have a higher reward than before, {reward.lower} a lower one{equal}."
 
 
 def _of_score(score: Score) -> str:
     part = "" if score.trained_on else ", which was not trained on,"
-    kept = f" Of the pictures with 1 before, {percent(score.kept)} still have it." if score.kept is not None else ""
+    kept = f" Of the images with 1 before, {percent(score.kept)} still have it." if score.kept is not None else ""
     return f"{score.name}{part} {_moved(score)}: {_certainty(score)}.{kept}"
 
 
 def _floor(score: Score) -> str:
     return (
-        f"{percent(score.below_after)} of the pictures are below the floor {tick(score.floor)} of {score.name}; "
+        f"{percent(score.below_after)} of the images are below the floor {tick(score.floor)} of {score.name}; "
         f"{percent(score.below_before)} were before."
     )
 
@@ -81,12 +81,12 @@ def _suspicion(reward: Score, looked_at: list[Score]) -> list[str]:
     fell = [score.name for score in looked_at if score.errors is not None and score.errors <= -LIKELY]
     if not fell or (reward.errors or 0) < LIKELY:
         return []
-    return [f"The reward rose while {' and '.join(fell)} fell: it may have been fooled, so look at the pictures."]
+    return [f"The reward rose while {' and '.join(fell)} fell: it may have been fooled, so look at the images."]
 
 
 def _training(rounds: list[Metrics]) -> str:
     images, seconds, reward = (column(rounds, name) for name in ("images", "seconds/round", "reward/mean"))
-    done = f"The run drew {images.sum():,.0f} images in {_rounds(len(rounds))} and {duration(seconds.sum())}"
+    done = f"The run sampled {images.sum():,.0f} images in {_rounds(len(rounds))} and {duration(seconds.sum())}"
     known = reward[[math.isfinite(value) for value in reward]]
     if len(known) < 2:
         return f"{done}."
@@ -97,8 +97,8 @@ def _rounds(count: int) -> str:
     return "one round" if count == 1 else f"{count} rounds"
 
 
-def _set_aside(rounds: list[Metrics]) -> list[str]:
-    count = column(rounds, "images_set_aside").sum()
+def _dropped(rounds: list[Metrics]) -> list[str]:
+    count = column(rounds, "images_dropped").sum()
     if not count:
         return []
     return [f"{count:.0f} of these images could not be scored, or one of their group; nothing was learned from them."]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ray_ddpo.common.diffusion.trained_weights import stored_weights
 from ray_ddpo.common.model_files.weight_files import network_folder
-from ray_ddpo.common.policy_weights import LoraWeights, Manifest
+from ray_ddpo.common.policy_weights import Manifest, PolicyWeights
 from ray_ddpo.common.run_storage.run_folder import RunFolder, weights_here
 from ray_ddpo.learner.checkpoints.checkpoint import damaged_checkpoints, load_checkpoint, newest_checkpoint
 
@@ -57,7 +57,7 @@ def best_weights(folder: RunFolder) -> RunWeights:
     return RunWeights(folder.best.location, best["policy_version"], best["fingerprint"], manifest)
 
 
-def _trained(folder: RunFolder) -> LoraWeights:
+def _trained(folder: RunFolder) -> PolicyWeights:
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
         damaged = damaged_checkpoints(folder.checkpoints)

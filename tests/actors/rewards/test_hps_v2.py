@@ -1,4 +1,4 @@
-"""HPS v2 is the cosine of an open_clip checkpoint's towers, over the whole picture; what is said where it lacks."""
+"""HPS v2 is the cosine of an open_clip checkpoint's towers, over the whole image; what is said where it lacks."""
 
 from pathlib import Path
 
@@ -27,8 +27,8 @@ def test_the_score_is_the_cosine_and_not_a_logit(reward: HpsV2) -> None:
     scores = reward.load("cpu")(images, PROMPTS, [{}] * 2)
     model = load_open_clip(str(reward.checkpoint), HEADS, torch.float32)
     towers = clip_towers(model, Weights(reward.tokenizer, ("tokenizer.json",), ""), "cpu")
-    pictures, texts = towers.embed_images(torch.from_numpy(images)), towers.embed_texts(PROMPTS)
-    np.testing.assert_allclose(scores, torch.cosine_similarity(pictures, texts).numpy(), atol=1e-6)
+    pil_images, texts = towers.embed_images(torch.from_numpy(images)), towers.embed_texts(PROMPTS)
+    np.testing.assert_allclose(scores, torch.cosine_similarity(pil_images, texts).numpy(), atol=1e-6)
     assert np.ptp(scores) > 0.01
 
 

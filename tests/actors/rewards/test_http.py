@@ -76,10 +76,10 @@ def test_the_smallest_and_the_largest_picture_pass(size: tuple[int, int]) -> Non
 def test_a_scoring_batch_goes_in_one_request_or_in_as_many_as_are_asked_for() -> None:
     with scripted(GOOD) as (url, script):
         ask(url)
-    assert [len(json.loads(each.body)["pictures"]) for each in script.asked] == [3]
+    assert [len(json.loads(each.body)["images"]) for each in script.asked] == [3]
     answers: list[Answer] = [(200, b'{"scores": [1, 2]}', {}), (200, b'{"scores": [3]}', {})]
     with scripted(*answers) as (url, script):
-        assert ask(url, pictures_per_request=2).tolist() == [1, 2, 3]
+        assert ask(url, images_per_request=2).tolist() == [1, 2, 3]
     assert [json.loads(each.body)["prompts"] for each in script.asked] == [["cat", "dog"], ["horse"]]
     assert {each.path for each in script.asked} == {"/v1/score"}
 
@@ -89,8 +89,8 @@ def test_a_picture_without_a_score_is_set_aside_by_the_worker_and_never_scored()
         scores = RewardWorker({"http": Http(url=url)}, RewardPoolTable(batch_size=8), RuntimeTable(device="cpu")).score(
             ImageBatch(IMAGES, tuple(Prompt(text) for text in PROMPTS))
         )
-    assert sorted(scores.set_aside) == [1, 2] and scores.rewards["http"][0] == 1
-    assert "'dog'" in scores.set_aside[1]
+    assert sorted(scores.dropped) == [1, 2] and scores.rewards["http"][0] == 1
+    assert "'dog'" in scores.dropped[1]
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
@@ -237,7 +237,7 @@ def test_garbage_is_no_score_and_no_mistake_for_ever_but_an_error_that_shows_it(
 def test_another_number_of_scores_is_a_mistake_that_ends_the_run(scores: str) -> None:
     with scripted((200, f'{{"scores": {scores}}}'.encode(), {})) as (url, _):
         count = len(json.loads(scores))
-        with pytest.raises(RewardMistake, match=f"gave {count} scores for 3 pictures"):
+        with pytest.raises(RewardMistake, match=f"gave {count} scores for 3 images"):
             ask(url)
 
 

@@ -1,4 +1,4 @@
-"""ImageReward is its head over BLIP's reading of picture and prompt; the true size; what is said where a part lacks."""
+"""ImageReward is its head over BLIP's reading of image and prompt; the true size; what is said where a part lacks."""
 
 from pathlib import Path
 
@@ -49,11 +49,11 @@ def test_the_towers_of_image_reward_have_445_278_720_parameters() -> None:
     shapes = image_reward_shapes(1024, 768, (24, 12), patch=16, words=30_524)
     towers = sum(int(np.prod(shape)) for name, shape in shapes.items() if name.startswith("blip."))
     # Patches, class, 197 places, a norm, 24 blocks of 12,596,224 each.
-    pictures = 3 * 16**2 * 1024 + 1024 + 1024 + 197 * 1024 + 2 * 1024 + 24 * 12_596_224
+    images = 3 * 16**2 * 1024 + 1024 + 1024 + 197 * 1024 + 2 * 1024 + 24 * 12_596_224
     # Words, places, a norm, 12 layers: two attentions, of which the second reads 1,024 numbers, and an MLP.
     attentions = 4 * (768**2 + 768) + 2 * (768**2 + 768) + 2 * (768 * 1024 + 768)
     prompts = (30_524 + 512 + 2) * 768 + 12 * (attentions + 2 * 768 * 3072 + 3072 + 768 + 3 * 2 * 768)
-    assert towers == pictures + prompts == PARAMETERS == 445_278_720
+    assert towers == images + prompts == PARAMETERS == 445_278_720
     assert ImageReward().memory_bytes == 2 * PARAMETERS
 
 

@@ -1,4 +1,4 @@
-"""The size of a JPEG file: known to the byte for a known picture, and the right way round."""
+"""The size of a JPEG file: known to the byte for a known image, and the right way round."""
 
 import io
 

@@ -42,11 +42,11 @@ def test_clip_vit_h_14_has_986_109_441_parameters() -> None:
         pixels, tokens = torch.zeros(2, 3, 224, 224), torch.zeros(2, 77, dtype=torch.int64)
         found = model(pixel_values=pixels, input_ids=tokens)
     # Patches 3·14²·1280, class, 257 places, two norms, 32 blocks of 19,677,440 each, the projection.
-    pictures = 3 * 14**2 * 1280 + 1280 + 257 * 1280 + 2 * 2 * 1280 + 32 * 19_677_440 + 1280 * 1024
+    images = 3 * 14**2 * 1280 + 1280 + 257 * 1280 + 2 * 2 * 1280 + 32 * 19_677_440 + 1280 * 1024
     # 49,408 words and 77 places, 24 blocks of 12,596,224 each, a norm, the projection.
     prompts = (49_408 + 77) * 1024 + 24 * 12_596_224 + 2 * 1024 + 1024**2
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert count == pictures + prompts + 1 == 986_109_441  # and the scale
+    assert count == images + prompts + 1 == 986_109_441  # and the scale
     assert found.image_embeds.shape == found.text_embeds.shape == (2, 1024)
     assert PickScore().memory_bytes == 2 * count
 

@@ -1,4 +1,4 @@
-"""Statistics of a picture against numbers worked out by hand."""
+"""Statistics of an image against numbers worked out by hand."""
 
 import numpy as np
 import pytest
@@ -9,14 +9,14 @@ from ray_ddpo.common.recipe.registry import build
 BLACK, WHITE, RED, GREEN, BLUE = (0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
-def measured(name: str, *pictures: list, **keys: float) -> list[float]:
-    images = np.array(pictures, dtype=np.uint8)
+def measured(name: str, *rows: list, **keys: float) -> list[float]:
+    images = np.array(rows, dtype=np.uint8)
     reward = build(REWARDS, {"name": name, **keys}, "reward")
     return reward.load("cpu")(images, [""] * len(images), [{}] * len(images)).tolist()
 
 
 def test_brightness_is_the_mean_luma() -> None:
-    # Three quarters of a white picture; and what red, green and blue weigh, one by one.
+    # Three quarters of a white image; and what red, green and blue weigh, one by one.
     assert measured("brightness", [[WHITE, WHITE], [WHITE, BLACK]]) == [0.75]
     primaries = measured("brightness", [[RED]], [[GREEN]], [[BLUE]], [[BLACK]], [[WHITE]])
     assert primaries == pytest.approx([0.299, 0.587, 0.114, 0, 1], abs=1e-7)
@@ -33,10 +33,10 @@ def test_colourfulness_of_grey_is_nothing_and_of_red_and_green_by_hand() -> None
 
 
 def test_sharpness_of_one_bright_pixel_by_hand() -> None:
-    picture = np.zeros((3, 3, 3), np.uint8)
-    picture[1, 1] = 10
+    image = np.zeros((3, 3, 3), np.uint8)
+    image[1, 1] = 10
     # The Laplacian is -40 in the middle, 10 at its four neighbours, 0 in the corners: mean 0, (1600 + 4 · 100) / 9
-    assert measured("sharpness", picture.tolist()) == pytest.approx([2000 / 9], rel=1e-6)
+    assert measured("sharpness", image.tolist()) == pytest.approx([2000 / 9], rel=1e-6)
     # An edge 0 | 100 over two columns: +100 and -100 with the edge repeated, so the variance is 100²
     assert measured("sharpness", [[BLACK, (100, 100, 100)]]) == [10_000]
     assert measured("sharpness", [[WHITE, WHITE]]) == [0]
@@ -52,10 +52,10 @@ def test_entropy_counts_the_bits_of_the_grey_levels() -> None:
 
 def test_dark_share_counts_pixels_under_the_threshold() -> None:
     # 25/255 = 0.098 is under 0.1, and 26/255 = 0.102 is not.
-    picture = [[(25, 25, 25), (26, 26, 26)], [BLACK, WHITE]]
-    assert measured("dark_share", picture) == [0.5]
-    assert measured("dark_share", picture, below=0.05) == [0.25]
-    assert measured("dark_share", picture, below=1.0) == [0.75]  # white itself is not under white
+    image = [[(25, 25, 25), (26, 26, 26)], [BLACK, WHITE]]
+    assert measured("dark_share", image) == [0.5]
+    assert measured("dark_share", image, below=0.05) == [0.25]
+    assert measured("dark_share", image, below=1.0) == [0.75]  # white itself is not under white
 
 
 @pytest.mark.parametrize("below", [0, 1.1])

@@ -60,9 +60,9 @@ def test_a_score_is_the_recall_of_the_prompt_in_what_the_model_says_of_the_pictu
 
 
 def test_the_answers_length_is_limited(folders: dict[str, str], images: np.ndarray) -> None:
-    pictures, questions = [Image.fromarray(image) for image in images], ["what is this"] * 3
-    short = vlm_alignment._load_describer(folders["model"], "cpu", torch.float32, 2)(pictures, questions)
-    longer = vlm_alignment._load_describer(folders["model"], "cpu", torch.float32, 6)(pictures, questions)
+    pil_images, questions = [Image.fromarray(image) for image in images], ["what is this"] * 3
+    short = vlm_alignment._load_describer(folders["model"], "cpu", torch.float32, 2)(pil_images, questions)
+    longer = vlm_alignment._load_describer(folders["model"], "cpu", torch.float32, 6)(pil_images, questions)
     assert max(len(text.split()) for text in short) == 2 and any(len(text.split()) > 2 for text in longer)
     assert all(text.startswith(start) for text, start in zip(longer, short, strict=True))
 
@@ -71,22 +71,22 @@ def test_questions_of_different_lengths_beside_each_other_get_the_answers_that_t
     describe: Describe, images: np.ndarray
 ) -> None:
     questions = ["cat", "how many birds are there in this image", "what is this"]
-    pictures = [Image.fromarray(image) for image in images]
-    together = describe(pictures, questions)
+    pil_images = [Image.fromarray(image) for image in images]
+    together = describe(pil_images, questions)
     alone = [
         answer
-        for picture, question in zip(pictures, questions, strict=True)
-        for answer in describe([picture], [question])
+        for pil_image, question in zip(pil_images, questions, strict=True)
+        for answer in describe([pil_image], [question])
     ]
     assert together == alone and len(set(together)) == 3
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 3)])
 def test_a_tiny_picture_is_seen_as_its_enlargement(describe: Describe, size: tuple[int, int]) -> None:
-    picture = Image.fromarray(np.full((*size, 3), (200, 90, 10), np.uint8))
+    pil_image = Image.fromarray(np.full((*size, 3), (200, 90, 10), np.uint8))
     large = Image.fromarray(np.full((64, 64, 3), (200, 90, 10), np.uint8))
     grey = Image.fromarray(np.full((64, 64, 3), 128, np.uint8))
-    assert describe([picture], ["what"]) == describe([large], ["what"]) != describe([grey], ["what"])
+    assert describe([pil_image], ["what"]) == describe([large], ["what"]) != describe([grey], ["what"])
 
 
 def test_a_prompt_of_10_000_characters_is_cut_and_scored(folders: dict[str, str], images: np.ndarray) -> None:
@@ -97,11 +97,11 @@ def test_a_prompt_of_10_000_characters_is_cut_and_scored(folders: dict[str, str]
 
 
 def fixed(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> list[list[str]]:
-    """Answers by question, whatever the picture, and the questions that were asked."""
+    """Answers by question, whatever the image, and the questions that were asked."""
     asked: list[list[str]] = []
 
-    def describe(pictures: list[Image.Image], questions: list[str]) -> list[str]:
-        assert len(pictures) == len(questions)
+    def describe(pil_images: list[Image.Image], questions: list[str]) -> list[str]:
+        assert len(pil_images) == len(questions)
         asked.append(questions)
         return [answers[question] for question in questions]
 

@@ -1,4 +1,4 @@
-"""Configuration keys of a model's parts: what is drawn equals plain diffusers' images, or the key is refused by name."""
+"""Configuration keys of a model's parts: what is sampled equals plain diffusers' images, or the key is refused by name."""
 
 import shutil
 from itertools import count
@@ -200,10 +200,10 @@ def test_a_number_of_steps_that_the_schedule_has_not_is_refused_with_the_plan(mo
 @given(data=st.data())
 def test_any_key_of_any_part_is_honoured_as_diffusers_does_or_refused_by_name(models: Models, data: Any) -> None:
     """Change one key of one to four parts, so that a difference shrinks to the key that makes it."""
-    name = data.draw(st.sampled_from(sorted(PARTS)))
-    parts = data.draw(st.sets(st.sampled_from(sorted(PARTS[name])), min_size=1, max_size=4))
+    name = data.sample(st.sampled_from(sorted(PARTS)))
+    parts = data.sample(st.sets(st.sampled_from(sorted(PARTS[name])), min_size=1, max_size=4))
     changes = []
     for part in sorted(parts):
         of_part = [change for family, change in EVERY if family == name and change.part == part]
-        changes.append(data.draw(st.sampled_from(of_part)))
-    check_outcome(models, name, tuple(changes), noisy=name in UNETS and data.draw(st.booleans()))
+        changes.append(data.sample(st.sampled_from(of_part)))
+    check_outcome(models, name, tuple(changes), noisy=name in UNETS and data.sample(st.booleans()))

@@ -12,11 +12,11 @@ from ray_ddpo import cli
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.families.flux import packed
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
-from ray_ddpo.common.diffusion.rollout import draw, image_noise, score
+from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories, score
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
-from ray_ddpo.deploy.driver.components import parts_of
+from ray_ddpo.deploy.driver.components import build_components
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.tiny_families import MAKERS, policy_table
 
@@ -54,7 +54,9 @@ def sampling(guidance_scale: float, negative_prompt: str | None = None) -> Sampl
 
 def ours(config: DiffusersConfig, settings: SamplingTable) -> np.ndarray:
     policy = config.load("cpu", settings, "sampler")
-    return policy.decode(draw(policy, PROMPTS, SEEDS, settings, range(0)).final_latents).numpy().astype(int)
+    return (
+        policy.decode(sample_trajectories(policy, PROMPTS, SEEDS, settings, range(0)).final_latents).numpy().astype(int)
+    )
 
 
 def theirs(name: str, pipeline: Any, settings: SamplingTable, shape: tuple[int, ...]) -> np.ndarray:
@@ -85,7 +87,7 @@ def test_images_that_are_no_squares_are_those_of_diffusers(family: tuple[str, Pa
     assert images.shape == (2, height, width, 3)
     assert_alike(images, theirs(name, pipeline, settings, policy.latent_shape))
     assert_accepted("`policy.height` and `policy.width`, which need not be equal, in every family")
-    trajectory = draw(policy, PROMPTS, SEEDS, settings)
+    trajectory = sample_trajectories(policy, PROMPTS, SEEDS, settings)
     torch.testing.assert_close(score(learner, trajectory), trajectory.log_probs, rtol=1e-5, atol=1e-6)
 
 
@@ -162,7 +164,7 @@ def test_a_size_that_cannot_be_made_is_refused_with_the_recipe(
     model = MAKERS[family_name](tmp_path / "model")
     with pytest.raises(ValueError) as error:
         tables["learner"]["micro_batch_size"] = 12
-        parts_of(Recipe.parse({**tables, "policy": policy_table(family_name, model, **keys)}))
+        build_components(Recipe.parse({**tables, "policy": policy_table(family_name, model, **keys)}))
     assert_refused(situation, str(error.value))
 
 
@@ -184,7 +186,7 @@ def test_a_whole_run_with_images_that_are_no_squares_and_a_negative_prompt(
 
     tables["policy"] |= {"height": 24, "width": 16}
     tables["sampling"] |= {"negative_prompt": "blurry", "guidance_scale": 2.0}
-    tables |= {"evaluation": {"images": 4, "every": 1}, "rollouts": {"pictures_every": 1}, "rounds": 1}
+    tables |= {"evaluation": {"images": 4, "every": 1}, "rollouts": {"images_every": 1}, "rounds": 1}
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables))
     run = str(tmp_path / "runs" / "tiny")
     assert cli.main(["train", str(tmp_path / "recipe.toml"), "--serial"]) == 0

@@ -14,7 +14,7 @@ from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
 from ray_ddpo.common.diffusion.memory.live_bytes import allocated_peak, line_through, peak_bytes
 from ray_ddpo.common.diffusion.memory.meta_device import CUDA, LikeDevice
 from ray_ddpo.common.diffusion.policy import Policy
-from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_policy import pair_step, tiny_policy
 
@@ -126,7 +126,7 @@ def test_a_samplers_task_takes_what_was_predicted(images: int, model: Path) -> N
     prompts, seeds = ["a cat"] * images, list(range(images))
 
     def task() -> None:
-        policy.decode(draw(policy, prompts, seeds, SAMPLING).final_latents)
+        policy.decode(sample_trajectories(policy, prompts, seeds, SAMPLING).final_latents)
 
     task()  # the prompts' embeddings are kept
     parts = (policy.network, policy.vae, *policy.text_encoders)

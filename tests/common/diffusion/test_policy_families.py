@@ -1,4 +1,4 @@
-"""Every family against diffusers' own pipeline: pictures, adapters and whole networks as that loads them."""
+"""Every family against diffusers' own pipeline: images, adapters and whole networks as that loads them."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ray_ddpo.common.diffusion.families.sd3 import SD3
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.lora.adapters import read_lora_settings
 from ray_ddpo.common.diffusion.lora.files import lora_file
-from ray_ddpo.common.diffusion.rollout import draw, image_noise
+from ray_ddpo.common.diffusion.rollout import image_noise, sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import MAKERS, policy_table, save_tiny_flux, save_tiny_sd3, save_tiny_sdxl
@@ -48,9 +48,11 @@ def loaded(config: DiffusersConfig, role: Any = "sampler") -> DiffusersPolicy:
         return config.load("cpu", SAMPLING, role)
 
 
-def pictures(policy: DiffusersPolicy) -> np.ndarray:
-    """Drawn without noise along the path, as pipelines draw."""
-    return policy.decode(draw(policy, PROMPTS, SEEDS, SAMPLING, range(0)).final_latents).numpy().astype(int)
+def images(policy: DiffusersPolicy) -> np.ndarray:
+    """Sampled without noise along the path, as pipelines sample."""
+    return (
+        policy.decode(sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING, range(0)).final_latents).numpy().astype(int)
+    )
 
 
 def pipeline_of(family: tuple[str, Path]) -> Any:
@@ -63,7 +65,7 @@ def pipeline_of(family: tuple[str, Path]) -> Any:
     return pipeline
 
 
-def pipelines_pictures(family: tuple[str, Path], pipeline: Any, shape: tuple[int, ...]) -> np.ndarray:
+def pipelines_images(family: tuple[str, Path], pipeline: Any, shape: tuple[int, ...]) -> np.ndarray:
     noise = next(image_noise(SEEDS, shape))
     latents = packed(noise) if family[0] == "flux" else noise
     keys = {"num_inference_steps": 4, "guidance_scale": 3.0, **CALL_KEYS[family[0]]}
@@ -80,14 +82,14 @@ def assert_alike(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 def test_pictures_are_those_of_diffusers_own_pipeline(family: tuple[str, Path]) -> None:
     policy = loaded(config_of(family))
-    assert_alike(pictures(policy), pipelines_pictures(family, pipeline_of(family), policy.latent_shape))
+    assert_alike(images(policy), pipelines_images(family, pipeline_of(family), policy.latent_shape))
 
 
 def test_a_lora_loads_in_plain_diffusers_and_draws_the_same_pictures(family: tuple[str, Path], tmp_path: Path) -> None:
     policy = loaded(config_of(family))
-    before = pictures(policy)
+    before = images(policy)
     scatter(policy.network, deviation=0.3)
-    after = pictures(policy)
+    after = images(policy)
     assert np.abs(after - before).max() > 3
     policy.save(tmp_path)
     settings = read_lora_settings(lora_file(tmp_path))
@@ -95,22 +97,22 @@ def test_a_lora_loads_in_plain_diffusers_and_draws_the_same_pictures(family: tup
     assert set(settings.target_modules) == set(policy.config.lora.target_modules)
     pipeline = pipeline_of(family)
     pipeline.load_lora_weights(tmp_path / "lora")
-    assert_alike(after, pipelines_pictures(family, pipeline, policy.latent_shape))
+    assert_alike(after, pipelines_images(family, pipeline, policy.latent_shape))
 
 
 def test_a_whole_network_loads_in_plain_diffusers_and_draws_the_same_pictures(
     family: tuple[str, Path], tmp_path: Path
 ) -> None:
     policy = loaded(config_of(family, train="full"))
-    before = pictures(policy)
+    before = images(policy)
     scatter(policy.network, deviation=0.02)
-    after = pictures(policy)
+    after = images(policy)
     assert np.abs(after - before).max() > 3
     written = policy.save(tmp_path)
     pipeline = pipeline_of(family)
     network = type(getattr(pipeline, policy.config.network_name)).from_pretrained(written)
     setattr(pipeline, policy.config.network_name, network)
-    assert_alike(after, pipelines_pictures(family, pipeline, policy.latent_shape))
+    assert_alike(after, pipelines_images(family, pipeline, policy.latent_shape))
 
 
 def test_a_learner_has_neither_text_encoders_nor_a_decoder(family: tuple[str, Path]) -> None:
@@ -121,19 +123,19 @@ def test_a_learner_has_neither_text_encoders_nor_a_decoder(family: tuple[str, Pa
 
 def test_what_waits_in_the_hosts_memory_gives_the_same_bits(family: tuple[str, Path]) -> None:
     there, waiting = (loaded(config_of(family, offload=offload)) for offload in (False, True))
-    assert np.array_equal(pictures(there), pictures(waiting))
+    assert np.array_equal(images(there), images(waiting))
 
 
 def test_a_decoder_that_takes_pictures_apart_draws_nearly_the_same(family: tuple[str, Path]) -> None:
     whole, sliced = (loaded(config_of(family, vae_slicing=slicing)) for slicing in (False, True))
-    assert np.abs(pictures(whole) - pictures(sliced)).max() <= 1
+    assert np.abs(images(whole) - images(sliced)).max() <= 1
     assert sliced.vae.use_slicing and not whole.vae.use_slicing
     if family[0] == "stable_diffusion":  # its small model has an AutoencoderTiny
         with pytest.raises(ValueError, match="vae_tiling is true, and the model's decoder is an AutoencoderTiny"):
             loaded(config_of(family, vae_tiling=True))
     else:
         tiled = loaded(config_of(family, vae_tiling=True))
-        assert tiled.vae.use_tiling and pictures(tiled).shape == pictures(whole).shape
+        assert tiled.vae.use_tiling and images(tiled).shape == images(whole).shape
 
 
 def test_prompts_are_remembered_up_to_a_number_of_bytes(
@@ -168,7 +170,7 @@ def test_guidance_that_was_distilled_is_told_to_the_network_which_runs_once(tmp_
         policy.network.register_forward_pre_hook(
             lambda _, __, named: seen.append((len(named["hidden_states"]), named["guidance"])), with_kwargs=True
         )
-        draw(policy, PROMPTS, SEEDS, SAMPLING)
+        sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING)
     assert {rows for rows, _ in seen} == {2}
     assert [float(guidance[0]) for _, guidance in seen] == [1.0] * 4 + [3.5] * 4
 

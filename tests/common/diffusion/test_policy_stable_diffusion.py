@@ -11,7 +11,7 @@ import torch
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion, StableDiffusionPolicy
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.diffusion.policy import Conditioning, select_rows
-from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.reference import ddpo_reference as reference
 from tests.tiny_pipeline import save_tiny_pipeline
@@ -97,15 +97,15 @@ def test_pictures_are_those_of_diffusers_own_pipeline(tiny_model: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     policy = StableDiffusion(model=str(tiny_model)).load("cpu", SAMPLING, "sampler")
-    pixels = policy.decode(draw(policy, ["a cat", "a dog"], [3, 4], SAMPLING).final_latents)
+    pixels = policy.decode(sample_trajectories(policy, ["a cat", "a dog"], [3, 4], SAMPLING).final_latents)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, requires_safety_checker=False)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    pictures = pipeline(
+    images = pipeline(
         ["a cat", "a dog"], num_inference_steps=4, guidance_scale=3.0, eta=1.0, generator=generators
     ).images
-    theirs = np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+    theirs = np.stack([np.asarray(image) for image in images]).astype(int)
     # Latents agree to a few 1e-6, which may push a value over a rounding edge here and there, never further.
     difference = np.abs(pixels.numpy().astype(int) - theirs)
     assert difference.max() <= 1 and (difference > 0).mean() < 0.001

@@ -18,7 +18,7 @@ from ray_ddpo.common.diffusion.transition import Transition
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RuntimeTable, SamplingTable
-from ray_ddpo.deploy.driver.components import entries_of
+from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.learner.learning_trial import try_learning
 from tests.conftest import small_tables
 from tests.tiny_families import save_tiny_shapes
@@ -131,9 +131,9 @@ SAMPLING_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"denoise": lambda self, clean, noise, timesteps, conditioning: clean},
         "Mine.denoise returned float32 of shape (2, 3, 16, 16), from",
     ),
-    "noisy_steps": (
-        {"noisy_steps": [0, 1, 2, 9]},
-        "Mine.noisy_steps is [0, 1, 2, 9]: expected a list of the steps with noise, of 0 to 3",
+    "stochastic_steps": (
+        {"stochastic_steps": [0, 1, 2, 9]},
+        "Mine.stochastic_steps is [0, 1, 2, 9]: expected a list of the steps with noise, of 0 to 3",
     ),
 }
 LEARNING_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
@@ -195,7 +195,7 @@ def recipe_of(model: str, folder: Path, algorithm: str = "ddpo_is") -> Recipe:
 def learned(config: MyShapes, folder: Path, algorithm: str = "ddpo_is") -> Policy:
     recipe = recipe_of(config.model, folder, algorithm)
     policy = load_checked(config, "cpu", recipe.sampling, "learner")
-    try_learning(policy, config, entries_of(recipe).algorithm, recipe)
+    try_learning(policy, config, components_of(recipe).algorithm, recipe)
     return policy
 
 
@@ -237,7 +237,7 @@ def test_a_trial_changes_neither_weights_nor_random_states(train: str, model: st
     before, expected = read_weights(policy.network, 0), torch.get_rng_state()
     recipe = recipe_of(model, tmp_path)
     try_sampling(config, policy, ["disc", "ring"])
-    try_learning(policy, config, entries_of(recipe).algorithm, recipe)
+    try_learning(policy, config, components_of(recipe).algorithm, recipe)
     assert read_weights(policy.network, 0).fingerprint == before.fingerprint
     assert torch.equal(torch.get_rng_state(), expected)
     assert all(parameter.grad is None for parameter in policy.network.parameters())
@@ -251,7 +251,8 @@ def test_a_denoise_that_is_not_there_stops_only_algorithms_that_ask_for_it(model
     sampled(config)
     learned(config, tmp_path)
     with pytest.raises(
-        ValueError, match=r"RewardWeightedRegression.pair_loss raised NotImplementedError: only for DDPO \(/.*test_pol"
+        ValueError,
+        match=r"RewardWeightedRegression.compute_loss raised NotImplementedError: only for DDPO \(/.*test_pol",
     ):
         learned(config, tmp_path, "rwr")
 

@@ -11,12 +11,11 @@ from diffusers import DDIMScheduler
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion, StableDiffusionPolicy
 from ray_ddpo.common.diffusion.policy import select_rows
 from ray_ddpo.common.diffusion.rollout import (
-    draw,
+    evaluation_window,
     image_noise,
-    kept_steps,
     refuse_window_without_noise,
     score,
-    window_of_pictures,
+    trained_steps,
 )
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.trajectory import DTYPES, Trajectory
@@ -38,7 +37,7 @@ def policy(tiny_model: Path) -> StableDiffusionPolicy:
 
 @pytest.fixture(scope="module")
 def trajectory(policy: StableDiffusionPolicy) -> Trajectory:
-    return draw(policy, PROMPTS, SEEDS, SAMPLING)
+    return sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING)
 
 
 @pytest.mark.parametrize(
@@ -54,14 +53,14 @@ def trajectory(policy: StableDiffusionPolicy) -> Trajectory:
 def test_a_learner_with_equal_weights_gives_every_step_the_samplers_own_bits(
     network: str, stored: str, tiny_model: Path
 ) -> None:
-    drawn = draw(
+    sampled = sample_trajectories(
         tiny_policy(tiny_model, dtype=network), PROMPTS, SEEDS, SAMPLING.model_copy(update={"latents_dtype": stored})
     )
-    arrived = pickle.loads(pickle.dumps(drawn))
+    arrived = pickle.loads(pickle.dumps(sampled))
     assert arrived.latents.dtype == DTYPES[stored]
     again = score(tiny_policy(tiny_model, "learner", dtype=network), arrived)
-    assert torch.equal(again, drawn.log_probs)
-    assert drawn.log_probs.isfinite().all()
+    assert torch.equal(again, sampled.log_probs)
+    assert sampled.log_probs.isfinite().all()
 
 
 def test_scoring_latents_rounded_after_they_were_scored_would_not_give_a_ratio_of_one(
@@ -106,7 +105,7 @@ def test_pairs_mixed_into_batches_of_other_compositions_stay_within_a_tenth_of_t
 def test_an_images_noise_and_path_are_its_own_whatever_stands_beside_it(
     policy: StableDiffusionPolicy, trajectory: Trajectory
 ) -> None:
-    alone = draw(policy, PROMPTS[2:3], SEEDS[2:3], SAMPLING)
+    alone = sample_trajectories(policy, PROMPTS[2:3], SEEDS[2:3], SAMPLING)
     assert torch.equal(alone.latents[0, 0], trajectory.latents[2, 0])
     torch.testing.assert_close(alone.next_latents[0], trajectory.next_latents[2], rtol=1e-5, atol=1e-5)
 
@@ -121,7 +120,7 @@ def test_noise_is_a_function_of_the_seed_and_another_seed_gives_other_noise() ->
 def test_the_same_prompt_and_seed_give_the_same_bits_again(
     policy: StableDiffusionPolicy, trajectory: Trajectory
 ) -> None:
-    again = draw(policy, PROMPTS, SEEDS, SAMPLING)
+    again = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING)
     assert torch.equal(again.next_latents, trajectory.next_latents)
     assert torch.equal(again.log_probs, trajectory.log_probs)
 
@@ -140,18 +139,18 @@ def test_a_step_leaves_the_latents_that_the_next_step_enters(trajectory: Traject
 
 def test_the_last_step_into_the_clean_picture_is_drawn_but_not_learned_from(tmp_path: Path) -> None:
     model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)
-    drawn = draw(tiny_policy(model), PROMPTS[:2], SEEDS[:2], SAMPLING)
-    assert drawn.steps.tolist() == [[0, 1, 2]] * 2
-    assert drawn.log_probs.isfinite().all() and drawn.log_probs.shape == (2, 3)
-    assert not torch.equal(drawn.final_latents, drawn.next_latents[:, -1])
+    sampled = sample_trajectories(tiny_policy(model), PROMPTS[:2], SEEDS[:2], SAMPLING)
+    assert sampled.steps.tolist() == [[0, 1, 2]] * 2
+    assert sampled.log_probs.isfinite().all() and sampled.log_probs.shape == (2, 3)
+    assert not torch.equal(sampled.final_latents, sampled.next_latents[:, -1])
 
 
 def test_some_of_an_images_steps_are_chosen_by_its_seed_alone_in_order_and_each_once() -> None:
     noisy = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
-    kept = kept_steps(noisy, 4, list(range(200)))
+    kept = trained_steps(noisy, 4, list(range(200)))
     assert kept.shape == (200, 4)
     assert (kept[:, 1:] > kept[:, :-1]).all() and set(kept.flatten().tolist()) == set(noisy)
-    assert torch.equal(kept_steps(noisy, 4, [17, 3]), kept[[17, 3]])
+    assert torch.equal(trained_steps(noisy, 4, [17, 3]), kept[[17, 3]])
     # each of 10 steps is kept by 80 of 200 images, give or take √(200 · 0.4 · 0.6) = 7
     counts = torch.bincount(kept.flatten(), minlength=11)[noisy]
     assert (counts - 80).abs().max() < 4 * 7
@@ -160,7 +159,7 @@ def test_some_of_an_images_steps_are_chosen_by_its_seed_alone_in_order_and_each_
 def test_where_steps_are_left_out_the_path_is_the_same_and_the_kept_steps_have_its_values(
     policy: StableDiffusionPolicy, trajectory: Trajectory
 ) -> None:
-    some = draw(policy, PROMPTS, SEEDS, sampling(step_fraction=0.5))
+    some = sample_trajectories(policy, PROMPTS, SEEDS, sampling(timestep_fraction=0.5))
     assert some.steps.shape == (4, 2) and len({tuple(row) for row in some.steps.tolist()}) > 1
     rows = torch.arange(4)[:, None]
     assert torch.equal(some.latents, trajectory.latents[rows, some.steps])
@@ -170,7 +169,7 @@ def test_where_steps_are_left_out_the_path_is_the_same_and_the_kept_steps_have_i
 
 
 def test_kept_steps_that_differ_from_image_to_image_still_have_a_ratio_of_one(policy: StableDiffusionPolicy) -> None:
-    some = draw(policy, PROMPTS, SEEDS, sampling(step_fraction=0.5))
+    some = sample_trajectories(policy, PROMPTS, SEEDS, sampling(timestep_fraction=0.5))
     assert (score(policy, pickle.loads(pickle.dumps(some))) - some.log_probs).abs().max() <= CLIP_RANGE / 100
 
 
@@ -180,7 +179,7 @@ def test_a_drawn_path_ends_where_diffusers_own_pipeline_ends(guidance_scale: flo
 
     five_steps = sampling(num_steps=5, guidance_scale=guidance_scale)
     policy = StableDiffusion(model=str(tiny_model)).load("cpu", five_steps, "sampler")
-    ours = draw(policy, PROMPTS, SEEDS, five_steps)
+    ours = sample_trajectories(policy, PROMPTS, SEEDS, five_steps)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, requires_safety_checker=False)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -197,44 +196,46 @@ def test_a_drawn_path_ends_where_diffusers_own_pipeline_ends(guidance_scale: flo
 
 
 def test_a_fraction_of_the_steps_is_kept_by_each_image_as_its_seed_decides(policy: StableDiffusionPolicy) -> None:
-    whole = draw(policy, PROMPTS, SEEDS, SAMPLING)
-    half = draw(policy, PROMPTS, SEEDS, SAMPLING.model_copy(update={"step_fraction": 0.5}))
+    whole = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING)
+    half = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING.model_copy(update={"timestep_fraction": 0.5}))
     assert half.steps.shape == (4, 2) and len({tuple(steps) for steps in half.steps.tolist()}) > 1
     assert torch.equal(half.final_latents, whole.final_latents)
     for image, steps in enumerate(half.steps.tolist()):
         assert torch.equal(half.latents[image], whole.latents[image, steps])
         assert torch.equal(half.next_latents[image], whole.next_latents[image, steps])
         assert torch.equal(half.log_probs[image], whole.log_probs[image, steps])
-    assert torch.equal(kept_steps([0, 1, 2, 3], 2, SEEDS[1:2])[0], half.steps[1])
+    assert torch.equal(trained_steps([0, 1, 2, 3], 2, SEEDS[1:2])[0], half.steps[1])
     torch.testing.assert_close(score(policy, pickle.loads(pickle.dumps(half))), half.log_probs, rtol=0, atol=1e-6)
 
 
 def test_the_last_steps_can_be_drawn_without_being_learned_from(policy: StableDiffusionPolicy) -> None:
-    whole = draw(policy, PROMPTS, SEEDS, SAMPLING)
-    early = draw(policy, PROMPTS, SEEDS, SAMPLING.model_copy(update={"untrained_last_steps": 1}))
+    whole = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING)
+    early = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING.model_copy(update={"skip_last_steps": 1}))
     assert early.steps.tolist() == [[0, 1, 2]] * 4
     assert torch.equal(early.final_latents, whole.final_latents)
     assert torch.equal(early.next_latents, whole.next_latents[:, :3])
-    one = draw(policy, PROMPTS, SEEDS, SAMPLING.model_copy(update={"untrained_last_steps": 2, "step_fraction": 0.5}))
+    one = sample_trajectories(
+        policy, PROMPTS, SEEDS, SAMPLING.model_copy(update={"skip_last_steps": 2, "timestep_fraction": 0.5})
+    )
     assert one.steps.shape == (4, 1) and int(one.steps.max()) <= 1
 
 
 def test_only_the_windows_steps_have_noise_and_travel(policy: StableDiffusionPolicy) -> None:
-    drawn = draw(policy, PROMPTS, SEEDS, SAMPLING, range(1, 3))
-    assert drawn.steps.tolist() == [[1, 2]] * 4 and drawn.latents.shape[1] == 2
-    assert drawn.log_probs.shape == (4, 2) and drawn.log_probs.isfinite().all()
-    arrived = pickle.loads(pickle.dumps(drawn))
-    whole = draw(policy, PROMPTS, SEEDS, SAMPLING)
+    sampled = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING, range(1, 3))
+    assert sampled.steps.tolist() == [[1, 2]] * 4 and sampled.latents.shape[1] == 2
+    assert sampled.log_probs.shape == (4, 2) and sampled.log_probs.isfinite().all()
+    arrived = pickle.loads(pickle.dumps(sampled))
+    whole = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING)
     latent = whole.final_latents.numel() * 4
-    assert whole.num_bytes - drawn.num_bytes == 2 * latent + 2 * 4 * (8 + 4)  # two latents, two steps with log-probs
+    assert whole.num_bytes - sampled.num_bytes == 2 * latent + 2 * 4 * (8 + 4)  # two latents, two steps with log-probs
     assert arrived.latents.untyped_storage().nbytes() == 3 * latent
-    assert torch.equal(score(policy, arrived), drawn.log_probs)
+    assert torch.equal(score(policy, arrived), sampled.log_probs)
 
 
 def test_outside_the_window_a_path_goes_as_diffusers_does_without_noise(policy: StableDiffusionPolicy) -> None:
     """The same path by hand: diffusers' own DDIM steps, with eta 0 outside and eta 1 and the image's noise inside."""
     window = range(2, 3)
-    drawn = draw(policy, PROMPTS[:1], SEEDS[:1], SAMPLING, window)
+    sampled = sample_trajectories(policy, PROMPTS[:1], SEEDS[:1], SAMPLING, window)
     theirs = DDIMScheduler.from_pretrained(policy.config.model, subfolder="scheduler")
     theirs.set_timesteps(SAMPLING.num_steps)
     noise = list(islice(image_noise(SEEDS[:1], policy.latent_shape), SAMPLING.num_steps + 1))
@@ -248,22 +249,22 @@ def test_outside_the_window_a_path_goes_as_diffusers_does_without_noise(policy: 
             extra = {"variance_noise": noise[step + 1]} if eta else {}
             latents = theirs.step(output, int(timestep), latents, eta=eta, **extra).prev_sample
             if step == 1:
-                torch.testing.assert_close(drawn.latents[0, 0], latents[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(drawn.final_latents, latents, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(sampled.latents[0, 0], latents[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sampled.final_latents, latents, rtol=1e-4, atol=1e-5)
 
 
 def test_pictures_to_be_looked_at_have_no_noise_where_the_recipe_has_a_window(policy: StableDiffusionPolicy) -> None:
-    assert window_of_pictures(SAMPLING) is None
-    window = window_of_pictures(sampling(window=2))
-    drawn = draw(policy, PROMPTS, SEEDS, SAMPLING, window)
-    assert drawn.steps.shape == (4, 0) and drawn.latents.shape[:2] == (4, 0)
-    other_noise = draw(policy, PROMPTS, [seed + 100 for seed in SEEDS], SAMPLING, window)
-    assert not torch.equal(drawn.final_latents, other_noise.final_latents)  # they begin elsewhere
+    assert evaluation_window(SAMPLING) is None
+    window = evaluation_window(sampling(window=2))
+    sampled = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING, window)
+    assert sampled.steps.shape == (4, 0) and sampled.latents.shape[:2] == (4, 0)
+    other_noise = sample_trajectories(policy, PROMPTS, [seed + 100 for seed in SEEDS], SAMPLING, window)
+    assert not torch.equal(sampled.final_latents, other_noise.final_latents)  # they begin elsewhere
 
 
 def test_a_window_that_could_come_to_a_step_without_noise_is_refused_with_the_number_to_give(tmp_path: Path) -> None:
     policy = tiny_policy(save_tiny_pipeline(tmp_path, set_alpha_to_one=True))
-    with pytest.raises(ValueError, match=r"stand on the steps \[3\], .* with untrained_last_steps = 1"):
+    with pytest.raises(ValueError, match=r"stand on the steps \[3\], .* with skip_last_steps = 1"):
         refuse_window_without_noise(policy, sampling(window=2))
-    refuse_window_without_noise(policy, sampling(window=2, untrained_last_steps=1))
+    refuse_window_without_noise(policy, sampling(window=2, skip_last_steps=1))
     refuse_window_without_noise(policy, sampling())

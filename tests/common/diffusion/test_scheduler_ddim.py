@@ -99,10 +99,13 @@ def test_the_last_step_into_the_clean_picture_has_no_noise_and_is_the_step_of_et
     ours, without_noise = table(20, 1.0, set_alpha_to_one=True), table(20, 0.0, set_alpha_to_one=True)
     latents, output = latents_and_output(20)
     steps = torch.arange(20)
-    drawn, still = ddim_transition(ours, latents, output, steps), ddim_transition(without_noise, latents, output, steps)
-    assert float(drawn.std[-1]) == 0 and (drawn.std[:-1] > 0).all()
-    assert torch.equal(drawn.mean[-1], still.mean[-1])
-    assert not torch.allclose(drawn.mean[0], still.mean[0], atol=1e-3)
+    sampled, still = (
+        ddim_transition(ours, latents, output, steps),
+        ddim_transition(without_noise, latents, output, steps),
+    )
+    assert float(sampled.std[-1]) == 0 and (sampled.std[:-1] > 0).all()
+    assert torch.equal(sampled.mean[-1], still.mean[-1])
+    assert not torch.allclose(sampled.mean[0], still.mean[0], atol=1e-3)
 
 
 def test_a_step_that_is_taken_without_noise_is_the_step_of_eta_zero_and_not_the_noisy_ones_mean() -> None:

@@ -121,9 +121,7 @@ def test_images_noised_anew_stand_where_the_model_was_trained(family: str) -> No
     clean, noise = latents_and_velocity(3)
     timesteps = torch.tensor([999, 499, 0])
     noised, told, target = table(family, 10).noised(clean, noise, timesteps)
-    shift = (
-        3.0 if family == "sd3" else 1.0
-    )  # FLUX's depends on the picture's size, and its training is not shifted by it
+    shift = 3.0 if family == "sd3" else 1.0  # FLUX's depends on the image's size, and its training is not shifted by it
     for row, timestep in enumerate(timesteps.tolist()):
         sigma = reference.shifted((timestep + 1) / 1000, shift)
         assert float(told[row]) == pytest.approx(1000 * sigma, rel=1e-5)

@@ -13,7 +13,7 @@ from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, trained_parame
 from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes, peak_bytes
 from ray_ddpo.common.diffusion.memory.sizes import count_parameters, largest_divisor, parameter_bytes, usable_bytes
 from ray_ddpo.common.diffusion.policy import select_rows
-from ray_ddpo.common.diffusion.rollout import draw
+from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.recipe.tables import SamplingTable
 from tests.tiny_families import MAKERS, policy_table
@@ -72,13 +72,13 @@ def test_a_samplers_and_a_learners_peaks_are_predicted_for_every_family(
     sizes, policy = config.sizes(SAMPLING, "cpu"), config.load("cpu", SAMPLING, "sampler")
 
     def task() -> None:
-        policy.decode(draw(policy, ["a cat"] * 3, [1, 2, 3], SAMPLING).final_latents)
+        policy.decode(sample_trajectories(policy, ["a cat"] * 3, [1, 2, 3], SAMPLING).final_latents)
 
     task()  # the prompts' embeddings are kept
     parts = (policy.network, policy.vae, *policy.text_encoders)
     held = sum(parameter.nbytes for part in parts for parameter in part.parameters())
     assert sizes.sampler_bytes(3) == pytest.approx(held + peak_bytes(task), rel=0.05)
-    assert sizes.noisy_steps == len(policy.noisy_steps)
+    assert sizes.stochastic_steps == len(policy.stochastic_steps)
     assert sizes.conditioning_shape == {name: tuple(value.shape[1:]) for name, value in policy.encode(["a"]).items()}
     learner = config.load("cpu", SAMPLING, "learner")
     trained = trained_parameters(learner.network).values()
@@ -141,7 +141,7 @@ def test_a_merged_sampler_keeps_the_weights_beside_its_adapters_twice(tiny_model
     apart, merged = (
         StableDiffusion(model=str(tiny_model), merge_adapters=merge).sizes(SAMPLING, "cpu") for merge in (False, True)
     )
-    assert merged.drawing.of(3) - apart.drawing.of(3) == twice > 0
+    assert merged.sampling.of(3) - apart.sampling.of(3) == twice > 0
 
 
 def test_what_is_left_free_of_a_gpu_and_what_fits_into_it() -> None:

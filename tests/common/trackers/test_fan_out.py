@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ray_ddpo.common.trackers.exhibits import Exhibits
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.jsonl import Jsonl
+from ray_ddpo.common.trackers.media import Media
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 ROUNDS: list[Metrics] = [{"round": float(round)} for round in range(3)]
@@ -25,8 +25,8 @@ class Book(LiveTracker):
         if self._fails_at == f"round {metrics['round']:.0f}":
             raise OSError("the disk is full")
 
-    def show(self, exhibits: Exhibits) -> None:
-        self.calls.append(exhibits)
+    def show(self, media: Media) -> None:
+        self.calls.append(media)
         if self._fails_at == "show":
             raise ConnectionError("the service is down")
 
@@ -96,12 +96,12 @@ def test_a_tracker_that_breaks_is_reported_once_and_left_out_and_the_others_go_o
 def test_every_tracker_gets_the_exhibits_and_one_that_breaks_on_them_is_left_out(
     run: RunInfo, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fan_out, exhibits = named(BookKeeper(fails_at="show"), BookKeeper()), Exhibits(0)
+    fan_out, media = named(BookKeeper(fails_at="show"), BookKeeper()), Media(0)
     fan_out.start(run)
-    fan_out.show(exhibits)
+    fan_out.show(media)
     fan_out.log(ROUNDS[0])
     broken, whole = BOOKS
-    assert broken.calls == [exhibits] and whole.calls == [exhibits, 0]
+    assert broken.calls == [media] and whole.calls == [media, 0]
     assert "tracker book 0 failed and is left out from here on: ConnectionError" in capsys.readouterr().err
 
 
@@ -137,12 +137,12 @@ def test_an_interrupt_is_not_taken_for_a_broken_tracker(run: RunInfo, monkeypatc
 
 
 def test_whether_anything_but_numbers_is_shown_follows_from_the_trackers_that_are_open(run: RunInfo) -> None:
-    numbers, pictures = named(Jsonl()), FanOut({"jsonl": Jsonl(), "book": BookKeeper(fails_at="show")})
+    numbers, images = named(Jsonl()), FanOut({"jsonl": Jsonl(), "book": BookKeeper(fails_at="show")})
     numbers.start(run)
-    pictures.start(run)
-    assert not numbers.shows and pictures.shows
-    pictures.show(Exhibits(0))  # it breaks, and is left out
-    assert not pictures.shows
+    images.start(run)
+    assert not numbers.shows and images.shows
+    images.show(Media(0))  # it breaks, and is left out
+    assert not images.shows
 
 
 def test_a_trackers_identity_is_kept_under_its_name_even_when_it_breaks_or_is_not_there_this_time(

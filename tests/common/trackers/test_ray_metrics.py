@@ -26,7 +26,7 @@ def test_a_gauge_has_the_metrics_name_without_what_prometheus_forbids(metric: st
 
 
 def test_what_counts_is_a_counter() -> None:
-    names = ("images", "images_set_aside", "optimizer_steps", "optimizer_steps_skipped")
+    names = ("images", "images_dropped", "optimizer_steps", "optimizer_steps_skipped")
     assert [series_of(name)[0].kind for name in names] == ["counter"] * 4
 
 

@@ -7,18 +7,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PagesAccumulator
 
 from ray_ddpo.common.run_storage.png import from_png
-from ray_ddpo.common.trackers.exhibits import Exhibits, Picture, ShownTable
+from ray_ddpo.common.trackers.media import CaptionedImage, Media, ShownTable
 from ray_ddpo.common.trackers.tensorboard_files import TensorboardFiles, markdown
 from ray_ddpo.common.trackers.tracker import RunInfo
 
 FOX, JAY = (np.random.default_rng(seed).integers(0, 256, (8, 12, 3), np.uint8) for seed in range(2))
 
 
-def log(folder: Path, first_round: int, losses: dict[int, float], *shown: Exhibits) -> None:
+def log(folder: Path, first_round: int, losses: dict[int, float], *shown: Media) -> None:
     live = TensorboardFiles().start(RunInfo("run", folder, {}, 10, first_round))
     for round, loss in losses.items():
-        for exhibits in (each for each in shown if each.round == round):
-            live.show(exhibits)
+        for media in (each for each in shown if each.round == round):
+            live.show(media)
         live.log({"round": float(round), "loss": loss})
     live.finish()
 
@@ -40,13 +40,13 @@ def test_rounds_that_are_done_again_are_shown_once_with_their_new_value(tmp_path
 
 
 def test_pictures_captions_tables_and_histograms_are_shown_at_their_round(tmp_path: Path) -> None:
-    pictures = (Picture(FOX, "a red fox: reward 1.5"), Picture(JAY, "a | blue <jay>\n"))
-    table = ShownTable(("prompt", "picture", "reward"), (("a red fox", Picture(FOX), 1.23456),))
+    images = (CaptionedImage(FOX, "a red fox: reward 1.5"), CaptionedImage(JAY, "a | blue <jay>\n"))
+    table = ShownTable(("prompt", "image", "reward"), (("a red fox", CaptionedImage(FOX), 1.23456),))
     values = {"reward": np.array([1.0, 2.0, 2.0, 9.0, np.nan]), "none": np.empty(0)}
-    log(tmp_path, 0, {2: 1.0, 3: 1.0}, Exhibits(3, {"round": pictures}, {"round": table}, values))
+    log(tmp_path, 0, {2: 1.0, 3: 1.0}, Media(3, {"round": images}, {"round": table}, values))
     events = events_in(tmp_path)
     for place, pixels in enumerate((FOX, JAY)):
-        (image,) = events.Images(f"pictures/round/{place:02d}")
+        (image,) = events.Images(f"images/round/{place:02d}")
         assert image.step == 3 and np.array_equal(from_png(image.encoded_image_string), pixels)
     (captions,) = text_of(events, "captions/round")
     assert captions.splitlines()[2:] == ["| 00 | a red fox: reward 1.5 |", "| 01 | a &#124; blue &lt;jay&gt; |"]
@@ -59,13 +59,13 @@ def test_pictures_captions_tables_and_histograms_are_shown_at_their_round(tmp_pa
 
 
 def test_what_is_shown_again_after_a_resume_hides_what_was_shown_before(tmp_path: Path) -> None:
-    def shown(round: int, pixels: np.ndarray, values: list[float]) -> Exhibits:
-        return Exhibits(round, {"round": (Picture(pixels, str(values)),)}, {}, {"reward": np.array(values)})
+    def shown(round: int, pixels: np.ndarray, values: list[float]) -> Media:
+        return Media(round, {"round": (CaptionedImage(pixels, str(values)),)}, {}, {"reward": np.array(values)})
 
     log(tmp_path, 0, {0: 1.0, 1: 2.0, 2: 3.0}, shown(0, FOX, [1.0]), shown(2, FOX, [2.0]))
     log(tmp_path, 1, {1: 2.0, 2: 3.0}, shown(2, JAY, [4.0, 4.0]))
     events = events_in(tmp_path)
-    images = [(event.step, from_png(event.encoded_image_string)) for event in events.Images("pictures/round/00")]
+    images = [(event.step, from_png(event.encoded_image_string)) for event in events.Images("images/round/00")]
     assert [step for step, _ in images] == [0, 2] and np.array_equal(images[1][1], JAY)
     assert [event.histogram_value.num for event in events.Histograms("histograms/reward")] == [1, 2]
     as_pages_have_it = PagesAccumulator(str(tmp_path / "tensorboard"))

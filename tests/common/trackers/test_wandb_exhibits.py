@@ -1,4 +1,4 @@
-"""What the real wandb, offline, keeps: pictures, tables and histograms, and one history over kills and resumes."""
+"""What the real wandb, offline, keeps: images, tables and histograms, and one history over kills and resumes."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ray_ddpo.common.run_storage.storage import Storage
-from ray_ddpo.common.trackers.exhibits import Exhibits, Picture, ShownTable
+from ray_ddpo.common.trackers.media import CaptionedImage, Media, ShownTable
 from ray_ddpo.common.trackers.tracker import RunInfo
 from ray_ddpo.common.trackers.wandb_files import records, rounds_in, rounds_in_files
 from ray_ddpo.common.trackers.wandb_run import WandbRun
@@ -26,12 +26,12 @@ def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
 
 
-def log(folder: Path, first_round: int, losses: dict[int, float], *shown: Exhibits) -> None:
+def log(folder: Path, first_round: int, losses: dict[int, float], *shown: Media) -> None:
     """One start: as the run does, the metrics before its first round are in metrics.jsonl."""
     live = WandbRun().start(RunInfo("tiny", folder, {}, 10, first_round, IDENTITY))
     for round, loss in losses.items():
-        for exhibits in (each for each in shown if each.round == round):
-            live.show(exhibits)
+        for media in (each for each in shown if each.round == round):
+            live.show(media)
         live.log({"round": float(round), "loss": loss})
     live.finish()
 
@@ -41,35 +41,35 @@ def losses_in(folder: Path) -> list[tuple[int, int, float]]:
 
 
 def test_pictures_tables_and_histograms_stand_in_the_row_of_their_rounds_metrics(tmp_path: Path) -> None:
-    pictures = (Picture(FOX, "a red fox: reward 1.5"), Picture(NEARLY_BLACK, "night"))
-    rows = (("a red fox", 7, Picture(JAY), 1.5), ("night", 8, Picture(NEARLY_BLACK), float("nan")))
-    table = ShownTable(("prompt", "seed", "picture", "reward"), rows)
+    images = (CaptionedImage(FOX, "a red fox: reward 1.5"), CaptionedImage(NEARLY_BLACK, "night"))
+    rows = (("a red fox", 7, CaptionedImage(JAY), 1.5), ("night", 8, CaptionedImage(NEARLY_BLACK), float("nan")))
+    table = ShownTable(("prompt", "seed", "image", "reward"), rows)
     values = np.array([1.0, 2.0, 2.0, 9.0, np.inf])
-    exhibits = Exhibits(1, {"round": pictures}, {"round": table}, {"reward": values, "none": np.array([np.nan])})
-    log(tmp_path, 0, {0: 5.0, 1: 4.0, 2: 3.0}, exhibits, Exhibits(1, {"evaluation": pictures[:1]}))
+    media = Media(1, {"round": images}, {"round": table}, {"reward": values, "none": np.array([np.nan])})
+    log(tmp_path, 0, {0: 5.0, 1: 4.0, 2: 3.0}, media, Media(1, {"evaluation": images[:1]}))
     before, row, after = history(tmp_path)
     assert (row["_step"], row["round"], row["loss"]) == (1, 1, 4.0)
-    assert row["pictures/round/captions"] == ["a red fox: reward 1.5", "night"]
-    fox, night = (pixels_of(tmp_path, name) for name in row["pictures/round/filenames"])
+    assert row["images/round/captions"] == ["a red fox: reward 1.5", "night"]
+    fox, night = (pixels_of(tmp_path, name) for name in row["images/round/filenames"])
     assert np.array_equal(fox, FOX) and np.array_equal(night, NEARLY_BLACK)
-    assert row["pictures/evaluation/count"] == 1
+    assert row["images/evaluation/count"] == 1
     (shown,) = tables_of(tmp_path, "tables/round")
-    assert shown["columns"] == ["prompt", "seed", "picture", "reward"] and len(shown["data"]) == 2
-    prompt, seed, picture, reward = shown["data"][0]
+    assert shown["columns"] == ["prompt", "seed", "image", "reward"] and len(shown["data"]) == 2
+    prompt, seed, image, reward = shown["data"][0]
     assert (prompt, seed, reward) == ("a red fox", 7, 1.5)
-    assert np.array_equal(pixels_of(tmp_path, picture["path"]), JAY) and picture["path"].startswith(str(tmp_path))
+    assert np.array_equal(pixels_of(tmp_path, image["path"]), JAY) and image["path"].startswith(str(tmp_path))
     assert row["tables/round/nrows"] == 2 and "WANDB_DATA_DIR" not in os.environ
     counts, edges = np.array(row["histograms/reward/values"]), row["histograms/reward/bins"]
     assert counts.sum() == 4 and counts.max() == 2 and (edges[0], edges[-1]) == (1.0, 9.0)
-    assert not any(name.startswith(("pictures", "tables", "histograms")) for name in before | after)
+    assert not any(name.startswith(("images", "tables", "histograms")) for name in before | after)
     assert "histograms/none/values" not in row
 
 
 def test_rounds_that_a_resumed_run_does_again_stand_in_the_history_once(tmp_path: Path) -> None:
-    log(tmp_path, 0, {0: 5.0, 1: 4.0, 2: 3.0, 3: 2.0}, Exhibits(3, {"round": (Picture(FOX),)}))
-    log(tmp_path, 2, {2: 3.0, 3: 2.0, 4: 1.0}, Exhibits(3, {"round": (Picture(FOX),)}))
+    log(tmp_path, 0, {0: 5.0, 1: 4.0, 2: 3.0, 3: 2.0}, Media(3, {"round": (CaptionedImage(FOX),)}))
+    log(tmp_path, 2, {2: 3.0, 3: 2.0, 4: 1.0}, Media(3, {"round": (CaptionedImage(FOX),)}))
     assert losses_in(tmp_path) == [(0, 0, 5.0), (1, 1, 4.0), (2, 2, 3.0), (3, 3, 2.0), (4, 4, 1.0)]
-    assert [row["round"] for row in history(tmp_path) if "pictures/round/count" in row] == [3]
+    assert [row["round"] for row in history(tmp_path) if "images/round/count" in row] == [3]
     assert {file.name for file in starts(tmp_path)} == {"run-a1b2c3d4.wandb"} and len(starts(tmp_path)) == 2
 
 

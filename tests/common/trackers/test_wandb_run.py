@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ray_ddpo.common.trackers.exhibits import Exhibits
 from ray_ddpo.common.trackers.fan_out import FanOut
+from ray_ddpo.common.trackers.media import Media
 from ray_ddpo.common.trackers.tracker import RunInfo
 from ray_ddpo.common.trackers.wandb_run import WandbRun, connection
 
@@ -113,7 +113,7 @@ def test_online_the_service_says_which_rounds_it_has_and_it_is_sent_the_others(
     fake.starting_step = there
     live = WandbRun().start(RunInfo("tiny", tmp_path, {}, 5, 2, {"wandb": "a1b2c3d4"}))
     for round in range(2, 5):
-        live.show(Exhibits(round))
+        live.show(Media(round))
         live.log({"round": float(round)})
     assert list(dict.fromkeys(step for step, _ in fake.logged)) == sent
     if not there:

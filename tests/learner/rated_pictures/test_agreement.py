@@ -30,7 +30,7 @@ def test_a_monotone_map_changes_the_correlation_of_values_alone() -> None:
 
 def test_the_figures_of_a_split_by_hand() -> None:
     figures = agreement(np.array([2.0, 2.0, 5.0], np.float32), np.array([1.0, 2.0, 3.0]))
-    assert figures["pictures"] == 3
+    assert figures["images"] == 3
     assert figures["mse"] == pytest.approx(5 / 3) and figures["mse_of_mean"] == pytest.approx(2 / 3)
     assert figures["srcc"] == pytest.approx(1.5 / (1.5 * 2) ** 0.5)  # ranks (1.5 1.5 3) and (1 2 3)
 

@@ -1,4 +1,4 @@
-"""Tables of rated pictures in every format, what is said of wrong ones, and AVA's published mean."""
+"""Tables of rated images in every format, what is said of wrong ones, and AVA's published mean."""
 
 import json
 from pathlib import Path
@@ -28,9 +28,9 @@ def test_the_mean_of_votes_by_hand() -> None:
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_a_csv_of_ratings(tmp_path: Path, separator: str) -> None:
     text = "\ufeffid|path|rating\n1|a.png|3.5\n2|deep/b c.png|-1e1\n".replace("|", separator)
-    pictures = read_table(text_table(tmp_path / "t.csv", text))
-    assert pictures.paths == ("a.png", "deep/b c.png") and pictures.ratings.tolist() == [3.5, -10]
-    assert pictures.splits is None
+    images = read_table(text_table(tmp_path / "t.csv", text))
+    assert images.paths == ("a.png", "deep/b c.png") and images.ratings.tolist() == [3.5, -10]
+    assert images.splits is None
 
 
 def test_votes_in_columns_of_their_own_or_as_a_list(tmp_path: Path) -> None:
@@ -39,27 +39,27 @@ def test_votes_in_columns_of_their_own_or_as_a_list(tmp_path: Path) -> None:
     columns = {"path": ["a", "b"], "votes": [[1, 0, 3], [0, 5, 0]], "split": ["train", "test"]}
     parquet.write_table(pa.table(columns), tmp_path / "list.parquet")
     for name in ("columns.csv", "list.csv", "list.parquet"):
-        pictures = read_table(tmp_path / name)
-        assert pictures.paths == ("a", "b") and pictures.ratings.tolist() == [2.5, 2]
-        assert pictures.splits == ("train", "test")
+        images = read_table(tmp_path / name)
+        assert images.paths == ("a", "b") and images.ratings.tolist() == [2.5, 2]
+        assert images.splits == ("train", "test")
 
 
 def test_avas_own_file_is_known_by_its_shape(tmp_path: Path) -> None:
     table = text_table(tmp_path / "AVA.txt", AVA_LINES)
     assert format_of(table) == "ava"
-    pictures = read_table(table)
-    assert pictures.paths == ("953619.jpg", "953958.jpg")
+    images = read_table(table)
+    assert images.paths == ("953619.jpg", "953958.jpg")
     # (2·1 + 3·5 + 4·17 + 5·38 + 6·36 + 7·15 + 8·6 + 9·5 + 10·1) / 124
-    assert pictures.ratings == pytest.approx([699 / 124, 592 / 126])
+    assert images.ratings == pytest.approx([699 / 124, 592 / 126])
 
 
 @pytest.mark.thorough
 @pytest.mark.skipif(not AVA_LABELS.is_file(), reason=f"AVA's vote histograms are not in {AVA_LABELS.parent}")
 def test_avas_vote_histograms_have_the_published_mean() -> None:
-    pictures = read_table(AVA_LABELS)
-    assert len(pictures.paths) == 25_551 and pictures.paths[0] == "231893.jpg"
-    assert pictures.ratings.mean() == pytest.approx(5.377, abs=5e-4)
-    assert pictures.ratings.std() == pytest.approx(0.734, abs=5e-4)
+    images = read_table(AVA_LABELS)
+    assert len(images.paths) == 25_551 and images.paths[0] == "231893.jpg"
+    assert images.ratings.mean() == pytest.approx(5.377, abs=5e-4)
+    assert images.ratings.std() == pytest.approx(0.734, abs=5e-4)
 
 
 @pytest.mark.skipif(not AVA_LABELS.is_file(), reason=f"AVA's vote histograms are not in {AVA_LABELS.parent}")
@@ -98,11 +98,11 @@ WRONG = {
         "path,rating,split\na,1,val\n",
         "column split is 'val': it must be one of train, validation, test",
     ),
-    "no path in a row": ("path,rating\n,1\n", "line 2: column path is '': it must be a picture's path"),
-    "a picture twice": ("path,rating\na,1\nb,2\na,3\n", "line 4: 'a' stands in line 2 too"),
+    "no path in a row": ("path,rating\n,1\n", "line 2: column path is '': it must be an image's path"),
+    "an image twice": ("path,rating\na,1\nb,2\na,3\n", "line 4: 'a' stands in line 2 too"),
     "too many cells": ("path,rating\na,1,2\n", "line 2: it has another number of cells than the 2 columns"),
     "too few cells": ("path,rating\na\n", "line 2: it has another number of cells than the 2 columns"),
-    "no rows": ("path,rating\n", "has no pictures"),
+    "no rows": ("path,rating\n", "has no images"),
     "a cut line of AVA": (AVA_LINES + "3 7 1 2\n", "line 3: it has 4 fields, and AVA's lines have 15"),
     "a vote of AVA": (
         AVA_LINES + "3 7 1 2 3 4 5 6 7 8 9 x 1 2 3\n",

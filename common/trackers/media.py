@@ -1,4 +1,4 @@
-"""What a run has to show beside its metrics: pictures with captions, tables and histograms, as plain values."""
+"""What a run has to show beside its metrics: images with captions, tables and histograms, as plain values."""
 
 from dataclasses import dataclass, field
 
@@ -7,14 +7,14 @@ from jaxtyping import Shaped, UInt8
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture and the text below it."""
+class CaptionedImage:
+    """An image and the text below it."""
 
     pixels: UInt8[np.ndarray, "H W 3"]
     caption: str = ""
 
 
-Cell = int | float | str | Picture
+Cell = int | float | str | CaptionedImage
 Values = Shaped[np.ndarray, "N"]
 
 
@@ -30,11 +30,11 @@ class ShownTable:
 
 
 @dataclass(frozen=True)
-class Exhibits:
+class Media:
     """What there is to see of one round. Names are those of panels: "round", "evaluation"."""
 
     round: int
-    pictures: dict[str, tuple[Picture, ...]] = field(default_factory=dict)
+    images: dict[str, tuple[CaptionedImage, ...]] = field(default_factory=dict)
     tables: dict[str, ShownTable] = field(default_factory=dict)
     histograms: dict[str, Values] = field(default_factory=dict)  # values, not counted yet
 
