@@ -139,7 +139,7 @@ class Sampler:
         return sample_trajectories(self._policy, prompts, seeds, self._sampling, task.window)
 
     def _try_out(self, task: Task, care: Care, note: Callable[[int], None] | None) -> None:
-        """SamplePrompt and decode the task's images one by one, only to see whether this process survives."""
+        """Sample and decode the task's images one by one, only to see whether this process survives."""
         for row in range(len(task.seeds)):
             if row in care.left_out:
                 continue

@@ -20,7 +20,7 @@ SHORTER = ["--sampling.num_steps", "10"]
 
 
 def main(recipe: str, answers: str, overrides: list[str]) -> None:
-    """SamplePrompt as the sampler and score as the learner, in every way."""
+    """Sample as the sampler and score as the learner, in every way."""
     for way, words in WAYS.items():
         of_this_way = Recipe.load(recipe, [*overrides, *SHORTER, *PROXIMAL, *words])
         noise = score_again(of_this_way, sample_some(of_this_way))

@@ -119,7 +119,7 @@ def plain_pipeline(name: str, model: Path) -> Any:
 
 
 def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Sampled:
-    """SamplePrompt with the pipeline's own call."""
+    """Sample with the pipeline's own call."""
     pipeline, seen = plain_pipeline(name, model), []
     latent_shape = config_of(name, model).latent_shape(dict(getattr(pipeline, network_of(name)).config))
     keys: dict[str, Any] = {"num_inference_steps": num_steps, "guidance_scale": SCALE, **CALL.get(name, {})}
@@ -138,7 +138,7 @@ def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) ->
 
 
 def ours_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Sampled:
-    """SamplePrompt with the program. ValueError: the model is refused."""
+    """Sample with the program. ValueError: the model is refused."""
     sampling = SamplingTable(num_steps=num_steps, guidance_scale=SCALE, eta=eta or 1.0)
     policy = config_of(name, model).load("cpu", sampling, "sampler")
     window = range(num_steps) if name in UNETS and eta else range(0)

@@ -57,7 +57,7 @@ def moved(weights: PolicyWeights, seed: int = 1) -> PolicyWeights:
 
 
 def sample_round(parts: Components, weights: PolicyWeights, round: int = 0) -> SampledRound:
-    """SamplePrompt a round's tasks; its advantages are normal noise, the first two far outside the usual."""
+    """Sample a round's tasks; its advantages are normal noise, the first two far outside the usual."""
     sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
     sampled = [sampler.sample(task, weights)[:2] for task in round_tasks(parts.recipe, round, parts.prompts.load())]
     advantages = np.random.default_rng(round).standard_normal(parts.recipe.images_per_round)

@@ -1,4 +1,4 @@
-"""SamplePrompt trajectories, and give the same trajectories their log_prob again under newer weights: side by side."""
+"""Sample trajectories, and give the same trajectories their log_prob again under newer weights: side by side."""
 
 from collections.abc import Iterator
 

@@ -48,7 +48,7 @@ class Replay:
 
 
 def replay(run: str, round: int, overrides: list[str]) -> Replay:
-    """SamplePrompt `round` of a run again. ValueError: no run, no such round in its ledger, or its weights were not kept."""
+    """Sample `round` of a run again. ValueError: no run, no such round in its ledger, or its weights were not kept."""
     folder = RunFolder(run)
     recipe = folder.load_recipe(overrides)
     ledger = Ledger(folder.storage, recipe.rollouts)

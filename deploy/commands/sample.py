@@ -28,7 +28,7 @@ class SampleRequest:
 
 
 def sample(request: SampleRequest, overrides: list[str]) -> Iterator[Path]:
-    """SamplePrompt one image a prompt; the paths as they are written. ValueError: no weights or no recipe there."""
+    """Sample one image a prompt; the paths as they are written. ValueError: no weights or no recipe there."""
     recipe = recipe_of([request.weights], request.recipe, overrides)
     refuse_output_file(Path(request.output))
     with weights_here(request.weights) as path:

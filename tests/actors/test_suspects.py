@@ -9,7 +9,7 @@ PLACE = (0, 0, 3)
 
 
 def sampled(suspects: Suspects, not_decoded: set[int], not_sampled: set[int], images: int = 8) -> tuple[Care, int]:
-    """SamplePrompt until it counts, with images that kill who decodes or denoises them; the last care, and how many died."""
+    """Sample until it counts, with images that kill who decodes or denoises them; the last care, and how many died."""
     deaths = 0
     while True:
         care = suspects.care(PLACE)

@@ -128,7 +128,7 @@ def _parts_findings(parts: Components) -> Iterator[Finding | Measured]:
 
 
 def _prompt_findings(parts: Components, sampled: list[Prompt]) -> Iterator[Finding]:
-    """SamplePrompt the run's first prompts, of which a few are kept in `sampled`, and those of its evaluations. Yield nothing."""
+    """Sample the run's first prompts, of which a few are kept in `sampled`, and those of its evaluations. Yield nothing."""
     task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
     sampled += task.prompts[:TRIED]
     evaluation_set(parts.recipe.evaluation, parts.prompts)

@@ -1,4 +1,4 @@
-"""SamplePrompt a few paths as a sampler does, and score them again as the learner does and in other ways."""
+"""Sample a few paths as a sampler does, and score them again as the learner does and in other ways."""
 
 import dataclasses
 import warnings

@@ -71,7 +71,7 @@ def logged_rounds(folder: RunFolder) -> list[dict[str, float]]:
 
 
 def compare(parts: Components, location: str, check: Callable[[Base], None]) -> Comparison:
-    """SamplePrompt and score the evaluation's images under the pretrained weights, then under those that lie at `location`.
+    """Sample and score the evaluation's images under the pretrained weights, then under those that lie at `location`.
 
     `check`: told first what was loaded, to refuse it.
     """
