@@ -16,7 +16,7 @@ from ray_ddpo.learner.algorithms.losses import clipped_surrogate, gaussian_kl
 def importance_weight(
     proximal_log_prob: Float[Tensor, "B"], old_log_prob: Float[Tensor, "B"], band: float
 ) -> Float[Tensor, "B"]:
-    """w = π_prox / π_behaviour, without gradient and with its logarithm held within ± `band`.
+    """w = π_prox / π_behavior, without gradient and with its logarithm held within ± `band`.
 
     On the scale of log_prob, the mean over latent elements: in nats the weight is far too wild to use.
     """
@@ -35,7 +35,7 @@ def decoupled_surrogate(
 
 
 def drift_nats(transition: Transition, behavior: Transition) -> Float[Tensor, "B"]:
-    """KL of one step between two policies with the same σ: ‖μ − μ_behaviour‖² / (2σ²), without gradient."""
+    """KL of one step between two policies with the same σ: ‖μ − μ_behavior‖² / (2σ²), without gradient."""
     return gaussian_kl(Transition(transition.mean.detach(), transition.std), behavior)
 
 

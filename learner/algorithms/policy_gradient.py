@@ -29,7 +29,7 @@ class OffPolicySettings(Component):
     ratio: Literal["behavior", "proximal"] = (
         "behavior"  # against the policy that sampled, or that at the update's start
     )
-    # Weigh pairs by π_prox / π_behaviour, its logarithm held within ± this on the scale of log_prob; none: by 1.
+    # Weigh pairs by π_prox / π_behavior, its logarithm held within ± this on the scale of log_prob; none: by 1.
     importance_weight: float | None = Field(default=None, gt=0)
     max_drift_nats: float | None = Field(default=None, gt=0)  # of a step's mean; a pair beyond is left out
 

@@ -177,5 +177,5 @@ def test_without_its_library_the_recipe_is_refused_before_anything_is_drawn(
 
 
 def test_another_name_is_refused_with_those_that_there_are(tables: dict) -> None:
-    with pytest.raises(ValueError, match="ray_ddpo.learner.optimization.optimizer.*'adamw' or 'adamw_8bit'"):
+    with pytest.raises(ValueError, match="learner.optimizer.*'adamw' or 'adamw_8bit'"):
         parts_with(tables, learner__optimizer="lion")
