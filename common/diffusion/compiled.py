@@ -20,8 +20,8 @@ class CompiledNetwork:
     def __init__(self, call: Callable[..., Tensor], rows: int) -> None:
         """`call` takes tensors by name, with a row each; `rows`: of every batch that the network will see."""
         # Isolated: torch ends a process whose networks are compiled more often than its limit of 8, all of them together.
-        compile: Any = torch.compile  # whose overloads do not name the last key yet
-        self._compiled: Any = compile(call, dynamic=False, fullgraph=True, isolate_recompiles=True)
+        compiler: Any = torch.compile  # whose overloads do not name the last key yet
+        self._compiled: Any = compiler(call, dynamic=False, fullgraph=True, isolate_recompiles=True)
         self._rows = rows
 
     def __call__(self, **inputs: Tensor) -> Float[Tensor, "B ..."]:

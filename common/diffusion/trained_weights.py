@@ -96,8 +96,8 @@ def _load_network(network: Any, path: Path) -> None:
     if config.get("_class_name", name) != name:
         raise ValueError(f"{misfit}: their {CONFIG_NAME} is that of {config['_class_name']}")
     with reading(path):
-        keys = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        whole, found = type(network).from_pretrained(path, local_files_only=True, **keys)
+        keys = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        whole, found = type(network).from_pretrained(path, local_files_only=True, use_safetensors=True, **keys)
     if fault := weights_fault(found, refuse_unexpected=True):
         raise ValueError(f"{misfit} ({fault})")
     own, given = (json.loads(each.to_json_string()) for each in (network, whole))
