@@ -28,7 +28,12 @@ def test_the_wheel_has_one_top_level_name_and_the_files_that_programs_read(wheel
         (top_level,) = (name for name in names if name.endswith("top_level.txt"))
         assert archive.read(top_level).decode().split() == ["ray_ddpo"]
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"ray_ddpo"}
-    needed = ("py.typed", "deploy/recipes/demo.toml", "common/prompt_lists/animals.txt", "deploy/commands/report/page.js")
+    needed = (
+        "py.typed",
+        "deploy/recipes/demo.toml",
+        "common/prompt_lists/animals.txt",
+        "deploy/commands/report/page.js",
+    )
     assert {f"ray_ddpo/{name}" for name in needed} <= set(names)
 
 

@@ -209,7 +209,10 @@ def test_a_sliding_window_moves_one_step_later_every_so_many_rounds_and_begins_a
     ("keys", "text"),
     [
         ({"sde_window": 9, "skip_last_steps": 2}, "sde_window 9 is longer than num_steps 10 less skip_last_steps 2"),
-        ({"sde_window": 2, "timestep_fraction": 0.5}, "sde_window is 2 and timestep_fraction 0.5: .* either from a window"),
+        (
+            {"sde_window": 2, "timestep_fraction": 0.5},
+            "sde_window is 2 and timestep_fraction 0.5: .* either from a window",
+        ),
         ({"sde_window": 0}, "sampling.sde_window is 0"),
     ],
 )

@@ -9,8 +9,8 @@ from huggingface_hub import constants
 
 from ray_ddpo import cli
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.commands.doctor.checks import push_findings
 from ray_ddpo.deploy import hub
+from ray_ddpo.deploy.commands.doctor.checks import push_findings
 from ray_ddpo.deploy.hub import base_model, license_of
 from tests.hub_server import Hub, Repository
 from tests.publishing import READS, recipe_file
