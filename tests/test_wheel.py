@@ -1,6 +1,7 @@
 """The wheel holds `ray_ddpo` alone and works beside a package that has our folders' names at its own top level."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,9 +15,13 @@ CLASHING = ("common", "actors", "learner", "deploy", "train")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a wheel built from the clone."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    """Return a wheel built from a copy of the clone, for setuptools leaves a build/ beside what it builds."""
+    folder, clone = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("clone")
+    for name in ("ray_ddpo", "common", "actors", "learner", "deploy"):
+        shutil.copytree(ROOT / name, clone / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(clone)]
     subprocess.run(command, check=True, timeout=600)
     return next(folder.glob("*.whl"))
 
