@@ -46,19 +46,19 @@ def _try_worth(algorithm: Algorithm, images_per_prompt: int) -> None:
     prompts = ["one"] * images_per_prompt + ["two"] * images_per_prompt
     rewards = np.linspace(0, 1, count)
     name, result = (
-        f"{type(algorithm).__name__}.worth",
-        call(algorithm, "worth", {}, prompts, rewards, images_per_prompt),
+        f"{type(algorithm).__name__}.compute_advantages",
+        call(algorithm, "compute_advantages", {}, prompts, rewards, images_per_prompt),
     )
     pair = isinstance(result, tuple) and len(result) == 2
     refuse_unless(pair, f"{name} returned {described(result)}", "the statistics, and one number for each image")
-    worth = result[1]
+    found = result[1]
     fits = (
-        isinstance(worth, np.ndarray)
-        and worth.shape == (count,)
-        and worth.dtype.kind == "f"
-        and np.isfinite(worth).all()
+        isinstance(found, np.ndarray)
+        and found.shape == (count,)
+        and found.dtype.kind == "f"
+        and np.isfinite(found).all()
     )
-    found = f"{worth.dtype} of shape {worth.shape}" if isinstance(worth, np.ndarray) else described(worth)
+    found = f"{found.dtype} of shape {found.shape}" if isinstance(found, np.ndarray) else described(found)
     refuse_unless(fits, f"{name} returned {found}", f"finite floats of shape ({count},), one for each image")
 
 

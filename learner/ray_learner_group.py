@@ -154,7 +154,7 @@ class RayLearnerGroup(LearnerGroup):
         learned: LearnerState = ray.get(state)
         if not followed:
             return found, learned
-        whole = learned.with_moments(ray.get([moments for _, moments in followed]))
+        whole = learned.with_optimizer_state(ray.get([moments for _, moments in followed]))
         own = whole.trained.fingerprint
         differing = [rank for rank, fingerprint in enumerate(fingerprints, start=1) if fingerprint != own]
         if differing:

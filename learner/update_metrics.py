@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
-from ray_ddpo.learner.process_group import Ranks
+from ray_ddpo.learner.process_group import ProcessGroup
 from ray_ddpo.learner.weight_check import Arrival
 
 NUMBERS = tuple(each.name for each in dataclasses.fields(TransitionLoss) if each.name != "terms")
@@ -68,13 +68,13 @@ class UpdateMetrics:
         """KL of pairs to the pretrained policy after the update, in batches; for algorithms that do not look at it."""
         self._reference_kl = kl
 
-    def gather(self, ranks: Ranks) -> None:
+    def gather(self, ranks: ProcessGroup) -> None:
         """Take in what the other ranks have learned from, so that the summary is that of all pairs."""
-        if ranks.count == 1:
+        if ranks.world_size == 1:
             return
 
         def of_all(values: Tensor | None) -> Tensor | None:
-            found = ranks.gathered(values)
+            found = ranks.all_gather(values)
             return None if found is None else found.float()
 
         joined: dict[str, Any] = {name: of_all(self._joined(name)) for name in NUMBERS}
@@ -125,11 +125,11 @@ class UpdateMetrics:
 
     def _unmasked(self, name: str) -> Float[Tensor, "N"] | None:
         """One value of all pairs of the round that are not masked."""
-        values, kept = self._joined(name), self._joined("kept")
-        return values if values is None or kept is None else values[kept > 0]
+        values, mask = self._joined(name), self._joined("mask")
+        return values if values is None or mask is None else values[mask > 0]
 
     def _ratios(self) -> dict[str, float]:
-        log_ratio, clipped, kept = self._unmasked("log_ratio"), self._unmasked("clipped"), self._joined("kept")
+        log_ratio, clipped, mask = self._unmasked("log_ratio"), self._unmasked("clipped"), self._joined("mask")
         metrics = {}
         if log_ratio is not None:
             metrics |= {
@@ -141,7 +141,7 @@ class UpdateMetrics:
         if clipped is not None:
             steps = torch.cat(self._steps)
             metrics |= {"clip_fraction": float(clipped.mean())}
-            metrics |= self._by_step("clip_fraction", clipped, steps if kept is None else steps[kept > 0])
+            metrics |= self._by_step("clip_fraction", clipped, steps if mask is None else steps[mask > 0])
         return metrics
 
     def _kl(self) -> dict[str, float]:
@@ -157,9 +157,9 @@ class UpdateMetrics:
     def _corrections(self, loss: Float[Tensor, "N"] | None) -> dict[str, float]:
         """Of an algorithm that masks pairs or weighs them: how many, how much, and the loss of those left."""
         metrics = {}
-        kept, weight = self._joined("kept"), self._unmasked("importance_weight")
-        if kept is not None and loss is not None:
-            left = float(kept.sum())
+        mask, weight = self._joined("mask"), self._unmasked("importance_weight")
+        if mask is not None and loss is not None:
+            left = float(mask.sum())
             metrics |= {"masked_fraction": 1 - left / len(loss), "loss": float(loss.sum()) / max(left, 1)}
         if weight is not None:
             metrics["importance_weight/mean"] = float(weight.mean())

@@ -65,7 +65,7 @@ def rows_to_check(
         rows: images of a sampler's batch. There are enough batches to look at NUM_TASKS tasks, if the round has so many.
     """
     numbers = {place: image for image, place in enumerate(transitions.images) if image not in dropped}
-    tasks, places = len(transitions.trajectories), transitions.num_places
+    tasks, places = len(transitions.trajectories), transitions.num_trained_steps
     batches: list[list[TransitionIndex | None]] = []
     for start in range(0, min(tasks, NUM_TASKS), rows):
         batch: list[TransitionIndex | None] = []

@@ -17,7 +17,7 @@ from ray_ddpo.common.trajectory import TaskReport, TrainBatch, Trajectory
 from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner import Learner
-from ray_ddpo.learner.process_group import Ranks
+from ray_ddpo.learner.process_group import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def parts_with(tables: dict, **values: Any) -> Components:
     return build_components(Recipe.parse(with_overrides(tables, [word for pair in overrides for word in pair])))
 
 
-def learner_of(parts: Components, ranks: Ranks | None = None) -> Learner:
+def learner_of(parts: Components, ranks: ProcessGroup | None = None) -> Learner:
     """A learner whose adapters already do something, still at version 0."""
     learner = Learner(parts.policy, parts.algorithm, parts.recipe, ranks)
     learner.load_state(LearnerState(0, (moved(learner.weights()[-1]),), {}, {}))

@@ -18,5 +18,5 @@ REWARDS: Registry = {
     "animal_classifier": "ray_ddpo.actors.rewards.animal_classifier:AnimalClassifier",
     "vlm_alignment": "ray_ddpo.actors.rewards.vlm_alignment:VlmAlignment",
     "http": "ray_ddpo.actors.rewards.http:Http",
-    "function": "ray_ddpo.actors.rewards.function:Function",
+    "function": "ray_ddpo.actors.rewards.function:FunctionReward",
 }

@@ -7,7 +7,7 @@ from ray_ddpo.actors.rewards.reward import LoadedReward, Reward
 from ray_ddpo.common.recipe.registry import import_object
 
 
-class Function(Reward):
+class FunctionReward(Reward):
     """`path` is module:function; the function takes (images uint8 [B,H,W,3], prompts, metadata) and returns [B]: contract.py."""
 
     path: str = Field(pattern=r"^[\w.]+:\w+$")

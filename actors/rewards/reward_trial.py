@@ -5,7 +5,7 @@ from typing import Any, cast
 import numpy as np
 
 from ray_ddpo.actors.rewards import REWARDS
-from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.actors.rewards.function import FunctionReward
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
 from ray_ddpo.common.undisturbed import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
@@ -36,7 +36,7 @@ def try_rewards(rewards: dict[str, Reward], loaded: dict[str, LoadedReward]) -> 
     """
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
     for name, reward in rewards.items():
-        if isinstance(reward, Function) or is_users_own(reward, REWARDS):
+        if isinstance(reward, FunctionReward) or is_users_own(reward, REWARDS):
             with undisturbed():
                 _try(name, loaded[name], pixels)
 

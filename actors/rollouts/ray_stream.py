@@ -10,7 +10,7 @@ from ray.exceptions import ObjectLostError, RayError
 from ray_ddpo.actors.rollouts.sampling_scheduler import SamplingScheduler
 from ray_ddpo.actors.rollouts.scoring_pools import ScoringPools
 from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringOutcome, ScoringPool
-from ray_ddpo.actors.rollouts.stragglers import Pace
+from ray_ddpo.actors.rollouts.stragglers import StragglerDetector
 from ray_ddpo.actors.rollouts.stream import RolloutStream, StreamSettings, report_dropped
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.metrics.round_metrics import StreamReport
@@ -47,7 +47,7 @@ class RayRolloutStream(RolloutStream):
         self._pools = pools
         self._settings = settings
         self._retries: dict[str, int] = {}
-        self._sampling = SamplingScheduler(pools.samplers, Pace(settings.straggler_factor), self._retries)
+        self._sampling = SamplingScheduler(pools.samplers, StragglerDetector(settings.straggler_factor), self._retries)
         self._scoring = ScoringPools(pools.scoring, self._retries)
         self._fingerprints: dict[int, str] = {}  # of the published versions
         self._done: dict[Place, Rollout] = {}

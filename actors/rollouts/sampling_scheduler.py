@@ -11,7 +11,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray_ddpo.actors.rewards.failure import is_poisoned
 from ray_ddpo.actors.rollouts.call_names import CallNames
 from ray_ddpo.actors.rollouts.current_image import Whereabouts
-from ray_ddpo.actors.rollouts.stragglers import Pace
+from ray_ddpo.actors.rollouts.stragglers import StragglerDetector
 from ray_ddpo.actors.rollouts.suspects import Suspects
 from ray_ddpo.actors.rollouts.worker_pool import Worker, WorkerPool
 from ray_ddpo.actors.task_care import PLAIN, Care
@@ -57,7 +57,7 @@ class SampledTask:
 class SamplingScheduler:
     """Gives tasks to samplers in order, one ahead for each; what a dead or overdue sampler had is given to another."""
 
-    def __init__(self, samplers: WorkerPool, pace: Pace, retries: dict[str, int]) -> None:
+    def __init__(self, samplers: WorkerPool, pace: StragglerDetector, retries: dict[str, int]) -> None:
         self._samplers = samplers
         self._pace = pace
         self._retries = retries  # by reason; the stream reports them

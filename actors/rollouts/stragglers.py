@@ -1,4 +1,4 @@
-"""Pace: how long an image of a task takes its peers, and so when one is overdue; no clock of its own."""
+"""StragglerDetector: how long an image of a task takes its peers, and so when one is overdue; no clock of its own."""
 
 from collections import deque
 from statistics import median
@@ -8,7 +8,7 @@ REMEMBERED = 32
 SHORTEST_SECONDS = 1.0  # below, a busy machine's jitter would look like a fault
 
 
-class Pace:
+class StragglerDetector:
     """Remembers the last tasks' seconds an image: tasks of an evaluation may have more of them than those of a round."""
 
     def __init__(self, straggler_factor: float) -> None:

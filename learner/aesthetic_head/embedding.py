@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ray_ddpo.learner.aesthetic_head.embedding_store import EmbeddingStore, Known
+from ray_ddpo.learner.aesthetic_head.embedding_store import EmbeddingStore, StoredImage
 from ray_ddpo.learner.aesthetic_head.image_files import NOT_THERE, FileState, file_state, read_squared
 
 Embed = Callable[[UInt8[Tensor, "B H W 3"]], Float[Tensor, "B D"]]
@@ -43,7 +43,7 @@ def embed_images_of(folder: Path, paths: Sequence[str], embedder: Embedder, stor
     _refuse_most_broken({path: NOT_THERE for path, state in states.items() if not state.there}, len(paths), folder)
     left = [path for path, state in states.items() if path not in store.known or store.known[path].state != state]
     batches = [left[start : start + embedder.batch_size] for start in range(0, len(left), embedder.batch_size)]
-    pending: dict[str, Known] = {}
+    pending: dict[str, StoredImage] = {}
     with _progress() as progress, ThreadPoolExecutor(DECODERS) as pool:
         bar = progress.add_task("embedding", total=len(paths), completed=len(paths) - len(left))
         for number, (batch, images) in enumerate(_decoded_ahead(pool, folder, batches, embedder.side), start=1):
@@ -73,9 +73,9 @@ def _decoded_ahead(
 
 def _embedded(
     batch: list[str], images: list[Squared | str], states: dict[str, FileState], embedder: Embedder
-) -> dict[str, Known]:
+) -> dict[str, StoredImage]:
     known = {
-        path: Known(states[path], None, reason)
+        path: StoredImage(states[path], None, reason)
         for path, reason in zip(batch, images, strict=True)
         if isinstance(reason, str)
     }
@@ -84,7 +84,7 @@ def _embedded(
         pixels = torch.from_numpy(np.stack(list(good.values()))).to(embedder.device)
         for path, embedding in zip(good, embedder.embed(pixels).float().cpu().numpy(), strict=True):
             finite = bool(np.isfinite(embedding).all())
-            known[path] = Known(
+            known[path] = StoredImage(
                 states[path], embedding if finite else None, None if finite else "its embedding is not finite"
             )
     return {path: known[path] for path in batch}

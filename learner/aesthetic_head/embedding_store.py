@@ -27,7 +27,7 @@ class ClipIdentity:
 
 
 @dataclass(frozen=True)
-class Known:
+class StoredImage:
     """What is known of an image file: its embedding, or why it has none."""
 
     state: FileState
@@ -41,7 +41,7 @@ class EmbeddingStore:
 
     storage: Storage
     clip: ClipIdentity
-    known: dict[str, Known] = field(default_factory=dict)
+    known: dict[str, StoredImage] = field(default_factory=dict)
     next_part: int = 0
 
     @classmethod
@@ -55,7 +55,7 @@ class EmbeddingStore:
                 store.next_part = int(match[1]) + 1
         return store
 
-    def add(self, rows: Mapping[str, Known]) -> None:
+    def add(self, rows: Mapping[str, StoredImage]) -> None:
         """Write one more part; the folder has all of it or nothing."""
         storage_type = pa.list_(pa.float32(), self.clip.dimension)
         table = pa.table(
@@ -85,7 +85,7 @@ class EmbeddingStore:
         rows = zip(*(table.column(key).to_pylist() for key in ("path", "size", "modified", "broken")), strict=True)
         embeddings = iter(_embeddings(table, self.clip.dimension))
         for path, size, modified, broken in rows:
-            self.known[path] = Known(FileState(size, modified), None if broken else next(embeddings), broken)
+            self.known[path] = StoredImage(FileState(size, modified), None if broken else next(embeddings), broken)
 
 
 def _embeddings(table: pa.Table, dimension: int) -> Float[np.ndarray, "N D"]:

@@ -42,7 +42,7 @@ class Algorithm(Component, ABC):
 
     def check_micro_batches(self, recipe: Recipe, stochastic_steps: int) -> None:
         """ValueError: `learner.micro_batch_size` does not divide a rank's pairs of an optimizer step, of so many noisy steps."""
-        images, each = recipe.learner.images_per_rank, self.pairs_per_image(recipe, stochastic_steps)
+        images, each = recipe.learner.images_per_rank, self.transitions_per_image(recipe, stochastic_steps)
         size, ranks = recipe.learner.micro_batch_size, recipe.learner.world_size
         if size != "auto" and images * each % size:
             what = "noised_samples" if self.noised_samples_per_image else "steps with noise"
@@ -52,7 +52,7 @@ class Algorithm(Component, ABC):
                 f"which learner.micro_batch_size = {size} does not divide"
             )
 
-    def pairs_per_image(self, recipe: Recipe, stochastic_steps: int) -> int:
+    def transitions_per_image(self, recipe: Recipe, stochastic_steps: int) -> int:
         """How many pairs an image gives an optimizer step, of a schedule with so many steps with noise."""
         return self.noised_samples_per_image or recipe.sampling.trained_steps(stochastic_steps)
 
@@ -87,7 +87,7 @@ class Algorithm(Component, ABC):
         return False
 
     @property
-    def share_that_teaches(self) -> float:
+    def trained_fraction(self) -> float:
         """About how many of a round's images enter optimizer steps; for plans."""
         return 1.0
 
@@ -95,12 +95,12 @@ class Algorithm(Component, ABC):
         """Samplers sample with decay · the version before + (1 − decay) · the trained weights; None: with the trained weights."""
         return None
 
-    def teaches(self, worth: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
+    def trained_images(self, advantages: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
         """Which images enter optimizer steps at all."""
         return np.ones(len(worth), bool)
 
     @property
-    def comparison(self) -> AdvantageSettings | None:
+    def advantage_settings(self) -> AdvantageSettings | None:
         """How its advantages come from rewards; None: it makes weights of rewards, which rewards apart do not have."""
         return None
 
@@ -109,7 +109,7 @@ class Algorithm(Component, ABC):
         return advantages
 
     @abstractmethod
-    def worth(
+    def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
         """The statistics with these images in them, and what each image is worth: an advantage, or a weight."""

@@ -49,13 +49,13 @@ class DiffusionNFT(ForwardProcess):
         return min(self.average_decay_max, self.average_decay_growth * policy_version)
 
     @property
-    def comparison(self) -> AdvantageSettings:
+    def advantage_settings(self) -> AdvantageSettings:
         return self.advantages
 
     def from_advantages(self, advantages: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
         return optimality(advantages, self.advantage_clip)
 
-    def worth(
+    def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
         statistics, advantages = self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)
@@ -71,7 +71,7 @@ class DiffusionNFT(ForwardProcess):
         old = predicted.detach() if batch.old_predictions is None else batch.old_predictions
         # The paper's squares are of clean latents: their error is that of the prediction, times this.
         scale = column(clean_scale)
-        terms = negative_aware_terms(scale * predicted, scale * old, scale * target, batch.worth, self.beta)
+        terms = negative_aware_terms(scale * predicted, scale * old, scale * target, batch.weights, self.beta)
         terms = {name: self.advantage_clip * term for name, term in terms.items()}
         if batch.reference_predictions is not None:
             terms["kl"] = self.kl_coef * squared_error(predicted, batch.reference_predictions)

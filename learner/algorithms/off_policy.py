@@ -47,9 +47,9 @@ def within_drift(drift: Float[Tensor, "B"], max_drift_nats: float) -> Float[Tens
     return (drift <= max_drift_nats).float()
 
 
-def to_those_left(num_pairs: int, num_left: int) -> float:
+def unmasked_mean_factor(num_transitions: int, num_unmasked: int) -> float:
     """What turns a mean over all pairs of an optimizer step, where masked ones count 0, into that over those left."""
-    return num_pairs / num_left
+    return num_transitions / num_unmasked
 
 
 def rescale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:

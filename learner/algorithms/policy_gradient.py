@@ -61,10 +61,10 @@ class PolicyGradient(Algorithm, ABC):
             )
 
     @property
-    def comparison(self) -> AdvantageSettings:
+    def advantage_settings(self) -> AdvantageSettings:
         return self.advantages
 
-    def worth(
+    def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
         return self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)
@@ -143,34 +143,34 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
         clip_range = self.clip(batch.latents[0].numel())
         log_prob = transition.log_prob(batch.next_latents)
         log_ratio = (log_prob - batch.old_log_probs).detach()
-        anchor = self._ratios_denominator(log_prob, batch)
-        kept = self._kept(transition, batch)
-        if kept is not None:  # a masked pair has ratio 1 and no gradient, however far it has moved
-            log_prob = torch.where(kept > 0, log_prob, anchor)
-        weight = self._weight(anchor, batch)
-        ones = torch.ones_like(anchor)
-        loss = decoupled_surrogate(log_prob, anchor, ones if weight is None else weight, advantages, clip_range)
-        clipped = (((log_prob - anchor).detach().exp() - 1).abs() > clip_range).float()
+        denominator = self._ratios_denominator(log_prob, batch)
+        mask = self._drift_mask(transition, batch)
+        if mask is not None:  # a masked pair has ratio 1 and no gradient, however far it has moved
+            log_prob = torch.where(mask > 0, log_prob, denominator)
+        weight = self._weight(denominator, batch)
+        ones = torch.ones_like(denominator)
+        loss = decoupled_surrogate(log_prob, denominator, ones if weight is None else weight, advantages, clip_range)
+        clipped = (((log_prob - denominator).detach().exp() - 1).abs() > clip_range).float()
         terms = {"policy": loss}
         kl = None
         if batch.reference_means is not None:
             kl = gaussian_kl(transition, Transition(batch.reference_means, transition.std))
             terms["kl"] = (self.kl_coef_nats or self.kl_coef / batch.latents[0].numel()) * kl
             kl = kl.detach()
-        if kept is not None:  # in every term, or a KL would still pull what is masked
-            terms = {name: torch.where(kept > 0, term, 0.0) for name, term in terms.items()}
-        return TransitionLoss(sum_of(terms), log_ratio, clipped, kept, weight, kl, terms)
+        if mask is not None:  # in every term, or a KL would still pull what is masked
+            terms = {name: torch.where(mask > 0, term, 0.0) for name, term in terms.items()}
+        return TransitionLoss(sum_of(terms), log_ratio, clipped, mask, weight, kl, terms)
 
     def _ratios_denominator(self, log_prob: Float[Tensor, "B"], batch: TransitionBatch) -> Float[Tensor, "B"]:
         if self.off_policy.ratio == "behavior":
             return batch.old_log_probs
         return log_prob.detach() if batch.proximal_log_probs is None else batch.proximal_log_probs
 
-    def _weight(self, anchor: Float[Tensor, "B"], batch: TransitionBatch) -> Float[Tensor, "B"] | None:
+    def _weight(self, denominator: Float[Tensor, "B"], batch: TransitionBatch) -> Float[Tensor, "B"] | None:
         band = self.off_policy.importance_weight
-        return None if band is None else importance_weight(anchor, batch.old_log_probs, band)
+        return None if band is None else importance_weight(denominator, batch.old_log_probs, band)
 
-    def _kept(self, transition: Transition, batch: TransitionBatch) -> Float[Tensor, "B"] | None:
+    def _drift_mask(self, transition: Transition, batch: TransitionBatch) -> Float[Tensor, "B"] | None:
         limit = self.off_policy.max_drift_nats
         if limit is None:
             return None

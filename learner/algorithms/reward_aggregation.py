@@ -21,7 +21,7 @@ JOINED = "joined"
 
 
 @dataclass(frozen=True)
-class Worth:
+class AggregatedAdvantages:
     """What images are worth, and each reward as it was joined, before its weight, where that is not the reward itself."""
 
     advantages: Float[np.ndarray, "N"]
@@ -49,34 +49,36 @@ class RewardAggregation:
 
     def check(self, algorithm: Algorithm) -> None:
         """ValueError: advantages of each reward are to be joined, and the algorithm has no advantages."""
-        if self.join == "advantages" and algorithm.comparison is None:
+        if self.join == "advantages" and algorithm.advantage_settings is None:
             raise ValueError(
                 f"aggregation.kind is 'advantages', and {type(algorithm).__name__} makes weights of rewards and no advantages: "
                 "join with 'sum', 'z_score' or 'win_rate', or take an algorithm with [algorithm.advantages]"
             )
 
-    def worth(
+    def compute_advantages(
         self, algorithm: Algorithm, statistics: Statistics, prompts: list[str], rewards: Rewards, images_per_prompt: int
-    ) -> tuple[Statistics, Worth]:
+    ) -> tuple[Statistics, AggregatedAdvantages]:
         """The statistics with these images in them, and what each image is worth."""
         if self.join == "advantages":
             return self._decoupled(algorithm, statistics, prompts, rewards, images_per_prompt)
         parts = {name: self._part(values, images_per_prompt) for name, values in rewards.items()}
         joined = self._with_floors(self._weighted(parts), rewards)
-        of_joined, worth = algorithm.worth(statistics.get(JOINED, {}), prompts, joined, images_per_prompt)
-        return {JOINED: of_joined}, Worth(worth, {name: parts[name] for name in self.compared})
+        of_joined, worth = algorithm.compute_advantages(statistics.get(JOINED, {}), prompts, joined, images_per_prompt)
+        return {JOINED: of_joined}, AggregatedAdvantages(worth, {name: parts[name] for name in self.compared})
 
     def _decoupled(
         self, algorithm: Algorithm, statistics: Statistics, prompts: list[str], rewards: Rewards, images_per_prompt: int
-    ) -> tuple[Statistics, Worth]:
+    ) -> tuple[Statistics, AggregatedAdvantages]:
         """Advantages of each reward, by its own statistics; their sum, normalised over the round (GDPO, arXiv 2601.05242)."""
-        assert algorithm.comparison is not None, "such an algorithm is refused when the recipe is checked"
+        assert algorithm.advantage_settings is not None, "such an algorithm is refused when the recipe is checked"
         extended, parts = {}, {}
         for name, values in rewards.items():
             of_reward = statistics.get(name, {})
-            extended[name], parts[name] = algorithm.comparison.advantages(of_reward, prompts, values, images_per_prompt)
+            extended[name], parts[name] = algorithm.advantage_settings.advantages(
+                of_reward, prompts, values, images_per_prompt
+            )
         joined = round_advantages(self._with_floors(self._weighted(parts), rewards))
-        return extended, Worth(algorithm.from_advantages(joined), parts)
+        return extended, AggregatedAdvantages(algorithm.from_advantages(joined), parts)
 
     def _part(self, values: Float[np.ndarray, "N"], images_per_prompt: int) -> Float[np.ndarray, "N"]:
         if self.join == "z_score":

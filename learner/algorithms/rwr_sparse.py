@@ -23,13 +23,13 @@ class SparseRewardWeightedRegression(ForwardProcess):
     min_count: int = Field(default=16, ge=1)
 
     @property
-    def share_that_teaches(self) -> float:
+    def trained_fraction(self) -> float:
         return 1 - self.percentile / 100
 
-    def teaches(self, worth: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
+    def trained_images(self, advantages: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
         return worth != 0
 
-    def worth(
+    def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
         statistics = extend_statistics(statistics, prompts, rewards, self.buffer_size)

@@ -66,7 +66,7 @@ def save_checkpoint(folder: Storage, checkpoint: Checkpoint, keep: int, shard_by
 def _free_name(folder: Storage, rounds_done: int) -> str:
     """The name after that of these rounds' last whole checkpoint; half of one in its place is cleared away."""
     of_rounds = [name for name in _committed(folder) if _place(name)[0] == rounds_done]
-    attempts = [_place(name)[1] for name in of_rounds if _is_whole(folder.folder(name))]
+    attempts = [_place(name)[1] for name in of_rounds if _is_intact(folder.folder(name))]
     name = f"round-{rounds_done:06d}" + (f"-{max(attempts) + 1}" if attempts else "")
     folder.remove(name)
     return name
@@ -77,7 +77,7 @@ def _forget(folder: Storage, committed: str, keep: int) -> None:
     newest = _place(committed)
     older = [name for name in _committed(folder) if _place(name)[0] < newest[0]]
     kept = {committed, *older[: keep - 1]}
-    kept |= {name for name in _committed(folder) if _place(name) > newest and _is_whole(folder.folder(name))}
+    kept |= {name for name in _committed(folder) if _place(name) > newest and _is_intact(folder.folder(name))}
     for name in folder.names():
         if FOLDER_NAME.fullmatch(name) and name not in kept:
             folder.remove(f"{name}/{MANIFEST}")  # first: half of a checkpoint is none
@@ -169,10 +169,10 @@ def _committed(folder: Storage) -> list[str]:
     return sorted(names, key=_place, reverse=True)
 
 
-def whole_checkpoints(folder: Storage) -> Iterator[Storage]:
+def intact_checkpoints(folder: Storage) -> Iterator[Storage]:
     """The checkpoints whose files are all what their manifest says, the newest first."""
     found = (folder.folder(name) for name in _committed(folder))
-    return (checkpoint for checkpoint in found if _is_whole(checkpoint))
+    return (checkpoint for checkpoint in found if _is_intact(checkpoint))
 
 
 def committed_checkpoints(folder: Storage) -> list[str]:
@@ -182,24 +182,24 @@ def committed_checkpoints(folder: Storage) -> list[str]:
 
 def damaged_checkpoints(folder: Storage) -> list[str]:
     """Return the names of committed checkpoints whose files are not what their manifest says, the newest first."""
-    return [name for name in _committed(folder) if not _is_whole(folder.folder(name))]
+    return [name for name in _committed(folder) if not _is_intact(folder.folder(name))]
 
 
 def newest_checkpoint(folder: Storage) -> Storage | None:
     """The newest whole checkpoint; None where there is none."""
-    return next(whole_checkpoints(folder), None)
+    return next(intact_checkpoints(folder), None)
 
 
 def checkpoint_of(folder: Storage, rounds_done: int) -> Storage:
     """Return the newest whole checkpoint after so many rounds. ValueError: it was not kept."""
-    whole = {_place(each.name)[0]: each for each in reversed(list(whole_checkpoints(folder)))}
+    whole = {_place(each.name)[0]: each for each in reversed(list(intact_checkpoints(folder)))}
     if rounds_done not in whole:
         there = ", ".join(map(str, sorted(whole))) or "none"
         raise ValueError(f"{folder.location} keeps no whole checkpoint after round {rounds_done}, but after: {there}")
     return whole[rounds_done]
 
 
-def _is_whole(checkpoint: Storage) -> bool:
+def _is_intact(checkpoint: Storage) -> bool:
     try:
         manifest = json.loads(checkpoint.read(MANIFEST))
         return all(hashlib.sha256(checkpoint.read(name)).hexdigest() == digest for name, digest in manifest.items())

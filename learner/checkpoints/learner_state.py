@@ -28,7 +28,7 @@ class LearnerState:
         """The weights that are trained; they are the newest published ones, unless those are an average."""
         return self.own_weights or self.weights[-1]
 
-    def with_moments(self, others: Iterable[Mapping[str, np.ndarray]]) -> "LearnerState":
+    def with_optimizer_state(self, others: Iterable[Mapping[str, np.ndarray]]) -> "LearnerState":
         """The state of one rank as that of all: with the moments that the others keep."""
         arrays = dict(self.optimizer)
         for each in others:

@@ -19,7 +19,11 @@ from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
-from ray_ddpo.learner.optimization.optimizer import FLOAT_MOMENTS, rank_moment_bytes, with_moments_of
+from ray_ddpo.learner.optimization.optimizer import (
+    ADAM_STATE_BYTES,
+    rank_optimizer_state_bytes,
+    with_rank_optimizer_state,
+)
 from ray_ddpo.learner.process_group import buffer_bytes
 
 # What the recipes for a CPU have; whether more would be faster there was not measured.
@@ -31,17 +35,20 @@ def micro_batch_size(policy: Policy, config: PolicyConfig, algorithm: Algorithm,
 
     ValueError: not even one pair fits.
     """
-    given, per_image = recipe.learner.micro_batch_size, algorithm.pairs_per_image(recipe, len(policy.stochastic_steps))
+    given, per_image = (
+        recipe.learner.micro_batch_size,
+        algorithm.transitions_per_image(recipe, len(policy.stochastic_steps)),
+    )
     if given != "auto":
         return given
     pairs = recipe.learner.images_per_rank * per_image
     on_gpu = policy.device.startswith("cuda")
-    sizes = with_moments_of(recipe.learner, config.sizes(recipe.sampling, "cuda" if on_gpu else "cpu"))
+    sizes = with_rank_optimizer_state(recipe.learner, config.sizes(recipe.sampling, "cuda" if on_gpu else "cpu"))
     if on_gpu:
         limit = gpu_limit(recipe.learner.num_gpus)
         beside = recipe.images_per_round * sizes.conditioning_bytes
         beside += buffer_bytes(sizes.trained_parameters, recipe.learner.world_size)
-        trial = StepTrial(policy, algorithm, sizes, rank_moment_bytes(recipe.learner, sizes))
+        trial = StepTrial(policy, algorithm, sizes, rank_optimizer_state_bytes(recipe.learner, sizes))
         found = largest_that_fits(pairs, limit - beside, sizes.learner.largest(limit - beside), trial.peak)
     else:
         limit = (1 - LEFT_FREE) * psutil.virtual_memory().available
@@ -81,13 +88,15 @@ class StepTrial:
     """Steps on made-up pairs: they take what real ones do, and leave no trace in the policy."""
 
     def __init__(
-        self, policy: Policy, algorithm: Algorithm, sizes: PolicySizes, moment_bytes: int | None = None
+        self, policy: Policy, algorithm: Algorithm, sizes: PolicySizes, optimizer_state_bytes: int | None = None
     ) -> None:
-        """`moment_bytes`: what the optimizer keeps; none: two float32 moments of every trained parameter."""
+        """`optimizer_state_bytes`: what the optimizer keeps; none: two float32 moments of every trained parameter."""
         self._policy = policy
         self._algorithm = algorithm
         self._sizes = sizes
-        self._moment_bytes = FLOAT_MOMENTS * sizes.trained_parameters if moment_bytes is None else moment_bytes
+        self._moment_bytes = (
+            ADAM_STATE_BYTES * sizes.trained_parameters if optimizer_state_bytes is None else optimizer_state_bytes
+        )
 
     def peak(self, pairs: int) -> float | int:
         """The most bytes allocated at once in an optimizer step with micro-batches of so many; infinite: out of memory."""

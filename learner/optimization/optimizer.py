@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ray_ddpo.common.diffusion.memory.sizes import PolicySizes
 from ray_ddpo.common.recipe.tables import LearnerTable
 
-FLOAT_MOMENTS = 8  # bytes a trained number: two moments in float32
+ADAM_STATE_BYTES = 8  # bytes a trained number: two moments in float32
 SCALED_TOGETHER = 256  # numbers of an 8-bit moment that share a float32 scale (Dettmers et al. 2022)
 
 
@@ -93,7 +93,7 @@ def _live(array: np.ndarray, parameter: nn.Parameter) -> Tensor | int:
     return torch.empty_like(like, dtype=value.dtype).copy_(value)
 
 
-def moment_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
+def optimizer_state_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
     """What the optimizer keeps of the trained parameters.
 
     Tensors under 4,096 numbers have float32 moments in 8 bits too: hardly any of a whole network, and most of a LoRA.
@@ -101,15 +101,15 @@ def moment_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
     whole_network = sizes.trained_parameters == sizes.network_parameters
     if settings.optimizer == "adamw_8bit" and whole_network:
         return round(2 * (1 + 4 / SCALED_TOGETHER) * sizes.trained_parameters)
-    return FLOAT_MOMENTS * sizes.trained_parameters
+    return ADAM_STATE_BYTES * sizes.trained_parameters
 
 
-def with_moments_of(settings: LearnerTable, sizes: PolicySizes) -> PolicySizes:
+def with_rank_optimizer_state(settings: LearnerTable, sizes: PolicySizes) -> PolicySizes:
     """The sizes, whose learner has float32 moments of all, with those that a rank of this one has."""
-    saved = FLOAT_MOMENTS * sizes.trained_parameters - rank_moment_bytes(settings, sizes)
+    saved = ADAM_STATE_BYTES * sizes.trained_parameters - rank_optimizer_state_bytes(settings, sizes)
     return replace(sizes, learner=sizes.learner.plus(-saved))
 
 
-def rank_moment_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
+def rank_optimizer_state_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
     """What a rank keeps of the moments; where they are divided, but for how evenly whole parameters can be."""
-    return -(-moment_bytes(settings, sizes) // (settings.world_size if settings.shard_optimizer_state else 1))
+    return -(-optimizer_state_bytes(settings, sizes) // (settings.world_size if settings.shard_optimizer_state else 1))

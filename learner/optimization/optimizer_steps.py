@@ -12,9 +12,9 @@ from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.tables import LearnerTable
 from ray_ddpo.common.trajectory import TrainBatch
 from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
-from ray_ddpo.learner.algorithms.off_policy import rescale_gradients, to_those_left
+from ray_ddpo.learner.algorithms.off_policy import rescale_gradients, unmasked_mean_factor
 from ray_ddpo.learner.optimization.optimizer import is_fused
-from ray_ddpo.learner.process_group import OtherRankFailed, Ranks
+from ray_ddpo.learner.process_group import OtherRankFailed, ProcessGroup
 
 
 class NotFinite(RuntimeError):
@@ -33,14 +33,14 @@ class OptimizerSteps:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         parameters: Mapping[str, nn.Parameter],
-        ranks: Ranks,
+        ranks: ProcessGroup,
         settings: LearnerTable,
         device: str,
     ) -> None:
         self._optimizer: Any = optimizer
         self._scaler = scaler
         self._parameters = parameters
-        self._ranks = ranks
+        self._process_group = ranks
         self._settings = settings
         self._device = device
         self._masks: list[Tensor] = []  # of the present step's micro-batches
@@ -54,34 +54,34 @@ class OptimizerSteps:
         self._optimizer.zero_grad(set_to_none=True)
         self._masks, self._terms = [], {}
 
-    def add(self, result: TransitionLoss, num_pairs: int) -> None:
+    def add(self, result: TransitionLoss, num_transitions: int) -> None:
         """Add the gradient of a micro-batch: its share of the mean over the step's pairs on all ranks."""
-        self._scaler.scale(result.loss.sum() / num_pairs).backward()
-        self._masks += [] if result.kept is None else [result.kept]
+        self._scaler.scale(result.loss.sum() / num_transitions).backward()
+        self._masks += [] if result.mask is None else [result.mask]
         for name, values in (result.terms or {"loss": result.loss}).items():
             finite = values.detach().isfinite().all()
             self._terms[name] = self._terms[name] & finite if name in self._terms else finite
 
-    def apply(self, num_pairs: int, num_own: int, may_be_zero: bool) -> Float[Tensor, ""] | None:
+    def apply(self, num_transitions: int, num_own: int, may_be_zero: bool) -> Float[Tensor, ""] | None:
         """Apply the step if its gradient is finite. Return the gradient's norm before clipping.
 
         Args:
-            num_pairs: pairs of the step on all ranks.
+            num_transitions: pairs of the step on all ranks.
             num_own: those of this rank.
             may_be_zero: whether the gradient may be exactly 0, and is to be looked at for that.
 
         Returns:
             None if nothing was left to learn from: the step would only follow old momentum, and decay weights.
         """
-        left = int(self._ranks.total(int(torch.cat(self._masks).sum()) if self._masks else num_own))
+        left = int(self._process_group.all_reduce_sum(int(torch.cat(self._masks).sum()) if self._masks else num_own))
         if not left:
             return self._leave_out()
         if not num_own:
             self._scaler.scale(torch.zeros(1, device=self._device))  # it makes its scale at its first use
-        self._ranks.reduce_gradients(self._parameters.values())
+        self._process_group.all_reduce_gradients(self._parameters.values())
         self._scaler.unscale_(self._optimizer)
-        if left < num_pairs:
-            rescale_gradients(self._parameters.values(), to_those_left(num_pairs, left))
+        if left < num_transitions:
+            rescale_gradients(self._parameters.values(), unmasked_mean_factor(num_transitions, left))
         limit = self._settings.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit, foreach=True)
         if may_be_zero and not norm:
@@ -90,7 +90,7 @@ class OptimizerSteps:
         self._step_if_finite(norm)
         self._scaler.update()
         self._made.append((norm.detach(), self._terms))
-        self._ranks.check_equal(self._parameters.values())
+        self._process_group.check_equal(self._parameters.values())
         return norm
 
     def _leave_out(self) -> None:
@@ -132,7 +132,7 @@ class OptimizerSteps:
         overflown = [each for each, is_finite in zip(steps, finite, strict=True) if not is_finite]
         for place, _, terms in overflown:
             at_fault = [name for name, is_finite in terms.items() if not is_finite]
-            others = self._ranks.largest(len(at_fault))
+            others = self._process_group.all_reduce_max(len(at_fault))
             if not others and self._scaler.is_enabled() and self._scaler.get_scale() >= 1:
                 continue
             if others and not at_fault:

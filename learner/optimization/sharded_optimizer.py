@@ -8,7 +8,7 @@ from torch import nn
 
 from ray_ddpo.common.recipe.tables import LearnerTable
 from ray_ddpo.learner.optimization.optimizer import is_fused, lay_out, optimizer_of
-from ray_ddpo.learner.process_group import Ranks
+from ray_ddpo.learner.process_group import ProcessGroup
 
 
 @final
@@ -19,19 +19,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
     number only its own gradient. To what works on gradients, the scaler of float16 for one, it has all parameters.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: LearnerTable, ranks: Ranks) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: LearnerTable, ranks: ProcessGroup) -> None:
         """ValueError: there are more ranks than parameters; the optimizer's library is not installed."""
         super().__init__(parameters.values(), {})
-        if len(parameters) < ranks.count:
+        if len(parameters) < ranks.world_size:
             raise ValueError(
-                f"learner.world_size is {ranks.count}, and the network has {len(parameters)} trained parameters to divide "
+                f"learner.world_size is {ranks.world_size}, and the network has {len(parameters)} trained parameters to divide "
                 "among them: give no more ranks than that"
             )
-        self._ranks = ranks
+        self._process_group = ranks
         self._parameters = list(parameters.values())
-        self._of_rank: list[list[nn.Parameter]] = [[] for _ in range(ranks.count)]
+        self._of_rank: list[list[nn.Parameter]] = [[] for _ in range(ranks.world_size)]
         self.owned: dict[str, nn.Parameter] = {}
-        owners = owners_of([parameter.numel() for parameter in parameters.values()], ranks.count)
+        owners = owners_of([parameter.numel() for parameter in parameters.values()], ranks.world_size)
         for (name, parameter), owner in zip(parameters.items(), owners, strict=True):
             self._of_rank[owner].append(parameter)
             if owner == ranks.rank:
@@ -45,12 +45,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Move all parameters; a collective. RuntimeError: a rank's weights were not those of the others."""
         assert closure is None, "gradients are there already"
-        self._ranks.check_equal(self._parameters)  # before what the owners send would hide it
+        self._process_group.check_equal(self._parameters)  # before what the owners send would hide it
         if is_fused(self._moves):
             self._moves.found_inf = getattr(self, "found_inf", None)
         self._moves.step()
         for rank, parameters in enumerate(self._of_rank):
-            self._ranks.send_from(rank, parameters)
+            self._process_group.broadcast(rank, parameters)
 
 
 def owners_of(sizes: Sequence[int], ranks: int) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from jaxtyping import Float, Int
-from rich.progress import Progress as ProgressBar
+from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +23,7 @@ from ray_ddpo.learner.pretraining.modules import (
     build_unet,
     save_pipeline,
 )
-from ray_ddpo.learner.pretraining.training_state import Progress, load_training, save_training
+from ray_ddpo.learner.pretraining.training_state import TrainingProgress, load_training, save_training
 
 BATCH = 32
 LEARNING_RATE = 1e-3
@@ -84,7 +84,7 @@ class DenoiserTraining:
 
     def __init__(self, plan: TrainingPlan, material: Material):
         torch.manual_seed(plan.seed)
-        self.plan, self.material, self.progress = plan, material, Progress()
+        self.plan, self.material, self.progress = plan, material, TrainingProgress()
         self.live = Denoiser(plan.words)
         self.averaged = copy.deepcopy(self.live).requires_grad_(False)
         self.shared = DistributedDataParallel(self.live)
@@ -149,7 +149,7 @@ def train_in_process(rank: int, plan: TrainingPlan) -> None:
     distributed.barrier()
     started, saved = time.monotonic() - training.progress.seconds, time.monotonic()
     recent: list[float] = []
-    with ProgressBar(disable=rank > 0) as bar:
+    with Progress(disable=rank > 0) as bar:
         task = bar.add_task("denoiser", total=plan.steps, completed=training.progress.step)
         while training.progress.step < plan.steps:
             recent.append(training.update())
@@ -162,7 +162,7 @@ def train_in_process(rank: int, plan: TrainingPlan) -> None:
     distributed.destroy_process_group()
 
 
-def _note(progress: Progress, recent: list[float], started: float, bar: ProgressBar) -> None:
+def _note(progress: TrainingProgress, recent: list[float], started: float, bar: Progress) -> None:
     progress.seconds = time.monotonic() - started
     progress.losses.append(sum(recent) / len(recent))
     recent.clear()

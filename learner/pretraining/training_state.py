@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far training has come."""
 
     step: int = 0  # optimizer steps done
@@ -21,7 +21,7 @@ class Progress:
 
 
 def save_training(
-    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, progress: Progress
+    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, progress: TrainingProgress
 ) -> None:
     """Write `modules`, the optimizer's moments and `progress`; the older state stands until all is written."""
     tensors = {f"{name}/{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
@@ -34,7 +34,7 @@ def save_training(
     (folder / "progress.json").write_text(metadata["progress"])
 
 
-def load_training(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Progress:
+def load_training(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> TrainingProgress:
     """Put what `save_training` wrote back into `modules` and the optimizer.
 
     FileNotFoundError: nothing was saved in `folder`.
@@ -54,4 +54,4 @@ def load_training(folder: Path, modules: Mapping[str, nn.Module], optimizer: tor
             value = torch.empty_like(parameters[int(index)]).copy_(value)
         state["state"].setdefault(int(index), {})[moment] = value.detach()
     optimizer.load_state_dict(state)
-    return Progress(**json.loads((folder / "progress.json").read_text()))
+    return TrainingProgress(**json.loads((folder / "progress.json").read_text()))

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 
 from ray_ddpo.common.trajectory import Rollout, TrainBatch
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
-from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation, Statistics, Worth
+from ray_ddpo.learner.algorithms.reward_aggregation import AggregatedAdvantages, RewardAggregation, Statistics
 
 
 class TooManyDropped(RuntimeError):
@@ -49,21 +49,23 @@ class RoundBuffer:
         assert len({task.round for task in tasks}) == 1, "a round's tasks are of one round"
         prompts = [prompt.text for task in tasks for prompt in task.prompts]
         kept = self._kept(tasks[0].round, part, rollouts)
-        worth = self._worth(prompts, rollouts, kept)
+        worth = self._advantages(prompts, rollouts, kept)
         reports = tuple(rollout.report for rollout in rollouts)
         dropped = tuple(np.flatnonzero(~kept).tolist())
         return TrainBatch(tasks[0].round, reports, worth.advantages, dropped, part, self._parts, worth.parts)
 
-    def _worth(self, prompts: list[str], rollouts: list[Rollout], kept: Bool[np.ndarray, "N"]) -> Worth:
+    def _advantages(
+        self, prompts: list[str], rollouts: list[Rollout], kept: Bool[np.ndarray, "N"]
+    ) -> AggregatedAdvantages:
         """What the images that are kept are worth, NaN for the others."""
         everywhere = {name: np.full(len(prompts), np.nan) for name in self._aggregation.compared}
-        worth = Worth(np.full(len(prompts), np.nan), everywhere)
+        worth = AggregatedAdvantages(np.full(len(prompts), np.nan), everywhere)
         if kept.any():
             rewards = {name: _concatenated(rollouts, name)[kept] for name in self._aggregation.weights}
             finite = all(np.isfinite(values).all() for values in rewards.values())
             assert finite, "an image without a finite reward is dropped with its reason"
             texts = [prompt for prompt, is_kept in zip(prompts, kept, strict=True) if is_kept]
-            self.statistics, of_kept = self._aggregation.worth(
+            self.statistics, of_kept = self._aggregation.compute_advantages(
                 self._algorithm, self.statistics, texts, rewards, self._group
             )
             worth.advantages[kept] = of_kept.advantages

@@ -8,7 +8,7 @@ from ray.exceptions import RayActorError
 from ray_ddpo.actors.rollouts import sampling_scheduler as sampling
 from ray_ddpo.actors.rollouts import worker_pool
 from ray_ddpo.actors.rollouts.sampling_scheduler import SamplingScheduler
-from ray_ddpo.actors.rollouts.stragglers import Pace
+from ray_ddpo.actors.rollouts.stragglers import StragglerDetector
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.schedule import Place, Stream, Task
@@ -32,7 +32,7 @@ class Driver:
     def __init__(self, answers: Answers) -> None:
         self.answers = answers
         self.pool = WorkerPool("samplers", "sampler", lambda index: Actor(), 3, RestartBudget(10**6))
-        self.sampling = SamplingScheduler(self.pool, Pace(4.0), {})
+        self.sampling = SamplingScheduler(self.pool, StragglerDetector(4.0), {})
         self.sampling.publish(0, "weights", 1)
         self.submitted = 0
         self.sampled: list[Place] = []

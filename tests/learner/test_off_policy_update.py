@@ -31,8 +31,8 @@ class Watching(Algorithm):
 
     inner: DDPOImportanceSampling = DDPOImportanceSampling(clip_range=1e-3)
 
-    def worth(self, statistics, prompts, rewards, images_per_prompt):
-        return self.inner.worth(statistics, prompts, rewards, images_per_prompt)
+    def compute_advantages(self, statistics, prompts, rewards, images_per_prompt):
+        return self.inner.compute_advantages(statistics, prompts, rewards, images_per_prompt)
 
     @property
     def needs_proximal_log_probs(self) -> bool:
@@ -172,7 +172,7 @@ def test_the_gradient_is_that_of_the_decoupled_loss_over_the_pairs_left_taken_pa
     sampled, start = learner.weights()
     policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
     transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
-    pairs = transitions.pairs_of(np.arange(4))
+    pairs = transitions.indices_of(np.arange(4))
     load_weights(policy.network, start)
     old = {}
     with torch.no_grad(), temporary_weights(policy.network, sampled, start):
