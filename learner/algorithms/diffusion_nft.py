@@ -15,9 +15,9 @@ from ray_ddpo.learner.algorithms.losses import negative_aware_terms, squared_err
 
 
 class DiffusionNFT(ForwardProcess):
-    """Of an image, r in 0 … 1 says how much it belongs to the good ones; the loss pulls towards it by r and away by 1 − r.
+    """DiffusionNFT. An image's optimality r in 0 … 1 weights a loss towards the image, and 1 − r a loss away from it.
 
-    Samplers sample with a moving average of the trained weights, whose decay grows with the policy version:
+    Samplers use a moving average of the trained weights, whose decay grows with the policy version:
     min(average_decay_max, average_decay_growth · version).
     """
 
@@ -69,7 +69,7 @@ class DiffusionNFT(ForwardProcess):
         batch: NoisedBatch,
     ) -> dict[str, Float[Tensor, "B"]]:
         old = predicted.detach() if batch.old_predictions is None else batch.old_predictions
-        # The paper's squares are of clean latents: their error is that of the prediction, times this.
+        # The paper's squared errors are of clean latents, whose error is the prediction's times this scale.
         scale = column(clean_scale)
         terms = negative_aware_terms(scale * predicted, scale * old, scale * target, batch.weights, self.beta)
         terms = {name: self.advantage_clip * term for name, term in terms.items()}
