@@ -265,7 +265,7 @@ class Learner:
         may_be_zero = len({advantages[image] for image, _ in indices}) == 1
         norm = self._steps.apply(len(indices), len(own), may_be_zero)
         if norm is None:
-            self._metrics.leave_out_optimizer_step()
+            self._metrics.skip_optimizer_step()
         else:
             self._metrics.end_optimizer_step(norm)
 

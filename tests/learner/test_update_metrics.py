@@ -65,7 +65,7 @@ def test_steps_are_counted_also_those_that_were_left_out(summary: dict[str, floa
 
 def test_a_step_with_nothing_left_is_counted_and_the_next_is_still_before_any_update() -> None:
     metrics = UpdateMetrics(num_steps=1, latent_elements=1)
-    metrics.leave_out_optimizer_step()
+    metrics.skip_optimizer_step()
     metrics.add_micro_batch(result([1.0], [0.25], [0.0]), torch.tensor([0]))
     metrics.end_optimizer_step(torch.tensor(1.0))
     metrics.add_micro_batch(result([1.0], [0.5], [0.0]), torch.tensor([0]))
