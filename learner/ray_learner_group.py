@@ -88,7 +88,9 @@ class RayLearnerGroup(LearnerGroup):
                 try:
                     found[reference] = ray.get(reference)
                 except RayTaskError as error:
-                    if not isinstance(error.cause, OtherRankFailed):  # the other rank raises the cause, so keep waiting for it
+                    if not isinstance(
+                        error.cause, OtherRankFailed
+                    ):  # the other rank raises the cause, so keep waiting for it
                         raise
                     follows = error
                 if isinstance(found.get(reference), RoleNotStarted):  # a new actor would fail alike
@@ -112,7 +114,9 @@ class RayLearnerGroup(LearnerGroup):
 
     def _restart(self, error: RayError) -> None:
         """Restart all ranks if `error` means that a rank died; otherwise raise the error."""
-        missed = isinstance(error, RayTaskError) and is_lost_rank(error.cause)  # noticed by another rank before Ray reports it
+        missed = isinstance(error, RayTaskError) and is_lost_rank(
+            error.cause
+        )  # noticed by another rank before Ray reports it
         died = isinstance(error, RayActorError) and not error.actor_init_failed  # else a new actor would fail alike
         if not (missed or died or isinstance(error, ObjectLostError)):
             raise error

@@ -166,7 +166,10 @@ class UpdateMetrics:
         mask, weight = self._concatenated("mask"), self._unmasked("importance_weight")
         if mask is not None and loss is not None:
             num_unmasked = float(mask.sum())
-            metrics |= {"masked_fraction": 1 - num_unmasked / len(loss), "loss": float(loss.sum()) / max(num_unmasked, 1)}
+            metrics |= {
+                "masked_fraction": 1 - num_unmasked / len(loss),
+                "loss": float(loss.sum()) / max(num_unmasked, 1),
+            }
         if weight is not None:
             metrics["importance_weight/mean"] = float(weight.mean())
         return metrics

@@ -1,4 +1,4 @@
-"""The registry of rewards: what is a good image. One file a reward, one line here."""
+"""The registry of rewards. One file a reward, one line here."""
 
 from ray_ddpo.common.recipe.registry import Registry
 

@@ -72,12 +72,12 @@ class RayRolloutStream(RolloutStream):
             self._sampling.submit(task, given)
         self._sampling.move(time.monotonic())
 
-    def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
+    def collect(self, round_index: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
         self._moved = time.monotonic()
-        places = [(round, int(stream), index) for index in tasks]
+        places = [(round_index, int(stream), index) for index in tasks]
         for place in places:
             while place not in self._done:
-                self._wait((), f"round {round} waits for its {stream.name.lower()} rollouts")
+                self._wait((), f"round {round_index} waits for its {stream.name.lower()} rollouts")
         return report_dropped([self._done.pop(place) for place in places])
 
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:

@@ -20,7 +20,7 @@ from ray_ddpo.common.trajectory import TaskReport
 
 
 @dataclass(frozen=True)
-class Asked:
+class TaskRequest:
     """A task, and a reference to the weights that it is sampled with."""
 
     task: Task
@@ -31,7 +31,7 @@ class Asked:
 class Attempt:
     """A task in a sampler's hands: references to its three results."""
 
-    asked: Asked
+    request: TaskRequest
     sampler: Worker
     report: Any
     trajectory: Any
@@ -41,7 +41,7 @@ class Attempt:
 
     @property
     def task(self) -> Task:
-        return self.asked.task
+        return self.request.task
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,18 @@ class SampledTask:
 class SamplingScheduler:
     """Gives tasks to samplers in order, one ahead for each; what a dead or overdue sampler had is given to another."""
 
-    def __init__(self, samplers: WorkerPool, pace: StragglerDetector, retries: dict[str, int]) -> None:
+    def __init__(self, samplers: WorkerPool, stragglers: StragglerDetector, retries: dict[str, int]) -> None:
         self._samplers = samplers
-        self._pace = pace
+        self._stragglers = stragglers
         self._retries = retries  # by reason; the stream reports them
         self._names = CallNames()
         self._weights: dict[int, Any] = {}
         self._queue: list[Place] = []
         self._queued: set[Place] = set()  # what is in the queue
-        self._queued_rounds = 0  # of these, to be learned from
-        self._open: dict[Place, Asked] = {}  # not sampled yet
+        self._num_queued_training = 0  # of these, to be learned from
+        self._open: dict[Place, TaskRequest] = {}  # not sampled yet
         self._attempts: dict[Any, Attempt] = {}
-        self._in_hands: dict[Place, dict[Any, Attempt]] = {}  # the same, by task
+        self._by_task: dict[Place, dict[Any, Attempt]] = {}  # the same, by task
         self._suspects = Suspects()
         self._whereabouts = Whereabouts()
         self._behind: list[Place] = []  # a heap: tasks that wait behind another one in a sampler's hands, or did once
@@ -85,14 +85,14 @@ class SamplingScheduler:
 
     def submit(self, task: Task, weights: Any = None) -> None:
         """Queue a task. Its policy version must have been published, or it comes with its weights, by reference."""
-        self._open[task.place] = Asked(task, self._weights[task.policy_version] if weights is None else weights)
+        self._open[task.place] = TaskRequest(task, self._weights[task.policy_version] if weights is None else weights)
         self._enqueue(task)
 
     def _enqueue(self, task: Task) -> None:
         if task.place not in self._queued:
             heapq.heappush(self._queue, task.place)
             self._queued.add(task.place)
-            self._queued_rounds += task.trains
+            self._num_queued_training += task.trains
 
     def references(self) -> list[Any]:
         """What to wait for: the first call of each sampler, which answers them in order."""
@@ -105,49 +105,49 @@ class SamplingScheduler:
     def move(self, now: float) -> None:
         """Hand out what is queued; then let idle samplers take over from those that are slow."""
         self._suspect_overdue(now)
-        while self._rounds_wait() and (sampler := self._samplers.free()):
+        while self._training_tasks_queued() and (sampler := self._samplers.free()):
             self._give_next(sampler, now)
         # None has a task waiting that is only looked at: a round that comes meanwhile waits for one of them at most.
-        while not self._rounds_wait() and (sampler := self._idle()):
-            if asked := self._waiting_behind():
-                self._take_over(asked, sampler, now)
+        while not self._training_tasks_queued() and (sampler := self._idle()):
+            if request := self._waiting_behind():
+                self._take_over(request, sampler, now)
             elif self._queue:
                 self._give_next(sampler, now)
             else:
                 break
 
-    def _rounds_wait(self) -> bool:
+    def _training_tasks_queued(self) -> bool:
         """Whether a task is queued that is to be learned from."""
-        return self._queued_rounds > 0
+        return self._num_queued_training > 0
 
     def _give_next(self, sampler: Worker, now: float) -> None:
         place = heapq.heappop(self._queue)
         self._queued.remove(place)
-        self._queued_rounds -= place[1] == Stream.TRAINING
+        self._num_queued_training -= place[1] == Stream.TRAINING
         if place in self._open:
             self._give(self._open[place], sampler, now)
 
-    def _give(self, asked: Asked, sampler: Worker, now: float) -> None:
+    def _give(self, request: TaskRequest, sampler: Worker, now: float) -> None:
         # In the dashboard; the class comes first because Ray also makes it the name of the sampler's process.
-        name = self._names.of(f"Sampler: sample {asked.task.title}", f"Sampler: sample {asked.task.title_of_round}")
+        name = self._names.of(f"Sampler: sample {request.task.title}", f"Sampler: sample {request.task.title_of_round}")
         sample = sampler.actor.sample.options(num_returns=3, name=name)
-        care = self._suspects.care(asked.task.place)
+        care = self._suspects.care(request.task.place)
         note = None if care.one_by_one == "nothing" else self._whereabouts.note()
         carefully = () if care == PLAIN else (care, note)
-        report, trajectory, images = sample.remote(asked.task, asked.weights, *carefully)
-        attempt = Attempt(asked, sampler, report, trajectory, images, care, note)
-        self._attempts[report] = self._in_hands.setdefault(asked.task.place, {})[report] = attempt
+        report, trajectory, images = sample.remote(request.task, request.weights, *carefully)
+        attempt = Attempt(request, sampler, report, trajectory, images, care, note)
+        self._attempts[report] = self._by_task.setdefault(request.task.place, {})[report] = attempt
         if sampler.calls:
-            heapq.heappush(self._behind, asked.task.place)
+            heapq.heappush(self._behind, request.task.place)
         self._samplers.give(sampler, report, now)
 
     def _let_go(self, report: Any) -> Attempt:
         """An attempt that is over."""
         attempt = self._attempts.pop(report)
-        of_task = self._in_hands[attempt.task.place]
+        of_task = self._by_task[attempt.task.place]
         del of_task[report]
         if not of_task:
-            del self._in_hands[attempt.task.place]
+            del self._by_task[attempt.task.place]
         elif len(of_task) == 1:  # it may wait behind another one, and is nowhere else now
             heapq.heappush(self._behind, attempt.task.place)
         return attempt
@@ -157,36 +157,36 @@ class SamplingScheduler:
             if not sampler.calls or sampler.suspect:
                 continue
             images = len(self._attempts[sampler.calls[0]].task.seeds)
-            if self._pace.is_straggler(now - sampler.head_since, images):
+            if self._stragglers.is_straggler(now - sampler.head_since, images):
                 sampler.suspect = True
                 for call in sampler.calls:
                     self._again(self._attempts[call].task, "overdue")
 
     def _again(self, task: Task, reason: str) -> None:
-        if task.place in self._open and task.place not in self._queued and not self._in_good_hands(task):
+        if task.place in self._open and task.place not in self._queued and not self._runs_on_healthy_sampler(task):
             self._retries[reason] = self._retries.get(reason, 0) + 1
             self._enqueue(task)
 
-    def _in_good_hands(self, task: Task) -> bool:
-        return any(not attempt.sampler.suspect for attempt in self._in_hands.get(task.place, {}).values())
+    def _runs_on_healthy_sampler(self, task: Task) -> bool:
+        return any(not attempt.sampler.suspect for attempt in self._by_task.get(task.place, {}).values())
 
     def _idle(self) -> Worker | None:
         sampler = self._samplers.free()
         return sampler if sampler and not sampler.calls else None
 
-    def _waiting_behind(self) -> Asked | None:
+    def _waiting_behind(self) -> TaskRequest | None:
         """The first task that waits behind another one in a sampler's hands, and is nowhere else."""
         while self._behind:
-            attempts = list(self._in_hands.get(heapq.heappop(self._behind), {}).values())
+            attempts = list(self._by_task.get(heapq.heappop(self._behind), {}).values())
             alone = attempts[0] if len(attempts) == 1 else None
             if alone and alone.task.place in self._open and alone.sampler.calls[0] != alone.report:
-                return alone.asked
+                return alone.request
         return None
 
-    def _take_over(self, asked: Asked, sampler: Worker, now: float) -> None:
-        for attempt in self._in_hands[asked.task.place].values():
-            attempt.sampler.actor.forget.options(concurrency_group="health").remote(asked.task.place)
-        self._give(asked, sampler, now)
+    def _take_over(self, request: TaskRequest, sampler: Worker, now: float) -> None:
+        for attempt in self._by_task[request.task.place].values():
+            attempt.sampler.actor.forget.options(concurrency_group="health").remote(request.task.place)
+        self._give(request, sampler, now)
 
     def finished(self, report: Any, now: float) -> SampledTask | None:
         """What came of a report that is there: the sampled task, or nothing where it is to be re-sampled or was sampled twice.
@@ -213,12 +213,12 @@ class SamplingScheduler:
         if value is None or not counts:  # it was told to forget the task, or to try its images
             self._again(attempt.task, "forgotten" if counts else "images_tried")
             return None
-        self._pace.add(seconds, len(attempt.task.seeds))
+        self._stragglers.add(seconds, len(attempt.task.seeds))
         if attempt.task.place not in self._open:
             return None
         del self._open[attempt.task.place]
         self._suspects.forget(attempt.task.place)
-        return SampledTask(value, attempt.trajectory, attempt.images, attempt.asked.weights)
+        return SampledTask(value, attempt.trajectory, attempt.images, attempt.request.weights)
 
     def _sampler_died(self, attempt: Attempt, reason: str) -> None:
         """Give what a dead sampler had in its hands to others. It was at work on the first of it."""
@@ -239,7 +239,7 @@ class SamplingScheduler:
 
     def inflight(self) -> int:
         """Tasks in samplers' hands."""
-        return len(self._in_hands)
+        return len(self._by_task)
 
     def waiting_for(self) -> list[str]:
         """Who has what in hand, a line each, for the watchdog's dump."""

@@ -34,7 +34,7 @@ class RolloutStream(ABC):
         """Queue tasks. Their policy version must have been published, or they come with its weights."""
 
     @abstractmethod
-    def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
+    def collect(self, round_index: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
         """The rollouts of these tasks of a round, in task order; waits until the last is scored. Each is given out once.
 
         Errors of workers are raised here.
@@ -98,8 +98,8 @@ class SerialRolloutStream(RolloutStream):
     def submit(self, tasks: list[Task], weights: PolicyWeights | None = None) -> None:
         self._tasks |= {task.place: (task, weights) for task in tasks}
 
-    def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
-        places = [(round, int(stream), index) for index in tasks]
+    def collect(self, round_index: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
+        places = [(round_index, int(stream), index) for index in tasks]
         return report_dropped([self._rollout(*self._tasks.pop(place)) for place in places])
 
     def _rollout(self, task: Task, weights: PolicyWeights | None) -> Rollout:

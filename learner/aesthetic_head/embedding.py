@@ -105,5 +105,3 @@ def _refuse_most_broken(broken: dict[str, str], images: int, folder: Path) -> No
             f"{len(broken)} of the table's {images} images in {folder} cannot be used, which is most of them ({examples}): "
             "do the table's paths begin at this folder?"
         )
-
-

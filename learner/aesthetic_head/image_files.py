@@ -11,7 +11,12 @@ from PIL import Image
 from ray_ddpo.common.image_models.clip_preprocessing import grey_levels, rgb_pixels
 
 LONGEST = 100  # the largest aspect ratio: beyond it an image resized for CLIP would fill the memory
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # the errors that Pillow raises for bad files
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+)  # the errors that Pillow raises for bad files
 NOT_THERE = "it is not in the folder"
 
 

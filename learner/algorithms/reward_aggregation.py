@@ -73,7 +73,9 @@ class RewardAggregation:
             return self._decoupled(algorithm, statistics, prompts, rewards, images_per_prompt)
         parts = {name: self._part(values, images_per_prompt) for name, values in rewards.items()}
         joined = self._with_floors(self._weighted(parts), rewards)
-        of_joined, advantages = algorithm.compute_advantages(statistics.get(JOINED, {}), prompts, joined, images_per_prompt)
+        of_joined, advantages = algorithm.compute_advantages(
+            statistics.get(JOINED, {}), prompts, joined, images_per_prompt
+        )
         return {JOINED: of_joined}, AggregatedAdvantages(advantages, {name: parts[name] for name in self.compared})
 
     def _decoupled(

@@ -62,7 +62,9 @@ def save_checkpoint(folder: Storage, checkpoint: Checkpoint, keep: int, shard_by
         with contextlib.suppress(OSError):
             folder.remove(target.name)
         raise
-    folder.write("latest", target.name.encode())  # a hint for people; the program looks for the newest intact checkpoint
+    folder.write(
+        "latest", target.name.encode()
+    )  # a hint for people; the program looks for the newest intact checkpoint
     _forget(folder, target.name, keep)
     return target
 
@@ -81,10 +83,14 @@ def _forget(folder: Storage, committed: str, keep: int) -> None:
     newest = _rounds_and_attempt(committed)
     older = [name for name in _committed(folder) if _rounds_and_attempt(name)[0] < newest[0]]
     kept = {committed, *older[: keep - 1]}
-    kept |= {name for name in _committed(folder) if _rounds_and_attempt(name) > newest and _is_intact(folder.folder(name))}
+    kept |= {
+        name for name in _committed(folder) if _rounds_and_attempt(name) > newest and _is_intact(folder.folder(name))
+    }
     for name in folder.names():
         if FOLDER_NAME.fullmatch(name) and name not in kept:
-            folder.remove(f"{name}/{MANIFEST}")  # first, so that a partly removed checkpoint is not taken for a committed one
+            folder.remove(
+                f"{name}/{MANIFEST}"
+            )  # first, so that a partly removed checkpoint is not taken for a committed one
             folder.remove(name)
     folder.sweep()
 
@@ -298,7 +304,9 @@ def _load_weights(checkpoint: Storage, name: str, header: dict, state: dict) -> 
     size = sum(math.prod(shape) for _, shape in manifest)
     buffer = read_buffer(checkpoint, name, _num_shards(state, name), size)
     weights = PolicyWeights(header["policy_version"], buffer, manifest, header["fingerprint"])
-    refuse_not_finite(f"{checkpoint.location}/{name}", weights.arrays())  # first, because it says more than a differing fingerprint
+    refuse_not_finite(
+        f"{checkpoint.location}/{name}", weights.arrays()
+    )  # first, because it says more than a differing fingerprint
     if fingerprint(buffer, manifest) != weights.fingerprint:
         raise ValueError(
             f"{checkpoint.location}/{name} holds other weights of version {weights.policy_version} than were saved there: "

@@ -65,7 +65,9 @@ def micro_batch_size(policy: Policy, config: PolicyConfig, algorithm: Algorithm,
             f"{limit / 1e9:.2f} GB that may be used: give {advice}, or half precision"
         )
     whose = "an optimizer step's" if recipe.learner.world_size == 1 else "a rank's"
-    print(f"learner.micro_batch_size: {found} of {whose} {transitions} transitions, found for {policy.device}", flush=True)
+    print(
+        f"learner.micro_batch_size: {found} of {whose} {transitions} transitions, found for {policy.device}", flush=True
+    )
     return found
 
 
@@ -104,9 +106,7 @@ class StepTrial:
         self._policy = policy
         self._algorithm = algorithm
         self._sizes = sizes
-        self._moment_bytes = (
-            ADAM_STATE_BYTES * sizes.trained_parameters if state_bytes is None else state_bytes
-        )
+        self._moment_bytes = ADAM_STATE_BYTES * sizes.trained_parameters if state_bytes is None else state_bytes
 
     def peak(self, transitions: int) -> float | int:
         """Return the peak bytes of an optimizer step with micro-batches of this size; infinity if memory runs out."""
@@ -126,9 +126,7 @@ class StepTrial:
         del moments
 
 
-def made_up_batch(
-    policy: Policy, algorithm: Algorithm, sizes: PolicySizes, rows: int
-) -> TransitionBatch | NoisedBatch:
+def made_up_batch(policy: Policy, algorithm: Algorithm, sizes: PolicySizes, rows: int) -> TransitionBatch | NoisedBatch:
     """Return a batch of zeros with all inputs that the algorithm needs."""
 
     def latents(wanted: bool = True) -> Tensor | None:

@@ -73,7 +73,9 @@ class OptimizerSteps:
             None if the step was skipped because all its transitions are masked or its gradient is 0. Such a step would
             only apply momentum and weight decay.
         """
-        unmasked = int(self._process_group.all_reduce_sum(int(torch.cat(self._masks).sum()) if self._masks else num_own))
+        unmasked = int(
+            self._process_group.all_reduce_sum(int(torch.cat(self._masks).sum()) if self._masks else num_own)
+        )
         if not unmasked:
             return self._skip()
         if not num_own:

@@ -20,7 +20,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     such as float16's gradient scaler.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: LearnerTable, process_group: ProcessGroup) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], settings: LearnerTable, process_group: ProcessGroup
+    ) -> None:
         """Make the optimizer of this rank's parameters.
 
         Raises:

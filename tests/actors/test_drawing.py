@@ -90,7 +90,7 @@ def taken_over(monkeypatch: pytest.MonkeyPatch) -> list[Place]:
     found: list[Place] = []
     waiting_behind = SamplingScheduler._waiting_behind
 
-    def watched(self: SamplingScheduler) -> sampling.Asked | None:
+    def watched(self: SamplingScheduler) -> sampling.TaskRequest | None:
         expected = searched(self)
         asked = waiting_behind(self)
         assert (asked.task.place if asked else None) == expected
