@@ -58,7 +58,8 @@ class RewardClient:
             place = ".".join(str(part) for part in fault["loc"]) or "all of it"
             keys = ", ".join(f'"{name}"' for name in kind.model_fields)
             raise RewardServiceFailed(
-                f"{self.url} answered {self._quoted(reply)}: it must be a JSON object with {keys} ({place}: {fault['msg']})"
+                f"{self.url} answered {self._quoted(reply)}: it must be a JSON object with {keys} ({place}: "
+                f"{fault['msg']})"
             ) from None
 
     def _with_retries(self, path: str, body: bytes | None) -> bytes:

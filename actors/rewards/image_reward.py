@@ -76,7 +76,8 @@ def _tokenizer_for(texts_tower: Any, tokenizer: Weights) -> Any:
     tokens, words = read_tokenizer(BertTokenizer, tokenizer), texts_tower.config.vocab_size
     if len(tokens) not in (words, words - ADDED_WORDS):
         raise ValueError(
-            f"{tokenizer.key} is {tokenizer.source!r}, whose tokenizer has {len(tokens)} tokens: ImageReward's text tower "
+            f"{tokenizer.key} is {tokenizer.source!r}, whose tokenizer has {len(tokens)} tokens: ImageReward's text "
+            "tower "
             f"takes {words}, of which {ADDED_WORDS} are not BERT's"
         )
     return tokens

@@ -25,7 +25,8 @@ def load_reward(reward: Reward, device: str) -> LoadedReward:
     loaded: Any = call(reward, "load", device)
     if not callable(loaded):
         raise ValueError(
-            f"{type(reward).__name__}.load returned {type(loaded).__name__}: expected a function of (images, prompts, metadata)"
+            f"{type(reward).__name__}.load returned {type(loaded).__name__}: expected a function of (images, prompts, "
+            "metadata)"
         )
     return cast(LoadedReward, loaded)
 

@@ -1,4 +1,4 @@
-"""ScoringScheduler: sampled tasks on a pool of reward workers, with a deadline per batch and another worker after a failure."""
+"""ScoringScheduler: score sampled tasks on a pool of reward workers, with a deadline per batch and retries elsewhere."""
 
 import heapq
 from collections.abc import Callable
@@ -22,22 +22,22 @@ from ray_ddpo.common.trajectory import Scores
 
 @dataclass(frozen=True)
 class ScoringPool:
-    """Reward workers that hold the same rewards, and how they are asked."""
+    """A pool of reward workers with the same rewards, and its settings."""
 
     workers: WorkerPool
     names: tuple[str, ...]  # of the rewards
     table: RewardPoolTable
-    independent: bool  # whether an image's scores do not depend on its batch: then batches are made of several tasks
-    trains: bool = True  # else it holds scorers, which are asked only of images that are looked at
+    independent: bool  # scores do not depend on the batch, so batches may contain several tasks' images
+    trains: bool = True  # False: the pool has scorers of evaluation, which score no training images
 
     def scores(self, task: Task) -> bool:
-        """Whether a task's images are for these workers."""
+        """Return whether this pool scores a task's images."""
         return self.trains or not task.trains
 
 
 @dataclass(frozen=True)
 class ScoringOutcome:
-    """What came of a call that is over: tasks whose images all have their scores, and tasks whose images are lost."""
+    """The outcome of a finished call: tasks whose images are all scored, and tasks whose images are lost."""
 
     scored: tuple[tuple[SampledTask, Scores], ...] = ()
     lost: tuple[SampledTask, ...] = ()
@@ -50,10 +50,10 @@ class _ScoringTask:
     sampled: SampledTask
     job: ScoringJob
     not_before: float = 0.0
-    paused: bool = False  # until then, after a failure
+    paused: bool = False  # until `not_before`, after a failure
     last_failed: Worker | None = None
-    gone: bool = False  # its images are lost: the task is re-sampled
-    listed: bool = False  # among those that a worker may be given now
+    gone: bool = False  # its images are lost, so the task is re-sampled
+    listed: bool = False  # in the heap of tasks that may be assigned now
 
     @property
     def place(self) -> Place:
@@ -62,15 +62,15 @@ class _ScoringTask:
 
 @dataclass(frozen=True)
 class _Call:
-    """Batches in a reward worker's hands: one, or several that are scored as one."""
+    """A call of a reward worker: one batch, or several that are scored as one."""
 
     parts: tuple[tuple[_ScoringTask, ScoringBatch], ...]
     worker: Worker
-    note: Callable[[int], None] | None = None  # where images are scored one by one: tells which is in hand
+    note: Callable[[int], None] | None = None  # notes the current image if images are scored one by one
 
     @property
     def title(self) -> str:
-        """As the dashboard shows it."""
+        """The name on the dashboard, by task."""
         pieces = [
             f"{task.sampled.report.task.title}, images {batch.first}-{batch.last - 1}" for task, batch in self.parts
         ]
@@ -78,12 +78,12 @@ class _Call:
 
     @property
     def title_of_round(self) -> str:
-        """The same of the first task's round."""
+        """The name on the dashboard, by the first task's round."""
         return f"RewardWorker: score {self.parts[0][0].sampled.report.task.title_of_round}"
 
 
 class ScoringScheduler:
-    """Hands batches out in order; counts only the reward's own errors, time-outs and non-finite answers against it."""
+    """Assigns batches in order. Only errors, time-outs and non-finite values count against a reward."""
 
     def __init__(self, pool: ScoringPool, retries: dict[str, int]) -> None:
         self._pool = pool
@@ -92,13 +92,13 @@ class ScoringScheduler:
         self._names = CallNames()
         self._open: dict[Place, _ScoringTask] = {}
         self._listed: list[Place] = []  # a heap: tasks with batches that wait for a worker
-        self._paused: list[_ScoringTask] = []  # tasks whose batches wait for their time, after a failure
+        self._paused: list[_ScoringTask] = []  # tasks that wait until `not_before`
         self._calls: dict[Any, _Call] = {}
         self._control = Control()
         self._whereabouts = Whereabouts()
 
     def submit(self, sampled: SampledTask) -> None:
-        """Queue a sampled task, of which at least one row has an image."""
+        """Queue a sampled task. At least one row must have an image."""
         table, report = self._pool.table, sampled.report
         asked = self._pool.names, len(report.task.seeds), table.batch_size, table.attempts
         job = ScoringJob(*asked, sampled.images, self._control, report.dropped)
@@ -111,15 +111,15 @@ class ScoringScheduler:
             heapq.heappush(self._listed, task.place)
 
     def references(self) -> list[Any]:
-        """What to wait for."""
+        """Return the references to wait for."""
         return list(self._calls)
 
     def holds(self, reference: Any) -> bool:
-        """Whether `reference` is one of them."""
+        """Return whether a reference is of a call to this pool."""
         return reference in self._calls
 
     def move(self, now: float) -> None:
-        """End workers whose batch is past its deadline, and hand out what waits."""
+        """Kill workers whose batch is past its deadline, and assign waiting batches."""
         for worker in list(self._workers.loaded):
             if worker.calls and now - worker.head_since > self._pool.table.timeout_seconds:
                 self._timed_out(worker, now)
@@ -128,7 +128,7 @@ class ScoringScheduler:
             self._give(worker, self._next_parts(task), now)
 
     def _list_paused(self, now: float) -> None:
-        """Whoever was paused, from his time on."""
+        """List paused tasks again whose pause is over."""
         paused, self._paused = self._paused, []
         for task in paused:
             if now < task.not_before:
@@ -138,7 +138,7 @@ class ScoringScheduler:
                 self._list(task)
 
     def _next(self) -> _ScoringTask | None:
-        """The first task with a batch that a worker may be given now."""
+        """Return the first task with a batch that may be assigned now."""
         while self._listed:
             task = self._open.get(self._listed[0])
             if task and task.listed and task.job.waiting:
@@ -149,7 +149,7 @@ class ScoringScheduler:
         return None
 
     def _next_parts(self, task: _ScoringTask) -> tuple[tuple[_ScoringTask, ScoringBatch], ...]:
-        """The task's next batch; where batches do not matter, filled up with what the next tasks have waiting now."""
+        """Return the task's next batch, filled up with other tasks' batches if scores are independent of the batch."""
         parts = [(task, task.job.waiting.pop(0))]
         if self._pool.independent and parts[0][1].is_new:
             room = self._pool.table.batch_size - parts[0][1].size
@@ -159,6 +159,7 @@ class ScoringScheduler:
         return tuple(parts)
 
     def _give(self, worker: Worker, parts: tuple[tuple[_ScoringTask, ScoringBatch], ...], now: float) -> None:
+        """Call a worker with one batch, or with several as one."""
         note = self._whereabouts.note() if parts[0][1].one_by_one else None
         call = _Call(parts, worker, note)
         name = self._names.of(call.title, call.title_of_round)
@@ -201,7 +202,7 @@ class ScoringScheduler:
             raise task.job.broken.error(task.sampled.report.task.title)
 
     def _pause(self, task: _ScoringTask, worker: Worker, now: float) -> None:
-        """Let the task wait before its next batch, where that is another attempt."""
+        """Pause the task if its next batch is a retry; otherwise list it again."""
         task.last_failed = worker
         seconds = task.job.waiting[0].pause_seconds if task.job.waiting else 0.0
         if not seconds:
@@ -217,12 +218,12 @@ class ScoringScheduler:
         self._retries[reason] = self._retries.get(reason, 0) + 1
 
     def finished(self, reference: Any, now: float) -> ScoringOutcome:
-        """What came of a call that is over.
+        """Process a finished call.
 
-        RewardMistake, RewardFailed, and any error that is not the reward's over one batch, is raised.
+        RewardMistake, RewardFailed, and any error that is not a reward's for a single batch, is raised.
         """
         try:
-            answer: Any = ray.get(reference)  # one batch's scores, or a list of several's
+            answer: Any = ray.get(reference)  # scores of one batch, or a list for several
         except RayActorError as error:
             return self._lost_with_worker(reference, str(error))
         except RayTaskError as error:
@@ -248,7 +249,7 @@ class ScoringScheduler:
         return self._done(call)
 
     def _lost_with_worker(self, reference: Any, reason: str) -> ScoringOutcome:
-        """End the call's worker. Of the calls in its hands the first was under way."""
+        """Handle the death of a call's worker. Only its first call was running, and is to blame."""
         in_hands = self._workers.lost(self._calls[reference].worker, reason)
         blamed = in_hands[:1]
         calls = [(self._calls.pop(each), each in blamed) for each in dict.fromkeys((*in_hands, reference))]
@@ -257,9 +258,9 @@ class ScoringScheduler:
         return self._done(*(call for call, _ in calls))
 
     def _images_lost(self, call: _Call) -> ScoringOutcome:
-        """The call's tasks, to be re-sampled; each once, however many of its batches were under way.
+        """Return the call's tasks to be re-sampled, each once even if several of its batches were running.
 
-        Of several tasks one alone may have lost its images, and Ray does not say which.
+        With several tasks, perhaps only one lost its images, but Ray does not say which.
         """
         self._count("object_lost")
         if any(batch.of_control for _, batch in call.parts):
@@ -270,7 +271,7 @@ class ScoringScheduler:
         return ScoringOutcome(lost=tuple(task.sampled for task in lost))
 
     def forget(self, sampled: SampledTask) -> None:
-        """The task's images are lost, as another pool has found: it will be submitted again."""
+        """Forget a task whose images are lost, as another pool found. The task will be submitted again."""
         task = self._open.get(sampled.report.task.place)
         if task and task.sampled is sampled:
             self._close(task)
@@ -287,10 +288,10 @@ class ScoringScheduler:
         return ScoringOutcome(tuple((task.sampled, task.job.scores()) for task in done))
 
     def waiting_for(self) -> list[str]:
-        """Who has what in hand, a line each, for the watchdog's dump."""
+        """List waiting images and running batches, for the watchdog's dump."""
         what = ", ".join(self._pool.names)
         lines = [f"images of task {task.place} wait for scores of {what}" for task in self._open.values()]
         for call in self._calls.values():
             places = ", ".join(str(task.place) for task, _ in call.parts)
-            lines.append(f"task {places} is in the hands of {call.worker.name}")
+            lines.append(f"task {places} runs on {call.worker.name}")
         return lines

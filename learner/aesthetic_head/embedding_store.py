@@ -85,7 +85,8 @@ class EmbeddingStore:
         if identity.get("clip_fingerprint") != self.clip.fingerprint:
             raise ValueError(
                 f"{self.storage.location} has embeddings of the CLIP {identity.get('clip')!r}, and this one, "
-                f"{self.clip.name!r}, has other weights or another precision: take another --output, or remove that folder"
+                f"{self.clip.name!r}, has other weights or another precision: take another --output, or remove that "
+                "folder"
             )
         rows = zip(*(table.column(key).to_pylist() for key in ("path", "size", "modified", "broken")), strict=True)
         embeddings = iter(_embeddings(table, self.clip.dimension))

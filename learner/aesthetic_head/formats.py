@@ -54,7 +54,8 @@ def _csv_rows(table: Path) -> Iterator[Row]:
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(
-                    f"{table}, line {reader.line_num}: it has another number of cells than the {len(reader.fieldnames or ())} "
+                    f"{table}, line {reader.line_num}: it has another number of cells than the "
+                    f"{len(reader.fieldnames or ())} "
                     "columns of the first line"
                 )
             yield f"line {reader.line_num}", row
@@ -75,7 +76,8 @@ def _ava_rows(table: Path) -> Iterator[Row]:
             fields = line.split()
             if fields and len(fields) != AVA_FIELDS:
                 raise ValueError(
-                    f"{table}, line {number}: it has {len(fields)} fields, and AVA's lines have {AVA_FIELDS}: index, image id, "
+                    f"{table}, line {number}: it has {len(fields)} fields, and AVA's lines have {AVA_FIELDS}: index, "
+                    "image id, "
                     "counts of the ratings 1 to 10, two tags, challenge"
                 )
             if fields:

@@ -58,7 +58,8 @@ def assign_splits(images: RatedImages, plan: SplitPlan) -> tuple[str, ...]:
     )
     if "test" not in splits:
         raise ValueError(
-            f"{plan.test_list} names none of the table's images: its lines must be paths such as {images.paths[0]!r}, or "
+            f"{plan.test_list} names none of the table's images: its lines must be paths such as {images.paths[0]!r}, "
+            "or "
             f"ids such as {PurePosixPath(images.paths[0]).stem!r}; its first is {min(listed, default='missing')!r}"
         )
     return splits

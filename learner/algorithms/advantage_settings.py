@@ -41,7 +41,8 @@ class AdvantageSettings(Component):
         """
         if self.kind == "group" and recipe.prompts.images_per_prompt < 2:
             raise ValueError(
-                f"algorithm.advantages.kind is 'group' and prompts.images_per_prompt {recipe.prompts.images_per_prompt}: "
+                "algorithm.advantages.kind is 'group' and prompts.images_per_prompt "
+                f"{recipe.prompts.images_per_prompt}: "
                 "a group needs at least 2 images of one prompt"
             )
 

@@ -33,7 +33,8 @@ class DiffusionNFT(ForwardProcess):
         self.advantages.check(recipe)
         if self.kl_coef and recipe.policy.table().get("train") == "full":
             raise ValueError(
-                f"algorithm.kl_coef is {self.kl_coef} and policy.train 'full': the pretrained model is the network with its "
+                f"algorithm.kl_coef is {self.kl_coef} and policy.train 'full': the pretrained model is the network "
+                "with its "
                 'adapters switched off, so a KL to it needs policy.train = "lora"'
             )
 

@@ -56,7 +56,8 @@ class PolicyGradient(Algorithm, ABC):
         count, steps = len(self.step_weights), recipe.sampling.num_steps
         if self.step_weights and (count != steps or min(self.step_weights) < 0 or not any(self.step_weights)):
             raise ValueError(
-                f"algorithm.step_weights has {count} numbers from {min(self.step_weights)} to {max(self.step_weights)}: "
+                f"algorithm.step_weights has {count} numbers from {min(self.step_weights)} to "
+                f"{max(self.step_weights)}: "
                 f"it must have sampling.num_steps = {steps} of them, none below 0 and not all of them 0"
             )
 
@@ -114,16 +115,20 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
         super().check(recipe)
         if self.needs_reference_means and recipe.policy.table().get("train") == "full":
             raise ValueError(
-                f"algorithm.kl_coef is {self.kl_coef or self.kl_coef_nats} and policy.train 'full': the pretrained model is "
+                f"algorithm.kl_coef is {self.kl_coef or self.kl_coef_nats} and policy.train 'full': the pretrained "
+                "model is "
                 'the network with its adapters switched off, so a KL to it needs policy.train = "lora"'
             )
 
     def check_policy(self, policy: PolicyConfig) -> None:
         if policy.numerics_differ and self.off_policy.ratio == "behavior":
             raise ValueError(
-                f"policy.dtype is {policy.dtype!r}, sampler_dtype {policy.sampler_dtype!r}, compile {policy.compile!r} and "
-                f"merge_adapters {policy.merge_adapters}: sampler and learner then round differently, by far more than the clip "
-                'range, so the ratio must be to the learner\'s own log-probs: give algorithm.off_policy.ratio = "proximal"'
+                f"policy.dtype is {policy.dtype!r}, sampler_dtype {policy.sampler_dtype!r}, compile {policy.compile!r} "
+                "and "
+                f"merge_adapters {policy.merge_adapters}: sampler and learner then round differently, by far more than "
+                "the clip "
+                "range, so the ratio must be to the learner's own log-probs: give algorithm.off_policy.ratio = "
+                '"proximal"'
             )
 
     def clip(self, latent_elements: int) -> float:

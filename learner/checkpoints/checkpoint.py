@@ -269,7 +269,8 @@ def _statistics(checkpoint: Storage, tables: dict) -> Statistics:
         for prompt, rewards in each.items():
             if not all(map(math.isfinite, rewards)):
                 raise ValueError(
-                    f"{checkpoint.location}/state.json: the last rewards of {prompt!r} hold NaN or infinity: restore the file"
+                    f"{checkpoint.location}/state.json: the last rewards of {prompt!r} hold NaN or infinity: restore "
+                    "the file"
                 )
     return found
 
@@ -309,7 +310,9 @@ def _load_weights(checkpoint: Storage, name: str, header: dict, state: dict) -> 
     )  # first, because it says more than a differing fingerprint
     if fingerprint(buffer, manifest) != weights.fingerprint:
         raise ValueError(
-            f"{checkpoint.location}/{name} holds other weights of version {weights.policy_version} than were saved there: "
-            "their fingerprint is another one; restore the file, or remove this checkpoint, which goes back to the one before"
+            f"{checkpoint.location}/{name} holds other weights of version {weights.policy_version} than were saved "
+            "there: "
+            "their fingerprint is another one; restore the file, or remove this checkpoint, which goes back to the one "
+            "before"
         )
     return weights

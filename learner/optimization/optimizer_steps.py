@@ -143,7 +143,8 @@ class OptimizerSteps:
                 raise OtherRankFailed("the loss of another rank is not finite, and it says itself which part")
             where = f"round {batch.round}, optimizer step {number} of {num_steps}"
             raise NotFinite(
-                f"{where}: {_fault(at_fault, list(terms))} not finite, so the step was not applied ({len(overflown)} of the "
+                f"{where}: {_fault(at_fault, list(terms))} not finite, so the step was not applied ({len(overflown)} "
+                "of the "
                 f"round's steps); {_advice(self._settings, batch.round, self._scaler.is_enabled())}"
             )
 

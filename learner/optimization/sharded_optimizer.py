@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ray_ddpo.common.recipe.tables import LearnerTable
-from ray_ddpo.learner.optimization.optimizer import is_fused, set_memory_format, optimizer_of
+from ray_ddpo.learner.optimization.optimizer import is_fused, optimizer_of, set_memory_format
 from ray_ddpo.learner.process_group import ProcessGroup
 
 
@@ -31,7 +31,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(parameters.values(), {})
         if len(parameters) < process_group.world_size:
             raise ValueError(
-                f"learner.world_size is {process_group.world_size}, and the network has {len(parameters)} trained parameters to divide "
+                f"learner.world_size is {process_group.world_size}, and the network has {len(parameters)} trained "
+                "parameters to divide "
                 "among them: give no more ranks than that"
             )
         self._process_group = process_group

@@ -20,7 +20,7 @@ from ray_ddpo.learner.pretraining.autoencoder import (
 from ray_ddpo.learner.pretraining.denoiser import STEPS_A_LOSS, Material, TrainingPlan, train_in_process
 from ray_ddpo.learner.pretraining.drawings import Drawing, prompted_animals, read_drawings
 from ray_ddpo.learner.pretraining.modules import build_tokenizer
-from ray_ddpo.learner.pretraining.preview import save_sheet, save_loss_curve
+from ray_ddpo.learner.pretraining.preview import save_loss_curve, save_sheet
 
 OTHER_ANIMALS = 0.15  # of a batch
 VARIANTS = 16  # sizes and positions of a drawing, each also mirrored
@@ -47,7 +47,8 @@ def prepare(drawings: list[Drawing], autoencoder_steps: int, seed: int, work: Pa
     rows = torch.tensor([captions.index(drawing.animal) for drawing in drawings])
     tokenizer = build_tokenizer(words_of(captions))
     token_ids = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
-    # All prompted animals are equally frequent, however many drawings each has; so are all others, at a lower frequency.
+    # All prompted animals are equally frequent, however many drawings each has; so are all others, at a lower
+    # frequency.
     of_animal = 1 / torch.bincount(rows)[rows].float()
     prompted = rows < len(prompted_animals())
     share = torch.where(prompted, 1 - OTHER_ANIMALS, OTHER_ANIMALS)

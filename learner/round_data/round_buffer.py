@@ -106,7 +106,8 @@ class RoundBuffer:
             )
         if not kept.any():
             raise TooManyDropped(
-                f"all {len(kept)} images of round {round_index} are dropped: nothing is left to learn from; the reasons: {reasons}"
+                f"all {len(kept)} images of round {round_index} are dropped: nothing is left to learn from; the "
+                f"reasons: {reasons}"
             )
 
 

@@ -170,7 +170,9 @@ def test_a_reward_whose_weights_are_there_is_loaded_and_a_damaged_one_told(tmp_p
 
 
 def test_a_function_is_imported_and_one_that_cannot_be_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert reward_findings("reward", "function", FunctionReward(path="tests.user_functions:brightness"))[0].level == "ok"
+    assert (
+        reward_findings("reward", "function", FunctionReward(path="tests.user_functions:brightness"))[0].level == "ok"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "broken_reward.py").write_text("import no_such_package")
     for path, words in (("nowhere:score", "no module 'nowhere'"), ("broken_reward:score", "no_such_package")):

@@ -258,7 +258,9 @@ def test_a_micro_batch_that_does_not_fit_the_steps_with_noise_is_refused_at_the_
 
     model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)  # the last of 4 steps has no noise
     parts = parts_with({**tables, "policy": {**tables["policy"], "model": str(model)}})
-    with pytest.raises(ValueError, match="4 images × 3 stochastic steps = 12 transitions, which .* = 8 does not divide"):
+    with pytest.raises(
+        ValueError, match="4 images × 3 stochastic steps = 12 transitions, which .* = 8 does not divide"
+    ):
         Learner(parts.policy, parts.algorithm, parts.recipe)
 
 

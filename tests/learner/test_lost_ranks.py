@@ -15,23 +15,31 @@ from tests.failure_page import assert_documented
 # As torch 2.3 to 2.13 with NCCL 2.14 to 2.28 say it where another process or its machine is gone, or does not answer.
 LOST = (
     distributed.DistBackendError(
-        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a network "
-        "error, NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote process "
-        "exiting prematurely.\nLast error:\nsocketProgressOpt: Call to recv from 10.0.0.2<33759> failed : Connection reset"
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a "
+        "network "
+        "error, NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote "
+        "process "
+        "exiting prematurely.\nLast error:\nsocketProgressOpt: Call to recv from 10.0.0.2<33759> failed : Connection "
+        "reset"
     ),
     distributed.DistBackendError(
         "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1275, internal error, NCCL version 2.14.3\n"
         "ncclInternalError: Internal check failed.\nLast error:\nNet : Connection closed by remote peer host<50260>"
     ),
     distributed.DistBackendError(
-        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:219, unhandled system error (run with NCCL_DEBUG=INFO for "
-        "details), NCCL version 2.18.6\nncclSystemError: System call (e.g. socket, malloc) or external library call failed or "
+        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:219, unhandled system error (run with "
+        "NCCL_DEBUG=INFO for "
+        "details), NCCL version 2.18.6\nncclSystemError: System call (e.g. socket, malloc) or external library call "
+        "failed or "
         "device error.\nLast error:\nsocketStartConnect: Connect to 10.0.0.2<48217> failed : Connection refused"
     ),
     distributed.DistBackendError(
-        "NCCL communicator was aborted on rank 0.  Original reason for failure was: [Rank 0] Watchdog caught collective "
-        "operation timeout: WorkNCCL(SeqNum=42, OpType=ALLREDUCE, Timeout(ms)=600000) ran for 600410 milliseconds before "
-        "timing out.\nException raised from checkTimeout at ProcessGroupNCCL.cpp:672 (most recent call first):\nframe #0: …"
+        "NCCL communicator was aborted on rank 0.  Original reason for failure was: [Rank 0] Watchdog caught "
+        "collective "
+        "operation timeout: WorkNCCL(SeqNum=42, OpType=ALLREDUCE, Timeout(ms)=600000) ran for 600410 milliseconds "
+        "before "
+        "timing out.\nException raised from checkTimeout at ProcessGroupNCCL.cpp:672 (most recent call first):\nframe "
+        "#0: …"
     ),
     distributed.DistNetworkError(
         "The client socket has timed out after 600000ms while trying to connect to (10.0.0.1, 4)."
@@ -43,8 +51,10 @@ LOST = (
     torch.AcceleratorError("CUDA error: unspecified launch failure"),
 )
 SHARED_GPU = distributed.DistBackendError(
-    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, invalid usage (run with NCCL_DEBUG=WARN for "
-    "details), NCCL version 2.21.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, invalid usage (run with NCCL_DEBUG=WARN "
+    "for "
+    "details), NCCL version 2.21.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast "
+    "error:\n"
     "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000"
 )
 # Another rank: sums up 64 MB for ever, and says when it has begun.

@@ -180,7 +180,8 @@ def test_saving_takes_the_memory_of_a_shard_or_two_and_not_of_the_whole_state(tm
     sharded = beyond_the_state(tmp_path / "sharded", 4 * MEGABYTE)
     whole = beyond_the_state(tmp_path / "whole", 1024 * MEGABYTE)
     print(
-        f"beside a state of 128 MiB: {sharded / MEGABYTE:.0f} MiB in shards of 4 MiB, {whole / MEGABYTE:.0f} in one file"
+        f"beside a state of 128 MiB: {sharded / MEGABYTE:.0f} MiB in shards of 4 MiB, {whole / MEGABYTE:.0f} in one "
+        "file"
     )
     # The optimizer's arrays have 16 MiB each: none is cut, and one is in memory as bytes and as a file.
     assert sharded < 40 * MEGABYTE < whole
