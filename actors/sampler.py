@@ -78,7 +78,7 @@ class Sampler:
         return python_stacks()
 
     def forget(self, place: Place) -> None:
-        """Skip this task if it was not begun, because another sampler runs it. May be called while a task is sampled."""
+        """Skip this task unless it was begun, because another sampler runs it. Callable while a task is sampled."""
         self._forgotten.add(place)
 
     def sample(
@@ -95,8 +95,8 @@ class Sampler:
             note: called with an image's row before that image is processed alone.
 
         Returns:
-            Report, trajectory and images, separately, so that each can be sent where it is needed. The trajectory is None
-            if the task is not for training. All are None if the task was to be forgotten.
+            Report, trajectory and images, separately, so that each can be sent where it is needed. The trajectory is
+            None if the task is not for training. All are None if the task was to be forgotten.
 
         Raises:
             ValueError: the weights are not of the task's version.
@@ -131,7 +131,7 @@ class Sampler:
         return report, trajectory if task.trains else None, ImageBatch(pixels, task.prompts)
 
     def _denoise(self, task: Task, care: Care) -> Trajectory:
-        """Sample the task's trajectories. An image that is left out is replaced by another one, so that shapes stay equal."""
+        """Sample the task's trajectories. Another image replaces one that is left out, so that shapes stay equal."""
         rows = list(range(len(task.seeds)))
         sampled = [row for row in rows if row not in care.not_sampled]
         if not sampled:

@@ -37,10 +37,10 @@ from ray_ddpo.learner.weight_check import Arrival, ArrivalCheck, refuse_mismatch
 
 
 class Learner:
-    """The learner in one process on one device. `update` is a pure function of its state, the batch and the trajectories.
+    """The learner in one process on one device.
 
-    With several ranks, each rank is such a process and trains on its share of every optimizer step. All ranks must get
-    the same calls in the same order.
+    `update` is a pure function of its state, the batch and the trajectories. With several ranks, each rank is such a
+    process and trains on its share of every optimizer step. All ranks must get the same calls in the same order.
     """
 
     def __init__(
@@ -136,7 +136,8 @@ class Learner:
             The round's metrics, and the state after the round with the next version's weights.
 
         Raises:
-            RuntimeError: a trajectory was not sampled with the weights of its version, by its report or by its log-probs
+            RuntimeError: a trajectory was not sampled with the weights of its version, by its report or by its
+                log-probs
                 (WeightsDidNotArrive). The learner is then in the same state as before this call.
         """
         return self._learn_last_part(batch, trajectories), self.state()

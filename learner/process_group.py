@@ -35,9 +35,9 @@ def error_of_collective(rank: object, error: RuntimeError) -> Exception:
         rank: the rank that the error occurred on, in words.
 
     Returns:
-        A ValueError if every start would fail alike because the ranks are set up wrongly. The error itself if memory ran
-        out. Otherwise RankLost: a backend cannot tell what happened to the other ranks. NCCL reports a dead rank as a
-        remote, a system or an internal error, whichever it noticed first.
+        A ValueError if every start would fail alike because the ranks are set up wrongly. The error itself if memory
+        ran out. Otherwise RankLost: a backend cannot tell what happened to the other ranks. NCCL reports a dead rank as
+        a remote, a system or an internal error, whichever it noticed first.
     """
     if isinstance(error, RankLost | torch.OutOfMemoryError):
         return error

@@ -48,7 +48,7 @@ class UpdateMetrics:
             self._first_log_ratios.append(result.log_ratio)
 
     def end_optimizer_step(self, gradient_norm: Float[Tensor, ""]) -> None:
-        """Add an optimizer step by its gradient norm before clipping. If that is not finite, the step was not applied."""
+        """Add the gradient norm of an optimizer step before clipping. If not finite, the step was not applied."""
         self._gradient_norms.append(gradient_norm.detach())
         self._any_update = True
         self.optimizer_steps += 1

@@ -1,4 +1,4 @@
-"""Check that samplers had the right weights: by their reports, and by re-computing the log-probs of a few transitions."""
+"""Check that samplers had the right weights: by their reports, and by re-computing a few log-probs."""
 
 from dataclasses import dataclass
 from typing import final

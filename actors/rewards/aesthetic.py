@@ -23,7 +23,10 @@ WANTED = (
 
 
 class Aesthetic(Reward):
-    """An aesthetic rating, about 1 to 10. `clip`: a folder or a hub name; `head`: a path, None: the paper's head from the hub."""
+    """An aesthetic rating, about 1 to 10.
+
+    `clip`: a folder or a hub name; `head`: a path, None: the paper's head from the hub.
+    """
 
     clip: str = CLIP
     head: str | None = None

@@ -74,7 +74,8 @@ def scores_of(answer: Any, count: int, who: str) -> Float[np.ndarray, "B"]:
     numbers or of tensors without axes; and TRL's tuple (scores, metadata), whose metadata is ignored.
 
     Raises:
-        RewardMistake: the result is something else. Shape [count, 1] is refused too, because for a single image it could
+        RewardMistake: the result is something else. Shape [count, 1] is refused too, because for a single image it
+            could
             as well be a matrix of images and prompts.
     """
     answer = _without_metadata(answer)

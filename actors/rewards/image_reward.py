@@ -25,8 +25,8 @@ ADDED_WORDS = 2  # [DEC] and [ENC], which BLIP adds to BERT's vocabulary and no 
 class ImageReward(Reward):
     """The paper's score, about -2.3 to 2, of mean 0 and standard deviation 1 over its images.
 
-    `checkpoint`: a path, None: from the hub; `tokenizer`: a folder or a hub name. Prompts are cut at 35 tokens, as in the
-    paper.
+    `checkpoint`: a path, None: from the hub; `tokenizer`: a folder or a hub name. Prompts are cut at 35 tokens, as in
+    the paper.
     """
 
     checkpoint: str | None = None

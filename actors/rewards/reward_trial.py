@@ -34,7 +34,8 @@ def load_reward(reward: Reward, device: str) -> LoadedReward:
 def try_rewards(rewards: dict[str, Reward], loaded: dict[str, LoadedReward]) -> None:
     """Score two synthetic images with the user's rewards.
 
-    Prompts are synthetic too, because a reward may do something with a run's prompt that must happen only for its image.
+    Prompts are synthetic too, because a reward may do something with a run's prompt that must happen only for its
+    image.
 
     Raises:
         RewardMistake: a reward does not return one number for each image.

@@ -1,4 +1,4 @@
-"""Whereabouts: the image that a worker is working on, noted before it begins, so that it is known if the worker dies."""
+"""Whereabouts: note the image that a worker begins to process, so that the image is known if the worker dies."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -74,7 +74,7 @@ class Inquiry:
             )
         return RewardFailed(
             f"{self.reason}; so it does for every image that was tried ({tried}, and one that it has scored before): "
-            f"once that is mended, continue with --resume auto{trace}"
+            f"once that is fixed, resume with --resume auto{trace}"
         )
 
 

@@ -41,7 +41,7 @@ class Pools:
 
 
 class RayRolloutStream(RolloutStream):
-    """The stream on Ray. The driver passes references, reports and scores, and opens nothing heavy. All waits have deadlines."""
+    """The stream on Ray. The driver handles references, reports and scores only. All waits have deadlines."""
 
     def __init__(self, pools: Pools, settings: StreamSettings) -> None:
         self._pools = pools
@@ -61,7 +61,7 @@ class RayRolloutStream(RolloutStream):
             del self._fingerprints[version]
 
     def _reference(self, weights: PolicyWeights) -> Any:
-        """Return a reference to the weights: that of the published version if equal, so that nodes do not fetch them again."""
+        """Return a reference to the weights: the published one if equal, so that nodes do not fetch them again."""
         if self._fingerprints.get(weights.policy_version) == weights.fingerprint:
             return self._sampling.published(weights.policy_version)
         return ray.put(weights)

@@ -1,4 +1,4 @@
-"""SamplingScheduler: assign tasks to samplers. If several run a task, the first result counts; all have the same bits."""
+"""SamplingScheduler: assign tasks to samplers. If several run a task, the first result counts; all are equal."""
 
 import heapq
 from collections.abc import Callable

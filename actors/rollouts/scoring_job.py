@@ -46,8 +46,8 @@ class ScoringBatch:
 class ScoringJob:
     """The batches of a task, cut in order. A failed batch is retried unchanged, so that a passing fault changes no bit.
 
-    After `attempts` an `Inquiry` tries images alone. If none passes, the reward is `broken`. Otherwise the batch is halved
-    until the image at fault is alone, and that image is dropped.
+    After `attempts` an `Inquiry` tries images alone. If none passes, the reward is `broken`. Otherwise the batch is
+    halved until the image at fault is alone, and that image is dropped.
 
     A worker's death is not the reward's fault, unless two workers die over one batch. Then images are tried one by one,
     and an image over which two more workers die is dropped. If there is no such image, the full batch is retried.

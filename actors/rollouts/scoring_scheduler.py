@@ -1,4 +1,4 @@
-"""ScoringScheduler: score sampled tasks on a pool of reward workers, with a deadline per batch and retries elsewhere."""
+"""ScoringScheduler: score sampled tasks on a pool of reward workers, with deadlines and retries."""
 
 import heapq
 from collections.abc import Callable

@@ -9,7 +9,7 @@ SHORTEST_SECONDS = 1.0  # below, the jitter of a busy machine would look like a 
 
 
 class StragglerDetector:
-    """The seconds per image of recent tasks. Counted per image, since evaluation tasks may have more images than others."""
+    """The seconds per image of recent tasks. Tasks of evaluation may have more images than those of training."""
 
     def __init__(self, straggler_factor: float) -> None:
         self._factor = straggler_factor

@@ -82,7 +82,7 @@ class SerialPool:
 
 
 class SerialRolloutStream(RolloutStream):
-    """The stream in this process. Tasks are sampled and scored one by one, without deadlines, when they are collected."""
+    """The stream in this process. Tasks are sampled and scored one by one when collected, without deadlines."""
 
     def __init__(self, sampler: Sampler, pools: tuple[SerialPool, ...], settings: StreamSettings) -> None:
         self._sampler = sampler

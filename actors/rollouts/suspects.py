@@ -23,8 +23,8 @@ class Suspects:
     """Tasks over which samplers died.
 
     After two deaths a task is denoised as a batch and decoded image by image. After two more, images are sampled one by
-    one. An image over which two more samplers die is left out from then on. One death proves nothing. Neither do two, if
-    no sampler dies when images are tried: the task is then sampled like any other, to the same bits.
+    one. An image over which two more samplers die is left out from then on. One death proves nothing. Neither do two,
+    if no sampler dies when images are tried: the task is then sampled like any other, to the same bits.
     """
 
     def __init__(self) -> None:

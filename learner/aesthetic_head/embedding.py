@@ -36,8 +36,8 @@ class Embedder:
 def embed_images_of(folder: Path, paths: Sequence[str], embedder: Embedder, store: EmbeddingStore) -> dict[str, str]:
     """Embed the images of `paths` that the store lacks.
 
-    Batches are cut from the missing images in the order of `paths`, and a part has full batches only. So embeddings have
-    the same bits if the run was stopped and resumed.
+    Batches are cut from the missing images in the order of `paths`, and a part has full batches only. So embeddings
+    have the same bits if the run was stopped and resumed.
 
     Returns:
         The broken images, and why each is.

@@ -13,7 +13,10 @@ from jaxtyping import Float
 from ray_ddpo.learner.aesthetic_head.formats import rows_of
 
 SPLITS = ("train", "validation", "test")
-COLUMNS = "path, and one of rating, votes (a list) and votes_1 … votes_N (counts of the ratings 1 to N); split may be there too"
+COLUMNS = (
+    "path, and one of rating, votes (a list) and votes_1 … votes_N (counts of the ratings 1 to N); "
+    "split may be there too"
+)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ GROUP_EPSILON = 1e-4  # Flow-GRPO
 def mean_and_std(values: Float[np.ndarray, "... N"]) -> tuple[Float[np.ndarray, "... 1"], Float[np.ndarray, "... 1"]]:
     """Return mean and population standard deviation over the last axis.
 
-    If all values are equal, the mean is exactly that value. Otherwise rounding would give equal rewards advantages other
-    than 0, which the division by an epsilon would make large.
+    If all values are equal, the mean is exactly that value. Otherwise rounding would give equal rewards advantages
+    other than 0, which the division by an epsilon would make large.
     """
     alike = (values == values[..., :1]).all(axis=-1, keepdims=True)
     mean = np.where(alike, values[..., :1], values.mean(axis=-1, keepdims=True))
@@ -71,9 +71,10 @@ def group_advantages(rewards: Float[np.ndarray, "N"], images_per_prompt: int, de
 
 
 def win_rates(rewards: Float[np.ndarray, "N"], images_per_prompt: int) -> Float[np.ndarray, "N"]:
-    """Return the fraction of its group's other images that an image beats; a tie counts half (Pref-GRPO, arXiv 2508.20751).
+    """Return the fraction of its group's other images that an image beats (Pref-GRPO, arXiv 2508.20751).
 
-    A win rate depends on the order of rewards only, so an outlier counts no more than any other best image.
+    A tie counts half. A win rate depends on the order of rewards only, so an outlier counts no more than any other best
+    image.
     """
     groups = rewards.reshape(-1, images_per_prompt).astype(np.float64)
     beats = np.sign(groups[:, :, None] - groups[:, None, :]).sum(axis=2)  # the number below minus the number above

@@ -1,4 +1,4 @@
-"""DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117): negative-aware fine-tuning on the forward process, without log-probs."""
+"""DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117): negative-aware fine-tuning, without log-probs."""
 
 import numpy as np
 from jaxtyping import Float

@@ -13,7 +13,7 @@ from ray_ddpo.learner.algorithms.losses import sum_of
 
 
 class ForwardProcess(Algorithm, ABC):
-    """A loss on the network's predictions for noised images, with the sampling guidance. Data of any lag is equally valid."""
+    """A loss on the network's predictions for noised images, guided as in sampling. Any lag is equally valid."""
 
     noised_samples: int = Field(default=1, ge=1)  # of each image in an inner epoch, each to a timestep of its own
 

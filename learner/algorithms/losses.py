@@ -25,7 +25,7 @@ def score_function(log_prob: Float[Tensor, "B"], advantages: Float[Tensor, "B"])
 
 
 def gaussian_kl(transition: Transition, reference: Transition) -> Float[Tensor, "B"]:
-    """Return the KL of one step between policies of equal σ: ‖μ − μ_ref‖² / (2σ²), in nats, with gradient (as in DPOK)."""
+    """Return the KL of a step between policies of equal σ: ‖μ − μ_ref‖² / (2σ²), in nats, with gradient (DPOK)."""
     moved = (transition.mean - reference.mean) / transition.std.view(-1, 1, 1, 1)
     return 0.5 * moved.square().flatten(1).sum(1)
 
@@ -49,8 +49,8 @@ def negative_aware_terms(
 ) -> dict[str, Float[Tensor, "B"]]:
     """Return DiffusionNFT's objective: r ‖v⁺ − v‖² / β and (1 − r) ‖v⁻ − v‖² / β.
 
-    Here v⁺ = (1−β) v_old + β v_θ and v⁻ = (1+β) v_old − β v_θ. Each squared error is divided by its mean absolute error,
-    without gradient (the paper's adaptive weighting), so that no timestep dominates.
+    Here v⁺ = (1−β) v_old + β v_θ and v⁻ = (1+β) v_old − β v_θ. Each squared error is divided by its mean absolute
+    error, without gradient (the paper's adaptive weighting), so that no timestep dominates.
     """
     positive, negative = (1 - beta) * old + beta * predicted, (1 + beta) * old - beta * predicted
     return {

@@ -31,7 +31,10 @@ def decoupled_surrogate(
     advantages: Float[Tensor, "B"],
     clip_range: float,
 ) -> Float[Tensor, "B"]:
-    """Return −w · min(A r, A clamp(r, 1 ± clip_range)), r = π_θ / π_prox (Hilton et al. 2022; AReaL, arXiv 2505.24298)."""
+    """Return −w · min(A r, A clamp(r, 1 ± clip_range)) with r = π_θ / π_prox.
+
+    See Hilton et al. 2022, and AReaL, arXiv 2505.24298.
+    """
     return weight.detach() * clipped_surrogate(log_prob, proximal_log_prob.detach(), advantages, clip_range)
 
 

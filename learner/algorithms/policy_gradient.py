@@ -1,4 +1,4 @@
-"""The base of policy gradients on sampled transitions: advantages, step weights, clipping, and the KL to the pretrained model."""
+"""The base of policy gradients on sampled transitions: advantages, step weights, clipping, KL."""
 
 from abc import ABC, abstractmethod
 from typing import Literal

@@ -82,7 +82,7 @@ class RewardAggregation:
     def _decoupled(
         self, algorithm: Algorithm, statistics: Statistics, prompts: list[str], rewards: Rewards, images_per_prompt: int
     ) -> tuple[Statistics, AggregatedAdvantages]:
-        """Sum the advantages of each reward, by its statistics, and normalize over the round (GDPO, arXiv 2601.05242)."""
+        """Sum the advantages of each reward, and normalize the sum over the round (GDPO, arXiv 2601.05242)."""
         assert algorithm.advantage_settings is not None, "such an algorithm is refused when the recipe is checked"
         extended, parts = {}, {}
         for name, values in rewards.items():

@@ -14,7 +14,7 @@ from ray_ddpo.learner.algorithms.losses import squared_error
 
 
 class RewardWeightedRegression(ForwardProcess):
-    """RWR. Weights are ∝ exp(inverse_temperature · reward), with mean 1 over the round or over the prompt's images in it."""
+    """RWR. Weights ∝ exp(inverse_temperature · reward), with mean 1 over the round or over a prompt's images in it."""
 
     inverse_temperature: float = Field(default=0.2, gt=0)
     over: Literal["round", "prompt"] = "round"

@@ -45,7 +45,7 @@ def resume_point(
         return None
     if not resume:
         raise ValueError(
-            f"the run folder {folder.location} exists: go on with --resume auto, or give another --name or "
+            f"the run folder {folder.location} exists: resume it with --resume auto, or give another --name or "
             "--output_dir; "
             f"--from {folder.location} starts the other run from this one's weights"
         )

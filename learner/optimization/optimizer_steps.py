@@ -1,4 +1,4 @@
-"""OptimizerSteps: accumulate gradients over micro-batches and ranks, and apply a step only if its gradient is finite."""
+"""OptimizerSteps: accumulate gradients over micro-batches and ranks, and apply a step if its gradient is finite."""
 
 from collections.abc import Mapping
 from typing import Any, final
@@ -23,9 +23,10 @@ class NotFinite(RuntimeError):
 
 @final
 class OptimizerSteps:
-    """The optimizer steps of a learner. A step whose gradient is not finite changes neither weights nor optimizer state.
+    """The optimizer steps of a learner.
 
-    The device decides in the optimizer's kernel whether to apply a step. The host reads the outcome once, in `check`.
+    If a step's gradient is not finite, the step changes neither weights nor optimizer state. The device decides in the
+    optimizer's kernel whether to apply a step. The host reads the outcome once, in `check`.
     """
 
     def __init__(
@@ -161,7 +162,8 @@ def _advice(settings: LearnerTable, round_index: int, half: bool) -> str:
         "the rounds before are saved: --resume auto repeats this one, --from and another --name train with other keys"
     )
     begin = "nothing was learned yet: begin again with another --name and other keys"
-    return f"most likely {overflows}learner.learning_rate = {settings.learning_rate:g} is too high; {saved if round_index else begin}"
+    rate = f"learner.learning_rate = {settings.learning_rate:g} is too high"
+    return f"most likely {overflows}{rate}; {saved if round_index else begin}"
 
 
 def refuse_weights(weights: PolicyWeights, round_index: int, settings: LearnerTable) -> None:

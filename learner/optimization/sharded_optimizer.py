@@ -15,9 +15,9 @@ from ray_ddpo.learner.process_group import ProcessGroup
 class ShardedOptimizer(torch.optim.Optimizer):
     """The recipe's optimizer with its state sharded across ranks (ZeRO stage 1, Rajbhandari et al. 2020).
 
-    A rank updates its own parameters and receives the others by broadcast. The bits are those of an unsharded optimizer,
-    since AdamW updates each number from its own gradient only. `param_groups` has all parameters, for users of gradients
-    such as float16's gradient scaler.
+    A rank updates its own parameters and receives the others by broadcast. The bits are those of an unsharded
+    optimizer, since AdamW updates each number from its own gradient only. `param_groups` has all parameters, for users
+    of gradients such as float16's gradient scaler.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ GENERATED_SEEDS = 8
 
 
 def fit(features: Float[Tensor, "N 1280"], labels: Int[Tensor, "N"], classes: list[str]) -> LinearProbe:
-    """Fit a multinomial logistic regression with weight decay on standardized features, from zero, so deterministically."""
+    """Fit a multinomial logistic regression with weight decay on standardized features, deterministically."""
     mean, std = features.mean(0), features.std(0).clamp_min(1e-3)
     standard = (features - mean) / std
     # Classes with more drawings are not more likely in prompts.

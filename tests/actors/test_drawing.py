@@ -1,4 +1,4 @@
-"""The books of tasks in samplers' hands: what is taken over is what a search through all attempts finds, whatever came before."""
+"""The sampling scheduler takes over the tasks that a search through all attempts finds, after any history."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Equal rewards teach nothing: their advantages are exactly 0, and then neither momentum nor weight decay moves the weights."""
+"""Equal rewards have advantages of exactly 0, and then neither momentum nor weight decay changes the weights."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def with_advantage(sampled: SampledRound, advantage: float) -> SampledRound:
 
 
 def second_round(parts: Components, advantage: float) -> tuple[dict[str, float], bool]:
-    """Learn from an ordinary round, then from one whose images are all worth the same; its metrics, and if it moved anything."""
+    """Train on an ordinary round, then on one with equal advantages. Return its metrics, and if weights changed."""
     learner = learner_of(parts)
     first = sample_round(parts, learner.weights()[-1])
     learner.update(first.batch, *first.trajectories)

@@ -1,4 +1,4 @@
-"""Errors of torch.distributed's collectives: a rank that is gone, ranks that are set up wrongly, or memory that ran out."""
+"""Errors of torch.distributed's collectives: a rank is gone, ranks are set up wrongly, or memory ran out."""
 
 import subprocess
 import sys

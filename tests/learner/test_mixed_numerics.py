@@ -1,4 +1,4 @@
-"""A sampler that computes otherwise than the learner: refused by the plain ratio, learned from against the learner's own."""
+"""Samplers and learner of different numerics: refused with the behavior ratio, accepted with the proximal one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_a_merged_sampler_in_float32_stays_within_the_usual_tolerance(tables: di
 
 @pytest.fixture(scope="module")
 def one_block_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline with a block down and one up. Compiling is C++'s time, by kernels: a third of the tiny network's."""
+    """The tiny pipeline with one down and one up block, which compiles in a third of the time of the tiny network."""
     from diffusers import UNet2DConditionModel
 
     folder = copied(tiny_model, tmp_path_factory.mktemp("one_block") / "model")
@@ -132,7 +132,7 @@ def test_compiled_both_learn_the_same_as_eager_within_rounding(one_block_model: 
 
 
 class RoundsByGradMode(CompiledNetwork):
-    """As a network that is compiled a second time where gradients are off, and rounds otherwise there. Nothing is compiled."""
+    """Imitate a network that is compiled again without gradients and then rounds otherwise. Nothing is compiled."""
 
     def __init__(self, call: Callable[..., Tensor], rows: int) -> None:
         self._call = call

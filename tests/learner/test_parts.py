@@ -1,4 +1,4 @@
-"""A round learned from in parts: each as it comes, the same bits however often it is begun again, and nothing out of order."""
+"""Training on a round in parts: the same bits however often a part is begun again, and nothing out of order."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Several rewards as one: each way of joining against numbers by hand and a slow reference, floors, and what is refused."""
+"""Reward aggregation: each kind compared with numbers by hand and a slow reference, floors, and refusals."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_an_outlier_that_rules_a_sum_is_one_win_among_win_rates() -> None:
 
 
 def test_gdpo_tells_apart_what_a_sum_before_comparing_makes_alike() -> None:
-    """Rewards (0, 1) and (1, 0) have the same sum; compared each, the one that fewer of the group have is worth more."""
+    """Rewards (0, 1) and (1, 0) have the same sum. Compared separately, the rarer one has the larger advantage."""
     weights, rewards = {"a": 1.0, "b": 1.0}, {"a": [0, 0, 0, 1], "b": [1, 0, 1, 0]}
     summed = joined(RewardAggregation(weights), rewards, GROUP, 4).advantages
     apart = joined(RewardAggregation(weights, "advantages"), rewards, GROUP, 4)

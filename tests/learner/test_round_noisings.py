@@ -1,4 +1,4 @@
-"""A round's noised_samples: whose image, which timestep and which noise; decided by the image's seed and the place alone."""
+"""Noised samples: image, timestep and noise are a function of the image's seed and the position."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Checkpoints in shards: the same bits come back, one that lacks a shard is no whole one, and memory is that of one shard."""
+"""Checkpoints in shards: the same bits, a missing shard is noticed, and memory is that of one shard."""
 
 import dataclasses
 import json

@@ -24,7 +24,7 @@ PER_IMAGE = ("prompt_index", "steps", "log_probs", "latents", "next_latents", "f
 
 
 def learner_at_lag(parts: Components) -> tuple[Learner, PolicyWeights]:
-    """A learner that is `max_policy_lag` versions ahead of the next round, and the weights which that is sampled with."""
+    """A learner that is `max_policy_lag` versions ahead of the next round, and the weights to sample that with."""
     learner, lag = learner_of(parts), parts.recipe.max_policy_lag
     for round in range(lag):
         sampled = sample_round(parts, learner.weights()[0], round)
