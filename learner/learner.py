@@ -319,8 +319,7 @@ class Learner:
         if not RunFolder(location).has_token(token):
             raise ValueError(
                 f"output_dir: {location} on the learner's machine is not the driver's: what the learner writes there "
-                "would be "
-                "lost; give --output_dir a path on storage that all nodes see, or a URI (s3://…)"
+                "would be lost; give --output_dir a path on storage that all nodes see, or a URI (s3://…)"
             )
 
     def save_policy(self, location: str, weights: PolicyWeights | None = None) -> str:

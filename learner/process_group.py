@@ -204,7 +204,7 @@ class ProcessGroup:
         finally:
             others = self.all_reduce_sum(failed)
         if others:
-            raise OtherRankFailed("another rank cannot go on, and says itself why")
+            raise OtherRankFailed("another rank failed, and reports the reason itself")
 
     def _all_gather_numbers(self, number: int) -> list[int]:
         own = torch.tensor([number], dtype=torch.int64, device=self._device)

@@ -164,12 +164,10 @@ class ArrivalCheck:
         if difference <= self._tolerance or (not comparable and difference < torch.inf):
             return
         raise WeightsDidNotArrive(
-            f"task {report.task.index} says that it was sampled with version {report.task.policy_version}, and at "
-            "place "
-            f"{index[1]} of its steps its log_prob lies {difference:.2g} from what these weights give when computed as "
-            "the "
-            f"sampler computes, over the tolerance of {self._tolerance:.2g}: it was sampled with other weights, or the "
-            "sampler's machine computes wrongly"
+            f"task {report.task.index} says that it was sampled with version {report.task.policy_version}, and at its "
+            f"trained step {index[1]} the log_prob differs by {difference:.2g} from that of these weights in the "
+            f"sampler's numerics, over the tolerance of {self._tolerance:.2g}: it was sampled with other weights, or "
+            "the sampler's machine computes wrongly"
         )
 
     def _move_copy(self, device: str) -> None:
@@ -185,8 +183,7 @@ def _refuse_unnumbered(batch: TrainBatch, transitions: RoundTransitions) -> None
         if image not in batch.dropped and not transitions.trajectories[task].log_probs[row].isfinite().all():
             raise WeightsDidNotArrive(
                 f"task {task} says that it was sampled with version {batch.reports[task].task.policy_version}, and a "
-                "log_prob of "
-                f"image {row} is no finite number: its network does not compute"
+                f"log_prob of image {row} is no finite number: its network does not compute"
             )
 
 

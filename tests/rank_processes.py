@@ -81,10 +81,10 @@ def watched(learner: Learner, outcome: Outcome) -> Learner:
     return learner
 
 
-def sampled_for(learner: Learner, parts: Components, round: int, dropped: tuple[int, ...]) -> SampledRound:
+def sampled_for(learner: Learner, parts: Components, round_index: int, dropped: tuple[int, ...]) -> SampledRound:
     """A round as the algorithm sees it, the same on every rank."""
-    sampled = sample_round(parts, learner.weights()[0 if parts.recipe.max_policy_lag else -1], round)
-    rewards = np.random.default_rng(round).normal(size=len(sampled.batch.advantages))
+    sampled = sample_round(parts, learner.weights()[0 if parts.recipe.max_policy_lag else -1], round_index)
+    rewards = np.random.default_rng(round_index).normal(size=len(sampled.batch.advantages))
     prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
     _, advantages = parts.algorithm.compute_advantages({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
     advantages[list(dropped)] = np.nan
@@ -98,8 +98,8 @@ def learn(case: Case, ranks: ProcessGroup, rendezvous: str = "") -> Outcome:
     learner = watched(learner_of(parts, ranks), outcome)
     if ranks.world_size > 1:
         learner.join(rendezvous)
-    for round in range(case.rounds):
-        sampled = sampled_for(learner, parts, round, case.dropped)
+    for round_index in range(case.rounds):
+        sampled = sampled_for(learner, parts, round_index, case.dropped)
         metrics, state = learner.update(sampled.batch, *sampled.trajectories)
         outcome.metrics.append(metrics)
         outcome.micro_batch_size = float(state.micro_batch_size or 0)

@@ -77,7 +77,6 @@ def _tokenizer_for(texts_tower: Any, tokenizer: Weights) -> Any:
     if len(tokens) not in (words, words - ADDED_WORDS):
         raise ValueError(
             f"{tokenizer.key} is {tokenizer.source!r}, whose tokenizer has {len(tokens)} tokens: ImageReward's text "
-            "tower "
-            f"takes {words}, of which {ADDED_WORDS} are not BERT's"
+            f"tower takes {words}, of which {ADDED_WORDS} are not BERT's"
         )
     return tokens

@@ -20,9 +20,8 @@ SCORER_LAYER = 40  # of 48: the one that agrees best with people, by the table o
 PARAMETERS, SCORER_PARAMETERS = 7_063_427_072, 757_804_032
 WANTED = (
     f"vlm_alignment needs a vision-language model (the files of the hub's {MODEL}, say) and, to compare texts, an "
-    "encoder "
-    f"({SCORER}); where the hub cannot be reached, copy their folders to this machine, and set reward.model and "
-    "reward.scorer to them"
+    f"encoder ({SCORER}); where the hub cannot be reached, copy their folders to this machine, and set reward.model "
+    "and reward.scorer to them"
 )
 ARTICLES = {"a", "an", "the"}
 

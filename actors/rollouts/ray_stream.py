@@ -99,8 +99,7 @@ class RayRolloutStream(RolloutStream):
             if time.monotonic() - started > seconds:
                 raise ValueError(
                     f"after runtime.ready_seconds = {seconds:g} these roles have no place or are not loaded: "
-                    f"{lacking}; "
-                    f"the cluster has {ray.cluster_resources()}, of it free {ray.available_resources()}"
+                    f"{lacking}; the cluster has {ray.cluster_resources()}, of it free {ray.available_resources()}"
                 )
             self._wait((), f"{lacking} have no place or are not loaded", seconds)
 

@@ -46,8 +46,7 @@ class RestartBudget:
         if loads is not None and self.loading[role] >= loads:
             raise TooManyRestarts(
                 f"the {role} died {self.loading[role]} times in a row while it was loading, the last time so: "
-                f"{reason}; "
-                "ddpo train --serial loads the same in one process, and logs/ has what each one said last"
+                f"{reason}; ddpo train --serial loads the same in one process, and logs/ has what each one said last"
             )
         deaths = sum(self.by_role.values())
         if deaths > self.limit:

@@ -17,9 +17,9 @@ from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.learner.checkpoints.checkpoint import (
     damaged_checkpoints,
+    intact_checkpoints,
     load_weights,
     policy_versions,
-    intact_checkpoints,
 )
 
 Row = dict[str, Any]  # of the ledger

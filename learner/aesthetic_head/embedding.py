@@ -103,6 +103,5 @@ def _refuse_most_broken(broken: dict[str, str], images: int, folder: Path) -> No
         examples = "; ".join(f"{path}: {reason}" for path, reason in list(broken.items())[:NAMED])
         raise ValueError(
             f"{len(broken)} of the table's {images} images in {folder} cannot be used, which is most of them "
-            f"({examples}): "
-            "do the table's paths begin at this folder?"
+            f"({examples}): do the table's paths begin at this folder?"
         )

@@ -77,8 +77,7 @@ def _ava_rows(table: Path) -> Iterator[Row]:
             if fields and len(fields) != AVA_FIELDS:
                 raise ValueError(
                     f"{table}, line {number}: it has {len(fields)} fields, and AVA's lines have {AVA_FIELDS}: index, "
-                    "image id, "
-                    "counts of the ratings 1 to 10, two tags, challenge"
+                    "image id, counts of the ratings 1 to 10, two tags, challenge"
                 )
             if fields:
                 yield f"line {number}", {"path": f"{fields[1]}.jpg", "votes": fields[AVA_VOTES]}

@@ -59,8 +59,7 @@ def assign_splits(images: RatedImages, plan: SplitPlan) -> tuple[str, ...]:
     if "test" not in splits:
         raise ValueError(
             f"{plan.test_list} names none of the table's images: its lines must be paths such as {images.paths[0]!r}, "
-            "or "
-            f"ids such as {PurePosixPath(images.paths[0]).stem!r}; its first is {min(listed, default='missing')!r}"
+            f"or ids such as {PurePosixPath(images.paths[0]).stem!r}; its first is {min(listed, default='missing')!r}"
         )
     return splits
 

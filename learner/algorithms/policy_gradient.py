@@ -57,8 +57,8 @@ class PolicyGradient(Algorithm, ABC):
         if self.step_weights and (count != steps or min(self.step_weights) < 0 or not any(self.step_weights)):
             raise ValueError(
                 f"algorithm.step_weights has {count} numbers from {min(self.step_weights)} to "
-                f"{max(self.step_weights)}: "
-                f"it must have sampling.num_steps = {steps} of them, none below 0 and not all of them 0"
+                f"{max(self.step_weights)}: it must have sampling.num_steps = {steps} of them, none below 0 and not "
+                "all of them 0"
             )
 
     @property
@@ -124,10 +124,9 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
         if policy.numerics_differ and self.off_policy.ratio == "behavior":
             raise ValueError(
                 f"policy.dtype is {policy.dtype!r}, sampler_dtype {policy.sampler_dtype!r}, compile {policy.compile!r} "
-                "and "
-                f"merge_adapters {policy.merge_adapters}: sampler and learner then round differently, by far more than "
-                "the clip "
-                "range, so the ratio must be to the learner's own log-probs: give algorithm.off_policy.ratio = "
+                f"and merge_adapters {policy.merge_adapters}: sampler and learner then round differently, by far more "
+                "than the clip range, so the ratio must be to the learner's own log-probs: give "
+                "algorithm.off_policy.ratio = "
                 '"proximal"'
             )
 

@@ -62,8 +62,8 @@ class RewardAggregation:
         if self.join == "advantages" and algorithm.advantage_settings is None:
             raise ValueError(
                 f"aggregation.kind is 'advantages', and {type(algorithm).__name__} makes weights of rewards and no "
-                "advantages: "
-                "join with 'sum', 'z_score' or 'win_rate', or take an algorithm with [algorithm.advantages]"
+                "advantages: join with 'sum', 'z_score' or 'win_rate', or take an algorithm with "
+                "[algorithm.advantages]"
             )
 
     def compute_advantages(

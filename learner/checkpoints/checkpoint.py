@@ -311,8 +311,7 @@ def _load_weights(checkpoint: Storage, name: str, header: dict, state: dict) -> 
     if fingerprint(buffer, manifest) != weights.fingerprint:
         raise ValueError(
             f"{checkpoint.location}/{name} holds other weights of version {weights.policy_version} than were saved "
-            "there: "
-            "their fingerprint is another one; restore the file, or remove this checkpoint, which goes back to the one "
-            "before"
+            "there: their fingerprint is another one; restore the file, or remove this checkpoint, which goes back to "
+            "the one before"
         )
     return weights

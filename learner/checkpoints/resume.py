@@ -46,15 +46,13 @@ def resume_point(
     if not resume:
         raise ValueError(
             f"the run folder {folder.location} exists: resume it with --resume auto, or give another --name or "
-            "--output_dir; "
-            f"--from {folder.location} starts the other run from this one's weights"
+            f"--output_dir; --from {folder.location} starts the other run from this one's weights"
         )
     differing = _differences(folder.recipe_tables(), without_none(tables), [*FREE, *places])
     if differing:
         raise ValueError(
             f"the run in {folder.location} was made with another recipe: {'; '.join(differing)}; to train its weights "
-            "further "
-            f"with other keys start a new run: --from {folder.location} and another --name"
+            f"further with other keys start a new run: --from {folder.location} and another --name"
         )
     newest = newest_checkpoint(folder.checkpoints)
     return load_checkpoint(newest) if newest else None

@@ -84,12 +84,12 @@ def largest_that_fits(transitions: int, limit: float | int, predicted: int, peak
     The search starts at the predicted size.
     """
     sizes = [size for size in range(1, transitions + 1) if transitions % size == 0]
-    place = max(0, sum(size <= predicted for size in sizes) - 1)
-    if peak(sizes[place]) <= limit:
-        while place + 1 < len(sizes) and peak(sizes[place + 1]) <= limit:
-            place += 1
-        return sizes[place]
-    return next((size for size in reversed(sizes[:place]) if peak(size) <= limit), 0)
+    index = max(0, sum(size <= predicted for size in sizes) - 1)
+    if peak(sizes[index]) <= limit:
+        while index + 1 < len(sizes) and peak(sizes[index + 1]) <= limit:
+            index += 1
+        return sizes[index]
+    return next((size for size in reversed(sizes[:index]) if peak(size) <= limit), 0)
 
 
 class StepTrial:
@@ -106,7 +106,7 @@ class StepTrial:
         self._policy = policy
         self._algorithm = algorithm
         self._sizes = sizes
-        self._moment_bytes = ADAM_STATE_BYTES * sizes.trained_parameters if state_bytes is None else state_bytes
+        self._state_bytes = ADAM_STATE_BYTES * sizes.trained_parameters if state_bytes is None else state_bytes
 
     def peak(self, transitions: int) -> float | int:
         """Return the peak bytes of an optimizer step with micro-batches of this size; infinity if memory runs out."""
@@ -117,13 +117,13 @@ class StepTrial:
 
     def _step(self, transitions: int) -> None:
         """Compute gradients of two micro-batches beside the optimizer state; the second has gradients in memory too."""
-        moments = torch.empty(self._moment_bytes, dtype=torch.uint8, device=self._policy.device)
+        state = torch.empty(self._state_bytes, dtype=torch.uint8, device=self._policy.device)
         for _ in range(2):
             batch = made_up_batch(self._policy, self._algorithm, self._sizes, transitions)
             with IntegerIndices():
                 loss = self._algorithm.compute_loss(self._policy, batch).loss
             (loss.sum() / (2 * transitions)).backward()
-        del moments
+        del state
 
 
 def made_up_batch(policy: Policy, algorithm: Algorithm, sizes: PolicySizes, rows: int) -> TransitionBatch | NoisedBatch:

@@ -141,12 +141,11 @@ class OptimizerSteps:
             if not others and self._scaler.is_enabled() and self._scaler.get_scale() >= 1:
                 continue
             if others and not at_fault:
-                raise OtherRankFailed("the loss of another rank is not finite, and it says itself which part")
+                raise OtherRankFailed("the loss of another rank is not finite, and that rank reports which part")
             where = f"round {batch.round}, optimizer step {number} of {num_steps}"
             raise NotFinite(
                 f"{where}: {_fault(at_fault, list(terms))} not finite, so the step was not applied ({len(overflown)} "
-                "of the "
-                f"round's steps); {_advice(self._settings, batch.round, self._scaler.is_enabled())}"
+                f"of the round's steps); {_advice(self._settings, batch.round, self._scaler.is_enabled())}"
             )
 
 

@@ -32,8 +32,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if len(parameters) < process_group.world_size:
             raise ValueError(
                 f"learner.world_size is {process_group.world_size}, and the network has {len(parameters)} trained "
-                "parameters to divide "
-                "among them: give no more ranks than that"
+                "parameters to divide among them: give no more ranks than that"
             )
         self._process_group = process_group
         self._parameters = list(parameters.values())

@@ -34,9 +34,10 @@ def with_advantages(sampled: SampledRound, parts: Components) -> SampledRound:
     return SampledRound(dataclasses.replace(sampled.batch, advantages=advantages), sampled.trajectories)
 
 
-def learn(learner: Learner, parts: Components, round: int) -> tuple[dict[str, float], LearnerState]:
+def learn(learner: Learner, parts: Components, round_index: int) -> tuple[dict[str, float], LearnerState]:
     lag = parts.recipe.max_policy_lag
-    sampled = with_advantages(sample_round(parts, learner.weights()[0] if lag else learner.weights()[-1], round), parts)
+    weights = learner.weights()[0 if lag else -1]
+    sampled = with_advantages(sample_round(parts, weights, round_index), parts)
     return learner.update(sampled.batch, *sampled.trajectories)
 
 
@@ -161,8 +162,8 @@ def test_the_kl_pulls_the_policy_back_to_the_pretrained_model(tables: dict) -> N
         table = {"name": "dpok", "kl_coef": coefficient}
         parts = parts_with({**tables, "algorithm": table}, learner__learning_rate=1e-2)
         learner = learner_of(parts)
-        for round in range(3):
-            sampled = sample_round(parts, learner.weights()[-1], round)
+        for round_index in range(3):
+            sampled = sample_round(parts, learner.weights()[-1], round_index)
             batch = dataclasses.replace(sampled.batch, advantages=np.zeros(8))
             metrics, _ = learner.update(batch, *sampled.trajectories)
         return metrics["kl_reference_nats"]

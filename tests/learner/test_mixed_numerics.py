@@ -49,10 +49,10 @@ def test_no_rounding_ends_a_run_and_weights_that_did_not_arrive_do(lag: int, tab
     keys = {"learner__log_prob_tolerance": 1e-9, "learner__batch_size": 8, "max_policy_lag": lag}
     parts = parts_with(tables, **HALF, **OWN, **keys)
     learner = learner_of(parts)
-    for round in range(2):
+    for round_index in range(2):
         claimed = learner.weights()[0]
-        sampled = sample_round(parts, claimed, round)
-        wrong = sample_round(parts, moved(claimed, seed=2), round)
+        sampled = sample_round(parts, claimed, round_index)
+        wrong = sample_round(parts, moved(claimed, seed=2), round_index)
         with pytest.raises(WeightsDidNotArrive, match="when computed as the sampler computes"):
             learner.update(wrong.with_reports(fingerprint=claimed.fingerprint), *wrong.trajectories)
         learner.update(sampled.batch, *sampled.trajectories)

@@ -51,8 +51,8 @@ class Watching(Algorithm):
 def lagging(parts: Components) -> tuple[Learner, SampledRound]:
     """A learner one version ahead of the round that it is about to learn from; at lag 0 on the round's own."""
     learner, lag = learner_of(parts), parts.recipe.max_policy_lag
-    for round in range(lag):
-        sampled = sample_round(parts, learner.weights()[0], round)
+    for round_index in range(lag):
+        sampled = sample_round(parts, learner.weights()[0], round_index)
         learner.update(sampled.batch, *sampled.trajectories)
     return learner, sample_round(parts, learner.weights()[0], lag)
 

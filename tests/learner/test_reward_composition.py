@@ -95,8 +95,8 @@ def test_gdpo_keeps_statistics_of_each_reward_over_rounds() -> None:
     aggregation = RewardAggregation({"a": 1.0, "b": 3.0}, "advantages")
     algorithm = DDPOImportanceSampling(advantages=AdvantageSettings(buffer_size=4, min_count=2))
     statistics: Statistics = {}
-    for round in range(2):
-        rewards = {"a": np.array([1.0, 2.0]) + round, "b": np.array([5.0, 3.0])}
+    for round_index in range(2):
+        rewards = {"a": np.array([1.0, 2.0]) + round_index, "b": np.array([5.0, 3.0])}
         statistics, found = aggregation.compute_advantages(algorithm, statistics, ["cat", "cat"], rewards, 1)
     assert statistics == {"a": {"cat": (1.0, 2.0, 2.0, 3.0)}, "b": {"cat": (5.0, 3.0, 5.0, 3.0)}}
     assert found.parts["a"] == pytest.approx(np.array([0.0, 1.0]) / 0.5**0.5, abs=1e-5)
