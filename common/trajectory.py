@@ -176,7 +176,7 @@ class TrainBatch:
 
     round: int
     reports: tuple[TaskReport, ...]
-    advantages: Float[np.ndarray, "N"]  # as the algorithm's `worth` gives it: an advantage, or a weight
+    advantages: Float[np.ndarray, "N"]  # from `Algorithm.compute_advantages`: an advantage, or a weight
     dropped: tuple[int, ...] = ()  # images, in task order, that nothing is learned from: their advantage is NaN
     part: int = 0
     parts: int = 1  # of the round, all of one size
@@ -225,7 +225,7 @@ class NoisedBatch:
     timesteps: Int[Tensor, "B"]  # the model's own
     clean_latents: Float[Tensor, "B C H W"]
     noise: Float[Tensor, "B C H W"]
-    worth: Float[Tensor, "B"]
+    weights: Float[Tensor, "B"]
     old_predictions: Float[Tensor, "B C H W"] | None = (
         None  # under the weights that sampled; None: those of this very pass
     )

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from ray_ddpo.actors.rewards.aesthetic import Aesthetic
-from ray_ddpo.actors.rewards.function import Function
 from ray_ddpo.common.base_parts import BasePart, LoadedBase, entry_base
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
 from ray_ddpo.common.model_files.model_hub import Weights

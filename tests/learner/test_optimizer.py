@@ -127,11 +127,11 @@ def small(tables: dict, **values: object) -> dict:
 def test_a_learner_with_eight_bits_goes_on_from_a_checkpoint_to_the_same_bits(tables: dict, tmp_path: Path) -> None:
     parts = parts_with(tables, **small(tables))
     learner = Learner(parts.policy, parts.algorithm, parts.recipe)
-    first = sample_round(parts, learner.weights()[-1], round=0)
+    first = sample_round(parts, learner.weights()[-1], round_index=0)
     _, state = learner.update(first.batch, *first.trajectories)
     assert np.dtype("uint8") in {array.dtype for array in state.optimizer.values()}
     saved = save_checkpoint(Storage(tmp_path / "saved"), Checkpoint(1, state, {}), keep=1, shard_bytes=100_000)
-    second = sample_round(parts, learner.weights()[-1], round=1)
+    second = sample_round(parts, learner.weights()[-1], round_index=1)
     _, expected = learner.update(second.batch, *second.trajectories)
 
     resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
