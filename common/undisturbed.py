@@ -1,4 +1,4 @@
-"""Keep what a trial or a user's code does to a process from the run: its random states, and torch's settings."""
+"""Keep side effects of a trial or of a user's code out of the run: random states and torch's global settings."""
 
 import random
 from collections.abc import Iterator
@@ -11,19 +11,22 @@ import torch
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Restore the random states of Python, NumPy and torch, on the CPU and on this process's GPU."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 @contextmanager
 def torch_settings_kept() -> Iterator[None]:
-    """Restore gradients on or off, default dtype, threads and determinism. In one process the learner has the same ones."""
+    """Restore torch's global settings: gradients on or off, default dtype, threads and determinism.
+
+    With `--serial` the learner runs in the same process and must not see a reward's changes.
+    """
     grad, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:

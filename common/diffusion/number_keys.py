@@ -1,23 +1,23 @@
-"""Check the numbers among a model's configuration keys that are computed with before any class of a library sees them."""
+"""Check the numeric keys of a model's configuration that are computed with before a library class validates them."""
 
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 DECODER = "vae/config.json"
-STARTED = ("linear", "scaled_linear")  # beta schedules from beta_start to beta_end
+BETA_RANGES = ("linear", "scaled_linear")  # beta schedules from beta_start to beta_end
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a key's value is a finite number. True and false are none."""
+    """Return whether a key's value is a finite number. Booleans are not numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def decoder_number_faults(vae: Mapping[str, Any], adds_shift: bool, takes_statistics: bool) -> Iterator[str]:
-    """Yield what is wrong with the keys by which latents are scaled before they are decoded.
+    """Yield what is wrong with the keys that scale latents before they are decoded.
 
     Args:
-        vae: the decoder's keys. One that is absent is the class's own.
+        vae: the decoder's keys. An absent key has the class's default.
         adds_shift: whether the family's pipeline adds `shift_factor`.
         takes_statistics: whether the family's pipeline multiplies by `latents_std` and adds `latents_mean`.
     """
@@ -34,7 +34,7 @@ def decoder_number_faults(vae: Mapping[str, Any], adds_shift: bool, takes_statis
 
 
 def sample_size_faults(file: str, network: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the network's own size of latents, from which that of images follows."""
+    """Yield what is wrong with the network's default latent size, which determines the default image size."""
     size = network.get("sample_size")
     sides = [size] * 2 if not isinstance(size, list | tuple) else list(size)
     if size is not None and (len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)):
@@ -42,15 +42,19 @@ def sample_size_faults(file: str, network: Mapping[str, Any]) -> Iterator[str]:
 
 
 def bad_beta(written: Mapping[str, Any]) -> str | None:
-    """Return the end of a schedule of betas that is no number or below 0. Of numbers the betas themselves are looked at."""
-    if written.get("trained_betas") is not None or written.get("beta_schedule", "linear") not in STARTED:
+    """Return the key of a beta range that is not a number or is negative; None if there is none.
+
+    The betas that follow from valid numbers are checked elsewhere.
+    """
+    if written.get("trained_betas") is not None or written.get("beta_schedule", "linear") not in BETA_RANGES:
         return None
     ends = {key: written[key] for key in ("beta_start", "beta_end") if key in written}
     return next((key for key, value in ends.items() if not is_number(value) or value < 0), None)
 
 
 def named_keys(keys: Mapping[str, Any], said: str) -> str:
-    """Return the keys whose text a library's error quotes, as words for the end of a message; none: no words."""
+    """Return the keys whose text a library's error quotes, as words for the end of a message; empty if there are none.
+    """
     quoted = [
         f"{key}={value!r}" for key, value in keys.items() if isinstance(value, str) and value and repr(value) in said
     ]

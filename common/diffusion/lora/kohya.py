@@ -1,4 +1,4 @@
-"""Write a LoRA of ours by the names of kohya's scripts, which many programs read."""
+"""Write one of this program's LoRAs with the names of kohya's scripts, which many programs read."""
 
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ READERS = {"UNet2DConditionModel": "StableDiffusionLoraLoaderMixin", "FluxTransf
 
 
 def save_kohya(file: LoraFile, path: Path) -> None:
-    """Write the tensors of one of our files by kohya's names, so that they act at strength 1.
+    """Write the tensors of one of this program's files with kohya's names, so that they act at strength 1.
 
-    With one rank each layer gets its alpha, the rank. With several there is none: diffusers would take the most frequent alpha
-    for all layers, and without one every program takes each layer's own rank.
+    With one rank, each layer's alpha is the rank. With several, no alpha is written: diffusers would apply the most
+    frequent
+    alpha to all layers, and without alphas every program uses each layer's own rank.
 
     Raises:
-        ValueError: the file is none of ours, or there are no such names for a layer.
+        ValueError: Another program wrote the file, or a layer has no such name.
     """
     if not file.is_ours:
         raise ValueError(f"the LoRA {file.path} was not written by this program: only what it has trained is exported")
@@ -31,7 +32,7 @@ def save_kohya(file: LoraFile, path: Path) -> None:
     if kind not in READERS:
         raise ValueError(
             f"the LoRA {file.path} is for {kind or 'a network that the file does not name'}: kohya's names are written for "
-            f"{' and '.join(READERS)} alone; diffusers and ComfyUI read the file as it is"
+            f"{' and '.join(READERS)} only; diffusers and ComfyUI read the file as it is"
         )
     wanted = _at_full_strength(file)
     tensors = _of_unet(wanted) if file.part == "unet" else flux_names(wanted)
@@ -47,11 +48,11 @@ def _of_unet(wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     from diffusers.utils import convert_state_dict_to_kohya
 
     renamed = convert_state_dict_to_kohya(wanted)
-    return {name: value.float().contiguous() for name, value in renamed.items()}  # an alpha as kohya's scripts write it
+    return {name: value.float().contiguous() for name, value in renamed.items()}  # alphas as kohya's scripts write them
 
 
 def _at_full_strength(file: LoraFile) -> dict[str, Tensor]:
-    """Return the tensors with what the header multiplies them by in them."""
+    """Return the tensors with the header's factor multiplied in."""
     scales = {module: file.scale(module.removeprefix(f"{file.part}.")) for module in map(module_of, file.tensors)}
     return {
         name: value * scales[module_of(name)] if ".lora_B" in name else value for name, value in file.tensors.items()
@@ -61,7 +62,10 @@ def _at_full_strength(file: LoraFile) -> dict[str, Tensor]:
 def _refuse_what_is_read_otherwise(
     file: LoraFile, tensors: dict[str, Tensor], wanted: dict[str, Tensor], reader: str
 ) -> None:
-    """Raise ValueError if diffusers does not read the same weights from these names, in which dots are underscores."""
+    """Raise ValueError if diffusers does not read the same weights back.
+
+    Kohya's names have underscores instead of dots.
+    """
     from diffusers.loaders import lora_pipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 

@@ -1,4 +1,4 @@
-"""The names of FLUX's layers in kohya's scripts, where one layer makes query, key and value."""
+"""FLUX's layer names in kohya's scripts, where one layer computes query, key and value."""
 
 import re
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK = re.compile(r"transformer\.(?:(single)_)?transformer_blocks\.(\d+)\.(.+)")
-# Of each kind of block: the layers that are one layer there, with how many times as wide as the first each is.
+# Kind of block → kohya's layer → diffusers' layers that it joins, each with its width relative to the first.
 JOINED = {
     "": {
         "img_attn_qkv": {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1},
@@ -27,13 +27,13 @@ ALONE = {
     },
     "single": {"proj_out": "linear2", "norm.linear": "modulation_lin"},
 }
-TransitionIndex = tuple[Tensor, Tensor]
+Adapter = tuple[Tensor, Tensor]  # down and up
 
 
 def flux_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a LoRA's tensors, named as in diffusers, by kohya's names; those without one are left out."""
+    """Return a LoRA's tensors by kohya's names instead of diffusers'. Layers without such a name are left out."""
     downs = {name.removesuffix(".lora_A.weight"): value for name, value in tensors.items() if "lora_A" in name}
-    blocks: dict[tuple[str, str], dict[str, TransitionIndex]] = {}
+    blocks: dict[tuple[str, str], dict[str, Adapter]] = {}
     for module, down in downs.items():
         if found := BLOCK.fullmatch(module):
             kind, number, layer = found[1] or "", found[2], found[3]
@@ -50,8 +50,8 @@ def flux_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _as_one(layers: dict[str, TransitionIndex], parts: dict[str, int]) -> TransitionIndex:
-    """Return the adapter of the layer that several are one of: each acts on its own rows alone."""
+def _as_one(layers: dict[str, Adapter], parts: dict[str, int]) -> Adapter:
+    """Return the adapter of a joined layer. It is block-diagonal: each original adapter acts on its own rows only."""
     given = [layers[part] for part in parts if part in layers]
     rank = max(down.shape[0] for down, _ in given)
     part = next(part for part in parts if part in layers)
@@ -61,9 +61,10 @@ def _as_one(layers: dict[str, TransitionIndex], parts: dict[str, int]) -> Transi
     row = 0
     for index, (part, times) in enumerate(parts.items()):
         if part in layers:
-            own, its = layers[part]
-            down[index * rank : index * rank + len(own)] = own
-            up[row : row + width * times, index * rank : index * rank + len(own)] = its
+            part_down, part_up = layers[part]
+            columns = slice(index * rank, index * rank + len(part_down))
+            down[columns] = part_down
+            up[row : row + width * times, columns] = part_up
         row += width * times
     return down, up
 

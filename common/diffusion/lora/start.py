@@ -1,4 +1,4 @@
-"""Begin training from the adapters in a LoRA's file, which `policy.lora.path` names."""
+"""Start training from the adapters in the LoRA file that `policy.lora.path` names."""
 
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,12 @@ from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS
 
 
 def make_trainable(network: nn.Module, train: str, lora: LoraSettings) -> None:
-    """Leave gradients only where we train: in float32 adapters ("lora") or everywhere ("full").
+    """Enable gradients only for trained parameters, which are float32: the adapters ("lora") or all ("full").
 
-    Adapters are new, or begin as those in the file that `lora.path` names.
+    Adapters are new, or loaded from the file that `lora.path` names.
 
     Raises:
-        ValueError: one of the adapter's target modules is no layer of the network that an adapter can go into, or the
-            file does not fit.
+        ValueError: A target module is not a layer that can be adapted, or the file does not fit.
     """
     network.requires_grad_(train == "full")
     if train == "lora" and lora.path is not None:
@@ -38,11 +37,12 @@ def make_trainable(network: nn.Module, train: str, lora: LoraSettings) -> None:
 
 
 def start_from_file(network: nn.Module, lora: LoraSettings) -> None:
-    """Give a network the adapters of the file at `lora.path`, with that file's ranks, alphas and layers.
+    """Add the adapters of the file at `lora.path` to a network, with that file's ranks, alphas and layers.
 
     Raises:
-        ValueError: the file cannot be read, does not fit the network, holds what cannot be trained here, or disagrees
-            with a key that is given.
+        ValueError: The file cannot be read, does not fit the network, holds what cannot be trained here, or disagrees
+            with
+            a key that is given.
     """
     assert lora.path is not None, "whoever asks for this names a file"
     try:
@@ -65,6 +65,11 @@ def start_from_file(network: nn.Module, lora: LoraSettings) -> None:
 
 
 def _start_through_diffusers(network: Any, file: LoraFile) -> None:
+    """Load a file of another program into new adapters.
+
+    Raises:
+        ValueError: The file holds nothing for the network, a DoRA, or biases.
+    """
     from peft import set_peft_model_state_dict
 
     state = load_any_lora(file, network, _part(network), {}, ADAPTER)
@@ -78,7 +83,7 @@ def _start_through_diffusers(network: Any, file: LoraFile) -> None:
         raise ValueError(
             f"it has biases in its adapters (lora_bias), {len(biases)} in all, such as {biases[0]}: they are not trained here"
         )
-    for layer in adapted_layers(network).values():  # diffusers has rounded them to the network's dtype
+    for layer in adapted_layers(network).values():  # diffusers has rounded the adapters to the network's dtype
         for name in layer.adapter_layer_names:
             getattr(layer, name).float()
     if not next(network.parameters()).is_meta:
@@ -91,6 +96,7 @@ def _part(network: nn.Module) -> str:
 
 
 def _refuse_disagreement(network: nn.Module, lora: LoraSettings) -> None:
+    """Raise ValueError if the recipe gives a rank, alpha or target modules other than the file's."""
     layers = adapted_layers(network)
     found: dict[str, Any] = {
         "rank": sorted({layer.r[ADAPTER] for layer in layers.values()}),

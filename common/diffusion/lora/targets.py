@@ -1,20 +1,20 @@
-"""Check that a LoRA's target modules are layers of the network that an adapter can go into."""
+"""Check that a LoRA's target modules are layers of the network that can be adapted."""
 
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT adapts layer by layer
-MOST_LISTED = 12  # names in an error: a large network has hundreds of layers
+MOST_LISTED = 12  # names in an error; a large network has hundreds of layers
 
 
 def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
-    """Refuse target modules that name no layer of the network, or one that an adapter cannot go into.
+    """Refuse target modules that name no layer of the network, or a layer that cannot be adapted.
 
-    PEFT takes what it finds: a misspelt name among several would leave its layers untrained without a word.
+    PEFT ignores names that it does not find: a misspelt name among several would silently leave its layers untrained.
 
     Raises:
-        ValueError: a target names no such layer, or the network has none.
+        ValueError: A target names no such layer, or the network has none.
     """
     said, layers = f"policy.lora.target_modules is {list(targets)}", dict(_adaptable(network))
     if not layers:
@@ -36,13 +36,13 @@ def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
 def _adaptable(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in network.named_modules():
         parent = network.get_submodule(name.rpartition(".")[0])
-        # Attention of torch reads its output layer's weight and never calls the layer: an adapter there has no effect.
+        # torch's attention reads its output layer's weight and never calls the layer: an adapter there has no effect.
         if isinstance(module, ADAPTABLE) and not isinstance(parent, nn.MultiheadAttention):
             yield name, module
 
 
 def _shortened(layers: dict[str, nn.Module]) -> str:
-    """Return the layers' own names, each once, as far as a line takes them; a layer in a list has its parent's before it."""
+    """List the layers' last names, each once, up to MOST_LISTED. A layer in a list is named with its parent."""
     parts = [name.split(".") for name in layers]
     own = list(dict.fromkeys(".".join(part[-2:] if part[-1].isdigit() else part[-1:]) for part in parts))
     more = f" and {len(own) - MOST_LISTED} more" if len(own) > MOST_LISTED else ""

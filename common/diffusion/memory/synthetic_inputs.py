@@ -1,4 +1,4 @@
-"""Made-up conditioning, for work that is only measured or tried: zeros of the shapes that a policy's sizes say."""
+"""Synthetic conditioning for work that is only measured or tried: zeros of the shapes in a policy's sizes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Shapes = Mapping[str, tuple[int, ...]]
-# Functions that look something up: where their index stands, and what it is called.
+# Lookup functions: the position and the name of their index argument.
 INDEX: dict[Any, tuple[int, str]] = {
     F.embedding: (0, "input"),
     F.one_hot: (0, "tensor"),
@@ -21,27 +21,27 @@ INDEX: dict[Any, tuple[int, str]] = {
 }
 
 
-def made_up_conditioning(
+def synthetic_conditioning(
     shapes: Shapes, dtypes: Mapping[str, torch.dtype], rows: int, device: str, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """Return zeros with a row each: by name in the dtype that `dtypes` has, else in `dtype`."""
+    """Return zeros with `rows` rows each, in the dtype that `dtypes` has for the name, otherwise in `dtype`."""
     return {
         name: torch.zeros(rows, *shape, device=device, dtype=dtypes.get(name, dtype)) for name, shape in shapes.items()
     }
 
 
 class IntegerIndices(TorchFunctionMode):
-    """Let floating zeros stand for class labels: where a tensor is looked up by them, they are made integers.
+    """Convert floating zeros that stand for class labels to integers where they index a tensor.
 
-    A floating index is an error everywhere else, so nothing that works without this mode changes under it.
+    A floating index is an error everywhere else, so code that works without this mode does not change under it.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in INDEX:
-            place, called = INDEX[func]
-            args = tuple(_as_index(value) if at == place else value for at, value in enumerate(args))
-            kwargs = {name: _as_index(value) if name == called else value for name, value in kwargs.items()}
+            position, keyword = INDEX[func]
+            args = tuple(_as_index(value) if at == position else value for at, value in enumerate(args))
+            kwargs = {name: _as_index(value) if name == keyword else value for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
