@@ -51,4 +51,3 @@ def graph_of_learning(is_compiled: bool) -> AbstractContextManager:
     With gradients off, torch.compile makes other code, which rounds differently. The caller detaches what it keeps.
     """
     return torch.enable_grad() if is_compiled else torch.no_grad()
-

@@ -122,7 +122,9 @@ class DiffusersPolicy(Policy):
         """Cache the rows, within EMBEDDING_BYTES."""
         for prompt, row in new.items():
             most = EMBEDDING_BYTES // sum(value.nbytes for value in row.values())
-            if len(self._embeddings) >= max(most, 2):  # drop the oldest, but never the empty prompt, which each task needs
+            if len(self._embeddings) >= max(
+                most, 2
+            ):  # drop the oldest, but never the empty prompt, which each task needs
                 del self._embeddings[next(known for known in self._embeddings if known)]
             self._embeddings[prompt] = row
 
@@ -142,7 +144,11 @@ class DiffusersPolicy(Policy):
         return noise
 
     def transition(
-        self, latents: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], conditioning: Conditioning, stochastic: bool = True
+        self,
+        latents: Float[Tensor, "B C H W"],
+        steps: Int[Tensor, "B"],
+        conditioning: Conditioning,
+        stochastic: bool = True,
     ) -> Transition:
         output = self._guided(latents, self.steps.timesteps[steps], conditioning)
         return self.steps.transition(latents, output, steps, stochastic)

@@ -41,7 +41,9 @@ def network_sizes(
     trained = sum(parameter.numel() for parameter in trained_parameters(network).values())
     memory = NetworkMemory(network, inputs, config.dtype_of("learner"), device)
     held = parameter_bytes(network) + library_bytes(device)
-    learner = memory.learning(config.gradient_checkpointing).plus(held + 3 * 4 * trained)  # gradient, AdamW's two states
+    learner = memory.learning(config.gradient_checkpointing).plus(
+        held + 3 * 4 * trained
+    )  # gradient, AdamW's two states
     if config.train == "lora":
         memory.change_dtype(config.dtype_of("sampler"))
     network_bytes = parameter_bytes(network) + (base_weight_bytes(network) if config.merge_adapters else 0)

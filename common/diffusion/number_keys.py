@@ -53,8 +53,7 @@ def bad_beta(written: Mapping[str, Any]) -> str | None:
 
 
 def named_keys(keys: Mapping[str, Any], said: str) -> str:
-    """Return the keys whose text a library's error quotes, as words for the end of a message; empty if there are none.
-    """
+    """Return the keys whose text a library's error quotes, as words for the end of a message; empty if there are none."""
     quoted = [
         f"{key}={value!r}" for key, value in keys.items() if isinstance(value, str) and value and repr(value) in said
     ]

@@ -51,8 +51,7 @@ class Policy(ABC):
         raise ValueError(f'policy.compile is set, and {type(self).__name__} has no compiled network: give "none"')
 
     def image_size(self) -> tuple[int, int] | None:
-        """Return height and width of an image in pixels; None if only decoding tells. A family need not implement this.
-        """
+        """Return height and width of an image in pixels; None if only decoding tells. A family need not implement this."""
         return None
 
     def load_weights(self, weights: PolicyWeights) -> int:
@@ -85,7 +84,11 @@ class Policy(ABC):
 
     @abstractmethod
     def transition(
-        self, latents: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], conditioning: Conditioning, stochastic: bool = True
+        self,
+        latents: Float[Tensor, "B C H W"],
+        steps: Int[Tensor, "B"],
+        conditioning: Conditioning,
+        stochastic: bool = True,
     ) -> Transition:
         """Return the distribution of the next latents.
 

@@ -169,9 +169,9 @@ def _try_transition(policy: Policy, latents: Tensor, rows: Conditioning) -> None
     row = Transition(transition.mean[1:], transition.std[1:])
     expected = "each row at its own step and with its own conditioning"
     refuse_unless(_close(row, alone, 50.0), f"{name} gave a row another mean or std among others than alone", expected)
-    deterministic = _transition(policy, (latents, steps, rows, False))
-    where = f"{name} with stochastic=False gave a std of {silent.std.tolist()}"
-    refuse_unless(not silent.std.any(), where, "0, and the mean of the deterministic step")
+    deterministic_std = _transition(policy, (latents, steps, rows, False)).std
+    where = f"{name} with stochastic=False gave a std of {deterministic_std.tolist()}"
+    refuse_unless(not deterministic_std.any(), where, "0, and the mean of the deterministic step")
 
 
 def _stochastic_steps(policy: Policy) -> list[int]:

@@ -46,8 +46,7 @@ def evaluation_window(sampling: SamplingTable) -> range | None:
 
 
 def refuse_window_without_noise(policy: Policy, sampling: SamplingTable) -> None:
-    """Raise ValueError if the SDE window can cover a step that this model takes without noise, which is not an action.
-    """
+    """Raise ValueError if the SDE window can cover a step that this model takes without noise, which is not an action."""
     reached = range(sampling.num_steps - sampling.skip_last_steps)
     silent = sorted(set(reached) - set(policy.stochastic_steps))
     if sampling.sde_window is not None and silent:

@@ -1,4 +1,4 @@
-"""CLIP's own image preprocessing, for a batch on its device: resize, centre crop, normalise."""
+"""CLIP's image preprocessing for a batch on its device: resize, center crop, normalize."""
 
 import numpy as np
 import torch
@@ -9,12 +9,12 @@ from torch.nn.functional import pad
 
 from ray_ddpo.common.image_models.pil_resize import Span, resize
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue of the images CLIP learned from, in 0 … 1
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in CLIP's training images, in 0 … 1
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def rgb_pixels(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """An image of any mode as CLIPProcessor takes it: what is transparent lies on white, and no EXIF tag turns it."""
+    """Convert an image of any mode as CLIPProcessor does: transparency on white, EXIF orientation ignored."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
@@ -24,15 +24,15 @@ def rgb_pixels(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
 def clip_pixels(
     images: UInt8[Tensor, "B H W 3"], side: int = 224, whole: bool = False
 ) -> Float[Tensor, "B 3 {side} {side}"]:
-    """What CLIP is fed (Radford et al. 2021): grey levels / 255, less the mean, over the standard deviation."""
+    """Return CLIP's input (Radford et al. 2021): gray levels / 255, minus the mean, divided by the standard deviation."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
     return (grey_levels(images, side, whole).float() / 255 - mean) / std
 
 
 def grey_levels(images: UInt8[Tensor, "B H W 3"], side: int, whole: bool = False) -> UInt8[Tensor, "B 3 {side} {side}"]:
-    """The shorter side resized to `side`, and the middle of the longer one; equal to CLIPProcessor's with PIL.
+    """Resize the shorter side to `side` and crop the center, with results equal to CLIPProcessor's with PIL.
 
-    `whole`: the longer side resized to `side`, and black beside the shorter one, as open_clip's `ResizeMaxSize` does.
+    If `whole`, resize the longer side to `side` and pad with black instead, as open_clip's `ResizeMaxSize` does.
     """
     _, height, width, _ = images.shape
     if whole:

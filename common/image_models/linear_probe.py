@@ -1,4 +1,4 @@
-"""A linear classifier over image features: what it is on disk, shared by those who fit it and those who ask it."""
+"""A linear classifier over image features, and its file format."""
 
 import json
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """Logits are weight @ features + bias."""
+    """A linear classifier: logits are weight @ features + bias."""
 
     weight: Float[Tensor, "classes features"]
     bias: Float[Tensor, "classes"]
-    classes: list[str]  # what each logit stands for
+    classes: list[str]  # one per logit
 
     def logits(self, features: Float[Tensor, "B features"]) -> Float[Tensor, "B classes"]:
-        """Unnormalised natural logarithms of the probabilities."""
+        """Return the unnormalized log-probabilities."""
         return features @ self.weight.T + self.bias
 
 
 def save_probe(probe: LinearProbe, file: Path) -> None:
-    """Write float32 tensors, the class names in the file's metadata."""
+    """Write float32 tensors, with the class names in the file's metadata."""
     save_file({"weight": probe.weight, "bias": probe.bias}, file, {"classes": json.dumps(probe.classes)})
 
 

@@ -1,4 +1,4 @@
-"""Which rows belong to which name, found in one pass."""
+"""Group rows by name in one pass."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,10 @@ from jaxtyping import Int
 
 
 def rows_by_name(names: Sequence[str]) -> dict[str, Int[np.ndarray, "n"]]:
-    """The rows of each name, in order; names as they first come. Comparing every row with every name would take their product."""
+    """Return the rows of each name, in order of appearance.
+
+    A single pass, because comparing every row with every name takes quadratic time.
+    """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         rows.setdefault(name, []).append(row)

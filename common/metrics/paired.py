@@ -1,16 +1,16 @@
-"""Two scores of each image, before and after: how far the mean moved, and how sure that is."""
+"""Paired comparison of two scores per image: how far the mean moved, and its standard error."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
-ROUNDING = 1e-6  # of a change: below, what differs between images is rounding, and a standard error that is none
+ROUNDING = 1e-6  # relative to the change; a smaller standard error is only rounding
 
 
 @dataclass(frozen=True)
 class PairedChange:
-    """Means over the images that have a finite score both times."""
+    """Means over the images with a finite score both times."""
 
     images: int
     before: float
@@ -24,22 +24,22 @@ class PairedChange:
 
     @property
     def errors(self) -> float | None:
-        """The change in standard errors; None where every image changed alike."""
+        """Return the change in standard errors; None if every image changed by the same amount."""
         return in_errors(self.change, self.error)
 
 
 def in_errors(change: float, error: float) -> float | None:
-    """A change in its standard errors; None where there is no error, for every image changed alike."""
+    """Return a change in standard errors; None if the error is only rounding, because every image changed alike."""
     return change / error if error > ROUNDING * abs(change) else None
 
 
 def paired_error(before: Float[np.ndarray, "N"], after: Float[np.ndarray, "N"]) -> float:
-    """Standard error of the mean of the paired differences."""
+    """Return the standard error of the mean paired difference."""
     return float((after - before).std(ddof=1) / np.sqrt(len(before)))
 
 
 def paired_change(before: Float[np.ndarray, "N"], after: Float[np.ndarray, "N"]) -> PairedChange | None:
-    """The change of the mean; None where fewer than two images have a finite score both times."""
+    """Return the change of the mean; None if fewer than two images have a finite score both times."""
     both = np.isfinite(before) & np.isfinite(after)
     if both.sum() < 2:
         return None

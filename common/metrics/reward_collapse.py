@@ -1,13 +1,13 @@
-"""CollapseWatch: says when a run's reward falls so far in one round that neither prompts nor noise can be the reason."""
+"""Detect that the reward collapsed: it fell further in one round than prompts or noise can explain."""
 
 import math
 from dataclasses import dataclass, field
 
-DEVIATIONS = 2.0  # of the images' rewards, that the mean must fall
-ERRORS = 4.0  # standard errors of the difference between two rounds, and typical steps between rounds, likewise
-AVERAGED = 3  # rounds whose mean is the level that a later round is compared with
-FEW_GROUPS = 4  # in a round: with fewer, a round's prompts alone may move its mean that far
-MANY_STEPS = 8  # between rounds: then they tell it instead
+DEVIATIONS = 2.0  # standard deviations of the images' rewards that the mean must fall by
+ERRORS = 4.0  # also in standard errors of the difference between rounds, and in typical changes between rounds
+AVERAGED = 3  # a round is compared with the mean of this many rounds
+FEW_GROUPS = 4  # with fewer groups per round, the choice of prompts alone may move the mean that far
+MANY_CHANGES = 8  # changes between rounds, from which the typical size is then estimated
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,13 @@ class Collapse:
     """A fall of the mean reward within one round."""
 
     round: int
-    before: float  # the highest level until then
+    before: float  # the highest level before
     after: float
     std: float  # of the images' rewards before
 
     @property
     def says(self) -> str:
-        """Return from where to where, and in standard deviations."""
+        """Describe the fall: from, to, and in standard deviations."""
         return (
             f"from {self.before:.4g} to {self.after:.4g}, {(self.before - self.after) / self.std:.1f} standard deviations "
             "of the images' rewards"
@@ -30,17 +30,17 @@ class Collapse:
 
 @dataclass
 class CollapseWatch:
-    """Takes the mean and standard deviation of every round of this start, in order."""
+    """A detector that takes the mean and standard deviation of every round of this start, in order."""
 
-    groups: int  # of images with one prompt, in a round
+    groups: int  # per round
     learning_rate: float
-    collapse: Collapse | None = None  # the last one
+    collapse: Collapse | None = None  # the latest
     _means: list[float] = field(default_factory=list)
     _stds: list[float] = field(default_factory=list)
-    _level: float = -math.inf  # the highest mean of some neighbouring rounds
+    _level: float = -math.inf  # the highest mean over AVERAGED successive rounds
 
     def add(self, round: int, mean: float, std: float) -> str | None:
-        """Take a round; return what to tell the user if the reward has collapsed in it."""
+        """Take a round. Return what to tell the user if the reward collapsed in this round."""
         if not (math.isfinite(mean) and math.isfinite(std)):
             return None
         found = None
@@ -55,7 +55,7 @@ class CollapseWatch:
         return found
 
     def at_end(self) -> str | None:
-        """Return what to tell the user at the end of the run, if the reward has not come back."""
+        """Return what to tell the user at the end of the run if the reward has not recovered."""
         if self.collapse is None or not self._is_down:
             return None
         return (
@@ -73,20 +73,21 @@ class CollapseWatch:
 
     @property
     def _is_down(self) -> bool:
-        """Return whether the last round is still less than halfway back to the level before the collapse."""
+        """Return whether the last round is less than halfway back to the level before the collapse."""
         if self.collapse is None or not self._means:
             return False
         return self._means[-1] < (self.collapse.before + self.collapse.after) / 2
 
     def _fell(self, mean: float) -> bool:
+        """Return whether this mean lies further below the level than noise explains."""
         if not self._means or self._typical_std == 0:
             return False
-        steps = sorted(abs(after - before) for before, after in zip(self._means[:-1], self._means[1:], strict=True))
+        changes = sorted(abs(after - before) for before, after in zip(self._means[:-1], self._means[1:], strict=True))
         noise = [DEVIATIONS * self._typical_std, ERRORS * self._typical_std * math.sqrt(2 / self.groups)]
-        if self.groups < FEW_GROUPS:  # the images say little of how far one round lies from another
-            if len(steps) < MANY_STEPS:
+        if self.groups < FEW_GROUPS:  # then the images tell little about the variation between rounds
+            if len(changes) < MANY_CHANGES:
                 return False
-            noise.append(2 * steps[-1])
-        elif steps:
-            noise.append(ERRORS * steps[len(steps) // 2])
+            noise.append(2 * changes[-1])
+        elif changes:
+            noise.append(ERRORS * changes[len(changes) // 2])
         return self._level - mean > max(noise)

@@ -1,4 +1,4 @@
-"""Tell what is wrong with a model's file from its first bytes: empty, a git-LFS pointer, a web page, a pickle, or cut off."""
+"""Find out from a model file's first bytes what is wrong: empty, git-LFS pointer, web page, pickle, or truncated."""
 
 import json
 import zipfile
@@ -6,12 +6,12 @@ from pathlib import Path
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEB_PAGES = (b"<!doctype html", b"<html", b"<?xml")
-PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's archive, and bare ones
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's archive, and plain pickles
 HEAD = 64  # bytes
 
 
 class DamagedFile(ValueError):
-    """A file is not what its name says. The text names it, the reason, and what to do."""
+    """A file that is not what its name says. The text names the file, the reason, and what to do."""
 
     def __init__(self, path: Path, fault: str) -> None:
         super().__init__(f"{path} is damaged ({fault}): copy or download that file again")
@@ -24,7 +24,7 @@ def check_file(path: Path) -> None:
 
 
 def fault_of(path: Path) -> str | None:
-    """Return why a file cannot be what its name says, or None. Read weights' headers only."""
+    """Return why a file cannot be what its name says, or None. Of weights, only the header is read."""
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)
@@ -35,7 +35,7 @@ def fault_of(path: Path) -> str | None:
     if head.startswith(LFS_POINTER):
         return "it is a git-LFS pointer and not the file itself: `git lfs pull` in its folder gets the file"
     if head.lstrip().lower().startswith(WEB_PAGES):
-        return "it is a web page, as a download saves it where one has to log in first"
+        return "it is a web page, as saved by a download that needed a login"
     if path.suffix == ".safetensors":
         return _fault_of_weights(path, head)
     if head.startswith(PICKLES[0]) and not zipfile.is_zipfile(path):
@@ -44,6 +44,7 @@ def fault_of(path: Path) -> str | None:
 
 
 def _fault_of_weights(path: Path, head: bytes) -> str | None:
+    """Return what is wrong with a safetensors file, or None."""
     from safetensors import SafetensorError, safe_open
 
     if head.startswith(PICKLES):

@@ -1,4 +1,4 @@
-"""Unwritten: files that a run's storage has refused for the moment; each is tried again before the next one is written."""
+"""Writes that a run's storage has refused for the moment. Each is retried before the next one."""
 
 from collections.abc import Callable
 
@@ -6,21 +6,21 @@ from ray_ddpo.common.run_storage.storage import Storage, StorageError
 
 
 class Unwritten:
-    """A queue, oldest first, so that files come to lie in the order in which the run made them."""
+    """A queue of writes, oldest first, so that files appear in the order in which the run wrote them."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[str, bytes, Callable[[], object]]] = []
 
     def write(self, storage: Storage, name: str, data: bytes) -> None:
-        """Write a whole file, now or at a later call."""
+        """Write a file atomically, now or at a later call."""
         self._do(f"{storage.location}/{name}", data, lambda: storage.write(name, data))
 
     def append(self, storage: Storage, name: str, data: bytes) -> None:
-        """Add to a file's end, now or at a later call."""
+        """Append to a file, now or at a later call."""
         self._do("", b"", lambda: storage.append(name, data))
 
     def call(self, write: Callable[[], object]) -> None:
-        """Do something that writes more than one file, now or at a later call."""
+        """Call a function that writes several files, now or at a later call."""
         self._do("", b"", write)
 
     def read(self, storage: Storage, name: str) -> bytes:
@@ -30,7 +30,11 @@ class Unwritten:
         return waiting[place] if place in waiting else storage.read(name)
 
     def flush(self) -> None:
-        """Write what is waiting. StorageError: some of it is refused again."""
+        """Write what is waiting.
+
+        Raises:
+            StorageError: Some of it is refused again.
+        """
         while self._waiting:
             self._waiting[0][-1]()
             del self._waiting[0]
@@ -39,6 +43,6 @@ class Unwritten:
         self._waiting.append((place, data, write))
         try:
             self.flush()
-        except StorageError as error:  # said by whoever calls `flush` at the end of the round
+        except StorageError as error:  # reported by the `flush` at the end of the round
             if error.permanent:
                 raise

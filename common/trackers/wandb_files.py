@@ -1,4 +1,4 @@
-"""Which rounds the files hold that wandb has left in a run's folder: records in LevelDB's log format, each a protobuf."""
+"""Read from wandb's local files which rounds they hold. They are protobuf records in LevelDB's log format."""
 
 import json
 import struct
@@ -6,21 +6,24 @@ from collections.abc import Iterator
 
 from ray_ddpo.common.run_storage.storage import Storage
 
-HEAD = 7  # bytes of wandb's own at a file's beginning
+HEAD = 7  # bytes of wandb's own file header
 BLOCK = 32768
 RECORD_HEAD = struct.Struct("<IHB")  # checksum, length, kind
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def rounds_in_files(folder: Storage, identity: str) -> int:
-    """How many rounds of the run `identity` all its files in wandb's folder hold; every start has written one."""
+    """Return how many rounds of the run `identity` are in all its files in wandb's folder.
+
+    Every start has its own file.
+    """
     names = [f"{name}/run-{identity}.wandb" for name in folder.names() if name.endswith(f"-{identity}")]
     return max((rounds_in(folder.read(name)) for name in names if folder.exists(name)), default=0)
 
 
 def rounds_in(data: bytes) -> int:
-    """The last round in one file, plus 1."""
-    # The module makes its types at run time.
+    """Return one file's last round, plus 1."""
+    # The module creates its types at run time.
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     items = (item for record in records(data) for item in Record.FromString(record).history.item)
@@ -29,10 +32,10 @@ def rounds_in(data: bytes) -> int:
 
 
 def records(data: bytes) -> Iterator[bytes]:
-    """A file's records, up to where a process was killed while it wrote."""
+    """Yield a file's records, up to an incomplete one."""
     place, record = HEAD, b""
     while True:
-        if BLOCK - place % BLOCK < RECORD_HEAD.size:  # the end of a block is empty where no head fits
+        if BLOCK - place % BLOCK < RECORD_HEAD.size:  # a block ends with padding where no record head fits
             place += BLOCK - place % BLOCK
         if place + RECORD_HEAD.size > len(data):
             return

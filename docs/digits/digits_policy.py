@@ -79,10 +79,14 @@ class DigitsPolicy(Policy):
         return noise
 
     def transition(
-        self, latents: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], conditioning: Conditioning, noisy: bool = True
+        self,
+        latents: Float[Tensor, "B C H W"],
+        steps: Int[Tensor, "B"],
+        conditioning: Conditioning,
+        stochastic: bool = True,
     ) -> Transition:
         velocity = self._velocity(latents.float(), self.steps.timesteps[steps], conditioning)
-        return self.steps.transition(latents, velocity, steps, noisy)
+        return self.steps.transition(latents, velocity, steps, stochastic)
 
     def denoise(
         self,
@@ -91,8 +95,8 @@ class DigitsPolicy(Policy):
         timesteps: Int[Tensor, "B"],
         conditioning: Conditioning,
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-        noised, told, target = self.steps.noised(clean_latents.float(), noise, timesteps)
-        return self._velocity(noised, told, conditioning), target
+        noised, timestep_input, target = self.steps.add_noise(clean_latents.float(), noise, timesteps)
+        return self._velocity(noised, timestep_input, conditioning), target
 
     def _velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return guided(self._predict, latents, timesteps, conditioning, self.guidance_scale)

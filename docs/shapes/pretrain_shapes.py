@@ -36,7 +36,7 @@ def pretrain(steps: int, seed: int = 0) -> ShapeNetwork:
     for step in range(steps):
         labels = torch.randint(len(CLASSES), (BATCH,))
         clean = sampled(labels)
-        noised, times, target = table.noised(clean, torch.randn_like(clean), torch.randint(1000, (BATCH,)))
+        noised, times, target = table.add_noise(clean, torch.randn_like(clean), torch.randint(1000, (BATCH,)))
         told = torch.where(torch.rand(BATCH) < ANY_CLASS, len(CLASSES), labels)
         loss = F.mse_loss(network(noised, times, told), target)
         optimizer.zero_grad()

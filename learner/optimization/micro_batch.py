@@ -14,7 +14,7 @@ from ray_ddpo.common.diffusion.memory.sizes import (
     parameter_bytes,
     usable_bytes,
 )
-from ray_ddpo.common.diffusion.memory.synthetic_inputs import IntegerIndices, made_up_conditioning
+from ray_ddpo.common.diffusion.memory.synthetic_inputs import IntegerIndices, synthetic_conditioning
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
@@ -118,7 +118,7 @@ def made_up_batch(
     def numbers(value: float) -> Tensor:
         return torch.full((pairs,), value, device=policy.device)
 
-    conditioning = made_up_conditioning(sizes.conditioning_shape, sizes.conditioning_dtypes, pairs, policy.device)
+    conditioning = synthetic_conditioning(sizes.conditioning_shape, sizes.conditioning_dtypes, pairs, policy.device)
     steps = torch.full((pairs,), policy.stochastic_steps[0], device=policy.device)
     entering, leaving = latents(), latents()
     assert entering is not None and leaving is not None

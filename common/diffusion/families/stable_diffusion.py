@@ -1,5 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: CLIP text, UNet with classifier-free guidance, DDIM, AutoencoderKL or AutoencoderTiny.
-"""
+"""Stable Diffusion 1.x and 2.x: CLIP text, UNet with classifier-free guidance, DDIM, AutoencoderKL or AutoencoderTiny."""
 
 from typing import Any, ClassVar
 

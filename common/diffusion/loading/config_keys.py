@@ -97,8 +97,7 @@ def check_steps(config: "DiffusersConfig", sampling: SamplingTable) -> None:
 
 
 def text_tokens(config: "DiffusersConfig", text: Mapping[str, Any]) -> int:
-    """Return how many tokens a CLIP reads: its tokenizer's length if there is a folder, else its number of positions.
-    """
+    """Return how many tokens a CLIP reads: its tokenizer's length if there is a folder, else its number of positions."""
     length = _read(config.folder() / "tokenizer" / "tokenizer_config.json").get("model_max_length")
     return length or text.get("max_position_embeddings", DEFAULTS["text_encoder"]["max_position_embeddings"])
 

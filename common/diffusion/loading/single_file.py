@@ -1,5 +1,4 @@
-"""Load a checkpoint that is a single file (Stability's own format, as on Civitai), with configurations from a folder.
-"""
+"""Load a checkpoint that is a single file (Stability's own format, as on Civitai), with configurations from a folder."""
 
 import os
 from pathlib import Path

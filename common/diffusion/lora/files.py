@@ -18,7 +18,9 @@ from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.named_files import Weights
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
-EXACT_NAME = "trained_adapter.safetensors"  # a second file, written if folding alpha / rank into the weights rounds them
+EXACT_NAME = (
+    "trained_adapter.safetensors"  # a second file, written if folding alpha / rank into the weights rounds them
+)
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # the header's key in which diffusers looks for rank and alpha
 TRAINED = "trained_adapter_metadata"  # the header's key for rank and alpha in training
@@ -57,8 +59,7 @@ class LoraFile:
 
     @property
     def own_settings(self) -> dict[str, Any]:
-        """Return rank, alpha, target modules and patterns of one of this program's files, as the adapter was trained.
-        """
+        """Return rank, alpha, target modules and patterns of one of this program's files, as the adapter was trained."""
         return {name.removeprefix(f"{self.part}."): value for name, value in (self.trained or self.metadata).items()}
 
     def scale(self, module: str) -> float:

@@ -139,4 +139,3 @@ def allocated_peak(work: Callable[[], object], device: str, held: int) -> float 
         return torch.cuda.max_memory_allocated()
     except torch.cuda.OutOfMemoryError:
         return math.inf
-

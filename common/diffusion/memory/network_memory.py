@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes, line_through, peak_bytes
 from ray_ddpo.common.diffusion.memory.meta_device import LikeDevice, kernels_of
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind
-from ray_ddpo.common.diffusion.memory.synthetic_inputs import IntegerIndices, made_up_conditioning
+from ray_ddpo.common.diffusion.memory.synthetic_inputs import IntegerIndices, synthetic_conditioning
 
 BATCHES = (1, 2)  # the peak is linear in the batch size, so two points suffice
 
@@ -25,7 +25,9 @@ class Inputs:
     latent_shape: tuple[int, int, int]
     conditioning_shapes: dict[str, tuple[int, ...]]
     branches: int  # rows per image
-    conditioning_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of inputs that are not floating, such as labels
+    conditioning_dtypes: dict[str, torch.dtype] = field(
+        default_factory=dict
+    )  # of inputs that are not floating, such as labels
 
 
 class NetworkMemory:

@@ -31,7 +31,9 @@ class FlowMatchTable(DenoisingSteps):
         return len(self.training_sigmas)
 
     def diffusion(self) -> Float[Tensor, "T"]:
-        """Return s = √(σ / (1 − σ′)) · a (Flow-GRPO, section 4.2), where σ′ = σ, except that σ′ is the second σ if σ = 1.
+        """Return s = √(σ / (1 − σ′)) · a (Flow-GRPO, section 4.2).
+
+        σ′ is σ, except at σ = 1, where σ′ is the second σ of the schedule.
         """
         # A shifted σ may differ from 1 by a rounding error, in either direction.
         finite = torch.where(self.sigmas > 1 - 1e-5, self.next_sigmas[0], self.sigmas)
