@@ -110,8 +110,7 @@ def test_a_plain_network_with_labels_goes_through_every_verb_with_the_same_bits(
         ("a family's `decode` returns no uint8 images", "    return images_of(latents)", "    return latents", []),
         (
             "a family's `transition` takes other arguments",
-            ", stochastic: bool = True\
-    ) ->",
+            ", stochastic: bool = True\n    ) ->",
             ") ->",
             [],
         ),

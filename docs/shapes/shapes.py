@@ -1,4 +1,4 @@
-"""A family around that network: its keys, for `name = "shapes:Shapes"` in a recipe's `[policy]`, and the policy."""
+"""A model family around this network: its keys, for `name = "shapes:Shapes"` in a recipe's `[policy]`, and its policy."""
 
 from pathlib import Path
 

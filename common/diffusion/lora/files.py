@@ -181,7 +181,7 @@ def refuse_settings(path: Path, metadata: Mapping[str, Any], part: str) -> None:
         )
     if kept := of_part.get("modules_to_save"):
         raise ValueError(
-            f"the LoRA {path} has modules_to_save = {kept!r}: whole layers beside the adapters, which diffusers does not load"
+            f"the LoRA {path} has modules_to_save = {kept!r}: full layers next to the adapters, which diffusers does not load"
         )
 
 

@@ -133,7 +133,7 @@ SAMPLING_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "stochastic_steps": (
         {"stochastic_steps": [0, 1, 2, 9]},
-        "Mine.stochastic_steps is [0, 1, 2, 9]: expected a list of the steps with noise, of 0 to 3",
+        "Mine.stochastic_steps is [0, 1, 2, 9]: expected a list of the stochastic steps, of 0 to 3",
     ),
 }
 LEARNING_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
