@@ -60,15 +60,15 @@ class Task:
         return f"round {self.round}" if self.trains else f"evaluation of version {self.policy_version}"
 
 
-def image_seed(run_seed: int, stream: Stream, round: int, image: int) -> int:
+def image_seed(run_seed: int, stream: Stream, round_index: int, image: int) -> int:
     """Return an image's seed, 0 … 2**63 − 1: a hash of its position in the run, with the stream in the lowest two bits."""
-    word = np.random.SeedSequence([run_seed, int(stream), round, image]).generate_state(1, np.uint64)[0]
+    word = np.random.SeedSequence([run_seed, int(stream), round_index, image]).generate_state(1, np.uint64)[0]
     return int(word) >> 1 & ~0b11 | int(stream)
 
 
-def policy_version(round: int, max_policy_lag: int) -> int:
+def policy_version(round_index: int, max_policy_lag: int) -> int:
     """Return the version that a round is sampled with: `max_policy_lag` behind, but not below the first."""
-    return max(0, round - max_policy_lag)
+    return max(0, round_index - max_policy_lag)
 
 
 def last_startable_round(version: int, max_policy_lag: int) -> int:
@@ -76,7 +76,7 @@ def last_startable_round(version: int, max_policy_lag: int) -> int:
     return version + max_policy_lag
 
 
-def sde_window_of_round(recipe: Recipe, round: int) -> range | None:
+def sde_window_of_round(recipe: Recipe, round_index: int) -> range | None:
     """Return a round's SDE window (Flow-GRPO-Fast, MixGRPO): the stochastic, trained steps; None for all steps.
 
     All images of a round share one window, so that rewards within a group stay comparable.
@@ -85,24 +85,31 @@ def sde_window_of_round(recipe: Recipe, round: int) -> range | None:
     if sampling.sde_window is None:
         return None
     starts = sampling.num_steps - sampling.skip_last_steps - sampling.sde_window + 1
-    window = round // sampling.sde_window_rounds
+    window = round_index // sampling.sde_window_rounds
     start = window % starts
     if sampling.sde_window_order == "random":
         start = int(np.random.default_rng([recipe.seed, _WINDOW, window]).integers(starts))
     return range(start, start + sampling.sde_window)
 
 
-def round_tasks(recipe: Recipe, round: int, sample: SamplePrompt) -> list[Task]:
+def round_tasks(recipe: Recipe, round_index: int, sample: SamplePrompt) -> list[Task]:
     """Return all tasks of a round, in order: a pure function of recipe and round, if `sample` is pure."""
     group = recipe.prompts.images_per_prompt
     groups = range(-(-recipe.images_per_round // group))
-    group_prompts = [sample(np.random.default_rng([recipe.seed, _PROMPTS, round, number])) for number in groups]
+    group_prompts = [sample(np.random.default_rng([recipe.seed, _PROMPTS, round_index, number])) for number in groups]
     prompts = [group_prompts[image // group] for image in range(recipe.images_per_round)]
-    seeds = [image_seed(recipe.seed, Stream.TRAINING, round, image) for image in range(recipe.images_per_round)]
+    seeds = [image_seed(recipe.seed, Stream.TRAINING, round_index, image) for image in range(recipe.images_per_round)]
     size = recipe.sampling.batch_size
-    version, window = policy_version(round, recipe.max_policy_lag), sde_window_of_round(recipe, round)
+    version, window = policy_version(round_index, recipe.max_policy_lag), sde_window_of_round(recipe, round_index)
     return [
-        Task(round, index, version, tuple(prompts[start : start + size]), tuple(seeds[start : start + size]), window)
+        Task(
+            round_index,
+            index,
+            version,
+            tuple(prompts[start : start + size]),
+            tuple(seeds[start : start + size]),
+            window,
+        )
         for index, start in enumerate(range(0, recipe.images_per_round, size))
     ]
 
@@ -114,7 +121,7 @@ def round_parts(recipe: Recipe) -> list[range]:
 
 
 def transition_order(
-    run_seed: int, round: int, inner_epoch: int, count: int, place: tuple[int, int] = (0, 1)
+    run_seed: int, round_index: int, inner_epoch: int, count: int, place: tuple[int, int] = (0, 1)
 ) -> np.ndarray:
     """Return the order in which an inner epoch takes the `count` images of a part of a round.
 
@@ -122,11 +129,11 @@ def transition_order(
 
     Args:
         run_seed: the run's seed.
-        round: the round.
+        round_index: the round.
         inner_epoch: the inner epoch.
         count: the part's number of images.
         place: (part, number of parts).
     """
     part, parts = place
-    order = np.random.default_rng([run_seed, _ORDER, round, inner_epoch]).permutation(count * parts)
+    order = np.random.default_rng([run_seed, _ORDER, round_index, inner_epoch]).permutation(count * parts)
     return order[order // count == part] - part * count

@@ -39,14 +39,14 @@ class CollapseWatch:
     _stds: list[float] = field(default_factory=list)
     _level: float = -math.inf  # the highest mean over AVERAGED successive rounds
 
-    def add(self, round: int, mean: float, std: float) -> str | None:
+    def add(self, round_index: int, mean: float, std: float) -> str | None:
         """Take a round. Return what to tell the user if the reward collapsed in this round."""
         if not (math.isfinite(mean) and math.isfinite(std)):
             return None
         found = None
         if self._fell(mean) and not self._is_down:
-            self.collapse = Collapse(round, self._level, mean, self._typical_std)
-            found = f"the reward collapsed in round {round + 1}: {self.collapse.says}; {self._advice}"
+            self.collapse = Collapse(round_index, self._level, mean, self._typical_std)
+            found = f"the reward collapsed in round {round_index + 1}: {self.collapse.says}; {self._advice}"
         self._means.append(mean)
         self._stds.append(std)
         if not self._is_down:

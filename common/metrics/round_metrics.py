@@ -52,7 +52,7 @@ def memory_now(weights: int) -> Memory:
 
 
 def round_metrics(
-    round: int,
+    round_index: int,
     rollouts: list[Rollout],
     learned: dict[str, float],
     clock: RoundClock,
@@ -65,10 +65,10 @@ def round_metrics(
     scoring = sum(rollout.scores.seconds for rollout in rollouts)
     images = sum(len(rollout.report.task.seeds) for rollout in rollouts)
     return {
-        "round": float(round),
-        "policy_version": float(round + 1),
+        "round": float(round_index),
+        "policy_version": float(round_index + 1),
         **learned,
-        "lag/max": float(round - min(rollout.report.task.policy_version for rollout in rollouts)),
+        "lag/max": float(round_index - min(rollout.report.task.policy_version for rollout in rollouts)),
         "seconds/sample": sampling,
         "seconds/score": scoring,
         "seconds/wait": clock.collected - clock.started,

@@ -73,9 +73,9 @@ class Ledger:
         self._about = about or {}
         self._write = unwritten.write if unwritten else Storage.write
 
-    def wants_images(self, round: int) -> bool:
+    def wants_images(self, round_index: int) -> bool:
         """Return whether this round's rows should contain their images."""
-        return self._table.keep and self._table.images_every > 0 and round % self._table.images_every == 0
+        return self._table.keep and self._table.images_every > 0 and round_index % self._table.images_every == 0
 
     def write_round(
         self,
@@ -131,31 +131,31 @@ class Ledger:
             if match and int(match[1]) >= first_round:
                 self._storage.remove(name)
 
-    def read(self, round: int, columns: tuple[str, ...] = tuple(COLUMNS)) -> pa.Table:
+    def read(self, round_index: int, columns: tuple[str, ...] = tuple(COLUMNS)) -> pa.Table:
         """Return a round's rows, in task order.
 
         Raises:
             ValueError: The ledger lacks the round, or the round lacks one of `columns`.
         """
         try:
-            table = read_parquet(self._storage, f"{_folder(round)}/{FILE}", columns)
+            table = read_parquet(self._storage, f"{_folder(round_index)}/{FILE}", columns)
         except FileNotFoundError as error:
             there = self.rounds()
             has = f"it has {len(there)} rounds, {there[0]} to {there[-1]}" if there else "it is empty"
-            raise ValueError(f"the ledger {self._storage.location} has no round {round}: {has}") from error
-        return table.add_column(0, "round", pa.array([round] * len(table), pa.int32()))
+            raise ValueError(f"the ledger {self._storage.location} has no round {round_index}: {has}") from error
+        return table.add_column(0, "round", pa.array([round_index] * len(table), pa.int32()))
 
-    def about(self, round: int) -> dict[str, Any]:
+    def about(self, round_index: int) -> dict[str, Any]:
         """Return the facts about all rows of a round's file.
 
         Raises:
             ValueError: The ledger lacks the round.
         """
-        return json.loads((self.read(round).schema.metadata or {}).get(ABOUT.encode(), b"{}"))
+        return json.loads((self.read(round_index).schema.metadata or {}).get(ABOUT.encode(), b"{}"))
 
 
-def _folder(round: int) -> str:
-    return f"round={round:06d}"
+def _folder(round_index: int) -> str:
+    return f"round={round_index:06d}"
 
 
 def _sampling_columns(reports: list[TaskReport]) -> dict[str, Any]:

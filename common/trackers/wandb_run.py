@@ -51,9 +51,9 @@ class OpenRun(LiveTracker):
             self.log(metrics)
 
     def log(self, metrics: Metrics) -> None:
-        round = int(metrics["round"])
-        if round >= self._rounds_there:
-            self._run.log(metrics, step=round, commit=True)
+        round_index = int(metrics["round"])
+        if round_index >= self._rounds_there:
+            self._run.log(metrics, step=round_index, commit=True)
 
     def show(self, media: Media) -> None:
         if media.round >= self._rounds_there:
