@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.lora.start import make_trainable
-from ray_ddpo.common.diffusion.memory.synthetic_inputs import synthetic_conditioning
+from ray_ddpo.common.diffusion.memory.meta_device import synthetic_conditioning
 from ray_ddpo.common.diffusion.policy import quiet_libraries
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import SamplingTable

@@ -97,7 +97,7 @@ def _by_folder(weights: Weights) -> dict[str, list[Path]]:
 
 
 def _without_variants(paths: list[Path]) -> list[Path]:
-    """Leave out variants if the usual files are there. Nobody loads them then, and they may be added at any time."""
+    """Leave out variants if the usual files are there. They are not loaded then, and may be added at any time."""
     weights = [path for path in paths if path.suffix in (".safetensors", ".bin")]
     usual = [path for path in weights if not VARIANT.fullmatch(path.name)]
     unread = set(weights) - set(usual) if usual else set()

@@ -211,6 +211,7 @@ def _is_json(line: str) -> bool:
 
 
 def _jsonl_rows(file: PromptFile) -> Iterator[Entry]:
+    """Yield the texts or objects of a JSONL file."""
     for number, line in enumerate(file.text().split("\n"), start=1):
         if not line.strip():
             continue

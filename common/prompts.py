@@ -21,7 +21,7 @@ PROMPTS: Registry = {
     "animals": "ray_ddpo.common.prompts:Animals",
     "texts": "ray_ddpo.common.prompts:Texts",
     "file": "ray_ddpo.common.prompts:File",
-    "function": "ray_ddpo.common.prompts:Function",
+    "function": "ray_ddpo.common.prompts:PromptFunction",
 }
 PROMPT_LISTS = Path(__file__).parent / "prompt_lists"
 
@@ -254,7 +254,7 @@ class File(PromptSource):
         return _sampler_of(_without(self._all(), self.leave_out))
 
 
-class Function(PromptSource):
+class PromptFunction(PromptSource):
     """A function of the user's that takes a numpy Generator and returns a text, or (text, metadata)."""
 
     path: str = Field(pattern=r"^[\w.]+:\w+$")

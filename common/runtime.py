@@ -1,11 +1,15 @@
-"""Configure a process before it computes: device, threads and determinism, equal in every role and without Ray."""
+"""Process-wide state, equal in every role and without Ray: device, threads, determinism, random states."""
 
 import os
+import random
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,3 +59,34 @@ def python_stacks() -> str:
         f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame)).rstrip()}"
         for ident, frame in frames
     )
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Restore the random states of Python, NumPy and torch, on the CPU and on this process's GPU."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def torch_settings_kept() -> Iterator[None]:
+    """Restore torch's global settings: gradients on or off, default dtype, threads and determinism.
+
+    With `--serial` the learner runs in the same process and must not see a reward's changes.
+    """
+    grad, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)

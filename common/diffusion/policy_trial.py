@@ -22,7 +22,7 @@ from ray_ddpo.common.diffusion.transition import Transition
 from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.role_loading import loading
-from ray_ddpo.common.undisturbed import undisturbed
+from ray_ddpo.common.runtime import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
 
 ROWS = 2  # a method that takes all rows for the first would pass with one

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, load_lora, save_lora, trained_tensors
 from ray_ddpo.common.diffusion.lora.files import read_lora_file
-from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.file_faults import refuse_not_finite
 from ray_ddpo.common.model_files.pretrained import weights_fault
 from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS, network_folder
 from ray_ddpo.common.policy_weights import Manifest, PolicyWeights, pack

@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 from jaxtyping import Float
 
-from ray_ddpo.common.metrics.named_rows import rows_by_name
+from ray_ddpo.common.metrics.statistics import rows_by_name
 from ray_ddpo.common.trajectory import Rollout, TrainBatch
 
 MOST_PROMPTS = 1000  # with one metric each per round; trackers keep every name, the driver the last rounds' metrics

@@ -17,8 +17,7 @@ from ray_ddpo.common.prompts import metadata_as_json
 from ray_ddpo.common.recipe.tables import RolloutsTable
 from ray_ddpo.common.run_storage.png import png
 from ray_ddpo.common.run_storage.reading import read_parquet
-from ray_ddpo.common.run_storage.storage import Storage
-from ray_ddpo.common.run_storage.unwritten import Unwritten
+from ray_ddpo.common.run_storage.storage import Storage, Unwritten
 from ray_ddpo.common.trajectory import Rollout, TaskReport, TrainBatch
 
 FOLDER = "rollouts"

@@ -19,8 +19,7 @@ from ray_ddpo.common.package_versions import VERSIONED, package_version
 from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.recipe import RECIPE_FILE, Recipe
 from ray_ddpo.common.run_storage.reading import read_json, read_text
-from ray_ddpo.common.run_storage.storage import Storage, StorageError
-from ray_ddpo.common.run_storage.unwritten import Unwritten
+from ray_ddpo.common.run_storage.storage import Storage, StorageError, Unwritten
 
 START_SECONDS = 5.0  # in which an object store must accept a first file
 PROBE_BYTES = 2**16
@@ -72,7 +71,7 @@ class RunFolder:
 
     @property
     def best(self) -> Storage:
-        """Return the folder of the weights that were best on held-out images, laid out as the run's own."""
+        """Return the folder of the weights that were best on held-out images, in the same layout as the run's weights."""
         return self.storage.folder("best")
 
     @property

@@ -5,8 +5,7 @@ import math
 
 from ray_ddpo.common.run_storage.reading import read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.common.run_storage.storage import Storage
-from ray_ddpo.common.run_storage.unwritten import Unwritten
+from ray_ddpo.common.run_storage.storage import Storage, Unwritten
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 

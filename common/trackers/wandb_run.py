@@ -1,7 +1,12 @@
-"""Metrics to Weights & Biases: online with a login, otherwise in local files for `wandb sync`."""
+"""Metrics to Weights & Biases: online with a login, otherwise in local files for `wandb sync`.
 
+wandb's local files are protobuf records in LevelDB's log format, from which a resumed run reads the logged rounds.
+"""
+
+import json
 import math
 import os
+import struct
 import sys
 import uuid
 from collections.abc import Iterator
@@ -14,9 +19,9 @@ import PIL.Image
 from ray_ddpo.common.model_files.model_hub import first_line, server_answers
 from ray_ddpo.common.run_storage.reading import read_json_lines
 from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.trackers.media import CaptionedImage, Media
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
-from ray_ddpo.common.trackers.wandb_files import rounds_in_files
 
 NAME = "wandb"
 FOLDER = "wandb"  # wandb's own choice
@@ -209,3 +214,46 @@ def _if_not_reachable(error: Exception) -> str:
             "project and entity, or export WANDB_MODE=offline"
         ) from error
     return f"{service} does not answer"
+
+
+HEAD = 7  # bytes of wandb's own file header
+BLOCK = 32768
+RECORD_HEAD = struct.Struct("<IHB")  # checksum, length, kind
+WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def rounds_in_files(folder: Storage, identity: str) -> int:
+    """Return how many rounds of the run `identity` are in all its files in wandb's folder.
+
+    Every start has its own file.
+    """
+    names = [f"{name}/run-{identity}.wandb" for name in folder.names() if name.endswith(f"-{identity}")]
+    return max((rounds_in(folder.read(name)) for name in names if folder.exists(name)), default=0)
+
+
+def rounds_in(data: bytes) -> int:
+    """Return one file's last round, plus 1."""
+    # The module creates its types at run time.
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
+
+    items = (item for record in records(data) for item in Record.FromString(record).history.item)
+    found = [json.loads(item.value_json) for item in items if "round" in (item.key, *item.nested_key[:1])]
+    return int(max(found, default=-1)) + 1
+
+
+def records(data: bytes) -> Iterator[bytes]:
+    """Yield a file's records, up to an incomplete one."""
+    place, record = HEAD, b""
+    while True:
+        if BLOCK - place % BLOCK < RECORD_HEAD.size:  # a block ends with padding where no record head fits
+            place += BLOCK - place % BLOCK
+        if place + RECORD_HEAD.size > len(data):
+            return
+        _, length, kind = RECORD_HEAD.unpack_from(data, place)
+        place += RECORD_HEAD.size
+        if kind not in (WHOLE, FIRST, MIDDLE, LAST) or place + length > len(data):
+            return
+        part, place = data[place : place + length], place + length
+        record = part if kind in (WHOLE, FIRST) else record + part
+        if kind in (WHOLE, LAST):
+            yield record

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ray_ddpo.common.metrics.reward_collapse import CollapseWatch
+from ray_ddpo.common.metrics.diagnoses import CollapseWatch
 
 
 def watched(means: list[float], std: float, groups: int = 64) -> list[int]:

@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.families.published_parts import CLIP_L, FLOW_AUTOENCODER, T5_XXL
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
-from ray_ddpo.common.diffusion.memory.published_parts import CLIP_L, FLOW_AUTOENCODER, T5_XXL
 from ray_ddpo.common.diffusion.policy import Conditioning, Role
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
 from ray_ddpo.common.recipe.tables import SamplingTable

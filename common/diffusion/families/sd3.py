@@ -6,11 +6,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.families.published_parts import CLIP_BIG_G, CLIP_L, FLOW_AUTOENCODER, T5_XXL
 from ray_ddpo.common.diffusion.loading.config_keys import text_tokens
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
-from ray_ddpo.common.diffusion.memory.published_parts import CLIP_BIG_G, CLIP_L, FLOW_AUTOENCODER, T5_XXL
 from ray_ddpo.common.diffusion.policy import Conditioning, Role
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -71,6 +71,7 @@ class SD3Policy(DiffusersPolicy):
         return table.to(self.device)
 
     def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
+        """Encode one prompt with the three text encoders."""
         encoded = self.pipeline.encode_prompt(
             prompt,
             None,

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.families.published_parts import AUTOENCODER, CLIP_BIG_G, CLIP_L
 from ray_ddpo.common.diffusion.loading.config_keys import text_tokens
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
-from ray_ddpo.common.diffusion.memory.published_parts import AUTOENCODER, CLIP_BIG_G, CLIP_L
 from ray_ddpo.common.diffusion.policy import Conditioning, Role
 from ray_ddpo.common.diffusion.schedulers.ddim import DDIMTable, ddim_table
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -62,6 +62,7 @@ class SDXLPolicy(DiffusersPolicy):
         return ddim_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, self.device)
 
     def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
+        """Encode one prompt with both text encoders."""
         # Keep None: an empty negative prompt is encoded, while None may mean zeros.
         embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
             prompt,

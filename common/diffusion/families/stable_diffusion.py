@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.families.published_parts import AUTOENCODER, CLIP_L
 from ray_ddpo.common.diffusion.loading.config_keys import text_tokens
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
-from ray_ddpo.common.diffusion.memory.published_parts import AUTOENCODER, CLIP_L
 from ray_ddpo.common.diffusion.policy import Conditioning, Role
 from ray_ddpo.common.diffusion.schedulers.ddim import DDIMTable, ddim_table
 from ray_ddpo.common.recipe.tables import SamplingTable

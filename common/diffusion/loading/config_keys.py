@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_ddpo.common.diffusion.loading.model_index import read_object
-from ray_ddpo.common.diffusion.number_keys import decoder_number_faults, sample_size_faults
-from ray_ddpo.common.diffusion.schedulers.conversion import as_loaded, check_scheduler
+from ray_ddpo.common.diffusion.schedulers.conversion import as_loaded, check_scheduler, is_number
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
             yield f"{_file(name)} has a quantization_config: quantized weights are neither trained nor sampled from here"
     if "vae" in parts:
         yield from _decoder_faults(config, parts)
-    yield from sample_size_faults(_file(config.network_name), parts.get(config.network_name, {}))
+    yield from _sample_size_faults(_file(config.network_name), parts.get(config.network_name, {}))
     if "vae" in parts and config.network_name in parts:
         yield from _channel_faults(config, parts)
     if config.network_name in parts and all(name in parts for name in config.text_parts):
@@ -163,7 +162,7 @@ def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
     if config.pipeline_class in FLOW_PIPELINES and vae.get("shift_factor", 0.0 if tiny else None) is None:
         yield f"vae/config.json has no shift_factor, which {config.pipeline_class} adds to latents: write a number"
     of_sdxl = config.pipeline_class == "StableDiffusionXLPipeline"
-    yield from decoder_number_faults(vae, config.pipeline_class in FLOW_PIPELINES, of_sdxl)
+    yield from _decoder_number_faults(vae, config.pipeline_class in FLOW_PIPELINES, of_sdxl)
     statistics = [vae.get(key) for key in ("latents_mean", "latents_std")]
     channels = _value(config, parts, "vae", "latent_channels")
     if of_sdxl and None not in statistics and any(len(value or ()) != channels for value in statistics):
@@ -254,3 +253,31 @@ def _value(config: "DiffusersConfig", parts: Components, part: str, key: str) ->
 
 def _file(part: str) -> str:
     return FILES.get(part, f"{part}/config.json")
+
+
+def _decoder_number_faults(vae: Mapping[str, Any], adds_shift: bool, takes_statistics: bool) -> Iterator[str]:
+    """Yield what is wrong with the keys that scale latents before they are decoded.
+
+    Args:
+        vae: the decoder's keys. An absent key has the class's default.
+        adds_shift: whether the family's pipeline adds `shift_factor`.
+        takes_statistics: whether the family's pipeline multiplies by `latents_std` and adds `latents_mean`.
+    """
+    scale = vae.get("scaling_factor", 1.0)
+    if not is_number(scale) or scale == 0:
+        yield f"vae/config.json has scaling_factor={scale!r}, by which latents are divided: it must be a number other than 0"
+    shift = vae.get("shift_factor")
+    if adds_shift and shift is not None and not is_number(shift):
+        yield f"vae/config.json has shift_factor={shift!r}, which is added to latents: it must be a number"
+    for key in ("latents_mean", "latents_std") if takes_statistics else ():
+        values = vae.get(key)
+        if values is not None and not (isinstance(values, list | tuple) and all(map(is_number, values))):
+            yield f"vae/config.json has {key}={values!r:.80}: it must be a list of numbers, one a channel, or null"
+
+
+def _sample_size_faults(file: str, network: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the network's default latent size, which determines the default image size."""
+    size = network.get("sample_size")
+    sides = [size] * 2 if not isinstance(size, list | tuple) else list(size)
+    if size is not None and (len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)):
+        yield f"{file} has sample_size={size!r}: it must be a whole number above 0, or [height, width] of such"

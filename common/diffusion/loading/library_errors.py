@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from ray_ddpo.common.diffusion.number_keys import named_keys
 from ray_ddpo.common.diffusion.policy import select_rows
 from ray_ddpo.common.user_code.frames import LIBRARIES
 
@@ -59,8 +58,16 @@ def library_errors(model: str | None, what: str, keys: Mapping[str, Any] | None 
             raise
         said = " ".join(str(error).split())[:400]
         key = "" if model is None else f"policy.model is {model!r}: "
-        named = named_keys(keys or {}, said)
+        named = _named_keys(keys or {}, said)
         raise ValueError(f"{key}{what}: {_part(frames)}{type(error).__name__}: {said}{named}") from error
+
+
+def _named_keys(keys: Mapping[str, Any], said: str) -> str:
+    """Return the keys whose text a library's error quotes, as words for the end of a message; empty if there are none."""
+    quoted = [
+        f"{key}={value!r}" for key, value in keys.items() if isinstance(value, str) and value and repr(value) in said
+    ]
+    return f" ({', '.join(quoted)})" if quoted else ""
 
 
 def _part(frames: list[FrameType]) -> str:

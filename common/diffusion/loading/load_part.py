@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ray_ddpo.common.diffusion.loading.library_errors import library_errors
 from ray_ddpo.common.diffusion.loading.model_index import known_parts, read_class, read_object, with_article
 from ray_ddpo.common.diffusion.loading.part_files import PartWeights
-from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.file_faults import refuse_not_finite
 from ray_ddpo.common.model_files.pretrained import weights_fault
 
 if TYPE_CHECKING:

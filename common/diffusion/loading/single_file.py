@@ -17,8 +17,7 @@ from ray_ddpo.common.diffusion.loading.model_index import (
     with_article,
 )
 from ray_ddpo.common.diffusion.loading.part_files import TEXT_FILES, PartNotThere, text_files, weights_of
-from ray_ddpo.common.model_files.file_faults import check_file
-from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.file_faults import check_file, refuse_not_finite
 from ray_ddpo.common.model_files.model_hub import Weights, read_from_hub
 from ray_ddpo.common.model_files.pretrained import weights_fault
 

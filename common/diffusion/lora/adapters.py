@@ -20,7 +20,6 @@ from ray_ddpo.common.diffusion.lora.files import (
     read_lora_file,
     save_with_header,
 )
-from ray_ddpo.common.diffusion.lora.targets import check_targets
 from ray_ddpo.common.policy_weights import PolicyWeights, packed, verified
 from ray_ddpo.common.recipe.registry import Component
 
@@ -41,14 +40,6 @@ class LoraSettings(Component):
     def _without_what_the_file_says(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
         table = handler(self)
         return table if self.path is None else {key: table[key] for key in table if key in self.model_fields_set}
-
-
-def attach(network: nn.Module, settings: dict[str, Any]) -> None:
-    """Add new adapters with PEFT's settings to any module, whether or not it is one of diffusers'."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    check_targets(network, settings["target_modules"])
-    inject_adapter_in_model(LoraConfig(**settings, init_lora_weights="gaussian"), network)
 
 
 def compute_adapters_in(network: nn.Module, device: str, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.file_faults import refuse_not_finite
 from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS, part_of
 from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.named_files import Weights

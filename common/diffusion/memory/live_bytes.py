@@ -26,7 +26,7 @@ class Kernels(ABC):
 
 
 class PlainKernels(Kernels):
-    """Kernels without a memory format or workspace of their own."""
+    """Kernels without special memory formats or workspace."""
 
     def in_memory_format(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
         return output

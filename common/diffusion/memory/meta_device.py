@@ -1,6 +1,7 @@
-"""Emulate on the meta device what it lacks: autocast, fused attention, and workspace of kernels."""
+"""Run work on the meta device as on a real one: autocast, fused attention, kernels' workspace, and synthetic inputs."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,9 +17,8 @@ IN_FLOAT32 = {"cuda": {F.group_norm, F.layer_norm, F.softmax, torch.softmax}, "c
 
 BLAS_BYTES = 2 * 2**25  # cuBLAS workspaces of 32 MiB, one each for the forward and the backward thread
 TRANSPOSED_SHARE = 1.0  # of a convolution's tensors that are not channels_last, which cuDNN copies into that format
-SPLITS = (
-    132  # of deterministic fused attention's backward pass: one per multiprocessor of an H100, at least one per head
-)
+# Parallel parts of deterministic fused attention's backward pass: one per multiprocessor of an H100, at least one per head.
+SPLITS = 132
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
@@ -126,3 +126,46 @@ def library_bytes(device: str) -> int:
 def kernels_of(device: str) -> Kernels:
     """Return the device's kernels. A CPU's kernels take their workspace outside of torch's allocator."""
     return CUDA if device == "cuda" else PLAIN
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+# Lookup functions: the position and the name of their index argument.
+INDEX: dict[Any, tuple[int, str]] = {
+    F.embedding: (0, "input"),
+    F.one_hot: (0, "tensor"),
+    torch.index_select: (2, "index"),
+    Tensor.index_select: (2, "index"),
+    torch.gather: (2, "index"),
+    Tensor.gather: (2, "index"),
+    Tensor.__getitem__: (1, ""),
+}
+
+
+def synthetic_conditioning(
+    shapes: Shapes, dtypes: Mapping[str, torch.dtype], rows: int, device: str, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Return zeros with `rows` rows each, in the dtype that `dtypes` has for the name, otherwise in `dtype`."""
+    return {
+        name: torch.zeros(rows, *shape, device=device, dtype=dtypes.get(name, dtype)) for name, shape in shapes.items()
+    }
+
+
+class IntegerIndices(TorchFunctionMode):
+    """Convert floating zeros that stand for class labels to integers where they index a tensor.
+
+    A floating index is an error everywhere else, so code that works without this mode does not change under it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in INDEX:
+            position, keyword = INDEX[func]
+            args = tuple(_as_index(value) if at == position else value for at, value in enumerate(args))
+            kwargs = {name: _as_index(value) if name == keyword else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _as_index(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_as_index, value))
+    return value.long() if isinstance(value, Tensor) and value.is_floating_point() else value

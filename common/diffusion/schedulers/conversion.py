@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from ray_ddpo.common.diffusion.number_keys import bad_beta
-
 FILE = "scheduler/scheduler_config.json"
 DDIM = "DDIMScheduler"
 FLOW = "FlowMatchEulerDiscreteScheduler"
+BETA_RANGES = ("linear", "scaled_linear")  # beta schedules from beta_start to beta_end
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")  # by default
@@ -103,7 +102,7 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{_says(name, key, written[key])}: {reason}{remedy} (in {FILE})")
     _check_absent(name, written)
     _check_length(name, written)
-    key = bad_beta(written)
+    key = _bad_beta(written)
     if key is not None:
         raise ValueError(f"{_says(name, key, written[key])}: it must be a number above 0 and below 1 (in {FILE})")
     if written.get("final_sigmas_type", "zero") != "zero" and written.get("set_alpha_to_one", True):
@@ -168,6 +167,22 @@ def written_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("_class_name") == DDIM:
         unwritten -= {key for key, value in CORRECTED.items() if config.get(key) == value}
     return {key: value for key, value in config.items() if key not in unwritten and key != "_use_default_values"}
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a key's value is a finite number. Booleans are not numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _bad_beta(written: Mapping[str, Any]) -> str | None:
+    """Return the key of a beta range that is not a number or is negative; None if there is none.
+
+    The betas that follow from valid numbers are checked elsewhere.
+    """
+    if written.get("trained_betas") is not None or written.get("beta_schedule", "linear") not in BETA_RANGES:
+        return None
+    ends = {key: written[key] for key in ("beta_start", "beta_end") if key in written}
+    return next((key for key, value in ends.items() if not is_number(value) or value < 0), None)
 
 
 def _check_class(name: str, carried: tuple[str, ...], why: str, with_keys: str = "") -> None:

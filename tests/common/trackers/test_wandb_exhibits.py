@@ -10,8 +10,7 @@ import pytest
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.trackers.media import CaptionedImage, Media, ShownTable
 from ray_ddpo.common.trackers.tracker import RunInfo
-from ray_ddpo.common.trackers.wandb_files import records, rounds_in, rounds_in_files
-from ray_ddpo.common.trackers.wandb_run import WandbRun
+from ray_ddpo.common.trackers.wandb_run import WandbRun, records, rounds_in, rounds_in_files
 from tests.wandb_history import history, pixels_of, starts, tables_of
 
 IDENTITY = {"wandb": "a1b2c3d4"}

@@ -1,9 +1,10 @@
-"""Paired comparison of two scores per image: how far the mean moved, and its standard error."""
+"""Statistics over images: paired comparison of two scores, and rows grouped by name."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 ROUNDING = 1e-6  # relative to the change; a smaller standard error is only rounding
 
@@ -46,3 +47,14 @@ def paired_change(before: Float[np.ndarray, "N"], after: Float[np.ndarray, "N"])
     old, new = before[both].astype(np.float64), after[both].astype(np.float64)
     error = paired_error(old, new)
     return PairedChange(int(both.sum()), float(old.mean()), float(new.mean()), error, float(old.std(ddof=1)))
+
+
+def rows_by_name(names: Sequence[str]) -> dict[str, Int[np.ndarray, "n"]]:
+    """Return the rows of each name, in order of appearance.
+
+    A single pass, because comparing every row with every name takes quadratic time.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(name, []).append(row)
+    return {name: np.array(of_name) for name, of_name in rows.items()}
