@@ -10,8 +10,9 @@ from digits_policy import DIGITS, DigitsPolicy, call_network, images_of
 from pydantic import Field
 
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
-from ray_ddpo.common.diffusion.memory.network_memory import Inputs, network_sizes
+from ray_ddpo.common.diffusion.memory.network_memory import Inputs
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
+from ray_ddpo.common.diffusion.network_sizes import network_sizes
 from ray_ddpo.common.diffusion.policy import PolicyConfig, Role, quiet_libraries
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.recipe.tables import SamplingTable

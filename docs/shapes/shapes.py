@@ -9,8 +9,9 @@ from torch import Tensor
 from ray_ddpo.common.diffusion.guidance import guided
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, MergedAdapters
 from ray_ddpo.common.diffusion.lora.start import make_trainable
-from ray_ddpo.common.diffusion.memory.network_memory import Inputs, network_sizes
+from ray_ddpo.common.diffusion.memory.network_memory import Inputs
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
+from ray_ddpo.common.diffusion.network_sizes import network_sizes
 from ray_ddpo.common.diffusion.policy import Conditioning, Policy, PolicyConfig, Role
 from ray_ddpo.common.diffusion.schedulers.ddim import ddim_table
 from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained
