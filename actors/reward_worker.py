@@ -15,9 +15,8 @@ from ray_ddpo.common.base_parts import Base, entry_base
 from ray_ddpo.common.machine import this_machine
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.role_loading import loading
-from ray_ddpo.common.runtime import python_stacks, settle
+from ray_ddpo.common.runtime import python_stacks, settle, torch_settings_kept
 from ray_ddpo.common.trajectory import ImageBatch, Scores
-from ray_ddpo.common.undisturbed import torch_settings_kept
 
 
 class RewardWorker:

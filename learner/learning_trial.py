@@ -6,14 +6,14 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.diffusion.memory.meta_device import IntegerIndices
 from ray_ddpo.common.diffusion.memory.sizes import PolicySizes
-from ray_ddpo.common.diffusion.memory.synthetic_inputs import IntegerIndices
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
 from ray_ddpo.common.diffusion.policy_trial import try_files
 from ray_ddpo.common.diffusion.tensor_checks import check_tensor, described, refuse_unless
 from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.runtime import undisturbed
 from ray_ddpo.common.trajectory import TransitionBatch
-from ray_ddpo.common.undisturbed import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, call_if_own, is_users_own
 from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss

@@ -25,8 +25,7 @@ class AnimalClassifier(Reward):
         """
         import torch
 
-        from ray_ddpo.common.image_models.image_features import load_image_features
-        from ray_ddpo.common.image_models.linear_probe import load_probe
+        from ray_ddpo.common.image_models.linear_probe import load_image_features, load_probe
 
         probe, features = load_probe(PROBE_FILE), load_image_features(device)
         weight, bias = probe.weight.to(device), probe.bias.to(device)

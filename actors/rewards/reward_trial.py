@@ -7,7 +7,7 @@ import numpy as np
 from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.actors.rewards.function import FunctionReward
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward, RewardMistake
-from ray_ddpo.common.undisturbed import undisturbed
+from ray_ddpo.common.runtime import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
 
 IMAGES = 2

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-from ray_ddpo.common.metrics.named_rows import rows_by_name
+from ray_ddpo.common.metrics.statistics import rows_by_name
 
 PromptStatistics = dict[str, tuple[float, ...]]  # the last rewards of each prompt, oldest first
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ray_ddpo.common.base_parts import BASE, Base, as_tables
 from ray_ddpo.common.machine import Machine
-from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.file_faults import refuse_not_finite
 from ray_ddpo.common.policy_weights import PolicyWeights, fingerprint
 from ray_ddpo.common.run_storage.storage import Storage, StorageError
 from ray_ddpo.learner.algorithms.reward_aggregation import Statistics

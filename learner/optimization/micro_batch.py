@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.memory.live_bytes import allocated_peak
+from ray_ddpo.common.diffusion.memory.meta_device import IntegerIndices, synthetic_conditioning
 from ray_ddpo.common.diffusion.memory.sizes import (
     LEFT_FREE,
     PolicySizes,
@@ -14,7 +15,6 @@ from ray_ddpo.common.diffusion.memory.sizes import (
     parameter_bytes,
     usable_bytes,
 )
-from ray_ddpo.common.diffusion.memory.synthetic_inputs import IntegerIndices, made_up_conditioning
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
@@ -135,7 +135,7 @@ def made_up_batch(policy: Policy, algorithm: Algorithm, sizes: PolicySizes, rows
     def numbers(value: float) -> Tensor:
         return torch.full((rows,), value, device=policy.device)
 
-    conditioning = made_up_conditioning(sizes.conditioning_shape, sizes.conditioning_dtypes, rows, policy.device)
+    conditioning = synthetic_conditioning(sizes.conditioning_shape, sizes.conditioning_dtypes, rows, policy.device)
     steps = torch.full((rows,), policy.stochastic_steps[0], device=policy.device)
     entering, leaving = latents(), latents()
     assert entering is not None and leaving is not None

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ray_ddpo.common.model_files.finite_weights import first_not_finite
+from ray_ddpo.common.model_files.file_faults import first_not_finite
 from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.tables import LearnerTable
 from ray_ddpo.common.trajectory import TrainBatch

@@ -14,8 +14,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ray_ddpo.common.image_models.image_features import FEATURES, ImageFeatures, load_image_features
-from ray_ddpo.common.image_models.linear_probe import LinearProbe, save_probe
+from ray_ddpo.common.image_models.linear_probe import (
+    FEATURES,
+    ImageFeatures,
+    LinearProbe,
+    load_image_features,
+    save_probe,
+)
 from ray_ddpo.learner.pretraining.autoencoder import augmented_images, decode, encode
 from ray_ddpo.learner.pretraining.drawings import Drawing, prompted_animals, read_drawings
 from ray_ddpo.learner.pretraining.preview import load_pipeline, sample_images
