@@ -8,11 +8,10 @@ from pathlib import Path
 
 import tomli_w
 
-from ray_ddpo.actors.evaluation.evaluation import evaluation_set
+from ray_ddpo.actors.evaluation.eval_set import build_eval_set
 from ray_ddpo.common.diffusion.lora.files import FILE_NAME
 from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import FIGURES
 from ray_ddpo.common.run_storage.reading import read_json, read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.model_card.card import Published, model_card
@@ -21,6 +20,7 @@ from ray_ddpo.deploy.commands.report.report import compare, figures_of, logged_r
 from ray_ddpo.deploy.commands.weights.given_base import check_base
 from ray_ddpo.deploy.commands.weights.run_weights import RunWeights, best_weights, run_weights
 from ray_ddpo.deploy.driver.components import build_components, components_of
+from ray_ddpo.deploy.evaluation.eval_log import ENTRIES
 from ray_ddpo.deploy.hub import Files, license_of, prepare, upload
 
 BEFORE_AFTER, CURVE, SUMMARY = "before_after.png", "reward_curve.png", "summary.json"
@@ -80,14 +80,14 @@ def _files(folder: RunFolder, recipe: Recipe, weights: RunWeights, looked_at: di
     parts = components_of(recipe)
     figures = {name: value for name, value in json.loads(looked_at[SUMMARY]).items() if name != "seconds_report"}
     recipe_text = _recipe_text(folder)
-    left = [name for name in (folder.metrics, FIGURES) if folder.storage.exists(name)]
+    left = [name for name in (folder.metrics, ENTRIES) if folder.storage.exists(name)]
     files: Files = {
         **looked_at,
         SUMMARY: json.dumps(figures, indent=1).encode(),
         folder.recipe: recipe_text.encode(),
         **{name: folder.storage.read(name) for name in left},
     }
-    prompt = evaluation_set(recipe.evaluation, parts.prompts).prompts[0].text
+    prompt = build_eval_set(recipe.evaluation, parts.prompts).prompts[0].text
     beside = sorted(files.keys() - {BEFORE_AFTER, CURVE})
     told = Published(folder, recipe, parts.policy, weights, figures, logged_rounds(folder), recipe_text, prompt, beside)
     return {"README.md": str(model_card(told)).encode(), **files}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ray_ddpo.actors.evaluation.evaluation import decoded
+from ray_ddpo.actors.evaluation.eval_set import decoded
 from ray_ddpo.common.diffusion.rollout import evaluation_window, sample_trajectories
 from ray_ddpo.common.run_storage.run_folder import weights_here
 from ray_ddpo.deploy.commands.settings import differing_settings

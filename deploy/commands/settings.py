@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages
 from ray_ddpo.common.run_storage.run_folder import without_none
 from ray_ddpo.deploy.commands.weights.given_base import run_of
 from ray_ddpo.deploy.driver.components import Components
+from ray_ddpo.deploy.evaluation.eval_result import EvalResult
 
 # What decides no image of an evaluation: how many are sampled, what is learned from them, and where files are.
 NOT_OF_AN_IMAGE = {
@@ -33,7 +33,7 @@ def image_settings(tables: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def kept_settings(parts: Components, images: EvaluatedImages) -> dict[str, Any]:
+def kept_settings(parts: Components, images: EvalResult) -> dict[str, Any]:
     """Return what is kept with a result: the same keys, the images' size in pixels, and how their seeds come about."""
     height, width = images.pixels.shape[1:3]
     evaluation = parts.recipe.evaluation

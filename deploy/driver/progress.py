@@ -1,4 +1,4 @@
-"""Progress: what a run has learned so far, and how much of it is on disk."""
+"""RunProgress: what a run has learned so far, and how much of it is on disk."""
 
 import dataclasses
 import sys
@@ -26,21 +26,21 @@ from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
 
 if TYPE_CHECKING:
-    from ray_ddpo.deploy.evaluation.runner import Evaluating
+    from ray_ddpo.deploy.evaluation.eval_runner import EvalRunner
 
 Metrics = dict[str, float]
 FAILED_ROUNDS = 3  # in a row in which the storage refused something: then the run ends
 REMEMBERED = 256  # rounds; a run of many thousands must not grow in memory
 
 
-class Progress:
+class RunProgress:
     """Takes a round when it is learned from; commits it when a checkpoint is due, or at once when the run is stopped."""
 
     def __init__(
         self,
         parts: Components,
         trackers: FanOut,
-        evaluating: "Evaluating",
+        evaluating: "EvalRunner",
         folder: RunFolder,
         checkpoint: Checkpoint | None,
         base: Base,

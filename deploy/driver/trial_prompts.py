@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_ddpo.actors.evaluation.evaluation import evaluation_set
+from ray_ddpo.actors.evaluation.eval_set import build_eval_set
 from ray_ddpo.common.prompts import PROMPTS, Function, Prompt
 from ray_ddpo.common.undisturbed import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
@@ -42,5 +42,5 @@ def checked_prompts(parts: Components) -> list[str]:
     """
     listed = parts.prompts.listed()
     own = [prompt.text for prompt in trial_prompts(parts)] if listed is None else listed
-    evaluated = [prompt.text for prompt in evaluation_set(parts.recipe.evaluation, parts.prompts).prompts]
+    evaluated = [prompt.text for prompt in build_eval_set(parts.recipe.evaluation, parts.prompts).prompts]
     return list(dict.fromkeys([*own, *evaluated]))[:MOST_CHECKED]

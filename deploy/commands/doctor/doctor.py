@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ray_ddpo.actors.evaluation.evaluation import evaluation_set
+from ray_ddpo.actors.evaluation.eval_set import build_eval_set
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RoleTable
@@ -43,7 +43,7 @@ from ray_ddpo.deploy.commands.doctor.ratio_noise import (
     worst_in_words,
 )
 from ray_ddpo.deploy.commands.doctor.resources import (
-    Machine,
+    FreeMemory,
     Resources,
     cores_finding,
     memory_findings,
@@ -66,7 +66,7 @@ At = Callable[
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredNoise:
     """The noise of the ratio, and the algorithm's clip range to compare it with."""
 
     noise: Noise
@@ -77,7 +77,7 @@ def doctor(recipe: Recipe) -> int:
     """Print a line for everything that was looked at. Return 1 if something will not work, else 0."""
     console, faults, warnings = Console(highlight=False), 0, 0
     for result in _examined(recipe):
-        if isinstance(result, Measured):
+        if isinstance(result, MeasuredNoise):
             _print_noise(console, result.noise, result.clip)
             continue
         _print(console, result)
@@ -88,7 +88,7 @@ def doctor(recipe: Recipe) -> int:
     return 1 if faults else 0
 
 
-def _examined(recipe: Recipe) -> Iterator[Finding | Measured]:
+def _examined(recipe: Recipe) -> Iterator[Finding | MeasuredNoise]:
     """Yield findings, as soon as there are any, and the noise where it could be measured."""
     yield from guarded("versions", version_findings)
     yield from guarded("device", lambda: [device_finding(recipe)])
@@ -109,7 +109,7 @@ def _examined(recipe: Recipe) -> Iterator[Finding | Measured]:
             ray.shutdown()
 
 
-def _parts_findings(parts: Components) -> Iterator[Finding | Measured]:
+def _parts_findings(parts: Components) -> Iterator[Finding | MeasuredNoise]:
     """Yield findings of what the recipe names: here as far as that can be told here, then where the actors would be."""
     prompts: list[Prompt] = []
     lacking = list(guarded("prompts", _prompt_findings, parts, prompts))
@@ -131,13 +131,13 @@ def _prompt_findings(parts: Components, sampled: list[Prompt]) -> Iterator[Findi
     """Sample the run's first prompts, of which a few are kept in `sampled`, and those of its evaluations. Yield nothing."""
     task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
     sampled += task.prompts[:TRIED]
-    evaluation_set(parts.recipe.evaluation, parts.prompts)
+    build_eval_set(parts.recipe.evaluation, parts.prompts)
     yield from ()
 
 
 def _on_the_machines(
     parts: Components, numbers: Plan | None, prompts: tuple[Prompt, ...]
-) -> Iterator[Finding | Measured]:
+) -> Iterator[Finding | MeasuredNoise]:
     """`numbers`: None where model or prompts are not there; then nothing is sampled."""
     recipe, attached = parts.recipe, _attach()
     nodes = _nodes() if attached else [_this_machine(recipe)]
@@ -155,7 +155,9 @@ def _on_the_machines(
     )
 
 
-def _tried_out(parts: Components, at: At, prompts: tuple[Prompt, ...], may_draw: bool) -> Iterator[Finding | Measured]:
+def _tried_out(
+    parts: Components, at: At, prompts: tuple[Prompt, ...], may_draw: bool
+) -> Iterator[Finding | MeasuredNoise]:
     try:
         yield from _reward_findings(parts, at, prompts)
         weights = list(guarded("model", _model_findings, parts, at))
@@ -187,7 +189,7 @@ def _model_findings(parts: Components, at: At) -> Iterator[Finding]:
     yield from lacking or [Finding("ok", "model", f"the files of {parts.policy.model} are there")]
 
 
-def _noise(parts: Components, at: At) -> Iterator[Finding | Measured]:
+def _noise(parts: Components, at: At) -> Iterator[Finding | MeasuredNoise]:
     recipe = parts.recipe
     sampled = at(recipe.samplers, sample_some, recipe)
     if sampled.cut_prompts:
@@ -199,7 +201,7 @@ def _noise(parts: Components, at: At) -> Iterator[Finding | Measured]:
         )
     noise = at(recipe.learner, score_again, recipe, sampled)
     clip = clip_range(parts.algorithm, noise.latent_elements)
-    yield Measured(noise, clip)
+    yield MeasuredNoise(noise, clip)
     yield from noise_findings(noise, clip, recipe.sampling)
 
 
@@ -240,9 +242,9 @@ def _attach() -> bool:
     return False
 
 
-def _free_memory() -> Machine:
+def _free_memory() -> FreeMemory:
     gpus = range(torch.cuda.device_count())
-    return Machine(psutil.virtual_memory().available, tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus))
+    return FreeMemory(psutil.virtual_memory().available, tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus))
 
 
 def _nodes() -> list[Resources]:

@@ -21,7 +21,7 @@ from ray_ddpo.common.recipe.tables import RoleTable, RuntimeTable
 from ray_ddpo.common.runtime import settle
 from ray_ddpo.common.schedule import round_tasks, transition_order
 from ray_ddpo.common.trajectory import DTYPES, Trajectory
-from ray_ddpo.deploy.commands.doctor.ratio_noise import Comparison, Kind, Noise
+from ray_ddpo.deploy.commands.doctor.ratio_noise import Kind, Noise, RatioComparison
 from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.deploy.driver.trial_prompts import checked_prompts, trial_prompts
 from ray_ddpo.learner.learning_trial import try_learning
@@ -40,7 +40,7 @@ KERNELS = {
 
 
 @dataclass(frozen=True)
-class Sampled:
+class TrialSample:
     """What a sampler has sampled: the same noise twice where paths are stored in half precision, and with which weights."""
 
     as_stored: Trajectory
@@ -54,7 +54,7 @@ def runtime_of(table: RoleTable, runtime: RuntimeTable) -> RuntimeTable:
     return runtime if table.num_gpus else runtime.model_copy(update={"device": "cpu"})
 
 
-def sample_some(recipe: Recipe) -> Sampled:
+def sample_some(recipe: Recipe) -> TrialSample:
     """The first images of the run's first task, with every step that the recipe learns from."""
     parts = components_of(recipe)
     tried_on = [prompt.text for prompt in trial_prompts(parts)]
@@ -77,7 +77,7 @@ def sample_some(recipe: Recipe) -> Sampled:
         if sampling.latents_dtype == "float32"
         else sample_trajectories(policy, prompts, seeds, sampling.model_copy(update={"latents_dtype": "float32"}))
     )
-    return Sampled(as_stored, in_float32, weights, cut)
+    return TrialSample(as_stored, in_float32, weights, cut)
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def _trained_a_little(policy: Policy) -> PolicyWeights:
     return read_weights(policy.network, 0)
 
 
-def score_again(recipe: Recipe, sampled: Sampled) -> Noise:
+def score_again(recipe: Recipe, sampled: TrialSample) -> Noise:
     """Every comparison that this device can make."""
     device, parts = settle(runtime_of(recipe.learner, recipe.runtime)), components_of(recipe)
     config = parts.policy
@@ -112,8 +112,8 @@ def score_again(recipe: Recipe, sampled: Sampled) -> Noise:
 
 
 def _comparisons(
-    policy: Policy, recipe: Recipe, sampled: Sampled, size: int, unavailable: list[str]
-) -> Iterator[Comparison]:
+    policy: Policy, recipe: Recipe, sampled: TrialSample, size: int, unavailable: list[str]
+) -> Iterator[RatioComparison]:
     path, stored = sampled.as_stored, recipe.sampling.latents_dtype
     transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
     yield _compared(f"as sampled, {stored} as stored", "other", path, score(policy, path))
@@ -136,19 +136,19 @@ def _comparisons(
         yield _compared(f"rounded to {dtype} once scored", "rounded", path, log_probs)
 
 
-def _as_the_learner(policy: Policy, recipe: Recipe, path: Trajectory, size: int) -> Comparison:
+def _as_the_learner(policy: Policy, recipe: Recipe, path: Trajectory, size: int) -> RatioComparison:
     transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
     return _compared(f"learner's micro-batches of {size}", "run", path, _in_batches(policy, recipe, transitions, size))
 
 
-def _not_compiled(comparison: Comparison) -> Comparison:
+def _not_compiled(comparison: RatioComparison) -> RatioComparison:
     kind: Kind = "other" if comparison.kind == "run" else comparison.kind
     return dataclasses.replace(comparison, name=f"{comparison.name}, not compiled", kind=kind)
 
 
-def _compared(name: str, kind: Kind, path: Trajectory, log_probs: torch.Tensor) -> Comparison:
+def _compared(name: str, kind: Kind, path: Trajectory, log_probs: torch.Tensor) -> RatioComparison:
     difference = log_probs.cpu() - path.log_probs.cpu()
-    return Comparison(name, kind, difference.numpy(), path.steps.cpu().numpy())
+    return RatioComparison(name, kind, difference.numpy(), path.steps.cpu().numpy())
 
 
 def _in_batches(policy: Policy, recipe: Recipe, transitions: RoundTransitions, size: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ Kind = Literal["run", "other", "rounded"]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RatioComparison:
     """The same transitions scored in another way: log_prob − old_log_prob, mean over latent elements."""
 
     name: str
@@ -49,14 +49,14 @@ class Comparison:
 class Noise:
     """All comparisons of one recipe on one device."""
 
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[RatioComparison, ...]
     unavailable: tuple[str, ...]  # attention kernels that this device has not
     latent_elements: int  # D: log_prob is a mean over them
     sensitivity: dict[int, float]  # |dμ/dε| / σ of each step learned from; empty where it is not known
     device: str
 
     @property
-    def of_the_run(self) -> Comparison:
+    def of_the_run(self) -> RatioComparison:
         """Scored as the learner will."""
         return next(comparison for comparison in self.comparisons if comparison.kind == "run")
 

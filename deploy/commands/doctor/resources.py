@@ -36,7 +36,7 @@ class Role:
 
 
 @dataclass(frozen=True)
-class Machine:
+class FreeMemory:
     """What is free on this machine, in bytes."""
 
     memory: int
@@ -109,7 +109,7 @@ def cores_finding(recipe: Recipe, cores: int) -> Finding:
     return Finding("ok", "cores", found)
 
 
-def memory_findings(recipe: Recipe, numbers: Plan, machine: Machine) -> Iterator[Finding]:
+def memory_findings(recipe: Recipe, numbers: Plan, machine: FreeMemory) -> Iterator[Finding]:
     """The plan's bytes against this machine's, where all roles run on it."""
     roles = roles_of(recipe, numbers)
     processes = sum(role.count for role in roles) + 1

@@ -13,15 +13,15 @@ from ray_ddpo.common.diffusion.lora.files import FILE_NAME
 from ray_ddpo.common.diffusion.lora.kohya import READERS
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import REPORTED, EvaluationLog
 from ray_ddpo.common.run_storage.reading import read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.model_card.code import loading
-from ray_ddpo.deploy.commands.report.evaluation import alarms_told, evaluated, guard_sentences
+from ray_ddpo.deploy.commands.report.evaluation import alarm_rows, evaluated_versions, guard_sentences
 from ray_ddpo.deploy.commands.report.numbers import number, tick
 from ray_ddpo.deploy.commands.report.page import versions
 from ray_ddpo.deploy.commands.report.report import changes
 from ray_ddpo.deploy.commands.weights.run_weights import RunWeights
+from ray_ddpo.deploy.evaluation.eval_log import REPORTED, EvalLog
 from ray_ddpo.deploy.hub import base_model, license_of, metadata
 
 HERE = Path(__file__).parent
@@ -84,7 +84,7 @@ def _told(run: Published) -> dict[str, Any]:
         "rewards": _rewards(recipe, run.figures["scorers"]),
         "figures": run.figures,
         "guard": _guard(run),
-        "alarms": alarms_told(evaluated(run.folder)),
+        "alarms": alarm_rows(evaluated_versions(run.folder)),
         "recipe_text": run.recipe_text.strip(),
         "beside": ", ".join(f"`{name}`" for name in run.files),
         "license": license_of(recipe),
@@ -139,7 +139,7 @@ def _guard(run: Published) -> list[str]:
     if not run.recipe.evaluation.every:
         return ["The policy was not evaluated while it trained (evaluation.every is 0), so nothing was guarded."]
     sentences, best = guard_sentences(run.folder), run.folder.best_version()
-    if not any(figures["alarms"] for figures in EvaluationLog(run.folder.storage).figures(REPORTED)):
+    if not any(figures["alarms"] for figures in EvalLog(run.folder.storage).entries(REPORTED)):
         sentences.append("The guard has found nothing.")
     if best is not None:
         version, by = best["policy_version"], best["best_by"]

@@ -17,7 +17,7 @@ DOTS = 40  # a curve of more points has no dots
 
 
 @dataclass(frozen=True)
-class Series:
+class RoundSeries:
     """Values round by round; NaN where a round has none."""
 
     name: str
@@ -60,8 +60,8 @@ class Strip:
 def run_charts(rounds: list[Metrics], rewards: Sequence[str]) -> list[Chart]:
     """What a run has logged: rewards with a band, KL, share clipped, seconds by part. A chart without values is left out."""
 
-    def series(metric: str, name: str, deviation: str | None = None) -> Series:
-        return Series(name, column(rounds, metric), column(rounds, deviation) if deviation else None)
+    def series(metric: str, name: str, deviation: str | None = None) -> RoundSeries:
+        return RoundSeries(name, column(rounds, metric), column(rounds, deviation) if deviation else None)
 
     band = "mean of the images learned from ± their standard deviation"
     wanted = [("reward", band, [series("reward/mean", "reward", "reward/std")])]
@@ -92,7 +92,7 @@ def column(rounds: list[Metrics], metric: str) -> Float[np.ndarray, "R"]:
 
 
 def chart(
-    title: str, caption: str, rounds: Float[np.ndarray, "R"], lines: list[Series], along: str = "round"
+    title: str, caption: str, rounds: Float[np.ndarray, "R"], lines: list[RoundSeries], along: str = "round"
 ) -> Chart | None:
     """Lay the series out on common axes; None where none has a value."""
     lines = [line for line in lines if np.isfinite(line.values).any()]
@@ -102,7 +102,7 @@ def chart(
         caption += f"; each point is the mean of about {len(rounds) / POINTS:.3g} {along}s"
     at = binned(rounds)
     shown = [
-        Series(line.name, binned(line.values), None if line.deviation is None else binned(line.deviation))
+        RoundSeries(line.name, binned(line.values), None if line.deviation is None else binned(line.deviation))
         for line in lines
     ]
     edges = np.concatenate([_edges(line) for line in shown])
@@ -145,7 +145,7 @@ def _strip(role: str, busy: Float[np.ndarray, "R"]) -> Strip:
     return Strip(role, "".join(bars), float(known.mean()) if len(known) else math.nan)
 
 
-def _edges(line: Series) -> Float[np.ndarray, "E"]:
+def _edges(line: RoundSeries) -> Float[np.ndarray, "E"]:
     if line.deviation is None:
         return line.values
     deviation = np.nan_to_num(line.deviation)
@@ -172,7 +172,7 @@ def _to(scale: tuple[float, float], value: float) -> float:
     return scale[0] + scale[1] * value
 
 
-def _curve(line: Series, at: Float[np.ndarray, "P"], x_scale: tuple, y_scale: tuple) -> Curve:
+def _curve(line: RoundSeries, at: Float[np.ndarray, "P"], x_scale: tuple, y_scale: tuple) -> Curve:
     points = [(_short(_to(x_scale, x)), y) for x, y in zip(at, line.values, strict=True)]
     there = [(x, _short(_to(y_scale, y)), f"{line.name}: {number(y)}") for x, y in points if np.isfinite(y)]
     band = "" if line.deviation is None else _band(line, at, x_scale, y_scale)
@@ -191,7 +191,7 @@ def _path(points: list[tuple[str, float]], y_scale: tuple) -> str:
     return "".join(parts)
 
 
-def _band(line: Series, at: Float[np.ndarray, "P"], x_scale: tuple, y_scale: tuple) -> str:
+def _band(line: RoundSeries, at: Float[np.ndarray, "P"], x_scale: tuple, y_scale: tuple) -> str:
     assert line.deviation is not None
     known = np.isfinite(line.values) & np.isfinite(line.deviation)
     x, middle, room = at[known], line.values[known], line.deviation[known]
@@ -200,7 +200,7 @@ def _band(line: Series, at: Float[np.ndarray, "P"], x_scale: tuple, y_scale: tup
     return f"M{'L'.join(corners)}z" if corners else ""
 
 
-def _in_words(line: Series, along: str) -> str:
+def _in_words(line: RoundSeries, along: str) -> str:
     known = line.values[np.isfinite(line.values)]
     return f"{line.name}: {number(known[0])} in the first {along}, {number(known[-1])} in the last"
 

@@ -6,18 +6,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ray_ddpo.actors.evaluation.evaluation import Comparison
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.diffusion.lora.adapters import reference_policy
 from ray_ddpo.common.metrics.paired import paired_error
 from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
 from ray_ddpo.common.run_storage.reading import read_json_lines
 from ray_ddpo.common.run_storage.run_folder import RunFolder, weights_here
 from ray_ddpo.common.run_storage.storage import local_folder
 from ray_ddpo.common.runtime import settle
-from ray_ddpo.deploy.commands.report.evaluation import evaluated, shown_versions
+from ray_ddpo.deploy.commands.report.evaluation import evaluated_versions, shown_versions
 from ray_ddpo.deploy.commands.report.images import before_after_image, reward_curve, versions_image
 from ray_ddpo.deploy.commands.report.page import FinishedRun, report_page
 from ray_ddpo.deploy.commands.report.scores import paired, share_kept
@@ -26,7 +24,8 @@ from ray_ddpo.deploy.commands.weights.given_base import check_base
 from ray_ddpo.deploy.commands.weights.run_weights import RunWeights, run_weights
 from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
-from ray_ddpo.deploy.evaluation.held_out import HeldOut, scorers_of
+from ray_ddpo.deploy.evaluation.eval_log import EvalLog
+from ray_ddpo.deploy.evaluation.eval_result import EvalComparison, EvalScorer, scorer_tables
 
 
 def report(run: str, overrides: list[str]) -> str:
@@ -44,7 +43,7 @@ def report(run: str, overrides: list[str]) -> str:
     with local_folder(folder.report) as path:
         before_after_image(comparison, path / "before_after.png")
         reward_curve(rounds, path / "reward_curve.png")
-        versions_image(EvaluationLog(folder.storage), shown_versions(evaluated(folder)), path / "versions.png")
+        versions_image(EvalLog(folder.storage), shown_versions(evaluated_versions(folder)), path / "versions.png")
     finished = FinishedRun(folder, recipe, overrides, rounds, weights.fingerprint, weights.policy_version)
     folder.report.write("report.html", report_page(finished, comparison).encode())
     folder.report.write("summary.json", json.dumps(figures, indent=1).encode())
@@ -52,10 +51,10 @@ def report(run: str, overrides: list[str]) -> str:
 
 
 def figures_of(
-    comparison: Comparison, recipe: Recipe, rounds: list[dict[str, float]], weights: RunWeights
+    comparison: EvalComparison, recipe: Recipe, rounds: list[dict[str, float]], weights: RunWeights
 ) -> dict[str, Any]:
     """What summary.json says of these weights."""
-    return summary(comparison, list(scorers_of(recipe))) | {
+    return summary(comparison, list(scorer_tables(recipe))) | {
         "fingerprint": weights.fingerprint,
         "policy_version": weights.policy_version,
         "seconds": sum(metrics["seconds/round"] for metrics in rounds),
@@ -70,23 +69,23 @@ def logged_rounds(folder: RunFolder) -> list[dict[str, float]]:
     return [{name: math.nan if value is None else value for name, value in metrics.items()} for metrics in rounds]
 
 
-def compare(parts: Components, location: str, check: Callable[[Base], None]) -> Comparison:
+def compare(parts: Components, location: str, check: Callable[[Base], None]) -> EvalComparison:
     """Sample and score the evaluation's images under the pretrained weights, then under those that lie at `location`.
 
     `check`: told first what was loaded, to refuse it.
     """
-    recipe, held_out = parts.recipe, HeldOut(parts)
+    recipe, scorer = parts.recipe, EvalScorer(parts)
     policy = parts.policy.load(settle(recipe.runtime), recipe.sampling, "sampler")
-    check(parts.policy.loaded_base("sampler") | held_out.loaded_parts() | prompts_base(parts))
+    check(parts.policy.loaded_base("sampler") | scorer.loaded_parts() | prompts_base(parts))
     with reference_policy(policy.network):
-        before = held_out.images(policy)
+        before = scorer.evaluate(policy)
     with weights_here(location) as path:
         policy.restore(network_folder(path) or path)
-    after = held_out.images(policy)
-    return Comparison(held_out.chosen, before.pixels, after.pixels, before.scores, after.scores)
+    after = scorer.evaluate(policy)
+    return EvalComparison(scorer.chosen, before.pixels, after.pixels, before.scores, after.scores)
 
 
-def summary(comparison: Comparison, scorers: list[str]) -> dict[str, Any]:
+def summary(comparison: EvalComparison, scorers: list[str]) -> dict[str, Any]:
     """The figures of summary.json; the standard error is of the mean paired difference."""
     before, after = paired(comparison, "reward")
     return {
@@ -98,7 +97,7 @@ def summary(comparison: Comparison, scorers: list[str]) -> dict[str, Any]:
     }
 
 
-def _scorer_figures(comparison: Comparison, name: str) -> dict[str, float]:
+def _scorer_figures(comparison: EvalComparison, name: str) -> dict[str, float]:
     before, after = paired(comparison, name)
     kept = share_kept(before, after)  # of a yes-or-no scorer: how many it still says yes to
     figures = {"before": float(before.mean()), "after": float(after.mean())}

@@ -1,4 +1,4 @@
-"""Evaluation: fixed prompts and fixed seeds, sampled and scored in the same way at every version."""
+"""EvalSet: held-out prompts and seeds, sampled and scored in the same way for every policy version."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ from ray_ddpo.common.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
-class EvaluationSet:
-    """The images to compare: never those of training, whose seeds belong to another stream."""
+class EvalSet:
+    """Held-out images to sample: one prompt and one seed an image. Training never uses these seeds."""
 
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
@@ -25,30 +25,31 @@ class EvaluationSet:
     def num_tasks(self) -> int:
         return -(-len(self.seeds) // self.batch_size)
 
-    def tasks(self, policy_version: int, round: int, first: int, sampling: SamplingTable) -> list[Task]:
-        """The set's images for the stream, numbered from `first`; sampled behind what is learned from in `round`."""
+    def tasks(self, policy_version: int, round_index: int, first: int, sampling: SamplingTable) -> list[Task]:
+        """Return the tasks that sample this set under one policy version.
+
+        Args:
+            policy_version: the version to sample with.
+            round_index: samplers take the tasks after the training tasks of this round.
+            first: the number of the first task; the others follow.
+            sampling: decides which steps are stochastic.
+        """
         window = evaluation_window(sampling)
         starts = range(0, len(self.seeds), self.batch_size)
         parts = [slice(start, start + self.batch_size) for start in starts]
         return [
-            Task(round, index, policy_version, self.prompts[part], self.seeds[part], window, Stream.EVALUATION)
+            Task(round_index, index, policy_version, self.prompts[part], self.seeds[part], window, Stream.EVALUATION)
             for index, part in enumerate(parts, first)
         ]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The same images, same prompts and noise, under the pretrained weights and under a run's."""
+def build_eval_set(table: EvaluationTable, source: PromptSource) -> EvalSet:
+    """Choose prompts and seeds from `[evaluation]`.
 
-    chosen: EvaluationSet
-    before: UInt8[np.ndarray, "N H W 3"]
-    after: UInt8[np.ndarray, "N H W 3"]
-    scores_before: dict[str, np.ndarray]  # by scorer, [N]; "reward" is the weighted sum that was trained on
-    scores_after: dict[str, np.ndarray]
-
-
-def evaluation_set(table: EvaluationTable, source: PromptSource) -> EvaluationSet:
-    """The recipe's prompts, else those that its source leaves out, else all of it, in turn until there are enough images."""
+    Prompts are those of `evaluation.prompts`, else the held-out prompts of the source, else all of its prompts. They are
+    repeated in turn until there are enough images. If the source is a function and lists no prompts, they are sampled from
+    the function with seeds that training never uses.
+    """
     stream = Stream.EVALUATION if table.split == "evaluation" else Stream.TUNING
     chosen = source.evaluated(table.prompts)
     if chosen:
@@ -59,11 +60,11 @@ def evaluation_set(table: EvaluationTable, source: PromptSource) -> EvaluationSe
             sample_prompt(np.random.default_rng([table.seed, int(stream), image])) for image in range(table.images)
         ]
     seeds = [image_seed(table.seed, stream, 0, image) for image in range(table.images)]
-    return EvaluationSet(tuple(prompts), tuple(seeds), table.batch_size)
+    return EvalSet(tuple(prompts), tuple(seeds), table.batch_size)
 
 
-def evaluation_images(policy: Policy, chosen: EvaluationSet, sampling: SamplingTable) -> UInt8[np.ndarray, "N H W 3"]:
-    """The set's images under the policy's present weights."""
+def sample_eval_images(policy: Policy, chosen: EvalSet, sampling: SamplingTable) -> UInt8[np.ndarray, "N H W 3"]:
+    """Sample the images of a set under the policy's current weights."""
     images = []
     for start in range(0, len(chosen.seeds), chosen.batch_size):
         part = slice(start, start + chosen.batch_size)
@@ -74,7 +75,11 @@ def evaluation_images(policy: Policy, chosen: EvaluationSet, sampling: SamplingT
 
 
 def decoded(policy: Policy, trajectory: Trajectory, prompts: list[str]) -> UInt8[np.ndarray, "B H W 3"]:
-    """Return the images at the end of the paths. ValueError: one is no finite number, and so no image."""
+    """Decode the final latents of trajectories to images.
+
+    Raises:
+        ValueError: latents or pixels of an image are NaN or infinite.
+    """
     pixels = policy.decode(trajectory.final_latents).cpu().numpy()
     if rows := policy.not_finite:
         raise ValueError(
