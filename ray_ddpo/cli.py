@@ -178,7 +178,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _serve_reward(options: argparse.Namespace) -> None:
     from ray_ddpo.common.recipe.recipe import Recipe
-    from ray_ddpo.deploy.reward_service.serve_reward import Listening, serve_reward
+    from ray_ddpo.deploy.reward_service import Listening, serve_reward
 
     listening = Listening(options.host, options.port, options.token_variable)
     serve_reward(Recipe.load(options.recipe, options.overrides), options.reward, listening)
