@@ -61,57 +61,6 @@ class Listening:
     token_variable: str | None
 
 
-def serve_reward(recipe: Recipe, name: str | None, listening: Listening) -> None:
-    """Serve one of the recipe's rewards until a signal ends the process.
-
-    Raises:
-        ValueError: the recipe has several rewards and none is named, the reward cannot be loaded, or the host can be reached
-            from elsewhere and no token is asked for.
-    """
-    server = reward_server(recipe, name, listening)
-    asked = f"the token in {listening.token_variable}" if listening.token_variable else "no token"
-    print(f"serving {server.reward} at {server.url}{SCORE_PATH}, asking for {asked}", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print("stopped", flush=True)
-    finally:
-        server.server_close()
-
-
-def reward_server(recipe: Recipe, name: str | None, listening: Listening) -> RewardServer:
-    """Load the reward, and bind the server to its port; see `serve_reward`."""
-    token = read_token(listening.token_variable, os.environ)
-    if token is None and not _is_this_machine(listening.host):
-        raise ValueError(f"--host {listening.host} can be reached from elsewhere: give --token-variable, too")
-    table = _chosen(recipe, name)
-    reward = build_reward(table)
-    if isinstance(reward, Http):
-        raise ValueError("the recipe's reward is itself asked for over HTTP: give a recipe with the reward to serve")
-    worker = RewardWorker({table.called: reward}, table.workers or recipe.reward_workers, recipe.runtime)
-    try:
-        return RewardServer((listening.host, listening.port), worker, token)
-    except OSError as error:
-        raise ValueError(f"cannot listen at {listening.host}:{listening.port}: {error}") from error
-
-
-def _chosen(recipe: Recipe, name: str | None) -> RewardTable:
-    """Return the table of the named reward, or of the only one."""
-    tables = {table.called: table for table in recipe.all_rewards}
-    if name is None and len(tables) == 1:
-        return next(iter(tables.values()))
-    if name not in tables:
-        raise ValueError(f"--reward is {name!r}: the recipe has {sorted(tables)}")
-    return tables[name]
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class Refusal(Exception):
     """An HTTP error status with its reason, in place of scores."""
 
@@ -282,3 +231,54 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, template: str, *arguments: Any) -> None:
         LOG.info(template, *arguments)
+
+
+def serve_reward(recipe: Recipe, name: str | None, listening: Listening) -> None:
+    """Serve one of the recipe's rewards until a signal ends the process.
+
+    Raises:
+        ValueError: the recipe has several rewards and none is named, the reward cannot be loaded, or the host can be reached
+            from elsewhere and no token is asked for.
+    """
+    server = reward_server(recipe, name, listening)
+    asked = f"the token in {listening.token_variable}" if listening.token_variable else "no token"
+    print(f"serving {server.reward} at {server.url}{SCORE_PATH}, asking for {asked}", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+    finally:
+        server.server_close()
+
+
+def reward_server(recipe: Recipe, name: str | None, listening: Listening) -> RewardServer:
+    """Load the reward, and bind the server to its port; see `serve_reward`."""
+    token = read_token(listening.token_variable, os.environ)
+    if token is None and not _is_this_machine(listening.host):
+        raise ValueError(f"--host {listening.host} can be reached from elsewhere: give --token-variable, too")
+    table = _chosen(recipe, name)
+    reward = build_reward(table)
+    if isinstance(reward, Http):
+        raise ValueError("the recipe's reward is itself asked for over HTTP: give a recipe with the reward to serve")
+    worker = RewardWorker({table.called: reward}, table.workers or recipe.reward_workers, recipe.runtime)
+    try:
+        return RewardServer((listening.host, listening.port), worker, token)
+    except OSError as error:
+        raise ValueError(f"cannot listen at {listening.host}:{listening.port}: {error}") from error
+
+
+def _chosen(recipe: Recipe, name: str | None) -> RewardTable:
+    """Return the table of the named reward, or of the only one."""
+    tables = {table.called: table for table in recipe.all_rewards}
+    if name is None and len(tables) == 1:
+        return next(iter(tables.values()))
+    if name not in tables:
+        raise ValueError(f"--reward is {name!r}: the recipe has {sorted(tables)}")
+    return tables[name]
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -46,9 +46,9 @@ class EvalSet:
 def build_eval_set(table: EvaluationTable, source: PromptSource) -> EvalSet:
     """Choose prompts and seeds from `[evaluation]`.
 
-    Prompts are those of `evaluation.prompts`, else the held-out prompts of the source, else all of its prompts. They are
-    repeated in turn until there are enough images. If the source is a function and lists no prompts, they are sampled from
-    the function with seeds that training never uses.
+    Prompts are those of `evaluation.prompts`, else the held-out prompts of the source, else all of its prompts.
+    They are repeated in turn until there are enough images. If the source is a function and lists no prompts, they
+    are sampled from the function with seeds that training never uses.
     """
     stream = Stream.EVALUATION if table.split == "evaluation" else Stream.TUNING
     chosen = source.evaluated(table.prompts)
@@ -83,7 +83,7 @@ def decoded(policy: Policy, trajectory: Trajectory, prompts: list[str]) -> UInt8
     pixels = policy.decode(trajectory.final_latents).cpu().numpy()
     if rows := policy.not_finite:
         raise ValueError(
-            f"the image of {prompts[rows[0]]!r} is not finite ({len(rows)} of {len(prompts)}): its latents or its pixels are NaN "
-            "or infinite, so the model or its trained weights overflow; try policy.dtype float32, or an earlier version"
+            f"the image of {prompts[rows[0]]!r} is not finite ({len(rows)} of {len(prompts)}): its latents or its "
+            "pixels are NaN or infinite, so the model or its trained weights overflow; try policy.dtype float32, or an earlier version"
         )
     return pixels

@@ -1,4 +1,4 @@
-"""Statistics of an evaluation's images that need no reward: darkness, sharpness, entropy, and diversity within a prompt."""
+"""Image statistics that need no reward: darkness, sharpness, entropy, and diversity within a prompt."""
 
 import math
 from itertools import combinations

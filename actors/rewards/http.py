@@ -1,6 +1,6 @@
 """A reward from a service: images go there over HTTP, and scores come back as JSON. Nothing is unpickled.
 
-The retry loop is our own: with tenacity it would need a wait function for Retry-After, a predicate for statuses, and a dependency.
+The retry loop is our own: tenacity would need a wait function for Retry-After and a predicate for statuses, so no less code.
 """
 
 import email.utils

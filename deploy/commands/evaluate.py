@@ -98,7 +98,7 @@ def _results(parts: Components, named: list[str], check: Callable[[Base], None])
     Args:
         parts: the recipe's components.
         named: the weights; the last are the baseline.
-        check: called with the fingerprints of all loaded files, and refuses other files than the weights were trained on.
+        check: called with the fingerprints of all loaded files. Refuses files that the weights were not trained on.
     """
     recipe, scorer = parts.recipe, EvalScorer(parts)
     with ExitStack() as copies:
@@ -157,7 +157,7 @@ def _line(stats: dict[str, float] | None) -> str:
 
 
 def _write(output: Path, found: dict[str, EvalResult], stats: dict[str, Any]) -> None:
-    """Write the comparison, a table with one row for each image and set of weights, and the first images side by side."""
+    """Write the statistics, a table with one row an image and weights, and the first images side by side."""
     (output / STATS).write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
     tables = [images_table(location, result, len(result.seeds)) for location, result in found.items()]
     parquet.write_table(pa.concat_tables(tables), output / ROWS)

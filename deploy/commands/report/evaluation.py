@@ -1,4 +1,4 @@
-"""The report's section on evaluations during training: curves over policy versions, the guard's alarms, and saved images."""
+"""Section of the report on evaluations during training: curves over policy versions, alarms, and saved images."""
 
 import math
 from dataclasses import dataclass
@@ -105,6 +105,7 @@ def evaluation_charts(entries: list[LogEntry], recipe: Recipe) -> list[Chart]:
 
 
 def _score(entries: list[LogEntry], name: str) -> list[RoundSeries]:
+    """Return one score over the versions: of the newest weights with a band, and of the moving average."""
     of_score = [each["scores"][name] for each in entries]
     means, errors, averages = (
         [_float(each.get(key)) for each in of_score] for key in ("mean", "standard_error", "average_mean")
@@ -134,8 +135,8 @@ def _sentences(folder: RunFolder, entries: list[LogEntry]) -> list[str]:
     if best is not None:
         score = "held-out reward" if best["best_by"] == "reward" else f"held-out {best['best_by']}"
         sentences.append(
-            f"Version {best['policy_version']} has the highest {score} without an alarm, {number(best['score'])}; its weights are "
-            "kept under best/."
+            f"Version {best['policy_version']} has the highest {score} without an alarm, {number(best['score'])}; "
+            "its weights are kept under best/."
         )
     if not any(each["alarms"] for each in entries):
         sentences.append("The guard has found nothing.")

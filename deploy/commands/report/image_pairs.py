@@ -45,7 +45,7 @@ def gallery(comparison: EvalComparison, score: str) -> list[ImagePair]:
 
 
 def worst_and_best(comparison: EvalComparison, score: str) -> tuple[list[ImagePair], list[ImagePair]]:
-    """Return the pairs with the lowest and with the highest score after training, the extreme first; no pair is in both."""
+    """Return the pairs with the lowest and the highest score after, the extreme first; no pair is in both."""
     values = comparison.scores_after[score]
     ranked = [int(index) for index in np.argsort(values, kind="stable") if np.isfinite(values[index])]
     shown = min(EXTREMES, len(ranked) // 2)
@@ -72,6 +72,7 @@ def data_uri(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
 
 
 def _pair(comparison: EvalComparison, score: str, index: int) -> ImagePair:
+    """Return one image before and after, with one score."""
     height, width = comparison.before[index].shape[:2]
     return ImagePair(
         prompt=comparison.chosen.prompts[index].text,

@@ -69,7 +69,7 @@ def _write_above(axis: Any, written: Lettering, index: int) -> None:
 
 
 def versions_image(log: EvalLog, shown: list[dict[str, Any]], path: Path) -> None:
-    """Plot one row a version with its saved images; the label is red if there was an alarm. Without images, write no file."""
+    """Plot one row a version with its saved images, labeled red if there was an alarm; write no file without images."""
     rows = [
         (
             f"version {entry['policy_version']}",

@@ -43,7 +43,7 @@ class FinishedRun:
 
 
 def report_page(run: FinishedRun, comparison: EvalComparison) -> str:
-    """Return one self-contained HTML text: styles, script, charts and images are inside. Everything from the run is escaped."""
+    """Return one self-contained HTML text, with styles, script and images. Everything from the run is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
