@@ -1,4 +1,4 @@
-"""Say before a run that sampler and learner give a GPU batches of different rows in half precision."""
+"""Warn before a run if sampler and learner use different batch sizes on a GPU in half precision."""
 
 import torch
 
@@ -6,7 +6,7 @@ from ray_ddpo.deploy.driver.components import Components
 
 
 def rows_note(parts: Components) -> str | None:
-    """Return what is to be known, and what to do; None if the ratio is exactly 1 before the first update, or need not be."""
+    """Return the warning with advice; None if the ratio is exactly 1 before the first update or need not be."""
     recipe, policy = parts.recipe, parts.policy
     in_half = {policy.dtype_of("sampler"), policy.dtype_of("learner")} != {torch.float32}
     on_gpu = recipe.runtime.device != "cpu" and bool(recipe.learner.num_gpus or recipe.samplers.num_gpus)
