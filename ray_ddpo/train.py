@@ -62,7 +62,7 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
         finally:
             trackers.finish()
             workers.close()
-    print(progress.closing_line())
+    print(progress.closing_line(serial))
     return progress.metrics[-1] if progress.metrics else {}
 
 

@@ -1,5 +1,6 @@
 """EvalSet: held-out prompts and seeds, sampled and scored in the same way for every policy version."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,14 +64,24 @@ def build_eval_set(table: EvaluationTable, source: PromptSource) -> EvalSet:
     return EvalSet(tuple(prompts), tuple(seeds), table.batch_size)
 
 
-def sample_eval_images(policy: Policy, chosen: EvalSet, sampling: SamplingTable) -> UInt8[np.ndarray, "N H W 3"]:
-    """Sample the images of a set under the policy's current weights."""
+def sample_eval_images(
+    policy: Policy, chosen: EvalSet, sampling: SamplingTable, on_sampled: Callable[[int], None] = lambda images: None
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Sample the images of a set under the policy's current weights.
+
+    Args:
+        policy: with the weights.
+        chosen: the set.
+        sampling: of the recipe.
+        on_sampled: called after each batch with the number of images sampled so far.
+    """
     images = []
     for start in range(0, len(chosen.seeds), chosen.batch_size):
         part = slice(start, start + chosen.batch_size)
         texts = [prompt.text for prompt in chosen.prompts[part]]
         trajectory = sample_trajectories(policy, texts, list(chosen.seeds[part]), sampling, evaluation_window(sampling))
         images.append(decoded(policy, trajectory, texts))
+        on_sampled(start + len(texts))
     return np.concatenate(images)
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -112,8 +111,7 @@ def _results(parts: Components, named: list[str], check: Callable[[Base], None])
         found = {}
         for location in named:
             policy = load_policy(recipe, paths[location])
-            print(f"{location}: samples {len(scorer.chosen.seeds)} images", file=sys.stderr, flush=True)
-            found[location] = scorer.evaluate(policy)
+            found[location] = scorer.evaluate(policy, location)
             del policy  # so that two policies are never in memory together
     return found
 

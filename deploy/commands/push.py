@@ -16,7 +16,7 @@ from ray_ddpo.common.run_storage.reading import read_json, read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.model_card.card import Published, model_card
 from ray_ddpo.deploy.commands.report.images import before_after_image, reward_curve
-from ray_ddpo.deploy.commands.report.report import compare, figures_of, logged_rounds, report
+from ray_ddpo.deploy.commands.report.report import compare, logged_rounds, report, report_stats
 from ray_ddpo.deploy.commands.weights.given_base import check_base
 from ray_ddpo.deploy.commands.weights.run_weights import RunWeights, best_weights, run_weights
 from ray_ddpo.deploy.driver.components import build_components, components_of
@@ -61,7 +61,7 @@ def _looked_at(folder: RunFolder, recipe: Recipe, overrides: list[str], weights:
     print("the report is not of these weights: their images are charts now", file=sys.stderr, flush=True)
     rounds = logged_rounds(folder)
     comparison = compare(build_components(recipe), weights.location, lambda base: check_base(folder, base, overrides))
-    figures = figures_of(comparison, recipe, rounds, weights)
+    figures = report_stats(comparison, recipe, rounds, weights)
     with tempfile.TemporaryDirectory() as scratch:
         before_after_image(comparison, Path(scratch) / BEFORE_AFTER)
         reward_curve(rounds, Path(scratch) / CURVE)

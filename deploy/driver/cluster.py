@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 import ray
 
 from ray_ddpo.common.model_files.model_hub import first_line
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.reward_pools import elastic_roles
 
 PROBE_SECONDS = 5.0
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # limit of the operating system for a socket's path
@@ -20,6 +22,13 @@ LOCAL = "local"
 def attaches() -> bool:
     """Return whether this process is to attach to a cluster that RAY_ADDRESS names."""
     return os.environ.get("RAY_ADDRESS", LOCAL) not in ("", LOCAL)
+
+
+def has_cores_to_overlap(recipe: Recipe) -> bool:
+    """Return whether samplers, reward workers and learner can work at the same time. A remote cluster is taken to be able."""
+    asked = recipe.learner.num_cpus * recipe.learner.world_size
+    asked += sum(table.num_cpus * table.count for table in elastic_roles(recipe).values())
+    return attaches() or asked <= (os.cpu_count() or 1)
 
 
 def attach(**options: Any) -> None:

@@ -17,6 +17,7 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import StorageError
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trajectory import Rollout, Scored, TrainBatch, whole_round
+from ray_ddpo.deploy.driver.cluster import has_cores_to_overlap
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.driver.numerics_notes import NumericsNotes
 from ray_ddpo.deploy.driver.round_media import first_images, round_media
@@ -153,12 +154,18 @@ class RunProgress:
             else "there is no checkpoint yet"
         )
 
-    def closing_line(self) -> str:
+    def closing_line(self, serial: bool) -> str:
         """Return the last line of a run: that the reward collapsed, else the bottleneck."""
+        if collapse := self.collapse.at_end():
+            return collapse
+        if serial:
+            return "one process (--serial): sampling, scoring and learning take turns, so there is nothing to overlap"
         recipe = self._parts.recipe
         scoring = sum(pool.table.count for pool in reward_pools(recipe))
-        idle = bottleneck(list(self.metrics), recipe.max_policy_lag, recipe.samplers.count, scoring)
-        return self.collapse.at_end() or idle
+        can_overlap = has_cores_to_overlap(recipe)
+        return bottleneck(
+            list(self.metrics), recipe.max_policy_lag, recipe.samplers.count, scoring, can_overlap=can_overlap
+        )
 
     def flush(self) -> None:
         """Write data that the storage refused before."""

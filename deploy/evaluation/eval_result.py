@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from ray_ddpo.deploy.evaluation.guard import Alarm, JudgedVersion, VersionStats,
 from ray_ddpo.learner.checkpoints.learner_state import Evaluated
 
 LogEntry = dict[str, Any]  # of one policy version, in evaluations.jsonl
+PROGRESS_SECONDS = 5.0
 WEIGHTED_SUM = "reward"  # the name of the rewards' weighted sum among the scores
 
 
@@ -48,6 +51,24 @@ class EvalComparison:
     scores_after: dict[str, np.ndarray]
 
 
+class EvalProgress:
+    """Lines on standard error while images are sampled, at most one in PROGRESS_SECONDS, and one at the end."""
+
+    def __init__(self, label: str, images: int) -> None:
+        self._label = label
+        self._images = images
+        self._printed = time.monotonic()
+        print(f"{label}: samples {images} images", file=sys.stderr, flush=True)
+
+    def sampled(self, images: int) -> None:
+        """Report the number of images sampled so far."""
+        done = images == self._images
+        if done or time.monotonic() - self._printed > PROGRESS_SECONDS:
+            self._printed = time.monotonic()
+            scores = ", scores them" if done else ""
+            print(f"{self._label}: {images} of {self._images} images sampled{scores}", file=sys.stderr, flush=True)
+
+
 class EvalScorer:
     """Samples and scores the recipe's evaluation set in this process, under any weights.
 
@@ -66,9 +87,13 @@ class EvalScorer:
         """Return the fingerprints of the files that rewards and scorers have loaded."""
         return self._worker.loaded_parts()
 
-    def evaluate(self, policy: Policy) -> EvalResult:
-        """Sample the images under the policy's current weights, and score them."""
-        pixels = sample_eval_images(policy, self.chosen, self._sampling)
+    def evaluate(self, policy: Policy, label: str) -> EvalResult:
+        """Sample the images under the policy's current weights, and score them.
+
+        Progress is printed to standard error; `label` names the weights there.
+        """
+        progress = EvalProgress(label, len(self.chosen.seeds))
+        pixels = sample_eval_images(policy, self.chosen, self._sampling, progress.sampled)
         scores = self._worker.score(ImageBatch(pixels, self.chosen.prompts)).rewards
         return EvalResult(self.chosen.prompts, self.chosen.seeds, with_weighted_sum(scores, self._weights), pixels)
 

@@ -24,9 +24,9 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return Storage(f"{request.getfixturevalue('bucket')}/run" if request.param == "s3" else tmp_path)
 
 
-def test_scores_and_the_first_pictures_come_back(storage: Storage) -> None:
+def test_scores_and_the_first_images_come_back(storage: Storage) -> None:
     log, current = EvalLog(storage), images(0)
-    log.write({"policy_version": 4, "x": float("nan")}, {"current": current, "average": images(1)}, images=2)
+    log.write({"policy_version": 4, "x": float("nan")}, {"current": current, "average": images(1)}, num_pixels=2)
     assert log.entries() == [{"policy_version": 4, "x": None}]
     scores = log.scores(4)
     assert np.array_equal(scores["reward"], current.scores["reward"])
@@ -41,7 +41,7 @@ def test_scores_and_the_first_pictures_come_back(storage: Storage) -> None:
 def test_versions_that_are_not_kept_are_gone(storage: Storage) -> None:
     log = EvalLog(storage)
     for version in (0, 2, 4):
-        log.write({"policy_version": version}, {"current": images(version)}, images=0)
+        log.write({"policy_version": version}, {"current": images(version)}, num_pixels=0)
     log.keep([{"policy_version": 0}, {"policy_version": 2}])
     assert [each["policy_version"] for each in log.entries()] == [0, 2]
     assert np.array_equal(log.scores(2)["reward"], images(2).scores["reward"])

@@ -80,7 +80,7 @@ def test_its_figures_hold_the_version_against_the_pretrained_model(tables: dict)
     assert last["scores"]["brightness"]["mean"] != last["scores"]["brightness"]["average_mean"]
     table = log.read(5)
     assert table["variant"].to_pylist() == ["current"] * 6 + ["average"] * 6
-    assert [image is not None for image in table["image"].to_pylist()] == [
+    assert [pixels is not None for pixels in table["pixels"].to_pylist()] == [
         True,
         True,
         False,
@@ -132,13 +132,13 @@ def stop_after(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.thorough
-def test_other_pictures_begin_anew(tables: dict, capsys: pytest.CaptureFixture) -> None:
+def test_evaluations_start_again_if_the_images_differ(tables: dict, capsys: pytest.CaptureFixture) -> None:
     run = run_of(tables, "run", evaluation=EVALUATION)
     assert len(figures(run)) == 4
     more = {**tables, "name": "run", "rounds": 6, "evaluation": {**EVALUATION, "seed": 7}}
     train(Recipe.parse(more), resume=True, serial=True)
     assert [each["policy_version"] for each in figures(run)] == [0, 6]
-    assert "begun again" in capsys.readouterr().err
+    assert "evaluations start again" in capsys.readouterr().err
 
 
 GUARD = {"max_kl_nats": 1e-9, "on_alarm": "stop"}

@@ -54,7 +54,7 @@ def written(recipe: Recipe, *figures: dict) -> RunFolder:
     log = EvalLog(folder.storage)
     log.keep([])
     for each in figures:
-        log.write(each, {"current": images_of(each)}, images=2)
+        log.write(each, {"current": images_of(each)}, num_pixels=2)
     return folder
 
 

@@ -22,6 +22,7 @@ from ray_ddpo.deploy.commands.report.evaluation import evaluation_section, guard
 from ray_ddpo.deploy.commands.report.image_pairs import are_reduced, gallery, worst_and_best
 from ray_ddpo.deploy.commands.report.numbers import NARROW, duration, number, percent, signed, tick
 from ray_ddpo.deploy.commands.report.scores import Score, headline, held_out_table, scores, training_table
+from ray_ddpo.deploy.driver.cluster import has_cores_to_overlap
 from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM, EvalComparison
 
 HERE = Path(__file__).parent
@@ -124,7 +125,8 @@ def summary_in_words(found: list[Score], rounds: list[Metrics]) -> list[str]:
 def what_waits(rounds: list[Metrics], recipe: Recipe) -> str:
     """Return one sentence that names the bottleneck."""
     scoring = sum(pool.table.count for pool in reward_pools(recipe))
-    return bottleneck(rounds, recipe.max_policy_lag, recipe.samplers.count, scoring)
+    can_overlap = has_cores_to_overlap(recipe)
+    return bottleneck(rounds, recipe.max_policy_lag, recipe.samplers.count, scoring, can_overlap=can_overlap)
 
 
 def _verdict(reward: Score) -> str:
