@@ -95,6 +95,7 @@ def decoded(policy: Policy, trajectory: Trajectory, prompts: list[str]) -> UInt8
     if rows := policy.not_finite:
         raise ValueError(
             f"the image of {prompts[rows[0]]!r} is not finite ({len(rows)} of {len(prompts)}): its latents or its "
-            "pixels are NaN or infinite, so the model or its trained weights overflow; try policy.dtype float32, or an earlier version"
+            "pixels are NaN or infinite, so the model or its trained weights overflow; try policy.dtype float32, or an "
+            "earlier version"
         )
     return pixels
