@@ -225,14 +225,14 @@ def test_the_verdict_says_how_sure_it_is(recipe: Recipe, after: list[float], sai
     assert said in summary_in_words(found, [logged(0)])[0]
 
 
-@pytest.mark.parametrize("fooled", [True, False])
-def test_a_scorer_that_falls_while_the_reward_rises_is_pointed_out(tables: dict, fooled: bool) -> None:
+@pytest.mark.parametrize("hacked", [True, False])
+def test_a_scorer_that_falls_while_the_reward_rises_is_pointed_out(tables: dict, hacked: bool) -> None:
     tables["evaluation"] = {"scorers": [{"name": "animal_classifier"}]}
     before = {"jpeg_compressibility": [1, 2, 3, 4], "animal_classifier": [0.9, 0.8, 0.9, 0.8]}
-    probe = [0.1, 0.2, 0.1, 0.3] if fooled else [0.9, 0.9, 0.9, 0.8]
+    probe = [0.1, 0.2, 0.1, 0.3] if hacked else [0.9, 0.9, 0.9, 0.8]
     after = {"jpeg_compressibility": [2, 3.1, 3.9, 5], "animal_classifier": probe}
     sentences = summary_in_words(scores(compared(before, after), Recipe.parse(tables)), [logged(0)])
-    assert any("it may have been fooled" in sentence for sentence in sentences) == fooled
+    assert any("may be reward hacking" in sentence for sentence in sentences) == hacked
 
 
 def opened(uri: str) -> Image.Image:

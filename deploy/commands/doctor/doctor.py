@@ -156,6 +156,7 @@ def _on_the_machines(
 def _tried_out(
     parts: Components, at: At, prompts: tuple[Prompt, ...], may_sample: bool
 ) -> Iterator[Finding | MeasuredNoise]:
+    """Load rewards and model, and measure the noise of the ratio, where the roles' actors would run."""
     try:
         yield from _reward_findings(parts, at, prompts)
         weights = list(guarded("model", _model_findings, parts, at))

@@ -1,4 +1,4 @@
-"""TRL's DDPOConfig, field by field: the recipe's key that means the same, and what differs or has no key."""
+"""Recipe keys for the fields of TRL's DDPOConfig, with the differences between both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +9,17 @@ from ray_ddpo.deploy.commands.migrate.trl_config import DTYPES, PROJECT_KEYS, WA
 
 @dataclass(frozen=True)
 class Counterpart:
-    """What becomes of one field. `says` is printed unless `quiet`; {run.…} and {config.…} in it are filled in."""
+    """The counterpart of one field. `says` is printed unless `quiet`; {run.…} and {config.…} in it are filled in."""
 
-    key: str = ""  # of the recipe; none: there is no counterpart
-    value: Callable[[TrlRun], Any] | None = None  # none: the field's own; where it gives None, no key is written
+    key: str = ""  # of the recipe; empty: no counterpart
+    value: Callable[[TrlRun], Any] | None = (
+        None  # None: the field's value; if the function returns None, no key is written
+    )
     says: str = ""  # how the two differ, or why there is no counterpart
     quiet: Callable[[TrlRun], bool] = lambda run: False
 
     def value_of(self, field: str, run: TrlRun) -> Any:
-        """What is written under the key; None: nothing is."""
+        """Return the value of the key; None if no key is written."""
         if not self.key:
             return None
         return self.value(run) if self.value else getattr(run.config, field)
@@ -60,14 +62,14 @@ COUNTERPARTS = {
     "project_kwargs": Counterpart(
         "output_dir",
         lambda run: run.config.project_kwargs.get("project_dir"),
-        "project_dir is output_dir and total_limit is checkpoint.keep; of the others none is needed, because all that a "
-        "run writes lies in <output_dir>/<name>",
+        "project_dir is output_dir and total_limit is checkpoint.keep; the others are not needed, because a run writes only "
+        "to <output_dir>/<name>",
         lambda run: set(run.config.project_kwargs) <= PROJECT_KEYS,
     ),
     "tracker_project_name": Counterpart(
         "trackers",
         lambda run: run.trackers if run.config.log_with == "wandb" else None,
-        "TensorBoard's files lie in the run's own folder",
+        "TensorBoard's files are in the run's folder",
         lambda run: run.config.log_with != "tensorboard" or run.config.tracker_project_name == "trl",
     ),
     "logdir": Counterpart(),  # TRL's trainer reads it nowhere
@@ -91,7 +93,7 @@ COUNTERPARTS = {
         quiet=lambda run: not run.config.allow_tf32 or run.config.mixed_precision != "no",  # half precision has none
     ),
     "resume_from": Counterpart(
-        says="no key: `ddpo train RECIPE --resume auto` goes on from the run's own newest checkpoint; TRL's are not read",
+        says="no key: `ddpo train RECIPE --resume auto` resumes from the run's newest checkpoint; TRL's are not read",
         quiet=lambda run: run.config.resume_from == "",
     ),
     "sample_num_steps": Counterpart("sampling.num_steps"),

@@ -70,7 +70,7 @@ def _context(run: FinishedRun, comparison: EvalComparison) -> dict[str, Any]:
         "sentences": [*summary_in_words(found, run.rounds), *guard_sentences(run.folder), *_start(run.recipe)],
         "charts": charts.run_charts(run.rounds, [table.called for table in run.recipe.all_rewards]),
         "evaluation": evaluation_section(run.folder, run.recipe),
-        "drawing": (charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
+        "chart_size": (charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
         "pairs": gallery(comparison, score),
         "images": len(comparison.before),
         "reduced": are_reduced(comparison.before),
