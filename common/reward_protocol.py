@@ -68,7 +68,7 @@ def from_png(text: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
     """Decode an untrusted image.
 
     Raises:
-        ValueError: the text is not an RGB PNG in base64, or the image has more than `max_pixels`; then no pixel is decoded.
+        ValueError: the text is not an RGB PNG in base64, or has more than `max_pixels`, which are then not decoded.
     """
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) as image:

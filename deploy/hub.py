@@ -59,8 +59,8 @@ def license_of(recipe: Recipe) -> str:
     found = recipe.push.license or LICENSES.get(model)
     if found is None:
         raise ValueError(
-            f"push.license is not given, and the licence of {model!r} is not known: give the identifier under which the hub "
-            "lists it, such as apache-2.0"
+            f"push.license is not given, and the licence of {model!r} is not known: give the identifier under which "
+            "the hub lists it, such as apache-2.0"
         )
     return found
 
@@ -195,7 +195,7 @@ def _answers(push: PushTable, token: str) -> Iterator[None]:
     """Convert the errors of huggingface_hub to ValueError and NotPushed, without the token in their text."""
     try:
         yield
-    # RuntimeError: an upload failed in a thread. ValueError: the answer is not the hub's, or the hub refuses the metadata.
+    # RuntimeError: an upload failed in a thread. ValueError: an invalid answer, or metadata that the hub refuses.
     except (OSError, httpx2.HTTPError, RuntimeError, ValueError) as error:
         answer = next(
             (each for each in (error, error.__cause__, error.__context__) if isinstance(each, HfHubHTTPError)), None

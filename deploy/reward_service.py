@@ -1,7 +1,7 @@
 """ddpo serve-reward: a recipe's reward behind HTTP, on a machine and in an environment of its own. No input is trusted.
 
-`http.server` stays: aiohttp, which Ray installs, answers malformed requests in plain text or not at all, drops clients that
-half-close, and limits neither the time of a body nor silent connections, so its handlers would be no shorter than these.
+`http.server` stays: aiohttp answers malformed requests in plain text or not at all, drops clients that half-close, and
+limits neither the time of a body nor silent connections, so its handlers would be no shorter than these.
 """
 
 import hmac
@@ -237,8 +237,8 @@ def serve_reward(recipe: Recipe, name: str | None, listening: Listening) -> None
     """Serve one of the recipe's rewards until a signal ends the process.
 
     Raises:
-        ValueError: the recipe has several rewards and none is named, the reward cannot be loaded, or the host can be reached
-            from elsewhere and no token is asked for.
+        ValueError: the recipe has several rewards and none is named, the reward cannot be loaded, or the host can be
+            reached from elsewhere and no token is asked for.
     """
     server = reward_server(recipe, name, listening)
     asked = f"the token in {listening.token_variable}" if listening.token_variable else "no token"

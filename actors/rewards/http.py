@@ -1,6 +1,6 @@
 """A reward from a service: images go there over HTTP, and scores come back as JSON. Nothing is unpickled.
 
-The retry loop is our own: tenacity would need a wait function for Retry-After and a predicate for statuses, so no less code.
+The retry loop is our own: with tenacity, Retry-After and the statuses would need as much code.
 """
 
 import email.utils
@@ -67,7 +67,8 @@ class RewardClient:
             place = ".".join(str(part) for part in fault["loc"]) or "all of it"
             keys = ", ".join(f'"{name}"' for name in kind.model_fields)
             raise RewardServiceFailed(
-                f"{self.url} answered {self._quoted(reply)}: it must be a JSON object with {keys} ({place}: {fault['msg']})"
+                f"{self.url} answered {self._quoted(reply)}: it must be a JSON object with {keys} ({place}: "
+                f"{fault['msg']})"
             ) from None
 
     def _with_retries(self, path: str, body: bytes | None) -> bytes:
@@ -137,6 +138,7 @@ class Http(Reward):
     # Checks the model and not single fields, because pydantic quotes the value of a field that fails.
     @model_validator(mode="after")
     def _holds_no_secret(self) -> "Http":
+        """Refuse credentials in the URL, and a token in place of a variable's name."""
         if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", self.url):
             shown = re.sub(r"//.*@", "//", self.url).partition("?")[0]
             raise ValueError(

@@ -80,7 +80,10 @@ def replay(run: str, round_index: int, overrides: list[str]) -> Replay:
 
 
 def kept_weights(checkpoints: Storage, round_index: int, version: int) -> PolicyWeights:
-    """Load a policy version's weights from the newest checkpoint with them. Raise ValueError if no checkpoint has them."""
+    """Load a policy version's weights from the newest checkpoint with them.
+
+    Raise ValueError if no checkpoint has them.
+    """
     whole = list(whole_checkpoints(checkpoints))
     for checkpoint in whole:
         if version in policy_versions(checkpoint):
@@ -89,8 +92,9 @@ def kept_weights(checkpoints: Storage, round_index: int, version: int) -> Policy
     there = [f"{name} has {versions}" for name, versions in held.items()] or ["there are none"]
     there += [f"{name} is damaged" for name in damaged_checkpoints(checkpoints)]
     raise ValueError(
-        f"round {round_index} was sampled with policy version {version}, which no checkpoint in {checkpoints.location} holds "
-        f"({'; '.join(there)}): a run with a smaller checkpoint.every and a larger checkpoint.keep keeps more of them"
+        f"round {round_index} was sampled with policy version {version}, which no checkpoint in {checkpoints.location} "
+        f"holds ({'; '.join(there)}): a run with a smaller checkpoint.every and a larger checkpoint.keep keeps more of "
+        "them"
     )
 
 

@@ -1,4 +1,4 @@
-"""Sampling settings that are printed and saved with a result, and their differences from the training of the weights."""
+"""Sampling settings that are saved with a result, and their differences from the training of the weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -25,7 +25,10 @@ def attaches() -> bool:
 
 
 def has_cores_to_overlap(recipe: Recipe) -> bool:
-    """Return whether samplers, reward workers and learner can work at the same time. A remote cluster is taken to be able."""
+    """Return whether samplers, reward workers and learner can work at the same time.
+
+    A remote cluster is taken to be able.
+    """
     asked = recipe.learner.num_cpus * recipe.learner.world_size
     asked += sum(table.num_cpus * table.count for table in elastic_roles(recipe).values())
     return attaches() or asked <= (os.cpu_count() or 1)
@@ -46,8 +49,8 @@ def attach(**options: Any) -> None:
         ray.shutdown()
         raise ValueError(
             f"the cluster of RAY_ADDRESS {address!r} cannot be reached: {first_line(error)}; give auto or the "
-            "head's host:6379, see that it runs and that both sides agree on the token (export RAY_AUTH_MODE=token), or "
-            "unset RAY_ADDRESS to start a cluster on this machine"
+            "head's host:6379, see that it runs and that both sides agree on the token (export RAY_AUTH_MODE=token), "
+            "or unset RAY_ADDRESS to start a cluster on this machine"
         ) from error
 
 

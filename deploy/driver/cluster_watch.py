@@ -20,7 +20,7 @@ PATIENCE_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s"
 class ClusterWatch:
     """A watch over the GCS and this node's raylet, in threads, for the duration of a run.
 
-    The GCS of a cluster that was started elsewhere may be restarted. Any other process that refuses connections is lost.
+    The GCS of a cluster started elsewhere may be restarted. Any other process that refuses connections is lost.
     """
 
     def __init__(self, on_loss: Callable[[str], None], own_cluster: bool) -> None:

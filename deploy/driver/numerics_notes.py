@@ -36,9 +36,9 @@ class NumericsNotes:
         if rounding > LARGE_ROUNDING and not self._told_rounding:
             self._told_rounding = True
             _say(
-                f"samplers and learner compute the same log-probs up to {rounding:.2g} apart (dtype, merged adapters or "
-                "compilation). The loss's ratio is not affected: it is taken to the learner's own log-probs. kl_nats "
-                "and an importance weight are: policy.sampler_dtype and policy.compile decide how much"
+                f"samplers and learner compute the same log-probs up to {rounding:.2g} apart (dtype, merged adapters "
+                "or compilation). The loss's ratio is not affected: it is taken to the learner's own log-probs. "
+                "kl_nats and an importance weight are: policy.sampler_dtype and policy.compile decide how much"
             )
 
     def _met(self, role: str, machine: Machine, known: list[Machine]) -> None:

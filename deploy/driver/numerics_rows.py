@@ -15,7 +15,8 @@ def rows_note(parts: Components) -> str | None:
     if not (in_half and on_gpu) or off_policy is None or off_policy.ratio == "proximal" or learner == sampler:
         return None
     return (
-        f"learner.micro_batch_size is {learner!r} and sampling.batch_size {sampler}: in half precision a GPU takes other kernels "
-        "for other rows, so the ratio is not exactly 1 before the first update (ratio/max_abs_log shows by how much); give both "
+        f"learner.micro_batch_size is {learner!r} and sampling.batch_size {sampler}: in half precision a GPU takes "
+        "other kernels for other rows, so the ratio is not exactly 1 before the first update (ratio/max_abs_log shows "
+        "by how much); give both "
         'the same number, or algorithm.off_policy.ratio = "proximal"'
     )

@@ -140,7 +140,7 @@ class RunProgress:
             self._failed_rounds = 0
 
     def save_good(self, workers: Workers) -> None:
-        """Write the weights of the last complete round for diffusers, because the learner's own come from a failed round."""
+        """Write the weights of the last complete round for diffusers; the learner's come from a failed round."""
         if last := self._done or self._resumed_from:
             workers.learner.load_state(last.learner)
             workers.learner.save_policy(self._location)
@@ -173,7 +173,7 @@ class RunProgress:
         self._trackers.flush()
 
     def _show(self, batch: TrainBatch, rollouts: list[Rollout], workers: Workers) -> None:
-        """Show images, a table and histograms of the round, if `[media]` asks for this round and a tracker shows media."""
+        """Show the round's media, if `[media]` asks for this round and a tracker shows media."""
         table, rounds = self._parts.recipe.media, self._parts.recipe.rounds
         if table.is_due(batch.round, rounds) and self._trackers.shows:
             images = first_images(rollouts, table.images, workers.stream.images)

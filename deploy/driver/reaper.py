@@ -1,6 +1,7 @@
-"""Reaper: a small process that outlives a driver on Ray, and ends the processes that a local cluster would leave behind.
+"""Reaper: a process that outlives a driver on Ray, and ends what a local cluster would leave behind.
 
-Ray ends a driver from C++ if it loses the GCS or the object store, and a driver may be killed. Python cannot clean up then.
+Ray ends a driver from C++ if it loses the GCS or the object store, and a driver may be killed. Then Python cannot
+clean up.
 """
 
 import atexit

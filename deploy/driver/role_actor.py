@@ -26,8 +26,8 @@ class RoleSetting:
 class RoleActor:
     """An actor that constructs a role's object and forwards calls to it.
 
-    The constructor does not raise, so that Ray neither restarts the actor nor prints a traceback: `ready` returns the error.
-    Arguments come as references, so that their imports happen after output and GPU visibility are set up.
+    The constructor does not raise, so that Ray neither restarts the actor nor prints a traceback. `ready` returns the
+    error. Arguments come as references, so that their imports happen after output and GPU visibility are set up.
     """
 
     def __init__(self, setting: RoleSetting, arguments: list[Any]) -> None:
@@ -56,7 +56,7 @@ class RoleActor:
 
 
 def role_actor(cls: type) -> type:
-    """Return the actor class of a role, with the name and the methods of `cls`, without importing its module in the actor."""
+    """Return a role's actor class, with the methods of `cls`; unpickling it does not import the role's module."""
     methods = [name for name in dir(cls) if not name.startswith("_") and callable(getattr(cls, name))]
     passed_on = {name: _passed_on(name) for name in methods if not hasattr(RoleActor, name)}
     return type(cls.__name__, (RoleActor,), passed_on)

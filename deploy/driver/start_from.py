@@ -80,7 +80,8 @@ def _refuse_other_weights(folder: RunFolder, parts: Components) -> None:
     if any(differing):
         said = "; ".join(difference for difference in differing if difference)
         raise ValueError(
-            f"--from {folder.location}: its weights do not fit this recipe: {said}; give these keys as that run has them"
+            f"--from {folder.location}: its weights do not fit this recipe: {said}; give these keys as that run has "
+            "them"
         )
 
 

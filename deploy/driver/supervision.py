@@ -103,7 +103,10 @@ class Supervision:
         return self._is_lost.is_set()
 
     def lose_cluster(self, what: str) -> None:
-        """Make `check` end the run. If the driver does not call `check` in time, end the process. Called from a thread."""
+        """Make `check` end the run.
+
+        If the driver does not call `check` in time, end the process. Called from a thread.
+        """
         _silence_libraries()
         self._loss = f"the Ray cluster is lost: {what}"
         self._is_lost.set()
@@ -166,7 +169,7 @@ class Supervision:
 
 @contextmanager
 def sheltered_from_hangup() -> Iterator[None]:
-    """Start processes that ignore SIGHUP, which a closed terminal sends to all processes; only the driver reacts to it."""
+    """Let processes started inside ignore SIGHUP, which a closed terminal sends to all; the driver handles it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -51,7 +51,10 @@ def images_table(variant: str, result: EvalResult, num_pixels: int) -> pa.Table:
 
 
 class EvalLog:
-    """Writes and reads a run's evaluations. A version counts as evaluated once its entry is there, which is written last."""
+    """Writes and reads a run's evaluations.
+
+    A version counts as evaluated once its entry is there, which is written last.
+    """
 
     def __init__(self, storage: Storage, unwritten: Unwritten | None = None) -> None:
         """Open the log of a run; `unwritten` keeps whatever the storage refuses for the moment."""

@@ -109,7 +109,7 @@ def scorer_tables(recipe: Recipe) -> dict[str, RewardTable]:
 
 
 def eval_identity(recipe: Recipe, chosen: EvalSet) -> str:
-    """Hash everything that decides whether two versions' results can be compared: prompts, seeds, batches and scorers."""
+    """Hash prompts, seeds, batches and scorers; results with different hashes cannot be compared."""
     table = recipe.evaluation
     scorers = [scorer.model_dump(exclude={"workers"}) for scorer in table.scorers]
     sampled = [[prompt.text for prompt in chosen.prompts], list(chosen.seeds), table.batch_size, table.average_decay]

@@ -1,7 +1,7 @@
 """EvalRunner: evaluate policy versions on held-out images beside the training, judge them, and keep the best weights.
 
-The schedule decides which version is evaluated and in which round its scores are read; timing does not. The guard therefore
-decides alike for any number of samplers and after any resume.
+The schedule decides which version is evaluated and in which round its scores are read; timing does not. The guard
+therefore decides alike for any number of samplers and after any resume.
 """
 
 import json
@@ -137,7 +137,10 @@ class EvalRunner:
         self._waiting = []
 
     def end(self) -> None:
-        """Finish after the run's last round. If the guard ended the run, say so, and roll back if the recipe wants that."""
+        """Finish after the run's last round.
+
+        If the guard ended the run, say so, and roll back if the recipe wants that.
+        """
         if not self.is_over:
             self._folder.storage.remove(GUARD)
             return
@@ -216,7 +219,7 @@ class EvalRunner:
 
 
 class BestWeights:
-    """The best version's weights so far, in `best/` of the run's folder and in the same layout as the run's own weights.
+    """The best version's weights so far, in `best/` of the run's folder, in the layout of the run's own weights.
 
     Commands that take a run's folder therefore take `best/` too.
     """

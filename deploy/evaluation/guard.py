@@ -1,7 +1,9 @@
-"""Guard: detect reward hacking (over-optimization) by comparing held-out images with the pretrained model's. Pure functions.
+"""Guard: detect reward hacking (over-optimization) by comparing held-out images with the pretrained model's.
 
-A rising reward does not show reward hacking (Goodhart's law; for DDPO: Black et al. 2023, section 6.3). The guard therefore
-looks at scores and image statistics that are not trained on, for the same prompts and noise.
+Pure functions.
+
+A rising reward does not show reward hacking (Goodhart's law; for DDPO: Black et al. 2023, section 6.3). The guard
+therefore looks at scores and image statistics that are not trained on, for the same prompts and noise.
 """
 
 import math
@@ -74,7 +76,7 @@ def alarms(base: VersionStats, now: VersionStats, scorers: list[str], settings: 
 
 
 def _fallen(base: VersionStats, now: VersionStats, scorers: list[str], settings: GuardTable) -> Iterator[Alarm]:
-    """Yield an alarm for each scorer that fell significantly and by more than `guard.scorer_fall` standard deviations."""
+    """Yield an alarm for each scorer that fell significantly, by over `guard.scorer_fall` standard deviations."""
     for name in scorers:
         change = paired_change(base.scores[name], now.scores[name])
         if change is None or change.change >= 0:
@@ -85,7 +87,8 @@ def _fallen(base: VersionStats, now: VersionStats, scorers: list[str], settings:
             fell = f"{name} fell from {change.before:.3g} to {change.after:.3g}"
             yield Alarm(
                 name,
-                f"{fell}, by {deviations} standard deviations of its scores before; {settings.scorer_fall:g} are allowed",
+                f"{fell}, by {deviations} standard deviations of its scores before; "
+                f"{settings.scorer_fall:g} are allowed",
             )
 
 
@@ -94,7 +97,8 @@ def _dark(base: VersionStats, now: VersionStats, settings: GuardTable) -> Iterat
     if after > before + settings.dark_share:
         yield Alarm(
             "dark_share",
-            f"{after:.0%} of the pixels are nearly black, and {before:.0%} were: {settings.dark_share:.0%} more are allowed",
+            f"{after:.0%} of the pixels are nearly black, and {before:.0%} were: "
+            f"{settings.dark_share:.0%} more are allowed",
         )
 
 
@@ -119,6 +123,6 @@ def best_version(judged: list[JudgedVersion], best_by: str) -> int | None:
 
 
 def is_over(judged: list[JudgedVersion], settings: GuardTable) -> bool:
-    """Return whether the recipe wants the run to end, because the last `guard.patience` evaluations all had an alarm."""
+    """Return whether the guard ends the run: the last `guard.patience` evaluations all had an alarm."""
     last = judged[-settings.patience :]
     return settings.on_alarm != "continue" and len(last) == settings.patience and all(each.alarms for each in last)

@@ -233,7 +233,7 @@ def test_a_whole_network_is_published_in_its_folder_and_loads(
     }
     card = files["README.md"].decode()
     assert "full network" in card and "lora" not in ModelCard(card).data.to_dict()["tags"]
-    assert "not evaluated while it trained" in card
+    assert "not evaluated during training" in card
     (program,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

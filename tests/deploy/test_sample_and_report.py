@@ -99,7 +99,7 @@ def test_the_page_tells_of_every_reward_and_of_the_rows_that_were_kept(tables: d
     figures = json.loads((Path(recipe.run_path()) / "report" / "summary.json").read_text())
     assert {"small", "rich"} == set(figures["scorers"]) and "<b>small</b>" in page and "<b>rich</b>" in page
     assert f"{number(figures['reward_before'])} → {number(figures['reward_after'])}" in page
-    assert ("round 0</th>" in page) == ("images learned from, by prompt" in page) == keep
+    assert ("round 0</th>" in page) == ("training images by prompt" in page) == keep
     assert "&lt;b&gt;dog&lt;/b&gt;" in page and "<b>dog" not in page
 
 

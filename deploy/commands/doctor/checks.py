@@ -148,7 +148,7 @@ def _probe(folder: RunFolder) -> None:
 
 
 def checkpoint_bytes(recipe: Recipe, numbers: Plan) -> int:
-    """Return the size of a checkpoint: max_policy_lag + 1 versions of the weights, the moving average, optimizer state."""
+    """Return a checkpoint's size: max_policy_lag + 1 versions of the weights, moving average, optimizer state."""
     versions = recipe.max_policy_lag + 1 + (recipe.evaluation.average_decay is not None)
     return numbers.broadcast_bytes * versions + numbers.optimizer_bytes
 

@@ -136,7 +136,10 @@ def _prompt_findings(parts: Components, sampled: list[Prompt]) -> Iterator[Findi
 def _on_the_machines(
     parts: Components, numbers: Plan | None, prompts: tuple[Prompt, ...]
 ) -> Iterator[Finding | MeasuredNoise]:
-    """Check resources and memory, then try the components out. Without `numbers` (no model or prompts), do not sample."""
+    """Check resources and memory, then try the components out.
+
+    Without `numbers` (no model or prompts), do not sample.
+    """
     recipe, attached = parts.recipe, _attach()
     nodes = _nodes() if attached else [_this_machine(recipe)]
     places = list(place_findings(roles_of(recipe), nodes))

@@ -65,7 +65,7 @@ def clip_range(algorithm: Algorithm, latent_elements: int) -> float | None:
     """Return the clip range on the scale of `log_prob`, to compare the noise with.
 
     Returns:
-        None if the algorithm does not clip, or if its ratio is to the learner's own log-probs, which have no such noise.
+        None if the algorithm does not clip, or if its ratio is to the learner's own log-probs without such noise.
     """
     if not isinstance(algorithm, ClippedPolicyGradient) or algorithm.needs_proximal_log_probs:
         return None
@@ -151,7 +151,7 @@ def _remedies(noise: Noise, sampling: SamplingTable) -> str:
 
 
 def _late_steps(by_step: dict[int, float]) -> int:
-    """Return how many last steps to skip so that no step exceeds 3 × the median; 0 if the last steps are not the cause."""
+    """Return how many last steps to skip so that no step exceeds 3 × the median; 0 if others are the cause."""
     steps, limit = sorted(by_step), SENSITIVE * float(np.median(list(by_step.values())))
     high = [step for step in steps if by_step[step] > limit]
     late = [step for step in steps if high and step >= high[0]]

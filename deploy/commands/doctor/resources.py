@@ -118,7 +118,10 @@ def memory_findings(recipe: Recipe, numbers: Plan, machine: FreeMemory) -> Itera
     yield compared("memory", what, on_cpu, machine.memory, "lower learner.micro_batch_size or samplers.count")
     if machine.gpu_memory and any(role.table.num_gpus for role in roles):
         fullest, memory = max(_gpu_loads(roles, machine.gpu_memory), key=lambda load: load[0] / load[1])
-        advice = "lower learner.micro_batch_size, set policy.gradient_checkpointing, or let fewer roles share a GPU (num_gpus)"
+        advice = (
+            "lower learner.micro_batch_size, set policy.gradient_checkpointing, or let fewer roles share a GPU "
+            "(num_gpus)"
+        )
         yield compared("GPU memory", f"{in_bytes(fullest)} on the fullest GPU", fullest, memory, advice)
     store = int(STORE_SHARE * machine.memory)
     found = f"{in_bytes(numbers.round_bytes)} of trajectories under way, and a store of about {in_bytes(store)}"

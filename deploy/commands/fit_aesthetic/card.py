@@ -81,9 +81,9 @@ values. The validation images selected the fit, so only the test images give an 
 {recipe_lines(figures["clip"], "head.safetensors")}
 ```
 
-`clip` must be the same CLIP as above, and `head` the path of this folder's `head.safetensors`. Its ratings are not meaningful for
-images unlike those of its training set, and a policy trained on it finds such images (reward hacking): look at them,
-and compare with a second reward.
+`clip` must be the same CLIP as above, and `head` the path of this folder's `head.safetensors`. Its ratings are not
+meaningful for images unlike those of its training set, and a policy trained on it finds such images (reward hacking):
+look at them, and compare with a second reward.
 
 ## Versions
 

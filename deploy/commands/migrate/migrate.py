@@ -76,7 +76,10 @@ def migrate(config: dict[str, Any], beside: ScriptSettings) -> Migrated:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a DDPOConfig's fields from JSON, also as its `to_dict` flattens them. Raise ValueError if there is no object."""
+    """Read a DDPOConfig's fields from JSON, also as its `to_dict` flattens them.
+
+    Raise ValueError if there is no object.
+    """
     if not path.is_file():
         raise ValueError(f"there is no file {path}: give the path of a JSON object with the fields of a DDPOConfig")
     try:

@@ -108,7 +108,10 @@ class TrlRun:
 
     @property
     def advantages(self) -> str:
-        """Return the kind of advantages. With a buffer smaller than min_count, TRL uses statistics of the full round."""
+        """Return the kind of advantages.
+
+        With a buffer smaller than min_count, TRL uses statistics of the full round.
+        """
         config = self.config
         full = config.per_prompt_stat_tracking_min_count <= config.per_prompt_stat_tracking_buffer_size
         return "per_prompt" if config.per_prompt_stat_tracking and full else "round"

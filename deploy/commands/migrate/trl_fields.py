@@ -62,8 +62,8 @@ COUNTERPARTS = {
     "project_kwargs": Counterpart(
         "output_dir",
         lambda run: run.config.project_kwargs.get("project_dir"),
-        "project_dir is output_dir and total_limit is checkpoint.keep; the others are not needed, because a run writes only "
-        "to <output_dir>/<name>",
+        "project_dir is output_dir and total_limit is checkpoint.keep; the others are not needed, because a run writes "
+        "only to <output_dir>/<name>",
         lambda run: set(run.config.project_kwargs) <= PROJECT_KEYS,
     ),
     "tracker_project_name": Counterpart(
@@ -84,12 +84,13 @@ COUNTERPARTS = {
     "mixed_precision": Counterpart(
         "policy.dtype",
         lambda run: DTYPES[run.config.mixed_precision],
-        "TRL stores latents in half precision too, but scores them before they are rounded, so its first ratios are not "
-        "1; here they are stored and scored in float32 (sampling.latents_dtype)",
+        "TRL stores latents in half precision too, but scores them before they are rounded, so its first ratios are "
+        "not 1; here they are stored and scored in float32 (sampling.latents_dtype)",
         lambda run: run.config.mixed_precision == "no",
     ),
     "allow_tf32": Counterpart(
-        says="float32 stays float32: its matrix products are not rounded to TF32; runtime.tf32 = true computes as TRL does",
+        says="float32 stays float32: its matrix products are not rounded to TF32; runtime.tf32 = true computes as TRL "
+        "does",
         quiet=lambda run: not run.config.allow_tf32 or run.config.mixed_precision != "no",  # half precision has none
     ),
     "resume_from": Counterpart(
@@ -108,17 +109,19 @@ COUNTERPARTS = {
     "sample_num_batches_per_epoch": Counterpart(
         "sampling.batches_per_round",
         lambda run: run.config.sample_num_batches_per_epoch * run.processes,
-        "{config.sample_num_batches_per_epoch} batches of each of {run.processes} processes, {run.images} images in all",
+        "{config.sample_num_batches_per_epoch} batches of each of {run.processes} processes, {run.images} images in "
+        "all",
         lambda run: run.processes == 1,
     ),
     "train_batch_size": Counterpart(
         "learner.batch_size",
-        says="a forward pass takes learner.micro_batch_size = {run.micro_batch_size} transitions, the largest divisor of an "
-        "optimizer step's {run.images_per_step} images × {run.trained_steps} steps up to twice TRL's "
+        says="a forward pass takes learner.micro_batch_size = {run.micro_batch_size} transitions, the largest divisor "
+        "of an optimizer step's {run.images_per_step} images × {run.trained_steps} steps up to twice TRL's "
         "{config.train_batch_size}; it changes memory and speed, not the result",
     ),
     "train_use_8bit_adam": Counterpart(
-        says="AdamW keeps its state in float32: for a LoRA a few megabytes; learner.optimizer = 'adamw_8bit' keeps 8 bits",
+        says="AdamW keeps its state in float32: for a LoRA a few megabytes; learner.optimizer = 'adamw_8bit' keeps 8 "
+        "bits",
         quiet=lambda run: not run.config.train_use_8bit_adam,
     ),
     "train_learning_rate": Counterpart("learner.learning_rate"),
@@ -129,14 +132,15 @@ COUNTERPARTS = {
     "train_gradient_accumulation_steps": Counterpart(
         "learner.gradient_accumulation_steps",
         lambda run: run.config.train_gradient_accumulation_steps * run.processes,
-        "one learner accumulates what {run.processes} processes took together, {run.images_per_step} images a step. TRL "
-        "meant the mean of their gradients and did not take it: each process learned from its own images alone",
+        "one learner accumulates what {run.processes} processes took together, {run.images_per_step} images a step. "
+        "TRL meant the mean of their gradients and did not take it: each process learned from its own images alone",
         lambda run: run.processes == 1,
     ),
     "train_max_grad_norm": Counterpart("learner.max_grad_norm"),
     "train_num_inner_epochs": Counterpart("learner.inner_epochs"),
     "train_cfg": Counterpart(
-        says="the learner scores with the guidance that the sampler sampled with; without it no ratio is 1 before an update",
+        says="the learner scores with the guidance that the sampler sampled with; without it no ratio is 1 before an "
+        "update",
         quiet=lambda run: run.config.train_cfg or run.config.sample_guidance_scale <= 1,
     ),
     "train_adv_clip_max": Counterpart("algorithm.advantage_clip"),
@@ -144,15 +148,16 @@ COUNTERPARTS = {
     "train_timestep_fraction": Counterpart(
         "sampling.timestep_fraction",
         lambda run: run.timestep_fraction,
-        "{run.trained_steps} of {config.sample_num_steps} steps: TRL shuffles an image's steps and takes the first, others "
-        "in each inner epoch; here the image's seed chooses them once, and only they travel to the learner",
+        "{run.trained_steps} of {config.sample_num_steps} steps: TRL shuffles an image's steps and takes the first, "
+        "others in each inner epoch; here the image's seed chooses them once, and only they travel to the learner",
         lambda run: run.config.train_timestep_fraction == 1,
     ),
     "per_prompt_stat_tracking": Counterpart(
         "algorithm.advantages.kind",
         lambda run: run.advantages,
         "a buffer of {config.per_prompt_stat_tracking_buffer_size} never holds a min_count of "
-        "{config.per_prompt_stat_tracking_min_count}, so TRL takes the whole round's statistics each time: kind = 'round'",
+        "{config.per_prompt_stat_tracking_min_count}, so TRL takes the whole round's statistics each time: kind = "
+        "'round'",
         lambda run: not run.config.per_prompt_stat_tracking or run.advantages == "per_prompt",
     ),
     "per_prompt_stat_tracking_buffer_size": Counterpart(

@@ -161,7 +161,10 @@ def _guard(run: Published) -> list[str]:
 
 
 def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str) -> str:
-    """Return a Python program that samples an image with the run's weights, with diffusers alone if the model has a pipeline."""
+    """Return a Python program that samples an image with the run's weights.
+
+    The program needs only diffusers if the model has a pipeline there.
+    """
     if not isinstance(policy, DiffusersConfig):
         return f"# {type(policy).__name__} has no pipeline in diffusers: use ddpo sample for these weights"
     push, full, part = recipe.push, policy.train == "full", policy.network_name

@@ -58,7 +58,10 @@ class Strip:
 
 
 def run_charts(rounds: list[Metrics], rewards: Sequence[str]) -> list[Chart]:
-    """Chart a run's metrics: rewards with a band, KL, clip fraction, seconds by part. Charts without values are left out."""
+    """Chart a run's metrics: rewards with a band, KL, clip fraction, seconds by part.
+
+    Charts without values are left out.
+    """
 
     def series(metric: str, name: str, deviation: str | None = None) -> RoundSeries:
         return RoundSeries(name, column(rounds, metric), column(rounds, deviation) if deviation else None)

@@ -53,7 +53,7 @@ def refuse_another_base(run: RunFolder, before: Base, now: Base, overrides: Sequ
 
 
 def check_given(weights: Sequence[str], named: str | None, now: Base, overrides: Sequence[str]) -> None:
-    """Compare the loaded files with the run whose recipe is used, and the model files with the runs of the other weights.
+    """Compare loaded files with the run whose recipe is used, and model files with the runs of the other weights.
 
     If the user names a recipe of another run, a different model is only reported.
 

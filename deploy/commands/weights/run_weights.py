@@ -37,14 +37,17 @@ class RunWeights:
             if found != self.fingerprint:
                 raise ValueError(
                     f"the weights in {self.location} have fingerprint {found[:12]}, and those of version "
-                    f"{self.policy_version} have {self.fingerprint[:12]}: the run has gone on and not ended; it goes on with --resume "
-                    "auto"
+                    f"{self.policy_version} have {self.fingerprint[:12]}: the run has gone on and not ended; "
+                    "it goes on with --resume auto"
                 )
             yield path
 
 
 def run_weights(folder: RunFolder) -> RunWeights:
-    """Return a run's own weights: the last, or the best if the guard rolled back. Raise ValueError without a checkpoint."""
+    """Return a run's own weights: the last, or the best if the guard rolled back.
+
+    Raise ValueError without a checkpoint.
+    """
     trained, ended, best = _trained(folder), folder.guard_ended(), folder.best_version()
     if ended and best and ended["weights_of"] is not None:
         return RunWeights(folder.location, best["policy_version"], best["fingerprint"], trained.manifest)
