@@ -15,17 +15,23 @@ from ray_ddpo.common.reward_protocol import HEALTH_PATH, SCORE_PATH, Health, Sco
 
 
 class Http(Reward):
-    """Asks the service at `url`; its token is in the environment variable that `token_variable` names."""
+    """Reward service that scores images over HTTP."""
 
-    model_config = ConfigDict(hide_input_in_errors=True)  # a password in a URL would stand there
+    model_config = ConfigDict(hide_input_in_errors=True)  # an error must not show a password in the URL
     url: str
-    timeout_seconds: float = Field(default=60.0, gt=0)  # for one request and its reply
-    attempts: int = Field(default=3, ge=1)  # where it does not answer, or answers 429 or 5xx
+    """URL of the service."""
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """Seconds that one request and its reply may take."""
+    attempts: int = Field(default=3, ge=1)
+    """Attempts if the service does not answer, or answers 429 or 5xx."""
     token_variable: str | None = None
-    images_per_request: int | None = Field(default=None, ge=1)  # none: the whole scoring batch
-    independent: bool = False  # whether the service scores an image the same in whatever company it comes
+    """Environment variable that holds the token of the service. By default no token is sent."""
+    images_per_request: int | None = Field(default=None, ge=1)
+    """Images per request. By default the whole scoring batch."""
+    independent: bool = False
+    """Promise that an image's score has the same bits in any request. Scores can then be cached."""
 
-    # A check of the whole model, for a fault in a field is told with the field's value.
+    # This validator checks the whole model because the error of a field validator shows the field's value.
     @model_validator(mode="after")
     def _holds_no_secret(self) -> "Http":
         if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", self.url):

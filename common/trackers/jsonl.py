@@ -32,7 +32,7 @@ class JsonlFile(LiveTracker):
 
 
 class Jsonl(Tracker):
-    """No keys: the file's place is part of what a run leaves."""
+    """Metrics as a JSON object per round in `metrics.jsonl` of the run's folder. It has no keys."""
 
     def check(self) -> None:
         """Nothing is needed."""

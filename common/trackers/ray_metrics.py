@@ -114,7 +114,7 @@ class NothingExported(LiveTracker):
 
 
 class RayMetrics(Tracker):
-    """No keys: the run's name, role and index are the tags."""
+    """Metrics in Ray, for Prometheus and Grafana, tagged with the run's name, role and index. It has no keys."""
 
     def check(self) -> None:
         require_package(NAME, "ray")

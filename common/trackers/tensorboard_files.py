@@ -62,7 +62,7 @@ class EventFiles(LiveTracker):
 
 
 class TensorboardFiles(Tracker):
-    """No keys: the folder is part of what a run leaves."""
+    """TensorBoard event files in the run's folder. It has no keys."""
 
     def check(self) -> None:
         require_package("tensorboard", "tensorboard")

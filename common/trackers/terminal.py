@@ -63,7 +63,7 @@ class PlainLines(LiveTracker):
 
 
 class Terminal(Tracker):
-    """No keys: what standard output is decides between bar and lines."""
+    """Progress bar on a terminal, plain lines in a file or a job's log. It has no keys."""
 
     def check(self) -> None:
         require_package("terminal", "rich")

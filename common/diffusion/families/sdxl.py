@@ -82,7 +82,7 @@ class SDXLPolicy(DiffusersPolicy):
 
 
 class SDXL(DiffusersConfig):
-    """Keys: those of every pipeline of diffusers'."""
+    """Stable Diffusion XL."""
 
     pipeline_class: ClassVar[str] = "StableDiffusionXLPipeline"
     network_name: ClassVar[str] = "unet"

@@ -24,7 +24,7 @@ from ray_ddpo.common.trajectory import DTYPES
 
 
 class DiffusersConfig(SizedConfig):
-    """`model`: a folder in diffusers' format, a single file, a hub name, or a model that ships with the project."""
+    """Policy of a diffusers pipeline. `model` is a folder in its format, a single file, a hub name or an embedded model."""
 
     pipeline_class: ClassVar[str]  # of diffusers
     network_name: ClassVar[str]  # of the part that is trained
@@ -37,12 +37,18 @@ class DiffusersConfig(SizedConfig):
     takes_negative_prompt: ClassVar[bool] = True
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
-    variant: str | None = Field(default=None, pattern=r"[A-Za-z0-9_-]+")  # of the weights' files, such as fp16
-    single_file_config: str | None = None  # where the configurations of a single file are: a folder or a hub name
+    variant: str | None = Field(default=None, pattern=r"[A-Za-z0-9_-]+")
+    """Variant of the weight files, such as `fp16`. By default the files without one."""
+    single_file_config: str | None = None
+    """Folder or hub name with the configurations of a single-file `model`. By default they follow from the file."""
     lora: LoraSettings = LoraSettings()
-    vae_slicing: bool = False  # the decoder takes an image after the other
-    vae_tiling: bool = False  # and each in tiles: less memory, and seams that can hardly be seen
-    offload: bool = False  # text encoders and decoder wait in the host's memory while they have nothing to do
+    """LoRA adapters that are trained."""
+    vae_slicing: bool = False
+    """Decode one image at a time: less memory."""
+    vae_tiling: bool = False
+    """Decode each image in tiles: less memory, with seams that can hardly be seen."""
+    offload: bool = False
+    """Keep text encoders and decoder in the host's memory while they are idle: less GPU memory."""
 
     @property
     @abstractmethod
