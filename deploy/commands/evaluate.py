@@ -22,14 +22,19 @@ from ray_ddpo.deploy.commands.report.images import COLUMNS, rows_image
 from ray_ddpo.deploy.commands.report.scores import headline, share_kept
 from ray_ddpo.deploy.commands.settings import differing_settings, kept_settings, settings_in_words
 from ray_ddpo.deploy.commands.weights.given_base import check_given
-from ray_ddpo.deploy.commands.weights.given_weights import load_policy, recipe_of, refuse_output_file
+from ray_ddpo.deploy.commands.weights.given_weights import (
+    default_output,
+    load_policy,
+    recipe_of,
+    refuse_output_file,
+)
 from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.deploy.evaluation.held_out import JOINED, HeldOut, scorers_of
 
-OUTPUT = "evaluation"  # by default; where that is taken, evaluation-2 and so on
+OUTPUT = "evaluation"  # default folder; if it has a result, evaluation-2 and so on
 PRETRAINED = "pretrained"  # the model as it was before any training
-FIGURES, IMAGES, IMAGES = "evaluation.json", "images.parquet", "images.png"
+FIGURES, IMAGES, PREVIEW = "evaluation.json", "images.parquet", "images.png"
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class EvaluateRequest:
     weights: tuple[str, ...]  # each a run's folder, its best/, or a LoRA's file or folder
     against: str  # the same, or PRETRAINED
     recipe: str | None
-    output: str | None  # none: a new folder
+    output: str | None  # None: a new folder in the first run's
 
 
 def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
@@ -52,7 +57,7 @@ def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
     if twice:
         raise ValueError(f"{twice} is named twice: weights are compared with others")
     given = [location for location in named if location != PRETRAINED]
-    recipe, output = recipe_of(given, request.recipe, overrides), _output(request.output)
+    recipe, output = recipe_of(given, request.recipe, overrides), _output(request.output, given)
     parts = build_components(recipe)
     found = _drawn(parts, named, lambda base: check_given(given, request.recipe, base, overrides))
     baseline = found[request.against]
@@ -69,14 +74,19 @@ def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
     images = f"{len(baseline.seeds)} held-out images, same prompts and noise, against {request.against}"
     tables = [in_words(location, figures) for location, figures in compared.items()]
     lines = [images, settings_in_words(settings), *differing, *tables, "look at:"]
-    return "\n".join([*lines, *(f"  {output / name}" for name in (IMAGES, IMAGES, FIGURES))])
+    return "\n".join([*lines, *(f"  {output / name}" for name in (PREVIEW, IMAGES, FIGURES))])
 
 
-def _output(asked: str | None) -> Path:
-    """A folder without an earlier result. ValueError: the one that is asked for has one."""
+def _output(asked: str | None, weights: list[str]) -> Path:
+    """Return a folder without an earlier result: the one asked for, else a new one in the run's folder.
+
+    Raises:
+        ValueError: The folder that is asked for has a result.
+    """
     if asked is None:
-        candidates = itertools.chain([Path(OUTPUT)], (Path(f"{OUTPUT}-{count}") for count in itertools.count(2)))
-        return next(folder for folder in candidates if not _is_taken(folder))
+        first = default_output(weights, OUTPUT)
+        others = (first.with_name(f"{OUTPUT}-{count}") for count in itertools.count(2))
+        return next(folder for folder in itertools.chain([first], others) if not _is_taken(folder))
     if _is_taken(Path(asked)):
         raise ValueError(f"--output is {asked!r}, which has the result of an earlier evaluation: give another folder")
     refuse_output_file(Path(asked))
@@ -84,7 +94,7 @@ def _output(asked: str | None) -> Path:
 
 
 def _is_taken(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (FIGURES, IMAGES, IMAGES))
+    return any((folder / name).exists() for name in (FIGURES, IMAGES, PREVIEW))
 
 
 def _drawn(parts: Components, named: list[str], check: Callable[[Base], None]) -> dict[str, EvaluatedImages]:
@@ -146,4 +156,4 @@ def _write(output: Path, found: dict[str, EvaluatedImages], figures: dict[str, A
     tables = [images_table(location, images, len(images.seeds)) for location, images in found.items()]
     parquet.write_table(pa.concat_tables(tables), output / IMAGES)
     rows = [(location, list(images.pixels[:COLUMNS]), "black") for location, images in found.items()]
-    rows_image(rows, output / IMAGES, [prompt.text for prompt in next(iter(found.values())).prompts[:COLUMNS]])
+    rows_image(rows, output / PREVIEW, [prompt.text for prompt in next(iter(found.values())).prompts[:COLUMNS]])

@@ -211,7 +211,7 @@ def test_batches_that_do_not_fit_together_are_refused_with_both_numbers(
 
 
 def test_a_missing_file_is_named_with_where_recipes_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no recipe at .*demo.toml: .*deploy/recipes"):
+    with pytest.raises(ValueError, match="there is no recipe at .*demo.toml: .*shipped recipe; did you mean demo"):
         Recipe.load(tmp_path / "demo.toml")
 
 
