@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0: success. 1: a run failed, a replay differs, or the doctor found a fault. 2: the user has to change something.
-        3: training finished, but the upload failed. 128 + n: stopped by signal n. 141: the reader of the output is gone,
-        as after `| head`.
+        3: training finished, but the upload failed. 128 + n: stopped by signal n. 141: the output has no reader, as
+        after `| head`.
     """
     try:
         try:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _nobody_reads() -> bool:
-    """Return whether stdout or stderr has no reader; drop the rest of their output, or Python would complain at exit."""
+    """Return whether stdout or stderr has no reader; drop their further output, or Python would complain at exit."""
     closed = False
     for descriptor in (1, 2):  # stdout and stderr
         poll = select.poll()

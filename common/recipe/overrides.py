@@ -1,4 +1,4 @@
-"""Overrides: `--section.key value` of the command line, applied to a recipe's tables (torch only for a component's keys)."""
+"""Overrides: `--section.key value`, applied to a recipe's tables (imports torch only for a component's keys)."""
 
 import tomllib
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from ray_ddpo.common.recipe.tables import ComponentTable
 REGISTRIES: dict[str, str] = {}
 
 
-# Not pydantic-settings: its command line knows only declared fields, and a registry's table has the chosen class's own keys.
+# Not pydantic-settings: its command line knows only declared fields, and a component's table has the component's keys.
 def with_overrides(
     tables: dict[str, Any], overrides: list[str], model: type[BaseModel] | None = None
 ) -> dict[str, Any]:
     """Return `tables` with overrides such as `["--rounds", "6", "--learner.learning_rate", "1e-3"]`.
 
     A value is read as TOML if the key's type in `model` accepts that, else as text: `--name true` is the text "true".
-    A component's keys have the types of the class that its table names. A key without a known type takes any TOML value.
+    A component's keys have the types of the class that its table names. A key of unknown type takes any TOML value.
 
     Args:
         tables: as TOML gives them.

@@ -1,4 +1,4 @@
-"""Registries: from a recipe's table (a name and keys) to a component, a frozen and checked object that is its own config."""
+"""Registries: from a recipe's table to a component, a frozen and checked object that is its own configuration."""
 
 import difflib
 import importlib
@@ -104,12 +104,11 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     lines = []
     for fault in error.errors():
         place, message = fault["loc"], fault["msg"].removeprefix("Value error, ")
-        key = prefix + ".".join(str(part) for part in place)
-        if fault["type"] == "extra_forbidden" and (renamed := renamed_key(key, fault["input"])):
+        key, value = prefix + ".".join(str(part) for part in place), fault["input"]
+        unknown = fault["type"] == "extra_forbidden"
+        if renamed := renamed_key(key, value) if unknown else renamed_value(key, value):
             lines.append(renamed)
-        elif fault["type"] == "literal_error" and (renamed := renamed_value(key, fault["input"])):
-            lines.append(renamed)
-        elif fault["type"] == "extra_forbidden":
+        elif unknown:
             known = _keys_at(model, place[:-1])
             near = difflib.get_close_matches(str(place[-1]), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -119,9 +118,9 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         elif fault["type"] == "value_error" and not place:
             lines.append(f"{prefix}{message}")
         elif fault["type"] in ("model_type", "dict_type"):
-            lines.append(f"{key} is {fault['input']!r}: it must be a table, [{key}] and its keys below")
+            lines.append(f"{key} is {value!r}: it must be a table, [{key}] and its keys below")
         else:
-            lines.append(f"{key} is {fault['input']!r}: {message[0].lower() + message[1:]}")
+            lines.append(f"{key} is {value!r}: {message[0].lower() + message[1:]}")
     return "; ".join(lines)
 
 

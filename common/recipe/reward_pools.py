@@ -1,4 +1,4 @@
-"""Pools of reward workers: the shared one of `[reward_workers]`, one per reward with its own, and one of the scorers."""
+"""Pools of reward workers: the shared one of `[reward_workers]`, those of single rewards, and the scorers'."""
 
 from dataclasses import dataclass
 

@@ -13,7 +13,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def recipe_file(named: str | Path) -> Path:
-    """Return the file of a recipe that is named by its path or, if there is no such file, by a shipped recipe's name."""
+    """Return the file of a recipe named by its path or, if there is no such file, by a shipped recipe's name."""
     path = Path(named)
     return path if path.is_file() else shipped_recipes().get(str(named), path)
 
@@ -23,6 +23,6 @@ def near_recipes(named: str | Path) -> list[str]:
     names, wanted = list(shipped_recipes()), Path(named).stem
     same = [name for name in names if wanted and wanted in name.split("/")]
     by_file = {name.rpartition("/")[2]: name for name in reversed(names)}
-    whole = difflib.get_close_matches(Path(named).with_suffix("").as_posix(), names, n=MOST_NEAR)
+    whole = difflib.get_close_matches(str(named).removesuffix(".toml"), names, n=MOST_NEAR)
     close = [by_file[file] for file in difflib.get_close_matches(wanted, list(by_file), n=MOST_NEAR)]
     return list(dict.fromkeys([*same, *whole, *close]))[:MOST_NEAR]

@@ -56,7 +56,7 @@ class SamplingTable(Table):
     num_steps: int = Field(default=50, ge=2, le=1000)
     """Denoising steps per image."""
     guidance_scale: float = Field(default=5.0, ge=0)
-    """Scale of classifier-free guidance. Up to 1, the network runs once a step, not twice. FLUX takes it as an input."""
+    """Scale of classifier-free guidance. Up to 1 the network runs once a step, not twice. For FLUX it is an input."""
     negative_prompt: str | None = None
     """Prompt that guidance leads away from. By default the empty one of diffusers."""
     eta: float = Field(default=1.0, gt=0, le=1)
@@ -70,10 +70,7 @@ class SamplingTable(Table):
     skip_last_steps: int = Field(default=0, ge=0)
     """Last steps that are not trained on. The nearly clean ones are ill-conditioned."""
     sde_window: int | None = Field(default=None, ge=1)
-    """Number of consecutive stochastic steps, which are trained on; the others are deterministic.
-
-    By default all steps are stochastic.
-    """
+    """Consecutive steps that are stochastic and trained on; others are deterministic. By default all are stochastic."""
     sde_window_order: Literal["random", "sliding"] = "random"
     """Position of the window: sampled at random (`random`), or one step later at each move (`sliding`)."""
     sde_window_rounds: int = Field(default=1, ge=1)
@@ -96,8 +93,8 @@ class SamplingTable(Table):
     def _window_fits(self) -> "SamplingTable":
         if self.sde_window is not None and self.timestep_fraction != 1:
             raise ValueError(
-                f"sde_window is {self.sde_window} and timestep_fraction {self.timestep_fraction}: a recipe learns either from "
-                "a window of steps, the same for a round, or from a fraction of them, each image's own"
+                f"sde_window is {self.sde_window} and timestep_fraction {self.timestep_fraction}: a recipe learns either "
+                "from a window of steps, the same for a round, or from a fraction of them, each image's own"
             )
         if self.sde_window is not None and self.sde_window > self.num_steps - self.skip_last_steps:
             raise ValueError(
@@ -209,7 +206,7 @@ class AggregationTable(Table):
     """Aggregation of several rewards into one learning signal."""
 
     kind: Literal["sum", "z_score", "advantages", "win_rate"] = "sum"
-    """Weighted sum of the rewards (`sum`), their z-scores, their advantages (GDPO), or their win rates within a group."""
+    """Weighted sum of the rewards (`sum`), their z-scores, their advantages (GDPO) or their win rates in a group."""
 
 
 class RewardWorkersTable(RewardPoolTable):
@@ -250,15 +247,9 @@ class LearnerTable(RoleTable):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Norm to which gradients are clipped."""
     max_kl_nats: float | None = Field(default=None, gt=0)
-    """KL in nats per denoising step from the sampling policy above which a round gets no more inner epochs.
-
-    By default there is no limit.
-    """
+    """KL in nats per step from the sampling policy above which no more inner epochs are run. By default no limit."""
     log_prob_tolerance: float | None = Field(default=None, gt=0)
-    """Largest accepted difference of the sampler's and the learner's log-prob under the same weights.
-
-    By default 1e-4 in float32, else 1e-2.
-    """
+    """Largest accepted |sampler's − learner's log-prob| under equal weights. By default 1e-4 in float32, else 1e-2."""
     world_size: int = Field(default=1, ge=1, le=MOST_ACTORS)
     """Ranks: processes that share every optimizer step. Each has the resources of this table."""
     shard_optimizer_state: bool = False
@@ -370,7 +361,7 @@ class GuardTable(Table):
     diversity: float = Field(default=0.25, ge=0)
     """Share of the pretrained model's diversity within a prompt below which an alarm is raised. 0: not monitored."""
     max_kl_nats: float | None = Field(default=None, gt=0)
-    """KL in nats per denoising step to the pretrained model above which an alarm is raised. By default not monitored."""
+    """KL in nats per step to the pretrained model above which an alarm is raised. By default not monitored."""
     patience: int = Field(default=1, ge=1)
     """Consecutive evaluations with an alarm before `on_alarm` takes effect."""
     on_alarm: Literal["continue", "stop", "roll_back"] = "continue"

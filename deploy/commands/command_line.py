@@ -12,7 +12,17 @@ OVERRIDABLE = ("train", "plan", "doctor", "report", "evaluate", "sample", "repla
 RECIPE_HELP = "a TOML file, or the name of a shipped recipe, such as demo or tiny/grpo"
 # Sections of a recipe, written down here so that `ddpo train --help` need not import the recipe's tables.
 SECTIONS = (
-    *("start_from", "policy", "prompts", "sampling", "samplers", "reward", "aggregation", "reward_workers", "algorithm"),
+    *(
+        "start_from",
+        "policy",
+        "prompts",
+        "sampling",
+        "samplers",
+        "reward",
+        "aggregation",
+        "reward_workers",
+        "algorithm",
+    ),
     *("learner", "runtime", "checkpoint", "rollouts", "evaluation", "guard", "push", "media", "trackers"),
 )
 
@@ -107,12 +117,12 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--lora", required=True, metavar="RUN_OR_PATH", help="a run's folder, or any LoRA file or folder")
     verb.add_argument("--recipe", help="recipe whose model and sampling to use; by default the run's own")
     verb.add_argument("--output", metavar="FOLDER", help="folder for the PNGs; by default samples in the run's folder")
-    verb.add_argument("--seed", type=int, default=0, help="seed of the first image; each further image has the next one")
+    verb.add_argument(
+        "--seed", type=int, default=0, help="seed of the first image; each further image has the next one"
+    )
     verb.add_argument("prompts", nargs="+", metavar="PROMPT")
 
-    verb = verbs.add_parser(
-        "report", help="write report.html, before/after images, the reward curve and summary.json"
-    )
+    verb = verbs.add_parser("report", help="write report.html, before/after images, the reward curve and summary.json")
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
 
     _add_evaluate(verbs)
@@ -160,16 +170,16 @@ def _add_export(verbs: Any) -> None:
     verb = verbs.add_parser("export", help="write a run's LoRA in a format that other programs read")
     verb.add_argument("exported", metavar="RUN_OR_PATH", help="a run's folder, its best/, or a LoRA of this program")
     verb.add_argument("output", metavar="FILE", help="a .safetensors file that does not exist yet")
-    verb.add_argument("--format", choices=["kohya"], default="kohya", help="format of the names; by default %(default)s")
+    verb.add_argument(
+        "--format", choices=["kohya"], default="kohya", help="format of the names; by default %(default)s"
+    )
 
 
 def _add_push(verbs: Any) -> None:
     verb = verbs.add_parser("push", help="publish a run's weights with a model card on the Hugging Face hub")
     verb.add_argument("pushed", metavar="RUN", help="a run's folder")
     verb.add_argument("repo", metavar="REPO", help="owner/name on the hub; the token is in HF_TOKEN")
-    verb.add_argument(
-        "--dry-run", metavar="FOLDER", help="write the files to this folder instead of uploading them"
-    )
+    verb.add_argument("--dry-run", metavar="FOLDER", help="write the files to this folder instead of uploading them")
     verb.add_argument("--private", action="store_true", help="create the repository as a private one")
     verb.add_argument("--revision", metavar="BRANCH", help="branch, created if it does not exist; by default main")
     verb.add_argument("--version", choices=["last", "best"], help="the run's last weights, or those under best/")
@@ -181,7 +191,9 @@ def _add_serve_reward(verbs: Any) -> None:
     verb.add_argument("--reward", metavar="NAME", help="one of the recipe's rewards; needed if it has several")
     verb.add_argument("--host", default="127.0.0.1", help="address to listen at; by default %(default)s")
     verb.add_argument("--port", type=int, default=8000, help="0: any free port; by default %(default)s")
-    verb.add_argument("--token-variable", metavar="NAME", help="environment variable with the token that clients must send")
+    verb.add_argument(
+        "--token-variable", metavar="NAME", help="environment variable with the token that clients must send"
+    )
 
 
 def _add_migrate(verbs: Any) -> None:
@@ -197,7 +209,9 @@ def _add_fit_aesthetic(verbs: Any) -> None:
     verb = verbs.add_parser("fit-aesthetic", help="fit an aesthetic head on rated images")
     verb.add_argument("images", help="folder that the table's paths are relative to")
     verb.add_argument("table", help="csv, parquet, AVA.txt, or json of vote histograms: docs/aesthetic.md")
-    verb.add_argument("--output", required=True, metavar="FOLDER", help="folder of the head; embeddings in it are used again")
+    verb.add_argument(
+        "--output", required=True, metavar="FOLDER", help="folder of the head; embeddings in it are used again"
+    )
     verb.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub name; %(default)s")
     verb.add_argument("--head", choices=["linear", "mlp", "mlp-relu"], default="linear", help="by default %(default)s")
     verb.add_argument("--format", choices=["csv", "parquet", "ava", "json"], help="by default detected")
@@ -208,6 +222,8 @@ def _add_fit_aesthetic(verbs: Any) -> None:
     verb.add_argument("--epochs", type=int, default=50, help="epochs of the MLP; by default %(default)s")
     verb.add_argument("--batch-size", type=int, default=256, help="batch size of the MLP; by default %(default)s")
     verb.add_argument("--embedding-batch-size", type=int, default=32, help="batch size of CLIP; by default %(default)s")
-    verb.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="dtype of CLIP")
+    verb.add_argument(
+        "--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="dtype of CLIP"
+    )
     verb.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     verb.add_argument("--threads", type=int, default=1, help="threads of torch; by default %(default)s")

@@ -1,6 +1,6 @@
 """ddpo config: type, default, bounds and meaning of every key of a recipe; the page and the JSON schema made from them.
 
-`python -m ray_ddpo.deploy.commands.config --page` prints docs/configuration.md, `--schema` deploy/recipes/recipe.schema.json.
+`python -m ray_ddpo.deploy.commands.config` prints docs/configuration.md (`--page`) or recipe.schema.json (`--schema`).
 """
 
 import argparse
@@ -20,7 +20,6 @@ from pydantic.fields import FieldInfo
 from ray_ddpo.common.recipe.bounds import LARGEST
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import Component, Registry, component_class, import_object, models_in
-from ray_ddpo.common.recipe.tables import ComponentTable
 from ray_ddpo.deploy.driver.registries import REGISTRIES
 
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}  # as TOML and JSON schema call them
@@ -33,8 +32,8 @@ PAGE_HEAD = f"""# Configuration
 
 Look up any key of a recipe here: its type, default, bounds and meaning. `ddpo config SECTION` prints the same.
 
-This page is generated from the code by `make configuration`. In a recipe, `[section]` is a TOML table. On the command line,
-`--section.key VALUE` overrides a key. A number without an upper bound may be up to {LARGEST:,}.
+This page is generated from the code by `make configuration`. In a recipe, `[section]` is a TOML table. On the
+command line, `--section.key VALUE` overrides a key. A number without an upper bound may be up to {LARGEST:,}.
 
 An editor with a TOML plugin (taplo, Even Better TOML) completes and checks keys in a recipe that begins with
 

@@ -15,7 +15,7 @@ from ray_ddpo.learner.algorithms.losses import negative_aware_terms, squared_err
 
 
 class DiffusionNFT(ForwardProcess):
-    """DiffusionNFT: the loss pulls the policy towards an image by r and away by 1 − r, where r in 0 … 1 is its optimality.
+    """DiffusionNFT: the loss pulls the policy towards an image by r and away by 1 − r; r in 0 … 1 is its optimality.
 
     Samplers sample with a moving average of the trained weights, whose decay grows with the policy version:
     min(average_decay_max, average_decay_growth · version).

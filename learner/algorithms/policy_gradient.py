@@ -91,14 +91,14 @@ class PolicyGradient(Algorithm, ABC):
 
 
 class ClippedPolicyGradient(PolicyGradient, ABC):
-    """PPO's clipped surrogate on every denoising step, with optional off-policy corrections and KL to the pretrained model.
+    """PPO's clipped surrogate on every denoising step, with optional off-policy corrections and KL penalty.
 
-    `clip_range` and `kl_coef` are on the scale of log-probs, the mean over latent elements. `clip_nats` and `kl_coef_nats`
-    are on the scale of a whole step, so that one number fits every resolution.
+    `clip_range` and `kl_coef` are on the scale of log-probs, the mean over latent elements. `clip_nats` and
+    `kl_coef_nats` are on the scale of a whole step, so that one number fits every resolution.
     """
 
     clip_range: float | None = Field(default=None, gt=0)
-    """Clip range of the log-ratio, as a mean over latent elements. By default 1e-4, if `clip_nats` is not given either."""
+    """Clip range of the ratio, as a mean over latent elements. By default 1e-4, unless `clip_nats` is given."""
     clip_nats: float | None = Field(default=None, gt=0)
     """Clip range in nats per denoising step. Give this or `clip_range`."""
     kl_coef: float = Field(default=0.0, ge=0)

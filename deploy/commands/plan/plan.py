@@ -1,4 +1,4 @@
-"""ddpo plan: the sizes that follow from a recipe, before anything runs."""
+"""ddpo plan: print batch sizes, data volumes and memory of a recipe, before anything runs."""
 
 import torch
 
@@ -10,11 +10,11 @@ from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.deploy.driver.numerics_rows import rows_note
 from ray_ddpo.learner.optimization.optimizer import rank_moment_bytes
 
-LITTLE = 1e-9  # by which a sum of fractions may be wrong
+LITTLE = 1e-9  # rounding error of a sum of fractions
 
 
 def plan(recipe: Recipe) -> str:
-    """The plan in words."""
+    """Return the plan as lines of text."""
     numbers = plan_of(recipe)
     sampling, learner = recipe.sampling, recipe.learner
     pools = all_pools(recipe)
@@ -53,7 +53,7 @@ def plan(recipe: Recipe) -> str:
 
 
 def _notes(recipe: Recipe) -> list[tuple[str, str]]:
-    """What will not work as it is on this machine, or not as exactly as one might think."""
+    """Return notes on what this machine lacks, and on log-probs that may differ in rounding."""
     asked, here = sum(gpus for *_, gpus in _actors(recipe)), torch.cuda.device_count()
     few = f"{here}, fewer than the recipe asks for: lower samplers.count or num_gpus, or set RAY_ADDRESS to a cluster"
     rows = rows_note(components_of(recipe))
@@ -67,11 +67,11 @@ def _learned_from(numbers: Plan) -> str:
 
 def _of_an_image(recipe: Recipe, numbers: Plan) -> str:
     each = numbers.pairs_per_step // numbers.images_per_step
-    return f"{each} noised_samples" if numbers.forward_process else f"{each} of {recipe.sampling.num_steps} steps"
+    return f"{each} noised samples" if numbers.forward_process else f"{each} of {recipe.sampling.num_steps} steps"
 
 
 def _of_ranks(numbers: Plan) -> list[tuple[str, str]]:
-    """How the learner's ranks divide an optimizer step; nothing to say of one."""
+    """Return how the learner's ranks share an optimizer step; no rows if there is one rank."""
     if numbers.ranks == 1:
         return []
     images, summed = numbers.images_per_step // numbers.ranks, in_bytes(numbers.broadcast_bytes)
@@ -106,7 +106,7 @@ def _learners(recipe: Recipe, numbers: Plan) -> str:
 
 
 def _of_second_copy(numbers: Plan) -> list[tuple[str, str]]:
-    """Where samplers and learner compute differently, what the check of a round's log-probs takes."""
+    """Return the memory of the log-prob check if samplers and learner compute differently."""
     if not numbers.copy_bytes:
         return []
     whose = "of it, in the host's memory" if numbers.ranks == 1 else "of each rank, in its host's memory"
@@ -115,7 +115,7 @@ def _of_second_copy(numbers: Plan) -> list[tuple[str, str]]:
 
 
 def _actors(recipe: Recipe) -> list[tuple[str, int, float]]:
-    """Of each role its name, how many there are, and the GPUs that they ask for together."""
+    """Return for each role its name, the number of actors, and the GPUs of all of them."""
     workers = [pool.table for pool in all_pools(recipe) if pool.trains]
     scorers = [pool.table for pool in all_pools(recipe) if not pool.trains]
     roles = [("samplers", [recipe.samplers]), ("reward workers", workers), *([("scorers", scorers)] if scorers else [])]
