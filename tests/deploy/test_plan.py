@@ -178,7 +178,7 @@ def test_of_a_window_only_its_latents_travel(recipe: Recipe) -> None:
 def test_of_finished_images_the_noisings_are_counted(capsys: pytest.CaptureFixture) -> None:
     options = ["--algorithm", '{name = "rwr", noised_samples = 4}', "--sampling.timestep_fraction", "0.1"]
     assert cli.main(["plan", str(RECIPES / "demo.toml"), *options]) == 0
-    assert "64 = 16 images × 4 noised_samples, in micro-batches of 32" in capsys.readouterr().out
+    assert "64 = 16 images × 4 noised samples, in micro-batches of 32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The keys of `[policy]` that every family of diffusers' pipelines has, and how a pipeline is found, counted and loaded."""
 
+import json
 import os
 from abc import abstractmethod
 from pathlib import Path
@@ -10,13 +11,14 @@ from pydantic import Field
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from ray_ddpo.common.diffusion.image_size import SizedConfig
-from ray_ddpo.common.diffusion.loading.config_keys import check_keys, check_steps
+from ray_ddpo.common.diffusion.loading.config_keys import check_keys, check_steps, configuration_files
 from ray_ddpo.common.diffusion.loading.library_errors import names_the_model, try_once
 from ray_ddpo.common.diffusion.loading.model_files import check_model, files_by_role, source_of
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs, model_sizes, read_config
 from ray_ddpo.common.diffusion.loading.pipeline import load_pipeline
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
+from ray_ddpo.common.diffusion.memory.sizes_cache import cached_sizes
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, Role, quiet_libraries
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -126,9 +128,17 @@ class DiffusersConfig(SizedConfig):
     @names_the_model
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
         self.check()
-        check_steps(self, sampling)
         configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
-        return model_sizes(self, configs, sampling, device)
+
+        def count() -> PolicySizes:
+            check_steps(self, sampling)
+            return model_sizes(self, configs, sampling, device)
+
+        if self.user_modules():  # a user's code may change between two calls
+            return count()
+        files = json.dumps([configs, configuration_files(self)], sort_keys=True, default=dict)
+        key = [type(self).__qualname__, self.model_dump_json(), files, sampling.model_dump_json(), device]
+        return cached_sizes("\n".join(key), count)
 
     @names_the_model
     def load(self, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:

@@ -2,6 +2,7 @@
 
 import torch
 
+from ray_ddpo.common.diffusion.memory.sizes_cache import sizes_cache
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import SHARED, RewardPool, all_pools
 from ray_ddpo.deploy.commands.plan.memory import gpu_rows
@@ -15,7 +16,8 @@ LITTLE = 1e-9  # rounding error of a sum of fractions
 
 def plan(recipe: Recipe) -> str:
     """Return the plan as lines of text."""
-    numbers = plan_of(recipe)
+    with sizes_cache():
+        numbers = plan_of(recipe)
     sampling, learner = recipe.sampling, recipe.learner
     pools = all_pools(recipe)
     scoring = sum(numbers.reward_worker_bytes[pool.name] * pool.table.count for pool in pools)
