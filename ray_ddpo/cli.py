@@ -242,6 +242,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _push(options: argparse.Namespace) -> int:
+    """Upload a run's weights; options of the verb override the recipe's `[push]`."""
     import json
 
     from ray_ddpo.deploy.commands.push import push
@@ -267,6 +268,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _migrate(options: argparse.Namespace) -> None:
+    """Write or print the recipe of a TRL configuration, with notes on stderr."""
     from pathlib import Path
 
     from ray_ddpo.deploy.commands.migrate.migrate import Beside, migrate, read_config, write_recipe

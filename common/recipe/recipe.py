@@ -106,6 +106,7 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _one_way_of_giving_rewards(self) -> "Recipe":
+        """Refuse recipes without a reward, with both ways of giving rewards, or with rewards of one name."""
         if self.reward is not None and self.rewards:
             raise ValueError(
                 "the recipe has both [reward] and [[rewards]]: it must have one of them; write [[rewards]] for each"
@@ -126,6 +127,7 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _batches_fit_together(self) -> "Recipe":
+        """Refuse batch sizes that do not divide one another."""
         group, step = self.prompts.images_per_prompt, self.learner.images_per_step
         tasks, parts = self.sampling.batches_per_round, self.learner.parts_per_round
         if tasks % parts:
@@ -156,6 +158,7 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _the_guard_can_see(self) -> "Recipe":
+        """Refuse a guard that lacks the score, the evaluations or the pretrained model it needs."""
         known = ["reward", *(table.called for table in (*self.all_rewards, *self.evaluation.scorers))]
         if self.guard.best_by not in known:
             raise ValueError(f"guard.best_by is {self.guard.best_by!r}: it must be one of {known}")

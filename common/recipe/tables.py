@@ -91,6 +91,7 @@ class SamplingTable(Table):
 
     @model_validator(mode="after")
     def _window_fits(self) -> "SamplingTable":
+        """Refuse a window beside a fraction of steps, or longer than the steps."""
         if self.sde_window is not None and self.timestep_fraction != 1:
             raise ValueError(
                 f"sde_window is {self.sde_window} and timestep_fraction {self.timestep_fraction}: a recipe learns either "

@@ -139,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_scale_and_status(verbs: Any) -> None:
+    """Add the verbs for active runs."""
     verb = verbs.add_parser("scale", help="change the number of samplers or reward workers of an active run")
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
     verb.add_argument("--samplers", type=int, metavar="N")
@@ -151,6 +152,7 @@ def _add_scale_and_status(verbs: Any) -> None:
 
 
 def _add_evaluate(verbs: Any) -> None:
+    """Add the verb that compares weights."""
     verb = verbs.add_parser(
         "evaluate",
         help="compare weights on the same held-out images, with each other or with the pretrained model",
@@ -176,6 +178,7 @@ def _add_export(verbs: Any) -> None:
 
 
 def _add_push(verbs: Any) -> None:
+    """Add the verb that uploads weights."""
     verb = verbs.add_parser("push", help="publish a run's weights with a model card on the Hugging Face hub")
     verb.add_argument("pushed", metavar="RUN", help="a run's folder")
     verb.add_argument("repo", metavar="REPO", help="owner/name on the hub; the token is in HF_TOKEN")
@@ -186,6 +189,7 @@ def _add_push(verbs: Any) -> None:
 
 
 def _add_serve_reward(verbs: Any) -> None:
+    """Add the verb of the reward service."""
     verb = verbs.add_parser("serve-reward", help="serve a recipe's reward over HTTP")
     _add_recipe(verb)
     verb.add_argument("--reward", metavar="NAME", help="one of the recipe's rewards; needed if it has several")
@@ -197,6 +201,7 @@ def _add_serve_reward(verbs: Any) -> None:
 
 
 def _add_migrate(verbs: Any) -> None:
+    """Add the verb that converts a TRL configuration."""
     verb = verbs.add_parser("migrate", help="turn the DDPOConfig of a run in TRL into a recipe")
     verb.add_argument("config", help="its fields as a JSON object; a missing field has TRL's default")
     verb.add_argument("--processes", type=int, default=1, metavar="N", help="number of processes of accelerate")
@@ -206,6 +211,7 @@ def _add_migrate(verbs: Any) -> None:
 
 
 def _add_fit_aesthetic(verbs: Any) -> None:
+    """Add the verb that fits an aesthetic head."""
     verb = verbs.add_parser("fit-aesthetic", help="fit an aesthetic head on rated images")
     verb.add_argument("images", help="folder that the table's paths are relative to")
     verb.add_argument("table", help="csv, parquet, AVA.txt, or json of vote histograms: docs/aesthetic.md")

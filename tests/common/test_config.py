@@ -271,3 +271,8 @@ def test_an_optimizer_steps_images_are_divided_among_the_learners_ranks_or_the_r
     assert (recipe.learner.images_per_step, recipe.learner.images_per_rank) == (4, 2)
     with pytest.raises(ValueError, match="accumulation_steps = 4 images, which learner.world_size = 3 does not divide"):
         Recipe.load(path, ["--learner.world_size", "3"])
+
+
+def test_the_micro_batch_is_found_at_the_start_by_default(tables: dict) -> None:
+    learner = {key: value for key, value in tables["learner"].items() if key != "micro_batch_size"}
+    assert Recipe.parse({**tables, "learner": learner}).learner.micro_batch_size == "auto"
