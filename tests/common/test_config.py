@@ -121,7 +121,7 @@ def test_a_value_out_of_range_is_named_with_what_came_and_what_is_allowed(
 @pytest.mark.parametrize(
     ("place", "expected"),
     [
-        ("round", "round is not a key that is known: the keys here are ['algorithm', "),
+        ("round", "round is not a key that is known: the keys here are ['aggregation', 'algorithm', "),
         ("checkpoint.evry", "checkpoint.evry is not a key that is known: the keys here are ['every', 'keep']"),
         ("samplers.gpus", "samplers.gpus is not a key that is known: the keys here are ['accelerator_type', 'count', "),
     ],
