@@ -26,7 +26,7 @@ def python(*words: str, folder: Path | None = None) -> subprocess.CompletedProce
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
-def test_threads_of_a_users_own_do_not_keep_the_program() -> None:
+def test_threads_of_the_users_code_do_not_keep_the_program_alive() -> None:
     ended = python("-c", WITH_A_THREAD, "plan", "no such recipe")
     assert ended.returncode == 2 and "there is no recipe at no such recipe" in ended.stderr
     assert "ends without waiting any longer for the threads ['my endless thread']" in ended.stderr

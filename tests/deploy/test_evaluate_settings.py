@@ -21,7 +21,7 @@ def run(tables: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(recipe.run_path())
 
 
-def test_settings_are_printed_and_kept_and_differing_ones_pointed_out(
+def test_settings_are_printed_and_kept_and_differences_are_reported(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     capsys.readouterr()
@@ -52,7 +52,7 @@ def test_settings_are_printed_and_kept_and_differing_ones_pointed_out(
     assert (run / "evaluation/evaluation.json").read_bytes() == kept
 
 
-def test_report_and_sample_point_out_differing_settings_too(run: Path, capsys: pytest.CaptureFixture) -> None:
+def test_report_and_sample_report_differing_settings_too(run: Path, capsys: pytest.CaptureFixture) -> None:
     differs = f"sampling.num_steps is 6 here, and was 4 in the training of {run}"
     capsys.readouterr()
     assert cli.main(["report", str(run), *STEPS]) == 0
