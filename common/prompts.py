@@ -188,7 +188,7 @@ class Texts(PromptSource):
 
 
 class File(PromptSource):
-    """A file of prompts: text with one a line, JSONL, JSON, CSV, TSV or parquet. Columns beside the prompt are metadata."""
+    """File of prompts: text with one per line, JSONL, JSON, CSV, TSV or parquet. Further columns are metadata."""
 
     path: str
     """File of the prompts."""

@@ -23,7 +23,7 @@ WANTED = (
 
 
 class Aesthetic(Reward):
-    """LAION's aesthetic predictor on CLIP embeddings: a rating of about 1 to 10."""
+    """Aesthetic predictor on CLIP embeddings: a rating of about 1 to 10."""
 
     clip: str = CLIP
     """CLIP model: a folder or a hub name."""

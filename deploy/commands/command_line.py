@@ -107,7 +107,9 @@ def parser() -> argparse.ArgumentParser:
     _add_recipe(verb)
 
     verb = verbs.add_parser("config", help="explain the keys of a recipe: type, default, bounds, meaning")
-    section_help = "such as sampling, or algorithm.grpo for a component's keys; by default an overview"
+    section_help = (
+        "such as sampling; algorithm.grpo or reward.module:Class for a component's keys; by default an overview"
+    )
     section: Any = verb.add_argument("section", nargs="?", metavar="SECTION", help=section_help)
     section.completer = _sections
 
