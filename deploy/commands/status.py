@@ -47,8 +47,8 @@ def in_words(known: dict[str, Any]) -> str:
     """Return the result of `status` as lines of text."""
     done = known["rounds_done"] == known["rounds"]
     ended = known["ended_by_guard"]
-    nobody = "done" if done else "ended by the guard" if ended else "nobody runs it; --resume auto goes on with it"
-    whose = f"run by {known['run_by']}" if known["run_by"] else nobody
+    inactive = "done" if done else "ended by the guard" if ended else "no process runs it; --resume auto resumes it"
+    whose = f"run by {known['run_by']}" if known["run_by"] else inactive
     lines = {
         "rounds": f"{known['rounds_done']} of {known['rounds']}",
         "checkpoint": known["checkpoint"] or "none yet",

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ddpo import main
 
 from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.cli import main
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.commands.migrate.migrate import Beside, Migrated, migrate, read_config
 from ray_ddpo.deploy.commands.migrate.trl_config import DDPOConfig, TrlRun

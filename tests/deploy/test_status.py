@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from ddpo import main
 
+from ray_ddpo.cli import main
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.lease import Lease
 from ray_ddpo.common.run_storage.run_folder import RunFolder
@@ -25,7 +25,7 @@ def test_status_of_a_run_before_its_first_round_and_while_it_is_active(tables: d
         assert known["run_by"].startswith("process ")
         assert (known["rounds_done"], known["rounds"], known["checkpoint"], known["last_round"]) == (0, 2, None, {})
         assert "run by process" in in_words(known) and "none yet" in in_words(known)
-    assert "nobody runs it" in in_words(status(recipe.run_path()))
+    assert "no process runs it" in in_words(status(recipe.run_path()))
 
 
 def test_status_of_a_finished_run_has_the_stats_of_its_last_round(tables: dict, capsys: pytest.CaptureFixture) -> None:
@@ -61,6 +61,6 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_status_starts_without_torch_and_ray() -> None:
-    code = "import sys, deploy.commands.status; print(sorted({'torch', 'ray'} & set(sys.modules)))"
+    code = "import sys, ray_ddpo.deploy.commands.status; print(sorted({'torch', 'ray'} & set(sys.modules)))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said == "[]\n"
