@@ -88,31 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    epilog = (
-        "--section.key VALUE overrides any key of the recipe, such as --learner.learning_rate 1e-4 or --rounds 20. "
-        f"Sections: {', '.join(SECTIONS)}. `ddpo config` explains them, `ddpo config SECTION` prints the keys of one with "
-        "type, default, bounds and meaning, `ddpo config algorithm.grpo` those of a component."
-    )
-    verb = verbs.add_parser("train", help="run a recipe", epilog=epilog)
-    _add_recipe(verb)
-    verb.add_argument("--resume", choices=["auto"], help="resume from the run's newest checkpoint, if it has one")
-    from_help = "start from the weights of an earlier run: its last, those after ROUND, or those under best/ (RUN@best)"
-    verb.add_argument("--from", dest="start_from", metavar="RUN[@ROUND]", help=from_help)
-    verb.add_argument("--serial", action="store_true", help="one process, without Ray, for debugging")
-
-    verb = verbs.add_parser("plan", help="print the batch sizes and the memory of a recipe")
-    _add_recipe(verb)
-
-    verb = verbs.add_parser("doctor", help="check what would go wrong with a recipe on this machine")
-    _add_recipe(verb)
-
-    verb = verbs.add_parser("config", help="explain the keys of a recipe: type, default, bounds, meaning")
-    section_help = (
-        "such as sampling; algorithm.grpo or reward.module:Class for a component's keys; by default an overview"
-    )
-    section: Any = verb.add_argument("section", nargs="?", metavar="SECTION", help=section_help)
-    section.completer = _sections
-
+    _add_recipe_verbs(verbs)
     _add_scale_and_status(verbs)
 
     verb = verbs.add_parser("sample", help="sample images with a run's weights")
@@ -138,6 +114,34 @@ def parser() -> argparse.ArgumentParser:
     _add_migrate(verbs)
     _add_fit_aesthetic(verbs)
     return parser
+
+
+def _add_recipe_verbs(verbs: Any) -> None:
+    """Add the verbs that take a recipe, and the one that explains its keys."""
+    epilog = (
+        "--section.key VALUE overrides any key of the recipe, such as --learner.learning_rate 1e-4 or --rounds 20. "
+        f"Sections: {', '.join(SECTIONS)}. `ddpo config` explains them, `ddpo config SECTION` prints the keys of one "
+        "with type, default, bounds and meaning, `ddpo config algorithm.grpo` those of a component."
+    )
+    verb = verbs.add_parser("train", help="run a recipe", epilog=epilog)
+    _add_recipe(verb)
+    verb.add_argument("--resume", choices=["auto"], help="resume from the run's newest checkpoint, if it has one")
+    from_help = "start from the weights of an earlier run: its last, those after ROUND, or those under best/ (RUN@best)"
+    verb.add_argument("--from", dest="start_from", metavar="RUN[@ROUND]", help=from_help)
+    verb.add_argument("--serial", action="store_true", help="one process, without Ray, for debugging")
+
+    verb = verbs.add_parser("plan", help="print the batch sizes and the memory of a recipe")
+    _add_recipe(verb)
+
+    verb = verbs.add_parser("doctor", help="check what would go wrong with a recipe on this machine")
+    _add_recipe(verb)
+
+    verb = verbs.add_parser("config", help="explain the keys of a recipe: type, default, bounds, meaning")
+    section_help = (
+        "such as sampling; algorithm.grpo or reward.module:Class for a component's keys; by default an overview"
+    )
+    section: Any = verb.add_argument("section", nargs="?", metavar="SECTION", help=section_help)
+    section.completer = _sections
 
 
 def _add_scale_and_status(verbs: Any) -> None:
