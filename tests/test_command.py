@@ -56,5 +56,5 @@ def test_plan_of_cached_sizes_does_not_import_diffusers(tables: dict, tmp_path: 
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables))
     plan_then_modules = "import sys, ray_ddpo.cli\nray_ddpo.cli.main(['plan', 'recipe.toml'])\nprint(*sys.modules)"
     first, second = (python("-c", plan_then_modules, folder=tmp_path).stdout.splitlines() for _ in range(2))
-    assert first[:-1] == second[:-1] and "images a round" in first[0]
+    assert first[:-1] == second[:-1] and "images per round" in first[0]
     assert "diffusers.models" in first[-1].split() and {"diffusers", "peft"}.isdisjoint(second[-1].split())

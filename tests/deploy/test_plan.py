@@ -84,7 +84,7 @@ def test_a_plan_for_gpus_prints_what_fits_on_each_size() -> None:
 
 
 def test_a_plan_for_cpus_has_no_table_of_gpus(recipe: Recipe) -> None:
-    assert "GPU of so many GB" not in plan(recipe)
+    assert "GPU memory in GB" not in plan(recipe)
 
 
 def test_an_auto_micro_batch_is_planned_as_one_transition(tables: dict) -> None:
@@ -101,7 +101,7 @@ def test_rewards_with_workers_of_their_own_are_counted_with_them(tables: dict) -
     recipe = Recipe.parse({**one_reward, "rewards": rewards, "reward_workers": {"count": 2}})
     text, numbers = plan(recipe), plan_of(recipe)
     assert numbers.reward_worker_bytes == {"reward_workers": 0, "reward_workers.aesthetic": 2 * 303_966_208}
-    assert "a reward worker's memory (aesthetic)" in text and "1 samplers, 5 reward workers" in text
+    assert "reward worker memory (aesthetic)" in text and "1 samplers, 5 reward workers" in text
     assert "0.75 = learner 0 + samplers 0 + reward workers 0.75" in text
 
 
@@ -116,14 +116,14 @@ def test_each_of_several_ranks_has_its_share_memory_and_gpu() -> None:
     assert numbers.reduced_bytes == 4 * 797_184 == numbers.learner_bytes - before.learner_bytes
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
     images, pairs = numbers.images_per_step, numbers.pairs_per_step
-    shares = f"{images // 2} of {images} images, {pairs // 2} of {pairs} pairs an optimizer step"
-    assert lines["each of the learner's ranks takes"] == shares
-    assert lines["ranks sum up"] == "3.19 MB of gradients an optimizer step, among 2"
-    assert lines["GPUs asked for"].startswith("2.5 = learner ranks 2 + samplers 0.3")
-    assert "a learner rank's memory" in lines and ": 2 learner ranks, 1 samplers" in lines["memory in all"]
+    shares = f"{images // 2} of {images} images, {pairs // 2} of {pairs} transitions per optimizer step"
+    assert lines["each learner rank"] == shares
+    assert lines["gradient all-reduce"] == "3.19 MB per optimizer step, among 2 ranks"
+    assert lines["requested GPUs"].startswith("2.5 = learner ranks 2 + samplers 0.3")
+    assert "learner rank memory" in lines and ": 2 learner ranks, 1 samplers" in lines["total memory"]
     assert "all roles on one: micro-batch" not in lines and "all roles on one: micro-batch" in plan(one)
     assert "ranks" not in plan(one)
-    assert lines["optimizer's state"] == "6.38 MB of adamw"
+    assert lines["optimizer state"] == "6.38 MB of adamw"
 
 
 @pytest.mark.thorough
@@ -145,8 +145,8 @@ def test_a_rank_holds_its_shard_of_the_optimizer_state_a_checkpoint_all_of_it() 
     assert after.optimizer_bytes == before.optimizer_bytes == 8 * 859_520_964
     assert before.learner_bytes - after.learner_bytes == 4 * 859_520_964
     assert (
-        "6.88 GB of adamw, 3.44 GB a rank" in plan(divided)
-        and "a rank" not in plan(whole).split("of adamw")[1].splitlines()[0]
+        "6.88 GB of adamw, 3.44 GB per rank" in plan(divided)
+        and "per rank" not in plan(whole).split("of adamw")[1].splitlines()[0]
     )
 
 

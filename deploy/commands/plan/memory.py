@@ -13,9 +13,9 @@ def gpu_rows(recipe: Recipe, numbers: Plan) -> list[tuple[str, str]]:
     if device_of(recipe) == "cpu":
         return []
     rows = {
-        "a GPU of so many GB": [f"{size}" for size in GIGABYTES],
+        "GPU memory in GB": [f"{size}" for size in GIGABYTES],
         "learner alone: micro-batch": [_or_none(largest_micro_batch(numbers, size)) for size in GIGABYTES],
-        "sampler alone: images a task": [_or_none(largest_task(numbers, size)) for size in GIGABYTES],
+        "sampler alone: images per task": [_or_none(largest_task(numbers, size)) for size in GIGABYTES],
     }
     if numbers.ranks == 1:  # several ranks have a GPU each
         beside = _beside_learner(recipe, numbers)

@@ -23,30 +23,30 @@ def plan(recipe: Recipe) -> str:
     scoring = sum(numbers.reward_worker_bytes[pool.name] * pool.table.count for pool in pools)
     memory = numbers.learner_bytes * numbers.ranks + numbers.sampler_bytes * recipe.samplers.count + scoring
     rows = [
-        ("images a round", f"{numbers.images} = {numbers.tasks} tasks × {sampling.batch_size}"),
-        ("images in all", f"{numbers.images * recipe.rounds} in {recipe.rounds} rounds"),
+        ("images per round", f"{numbers.images} = {numbers.tasks} tasks × {sampling.batch_size}"),
+        ("images in total", f"{numbers.images * recipe.rounds} in {recipe.rounds} rounds"),
         (
-            "optimizer steps a round",
+            "optimizer steps per round",
             f"{numbers.optimizer_steps} = {_learned_from(numbers)} / ({learner.batch_size} × "
             f"{learner.gradient_accumulation_steps} accumulated) × {learner.inner_epochs} inner epochs",
         ),
         (
-            "pairs an optimizer step",
+            "transitions per optimizer step",
             f"{numbers.pairs_per_step} = {numbers.images_per_step} images × {_of_an_image(recipe, numbers)}, "
             f"in micro-batches {_micro_batches(recipe)}",
         ),
         *_of_ranks(numbers),
-        ("learner's forward passes a round", f"{numbers.forward_passes}"),
-        ("parameters trained", f"{numbers.sizes.trained_parameters:,} of {numbers.sizes.network_parameters:,}"),
-        ("a trajectory", f"{in_bytes(numbers.trajectory_bytes)} an image, {in_bytes(numbers.round_bytes)} under way"),
-        ("a broadcast", f"{in_bytes(numbers.broadcast_bytes)} to each sampler's node, once a round"),
-        ("optimizer's state", f"{in_bytes(numbers.optimizer_bytes)} of {learner.optimizer}{_divided(recipe, numbers)}"),
-        ("learner's memory" if numbers.ranks == 1 else "a learner rank's memory", _learners(recipe, numbers)),
+        ("learner forward passes per round", f"{numbers.forward_passes}"),
+        ("trained parameters", f"{numbers.sizes.trained_parameters:,} of {numbers.sizes.network_parameters:,}"),
+        ("trajectory", f"{in_bytes(numbers.trajectory_bytes)} per image, {in_bytes(numbers.round_bytes)} in flight"),
+        ("weight broadcast", f"{in_bytes(numbers.broadcast_bytes)} to each sampler's node, once per round"),
+        ("optimizer state", f"{in_bytes(numbers.optimizer_bytes)} of {learner.optimizer}{_divided(recipe, numbers)}"),
+        ("learner memory" if numbers.ranks == 1 else "learner rank memory", _learners(recipe, numbers)),
         *_of_second_copy(numbers),
-        ("a sampler's memory", f"{in_bytes(numbers.sampler_bytes)} at the most, with tasks of {sampling.batch_size}"),
+        ("sampler memory", f"{in_bytes(numbers.sampler_bytes)} at most, with tasks of {sampling.batch_size}"),
         *((f"{_who(pool)} memory{_own(pool)}", in_bytes(numbers.reward_worker_bytes[pool.name])) for pool in pools),
-        ("memory in all", f"{in_bytes(memory)}: {', '.join(f'{count} {role}' for role, count, _ in _actors(recipe))}"),
-        ("GPUs asked for", _gpus(recipe)),
+        ("total memory", f"{in_bytes(memory)}: {', '.join(f'{count} {role}' for role, count, _ in _actors(recipe))}"),
+        ("requested GPUs", _gpus(recipe)),
         *_notes(recipe),
         *gpu_rows(recipe, numbers),
     ]
@@ -64,7 +64,7 @@ def _notes(recipe: Recipe) -> list[tuple[str, str]]:
 
 def _learned_from(numbers: Plan) -> str:
     chosen = numbers.images_learned_from
-    return f"{chosen}" if chosen == numbers.images else f"about {chosen} that count"
+    return f"{chosen}" if chosen == numbers.images else f"about {chosen} selected"
 
 
 def _of_an_image(recipe: Recipe, numbers: Plan) -> str:
@@ -77,20 +77,20 @@ def _of_ranks(numbers: Plan) -> list[tuple[str, str]]:
     if numbers.ranks == 1:
         return []
     images, summed = numbers.images_per_step // numbers.ranks, in_bytes(numbers.broadcast_bytes)
-    shares = f"{images} of {numbers.images_per_step} images, {numbers.pairs_per_rank} of {numbers.pairs_per_step} pairs"
+    shares = f"{images} of {numbers.images_per_step} images, {numbers.pairs_per_rank} of {numbers.pairs_per_step} transitions"
     return [
-        ("each of the learner's ranks takes", f"{shares} an optimizer step"),
-        ("ranks sum up", f"{summed} of gradients an optimizer step, among {numbers.ranks}"),
+        ("each learner rank", f"{shares} per optimizer step"),
+        ("gradient all-reduce", f"{summed} per optimizer step, among {numbers.ranks} ranks"),
     ]
 
 
 def _divided(recipe: Recipe, numbers: Plan) -> str:
     part = rank_moment_bytes(recipe.learner, numbers.sizes)
-    return f", {in_bytes(part)} a rank" if part < numbers.optimizer_bytes else ""
+    return f", {in_bytes(part)} per rank" if part < numbers.optimizer_bytes else ""
 
 
 def _who(pool: RewardPool) -> str:
-    return "a reward worker's" if pool.trains else "a scorer's"
+    return "reward worker" if pool.trains else "scorer"
 
 
 def _own(pool: RewardPool) -> str:
@@ -103,7 +103,9 @@ def _micro_batches(recipe: Recipe) -> str:
 
 
 def _learners(recipe: Recipe, numbers: Plan) -> str:
-    found = f"{in_bytes(numbers.learner_bytes)} at the most, of it {in_bytes(round(numbers.sizes.learner.each))} a pair"
+    found = (
+        f"{in_bytes(numbers.learner_bytes)} at most, {in_bytes(round(numbers.sizes.learner.each))} of it per transition"
+    )
     return f"{found}; so with micro-batches of 1" if recipe.learner.micro_batch_size == "auto" else found
 
 
