@@ -64,7 +64,7 @@ def test_what_was_loading_is_loaded_once() -> None:
     assert pool.take_loaded(second) and not pool.take_loaded(second) and pool.references() == [first]
 
 
-def test_the_driver_is_told_what_every_worker_has_loaded_and_may_refuse_it(answers: Answers) -> None:
+def test_the_driver_gets_what_every_worker_has_loaded_and_may_refuse_it(answers: Answers) -> None:
     told = []
 
     def on_loaded(who: str, loaded: object) -> None:

@@ -168,7 +168,7 @@ CASES: dict[str, tuple[dict[str, Any], TransitionBatch | NoisedBatch, Slow]] = {
 }
 
 
-def test_every_algorithm_of_the_room_is_held_against_a_reference() -> None:
+def test_every_registered_algorithm_is_compared_with_a_reference() -> None:
     assert {table["name"] for table, _, _ in CASES.values()} == set(ALGORITHMS)
 
 
@@ -183,7 +183,7 @@ def slope(loss: Slow, theta: np.ndarray, row: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradient_of_every_pair_are_the_references(case: str) -> None:
+def test_loss_and_gradient_of_every_transition_are_the_references(case: str) -> None:
     table, batch, slow = CASES[case]
     toy, algorithm = Toy(), build(ALGORITHMS, table, "algorithm")
     theta = toy.network["theta"].detach().numpy().copy()
@@ -194,7 +194,7 @@ def test_loss_and_gradient_of_every_pair_are_the_references(case: str) -> None:
         np.testing.assert_allclose(gradient.numpy(), slope(slow, theta, row), rtol=1e-5, atol=1e-8)
 
 
-def test_a_stale_batch_has_clipped_pairs_on_both_sides_and_they_have_no_gradient() -> None:
+def test_clipped_transitions_of_a_stale_batch_have_no_gradient() -> None:
     toy = Toy()
     result = build(ALGORITHMS, {"name": "ddpo_is", "clip_range": 1e-3}, "algorithm").compute_loss(toy, OFF)
     assert result.clipped.tolist() == [1, 1, 0, 0, 1, 1]
@@ -205,7 +205,7 @@ def test_a_stale_batch_has_clipped_pairs_on_both_sides_and_they_have_no_gradient
         assert bool(gradient.any()) == (row not in held), row
 
 
-def test_weights_of_steps_multiply_what_their_pairs_teach() -> None:
+def test_step_weights_multiply_the_loss_of_their_transitions() -> None:
     weighted = build(ALGORITHMS, {"name": "ddpo_sf", "step_weights": [1.0, 0.0, 2.5]}, "algorithm")
     plain = build(ALGORITHMS, {"name": "ddpo_sf"}, "algorithm")
     ratio = weighted.compute_loss(Toy(), PATH).loss / plain.compute_loss(Toy(), PATH).loss

@@ -130,7 +130,7 @@ def test_a_fault_at_any_file_operation_leaves_the_old_checkpoint_or_the_new(
 
 
 @pytest.mark.thorough
-def test_a_fault_at_any_operation_in_an_object_store_leaves_the_old_checkpoint_or_the_new(
+def test_a_fault_at_any_operation_leaves_the_old_checkpoint_or_the_new(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults, found = Faults(RemoteFiles, IN_STORE, monkeypatch), []

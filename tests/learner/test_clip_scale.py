@@ -33,7 +33,7 @@ def test_with_clip_range_it_does_not(tables: dict) -> None:
     assert clip_fraction(tables, 32, clip) == 0
 
 
-def test_the_share_is_told_step_by_step(tables: dict) -> None:
+def test_the_clip_fraction_is_reported_by_step(tables: dict) -> None:
     parts = parts_with({**tables, "algorithm": {"name": "ddpo_is", "clip_nats": 1.0}}, **ONE_STEP)
     learner = learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])

@@ -13,7 +13,7 @@ from tests.rounds import learner_of, parts_with, sample_round
     ("size", "images", "batches"),
     [(8, 2, [8]), (7, 1, [4]), (4, 1, [4]), (3, 1, [3, 1])],
 )
-def test_whole_images_are_looked_at_that_fill_no_more_than_one_batch(
+def test_the_subset_has_full_images_that_fill_at_most_one_batch(
     size: int, images: int, batches: list[int], tables: dict
 ) -> None:
     parts = parts_with(tables, sampling__num_steps=4, sampling__step_fraction=1.0)

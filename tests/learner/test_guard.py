@@ -35,7 +35,7 @@ def test_a_scorer_may_fall_by_half_a_standard_deviation_of_its_scores() -> None:
     assert about(with_scores(0.58, 2.58, 1.58, 1.59)) == ["clip_score"]  # by .4175, its differences nearly alike
 
 
-def test_a_fall_of_every_picture_alike_is_as_certain_as_can_be() -> None:
+def test_a_fall_of_every_image_alike_is_as_certain_as_can_be() -> None:
     assert about(with_scores(0.5, 2.5, 1.5, 1.5)) == ["clip_score"]
 
 
@@ -45,7 +45,7 @@ def test_a_fall_that_may_be_chance_is_none() -> None:
     assert about(fallen, SETTINGS.model_copy(update={"certainty": 0.9})) == ["clip_score"]
 
 
-def test_a_rise_and_pictures_without_a_score_are_no_fall() -> None:
+def test_a_rise_and_images_without_a_score_are_no_fall() -> None:
     assert about(with_scores(9.0, 9.0, 9.0, 9.0)) == []
     assert about(with_scores(math.nan, math.nan, math.nan, -9.0)) == []
 

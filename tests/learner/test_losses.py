@@ -45,7 +45,7 @@ PAIRS = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(pairs=PAIRS, clip_range=st.floats(1e-5, 0.9))
-def test_every_pair_has_the_references_loss(pairs: list[tuple[float, float, float]], clip_range: float) -> None:
+def test_every_transition_has_the_references_loss(pairs: list[tuple[float, float, float]], clip_range: float) -> None:
     old, shift, advantages = (torch.tensor(column) for column in zip(*pairs, strict=True))
     log_prob = old + shift
     losses = clipped_surrogate(log_prob, old, advantages, clip_range)

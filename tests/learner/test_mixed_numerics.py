@@ -31,7 +31,7 @@ def test_the_plain_ratio_is_refused_with_the_keys_that_are_at_odds(tables: dict)
     assert build_components(parts_with(sf, **HALF, learner__batch_size=8).recipe).policy.sampler_dtype == "bfloat16"
 
 
-def test_the_samplers_rounding_moves_no_ratio_where_it_is_to_the_learners_own_log_probs(tables: dict) -> None:
+def test_the_samplers_rounding_changes_no_proximal_ratio(tables: dict) -> None:
     parts = parts_with(tables, **HALF, **OWN, learner__batch_size=8)
     learner = learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])

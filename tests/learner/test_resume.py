@@ -44,7 +44,7 @@ def test_a_run_is_not_overwritten_unasked(tables: dict) -> None:
         resume_point(folder, parts_with(tables).resolved(), resume=False)
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint(tables: dict) -> None:
+def test_a_run_resumes_from_its_newest_checkpoint(tables: dict) -> None:
     folder = begun(tables, rounds_done=7)
     found = resume_point(folder, parts_with(tables).resolved(), resume=True)
     assert found is not None and found.rounds_done == 7 and found.statistics == {"joined": {"a cat": (1.0,)}}

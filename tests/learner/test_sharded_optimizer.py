@@ -62,12 +62,12 @@ def check_division(divided: list[Outcome], whole: list[Outcome]) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", LEARNED)
-def test_divided_moments_lead_to_the_bits_of_whole_ones_and_each_rank_keeps_half(name: str, outcomes: Outcomes) -> None:
+def test_sharded_optimizer_state_has_the_bits_of_unsharded_state(name: str, outcomes: Outcomes) -> None:
     check_division(outcomes[f"divided {name}"], outcomes[name])
 
 
 @pytest.mark.thorough
-def test_gradients_and_weights_that_travel_in_many_buckets_have_the_same_bits(outcomes: Outcomes) -> None:
+def test_gradients_and_weights_sent_in_many_buckets_have_the_same_bits(outcomes: Outcomes) -> None:
     check_division(outcomes["divided in buckets"], outcomes["full"])
 
 
@@ -84,7 +84,7 @@ def test_a_bucket_has_as_many_tensors_in_their_order_as_it_holds(monkeypatch: py
 
 
 @pytest.mark.thorough
-def test_a_rank_whose_weights_went_another_way_is_found_before_the_others_are_laid_over_them(
+def test_a_rank_with_other_weights_is_found_before_the_broadcast(
     outcomes: Outcomes,
 ) -> None:
     for outcome in outcomes["go_apart"]:
@@ -94,7 +94,7 @@ def test_a_rank_whose_weights_went_another_way_is_found_before_the_others_are_la
 
 
 @pytest.mark.eight_bit
-def test_so_do_moments_in_eight_bits(small: dict, tmp_path: Path) -> None:
+def test_sharded_state_in_eight_bits_has_the_bits_of_unsharded_state(small: dict, tmp_path: Path) -> None:
     changes = with_changes(EIGHT_BIT, {"sampling": {"num_steps": 3}, "learner": {"micro_batch_size": 2}})
     whole, divided = both_ways(small, changes)
     found = run_in_ranks({"whole": whole, "divided": divided}, tmp_path)
@@ -103,7 +103,7 @@ def test_so_do_moments_in_eight_bits(small: dict, tmp_path: Path) -> None:
 
 
 @pytest.mark.eight_bit
-def test_in_eight_bits_a_rank_lays_the_others_parameters_out_as_they_do() -> None:
+def test_in_eight_bits_all_ranks_use_the_same_memory_format() -> None:
     settings = LearnerTable.model_validate(
         {**TWO_RANKS, "micro_batch_size": 1, "optimizer": "adamw_8bit", "shard_optimizer_state": True}
     )

@@ -66,7 +66,7 @@ def test_a_buffer_is_cut_by_bytes(numbers: int, limit: int, sizes: list[int], tm
     assert np.array_equal(read_buffer(folder, "w.safetensors", len(sizes), numbers), buffer)
 
 
-def test_arrays_are_grouped_in_their_order_and_one_that_is_too_large_lies_alone(tmp_path: Path) -> None:
+def test_arrays_are_grouped_in_order_and_a_too_large_one_is_alone(tmp_path: Path) -> None:
     sizes, folder = {"a": 2, "b": 2, "c": 9, "d": 1, "e": 3}, Storage(tmp_path)
     arrays = {name: np.full(size, size, np.float32) for name, size in sizes.items()}
     shards = grouped("o.safetensors", arrays, 16)
@@ -176,7 +176,7 @@ def beyond_the_state(folder: Path, shard_bytes: int) -> float:
 
 
 @pytest.mark.thorough
-def test_saving_takes_the_memory_of_a_shard_or_two_and_not_of_the_whole_state(tmp_path: Path) -> None:
+def test_saving_takes_the_memory_of_a_shard_or_two_and_not_of_the_full_state(tmp_path: Path) -> None:
     sharded = beyond_the_state(tmp_path / "sharded", 4 * MEGABYTE)
     whole = beyond_the_state(tmp_path / "whole", 1024 * MEGABYTE)
     print(

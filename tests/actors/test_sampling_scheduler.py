@@ -102,7 +102,7 @@ def taken_over(monkeypatch: pytest.MonkeyPatch) -> list[Place]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_every_task_is_drawn_once_whatever_befalls_the_samplers(
+def test_every_task_is_sampled_once_whatever_happens_to_the_samplers(
     answers: Answers, taken_over: list[Place], seed: int
 ) -> None:
     chance, driver = random.Random(seed), Driver(answers)
