@@ -23,7 +23,7 @@ from tests.tiny_policy import SAMPLING, tiny_policy
 
 
 def poisoned_noise(is_poisoned: Callable[[int], bool]) -> Callable[[list[int], tuple[int, ...]], Iterator[Tensor]]:
-    """The noise that images are sampled with, NaN for some seeds."""
+    """Return the noise of images, NaN for some seeds."""
     whole = rollout.image_noise
 
     def noise(seeds: list[int], shape: tuple[int, ...]) -> Iterator[Tensor]:

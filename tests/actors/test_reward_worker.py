@@ -28,7 +28,7 @@ class Brightness(Reward):
 
 
 class Answers(Reward):
-    """A reward that answers what it was told to, once a batch."""
+    """A reward that returns prepared results, one a batch."""
 
     answers: list[Any]
 
@@ -158,7 +158,7 @@ def test_an_assertion_on_the_gpu_is_recognized() -> None:
 
 
 class ChangesTorch(Reward):
-    """A reward that changes torch's settings for the whole process, as some models' code does."""
+    """A reward that changes torch's settings for the process, as some models' code does."""
 
     def load(self, device: str) -> LoadedReward:
         def score(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:

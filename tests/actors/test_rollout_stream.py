@@ -1,4 +1,4 @@
-"""The serial stream: rounds whole and in task order, each task under the version it asks for."""
+"""The serial stream: rounds in task order, each task sampled with its version."""
 
 import numpy as np
 import pytest

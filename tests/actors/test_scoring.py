@@ -32,7 +32,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
 
 
 class Driver:
-    """What befalls a pool's scoring, one thing after the other; its clock goes on a second at a time."""
+    """A driver of a pool's scoring, by events, with a clock that advances a second at a time."""
 
     def __init__(self, answers: Answers, independent: bool, workers: int = 2) -> None:
         self.answers = answers
@@ -79,7 +79,7 @@ def test_a_task_without_any_image_is_done_without_a_reward_worker(answers: Answe
 
 
 def answer(call: scoring._Call, how: str) -> Scores | list[Scores]:
-    """What a reward worker has to say."""
+    """Return the result of a reward worker."""
     if how == "fail":
         raise RayTaskError("score", "", ScoringFailed("it failed"))
     if how == "poison":

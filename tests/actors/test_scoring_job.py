@@ -26,7 +26,7 @@ def score(batch: ScoringBatch, **dropped: str) -> Scores:
 
 
 def run(job: ScoringJob, bad: set[int]) -> list[tuple[int, int]]:
-    """Score until all is done; a batch with a bad image fails. The batches in the order they were tried."""
+    """Score until all is done, while batches with a bad image fail. Return the batches in the order they were tried."""
     tried = []
     while not job.finished:
         batch = job.waiting.pop(0)
@@ -161,7 +161,7 @@ def test_only_another_attempt_at_the_same_images_waits() -> None:
 
 
 def deadly(job: ScoringJob, killers: set[int]) -> list[tuple[int, int]]:
-    """Score until all is done; whoever has a killer in hand dies. The batches over which workers died."""
+    """Score until all is done, while workers die over killer images. Return the batches over which workers died."""
     died = []
     while not job.finished:
         batch = job.waiting.pop(0)

@@ -9,7 +9,7 @@ PLACE = (0, 0, 3)
 
 
 def sampled(suspects: Suspects, not_decoded: set[int], not_sampled: set[int], images: int = 8) -> tuple[Care, int]:
-    """Sample until it counts, with images that kill who decodes or denoises them; the last care, and how many died."""
+    """Sample until the result counts, while images kill samplers. Return the last care, and the number of deaths."""
     deaths = 0
     while True:
         care = suspects.care(PLACE)

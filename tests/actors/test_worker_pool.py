@@ -26,7 +26,7 @@ def searched(pool: WorkerPool, avoid: Worker | None = None) -> Worker | None:
 
 
 def act(pool: WorkerPool, what: str, number: int) -> None:
-    """One thing that befalls a pool; `number` says whom."""
+    """Apply an event to a pool; `number` selects the worker."""
     loaded = pool.loaded
     worker = loaded[number % len(loaded)] if loaded else None
     match what:

@@ -19,7 +19,7 @@ from tests.reference.ddpo_reference import PerPromptTracker
 
 
 def advantages_of(rounds: list[tuple[list[str], list[float]]], buffer_size: int, min_count: int) -> list[np.ndarray]:
-    """Each round's advantages, with the statistics of those before it."""
+    """Return each round's advantages, with the statistics of earlier rounds."""
     statistics, results = {}, []
     for prompts, rewards in rounds:
         statistics = extend_statistics(statistics, prompts, np.array(rewards), buffer_size)

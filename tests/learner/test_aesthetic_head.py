@@ -24,7 +24,7 @@ QUICK = Training(seed=3, epochs=4, batch_size=32)
 
 
 def rated(count: int, seed: int, noise: float = 0.0) -> Rated:
-    """Directions in 6 dimensions around a common one, as CLIP's are, rated by a known linear function about 5."""
+    """Return directions in 6 dimensions around a common one, as CLIP's are, rated by a known linear function about 5."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = torch.randn(count, 6, generator=generator) * torch.tensor([1, 1, 0.5, 0.5, 0.1, 0.1]) + 2
     embeddings = embeddings / embeddings.norm(dim=1, keepdim=True)
@@ -59,7 +59,7 @@ def test_the_linear_head_recovers_a_linear_taste(tmp_path: Path) -> None:
 
 
 def test_the_validation_images_choose_the_penalty() -> None:
-    """With 8 noisy images to fit on, the least penalty is not the best; the best of those tried is taken."""
+    """On 8 training images with noise, the least penalty is not the best; the best candidate is chosen."""
     head = fit_head("linear", rated(8, 0, noise=1.0), rated(400, 1), Training())
     errors = {each["penalty"]: each["mse"] for each in head.tried}
     assert head.chosen["penalty"] == min(errors, key=lambda penalty: errors[penalty])

@@ -1,4 +1,4 @@
-"""Updates of every algorithm on a real pipeline: what is learned from, under which weights, and to which bits."""
+"""Updates of every algorithm on a real pipeline: training data, weights, and bits."""
 
 import dataclasses
 from pathlib import Path
@@ -21,13 +21,13 @@ from tests.rounds import SampledRound, learner_of, parts_with, sample_round
 
 
 def of(tables: dict, name: str, **values: object) -> Components:
-    """The small recipe with another algorithm, in a shape that goes with any: groups of two, one optimizer step."""
+    """Return the small recipe with another algorithm, with groups of two and one optimizer step."""
     keys = {"prompts__images_per_prompt": 2, "learner__batch_size": 8, "learner__micro_batch_size": 8}
     return parts_with({**tables, "algorithm": {"name": name}}, **{**keys, **values})
 
 
 def with_advantages(sampled: SampledRound, parts: Components) -> SampledRound:
-    """The round with what the algorithm makes of rewards that it could have had."""
+    """Return the round with the algorithm's advantages of random rewards."""
     rewards = np.random.default_rng(sampled.batch.round).normal(size=len(sampled.batch.advantages))
     prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
     _, advantages = parts.algorithm.compute_advantages({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
@@ -94,7 +94,7 @@ def test_an_algorithm_without_an_average_publishes_what_it_trains_and_saves_it_o
 
 
 def test_old_predictions_are_those_of_the_weights_that_sampled(tables: dict) -> None:
-    """At lag 1: the gradient of a network that is held against what it predicted two versions ago."""
+    """The gradient at lag 1 is of a network compared with its predictions two versions ago."""
     algorithm = {"name": "diffusion_nft", "noised_samples": 2}
     keys = {"max_policy_lag": 1, "learner__micro_batch_size": 1, "prompts__images_per_prompt": 2}
     parts = parts_with({**tables, "algorithm": algorithm}, **keys, **ONE_STEP)

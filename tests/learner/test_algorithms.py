@@ -67,7 +67,7 @@ def normal(seed: int) -> Tensor:
 
 
 def path_batch(shifts: list[float]) -> TransitionBatch:
-    """Pairs whose policy has moved: their old log-prob lies `shifts` below what the present weights give."""
+    """Return transitions whose policy has moved: old log-probs are `shifts` below those of the current weights."""
     latents, toy = normal(1), Toy()
     means = (toy.network["theta"].detach() * latents).numpy()
     next_latents = torch.from_numpy(means + STD * normal(2).numpy()).float().double()
@@ -113,7 +113,7 @@ def surrogate(batch: TransitionBatch, clip_range: float) -> Slow:
 
 
 def pulled(batch: TransitionBatch, clip_range: float, coefficient: float) -> Slow:
-    """The surrogate, and the KL of each step to the reference policy."""
+    """Return the surrogate plus the KL of each step to the reference policy."""
     loss, means = surrogate(batch, clip_range), batch.reference_means
     assert means is not None
     return lambda theta, row: (
@@ -173,7 +173,7 @@ def test_every_registered_algorithm_is_compared_with_a_reference() -> None:
 
 
 def slope(loss: Slow, theta: np.ndarray, row: int) -> np.ndarray:
-    """Central differences, number by number."""
+    """Compute central differences, number by number."""
     slopes = np.zeros_like(theta)
     for place in np.ndindex(theta.shape):
         step = np.zeros_like(theta)

@@ -1,4 +1,4 @@
-"""Checkpoints: everything comes back, what is not whole is passed over, nothing is unpickled."""
+"""Checkpoints: everything is restored, damaged ones are skipped, nothing is unpickled."""
 
 import dataclasses
 import hashlib

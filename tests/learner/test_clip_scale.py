@@ -9,7 +9,7 @@ NATS = [-2.0, -0.5, 0.5, 2.0]  # by which steps have moved since they were sampl
 
 
 def clip_fraction(tables: dict, resolution: int, clip: dict[str, float]) -> float:
-    """Of one update at this resolution, latents of half as many a side, after every step has moved by one of NATS."""
+    """Return the clip fractions of an update at this resolution, after every step has moved by one of NATS."""
     tables = {**tables, "algorithm": {"name": "ddpo_is", **clip}}
     parts = parts_with(tables, policy__resolution=resolution, **ONE_STEP)
     learner = learner_of(parts)

@@ -1,4 +1,4 @@
-"""What a drawing becomes as pixels: its place, its scale and the white around it."""
+"""Rendering of drawings: position, scale and white background."""
 
 import numpy as np
 

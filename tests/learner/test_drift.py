@@ -1,4 +1,4 @@
-"""How far an update has moved is told from whole images of the round, in one batch where their steps fit into it."""
+"""The divergence of an update is measured on full images of the round, in one batch if their steps fit into it."""
 
 import numpy as np
 import pytest

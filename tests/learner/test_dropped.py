@@ -1,4 +1,4 @@
-"""Images that are dropped: nothing is learned from them, and nothing else changes."""
+"""Dropped images: they are not trained on, and nothing else changes."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from tests.rounds import SampledRound, learner_of, parts_with, sample_round
 
 
 def without(sampled: SampledRound, *images: int) -> SampledRound:
-    """The round with these images dropped."""
+    """Return the round with these images dropped."""
     advantages = sampled.batch.advantages.copy()
     advantages[list(images)] = np.nan
     batch = dataclasses.replace(sampled.batch, advantages=advantages, dropped=tuple(sorted(images)))
@@ -26,7 +26,7 @@ def without(sampled: SampledRound, *images: int) -> SampledRound:
 
 
 def plain_update(parts: Components, sampled: SampledRound) -> str:
-    """An update as the textbook has it, every image learned from; the fingerprint that it arrives at."""
+    """Make a plain update on all images, and return the fingerprint of the weights."""
     recipe = parts.recipe
     policy = parts.policy.load("cpu", recipe.sampling, "learner")
     load_weights(policy.network, learner_of(parts).weights()[-1])

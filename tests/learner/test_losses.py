@@ -12,7 +12,7 @@ from tests.reference import ddpo_reference as reference
 
 
 def loss_of(ratio: float, advantage: float) -> tuple[float, float]:
-    """The loss at clip_range 0.2, and its gradient by log_prob."""
+    """Return the loss at clip_range 0.2, and its gradient by log_prob."""
     log_prob = torch.tensor([math.log(ratio)], requires_grad=True)
     loss = clipped_surrogate(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.2)
     loss.sum().backward()

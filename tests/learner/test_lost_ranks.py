@@ -72,7 +72,7 @@ while True:
 
 @pytest.fixture
 def first_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has made no group yet: torch numbers them, and both ranks must come to the same number."""
+    """Reset the number of groups: torch numbers them, and both ranks must get the same number."""
     monkeypatch.setattr(distributed.distributed_c10d, "_group_count", 0)
 
 

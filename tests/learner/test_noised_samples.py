@@ -12,7 +12,7 @@ SEEDS = (101, 102, 103, 104)
 
 
 def finished(first_image: int, count: int) -> Trajectory:
-    """Images whose every number is their own, on a path that nobody looks at."""
+    """Return images whose numbers are all different, on an unused trajectory."""
     images = first_image + torch.arange(count)
     path = torch.zeros(count, 1, 1, 2, 2)
     embeds = 1000.0 + images[:, None, None].expand(-1, 3, 2)

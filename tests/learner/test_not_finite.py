@@ -32,7 +32,7 @@ MODES = {
 
 @contextmanager
 def planted(learner: Learner) -> Iterator[None]:
-    """One number of one gradient is NaN at the second optimizer step."""
+    """Make one number of a gradient NaN at the second optimizer step."""
     parameter = next(iter(learner._parameters.values()))
     calls = []
 

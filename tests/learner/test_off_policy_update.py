@@ -49,7 +49,7 @@ class Watching(Algorithm):
 
 
 def lagging(parts: Components) -> tuple[Learner, SampledRound]:
-    """A learner one version ahead of the round that it is about to learn from; at lag 0 on the round's own."""
+    """Return a learner one version ahead of the next round's; at lag 0 of the same version."""
     learner, lag = learner_of(parts), parts.recipe.max_policy_lag
     for round_index in range(lag):
         sampled = sample_round(parts, learner.weights()[0], round_index)
@@ -153,7 +153,7 @@ BAND, CLIP, LIMIT = 2e-4, 2e-4, 0.05
 def slow_loss(
     policy: Policy, old: dict[TransitionIndex, np.ndarray], pair: TransitionIndex, transitions: RoundTransitions
 ) -> tuple[torch.Tensor, bool]:
-    """One pair's loss by the formula, from the mean that the behavior policy has there; and whether it is left."""
+    """Return a transition's loss by the formula, from the behavior policy's mean; and whether it is unmasked."""
     batch = transitions.batch([pair])
     transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
     drift = reference.gaussian_kl(transition.mean.detach().numpy(), old[pair], float(transition.std))

@@ -1,4 +1,4 @@
-"""The optimizer by recipe: AdamW, or AdamW whose moments have 8 bits; its state comes back to the same bits."""
+"""The recipe's optimizer: AdamW, or AdamW with 8-bit state; the state is restored to the same bits."""
 
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def parameters_of(*shapes: tuple[int, ...]) -> dict[str, nn.Parameter]:
 
 
 def learn(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], steps: range) -> None:
-    """Steps along gradients that are a fixed direction with noise, as those of batches are."""
+    """Make steps along gradients of a fixed direction with noise, as those of batches are."""
     for step in steps:
         generator = torch.Generator().manual_seed(1000 + step)
         for name, parameter in parameters.items():

@@ -12,13 +12,13 @@ from tests.rounds import SampledRound, learner_of, parts_with, sample_round, sta
 
 @pytest.fixture
 def parts(tables: dict) -> Components:
-    """Two parts of two tasks of two images; an optimizer step has a part."""
+    """Return a recipe with two parts of two tasks of two images, and one optimizer step a part."""
     changes = {"sampling__batch_size": 2, "sampling__batches_per_round": 4, "max_policy_lag": 1}
     return parts_with(tables, **changes, learner__batch_size=4, learner__micro_batch_size=2, learner__parts_per_round=2)
 
 
 def halves(sampled: SampledRound, count: int = 2) -> list[SampledRound]:
-    """The round cut into its parts."""
+    """Cut the round into its parts."""
     batch, size = sampled.batch, len(sampled.trajectories) // count
     images = len(batch.advantages) // count
     return [
@@ -75,7 +75,7 @@ def test_two_parts_are_two_updates_with_nothing_published_between(parts: Compone
 
 
 def test_the_second_part_is_trained_on_with_the_weights_that_the_first_one_left(parts: Components) -> None:
-    """In one part its ratio would be 1 all along; here the policy has moved since the images were sampled."""
+    """The policy has changed since the images were sampled; in a single part the ratio would be 1."""
     learner = learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])
     metrics, _ = one_after_the_other(learner, sampled)

@@ -79,7 +79,7 @@ def small(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture(scope="module")
 def outcomes(small: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
-    """Of all cases, each rank's."""
+    """Run all cases in two ranks, and return each rank's outcome."""
     tables = with_changes(small, {"learner": TWO_RANKS})
     auto = with_changes(tables, {"learner": {"micro_batch_size": "auto"}})
     cases = {name: _case(small, name, TWO_RANKS) for name in LEARNED}
@@ -112,7 +112,7 @@ def _comparable(metrics: dict[str, float]) -> dict[str, float]:
 def test_two_ranks_learn_what_one_rank_learns_with_twice_the_accumulation(
     name: str, outcomes: dict[str, list[Outcome]], alone: Callable[[str], Outcome]
 ) -> None:
-    """Weights and metrics; in float32 the order of a sum is left, in float64 nothing."""
+    """Weights and metrics agree up to the order of sums in float32, and exactly in float64."""
     two, one = outcomes[name][0], alone(name)
     assert len(two.steps) == len(one.steps)
     error = relative_error(two.weights, one.weights)
@@ -198,7 +198,7 @@ def _asked(items: RoundTransitions, epochs: list, share: tuple[int, int], own_pa
 def test_references_are_of_a_ranks_share_but_for_the_first_step_of_all_ranks(
     transitions: RoundTransitions,
 ) -> None:
-    """A rank without a pair in the first step takes those of the second: the policy has moved under it by then."""
+    """A rank without a transition in the first step precomputes those of the second: the policy changes before it."""
     epochs = [[[(0, 0)], [(1, 0), (2, 0)], [(3, 0)]]]
     assert _asked(transitions, epochs, (1, 2), own_pass_will_do=True) == [[(2, 0)]]
     assert _asked(transitions, epochs, (0, 2), own_pass_will_do=True) == [[(1, 0)], [(3, 0)]]

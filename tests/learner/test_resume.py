@@ -1,4 +1,4 @@
-"""Where a run goes on, and which changes of its recipe forbid it."""
+"""Where a run resumes, and which changes of its recipe forbid it."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def folder_of(parts: Components) -> RunFolder:
 
 
 def begun(tables: dict, rounds_done: int | None = None) -> RunFolder:
-    """A run's folder with its recipe, and a checkpoint where `rounds_done` says so."""
+    """Return a run's folder with its recipe, and with a checkpoint if `rounds_done` is given."""
     parts = parts_with(tables)
     folder = folder_of(parts)
     folder.create()

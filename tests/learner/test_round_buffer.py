@@ -109,7 +109,7 @@ def test_tasks_out_of_order_or_of_two_rounds_are_our_own_error() -> None:
 
 
 def with_failures(rollout: Rollout, dropped: dict[int, str]) -> Rollout:
-    """The rollout after its reward has failed at these rows."""
+    """Return the rollout after its reward failed at these rows."""
     rewards = {name: values.copy() for name, values in rollout.scores.rewards.items()}
     for values in rewards.values():
         values[list(dropped)] = np.nan

@@ -1,4 +1,4 @@
-"""A round's pairs: each row of a batch is the image and step that was asked for, whichever trajectory it is in."""
+"""A round's transitions: each row of a batch is the requested image and step, in any trajectory."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_tran
 
 
 def numbered(first_image: int, prompt_index: list[int], steps: list[int]) -> Trajectory:
-    """Every number says where it belongs: 100 · image + step, plus 0.5 in what leaves the step."""
+    """Return trajectories whose numbers are 100 · image + step, plus 0.5 in latents that leave the step."""
     images = first_image + torch.arange(len(prompt_index))
     places = 100.0 * images[:, None] + torch.tensor(steps)
     latents = places[:, :, None, None, None].expand(-1, -1, 1, 2, 2)

@@ -1,4 +1,4 @@
-"""An optimizer whose moments are divided among ranks moves weights to the bits of one that every rank has whole."""
+"""An optimizer with state sharded across ranks gives the bits of an unsharded one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ EIGHT_BIT = {"policy": {"train": "full", "model": "tiny_animals"}, "learner": {"
 
 
 def both_ways(tables: dict, changes: dict) -> tuple[Case, Case]:
-    """The case with every rank's moments whole, and with each rank's part of them."""
+    """Run the case with unsharded and with sharded optimizer state."""
     whole = with_changes(with_changes(tables, {"learner": TWO_RANKS}), changes)
     return Case(whole, rounds=2), Case(with_changes(whole, DIVIDED), rounds=2)
 
@@ -48,7 +48,7 @@ def outcomes(small: dict, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 
 def check_division(divided: list[Outcome], whole: list[Outcome]) -> None:
-    """The same weights after every optimizer step, and of the same moments each rank has its half."""
+    """Weights are equal after every optimizer step, and each rank has half of the optimizer state."""
     assert divided[0].steps == divided[1].steps == whole[0].steps == whole[1].steps
     assert len(set(whole[0].steps)) == len(whole[0].steps) >= 4
     zero, one, undivided = divided[0].moments, divided[1].moments, whole[0].moments

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def whole_network(rounds_done: int = 3) -> Checkpoint:
-    """Weights of 1,000 numbers, an average of them, and an optimizer of several dtypes."""
+    """Return a state with weights of 1,000 numbers, their average, and optimizer state of several dtypes."""
     generator = np.random.default_rng(rounds_done)
     weights = pack(rounds_done, {"a": generator.normal(size=(20, 30)), "b": generator.normal(size=400)})
     average = pack(rounds_done, {"a": np.ones((20, 30)), "b": np.zeros(400)})
@@ -168,7 +168,7 @@ print(peak() - before)
 
 
 def beyond_the_state(folder: Path, shard_bytes: int) -> float:
-    """Bytes that saving a state of 128 MB takes at its most, in a process of its own."""
+    """Return the peak bytes of saving a state of 128 MB, in a separate process."""
     command = [sys.executable, "-c", MEMORY, str(folder), str(shard_bytes)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

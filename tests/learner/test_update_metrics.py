@@ -16,7 +16,7 @@ def result(loss: list[float], log_ratio: list[float], clipped: list[float]) -> T
 
 @pytest.fixture
 def summary() -> dict[str, float]:
-    """Two optimizer steps, the first of two micro-batches, then three pairs looked at again."""
+    """Return metrics of two optimizer steps, the first of two micro-batches, with a divergence of three transitions."""
     metrics = UpdateMetrics(num_steps=3, latent_elements=1000)
     metrics.add_micro_batch(result([1.0, 2.0], [0.0, -0.001], [0.0, 0.0]), torch.tensor([0, 1]))
     metrics.add_micro_batch(result([3.0, 6.0], [0.0, 0.0005], [0.0, 0.0]), torch.tensor([0, 1]))

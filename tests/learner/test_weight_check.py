@@ -24,7 +24,7 @@ PER_IMAGE = ("prompt_index", "steps", "log_probs", "latents", "next_latents", "f
 
 
 def learner_at_lag(parts: Components) -> tuple[Learner, PolicyWeights]:
-    """A learner that is `max_policy_lag` versions ahead of the next round, and the weights to sample that with."""
+    """Return a learner `max_policy_lag` versions ahead of the next round, and the weights to sample that with."""
     learner, lag = learner_of(parts), parts.recipe.max_policy_lag
     for round_index in range(lag):
         sampled = sample_round(parts, learner.weights()[0], round_index)
@@ -33,7 +33,7 @@ def learner_at_lag(parts: Components) -> tuple[Learner, PolicyWeights]:
 
 
 def silently_drawn_with(other: PolicyWeights, parts: Components, claimed: PolicyWeights) -> SampledRound:
-    """The round that comes next, sampled with other weights, whose reports claim the right ones."""
+    """Return the next round, sampled with other weights than its reports claim."""
     sampled = sample_round(parts, other, parts.recipe.max_policy_lag)
     return SampledRound(sampled.with_reports(fingerprint=claimed.fingerprint), sampled.trajectories)
 
@@ -170,7 +170,7 @@ def test_no_weights_are_loaded_if_the_version_is_the_present_one(tables: dict) -
 
 @pytest.fixture
 def transitions(tables: dict) -> RoundTransitions:
-    """Two tasks of four images with four steps each."""
+    """Return the transitions of two tasks of four images with four steps each."""
     parts = parts_with(tables)
     sampled = sample_round(parts, learner_of(parts).weights()[-1])
     return round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")

@@ -1,4 +1,4 @@
-"""Where TRL 0.23.1 computes something else: what exactly, so that nobody looks for the fault on this side."""
+"""The known differences of TRL 0.23.1, shown exactly."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ SHORT = {
 
 
 def our_advantages(parts: Components, rewards: list[np.ndarray], prompts: list[str]) -> np.ndarray:
-    """Our advantages of the first round, were its prompts called so."""
+    """Return our advantages of the first round with these prompts."""
     settings = parts.algorithm.advantages
     statistics = extend_statistics({}, prompts, rewards[0], settings.buffer_size)
     return per_prompt_advantages(statistics, prompts, rewards[0], settings.min_count)

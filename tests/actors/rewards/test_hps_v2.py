@@ -1,4 +1,4 @@
-"""HPS v2 is the cosine of an open_clip checkpoint's towers, over the whole image; what is said where it lacks."""
+"""HPS v2 is the cosine of an open_clip checkpoint's towers over the full image; errors for missing files."""
 
 from pathlib import Path
 

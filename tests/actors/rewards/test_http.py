@@ -134,7 +134,7 @@ def hang(handler: Scripted) -> None:
 
 
 def drip(handler: Scripted) -> None:
-    """A byte now and then: no single read ever takes long."""
+    """Send a byte now and then, so that no single read takes long."""
     handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
     for _ in range(20):
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""A vision-language model's answers held against the prompt: a real, tiny LLaVA and BERT, from folders to scores."""
+"""A vision-language model's answers compared with the prompt: a real, tiny LLaVA and BERT, from folders to scores."""
 
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def test_a_prompt_of_10_000_characters_is_cut_and_scored(folders: dict[str, str]
 
 
 def fixed(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> list[list[str]]:
-    """Answers by question, whatever the image, and the questions that were asked."""
+    """Return a describer that answers by question, and the list of its questions."""
     asked: list[list[str]] = []
 
     def describe(pil_images: list[Image.Image], questions: list[str]) -> list[str]:
