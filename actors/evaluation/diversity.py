@@ -15,14 +15,11 @@ def diversity(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> float
 
     Images are reduced to 16 × 16 first. NaN if no prompt has two images.
     """
-    small = np.stack([_reduced(image) for image in pixels])
+    reduced = [Image.fromarray(image).resize((EDGE, EDGE), Image.Resampling.BOX) for image in pixels]
+    small = np.stack([np.asarray(image, np.float64) / 255 for image in reduced])
     of_prompts = [small[[text == prompt for text in prompts]] for prompt in dict.fromkeys(prompts)]
     means = [_mean_difference(images) for images in of_prompts if len(images) > 1]
     return float(np.mean(means)) if means else math.nan
-
-
-def _reduced(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "E E 3"]:
-    return np.asarray(Image.fromarray(image).resize((EDGE, EDGE), Image.Resampling.BOX), np.float64) / 255
 
 
 def _mean_difference(images: Float[np.ndarray, "N E E 3"]) -> float:

@@ -24,7 +24,7 @@ QUICK = Training(seed=3, epochs=4, batch_size=32)
 
 
 def rated(count: int, seed: int, noise: float = 0.0) -> Rated:
-    """Return directions in 6 dimensions around a common one, as CLIP's are, rated by a known linear function about 5."""
+    """Return directions in 6 dimensions around a common direction, as CLIP's are, rated by a linear function."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = torch.randn(count, 6, generator=generator) * torch.tensor([1, 1, 0.5, 0.5, 0.1, 0.1]) + 2
     embeddings = embeddings / embeddings.norm(dim=1, keepdim=True)

@@ -51,7 +51,7 @@ def check_division(divided: list[Outcome], whole: list[Outcome]) -> None:
     """Weights are equal after every optimizer step, and each rank has half of the optimizer state."""
     assert divided[0].steps == divided[1].steps == whole[0].steps == whole[1].steps
     assert len(set(whole[0].steps)) == len(whole[0].steps) >= 4
-    zero, one, undivided = divided[0].moments, divided[1].moments, whole[0].moments
+    zero, one, undivided = divided[0].optimizer_state, divided[1].optimizer_state, whole[0].optimizer_state
     assert undivided.keys() == zero.keys() | one.keys() and not zero.keys() & one.keys()
     for place, moments in {**zero, **one}.items():
         assert np.array_equal(moments, undivided[place]), place
@@ -98,7 +98,7 @@ def test_sharded_state_in_eight_bits_has_the_bits_of_unsharded_state(small: dict
     changes = with_changes(EIGHT_BIT, {"sampling": {"num_steps": 3}, "learner": {"micro_batch_size": 2}})
     whole, divided = both_ways(small, changes)
     found = run_in_ranks({"whole": whole, "divided": divided}, tmp_path)
-    assert np.dtype("uint8") in {moments.dtype for moments in found["whole"][0].moments.values()}
+    assert np.dtype("uint8") in {array.dtype for array in found["whole"][0].optimizer_state.values()}
     check_division(found["divided"], found["whole"])
 
 
