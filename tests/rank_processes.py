@@ -212,7 +212,7 @@ def main(folder: Path, count: int, rank: int) -> None:
     """One rank's process."""
     torch.set_num_threads(1)
     for name, (inputs, rendezvous) in json.loads((folder / "cases.json").read_text()).items():
-        case = Case(**{**inputs, "dropped": tuple(told["dropped"])})
+        case = Case(**{**inputs, "dropped": tuple(inputs["dropped"])})
         rank_group.BUCKET_BYTES = case.bucket_bytes
         outcome = DEEDS[case.deed](case, ProcessGroup(rank, count, timeout_seconds=60), rendezvous)
         distributed.destroy_process_group()
