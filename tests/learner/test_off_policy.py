@@ -119,8 +119,8 @@ def test_drift_is_the_references_and_has_no_gradient() -> None:
 def test_drift_is_the_mean_log_ratio_of_many_samples() -> None:
     mean, behavior, std = torch.full((1, 1, 4, 4), 0.3), torch.zeros(1, 1, 4, 4), torch.tensor([0.5])
     sampled = behavior + 0.5 * torch.randn(20_000, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    present, sampled = (Transition(value.expand_as(sampled), std.expand(20_000)) for value in (mean, behavior))
-    kl = 16 * float((sampled.log_prob(sampled) - present.log_prob(sampled)).mean())
+    present, old = (Transition(value.expand_as(sampled), std.expand(20_000)) for value in (mean, behavior))
+    kl = 16 * float((old.log_prob(sampled) - present.log_prob(sampled)).mean())
     assert kl == pytest.approx(float(drift_nats(Transition(mean, std), Transition(behavior, std))), rel=0.02)
 
 
