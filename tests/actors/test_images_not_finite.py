@@ -71,7 +71,7 @@ def test_an_image_that_the_decoder_makes_infinite_is_dropped(tables: dict, monke
 
 def test_outside_of_a_run_an_image_that_is_not_finite_is_refused(tiny_model: Path) -> None:
     policy = tiny_policy(tiny_model)
-    trajectory = rollout.sample(policy, ["a cat", "a dog"], [1, 2], SAMPLING)
+    trajectory = rollout.sample_trajectories(policy, ["a cat", "a dog"], [1, 2], SAMPLING)
     trajectory.final_latents[1] = torch.nan
     with pytest.raises(ValueError) as error:
         decoded(policy, trajectory, ["a cat", "a dog"])
