@@ -52,7 +52,7 @@ class Outcome:
     micro_batch_size: float = 0.0
     seconds: float = 0.0
     weights: dict[str, np.ndarray] = field(default_factory=dict)  # at the end, as they were trained
-    moments: dict[str, np.ndarray] = field(default_factory=dict)  # at the end, those that this rank keeps
+    optimizer_state: dict[str, np.ndarray] = field(default_factory=dict)  # at the end, those that this rank keeps
 
 
 def with_changes(tables: dict, changes: dict) -> dict:
@@ -92,37 +92,37 @@ def sampled_for(learner: Learner, parts: Components, round_index: int, dropped: 
     return SampledRound(batch, sampled.trajectories)
 
 
-def learn(case: Case, ranks: ProcessGroup, rendezvous: str = "") -> Outcome:
+def learn(case: Case, process_group: ProcessGroup, rendezvous: str = "") -> Outcome:
     """Rounds as a run has them. One alone needs no rendezvous."""
     outcome, parts = Outcome(), parts_of_case(case)
-    learner = watched(learner_of(parts, ranks), outcome)
-    if ranks.world_size > 1:
+    learner = watched(learner_of(parts, process_group), outcome)
+    if process_group.world_size > 1:
         learner.join(rendezvous)
     for round_index in range(case.rounds):
         sampled = sampled_for(learner, parts, round_index, case.dropped)
         metrics, state = learner.update(sampled.batch, *sampled.trajectories)
         outcome.metrics.append(metrics)
         outcome.micro_batch_size = float(state.micro_batch_size or 0)
-        outcome.moments = state.optimizer
+        outcome.optimizer_state = state.optimizer
     outcome.log_ratios = learner.log_ratios().tolist()
     parameters = trained_parameters(learner._policy.network).items()
     outcome.weights = {name: value.detach().numpy().copy() for name, value in parameters}
     return outcome
 
 
-def joined(case: Case, ranks: ProcessGroup, rendezvous: str) -> tuple[Outcome, Learner, SampledRound]:
-    """A learner that has met the others, and its first round."""
+def joined(case: Case, process_group: ProcessGroup, rendezvous: str) -> tuple[Outcome, Learner, SampledRound]:
+    """Return a learner that has joined the others, and its first round."""
     outcome, parts = Outcome(), parts_of_case(case)
-    learner = watched(learner_of(parts, ranks), outcome)
+    learner = watched(learner_of(parts, process_group), outcome)
     learner.join(rendezvous)
     return outcome, learner, sampled_for(learner, parts, 0, ())
 
 
-def meet_a_bad_trajectory(case: Case, ranks: ProcessGroup, rendezvous: str) -> Outcome:
+def meet_a_bad_trajectory(case: Case, process_group: ProcessGroup, rendezvous: str) -> Outcome:
     """What one rank alone can see is wrong with it; then the same round as it should be."""
-    outcome, learner, sampled = joined(case, ranks, rendezvous)
+    outcome, learner, sampled = joined(case, process_group, rendezvous)
     bad = sampled.trajectories
-    if ranks.rank == 1:
+    if process_group.rank == 1:
         bad = tuple(dataclasses.replace(each, log_probs=each.log_probs + 1) for each in bad)
     try:
         learner.update(sampled.batch, *bad)
@@ -132,10 +132,10 @@ def meet_a_bad_trajectory(case: Case, ranks: ProcessGroup, rendezvous: str) -> O
     return outcome
 
 
-def go_apart(case: Case, ranks: ProcessGroup, rendezvous: str) -> Outcome:
+def go_apart(case: Case, process_group: ProcessGroup, rendezvous: str) -> Outcome:
     """One rank's weights are moved, as a GPU that computes wrongly would move them."""
-    outcome, learner, sampled = joined(case, ranks, rendezvous)
-    if ranks.rank == 1:
+    outcome, learner, sampled = joined(case, process_group, rendezvous)
+    if process_group.rank == 1:
         with torch.no_grad():
             next(iter(learner._parameters.values())).view(-1)[0] += 1e-3
     try:
@@ -145,21 +145,21 @@ def go_apart(case: Case, ranks: ProcessGroup, rendezvous: str) -> Outcome:
     return outcome
 
 
-def find_least_micro_batch(case: Case, ranks: ProcessGroup, rendezvous: str) -> Outcome:
+def find_least_micro_batch(case: Case, process_group: ProcessGroup, rendezvous: str) -> Outcome:
     """One rank's device holds less than the other's."""
     outcome, parts = Outcome(), parts_of_case(case)
-    learner = learner_of(parts, ranks)
-    if ranks.rank == 1:
+    learner = learner_of(parts, process_group)
+    if process_group.rank == 1:
         learner._use_micro_batch_size(2)
     learner.join(rendezvous)
     outcome.micro_batch_size = float(learner.state().micro_batch_size or 0)
     return outcome
 
 
-def lose_one(case: Case, ranks: ProcessGroup, rendezvous: str) -> Outcome:
+def lose_one(case: Case, process_group: ProcessGroup, rendezvous: str) -> Outcome:
     """One rank's process ends in the middle of it all."""
-    outcome, learner, sampled = joined(case, ranks, rendezvous)
-    if ranks.rank == 1:
+    outcome, learner, sampled = joined(case, process_group, rendezvous)
+    if process_group.rank == 1:
         os._exit(KILLED)
     started = time.monotonic()
     try:
@@ -177,9 +177,9 @@ DEEDS: dict[str, Callable[[Case, ProcessGroup, str], Outcome]] = {
 
 def run_in_ranks(cases: dict[str, Case], folder: Path, count: int = 2) -> dict[str, list[Outcome]]:
     """What each rank arrives at in each case, in processes that do one case after the other."""
-    meetings = {name: Rendezvous("127.0.0.1") for name in cases}
-    told = {name: (dataclasses.asdict(case), meetings[name].address) for name, case in cases.items()}
-    (folder / "cases.json").write_text(json.dumps(told))
+    rendezvous = {name: Rendezvous("127.0.0.1") for name in cases}
+    inputs = {name: (dataclasses.asdict(case), rendezvous[name].address) for name, case in cases.items()}
+    (folder / "cases.json").write_text(json.dumps(inputs))
     command = [sys.executable, "-m", "tests.rank_processes", str(folder), str(count)]
     processes = [subprocess.Popen([*command, str(rank)]) for rank in range(count)]
     try:
@@ -203,23 +203,23 @@ def _read(folder: Path, name: str, rank: int) -> Outcome:
     outcome = Outcome(**json.loads(file.with_suffix(".json").read_text()))
     with np.load(file.with_suffix(".npz")) as arrays:
         outcome.weights = dict(arrays)
-    with np.load(file.with_suffix(".moments.npz")) as arrays:
-        outcome.moments = dict(arrays)
+    with np.load(file.with_suffix(".optimizer_state.npz")) as arrays:
+        outcome.optimizer_state = dict(arrays)
     return outcome
 
 
 def main(folder: Path, count: int, rank: int) -> None:
     """One rank's process."""
     torch.set_num_threads(1)
-    for name, (told, rendezvous) in json.loads((folder / "cases.json").read_text()).items():
-        case = Case(**{**told, "dropped": tuple(told["dropped"])})
+    for name, (inputs, rendezvous) in json.loads((folder / "cases.json").read_text()).items():
+        case = Case(**{**inputs, "dropped": tuple(inputs["dropped"])})
         rank_group.BUCKET_BYTES = case.bucket_bytes
         outcome = DEEDS[case.deed](case, ProcessGroup(rank, count, timeout_seconds=60), rendezvous)
         distributed.destroy_process_group()
         file = _written(folder, name, rank)
         np.savez(file.with_suffix(".npz"), **outcome.weights)
-        np.savez(file.with_suffix(".moments.npz"), **outcome.moments)
-        outcome.weights, outcome.moments = {}, {}
+        np.savez(file.with_suffix(".optimizer_state.npz"), **outcome.optimizer_state)
+        outcome.weights, outcome.optimizer_state = {}, {}
         file.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(outcome)))
 
 

@@ -43,7 +43,8 @@ class Aesthetic(Reward):
         )
 
     def load(self, device: str) -> LoadedReward:
-        head = read_head(self.head or _head_from_hub()).to(device)
+        missing = f"reward.head is not given, and its weights cannot be had: {WANTED}"
+        head = read_head(self.head or file_from_hub(HEAD_REPOSITORY, HEAD_FILE, missing)).to(device)
         embed, dimension = load_embedder(self.clip, device, torch_dtype(self.dtype, device))
         if dimension != head.dimension:
             raise ValueError(
@@ -62,9 +63,3 @@ class Aesthetic(Reward):
 def load_embedder(clip: str, device: str, dtype: torch.dtype) -> tuple[EmbedImages, int]:
     """Load the function from images to CLIP's projected embeddings, of L2 norm 1 in float32, and their dimension."""
     return load_image_embedder(clip, device, dtype, f"reward.clip is {clip!r}, which cannot be loaded: {WANTED}")
-
-
-def _head_from_hub() -> str:
-    return file_from_hub(
-        HEAD_REPOSITORY, HEAD_FILE, f"reward.head is not given, and its weights cannot be had: {WANTED}"
-    )

@@ -112,7 +112,7 @@ class SamplingScheduler:
         while self._training_tasks_queued() and (sampler := self._samplers.free()):
             self._give_next(sampler, now)
         # Never queue evaluation tasks ahead on a sampler, so that training waits for at most one.
-        while not self._training_tasks_queued() and (sampler := self._idle()):
+        while not self._training_tasks_queued() and (sampler := self._samplers.free()) and not sampler.calls:
             if request := self._waiting_behind():
                 self._take_over(request, sampler, now)
             elif self._queue:
@@ -169,16 +169,11 @@ class SamplingScheduler:
                     self._again(self._attempts[call].task, "overdue")
 
     def _again(self, task: Task, reason: str) -> None:
-        if task.place in self._open and task.place not in self._queued and not self._runs_on_healthy_sampler(task):
+        attempts = self._by_task.get(task.place, {}).values()
+        all_suspect = all(attempt.sampler.suspect for attempt in attempts)
+        if task.place in self._open and task.place not in self._queued and all_suspect:
             self._retries[reason] = self._retries.get(reason, 0) + 1
             self._enqueue(task)
-
-    def _runs_on_healthy_sampler(self, task: Task) -> bool:
-        return any(not attempt.sampler.suspect for attempt in self._by_task.get(task.place, {}).values())
-
-    def _idle(self) -> Worker | None:
-        sampler = self._samplers.free()
-        return sampler if sampler and not sampler.calls else None
 
     def _waiting_behind(self) -> TaskRequest | None:
         """Return the first task that waits behind another one on a sampler, and has no other attempt."""

@@ -101,8 +101,11 @@ class ScoringJob:
         Returns:
             False if some scores are not finite and the batch is retried.
         """
-        if batch.inquiry:
-            self._some_pass(batch.inquiry)
+        if inquiry := batch.inquiry:  # this image passes, so the reward is not broken
+            if inquiry.is_decided:
+                self._dropped |= inquiry.reasons_in_batch
+            else:
+                self._halve(ScoringBatch(inquiry.first, inquiry.last), halved=True, failures=self.attempts - 1)
             return True
         if batch.one_by_one:
             self._retry_full(batch)
@@ -156,12 +159,6 @@ class ScoringJob:
             self._next(ScoringBatch(row, row + 1, inquiry=inquiry, of_control=True))
         else:
             self.broken = inquiry
-
-    def _some_pass(self, inquiry: Inquiry) -> None:
-        if inquiry.is_decided:
-            self._dropped |= inquiry.reasons_in_batch
-        else:
-            self._halve(ScoringBatch(inquiry.first, inquiry.last), halved=True, failures=self.attempts - 1)
 
     def _halve(self, batch: ScoringBatch, halved: bool, failures: int) -> None:
         middle = (batch.first + batch.last) // 2

@@ -53,9 +53,8 @@ def assign_splits(images: RatedImages, plan: SplitPlan) -> tuple[str, ...]:
         return split_by_hash(images.paths, plan.seed, plan.validation, plan.test)
     listed = _names_in(plan.test_list)
     others = split_by_hash(images.paths, plan.seed, plan.validation, 0)
-    splits = tuple(
-        "test" if _names_of(path) & listed else split for path, split in zip(images.paths, others, strict=True)
-    )
+    names = [{path, PurePosixPath(path).name, PurePosixPath(path).stem} for path in images.paths]
+    splits = tuple("test" if each & listed else split for each, split in zip(names, others, strict=True))
     if "test" not in splits:
         raise ValueError(
             f"{plan.test_list} names none of the table's images: its lines must be paths such as {images.paths[0]!r}, "
@@ -74,10 +73,6 @@ def check_sizes(splits: Sequence[str]) -> None:
     if any(counts[split] < fewest for split, fewest in FEWEST.items()):
         listed = ", ".join(f"{count} {split}" for split, count in counts.items())
         raise ValueError(f"the images are {listed}: two or more must be for train, and two or more for validation")
-
-
-def _names_of(path: str) -> set[str]:
-    return {path, PurePosixPath(path).name, PurePosixPath(path).stem}
 
 
 def _names_in(file: Path) -> set[str]:

@@ -85,7 +85,7 @@ class Algorithm(Component, ABC):
 
     @property
     def needs_proximal_log_probs(self) -> bool:
-        """True if `compute_loss` reads `proximal_log_probs`. Costs a forward pass after the first optimizer step."""
+        """True if `compute_loss` reads `proximal_log_probs`. Costs a forward pass for all but the first step."""
         return False
 
     @property

@@ -94,13 +94,10 @@ def read_drawings(other_animals: bool = False) -> list[Drawing]:
     """Return the drawings of the 45 animals, and perhaps of further ones, in all styles, without duplicates."""
     wanted = [(animal, icon) for animal in prompted_animals() for icon in ANIMAL_ICONS.get(animal, (animal,))]
     if other_animals:
-        wanted += [(_caption(icon), icon) for icon in OTHER_ICONS.split()]
+        names = [icon.removeprefix("front-facing-").removesuffix("-face") for icon in OTHER_ICONS.split()]
+        wanted += [(name.replace("-", " "), icon) for name, icon in zip(names, OTHER_ICONS.split(), strict=True)]
     drawings = [drawing for style in STYLES for drawing in _of_one_style(style, wanted)]
     return list({drawing.body: drawing for drawing in drawings}.values())
-
-
-def _caption(icon: str) -> str:
-    return icon.removeprefix("front-facing-").removesuffix("-face").replace("-", " ")
 
 
 def _of_one_style(style: str, wanted: list[tuple[str, str]]) -> list[Drawing]:

@@ -1,7 +1,7 @@
 """RoundBuffer: turn a round's scored rollouts into a batch with the algorithm's advantages."""
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
 from ray_ddpo.common.trajectory import Rollout, TrainBatch
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
@@ -64,7 +64,10 @@ class RoundBuffer:
         everywhere = {name: np.full(len(prompts), np.nan) for name in self._aggregation.compared}
         found = AggregatedAdvantages(np.full(len(prompts), np.nan), everywhere)
         if kept.any():
-            rewards = {name: _concatenated(rollouts, name)[kept] for name in self._aggregation.weights}
+            scores = [rollout.scores.rewards for rollout in rollouts]
+            rewards = {
+                name: np.concatenate([each[name] for each in scores])[kept] for name in self._aggregation.weights
+            }
             finite = all(np.isfinite(values).all() for values in rewards.values())
             assert finite, "an image without a finite reward is dropped with its reason"
             texts = [prompt for prompt, is_kept in zip(prompts, kept, strict=True) if is_kept]
@@ -109,7 +112,3 @@ class RoundBuffer:
                 f"all {len(kept)} images of round {round_index} are dropped: nothing is left to learn from; the "
                 f"reasons: {reasons}"
             )
-
-
-def _concatenated(rollouts: list[Rollout], name: str) -> Float[np.ndarray, "N"]:
-    return np.concatenate([rollout.scores.rewards[name] for rollout in rollouts])

@@ -34,24 +34,24 @@ class Actor:
 
 
 class Answers:
-    """In the place of the module ray: `get` gives what `say` said, or True."""
+    """A fake of the module ray: `get` returns what `say` set, or True."""
 
     def __init__(self) -> None:
         self._said: dict[Any, Callable[[], Any]] = {}
 
     def say(self, reference: Any, answer: Callable[[], Any]) -> None:
-        """What `get` is to do for this reference."""
+        """Set the result of `get` for this reference."""
         self._said[reference] = answer
 
     def get(self, reference: Any) -> Any:
         return self._said.pop(reference, lambda: True)()
 
     def kill(self, actor: Any) -> None:
-        """Nothing lives."""
+        """Do nothing: there is no process."""
 
 
 class Nowhere:
-    """In the place of `Whereabouts`: `row` was in hand."""
+    """A fake of `Whereabouts`, whose current image is `row`."""
 
     def __init__(self) -> None:
         self.row: int | None = None

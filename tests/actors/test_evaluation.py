@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ray_ddpo.actors.evaluation.eval_set import build_eval_set, sample_eval_images
-from ray_ddpo.common.prompts import Animals, Function
+from ray_ddpo.common.prompts import Animals, PromptFunction
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import EvaluationTable
 from ray_ddpo.common.schedule import round_tasks
@@ -43,8 +43,8 @@ def test_prompts_named_in_the_recipe_come_instead_of_the_sources() -> None:
     assert [prompt.text for prompt in chosen.prompts] == ["a cat", "a dog", "a cat"]
 
 
-def test_prompts_that_can_only_be_drawn_are_drawn_the_same_each_time_and_keep_their_metadata() -> None:
-    source = Function(path="tests.user_functions:colour_prompt")
+def test_prompts_of_a_function_are_the_same_each_time_and_keep_their_metadata() -> None:
+    source = PromptFunction(path="tests.user_functions:colour_prompt")
     first, again = (build_eval_set(EvaluationTable(images=12), source) for _ in range(2))
     tuning = build_eval_set(EvaluationTable(images=12, split="tuning"), source)
     assert first == again and first.prompts != tuning.prompts
@@ -52,7 +52,7 @@ def test_prompts_that_can_only_be_drawn_are_drawn_the_same_each_time_and_keep_th
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_the_pictures_do_not_depend_on_how_many_are_drawn_at_once(batch_size: int, tiny_model: Path) -> None:
+def test_the_images_do_not_depend_on_the_batch_size(batch_size: int, tiny_model: Path) -> None:
     policy = tiny_policy(tiny_model)
     table = EvaluationTable(images=5, prompts=("a cat", "a dog"))
     whole = sample_eval_images(policy, build_eval_set(table, Animals()), SAMPLING)
@@ -65,14 +65,14 @@ def test_the_pictures_do_not_depend_on_how_many_are_drawn_at_once(batch_size: in
     assert not np.array_equal(whole[0], whole[2])  # the same prompt from another seed
 
 
-def test_prompts_that_the_source_leaves_out_come_before_those_that_are_learned_from() -> None:
+def test_prompts_that_the_source_leaves_out_come_before_those_that_are_trained_on() -> None:
     chosen = build_eval_set(EvaluationTable(images=3), Animals(leave_out=("deer", "bear")))
     assert [prompt.text for prompt in chosen.prompts] == ["deer", "bear", "deer"]
     named = build_eval_set(EvaluationTable(images=2, prompts=("dune",)), Animals(leave_out=("deer",)))
     assert [prompt.text for prompt in named.prompts] == ["dune", "dune"]
 
 
-def test_its_tasks_are_the_set_in_order_behind_what_the_round_learns_from(tables: dict) -> None:
+def test_its_tasks_are_the_set_in_order_behind_what_the_round_trains_on(tables: dict) -> None:
     recipe = Recipe.parse(tables)
     chosen = build_eval_set(EvaluationTable(images=5, batch_size=2, prompts=("a cat", "a dog")), Animals())
     tasks = chosen.tasks(3, 4, 6, recipe.sampling)

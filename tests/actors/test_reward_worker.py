@@ -28,7 +28,7 @@ class Brightness(Reward):
 
 
 class Answers(Reward):
-    """A reward that answers what it was told to, once a batch."""
+    """A reward that returns prepared results, one a batch."""
 
     answers: list[Any]
 
@@ -46,7 +46,7 @@ def worker(batch_size: int = 8, **rewards: Reward) -> RewardWorker:
     return RewardWorker(rewards, RewardPoolTable(batch_size=batch_size), RuntimeTable(device="cpu"))
 
 
-def test_a_task_is_cut_into_batches_in_order_and_its_scores_joined_in_order() -> None:
+def test_a_task_is_cut_into_batches_in_order_and_its_scores_aggregated_in_order() -> None:
     SEEN.clear()
     scores = worker(batch_size=2, brightness=Brightness()).score(images(5))
     assert scores.rewards["brightness"].tolist() == [0, 10, 20, 30, 40]
@@ -63,7 +63,7 @@ def test_every_reward_is_given_by_its_name() -> None:
     }
 
 
-def test_several_tasks_scored_together_have_each_its_own_scores_reasons_and_share_of_the_time() -> None:
+def test_tasks_scored_as_one_batch_get_their_scores_reasons_and_share_of_the_time() -> None:
     SEEN.clear()
     together = worker(bright=Brightness(), given=Answers(answers=[np.array([1.0, np.nan, 3.0])]))
     first, second = together.score_together(((1, 3), (0, 1)), images(3), images(2))
@@ -85,13 +85,13 @@ def test_several_tasks_scored_together_have_each_its_own_scores_reasons_and_shar
         ([True, False, True], r"returned bool of shape \(3,\)"),
     ],
 )
-def test_what_is_not_one_real_number_a_picture_is_refused(answer: Any, text: str) -> None:
+def test_what_is_not_one_real_number_a_image_is_refused(answer: Any, text: str) -> None:
     with pytest.raises(RewardMistake, match=text):
         worker(given=Answers(answers=[np.array(answer)])).score(images(3))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_set_aside_with_the_picture_it_belongs_to(value: float) -> None:
+def test_what_is_not_finite_is_dropped_with_the_image_it_belongs_to(value: float) -> None:
     scores = worker(given=Answers(answers=[np.array([1.0, value, 3.0])])).score(images(3))
     number = "nan" if np.isnan(value) else f"{value}, or a number beyond float32,"
     assert scores.dropped == {1: f"the reward 'given' gave {number} for the image of 'animal 1'"}
@@ -108,7 +108,7 @@ def test_a_fault_in_a_later_batch_is_found_too() -> None:
     assert list(worker(batch_size=2, given=Answers(answers=answers)).score(images(3)).dropped) == [2]
 
 
-def test_a_part_of_a_task_is_scored_with_its_own_prompts_and_rows_counted_from_its_first() -> None:
+def test_a_part_of_a_task_is_scored_with_its_prompts_and_rows_from_its_first() -> None:
     SEEN.clear()
     scores = worker(brightness=Brightness()).score(images(5), 1, 4)
     assert scores.rewards["brightness"].tolist() == [10, 20, 30]
@@ -127,7 +127,7 @@ class Raises(Reward):
         return score
 
 
-def test_what_a_reward_raises_is_told_as_a_failure_that_another_attempt_may_mend() -> None:
+def test_an_error_of_a_reward_is_a_failure_that_a_retry_may_fix() -> None:
     with pytest.raises(ScoringFailed, match="the reward 'remote' raised ConnectionError: the service is down"):
         worker(remote=Raises()).score(images(2))
 
@@ -150,7 +150,7 @@ class Asserts(Reward):
         return score
 
 
-def test_an_assertion_on_the_gpu_is_told_as_what_it_is() -> None:
+def test_an_assertion_on_the_gpu_is_recognized() -> None:
     for reward, poisoned in ((Asserts(), True), (Raises(), False)):
         with pytest.raises(ScoringFailed) as error:
             worker(mine=reward).score(images(2))
@@ -158,7 +158,7 @@ def test_an_assertion_on_the_gpu_is_told_as_what_it_is() -> None:
 
 
 class ChangesTorch(Reward):
-    """A reward that changes torch's settings for the whole process, as some models' code does."""
+    """A reward that changes torch's settings for the process, as some models' code does."""
 
     def load(self, device: str) -> LoadedReward:
         def score(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
@@ -171,7 +171,7 @@ class ChangesTorch(Reward):
         return score
 
 
-def test_a_reward_that_changes_torchs_settings_leaves_the_learners_in_the_same_process_alone() -> None:
+def test_torch_settings_that_a_reward_changes_are_restored() -> None:
     ready = worker(changes=ChangesTorch())
     before = torch.get_num_threads()
     ready.score(images(2))

@@ -1,4 +1,4 @@
-"""The serial stream: rounds whole and in task order, each task under the version it asks for."""
+"""The serial stream: rounds in task order, each task sampled with its version."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def tasks_of(parts: Components, round_index: int) -> list[Task]:
     return round_tasks(parts.recipe, round_index, parts.prompts.load())
 
 
-def test_a_round_comes_back_whole_in_task_order_scored_and_with_its_pictures(parts: Components) -> None:
+def test_a_round_is_returned_in_task_order_with_scores_and_images(parts: Components) -> None:
     stream, weights = stream_of(parts), versions(parts, 1)
     stream.publish(weights[0])
     stream.submit(tasks_of(parts, 0))
@@ -57,7 +57,7 @@ def test_a_round_comes_back_whole_in_task_order_scored_and_with_its_pictures(par
         assert np.array_equal(scores, -jpeg_kilobytes(rollout.images.pixels))
 
 
-def test_rounds_ahead_are_drawn_with_the_version_they_ask_for_though_a_newer_one_is_there(parts: Components) -> None:
+def test_tasks_are_sampled_with_their_version_even_if_a_newer_one_is_published(parts: Components) -> None:
     stream, weights = stream_of(parts), versions(parts, 2)
     stream.publish(weights[0])
     stream.submit(tasks_of(parts, 0))
@@ -69,7 +69,7 @@ def test_rounds_ahead_are_drawn_with_the_version_they_ask_for_though_a_newer_one
     assert {rollout.report.fingerprint for rollout in collected(stream, 2)} == {weights[1].fingerprint}
 
 
-def test_the_round_is_the_same_whatever_was_drawn_before_it(parts: Components) -> None:
+def test_the_round_is_the_same_whatever_was_sampled_before_it(parts: Components) -> None:
     weights = versions(parts, 1)
     paths = []
     for rounds in ([1], [0, 1]):

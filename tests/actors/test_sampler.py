@@ -41,7 +41,7 @@ def of_version(weights: PolicyWeights, version: int, seed: int) -> PolicyWeights
     return pack(version, other.arrays())
 
 
-def test_the_report_echoes_the_task_and_the_weights_that_drew_it(
+def test_the_report_echoes_the_task_and_the_weights_that_sampled_it(
     sampler: Sampler, parts: Components, weights: PolicyWeights
 ) -> None:
     task = tasks_of(parts)[1]
@@ -52,7 +52,7 @@ def test_the_report_echoes_the_task_and_the_weights_that_drew_it(
     assert report.trajectory_bytes == trajectory.num_bytes and report.seconds > 0
 
 
-def test_a_task_is_drawn_by_the_weights_that_came_with_it_and_its_pictures_are_of_its_final_latents(
+def test_a_task_is_sampled_with_its_weights_and_its_images_are_its_decoded_latents(
     sampler: Sampler, parts: Components, weights: PolicyWeights
 ) -> None:
     task, recipe = tasks_of(parts)[0], parts.recipe
@@ -65,7 +65,7 @@ def test_a_task_is_drawn_by_the_weights_that_came_with_it_and_its_pictures_are_o
     assert np.array_equal(images.pixels, policy.decode(expected.final_latents).numpy())
 
 
-def test_a_task_drawn_again_by_another_sampler_has_the_same_bits(
+def test_a_task_sampled_again_by_another_sampler_has_the_same_bits(
     sampler: Sampler, parts: Components, weights: PolicyWeights
 ) -> None:
     first, second = tasks_of(parts)
@@ -76,7 +76,7 @@ def test_a_task_drawn_again_by_another_sampler_has_the_same_bits(
         assert torch.equal(sampled[1].next_latents, there.next_latents)
 
 
-def test_weights_are_swapped_between_tasks_there_and_back(
+def test_weights_are_loaded_between_tasks_there_and_back(
     sampler: Sampler, parts: Components, weights: PolicyWeights
 ) -> None:
     first, _ = tasks_of(parts)
@@ -98,7 +98,7 @@ def test_weights_of_another_version_than_the_tasks_are_refused(
         sampler.sample(task, weights)
 
 
-def test_damaged_weights_are_refused_and_the_next_task_is_drawn_as_ever(
+def test_damaged_weights_are_refused_and_the_next_task_is_sampled_as_ever(
     sampler: Sampler, parts: Components, weights: PolicyWeights
 ) -> None:
     task = tasks_of(parts)[0]
@@ -126,7 +126,7 @@ def test_an_image_that_is_not_decoded_is_black_and_changes_no_other(
     assert report.image_fingerprints[0] == whole.image_fingerprints[0]
 
 
-def test_an_image_that_is_not_drawn_is_replaced_by_another_one_whose_shape_is_the_same(
+def test_an_image_that_is_not_sampled_is_replaced_by_another_one(
     sampler: Sampler, parts: Components, weights: PolicyWeights
 ) -> None:
     task = tasks_of(parts)[0]
@@ -152,7 +152,7 @@ def test_where_images_are_tried_one_by_one_each_is_noted_before(
         assert np.abs(difference).max() <= 1 and not images.pixels[2].any()
 
 
-def test_without_any_image_the_pictures_are_black(sampler: Sampler, parts: Components, weights: PolicyWeights) -> None:
+def test_without_any_image_the_images_are_black(sampler: Sampler, parts: Components, weights: PolicyWeights) -> None:
     task = tasks_of(parts)[0]
     _, _, whole = sampler.sample(task, weights)
     report, _, images = sampler.sample(task, weights, Care(not_decoded=tuple(range(len(task.seeds)))))

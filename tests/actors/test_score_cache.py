@@ -27,7 +27,7 @@ def test_only_what_is_new_is_scored() -> None:
     assert ask(cache, [1, 2]) == [21, 31] and SEEN == []
 
 
-def test_the_same_picture_for_another_prompt_or_other_metadata_is_new() -> None:
+def test_the_same_image_for_another_prompt_or_other_metadata_is_new() -> None:
     cache = ScoreCache(brightness, 8)
     ask(cache, [0])
     assert ask(cache, [0], "abc") == [13] and SEEN == [[10]]
@@ -55,5 +55,5 @@ def test_an_answer_of_the_wrong_shape_reaches_the_worker_as_it_is() -> None:
     assert ScoreCache(lambda images, prompts, metadata: wrong, 8)(IMAGES[:2], ["a"] * 2, [{}] * 2) is wrong
 
 
-def test_one_picture_twice_in_a_batch_has_its_score_twice() -> None:
+def test_one_image_twice_in_a_batch_has_its_score_twice() -> None:
     assert ask(ScoreCache(brightness, 8), [1, 1]) == [21, 21]

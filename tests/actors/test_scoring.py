@@ -32,7 +32,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
 
 
 class Driver:
-    """What befalls a pool's scoring, one thing after the other; its clock goes on a second at a time."""
+    """A driver of a pool's scoring, by events, with a clock that advances a second at a time."""
 
     def __init__(self, answers: Answers, independent: bool, workers: int = 2) -> None:
         self.answers = answers
@@ -79,7 +79,7 @@ def test_a_task_without_any_image_is_done_without_a_reward_worker(answers: Answe
 
 
 def answer(call: scoring._Call, how: str) -> Scores | list[Scores]:
-    """What a reward worker has to say."""
+    """Return the result of a reward worker."""
     if how == "fail":
         raise RayTaskError("score", "", ScoringFailed("it failed"))
     if how == "poison":
@@ -96,7 +96,7 @@ def answer(call: scoring._Call, how: str) -> Scores | list[Scores]:
 
 @pytest.mark.parametrize("independent", [False, True])
 @pytest.mark.parametrize("seed", range(30))
-def test_every_task_is_scored_once_whatever_befalls_the_reward_workers(
+def test_every_task_is_scored_once_whatever_happens_to_the_reward_workers(
     answers: Answers, seed: int, independent: bool
 ) -> None:
     chance, driver = random.Random(seed), Driver(answers, independent)
@@ -156,7 +156,7 @@ def test_a_worker_whose_gpu_is_of_no_use_any_more_is_replaced_and_its_image_foun
     assert driver.aside == [{killer: "the reward worker that scored it died, 2 times over it alone"}]
 
 
-def test_only_the_call_that_was_in_hand_is_held_against_its_images(answers: Answers) -> None:
+def test_only_the_running_call_counts_as_a_death_over_its_images(answers: Answers) -> None:
     driver = Driver(answers, independent=False, workers=1)
     for _ in range(2):
         driver.submit(0, 4)

@@ -26,7 +26,7 @@ def score(batch: ScoringBatch, **dropped: str) -> Scores:
 
 
 def run(job: ScoringJob, bad: set[int]) -> list[tuple[int, int]]:
-    """Score until all is done; a batch with a bad image fails. The batches in the order they were tried."""
+    """Score until all is done, while batches with a bad image fail. Return the batches in the order they were tried."""
     tried = []
     while not job.finished:
         batch = job.waiting.pop(0)
@@ -68,7 +68,7 @@ def test_an_inquiry_tries_no_row_without_an_image() -> None:
     assert whole.broken and whole.broken.reasons.keys() == {0, 2}
 
 
-def test_scores_stand_in_the_pictures_order_whatever_the_order_they_came_in() -> None:
+def test_scores_stand_in_the_images_order_whatever_the_order_they_came_in() -> None:
     whole = job()
     first, second = whole.waiting
     for batch in (second, first):
@@ -86,7 +86,7 @@ def test_a_batch_that_fails_in_passing_is_scored_again_as_the_same_batch() -> No
     assert whole.finished and whole.scores().dropped == {}
 
 
-def test_a_lasting_fault_is_halved_down_to_its_picture_and_the_others_keep_their_scores() -> None:
+def test_a_lasting_fault_is_halved_down_to_its_image_and_the_others_keep_scores() -> None:
     whole = job(4, 4, attempts=2)
     tried = run(whole, {2})
     # twice whole; the halves once each; the half with the fault halved; its image alone twice
@@ -96,7 +96,7 @@ def test_a_lasting_fault_is_halved_down_to_its_picture_and_the_others_keep_their
     assert scores.rewards["beauty"][[0, 1, 3]].tolist() == [0, 1, 3]
 
 
-def test_an_answer_that_is_not_finite_is_asked_for_again_and_then_only_its_picture_is_set_aside() -> None:
+def test_a_score_that_is_not_finite_is_retried_and_then_only_its_image_is_dropped() -> None:
     whole = job(4, 4, attempts=2)
     batch = whole.waiting.pop(0)
     assert not whole.scored(batch, score(batch, row1="nan"))
@@ -107,7 +107,7 @@ def test_an_answer_that_is_not_finite_is_asked_for_again_and_then_only_its_pictu
 
 
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 3), st.sets(st.integers(0, 19)))
-def test_exactly_the_bad_images_are_set_aside(count: int, batch_size: int, attempts: int, bad: set[int]) -> None:
+def test_exactly_the_bad_images_are_dropped(count: int, batch_size: int, attempts: int, bad: set[int]) -> None:
     whole = job(count, batch_size, attempts)
     whole.control.images, whole.control.row = "of another task", 99
     run(whole, bad)
@@ -133,7 +133,7 @@ def test_where_no_image_passes_the_reward_is_broken_after_few_attempts(
     assert str(error).endswith("\nthe reward's traceback:\nits trace")
 
 
-def test_a_batch_of_bad_images_alone_is_set_aside_where_an_image_that_was_scored_before_passes() -> None:
+def test_a_batch_of_bad_images_is_dropped_if_the_control_image_passes() -> None:
     whole = job(4, 4, attempts=1)
     whole.control.images, whole.control.row = "of another task", 3
     whole.failed(whole.waiting.pop(0), "it is bad")
@@ -161,7 +161,7 @@ def test_only_another_attempt_at_the_same_images_waits() -> None:
 
 
 def deadly(job: ScoringJob, killers: set[int]) -> list[tuple[int, int]]:
-    """Score until all is done; whoever has a killer in hand dies. The batches over which workers died."""
+    """Score until all is done, while workers die over killer images. Return the batches over which workers died."""
     died = []
     while not job.finished:
         batch = job.waiting.pop(0)
@@ -175,7 +175,7 @@ def deadly(job: ScoringJob, killers: set[int]) -> list[tuple[int, int]]:
 
 
 @given(st.integers(1, 20), st.integers(1, 8), st.sets(st.integers(0, 19)))
-def test_images_that_kill_their_worker_are_found_by_four_deaths_each_and_set_aside(
+def test_images_that_kill_their_worker_are_found_by_four_deaths_each_and_dropped(
     count: int, batch_size: int, killers: set[int]
 ) -> None:
     whole = job(count, batch_size)

@@ -9,7 +9,7 @@ PLACE = (0, 0, 3)
 
 
 def sampled(suspects: Suspects, not_decoded: set[int], not_sampled: set[int], images: int = 8) -> tuple[Care, int]:
-    """Sample until it counts, with images that kill who decodes or denoises them; the last care, and how many died."""
+    """Sample until the result counts, while images kill samplers. Return the last care, and the number of deaths."""
     deaths = 0
     while True:
         care = suspects.care(PLACE)
@@ -58,7 +58,7 @@ def test_deaths_by_chance_leave_a_task_as_it_is() -> None:
     assert suspects.care(PLACE) == PLAIN and suspects.counts(PLACE, PLAIN)
 
 
-def test_what_dies_only_as_a_whole_is_taken_image_by_image_in_the_end() -> None:
+def test_a_task_that_dies_only_as_a_batch_is_decoded_image_by_image_in_the_end() -> None:
     suspects = Suspects()
     for time in range(2):
         for _ in range(2):

@@ -26,7 +26,7 @@ def searched(pool: WorkerPool, avoid: Worker | None = None) -> Worker | None:
 
 
 def act(pool: WorkerPool, what: str, number: int) -> None:
-    """One thing that befalls a pool; `number` says whom."""
+    """Apply an event to a pool; `number` selects the worker."""
     loaded = pool.loaded
     worker = loaded[number % len(loaded)] if loaded else None
     match what:
@@ -64,7 +64,7 @@ def test_what_was_loading_is_loaded_once() -> None:
     assert pool.take_loaded(second) and not pool.take_loaded(second) and pool.references() == [first]
 
 
-def test_the_driver_is_told_what_every_worker_has_loaded_and_may_refuse_it(answers: Answers) -> None:
+def test_the_driver_gets_what_every_worker_has_loaded_and_may_refuse_it(answers: Answers) -> None:
     told = []
 
     def on_loaded(who: str, loaded: object) -> None:

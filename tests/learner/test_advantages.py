@@ -19,7 +19,7 @@ from tests.reference.ddpo_reference import PerPromptTracker
 
 
 def advantages_of(rounds: list[tuple[list[str], list[float]]], buffer_size: int, min_count: int) -> list[np.ndarray]:
-    """Each round's advantages, with the statistics of those before it."""
+    """Return each round's advantages, with the statistics of earlier rounds."""
     statistics, results = {}, []
     for prompts, rewards in rounds:
         statistics = extend_statistics(statistics, prompts, np.array(rewards), buffer_size)
@@ -38,20 +38,20 @@ def test_equal_rewards_have_no_advantage_and_no_division_by_zero() -> None:
     assert advantages_of([(["cat", "cat"], [2.0, 2.0])], 8, 1)[0].tolist() == [0, 0]
 
 
-def test_each_prompt_is_held_against_its_own_rewards_by_hand() -> None:
+def test_each_prompt_is_compared_with_its_own_rewards_by_hand() -> None:
     (advantages,) = advantages_of([(["cat", "dog", "cat", "dog"], [1.0, 10.0, 3.0, 30.0])], 8, 2)
     # cats: mean 2, deviation 1; dogs: mean 20, deviation 10
     assert advantages == pytest.approx([-1, -1, 1, 1], abs=2e-6)
     assert advantages[0] == pytest.approx(-1 / (1 + 1e-6), rel=1e-12)
 
 
-def test_this_rounds_rewards_are_among_those_they_are_held_against() -> None:
+def test_this_rounds_rewards_are_among_those_they_are_compared_with() -> None:
     rounds = [(["cat", "cat"], [0.0, 2.0]), (["cat"], [4.0])]
     # 0, 2, 4: mean 2, deviation √(8/3)
     assert advantages_of(rounds, 8, 3)[1] == pytest.approx([2 / (8 / 3) ** 0.5], rel=1e-5)
 
 
-def test_a_prompt_below_min_count_is_held_against_the_whole_round_and_its_neighbour_is_not() -> None:
+def test_only_a_prompt_below_min_count_is_compared_with_the_round() -> None:
     (advantages,) = advantages_of([(["cat", "dog", "cat"], [1.0, 8.0, 3.0])], 8, 2)
     # the dog is alone: round mean 4, deviation √((9 + 16 + 1) / 3); cats: mean 2, deviation 1
     assert advantages == pytest.approx([-1, 4 / (26 / 3) ** 0.5, 1], rel=1e-5)
@@ -112,7 +112,7 @@ REWARDS = st.lists(st.floats(-100, 100, width=32), min_size=12, max_size=12)
 
 @settings(max_examples=60, deadline=None)
 @given(rewards=REWARDS, constant=st.floats(-1000, 1000), scale=st.floats(0.5, 20))
-def test_group_advantages_are_the_references_and_know_neither_a_constant_nor_almost_a_scale(
+def test_group_advantages_are_the_references_and_ignore_constant_and_scale(
     rewards: list[float], constant: float, scale: float
 ) -> None:
     values = np.array(rewards)

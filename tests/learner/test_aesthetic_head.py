@@ -24,7 +24,7 @@ QUICK = Training(seed=3, epochs=4, batch_size=32)
 
 
 def rated(count: int, seed: int, noise: float = 0.0) -> Rated:
-    """Directions in 6 dimensions around a common one, as CLIP's are, rated by a known linear function about 5."""
+    """Return directions in 6 dimensions around a common direction, as CLIP's are, rated by a linear function."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = torch.randn(count, 6, generator=generator) * torch.tensor([1, 1, 0.5, 0.5, 0.1, 0.1]) + 2
     embeddings = embeddings / embeddings.norm(dim=1, keepdim=True)
@@ -58,8 +58,8 @@ def test_the_linear_head_recovers_a_linear_taste(tmp_path: Path) -> None:
     torch.testing.assert_close(predictions(head, tmp_path, unseen.embeddings), unseen.ratings, atol=1e-3, rtol=0)
 
 
-def test_the_validation_pictures_choose_the_penalty() -> None:
-    """With 8 noisy images to fit on, the least penalty is not the best; the best of those tried is taken."""
+def test_the_validation_images_choose_the_penalty() -> None:
+    """On 8 training images with noise, the least penalty is not the best; the best candidate is chosen."""
     head = fit_head("linear", rated(8, 0, noise=1.0), rated(400, 1), Training())
     errors = {each["penalty"]: each["mse"] for each in head.tried}
     assert head.chosen["penalty"] == min(errors, key=lambda penalty: errors[penalty])
@@ -67,9 +67,7 @@ def test_the_validation_pictures_choose_the_penalty() -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_every_head_is_read_in_a_published_layout_and_gives_the_validation_error_it_was_chosen_for(
-    kind: HeadKind, tmp_path: Path
-) -> None:
+def test_every_head_is_read_in_a_published_format_and_has_its_validation_error(kind: HeadKind, tmp_path: Path) -> None:
     validation = rated(60, 1)
     head = fit_head(kind, rated(300, 0), validation, QUICK)
     error = (predictions(head, tmp_path, validation.embeddings) - validation.ratings).square().mean().item()
@@ -101,7 +99,7 @@ def test_the_best_epoch_is_kept_and_not_the_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_seed_decides_the_bits_whatever_was_drawn_before(kind: HeadKind) -> None:
+def test_a_seed_decides_the_bits_whatever_was_sampled_before(kind: HeadKind) -> None:
     first = fit_head(kind, rated(100, 0), rated(40, 1), QUICK)
     torch.randn(7)
     state = torch.get_rng_state()

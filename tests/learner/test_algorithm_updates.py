@@ -1,4 +1,4 @@
-"""Updates of every algorithm on a real pipeline: what is learned from, under which weights, and to which bits."""
+"""Updates of every algorithm on a real pipeline: training data, weights, and bits."""
 
 import dataclasses
 from pathlib import Path
@@ -21,13 +21,13 @@ from tests.rounds import SampledRound, learner_of, parts_with, sample_round
 
 
 def of(tables: dict, name: str, **values: object) -> Components:
-    """The small recipe with another algorithm, in a shape that goes with any: groups of two, one optimizer step."""
+    """Return the small recipe with another algorithm, with groups of two and one optimizer step."""
     keys = {"prompts__images_per_prompt": 2, "learner__batch_size": 8, "learner__micro_batch_size": 8}
     return parts_with({**tables, "algorithm": {"name": name}}, **{**keys, **values})
 
 
 def with_advantages(sampled: SampledRound, parts: Components) -> SampledRound:
-    """The round with what the algorithm makes of rewards that it could have had."""
+    """Return the round with the algorithm's advantages of random rewards."""
     rewards = np.random.default_rng(sampled.batch.round).normal(size=len(sampled.batch.advantages))
     prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
     _, advantages = parts.algorithm.compute_advantages({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
@@ -48,7 +48,7 @@ RESUMED = [  # one of each kind always; the others share its lines
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_run_that_goes_on_from_its_checkpoint_arrives_at_the_same_bits(
+def test_a_run_that_resumes_from_its_checkpoint_arrives_at_the_same_bits(
     name: str, tables: dict, tmp_path: Path
 ) -> None:
     parts = of(tables, name)
@@ -63,7 +63,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_arrives_at_the_same_bits(
 
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "ddpo_sf"])
-def test_at_a_lag_every_algorithm_learns_from_what_an_older_version_drew(name: str, tables: dict) -> None:
+def test_at_a_lag_every_algorithm_trains_on_data_of_an_older_version(name: str, tables: dict) -> None:
     parts = of(tables, name, max_policy_lag=1)
     learner = learner_of(parts)
     first, _ = learn(learner, parts, 0)
@@ -73,7 +73,7 @@ def test_at_a_lag_every_algorithm_learns_from_what_an_older_version_drew(name: s
     )
 
 
-def test_samplers_draw_with_the_moving_average_where_the_algorithm_has_one(tables: dict) -> None:
+def test_samplers_sample_with_the_moving_average_where_the_algorithm_has_one(tables: dict) -> None:
     tables = {**tables, "algorithm": {"name": "diffusion_nft", "average_decay_growth": 0.25, "average_decay_max": 0.4}}
     parts = parts_with(tables, learner__micro_batch_size=4, prompts__images_per_prompt=2)
     learner = learner_of(parts)
@@ -93,8 +93,8 @@ def test_an_algorithm_without_an_average_publishes_what_it_trains_and_saves_it_o
     assert after.own_weights is None and after.trained is after.weights[-1]
 
 
-def test_old_predictions_are_those_of_the_weights_that_drew(tables: dict) -> None:
-    """At lag 1: the gradient of a network that is held against what it predicted two versions ago."""
+def test_old_predictions_are_those_of_the_weights_that_sampled(tables: dict) -> None:
+    """The gradient at lag 1 is of a network compared with its predictions two versions ago."""
     algorithm = {"name": "diffusion_nft", "noised_samples": 2}
     keys = {"max_policy_lag": 1, "learner__micro_batch_size": 1, "prompts__images_per_prompt": 2}
     parts = parts_with({**tables, "algorithm": algorithm}, **keys, **ONE_STEP)
@@ -133,7 +133,7 @@ def _denoise(policy, batch):
     return policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)
 
 
-def test_a_fresh_adapter_has_no_kl_to_the_pretrained_model_and_a_moved_one_has_the_one_by_hand(tables: dict) -> None:
+def test_a_fresh_adapter_has_no_kl_to_the_pretrained_model(tables: dict) -> None:
     parts = parts_with({**tables, "algorithm": {"name": "dpok"}}, **ONE_STEP)
     fresh = Learner(parts.policy, parts.algorithm, parts.recipe)
     sampled = sample_round(parts, fresh.weights()[-1])
@@ -199,8 +199,8 @@ def test_inner_epochs_end_when_the_budget_of_kl_is_spent(tables: dict) -> None:
     assert (free[0], spent[0]) == (8, 2) and free[1] != spent[1]
 
 
-def test_a_window_is_learned_from_with_a_ratio_of_one(tables: dict) -> None:
-    parts = parts_with(tables, sampling__window=2, learner__micro_batch_size=4)
+def test_a_window_is_trained_on_with_a_ratio_of_one(tables: dict) -> None:
+    parts = parts_with(tables, sampling__sde_window=2, learner__micro_batch_size=4)
     learner = learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])
     assert all(trajectory.steps.shape == (4, 2) for trajectory in sampled.trajectories)

@@ -69,7 +69,7 @@ def normal(seed: int) -> Tensor:
 
 
 def path_batch(shifts: list[float]) -> TransitionBatch:
-    """Pairs whose policy has moved: their old log-prob lies `shifts` below what the present weights give."""
+    """Return transitions whose policy has moved: old log-probs are `shifts` below those of the current weights."""
     latents, toy = normal(1), Toy()
     means = (toy.network["theta"].detach() * latents).numpy()
     next_latents = torch.from_numpy(means + STD * normal(2).numpy()).float().double()
@@ -115,7 +115,7 @@ def surrogate(batch: TransitionBatch, clip_range: float) -> Slow:
 
 
 def pulled(batch: TransitionBatch, clip_range: float, coefficient: float) -> Slow:
-    """The surrogate, and the KL of each step to the reference policy."""
+    """Return the surrogate plus the KL of each step to the reference policy."""
     loss, means = surrogate(batch, clip_range), batch.reference_means
     assert means is not None
     return lambda theta, row: (
@@ -170,12 +170,12 @@ CASES: dict[str, tuple[dict[str, Any], TransitionBatch | NoisedBatch, Slow]] = {
 }
 
 
-def test_every_algorithm_of_the_room_is_held_against_a_reference() -> None:
+def test_every_registered_algorithm_is_compared_with_a_reference() -> None:
     assert {table["name"] for table, _, _ in CASES.values()} == set(ALGORITHMS)
 
 
 def slope(loss: Slow, theta: np.ndarray, row: int) -> np.ndarray:
-    """Central differences, number by number."""
+    """Compute central differences, number by number."""
     slopes = np.zeros_like(theta)
     for place in np.ndindex(theta.shape):
         step = np.zeros_like(theta)
@@ -185,7 +185,7 @@ def slope(loss: Slow, theta: np.ndarray, row: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradient_of_every_pair_are_the_references(case: str) -> None:
+def test_loss_and_gradient_of_every_transition_are_the_references(case: str) -> None:
     table, batch, slow = CASES[case]
     toy, algorithm = Toy(), build(ALGORITHMS, table, "algorithm")
     theta = toy.network["theta"].detach().numpy().copy()
@@ -196,7 +196,7 @@ def test_loss_and_gradient_of_every_pair_are_the_references(case: str) -> None:
         np.testing.assert_allclose(gradient.numpy(), slope(slow, theta, row), rtol=1e-5, atol=1e-8)
 
 
-def test_a_stale_batch_has_clipped_pairs_on_both_sides_and_they_have_no_gradient() -> None:
+def test_clipped_transitions_of_a_stale_batch_have_no_gradient() -> None:
     toy = Toy()
     result = build(ALGORITHMS, {"name": "ddpo_is", "clip_range": 1e-3}, "algorithm").compute_loss(toy, OFF)
     assert result.clipped.tolist() == [1, 1, 0, 0, 1, 1]
@@ -207,7 +207,7 @@ def test_a_stale_batch_has_clipped_pairs_on_both_sides_and_they_have_no_gradient
         assert bool(gradient.any()) == (row not in held), row
 
 
-def test_weights_of_steps_multiply_what_their_pairs_teach() -> None:
+def test_step_weights_multiply_the_loss_of_their_transitions() -> None:
     weighted = build(ALGORITHMS, {"name": "ddpo_sf", "step_weights": [1.0, 0.0, 2.5]}, "algorithm")
     plain = build(ALGORITHMS, {"name": "ddpo_sf"}, "algorithm")
     ratio = weighted.compute_loss(Toy(), PATH).loss / plain.compute_loss(Toy(), PATH).loss

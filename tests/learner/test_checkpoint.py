@@ -1,4 +1,4 @@
-"""Checkpoints: everything comes back, what is not whole is passed over, nothing is unpickled."""
+"""Checkpoints: everything is restored, damaged ones are skipped, nothing is unpickled."""
 
 import dataclasses
 import hashlib
@@ -152,9 +152,7 @@ def test_weights_that_are_not_what_they_were_saved_as_are_refused(folder: Storag
 
 
 @pytest.mark.parametrize("file", ["weights-000002.safetensors", "optimizer.safetensors"])
-def test_a_nan_in_a_file_is_said_of_its_tensor_where_the_manifest_agrees_with_the_file(
-    tmp_path: Path, file: str
-) -> None:
+def test_a_nan_in_a_file_is_reported_with_its_tensor(tmp_path: Path, file: str) -> None:
     path = save_checkpoint(Storage(tmp_path), checkpoint(2), keep=2)
     arrays = {name: array.copy() for name, array in load(path.read(file)).items()}
     name = "buffer" if file.startswith("weights") else "a.lora_A/exp_avg"

@@ -27,7 +27,7 @@ def checkpoint(rounds_done: int, reward: float) -> Checkpoint:
 
 
 def reward_found(folder: Storage) -> float:
-    """Which checkpoint is there, told by the number that all of its files hold."""
+    """Return the checkpoint that is there, by the number in all of its files."""
     newest = newest_checkpoint(folder)
     assert newest is not None
     found = load_checkpoint(newest)
@@ -71,7 +71,7 @@ def die() -> None:
 
 
 def in_another_process(call: Callable[[], object]) -> int:
-    """Run it in a fork, which can die at any line without its cleanup; its exit code."""
+    """Run a function in a fork, which may die at any line without cleanup, and return the exit code."""
     pid = os.fork()
     if pid == 0:
         call()
@@ -80,7 +80,7 @@ def in_another_process(call: Callable[[], object]) -> int:
 
 
 def rubbish(path: Path) -> list[str]:
-    """Everything below that belongs to no checkpoint."""
+    """List everything below that belongs to no checkpoint."""
     wanted = {"manifest.json", "state.json", "latest"}
     files = [file for file in path.rglob("*") if file.is_file()]
     return [
@@ -130,7 +130,7 @@ def test_a_fault_at_any_file_operation_leaves_the_old_checkpoint_or_the_new(
 
 
 @pytest.mark.thorough
-def test_a_fault_at_any_operation_in_an_object_store_leaves_the_old_checkpoint_or_the_new(
+def test_a_fault_at_any_operation_leaves_the_old_checkpoint_or_the_new(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults, found = Faults(RemoteFiles, IN_STORE, monkeypatch), []

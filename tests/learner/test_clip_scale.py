@@ -9,7 +9,7 @@ NATS = [-2.0, -0.5, 0.5, 2.0]  # by which steps have moved since they were sampl
 
 
 def clip_fraction(tables: dict, resolution: int, clip: dict[str, float]) -> float:
-    """Of one update at this resolution, latents of half as many a side, after every step has moved by one of NATS."""
+    """Return the clip fractions of an update at this resolution, after every step has moved by one of NATS."""
     tables = {**tables, "algorithm": {"name": "ddpo_is", **clip}}
     parts = parts_with(tables, policy__resolution=resolution, **ONE_STEP)
     learner = learner_of(parts)
@@ -33,7 +33,7 @@ def test_with_clip_range_it_does_not(tables: dict) -> None:
     assert clip_fraction(tables, 32, clip) == 0
 
 
-def test_the_share_is_told_step_by_step(tables: dict) -> None:
+def test_the_clip_fraction_is_reported_by_step(tables: dict) -> None:
     parts = parts_with({**tables, "algorithm": {"name": "ddpo_is", "clip_nats": 1.0}}, **ONE_STEP)
     learner = learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])

@@ -29,7 +29,7 @@ PLACES = [5, 200, 600, 995]  # of the model's own timesteps: the first has a σ 
 def authors_loss(
     predicted: Tensor, old: Tensor, reference: Tensor, clean: tuple[Tensor, Tensor, Tensor], beta: float, kl: float
 ) -> Tensor:
-    """The loss of each image, as NVlabs/DiffusionNFT's train_nft_sd3.py has it, for an advantage clip of 5."""
+    """Return the loss of each image as in NVlabs/DiffusionNFT's train_nft_sd3.py, for an advantage clip of 5."""
     x0, noise, t = clean
     t = t.view(-1, *[1] * (x0.ndim - 1))
     r = torch.tensor(WORTH, dtype=torch.float64)
@@ -110,7 +110,7 @@ def test_on_a_unet_errors_are_measured_in_what_it_predicts(tiny_model: Path) -> 
 
 
 def test_default_advantages_are_the_authors() -> None:
-    """(reward − mean of the prompt's images in the round) / std of the round (PerPromptStatTracker)."""
+    """Advantages are (reward − mean of the prompt's images) / std of the round (PerPromptStatTracker)."""
     rewards, prompts = np.array([1.0, 4.0, 2.0, 2.5, -3.0, 0.5]), ["a", "a", "b", "b", "c", "c"]
     _, found = DiffusionNFT().compute_advantages({}, prompts, rewards, 2)
     means = np.repeat(rewards.reshape(3, 2).mean(1), 2)

@@ -1,4 +1,4 @@
-"""What a drawing becomes as pixels: its place, its scale and the white around it."""
+"""Rendering of drawings: position, scale and white background."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ SQUARE = Drawing("cat", "hand-made", "square", '<rect x="4" y="4" width="8" heig
 RED, WHITE = [255, 0, 0], [255, 255, 255]
 
 
-def test_a_drawing_is_rendered_on_white_at_its_own_place() -> None:
+def test_a_drawing_is_rendered_on_white_at_its_position() -> None:
     image = SQUARE.render(32)
     assert image.shape == (32, 32, 3)
     assert image[16, 16].tolist() == RED

@@ -1,4 +1,4 @@
-"""How far an update has moved is told from whole images of the round, in one batch where their steps fit into it."""
+"""The divergence of an update is measured on full images of the round, in one batch if their steps fit into it."""
 
 import numpy as np
 import pytest
@@ -13,10 +13,10 @@ from tests.rounds import learner_of, parts_with, sample_round
     ("size", "images", "batches"),
     [(8, 2, [8]), (7, 1, [4]), (4, 1, [4]), (3, 1, [3, 1])],
 )
-def test_whole_images_are_looked_at_that_fill_no_more_than_one_batch(
+def test_the_subset_has_full_images_that_fill_at_most_one_batch(
     size: int, images: int, batches: list[int], tables: dict
 ) -> None:
-    parts = parts_with(tables, sampling__num_steps=4, sampling__step_fraction=1.0)
+    parts = parts_with(tables, sampling__num_steps=4, sampling__timestep_fraction=1.0)
     sampled = sample_round(parts, learner_of(parts).weights()[0], 0)
     transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
     order = np.array([3, 1, 2, 0])

@@ -16,7 +16,7 @@ from tests.rounds import SampledRound, learner_of, parts_with, sample_round
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, -1e9 / 7, 0.0])
-def test_equal_rewards_have_advantages_of_exactly_0_whatever_rounding_makes_of_their_mean(value: float) -> None:
+def test_equal_rewards_have_advantages_of_exactly_0_despite_rounding(value: float) -> None:
     rewards, prompts = np.full(6, value), ["cat", "cat", "dog", "dog", "dog", "dog"]
     statistics = extend_statistics({}, prompts, rewards, 32)
     for advantages in (
@@ -63,9 +63,7 @@ def test_with_advantages_of_0_no_optimizer_step_is_made(tables: dict) -> None:
     [({"name": "ddpo_is", "kl_coef": 0.1}, 0.0), ({"name": "rwr"}, 1.0)],
     ids=["a KL to the pretrained model", "weights instead of advantages"],
 )
-def test_what_has_a_gradient_though_all_images_are_worth_the_same_is_learned(
-    tables: dict, algorithm: dict, advantage: float
-) -> None:
+def test_equal_advantages_with_a_gradient_are_trained_on(tables: dict, algorithm: dict, advantage: float) -> None:
     metrics, moved = second_round(
         parts_with({**tables, "algorithm": algorithm}, learner__micro_batch_size=4), advantage
     )

@@ -25,9 +25,7 @@ HALF = {**FULL, "policy__dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.eight_bit)])
-def test_in_bfloat16_weights_gradients_and_moments_are_float32_and_small_steps_are_not_lost(
-    optimizer: str, tables: dict
-) -> None:
+def test_in_bfloat16_weights_gradients_and_optimizer_state_are_float32(optimizer: str, tables: dict) -> None:
     parts = parts_with(tables, **HALF, learner__optimizer=optimizer, learner__weight_decay=0)
     learner = Learner(parts.policy, parts.algorithm, parts.recipe)
     before = learner.weights()[-1]
@@ -70,7 +68,7 @@ def test_a_sampler_holds_float32_for_weights_in_bfloat16_would_move_the_ratio(ti
 
 
 @pytest.mark.parametrize("role", ["sampler", "learner"])
-def test_a_plan_counts_gradients_and_moments_for_the_learner_alone(role: Role, tables: dict) -> None:
+def test_a_plan_counts_gradients_and_optimizer_state_for_the_learner_only(role: Role, tables: dict) -> None:
     parts = parts_with(tables, **FULL)
     policy: Any = parts.policy.load("cpu", SAMPLING, role)
     sizes = plan_of(parts.recipe).sizes
@@ -83,7 +81,7 @@ def test_a_plan_counts_gradients_and_moments_for_the_learner_alone(role: Role, t
     assert all(value.grad is None for value in trained_parameters(policy.network).values())
 
 
-def test_the_moving_average_of_whole_networks_is_drawn_with_and_comes_back(tables: dict) -> None:
+def test_the_moving_average_of_full_networks_is_sampled_with_and_resumed(tables: dict) -> None:
     evaluation = {"every": 1, "images": 4, "batch_size": 4, "average_decay": 0.5}
     values = {**FULL, "learner__learning_rate": 1e-3, "checkpoint__every": 1, "checkpoint__keep": 9}
     parts = parts_with({**tables, "rounds": 2, "evaluation": evaluation}, **values)

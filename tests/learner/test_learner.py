@@ -37,9 +37,7 @@ def test_a_learner_that_sees_another_folder_than_the_driver_says_so(tables: dict
 SHIFTS = [-4e-3, -4e-4, 0.0, 4e-4, 4e-3]  # some beyond the clip range of 1e-3, on both sides
 
 
-def test_of_two_updates_on_stale_data_the_second_has_the_references_ratios_clip_and_gradient(
-    tables: dict, tiny_model: Path
-) -> None:
+def test_the_second_update_on_stale_data_has_the_references_ratios_and_gradient(tables: dict, tiny_model: Path) -> None:
     values = {**ONE_STEP, "learner__learning_rate": 3e-3}
     once, twice = parts_with(tables, **values), parts_with(tables, **values, learner__inner_epochs=2)
     learner = learner_of(once)
@@ -70,10 +68,10 @@ def test_of_two_updates_on_stale_data_the_second_has_the_references_ratios_clip_
     [([0.0], 1.0), (SHIFTS, 1.0), (SHIFTS, 0.5)],
     ids=["on_policy", "off_policy", "half_of_the_steps"],
 )
-def test_the_gradient_of_an_update_is_that_of_the_papers_taken_image_by_image_and_step_by_step(
+def test_the_gradient_of_an_update_is_the_papers_taken_transition_by_transition(
     shifts: list[float], timestep_fraction: float, tables: dict, tiny_model: Path
 ) -> None:
-    parts = parts_with(tables, sampling__num_steps=8, sampling__step_fraction=timestep_fraction, **ONE_STEP)
+    parts = parts_with(tables, sampling__num_steps=8, sampling__timestep_fraction=timestep_fraction, **ONE_STEP)
     learner = learner_of(parts)
     weights = learner.weights()[-1]
     sampled = stale(sample_round(parts, weights), shifts)
@@ -130,7 +128,7 @@ def test_before_the_first_optimizer_step_every_ratio_is_one(tables: dict) -> Non
     assert metrics["ratio/max"] > 1 + 1e-4  # the second optimizer step is no longer on the policy that sampled
 
 
-def test_in_bfloat16_at_most_a_hundredth_of_the_pairs_is_outside_the_clip_range_at_the_start(tables: dict) -> None:
+def test_in_bfloat16_at_most_a_hundredth_of_transitions_is_clipped_at_the_start(tables: dict) -> None:
     values = {**ONE_STEP, "policy__dtype": "bfloat16", "algorithm__clip_range": 1e-4}
     parts = parts_with(tables, **values)
     learner = learner_of(parts)
@@ -142,7 +140,7 @@ def test_in_bfloat16_at_most_a_hundredth_of_the_pairs_is_outside_the_clip_range_
     assert weights.fingerprint != sampled.batch.reports[0].fingerprint
 
 
-def test_in_float16_a_step_that_overflows_is_left_out_and_counted_while_the_version_advances(tables: dict) -> None:
+def test_in_float16_a_step_that_overflows_is_skipped_and_counted(tables: dict) -> None:
     parts = parts_with(tables, policy__dtype="float16", sampling__batches_per_round=1)
     learner = learner_of(parts)
     state = learner.state()
@@ -166,7 +164,7 @@ def test_the_norm_of_the_gradient_is_limited(tables: dict) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_learner_that_goes_on_from_a_state_arrives_at_the_same_bits(dtype: str, tables: dict) -> None:
+def test_a_learner_that_resumes_from_a_state_arrives_at_the_same_bits(dtype: str, tables: dict) -> None:
     parts = parts_with(tables, max_policy_lag=1, policy__dtype=dtype, sampling__num_steps=2)
     learner = learner_of(parts)
     first = sample_round(parts, learner.weights()[-1], round_index=0)
@@ -229,7 +227,7 @@ def refusing(tables: dict) -> tuple[Learner, SampledRound]:
     return learner, sample_round(parts, learner.weights()[-1])
 
 
-def test_a_trajectory_drawn_with_other_weights_is_refused(refusing: tuple[Learner, SampledRound]) -> None:
+def test_a_trajectory_sampled_with_other_weights_is_refused(refusing: tuple[Learner, SampledRound]) -> None:
     learner, sampled = refusing
     known = learner.weights()[-1].fingerprint
     text = f"task 0 of round 0 was sampled with weights 0123456789ab, and version 0 is {known[:12]}"
@@ -251,7 +249,7 @@ def test_a_sampler_that_did_not_bind_every_parameter_is_refused(refusing: tuple[
         learner.update(sampled.with_reports(num_loaded_params=63), *sampled.trajectories)
 
 
-def test_a_micro_batch_that_does_not_fit_the_steps_with_noise_is_refused_at_the_start(
+def test_a_micro_batch_that_does_not_divide_the_transitions_is_refused_at_the_start(
     tables: dict, tmp_path: Path
 ) -> None:
     from tests.tiny_pipeline import save_tiny_pipeline

@@ -12,7 +12,7 @@ from tests.reference import ddpo_reference as reference
 
 
 def loss_of(ratio: float, advantage: float) -> tuple[float, float]:
-    """The loss at clip_range 0.2, and its gradient by log_prob."""
+    """Return the loss at clip_range 0.2, and its gradient by log_prob."""
     log_prob = torch.tensor([math.log(ratio)], requires_grad=True)
     loss = clipped_surrogate(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.2)
     loss.sum().backward()
@@ -45,7 +45,7 @@ PAIRS = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(pairs=PAIRS, clip_range=st.floats(1e-5, 0.9))
-def test_every_pair_has_the_references_loss(pairs: list[tuple[float, float, float]], clip_range: float) -> None:
+def test_every_transition_has_the_references_loss(pairs: list[tuple[float, float, float]], clip_range: float) -> None:
     old, shift, advantages = (torch.tensor(column) for column in zip(*pairs, strict=True))
     log_prob = old + shift
     losses = clipped_surrogate(log_prob, old, advantages, clip_range)

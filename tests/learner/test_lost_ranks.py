@@ -72,12 +72,12 @@ while True:
 
 @pytest.fixture
 def first_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has made no group yet: torch numbers them, and both ranks must come to the same number."""
+    """Reset the number of groups: torch numbers them, and both ranks must get the same number."""
     monkeypatch.setattr(distributed.distributed_c10d, "_group_count", 0)
 
 
 @pytest.mark.parametrize("error", LOST, ids=lambda error: f"{type(error).__name__} {str(error)[-40:]}")
-def test_backends_errors_of_a_collective_say_in_one_line_that_ranks_are_lost(error: RuntimeError) -> None:
+def test_a_backends_errors_say_in_one_line_that_ranks_are_lost(error: RuntimeError) -> None:
     found = error_of_collective(ProcessGroup(0, 2), error)
     assert isinstance(found, RankLost) and is_lost_rank(found)
     assert str(found).startswith("rank 0 of 2 has lost the others: ") and "\n" not in str(found)
@@ -90,7 +90,7 @@ def test_errors_outside_of_collectives_are_lost_ranks_if_a_backend_raises_them()
     assert not any(map(is_lost_rank, (RuntimeError("shapes differ"), ValueError("no"), torch.AcceleratorError("no"))))
 
 
-def test_ranks_on_one_gpu_are_the_users_to_mend_and_missing_memory_stays_what_it_is() -> None:
+def test_ranks_on_one_gpu_are_a_value_error_and_missing_memory_stays_its_error() -> None:
     found = error_of_collective(ProcessGroup(1, 2), SHARED_GPU)
     assert isinstance(found, ValueError) and "\n" not in str(found)
     assert str(found).startswith("learner.world_size: rank 1 of 2 cannot compute with NCCL: ")
@@ -102,7 +102,7 @@ def test_ranks_on_one_gpu_are_the_users_to_mend_and_missing_memory_stays_what_it
 
 
 @pytest.mark.skipif(distributed.is_nccl_available(), reason="this torch has NCCL")
-def test_a_torch_without_nccl_is_told_by_the_key_that_asks_for_it(first_group: None) -> None:
+def test_a_torch_without_nccl_is_reported_by_the_key_that_needs_it(first_group: None) -> None:
     rendezvous = Rendezvous("127.0.0.1")
     with pytest.raises(
         ValueError, match="learner.world_size: rank 0 of 2.*NCCL built in; .* learner.num_gpus to 0.5 or less"

@@ -24,7 +24,7 @@ BAND = 1e-3
 
 
 def masked_batch() -> TransitionBatch:
-    """Pairs with all references, and behavior means near the present ones for the rows that are left alone."""
+    """Return transitions with all references; behavior means are near the current ones for unmasked rows."""
     means = Toy().network["theta"].detach() * REFERRED.latents
     far = torch.tensor([0.01 if row in LEFT else 10.0 for row in range(PAIRS)]).view(-1, 1, 1, 1)
     shifted = REFERRED.old_log_probs + torch.linspace(-2e-3, 2e-3, PAIRS)

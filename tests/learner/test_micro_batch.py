@@ -33,7 +33,7 @@ def test_the_largest_divisor_that_fits_is_found_from_any_prediction_that_is_near
     assert len(tried) == len(set(tried))
 
 
-def test_a_run_with_room_takes_the_most_that_is_worth_it_on_a_cpu(tables: dict) -> None:
+def test_a_run_with_enough_memory_takes_the_largest_size_for_a_cpu(tables: dict) -> None:
     learner = learner_of(parts_with(tables, **AUTO))
     assert learner.state().micro_batch_size == 16  # all pairs of an optimizer step
     assert MOST_ON_CPU >= 16
@@ -62,7 +62,7 @@ def test_the_number_found_learns_as_the_same_number_given(tables: dict) -> None:
     assert state.micro_batch_size == other.micro_batch_size == 16
 
 
-def test_a_learner_goes_on_with_the_number_that_was_found_before(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_learner_keeps_the_size_that_was_found_before(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_with(tables, **AUTO)
     before = learner_of(parts)
     of_size(monkeypatch, parts.policy.sizes(parts.recipe.sampling, "cpu").learner.of(2) / 0.9)

@@ -31,7 +31,7 @@ def test_the_plain_ratio_is_refused_with_the_keys_that_are_at_odds(tables: dict)
     assert build_components(parts_with(sf, **HALF, learner__batch_size=8).recipe).policy.sampler_dtype == "bfloat16"
 
 
-def test_the_samplers_rounding_moves_no_ratio_where_it_is_to_the_learners_own_log_probs(tables: dict) -> None:
+def test_the_samplers_rounding_changes_no_proximal_ratio(tables: dict) -> None:
     parts = parts_with(tables, **HALF, **OWN, learner__batch_size=8)
     learner = learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])
@@ -45,7 +45,7 @@ def test_the_samplers_rounding_moves_no_ratio_where_it_is_to_the_learners_own_lo
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_no_rounding_ends_a_run_and_weights_that_did_not_arrive_do(lag: int, tables: dict) -> None:
-    """At a tolerance far below all rounding in half precision: like is compared with like."""
+    """The tolerance is far below rounding in half precision: equal numerics are compared."""
     keys = {"learner__log_prob_tolerance": 1e-9, "learner__batch_size": 8, "max_policy_lag": lag}
     parts = parts_with(tables, **HALF, **OWN, **keys)
     learner = learner_of(parts)
@@ -146,7 +146,7 @@ class RoundsByGradMode(CompiledNetwork):
 def test_compiled_in_half_precision_the_proximal_ratio_is_1_until_the_weights_move(
     real: bool, one_block_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At both optimizer steps of a round: a rate of 1e-30 moves no float32 weight."""
+    """The ratio is 1 at both optimizer steps of a round, because a rate of 1e-30 changes no float32 weight."""
     if not real:
         monkeypatch.setattr(diffusers_policy, "CompiledNetwork", RoundsByGradMode)
     tables = small_tables(one_block_model, tmp_path)

@@ -32,7 +32,7 @@ MODES = {
 
 @contextmanager
 def planted(learner: Learner) -> Iterator[None]:
-    """One number of one gradient is NaN at the second optimizer step."""
+    """Make one number of a gradient NaN at the second optimizer step."""
     parameter = next(iter(learner._parameters.values()))
     calls = []
 
@@ -79,7 +79,7 @@ def test_a_step_whose_gradient_is_not_finite_is_not_applied(mode: str, tables: d
     assert len(learner.weights()) == 1 and np.isfinite(learner.weights()[-1].buffer).all()
 
 
-def test_after_it_the_learner_goes_on_from_its_last_state_to_the_same_bits(tables: dict) -> None:
+def test_after_the_error_the_learner_resumes_from_its_last_state_to_the_same_bits(tables: dict) -> None:
     parts = parts_with(tables)
     whole, learner = learner_of(parts), learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])
@@ -152,7 +152,7 @@ def train(tables: dict, folder: Path, capfd: pytest.CaptureFixture, *options: st
     return exit_code, captured.out + captured.err
 
 
-def test_a_run_ends_with_whole_files_and_resumes(
+def test_a_run_ends_with_complete_files_and_resumes(
     tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture, third_round_poisoned: pytest.MonkeyPatch
 ) -> None:
     tables |= {"rounds": 3}

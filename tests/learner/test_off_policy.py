@@ -78,7 +78,7 @@ QUADRUPLES = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(pairs=QUADRUPLES, clip_range=st.floats(1e-5, 0.9), band=st.floats(1e-4, 0.4))
-def test_every_pair_has_the_references_loss(
+def test_every_transition_has_the_references_loss(
     pairs: list[tuple[float, float, float, float]], clip_range: float, band: float
 ) -> None:
     behavior, first, second, advantages = (torch.tensor(column) for column in zip(*pairs, strict=True))
@@ -116,11 +116,11 @@ def test_drift_is_the_references_and_has_no_gradient() -> None:
     assert found.tolist() == pytest.approx(expected, rel=1e-5) and not found.requires_grad
 
 
-def test_drift_is_what_the_log_ratio_of_many_draws_has_as_its_mean() -> None:
+def test_drift_is_the_mean_log_ratio_of_many_samples() -> None:
     mean, behavior, std = torch.full((1, 1, 4, 4), 0.3), torch.zeros(1, 1, 4, 4), torch.tensor([0.5])
     sampled = behavior + 0.5 * torch.randn(20_000, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    present, sampled = (Transition(value.expand_as(sampled), std.expand(20_000)) for value in (mean, behavior))
-    kl = 16 * float((sampled.log_prob(sampled) - present.log_prob(sampled)).mean())
+    present, old = (Transition(value.expand_as(sampled), std.expand(20_000)) for value in (mean, behavior))
+    kl = 16 * float((old.log_prob(sampled) - present.log_prob(sampled)).mean())
     assert kl == pytest.approx(float(drift_nats(Transition(mean, std), Transition(behavior, std))), rel=0.02)
 
 

@@ -49,7 +49,7 @@ class Watching(Algorithm):
 
 
 def lagging(parts: Components) -> tuple[Learner, SampledRound]:
-    """A learner one version ahead of the round that it is about to learn from; at lag 0 on the round's own."""
+    """Return a learner one version ahead of the next round's; at lag 0 of the same version."""
     learner, lag = learner_of(parts), parts.recipe.max_policy_lag
     for round_index in range(lag):
         sampled = sample_round(parts, learner.weights()[0], round_index)
@@ -66,7 +66,7 @@ def transition_under(parts: Components, weights: PolicyWeights, batch: Transitio
 
 @pytest.mark.parametrize("inner_epochs", [1, pytest.param(2, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.thorough), 1])
-def test_references_are_those_of_the_updates_start_and_of_the_version_that_drew(
+def test_references_are_of_the_updates_start_and_of_the_behavior_policy(
     lag: int, inner_epochs: int, tables: dict
 ) -> None:
     values = {"max_policy_lag": lag, "learner__inner_epochs": inner_epochs}
@@ -153,7 +153,7 @@ BAND, CLIP, LIMIT = 2e-4, 2e-4, 0.05
 def slow_loss(
     policy: Policy, old: dict[TransitionIndex, np.ndarray], pair: TransitionIndex, transitions: RoundTransitions
 ) -> tuple[torch.Tensor, bool]:
-    """One pair's loss by the formula, from the mean that the behavior policy has there; and whether it is left."""
+    """Return a transition's loss by the formula, from the behavior policy's mean; and whether it is unmasked."""
     batch = transitions.batch([pair])
     transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
     drift = reference.gaussian_kl(transition.mean.detach().numpy(), old[pair], float(transition.std))
@@ -164,7 +164,7 @@ def slow_loss(
     return -weight * advantage * torch.exp(log_prob - log_prob.detach()).sum(), drift <= LIMIT
 
 
-def test_the_gradient_is_that_of_the_decoupled_loss_over_the_pairs_left_taken_pair_by_pair(tables: dict) -> None:
+def test_the_gradient_is_that_of_the_decoupled_loss_over_unmasked_transitions(tables: dict) -> None:
     off_policy = {"ratio": "proximal", "importance_weight": BAND, "max_drift_nats": LIMIT}
     tables = {**tables, "algorithm": {"name": "ddpo_is", "clip_range": CLIP, "off_policy": off_policy}}
     parts = parts_with(tables, max_policy_lag=1, **ONE_STEP)
@@ -192,7 +192,7 @@ def test_the_gradient_is_that_of_the_decoupled_loss_over_the_pairs_left_taken_pa
     assert metrics["masked_fraction"] == pytest.approx(1 - len(left) / len(pairs))
 
 
-def test_a_learner_that_goes_on_from_a_state_arrives_at_the_same_bits(tables: dict) -> None:
+def test_a_learner_that_resumes_from_a_state_arrives_at_the_same_bits(tables: dict) -> None:
     off_policy = {"ratio": "proximal", "importance_weight": BAND, "max_drift_nats": LIMIT}
     tables = {**tables, "algorithm": {**tables["algorithm"], "off_policy": off_policy}}
     parts = parts_with(tables, max_policy_lag=1)

@@ -1,4 +1,4 @@
-"""The optimizer by recipe: AdamW, or AdamW whose moments have 8 bits; its state comes back to the same bits."""
+"""The recipe's optimizer: AdamW, or AdamW with 8-bit state; the state is restored to the same bits."""
 
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def parameters_of(*shapes: tuple[int, ...]) -> dict[str, nn.Parameter]:
 
 
 def learn(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], steps: range) -> None:
-    """Steps along gradients that are a fixed direction with noise, as those of batches are."""
+    """Make steps along gradients of a fixed direction with noise, as those of batches are."""
     for step in steps:
         generator = torch.Generator().manual_seed(1000 + step)
         for name, parameter in parameters.items():
@@ -71,7 +71,7 @@ def test_eight_bits_move_parameters_within_three_hundredths_of_where_float32_doe
 
 
 @pytest.mark.eight_bit
-def test_an_eight_bit_state_is_a_byte_a_moment_and_number_and_its_scales() -> None:
+def test_an_eight_bit_state_is_two_bytes_a_number_and_its_scales() -> None:
     parameters = parameters_of((64, 64))
     optimizer = optimizer_of(parameters, settings("adamw_8bit"))
     learn(optimizer, parameters, range(1))
@@ -83,7 +83,7 @@ def test_an_eight_bit_state_is_a_byte_a_moment_and_number_and_its_scales() -> No
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.eight_bit)])
-def test_a_state_that_went_through_arrays_goes_on_to_the_same_bits(optimizer: str, tmp_path: Path) -> None:
+def test_a_state_that_went_through_arrays_leads_to_the_same_bits(optimizer: str, tmp_path: Path) -> None:
     table, whole, first, second = settings(optimizer), *(parameters_of(*SHAPES) for _ in range(3))
     learn(optimizer_of(whole, table), whole, range(6))
     stopped = optimizer_of(first, table)
@@ -100,7 +100,7 @@ def test_a_state_that_went_through_arrays_goes_on_to_the_same_bits(optimizer: st
 
 
 @pytest.mark.eight_bit
-def test_parameters_laid_out_with_channels_last_go_on_to_the_same_bits_too() -> None:
+def test_parameters_in_channels_last_lead_to_the_same_bits_after_a_resume() -> None:
     def channels_last() -> dict[str, nn.Parameter]:
         parameters = parameters_of((64, 32, 3, 3))
         for parameter in parameters.values():
@@ -124,7 +124,7 @@ def small(tables: dict, **values: object) -> dict:
 
 
 @pytest.mark.eight_bit
-def test_a_learner_with_eight_bits_goes_on_from_a_checkpoint_to_the_same_bits(tables: dict, tmp_path: Path) -> None:
+def test_a_learner_with_eight_bits_resumes_from_a_checkpoint_to_the_same_bits(tables: dict, tmp_path: Path) -> None:
     parts = parts_with(tables, **small(tables))
     learner = Learner(parts.policy, parts.algorithm, parts.recipe)
     first = sample_round(parts, learner.weights()[-1], round_index=0)
@@ -162,7 +162,7 @@ def test_the_plan_counts_two_bytes_a_parameter_and_not_eight(tables: dict) -> No
     assert held == pytest.approx(plan_of(parts.recipe).optimizer_bytes, rel=0.1)
 
 
-def test_without_its_library_the_recipe_is_refused_before_anything_is_drawn(
+def test_without_its_library_the_recipe_is_refused_before_anything_is_sampled(
     tables: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

@@ -12,13 +12,13 @@ from tests.rounds import SampledRound, learner_of, parts_with, sample_round, sta
 
 @pytest.fixture
 def parts(tables: dict) -> Components:
-    """Two parts of two tasks of two images; an optimizer step has a part."""
+    """Return a recipe with two parts of two tasks of two images, and one optimizer step a part."""
     changes = {"sampling__batch_size": 2, "sampling__batches_per_round": 4, "max_policy_lag": 1}
     return parts_with(tables, **changes, learner__batch_size=4, learner__micro_batch_size=2, learner__parts_per_round=2)
 
 
 def halves(sampled: SampledRound, count: int = 2) -> list[SampledRound]:
-    """The round cut into its parts."""
+    """Cut the round into its parts."""
     batch, size = sampled.batch, len(sampled.trajectories) // count
     images = len(batch.advantages) // count
     return [
@@ -54,7 +54,7 @@ def one_after_the_other(learner: Learner, sampled: SampledRound) -> tuple[dict[s
     return metrics, after.weights[-1].buffer
 
 
-def test_two_parts_of_one_optimizer_step_each_are_two_updates_with_nothing_published_between(parts: Components) -> None:
+def test_two_parts_are_two_updates_with_nothing_published_between(parts: Components) -> None:
     in_parts, in_rounds = learner_of(parts), learner_of(parts)
     sampled = sample_round(parts, in_parts.weights()[-1])
     before = in_parts.weights()
@@ -74,8 +74,8 @@ def test_two_parts_of_one_optimizer_step_each_are_two_updates_with_nothing_publi
     assert metrics["log_prob_check/max_abs"] < 1e-5, "the second part is checked under the weights that sampled it"
 
 
-def test_the_second_part_is_learned_from_with_the_weights_that_the_first_one_left(parts: Components) -> None:
-    """In one part its ratio would be 1 all along; here the policy has moved since the images were sampled."""
+def test_the_second_part_is_trained_on_with_the_weights_that_the_first_one_left(parts: Components) -> None:
+    """The policy has changed since the images were sampled; in a single part the ratio would be 1."""
     learner = learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])
     metrics, _ = one_after_the_other(learner, sampled)
@@ -96,7 +96,7 @@ def test_what_was_begun_is_undone_by_the_state_before_it(parts: Components) -> N
     assert {**metrics, "seconds/learn": 0} == {**expected_metrics, "seconds/learn": 0}
 
 
-def test_a_part_that_was_drawn_with_other_weights_is_refused_though_the_first_was_not(parts: Components) -> None:
+def test_a_part_that_was_sampled_with_other_weights_is_refused(parts: Components) -> None:
     learner = learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])
     first, last = halves(sampled)[0], halves(stale(sampled, [0.01]))[1]
@@ -105,7 +105,7 @@ def test_a_part_that_was_drawn_with_other_weights_is_refused_though_the_first_wa
         learner.update(last.batch, *last.trajectories)
 
 
-def test_a_part_whose_images_are_all_set_aside_moves_nothing(parts: Components) -> None:
+def test_a_part_whose_images_are_all_dropped_moves_nothing(parts: Components) -> None:
     learner = learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])
     first, last = halves(sampled)

@@ -79,7 +79,7 @@ def small(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture(scope="module")
 def outcomes(small: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
-    """Of all cases, each rank's."""
+    """Run all cases in two ranks, and return each rank's outcome."""
     tables = with_changes(small, {"learner": TWO_RANKS})
     auto = with_changes(tables, {"learner": {"micro_batch_size": "auto"}})
     cases = {name: _case(small, name, TWO_RANKS) for name in LEARNED}
@@ -109,10 +109,10 @@ def _comparable(metrics: dict[str, float]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_they_learn_what_one_rank_learns_with_twice_the_accumulation(
+def test_two_ranks_learn_what_one_rank_learns_with_twice_the_accumulation(
     name: str, outcomes: dict[str, list[Outcome]], alone: Callable[[str], Outcome]
 ) -> None:
-    """Weights and metrics; in float32 the order of a sum is left, in float64 nothing."""
+    """Weights and metrics agree up to the order of sums in float32, and exactly in float64."""
     two, one = outcomes[name][0], alone(name)
     assert len(two.steps) == len(one.steps)
     error = relative_error(two.weights, one.weights)
@@ -149,25 +149,25 @@ def test_what_one_rank_finds_wrong_stops_both_and_leaves_them_as_they_were(
     assert zero.metrics[0]["loss"] == pytest.approx(calm.metrics[0]["loss"], abs=1e-6)
 
 
-def test_ranks_whose_weights_go_apart_are_told_by_name(outcomes: dict[str, list[Outcome]]) -> None:
+def test_ranks_whose_weights_diverge_are_named(outcomes: dict[str, list[Outcome]]) -> None:
     for outcome in outcomes["go_apart"]:
         (error,) = outcome.errors
         assert "the weights of rank 1 of 2 are not those of rank 0" in error
         assert len(outcome.steps) == 1, "at the first optimizer step"
 
 
-def test_of_two_micro_batches_that_are_found_both_take_the_smaller(outcomes: dict[str, list[Outcome]]) -> None:
+def test_ranks_use_the_smallest_micro_batch_size_that_any_found(outcomes: dict[str, list[Outcome]]) -> None:
     assert [outcome.micro_batch_size for outcome in outcomes["find_least_micro_batch"]] == [2.0, 2.0]
 
 
-def test_a_rank_whose_other_is_gone_says_so_and_does_not_wait_for_ever(outcomes: dict[str, list[Outcome]]) -> None:
+def test_a_rank_whose_peer_is_gone_reports_it_and_does_not_wait_for_ever(outcomes: dict[str, list[Outcome]]) -> None:
     left, gone = outcomes["lose_one"]
     assert not gone.errors and left.seconds < 30
     (error,) = left.errors
     assert error.startswith("rank 0 of 2 has lost the others")
 
 
-def test_a_rank_takes_every_other_image_with_all_of_its_places() -> None:
+def test_a_rank_takes_every_other_image_with_all_of_its_steps() -> None:
     indices = [(image, step) for step in (0, 1) for image in (7, 3, 9, 4)]
     assert share_of(indices, 0, 1) is indices
     assert share_of(indices, 0, 2) == [(7, 0), (9, 0), (7, 1), (9, 1)]
@@ -195,23 +195,23 @@ def _asked(items: RoundTransitions, epochs: list, share: tuple[int, int], own_pa
     return Update(items, epochs, weights, weights, share).steps(own_pass_will_do)
 
 
-def test_references_are_taken_of_a_ranks_own_pairs_and_the_first_step_is_the_whole_learners(
+def test_references_are_of_a_ranks_share_but_for_the_first_step_of_all_ranks(
     transitions: RoundTransitions,
 ) -> None:
-    """A rank without a pair in the first step takes those of the second: the policy has moved under it by then."""
+    """A rank without a transition in the first step precomputes those of the second: the policy changes before it."""
     epochs = [[[(0, 0)], [(1, 0), (2, 0)], [(3, 0)]]]
     assert _asked(transitions, epochs, (1, 2), own_pass_will_do=True) == [[(2, 0)]]
     assert _asked(transitions, epochs, (0, 2), own_pass_will_do=True) == [[(1, 0)], [(3, 0)]]
     assert _asked(transitions, epochs, (0, 2), own_pass_will_do=False) == [[(0, 0)], [(1, 0)], [(3, 0)]]
 
 
-def test_what_was_another_ranks_in_the_first_inner_epoch_has_its_references_too(transitions: RoundTransitions) -> None:
+def test_transitions_of_another_rank_in_the_first_epoch_have_references_too(transitions: RoundTransitions) -> None:
     epochs = [[[(0, 0), (1, 0)], [(2, 0), (3, 0)]], [[(1, 0), (2, 0)], [(0, 0), (3, 0)]]]
     assert _asked(transitions, epochs, (0, 2), own_pass_will_do=True) == [[(0, 0)], [(2, 0)], [(1, 0)]]
     assert _asked(transitions, epochs, (0, 1), own_pass_will_do=True) == epochs[0]
 
 
-def test_ranks_are_told_apart_where_actors_and_their_work_are_listed(small: dict) -> None:
+def test_ranks_have_different_names_on_the_dashboard(small: dict) -> None:
     parts = parts_with(small)
     assert repr(learner_of(parts, ProcessGroup(1, 2))).startswith("Learner rank 1 of 2, of ")
     assert repr(learner_of(parts)).startswith("Learner of ")
@@ -220,7 +220,7 @@ def test_ranks_are_told_apart_where_actors_and_their_work_are_listed(small: dict
     assert title_of(batch) == "Learner: learn from round 3"
 
 
-def test_a_recipe_says_how_many_ranks_there_are_and_whether_each_has_a_gpu_of_its_own(small: dict) -> None:
+def test_a_recipe_decides_the_world_size_and_whether_ranks_share_gpus(small: dict) -> None:
     for num_gpus, own in ((0.5, False), (0.6, True), (1, True)):
         learner = {**TWO_RANKS, "num_gpus": num_gpus}
         ranks = process_groups(parts_with(with_changes(small, {"learner": learner})).recipe)
@@ -228,7 +228,7 @@ def test_a_recipe_says_how_many_ranks_there_are_and_whether_each_has_a_gpu_of_it
         assert {each._own_gpu for each in ranks} == {own}
 
 
-def test_one_rank_alone_has_no_process_group_and_gives_back_what_it_is_given() -> None:
+def test_a_single_rank_has_no_process_group_and_returns_its_input() -> None:
     ranks, values = ProcessGroup(), torch.tensor([1.0, 2.0])
     assert (ranks.all_reduce_sum(3), ranks.all_reduce_max(2), ranks.all_reduce_min(5)) == (3, 2, 5)
     assert ranks.all_gather(values).tolist() == [1.0, 2.0] and ranks.all_gather(None) is None

@@ -35,7 +35,7 @@ def test_a_sum_is_of_the_rewards_as_they_are_and_keeps_no_parts() -> None:
     assert found.parts == {}
 
 
-def test_normalised_rewards_count_by_their_weights_and_not_by_their_units() -> None:
+def test_normalized_rewards_count_by_their_weights_and_not_by_their_units() -> None:
     aggregation = RewardAggregation({"a": 1.0, "b": 0.5}, "z_score")
     found = joined(aggregation, {"a": [0, 1], "b": [0, -1000]})
     assert found.parts["a"] == pytest.approx([-1, 1]) and found.parts["b"] == pytest.approx([1, -1])
@@ -50,7 +50,7 @@ def test_win_rates_by_hand() -> None:
 
 
 @given(numbers, st.sampled_from([2, 4, 8]))
-def test_win_rates_as_a_slow_count_of_pairs_has_them(rewards: list[float], group: int) -> None:
+def test_win_rates_are_those_of_a_slow_count_of_pairs(rewards: list[float], group: int) -> None:
     expected = []
     for place, own in enumerate(rewards):
         start = place - place % group
@@ -73,7 +73,7 @@ def test_an_outlier_that_rules_a_sum_is_one_win_among_win_rates() -> None:
     assert by_wins.advantages[1] == pytest.approx(by_wins.advantages[2]) == pytest.approx(by_wins.advantages.max())
 
 
-def test_gdpo_tells_apart_what_a_sum_before_comparing_makes_alike() -> None:
+def test_gdpo_distinguishes_images_whose_sums_of_rewards_are_equal() -> None:
     """Rewards (0, 1) and (1, 0) have the same sum. Compared separately, the rarer one has the larger advantage."""
     weights, rewards = {"a": 1.0, "b": 1.0}, {"a": [0, 0, 0, 1], "b": [1, 0, 1, 0]}
     summed = joined(RewardAggregation(weights), rewards, GROUP, 4).advantages
@@ -102,7 +102,7 @@ def test_gdpo_keeps_statistics_of_each_reward_over_rounds() -> None:
     assert found.parts["a"] == pytest.approx(np.array([0.0, 1.0]) / 0.5**0.5, abs=1e-5)
 
 
-def test_what_is_joined_has_one_ring_a_prompt_however_many_rewards() -> None:
+def test_aggregated_rewards_have_one_ring_a_prompt_however_many_rewards() -> None:
     aggregation = RewardAggregation({"a": 1.0, "b": 1.0})
     algorithm = DDPOImportanceSampling(advantages=AdvantageSettings(min_count=1))
     rewards = {"a": np.array([1.0, 2.0]), "b": np.array([5.0, 3.0])}
@@ -111,7 +111,7 @@ def test_what_is_joined_has_one_ring_a_prompt_however_many_rewards() -> None:
     }
 
 
-def test_diffusion_nft_makes_optimalities_of_joined_advantages() -> None:
+def test_diffusion_nft_makes_optimalities_of_aggregated_advantages() -> None:
     algorithm = DiffusionNFT(advantage_clip=2.0, advantages=AdvantageSettings(kind="round"))
     aggregation = RewardAggregation({"a": 1.0, "b": 1.0}, "advantages")
     rewards = {"a": np.array([0.0, 1.0]), "b": np.array([0.0, 9.0])}
@@ -145,7 +145,7 @@ def test_a_floor_never_lets_an_image_below_it_beat_one_that_keeps_it(
 
 
 @pytest.mark.parametrize("join", ["sum", "z_score", "advantages", "win_rate"])
-def test_a_floor_holds_in_every_way_of_joining(join: str) -> None:
+def test_a_floor_holds_in_every_kind_of_aggregation(join: str) -> None:
     aggregation = RewardAggregation({"aim": 1.0, "guard": 0.0}, join, {"guard": 0.5})
     found = joined(aggregation, {"aim": [10, 1, 2, 9], "guard": [0.1, 0.9, 0.8, 0.4]}, GROUP, 4)
     assert found.advantages.argsort().tolist() == [0, 3, 1, 2]
@@ -166,7 +166,7 @@ def recipe_with(tables: dict, *words: str, **values: object) -> Recipe:
     return Recipe.parse(with_overrides({**tables, **values}, list(words)))
 
 
-def test_a_recipe_says_weights_floors_and_how_they_are_joined(tables: dict) -> None:
+def test_a_recipe_says_weights_floors_and_how_they_are_aggregated(tables: dict) -> None:
     parts = components_of(recipe_with(tables, "--aggregation.kind", "z_score", **TWO))
     weights = {"jpeg_compressibility": 1.0, "animal_classifier": 0.5}
     assert parts.aggregation == RewardAggregation(weights, "z_score", {"animal_classifier": -1.0})
@@ -174,7 +174,7 @@ def test_a_recipe_says_weights_floors_and_how_they_are_joined(tables: dict) -> N
 
 def test_an_algorithm_without_advantages_cannot_join_them(tables: dict) -> None:
     of_rwr = {**tables, "algorithm": {"name": "rwr"}}
-    with pytest.raises(ValueError, match="join is 'advantages', and RewardWeightedRegression makes weights"):
+    with pytest.raises(ValueError, match="aggregation.kind is 'advantages', and RewardWeightedRegression makes weights"):
         components_of(recipe_with(of_rwr, "--aggregation.kind", "advantages", "--learner.micro_batch_size", "4", **TWO))
 
 
@@ -190,6 +190,6 @@ def test_an_algorithm_without_advantages_cannot_join_them(tables: dict) -> None:
         ),
     ],
 )
-def test_what_cannot_be_joined_is_refused(tables: dict, words: list[str], values: dict, text: str) -> None:
+def test_what_cannot_be_aggregated_is_refused(tables: dict, words: list[str], values: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         recipe_with(tables, *words, **values)

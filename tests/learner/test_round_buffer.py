@@ -52,7 +52,7 @@ def test_several_rewards_are_summed_by_their_weights() -> None:
     assert metrics["reward/a/mean"] == 1.5 and metrics["reward/b/mean"] == 2
 
 
-def test_rows_of_one_text_are_one_prompt_to_its_statistics_and_groups_of_their_own() -> None:
+def test_rows_of_one_text_share_statistics_and_form_separate_groups() -> None:
     prompts = tuple(Prompt("two cats", {"place": place}) for place in (1, 1, 2, 2))
     report = TaskReport(Task(0, 0, 0, prompts, (1, 2, 3, 4)), "f", 1, 1, 1.0)
     rollouts = [Rollout(report, Scores({"a": np.array([1, 2, 5, 9], np.float32)}, 1.0), None, None)]
@@ -73,7 +73,7 @@ def test_metrics_by_hand() -> None:
     assert metrics["advantage/std"] == pytest.approx(((1.5 + 1.5) / 4) ** 0.5, rel=1e-5)
 
 
-def test_prompts_have_metrics_of_their_own_where_they_are_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_have_separate_metrics_if_they_are_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(round_metrics, "MOST_PROMPTS", 1)
     rollouts = [rollout(0, ["cat", "dog"], a=[1, 7])]
     metrics = reward_metrics(buffer({"a": 1.0}).train_batch(rollouts), rollouts, {"a": 1.0})
@@ -92,7 +92,7 @@ def test_statistics_last_over_rounds_as_in_the_reference() -> None:
     assert ours.statistics == {"joined": {prompt: tuple(ring) for prompt, ring in tracker.rings.items()}}
 
 
-def test_a_buffer_with_its_statistics_given_back_goes_on_as_before() -> None:
+def test_a_buffer_resumes_from_its_statistics() -> None:
     first, second = buffer({"a": 1.0}, min_count=2), buffer({"a": 1.0}, min_count=2)
     first.train_batch([rollout(0, ["cat", "cat"], a=[1, 2])])
     second.statistics = first.statistics
@@ -109,14 +109,14 @@ def test_tasks_out_of_order_or_of_two_rounds_are_our_own_error() -> None:
 
 
 def with_failures(rollout: Rollout, dropped: dict[int, str]) -> Rollout:
-    """The rollout after its reward has failed at these rows."""
+    """Return the rollout after its reward failed at these rows."""
     rewards = {name: values.copy() for name, values in rollout.scores.rewards.items()}
     for values in rewards.values():
         values[list(dropped)] = np.nan
     return dataclasses.replace(rollout, scores=Scores(rewards, 1.0, dropped))
 
 
-def test_a_group_is_set_aside_whole_and_the_rest_is_worth_what_it_is_without_it() -> None:
+def test_an_entire_group_is_dropped_and_the_others_advantages_ignore_it() -> None:
     ours = buffer({"a": 1.0}, images_per_prompt=2, kind="round")
     # Groups of the round: cats 1, 2; dogs 3, ?; cows 5, 9. Tasks cut the dogs in two.
     first = rollout(0, ["cat", "cat", "dog"], a=[1, 2, 3])
@@ -133,7 +133,7 @@ def test_a_group_is_set_aside_whole_and_the_rest_is_worth_what_it_is_without_it(
     assert "reward/prompt/dog" not in metrics and metrics["reward/prompt/cow"] == 7
 
 
-def test_statistics_of_a_prompt_do_not_know_what_was_set_aside() -> None:
+def test_statistics_of_a_prompt_ignore_dropped_images() -> None:
     ours, tracker = buffer({"a": 1.0}, min_count=2), PerPromptTracker(32, 2)
     batch = ours.train_batch([with_failures(rollout(0, ["cat", "cat", "cat", "dog"], a=[1, 0, 4, 2]), {1: "x"})])
     assert ours.statistics == {"joined": {"cat": (1.0, 4.0), "dog": (2.0,)}}
@@ -141,13 +141,13 @@ def test_statistics_of_a_prompt_do_not_know_what_was_set_aside() -> None:
     assert np.delete(batch.advantages, 1) == pytest.approx(expected) and np.isnan(batch.advantages[1])
 
 
-def test_a_round_without_failures_sets_nothing_aside() -> None:
+def test_a_round_without_failures_drops_nothing() -> None:
     ours = buffer({"a": 1.0}, max_dropped=0, kind="round")
     batch = ours.train_batch([rollout(0, ["cat", "dog"], a=[1, 2])])
     assert batch.dropped == () and ours.dropped == {}
 
 
-def test_a_round_learned_from_again_sets_aside_what_it_did_before_and_counts_it_once() -> None:
+def test_a_round_trained_on_again_drops_the_same_images_and_counts_them_once() -> None:
     ours = buffer({"a": 1.0}, max_dropped=1, kind="round")
     failed = [with_failures(rollout(0, ["cat", "dog", "cow"], a=[1, 2, 3]), {1: "it hung"})]
     before = ours.train_batch(failed)
@@ -180,7 +180,7 @@ def test_a_round_of_which_nothing_is_left_ends_the_run() -> None:
         )
 
 
-def test_a_part_is_held_against_the_rewards_up_to_it_and_no_later_ones() -> None:
+def test_a_part_is_compared_with_the_rewards_up_to_it_and_no_later_ones() -> None:
     ours, tracker = buffer({"a": 1.0}, min_count=2, parts_per_round=2), PerPromptTracker(32, 2)
     halves = [rollout(0, ["cat", "cat", "dog"], a=[1, 2, 9]), rollout(1, ["cat", "dog", "dog"], a=[6, 3, 5])]
     batches = [ours.train_batch([half]) for half in halves]
@@ -196,7 +196,7 @@ def test_a_part_is_held_against_the_rewards_up_to_it_and_no_later_ones() -> None
     assert metrics["images"] == 6 and metrics["reward/prompt/cat"] == 3
 
 
-def test_a_part_may_be_set_aside_whole_and_images_are_numbered_in_the_round() -> None:
+def test_an_entire_part_may_be_dropped_and_images_are_numbered_in_the_round() -> None:
     ours = buffer({"a": 1.0}, images_per_prompt=2, kind="round", parts_per_round=2)
     first, second = rollout(0, ["cat", "cat"], a=[1, 2]), rollout(1, ["dog", "dog"], a=[3, 4])
     batches = [ours.train_batch([first]), ours.train_batch([with_failures(second, {1: "it hung"})])]
@@ -207,7 +207,7 @@ def test_a_part_may_be_set_aside_whole_and_images_are_numbered_in_the_round() ->
     assert reward_metrics(whole, [first, second], {"a": 1.0})["images_dropped"] == 2
 
 
-def test_a_round_whose_parts_are_all_set_aside_ends_the_run() -> None:
+def test_a_round_whose_parts_are_all_dropped_ends_the_run() -> None:
     ours = buffer({"a": 1.0}, kind="round", parts_per_round=2)
     ours.train_batch([with_failures(rollout(0, ["cat"], a=[1]), {0: "it hung"})])
     with pytest.raises(TooManyDropped, match="all 2 images of round 0"):

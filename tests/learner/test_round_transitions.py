@@ -1,4 +1,4 @@
-"""A round's pairs: each row of a batch is the image and step that was asked for, whichever trajectory it is in."""
+"""A round's transitions: each row of a batch is the requested image and step, in any trajectory."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_tran
 
 
 def numbered(first_image: int, prompt_index: list[int], steps: list[int]) -> Trajectory:
-    """Every number says where it belongs: 100 · image + step, plus 0.5 in what leaves the step."""
+    """Return trajectories whose numbers are 100 · image + step, plus 0.5 in latents that leave the step."""
     images = first_image + torch.arange(len(prompt_index))
     places = 100.0 * images[:, None] + torch.tensor(steps)
     latents = places[:, :, None, None, None].expand(-1, -1, 1, 2, 2)
@@ -34,7 +34,7 @@ def transitions() -> RoundTransitions:
     return round_transitions(trajectories, np.array([0.0, 1.0, 2.0, 3.0, 4.0]), "cpu")
 
 
-def test_each_row_is_the_pair_that_was_asked_for(transitions: RoundTransitions) -> None:
+def test_each_row_is_the_requested_transition(transitions: RoundTransitions) -> None:
     batch = transitions.batch([(4, 0), (1, 1), (0, 1), (3, 0)])
     assert batch.steps.tolist() == [3, 7, 7, 3]
     assert batch.latents[:, 0, 0, 0].tolist() == [403, 107, 7, 303]
@@ -50,12 +50,12 @@ def test_each_row_has_its_own_images_prompt(transitions: RoundTransitions) -> No
     assert conditioning["negative_prompt_embeds"].shape == (5, 3, 2)
 
 
-def test_the_pairs_of_images_are_all_their_steps(transitions: RoundTransitions) -> None:
+def test_the_indices_of_images_are_all_their_steps(transitions: RoundTransitions) -> None:
     assert transitions.num_trained_steps == 2
     assert transitions.indices_of(np.array([4, 1])) == [(4, 0), (1, 0), (4, 1), (1, 1)]
 
 
-def test_set_aside_images_are_missing_from_their_optimizer_step_and_move_no_other(
+def test_dropped_images_are_missing_from_their_optimizer_step_and_move_no_other(
     transitions: RoundTransitions,
 ) -> None:
     order = np.array([4, 1, 0, 3, 2])

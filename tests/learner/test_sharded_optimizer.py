@@ -1,4 +1,4 @@
-"""An optimizer whose moments are divided among ranks moves weights to the bits of one that every rank has whole."""
+"""An optimizer with state sharded across ranks gives the bits of an unsharded one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ EIGHT_BIT = {"policy": {"train": "full", "model": "tiny_animals"}, "learner": {"
 
 
 def both_ways(tables: dict, changes: dict) -> tuple[Case, Case]:
-    """The case with every rank's moments whole, and with each rank's part of them."""
+    """Run the case with unsharded and with sharded optimizer state."""
     whole = with_changes(with_changes(tables, {"learner": TWO_RANKS}), changes)
     return Case(whole, rounds=2), Case(with_changes(whole, DIVIDED), rounds=2)
 
@@ -48,10 +48,10 @@ def outcomes(small: dict, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 
 def check_division(divided: list[Outcome], whole: list[Outcome]) -> None:
-    """The same weights after every optimizer step, and of the same moments each rank has its half."""
+    """Weights are equal after every optimizer step, and each rank has half of the optimizer state."""
     assert divided[0].steps == divided[1].steps == whole[0].steps == whole[1].steps
     assert len(set(whole[0].steps)) == len(whole[0].steps) >= 4
-    zero, one, undivided = divided[0].moments, divided[1].moments, whole[0].moments
+    zero, one, undivided = divided[0].optimizer_state, divided[1].optimizer_state, whole[0].optimizer_state
     assert undivided.keys() == zero.keys() | one.keys() and not zero.keys() & one.keys()
     for place, moments in {**zero, **one}.items():
         assert np.array_equal(moments, undivided[place]), place
@@ -62,12 +62,12 @@ def check_division(divided: list[Outcome], whole: list[Outcome]) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", LEARNED)
-def test_divided_moments_lead_to_the_bits_of_whole_ones_and_each_rank_keeps_half(name: str, outcomes: Outcomes) -> None:
+def test_sharded_optimizer_state_has_the_bits_of_unsharded_state(name: str, outcomes: Outcomes) -> None:
     check_division(outcomes[f"divided {name}"], outcomes[name])
 
 
 @pytest.mark.thorough
-def test_gradients_and_weights_that_travel_in_many_buckets_have_the_same_bits(outcomes: Outcomes) -> None:
+def test_gradients_and_weights_sent_in_many_buckets_have_the_same_bits(outcomes: Outcomes) -> None:
     check_division(outcomes["divided in buckets"], outcomes["full"])
 
 
@@ -84,7 +84,7 @@ def test_a_bucket_has_as_many_tensors_in_their_order_as_it_holds(monkeypatch: py
 
 
 @pytest.mark.thorough
-def test_a_rank_whose_weights_went_another_way_is_found_before_the_others_are_laid_over_them(
+def test_a_rank_with_other_weights_is_found_before_the_broadcast(
     outcomes: Outcomes,
 ) -> None:
     for outcome in outcomes["go_apart"]:
@@ -94,16 +94,16 @@ def test_a_rank_whose_weights_went_another_way_is_found_before_the_others_are_la
 
 
 @pytest.mark.eight_bit
-def test_so_do_moments_in_eight_bits(small: dict, tmp_path: Path) -> None:
+def test_sharded_state_in_eight_bits_has_the_bits_of_unsharded_state(small: dict, tmp_path: Path) -> None:
     changes = with_changes(EIGHT_BIT, {"sampling": {"num_steps": 3}, "learner": {"micro_batch_size": 2}})
     whole, divided = both_ways(small, changes)
     found = run_in_ranks({"whole": whole, "divided": divided}, tmp_path)
-    assert np.dtype("uint8") in {moments.dtype for moments in found["whole"][0].moments.values()}
+    assert np.dtype("uint8") in {array.dtype for array in found["whole"][0].optimizer_state.values()}
     check_division(found["divided"], found["whole"])
 
 
 @pytest.mark.eight_bit
-def test_in_eight_bits_a_rank_lays_the_others_parameters_out_as_they_do() -> None:
+def test_in_eight_bits_all_ranks_use_the_same_memory_format() -> None:
     settings = LearnerTable.model_validate(
         {**TWO_RANKS, "micro_batch_size": 1, "optimizer": "adamw_8bit", "shard_optimizer_state": True}
     )

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def whole_network(rounds_done: int = 3) -> Checkpoint:
-    """Weights of 1,000 numbers, an average of them, and an optimizer of several dtypes."""
+    """Return a state with weights of 1,000 numbers, their average, and optimizer state of several dtypes."""
     generator = np.random.default_rng(rounds_done)
     weights = pack(rounds_done, {"a": generator.normal(size=(20, 30)), "b": generator.normal(size=400)})
     average = pack(rounds_done, {"a": np.ones((20, 30)), "b": np.zeros(400)})
@@ -66,7 +66,7 @@ def test_a_buffer_is_cut_by_bytes(numbers: int, limit: int, sizes: list[int], tm
     assert np.array_equal(read_buffer(folder, "w.safetensors", len(sizes), numbers), buffer)
 
 
-def test_arrays_are_grouped_in_their_order_and_one_that_is_too_large_lies_alone(tmp_path: Path) -> None:
+def test_arrays_are_grouped_in_order_and_a_too_large_one_is_alone(tmp_path: Path) -> None:
     sizes, folder = {"a": 2, "b": 2, "c": 9, "d": 1, "e": 3}, Storage(tmp_path)
     arrays = {name: np.full(size, size, np.float32) for name, size in sizes.items()}
     shards = grouped("o.safetensors", arrays, 16)
@@ -168,7 +168,7 @@ print(peak() - before)
 
 
 def beyond_the_state(folder: Path, shard_bytes: int) -> float:
-    """Bytes that saving a state of 128 MB takes at its most, in a process of its own."""
+    """Return the peak bytes of saving a state of 128 MB, in a separate process."""
     command = [sys.executable, "-c", MEMORY, str(folder), str(shard_bytes)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -176,7 +176,7 @@ def beyond_the_state(folder: Path, shard_bytes: int) -> float:
 
 
 @pytest.mark.thorough
-def test_saving_takes_the_memory_of_a_shard_or_two_and_not_of_the_whole_state(tmp_path: Path) -> None:
+def test_saving_takes_the_memory_of_a_shard_or_two_and_not_of_the_full_state(tmp_path: Path) -> None:
     sharded = beyond_the_state(tmp_path / "sharded", 4 * MEGABYTE)
     whole = beyond_the_state(tmp_path / "whole", 1024 * MEGABYTE)
     print(

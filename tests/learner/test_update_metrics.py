@@ -16,7 +16,7 @@ def result(loss: list[float], log_ratio: list[float], clipped: list[float]) -> T
 
 @pytest.fixture
 def summary() -> dict[str, float]:
-    """Two optimizer steps, the first of two micro-batches, then three pairs looked at again."""
+    """Return metrics of two optimizer steps, the first of two micro-batches, with a divergence of three transitions."""
     metrics = UpdateMetrics(num_steps=3, latent_elements=1000)
     metrics.add_micro_batch(result([1.0, 2.0], [0.0, -0.001], [0.0, 0.0]), torch.tensor([0, 1]))
     metrics.add_micro_batch(result([3.0, 6.0], [0.0, 0.0005], [0.0, 0.0]), torch.tensor([0, 1]))
@@ -30,18 +30,18 @@ def summary() -> dict[str, float]:
     return metrics.summary()
 
 
-def test_means_are_over_all_pairs_of_the_round(summary: dict[str, float]) -> None:
+def test_means_are_over_all_transitions_of_the_round(summary: dict[str, float]) -> None:
     assert summary["loss"] == 12 / 8
     assert summary["ratio/mean"] == pytest.approx((2 + math.exp(-0.001) + math.exp(0.0005) + 5) / 8, rel=1e-6)
     assert summary["clip_fraction"] == 1 / 8
 
 
-def test_the_smallest_and_largest_ratio_are_of_the_whole_round(summary: dict[str, float]) -> None:
+def test_the_smallest_and_largest_ratio_are_of_the_full_round(summary: dict[str, float]) -> None:
     assert summary["ratio/min"] == pytest.approx(math.exp(-0.001))
     assert summary["ratio/max"] == pytest.approx(2.0)
 
 
-def test_the_largest_log_ratio_is_of_the_pairs_before_any_update(summary: dict[str, float]) -> None:
+def test_the_largest_log_ratio_is_of_the_transitions_before_any_update(summary: dict[str, float]) -> None:
     assert summary["ratio/max_abs_log"] == pytest.approx(0.001)  # not log 2, which came after it
 
 
@@ -53,12 +53,12 @@ def test_kl_is_minus_the_mean_log_ratio_times_the_latents_elements(summary: dict
     assert "kl_nats/step_02" not in summary  # nobody looked at that step
 
 
-def test_the_share_that_is_clipped_is_told_step_by_step(summary: dict[str, float]) -> None:
+def test_the_clip_fraction_is_reported_by_step(summary: dict[str, float]) -> None:
     of_steps = [summary[f"clip_fraction/step_{step:02d}"] for step in range(3)]
     assert of_steps == [1 / 4, 0, 0]  # at step 0 the pair that was clipped and three others
 
 
-def test_steps_are_counted_also_those_that_were_left_out(summary: dict[str, float]) -> None:
+def test_skipped_steps_are_counted_too(summary: dict[str, float]) -> None:
     assert summary["optimizer_steps"] == 2 and summary["optimizer_steps_skipped"] == 1
     assert summary["grad_norm"] == 4.0  # of the step that was taken: that of one left out may be infinite
 
@@ -111,7 +111,7 @@ def test_gathering_keeps_no_graph() -> None:
     assert not metrics._results[0].loss.requires_grad
 
 
-def test_a_loss_without_a_ratio_has_no_metrics_of_one_and_a_kl_to_the_pretrained_model_has_its_mean() -> None:
+def test_a_loss_without_a_ratio_has_no_ratio_metrics_and_reports_its_mean_kl() -> None:
     metrics = UpdateMetrics(num_steps=2, latent_elements=4)
     metrics.add_micro_batch(TransitionLoss(torch.tensor([1.0, 2.0])), None)
     metrics.end_optimizer_step(torch.tensor(1.0))
@@ -124,12 +124,12 @@ def test_a_loss_without_a_ratio_has_no_metrics_of_one_and_a_kl_to_the_pretrained
     assert metrics.summary()["kl_reference_nats"] == 2
 
 
-def test_a_round_in_which_nothing_is_learned_from_has_no_number_for_its_loss() -> None:
+def test_a_round_in_which_nothing_is_trained_on_has_no_number_for_its_loss() -> None:
     summary = UpdateMetrics(num_steps=1, latent_elements=1).summary()
     assert math.isnan(summary["loss"]) and summary["optimizer_steps"] == 0
 
 
-def test_the_log_ratios_of_all_pairs_are_kept_to_be_looked_at() -> None:
+def test_the_log_ratios_of_all_transitions_are_kept_for_trackers() -> None:
     metrics = UpdateMetrics(num_steps=3, latent_elements=1000)
     assert metrics.log_ratios() is None
     metrics.add_micro_batch(result([1.0, 2.0], [0.0, -0.5], [0.0, 0.0]), torch.tensor([0, 1]))

@@ -24,7 +24,7 @@ PER_IMAGE = ("prompt_index", "steps", "log_probs", "latents", "next_latents", "f
 
 
 def learner_at_lag(parts: Components) -> tuple[Learner, PolicyWeights]:
-    """A learner that is `max_policy_lag` versions ahead of the next round, and the weights to sample that with."""
+    """Return a learner `max_policy_lag` versions ahead of the next round, and the weights to sample that with."""
     learner, lag = learner_of(parts), parts.recipe.max_policy_lag
     for round_index in range(lag):
         sampled = sample_round(parts, learner.weights()[0], round_index)
@@ -33,15 +33,13 @@ def learner_at_lag(parts: Components) -> tuple[Learner, PolicyWeights]:
 
 
 def silently_drawn_with(other: PolicyWeights, parts: Components, claimed: PolicyWeights) -> SampledRound:
-    """The round that comes next, sampled with other weights, whose reports claim the right ones."""
+    """Return the next round, sampled with other weights than its reports claim."""
     sampled = sample_round(parts, other, parts.recipe.max_policy_lag)
     return SampledRound(sampled.with_reports(fingerprint=claimed.fingerprint), sampled.trajectories)
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
-def test_weights_that_silently_did_not_arrive_are_found_and_the_learner_is_left_as_it_was(
-    lag: int, tables: dict
-) -> None:
+def test_weights_that_did_not_arrive_are_found_and_the_learner_is_unchanged(lag: int, tables: dict) -> None:
     parts = parts_with(tables, max_policy_lag=lag)
     learner, claimed = learner_at_lag(parts)
     before = learner.state()
@@ -147,7 +145,7 @@ def test_the_recipes_tolerance_is_the_one_that_counts(tables: dict) -> None:
         learner.update(sampled.batch, *sampled.trajectories)
 
 
-def test_swapping_back_brings_every_bit_back_also_after_an_error(tables: dict) -> None:
+def test_temporary_weights_are_replaced_bit_for_bit_even_after_an_error(tables: dict) -> None:
     parts = parts_with(tables)
     learner = learner_of(parts)
     network, present = learner._policy.network, learner.weights()[-1]
@@ -160,7 +158,7 @@ def test_swapping_back_brings_every_bit_back_also_after_an_error(tables: dict) -
     assert read_weights(network, 0).fingerprint == present.fingerprint
 
 
-def test_nothing_is_laid_anew_where_the_version_is_the_present_one(tables: dict) -> None:
+def test_no_weights_are_loaded_if_the_version_is_the_present_one(tables: dict) -> None:
     parts = parts_with(tables)
     learner = learner_of(parts)
     parameters = list(learner._parameters.values())
@@ -172,13 +170,13 @@ def test_nothing_is_laid_anew_where_the_version_is_the_present_one(tables: dict)
 
 @pytest.fixture
 def transitions(tables: dict) -> RoundTransitions:
-    """Two tasks of four images with four steps each."""
+    """Return the transitions of two tasks of four images with four steps each."""
     parts = parts_with(tables)
     sampled = sample_round(parts, learner_of(parts).weights()[-1])
     return round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
 
 
-def test_each_pair_is_checked_in_its_own_row_and_the_tasks_take_turns(transitions: RoundTransitions) -> None:
+def test_each_transition_is_checked_in_its_row_and_the_tasks_take_turns(transitions: RoundTransitions) -> None:
     assert rows_to_check(transitions, (), 4) == [[(0, 0), (5, 1), (2, 1), (7, 2)]]
     assert rows_to_check(transitions, (0, 5), 4) == [[(4, 1), (1, 0), (2, 1), (7, 2)]]
     assert rows_to_check(transitions, (0, 4), 4) == [[None, (5, 1), (2, 1), (7, 2)]]
@@ -195,7 +193,7 @@ def test_a_round_of_small_batches_has_eight_of_its_tasks_checked(transitions: Ro
     assert [pair[0] for (pair,) in rows if pair] == list(range(8))
 
 
-def test_a_row_without_a_pair_is_no_difference_and_all_rows_set_aside_are_no_check(tables: dict) -> None:
+def test_a_row_without_a_transition_has_difference_0_and_dropped_rows_no_check(tables: dict) -> None:
     parts = parts_with(tables)
     learner = learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])
@@ -207,7 +205,7 @@ def test_a_row_without_a_pair_is_no_difference_and_all_rows_set_aside_are_no_che
     assert metrics["log_prob_check/max_abs"] <= 1e-5
 
 
-def test_a_sampler_on_another_kind_of_machine_may_round_otherwise_but_not_give_no_number(tables: dict) -> None:
+def test_a_sampler_on_another_machine_may_round_otherwise_but_not_return_nan(tables: dict) -> None:
     parts = parts_with(tables)
     elsewhere = Machine(processor="another", versions="other")
     for log_prob, refused in ((9.0, False), (torch.inf, True)):

@@ -27,19 +27,19 @@ Seen = dict[str, np.ndarray]  # "round0/latents" and so on: an array's first axe
 
 
 def prompted(tables: dict, folder: Path, *prompts: str) -> dict:
-    """The recipe's tables, with these prompts to sample from."""
+    """Return the recipe's tables with these prompts."""
     (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     return {**tables, "prompts": {"name": "file", "path": str(folder / "prompts.txt")}}
 
 
 def rewards_of(recipe: Recipe) -> list[np.ndarray]:
-    """What each round's images are worth, no matter what they show: numbers like JPEG sizes in kilobytes."""
+    """Return rewards for each round's images, independent of the images: numbers like JPEG sizes in kilobytes."""
     generator, shape = np.random.default_rng(recipe.seed), (recipe.rounds, recipe.images_per_round)
     return list(generator.normal(-5, 2, shape).astype(np.float32))
 
 
 def described(parts: Components, rewards: list[np.ndarray]) -> list[dict[str, Any]]:
-    """Each round's prompts, seeds, rewards, and the order that its images are learned from in: what TRL is handed."""
+    """Return each round's prompts, seeds, rewards and training order, as input for TRL."""
     rounds, recipe = [], parts.recipe
     for index in range(recipe.rounds):
         tasks = round_tasks(recipe, index, parts.prompts.load())
@@ -93,7 +93,7 @@ class Watched:
 
     @contextmanager
     def _pairs_watched(self, trajectories: list[Trajectory]) -> Iterator[None]:
-        """Loss and ratio of every pair that is learned from, found by its step and the latents that enter it."""
+        """Return loss and ratio of every transition, found by its step and its latents."""
         entering = torch.cat([one.latents for one in trajectories])  # of all steps
         shape = (self._recipe.learner.inner_epochs, *entering.shape[:2])
         losses, ratios, pairs = np.full(shape, np.nan), np.full(shape, np.nan), itertools.count()
@@ -116,7 +116,7 @@ class Watched:
 
     @contextmanager
     def _optimizer_steps_watched(self, weights: PolicyWeights) -> Iterator[None]:
-        """The gradient that each optimizer step takes, limited in its norm, and the adapters after it."""
+        """Record each optimizer step's gradient after clipping, and the adapters after the step."""
         names, begun, ended = list(weights.arrays()), itertools.count(), itertools.count()
 
         def note(name: str, tensors: list[torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The same job on both sides: TRL in a process and an environment of its own, the program in this one."""
+"""Both sides of the comparison: TRL in a separate process and environment, our program in this process."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ class BothSides:
     start: Seen
 
     def all_of(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """The arrays called `name`, TRL's and ours, all rounds one after the other."""
+        """Return the arrays called `name`, TRL's and ours, of all rounds."""
         keys = sorted(key for key in self.trl if key.partition("/")[2] == name)
         trl, ours = (np.stack([side[key] for key in keys]).astype(np.float64) for side in (self.trl, self.ours))
         return trl, ours
@@ -39,11 +39,11 @@ class BothSides:
         return float(np.abs(trl - ours).max())
 
     def gradient_errors(self) -> list[float]:
-        """‖ours − TRL's‖ / ‖TRL's‖ of the gradient that each optimizer step takes."""
+        """Return ‖ours − TRL's‖ / ‖TRL's‖ of each optimizer step's gradient."""
         return [relative_error(ours, trl) for trl, ours in self._steps("gradient")]
 
     def movement_errors(self) -> list[float]:
-        """After each optimizer step: the same of how far the adapters have come from their start."""
+        """Return the same of the adapters' change since the start, after each optimizer step."""
         return [relative_error(self._moved(ours), self._moved(trl)) for trl, ours in self._steps("weights")]
 
     def _steps(self, kind: str) -> list[tuple[Seen, Seen]]:
@@ -61,7 +61,7 @@ class BothSides:
 
 
 def trl_config(parts: Components) -> dict[str, Any]:
-    """The recipe in TRL's words."""
+    """Return the recipe as TRL's configuration."""
     sampling, learner, algorithm = parts.recipe.sampling, parts.recipe.learner, parts.algorithm
     assert isinstance(algorithm, DDPOImportanceSampling)
     advantages = algorithm.advantages
@@ -94,7 +94,7 @@ def run_ours(parts: Components, rewards: list[np.ndarray]) -> Seen:
 
 
 def run_both(parts: Components, rewards: list[np.ndarray], folder: Path) -> BothSides:
-    """The recipe's rounds with these rewards, from the same adapters, which already do something."""
+    """Run the recipe's rounds on both sides with these rewards, from the same non-zero adapters."""
     folder.mkdir()
     job = {"model": parts.policy.model, "config": trl_config(parts), "rounds": described(parts, rewards)}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")

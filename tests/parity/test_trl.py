@@ -1,4 +1,4 @@
-"""The program held against TRL 0.23.1: the same noise and rewards give the same paths, losses, gradients and adapters.
+"""The program compared with TRL 0.23.1: equal noise and rewards give equal trajectories, losses and gradients.
 
 Both compute in float32 with the same kernels, in batches composed differently: so they differ by rounding and no more.
 Each tolerance is a few times what was measured.

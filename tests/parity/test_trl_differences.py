@@ -1,4 +1,4 @@
-"""Where TRL 0.23.1 computes something else: what exactly, so that nobody looks for the fault on this side."""
+"""The known differences of TRL 0.23.1, shown exactly."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ SHORT = {
 
 
 def our_advantages(parts: Components, rewards: list[np.ndarray], prompts: list[str]) -> np.ndarray:
-    """Our advantages of the first round, were its prompts called so."""
+    """Return our advantages of the first round with these prompts."""
     settings = parts.algorithm.advantages
     statistics = extend_statistics({}, prompts, rewards[0], settings.buffer_size)
     return per_prompt_advantages(statistics, prompts, rewards[0], settings.min_count)
@@ -46,7 +46,7 @@ def test_trl_gives_prompts_that_its_tokenizer_cannot_tell_apart_the_same_statist
     assert both.largest_difference("advantages") > 0.01
 
 
-def test_trl_cuts_the_advantages_of_whole_numbers_to_whole_numbers(tables: dict, tmp_path: Path) -> None:
+def test_trl_truncates_the_advantages_of_integers_to_integers(tables: dict, tmp_path: Path) -> None:
     tables = prompted(tables, tmp_path, "cat")
     parts = parts_with(tables, **SHORT)
     rewards = [np.array([3, 1, 4, 1, 5, 9, 2, 6])]  # such as file sizes in bytes, or votes

@@ -44,7 +44,7 @@ class WatchedTrainer(DDPOTrainer):
     """TRL's trainer in every method; what goes through it is written down, image by image and step by step."""
 
     def watch(self, rounds: list[dict]) -> dict[str, Tensor]:
-        """Run the rounds; what was seen."""
+        """Run the rounds, and return the recorded arrays."""
         self.seen: dict[str, Tensor] = {}
         for index, described in enumerate(rounds):
             self.round, self.orders, self.optimizer_steps = index, described["orders"], itertools.count()
@@ -59,7 +59,7 @@ class WatchedTrainer(DDPOTrainer):
         self.seen[f"round{self.round}/{name}"] = value.detach().float().contiguous().clone()
 
     def given_order(self) -> Any:
-        """`randperm` for one step: the images in the order given, and each image's steps shuffled as TRL does."""
+        """Replace `randperm` for one step: images in the given order, steps shuffled as in TRL."""
         calls, num_images, orders = itertools.count(), len(self.orders[0]), iter(self.orders)
         present = list(range(num_images))  # TRL shuffles what the last inner epoch had shuffled
 
@@ -104,7 +104,7 @@ class WatchedTrainer(DDPOTrainer):
 
 
 def note_optimizer_steps(trainer: WatchedTrainer) -> None:
-    """Write down the gradient that each optimizer step takes, limited in its norm, and the adapters after it."""
+    """Record each optimizer step's gradient after clipping, and the adapters after the step."""
     adapters = {name: value for name, value in trainer.sd_pipeline.unet.named_parameters() if value.requires_grad}
 
     def before(*_: Any) -> None:

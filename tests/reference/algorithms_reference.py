@@ -6,7 +6,7 @@ import numpy as np
 
 
 def group_advantages(rewards: list[float], size: int, by_round: bool) -> list[float]:
-    """GRPO: each image against its group's mean, in deviations of the group or of the round."""
+    """Compute GRPO's advantages: each image minus its group's mean, over the std of the group or of the round."""
     advantages = []
     for start in range(0, len(rewards), size):
         group = rewards[start : start + size]
@@ -22,13 +22,13 @@ def deviation(values: list[float]) -> float:
 
 
 def softmax_weights(rewards: list[float], inverse_temperature: float) -> list[float]:
-    """RWR: exp(β r) / Z, Z so that the mean is 1."""
+    """Compute RWR's weights exp(β r) / Z, with Z so that the mean is 1."""
     powers = [math.exp(inverse_temperature * reward) for reward in rewards]
     return [len(rewards) * power / math.fsum(powers) for power in powers]
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """Linear between the two neighbours."""
+    """Interpolate linearly between the two neighbors."""
     ordered = sorted(values)
     place = (len(ordered) - 1) * percent / 100
     low = math.floor(place)
@@ -39,7 +39,7 @@ def percentile(values: list[float], percent: float) -> float:
 def negative_aware(
     predicted: np.ndarray, old: np.ndarray, target: np.ndarray, r: float, beta: float, scales: tuple[float, float]
 ) -> float:
-    """DiffusionNFT: 5 (r ‖v⁺ − v‖² / s⁺ + (1 − r) ‖v⁻ − v‖² / s⁻) / β, with s the branches' mean absolute errors."""
+    """Compute DiffusionNFT's 5 (r ‖v⁺ − v‖² / s⁺ + (1 − r) ‖v⁻ − v‖² / s⁻) / β, s: mean absolute errors."""
     total = 0.0
     for x, o, t in zip(predicted.ravel(), old.ravel(), target.ravel(), strict=True):
         positive, negative = (1 - beta) * o + beta * x, (1 + beta) * o - beta * x

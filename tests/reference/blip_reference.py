@@ -1,4 +1,4 @@
-"""BLIP with its cross-attention, slow and plain, on weights under the names of its own code (Li et al. 2022)."""
+"""Reference implementation of BLIP with cross-attention, on weights with the names of its code (Li et al. 2022)."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def norm(state: State, name: str, values: Tensor, epsilon: float) -> Tensor:
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, may_look: Tensor | None = None) -> Tensor:
-    """Heads of 64 numbers. [B, L, D]"""
+    """Apply attention with heads of 64 numbers. [B, L, D]"""
     parts = [tensor.unflatten(-1, (-1, 64)).transpose(1, 2) for tensor in (queries, keys, values)]
     scores = parts[0] @ parts[1].transpose(2, 3) / 8
     if may_look is not None:
@@ -54,7 +54,7 @@ def slow_texts(state: State, numbers: Tensor, mask: Tensor, seen: Tensor) -> Ten
 
 
 def slow_blip(state: State, pixels: Tensor, numbers: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What the image tower sees, and what the text tower makes of it. [B, P, D], [B, L, D2]"""
+    """Return the outputs of image tower and text tower. [B, P, D], [B, L, D2]"""
     blip = without_prefix(state, "blip.")
     seen = slow_images(without_prefix(blip, "visual_encoder."), pixels)
     return seen, slow_texts(without_prefix(blip, "text_encoder."), numbers, mask, seen)

@@ -13,7 +13,7 @@ TRAIN_STEPS = 1000
 
 
 def alphas_cumprod(beta_start: float = 0.00085, beta_end: float = 0.012) -> np.ndarray:
-    """ᾱ of Stable Diffusion's noise schedule: betas linear in their square root."""
+    """Return ᾱ of Stable Diffusion's noise schedule: betas linear in their square root."""
     alphas, product = [], 1.0
     for index in range(TRAIN_STEPS):
         root = beta_start**0.5 + (beta_end**0.5 - beta_start**0.5) * index / (TRAIN_STEPS - 1)
@@ -31,7 +31,7 @@ def trailing_timesteps(num_steps: int) -> list[int]:
 
 
 def next_alpha(alphas: np.ndarray, timestep: int, num_steps: int, set_alpha_to_one: bool) -> float:
-    """ᾱ where the step that starts at `timestep` ends."""
+    """Return ᾱ at the end of the step that starts at `timestep`."""
     following = timestep - TRAIN_STEPS // num_steps
     if following >= 0:
         return float(alphas[following])
@@ -39,12 +39,12 @@ def next_alpha(alphas: np.ndarray, timestep: int, num_steps: int, set_alpha_to_o
 
 
 def ddim_sigma(alpha: float, following_alpha: float, eta: float) -> float:
-    """DDIM (Song et al. 2021), equation 16."""
+    """Return σ of DDIM (Song et al. 2021), equation 16."""
     return eta * math.sqrt((1 - following_alpha) / (1 - alpha)) * math.sqrt(1 - alpha / following_alpha)
 
 
 def clean_and_noise(prediction_type: str, latents, output, alpha: float):
-    """x0 and ε from a prediction of ε, of v = √ᾱ ε − √(1−ᾱ) x0, or of x0. Arrays or tensors alike."""
+    """Return x0 and ε from a prediction of ε, of v = √ᾱ ε − √(1−ᾱ) x0, or of x0; for arrays and tensors."""
     signal, spread = math.sqrt(alpha), math.sqrt(1 - alpha)
     if prediction_type == "epsilon":
         noise = output
@@ -54,12 +54,12 @@ def clean_and_noise(prediction_type: str, latents, output, alpha: float):
 
 
 def ddim_mean(clean, noise, following_alpha: float, sigma: float):
-    """DDIM, equation 12 without its random part. Arrays or tensors alike."""
+    """Return the mean of DDIM, equation 12 without noise; for arrays and tensors."""
     return math.sqrt(following_alpha) * clean + math.sqrt(max(1 - following_alpha - sigma**2, 0.0)) * noise
 
 
 def gaussian_log_density(value: np.ndarray, mean: np.ndarray, sigma: float) -> float:
-    """ln N(value; mean, σ² I), divided by the number of elements."""
+    """Return ln N(value; mean, σ² I), divided by the number of elements."""
     total = 0.0
     for x, centre in zip(value.ravel().tolist(), mean.ravel().tolist(), strict=True):
         total += -((x - centre) ** 2) / (2 * sigma**2) - math.log(sigma * math.sqrt(2 * math.pi))
@@ -90,7 +90,7 @@ def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
 
 
 def clipped_surrogate(log_prob: float, old_log_prob: float, advantage: float, clip_range: float) -> float:
-    """PPO (Schulman et al. 2017), equation 7, as a loss."""
+    """Return the loss of PPO (Schulman et al. 2017), equation 7."""
     ratio = math.exp(log_prob - old_log_prob)
     if ratio > 1 + clip_range:
         held = 1 + clip_range
@@ -104,21 +104,21 @@ def clipped_surrogate(log_prob: float, old_log_prob: float, advantage: float, cl
 def decoupled_surrogate(
     log_probs: tuple[float, float, float], advantage: float, clip_range: float, band: float | None
 ) -> float:
-    """AReaL (arXiv 2505.24298), decoupled PPO as a loss; log-probs of the present, proximal and behavior policy."""
+    """Return the loss of decoupled PPO (AReaL, arXiv 2505.24298) from current, proximal and behavior log-probs."""
     log_prob, proximal, behavior = log_probs
     weight = 1.0 if band is None else math.exp(min(max(proximal - behavior, -band), band))
     return weight * clipped_surrogate(log_prob, proximal, advantage, clip_range)
 
 
 def gaussian_kl(mean: np.ndarray, other_mean: np.ndarray, sigma: float) -> float:
-    """KL of N(mean, σ² I) to N(other_mean, σ² I) in nats."""
+    """Return the KL of N(mean, σ² I) to N(other_mean, σ² I), in nats."""
     pairs = zip(mean.ravel().tolist(), other_mean.ravel().tolist(), strict=True)
     return math.fsum((one - other) ** 2 for one, other in pairs) / (2 * sigma**2)
 
 
 @dataclass(frozen=True)
 class ImagePath:
-    """One image: its prompt's embedding, the steps it is learned from, and what it earned."""
+    """An image: its prompt's embedding, its trained steps, and its advantage."""
 
     embedding: Tensor  # [1, L, D]
     steps: list[int]
@@ -140,7 +140,7 @@ class Setting:
 
 
 def text_embedding(model: Path, prompt: str) -> Tensor:
-    """CLIP's last hidden state, straight from transformers."""
+    """Return CLIP's last hidden state, from transformers."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
@@ -154,7 +154,7 @@ def text_embedding(model: Path, prompt: str) -> Tensor:
 def ddpo_gradient(
     unet: nn.Module, unconditional: Tensor, paths: list[ImagePath], setting: Setting
 ) -> dict[str, Tensor]:
-    """The gradient of one optimizer step: image by image, step by step, the two branches of guidance one by one."""
+    """Compute the gradient of an optimizer step: image by image, step by step, guidance branch by branch."""
     unet.zero_grad()
     for path in paths:
         for place in range(len(path.steps)):
@@ -165,7 +165,7 @@ def ddpo_gradient(
 
 @torch.no_grad()
 def ddpo_ratios(unet: nn.Module, unconditional: Tensor, paths: list[ImagePath], setting: Setting) -> list[float]:
-    """π_θ / π_old of every step of every image."""
+    """Return π_θ / π_old of every step of every image."""
     places = [(path, place) for path in paths for place in range(len(path.steps))]
     return [float(_ratio(unet, unconditional, path, place, setting)) for path, place in places]
 

@@ -43,7 +43,7 @@ def test_the_reward_is_the_head_of_clips_projected_embedding_of_norm_one(
     np.testing.assert_allclose(rewards, ratings.numpy(), rtol=1e-5)
 
 
-def test_a_black_and_a_bright_picture_have_embeddings_that_differ(clip: Path) -> None:
+def test_a_black_and_a_bright_image_have_embeddings_that_differ(clip: Path) -> None:
     # Rescaling twice, as the paper's code did, feeds CLIP two images that are both nearly black.
     embed, dimension = load_embedder(str(clip), "cpu", torch.float32)
     levels = torch.tensor([0, 1, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 32, 32, 3)

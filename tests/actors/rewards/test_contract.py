@@ -174,7 +174,7 @@ def failure_of(function: Callable, together: bool = False) -> ScoringFailed:
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_a_reward_that_writes_into_images_is_told_to_change_a_copy(together: bool) -> None:
+def test_a_reward_that_writes_into_images_is_advised_to_change_a_copy(together: bool) -> None:
     failure = failure_of(writes, together)
     assert "raised ValueError: assignment destination is read-only (images are read-only" in str(failure)
     assert "images.copy()" in str(failure) and f"{__file__}:" in str(failure)
@@ -193,5 +193,5 @@ def test_a_failure_names_error_file_line_and_function_of_the_users_own_code() ->
     )
 
 
-def test_a_reward_that_calls_exit_has_failed_and_ends_nobody() -> None:
+def test_a_reward_that_calls_exit_has_failed_and_ends_no_process() -> None:
     assert "raised SystemExit: 3" in str(failure_of(exits))

@@ -8,18 +8,18 @@ from ray_ddpo.actors.rewards.function import FunctionReward
 IMAGES = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (10, 200)])
 
 
-def test_the_function_gets_the_pictures() -> None:
+def test_the_function_gets_the_images() -> None:
     rewards = FunctionReward(path="tests.user_functions:brightness").load("cpu")(IMAGES, ["a", "b"], [{}, {}])
     assert rewards.tolist() == [10, 200]
 
 
-def test_the_function_gets_prompts_and_metadata_in_the_pictures_order_and_may_return_integers() -> None:
+def test_the_function_gets_prompts_and_metadata_in_order_and_may_return_integers() -> None:
     function = FunctionReward(path="tests.user_functions:prompts_and_metadata").load("cpu")
     rewards = function(IMAGES, ["cat", "horse"], [{"bonus": 1}, {"bonus": 10}])
     assert rewards.tolist() == [4, 15] and rewards.dtype == np.float32
 
 
-def test_one_number_for_all_pictures_is_refused_with_both_shapes() -> None:
+def test_one_number_for_all_images_is_refused_with_both_shapes() -> None:
     function = FunctionReward(path="tests.user_functions:one_number_for_all").load("cpu")
     with pytest.raises(
         ValueError,

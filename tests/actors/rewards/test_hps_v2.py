@@ -1,4 +1,4 @@
-"""HPS v2 is the cosine of an open_clip checkpoint's towers, over the whole image; what is said where it lacks."""
+"""HPS v2 is the cosine of an open_clip checkpoint's towers over the full image; errors for missing files."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_the_score_is_the_cosine_and_not_a_logit(reward: HpsV2) -> None:
     assert np.ptp(scores) > 0.01
 
 
-def test_the_edges_of_a_long_picture_count(reward: HpsV2) -> None:
+def test_the_edges_of_a_long_image_count(reward: HpsV2) -> None:
     middle = np.random.default_rng(0).integers(0, 256, (1, SIDE, 3 * SIDE, 3), dtype=np.uint8)
     changed = middle.copy()
     changed[:, :, :8] = 255 - changed[:, :, :8]  # left of what the middle square would keep
@@ -40,14 +40,14 @@ def test_the_edges_of_a_long_picture_count(reward: HpsV2) -> None:
     assert abs(score(middle, ["a cat"], [{}]) - score(changed, ["a cat"], [{}]))[0] > 1e-4
 
 
-def test_the_checkpoint_that_is_taken_by_default_is_version_2_1_of_the_papers_repository() -> None:
+def test_the_default_checkpoint_is_version_2_1_of_the_papers_repository() -> None:
     checkpoint, tokenizer = HpsV2().needs()
     assert (checkpoint.source, checkpoint.files) == ("xswu/HPSv2", ("HPS_v2.1_compressed.pt",))
     assert tokenizer.source == "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     assert HpsV2(dtype="float32").memory_bytes == 4 * VIT_H_14_PARAMETERS
 
 
-def test_a_checkpoint_of_ones_own_is_looked_for_in_its_folder(tmp_path: Path) -> None:
+def test_a_given_checkpoint_is_looked_for_in_its_folder(tmp_path: Path) -> None:
     checkpoint, _ = HpsV2(checkpoint=str(tmp_path / "HPS_v2_compressed.pt")).needs()
     assert (checkpoint.source, checkpoint.files) == (str(tmp_path), ("HPS_v2_compressed.pt",))
     with pytest.raises(ValueError, match="HPS_v2_compressed.pt is not there"):

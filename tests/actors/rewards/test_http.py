@@ -38,7 +38,7 @@ def test_a_service_gives_the_bits_that_the_reward_gives_by_itself() -> None:
         assert through_service.tolist() == reward.load("cpu")(IMAGES, PROMPTS, METADATA).tolist()
 
 
-def test_prompts_and_metadata_arrive_with_their_pictures() -> None:
+def test_prompts_and_metadata_arrive_with_their_images() -> None:
     with serving(FunctionReward(path="tests.user_functions:prompts_and_metadata")) as url:
         assert ask(url).tolist() == [len("cat") + 1, len("dog") + 2, len("horse") + 3]
 
@@ -65,7 +65,7 @@ def test_a_long_prompt_and_a_foreign_one_pass_the_shipped_service() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (4096, 4096)])
-def test_the_smallest_and_the_largest_picture_pass(size: tuple[int, int]) -> None:
+def test_the_smallest_and_the_largest_image_pass(size: tuple[int, int]) -> None:
     image = np.full((1, *size, 3), 7, np.uint8)
     with serving(FunctionReward(path="tests.user_functions:brightness")) as url:
         assert Http(url=url).load("cpu")(image, ["cat"], [{}]).tolist() == [7]
@@ -82,7 +82,7 @@ def test_a_scoring_batch_goes_in_one_request_or_in_as_many_as_are_asked_for() ->
     assert {each.path for each in script.asked} == {"/v1/score"}
 
 
-def test_a_picture_without_a_score_is_set_aside_by_the_worker_and_never_scored() -> None:
+def test_a_image_without_a_score_is_dropped_by_the_worker_and_never_scored() -> None:
     with scripted((200, b'{"scores": [1, null, 1e300]}', {})) as (url, _):
         scores = RewardWorker({"http": Http(url=url)}, RewardPoolTable(batch_size=8), RuntimeTable(device="cpu")).score(
             ImageBatch(IMAGES, tuple(Prompt(text) for text in PROMPTS))
@@ -112,7 +112,7 @@ def test_a_service_that_says_when_to_come_back_is_not_asked_before() -> None:
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 404, 413, 422])
-def test_a_refusal_is_final_and_told_with_its_status_and_the_start_of_its_body(status: int) -> None:
+def test_a_refusal_is_final_and_reported_with_its_status_and_the_start_of_its_body(status: int) -> None:
     answer: Answer = (status, b"<b>because</b>" + b"x" * 500, {"Location": "http://127.0.0.1:1/"})
     with scripted(answer) as (url, script), pytest.raises(RewardServiceFailed) as error:
         ask(url)
@@ -132,7 +132,7 @@ def hang(handler: Scripted) -> None:
 
 
 def drip(handler: Scripted) -> None:
-    """A byte now and then: no single read ever takes long."""
+    """Send a byte now and then, so that no single read takes long."""
     handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
     for _ in range(20):
         time.sleep(0.1)
@@ -165,7 +165,7 @@ def test_a_service_that_hangs_is_given_up_in_time(answer: Answer, words: str) ->
         assert time.monotonic() - start < 3 and len(script.asked) == 2
 
 
-def test_an_endless_reply_is_not_taken_in() -> None:
+def test_an_endless_reply_is_refused() -> None:
     with scripted(flood) as (url, _), pytest.raises(RewardServiceFailed, match="its reply is over 16000000 bytes"):
         ask(url, attempts=1)
 

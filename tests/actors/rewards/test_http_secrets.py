@@ -48,9 +48,7 @@ def test_the_token_is_in_no_error_log_or_repr(
 
 
 @pytest.mark.parametrize("value", [None, "", "two words", "line\n", "tokén"])
-def test_a_token_that_is_not_there_or_none_is_told_by_its_variable(
-    value: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_token_is_reported_by_its_variable(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REWARD_TOKEN", raising=False)
     if value is not None:
         monkeypatch.setenv("REWARD_TOKEN", value)

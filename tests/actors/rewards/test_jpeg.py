@@ -28,12 +28,12 @@ def test_a_kilobyte_is_a_thousand_bytes_of_a_file_of_quality_95(flat_and_noisy: 
         assert kilobytes == pytest.approx(len(file.getvalue()) / 1000)
 
 
-def test_noise_takes_many_times_the_room_of_one_colour(flat_and_noisy: np.ndarray) -> None:
+def test_noise_takes_many_times_the_bytes_of_one_color(flat_and_noisy: np.ndarray) -> None:
     flat, noisy = jpeg_kilobytes(flat_and_noisy)
     assert 0.5 < flat < 1 and 5 < noisy < 12
 
 
-def test_compressibility_prefers_the_flat_picture_and_incompressibility_the_noise(flat_and_noisy: np.ndarray) -> None:
+def test_compressibility_prefers_the_flat_image_and_incompressibility_the_noise(flat_and_noisy: np.ndarray) -> None:
     compressibility = score("jpeg_compressibility", flat_and_noisy)
     incompressibility = score("jpeg_incompressibility", flat_and_noisy)
     assert compressibility[0] > compressibility[1]

@@ -1,4 +1,4 @@
-"""PickScore is CLIP's logit; the true architecture's size; weights and vocabulary come from two places."""
+"""PickScore is CLIP's logit; the true architecture's size; weights and vocabulary come from two repositories."""
 
 from pathlib import Path
 

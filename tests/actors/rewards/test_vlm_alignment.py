@@ -1,4 +1,4 @@
-"""A vision-language model's answers held against the prompt: a real, tiny LLaVA and BERT, from folders to scores."""
+"""A vision-language model's answers compared with the prompt: a real, tiny LLaVA and BERT, from folders to scores."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def reward(folders: dict[str, str], **fields: Any) -> VlmAlignment:
     return VlmAlignment(**{**folders, "scorer_layer": 2, "max_new_tokens": 8, **fields})
 
 
-def test_a_score_is_the_recall_of_the_prompt_in_what_the_model_says_of_the_picture(
+def test_a_score_is_the_recall_of_the_prompt_in_what_the_model_says_of_the_image(
     folders: dict[str, str], describe: Describe, images: np.ndarray
 ) -> None:
     said = describe(
@@ -67,9 +67,7 @@ def test_the_answers_length_is_limited(folders: dict[str, str], images: np.ndarr
     assert all(text.startswith(start) for text, start in zip(longer, short, strict=True))
 
 
-def test_questions_of_different_lengths_beside_each_other_get_the_answers_that_they_get_alone(
-    describe: Describe, images: np.ndarray
-) -> None:
+def test_questions_in_a_batch_get_the_answers_that_they_get_alone(describe: Describe, images: np.ndarray) -> None:
     questions = ["cat", "how many birds are there in this image", "what is this"]
     pil_images = [Image.fromarray(image) for image in images]
     together = describe(pil_images, questions)
@@ -82,7 +80,7 @@ def test_questions_of_different_lengths_beside_each_other_get_the_answers_that_t
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 3)])
-def test_a_tiny_picture_is_seen_as_its_enlargement(describe: Describe, size: tuple[int, int]) -> None:
+def test_a_tiny_image_is_seen_as_its_enlargement(describe: Describe, size: tuple[int, int]) -> None:
     pil_image = Image.fromarray(np.full((*size, 3), (200, 90, 10), np.uint8))
     large = Image.fromarray(np.full((64, 64, 3), (200, 90, 10), np.uint8))
     grey = Image.fromarray(np.full((64, 64, 3), 128, np.uint8))
@@ -97,7 +95,7 @@ def test_a_prompt_of_10_000_characters_is_cut_and_scored(folders: dict[str, str]
 
 
 def fixed(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> list[list[str]]:
-    """Answers by question, whatever the image, and the questions that were asked."""
+    """Return a describer that answers by question, and the list of its questions."""
     asked: list[list[str]] = []
 
     def describe(pil_images: list[Image.Image], questions: list[str]) -> list[str]:
@@ -118,7 +116,7 @@ def test_a_model_that_says_nothing_recalls_nothing(
     assert strict(images, PROMPTS, [{}] * 3).tolist() == [0, 0, 0]
 
 
-def test_strict_is_the_share_of_right_answers_and_asks_each_pictures_own_questions(
+def test_strict_is_the_fraction_of_right_answers_to_each_images_questions(
     folders: dict[str, str], images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = {"how many?": "There are two of them.", "who?": "They are dogs.", "what?": "A horse, on grass."}
@@ -162,7 +160,7 @@ def test_strict_runs_with_a_real_model_and_needs_no_text_encoder(folders: dict[s
         ("Katzen und Ähren", "ähren", True),
     ],
 )
-def test_strict_looks_for_whole_words(answer: str, right: str, expected: bool) -> None:
+def test_strict_looks_for_full_words(answer: str, right: str, expected: bool) -> None:
     assert says(answer, right) is expected
 
 

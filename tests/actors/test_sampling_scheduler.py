@@ -19,7 +19,7 @@ ACTS = ("submit", "submit", "answer", "answer", "answer", "die", "slow", "forgot
 
 
 def searched(sampling: SamplingScheduler) -> Place | None:
-    """The first task that waits behind another one in a sampler's hands, and is nowhere else; by looking at all."""
+    """Search all attempts for the first task that waits behind another one on a sampler and has no other attempt."""
     behind = [call for sampler in sampling._samplers.loaded for call in sampler.calls[1:]]
     places = [attempt.task.place for attempt in sampling._attempts.values()]
     waiting = [sampling._attempts[call].task.place for call in behind]
@@ -86,7 +86,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
 
 @pytest.fixture
 def taken_over(monkeypatch: pytest.MonkeyPatch) -> list[Place]:
-    """Every task that is found to be taken over, held against the search."""
+    """Compare every task that is taken over with the search."""
     found: list[Place] = []
     waiting_behind = SamplingScheduler._waiting_behind
 
@@ -102,7 +102,7 @@ def taken_over(monkeypatch: pytest.MonkeyPatch) -> list[Place]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_every_task_is_drawn_once_whatever_befalls_the_samplers(
+def test_every_task_is_sampled_once_whatever_happens_to_the_samplers(
     answers: Answers, taken_over: list[Place], seed: int
 ) -> None:
     chance, driver = random.Random(seed), Driver(answers)

@@ -61,7 +61,7 @@ def embeddings(store: EmbeddingStore) -> np.ndarray:
     return np.stack([embedding for path in PATHS if (embedding := store.known[path].embedding) is not None])
 
 
-def test_a_picture_is_embedded_once_and_read_back_as_it_was(images: Path, opened: Callable[[], EmbeddingStore]) -> None:
+def test_a_image_is_embedded_once_and_read_back_as_it_was(images: Path, opened: Callable[[], EmbeddingStore]) -> None:
     store, embed = opened(), Counted()
     assert embed_images_of(images, PATHS, embedder(embed), store) == {}
     assert embed.batches == [4] * 10 and len(store.storage.names()) == 4  # parts of 3, 3, 3 and 1 batches
@@ -72,7 +72,7 @@ def test_a_picture_is_embedded_once_and_read_back_as_it_was(images: Path, opened
     np.testing.assert_allclose(embeddings(again)[7], alone, atol=1e-6)
 
 
-def test_what_was_stopped_goes_on_behind_its_last_part_with_the_same_bits(
+def test_a_stopped_embedding_resumes_after_its_last_part_with_the_same_bits(
     images: Path, opened: Callable[[], EmbeddingStore], tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -135,7 +135,7 @@ def test_only_what_has_changed_or_is_new_is_embedded_again(images: Path, opened:
     assert last is not None and before is not None and not np.allclose(last, before)
 
 
-def test_broken_pictures_are_named_with_the_reason_and_stay_so_until_their_file_changes(
+def test_broken_images_are_reported_with_the_reason_until_their_file_changes(
     images: Path, opened: Callable[[], EmbeddingStore]
 ) -> None:
     whole = (images / PATHS[0]).read_bytes()
@@ -165,7 +165,7 @@ def test_an_embedding_that_is_not_finite_is_broken(images: Path, opened: Callabl
     assert broken == dict.fromkeys(PATHS[::4], "its embedding is not finite")
 
 
-def test_where_most_pictures_are_not_there_nothing_is_embedded(
+def test_where_most_images_are_not_there_nothing_is_embedded(
     images: Path, opened: Callable[[], EmbeddingStore]
 ) -> None:
     embed = Counted()
@@ -177,7 +177,7 @@ def test_where_most_pictures_are_not_there_nothing_is_embedded(
     assert embed.batches == []
 
 
-def test_where_most_pictures_are_broken_it_is_an_error(images: Path, opened: Callable[[], EmbeddingStore]) -> None:
+def test_where_most_images_are_broken_it_is_an_error(images: Path, opened: Callable[[], EmbeddingStore]) -> None:
     for path in PATHS[:21]:
         (images / path).write_bytes(b"not an image")
     with pytest.raises(ValueError, match="21 of the table's 40 images .* cannot be used, which is most of them"):
@@ -193,7 +193,7 @@ def test_embeddings_of_another_clip_are_refused(
         EmbeddingStore.open(Storage(tmp_path / "embeddings"), other)
 
 
-def test_a_squared_picture_is_to_clip_what_the_picture_was() -> None:
+def test_a_squared_image_is_to_clip_what_the_image_was() -> None:
     for height, width in ((50, 80), (224, 224), (300, 31)):
         pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         whole = clip_pixels(torch.from_numpy(pixels)[None], 32)
@@ -201,7 +201,7 @@ def test_a_squared_picture_is_to_clip_what_the_picture_was() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
-def test_pictures_of_every_mode_are_read_as_clips_own_processor_reads_them(mode: str, tmp_path: Path) -> None:
+def test_images_of_every_mode_are_read_as_clips_own_processor_reads_them(mode: str, tmp_path: Path) -> None:
     from transformers import CLIPImageProcessorPil
 
     generator = np.random.default_rng(0)
@@ -220,7 +220,7 @@ def test_pictures_of_every_mode_are_read_as_clips_own_processor_reads_them(mode:
     assert (pixels.transpose(2, 0, 1) != expected).mean() < 0.02
 
 
-def test_a_picture_is_not_turned_by_its_exif_tag(tmp_path: Path) -> None:
+def test_a_image_is_not_turned_by_its_exif_tag(tmp_path: Path) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter

@@ -1,4 +1,4 @@
-"""Images that are dropped: nothing is learned from them, and nothing else changes."""
+"""Dropped images: they are not trained on, and nothing else changes."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from tests.rounds import SampledRound, learner_of, parts_with, sample_round
 
 
 def without(sampled: SampledRound, *images: int) -> SampledRound:
-    """The round with these images dropped."""
+    """Return the round with these images dropped."""
     advantages = sampled.batch.advantages.copy()
     advantages[list(images)] = np.nan
     batch = dataclasses.replace(sampled.batch, advantages=advantages, dropped=tuple(sorted(images)))
@@ -26,7 +26,7 @@ def without(sampled: SampledRound, *images: int) -> SampledRound:
 
 
 def plain_update(parts: Components, sampled: SampledRound) -> str:
-    """An update as the textbook has it, every image learned from; the fingerprint that it arrives at."""
+    """Make a plain update on all images, and return the fingerprint of the weights."""
     recipe = parts.recipe
     policy = parts.policy.load("cpu", recipe.sampling, "learner")
     load_weights(policy.network, learner_of(parts).weights()[-1])
@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_the_papers_over_the_images_that_are_left(tables
     assert metrics["optimizer_steps"] == 1 and metrics["optimizer_steps_skipped"] == 0
 
 
-def test_an_optimizer_step_with_nothing_left_is_left_out_and_the_other_stays_as_it_was(tables: dict) -> None:
+def test_an_optimizer_step_without_images_is_skipped_and_the_other_is_unchanged(tables: dict) -> None:
     parts = parts_with(tables)
     first, second = transition_order(parts.recipe.seed, 0, 0, 8).reshape(2, 4)
     found = {}
@@ -88,7 +88,7 @@ def test_an_optimizer_step_with_nothing_left_is_left_out_and_the_other_stays_as_
     assert found["first"] != found["second"]
 
 
-def test_no_number_of_an_image_set_aside_reaches_the_weights_or_the_metrics(tables: dict) -> None:
+def test_no_number_of_a_dropped_image_reaches_the_weights_or_the_metrics(tables: dict) -> None:
     parts = parts_with(tables, learner__inner_epochs=2)
     found = []
     for damage in (False, True):

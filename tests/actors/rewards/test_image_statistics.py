@@ -22,7 +22,7 @@ def test_brightness_is_the_mean_luma() -> None:
     assert primaries == pytest.approx([0.299, 0.587, 0.114, 0, 1], abs=1e-7)
 
 
-def test_colourfulness_of_grey_is_nothing_and_of_red_and_green_by_hand() -> None:
+def test_colorfulness_of_gray_is_nothing_and_of_red_and_green_by_hand() -> None:
     assert measured("colourfulness", [[(7, 7, 7), (90, 90, 90)]]) == [0]
     # Pure red everywhere: rg = 255, yb = 127.5, no spread: 0.3 · sqrt(255² + 127.5²) = 0.3 · 285.0987
     assert measured("colourfulness", [[RED, RED]]) == pytest.approx([85.52961], abs=1e-4)
@@ -42,7 +42,7 @@ def test_sharpness_of_one_bright_pixel_by_hand() -> None:
     assert measured("sharpness", [[WHITE, WHITE]]) == [0]
 
 
-def test_entropy_counts_the_bits_of_the_grey_levels() -> None:
+def test_entropy_counts_the_bits_of_the_gray_levels() -> None:
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     assert measured("entropy", ramp.tolist()) == [8]
     assert measured("entropy", [[BLACK, BLACK], [BLACK, BLACK]], [[BLACK, WHITE], [WHITE, BLACK]]) == [0, 1]

@@ -15,7 +15,7 @@ def images(paths: tuple[str, ...] = PATHS, splits: tuple[str, ...] | None = None
     return RatedImages(paths, np.zeros(len(paths)), splits)
 
 
-def test_added_and_removed_pictures_move_no_other() -> None:
+def test_added_and_removed_images_move_no_other() -> None:
     few = dict(zip(PATHS[1000:2000], assign_splits(images(PATHS[1000:2000]), SplitPlan()), strict=True))
     many = dict(zip(PATHS, assign_splits(images(), SplitPlan()), strict=True))
     turned = dict(zip(PATHS[::-1], assign_splits(images(PATHS[::-1]), SplitPlan()), strict=True))
@@ -30,7 +30,7 @@ def test_shares_are_kept_and_another_seed_divides_otherwise() -> None:
     assert splits != split_by_hash(PATHS, 1, 0.1, 0.2)
 
 
-def test_a_larger_validation_share_keeps_the_test_pictures() -> None:
+def test_a_larger_validation_share_keeps_the_test_images() -> None:
     small, large = split_by_hash(PATHS, 0, 0.1, 0.1), split_by_hash(PATHS, 0, 0.4, 0.1)
     assert [split == "test" for split in small] == [split == "test" for split in large]
     assert all(after == "validation" for before, after in zip(small, large, strict=True) if before == "validation")
@@ -44,7 +44,7 @@ def test_the_official_list_is_the_test_set(tmp_path: Path, line: str) -> None:
     assert splits.count("validation") == pytest.approx(490, abs=85)
 
 
-def test_a_list_of_other_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_list_of_other_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("x1\nx2\n")
     with pytest.raises(
         ValueError, match="names none of the table's images: .*such as '0.jpg', or ids such as '0'; .*'x1'"
@@ -67,7 +67,7 @@ def test_shares_out_of_range_are_refused(validation: float, test: float) -> None
         assign_splits(images(), SplitPlan(validation=validation, test=test))
 
 
-def test_too_few_pictures_to_choose_by_are_refused_with_the_counts() -> None:
+def test_too_few_images_to_choose_by_are_refused_with_the_counts() -> None:
     check_sizes(("train", "train", "validation", "validation"))
     with pytest.raises(ValueError, match="are 3 train, 1 validation, 2 test: two or more must be for train"):
         check_sizes(("train",) * 3 + ("validation",) + ("test",) * 2)

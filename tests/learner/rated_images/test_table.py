@@ -33,7 +33,7 @@ def test_a_csv_of_ratings(tmp_path: Path, separator: str) -> None:
     assert images.splits is None
 
 
-def test_votes_in_columns_of_their_own_or_as_a_list(tmp_path: Path) -> None:
+def test_votes_in_separate_columns_or_as_a_list(tmp_path: Path) -> None:
     text_table(tmp_path / "columns.csv", "path,votes_1,votes_2,votes_3,split\na,1,0,3,train\nb,0,5,0,test\n")
     text_table(tmp_path / "list.csv", 'path,votes,split\na,"[1, 0, 3]",train\nb,0 5 0,test\n')
     columns = {"path": ["a", "b"], "votes": [[1, 0, 3], [0, 5, 0]], "split": ["train", "test"]}

@@ -12,7 +12,7 @@ SEEDS = (101, 102, 103, 104)
 
 
 def finished(first_image: int, count: int) -> Trajectory:
-    """Images whose every number is their own, on a path that nobody looks at."""
+    """Return images whose numbers are all different, on an unused trajectory."""
     images = first_image + torch.arange(count)
     path = torch.zeros(count, 1, 1, 2, 2)
     embeds = 1000.0 + images[:, None, None].expand(-1, 3, 2)
@@ -32,19 +32,19 @@ def noised_samples(per_image: int = 2) -> NoisedSamples:
     return NoisedSamples(transitions, SEEDS, per_image, 1000)
 
 
-def test_each_row_is_the_finished_image_that_was_asked_for_with_its_worth_and_its_prompt() -> None:
+def test_each_row_is_the_requested_image_with_its_weight_and_its_prompt() -> None:
     batch = noised_samples().batch([(3, 0), (1, 1)])
     assert batch.clean_latents[:, 0, 0, 0].tolist() == [3, 1] and batch.weights.tolist() == [0.25, 1.0]
     assert batch.conditioning["prompt_embeds"][:, 0, 0].tolist() == [1003, 1001]
     assert batch.old_predictions is None
 
 
-def test_a_noising_does_not_depend_on_what_stands_beside_it() -> None:
+def test_a_noised_sample_does_not_depend_on_its_batch() -> None:
     together, alone = noised_samples().batch([(0, 0), (2, 1), (2, 0)]), noised_samples().batch([(2, 1)])
     assert torch.equal(together.noise[1:2], alone.noise) and together.timesteps[1] == alone.timesteps[0]
 
 
-def test_every_image_place_and_inner_epoch_has_a_noising_of_its_own() -> None:
+def test_every_image_position_and_inner_epoch_has_its_noised_sample() -> None:
     source = noised_samples(per_image=3)
     assert [list(source.positions(epoch)) for epoch in range(2)] == [[0, 1, 2], [3, 4, 5]]
     pairs = [pair for epoch in range(2) for pair in source.indices_of(np.arange(4), epoch)]

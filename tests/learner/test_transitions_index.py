@@ -12,7 +12,7 @@ def test_micro_batches_are_cut_in_order() -> None:
     assert list(micro_batches(indices, 2)) == [indices[:2], indices[2:]]
 
 
-def test_what_is_left_over_makes_a_smaller_last_micro_batch() -> None:
+def test_a_remainder_makes_a_smaller_last_micro_batch() -> None:
     indices = [(0, 0), (1, 0), (0, 1)]
     assert list(micro_batches(indices, 2)) == [indices[:2], indices[2:]]
     assert list(micro_batches([], 2)) == []
