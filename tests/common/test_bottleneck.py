@@ -1,4 +1,4 @@
-"""The bottleneck's sentence, for rounds whose numbers follow by hand from what each part takes."""
+"""The bottleneck's sentence, for rounds whose numbers follow by hand from the duration of each phase."""
 
 import math
 
@@ -8,7 +8,7 @@ from ray_ddpo.common.metrics.diagnoses import Metrics, bottleneck
 
 
 def rounds_of(sampling: float, scoring: float, learning: float, seconds: float, samplers: int = 2) -> Metrics:
-    """A round of `seconds` in which every worker was there the whole time, with one reward worker."""
+    """Return a round of `seconds` in which every worker was available all the time, with one reward worker."""
     return {
         "seconds/sample": sampling,
         "seconds/score": scoring,
@@ -49,7 +49,7 @@ def test_one_more_sampler_helps_only_until_the_learner_is_the_longest_part() -> 
     assert sentence.endswith("with 3 a round would ideally take 8.5 s instead of 10 s")
 
 
-def test_in_step_too_more_samplers_help_where_the_round_is_nearly_all_drawing() -> None:
+def test_more_samplers_help_in_step_if_the_round_is_nearly_all_sampling() -> None:
     sentence = bottleneck([rounds_of(19.0, 0.1, 0.4, seconds=10.0)], 0, samplers=2, reward_workers=1)
     assert sentence.startswith("learner idle 96 %: add a sampler (samplers are busy 95 % of the time)")
 
@@ -77,7 +77,7 @@ def test_the_last_sampler_is_not_called_one_too_many() -> None:
     assert sentence.startswith("samplers idle 60 %: the learner is the bottleneck") and "would do" not in sentence
 
 
-def test_where_all_lag_and_nobody_is_busy_more_lag_overlaps_more() -> None:
+def test_if_no_role_is_busy_more_lag_overlaps_more() -> None:
     # 24 s from first task to weights, in two rounds at once: 12 s. In three: 8 s, and no part is longer than 7.5 s.
     sentence = bottleneck([rounds_of(15.0, 6.0, 6.0, seconds=12.0)], 1, samplers=2, reward_workers=1)
     assert sentence == (

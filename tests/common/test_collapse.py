@@ -1,4 +1,4 @@
-"""What is called a collapse of the reward, and what is not."""
+"""Which falls of the reward count as a collapse."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from ray_ddpo.common.metrics.diagnoses import CollapseWatch
 
 
 def watched(means: list[float], std: float, groups: int = 64) -> list[int]:
-    """The rounds in which a collapse was told."""
+    """Return the rounds in which a collapse was reported."""
     watch = CollapseWatch(groups, 0.01)
     return [round_index for round_index, mean in enumerate(means) if watch.add(round_index, mean, std)]
 

@@ -1,4 +1,4 @@
-"""The evaluation log: what is written comes back, a version that a kill cut off is not there, and NaN is null."""
+"""The evaluation log: results come back, a version interrupted by a kill is absent, and NaN is null."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return Storage(f"{request.getfixturevalue('bucket')}/run" if request.param == "s3" else tmp_path)
 
 
-def test_scores_and_the_first_pictures_come_back(storage: Storage) -> None:
+def test_scores_and_the_first_images_come_back(storage: Storage) -> None:
     log, current = EvaluationLog(storage), images(0)
     log.write({"policy_version": 4, "x": float("nan")}, {"current": current, "average": images(1)}, images=2)
     assert log.figures() == [{"policy_version": 4, "x": None}]

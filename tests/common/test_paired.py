@@ -15,12 +15,12 @@ def test_a_paired_change_by_hand() -> None:
     assert change.spread == 1.0 and change.errors == pytest.approx(4 / 3 / (7 / 9) ** 0.5)
 
 
-def test_only_pictures_with_both_scores_count() -> None:
+def test_only_images_with_both_scores_count() -> None:
     change = paired_change(np.array([1.0, math.nan, 3.0, 4.0]), np.array([2.0, 2.0, math.inf, 6.0]))
     assert change is not None and (change.images, change.before, change.after) == (2, 2.5, 4.0)
     assert paired_change(np.array([1.0, math.nan]), np.array([1.0, 1.0])) is None
 
 
-def test_what_is_rounding_is_no_standard_error() -> None:
+def test_rounding_is_not_a_standard_error() -> None:
     assert in_errors(1.0, 1e-7) is None and in_errors(1.0, 1e-3) == pytest.approx(1000)
     assert PairedChange(2, 0.0, 0.0, 0.0, 1.0).errors is None
