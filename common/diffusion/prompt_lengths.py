@@ -38,7 +38,8 @@ def cut_prompts_in_words(readers: Sequence[TextReader], prompts: Sequence[str], 
     said += _equal(prompts, ids, rows)
     if negative and not sampling.is_guided:
         said.append(
-            f"sampling.negative_prompt has no effect, sampling.guidance_scale {sampling.guidance_scale:g} is not above 1"
+            f"sampling.negative_prompt has no effect, sampling.guidance_scale {sampling.guidance_scale:g} is not "
+            "above 1"
         )
         negative = None
     for reader in readers:

@@ -46,7 +46,7 @@ def evaluation_window(sampling: SamplingTable) -> range | None:
 
 
 def refuse_window_without_noise(policy: Policy, sampling: SamplingTable) -> None:
-    """Raise ValueError if the SDE window can cover a step that this model takes without noise, which is not an action."""
+    """Raise ValueError if the SDE window can cover a step that this model takes without noise."""
     reached = range(sampling.num_steps - sampling.skip_last_steps)
     silent = sorted(set(reached) - set(policy.stochastic_steps))
     if sampling.sde_window is not None and silent:
@@ -85,7 +85,7 @@ def sample_trajectories(
     for step in range(policy.num_steps):
         steps = torch.full((len(seeds),), step, device=policy.device)
         transition = policy.transition(latents, steps, rows, window is None or step in window)
-        # Round first, then compute the log-prob, and continue from the rounded value: the learner's ratio is then exactly 1.
+        # Round, then compute the log-prob, and continue from the rounded value: the learner's ratio is then exactly 1.
         latents = transition.sample(next(noise)).to(latents_dtype)
         log_probs.append(transition.log_prob(latents))
         path.append(latents)

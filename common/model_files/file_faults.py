@@ -78,8 +78,8 @@ def refuse_not_finite(file: str | Path, arrays: Mapping[str, Any]) -> None:
     if name := first_not_finite(arrays):
         count = sum(not _is_finite(array) for array in arrays.values())
         raise ValueError(
-            f"{file}: the tensor {name} holds NaN or infinity ({count} of {len(arrays)} do), so these weights are of no use: "
-            "restore the file, or take an earlier checkpoint's weights (--from RUN@ROUND)"
+            f"{file}: the tensor {name} holds NaN or infinity ({count} of {len(arrays)} do), so these weights are of "
+            "no use: restore the file, or take an earlier checkpoint's weights (--from RUN@ROUND)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Results of evaluations: `evaluations.jsonl`, one object per version, and `evaluations/version=000012/images.parquet`."""
+"""Results of evaluations: `evaluations.jsonl` and `evaluations/version=000012/images.parquet`, one object per version."""
 
 import io
 import json

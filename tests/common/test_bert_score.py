@@ -42,7 +42,7 @@ def test_without_anything_alike_it_is_negative_and_not_cut_at_zero() -> None:
 
 
 def published(embeddings: list[np.ndarray], own: list[np.ndarray]) -> float:
-    """Return the recall of the paper's code for one pair, reference first: idf 1 for a text's own tokens, 0 for others."""
+    """Return the recall of the paper's code for one pair, reference first: idf 1 for own tokens, 0 for others."""
     reference, candidate = (each / np.linalg.norm(each, axis=-1, keepdims=True) for each in embeddings)
     idf = own[0].astype(float)
     scale = idf / idf.sum()

@@ -21,7 +21,7 @@ def rounds_of(sampling: float, scoring: float, learning: float, seconds: float, 
 
 
 def test_in_step_both_sides_wait_and_one_round_of_lag_would_overlap_them() -> None:
-    # Two samplers sample for 11 s, the last task's scoring takes 1 s, the update 8 s. Overlapped: max(22 / 2, 3, 8, 20 / 2).
+    # Two samplers take 11 s, the last task's scoring 1 s, the update 8 s. Overlapped: max(22 / 2, 3, 8, 20 / 2).
     sentence = bottleneck([rounds_of(22.0, 3.0, 8.0, seconds=20.0)], 0, samplers=2, reward_workers=1)
     assert sentence == (
         "samplers idle 45 %, learner idle 60 %: they wait for each other; max_policy_lag = 1 would overlap them, "

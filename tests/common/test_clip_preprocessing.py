@@ -1,4 +1,4 @@
-"""CLIP's preprocessing compared with the processor of transformers, which resizes with PIL: all gray levels are equal."""
+"""CLIP's preprocessing compared with transformers' processor, which resizes with PIL: all gray levels are equal."""
 
 import numpy as np
 import pytest

@@ -83,7 +83,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_every_tracker_is_read_back() -> None:
-    # Ray shows a round's values only on a cluster and until the next: tests/system/test_ray_metrics.py reads them there.
+    # Ray shows a round's values only on a cluster, until the next round: see tests/system/test_ray_metrics.py.
     assert {*READ_BACK, "ray"} == {*TRACKERS}
 
 

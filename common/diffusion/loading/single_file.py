@@ -1,4 +1,4 @@
-"""Load a checkpoint that is a single file (Stability's own format, as on Civitai), with configurations from a folder."""
+"""Load a checkpoint that is a single file (Stability's own format, as on Civitai); configurations are in a folder."""
 
 import os
 from pathlib import Path
@@ -70,8 +70,8 @@ def check_single_file(config: "DiffusersConfig") -> None:
         _check_kind(config, _names_and_shapes(path))
         if config.single_file_config is None:
             raise ValueError(
-                "a single file has no configurations: set policy.single_file_config to a folder in diffusers' format or a "
-                f"hub name that has those of the same architecture, such as '{example}'; or {_conversion(config)}"
+                "a single file has no configurations: set policy.single_file_config to a folder in diffusers' format "
+                f"or a hub name that has those of the same architecture, such as '{example}'; or {_conversion(config)}"
             )
 
 

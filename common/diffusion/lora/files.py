@@ -59,7 +59,7 @@ class LoraFile:
 
     @property
     def own_settings(self) -> dict[str, Any]:
-        """Return rank, alpha, target modules and patterns of one of this program's files, as the adapter was trained."""
+        """Return rank, alpha, target modules and patterns of one of this program's files, as in training."""
         return {name.removeprefix(f"{self.part}."): value for name, value in (self.trained or self.metadata).items()}
 
     def scale(self, module: str) -> float:
@@ -173,7 +173,8 @@ def refuse_settings(path: Path, metadata: Mapping[str, Any], part: str) -> None:
     if metadata and not of_part:
         raise ValueError(
             f"the LoRA {path} has settings for {part} under other names, such as {min(metadata)}: diffusers looks for "
-            f"{part}.r, {part}.lora_alpha and {part}.target_modules; rename them, or leave out the header for strength 1"
+            f"{part}.r, {part}.lora_alpha and {part}.target_modules; rename them, or leave out the header for "
+            "strength 1"
         )
     if metadata and not of_part.get("target_modules"):
         raise ValueError(
@@ -181,7 +182,8 @@ def refuse_settings(path: Path, metadata: Mapping[str, Any], part: str) -> None:
         )
     if kept := of_part.get("modules_to_save"):
         raise ValueError(
-            f"the LoRA {path} has modules_to_save = {kept!r}: full layers next to the adapters, which diffusers does not load"
+            f"the LoRA {path} has modules_to_save = {kept!r}: full layers next to the adapters, which diffusers does "
+            "not load"
         )
 
 

@@ -34,8 +34,8 @@ def save_kohya(file: LoraFile, path: Path) -> None:
     kind = "UNet2DConditionModel" if file.part == "unet" else file.network
     if kind not in READERS:
         raise ValueError(
-            f"the LoRA {file.path} is for {kind or 'a network that the file does not name'}: kohya's names are written for "
-            f"{' and '.join(READERS)} only; diffusers and ComfyUI read the file as it is"
+            f"the LoRA {file.path} is for {kind or 'a network that the file does not name'}: kohya's names are written "
+            f"for {' and '.join(READERS)} only; diffusers and ComfyUI read the file as it is"
         )
     wanted = _at_full_strength(file)
     tensors = _of_unet(wanted) if file.part == "unet" else flux_names(wanted)

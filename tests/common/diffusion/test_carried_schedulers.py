@@ -1,4 +1,4 @@
-"""Schedulers of every class: steps of the DDIM or flow table equal diffusers', or the configuration is refused by key."""
+"""Schedulers of every class: steps of the DDIM or flow table equal diffusers', or the key is refused by name."""
 
 import math
 from typing import Any

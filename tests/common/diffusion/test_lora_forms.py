@@ -1,5 +1,4 @@
-"""LoRA files in every format and family: their effect equals plain diffusers', in sampling and as a start of training.
-"""
+"""LoRA files in every format and family: their effect equals plain diffusers', in sampling and as a start of training."""
 
 import functools
 import json

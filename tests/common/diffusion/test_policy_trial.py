@@ -77,8 +77,8 @@ SAMPLING_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "mean_nan": (
         {"transition": transition_of(lambda mean, std: Transition(mean / 0, std))},
-        "Mine.transition returned a mean of float32 of shape (2, 3, 16, 16), 1536 of 1536 not finite: expected float32 of shape "
-        "(2, 3, 16, 16), all finite",
+        "Mine.transition returned a mean of float32 of shape (2, 3, 16, 16), 1536 of 1536 not finite: expected float32 "
+        "of shape (2, 3, 16, 16), all finite",
     ),
     "std_zero": (
         {"transition": transition_of(lambda mean, std: Transition(mean, 0 * std))},

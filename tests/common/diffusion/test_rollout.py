@@ -234,7 +234,7 @@ def test_only_the_windows_steps_are_stochastic_and_stored(policy: StableDiffusio
 
 
 def test_outside_the_window_steps_are_diffusers_deterministic_steps(policy: StableDiffusionPolicy) -> None:
-    """Compute the trajectory by hand: diffusers' DDIM steps, with eta 1 and the image's noise inside the window only."""
+    """Compute the trajectory by hand: DDIM steps of diffusers, with eta 1 and noise inside the window only."""
     window = range(2, 3)
     sampled = sample_trajectories(policy, PROMPTS[:1], SEEDS[:1], SAMPLING, window)
     theirs = DDIMScheduler.from_pretrained(policy.config.model, subfolder="scheduler")
