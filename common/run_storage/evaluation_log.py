@@ -1,4 +1,4 @@
-"""Results of evaluations: `evaluations.jsonl` and `evaluations/version=000012/images.parquet`, one object per version."""
+"""Results of evaluations, per version: `evaluations.jsonl` and `evaluations/version=000012/images.parquet`."""
 
 import io
 import json

@@ -76,8 +76,12 @@ def check_single_file(config: "DiffusersConfig") -> None:
 
 
 def _conversion(config: "DiffusersConfig") -> str:
-    program = f"from diffusers import {config.pipeline_class} as P; P.from_single_file('{config.model}').save_pretrained('MODEL')"
-    return f'convert it where the hub can be reached, with `python -c "{program}"`, and set policy.model to the folder MODEL'
+    load = f"from diffusers import {config.pipeline_class} as P; P.from_single_file('{config.model}')"
+    program = f"{load}.save_pretrained('MODEL')"
+    return (
+        f'convert it where the hub can be reached, with `python -c "{program}"`, '
+        "and set policy.model to the folder MODEL"
+    )
 
 
 def _names_and_shapes(path: Path) -> dict[str, Any]:
@@ -86,7 +90,8 @@ def _names_and_shapes(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
 
 
 def _check_kind(config: "DiffusersConfig", names: dict[str, Any]) -> None:
