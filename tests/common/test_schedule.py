@@ -169,7 +169,7 @@ def test_inner_epochs_rounds_and_runs_take_the_images_in_other_orders() -> None:
 
 
 def test_recipe_registry_and_schedule_are_imported_without_torch() -> None:
-    check = "import sys, common.config, common.registry, common.schedule; print('torch' in sys.modules)"
+    check = "import sys, ray_ddpo.common.recipe.recipe, ray_ddpo.common.recipe.registry, ray_ddpo.common.schedule; print('torch' in sys.modules)"
     root = Path(__file__).parents[2]
     printed = subprocess.run([sys.executable, "-c", check], cwd=root, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "False"
@@ -196,7 +196,7 @@ def test_a_window_ends_before_the_skipped_steps_and_is_shared_by_a_round(
 
 
 def test_a_random_window_comes_to_every_place_and_another_run_has_another_order(tables: dict) -> None:
-    recipe, other = windowed(tables, window=4), recipe_with(windowed(tables, window=4).model_dump(), seed=1)
+    recipe, other = windowed(tables, sde_window=4), recipe_with(windowed(tables, sde_window=4).model_dump(), seed=1)
     starts = [sde_window_of_round(recipe, round_index).start for round_index in range(200)]
     assert set(starts) == set(range(7))
     assert starts != [sde_window_of_round(other, round_index).start for round_index in range(200)]
@@ -204,7 +204,7 @@ def test_a_random_window_comes_to_every_place_and_another_run_has_another_order(
 
 
 def test_a_sliding_window_moves_every_few_rounds_and_starts_over(tables: dict) -> None:
-    recipe = windowed(tables, window=8, sde_window_order="sliding", sde_window_rounds=2)
+    recipe = windowed(tables, sde_window=8, sde_window_order="sliding", sde_window_rounds=2)
     assert [sde_window_of_round(recipe, round_index).start for round_index in range(8)] == [0, 0, 1, 1, 2, 2, 0, 0]
 
 

@@ -56,7 +56,7 @@ def test_a_run_against_the_pretrained_model_has_the_figures_and_pictures_of_its_
     scores = [row["score/jpeg_compressibility"] for row in rows]
     assert np.mean(scores[:6]) == pytest.approx(found["before"])
     assert np.mean(scores[6:]) == pytest.approx(found["after"])
-    assert not np.array_equal(from_png(rows[0]["image"]), from_png(rows[6]["image"]))
+    assert not np.array_equal(from_png(rows[0]["pixels"]), from_png(rows[6]["pixels"]))
     assert len(np.unique(np.asarray(Image.open(output / "images.png")))) > 50
 
 

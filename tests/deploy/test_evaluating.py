@@ -80,7 +80,7 @@ def test_its_figures_hold_the_version_against_the_pretrained_model(tables: dict)
     assert last["scores"]["brightness"]["mean"] != last["scores"]["brightness"]["average_mean"]
     table = log.read(5)
     assert table["variant"].to_pylist() == ["current"] * 6 + ["average"] * 6
-    assert [image is not None for image in table["image"].to_pylist()] == [
+    assert [image is not None for image in table["pixels"].to_pylist()] == [
         True,
         True,
         False,
