@@ -183,7 +183,7 @@ class TrainBatch:
     dropped: tuple[int, ...] = ()  # images, in task order, that are not trained on: their advantage is NaN
     part: int = 0
     parts: int = 1  # of the round, of equal size
-    joined_from: dict[str, Float[np.ndarray, "N"]] = field(
+    aggregated_rewards: dict[str, Float[np.ndarray, "N"]] = field(
         default_factory=dict
     )  # rewards as aggregated, if transformed
 
@@ -198,8 +198,11 @@ def whole_round(parts: list[TrainBatch]) -> TrainBatch:
     advantages = np.concatenate([batch.advantages for batch in parts])
     size = len(parts[0].advantages)
     dropped = tuple(batch.part * size + image for batch in parts for image in batch.dropped)
-    joined_from = {name: np.concatenate([batch.joined_from[name] for batch in parts]) for name in parts[0].joined_from}
-    return TrainBatch(parts[0].round, reports, advantages, dropped, joined_from=joined_from)
+    aggregated_rewards = {
+        name: np.concatenate([batch.aggregated_rewards[name] for batch in parts])
+        for name in parts[0].aggregated_rewards
+    }
+    return TrainBatch(parts[0].round, reports, advantages, dropped, aggregated_rewards=aggregated_rewards)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class Ledger:
             reasons.get(image, OF_ITS_GROUP if image in batch.dropped else None) for image in range(count)
         ]
         columns["advantage"] = batch.advantages
-        columns |= {f"joined/{name}": values for name, values in batch.joined_from.items()}
+        columns |= {f"joined/{name}": values for name, values in batch.aggregated_rewards.items()}
         types = COLUMNS | {name: pa.float64() for name in columns if name.startswith(("reward/", "joined/"))}
         prompts = [prompt for rollout in rollouts for prompt in rollout.report.task.prompts]
         if any(prompt.metadata for prompt in prompts):

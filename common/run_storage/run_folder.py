@@ -78,7 +78,7 @@ class RunFolder:
     def report(self) -> Storage:
         return self.storage.folder("report")
 
-    def where_everything_lies(self) -> str:
+    def output_paths(self) -> str:
         """List the output paths of a finished run, one per line."""
         places = {
             "weights": "lora/pytorch_lora_weights.safetensors",

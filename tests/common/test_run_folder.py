@@ -92,7 +92,7 @@ def test_output_paths_name_what_exists(place: str, request: pytest.FixtureReques
     folder = request.getfixturevalue(place)
     folder.storage.write("metrics.jsonl", b"")
     folder.checkpoints.write("latest", b"")
-    lines = {line.split()[0]: line.split()[1] for line in folder.where_everything_lies().splitlines()}
+    lines = {line.split()[0]: line.split()[1] for line in folder.output_paths().splitlines()}
     assert lines == {"metrics": f"{folder.location}/metrics.jsonl", "checkpoints": f"{folder.location}/checkpoints"}
 
 
@@ -112,7 +112,7 @@ def test_a_full_network_in_an_object_store_comes_to_this_machine(part: str, remo
     remote.storage.write(f"{part}/model.safetensors", b"1")
     with weights_here(remote.location) as path:
         assert (path / part / "model.safetensors").read_bytes() == b"1"
-    assert remote.where_everything_lies().split() == [part, f"{remote.location}/{part}"]
+    assert remote.output_paths().split() == [part, f"{remote.location}/{part}"]
 
 
 def test_weights_on_a_disk_stay_where_they_are(folder: RunFolder) -> None:

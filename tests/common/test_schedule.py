@@ -169,7 +169,8 @@ def test_inner_epochs_rounds_and_runs_take_the_images_in_other_orders() -> None:
 
 
 def test_recipe_registry_and_schedule_are_imported_without_torch() -> None:
-    check = "import sys, ray_ddpo.common.recipe.recipe, ray_ddpo.common.recipe.registry, ray_ddpo.common.schedule; print('torch' in sys.modules)"
+    modules = "ray_ddpo.common.recipe.recipe, ray_ddpo.common.recipe.registry, ray_ddpo.common.schedule"
+    check = f"import sys, {modules}; print('torch' in sys.modules)"
     root = Path(__file__).parents[2]
     printed = subprocess.run([sys.executable, "-c", check], cwd=root, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "False"

@@ -92,16 +92,12 @@ def _nothing(folder: Path, part: str, names: list[str], stem: str) -> PartNotThe
     pickles = [name for name in names if name.endswith(OTHER_WEIGHTS)]
     weights = [name for name in names if name.endswith(".safetensors")]
     if pickles and not weights:
-        variants = {_middle(name) for name in pickles if ".index." not in name}
+        middles = [name.split(".")[1:-1] for name in pickles if ".index." not in name]  # "fp16" in model.fp16.bin
+        variants = {SHARD.sub("", middle[0]) if middle else None for middle in middles}
         text = f"its {part} has only {pickles[0]}, a pickle, and pickles are not opened"
         return OnlyPickles(text, variants.pop() if len(variants) == 1 else None)
     found = ", ".join(weights or names)[:200] or "nothing"
     return PartNotThere(f"there is no {stem}.safetensors in {folder / part}; there is: {found}")
-
-
-def _middle(name: str) -> str | None:
-    stem, *middle, _ = name.split(".")
-    return SHARD.sub("", middle[0]) if middle else None
 
 
 def _shards(folder: Path, part: str, index: str, names: list[str]) -> list[str]:

@@ -80,7 +80,9 @@ def _start_through_diffusers(network: Any, file: LoraFile) -> None:
     """
     from peft import set_peft_model_state_dict
 
-    state = load_any_lora(file, network, _part(network), {}, ADAPTER)
+    unet, transformer = TRAINED_PARTS
+    part = unet if "UNet" in type(network).__name__ else transformer
+    state = load_any_lora(file, network, part, {}, ADAPTER)
     if not state:
         raise ValueError(f"it holds nothing for {type(network).__name__}")
     dora = [name for name in state if "lora_magnitude_vector" in name]
@@ -97,11 +99,6 @@ def _start_through_diffusers(network: Any, file: LoraFile) -> None:
             getattr(layer, name).float()
     if not next(network.parameters()).is_meta:
         set_peft_model_state_dict(network, state)
-
-
-def _part(network: nn.Module) -> str:
-    unet, transformer = TRAINED_PARTS
-    return unet if "UNet" in type(network).__name__ else transformer
 
 
 def _refuse_disagreement(network: nn.Module, lora: LoraSettings) -> None:
