@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from ray_ddpo.common.trajectory import Trajectory, split_path
+from ray_ddpo.common.trajectory import Trajectory, adjacent_latents
 
 BATCH, STEPS, LATENT = 3, 5, (4, 6, 7)
 
@@ -15,7 +15,7 @@ def trajectory(dtype: torch.dtype = torch.float32, kept: slice | list[int] = sli
     generator = torch.Generator().manual_seed(0)
     path = torch.randn(BATCH, STEPS + 1, *LATENT, generator=generator).to(dtype)
     if isinstance(kept, slice):
-        latents, next_latents = split_path(path[:, kept.start : kept.stop + 1])
+        latents, next_latents = adjacent_latents(path[:, kept.start : kept.stop + 1])
     else:
         latents, next_latents = path[:, kept], path[:, [step + 1 for step in kept]]
     places = list(range(STEPS))[kept] if isinstance(kept, slice) else kept
