@@ -44,7 +44,12 @@ def fault_of(path: Path) -> str | None:
         return _fault_of_weights(path, head)
     if head.startswith(PICKLES[0]) and not zipfile.is_zipfile(path):
         return "it was cut off: the end of torch's archive is not there"
-    return _fault_of_json(path) if path.suffix == ".json" else None
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            return f"it is no JSON: {error}"
+    return None
 
 
 def _fault_of_weights(path: Path, head: bytes) -> str | None:
@@ -58,14 +63,6 @@ def _fault_of_weights(path: Path, head: bytes) -> str | None:
             return None
     except (SafetensorError, OSError) as error:
         return str(error).strip().partition("\n")[0]
-
-
-def _fault_of_json(path: Path) -> str | None:
-    try:
-        json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        return f"it is no JSON: {error}"
-    return None
 
 
 def first_not_finite(arrays: Mapping[str, Any]) -> str | None:

@@ -49,7 +49,9 @@ def weights_of(folder: Path, part: str, library: str, wanted: str | None) -> Par
     Raises:
         PartNotThere: The files are missing, or there are several variants and none is requested.
     """
-    names = _names(folder, part)
+    if not (folder / part).is_dir():
+        raise PartNotThere(f"there is no folder {part} in {folder}")
+    names = sorted(path.name for path in (folder / part).iterdir())
     variant = _variant(folder, part, names, STEMS[library], wanted)
     single = f"{_with(variant, STEMS[library])}.safetensors"
     index = _with(variant, f"{STEMS[library]}.safetensors.index") + ".json"
@@ -58,12 +60,6 @@ def weights_of(folder: Path, part: str, library: str, wanted: str | None) -> Par
     if chosen == single:
         return PartWeights(variant, (single,))
     return PartWeights(variant, (index, *_shards(folder, part, index, names)))
-
-
-def _names(folder: Path, part: str) -> list[str]:
-    if not (folder / part).is_dir():
-        raise PartNotThere(f"there is no folder {part} in {folder}")
-    return sorted(path.name for path in (folder / part).iterdir())
 
 
 def _with(variant: str | None, name: str) -> str:
