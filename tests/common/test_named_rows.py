@@ -1,9 +1,0 @@
-"""Rows grouped by name."""
-
-from ray_ddpo.common.metrics.statistics import rows_by_name
-
-
-def test_rows_are_grouped_in_order_by_name() -> None:
-    found = rows_by_name(["cat", "dog", "cat", "emu"])
-    assert {name: rows.tolist() for name, rows in found.items()} == {"cat": [0, 2], "dog": [1], "emu": [3]}
-    assert list(found) == ["cat", "dog", "emu"]
