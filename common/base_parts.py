@@ -173,8 +173,8 @@ class LoadedBase:
             first = self._now.get(name)
             if first is not None and first.sha256 != part.sha256:
                 raise ValueError(
-                    f"{who} has loaded another {name} than {self._by[name]}: {part} and not {first}; every process must "
-                    "read the same: copy the right file to where the other one is"
+                    f"{who} has loaded another {name} than {self._by[name]}: {part} and not {first}; every process "
+                    "must read the same: copy the right file to where the other one is"
                 )
         differing = differing_parts(self._before, loaded)
         if differing:

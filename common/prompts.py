@@ -82,8 +82,8 @@ def _json_value(value: Any, place: str) -> Any:
     elif not (value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
         kind = "" if isinstance(value, float) else f", of type {type(value).__name__}"
         raise ValueError(
-            f"{place} is {str(value)[:40]!r}{kind}: a prompt's metadata is what JSON holds: texts, finite numbers, true, "
-            "false, null, lists and objects"
+            f"{place} is {str(value)[:40]!r}{kind}: a prompt's metadata is what JSON holds: texts, finite numbers, "
+            "true, false, null, lists and objects"
         )
     return value
 
@@ -219,7 +219,8 @@ class File(PromptSource):
     def _prompts_are_held_out_in_one_way(self) -> "File":
         if self.leave_out and self.held_out_path is not None:
             raise ValueError(
-                f"held_out_path is {self.held_out_path!r} and leave_out has {len(self.leave_out)} prompts: give one of them"
+                f"held_out_path is {self.held_out_path!r} and leave_out has {len(self.leave_out)} prompts: give one "
+                "of them"
             )
         return self
 

@@ -61,7 +61,7 @@ class Task:
 
 
 def image_seed(run_seed: int, stream: Stream, round_index: int, image: int) -> int:
-    """Return an image's seed, 0 … 2**63 − 1: a hash of its position in the run, with the stream in the lowest two bits."""
+    """Return an image's seed, 0 … 2**63 − 1: a hash of its position in the run, with the stream in the lowest bits."""
     word = np.random.SeedSequence([run_seed, int(stream), round_index, image]).generate_state(1, np.uint64)[0]
     return int(word) >> 1 & ~0b11 | int(stream)
 

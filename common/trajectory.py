@@ -36,34 +36,38 @@ class Trajectory:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Serialize as numpy buffers, which Ray ships without a copy. Adjacent steps share one buffer."""
-        path = _shared_path(self.latents, self.next_latents)
-        paths = (path,) if path is not None else (self.latents, self.next_latents)
+        shared = _shared_latents(self.latents, self.next_latents)
+        heavy = (shared,) if shared is not None else (self.latents, self.next_latents)
         light = (self.prompt_index, self.steps, self.log_probs, self.final_latents)
         conditioning = {name: _to_wire(value) for name, value in self.conditioning.items()}
-        return _from_wire, (conditioning, [_to_wire(tensor) for tensor in light], [_to_wire(path) for path in paths])
+        return _from_wire, (
+            conditioning,
+            [_to_wire(tensor) for tensor in light],
+            [_to_wire(tensor) for tensor in heavy],
+        )
 
     @property
     def num_bytes(self) -> int:
         """Return the serialized size in bytes."""
-        path = _shared_path(self.latents, self.next_latents)
-        paths = [path] if path is not None else [self.latents, self.next_latents]
+        shared = _shared_latents(self.latents, self.next_latents)
+        heavy = [shared] if shared is not None else [self.latents, self.next_latents]
         tensors = [
             *self.conditioning.values(),
             self.prompt_index,
             self.steps,
             self.log_probs,
             self.final_latents,
-            *paths,
+            *heavy,
         ]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def split_path(path: Float[Tensor, "B W1 C H W2"]) -> tuple[Tensor, Tensor]:
-    """Return the latents before and after each of the W = W1 - 1 steps, as views of `path`."""
-    return path[:, :-1], path[:, 1:]
+def adjacent_latents(latents: Float[Tensor, "B W1 C H W2"]) -> tuple[Tensor, Tensor]:
+    """Return the latents before and after each of the W = W1 - 1 steps, as views of `latents`."""
+    return latents[:, :-1], latents[:, 1:]
 
 
-def _shared_path(latents: Tensor, next_latents: Tensor) -> Tensor | None:
+def _shared_latents(latents: Tensor, next_latents: Tensor) -> Tensor | None:
     """Return the tensor that both are views of; None if the steps are not adjacent."""
     stride = latents.stride()
     same = (
@@ -96,10 +100,12 @@ def _tensor(wire: Wire) -> Tensor:
     return tensor.view(torch.bfloat16) if kind == "bfloat16" else tensor
 
 
-def _from_wire(conditioning: dict[str, Wire], light: list[Wire], paths: list[Wire]) -> Trajectory:
+def _from_wire(conditioning: dict[str, Wire], light: list[Wire], heavy: list[Wire]) -> Trajectory:
     """Rebuild a trajectory from its buffers."""
     prompt_index, steps, log_probs, final_latents = [_tensor(wire) for wire in light]
-    latents, next_latents = split_path(_tensor(paths[0])) if len(paths) == 1 else [_tensor(wire) for wire in paths]
+    latents, next_latents = (
+        adjacent_latents(_tensor(heavy[0])) if len(heavy) == 1 else [_tensor(wire) for wire in heavy]
+    )
     return Trajectory(
         {name: _tensor(wire) for name, wire in conditioning.items()},
         prompt_index,
@@ -183,7 +189,7 @@ class TrainBatch:
     dropped: tuple[int, ...] = ()  # images, in task order, that are not trained on: their advantage is NaN
     part: int = 0
     parts: int = 1  # of the round, of equal size
-    joined_from: dict[str, Float[np.ndarray, "N"]] = field(
+    aggregated_rewards: dict[str, Float[np.ndarray, "N"]] = field(
         default_factory=dict
     )  # rewards as aggregated, if transformed
 
@@ -198,8 +204,11 @@ def whole_round(parts: list[TrainBatch]) -> TrainBatch:
     advantages = np.concatenate([batch.advantages for batch in parts])
     size = len(parts[0].advantages)
     dropped = tuple(batch.part * size + image for batch in parts for image in batch.dropped)
-    joined_from = {name: np.concatenate([batch.joined_from[name] for batch in parts]) for name in parts[0].joined_from}
-    return TrainBatch(parts[0].round, reports, advantages, dropped, joined_from=joined_from)
+    aggregated_rewards = {
+        name: np.concatenate([batch.aggregated_rewards[name] for batch in parts])
+        for name in parts[0].aggregated_rewards
+    }
+    return TrainBatch(parts[0].round, reports, advantages, dropped, aggregated_rewards=aggregated_rewards)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def _train(options: argparse.Namespace) -> int:
         cause = getattr(error, "cause", error)
         print(f"ddpo train: {type(cause).__name__}: {_without_passwords(str(cause))}", file=sys.stderr)
         return 1
-    print(folder.where_everything_lies())
+    print(folder.output_paths())
     print(f"{'look at it':<13} ddpo report {recipe.run_path()}")
     return _publish(recipe) if recipe.push.repo else 0
 

@@ -1,4 +1,4 @@
-"""The registry of model families, each of which encodes prompts, steps, and decodes images: one file and one line each."""
+"""The registry of model families, which encode prompts, take steps, and decode images. One file and one line each."""
 
 from ray_ddpo.common.recipe.registry import Registry
 

@@ -27,8 +27,8 @@ class SizedConfig(PolicyConfig):
     def _size_is_given_once(self) -> "SizedConfig":
         if self.resolution is not None and (self.height, self.width) != (None, None):
             raise ValueError(
-                f"resolution is {self.resolution}, height {self.height} and width {self.width}: give a square's resolution, "
-                "or height and width"
+                f"resolution is {self.resolution}, height {self.height} and width {self.width}: give a square's "
+                "resolution, or height and width"
             )
         return self
 

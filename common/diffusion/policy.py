@@ -51,7 +51,7 @@ class Policy(ABC):
         raise ValueError(f'policy.compile is set, and {type(self).__name__} has no compiled network: give "none"')
 
     def image_size(self) -> tuple[int, int] | None:
-        """Return height and width of an image in pixels; None if only decoding tells. A family need not implement this."""
+        """Return height and width of an image in pixels; None if only decoding tells. Families may leave this out."""
         return None
 
     def load_weights(self, weights: PolicyWeights) -> int:
@@ -197,7 +197,8 @@ class PolicyConfig(Component, ABC):
         """Raise ValueError if the family does not support these sampling options."""
         if sampling.negative_prompt and not self.takes_negative_prompt:
             raise ValueError(
-                f"sampling.negative_prompt is {sampling.negative_prompt!r}, and {type(self).__name__} takes none: leave it out"
+                f"sampling.negative_prompt is {sampling.negative_prompt!r}, and {type(self).__name__} takes none: "
+                "leave it out"
             )
 
     def dtype_of(self, role: Role) -> torch.dtype:

@@ -84,7 +84,7 @@ def try_sampling(config: PolicyConfig, policy: Policy, prompts: Sequence[str]) -
         rows = _encoded(policy, [prompts[row % len(prompts)] for row in range(ROWS)])
         noise = next(image_noise(list(range(ROWS)), policy.latent_shape)).to(policy.device)
         latents = call(policy, "initial_latents", noise)
-        latents = _checked(policy, "initial_latents", latents, tuple(noise.shape))
+        check_tensor(f"{type(policy).__name__}.initial_latents returned", latents, tuple(noise.shape), None)
         _try_transition(policy, latents, rows)
         _try_denoise(policy, latents, noise, rows)
         name, images = f"{type(policy).__name__}.decode returned", call(policy, "decode", latents)
@@ -210,10 +210,6 @@ def _try_denoise(policy: Policy, latents: Tensor, noise: Tensor, rows: Condition
     refuse_unless(isinstance(both, tuple) and len(both) == 2, f"{name} {described(both)}", "prediction and target")
     for what, value in zip(("a prediction of", "a target of"), both, strict=True):
         check_tensor(f"{name} {what}", value, tuple(latents.shape), torch.float32)
-
-
-def _checked(policy: Policy, method: str, value: Any, shape: tuple[int, ...]) -> Tensor:
-    return check_tensor(f"{type(policy).__name__}.{method} returned", value, shape, None)
 
 
 def _close(one: Transition, other: Transition, times: float = 1.0) -> bool:

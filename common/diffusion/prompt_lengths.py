@@ -34,11 +34,14 @@ def cut_prompts_in_words(readers: Sequence[TextReader], prompts: Sequence[str], 
     said = [f"{len(rows)} of {len(prompts)} are longer than a text encoder reads"] if rows else []
     for reader in readers:
         if found := cut[reader.name]:
-            said.append(f"{_reads(reader)} and cuts {len(found)}, {_first(reader, prompts[found[0]])}")
+            first = prompts[found[0]]
+            shown = repr(first if len(first) <= SHOWN else f"{first[:SHOWN]}…")
+            said.append(f"{_reads(reader)} and cuts {len(found)}, the first, {shown}, after {_end(reader, first)}")
     said += _equal(prompts, ids, rows)
     if negative and not sampling.is_guided:
         said.append(
-            f"sampling.negative_prompt has no effect, sampling.guidance_scale {sampling.guidance_scale:g} is not above 1"
+            f"sampling.negative_prompt has no effect, sampling.guidance_scale {sampling.guidance_scale:g} is not "
+            "above 1"
         )
         negative = None
     for reader in readers:
@@ -51,18 +54,10 @@ def _reads(reader: TextReader) -> str:
     return f"{reader.name} reads {reader.length} tokens"
 
 
-def _first(reader: TextReader, prompt: str) -> str:
-    return f"the first, {_shortened(prompt)}, after {_end(reader, prompt)}"
-
-
 def _end(reader: TextReader, prompt: str) -> str:
     kept = reader.tokenizer(prompt, truncation=True, max_length=reader.length)["input_ids"]
     text = reader.tokenizer.decode(kept, skip_special_tokens=True).strip()
     return repr(text if len(text) <= SHOWN else f"…{text[-SHOWN:]}")
-
-
-def _shortened(prompt: str) -> str:
-    return repr(prompt if len(prompt) <= SHOWN else f"{prompt[:SHOWN]}…")
 
 
 def _equal(prompts: Sequence[str], ids: list[tuple[Any, ...]], cut: list[int]) -> list[str]:

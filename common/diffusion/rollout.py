@@ -10,7 +10,7 @@ from torch import Tensor
 from ray_ddpo.common.diffusion.policy import Policy, select_rows
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.runtime import to_device
-from ray_ddpo.common.trajectory import DTYPES, Trajectory, split_path
+from ray_ddpo.common.trajectory import DTYPES, Trajectory, adjacent_latents
 
 _TRAINED_STEPS = 6  # hashed with an image's seed to choose its trained steps
 
@@ -46,7 +46,7 @@ def evaluation_window(sampling: SamplingTable) -> range | None:
 
 
 def refuse_window_without_noise(policy: Policy, sampling: SamplingTable) -> None:
-    """Raise ValueError if the SDE window can cover a step that this model takes without noise, which is not an action."""
+    """Raise ValueError if the SDE window can cover a step that this model takes without noise."""
     reached = range(sampling.num_steps - sampling.skip_last_steps)
     silent = sorted(set(reached) - set(policy.stochastic_steps))
     if sampling.sde_window is not None and silent:
@@ -81,15 +81,15 @@ def sample_trajectories(
     noise = (to_device(each, policy.device) for each in image_noise(seeds, policy.latent_shape))
 
     latents = policy.initial_latents(next(noise)).to(latents_dtype)
-    path, log_probs = [latents], []  # the path has one more entry than there are steps
+    sequence, log_probs = [latents], []  # one more latents than steps
     for step in range(policy.num_steps):
         steps = torch.full((len(seeds),), step, device=policy.device)
         transition = policy.transition(latents, steps, rows, window is None or step in window)
-        # Round first, then compute the log-prob, and continue from the rounded value: the learner's ratio is then exactly 1.
+        # Round, then compute the log-prob, and continue from the rounded value: the learner's ratio is then exactly 1.
         latents = transition.sample(next(noise)).to(latents_dtype)
         log_probs.append(transition.log_prob(latents))
-        path.append(latents)
-    all_latents, all_log_probs = torch.stack(path, dim=1), torch.stack(log_probs, dim=1)
+        sequence.append(latents)
+    all_latents, all_log_probs = torch.stack(sequence, dim=1), torch.stack(log_probs, dim=1)
     if window is None:
         stochastic_steps = policy.stochastic_steps
         candidates = stochastic_steps[: len(stochastic_steps) - sampling.skip_last_steps]
@@ -102,18 +102,18 @@ def sample_trajectories(
 
 
 def _latents_of(
-    path: Float[Tensor, "B T1 C H W2"], steps: Int[Tensor, "B W"]
+    latents: Float[Tensor, "B T1 C H W2"], steps: Int[Tensor, "B W"]
 ) -> tuple[Float[Tensor, "B W C H W2"], Float[Tensor, "B W C H W2"]]:
     """Return the latents before and after each trained step.
 
-    They are views of `path` if all images train the same run of steps.
+    They are views of `latents` if all images train the same run of steps.
     """
     count = steps.shape[1]
     first = int(steps[0, 0]) if count else 0
     if torch.equal(steps, torch.arange(first, first + count, device=steps.device).expand_as(steps)):
-        return split_path(path[:, first : first + count + 1])
-    rows = torch.arange(len(path), device=path.device).unsqueeze(1)
-    return path[rows, steps], path[rows, steps + 1]
+        return adjacent_latents(latents[:, first : first + count + 1])
+    rows = torch.arange(len(latents), device=latents.device).unsqueeze(1)
+    return latents[rows, steps], latents[rows, steps + 1]
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def check_tensor(found: str, value: Any, shape: tuple[int, ...], dtype: torch.dt
 
 
 def described(value: Any) -> str:
-    """Return a tensor's dtype, shape and range, and how many of its numbers are not finite; for other values, the type."""
+    """Return a tensor's dtype, shape, range and number of non-finite elements; of other values, the type."""
     if not isinstance(value, Tensor):
         kind = "None" if value is None else type(value).__name__
         return f"{kind} {value!r}" if isinstance(value, (str, int, float)) else kind

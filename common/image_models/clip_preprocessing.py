@@ -85,7 +85,7 @@ def rgb_pixels(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
 def clip_pixels(
     images: UInt8[Tensor, "B H W 3"], side: int = 224, whole: bool = False
 ) -> Float[Tensor, "B 3 {side} {side}"]:
-    """Return CLIP's input (Radford et al. 2021): gray levels / 255, minus the mean, divided by the standard deviation."""
+    """Return CLIP's input (Radford et al. 2021): gray levels / 255, minus mean, divided by standard deviation."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
     return (grey_levels(images, side, whole).float() / 255 - mean) / std
 

@@ -100,7 +100,8 @@ def _tokenizer_for(text_config: Any, tokenizer: Weights) -> Any:
     ends_alike = text_config.eos_token_id in (HIGHEST_TOKEN, tokens.eos_token_id)
     if len(tokens) != text_config.vocab_size or not ends_alike:
         raise ValueError(
-            f"{tokenizer.key} is {tokenizer.source!r}, whose tokenizer has {len(tokens)} tokens and ends a text with number "
-            f"{tokens.eos_token_id}: CLIP's text tower here takes {text_config.vocab_size} and {text_config.eos_token_id}"
+            f"{tokenizer.key} is {tokenizer.source!r}, whose tokenizer has {len(tokens)} tokens and ends a text with "
+            f"number {tokens.eos_token_id}: CLIP's text tower here takes {text_config.vocab_size} and "
+            f"{text_config.eos_token_id}"
         )
     return tokens

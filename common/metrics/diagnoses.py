@@ -49,7 +49,10 @@ def bottleneck(
         return _no_overlap(busy, times, max_policy_lag, times.longest_phase(samplers, reward_workers))
     if busy[second] >= BUSY:
         both = " and ".join(f"{role} ({_percent(busy[role])})" for role in (first, second))
-        return f"{both} are busy all the time: neither waits for the other, and only more or faster ones of both would help"
+        return (
+            f"{both} are busy all the time: neither waits for the other, and only more or faster ones of both "
+            "would help"
+        )
     if first == "learner":
         return _slow_learner(busy, times, samplers)
     return _too_few_workers(first, busy, times, samplers, reward_workers)
@@ -125,8 +128,8 @@ class Collapse:
     def says(self) -> str:
         """Describe the fall: from, to, and in standard deviations."""
         return (
-            f"from {self.before:.4g} to {self.after:.4g}, {(self.before - self.after) / self.std:.1f} standard deviations "
-            "of the images' rewards"
+            f"from {self.before:.4g} to {self.after:.4g}, {(self.before - self.after) / self.std:.1f} standard "
+            "deviations of the images' rewards"
         )
 
 

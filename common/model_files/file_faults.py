@@ -44,7 +44,12 @@ def fault_of(path: Path) -> str | None:
         return _fault_of_weights(path, head)
     if head.startswith(PICKLES[0]) and not zipfile.is_zipfile(path):
         return "it was cut off: the end of torch's archive is not there"
-    return _fault_of_json(path) if path.suffix == ".json" else None
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            return f"it is no JSON: {error}"
+    return None
 
 
 def _fault_of_weights(path: Path, head: bytes) -> str | None:
@@ -60,14 +65,6 @@ def _fault_of_weights(path: Path, head: bytes) -> str | None:
         return str(error).strip().partition("\n")[0]
 
 
-def _fault_of_json(path: Path) -> str | None:
-    try:
-        json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        return f"it is no JSON: {error}"
-    return None
-
-
 def first_not_finite(arrays: Mapping[str, Any]) -> str | None:
     """Return the name of the first array or tensor with a NaN or infinity; None if all are finite."""
     return next((name for name, array in arrays.items() if not _is_finite(array)), None)
@@ -78,8 +75,8 @@ def refuse_not_finite(file: str | Path, arrays: Mapping[str, Any]) -> None:
     if name := first_not_finite(arrays):
         count = sum(not _is_finite(array) for array in arrays.values())
         raise ValueError(
-            f"{file}: the tensor {name} holds NaN or infinity ({count} of {len(arrays)} do), so these weights are of no use: "
-            "restore the file, or take an earlier checkpoint's weights (--from RUN@ROUND)"
+            f"{file}: the tensor {name} holds NaN or infinity ({count} of {len(arrays)} do), so these weights are of "
+            "no use: restore the file, or take an earlier checkpoint's weights (--from RUN@ROUND)"
         )
 
 

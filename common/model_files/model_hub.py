@@ -117,9 +117,9 @@ def server_answers(url: str, seconds: float | int = 5) -> bool:
 def cannot_load(weights: Weights) -> str:
     """Return the error's text for missing files: which key names them, which files, and what to do without the hub."""
     return (
-        f"{weights.key} is {weights.source!r}, which cannot be loaded: it must be a folder of this machine or a repository "
-        f"of the hub that has {', '.join(weights.files)}; where the hub cannot be reached, copy them to this machine, and "
-        f"set {weights.key} to where they are"
+        f"{weights.key} is {weights.source!r}, which cannot be loaded: it must be a folder of this machine or a "
+        f"repository of the hub that has {', '.join(weights.files)}; where the hub cannot be reached, copy them to "
+        f"this machine, and set {weights.key} to where they are"
     )
 
 

@@ -62,19 +62,15 @@ def weights_fault(found: dict[str, Any], refuse_unexpected: bool = False) -> str
     unexpected = sorted(found["unexpected_keys"])
     if absent:
         beside = f"; the file has {unexpected[0]}, {len(unexpected)} that are unknown" if unexpected else ""
-        return f"weights are missing: {absent[0]}, {len(absent)} in all{beside}{_advice(unexpected)}"
+        if any(".base_layer." in name for name in unexpected):
+            beside += "; a LoRA was not unloaded before saving: fuse it, call unload_lora_weights(), then save again"
+        return f"weights are missing: {absent[0]}, {len(absent)} in all{beside}"
     if misfits:
         return f"weights are of another size than the configuration says: {misfits[0]}, {len(misfits)} in all"
     if unexpected and refuse_unexpected:
         return (
             f"the file has weights that the configuration has no place for: {unexpected[0]}, {len(unexpected)} in all"
         )
-    return ""
-
-
-def _advice(unexpected: list[str]) -> str:
-    if any(".base_layer." in name for name in unexpected):
-        return "; a LoRA was not unloaded before saving: fuse it, call unload_lora_weights(), then save again"
     return ""
 
 

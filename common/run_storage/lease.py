@@ -177,8 +177,7 @@ class Lease:
                     if not self._lost:
                         self._write(self._storage.write)
             except OSError as error:
-                # A full disk, or a network failure. If the lease cannot even be read for a minute, another start may have
-                # taken it.
+                # Full disk or network failure. If the lease cannot be read for a minute, another start may have it.
                 self._lost = time.time() - self._seen > LEASE_SECONDS
                 print(f"the lease cannot be renewed: {error}", file=sys.stderr, flush=True)
         if self._lost:

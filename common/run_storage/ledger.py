@@ -104,14 +104,14 @@ class Ledger:
             reasons.get(image, OF_ITS_GROUP if image in batch.dropped else None) for image in range(count)
         ]
         columns["advantage"] = batch.advantages
-        columns |= {f"joined/{name}": values for name, values in batch.joined_from.items()}
+        columns |= {f"joined/{name}": values for name, values in batch.aggregated_rewards.items()}
         types = COLUMNS | {name: pa.float64() for name in columns if name.startswith(("reward/", "joined/"))}
         prompts = [prompt for rollout in rollouts for prompt in rollout.report.task.prompts]
         if any(prompt.metadata for prompt in prompts):
             columns["metadata"], types["metadata"] = metadata_as_json(prompts), pa.string()
         table = pa.table({name: pa.array(columns[name], kind, from_pandas=True) for name, kind in types.items()})
         if images is not None and self.wants_images(batch.round):
-            table = table.append_column("image", pa.array([png(image) for task in images for image in task]))
+            table = table.append_column("pixels", pa.array([png(image) for task in images for image in task]))
         table = table.replace_schema_metadata({ABOUT: json.dumps(self._about)})
         buffer = io.BytesIO()
         parquet.write_table(table, buffer)

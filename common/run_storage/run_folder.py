@@ -71,14 +71,14 @@ class RunFolder:
 
     @property
     def best(self) -> Storage:
-        """Return the folder of the weights that were best on held-out images, in the same layout as the run's weights."""
+        """Return the folder of the weights that were best on held-out images, with the run's own layout."""
         return self.storage.folder("best")
 
     @property
     def report(self) -> Storage:
         return self.storage.folder("report")
 
-    def where_everything_lies(self) -> str:
+    def output_paths(self) -> str:
         """List the output paths of a finished run, one per line."""
         places = {
             "weights": "lora/pytorch_lora_weights.safetensors",
@@ -104,7 +104,8 @@ class RunFolder:
             if path and path.exists() and path.is_dir() != (name in FOLDERS):
                 is_, must_be = ("a file", "a folder") if name in FOLDERS else ("a folder", "a file")
                 raise ValueError(
-                    f"output_dir: {path} is {is_} and must be {must_be}: move it away, or give another --name or --output_dir"
+                    f"output_dir: {path} is {is_} and must be {must_be}: move it away, or give another --name or "
+                    "--output_dir"
                 )
         probe, storage = f".writable-{os.getpid()}", self.storage.with_patience(START_SECONDS)
         try:
@@ -155,8 +156,8 @@ class RunFolder:
             return read_base(self.storage.read(BASE_FILE), where)
         except FileNotFoundError:
             raise ValueError(
-                f"{where} is missing: without it nobody can tell whether model, prompts and rewards are still those of the "
-                "run; restore the file, or begin a new run"
+                f"{where} is missing: without it nobody can tell whether model, prompts and rewards are still those of "
+                "the run; restore the file, or begin a new run"
             ) from None
 
     def guard_ended(self) -> dict[str, Any] | None:
@@ -183,8 +184,8 @@ class RunFolder:
             return {}
         except ValidationError as error:
             raise ValueError(
-                f"{self.location}/{CONTROL} cannot be used: it must be a JSON object with a number of workers, 1 or more, for "
-                f"each role, as ddpo scale writes it ({error.errors()[0]['msg']})"
+                f"{self.location}/{CONTROL} cannot be used: it must be a JSON object with a number of workers, 1 or "
+                f"more, for each role, as ddpo scale writes it ({error.errors()[0]['msg']})"
             ) from None
 
     def ask(self, wanted: dict[str, int]) -> None:

@@ -61,7 +61,7 @@ class Storage:
         """
         self._files, self._root, self.location = _opened(str(location))
         self.patience_seconds = PATIENCE_SECONDS
-        # Called before each change, and with True after a failed one. It raises if this process may not write here any more.
+        # Called before each change, and with True after a failed one. Raises if this process may not write any more.
         self.guard: Callable[[bool], None] | None = None
 
     @property

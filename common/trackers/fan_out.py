@@ -37,14 +37,15 @@ class FanOut:
                 if isinstance(error, (ValueError, BrokenPipeError)) or not isinstance(error, Exception):
                     raise
                 raise ValueError(
-                    f"trackers: {name} cannot be started: {type(error).__name__}: {error}; fix that, or leave the tracker out"
+                    f"trackers: {name} cannot be started: {type(error).__name__}: {error}; fix that, or leave the "
+                    "tracker out"
                 ) from error
             identity = live.identity()
             if identity is not None:
                 self._identities[name] = identity
 
     def identities(self) -> dict[str, str]:
-        """Return the trackers' ids for the checkpoint, including failed trackers, because a later start may need them."""
+        """Return the trackers' ids for the checkpoint, also of failed trackers, because a later start may need them."""
         return dict(self._identities)
 
     def log(self, metrics: Metrics) -> None:

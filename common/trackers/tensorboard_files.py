@@ -29,12 +29,6 @@ def _text(cell: Cell) -> str:
     return html.escape(" ".join(str(cell).split())).replace("|", "&#124;")
 
 
-def _captions(images: tuple[CaptionedImage, ...]) -> ShownTable:
-    return ShownTable(
-        ("image", "caption"), tuple((f"{number:02d}", image.caption) for number, image in enumerate(images))
-    )
-
-
 class EventFiles(LiveTracker):
     """An open TensorBoard writer."""
 
@@ -54,7 +48,9 @@ class EventFiles(LiveTracker):
             for number, image in enumerate(images):
                 tag = f"images/{panel}/{number:02d}"
                 self._writer.add_image(tag, image.pixels, global_step=step, dataformats="HWC")
-            self._writer.add_text(f"captions/{panel}", markdown(_captions(images)), global_step=step)
+            rows = tuple((f"{number:02d}", image.caption) for number, image in enumerate(images))
+            captions = ShownTable(("image", "caption"), rows)
+            self._writer.add_text(f"captions/{panel}", markdown(captions), global_step=step)
         for panel, table in media.tables.items():
             self._writer.add_text(f"tables/{panel}", markdown(table), global_step=step)
         for name, values in media.countable.items():

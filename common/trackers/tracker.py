@@ -74,7 +74,7 @@ class LiveTracker(ABC):
         """Take images, tables and histograms of a round. They come before the round's metrics."""
 
     def identity(self) -> str | None:
-        """Return the id by which a resumed run continues in the same place of a service; None if the folder suffices."""
+        """Return the id by which a resumed run continues at the same place of a service; None if none is needed."""
         return None
 
 

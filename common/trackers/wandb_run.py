@@ -214,8 +214,8 @@ def _if_not_reachable(error: Exception) -> str:
     service = wandb.setup().settings.base_url
     if server_answers(service):
         raise ValueError(
-            f"trackers: wandb cannot be used with {service}: {first_line(error)}; correct WANDB_API_KEY, or the table's "
-            "project and entity, or export WANDB_MODE=offline"
+            f"trackers: wandb cannot be used with {service}: {first_line(error)}; correct WANDB_API_KEY, or the "
+            "table's project and entity, or export WANDB_MODE=offline"
         ) from error
     return f"{service} does not answer"
 

@@ -69,8 +69,7 @@ def _expected(owner: Any, method: str, arguments: tuple[Any, ...]) -> str:
 
 def _contract(owner: Any) -> str:
     """Return the name of the nearest class of the project that a user's class is derived from."""
-    ours = ("common.", "actors.", "learner.")
-    return next((cls.__name__ for cls in type(owner).__mro__ if cls.__module__.startswith(ours)), "component")
+    return next((cls.__name__ for cls in type(owner).__mro__ if cls.__module__.startswith("ray_ddpo.")), "component")
 
 
 def _flat(message: str) -> str:

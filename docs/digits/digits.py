@@ -45,8 +45,8 @@ class Digits(PolicyConfig):
     def check(self) -> None:
         if not (self.folder() / "config.json").is_file():
             raise ValueError(
-                f"policy.model is {self.model!r}: there is no config.json in {self.folder()}; python pretrain_digits.py "
-                "makes such a folder"
+                f"policy.model is {self.model!r}: there is no config.json in {self.folder()}; python "
+                "pretrain_digits.py makes such a folder"
             )
         if {self.dtype_of("sampler"), self.dtype_of("learner")} != {torch.float32} or self.gradient_checkpointing:
             raise ValueError(

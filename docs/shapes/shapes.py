@@ -1,4 +1,4 @@
-"""A model family around this network: its keys, for `name = "shapes:Shapes"` in a recipe's `[policy]`, and its policy."""
+"""A model family around this network: keys for `name = "shapes:Shapes"` in a recipe's `[policy]`, and its policy."""
 
 from pathlib import Path
 

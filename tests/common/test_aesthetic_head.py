@@ -1,4 +1,4 @@
-"""Heads in every published layout, against golden numbers where the published weights are at hand."""
+"""Heads in every published layout, compared with golden numbers if the published weights are available."""
 
 from pathlib import Path
 
@@ -165,7 +165,7 @@ def test_a_head_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 class Payload:
-    """What would run code when unpickled."""
+    """An object that would run code when unpickled."""
 
     def __reduce__(self) -> tuple:
         return exec, ("raise SystemExit('unpickled')",)

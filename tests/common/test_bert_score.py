@@ -29,7 +29,7 @@ def test_recall_is_the_mean_of_each_reference_tokens_best_cosine() -> None:
     assert recall(reference, candidate, counts).item() == pytest.approx((1 + 0.8 + 7 / (5 * math.sqrt(2))) / 3)
 
 
-def test_a_token_that_opens_or_closes_does_not_count_and_a_worse_match_takes_nothing_away() -> None:
+def test_special_tokens_do_not_count_and_a_worse_match_changes_nothing() -> None:
     reference = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
     candidate = torch.tensor([[1.0, 0.0]])
     assert recall(reference, candidate, torch.tensor([False, True])).item() == 1
@@ -42,7 +42,7 @@ def test_without_anything_alike_it_is_negative_and_not_cut_at_zero() -> None:
 
 
 def published(embeddings: list[np.ndarray], own: list[np.ndarray]) -> float:
-    """The recall of the paper's code for one pair, reference first: idf 1 for a text's own tokens, 0 for the others."""
+    """Return the recall of the paper's code for one pair, reference first: idf 1 for own tokens, 0 for others."""
     reference, candidate = (each / np.linalg.norm(each, axis=-1, keepdims=True) for each in embeddings)
     idf = own[0].astype(float)
     scale = idf / idf.sum()

@@ -1,4 +1,4 @@
-"""BLIP's weights in transformers' models are the same network: against a slow copy of BLIP's own code."""
+"""BLIP's weights in transformers' models are the same network, compared with a slow copy of BLIP's own code."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_the_shapes_of_image_reward_give_its_sizes_and_every_weight_has_its_plac
         ("text_encoder.embeddings.word_embeddings.weight", "it lacks text_encoder.embeddings.word_embeddings.weight"),
     ],
 )
-def test_a_weight_that_lacks_is_named(name: str, found: str) -> None:
+def test_a_missing_weight_is_named(name: str, found: str) -> None:
     state = without_prefix(tiny_image_reward_state(), "blip.")
     del state[name]
     with pytest.raises(ValueError, match=f"^no BLIP .*{found}"):

@@ -1,4 +1,4 @@
-"""CLIP's preprocessing against the processor of transformers, which resizes with PIL: the same grey levels, all of them."""
+"""CLIP's preprocessing compared with transformers' processor, which resizes with PIL: all gray levels are equal."""
 
 import numpy as np
 import pytest
@@ -32,11 +32,11 @@ def noise_and_pattern(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES + THIN)
-def test_pictures_of_any_size_come_out_as_from_clips_own_processor(height: int, width: int) -> None:
+def test_images_of_any_size_equal_those_of_clips_own_processor(height: int, width: int) -> None:
     from transformers import CLIPImageProcessorPil
 
     images = noise_and_pattern(height, width)
-    # Said, because an image 3 high or wide could be either.
+    # Give the format, because an image 3 high or wide could be either.
     processed = CLIPImageProcessorPil()(images=list(images), return_tensors="np", input_data_format="channels_last")
     expected = np.array(processed["pixel_values"])
     levels_apart = (
@@ -46,7 +46,7 @@ def test_pictures_of_any_size_come_out_as_from_clips_own_processor(height: int, 
 
 
 def image_of_mode(mode: str) -> Image.Image:
-    """With every alpha where the mode has one, and for "P" a palette in which one colour is transparent."""
+    """Return an image with every alpha if the mode has one, and with a transparent color in the palette of "P"."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (97, 131, 4), dtype=np.uint8), mode="RGBA")
     if mode == "P":
         image = noise.convert("RGB").quantize(16)
@@ -56,7 +56,7 @@ def image_of_mode(mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK"])
-def test_pictures_of_any_mode_come_out_as_from_clips_own_processor(mode: str) -> None:
+def test_images_of_any_mode_equal_those_of_clips_own_processor(mode: str) -> None:
     from transformers import CLIPImageProcessorPil
 
     image = image_of_mode(mode)
@@ -67,14 +67,14 @@ def test_pictures_of_any_mode_come_out_as_from_clips_own_processor(mode: str) ->
     assert np.abs(levels_apart * np.array(STD).reshape(3, 1, 1) * 255).max() < 0.01
 
 
-def test_what_is_transparent_lies_on_white() -> None:
+def test_transparent_pixels_become_white() -> None:
     image = Image.new("RGBA", (2, 1), (200, 100, 0, 0))
     image.putpixel((1, 0), (200, 100, 0, 255))
     assert rgb_pixels(image).tolist() == [[[255, 255, 255], [200, 100, 0]]]
 
 
 @pytest.mark.parametrize(("height", "width"), [(512, 512), (301, 640), (640, 301), (224, 100), (4, 900)])
-def test_a_picture_that_is_kept_whole_is_pils_on_black(height: int, width: int) -> None:
+def test_an_uncropped_image_is_pils_on_black(height: int, width: int) -> None:
     image = noise_and_pattern(height, width)[0]
     new_width, new_height = (max(1, round(length * (224 / max(height, width)))) for length in (width, height))
     small = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
@@ -84,7 +84,7 @@ def test_a_picture_that_is_kept_whole_is_pils_on_black(height: int, width: int) 
     assert np.array_equal(levels[0].permute(1, 2, 0).numpy(), np.array(expected))
 
 
-def test_a_square_picture_is_the_same_whole_or_cut() -> None:
+def test_a_square_image_is_the_same_padded_or_cropped() -> None:
     images = torch.from_numpy(noise_and_pattern(97, 97))
     assert torch.equal(grey_levels(images, 64, whole=True), grey_levels(images, 64))
 
@@ -112,6 +112,6 @@ def test_the_middle_of_the_longer_side_is_kept() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(height=st.integers(1, 90), width=st.integers(1, 90), level=st.integers(0, 255))
-def test_a_picture_of_one_colour_keeps_it_at_every_size(height: int, width: int, level: int) -> None:
+def test_an_image_of_one_color_keeps_it_at_every_size(height: int, width: int, level: int) -> None:
     image = torch.full((1, height, width, 3), level, dtype=torch.uint8)
     assert (grey_levels(image, 32) == level).all()

@@ -1,4 +1,4 @@
-"""CLIP's towers against transformers' own model and processor, and what is said where a part of them lacks."""
+"""CLIP's towers compared with transformers' own model and processor, and the errors for missing parts."""
 
 import socket
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_a_clip_in_a_folder_is_read_without_any_network(
 
 
 @pytest.mark.parametrize("weight", ["text_projection.weight", "visual_projection.weight", "logit_scale"])
-def test_a_weight_that_lacks_is_an_error_and_never_a_random_number(tmp_path: Path, weight: str) -> None:
+def test_a_missing_weight_is_an_error_and_never_random(tmp_path: Path, weight: str) -> None:
     folder = save_tiny_clip(tmp_path / "clip")
     weights = load_file(folder / "model.safetensors")
     del weights[weight]
@@ -121,9 +121,7 @@ def test_a_weight_of_another_size_is_an_error(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_a_clip_without_a_vocabulary_is_refused_where_transformers_would_know_no_word(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_clip_without_a_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(ValueError, match="reward.tokenizer is .*tokenizer.json.*No such file"):
         load(folder, tokenizer=tmp_path)

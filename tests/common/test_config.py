@@ -1,4 +1,4 @@
-"""The recipe: what is read, what is refused, in which words, and how the command line changes it."""
+"""Reading a recipe: what is accepted, what is refused, the messages, and overrides from the command line."""
 
 import re
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_a_recipe_file_gets_defaults_for_missing_keys(path: Path) -> None:
     assert recipe.images_per_round == 8 and recipe.learner.images_per_step == 4
 
 
-def test_a_component_table_keeps_the_keys_of_its_component(path: Path) -> None:
+def test_a_components_table_keeps_the_keys_of_its_class(path: Path) -> None:
     recipe = Recipe.load(path)
     assert recipe.policy.table() == {"name": "stable_diffusion", "model": "tiny_animals", "lora": {"rank": 4}}
     assert recipe.trackers[1].table() == {"name": "wandb", "project": "cats"}
@@ -139,7 +139,7 @@ def test_a_missing_required_key_is_named(tables: dict, key: str) -> None:
         Recipe.parse(tables)
 
 
-def test_a_component_table_needs_a_name(tables: dict) -> None:
+def test_a_components_table_must_have_a_name(tables: dict) -> None:
     tables["policy"].pop("name")
     with pytest.raises(ValueError, match="policy.name is missing"):
         Recipe.parse(tables)
@@ -253,7 +253,7 @@ def test_an_override_may_give_a_whole_list_of_tables(path: Path) -> None:
     assert [tracker.name for tracker in recipe.trackers] == ["terminal"]
 
 
-def test_the_run_path_is_output_dir_and_name(recipe: Recipe) -> None:
+def test_a_runs_folder_is_its_name_in_the_output_folder(recipe: Recipe) -> None:
     assert recipe.run_path() == f"{recipe.output_dir}/tiny"
 
 
@@ -264,7 +264,7 @@ def test_a_relative_output_dir_in_a_submitted_job_is_refused(tables: dict, monke
     assert Recipe.parse({**tables, "output_dir": "/shared/runs"}).run_path() == "/shared/runs/tiny"
 
 
-def test_world_size_must_divide_the_images_of_an_optimizer_step(path: Path) -> None:
+def test_images_per_optimizer_step_must_divide_among_the_ranks(path: Path) -> None:
     recipe = Recipe.load(path, ["--learner.world_size", "2"])
     assert (recipe.learner.images_per_step, recipe.learner.images_per_rank) == (4, 2)
     with pytest.raises(ValueError, match="accumulation_steps = 4 images, which learner.world_size = 3 does not divide"):

@@ -1,4 +1,4 @@
-"""PageImages go into the network as it was trained on them, and come out as features that tell images apart."""
+"""Images are fed as in the network's training, and their features distinguish them."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def features():
     return load_image_features()
 
 
-def test_features_of_a_picture_do_not_depend_on_its_batch(features):
+def test_features_of_an_image_do_not_depend_on_its_batch(features):
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     together = features(images)
     assert together.shape == (3, 1280)

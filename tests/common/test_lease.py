@@ -1,4 +1,4 @@
-"""The lease on a run's folder: one start of many has it, the dead lose it at once, and who has lost it notices."""
+"""The lease on a run's folder: one of many starts gets it, the dead lose it at once, and losers notice."""
 
 import json
 import multiprocessing
@@ -53,7 +53,7 @@ def owner(folder: RunFolder) -> tuple[str, int]:
 
 
 def renewed(folder: RunFolder, seconds: float = 5) -> bool:
-    """Whether the lease's time moves on."""
+    """Return whether the lease's time advances."""
     first, deadline = written(folder)["time"], time.monotonic() + seconds
     while time.monotonic() < deadline:
         if written(folder)["time"] != first:
@@ -111,7 +111,7 @@ def test_a_fresh_lease_of_another_host_is_refused_though_its_process_is_not_here
         pass
 
 
-def test_a_lease_of_another_host_that_nobody_renews_is_taken_over_and_said(
+def test_a_lease_of_another_host_that_is_not_renewed_is_taken_over(
     folder: RunFolder, capsys: pytest.CaptureFixture
 ) -> None:
     leave_lease(folder, "elsewhere", os.getpid(), age=LEASE_SECONDS + 1)
@@ -130,7 +130,7 @@ def test_a_process_that_has_the_pid_of_a_dead_owner_is_not_that_owner(folder: Ru
         assert written(folder)["started"] == started
 
 
-def test_a_dead_process_that_nobody_has_waited_for_does_not_live(folder: RunFolder) -> None:
+def test_a_zombie_process_is_not_alive(folder: RunFolder) -> None:
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)

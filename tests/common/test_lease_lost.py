@@ -1,4 +1,4 @@
-"""A lease that another process has taken: who held it writes nothing more, also after a suspension or on a full disk."""
+"""A lease taken by another process: the former owner writes nothing more, even after a suspension or on a full disk."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""The ledger: every image of a round comes back as it was, in an object store too, and a round is whole or absent."""
+"""The ledger: every image of a round comes back, in an object store too, and a round is complete or absent."""
 
 import hashlib
 import io
@@ -36,7 +36,10 @@ def ledger_in(storage: Storage, **keys: object) -> Ledger:
 
 
 def sampled(round_index: int = 3, first_reward: float = 1.0) -> tuple[TrainBatch, list[Rollout]]:
-    """A round of two tasks of two images; the third could not be scored, and the fourth is of its group."""
+    """Return a round of two tasks of two images.
+
+    The third image could not be scored, and the fourth is in its group.
+    """
     rewards = np.array([first_reward, 3.0, np.nan, 7.0], np.float32)
     rollouts = []
     for index, seeds in enumerate(SEEDS):
@@ -109,13 +112,13 @@ def test_a_round_that_is_not_there_is_named_with_those_that_are(storage: Storage
         ledger.read(3)
 
 
-def test_pictures_are_kept_where_the_recipe_says_so_and_lose_nothing(storage: Storage) -> None:
+def test_images_are_kept_losslessly_if_the_recipe_says_so(storage: Storage) -> None:
     ledger = ledger_in(storage, images_every=3)
     for round_index in (3, 4):
         ledger.write_round(*sampled(round_index), WEIGHTS, images())
     assert ledger.wants_images(0) and ledger.wants_images(3) and not ledger.wants_images(4)
-    assert "image" not in ledger.read(4).column_names
-    kept = [np.asarray(Image.open(io.BytesIO(png))) for png in ledger.read(3).to_pydict()["image"]]
+    assert "pixels" not in ledger.read(4).column_names
+    kept = [np.asarray(Image.open(io.BytesIO(png))) for png in ledger.read(3).to_pydict()["pixels"]]
     assert np.array_equal(np.stack(kept), np.concatenate(images()))
 
 
@@ -125,7 +128,7 @@ def test_nothing_is_written_where_the_recipe_keeps_no_rollouts(storage: Storage)
     assert ledger.rounds() == [] and not ledger.wants_images(0) and not storage.exists("rollouts")
 
 
-def test_the_whole_ledger_is_read_at_once_by_other_programs(tmp_path: Path) -> None:
+def test_other_programs_read_the_full_ledger_at_once(tmp_path: Path) -> None:
     ledger = ledger_in(Storage(tmp_path))
     for round_index in (0, 12):
         ledger.write_round(*sampled(round_index), WEIGHTS)
@@ -134,7 +137,7 @@ def test_the_whole_ledger_is_read_at_once_by_other_programs(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("operation", ["put", "sync", "rename"])
-def test_a_round_is_whole_or_absent(operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_is_complete_or_absent(operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = ledger_in(Storage(tmp_path))
     ledger.write_round(*sampled(), WEIGHTS)
     before = hashlib.sha256((tmp_path / "rollouts/round=000003/images.parquet").read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Machines: which of them give the same bits, and how a difference is named."""
+"""Machines: which ones give the same bits, and how differences are named."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_variables_that_choose_kernels_are_part_of_the_processor(monkeypatch: py
     assert machine._processor().endswith("ONEDNN_MAX_CPU_ISA=AVX2")
 
 
-def test_a_model_name_that_a_cloud_gives_to_several_processors_is_told_apart_by_its_numbers(
+def test_processors_with_one_model_name_differ_by_their_numbers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     text = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n"

@@ -1,4 +1,4 @@
-"""The hub as a source: what is on disk is not asked for, and without a network an error comes soon."""
+"""The hub as a source: cached files need no network, and without a network an error comes soon."""
 
 import http.server
 import socket
@@ -27,7 +27,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         self.send_error(404)
 
     def log_message(self, *_: object) -> None:
-        """Not into the tests' output."""
+        """Keep the server's log out of the tests' output."""
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_server_whose_certificate_is_no_good_has_answered(monkeypatch: pytest.
     assert hub_answers()
 
 
-def test_a_closed_port_and_a_silent_one_do_not_answer_and_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_and_silent_ports_do_not_answer_and_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -159,9 +159,7 @@ def test_files_of_a_hub_name_are_looked_for_in_what_was_downloaded(
     assert missing_files(weights) == []
 
 
-def test_what_is_pretrained_is_read_from_a_folder_or_from_the_hub_and_never_a_folder_from_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pretrained_model_is_read_from_a_folder_or_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[object, bool]] = []
 
     def read(where: object, local_files_only: bool) -> str:

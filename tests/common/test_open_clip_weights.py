@@ -1,4 +1,4 @@
-"""Weights of open_clip under transformers' names are the same network: against a slow copy, and against open_clip itself."""
+"""open_clip's weights by transformers' names are the same network, compared with a slow copy and with open_clip."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def norm(state: State, name: str, values: Tensor) -> Tensor:
 
 
 def block(state: State, name: str, values: Tensor, mask: Tensor | None) -> Tensor:
-    """One block as open_clip has it: attention and an MLP, each after a norm and beside a short cut. [L, B, D]"""
+    """Compute one block as open_clip does: attention and an MLP, each with a norm and a residual. [L, B, D]"""
     inner = norm(state, f"{name}.ln_1", values)
     attended, _ = multi_head_attention_forward(
         inner, inner, inner, inner.shape[-1], HEADS,
@@ -138,7 +138,7 @@ def test_the_mask_that_older_checkpoints_carry_is_let_go(tmp_path: Path) -> None
         ("transformer.resblocks.0.attn.in_proj_weight", "missing: text_model.encoder.layers.0.self_attn.k_proj.weight"),
     ],
 )
-def test_a_weight_that_lacks_is_named(tmp_path: Path, name: str, found: str) -> None:
+def test_a_missing_weight_is_named(tmp_path: Path, name: str, found: str) -> None:
     state = tiny_open_clip_state()
     del state[name]
     torch.save(state, tmp_path / "weights.pt")

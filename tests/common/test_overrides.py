@@ -1,4 +1,4 @@
-"""Overrides of the command line: what a value is read as, where it lands, and what is refused."""
+"""Overrides from the command line: how values are parsed, where they go, and what is refused."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def test_a_value_is_read_as_toml_and_else_as_text(text: str, value: object) -> N
     assert with_overrides({}, ["--section.key", text]) == {"section": {"key": value}}
 
 
-def test_overrides_leave_the_given_tables_unchanged() -> None:
+def test_overrides_leave_the_original_tables_unchanged() -> None:
     tables = {"learner": {"batch_size": 4}, "trackers": [{"name": "jsonl"}]}
     with_overrides(tables, ["--learner.batch_size", "8", "--trackers.0.name", "wandb"])
     assert tables == {"learner": {"batch_size": 4}, "trackers": [{"name": "jsonl"}]}

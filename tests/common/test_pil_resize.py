@@ -26,14 +26,14 @@ def test_every_pair_of_sizes_gives_pils_bits(height: int, width: int, new_height
     assert np.array_equal(ours, pils)
 
 
-def test_a_part_is_cut_from_the_whole() -> None:
+def test_a_part_is_cut_from_the_full_image() -> None:
     image = torch.from_numpy(noise(40, 90))
     whole = resize(image, Span(40, 25, 0, 25), Span(90, 60, 0, 60))
     part = resize(image, Span(40, 25, 3, 10), Span(90, 60, 20, 15))
     assert torch.equal(part, whole[:, :, 3:13, 20:35])
 
 
-def test_pictures_of_a_batch_do_not_touch_each_other() -> None:
+def test_images_of_a_batch_do_not_affect_each_other() -> None:
     images = torch.from_numpy(np.concatenate([noise(30, 30), 255 - noise(30, 30)]))
     span = Span(30, 12, 0, 12)
     alone = [resize(images[place : place + 1], span, span) for place in range(2)]

@@ -1,4 +1,4 @@
-"""Models of transformers' are read in the wanted precision, quietly, and never with made-up weights."""
+"""Models of transformers load in the requested precision, quietly, and never with random weights."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def test_automatic_precision_is_half_on_cuda_and_full_elsewhere() -> None:
     assert [weight_bytes(10, precision) for precision in ("auto", "float32", "bfloat16")] == [20, 40, 20]
 
 
-def test_a_model_is_frozen_in_the_wanted_precision_and_what_it_does_not_need_is_not_reported(
+def test_a_model_is_frozen_in_its_precision_and_unneeded_weights_are_silent(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import CLIPVisionModelWithProjection

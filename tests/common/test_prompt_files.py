@@ -1,4 +1,4 @@
-"""Prompt files as they are published: each format gives its prompts and their metadata, or is refused with file and line."""
+"""Published prompt files: each format gives its prompts and metadata, or is refused with file and line."""
 
 import csv
 import datetime
@@ -35,7 +35,7 @@ def file(path: Path, data: bytes | str, **keys: Any) -> File:
 
 
 def sampled(source: File) -> list[Prompt]:
-    """Every prompt that is sampled, with its metadata, in the file's order."""
+    """Return every prompt that is sampled, with its metadata, in the file's order."""
     sample, generator = source.load(), np.random.default_rng(0)
     found = [sample(generator) for _ in range(900)]
     every = [prompt for prompt in source.evaluated() if prompt in found]
@@ -127,13 +127,13 @@ def test_a_byte_order_mark_and_crlf_are_no_part_of_a_prompt(tmp_path: Path, name
 
 
 def test_text_lines_are_those_that_an_editor_shows(tmp_path: Path) -> None:
-    """Other characters that end a line for `str.splitlines` stand inside of prompts; files put together have marks inside."""
+    """Use prompts with other characters at which `str.splitlines` splits, and a concatenated file with marks inside."""
     joined = "a cat\u2028and a dog\n\ufeffa fox\x85\n\n"
     assert file(tmp_path / "a.txt", joined).listed() == ["a cat\u2028and a dog", "a fox"]
     assert json.loads('["\u2028"]') and file(tmp_path / "a.jsonl", '["x\u2028"]'.strip("[]")).listed() == ["x\u2028"]
 
 
-def test_the_draws_of_a_text_file_are_the_same_whatever_its_format(tmp_path: Path) -> None:
+def test_prompts_sampled_from_a_text_file_are_the_same_in_any_format(tmp_path: Path) -> None:
     texts = [f"cat {index}" for index in range(17)]
     sources = [
         file(tmp_path / "a.txt", "\n".join(texts)),
@@ -172,9 +172,7 @@ LIKE_OTHERS = {
 
 
 @pytest.mark.parametrize("kind", LIKE_OTHERS)
-def test_a_text_file_that_looks_like_another_format_is_refused_unless_a_key_says_that_it_is_text(
-    tmp_path: Path, kind: str
-) -> None:
+def test_a_text_file_that_looks_like_another_format_is_refused(tmp_path: Path, kind: str) -> None:
     said = refused(tmp_path, "a.txt", LIKE_OTHERS[kind])
     headed = kind in ("CSV", "TSV", "Excel", "one column")
     situation = "a text file with a table's header" if headed else "a text file with lines of JSON"

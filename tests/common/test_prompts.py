@@ -1,4 +1,4 @@
-"""Prompts from a list, a file or a function of the user's: sampled by a generator given, and refused where there are none."""
+"""Prompts from a list, a file or the user's function: sampled from a given generator, and refused if there are none."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_the_animals_are_the_45_of_the_paper_by_their_bare_names() -> None:
     assert all(animal == animal.strip().lower() and " " not in animal for animal in animals)
 
 
-def test_every_animal_is_drawn_about_as_often_as_every_other() -> None:
+def test_every_animal_is_sampled_about_equally_often() -> None:
     texts = [prompt.text for prompt in sampled(source(name="animals").load(), 9000)]
     counts = [texts.count(animal) for animal in source(name="animals").listed()]
     # 200 each, and a standard deviation of 14: five of them to each side.
@@ -41,7 +41,7 @@ def test_texts_of_the_recipe_are_the_prompts() -> None:
         source(name="texts", texts=[])
 
 
-def test_the_same_generator_draws_the_same_prompts() -> None:
+def test_the_same_generator_samples_the_same_prompts() -> None:
     sample = source(name="animals").load()
     assert sampled(sample, 20, seed=3) == sampled(sample, 20, seed=3) != sampled(sample, 20, seed=4)
 
@@ -92,7 +92,7 @@ def test_a_path_that_is_no_module_and_function_is_refused() -> None:
         source(name="function", path="prompts.py")
 
 
-def test_prompts_that_are_left_out_are_never_drawn(tmp_path: Path) -> None:
+def test_prompts_that_are_left_out_are_never_sampled(tmp_path: Path) -> None:
     animals = source(name="animals", leave_out=["bear", "deer"])
     assert len(animals.listed()) == 43 and animals.held_out() == ["bear", "deer"]
     assert not {"bear", "deer"} & {prompt.text for prompt in sampled(animals.load(), 2000)}

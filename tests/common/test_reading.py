@@ -1,4 +1,4 @@
-"""Reading files: whatever is wrong with one, the error names it in one line."""
+"""Reading files: whatever is wrong with a file, the error names it in one line."""
 
 import io
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def test_a_folder_in_a_files_place_is_named_and_a_missing_file_is_missing(
         read(Storage(tmp_path), "none")
 
 
-def test_what_is_whole_is_read(tmp_path: Path) -> None:
+def test_an_intact_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "lines").write_text('{"a": 1}\n{"a": null}\n{"a"')  # the last line is being written
     assert read_json_lines(Storage(tmp_path), "lines", ("a",)) == [{"a": 1}, {"a": None}]
     (tmp_path / "table").write_bytes(table())

@@ -1,4 +1,4 @@
-"""From a recipe's table to a checked entry, and what is said of each fault."""
+"""From a recipe's table to a checked component, and the message for each mistake."""
 
 import pickle
 import sys
@@ -22,7 +22,7 @@ class Cooked(Component):
 
 
 class Plain(Component):
-    """Without keys."""
+    """A component without keys."""
 
 
 # What an importable module would hold; the tests' own is imported by its file.
@@ -95,13 +95,13 @@ def test_a_missing_key_is_named() -> None:
     assert explain(error.value, Needy, "prompts.") == "prompts.path is missing"
 
 
-def test_an_unknown_name_is_refused_with_the_names_of_the_registry() -> None:
+def test_an_unknown_name_is_answered_with_the_registrys_names() -> None:
     with pytest.raises(ValueError, match=r"reward.name is 'rwa': it must be one of \['cooked', 'lost', 'plain'\]"):
         build(REGISTRY, {"name": "rwa"}, "reward")
 
 
 class Raw(Component, ABC):
-    """What an entry of a kind is to be derived from."""
+    """The base class of a kind of component."""
 
     @abstractmethod
     def cook(self) -> None: ...
@@ -113,7 +113,7 @@ class Fried(Raw):
     def cook(self) -> None: ...
 
 
-def test_a_class_outside_the_registry_is_named_module_and_class_if_kind_is_given() -> None:
+def test_a_class_outside_the_registry_is_named_by_its_module() -> None:
     assert build(REGISTRY, {"name": f"{PLACE}:Fried", "heat": 4}, "policy", Raw) == Fried(heat=4)
     with pytest.raises(ValueError, match=r"policy.heat is 'x': input should be a valid integer"):
         build(REGISTRY, {"name": f"{PLACE}:Fried", "heat": "x"}, "policy", Raw)
@@ -136,7 +136,7 @@ def test_a_class_of_another_kind_is_refused_with_the_reason(name: str, message: 
     assert str(error.value).startswith(f"policy.name is {name!r}: {message}")
 
 
-def test_without_a_kind_only_names_of_the_registry_are_accepted() -> None:
+def test_without_a_base_class_only_the_registry_counts() -> None:
     with pytest.raises(
         ValueError, match=r"is 'cooked_for_tests:Fried': it must be one of \['cooked', 'lost', 'plain'\]$"
     ):

@@ -1,4 +1,4 @@
-"""Which workers score what: the shared pool, workers of a reward's own, and what `ddpo scale` may ask for."""
+"""Which workers score which reward: the shared pool, a reward's own workers, and what `ddpo scale` may request."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def test_an_unknown_key_of_a_rewards_own_workers_is_named(tables: dict) -> None:
         with_rewards(tables, {"name": "aesthetic", "workers": {"nmu_gpus": 1}})
 
 
-def test_scorers_have_their_own_pool_if_they_are_evaluated_during_training(tables: dict) -> None:
+def test_scorers_have_their_own_workers_if_they_run_during_training(tables: dict) -> None:
     scorers = {"scorers": [{"name": "brightness"}], "workers": {"count": 2}}
     in_the_report_only = Recipe.parse({**tables, "evaluation": scorers})
     assert [pool.name for pool in all_pools(in_the_report_only)] == ["reward_workers"]

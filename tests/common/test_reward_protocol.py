@@ -1,4 +1,4 @@
-"""The wire format: images come through bit for bit, and nothing that pretends to be one is unpacked."""
+"""The wire format: images arrive bit for bit, and impostors are not decompressed."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from ray_ddpo.common.reward_protocol import ScoreReply, ScoreRequest, from_png, 
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (64, 48), (513, 2)])
-def test_a_picture_comes_through_bit_for_bit(size: tuple[int, int]) -> None:
+def test_an_image_arrives_bit_for_bit(size: tuple[int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     image.flags.writeable = False  # as it comes out of Ray's store
     assert np.array_equal(from_png(to_png(image), size[0] * size[1]), image)
@@ -27,7 +27,7 @@ def file_of(image: Image.Image, kind: str) -> bytes:
 
 
 def png_that_says(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose head promises so many pixels."""
+    """Return a PNG of a few bytes whose header promises many pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -54,7 +54,7 @@ RED = Image.new("RGB", (8, 8), "red")
         (png_that_says(30_000, 30_000), "no PNG that can be read: DecompressionBombError"),
     ],
 )
-def test_what_is_no_picture_of_the_right_kind_is_refused(file: bytes, words: str) -> None:
+def test_an_image_of_the_wrong_kind_is_refused(file: bytes, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         from_png(base64.b64encode(file).decode(), 64)
 
@@ -65,11 +65,11 @@ def test_what_is_no_base64_is_refused(text: str) -> None:
         from_png(text, 64)
 
 
-def test_a_picture_of_just_the_pixels_that_are_allowed_is_taken() -> None:
+def test_an_image_of_exactly_the_allowed_pixels_is_accepted() -> None:
     assert from_png(base64.b64encode(file_of(RED, "PNG")).decode(), 64).shape == (8, 8, 3)
 
 
-def test_a_request_has_as_many_prompts_and_metadata_as_pictures() -> None:
+def test_a_request_has_as_many_prompts_and_metadata_as_images() -> None:
     for images, prompts, metadata in ((1, 2, 1), (1, 1, 0), (0, 0, 0)):
         with pytest.raises(ValidationError):
             ScoreRequest(images=[""] * images, prompts=["cat"] * prompts, metadata=[{}] * metadata)

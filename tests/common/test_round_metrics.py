@@ -62,11 +62,11 @@ def test_idle_is_the_share_of_the_time_that_a_role_was_there_and_did_nothing() -
     assert metrics["idle/learner"] == pytest.approx(1 - 3 / 10)
 
 
-def test_a_round_that_was_drawn_before_it_began_leaves_nobody_less_than_idle() -> None:
+def test_a_round_sampled_before_it_began_has_no_negative_idle_time() -> None:
     assert metrics_with(sampler_seconds=6.0)["idle/sampler"] == 0
 
 
-def test_where_nobody_was_there_idle_is_no_number() -> None:
+def test_without_workers_idle_is_nan() -> None:
     assert math.isnan(metrics_with(sampler_seconds=0.0)["idle/sampler"])
 
 

@@ -1,4 +1,4 @@
-"""The run's folder: what lies where, and what its recipe says when it is read again."""
+"""The run's folder: output paths, and its recipe when it is read back."""
 
 import os
 from pathlib import Path
@@ -88,11 +88,11 @@ def test_the_recipes_head_says_which_versions_ran_it(folder: RunFolder, recipe: 
 
 
 @pytest.mark.parametrize("place", ["folder", "remote"])
-def test_where_everything_lies_names_what_is_there(place: str, request: pytest.FixtureRequest) -> None:
+def test_output_paths_name_what_exists(place: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(place)
     folder.storage.write("metrics.jsonl", b"")
     folder.checkpoints.write("latest", b"")
-    lines = {line.split()[0]: line.split()[1] for line in folder.where_everything_lies().splitlines()}
+    lines = {line.split()[0]: line.split()[1] for line in folder.output_paths().splitlines()}
     assert lines == {"metrics": f"{folder.location}/metrics.jsonl", "checkpoints": f"{folder.location}/checkpoints"}
 
 
@@ -108,11 +108,11 @@ def test_weights_in_an_object_store_come_to_this_machine_by_run_folder_and_file(
 
 
 @pytest.mark.parametrize("part", ["unet", "transformer"])
-def test_a_whole_network_in_an_object_store_comes_to_this_machine(part: str, remote: RunFolder) -> None:
+def test_a_full_network_in_an_object_store_comes_to_this_machine(part: str, remote: RunFolder) -> None:
     remote.storage.write(f"{part}/model.safetensors", b"1")
     with weights_here(remote.location) as path:
         assert (path / part / "model.safetensors").read_bytes() == b"1"
-    assert remote.where_everything_lies().split() == [part, f"{remote.location}/{part}"]
+    assert remote.output_paths().split() == [part, f"{remote.location}/{part}"]
 
 
 def test_weights_on_a_disk_stay_where_they_are(folder: RunFolder) -> None:
@@ -129,7 +129,7 @@ def test_an_output_dir_in_an_object_store_is_joined_as_a_uri_also_inside_a_job(
     assert Recipe.parse({**tables, "output_dir": output_dir}).run_path() == expected
 
 
-def test_something_else_in_a_place_of_the_runs_own_is_named_at_the_start(tmp_path: Path) -> None:
+def test_something_else_at_one_of_the_runs_paths_is_named_at_the_start(tmp_path: Path) -> None:
     for name, what in (
         ("rollouts", "is a file and must be a folder"),
         ("metrics.jsonl", "is a folder and must be a file"),

@@ -56,17 +56,17 @@ def test_a_seed_is_one_that_torch_takes(run_seed: int, stream: Stream, round_ind
 
 
 @given(run_seed=seeds, other=seeds)
-def test_runs_of_other_seeds_draw_other_pictures(run_seed: int, other: int) -> None:
+def test_runs_of_other_seeds_sample_other_images(run_seed: int, other: int) -> None:
     same = image_seed(run_seed, Stream.TRAINING, 0, 0) == image_seed(other, Stream.TRAINING, 0, 0)
     assert same == (run_seed == other)
 
 
-def test_seeds_stay_what_they_are_because_old_runs_are_drawn_again_from_them() -> None:
+def test_seeds_never_change_because_old_runs_are_sampled_again_from_them() -> None:
     assert image_seed(0, Stream.TRAINING, 0, 0) == 7896617691693857884
     assert image_seed(7, Stream.EVALUATION, 3, 11) == 5255984068897094817
 
 
-def test_tasks_cut_a_round_in_order_and_every_image_has_a_seed_of_its_own(tables: dict) -> None:
+def test_tasks_cut_a_round_in_order_and_every_image_has_its_own_seed(tables: dict) -> None:
     tasks = round_tasks(recipe_with(tables), 5, numbered)
     assert [(task.round, task.index) for task in tasks] == [(5, 0), (5, 1)]
     assert [len(task.seeds) for task in tasks] == [len(task.prompts) for task in tasks] == [4, 4]
@@ -90,7 +90,7 @@ def test_a_group_has_one_prompt_and_different_seeds(tables: dict) -> None:
     assert len({seed for task in tasks for seed in task.seeds}) == 8
 
 
-def test_without_groups_every_image_draws_its_prompt(tables: dict) -> None:
+def test_without_groups_every_image_samples_its_prompt(tables: dict) -> None:
     texts = [prompt.text for task in round_tasks(recipe_with(tables), 0, numbered) for prompt in task.prompts]
     assert len(set(texts)) == 8
 
@@ -114,7 +114,7 @@ def test_a_task_is_a_function_of_recipe_and_round_whatever_was_asked_before(tabl
     assert round_tasks(recipe, 7, numbered) == alone
 
 
-def test_a_drawing_that_takes_more_random_numbers_does_not_shift_the_prompts_after_it(tables: dict) -> None:
+def test_a_prompt_that_takes_more_random_numbers_does_not_shift_later_ones(tables: dict) -> None:
     def greedy(generator: np.random.Generator) -> Prompt:
         prompt = numbered(generator)
         generator.random(generator.integers(1, 9))
@@ -139,7 +139,7 @@ def test_versions_by_hand() -> None:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_the_tasks_of_a_round_are_drawn_with_its_version(tables: dict, lag: int) -> None:
+def test_the_tasks_of_a_round_are_sampled_with_its_version(tables: dict, lag: int) -> None:
     for round_index in range(3):
         tasks = round_tasks(recipe_with(tables, max_policy_lag=lag), round_index, numbered)
         assert {task.policy_version for task in tasks} == {max(0, round_index - lag)}
@@ -151,7 +151,7 @@ def test_a_round_may_start_exactly_when_its_version_is_published(version: int, r
 
 
 @given(version=rounds, lag=st.integers(0, 3))
-def test_at_most_one_round_more_than_the_lag_is_under_way(version: int, lag: int) -> None:
+def test_at_most_one_round_more_than_the_lag_is_in_flight(version: int, lag: int) -> None:
     # Version v has learned from rounds 0 … v - 1.
     assert last_startable_round(version, lag) - version + 1 == lag + 1
 
@@ -169,7 +169,8 @@ def test_inner_epochs_rounds_and_runs_take_the_images_in_other_orders() -> None:
 
 
 def test_recipe_registry_and_schedule_are_imported_without_torch() -> None:
-    check = "import sys, ray_ddpo.common.recipe.recipe, ray_ddpo.common.schedule; print('torch' in sys.modules)"
+    modules = "ray_ddpo.common.recipe.recipe, ray_ddpo.common.recipe.registry, ray_ddpo.common.schedule"
+    check = f"import sys, {modules}; print('torch' in sys.modules)"
     root = Path(__file__).parents[2]
     printed = subprocess.run([sys.executable, "-c", check], cwd=root, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "False"
@@ -179,13 +180,13 @@ def windowed(tables: dict, **sampling: object) -> Recipe:
     return recipe_with(tables, sampling={**tables["sampling"], "num_steps": 10, **sampling})
 
 
-def test_without_a_window_all_steps_have_noise(recipe: Recipe) -> None:
+def test_without_a_window_all_steps_are_stochastic(recipe: Recipe) -> None:
     assert sde_window_of_round(recipe, 3) is None
     assert all(task.window is None for task in round_tasks(recipe, 3, numbered))
 
 
 @given(round_index=rounds)
-def test_a_window_has_its_length_lies_before_the_untrained_steps_and_is_the_same_for_a_whole_round(
+def test_a_window_ends_before_the_skipped_steps_and_is_shared_by_a_round(
     round_index: int,
 ) -> None:
     tables = {"num_steps": 10, "batch_size": 4, "batches_per_round": 2, "sde_window": 3, "skip_last_steps": 2}
@@ -203,7 +204,7 @@ def test_a_random_window_comes_to_every_place_and_another_run_has_another_order(
     assert [task.window.start for task in round_tasks(recipe, 9, numbered)] == [starts[9]] * 2
 
 
-def test_a_sliding_window_moves_one_step_later_every_so_many_rounds_and_begins_anew(tables: dict) -> None:
+def test_a_sliding_window_moves_every_few_rounds_and_starts_over(tables: dict) -> None:
     recipe = windowed(tables, sde_window=8, sde_window_order="sliding", sde_window_rounds=2)
     assert [sde_window_of_round(recipe, round_index).start for round_index in range(8)] == [0, 0, 1, 1, 2, 2, 0, 0]
 

@@ -1,4 +1,4 @@
-"""Storage: the same on a disk and in an object store, and what each of them promises when something fails."""
+"""Storage: the same on a disk and in an object store, and the guarantees of each when something fails."""
 
 import os
 import re
@@ -22,13 +22,13 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 def of_pyarrow(path: Path) -> Storage:
-    """A folder on the disk through pyarrow's own filesystem, which stands for those that are neither disk nor S3."""
+    """Return a disk's folder through pyarrow's own filesystem, which stands for filesystems other than disk and S3."""
     storage = Storage(path / "through_pyarrow")
     storage._files, storage._root = RemoteFiles(fs.SubTreeFileSystem(str(path), fs.LocalFileSystem())), "one"
     return storage
 
 
-def test_what_is_written_is_read_and_replaced_whole(storage: Storage) -> None:
+def test_a_file_is_read_back_and_replaced_completely(storage: Storage) -> None:
     data = np.random.default_rng(0).bytes(300_000)
     storage.write("folder/file", data)
     assert storage.read("folder/file") == data
@@ -117,7 +117,7 @@ def test_a_key_in_a_location_is_refused_and_not_repeated(location: str) -> None:
     assert "hidden" not in str(error.value)
 
 
-def test_a_filesystem_that_nobody_speaks_is_named() -> None:
+def test_an_unknown_filesystem_is_named() -> None:
     with pytest.raises(ValueError, match=re.escape("the location 'floppy://runs' cannot be used")):
         Storage("floppy://runs")
 
@@ -138,7 +138,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert os.listdir(tmp_path) == ["file"] and storage.read("file") == b"old"
 
 
-def test_a_line_that_could_not_be_added_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_was_not_added_completely_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(tmp_path)
     storage.append("lines", b"one\n")
     with monkeypatch.context() as full:
@@ -176,7 +176,7 @@ def test_a_name_outlives_a_power_cut_before_what_follows_it(tmp_path: Path, monk
     assert [place for _, place in done][:3] == ["folder", tmp_path.name, "data"] and done[-1] == ("sync", "folder")
 
 
-def test_an_object_that_is_replaced_while_it_is_read_comes_back_whole(bucket: str) -> None:
+def test_an_object_replaced_during_a_read_comes_back_complete(bucket: str) -> None:
     storage, stop = Storage(bucket), threading.Event()
     contents = {b"short", b"longer " * 100}
 

@@ -58,7 +58,7 @@ def test_any_text_becomes_tokens_that_the_text_encoder_knows(pipeline, text):
     assert max(ids) < pipeline.text_encoder.config.vocab_size
 
 
-def test_a_drawn_animal_is_64_pixels_on_a_side_and_stands_on_white(pipeline):
+def test_a_sampled_animal_is_64_pixels_per_side_on_white(pipeline):
     generator = torch.Generator().manual_seed(0)
     image = pipeline("fox", num_inference_steps=10, guidance_scale=3.0, generator=generator, output_type="np").images[0]
     assert image.shape == (64, 64, 3)

@@ -1,21 +1,21 @@
-"""Trajectories on the wire: neighbouring steps travel once, every dtype arrives bit for bit."""
+"""Trajectories on the wire: adjacent steps are sent once, and every dtype arrives bit for bit."""
 
 import pickle
 
 import pytest
 import torch
 
-from ray_ddpo.common.trajectory import Trajectory, split_path
+from ray_ddpo.common.trajectory import Trajectory, adjacent_latents
 
 BATCH, STEPS, LATENT = 3, 5, (4, 6, 7)
 
 
 def trajectory(dtype: torch.dtype = torch.float32, kept: slice | list[int] = slice(0, STEPS)) -> Trajectory:
-    """Random paths; a slice keeps neighbouring steps as views of the path, a list copies the steps it names."""
+    """Return a random trajectory. A slice keeps adjacent steps as views, a list copies the steps that it names."""
     generator = torch.Generator().manual_seed(0)
     path = torch.randn(BATCH, STEPS + 1, *LATENT, generator=generator).to(dtype)
     if isinstance(kept, slice):
-        latents, next_latents = split_path(path[:, kept.start : kept.stop + 1])
+        latents, next_latents = adjacent_latents(path[:, kept.start : kept.stop + 1])
     else:
         latents, next_latents = path[:, kept], path[:, [step + 1 for step in kept]]
     places = list(range(STEPS))[kept] if isinstance(kept, slice) else kept
@@ -31,7 +31,7 @@ def trajectory(dtype: torch.dtype = torch.float32, kept: slice | list[int] = sli
 
 
 def sent(original: Trajectory) -> tuple[Trajectory, list[memoryview]]:
-    """What arrives, and the buffers that travelled beside the pickle, as Ray ships them."""
+    """Return what arrives, and the buffers that travelled outside of the pickle, as Ray ships them."""
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(original, protocol=5, buffer_callback=buffers.append)
     assert len(data) < 3000, "a tensor went into the pickle itself"
@@ -49,7 +49,7 @@ def assert_equal(first: Trajectory, second: Trajectory) -> None:
 
 
 def latent_buffers(buffers: list[memoryview], element_size: int) -> list[float]:
-    """Sizes of the buffers that hold paths, in latents of one image and one step."""
+    """Return the sizes of the buffers with latents, in latents of one image and one step."""
     one = 4 * 6 * 7 * element_size
     return sorted(
         view.nbytes / one / BATCH for view in buffers if view.nbytes % one == 0 and view.nbytes >= BATCH * one
@@ -65,25 +65,25 @@ def test_a_trajectory_arrives_bit_for_bit(dtype: torch.dtype, kept: slice | list
 
 
 @pytest.mark.parametrize(("kept", "latents_on_the_wire"), [(slice(0, STEPS), 6), (slice(1, 4), 4), (slice(0, 1), 2)])
-def test_neighbouring_steps_travel_as_one_path(kept: slice, latents_on_the_wire: int) -> None:
+def test_adjacent_steps_are_sent_as_one_tensor(kept: slice, latents_on_the_wire: int) -> None:
     _, buffers = sent(trajectory(kept=kept))
     assert latent_buffers(buffers, 4) == [1, latents_on_the_wire]  # the final latents, and W + 1 of the path
 
 
-def test_neighbouring_steps_share_their_storage_where_they_arrive() -> None:
+def test_adjacent_steps_share_their_storage_after_arrival() -> None:
     arrived, _ = sent(trajectory())
     assert arrived.latents.untyped_storage().data_ptr() == arrived.next_latents.untyped_storage().data_ptr()
     assert arrived.latents[0, 1].data_ptr() == arrived.next_latents[0, 0].data_ptr()
 
 
-def test_steps_that_are_no_neighbours_travel_on_their_own() -> None:
+def test_steps_that_are_not_adjacent_are_sent_separately() -> None:
     original = trajectory(kept=[0, 2, 4])
     arrived, buffers = sent(original)
     assert latent_buffers(buffers, 4) == [1, 3, 3]
     assert arrived.latents.untyped_storage().data_ptr() != arrived.next_latents.untyped_storage().data_ptr()
 
 
-def test_two_pieces_of_one_path_that_do_not_join_are_not_taken_for_neighbours() -> None:
+def test_two_separate_pieces_of_one_trajectory_are_not_adjacent() -> None:
     path = torch.randn(BATCH, 6, *LATENT)
     apart = trajectory(kept=[0, 3])
     fields = {name: getattr(apart, name) for name in ("conditioning", "prompt_index", "steps", "log_probs")}

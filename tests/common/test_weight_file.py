@@ -1,4 +1,4 @@
-"""Named weights come from a file whatever its kind, and nothing in it is run."""
+"""Named weights come from a file of any format, and nothing in the file is run."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from ray_ddpo.common.image_models.weight_file import named_weights
 WEIGHTS = {"weight": torch.tensor([1.0, 2.0])}
 
 
-def test_named_weights_are_read_from_either_kind_of_file_and_from_a_checkpoint_around_them(tmp_path: Path) -> None:
+def test_named_weights_are_read_from_either_format_and_from_a_checkpoint(tmp_path: Path) -> None:
     save_file(WEIGHTS, tmp_path / "a.safetensors")
     torch.save(WEIGHTS, tmp_path / "b.pth")
     torch.save({"epoch": 3, "state_dict": WEIGHTS}, tmp_path / "c.pt")
@@ -20,7 +20,7 @@ def test_named_weights_are_read_from_either_kind_of_file_and_from_a_checkpoint_a
 
 
 class Payload:
-    """What would run code when unpickled."""
+    """An object that would run code when unpickled."""
 
     def __reduce__(self) -> tuple:
         return exec, ("raise SystemExit('unpickled')",)

@@ -1,4 +1,4 @@
-"""What every algorithm promises, for each in its registry: one loss a pair, whatever stands beside it."""
+"""The contract of every algorithm in the registry: one loss per transition, independent of the others in the batch."""
 
 import dataclasses
 from pathlib import Path
@@ -34,7 +34,7 @@ def policy(tiny_model: Path) -> StableDiffusionPolicy:
 
 @pytest.fixture(scope="module")
 def batches(policy: StableDiffusionPolicy) -> dict[str, Batch]:
-    """Eight pairs of four images, sampled before the policy moved a little: at mixed steps, and noised to mixed timesteps."""
+    """Return eight transitions of four images, sampled before a small update, and noised samples at mixed timesteps."""
     trajectory = sample_trajectories(policy, ["a cat", "a dog", "a cat", "a cow"], [1, 2, 3, 4], SAMPLING)
     images, places = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0]), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
     conditioning = select_rows(trajectory.conditioning, trajectory.prompt_index[images])
@@ -50,7 +50,7 @@ def batches(policy: StableDiffusionPolicy) -> dict[str, Batch]:
         trajectory.next_latents[images, places],
         trajectory.log_probs[images, places],
         torch.tensor([1.5, -1.0, 0.3, -7.0, 0.3, 7.0, -1.0, 1.5]),
-        reference_means=trajectory.next_latents[images, places],  # any means will do for a pull towards them
+        reference_means=trajectory.next_latents[images, places],  # any reference means will do
     )
     weights = torch.tensor([1.0, 0.2, 0.6, 0.9, 0.1, 0.3, 0.7, 1.0])
     return {"path": path, "noised": NoisedBatch(conditioning, timesteps, clean, noise, weights, old)}
@@ -91,7 +91,9 @@ def gradients(policy: StableDiffusionPolicy, loss: torch.Tensor) -> dict[str, to
     return {name: parameter.grad for name, parameter in policy.network.named_parameters()}
 
 
-def test_every_pair_has_one_finite_loss(algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch) -> None:
+def test_every_transition_has_one_finite_loss(
+    algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
+) -> None:
     result = algorithm.compute_loss(policy, batch)
     for values in seen(result).values():
         assert values.shape == (8,) and values.isfinite().all()
@@ -121,7 +123,7 @@ def test_splitting_a_micro_batch_changes_no_value(
         torch.testing.assert_close(values, whole[name], rtol=5e-6, atol=5e-6)
 
 
-def test_pairs_in_another_order_have_their_values_in_that_order(
+def test_reordered_transitions_have_reordered_values(
     algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
 ) -> None:
     order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
@@ -131,10 +133,10 @@ def test_pairs_in_another_order_have_their_values_in_that_order(
         torch.testing.assert_close(values, there[name][order], rtol=5e-6, atol=5e-6)
 
 
-def test_images_that_are_worth_no_more_than_others_teach_nothing(
+def test_images_without_an_advantage_teach_nothing(
     algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
 ) -> None:
-    """No advantage, no gradient; a weight or r is only ever relative, and so is not asked here."""
+    """Check that no advantage gives no gradient. Weights and r are only ever relative, and so are not checked here."""
     if isinstance(batch, NoisedBatch):
         assert algorithm.compute_advantages({}, ["a cat"] * 4, np.ones(4), 4)[1].std() == 0
         return
@@ -146,7 +148,7 @@ def test_images_that_are_worth_no_more_than_others_teach_nothing(
 def test_a_better_image_becomes_more_likely_by_a_small_step_down_the_loss(
     algorithm: Algorithm, policy: StableDiffusionPolicy, batch: Batch
 ) -> None:
-    # The first and the last pair are one image's, which is worth the most of all; the others are left out.
+    # The first and last transitions belong to the image with the largest advantage; the others are masked.
     wanted = rows_of(batch, torch.tensor([0, 7]))
     if isinstance(wanted, TransitionBatch):  # on the policy's own data, and without a pull elsewhere
         fresh = wanted.old_log_probs + algorithm.compute_loss(policy, wanted).log_ratio
@@ -165,7 +167,7 @@ def test_a_better_image_becomes_more_likely_by_a_small_step_down_the_loss(
 
 @torch.no_grad()
 def likelihood(policy: StableDiffusionPolicy, batch: Batch) -> float:
-    """Of the steps that were sampled; of noised images, minus how wrongly they are denoised."""
+    """Return the log-prob of the sampled steps; for noised images, minus the denoising error."""
     if isinstance(batch, TransitionBatch):
         transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
         return float(transition.log_prob(batch.next_latents).double().sum())
@@ -174,7 +176,7 @@ def likelihood(policy: StableDiffusionPolicy, batch: Batch) -> float:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_worth_goes_with_its_image_whatever_the_order_and_more_reward_is_never_worth_less(name: str) -> None:
+def test_advantages_follow_their_images_and_grow_with_the_reward(name: str) -> None:
     algorithm = build(ALGORITHMS, {"name": name}, "algorithm")
     rewards = np.random.default_rng(1).normal(size=12)
     groups = [f"animal {image // 4}" for image in range(12)]

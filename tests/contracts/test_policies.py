@@ -1,4 +1,4 @@
-"""What every model family promises, for each in its room and one from outside; a new one needs a tiny model of its kind."""
+"""The contract of every model family in the registry, and of one from outside. A new family needs a tiny model here."""
 
 import pickle
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_a_transition_is_a_float32_distribution_over_latents_of_the_same_shape(
     assert transition.mean.isfinite().all()
 
 
-def test_noise_is_above_zero_exactly_on_the_steps_called_noisy(policy: Policy, prompts: list[str]) -> None:
+def test_std_is_above_zero_exactly_on_stochastic_steps(policy: Policy, prompts: list[str]) -> None:
     steps = torch.arange(policy.num_steps)
     rows = select_rows(policy.encode(prompts[:1]), torch.zeros(policy.num_steps, dtype=torch.long))
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_the_prompt_and_the_trained_weights_move_the_distribution(
     assert not torch.equal(mean(other, first), mean(policy, first))
 
 
-def test_the_learner_gives_what_the_sampler_drew_its_very_log_prob(
+def test_the_learner_computes_the_samplers_exact_log_prob(
     policy: Policy, config: PolicyConfig, prompts: list[str]
 ) -> None:
     trajectory = sample_trajectories(policy, prompts, [1, 2, 3], SAMPLING)
@@ -133,7 +133,7 @@ def test_gradients_reach_every_trained_parameter_and_no_other(
         assert bool(parameter.grad.abs().max() > 0) != (bool(left_out) and name.startswith(left_out)), name
 
 
-def test_what_is_predicted_of_a_noised_image_is_its_own_and_float32(policy: Policy, prompts: list[str]) -> None:
+def test_the_prediction_of_a_noised_image_depends_on_it_alone_in_float32(policy: Policy, prompts: list[str]) -> None:
     clean, noise = some_latents(policy, 3), some_latents(policy, 3).flip(0)
     timesteps, rows = torch.tensor([900, 500, 10]), select_rows(policy.encode(prompts), torch.arange(3))
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_what_is_predicted_of_a_noised_image_is_its_own_and_float32(policy: Poli
     assert policy.num_train_timesteps > int(timesteps.max())
 
 
-def test_a_step_taken_without_noise_has_no_deviation_and_another_mean(policy: Policy, prompts: list[str]) -> None:
+def test_a_deterministic_step_has_std_zero_and_another_mean(policy: Policy, prompts: list[str]) -> None:
     latents, rows = some_latents(policy, 2), select_rows(policy.encode(prompts[:2]), torch.arange(2))
     steps = torch.tensor(policy.stochastic_steps[:2])
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_a_step_taken_without_noise_has_no_deviation_and_another_mean(policy: Po
     assert not torch.allclose(sampled.mean, still.mean, atol=1e-4)
 
 
-def test_pictures_are_uint8_with_three_channels_last(policy: Policy) -> None:
+def test_images_are_uint8_with_three_channels_last(policy: Policy) -> None:
     images = policy.decode(some_latents(policy, 2))
     assert images.dtype == torch.uint8 and images.shape[0] == 2 and images.shape[-1] == 3
     assert images.float().std() > 1 and not torch.equal(images[0], images[1])

@@ -1,4 +1,4 @@
-"""What every reward promises, asked of each entry of the registry."""
+"""The contract of every reward in the registry."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ def service() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory, service: str) -> dict[str, dict[str, Any]]:
-    """The keys that an entry cannot do without; most need none."""
+    """Return the keys that a reward requires; most require none."""
     folder = tmp_path_factory.mktemp("weights")
     clip, head = save_tiny_clip(folder / "clip"), save_tiny_head(folder / "head.safetensors")
     return {
@@ -63,7 +63,7 @@ def reward(table: dict[str, Any]) -> LoadedReward:
 
 @pytest.fixture
 def images() -> np.ndarray:
-    """Four images that differ in brightness and detail, read-only as they come out of Ray's store."""
+    """Return four images of different brightness and detail, read-only as from Ray's store."""
     generator = np.random.default_rng(0)
     noise = generator.integers(0, 256, (4, 64, 64, 3))
     strength, level = np.array([0, 60, 120, 255]), np.array([250, 30, 120, 0])
@@ -79,7 +79,7 @@ def test_a_reward_gives_one_finite_float32_per_image(reward: LoadedReward, image
     assert reward(images[:1], PROMPTS[:1], METADATA[:1]).shape == (1,)
 
 
-def test_a_reward_tells_different_pictures_apart(reward: LoadedReward, images: np.ndarray) -> None:
+def test_a_reward_tells_different_images_apart(reward: LoadedReward, images: np.ndarray) -> None:
     same_prompts = ["cat"] * 4
     assert len(set(reward(images, same_prompts, METADATA).tolist())) == 4
 
@@ -93,9 +93,7 @@ def test_the_same_input_has_the_same_reward_also_after_loading_again(
     assert first.tolist() == again.tolist() == afresh.tolist()
 
 
-def test_a_reward_belongs_to_its_picture_and_not_to_its_place_in_the_batch(
-    reward: LoadedReward, images: np.ndarray
-) -> None:
+def test_a_reward_belongs_to_its_image_and_not_to_its_position(reward: LoadedReward, images: np.ndarray) -> None:
     order = [2, 0, 3, 1]
     turned = reward(images[order], [PROMPTS[place] for place in order], METADATA)
     np.testing.assert_allclose(turned, reward(images, PROMPTS, METADATA)[order], rtol=1e-4, atol=1e-4)
@@ -124,7 +122,7 @@ HOSTILE = {
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.thorough if "4096" in kind else ()) for kind in HOSTILE]
 )
-def test_a_hostile_picture_has_a_finite_score(reward: LoadedReward, kind: str) -> None:
+def test_a_hostile_image_has_a_finite_score(reward: LoadedReward, kind: str) -> None:
     images = HOSTILE[kind]
     rewards = reward(images, ["cat"] * len(images), [{}] * len(images))
     assert rewards.shape == (len(images),) and rewards.dtype == np.float32 and np.isfinite(rewards).all()
@@ -140,11 +138,11 @@ def test_a_hostile_prompt_has_a_finite_score_or_a_clear_error(
         assert "prompt" in str(error) and len(str(error)) < 1000
     else:
         assert rewards.shape == (2,) and np.isfinite(rewards).all()
-        # The image beside it is scored as ever: nothing of the one prompt got into the other's score.
+        # The other image's score is unchanged, so the prompts do not affect each other.
         np.testing.assert_allclose(rewards[1], reward(images[1:2], ["cat"], [{}])[0], rtol=1e-4, atol=1e-4)
 
 
-def test_only_a_reward_that_says_so_may_score_a_picture_alike_in_every_batch_and_then_to_the_bit(
+def test_only_a_declared_reward_scores_an_image_bit_equally_in_every_batch(
     table: dict[str, Any], reward: LoadedReward, images: np.ndarray
 ) -> None:
     if not build(REWARDS, table, "reward").independent_of_batch:
@@ -157,7 +155,7 @@ def test_only_a_reward_that_says_so_may_score_a_picture_alike_in_every_batch_and
         assert found.tobytes() == together, batches
 
 
-def test_entries_are_checked_without_importing_what_is_heavy(keys: dict[str, dict[str, Any]]) -> None:
+def test_components_are_checked_without_heavy_imports(keys: dict[str, dict[str, Any]]) -> None:
     import subprocess
     import sys
 

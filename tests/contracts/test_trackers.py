@@ -1,4 +1,4 @@
-"""What every tracker promises, asked of each entry of the registry."""
+"""The contract of every tracker in the registry."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from ray_ddpo.common.trackers import TRACKERS
 from ray_ddpo.common.trackers.media import CaptionedImage, Media, ShownTable
 from ray_ddpo.common.trackers.tracker import Metrics, RunInfo
 
-# A figure may be missing in some rounds, as an evaluation's, or not be finite.
+# A metric may be missing in some rounds, such as an evaluation's, or not be finite.
 ROUNDS: list[Metrics] = [
     {"round": 0.0, "reward/mean": 1.5, "images_per_second": 2.0, "grad_norm": float("nan")},
     {"round": 1.0, "reward/mean": 2.25, "images_per_second": 2.0, "evaluation/jpeg/mean": 7.0},
@@ -83,7 +83,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_every_tracker_is_read_back() -> None:
-    # Ray shows a round's values only on a cluster and until the next: tests/system/test_ray_metrics.py reads them there.
+    # Ray shows a round's values only on a cluster, until the next round: see tests/system/test_ray_metrics.py.
     assert {*READ_BACK, "ray"} == {*TRACKERS}
 
 
@@ -102,7 +102,7 @@ def test_what_was_logged_can_be_read_back(
 
 
 @pytest.mark.parametrize("name", READ_BACK)
-def test_what_was_logged_of_a_run_in_an_object_store_lies_there_and_not_here(
+def test_metrics_of_a_run_in_an_object_store_are_there_and_not_here(
     name: str,
     recipe: Recipe,
     bucket: str,
@@ -133,7 +133,7 @@ def test_logging_leaves_the_metrics_as_they_were(name: str, recipe: Recipe, tmp_
 
 
 @pytest.mark.parametrize("name", READ_BACK)
-def test_exhibits_before_a_rounds_metrics_leave_these_as_they_would_be(
+def test_media_before_a_rounds_metrics_do_not_change_these(
     name: str, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     live = build(TRACKERS, {"name": name}, "trackers.0").start(RunInfo("tiny", tmp_path, recipe.model_dump(), 3, 0))

@@ -1,4 +1,4 @@
-"""The evaluation log: what is written comes back, a version that a kill cut off is not there, and NaN is null."""
+"""The evaluation log: results come back, a version interrupted by a kill is absent, and NaN is null."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: CLIP text, UNet with classifier-free guidance, DDIM, AutoencoderKL or AutoencoderTiny."""
+"""Stable Diffusion 1.x and 2.x: CLIP text, UNet with classifier-free guidance, DDIM, a full or tiny autoencoder."""
 
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from ray_ddpo.common.diffusion.policy import Conditioning, Role
 from ray_ddpo.common.diffusion.schedulers.ddim import DDIMTable, ddim_table
 from ray_ddpo.common.recipe.tables import SamplingTable
 
-# Architecture of SD 1.1 … 1.5 (Rombach et al. 2022) and of SD 2.x, as in the configuration files of the published models.
+# SD 1.1 … 1.5 (Rombach et al. 2022) and SD 2.x, as in the configuration files of the published models.
 SD1: Configs = {
     "unet": {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768},
     "vae": AUTOENCODER,

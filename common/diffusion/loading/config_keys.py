@@ -96,7 +96,7 @@ def check_steps(config: "DiffusersConfig", sampling: SamplingTable) -> None:
 
 
 def text_tokens(config: "DiffusersConfig", text: Mapping[str, Any]) -> int:
-    """Return how many tokens a CLIP reads: its tokenizer's length if there is a folder, else its number of positions."""
+    """Return how many tokens a CLIP reads: its tokenizer's length if there is a folder, else its positions."""
     length = _read(config.folder() / "tokenizer" / "tokenizer_config.json").get("model_max_length")
     return length or text.get("max_position_embeddings", DEFAULTS["text_encoder"]["max_position_embeddings"])
 
@@ -142,7 +142,9 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
             yield f"{_file(rule.part)} has {rule.key}={value!r}: {rule.reason}; it must be {allowed}"
     for name in (config.network_name, "vae", *config.text_parts):
         if parts.get(name, {}).get("quantization_config"):
-            yield f"{_file(name)} has a quantization_config: quantized weights are neither trained nor sampled from here"
+            yield (
+                f"{_file(name)} has a quantization_config: quantized weights are neither trained nor sampled from here"
+            )
     if "vae" in parts:
         yield from _decoder_faults(config, parts)
     yield from _sample_size_faults(_file(config.network_name), parts.get(config.network_name, {}))
@@ -180,8 +182,8 @@ def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
         given *= _value(config, parts, network, "patch_size") ** 2
     if taken != packed * latents:
         yield (
-            f"{_file(network)} has in_channels={taken}, and vae/config.json latent_channels={latents}: the network must take "
-            f"{packed * latents} (networks for inpainting, editing or upscaling take more)"
+            f"{_file(network)} has in_channels={taken}, and vae/config.json latent_channels={latents}: the network "
+            f"must take {packed * latents} (networks for inpainting, editing or upscaling take more)"
         )
     if given != taken:
         keys = ", ".join(f"{key}={parts[network].get(key)!r}" for key in ("out_channels", "patch_size"))
@@ -217,7 +219,9 @@ def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]
         wanted.append((key, parts[network].get(key), what, 6 * (ids or 0) + pooled))
     for key, value, what, width in wanted:
         if isinstance(value, int | None) and value != width:
-            yield f"{_file(network)} has {key}={value!r}, and its text encoders give {width} ({what}): they must be equal"
+            yield (
+                f"{_file(network)} has {key}={value!r}, and its text encoders give {width} ({what}): they must be equal"
+            )
 
 
 def _length_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
@@ -234,8 +238,8 @@ def _length_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str
         if not isinstance(length, int) or not 2 <= length <= most:
             shown = "no model_max_length" if length is None else f"model_max_length={length!r}"
             yield (
-                f"{tokenizer}/tokenizer_config.json has {shown}, and {clip}/config.json max_position_embeddings={most}: a "
-                f"tokenizer must give 2 to {most} tokens"
+                f"{tokenizer}/tokenizer_config.json has {shown}, and {clip}/config.json "
+                f"max_position_embeddings={most}: a tokenizer must give 2 to {most} tokens"
             )
     if len(set(lengths.values())) > 1:
         shown = " and ".join(
@@ -265,7 +269,10 @@ def _decoder_number_faults(vae: Mapping[str, Any], adds_shift: bool, takes_stati
     """
     scale = vae.get("scaling_factor", 1.0)
     if not is_number(scale) or scale == 0:
-        yield f"vae/config.json has scaling_factor={scale!r}, by which latents are divided: it must be a number other than 0"
+        yield (
+            f"vae/config.json has scaling_factor={scale!r}, by which latents are divided: it must be a number "
+            "other than 0"
+        )
     shift = vae.get("shift_factor")
     if adds_shift and shift is not None and not is_number(shift):
         yield f"vae/config.json has shift_factor={shift!r}, which is added to latents: it must be a number"

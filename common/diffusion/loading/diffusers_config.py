@@ -1,4 +1,4 @@
-"""The keys of `[policy]` that all families of diffusers pipelines share: how a pipeline is found, counted and loaded."""
+"""The keys of `[policy]` that all diffusers families share, and how a pipeline is found, counted and loaded."""
 
 import json
 import os
@@ -68,7 +68,7 @@ class DiffusersConfig(SizedConfig):
 
     @abstractmethod
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of one prompt's row by name, from the parts' configurations, without the negative tensors."""
+        """Return the shapes of one prompt's row by name, from the parts' configurations; no negative tensors."""
 
     @abstractmethod
     def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:

@@ -63,7 +63,7 @@ def library_errors(model: str | None, what: str, keys: Mapping[str, Any] | None 
 
 
 def _named_keys(keys: Mapping[str, Any], said: str) -> str:
-    """Return the keys whose text a library's error quotes, as words for the end of a message; empty if there are none."""
+    """Return the keys whose text a library's error quotes, as words for the end of a message; empty if none."""
     quoted = [
         f"{key}={value!r}" for key, value in keys.items() if isinstance(value, str) and value and repr(value) in said
     ]
@@ -97,8 +97,8 @@ def _check_tokens(policy: "DiffusersPolicy") -> None:
             if token in given and token >= known:
                 raise ValueError(
                     f"policy.model is {policy.config.model!r}: {part.replace('text_encoder', 'tokenizer')}/"
-                    f"tokenizer_config.json has {key}={getattr(tokenizer, key)!r}, token {token}, and {part}/config.json "
-                    f"vocab_size={known}: it must be a token that the text encoder has"
+                    f"tokenizer_config.json has {key}={getattr(tokenizer, key)!r}, token {token}, and "
+                    f"{part}/config.json vocab_size={known}: it must be a token that the text encoder has"
                 )
 
 

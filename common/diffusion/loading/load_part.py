@@ -38,7 +38,7 @@ def load_part(config: "DiffusersConfig", folder: Path, part: str, weights: PartW
             ignore_mismatched_sizes=True,  # reported together below
             **dtype,
         )
-    # A text encoder's file may hold more than the encoder. Unexpected weights for a network or decoder mean another model.
+    # A text encoder's file may hold more than the encoder. In a network or decoder, extra weights mean another model.
     fault = weights_fault(found, refuse_unexpected=known.library == "diffusers")
     if fault:
         raise ValueError(f"its {part}, {with_article(name)}, cannot be loaded ({fault})")

@@ -40,8 +40,8 @@ def check_model(config: "DiffusersConfig", role: "Role") -> None:
     if not (folder / INDEX).is_file():
         key = "single_file_config" if names_a_file(config.model) else "model"
         raise ValueError(
-            f"policy.{key} is {source!r}: there is no {INDEX} in {folder}; give a folder in diffusers' format, a hub name "
-            f"(owner/model){'' if key != 'model' else f' or one of {sorted(EMBEDDED_MODELS)}'}"
+            f"policy.{key} is {source!r}: there is no {INDEX} in {folder}; give a folder in diffusers' format, a hub "
+            f"name (owner/model){'' if key != 'model' else f' or one of {sorted(EMBEDDED_MODELS)}'}"
         )
     with about_folder(config):
         check_folder(config, folder, role)

@@ -145,8 +145,8 @@ def _check_channels(config: "DiffusersConfig", folder: Path) -> None:
     taken, given = network.get("in_channels"), read_object(folder / "vae" / "config.json").get("latent_channels")
     if taken and given and taken != given * config.latent_packing:
         raise ValueError(
-            f"its {config.network_name} takes latents of {taken} channels and its decoder has {given}: a model with an image "
-            f"as a second input, which no family here trains (in_channels in {config.network_name}/config.json, "
+            f"its {config.network_name} takes latents of {taken} channels and its decoder has {given}: a model with an "
+            f"image as a second input, which no family here trains (in_channels in {config.network_name}/config.json, "
             "latent_channels in vae/config.json)"
         )
 

@@ -49,7 +49,9 @@ def weights_of(folder: Path, part: str, library: str, wanted: str | None) -> Par
     Raises:
         PartNotThere: The files are missing, or there are several variants and none is requested.
     """
-    names = _names(folder, part)
+    if not (folder / part).is_dir():
+        raise PartNotThere(f"there is no folder {part} in {folder}")
+    names = sorted(path.name for path in (folder / part).iterdir())
     variant = _variant(folder, part, names, STEMS[library], wanted)
     single = f"{_with(variant, STEMS[library])}.safetensors"
     index = _with(variant, f"{STEMS[library]}.safetensors.index") + ".json"
@@ -58,12 +60,6 @@ def weights_of(folder: Path, part: str, library: str, wanted: str | None) -> Par
     if chosen == single:
         return PartWeights(variant, (single,))
     return PartWeights(variant, (index, *_shards(folder, part, index, names)))
-
-
-def _names(folder: Path, part: str) -> list[str]:
-    if not (folder / part).is_dir():
-        raise PartNotThere(f"there is no folder {part} in {folder}")
-    return sorted(path.name for path in (folder / part).iterdir())
 
 
 def _with(variant: str | None, name: str) -> str:
@@ -92,16 +88,12 @@ def _nothing(folder: Path, part: str, names: list[str], stem: str) -> PartNotThe
     pickles = [name for name in names if name.endswith(OTHER_WEIGHTS)]
     weights = [name for name in names if name.endswith(".safetensors")]
     if pickles and not weights:
-        variants = {_middle(name) for name in pickles if ".index." not in name}
+        middles = [name.split(".")[1:-1] for name in pickles if ".index." not in name]  # "fp16" in model.fp16.bin
+        variants = {SHARD.sub("", middle[0]) if middle else None for middle in middles}
         text = f"its {part} has only {pickles[0]}, a pickle, and pickles are not opened"
         return OnlyPickles(text, variants.pop() if len(variants) == 1 else None)
     found = ", ".join(weights or names)[:200] or "nothing"
     return PartNotThere(f"there is no {stem}.safetensors in {folder / part}; there is: {found}")
-
-
-def _middle(name: str) -> str | None:
-    stem, *middle, _ = name.split(".")
-    return SHARD.sub("", middle[0]) if middle else None
 
 
 def _shards(folder: Path, part: str, index: str, names: list[str]) -> list[str]:

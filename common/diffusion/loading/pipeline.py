@@ -95,7 +95,8 @@ def conversion(config: "DiffusersConfig", pickles: OnlyPickles) -> str:
     keys = {**config.loading, **({"variant": pickles.variant} if pickles.variant else {})}
     source, target = str(config.folder() if config.folder().exists() else config.model), "MODEL"
     arguments = ", ".join([repr(source), *(f"{name}={value!r}" for name, value in keys.items())])
-    program = f"from diffusers import {config.pipeline_class} as P; P.from_pretrained({arguments}).save_pretrained('{target}')"
+    load = f"from diffusers import {config.pipeline_class} as P; P.from_pretrained({arguments})"
+    program = f"{load}.save_pretrained('{target}')"
     return f'`python -c "{program}"`, and set policy.model to the folder {target}'
 
 

@@ -1,4 +1,4 @@
-"""Load a checkpoint that is a single file (Stability's own format, as on Civitai), with configurations from a folder."""
+"""Load a checkpoint that is a single file (Stability's own format, as on Civitai); configurations are in a folder."""
 
 import os
 from pathlib import Path
@@ -70,14 +70,18 @@ def check_single_file(config: "DiffusersConfig") -> None:
         _check_kind(config, _names_and_shapes(path))
         if config.single_file_config is None:
             raise ValueError(
-                "a single file has no configurations: set policy.single_file_config to a folder in diffusers' format or a "
-                f"hub name that has those of the same architecture, such as '{example}'; or {_conversion(config)}"
+                "a single file has no configurations: set policy.single_file_config to a folder in diffusers' format "
+                f"or a hub name that has those of the same architecture, such as '{example}'; or {_conversion(config)}"
             )
 
 
 def _conversion(config: "DiffusersConfig") -> str:
-    program = f"from diffusers import {config.pipeline_class} as P; P.from_single_file('{config.model}').save_pretrained('MODEL')"
-    return f'convert it where the hub can be reached, with `python -c "{program}"`, and set policy.model to the folder MODEL'
+    load = f"from diffusers import {config.pipeline_class} as P; P.from_single_file('{config.model}')"
+    program = f"{load}.save_pretrained('MODEL')"
+    return (
+        f'convert it where the hub can be reached, with `python -c "{program}"`, '
+        "and set policy.model to the folder MODEL"
+    )
 
 
 def _names_and_shapes(path: Path) -> dict[str, Any]:
@@ -86,7 +90,8 @@ def _names_and_shapes(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
 
 
 def _check_kind(config: "DiffusersConfig", names: dict[str, Any]) -> None:

@@ -84,7 +84,8 @@ def load_weights(network: nn.Module, weights: PolicyWeights) -> int:
         missing = sorted(dict(expected).items() - dict(weights.manifest).items())[:3]
         foreign = sorted(dict(weights.manifest).items() - dict(expected).items())[:3]
         raise ValueError(
-            f"weights of version {weights.policy_version} do not fit the network: it lacks {foreign} and still needs {missing}"
+            f"weights of version {weights.policy_version} do not fit the network: it lacks {foreign} and still needs "
+            f"{missing}"
         )
     for name, array in verified(weights).arrays().items():
         # Copy, because torch warns about read-only buffers such as a view of Ray's store.

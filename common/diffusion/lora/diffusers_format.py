@@ -159,8 +159,8 @@ def _of_peft(file: LoraFile, part: str) -> _Converted:
     start = settings.get("init_lora_weights", True)
     if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
         raise ValueError(
-            f"{path} has init_lora_weights {start!r}, which changes the network's own weights: save the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion, which converts the adapter to a plain LoRA"
+            f"{path} has init_lora_weights {start!r}, which changes the network's own weights: save the adapter with "
+            "PEFT's path_initial_model_for_weight_conversion, which converts the adapter to a plain LoRA"
         )
     known = {field.name for field in fields(LoraConfig)} | {"peft_version"}
     unknown = sorted(name for name in settings.keys() - known if settings[name] not in (None, False))

@@ -50,7 +50,7 @@ class LoraFile:
         """Return whether this program wrote the file: it has prefixed settings of one network, and no others."""
         if not all(name.startswith(f"{self.part}.") for name in self.metadata):
             return False
-        keys = _keys(self.metadata, self.part)
+        keys = {name.removeprefix(f"{self.part}.") if self.part in TRAINED_PARTS else name for name in self.metadata}
         if not isinstance(self.own_settings.get("target_modules"), list):  # other programs may have a pattern there
             return False
         if self.trained:
@@ -59,7 +59,7 @@ class LoraFile:
 
     @property
     def own_settings(self) -> dict[str, Any]:
-        """Return rank, alpha, target modules and patterns of one of this program's files, as the adapter was trained."""
+        """Return rank, alpha, target modules and patterns of one of this program's files, as in training."""
         return {name.removeprefix(f"{self.part}."): value for name, value in (self.trained or self.metadata).items()}
 
     def scale(self, module: str) -> float:
@@ -156,15 +156,12 @@ def read_lora_file(path: Path) -> LoraFile:
     refuse_not_finite(file, tensors)
     for settings in (metadata, trained):
         for key, value in settings.items():
-            if key.rpartition(".")[2] in ("r", "lora_alpha") and not _is_number(value):
+            is_number = isinstance(value, int | float) and bool(value) and math.isfinite(value)
+            if key.rpartition(".")[2] in ("r", "lora_alpha") and not is_number:
                 raise ValueError(
                     f"the LoRA {file} has {key} = {value!r} in its header: it must be a number other than 0"
                 )
     return LoraFile(file, tensors, metadata, trained, header.get(NETWORK, ""))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and bool(value) and math.isfinite(value)
 
 
 def refuse_settings(path: Path, metadata: Mapping[str, Any], part: str) -> None:
@@ -173,7 +170,8 @@ def refuse_settings(path: Path, metadata: Mapping[str, Any], part: str) -> None:
     if metadata and not of_part:
         raise ValueError(
             f"the LoRA {path} has settings for {part} under other names, such as {min(metadata)}: diffusers looks for "
-            f"{part}.r, {part}.lora_alpha and {part}.target_modules; rename them, or leave out the header for strength 1"
+            f"{part}.r, {part}.lora_alpha and {part}.target_modules; rename them, or leave out the header for "
+            "strength 1"
         )
     if metadata and not of_part.get("target_modules"):
         raise ValueError(
@@ -181,12 +179,9 @@ def refuse_settings(path: Path, metadata: Mapping[str, Any], part: str) -> None:
         )
     if kept := of_part.get("modules_to_save"):
         raise ValueError(
-            f"the LoRA {path} has modules_to_save = {kept!r}: full layers next to the adapters, which diffusers does not load"
+            f"the LoRA {path} has modules_to_save = {kept!r}: full layers next to the adapters, which diffusers does "
+            "not load"
         )
-
-
-def _keys(settings: Mapping[str, Any], part: str | None) -> set[str]:
-    return {name.removeprefix(f"{part}.") if part in TRAINED_PARTS else name for name in settings}
 
 
 def scale_of(settings: Mapping[str, Any], part: str | None, module: str) -> float:

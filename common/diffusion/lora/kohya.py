@@ -29,29 +29,28 @@ def save_kohya(file: LoraFile, path: Path) -> None:
     Raises:
         ValueError: Another program wrote the file, or a layer has no such name.
     """
+    from diffusers.utils import convert_state_dict_to_kohya
+
     if not file.is_ours:
         raise ValueError(f"the LoRA {file.path} was not written by this program: only what it has trained is exported")
     kind = "UNet2DConditionModel" if file.part == "unet" else file.network
     if kind not in READERS:
         raise ValueError(
-            f"the LoRA {file.path} is for {kind or 'a network that the file does not name'}: kohya's names are written for "
-            f"{' and '.join(READERS)} only; diffusers and ComfyUI read the file as it is"
+            f"the LoRA {file.path} is for {kind or 'a network that the file does not name'}: kohya's names are written "
+            f"for {' and '.join(READERS)} only; diffusers and ComfyUI read the file as it is"
         )
     wanted = _at_full_strength(file)
-    tensors = _of_unet(wanted) if file.part == "unet" else flux_names(wanted)
+    if file.part == "unet":
+        renamed = convert_state_dict_to_kohya(wanted)
+        tensors = {name: value.float().contiguous() for name, value in renamed.items()}  # alphas as kohya's scripts do
+    else:
+        tensors = flux_names(wanted)
     _refuse_what_is_read_otherwise(file, tensors, wanted, READERS[kind])
     alphas = {float(value) for name, value in tensors.items() if name.endswith(ALPHA)}
     if len(alphas) > 1:
         tensors = {name: value for name, value in tensors.items() if not name.endswith(ALPHA)}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
-
-
-def _of_unet(wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    from diffusers.utils import convert_state_dict_to_kohya
-
-    renamed = convert_state_dict_to_kohya(wanted)
-    return {name: value.float().contiguous() for name, value in renamed.items()}  # alphas as kohya's scripts write them
 
 
 def _at_full_strength(file: LoraFile) -> dict[str, Tensor]:

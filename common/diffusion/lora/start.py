@@ -80,7 +80,9 @@ def _start_through_diffusers(network: Any, file: LoraFile) -> None:
     """
     from peft import set_peft_model_state_dict
 
-    state = load_any_lora(file, network, _part(network), {}, ADAPTER)
+    unet, transformer = TRAINED_PARTS
+    part = unet if "UNet" in type(network).__name__ else transformer
+    state = load_any_lora(file, network, part, {}, ADAPTER)
     if not state:
         raise ValueError(f"it holds nothing for {type(network).__name__}")
     dora = [name for name in state if "lora_magnitude_vector" in name]
@@ -89,18 +91,14 @@ def _start_through_diffusers(network: Any, file: LoraFile) -> None:
     biases = [name for name in state if name.endswith("lora_B.bias")]
     if biases:
         raise ValueError(
-            f"it has biases in its adapters (lora_bias), {len(biases)} in all, such as {biases[0]}: they are not trained here"
+            f"it has biases in its adapters (lora_bias), {len(biases)} in all, such as {biases[0]}: they are not "
+            "trained here"
         )
     for layer in adapted_layers(network).values():  # diffusers has rounded the adapters to the network's dtype
         for name in layer.adapter_layer_names:
             getattr(layer, name).float()
     if not next(network.parameters()).is_meta:
         set_peft_model_state_dict(network, state)
-
-
-def _part(network: nn.Module) -> str:
-    unet, transformer = TRAINED_PARTS
-    return unet if "UNet" in type(network).__name__ else transformer
 
 
 def _refuse_disagreement(network: nn.Module, lora: LoraSettings) -> None:
@@ -113,7 +111,8 @@ def _refuse_disagreement(network: nn.Module, lora: LoraSettings) -> None:
     for key, values in found.items():
         if key in lora.model_fields_set and values != [getattr(lora, key)]:
             raise ValueError(
-                f"policy.lora.{key} is {getattr(lora, key)}, and the file has {', '.join(map(str, values))}: leave the key out"
+                f"policy.lora.{key} is {getattr(lora, key)}, and the file has {', '.join(map(str, values))}: leave "
+                "the key out"
             )
     if "target_modules" in lora.model_fields_set:
         ends = tuple(f".{target}" for target in lora.target_modules)
@@ -151,7 +150,8 @@ def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
     for name in (name for names in found.values() for name in names if name not in layers):
         kind = type(modules[name]).__name__
         raise ValueError(
-            f"{said}: {name} is a {kind}, which an adapter cannot go into; it must name layers among {_shortened(layers)}"
+            f"{said}: {name} is a {kind}, which an adapter cannot go into; it must name layers among "
+            f"{_shortened(layers)}"
         )
 
 

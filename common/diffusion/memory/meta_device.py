@@ -17,7 +17,7 @@ IN_FLOAT32 = {"cuda": {F.group_norm, F.layer_norm, F.softmax, torch.softmax}, "c
 
 BLAS_BYTES = 2 * 2**25  # cuBLAS workspaces of 32 MiB, one each for the forward and the backward thread
 TRANSPOSED_SHARE = 1.0  # of a convolution's tensors that are not channels_last, which cuDNN copies into that format
-# Parallel parts of deterministic fused attention's backward pass: one per multiprocessor of an H100, at least one per head.
+# Splits of deterministic fused attention's backward pass: one per multiprocessor of an H100, at least one per head.
 SPLITS = 132
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 

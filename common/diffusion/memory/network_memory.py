@@ -135,8 +135,8 @@ def _checkpointing(network: Any, function: Callable[..., Any]) -> Iterator[None]
     """Enable gradient checkpointing through `function` for the duration of the body."""
     if not hasattr(network, "enable_gradient_checkpointing"):
         raise ValueError(
-            f"policy.gradient_checkpointing is true, and {type(network).__name__} cannot re-compute its activations: it has "
-            "no enable_gradient_checkpointing, as diffusers' ModelMixin has; set it to false"
+            f"policy.gradient_checkpointing is true, and {type(network).__name__} cannot re-compute its activations: "
+            "it has no enable_gradient_checkpointing, as diffusers' ModelMixin has; set it to false"
         )
     network.enable_gradient_checkpointing(function)
     try:

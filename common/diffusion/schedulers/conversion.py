@@ -107,7 +107,8 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{_says(name, key, written[key])}: it must be a number above 0 and below 1 (in {FILE})")
     if written.get("final_sigmas_type", "zero") != "zero" and written.get("set_alpha_to_one", True):
         raise ValueError(
-            f"{_says(name, 'final_sigmas_type', written['final_sigmas_type'])}: DDIM ends so only where set_alpha_to_one is "
+            f"{_says(name, 'final_sigmas_type', written['final_sigmas_type'])}: DDIM ends so only where "
+            "set_alpha_to_one is "
             f'false; set it to "zero", or set_alpha_to_one to false, in {FILE}'
         )
     # Only the CLIPPING classes clip by default, and those must have the key, so an absent key means False.
@@ -189,8 +190,8 @@ def _check_class(name: str, carried: tuple[str, ...], why: str, with_keys: str =
     """Raise ValueError if the scheduler's class cannot be converted, or needs a package that is not installed."""
     if name not in carried:
         raise ValueError(
-            f"the model's scheduler is {name}{with_keys}: {why}, and takes over the schedules of {', '.join(carried)}; no other "
-            f"gives it the noise levels that the model was trained with (model_index.json, {FILE})"
+            f"the model's scheduler is {name}{with_keys}: {why}, and takes over the schedules of {', '.join(carried)}; "
+            f"no other gives it the noise levels that the model was trained with (model_index.json, {FILE})"
         )
     package = NEEDED.get(name)
     if package and find_spec(package) is None:
@@ -207,7 +208,8 @@ def _check_absent(name: str | None, written: Mapping[str, Any]) -> None:
             )
     if name in CLIPPING and "clip_sample" not in written:
         raise ValueError(
-            f"the model's scheduler is {name} without clip_sample, which then clips, so that its steps are not Gaussian: "
+            f"the model's scheduler is {name} without clip_sample, which then clips, so that its steps are not "
+            "Gaussian: "
             f'write "clip_sample": false into {FILE}'
         )
 
@@ -222,8 +224,8 @@ def _check_length(name: str | None, written: Mapping[str, Any]) -> None:
         raise ValueError(f"{_says(name, 'steps_offset', offset)}: it must be a whole number (in {FILE})")
     if betas is not None and len(betas) != steps:
         raise ValueError(
-            f"the model's scheduler has {len(betas)} trained_betas, and num_train_timesteps={steps}: there must be one for "
-            f"each (in {FILE})"
+            f"the model's scheduler has {len(betas)} trained_betas, and num_train_timesteps={steps}: there must be one "
+            f"for each (in {FILE})"
         )
 
 

@@ -65,7 +65,8 @@ def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, dev
     final = scheduler.final_alpha_cumprod.to(scheduler.alphas_cumprod)
     if scheduler.config["prediction_type"] == "epsilon" and not scheduler.alphas_cumprod[timesteps].all():
         raise ValueError(
-            "the model's scheduler has rescale_betas_zero_snr=True and prediction_type epsilon: its first step divides by 0"
+            "the model's scheduler has rescale_betas_zero_snr=True and prediction_type epsilon: its first step "
+            "divides by 0"
         )
     next_alphas = torch.where(following >= 0, scheduler.alphas_cumprod[following.clamp(min=0)], final)
     table = DDIMTable(
@@ -104,8 +105,8 @@ def _timesteps(scheduler: Any, num_steps: int) -> Int[Tensor, "T"]:
     count, spacing = scheduler.config["num_train_timesteps"], scheduler.config["timestep_spacing"]
     if num_steps > count:
         raise ValueError(
-            f"sampling.num_steps is {num_steps}, and the model's scheduler has num_train_timesteps={count}: it must be at "
-            f"most {count}"
+            f"sampling.num_steps is {num_steps}, and the model's scheduler has num_train_timesteps={count}: it must be "
+            f"at most {count}"
         )
     scheduler.set_timesteps(num_steps)
     timesteps = scheduler.timesteps.long()
@@ -113,8 +114,8 @@ def _timesteps(scheduler: Any, num_steps: int) -> Int[Tensor, "T"]:
     if outside:
         raise ValueError(
             f"sampling.num_steps is {num_steps}: with timestep_spacing={spacing!r} and steps_offset="
-            f"{scheduler.config['steps_offset']} the model's scheduler would step on timestep {outside[0]}, and the model has "
-            f"0 to {count - 1}: give another number of steps"
+            f"{scheduler.config['steps_offset']} the model's scheduler would step on timestep {outside[0]}, and the "
+            f"model has 0 to {count - 1}: give another number of steps"
         )
     return timesteps
 

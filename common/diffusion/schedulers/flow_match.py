@@ -106,8 +106,8 @@ def flow_match_table(
     sigmas = scheduler.sigmas
     if not sigmas.isfinite().all() or not (sigmas.diff() < 0).all() or sigmas[0] > 1 + 1e-5:
         raise ValueError(
-            f"sampling.num_steps is {num_steps}, and the model's scheduler has noise levels {sigmas.tolist()[:4]} …: they must "
-            f"fall from 1 or less to 0, step by step (shift, shift_terminal and the like in {FILE})"
+            f"sampling.num_steps is {num_steps}, and the model's scheduler has noise levels {sigmas.tolist()[:4]} …: "
+            f"they must fall from 1 or less to 0, step by step (shift, shift_terminal and the like in {FILE})"
         )
     levels = torch.full((num_steps,), noise_level)
     levels[-1] = 0.0

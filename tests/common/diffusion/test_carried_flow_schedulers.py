@@ -1,4 +1,4 @@
-"""Flow matching's Euler scheduler with any keys: what the flow table takes over equals diffusers' steps, the rest is refused."""
+"""Flow matching's Euler scheduler with any keys: the flow table's steps equal diffusers', or the keys are refused."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Schedulers of every kind: what DDIM or the flow table takes over equals diffusers' steps, and the rest is refused by name."""
+"""Schedulers of every class: steps of the DDIM or flow table equal diffusers', or the key is refused by name."""
 
 import math
 from typing import Any
@@ -60,12 +60,12 @@ AVAILABLE = tuple(name for name in CARRIED if name not in ("LMSDiscreteScheduler
 
 
 def loaded(config: dict[str, Any]) -> Any:
-    """Make the scheduler as a pipeline does that reads it."""
+    """Make the scheduler as a pipeline that reads it does."""
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def plain_ddim(config: dict[str, Any]) -> Any:
-    """Return diffusers' DDIM of it, without clipping unless the file asks for it."""
+    """Return diffusers' DDIM for it, without clipping unless the file asks for it."""
     scheduler = loaded(config)
     if isinstance(scheduler, diffusers.DDIMScheduler):
         return scheduler
@@ -148,7 +148,7 @@ FEW = st.sets(st.sampled_from(sorted(KEYS)), max_size=4).flatmap(
 
 
 def check_one(config: dict[str, Any], num_steps: int, eta: float) -> bool:
-    """Compare with diffusers, or check that the refusal names a key; return whether it was taken."""
+    """Compare with diffusers, or check that the refusal names a key. Return whether the configuration was accepted."""
     try:
         scheduler = loaded(config)
     except (ValueError, NotImplementedError, TypeError, IndexError, RuntimeError):  # diffusers refuses it
@@ -226,7 +226,7 @@ REFUSED: dict[str, tuple[bool, dict[str, Any]]] = {
         {"_class_name": "EulerDiscreteScheduler", **BETAS, "timestep_type": "continuous"},
     ),
     "a scheduler that clips or thresholds": (False, {"_class_name": "DDIMScheduler", **BETAS, "thresholding": True}),
-    "a scheduler that clips by default, without the key": (
+    "a scheduler that clips unless told otherwise, and is not told": (
         False,
         {"_class_name": "DDPMScheduler", **BETAS},
     ),
@@ -276,7 +276,7 @@ def test_the_class_that_a_folder_names_twice_must_be_taken_over_both_times() -> 
 
 
 def test_stable_diffusions_pipeline_corrects_clip_sample_and_steps_offset_of_a_ddim() -> None:
-    """As `StableDiffusionPipeline` does in its constructor: the scheduler of the pipeline itself is the expected one."""
+    """Compare with the scheduler that `StableDiffusionPipeline`'s constructor corrects."""
     index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
     for keys in ({}, {"clip_sample": True, "steps_offset": 0}):
         config = {"_class_name": "DDIMScheduler", **BETAS, **keys}

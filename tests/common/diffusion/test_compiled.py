@@ -1,4 +1,4 @@
-"""A compiled network: one shape whatever it is given, the same rows and gradients as the network itself."""
+"""A compiled network: one shape for any batch, and the same rows and gradients as the network itself."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ ROWS = 4
 
 
 class Small(nn.Module):
-    """Called as diffusers' networks are; compiles in seconds."""
+    """A network that is called as diffusers' are and compiles in seconds."""
 
     def __init__(self, width: int = 3) -> None:
         super().__init__()
@@ -53,16 +53,14 @@ def test_batches_of_any_size_get_the_networks_own_rows_from_one_compiled_shape(
 
 
 @torch.no_grad()
-def test_a_row_has_the_same_bits_in_a_filled_up_batch_as_in_a_whole_one(compiled: CompiledNetwork) -> None:
+def test_a_row_has_the_same_bits_in_a_padded_batch_as_in_a_full_one(compiled: CompiledNetwork) -> None:
     whole = compiled(**inputs(ROWS))
     for count in range(1, ROWS):
         assert torch.equal(compiled(**inputs(count)), whole[:count])
 
 
 @pytest.mark.parametrize("count", [3, 7])
-def test_rows_that_only_fill_up_have_no_part_in_the_gradient(
-    network: Small, compiled: CompiledNetwork, count: int
-) -> None:
+def test_padding_rows_have_no_part_in_the_gradient(network: Small, compiled: CompiledNetwork, count: int) -> None:
     gradients = []
     for run in (lambda **given: network(**given, return_dict=False)[0], compiled):
         network.zero_grad()

@@ -1,4 +1,4 @@
-"""Configuration keys of a model's parts: what is sampled equals plain diffusers' images, or the key is refused by name."""
+"""Configuration keys of a model's parts: sampled images equal plain diffusers', or the key is refused by name."""
 
 import shutil
 from itertools import count
@@ -29,7 +29,7 @@ quiet_libraries()
 
 
 class Models:
-    """The families' small models, made when they are asked for, and folders for changed ones."""
+    """Small models of all families, made on demand, and folders for changed ones."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._number = folder, count()
@@ -50,7 +50,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def check_outcome(models: Models, name: str, changes: tuple[Change, ...], stochastic: bool = False) -> bool:
-    """Compare with plain diffusers, or check that the refusal names what was changed; return whether it was taken."""
+    """Compare with plain diffusers, or check that the refusal names what was changed.
+
+    Return whether it was accepted.
+    """
     model, eta = models.changed(name, *changes), 1.0 if stochastic else 0.0
     try:
         try:
@@ -80,7 +83,7 @@ def check_outcome(models: Models, name: str, changes: tuple[Change, ...], stocha
 
 
 def refusal(models: Models, name: str, *changes: Change) -> str:
-    """What the check before loading says, which reads nothing but configuration files."""
+    """Return the error of the check before loading, which only reads configuration files."""
     model = models.changed(name, *changes)
     with pytest.raises(ValueError) as error:
         config_of(name, model).check()
@@ -158,7 +161,7 @@ def test_what_a_library_refuses_is_named_when_the_model_is_loaded(models: Models
         assert_refused(situation, str(error.value))
 
 
-def test_an_sdxls_decoder_takes_mean_and_deviation_and_no_shift(models: Models) -> None:
+def test_an_sdxl_decoder_honours_mean_and_std_and_no_shift(models: Models) -> None:
     keys = {"latents_mean": [1.0, 0.0, 2.0, 0.0], "latents_std": [1.0, 3.0, 2.0, 1.0], "shift_factor": 0.7}
     changes = [Change("vae", key, value) for key, value in keys.items()]
     changes += [

@@ -1,4 +1,4 @@
-"""Height, width, guidance and negative prompts of every family: as diffusers' own pipeline has them, or refused."""
+"""Height, width, guidance and negative prompts of every family: as in diffusers' own pipeline, or refused."""
 
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,12 @@ def theirs(name: str, pipeline: Any, settings: SamplingTable, shape: tuple[int, 
 
 
 def assert_alike(mine: np.ndarray, expected: np.ndarray) -> None:
-    """Latents agree to a few 1e-6, which may push a value over a rounding edge here and there, never further."""
+    """Compare images. Latents differ by a few 1e-6, which may push a value over a rounding edge, but never further."""
     difference = np.abs(mine - expected)
     assert mine.shape == expected.shape and difference.max() <= 1 and (difference > 0).mean() < 0.005
 
 
-def test_images_that_are_no_squares_are_those_of_diffusers(family: tuple[str, Path, Any]) -> None:
+def test_non_square_images_equal_those_of_diffusers(family: tuple[str, Path, Any]) -> None:
     name, model, pipeline = family
     height, width = SIZES[name]
     config, settings = config_of(name, model, height, width), sampling(3.0)
@@ -126,7 +126,7 @@ def test_a_negative_prompt_leads_away_as_in_diffusers(family: tuple[str, Path, A
 
 
 @pytest.mark.parametrize("negative", ["blurry", None])
-def test_what_is_remembered_of_a_negative_prompt_belongs_to_it(tiny_model: Path, negative: str | None) -> None:
+def test_cached_embeddings_belong_to_their_negative_prompt(tiny_model: Path, negative: str | None) -> None:
     config = build(POLICIES, policy_table("stable_diffusion", tiny_model), "policy")
     policy = config.load("cpu", sampling(3.0, negative), "sampler")
     expected = policy.encode([negative or ""])["prompt_embeds"]
@@ -177,9 +177,7 @@ def test_units_of_a_size_are_those_of_decoder_and_patch(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_a_whole_run_with_images_that_are_no_squares_and_a_negative_prompt(
-    tables: dict, tmp_path: Path, capfd: Any
-) -> None:
+def test_a_full_run_with_non_square_images_and_a_negative_prompt(tables: dict, tmp_path: Path, capfd: Any) -> None:
     import json
 
     import tomli_w

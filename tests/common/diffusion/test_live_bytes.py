@@ -1,4 +1,4 @@
-"""Peaks counted operation by operation are those worked out by hand, and those of torch's own allocator."""
+"""Peaks counted operation by operation, compared with peaks worked out by hand and with those of torch's allocator."""
 
 import json
 import tempfile
@@ -57,7 +57,7 @@ def test_views_and_work_in_place_take_nothing() -> None:
     assert peak_bytes(work) == 400
 
 
-def test_what_is_autocast_to_half_is_half_and_norms_are_float32() -> None:
+def test_autocast_runs_in_half_precision_and_norms_in_float32() -> None:
     with torch.device("meta"):
         linear, norm, inputs = nn.Linear(10, 20), nn.LayerNorm(20), torch.empty(3, 10)
     linear.requires_grad_(False)
@@ -69,7 +69,7 @@ def test_what_is_autocast_to_half_is_half_and_norms_are_float32() -> None:
         assert norm.bfloat16()(linear(inputs)).dtype == torch.bfloat16
 
 
-def test_a_convolution_that_is_laid_out_anew_takes_all_of_it_once_more() -> None:
+def test_a_convolution_that_changes_its_memory_format_takes_its_tensors_twice() -> None:
     with torch.device("meta"):
         convolution, inputs = nn.Conv2d(4, 8, 3, padding=1), torch.empty(2, 4, 16, 16)
     own = 4 * 2 * 8 * 16 * 16
@@ -89,7 +89,7 @@ def test_two_points_make_the_line() -> None:
     assert (line.fixed, line.each, line.of(10)) == (100, 7, 170)
 
 
-def test_elsewhere_than_on_a_gpu_what_was_held_is_added() -> None:
+def test_without_a_gpu_memory_held_before_is_added() -> None:
     assert allocated_peak(lambda: torch.empty(10), "cpu", 1000) == 1040
 
 
@@ -139,7 +139,7 @@ def test_a_samplers_task_takes_what_was_predicted(images: int, model: Path) -> N
 
 
 def _of_the_allocator(work: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator had given out at once beyond those before: what its profiler has seen."""
+    """Return the peak of bytes that torch's allocator gave out beyond those before, as its profiler reports."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:

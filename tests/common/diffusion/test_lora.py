@@ -1,4 +1,4 @@
-"""Adapters: attached, published, refused where they do not fit, and read by plain diffusers."""
+"""Adapters: attached, published, refused if they do not fit, and read by plain diffusers."""
 
 import dataclasses
 import os
@@ -31,7 +31,7 @@ RANK_2 = LoraSettings(rank=2, alpha=6, target_modules=("to_q", "to_v"))
 
 
 def network_with(model: Path, lora: LoraSettings, seed: int | None = 1) -> UNet2DConditionModel:
-    """The tiny network with adapters, moved from their start unless `seed` is None."""
+    """Return the tiny network with adapters, changed from their start unless `seed` is None."""
     network = UNet2DConditionModel.from_pretrained(model / "unet").eval()
     make_trainable(network, "lora", lora)
     if seed is not None:
@@ -162,7 +162,7 @@ def test_published_weights_are_a_copy_that_later_training_does_not_change(tiny_m
     assert read_weights(network, 0).fingerprint != weights.fingerprint
 
 
-def test_weights_damaged_on_the_way_are_refused_with_both_fingerprints(tiny_model: Path) -> None:
+def test_weights_damaged_in_transit_are_refused_with_both_fingerprints(tiny_model: Path) -> None:
     network = network_with(tiny_model, RANK_2)
     weights = read_weights(network, 4)
     buffer = weights.buffer.copy()
@@ -187,7 +187,7 @@ def test_weights_of_other_names_are_refused_with_what_is_lacking_and_what_is_for
     assert name in str(error.value)
 
 
-def test_merged_adapters_give_the_same_output_and_leave_nothing_of_the_version_before(tiny_model: Path) -> None:
+def test_merged_adapters_give_the_same_output_and_forget_the_version_before(tiny_model: Path) -> None:
     network, separate = network_with(tiny_model, RANK_2), network_with(tiny_model, RANK_2)
     first, second = read_weights(network, 1), read_weights(network_with(tiny_model, RANK_2, seed=2), 2)
     merged, seen = MergedAdapters(network), []
@@ -202,7 +202,7 @@ def test_merged_adapters_give_the_same_output_and_leave_nothing_of_the_version_b
     assert len(trained_parameters(network)) == len(trained_parameters(separate))
 
 
-def test_adapters_compute_in_half_precision_as_under_autocast_and_norms_are_not_widened(tiny_model: Path) -> None:
+def test_adapters_compute_in_half_precision_and_norms_are_not_widened(tiny_model: Path) -> None:
     network = network_with(tiny_model, RANK_2).to(torch.bfloat16)
     for parameter in trained_parameters(network).values():
         parameter.data = parameter.data.float()

@@ -1,4 +1,4 @@
-"""LoRA files of every form in every family: their effect is plain diffusers', for sampling and as a start of training."""
+"""LoRA files in every format and family: their effect equals plain diffusers', in sampling and as a start of training."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ PIPELINES = {
     "sd3": "StableDiffusion3Pipeline",
     "flux": "FluxPipeline",
 }
-# Of the blocks whose kohya names diffusers reads in every size: those of the others it reads in FLUX's own size alone.
+# Blocks whose kohya names diffusers reads in every size; the others only in FLUX's own size.
 FLUX_LAYERS = tuple(f"transformer_blocks.0.attn.{layer}" for layer in ("to_q", "to_v", "add_k_proj", "to_out.0"))
 TARGETS = {"sd3": ("attn.to_q", "attn.add_q_proj", "attn.to_out.0"), "flux": FLUX_LAYERS}
 
@@ -60,7 +60,7 @@ def pipeline_of(family: str, model: Path) -> Any:
 
 @torch.no_grad()
 def output(pipeline: Any, family: str) -> Tensor:
-    """What the network predicts of fixed latents with a prompt, through the text encoders."""
+    """Return the network's prediction for fixed latents with a prompt, through the text encoders."""
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     network, steps = getattr(pipeline, part_name(family)), torch.tensor([900.0, 10.0])
     if family == "stable_diffusion":
@@ -79,7 +79,7 @@ def output(pipeline: Any, family: str) -> Tensor:
 
 
 def with_plain_diffusers(family: str, model: Path, path: Path) -> Tensor:
-    """What diffusers, or PEFT for its own folder, makes of the file."""
+    """Load the file with diffusers, or PEFT's own folder with PEFT."""
     pipeline = pipeline_of(family, model)
     if path.is_dir():
         from peft import PeftModel
@@ -92,7 +92,7 @@ def with_plain_diffusers(family: str, model: Path, path: Path) -> Tensor:
 
 
 def recipe_of(family: str, model: Path, folder: Path, **keys: Any) -> Recipe:
-    # An adapter that no file has: nothing of it may decide how strongly a file acts.
+    # Another adapter than any file's, which must not change a file's strength.
     keys = {"lora": {"rank": 3, "alpha": 29, "target_modules": ["to_q"]}, **keys}
     tables = small_tables(model, folder)
     tables["learner"]["micro_batch_size"] = 4  # the flows' last step has no noise
@@ -140,7 +140,7 @@ def test_every_form_that_diffusers_reads_has_its_effect_here(
 
 
 def trained(family: str, model: Path, folder: Path, settings: LoraSettings) -> tuple[Any, Tensor]:
-    """A pipeline whose adapters were moved, saved as a run's; and its output."""
+    """Return a pipeline whose adapters were changed, saved as a run's, and its output."""
     pipeline = pipeline_of(family, model)
     network = getattr(pipeline, part_name(family))
     make_trainable(network, "lora", settings)

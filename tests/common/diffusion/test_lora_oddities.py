@@ -1,4 +1,4 @@
-"""LoRA files with settings that few have, as the start of a training: exact, or refused by name."""
+"""LoRA files with rare settings as the start of training: exact, or refused by name."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Adapters go into any module: their targets are checked, and they learn, save and switch off as in diffusers' networks."""
+"""Adapters in any module: targets are checked, and adapters train, save and switch off as in diffusers' networks."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_targets_that_no_adapter_can_go_into_are_named_with_those_there_are(
 
 
 class Tied(ShapeNetwork):
-    """Has one tensor under two names, a buffer, and weights that are not contiguous."""
+    """A module with one tensor under two names, a buffer, and weights that are not contiguous."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_a_plain_modules_adapters_switch_off_and_merge() -> None:
     torch.testing.assert_close(output(network), adapted, rtol=1e-4, atol=1e-4)
 
 
-def test_floating_zeros_stand_for_labels_where_something_is_looked_up() -> None:
+def test_floating_zeros_stand_for_labels_in_lookups() -> None:
     table, labels = torch.arange(6.0).view(3, 2), torch.tensor([0.0, 2.0])
     with IntegerIndices():
         rows = nn.functional.embedding(labels, table), table[labels], table.index_select(0, labels)

@@ -1,4 +1,4 @@
-"""Model folders as the world has them are loaded as plain diffusers loads them."""
+"""Published model folders load as in plain diffusers."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def test_names_of_earlier_versions_are_read_as_diffusers_and_transformers_read_t
 
 
 @pytest.mark.thorough
-def test_a_whole_clip_gives_its_text_tower(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_full_clip_gives_its_text_tower(models: dict[str, Path], tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
     model = copied(models["stable_diffusion"], tmp_path / "model")
@@ -88,7 +88,7 @@ def test_a_small_decoder_is_taken_in_every_family(family: str, models: dict[str,
 
 
 @pytest.mark.thorough
-def test_parts_that_nobody_uses_need_not_be_there(models: dict[str, Path], tmp_path: Path) -> None:
+def test_unused_parts_need_not_exist(models: dict[str, Path], tmp_path: Path) -> None:
     unused = {
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
@@ -181,7 +181,7 @@ def base_of(model: Path, **keys: Any) -> dict[str, str]:
 
 
 @pytest.mark.thorough
-def test_a_learner_needs_network_and_scheduler_alone(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_learner_needs_only_network_and_scheduler(models: dict[str, Path], tmp_path: Path) -> None:
     for family, parts in PARTS.items():
         model = copied(models[family], tmp_path / family)
         for part in (*parts[2:], "tokenizer"):

@@ -1,4 +1,4 @@
-"""Model folders that cannot be loaded as they are: refused in one line that names the part, and what to do."""
+"""Model folders that cannot be loaded are refused in one line that names the part and the remedy."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def _first(state: dict) -> str:
 
 
 @pytest.mark.parametrize("family", [pytest.param(name, marks=SLOW.get(name, ())) for name in PARTS])
-def test_a_part_whose_weights_are_not_its_own_is_refused_with_the_first_and_their_number(
+def test_weights_of_another_part_are_refused_with_the_first_and_their_number(
     family: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
     for part in PARTS[family]:

@@ -1,4 +1,4 @@
-"""Every family against diffusers' own pipeline: images, adapters and whole networks as that loads them."""
+"""Every family compared with diffusers' own pipeline: images, adapters and full networks."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def loaded(config: DiffusersConfig, role: Any = "sampler") -> DiffusersPolicy:
 
 
 def images(policy: DiffusersPolicy) -> np.ndarray:
-    """Sampled without noise along the path, as pipelines sample."""
+    """Sample without noise, as pipelines do."""
     return (
         policy.decode(sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING, range(0)).final_latents).numpy().astype(int)
     )
@@ -74,18 +74,18 @@ def pipelines_images(family: tuple[str, Path], pipeline: Any, shape: tuple[int, 
 
 
 def assert_alike(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Latents agree to a few 1e-6, which may push a value over a rounding edge here and there, never further."""
+    """Compare images. Latents differ by a few 1e-6, which may push a value over a rounding edge, but never further."""
     difference = np.abs(ours - theirs)
     assert difference.max() <= 1 and (difference > 0).mean() < 0.005
     assert theirs.std() > 5
 
 
-def test_pictures_are_those_of_diffusers_own_pipeline(family: tuple[str, Path]) -> None:
+def test_images_equal_those_of_diffusers_own_pipeline(family: tuple[str, Path]) -> None:
     policy = loaded(config_of(family))
     assert_alike(images(policy), pipelines_images(family, pipeline_of(family), policy.latent_shape))
 
 
-def test_a_lora_loads_in_plain_diffusers_and_draws_the_same_pictures(family: tuple[str, Path], tmp_path: Path) -> None:
+def test_a_lora_loads_in_plain_diffusers_and_gives_the_same_images(family: tuple[str, Path], tmp_path: Path) -> None:
     policy = loaded(config_of(family))
     before = images(policy)
     scatter(policy.network, deviation=0.3)
@@ -100,7 +100,7 @@ def test_a_lora_loads_in_plain_diffusers_and_draws_the_same_pictures(family: tup
     assert_alike(after, pipelines_images(family, pipeline, policy.latent_shape))
 
 
-def test_a_whole_network_loads_in_plain_diffusers_and_draws_the_same_pictures(
+def test_a_full_network_loads_in_plain_diffusers_and_gives_the_same_images(
     family: tuple[str, Path], tmp_path: Path
 ) -> None:
     policy = loaded(config_of(family, train="full"))
@@ -121,12 +121,12 @@ def test_a_learner_has_neither_text_encoders_nor_a_decoder(family: tuple[str, Pa
     assert not any(getattr(learner.pipeline, name) for name in learner.config.tokenizers)
 
 
-def test_what_waits_in_the_hosts_memory_gives_the_same_bits(family: tuple[str, Path]) -> None:
+def test_offloaded_parts_give_the_same_bits(family: tuple[str, Path]) -> None:
     there, waiting = (loaded(config_of(family, offload=offload)) for offload in (False, True))
     assert np.array_equal(images(there), images(waiting))
 
 
-def test_a_decoder_that_takes_pictures_apart_draws_nearly_the_same(family: tuple[str, Path]) -> None:
+def test_a_tiled_decoder_gives_nearly_the_same_images(family: tuple[str, Path]) -> None:
     whole, sliced = (loaded(config_of(family, vae_slicing=slicing)) for slicing in (False, True))
     assert np.abs(images(whole) - images(sliced)).max() <= 1
     assert sliced.vae.use_slicing and not whole.vae.use_slicing
@@ -138,7 +138,7 @@ def test_a_decoder_that_takes_pictures_apart_draws_nearly_the_same(family: tuple
         assert tiled.vae.use_tiling and images(tiled).shape == images(whole).shape
 
 
-def test_prompts_are_remembered_up_to_a_number_of_bytes(
+def test_prompt_embeddings_are_cached_up_to_a_number_of_bytes(
     family: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = loaded(config_of(family))
@@ -161,7 +161,7 @@ def test_latents_are_packed_as_diffusers_packs_them_and_come_back() -> None:
     assert torch.equal(token_places(6, 8, latents), places)
 
 
-def test_guidance_that_was_distilled_is_told_to_the_network_which_runs_once(tmp_path: Path) -> None:
+def test_distilled_guidance_is_an_input_of_the_network_which_runs_once(tmp_path: Path) -> None:
     model = save_tiny_flux(tmp_path / "model")
     seen: list[tuple[int, Tensor]] = []
     for scale in (1.0, 3.5):
@@ -175,7 +175,7 @@ def test_guidance_that_was_distilled_is_told_to_the_network_which_runs_once(tmp_
     assert [float(guidance[0]) for _, guidance in seen] == [1.0] * 4 + [3.5] * 4
 
 
-def test_without_t5_zeros_stand_in_its_place(tmp_path: Path) -> None:
+def test_without_t5_its_embeddings_are_zeros(tmp_path: Path) -> None:
     model = save_tiny_sd3(tmp_path / "model")
     keys = {"model": str(model), "max_sequence_length": 12}
     whole, without = (SD3(**keys, t5=t5).load("cpu", SAMPLING, "sampler") for t5 in (True, False))

@@ -1,4 +1,4 @@
-"""Stable Diffusion as a policy: against the slow reference, against diffusers' pipeline, and its ways of being loaded."""
+"""Stable Diffusion as a policy: compared with the slow reference and diffusers' pipeline, and the ways of loading."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def rows_of(policy: StableDiffusionPolicy, prompts: list[str]) -> Conditioning:
 
 @torch.no_grad()
 def check_against_reference(policy: StableDiffusionPolicy, prediction_type: str) -> None:
-    """Both branches of guidance one after the other and row by row, then DDIM in float64."""
+    """Compute both guidance branches one after the other and row by row, then DDIM in float64."""
     conditioning, latents = rows_of(policy, ["a cat", "a dog", "a cow", "a hen"]), some_latents(4)
     transition = policy.transition(latents, torch.arange(4), conditioning)
     for step, timestep in enumerate(reference.leading_timesteps(4)):
@@ -72,7 +72,7 @@ def test_a_vector_of_steps_is_the_same_as_one_step_after_the_other(policy: Stabl
 
 
 @pytest.mark.parametrize(("guidance_scale", "rows_a_pass"), [(1.0, 2), (3.0, 4)])
-def test_without_guidance_the_network_sees_each_latent_once_and_with_it_twice_in_one_pass(
+def test_guidance_runs_each_latent_twice_in_one_pass_and_once_without(
     guidance_scale: float, rows_a_pass: int, tiny_model: Path
 ) -> None:
     policy = tiny_policy(tiny_model, sampling=SamplingTable(num_steps=4, guidance_scale=guidance_scale))
@@ -83,9 +83,7 @@ def test_without_guidance_the_network_sees_each_latent_once_and_with_it_twice_in
     assert seen == [rows_a_pass]
 
 
-def test_a_prompts_embedding_is_transformers_own_whatever_stands_beside_it(
-    policy: StableDiffusionPolicy, tiny_model: Path
-) -> None:
+def test_a_prompts_embedding_equals_transformers_in_any_batch(policy: StableDiffusionPolicy, tiny_model: Path) -> None:
     conditioning = policy.encode(["a dog", "a cat"])
     assert torch.equal(conditioning["prompt_embeds"][1:], policy.encode(["a cat"])["prompt_embeds"])
     torch.testing.assert_close(conditioning["prompt_embeds"][1:], reference.text_embedding(tiny_model, "a cat"))
@@ -93,7 +91,7 @@ def test_a_prompts_embedding_is_transformers_own_whatever_stands_beside_it(
     assert not torch.allclose(conditioning["prompt_embeds"][0], conditioning["prompt_embeds"][1], atol=1e-2)
 
 
-def test_pictures_are_those_of_diffusers_own_pipeline(tiny_model: Path) -> None:
+def test_images_equal_those_of_diffusers_own_pipeline(tiny_model: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     policy = StableDiffusion(model=str(tiny_model)).load("cpu", SAMPLING, "sampler")
@@ -211,7 +209,7 @@ def test_a_bfloat16_network_gives_float32_distributions_near_those_of_float32(
     assert float(difference.max()) > 0 and float(difference.mean()) < 0.05
 
 
-def test_whole_networks_do_not_train_in_float16(tiny_model: Path) -> None:
+def test_full_networks_do_not_train_in_float16(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match="full networks train in float32 or bfloat16"):
         StableDiffusion(model=str(tiny_model), train="full", dtype="float16").check()
 
@@ -221,7 +219,7 @@ def test_the_embedded_models_resolution_is_counted_by_its_own_autoencoder() -> N
     assert StableDiffusion(model="tiny_animals").latent_sides(16) == (16, 16)
 
 
-def test_a_samplers_network_may_have_a_dtype_of_its_own_and_nothing_else_has(tiny_model: Path) -> None:
+def test_only_a_samplers_network_may_have_another_dtype(tiny_model: Path) -> None:
     config = StableDiffusion(model=str(tiny_model), sampler_dtype="bfloat16")
     sampler, learner = (config.load("cpu", SAMPLING, role) for role in ("sampler", "learner"))
     assert sampler.network.conv_in.weight.dtype == torch.bfloat16
@@ -242,7 +240,7 @@ def test_a_samplers_network_may_have_a_dtype_of_its_own_and_nothing_else_has(tin
         ({"dtype": "float16", "merge_adapters": True}, True),
     ],
 )
-def test_numerics_differ_where_rounding_in_half_precision_falls_elsewhere(keys: dict, differ: bool) -> None:
+def test_numerics_differ_if_half_precision_rounds_at_other_places(keys: dict, differ: bool) -> None:
     assert StableDiffusion(model="tiny_animals", **keys).numerics_differ is differ
 
 

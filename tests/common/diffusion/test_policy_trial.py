@@ -1,4 +1,4 @@
-"""A family of the user's own is tried before the first round: each mistake is named by class, method, expected and given."""
+"""The trial of a user's own family before the first round names class, method, expected and given."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ PROMPTS = (Prompt("disc"), Prompt("ring"))
 
 
 def transition_of(change: Callable[[Any, Any], Transition]) -> Callable[..., Transition]:
-    """A family's transition, whose result is changed."""
+    """Return the family's transition with a changed result."""
 
     def transition(self: Any, latents: Any, steps: Any, conditioning: Any, stochastic: bool = True) -> Transition:
         right = ShapesPolicy.transition(self, latents, steps, conditioning, stochastic)
@@ -69,7 +69,7 @@ def halved(value: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 WITHOUT_NAME = "returned 'label' as int64 of shape (1,), from 0 to 0: expected a tensor with 2 rows for 2 prompts"
-# The methods of a family's policy as somebody got them wrong, and the line that says so.
+# Mistakes in a policy's methods, and the error that names each.
 SAMPLING_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "mean": (
         {"transition": transition_of(lambda mean, std: Transition(mean[..., :15], std))},
@@ -77,8 +77,8 @@ SAMPLING_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "mean_nan": (
         {"transition": transition_of(lambda mean, std: Transition(mean / 0, std))},
-        "Mine.transition returned a mean of float32 of shape (2, 3, 16, 16), 1536 of 1536 not finite: expected float32 of shape "
-        "(2, 3, 16, 16), all finite",
+        "Mine.transition returned a mean of float32 of shape (2, 3, 16, 16), 1536 of 1536 not finite: expected float32 "
+        "of shape (2, 3, 16, 16), all finite",
     ),
     "std_zero": (
         {"transition": transition_of(lambda mean, std: Transition(mean, 0 * std))},
@@ -243,7 +243,7 @@ def test_a_trial_changes_neither_weights_nor_random_states(train: str, model: st
     assert all(parameter.grad is None for parameter in policy.network.parameters())
 
 
-def test_a_denoise_that_is_not_there_stops_only_algorithms_that_ask_for_it(model: str, tmp_path: Path) -> None:
+def test_a_missing_denoise_stops_only_algorithms_that_need_it(model: str, tmp_path: Path) -> None:
     def denoise(self: Any, *arguments: Any) -> None:
         raise NotImplementedError("only for DDPO")
 

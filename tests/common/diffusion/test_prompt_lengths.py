@@ -1,4 +1,4 @@
-"""Prompts that are longer than a text encoder reads: which ones, where they end, and which ones become one."""
+"""Prompts that are too long for a text encoder: which ones, where they are cut, and which become equal."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Drawing trajectories and scoring them again: the first ratio is exactly 1, and the noise belongs to the image."""
+"""Sampling and scoring trajectories: the first ratio is exactly 1, and noise belongs to the image."""
 
 import pickle
 from itertools import islice
@@ -64,10 +64,10 @@ def test_a_learner_with_equal_weights_gives_every_step_the_samplers_own_bits(
     assert sampled.log_probs.isfinite().all()
 
 
-def test_scoring_latents_rounded_after_they_were_scored_would_not_give_a_ratio_of_one(
+def test_latents_rounded_after_scoring_would_not_give_a_ratio_of_one(
     policy: StableDiffusionPolicy, trajectory: Trajectory
 ) -> None:
-    # What the exactness above guards against: the same path stored in bfloat16 only afterwards.
+    # Storing the same trajectory in bfloat16 only afterwards would not be exact.
     rounded = Trajectory(
         trajectory.conditioning,
         trajectory.prompt_index,
@@ -80,7 +80,7 @@ def test_scoring_latents_rounded_after_they_were_scored_would_not_give_a_ratio_o
     assert (score(policy, rounded) - trajectory.log_probs).abs().max() > CLIP_RANGE
 
 
-def test_pairs_mixed_into_batches_of_other_compositions_stay_within_a_tenth_of_the_clip_range(
+def test_transitions_in_other_batches_stay_within_a_tenth_of_the_clip_range(
     policy: StableDiffusionPolicy, trajectory: Trajectory
 ) -> None:
     pairs = [(image, place) for place in range(4) for image in range(4)]
@@ -103,7 +103,7 @@ def test_pairs_mixed_into_batches_of_other_compositions_stay_within_a_tenth_of_t
     assert largest <= CLIP_RANGE / 10
 
 
-def test_an_images_noise_and_path_are_its_own_whatever_stands_beside_it(
+def test_an_images_noise_and_trajectory_do_not_depend_on_its_batch(
     policy: StableDiffusionPolicy, trajectory: Trajectory
 ) -> None:
     alone = sample_trajectories(policy, PROMPTS[2:3], SEEDS[2:3], SAMPLING)
@@ -138,7 +138,7 @@ def test_a_step_leaves_the_latents_that_the_next_step_enters(trajectory: Traject
     assert trajectory.steps.tolist() == [[0, 1, 2, 3]] * 4
 
 
-def test_the_last_step_into_the_clean_picture_is_drawn_but_not_learned_from(tmp_path: Path) -> None:
+def test_the_last_step_to_the_clean_image_is_sampled_but_not_trained_on(tmp_path: Path) -> None:
     model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)
     sampled = sample_trajectories(tiny_policy(model), PROMPTS[:2], SEEDS[:2], SAMPLING)
     assert sampled.steps.tolist() == [[0, 1, 2]] * 2
@@ -146,7 +146,7 @@ def test_the_last_step_into_the_clean_picture_is_drawn_but_not_learned_from(tmp_
     assert not torch.equal(sampled.final_latents, sampled.next_latents[:, -1])
 
 
-def test_some_of_an_images_steps_are_chosen_by_its_seed_alone_in_order_and_each_once() -> None:
+def test_an_images_seed_alone_chooses_distinct_steps_in_order() -> None:
     noisy = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
     kept = trained_steps(noisy, 4, list(range(200)))
     assert kept.shape == (200, 4)
@@ -157,7 +157,7 @@ def test_some_of_an_images_steps_are_chosen_by_its_seed_alone_in_order_and_each_
     assert (counts - 80).abs().max() < 4 * 7
 
 
-def test_where_steps_are_left_out_the_path_is_the_same_and_the_kept_steps_have_its_values(
+def test_training_on_fewer_steps_leaves_the_trajectory_unchanged(
     policy: StableDiffusionPolicy, trajectory: Trajectory
 ) -> None:
     some = sample_trajectories(policy, PROMPTS, SEEDS, sampling(timestep_fraction=0.5))
@@ -169,13 +169,13 @@ def test_where_steps_are_left_out_the_path_is_the_same_and_the_kept_steps_have_i
     assert torch.equal(some.final_latents, trajectory.final_latents)
 
 
-def test_kept_steps_that_differ_from_image_to_image_still_have_a_ratio_of_one(policy: StableDiffusionPolicy) -> None:
+def test_trained_steps_that_differ_between_images_still_have_a_ratio_of_one(policy: StableDiffusionPolicy) -> None:
     some = sample_trajectories(policy, PROMPTS, SEEDS, sampling(timestep_fraction=0.5))
     assert (score(policy, pickle.loads(pickle.dumps(some))) - some.log_probs).abs().max() <= CLIP_RANGE / 100
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_a_drawn_path_ends_where_diffusers_own_pipeline_ends(guidance_scale: float, tiny_model: Path) -> None:
+def test_a_trajectory_ends_where_diffusers_own_pipeline_ends(guidance_scale: float, tiny_model: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     five_steps = sampling(num_steps=5, guidance_scale=guidance_scale)
@@ -196,7 +196,7 @@ def test_a_drawn_path_ends_where_diffusers_own_pipeline_ends(guidance_scale: flo
     torch.testing.assert_close(ours.final_latents, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_fraction_of_the_steps_is_kept_by_each_image_as_its_seed_decides(policy: StableDiffusionPolicy) -> None:
+def test_each_image_trains_on_a_fraction_of_steps_chosen_by_its_seed(policy: StableDiffusionPolicy) -> None:
     whole = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING)
     half = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING.model_copy(update={"timestep_fraction": 0.5}))
     assert half.steps.shape == (4, 2) and len({tuple(steps) for steps in half.steps.tolist()}) > 1
@@ -209,7 +209,7 @@ def test_a_fraction_of_the_steps_is_kept_by_each_image_as_its_seed_decides(polic
     torch.testing.assert_close(score(policy, pickle.loads(pickle.dumps(half))), half.log_probs, rtol=0, atol=1e-6)
 
 
-def test_the_last_steps_can_be_drawn_without_being_learned_from(policy: StableDiffusionPolicy) -> None:
+def test_the_last_steps_can_be_sampled_without_training_on_them(policy: StableDiffusionPolicy) -> None:
     whole = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING)
     early = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING.model_copy(update={"skip_last_steps": 1}))
     assert early.steps.tolist() == [[0, 1, 2]] * 4
@@ -221,7 +221,7 @@ def test_the_last_steps_can_be_drawn_without_being_learned_from(policy: StableDi
     assert one.steps.shape == (4, 1) and int(one.steps.max()) <= 1
 
 
-def test_only_the_windows_steps_have_noise_and_travel(policy: StableDiffusionPolicy) -> None:
+def test_only_the_windows_steps_are_stochastic_and_stored(policy: StableDiffusionPolicy) -> None:
     sampled = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING, range(1, 3))
     assert sampled.steps.tolist() == [[1, 2]] * 4 and sampled.latents.shape[1] == 2
     assert sampled.log_probs.shape == (4, 2) and sampled.log_probs.isfinite().all()
@@ -233,8 +233,8 @@ def test_only_the_windows_steps_have_noise_and_travel(policy: StableDiffusionPol
     assert torch.equal(score(policy, arrived), sampled.log_probs)
 
 
-def test_outside_the_window_a_path_goes_as_diffusers_does_without_noise(policy: StableDiffusionPolicy) -> None:
-    """The same path by hand: diffusers' own DDIM steps, with eta 0 outside and eta 1 and the image's noise inside."""
+def test_outside_the_window_steps_are_diffusers_deterministic_steps(policy: StableDiffusionPolicy) -> None:
+    """Compute the trajectory by hand: DDIM steps of diffusers, with eta 1 and noise inside the window only."""
     window = range(2, 3)
     sampled = sample_trajectories(policy, PROMPTS[:1], SEEDS[:1], SAMPLING, window)
     theirs = DDIMScheduler.from_pretrained(policy.config.model, subfolder="scheduler")
@@ -254,7 +254,7 @@ def test_outside_the_window_a_path_goes_as_diffusers_does_without_noise(policy: 
     torch.testing.assert_close(sampled.final_latents, latents, rtol=1e-4, atol=1e-5)
 
 
-def test_pictures_to_be_looked_at_have_no_noise_where_the_recipe_has_a_window(policy: StableDiffusionPolicy) -> None:
+def test_evaluation_images_are_deterministic_if_the_recipe_has_a_window(policy: StableDiffusionPolicy) -> None:
     assert evaluation_window(SAMPLING) is None
     window = evaluation_window(sampling(window=2))
     sampled = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING, window)
@@ -263,7 +263,7 @@ def test_pictures_to_be_looked_at_have_no_noise_where_the_recipe_has_a_window(po
     assert not torch.equal(sampled.final_latents, other_noise.final_latents)  # they begin elsewhere
 
 
-def test_a_window_that_could_come_to_a_step_without_noise_is_refused_with_the_number_to_give(tmp_path: Path) -> None:
+def test_a_window_that_can_cover_a_deterministic_step_is_refused(tmp_path: Path) -> None:
     policy = tiny_policy(save_tiny_pipeline(tmp_path, set_alpha_to_one=True))
     with pytest.raises(ValueError, match=r"stand on the steps \[3\], .* with skip_last_steps = 1"):
         refuse_window_without_noise(policy, sampling(window=2))

@@ -1,4 +1,4 @@
-"""DDIM's mean and deviation against the slow reference and against diffusers, at every step of the path."""
+"""DDIM's mean and standard deviation compared with the slow reference and with diffusers, at every step."""
 
 from itertools import product
 from typing import Any
@@ -58,7 +58,7 @@ def test_the_step_at_21_of_fifty_is_several_times_as_sensitive_as_the_others() -
     assert min(others) > 0.3 and max(others) < 1.1
 
 
-def test_a_step_without_noise_is_infinitely_sensitive() -> None:
+def test_a_deterministic_step_is_infinitely_sensitive() -> None:
     assert output_sensitivity(table(50, set_alpha_to_one=True))[-1] == torch.inf
 
 
@@ -95,7 +95,7 @@ def test_a_step_with_given_noise_lands_where_diffusers_lands(case: dict, num_ste
         torch.testing.assert_close(ours[row], expected.prev_sample, rtol=1e-5, atol=2e-6)
 
 
-def test_the_last_step_into_the_clean_picture_has_no_noise_and_is_the_step_of_eta_zero() -> None:
+def test_the_last_step_to_the_clean_image_is_the_step_of_eta_zero() -> None:
     ours, without_noise = table(20, 1.0, set_alpha_to_one=True), table(20, 0.0, set_alpha_to_one=True)
     latents, output = latents_and_output(20)
     steps = torch.arange(20)
@@ -108,7 +108,7 @@ def test_the_last_step_into_the_clean_picture_has_no_noise_and_is_the_step_of_et
     assert not torch.allclose(sampled.mean[0], still.mean[0], atol=1e-3)
 
 
-def test_a_step_that_is_taken_without_noise_is_the_step_of_eta_zero_and_not_the_noisy_ones_mean() -> None:
+def test_a_deterministic_step_is_the_step_of_eta_zero_not_the_stochastic_mean() -> None:
     ours, without_noise = table(20, 1.0), table(20, 0.0)
     latents, output = latents_and_output(20)
     steps = torch.arange(20)
@@ -118,7 +118,7 @@ def test_a_step_that_is_taken_without_noise_is_the_step_of_eta_zero_and_not_the_
     assert not torch.allclose(still.mean, ddim_transition(ours, latents, output, steps).mean, atol=1e-3)
 
 
-def test_with_the_lineages_schedule_every_step_has_noise() -> None:
+def test_with_ddpos_schedule_every_step_is_stochastic() -> None:
     assert (table(50).std() > 0).all()
 
 

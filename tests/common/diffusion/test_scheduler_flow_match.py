@@ -1,4 +1,4 @@
-"""Flow matching's mean and deviation against the slow reference, against diffusers, and against the flow's own marginals."""
+"""Flow matching's mean and standard deviation compared with the slow reference, diffusers and the flow's marginals."""
 
 import math
 from typing import Any
@@ -87,7 +87,10 @@ def test_the_last_step_has_no_noise_and_all_others_have() -> None:
 
 @pytest.mark.parametrize("deviation", [0.3, 2.0])
 def test_a_path_of_small_steps_ends_in_the_distribution_it_was_made_for(deviation: float) -> None:
-    """For data N(0, c²) the best velocity is known; a wrong sign or factor in μ or σ would end with another variance."""
+    """Use data N(0, c²), for which the best velocity is known.
+
+    A wrong sign or factor would change the final variance.
+    """
     ours = table("flux", 1000, level=0.7, use_dynamic_shifting=False, shift=1.0)
     std, variance = ours.std().double(), 1.0
     for index in range(1000):
@@ -117,7 +120,7 @@ def test_half_precision_inputs_are_computed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_images_noised_anew_stand_where_the_model_was_trained(family: str) -> None:
+def test_noised_latents_are_at_the_models_training_timesteps(family: str) -> None:
     clean, noise = latents_and_velocity(3)
     timesteps = torch.tensor([999, 499, 0])
     noised, timestep_input, target = table(family, 10).add_noise(clean, noise, timesteps)

@@ -1,4 +1,4 @@
-"""A checkpoint in one file is what diffusers' `from_single_file` makes of it, or is refused with what to do."""
+"""A checkpoint in one file loads as with diffusers' `from_single_file`, or is refused with a remedy."""
 
 import shutil
 from pathlib import Path
@@ -28,7 +28,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Any]:
 
 @pytest.fixture
 def configs(saved: tuple[Path, Path, Any], tmp_path: Path) -> Path:
-    """The folder without weights."""
+    """Return the folder without weights."""
     folder = tmp_path / "configs"
     shutil.copytree(saved[1], folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder

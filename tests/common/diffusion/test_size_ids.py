@@ -1,4 +1,4 @@
-"""SDXL is told the size of its images as diffusers' pipeline tells it, whatever the decoder's scale factor is."""
+"""SDXL gets the size of its images as in diffusers' pipeline, whatever the decoder's scale factor."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.tiny_families import AUTOENCODER, policy_table, save_tiny_sdxl
 
 
 class Heard(Exception):
-    """The UNet was called."""
+    """Raised when the UNet is called."""
 
 
 @pytest.mark.parametrize("scale", [2, 8])

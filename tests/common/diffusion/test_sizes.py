@@ -1,4 +1,4 @@
-"""Sizes without weights: the published counts of Stable Diffusion 1.5, and those of a model that is loaded."""
+"""Sizes without weights: the published counts of Stable Diffusion 1.5, and those of a loaded model."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_published_models_have_their_published_sizes_without_a_hub_or_weights(mo
 
 
 @pytest.mark.thorough
-def test_a_decoder_that_takes_a_picture_after_the_other_needs_little_more_for_many(tmp_path: Path) -> None:
+def test_a_sliced_decoder_needs_little_more_memory_for_many_images(tmp_path: Path) -> None:
     model = MAKERS["sdxl"](tmp_path)
     whole, sliced = (
         build(POLICIES, policy_table("sdxl", model, vae_slicing=slicing), "policy").sizes(SAMPLING, "cpu").decoding
@@ -110,7 +110,7 @@ def test_the_counts_are_those_of_the_model_once_it_is_loaded(keys: dict, tiny_mo
 
 
 @pytest.mark.thorough
-def test_guidance_doubles_a_pair_and_half_precision_needs_fewer_bytes(tiny_model: Path) -> None:
+def test_guidance_doubles_a_transition_and_half_precision_needs_fewer_bytes(tiny_model: Path) -> None:
     def pair(dtype: str, guidance_scale: float) -> float:
         sampling = SamplingTable(num_steps=4, guidance_scale=guidance_scale)
         return StableDiffusion(model=str(tiny_model), dtype=dtype).sizes(sampling, "cpu").learner.each
@@ -120,7 +120,7 @@ def test_guidance_doubles_a_pair_and_half_precision_needs_fewer_bytes(tiny_model
     assert single / 2 <= pair("bfloat16", 1.0) < 0.9 * single
 
 
-def test_what_is_held_beside_the_work_is_weights_gradients_and_moments(tiny_model: Path) -> None:
+def test_memory_held_during_work_is_weights_gradients_and_optimizer_state(tiny_model: Path) -> None:
     lora, full = (
         StableDiffusion.model_validate({"model": str(tiny_model), "train": train}).sizes(SAMPLING, "cpu")
         for train in ("lora", "full")
@@ -130,7 +130,7 @@ def test_what_is_held_beside_the_work_is_weights_gradients_and_moments(tiny_mode
     assert full.learner.fixed == pytest.approx(16 * full.network_parameters, rel=0.1)
 
 
-def test_a_merged_sampler_keeps_the_weights_beside_its_adapters_twice(tiny_model: Path) -> None:
+def test_a_merged_sampler_keeps_its_base_weights_twice(tiny_model: Path) -> None:
     policy = tiny_policy(tiny_model)
     projections = ("to_q", "to_k", "to_v", "to_out.0")
     twice = sum(

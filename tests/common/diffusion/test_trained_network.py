@@ -1,4 +1,4 @@
-"""A whole network that was trained is loaded if its files have every weight of this very network, and no other."""
+"""A fully trained network loads if its files have every weight of this network, and no other."""
 
 import json
 from collections.abc import Callable

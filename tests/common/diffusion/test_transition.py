@@ -1,4 +1,4 @@
-"""Transition: density by hand and by the slow reference, sampling, and steps without noise."""
+"""Transition: density by hand and by the slow reference, sampling, and deterministic steps."""
 
 import math
 
@@ -11,7 +11,7 @@ from tests.reference.ddpo_reference import gaussian_log_density
 
 
 def filled(*values: float) -> torch.Tensor:
-    """Latents [B 1 2 2], each of one value."""
+    """Return latents [B 1 2 2] with one value per row."""
     return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
 
 
@@ -55,7 +55,7 @@ def test_sample_is_the_mean_and_each_rows_own_deviation_of_noise() -> None:
     assert torch.equal(sample, filled(1.0 + 1.0, 2.0 - 10.0))
 
 
-def test_a_step_without_noise_draws_its_mean_and_is_no_action_while_its_neighbour_is() -> None:
+def test_a_deterministic_step_gives_its_mean_and_is_no_action() -> None:
     transition = Transition(filled(3.0, 3.0), torch.tensor([0.0, 1.0]))
     assert torch.equal(transition.sample(filled(7.0, 7.0))[0], filled(3.0)[0])
     assert transition.log_prob(filled(3.0, 3.0)).tolist() == pytest.approx([-math.inf, -0.9189385])

@@ -1,4 +1,4 @@
-"""All trackers as one: one that breaks while the run goes on is left out, one that cannot start is an error."""
+"""All trackers as one: a tracker that fails during the run is left out, one that cannot start is an error."""
 
 import dataclasses
 from pathlib import Path
@@ -93,7 +93,7 @@ def test_a_tracker_that_breaks_is_reported_once_and_left_out_and_the_others_go_o
     assert capsys.readouterr().err == "tracker book 0 failed and is left out from here on: OSError: the disk is full\n"
 
 
-def test_every_tracker_gets_the_exhibits_and_one_that_breaks_on_them_is_left_out(
+def test_every_tracker_gets_media_and_one_that_fails_on_them_is_left_out(
     run: RunInfo, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fan_out, media = named(BookKeeper(fails_at="show"), BookKeeper()), Media(0)
@@ -113,7 +113,7 @@ def test_a_tracker_that_breaks_in_the_end_does_not_keep_the_others_open(
     assert "RuntimeError: the service is down" in capsys.readouterr().err
 
 
-def test_a_tracker_that_cannot_start_is_the_users_error_and_those_already_open_are_closed(run: RunInfo) -> None:
+def test_a_tracker_that_cannot_start_is_an_error_and_open_ones_are_closed(run: RunInfo) -> None:
     with pytest.raises(ValueError, match="no such project"):
         named(BookKeeper(), BookKeeper(fails_at="start")).start(run)
     assert [book.calls for book in BOOKS] == [["finish"]]
@@ -136,7 +136,7 @@ def test_an_interrupt_is_not_taken_for_a_broken_tracker(run: RunInfo, monkeypatc
         fan_out.log(ROUNDS[0])
 
 
-def test_whether_anything_but_numbers_is_shown_follows_from_the_trackers_that_are_open(run: RunInfo) -> None:
+def test_media_are_needed_only_if_an_open_tracker_shows_them(run: RunInfo) -> None:
     numbers, images = named(Jsonl()), FanOut({"jsonl": Jsonl(), "book": BookKeeper(fails_at="show")})
     numbers.start(run)
     images.start(run)
@@ -145,7 +145,7 @@ def test_whether_anything_but_numbers_is_shown_follows_from_the_trackers_that_ar
     assert not images.shows
 
 
-def test_a_trackers_identity_is_kept_under_its_name_even_when_it_breaks_or_is_not_there_this_time(
+def test_a_trackers_identity_is_kept_even_if_it_fails_or_is_absent(
     run: RunInfo,
 ) -> None:
     fan_out = named(BookKeeper(identity="new", fails_at="round 0"), BookKeeper())

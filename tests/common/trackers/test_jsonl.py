@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object a round, on disk at once, and cut back when a run is resumed."""
+"""metrics.jsonl: one object per round, on disk at once, and cut back when a run is resumed."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_a_resumed_run_cuts_away_the_rounds_it_does_again(folder: Storage) -> No
     assert [(line["round"], line["loss"]) for line in logged(folder)] == [(0, 0), (1, 0.25), (2, 0.5), (3, 9)]
 
 
-def test_a_run_that_begins_anew_leaves_nothing_of_the_old_one(folder: Storage) -> None:
+def test_a_run_that_starts_over_leaves_nothing_of_the_old_one(folder: Storage) -> None:
     write_rounds(folder, 3)
     start(folder, first_round=0).finish()
     assert logged(folder) == []

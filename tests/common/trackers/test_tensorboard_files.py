@@ -1,4 +1,4 @@
-"""TensorBoard's event files: what they show, and that a resumed run hides what it does again."""
+"""TensorBoard's event files: what they show, and that a resumed run hides repeated rounds."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_rounds_that_are_done_again_are_shown_once_with_their_new_value(tmp_path
     assert [(event.step, event.value) for event in events_in(tmp_path).Scalars("loss")] == [(0, 1.0), (1, 20.0)]
 
 
-def test_pictures_captions_tables_and_histograms_are_shown_at_their_round(tmp_path: Path) -> None:
+def test_images_captions_tables_and_histograms_are_shown_at_their_round(tmp_path: Path) -> None:
     images = (CaptionedImage(FOX, "a red fox: reward 1.5"), CaptionedImage(JAY, "a | blue <jay>\n"))
     table = ShownTable(("prompt", "image", "reward"), (("a red fox", CaptionedImage(FOX), 1.23456),))
     values = {"reward": np.array([1.0, 2.0, 2.0, 9.0, np.nan]), "none": np.empty(0)}

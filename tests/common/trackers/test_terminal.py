@@ -1,4 +1,4 @@
-"""The terminal: one plain line a round where nobody watches, a bar that ends at its place where somebody does."""
+"""The terminal: one plain line per round without a terminal, otherwise a bar that resumes at the right round."""
 
 import io
 import re
@@ -48,7 +48,7 @@ def test_a_round_is_one_plain_line_where_output_is_no_terminal(
     assert capsys.readouterr().out == "round 3/20  reward 1.235  5.68 images/s  0:00:00 left\n"
 
 
-def test_time_left_is_the_mean_pace_since_this_start_times_the_rounds_to_come(
+def test_time_left_is_the_mean_round_time_since_this_start_times_rounds_left(
     run: RunInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([100.0, 130.0])
@@ -58,7 +58,7 @@ def test_time_left_is_the_mean_pace_since_this_start_times_the_rounds_to_come(
     assert TimeLeft(resumed).after(rounds_done=13) == timedelta(seconds=70)
 
 
-def test_a_terminal_gets_a_bar_with_the_same_figures(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_bar_with_the_same_stats(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", screen)

@@ -1,4 +1,4 @@
-"""Weights & Biases without a network: never asks, keeps to one id, and sends nothing that is not the run's."""
+"""Weights & Biases without a network: it never asks, keeps one id, and sends nothing but the run's own data."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 class FakeWandb:
-    """Keeps what it was started with."""
+    """A wandb that records how it was started."""
 
     def __init__(self) -> None:
         self.arguments: dict = {}
@@ -34,7 +34,7 @@ class FakeWandb:
         return self
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
-        """As wandb's own."""
+        """Accept what wandb accepts."""
 
     def log(self, what: dict, step: int, commit: bool) -> None:
         self.logged.append((step, what))
@@ -70,7 +70,7 @@ def test_with_a_login_it_is_online(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def identities_of_a_run(folder: Path, **what: Any) -> dict[str, str]:
-    """What the real wandb, offline, leaves for the checkpoint."""
+    """Return what the real wandb, offline, leaves for the checkpoint."""
     trackers = FanOut({"wandb": WandbRun()})
     trackers.start(RunInfo("tiny", folder, {}, 5, 0, **what))
     trackers.finish()

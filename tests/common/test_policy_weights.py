@@ -1,4 +1,4 @@
-"""Weights in one buffer: they come back to the bit, and a change on the way is found."""
+"""Weights in one buffer: they come back to the bit, and changes in transit are found."""
 
 import dataclasses
 import hashlib
@@ -76,7 +76,7 @@ def test_weights_that_arrive_as_they_were_sent_are_given_back(arrays: dict[str, 
     assert verified(weights) is weights and weights.policy_version == 4
 
 
-def test_weights_that_changed_on_the_way_are_refused_with_both_fingerprints(arrays: dict[str, np.ndarray]) -> None:
+def test_weights_changed_in_transit_are_refused_with_both_fingerprints(arrays: dict[str, np.ndarray]) -> None:
     weights = pack(4, arrays)
     buffer = weights.buffer.copy()
     buffer[5] += 1

@@ -1,4 +1,4 @@
-"""What the real wandb, offline, keeps: images, tables and histograms, and one history over kills and resumes."""
+"""Files of the real wandb, offline: images, tables and histograms, and one history over kills and resumes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 def log(folder: Path, first_round: int, losses: dict[int, float], *shown: Media) -> None:
-    """One start: as the run does, the metrics before its first round are in metrics.jsonl."""
+    """Run one start. As in a run, the metrics before its first round are in metrics.jsonl."""
     live = WandbRun().start(RunInfo("tiny", folder, {}, 10, first_round, IDENTITY))
     for round_index, loss in losses.items():
         for media in (each for each in shown if each.round == round_index):
@@ -39,7 +39,7 @@ def losses_in(folder: Path) -> list[tuple[int, int, float]]:
     return [(row["_step"], row["round"], row["loss"]) for row in history(folder)]
 
 
-def test_pictures_tables_and_histograms_stand_in_the_row_of_their_rounds_metrics(tmp_path: Path) -> None:
+def test_images_tables_and_histograms_are_in_the_row_of_their_round(tmp_path: Path) -> None:
     images = (CaptionedImage(FOX, "a red fox: reward 1.5"), CaptionedImage(NEARLY_BLACK, "night"))
     rows = (("a red fox", 7, CaptionedImage(JAY), 1.5), ("night", 8, CaptionedImage(NEARLY_BLACK), float("nan")))
     table = ShownTable(("prompt", "seed", "image", "reward"), rows)

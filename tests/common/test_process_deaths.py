@@ -1,4 +1,4 @@
-"""How a process died, from what Ray 2.60 says of it."""
+"""The cause of a process's death, from Ray 2.60's texts."""
 
 import pytest
 

@@ -1,14 +1,15 @@
-"""The bottleneck's sentence, for rounds whose numbers follow by hand from what each part takes."""
+"""Diagnoses of a run: the bottleneck of rounds whose numbers follow by hand, and collapses of the reward."""
 
 import math
 
+import numpy as np
 import pytest
 
-from ray_ddpo.common.metrics.diagnoses import Metrics, bottleneck
+from ray_ddpo.common.metrics.diagnoses import CollapseWatch, Metrics, bottleneck
 
 
 def rounds_of(sampling: float, scoring: float, learning: float, seconds: float, samplers: int = 2) -> Metrics:
-    """A round of `seconds` in which every worker was there the whole time, with one reward worker."""
+    """Return a round of `seconds` in which every worker was available all the time, with one reward worker."""
     return {
         "seconds/sample": sampling,
         "seconds/score": scoring,
@@ -21,7 +22,7 @@ def rounds_of(sampling: float, scoring: float, learning: float, seconds: float, 
 
 
 def test_in_step_both_sides_wait_and_one_round_of_lag_would_overlap_them() -> None:
-    # Two samplers sample for 11 s, the last task's scoring takes 1 s, the update 8 s. Overlapped: max(22 / 2, 3, 8, 20 / 2).
+    # Two samplers take 11 s, the last task's scoring 1 s, the update 8 s. Overlapped: max(22 / 2, 3, 8, 20 / 2).
     sentence = bottleneck([rounds_of(22.0, 3.0, 8.0, seconds=20.0)], 0, samplers=2, reward_workers=1)
     assert sentence == (
         "samplers idle 45 %, learner idle 60 %: they wait for each other; max_policy_lag = 1 would overlap them, "
@@ -49,7 +50,7 @@ def test_one_more_sampler_helps_only_until_the_learner_is_the_longest_part() -> 
     assert sentence.endswith("with 3 a round would ideally take 8.5 s instead of 10 s")
 
 
-def test_in_step_too_more_samplers_help_where_the_round_is_nearly_all_drawing() -> None:
+def test_more_samplers_help_in_step_if_the_round_is_nearly_all_sampling() -> None:
     sentence = bottleneck([rounds_of(19.0, 0.1, 0.4, seconds=10.0)], 0, samplers=2, reward_workers=1)
     assert sentence.startswith("learner idle 96 %: add a sampler (samplers are busy 95 % of the time)")
 
@@ -77,7 +78,7 @@ def test_the_last_sampler_is_not_called_one_too_many() -> None:
     assert sentence.startswith("samplers idle 60 %: the learner is the bottleneck") and "would do" not in sentence
 
 
-def test_where_all_lag_and_nobody_is_busy_more_lag_overlaps_more() -> None:
+def test_if_no_role_is_busy_more_lag_overlaps_more() -> None:
     # 24 s from first task to weights, in two rounds at once: 12 s. In three: 8 s, and no part is longer than 7.5 s.
     sentence = bottleneck([rounds_of(15.0, 6.0, 6.0, seconds=12.0)], 1, samplers=2, reward_workers=1)
     assert sentence == (
@@ -116,3 +117,53 @@ def test_a_round_in_which_a_role_was_not_there_is_left_out_of_its_mean() -> None
 @pytest.mark.parametrize("lag", [0, 1])
 def test_without_rounds_it_says_so(lag: int) -> None:
     assert bottleneck([], lag, samplers=2, reward_workers=1) == "no round was done, so there is no bottleneck to name"
+
+
+def watched(means: list[float], std: float, groups: int = 64) -> list[int]:
+    """Return the rounds in which a collapse was reported."""
+    watch = CollapseWatch(groups, 0.01)
+    return [round_index for round_index, mean in enumerate(means) if watch.add(round_index, mean, std)]
+
+
+@pytest.mark.parametrize(
+    ("means", "std", "groups"),
+    [
+        ([-2.491, -4.33, -4.4, -4.5], 0.335, 64),  # the demo with 75 times its learning rate
+        ([-2.302, -5.263, -4.934, -5.553], 1.11, 8),  # tiny/animal_classifier with as much
+    ],
+)
+def test_a_fall_that_no_noise_explains_is_told_once(means: list[float], std: float, groups: int) -> None:
+    assert watched(means, std, groups) == [1]
+
+
+def test_a_reward_that_comes_back_and_falls_again_has_collapsed_twice() -> None:
+    assert watched([0.0, -9.0, -9.0, -0.1, 0.0, -0.2, 0.1, -0.1, 0.0, -9.0], 1.0) == [1, 9]
+
+
+def test_it_says_from_where_to_where_and_what_to_change() -> None:
+    watch = CollapseWatch(64, 0.75)
+    assert watch.add(0, -2.5, 0.5) is None and watch.at_end() is None
+    assert watch.add(1, -4.5, 0.5) == (
+        "the reward collapsed in round 2: from -2.5 to -4.5, 4.0 standard deviations of the images' rewards; "
+        "most likely learner.learning_rate = 0.75 is too high: try a third of it"
+    )
+    assert "has not come back: it ends at -4.5" in str(watch.at_end())
+    watch.add(2, -2.6, 0.5)
+    assert watch.at_end() is None
+
+
+@pytest.mark.parametrize("images_per_prompt", [1, 8])
+@pytest.mark.parametrize("groups", [1, 2, 8, 64])
+def test_noise_and_different_prompts_are_no_collapse(groups: int, images_per_prompt: int) -> None:
+    alarms = 0
+    for seed in range(40):
+        generator, watch = np.random.default_rng(seed), CollapseWatch(groups, 0.01)
+        for round_index in range(60):
+            of_prompts = generator.normal(0.01 * round_index, 1, (groups, 1))  # prompts differ, and it learns
+            rewards = of_prompts + generator.normal(0, 1, (groups, images_per_prompt))
+            alarms += watch.add(round_index, float(rewards.mean()), float(rewards.std())) is not None
+    assert alarms == 0
+
+
+def test_rounds_without_a_number_or_without_spread_are_no_collapse() -> None:
+    assert watched([1.0, float("nan"), -9.0], 0.0) == []

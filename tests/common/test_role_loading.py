@@ -1,4 +1,4 @@
-"""Whatever a role's constructor raises becomes one line: part, cause, and the place in the user's code."""
+"""Any error of a role's constructor becomes one line: part, cause, and the place in the user's code."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_a_lack_of_memory_says_where_to_look(error: Exception) -> None:
     assert said(raising(error)).endswith("; ddpo plan shows what each role needs")
 
 
-def test_an_error_written_for_the_user_stays_as_it_is() -> None:
+def test_an_error_written_for_the_user_passes_unchanged() -> None:
     text = said(lambda: import_object("tests.user_functions:nothing", "reward.path"))
     assert text == "reward.path is 'tests.user_functions:nothing': module 'tests.user_functions' has no 'nothing'"
     assert not hasattr(user_functions, "nothing")
