@@ -43,7 +43,7 @@ def test_prompts_named_in_the_recipe_come_instead_of_the_sources() -> None:
     assert [prompt.text for prompt in chosen.prompts] == ["a cat", "a dog", "a cat"]
 
 
-def test_prompts_that_can_only_be_drawn_are_drawn_the_same_each_time_and_keep_their_metadata() -> None:
+def test_prompts_of_a_function_are_sampled_the_same_and_keep_their_metadata() -> None:
     source = Function(path="tests.user_functions:colour_prompt")
     first, again = (build_eval_set(EvaluationTable(images=12), source) for _ in range(2))
     tuning = build_eval_set(EvaluationTable(images=12, split="tuning"), source)
@@ -52,7 +52,7 @@ def test_prompts_that_can_only_be_drawn_are_drawn_the_same_each_time_and_keep_th
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_the_pictures_do_not_depend_on_how_many_are_drawn_at_once(batch_size: int, tiny_model: Path) -> None:
+def test_the_images_do_not_depend_on_the_batch_size(batch_size: int, tiny_model: Path) -> None:
     policy = tiny_policy(tiny_model)
     table = EvaluationTable(images=5, prompts=("a cat", "a dog"))
     whole = sample_eval_images(policy, build_eval_set(table, Animals()), SAMPLING)

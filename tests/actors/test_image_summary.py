@@ -6,7 +6,7 @@ import pytest
 from ray_ddpo.actors.evaluation.image_summary import image_summary
 
 
-def test_the_summary_of_a_black_and_a_checkered_picture_by_hand() -> None:
+def test_the_summary_of_a_black_and_a_checkered_image_by_hand() -> None:
     black = np.zeros((32, 32, 3), np.uint8)
     halves = np.zeros((32, 32, 3), np.uint8)
     halves[:, 16:] = 255
@@ -18,5 +18,5 @@ def test_the_summary_of_a_black_and_a_checkered_picture_by_hand() -> None:
     assert found["diversity"] == pytest.approx(0.5**0.5)  # half of the pixels differ by 1
 
 
-def test_a_summary_of_no_picture_has_no_number() -> None:
+def test_a_summary_of_no_image_has_no_number() -> None:
     assert np.isnan(list(image_summary(np.zeros((0, 8, 8, 3), np.uint8), []).values())).all()

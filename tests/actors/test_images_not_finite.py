@@ -34,7 +34,7 @@ def poisoned_noise(is_poisoned: Callable[[int], bool]) -> Callable[[list[int], t
     return noise
 
 
-def test_one_image_is_set_aside_and_the_others_keep_their_bits(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_is_dropped_and_the_others_keep_their_bits(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_with(tables)
     sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
     weights = moved(Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1])
@@ -51,7 +51,7 @@ def test_one_image_is_set_aside_and_the_others_keep_their_bits(tables: dict, mon
     assert np.array_equal(np.delete(poisoned.pixels, 1, 0), np.delete(images.pixels, 1, 0))
 
 
-def test_an_image_that_the_decoder_makes_infinite_is_set_aside(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_the_decoder_makes_infinite_is_dropped(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_with(tables)
     sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
     weights = Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1]

@@ -35,7 +35,7 @@ def test_tf32_is_off_or_on_in_convolutions_and_matrix_products_alike(tf32: bool,
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
 
 
-def test_a_run_from_before_the_key_goes_on() -> None:
+def test_a_run_from_before_the_key_resumes() -> None:
     assert _differences({"runtime": {"threads": 1}}, {"runtime": {"threads": 1, "tf32": False}}, []) == []
     assert _differences({"runtime": {"tf32": True}}, {"runtime": {"tf32": False}}, [])
 
@@ -45,7 +45,7 @@ def parts_of_tables(tables: dict, **changes: Any) -> Components:
     return components_of(Recipe.parse({**tables, **gpus, **changes}))
 
 
-def test_batches_of_different_rows_in_half_precision_are_told_of(tables: dict) -> None:
+def test_batches_of_different_rows_in_half_precision_are_reported(tables: dict) -> None:
     assert_accepted("different batch rows of sampler and learner on a GPU, in half precision")
     note = rows_note(parts_of_tables(tables))
     assert note and "learner.micro_batch_size is 8 and sampling.batch_size 4" in note and 'ratio = "proximal"' in note

@@ -127,7 +127,7 @@ def test_of_a_learner_of_several_ranks_each_has_its_share_its_memory_and_its_gpu
 
 
 @pytest.mark.thorough
-def test_a_divided_optimizer_state_is_a_ranks_part_of_its_memory_and_whole_in_a_checkpoint() -> None:
+def test_a_sharded_optimizer_state_is_full_in_a_checkpoint() -> None:
     options = [
         "--policy.train",
         "full",

@@ -73,7 +73,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(
     assert "not pushed: the hub does not answer as it should: ReadTimeout" in capsys.readouterr().err
 
 
-def test_nobody_there_is_exit_code_3_of_push(
+def test_a_hub_that_does_not_answer_is_exit_code_3_of_push(
     online: Hub, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     recipe_file(tmp_path, tiny_model)

@@ -55,7 +55,7 @@ def test_a_run_writes_every_round_into_its_ledger(run: RunFolder, recipe: Recipe
         assert row["reward"] == len(row["prompt"]) + at, "the reward function had the metadata"
 
 
-def test_metadata_that_is_another_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_metadata_that_is_another_is_reported(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     def change(rows: list[dict]) -> None:
         rows[1]["metadata"] = "{}"
 
@@ -64,12 +64,12 @@ def test_metadata_that_is_another_is_told(run: RunFolder, capsys: pytest.Capture
     assert code == 1 and text.startswith("image 1: metadata is '{}' in the ledger, and ")
 
 
-def test_a_round_drawn_again_is_equal_image_by_image(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_a_round_sampled_again_is_equal_image_by_image(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     code, text = replayed(run, 2, capsys)
     assert code == 0 and text == "round 2, re-sampled with policy version 1: all 8 images are equal\n"
 
 
-def test_an_image_that_is_another_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_an_image_that_is_another_is_reported(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     def change(rows: list[dict]) -> None:
         rows[5]["image_fingerprint"] = "f" * 64
 
@@ -81,7 +81,7 @@ def test_an_image_that_is_another_is_told(run: RunFolder, capsys: pytest.Capture
 
 
 @pytest.mark.thorough
-def test_a_seed_that_is_not_the_schedules_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_a_seed_that_is_not_the_schedules_is_reported(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     def change(rows: list[dict]) -> None:
         rows[3]["seed"] += 4
 
@@ -91,7 +91,7 @@ def test_a_seed_that_is_not_the_schedules_is_told(run: RunFolder, capsys: pytest
 
 
 @pytest.mark.thorough
-def test_weights_that_are_not_the_checkpoints_are_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_weights_that_are_not_the_checkpoints_are_reported(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     def change(rows: list[dict]) -> None:
         for row in rows:
             row["fingerprint"] = "e" * 64
@@ -103,20 +103,22 @@ def test_weights_that_are_not_the_checkpoints_are_told(run: RunFolder, capsys: p
 
 
 @pytest.mark.thorough
-def test_a_recipe_that_draws_otherwise_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_a_recipe_that_samples_otherwise_is_reported(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     code, text = replayed(run, 2, capsys, "--sampling.guidance_scale", "2.5")
     assert code == 1 and "8 of 8 images differ" in text
 
 
 @pytest.mark.thorough
-def test_weights_that_were_not_kept_are_told_with_those_that_are(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_weights_that_were_not_kept_are_reported_with_those_that_are(
+    run: RunFolder, capsys: pytest.CaptureFixture
+) -> None:
     code, text = replayed(run, 0, capsys)
     assert code == 2 and "round 0 was sampled with policy version 0, which no checkpoint in" in text
     assert "(round-000003 has [2, 3]; round-000002 has [1, 2])" in text and "larger checkpoint.keep" in text
 
 
 @pytest.mark.thorough
-def test_a_round_that_the_ledger_does_not_have_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_a_round_that_the_ledger_does_not_have_is_reported(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     code, text = replayed(run, 7, capsys)
     assert code == 2 and "has no round 7: it has 3 rounds, 0 to 2" in text
     code, text = replayed(RunFolder(f"{run.location}/lora"), 7, capsys)

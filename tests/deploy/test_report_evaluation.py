@@ -86,7 +86,7 @@ def test_one_version_alone_is_no_curve_and_a_calm_guard_says_so(recipe: Recipe) 
     assert told.sentences == ["The guard has found nothing."]
 
 
-def test_of_many_versions_a_few_are_shown_with_the_pictures_that_were_kept(recipe: Recipe) -> None:
+def test_a_few_of_many_versions_are_shown_with_their_saved_images(recipe: Recipe) -> None:
     folder = written(recipe, *(found(version, 10, 8, 20) for version in range(0, 40, 2)))
     rows = evaluation_section(folder, recipe).rows
     assert [row.policy_version for row in rows] == [0, 6, 10, 16, 22, 28, 32, 38]

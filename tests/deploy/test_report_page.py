@@ -123,7 +123,7 @@ def test_the_page_asks_for_nothing_outside_itself(recipe: Recipe, scored: EvalCo
     assert "default-src 'none'; img-src data:; " in page
 
 
-def test_a_part_of_the_pictures_is_said_to_be_one(recipe: Recipe) -> None:
+def test_a_part_of_the_images_is_said_to_be_one(recipe: Recipe) -> None:
     of_forty = compared({"jpeg_compressibility": np.arange(40)}, {"jpeg_compressibility": np.arange(40) % 7})
     page = report_page(run_of(recipe), of_forty)
     assert "The first 36 of 40 held-out images" in page
@@ -140,7 +140,7 @@ def test_a_run_without_rows_or_with_one_round_has_a_page(recipe: Recipe, scored:
     assert any(f"in {'one round' if rounds == 1 else '2 rounds'} and" in text for text in page.of("p"))
 
 
-def test_versions_and_overrides_are_told(recipe: Recipe, scored: EvalComparison) -> None:
+def test_versions_and_overrides_are_reported(recipe: Recipe, scored: EvalComparison) -> None:
     run = run_of(recipe)
     text = run.folder.storage.read("recipe.toml").decode()
     assert dict(versions(text))["torch"] in text.splitlines()[1] and len(versions(text)) == 7
@@ -148,7 +148,7 @@ def test_versions_and_overrides_are_told(recipe: Recipe, scored: EvalComparison)
     assert "--evaluation.images 4" in page.of("code") and page.of("pre") == [text]
 
 
-def test_each_prompt_of_the_held_out_pictures_by_hand() -> None:
+def test_each_prompt_of_the_held_out_images_by_hand() -> None:
     comparison = compared({"a": [1, 2, 3, 5]}, {"a": [2, 2, math.nan, 4]}, prompts=("cat", "dog"))
     table = held_out_table(comparison, "a")
     # cat: 1 and 3 before, 2 and none after; dog: 2 and 5, then 2 and 4.
@@ -200,7 +200,7 @@ def test_without_any_weight_the_page_is_about_the_first_reward(tables: dict) -> 
     assert headline(floors) == "jpeg_compressibility"
 
 
-def test_pictures_that_could_not_be_scored_both_times_are_left_out() -> None:
+def test_images_that_could_not_be_scored_both_times_are_left_out() -> None:
     comparison = compared({"a": [1, math.nan, 3, 4]}, {"a": [2, 2, math.inf, 6]})
     before, after = paired(comparison, "a")
     assert (before.tolist(), after.tolist()) == ([1, 4], [2, 6])
@@ -239,7 +239,7 @@ def opened(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def test_a_small_picture_is_kept_exactly_and_a_large_one_made_smaller() -> None:
+def test_a_small_image_is_kept_exactly_and_a_large_one_made_smaller() -> None:
     small = np.random.default_rng(0).integers(0, 256, (64, 32, 3), np.uint8)
     assert np.array_equal(np.asarray(opened(data_uri(small))), small)
     large = data_uri(np.full((1024, 512, 3), 90, np.uint8))

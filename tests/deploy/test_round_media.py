@@ -32,7 +32,7 @@ ROUND = [
 BATCH = TrainBatch(3, tuple(each.report for each in ROUND), np.array([-2.0, 0.0, -1.0, np.nan, 2.0, 1.0]), dropped=(3,))
 
 
-def test_a_table_of_prompts_captions_and_distributions_without_what_is_set_aside() -> None:
+def test_prompts_captions_and_histograms_leave_dropped_images_out() -> None:
     images = first_images(ROUND, 4, lambda each: each.images)
     shown = round_media(BATCH, ROUND, {"beauty": 2.0}, images, np.array([0.0, 0.5]))
     assert shown.round == 3 and shown.tables["round"].columns[:2] == ("prompt", "images")
@@ -51,7 +51,7 @@ def test_a_table_of_prompts_captions_and_distributions_without_what_is_set_aside
     }
 
 
-def test_only_the_tasks_of_the_pictures_that_are_shown_are_fetched_and_what_is_lost_is_left_out() -> None:
+def test_only_shown_images_are_fetched_and_lost_images_are_left_out() -> None:
     fetched = []
 
     def fetch(each: Rollout) -> ImageBatch | None:
@@ -76,7 +76,7 @@ def test_several_rewards_have_a_distribution_each() -> None:
 
 
 @pytest.mark.thorough
-def test_a_run_shows_the_pictures_of_its_ledger_and_its_bits_stay_the_same(tables: dict) -> None:
+def test_a_run_shows_the_images_of_its_ledger_and_keeps_its_bits(tables: dict) -> None:
     tables["learner"]["parts_per_round"] = 2
     shown, blind = run(tables, "shown", True), run(tables, "blind", True, media={"every": 0})
     assert fingerprint(shown) == fingerprint(blind)

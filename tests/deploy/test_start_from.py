@@ -157,7 +157,7 @@ def test_what_the_option_takes() -> None:
 
 
 @pytest.mark.thorough
-def test_a_whole_network_is_started_from_too(tables: dict) -> None:
+def test_a_run_starts_from_a_full_network_too(tables: dict) -> None:
     tables["policy"] |= {"train": "full"}
     tables |= {"rounds": 1, "checkpoint": {"every": 1}}
     train(Recipe.parse({**tables, "name": "first"}), serial=True)

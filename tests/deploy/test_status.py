@@ -41,7 +41,7 @@ def test_a_run_that_is_done_says_so_with_its_last_rounds_figures(tables: dict, c
     assert "done" in text and "2 of 2" in text and f"{last['reward/mean']:.4g}" in text and "%" in text
 
 
-def test_restarts_and_what_was_set_aside_are_summed_and_a_line_half_written_is_left_out(tables: dict) -> None:
+def test_restarts_and_dropped_images_are_summed_without_an_incomplete_line(tables: dict) -> None:
     recipe = Recipe.parse(tables)
     folder = RunFolder(recipe.run_path())
     folder.create()

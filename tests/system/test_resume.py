@@ -69,9 +69,7 @@ def test_resume_auto_without_a_run_begins_one(tables: dict) -> None:
 
 
 @pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.thorough), 2])
-def test_a_signal_in_one_process_commits_the_last_whole_round_and_the_run_goes_on_from_it(
-    tables: dict, lag: int
-) -> None:
+def test_a_signal_in_one_process_commits_the_last_complete_round(tables: dict, lag: int) -> None:
     tables |= {"rounds": 6, "max_policy_lag": lag, "checkpoint": {"every": 100}}
     recipe = Recipe.parse({**tables, "name": "stopped"})
     folder = RunFolder(recipe.run_path())
