@@ -13,7 +13,7 @@ from ray_ddpo.common.runtime import settle
 from ray_ddpo.deploy.commands.doctor.resources import place_findings, roles_of
 from ray_ddpo.deploy.driver import workers
 from ray_ddpo.deploy.driver.components import Components, components_of
-from ray_ddpo.deploy.driver.numerics_rows import rows_note
+from ray_ddpo.deploy.driver.numerics_notes import rows_note
 from ray_ddpo.learner.checkpoints.resume import _differences
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.deploy.manifests import ROOT

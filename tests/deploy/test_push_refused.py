@@ -96,7 +96,7 @@ def test_the_doctor_says_who_may_publish_and_makes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("model", "push", "license", "base"),
+    ("model", "push", "license_id", "base"),
     [
         ("tiny_animals", {}, "apache-2.0", None),
         (
@@ -115,9 +115,9 @@ def test_the_doctor_says_who_may_publish_and_makes_nothing(
     ],
 )
 def test_licence_and_base_model_follow_from_the_model(
-    model: str, push: dict, license: str, base: str | None, tmp_path: Path
+    model: str, push: dict, license_id: str, base: str | None, tmp_path: Path
 ) -> None:
     recipe = Recipe.load(
         recipe_file(tmp_path, tmp_path, policy={"name": "stable_diffusion", "model": model}, push=push)
     )
-    assert (license_of(recipe), base_model(recipe)) == (license, base)
+    assert (license_of(recipe), base_model(recipe)) == (license_id, base)

@@ -30,13 +30,13 @@ def run(tables: dict, tmp_path: Path) -> RunFolder:
 
 def replayed(folder: RunFolder, round: int, capsys: pytest.CaptureFixture, *overrides: str) -> tuple[int, str]:
     """The exit code, and what was printed."""
-    code = cli.main(["replay", folder.location, "--round", str(round), *overrides])
+    code = cli.main(["replay", folder.location, "--round", str(round_index), *overrides])
     return code, "".join(capsys.readouterr())
 
 
 def alter(folder: RunFolder, round: int, change: Callable[[list[dict]], None]) -> None:
     """Change a round's rows in the ledger."""
-    path = Path(folder.location) / f"rollouts/round={round:06d}/images.parquet"
+    path = Path(folder.location) / f"rollouts/round={round_index:06d}/images.parquet"
     table = parquet.ParquetFile(path).read()
     rows = table.to_pylist()
     change(rows)
@@ -46,9 +46,9 @@ def alter(folder: RunFolder, round: int, change: Callable[[list[dict]], None]) -
 def test_a_run_writes_every_round_into_its_ledger(run: RunFolder, recipe: Recipe) -> None:
     ledger = Ledger(run.storage, recipe.rollouts)
     assert ledger.rounds() == [0, 1, 2]
-    versions = [ledger.read(round).to_pydict()["policy_version"][0] for round in range(3)]
+    versions = [ledger.read(round_index).to_pydict()["policy_version"][0] for round_index in range(3)]
     assert versions == [0, 0, 1] and ledger.read(1).num_rows == recipe.images_per_round
-    assert ["image" in ledger.read(round).column_names for round in range(3)] == [True, False, True]
+    assert ["image" in ledger.read(round_index).column_names for round_index in range(3)] == [True, False, True]
     for row in ledger.read(2).to_pylist():
         at = int(row["prompt"].removeprefix("cat "))
         assert json.loads(row["metadata"]) == {"bonus": at, "about": {"boxes": [[at, 0.1]]}}

@@ -79,7 +79,9 @@ def compared(
 def run_of(recipe: Recipe, rounds: int = 3) -> FinishedRun:
     folder = RunFolder(recipe.run_path())
     folder.write_recipe(build_components(recipe).resolved())
-    return FinishedRun(folder, recipe, [], [logged(round) for round in range(rounds)], "0123456789abcdef", rounds)
+    return FinishedRun(
+        folder, recipe, [], [logged(round_index) for round_index in range(rounds)], "0123456789abcdef", rounds
+    )
 
 
 def keep_rows(folder: RunFolder, round: int, rows: list[tuple[str, float | None, str | None]]) -> None:
@@ -89,7 +91,7 @@ def keep_rows(folder: RunFolder, round: int, rows: list[tuple[str, float | None,
     columns = {"prompt": list(prompts), "reward": values, "reward/jpeg_compressibility": values}
     buffer = io.BytesIO()
     parquet.write_table(pa.table({**columns, "dropped": pa.array(reasons, pa.string())}), buffer)
-    folder.storage.write(f"rollouts/round={round:06d}/images.parquet", buffer.getvalue())
+    folder.storage.write(f"rollouts/round={round_index:06d}/images.parquet", buffer.getvalue())
 
 
 @pytest.fixture
@@ -100,8 +102,8 @@ def scored() -> EvalComparison:
 def test_nothing_that_a_run_brings_becomes_markup(tables: dict, scored: EvalComparison) -> None:
     tables["prompts"] = {"name": "texts", "texts": HOSTILE}
     run = run_of(Recipe.parse(tables))
-    for round in range(2):
-        keep_rows(run.folder, round, [(prompt, 1.0, None) for prompt in HOSTILE])
+    for round_index in range(2):
+        keep_rows(run.folder, round_index, [(prompt, 1.0, None) for prompt in HOSTILE])
     page = Markup(report_page(run, scored))
     assert page.of("script") == [(HERE / "page.js").read_text()]
     assert (page.count("script"), page.count("style"), page.count("pre")) == (1, 1, 1)
@@ -158,8 +160,8 @@ def test_each_prompt_of_the_held_out_images_by_hand() -> None:
 def test_each_prompt_learned_from_by_hand(recipe: Recipe) -> None:
     run = run_of(recipe)
     keep_rows(run.folder, 0, [("cat", 1.0, None), ("cat", 2.0, None), ("fox", 5.0, None), ("ant", 9.0, "its group's")])
-    for round in range(1, 7):
-        keep_rows(run.folder, round, [("owl", 100.0, None)])
+    for round_index in range(1, 7):
+        keep_rows(run.folder, round_index, [("owl", 100.0, None)])
     keep_rows(run.folder, 7, [("cat", 4.0, None), ("bee", 1.0, None), ("cat", None, "it gave nan")])
     table = training_table(Ledger(run.folder.storage, recipe.rollouts), "reward")
     assert table is not None and (table.before, table.after) == ("rounds 0–1", "rounds 6–7")

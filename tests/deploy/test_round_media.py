@@ -84,10 +84,14 @@ def test_a_run_shows_the_images_of_its_ledger_and_keeps_its_bits(tables: dict) -
     log_ratios = images.pop("log_ratios")
     ledger = Ledger(RunFolder(shown.run_path()).storage, shown.rollouts)
     expected = {
-        (round, image): from_png(data).tobytes()
-        for round in (0, 2, 3)
-        for image, data in enumerate(ledger.read(round)["image"].to_pylist()[:5])
+        (round_index, image): from_png(data).tobytes()
+        for round_index in (0, 2, 3)
+        for image, data in enumerate(ledger.read(round_index)["image"].to_pylist()[:5])
     }
     assert images == expected and len(images) == 15
-    assert {round: count for round, (count, _) in log_ratios.items()} == {0: 32, 2: 32, 3: 32}  # 8 images of 4 steps
+    assert {round_index: count for round, (count, _) in log_ratios.items()} == {
+        0: 32,
+        2: 32,
+        3: 32,
+    }  # 8 images of 4 steps
     assert not list(Path(blind.run_path()).glob("tensorboard/*/*"))

@@ -93,11 +93,11 @@ def kill_a_worker_each_round(run: Path, kills: list[int], seed: int = 0) -> Call
     return work
 
 
-def at_round(run: Path, round: int, act: Callable[[], object]) -> Callable[[threading.Event], None]:
+def at_round(run: Path, rounds: int, act: Callable[[], object]) -> Callable[[threading.Event], None]:
     """Do something once, as soon as so many rounds are done."""
 
     def work(over: threading.Event) -> None:
-        wait_until(lambda: rounds_done(run) >= round or over.is_set(), f"round {round}")
+        wait_until(lambda: rounds_done(run) >= rounds or over.is_set(), f"round {rounds}")
         assert not over.is_set(), f"the run ended before round {round}"
         act()
 

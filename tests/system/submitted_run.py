@@ -79,10 +79,10 @@ class Submission:
                 words, cwd=ROOT, env=users_environment(cluster), stdout=output, stderr=subprocess.STDOUT
             )
 
-    def wait_for_round(self, round: int) -> None:
+    def wait_for_round(self, rounds: int) -> None:
         """Until so many rounds are done; AssertionError: the job has ended before."""
         run = self._story.run
-        wait_until(lambda: rounds_done(run) >= round or self._process.poll() is not None, f"round {round}")
+        wait_until(lambda: rounds_done(run) >= rounds or self._process.poll() is not None, f"round {rounds}")
         assert self._process.poll() is None, self._output.read_text(errors="replace")
 
     def end(self) -> None:

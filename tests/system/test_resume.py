@@ -53,14 +53,14 @@ def test_a_resume_cuts_the_ledger_back_to_the_checkpoint(tables: dict) -> None:
     train(recipe, serial=True)
     folder = RunFolder(recipe.run_path())
     ledger = Ledger(folder.storage, recipe.rollouts)
-    before = [ledger.read(round).drop_columns(["seconds"]) for round in range(3)]
+    before = [ledger.read(round_index).drop_columns(["seconds"]) for round_index in range(3)]
     folder.checkpoints.remove("round-000003")
     folder.storage.write("rollouts/round=000007/images.parquet", b"of rounds that are done again")
     found = resume_point(folder, build_components(recipe).resolved(), resume=True)
     assert found is not None and found.rounds_done == found.ledger_rounds == 2
     train(recipe, serial=True, resume=True)
     assert ledger.rounds() == [0, 1, 2]
-    assert [ledger.read(round).drop_columns(["seconds"]) for round in range(3)] == before
+    assert [ledger.read(round_index).drop_columns(["seconds"]) for round_index in range(3)] == before
 
 
 def test_resume_auto_without_a_run_begins_one(tables: dict) -> None:

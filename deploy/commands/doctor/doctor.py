@@ -53,7 +53,7 @@ from ray_ddpo.deploy.commands.doctor.resources import (
 from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes, plan_of_parts
 from ray_ddpo.deploy.driver.cluster import attach, attaches, check_temporary_folder
 from ray_ddpo.deploy.driver.components import Components, build_reward, components_of
-from ray_ddpo.deploy.driver.numerics_rows import rows_note
+from ray_ddpo.deploy.driver.numerics_notes import rows_note
 from ray_ddpo.deploy.driver.workers import place_options
 from ray_ddpo.learner.optimization.optimizer import check_optimizer
 
