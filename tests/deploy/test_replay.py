@@ -28,13 +28,13 @@ def run(tables: dict, tmp_path: Path) -> RunFolder:
     return RunFolder(recipe.run_path())
 
 
-def replayed(folder: RunFolder, round: int, capsys: pytest.CaptureFixture, *overrides: str) -> tuple[int, str]:
+def replayed(folder: RunFolder, round_index: int, capsys: pytest.CaptureFixture, *overrides: str) -> tuple[int, str]:
     """The exit code, and what was printed."""
     code = cli.main(["replay", folder.location, "--round", str(round_index), *overrides])
     return code, "".join(capsys.readouterr())
 
 
-def alter(folder: RunFolder, round: int, change: Callable[[list[dict]], None]) -> None:
+def alter(folder: RunFolder, round_index: int, change: Callable[[list[dict]], None]) -> None:
     """Change a round's rows in the ledger."""
     path = Path(folder.location) / f"rollouts/round={round_index:06d}/images.parquet"
     table = parquet.ParquetFile(path).read()

@@ -84,7 +84,7 @@ def run_of(recipe: Recipe, rounds: int = 3) -> FinishedRun:
     )
 
 
-def keep_rows(folder: RunFolder, round: int, rows: list[tuple[str, float | None, str | None]]) -> None:
+def keep_rows(folder: RunFolder, round_index: int, rows: list[tuple[str, float | None, str | None]]) -> None:
     """A round of a ledger, of prompt, reward and why it was dropped."""
     prompts, rewards, reasons = zip(*rows, strict=True)
     values = pa.array(rewards, pa.float64())

@@ -89,7 +89,7 @@ def test_a_run_shows_the_images_of_its_ledger_and_keeps_its_bits(tables: dict) -
         for image, data in enumerate(ledger.read(round_index)["image"].to_pylist()[:5])
     }
     assert images == expected and len(images) == 15
-    assert {round_index: count for round, (count, _) in log_ratios.items()} == {
+    assert {round_index: count for round_index, (count, _) in log_ratios.items()} == {
         0: 32,
         2: 32,
         3: 32,
