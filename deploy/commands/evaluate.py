@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from ray_ddpo.common.base_parts import Base
-from ray_ddpo.common.metrics.paired import in_errors, paired_change
+from ray_ddpo.common.metrics.statistics import in_errors, paired_change
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import weights_here
 from ray_ddpo.deploy.commands.report.images import COLUMNS, rows_image

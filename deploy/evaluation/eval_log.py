@@ -15,8 +15,7 @@ from ray_ddpo.common.prompts import metadata_as_json
 from ray_ddpo.common.reading import parquet_table, reading
 from ray_ddpo.common.run_storage.png import from_png, png
 from ray_ddpo.common.run_storage.reading import read_json_lines
-from ray_ddpo.common.run_storage.storage import Storage
-from ray_ddpo.common.run_storage.unwritten import Unwritten
+from ray_ddpo.common.run_storage.storage import Storage, Unwritten
 from ray_ddpo.deploy.evaluation.eval_result import EvalResult, LogEntry
 
 ENTRIES = "evaluations.jsonl"

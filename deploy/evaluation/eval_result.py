@@ -15,7 +15,7 @@ from ray_ddpo.actors.evaluation.eval_set import EvalSet, build_eval_set, sample_
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.diffusion.policy import Policy
-from ray_ddpo.common.metrics.paired import paired_change
+from ray_ddpo.common.metrics.statistics import paired_change
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RewardTable

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ray_ddpo.common.metrics.bottleneck import bottleneck
+from ray_ddpo.common.metrics.diagnoses import bottleneck
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import reward_pools
 from ray_ddpo.common.run_storage.ledger import Ledger
