@@ -1,4 +1,4 @@
-"""ddpo doctor, typed as a user does: the right diagnosis, the exit code, and nothing left behind."""
+"""ddpo doctor from the command line: diagnosis, exit code, and no files left."""
 
 from itertools import pairwise
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Each check by itself: what it takes for a fault, a warning or nothing, and what it advises."""
+"""Each check of the doctor: when it finds a fault, a warning or nothing, and its advice."""
 
 import os
 from pathlib import Path

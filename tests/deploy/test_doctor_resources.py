@@ -1,4 +1,4 @@
-"""Places for actors and bytes for roles, laid out by hand."""
+"""Resources of actors and memory of roles, with numbers by hand."""
 
 from dataclasses import replace
 from pathlib import Path

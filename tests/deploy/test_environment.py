@@ -1,4 +1,4 @@
-"""What the machine around a run lacks: a network for wandb, a cluster where RAY_ADDRESS points, a short path for sockets."""
+"""Runs without a network for wandb, without the cluster of RAY_ADDRESS, or with a long path for sockets."""
 
 import http.server
 import socket

@@ -1,4 +1,4 @@
-"""The evaluation log: what is written comes back, a version that a kill cut off is not there, and NaN is null."""
+"""EvalLog returns what was written, without a version that a kill cut off; NaN is null."""
 
 import json
 from pathlib import Path

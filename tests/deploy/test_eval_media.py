@@ -1,4 +1,4 @@
-"""What trackers are shown of an evaluation: pairs of the same noise with captions, a table, and the scores themselves."""
+"""Media of an evaluation: pairs of the same noise with captions, a table, and the scores."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Evaluating beside training, in one process: it changes no bit, says the same after a resume, and the guard acts on it."""
+"""Evaluation beside training in one process changes no bits, is equal after a resume, and drives the guard."""
 
 import json
 from collections.abc import Callable

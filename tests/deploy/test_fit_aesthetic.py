@@ -1,4 +1,4 @@
-"""ddpo fit-aesthetic end to end on images with a known rating, with a tiny CLIP; and its head as the reward by its path."""
+"""ddpo fit-aesthetic end to end on images with known ratings and a tiny CLIP, and its head as a reward."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""A user's code, prompts and files at their worst: still one line that names them, and no run's results are lost."""
+"""Hostile user code, prompts and files: one line that names them, and no results are lost."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""LoRA files on the command line: shown with as plain diffusers samples, or refused by name with exit code 2."""
+"""LoRA files on the command line: sampled as by plain diffusers, or refused by name with exit code 2."""
 
 import json
 import shutil

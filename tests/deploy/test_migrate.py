@@ -1,4 +1,4 @@
-"""ddpo migrate: every field of TRL's DDPOConfig has its place in a recipe or its reason, and the recipe trains."""
+"""ddpo migrate: every field of TRL's DDPOConfig has a recipe key or a reason, and the recipe trains."""
 
 import json
 import tomllib

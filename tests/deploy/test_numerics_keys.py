@@ -1,4 +1,4 @@
-"""What a recipe says of numerics on GPUs: TF32, batch rows, and roles that do not fit together. No GPU is needed."""
+"""Recipe keys for numerics on GPUs: TF32, batch sizes, and roles that need too many GPUs. Runs without a GPU."""
 
 from collections.abc import Iterator
 from typing import Any

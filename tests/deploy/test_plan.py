@@ -1,4 +1,4 @@
-"""What `ddpo plan` prints is what a run does, and what the lineage's tables say."""
+"""`ddpo plan` agrees with a run, and with the published tables."""
 
 import dataclasses
 import re

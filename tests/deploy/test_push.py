@@ -1,4 +1,4 @@
-"""ddpo push against a hub on this machine: what is uploaded, that it loads, that it is the run's; and no token is seen."""
+"""ddpo push to a local hub: the uploaded files load, are the run's, and contain no token."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What of publishing is refused, and when: before anything is trained, and never with the token in the words."""
+"""Refusals of publishing: before any training, and never with the token in the message."""
 
 import os
 import time

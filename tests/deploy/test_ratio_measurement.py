@@ -1,4 +1,4 @@
-"""What is measured is what sampler and learner do: the same bits in float32, and rounding as its definition says."""
+"""The measured ratio noise is that of sampler and learner: equal bits in float32, else rounding."""
 
 from typing import Any
 

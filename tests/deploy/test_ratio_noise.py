@@ -1,4 +1,4 @@
-"""The ratio's noise in its units, its thresholds and what is advised, with numbers worked out by hand."""
+"""Units, thresholds and advice for the noise of the ratio, with numbers by hand."""
 
 import io
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Every number in a recipe with values that people mistype: refused in one line with the key, or a plan that makes sense."""
+"""Mistyped numbers in a recipe: refused in one line with the key, or a plan that makes sense."""
 
 import math
 import re

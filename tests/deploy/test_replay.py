@@ -1,4 +1,4 @@
-"""ddpo replay: a round re-sampled is the round that was learned from, and whatever is not says so."""
+"""ddpo replay: a round sampled again equals the trained round, and differences are reported."""
 
 import json
 from collections.abc import Callable

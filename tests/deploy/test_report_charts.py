@@ -1,4 +1,4 @@
-"""The report's curves and its utilisation, against coordinates worked out by hand."""
+"""The report's curves and busy times, with coordinates by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the report, and whoever asks for a run's weights, say of the evaluations along the way and of the guard."""
+"""Evaluations and the guard in the report, in `ddpo sample` and in `ddpo push`."""
 
 import base64
 import io

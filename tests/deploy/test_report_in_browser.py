@@ -1,4 +1,4 @@
-"""report.html in a real browser: on a desk, on a phone, in the dark, on paper."""
+"""report.html in a real browser: desktop, phone, dark mode, print."""
 
 import io
 from collections.abc import Iterator

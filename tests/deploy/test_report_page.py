@@ -1,4 +1,4 @@
-"""The page of `ddpo report`: it asks for nothing, nothing that a run brings becomes markup, and its figures by hand."""
+"""The page of `ddpo report`: no requests, no markup from a run, and numbers by hand."""
 
 import base64
 import io

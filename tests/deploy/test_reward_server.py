@@ -1,4 +1,4 @@
-"""The shipped reward service: what it refuses, what it says then, and that it goes on serving afterwards."""
+"""The reward service: refused requests with their replies, and service afterwards."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Roles' lines are marked in their processes, told apart from Ray's in the driver, and kept in the run's folder."""
+"""Roles mark their output lines; the driver separates them from Ray's and keeps them in the run's folder."""
 
 import io
 import threading

@@ -1,4 +1,4 @@
-"""What trackers are shown of a round, by hand; and in a run, where it changes no bit and is the same in any place."""
+"""Media of a round, by hand and in a run, where they change no bits."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A run's weights outside the run: `ddpo sample`, `ddpo report`, and plain diffusers sampling the same images."""
+"""A run's weights in `ddpo sample`, `ddpo report`, and plain diffusers, which samples the same images."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`ddpo train RECIPE --from RUN[@ROUND]`: a new run with other keys starts from an earlier run's weights, and says so."""
+"""`ddpo train RECIPE --from RUN[@ROUND]`: a new run starts from an earlier run's weights, and says so."""
 
 import json
 import shutil

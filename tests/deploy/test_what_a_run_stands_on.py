@@ -1,4 +1,4 @@
-"""A run knows its model, prompts, rewards and the user's module again: every verb refuses others by name."""
+"""A run records its model, prompts, rewards and user module; every verb refuses others by name."""
 
 import json
 import shutil

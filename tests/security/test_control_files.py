@@ -1,4 +1,4 @@
-"""JSON in a run's folder that somebody else has written: of the wrong shape, it is told and ends nothing that it need not."""
+"""Foreign JSON of the wrong shape in a run's folder is reported, and ends a run only if it must."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Models, weights and heads that carry code: it is not run, whatever the file is called, and the user is told."""
+"""Code in models, weights and heads is not run, whatever the file name, and the user is told."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Random disturbances: any process of a run is killed or suspended at a random moment; what comes of the run is told."""
+"""Random disturbances: kill or suspend any process of a run at random moments, and report the result."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""A local Ray cluster of the tests' own, and what the tests ask of a run."""
+"""A local Ray cluster for tests, and queries of a run."""
 
 import os
 import shutil

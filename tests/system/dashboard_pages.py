@@ -1,4 +1,4 @@
-"""Ray's dashboard in a real browser, with the cluster's token: what its pages say, and images of them.
+"""Ray's dashboard in a real browser with the cluster's token: text and screenshots of its pages.
 
 `python -m tests.system.dashboard_pages http://127.0.0.1:8265 FOLDER` leaves them in FOLDER; the token is in RAY_AUTH_TOKEN.
 """

@@ -1,4 +1,4 @@
-"""What befalls a run in the tests: kills, scaling, signals; each from a thread beside the run, paced by its rounds."""
+"""Disturbances of a run in tests (kills, scaling, signals), each from a thread, timed by the run's rounds."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""A cluster of several nodes on this machine, and what its object stores have spilled."""
+"""A cluster of several nodes on this machine, and the spilled bytes of its object stores."""
 
 import os
 import shutil

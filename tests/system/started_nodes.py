@@ -1,4 +1,4 @@
-"""A cluster as an operator starts it: a `ray start` for each machine, all on this one, and what its job API and nodes answer."""
+"""A cluster as an operator starts it, with one `ray start` a node, and the answers of its job API."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The demo as a job on a cluster of several nodes, in a short form: what befalls it, and what is seen of it meanwhile."""
+"""A short demo as a job on a cluster of several nodes: its disturbances, and observations during the run."""
 
 import subprocess
 import time

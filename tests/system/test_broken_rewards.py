@@ -1,4 +1,4 @@
-"""Rewards as users break them, through the command line: how the program ends, what it says, and that it takes seconds."""
+"""Broken rewards through the command line: exit code, message, and an end within seconds."""
 
 import time
 from pathlib import Path

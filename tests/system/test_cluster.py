@@ -1,4 +1,4 @@
-"""A cluster of several nodes, a job submitted to it, and what befalls both; Prometheus and the dashboard look on."""
+"""A job on a cluster of several nodes with disturbances, seen by Prometheus and the dashboard."""
 
 import json
 import sys

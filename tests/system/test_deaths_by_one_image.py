@@ -1,4 +1,4 @@
-"""An image that kills whoever scores or decodes it is found, dropped and named; the others keep all of their bits."""
+"""An image that kills its reward worker or sampler is found, dropped and named; the others keep their bits."""
 
 import json
 import shutil

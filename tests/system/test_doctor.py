@@ -1,4 +1,4 @@
-"""ddpo doctor on real clusters: what lacks on their nodes, who is left over there, and a cluster that refuses."""
+"""ddpo doctor on real clusters: missing resources, leftover actors, and a cluster that refuses."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""How a run on Ray ends when its cluster, its terminal or its user's patience is gone: one line, nothing left, same bits."""
+"""A run on Ray that loses cluster or terminal, or is interrupted, ends in one line without leftovers."""
 
 import os
 import signal

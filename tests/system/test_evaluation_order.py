@@ -1,4 +1,4 @@
-"""Who is sampled first: what is learned from goes before what is only looked at, on the real stream with actors that sleep."""
+"""Training tasks are sampled before evaluation tasks, on the real stream with sleeping actors."""
 
 import time
 from collections.abc import Iterator

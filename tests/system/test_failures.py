@@ -1,4 +1,4 @@
-"""What goes wrong in a run, row by row of the failure table: it is found in time, mended where it can be, and counted."""
+"""Failures of the failure table, row by row: found in time, repaired if possible, and counted."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""The whole loop with every model family: on Ray and in one process to the same bits, resumed, and loaded by diffusers."""
+"""The full loop with every model family: same bits on Ray and in one process, resumed, loaded by diffusers."""
 
 import json
 from pathlib import Path

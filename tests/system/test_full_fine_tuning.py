@@ -1,4 +1,4 @@
-"""The embedded model, every parameter trained: the reward rises on held-out animals, and images stay images."""
+"""Full fine-tuning of the embedded model: the held-out reward rises, and images stay images."""
 
 from pathlib import Path
 

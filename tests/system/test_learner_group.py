@@ -1,4 +1,4 @@
-"""The learner's ranks as the driver sees them: which failures it mends, which it passes on; it waits for nobody in vain."""
+"""The learner's ranks as the driver sees them: repaired failures, raised failures, and no endless waits."""
 
 import time
 from collections.abc import Callable, Iterator

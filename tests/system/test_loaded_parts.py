@@ -1,4 +1,4 @@
-"""On Ray every role reports what it has loaded, and other files are refused; earlier weights give the same bits."""
+"""On Ray every role reports its loaded files, and others are refused; earlier weights give the same bits."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The whole loop, in one process and once on Ray: it learns, leaves what it promises, and arrives at the same bits."""
+"""The full loop in one process and on Ray: it learns, writes its outputs, and gives the same bits."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A NaN in the gradient of one of two ranks on Ray: the run ends in one line with whole files, and resumes to the same bits."""
+"""A NaN gradient on one of two ranks: the run ends in one line with complete files, and resumes."""
 
 import math
 from pathlib import Path

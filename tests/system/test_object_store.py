@@ -1,4 +1,4 @@
-"""A run whose folder is in an object store: saved there, found, resumed to the same bits, reported and sampled from."""
+"""A run in an object store: saved, found, resumed to the same bits, reported and sampled from."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A learner of two ranks on Ray: the same bits twice, whoever dies, and the weights of one rank within rounding."""
+"""A learner of two ranks on Ray: equal bits after any death, and one rank's weights within rounding."""
 
 import json
 import os

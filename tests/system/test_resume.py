@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed arrives at the bits of one that was not."""
+"""A stopped and resumed run has the bits of an uninterrupted run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A reward that is easily fooled is learned from for real: the guard ends the run, and the better version is kept."""
+"""Real reward hacking: the guard ends the run, and the better version is kept."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Reward workers as pools on Ray: rewards on workers of their own, batches made of several tasks, scaling by name."""
+"""Pools of reward workers on Ray: separate workers by reward, batches of several tasks, scaling by name."""
 
 from collections.abc import Iterator
 

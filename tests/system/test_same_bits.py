@@ -1,4 +1,4 @@
-"""The fingerprint table: whatever befalls a run, its final weights are those of a calm one in a single process."""
+"""The fingerprint table: a disturbed run ends with the weights of an undisturbed run in one process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run with every tracker, killed between two checkpoints and resumed: one history each, and no secret in what is written."""
+"""A run with every tracker, killed and resumed: one history each, and no secret in the files."""
 
 import json
 import os
