@@ -45,7 +45,7 @@ ASKED_FOR = {
 
 
 def of_the_program() -> dict[str, set[str]]:
-    """The names of docs/metrics.md as Ray exports them, with their own tags. Of what is evaluated, `reward` is always there."""
+    """Return the names of docs/metrics.md as Ray exports them, with their tags. `reward` is always evaluated."""
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").replace("<score>", "reward")
     cells = [line.rsplit("|", 2)[1] for line in page.splitlines() if line.startswith("| `")]
     found = {}

@@ -26,7 +26,7 @@ Place = tuple[str, ...]
 
 
 def number_keys(model: type[BaseModel], table: Any, place: Place = ()) -> Iterator[Place]:
-    """Yield the place of every key that takes a number, in a recipe's tables and in those of the components they name."""
+    """Yield the path of every key that takes a number, in a recipe's tables and those of its components."""
     fields = dict(model.model_fields)
     table = table if isinstance(table, dict) else {}
     if issubclass(model, ComponentTable) and model.__name__ in REGISTRIES and "name" in table:

@@ -23,7 +23,7 @@ from tests.failure_page import assert_documented
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A folder with a model, a recipe, and a finished run of two rounds with a checkpoint after each and a best version."""
+    """A folder with a model, a recipe, and a run of two rounds with a checkpoint after each and a best version."""
     home = tmp_path_factory.mktemp("home")
     tables = small_tables(Path(shutil.copytree(tiny_model, home / "model")), home)
     tables |= {"name": "first", "checkpoint": {"every": 1}, "evaluation": {"every": 1, "images": 2, "batch_size": 2}}

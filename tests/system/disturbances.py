@@ -61,7 +61,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = LONGES
 
 @contextmanager
 def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run `work(over)` in a thread while the body runs; `over` is set when the body has ended. Its error is raised here."""
+    """Run `work(over)` in a thread while the body runs, and raise its error. `over` is set when the body ends."""
     over = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(work, over)
@@ -73,7 +73,7 @@ def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 def kill_a_worker_each_round(run: Path, kills: list[int], seed: int = 0) -> Callable[[threading.Event], None]:
-    """After every round, SIGKILL a random sampler or reward worker at a random moment; the process ids go to `kills`."""
+    """Send SIGKILL to a random sampler or reward worker after every round; append process ids to `kills`."""
     generator = random.Random(seed)
 
     def work(over: threading.Event) -> None:
@@ -105,7 +105,7 @@ def at_round(run: Path, rounds: int, act: Callable[[], object]) -> Callable[[thr
 
 
 def while_held(role: str, act: Callable[[], object], until: Callable[[], bool]) -> Callable[[], None]:
-    """Do something and see its effect while a role's processes are suspended, so that no run is over before it shows."""
+    """Act and check the effect while a role's processes are suspended, so that the run cannot end before."""
 
     def held() -> None:
         processes = processes_of(role)

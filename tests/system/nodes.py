@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 
 @contextmanager
 def local_nodes(dashboard: bool = False) -> Iterator[Cluster]:
-    """A head without room for actors; nodes are added by the test. Its folder is short, because a socket's path must be.
+    """A head without CPUs for actors; the test adds nodes. Its folder is short, because a socket's path must be.
 
     `dashboard`: jobs can be submitted to it.
     """

@@ -111,7 +111,7 @@ def jobs_of(cluster: StartedCluster) -> list[dict[str, Any]]:
 
 
 def first_job(cluster: StartedCluster, samplers: list[StartedNode], story: Story, images: Path) -> None:
-    """Submitted, scaled from one sampler to two, robbed of a node, and stopped. `images`: a folder for the dashboard's."""
+    """Submit a run, scale it from one sampler to two, kill a node, and stop it. `images`: a folder for screenshots."""
     submission = Submission(cluster, story)
     submission.wait_for_round(1)
     story.note("first round")
