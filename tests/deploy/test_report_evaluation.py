@@ -119,5 +119,5 @@ def test_a_run_that_was_rolled_back_is_compared_by_the_weights_that_it_has(
     assert summary["reward_after"] == pytest.approx(summary["reward_before"])  # version 0 is the pretrained model
     page = (run / "report" / "report.html").read_text()
     assert "The guard has ended the run at version 2: the policy is" in page
-    assert "The run&#39;s weights are those of version 0." in page and "While it trained" in page
+    assert "The run&#39;s weights are those of version 0." in page and "During training" in page
     assert (run / "report" / "versions.png").stat().st_size > 1000
