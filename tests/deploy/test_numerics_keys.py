@@ -75,10 +75,10 @@ def test_roles_that_do_not_fit_together_are_refused_at_once(tables: dict, monkey
     monkeypatch.setattr(ray, "cluster_resources", lambda: node)
     monkeypatch.setattr(workers, "attaches", lambda: False)
     with pytest.raises(ValueError, match="4.1 GPUs = learner 0.9") as refused:
-        workers._refuse_what_does_not_fit_together(recipe)
+        workers._refuse_too_many_gpus(recipe)
     assert_refused("roles that ask for more GPUs together than the machine has", f"ddpo train: {refused.value}")
     less = recipe.model_copy(update={"learner": recipe.learner.model_copy(update={"num_gpus": 0.8})})
-    workers._refuse_what_does_not_fit_together(less)
+    workers._refuse_too_many_gpus(less)
 
 
 def test_the_families_recipes_fit_on_the_gpus_that_they_name() -> None:
