@@ -48,7 +48,7 @@ def test_a_run_writes_every_round_into_its_ledger(run: RunFolder, recipe: Recipe
     assert ledger.rounds() == [0, 1, 2]
     versions = [ledger.read(round_index).to_pydict()["policy_version"][0] for round_index in range(3)]
     assert versions == [0, 0, 1] and ledger.read(1).num_rows == recipe.images_per_round
-    assert ["image" in ledger.read(round_index).column_names for round_index in range(3)] == [True, False, True]
+    assert ["pixels" in ledger.read(round_index).column_names for round_index in range(3)] == [True, False, True]
     for row in ledger.read(2).to_pylist():
         at = int(row["prompt"].removeprefix("cat "))
         assert json.loads(row["metadata"]) == {"bonus": at, "about": {"boxes": [[at, 0.1]]}}

@@ -86,7 +86,7 @@ def test_a_run_shows_the_images_of_its_ledger_and_keeps_its_bits(tables: dict) -
     expected = {
         (round_index, image): from_png(data).tobytes()
         for round_index in (0, 2, 3)
-        for image, data in enumerate(ledger.read(round_index)["image"].to_pylist()[:5])
+        for image, data in enumerate(ledger.read(round_index)["pixels"].to_pylist()[:5])
     }
     assert images == expected and len(images) == 15
     assert {round_index: count for round_index, (count, _) in log_ratios.items()} == {
