@@ -39,7 +39,7 @@ ASKED_FOR = {
     *("ray_ddpo_idle_sampler", "ray_ddpo_idle_reward_worker", "ray_ddpo_idle_learner"),
     *("ray_ddpo_tasks_inflight", "ray_ddpo_tasks_ready", "ray_ddpo_lag_max_last"),
     *("ray_ddpo_evaluation_reward_mean", "ray_ddpo_guard_alarms", "ray_ddpo_kl_reference_nats"),
-    *("ray_ddpo_actor_restarts_total", "ray_ddpo_retries_total", "ray_ddpo_images_set_aside_total"),
+    *("ray_ddpo_actor_restarts_total", "ray_ddpo_retries_total", "ray_ddpo_images_dropped_total"),
     *("ray_object_store_memory", "ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_mem_used_host"),
 }
 
