@@ -20,7 +20,7 @@ class Worth:
     top1: float  # share of the images in which the classifier names the animal that was asked for
 
 
-class Evaluator:
+class HeldOut:
     """The recipe's evaluation set, same prompts and noise for every version; the recipe has a scorer `animal_classifier`."""
 
     def __init__(self, recipe: Recipe) -> None:

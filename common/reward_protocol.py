@@ -60,7 +60,7 @@ class Fault(Message):
 def to_png(image: UInt8[np.ndarray, "H W 3"]) -> str:
     """Encode an image losslessly as a PNG file in base64."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, format="PNG", compress_level=1)  # the default level is five times slower
+    Image.fromarray(image).save(file, format="PNG", compress_level=1)  # the default level takes five times as long
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 

@@ -84,11 +84,11 @@ def kept_weights(checkpoints: Storage, round_index: int, version: int) -> Policy
 
     Raise ValueError if no checkpoint has them.
     """
-    whole = list(intact_checkpoints(checkpoints))
-    for checkpoint in whole:
+    intact = list(intact_checkpoints(checkpoints))
+    for checkpoint in intact:
         if version in policy_versions(checkpoint):
             return next(weights for weights in load_weights(checkpoint) if weights.policy_version == version)
-    held = {checkpoint.name: policy_versions(checkpoint) for checkpoint in whole}
+    held = {checkpoint.name: policy_versions(checkpoint) for checkpoint in intact}
     there = [f"{name} has {versions}" for name, versions in held.items()] or ["there are none"]
     there += [f"{name} is damaged" for name in damaged_checkpoints(checkpoints)]
     raise ValueError(

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from typing import Any, TextIO
 
+from ray_ddpo.common.process_deaths import Death, cause_of
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.user_code.frames import is_users
 
@@ -32,6 +33,9 @@ SIGNALS = {
 FRAME = re.compile(r'File "(.+)", line (\d+) in ')
 REMOTE_SECONDS = 30.0  # between two writes into an object store, which cannot append
 QUIET_SECONDS, LONGEST_WAIT_SECONDS = 0.4, 3.0  # at the end: required silence, and the longest wait for it
+LAST_WORDS_SECONDS = 1.5  # for the output of a dying process to reach the driver
+UNKNOWN = "its process was killed (SIGKILL), as the kernel does where memory runs out"
+UNHEARD = "its process crashed or was killed"
 OTHERS = "ray"  # the log file of Ray's own lines
 
 
@@ -172,3 +176,31 @@ class RoleOutput:
             time.sleep(QUIET_SECONDS / 4)
         with self._changed:
             self._write()
+
+
+class DeathLines:
+    """Printer of deaths. It uses threads, because the cause of a death is known a moment after the death."""
+
+    def __init__(self, output: RoleOutput) -> None:
+        self._output = output
+        self._telling: list[threading.Thread] = []
+
+    def tell(self, label: str, death: Death, then: str) -> None:
+        """Print a death soon; `then` says how the run reacts."""
+        telling = threading.Thread(target=self._tell, args=(label, death, then), name="death-lines", daemon=True)
+        self._telling = [each for each in self._telling if each.is_alive()] + [telling]
+        telling.start()
+
+    def _tell(self, label: str, death: Death, then: str) -> None:
+        cause = cause_of(death.reason)
+        if cause is None:
+            unknown = UNKNOWN if self._output.attached else UNHEARD
+            cause = self._output.last_words(label, LAST_WORDS_SECONDS) or unknown
+        ended = "was ended" if death.by_driver else "died"
+        at = f" {death.at}" if death.at else ""
+        print(f"{label} {ended}{at}: {cause}; {then}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Wait until all lines are printed."""
+        for telling in self._telling:
+            telling.join()

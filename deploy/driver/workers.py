@@ -27,10 +27,9 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.driver.cluster import attach, attaches, start_here
 from ray_ddpo.deploy.driver.cluster_watch import ClusterWatch
 from ray_ddpo.deploy.driver.components import Components
-from ray_ddpo.deploy.driver.death_lines import DeathLines
 from ray_ddpo.deploy.driver.reaper import start_reaper
 from ray_ddpo.deploy.driver.role_actor import RoleSetting, role_actor
-from ray_ddpo.deploy.driver.role_output import RoleOutput
+from ray_ddpo.deploy.driver.role_output import DeathLines, RoleOutput
 from ray_ddpo.deploy.driver.supervision import Supervision, sheltered_from_hangup
 from ray_ddpo.deploy.driver.trial_prompts import checked_prompts, trial_prompts
 from ray_ddpo.learner.learner import Learner

@@ -18,7 +18,7 @@ def test_diversity_is_the_mean_over_pairs_and_then_over_prompts() -> None:
     assert diversity(images, ["cat", "cat", "cat", "dog", "dog"]) == pytest.approx((0.8 / 3 + 1) / 2)
 
 
-def test_equal_images_have_no_diversity() -> None:
+def test_images_that_are_all_alike_have_none() -> None:
     assert diversity(plain(7, 7, 7), ["cat"] * 3) == 0
 
 

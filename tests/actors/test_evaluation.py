@@ -43,7 +43,7 @@ def test_prompts_named_in_the_recipe_come_instead_of_the_sources() -> None:
     assert [prompt.text for prompt in chosen.prompts] == ["a cat", "a dog", "a cat"]
 
 
-def test_prompts_of_a_function_are_the_same_each_time_and_keep_their_metadata() -> None:
+def test_prompts_of_a_function_are_sampled_the_same_and_keep_their_metadata() -> None:
     source = PromptFunction(path="tests.user_functions:colour_prompt")
     first, again = (build_eval_set(EvaluationTable(images=12), source) for _ in range(2))
     tuning = build_eval_set(EvaluationTable(images=12, split="tuning"), source)

@@ -1,6 +1,6 @@
-"""KubeRay's own objects, as far as the files in deploy/ use them: each field with its type and its range.
+"""KubeRay's objects, as far as the files in deploy/ use them: each field with its type and range.
 
-No package has the published CustomResourceDefinitions, so these fields are typed here after the API reference of KubeRay
+No package has the published CustomResourceDefinitions, so these fields are typed after the API reference of KubeRay
 v1.7.1. A field that is not in the published ones is dropped by Kubernetes without a word: here it is refused. Pods are
 left to the schemas of Kubernetes.
 """

@@ -1,4 +1,4 @@
-"""Programs that check files of other languages: those of the `dev` extra and, under CI, Debian's are there; others may lack."""
+"""Linters for other languages: those of the `dev` extra are installed, Debian's only under CI."""
 
 import os
 import shutil

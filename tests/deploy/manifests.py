@@ -1,4 +1,4 @@
-"""What the files in deploy/ say, in one form: which machines there are, and the run that is meant for them."""
+"""The machines and the run that the files in deploy/ describe, in one form."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Commands on a run's folder with one damaged file: one line that names the file, exit code 2, never a traceback."""
+"""Commands on a run's folder with one damaged file: one line with the file, exit code 2, no traceback."""
 
 import shutil
 from collections.abc import Callable

@@ -39,13 +39,13 @@ ASKED_FOR = {
     *("ray_ddpo_idle_sampler", "ray_ddpo_idle_reward_worker", "ray_ddpo_idle_learner"),
     *("ray_ddpo_tasks_inflight", "ray_ddpo_tasks_ready", "ray_ddpo_lag_max_last"),
     *("ray_ddpo_evaluation_reward_mean", "ray_ddpo_guard_alarms", "ray_ddpo_kl_reference_nats"),
-    *("ray_ddpo_actor_restarts_total", "ray_ddpo_retries_total", "ray_ddpo_images_set_aside_total"),
+    *("ray_ddpo_actor_restarts_total", "ray_ddpo_retries_total", "ray_ddpo_images_dropped_total"),
     *("ray_object_store_memory", "ray_node_gpus_utilization", "ray_node_gram_used", "ray_node_mem_used_host"),
 }
 
 
 def of_the_program() -> dict[str, set[str]]:
-    """The names of docs/metrics.md as Ray exports them, with their own tags. Of what is evaluated, `reward` is always there."""
+    """Return the names of docs/metrics.md as Ray exports them, with their tags. `reward` is always evaluated."""
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").replace("<score>", "reward")
     cells = [line.rsplit("|", 2)[1] for line in page.splitlines() if line.startswith("| `")]
     found = {}

@@ -1,4 +1,4 @@
-"""The files in deploy/ that bring a run onto machines, held against the program, its versions and each other."""
+"""Compare the files in deploy/cluster with the program, its versions and each other."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""deploy/cluster/Dockerfile: pinned, not root, dependencies in a layer before the source, and nothing in it that is secret."""
+"""deploy/cluster/Dockerfile: pinned, not root, dependencies in a layer before the source, no secrets."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""ddpo doctor, typed as a user does: the right diagnosis, the exit code, and nothing left behind."""
+"""ddpo doctor from the command line: diagnosis, exit code, and no files left."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_a_healthy_recipe_has_no_fault_and_nothing_is_left_behind(
     assert finding(lines, "learner") == ("ok", "1 of 1 have a place; each asks for CPU 1")
 
 
-def test_float16_latents_are_said_to_keep_the_ratio_at_one_and_what_rounding_alone_would_do(
+def test_float16_latents_keep_the_ratio_at_one_and_clipping_by_rounding_is_told(
     recipe_file: Path, capsys: pytest.CaptureFixture
 ) -> None:
     options = ("--sampling.latents_dtype", "float16", "--algorithm.clip_range", "1e-6")
@@ -100,7 +100,7 @@ def test_more_than_this_machine_has_is_a_fault_that_names_role_and_resource(
     assert mark == "fault" and text.startswith("0 of 2") and "lacks sampler (at most 0 free)" in text
 
 
-def test_the_authentication_trap_is_told_with_its_way_out_and_never_the_token(
+def test_the_authentication_trap_is_reported_with_its_way_out_and_never_the_token(
     recipe_file: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE")

@@ -1,4 +1,4 @@
-"""Each check by itself: what it takes for a fault, a warning or nothing, and what it advises."""
+"""Each check of the doctor: when it finds a fault, a warning or nothing, and its advice."""
 
 import os
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_a_mode_that_is_said_is_no_trap(home: Path, environment: dict[str, str])
     assert authentication_finding(environment, home).level == "ok"
 
 
-def test_nothing_set_and_no_token_is_no_trap_and_a_cluster_without_its_token_is_a_fault(tmp_path: Path) -> None:
+def test_no_token_is_fine_without_a_cluster_and_a_fault_with_one(tmp_path: Path) -> None:
     assert authentication_finding({}, tmp_path).level == "ok"
     finding = authentication_finding({"RAY_AUTH_MODE": "token", "RAY_ADDRESS": "auto"}, tmp_path)
     assert finding.level == "fault" and "RAY_AUTH_TOKEN_PATH" in finding.advice
@@ -100,7 +100,7 @@ def test_a_folder_that_is_a_file_cannot_be_written(recipe: Recipe, tmp_path: Pat
     assert finding.level == "fault" and "cannot be written" in finding.found and "--output_dir" in finding.advice
 
 
-def test_a_run_of_the_same_name_is_told_and_one_that_is_alive_is_a_fault(recipe: Recipe) -> None:
+def test_a_run_of_the_same_name_is_reported_and_one_that_is_alive_is_a_fault(recipe: Recipe) -> None:
     folder = RunFolder(recipe.run_path())
     folder.create()
     folder.write_recipe(recipe.model_dump())
@@ -112,7 +112,7 @@ def test_a_run_of_the_same_name_is_told_and_one_that_is_alive_is_a_fault(recipe:
     assert sorted(folder.storage.names()) == ["recipe.toml"]
 
 
-def test_a_checkpoint_has_each_version_and_two_moments(recipe: Recipe) -> None:
+def test_a_checkpoint_has_each_version_and_the_optimizer_state(recipe: Recipe) -> None:
     numbers = plan_of(recipe)
     lagging = recipe.model_copy(update={"max_policy_lag": 2})
     assert checkpoint_bytes(lagging, numbers) == 5 * 4 * numbers.sizes.trained_parameters
@@ -131,7 +131,7 @@ def test_an_actor_without_a_gpu_cannot_compute_on_cuda(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize(("mode", "level"), [("offline", "ok"), ("disabled", "ok"), (None, "warning")])
-def test_wandb_without_a_login_is_told_unless_it_is_asked_for(
+def test_wandb_without_a_login_is_reported_unless_it_is_asked_for(
     mode: str | None, level: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -160,7 +160,7 @@ def test_what_the_hub_would_give_is_a_warning(
     assert "openai/clip-vit-large-patch14" in findings[0].found and "aesthetic-model.pth" in findings[1].found
 
 
-def test_a_reward_whose_weights_are_there_is_loaded_and_a_damaged_one_told(tmp_path: Path) -> None:
+def test_a_reward_whose_weights_are_there_is_loaded_and_a_damaged_one_reported(tmp_path: Path) -> None:
     clip, head = save_tiny_clip(tmp_path / "clip"), save_tiny_head(tmp_path / "head.safetensors")
     reward = Aesthetic(clip=str(clip), head=str(head))
     assert [finding.level for finding in reward_findings("reward", "aesthetic", reward)] == ["ok"]
@@ -169,7 +169,9 @@ def test_a_reward_whose_weights_are_there_is_loaded_and_a_damaged_one_told(tmp_p
     assert finding.level == "fault" and "is damaged" in finding.found
 
 
-def test_a_function_is_imported_and_one_that_cannot_be_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_is_imported_and_one_that_cannot_be_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert (
         reward_findings("reward", "function", FunctionReward(path="tests.user_functions:brightness"))[0].level == "ok"
     )

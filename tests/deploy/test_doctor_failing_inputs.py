@@ -1,4 +1,4 @@
-"""ddpo doctor on inputs that a run fails with: a fault line with the cause, exit code 1, never a traceback, never "ok"."""
+"""ddpo doctor on inputs that fail in a run: a fault with the cause, exit code 1, no traceback, no "ok"."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""ddpo doctor, plan and train on model folders that cannot be loaded: one line with the cause, and never a traceback."""
+"""ddpo doctor, plan and train on invalid model folders: one line with the cause, no traceback."""
 
 import shutil
 from pathlib import Path

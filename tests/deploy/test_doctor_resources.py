@@ -1,4 +1,4 @@
-"""Places for actors and bytes for roles, laid out by hand."""
+"""Resources of actors and memory of roles, with numbers by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_fewer_samplers_than_asked_for_are_a_warning_with_how_many_of_how_many(t
     assert "lacks GPU (at most 0 free)" in found["samplers"].found and "samplers.count" in found["samplers"].advice
 
 
-def test_a_role_without_a_place_for_one_or_for_its_least_is_a_fault_that_names_what_lacks(tables: dict) -> None:
+def test_a_role_without_enough_resources_is_a_fault_that_names_them(tables: dict) -> None:
     recipe = with_roles(tables, samplers={"resources": {"sampler": 1}}, reward_workers={"count": 3, "min": 3})
     found = by_subject(place_findings(roles_of(recipe), [{"CPU": 3}]))
     assert found["samplers"].level == "fault" and "lacks sampler (at most 0 free)" in found["samplers"].found
@@ -110,7 +110,7 @@ def numbers(recipe: Recipe) -> Plan:
 
 
 @pytest.mark.parametrize(("free", "level"), [(30, "ok"), (17, "warning"), (14, "fault")])
-def test_memory_that_is_nearly_or_not_enough_is_told(recipe: Recipe, numbers: Plan, free: int, level: str) -> None:
+def test_memory_that_is_nearly_or_not_enough_is_reported(recipe: Recipe, numbers: Plan, free: int, level: str) -> None:
     # 8 + 4 + 1 GB, and the libraries of three actors and the driver.
     assert 4 * LIBRARY_BYTES == 1.8 * GIGABYTE
     finding = by_subject(memory_findings(recipe, numbers, FreeMemory(free * GIGABYTE, ())))["memory"]

@@ -1,4 +1,4 @@
-"""What the machine around a run lacks: a network for wandb, a cluster where RAY_ADDRESS points, a short path for sockets."""
+"""Runs without a network for wandb, without the cluster of RAY_ADDRESS, or with a long path for sockets."""
 
 import http.server
 import socket
@@ -169,7 +169,7 @@ def test_the_longest_folder_that_is_accepted_leaves_room_for_rays_longest_socket
 
 
 @pytest.mark.parametrize("verb", ["train", "doctor"])
-def test_a_cluster_that_nobody_answers_for_is_named_at_once(
+def test_a_cluster_that_does_not_answer_is_named_at_once(
     verb: str,
     recipe_file: Path,
     no_cluster: None,

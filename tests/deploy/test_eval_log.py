@@ -1,4 +1,4 @@
-"""The evaluation log: results come back, a version interrupted by a kill is absent, and NaN is null."""
+"""EvalLog returns what was written, without a version that a kill cut off; NaN is null."""
 
 import json
 from pathlib import Path

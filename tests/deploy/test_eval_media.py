@@ -1,4 +1,4 @@
-"""What trackers are shown of an evaluation: pairs of the same noise with captions, a table, and the scores themselves."""
+"""Media of an evaluation: pairs of the same noise with captions, a table, and the scores."""
 
 import math
 
@@ -18,7 +18,7 @@ IMAGES = EvalResult(
 )
 
 
-def test_as_many_pairs_as_there_are_pictures_of_before() -> None:
+def test_there_are_as_many_pairs_as_images_before() -> None:
     black = np.zeros((2, 2, 3), np.uint8)
     shown = eval_media(4, IMAGES, [black, black], np.array([0.5, 2.5, 0.0]))
     first, second = shown.images["evaluation"]
@@ -34,6 +34,6 @@ def test_as_many_pairs_as_there_are_pictures_of_before() -> None:
     assert shown.histograms["evaluation/beauty"].tolist() == [0.5, 0.25] and shown.round == 4
 
 
-def test_without_pictures_there_are_only_the_scores() -> None:
+def test_without_images_there_are_only_the_scores() -> None:
     shown = eval_media(4, IMAGES, [], np.zeros(3))
     assert not shown.images and not shown.tables and shown.histograms["evaluation/reward"].tolist() == [1, 2, 4]

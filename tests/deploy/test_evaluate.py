@@ -31,7 +31,7 @@ def figures_in(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("trained", ["lora", pytest.param("full", marks=pytest.mark.thorough)])
-def test_a_run_against_the_pretrained_model_has_the_figures_and_pictures_of_its_report(
+def test_a_run_against_the_pretrained_model_gives_the_results_of_its_report(
     trained: str, tables: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     tables["policy"] |= {"train": trained}
@@ -60,7 +60,7 @@ def test_a_run_against_the_pretrained_model_has_the_figures_and_pictures_of_its_
     assert len(np.unique(np.asarray(Image.open(output / "images.png")))) > 50
 
 
-def test_two_runs_are_held_against_each_other_and_against_a_lora_of_another_rank(tables: dict, tmp_path: Path) -> None:
+def test_two_runs_are_compared_with_each_other_and_a_lora_of_another_rank(tables: dict, tmp_path: Path) -> None:
     first, second = run_of(tables, "one"), run_of(tables, "two", seed=5)
     wide = run_of({**tables, "policy": {**tables["policy"], "lora": {"rank": 8, "alpha": 8}}}, "wide") / "lora"
     both, reverse = tmp_path / "both", tmp_path / "reverse"
@@ -97,7 +97,7 @@ def _change(folder: Path, run: Path) -> float:
         (["{run}", "--evaluation.image", "4"], "evaluation.image"),
     ],
 )
-def test_what_cannot_be_compared_is_said_before_anything_is_drawn(
+def test_weights_that_cannot_be_compared_are_refused_before_sampling(
     named: list[str], says: str, tables: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     places = {"run": str(run_of(tables, "one")), "other": ""}

@@ -1,4 +1,4 @@
-"""How the images of a result were sampled is said and kept with it, and no result is written over another."""
+"""Sampling settings are printed and saved with a result, and no result overwrites another."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Evaluating beside training, in one process: it changes no bit, says the same after a resume, and the guard acts on it."""
+"""Evaluation beside training in one process changes no bits, is equal after a resume, and drives the guard."""
 
 import json
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def test_on_or_off_the_weights_are_the_same_bits(tables: dict, lag: int, read_in
     assert of_on == of_off
 
 
-def test_its_figures_hold_the_version_against_the_pretrained_model(tables: dict) -> None:
+def test_its_log_compares_the_version_with_the_pretrained_model(tables: dict) -> None:
     run = run_of(tables, "run", evaluation=EVALUATION, guard={"best_by": "brightness"})
     first, *_, last = figures(run)
     log = EvalLog(Storage(run))

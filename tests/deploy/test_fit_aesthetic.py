@@ -1,4 +1,4 @@
-"""ddpo fit-aesthetic end to end on images with a known rating, with a tiny CLIP; and its head as the reward by its path."""
+"""ddpo fit-aesthetic end to end on images with known ratings and a tiny CLIP, and its head as a reward."""
 
 import csv
 import json
@@ -11,12 +11,12 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from tests.rated_images import save_images, write_csv, write_ratings
 
 from ray_ddpo import cli
 from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.deploy.commands.fit_aesthetic.calibration import calibration_bins, calibration_chart
+from tests.rated_images import save_images, write_csv, write_ratings
 from tests.tiny_clip import save_tiny_clip
 
 FILES = {
@@ -56,7 +56,7 @@ def metrics(output: Path) -> dict:
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp", pytest.param("mlp-relu", marks=pytest.mark.thorough)])
-def test_a_known_taste_is_recovered_on_pictures_that_were_not_fitted_on(
+def test_a_known_taste_is_recovered_on_images_that_were_not_fitted_on(
     rated: tuple[Path, dict[str, float]], table: Path, clip: Path, tmp_path: Path, head: str
 ) -> None:
     assert fit(rated[0], table, clip, tmp_path / "out", "--head", head, "--batch-size", "32", "--test", "0.2") == 0
@@ -96,7 +96,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_a_different_head(
     assert not np.array_equal(one, other)
 
 
-def test_broken_pictures_are_listed_counted_and_left_out(
+def test_broken_images_are_listed_counted_and_left_out(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     ratings = save_images(tmp_path / "images", 60)
@@ -133,9 +133,7 @@ def test_ava_with_its_official_list(clip: Path, tmp_path: Path) -> None:
     assert metrics(tmp_path / "out")["splits"]["test"]["srcc"] > 0.6
 
 
-def test_pictures_that_are_added_are_embedded_beside_the_others_and_move_none_between_splits(
-    clip: Path, tmp_path: Path
-) -> None:
+def test_added_images_are_embedded_and_move_no_other_image_between_splits(clip: Path, tmp_path: Path) -> None:
     ratings = save_images(tmp_path / "images", 80)
     few = dict(list(ratings.items())[20:])
     splits = []
@@ -205,7 +203,7 @@ def test_the_bins_of_the_calibration_by_hand() -> None:
     assert bins.standard_error == pytest.approx([7**-0.5] * 2)
 
 
-def test_the_calibration_picture_shows_its_pictures() -> None:
+def test_the_calibration_chart_shows_its_images() -> None:
     generator = np.random.default_rng(0)
     true = generator.normal(5, 1, 300)
     good, bad = (calibration_chart(true + generator.normal(0, noise, 300), true, "test") for noise in (0.1, 2.0))

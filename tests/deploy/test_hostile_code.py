@@ -1,4 +1,4 @@
-"""A user's code, prompts and files at their worst: still one line that names them, and no run's results are lost."""
+"""Hostile user code, prompts and files: one line that names them, and no results are lost."""
 
 import shutil
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_a_run_that_lost_its_recipe_or_checkpoints_is_not_written_over(
     assert committed_checkpoints(folder.checkpoints) == [name]
 
 
-def test_a_long_or_steering_message_does_not_reach_the_terminal_whole() -> None:
+def test_a_long_or_control_message_does_not_reach_the_terminal_unchanged() -> None:
     shown = cli._without_passwords("\x1b[31mred\u202e " + "x" * 5_000_000 + "\nsecond line")
     assert len(shown) < 3000 and "\x1b" not in shown and "\u202e" not in shown and shown.endswith("…\nsecond line")
 

@@ -1,4 +1,4 @@
-"""KubeRay's and the Prometheus operator's files have the fields that these know, of the types that they take."""
+"""Files for KubeRay and the Prometheus operator have known fields with valid types."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Prompts in report images: readable where a font of this machine has their letters, else a number; never boxes."""
+"""Prompts in report images: readable if a font has their letters, else a number; never boxes."""
 
 import warnings
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What linters and published schemas say of the files in deploy/, and that each of them says something of a bad one."""
+"""Linters and published schemas accept the files in deploy/, and each of them rejects a bad file."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""LoRA files on the command line: shown with as plain diffusers samples, or refused by name with exit code 2."""
+"""LoRA files on the command line: sampled as by plain diffusers, or refused by name with exit code 2."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def sampled(home: Path, lora: Path, name: str) -> int:
     return cli.main(["sample", *words, "cat"])
 
 
-def test_sample_draws_plain_diffusers_image_with_a_lora_of_kohyas(
+def test_sample_gives_plain_diffusers_image_with_a_lora_of_kohyas(
     home: Path, pipeline: StableDiffusionPipeline, tiny_model: Path, capsys: pytest.CaptureFixture
 ) -> None:
     path = kohya(pipeline, "stable_diffusion", home / "kohya")
@@ -67,7 +67,7 @@ def test_sample_draws_plain_diffusers_image_with_a_lora_of_kohyas(
     assert_accepted("a LoRA that this program has not trained, in `ddpo sample` and `ddpo evaluate`")
 
 
-def test_alphas_that_diffusers_makes_one_are_told(
+def test_alphas_that_diffusers_makes_one_are_reported(
     home: Path, pipeline: StableDiffusionPipeline, capsys: pytest.CaptureFixture
 ) -> None:
     tensors = load_file(kohya(pipeline, "stable_diffusion", home / "alphas"))

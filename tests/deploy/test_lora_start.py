@@ -1,4 +1,4 @@
-"""`policy.lora.path`: a run begins with a trained LoRA's adapters, resumes to the same bits, and knows the file again."""
+"""`policy.lora.path`: a run starts from a LoRA, resumes to the same bits, and recognizes the file."""
 
 from pathlib import Path
 from typing import Any

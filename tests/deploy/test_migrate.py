@@ -1,4 +1,4 @@
-"""ddpo migrate: every field of TRL's DDPOConfig has its place in a recipe or its reason, and the recipe trains."""
+"""ddpo migrate: every field of TRL's DDPOConfig has a recipe key or a reason, and the recipe trains."""
 
 import json
 import tomllib
@@ -173,7 +173,7 @@ def test_a_negative_prompt_is_carried_over() -> None:
     assert "negative_prompt" not in migrate({"negative_prompts": ""}, SD15).tables["sampling"]
 
 
-def test_guidance_below_1_is_none_as_trl_draws() -> None:
+def test_guidance_below_1_is_none_as_in_trl() -> None:
     assert migrate({"sample_guidance_scale": 0.5}, SD15).tables["sampling"]["guidance_scale"] == 1
 
 

@@ -1,4 +1,4 @@
-"""What a recipe says of numerics on GPUs: TF32, batch rows, and roles that do not fit together. No GPU is needed."""
+"""Recipe keys for numerics on GPUs: TF32, batch sizes, and roles that need too many GPUs. Runs without a GPU."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from ray_ddpo.common.runtime import settle
 from ray_ddpo.deploy.commands.doctor.resources import place_findings, roles_of
 from ray_ddpo.deploy.driver import workers
 from ray_ddpo.deploy.driver.components import Components, components_of
-from ray_ddpo.deploy.driver.numerics_rows import rows_note
+from ray_ddpo.deploy.driver.numerics_notes import rows_note
 from ray_ddpo.learner.checkpoints.resume import _differences
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.deploy.manifests import ROOT
@@ -35,7 +35,7 @@ def test_tf32_is_off_or_on_in_convolutions_and_matrix_products_alike(tf32: bool,
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
 
 
-def test_a_run_from_before_the_key_goes_on() -> None:
+def test_a_run_from_before_the_key_resumes() -> None:
     assert _differences({"runtime": {"threads": 1}}, {"runtime": {"threads": 1, "tf32": False}}, []) == []
     assert _differences({"runtime": {"tf32": True}}, {"runtime": {"tf32": False}}, [])
 
@@ -45,7 +45,7 @@ def parts_of_tables(tables: dict, **changes: Any) -> Components:
     return components_of(Recipe.parse({**tables, **gpus, **changes}))
 
 
-def test_batches_of_different_rows_in_half_precision_are_told_of(tables: dict) -> None:
+def test_batches_of_different_rows_in_half_precision_are_reported(tables: dict) -> None:
     assert_accepted("different batch rows of sampler and learner on a GPU, in half precision")
     note = rows_note(parts_of_tables(tables))
     assert note and "learner.micro_batch_size is 8 and sampling.batch_size 4" in note and 'ratio = "proximal"' in note
@@ -75,10 +75,10 @@ def test_roles_that_do_not_fit_together_are_refused_at_once(tables: dict, monkey
     monkeypatch.setattr(ray, "cluster_resources", lambda: node)
     monkeypatch.setattr(workers, "attaches", lambda: False)
     with pytest.raises(ValueError, match="4.1 GPUs = learner 0.9") as refused:
-        workers._refuse_what_does_not_fit_together(recipe)
+        workers._refuse_too_many_gpus(recipe)
     assert_refused("roles that ask for more GPUs together than the machine has", f"ddpo train: {refused.value}")
     less = recipe.model_copy(update={"learner": recipe.learner.model_copy(update={"num_gpus": 0.8})})
-    workers._refuse_what_does_not_fit_together(less)
+    workers._refuse_too_many_gpus(less)
 
 
 def test_the_families_recipes_fit_on_the_gpus_that_they_name() -> None:

@@ -1,4 +1,4 @@
-"""What a user is told, once, of machines of different kinds and of rounding between samplers and learner."""
+"""Notes, printed once, on machines of different kinds and on rounding between samplers and learner."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What `ddpo plan` prints is what a run does, and what the lineage's tables say."""
+"""`ddpo plan` agrees with a run, and with the published tables."""
 
 import dataclasses
 import re
@@ -58,7 +58,7 @@ def test_stable_diffusion_1_5_has_the_numbers_of_ddpo_pytorch() -> None:
 def test_the_single_gpu_recipe_fits_the_gpu_it_names() -> None:
     recipe = Recipe.load(RECIPES / "sd15_aesthetic.toml")
     text, numbers = plan(recipe), plan_of(recipe)
-    # Half precision: CLIP ViT-L/14's image tower for the aesthetic head; the same and the text tower, 427,616,513 in all.
+    # Half precision: CLIP ViT-L/14's image tower for the aesthetic head; with the text tower 427,616,513 in all.
     assert numbers.reward_worker_bytes == {"reward_workers": 2 * 303_966_208, "evaluation.workers": 2 * 427_616_513}
     together = numbers.learner_bytes + numbers.sampler_bytes + sum(numbers.reward_worker_bytes.values())
     assert 14e9 < together < 40e9  # of the smaller A100
@@ -112,7 +112,7 @@ def test_each_of_several_ranks_has_its_share_memory_and_gpu() -> None:
     text, numbers, before = plan(two), plan_of(two), plan_of(one)
     assert numbers.pairs_per_step == before.pairs_per_step == 2 * numbers.pairs_per_rank
     assert numbers.forward_passes == before.forward_passes
-    # A rank has its gradients a second time, in the buffer in which they are summed up; of a whole network, a part of them.
+    # A rank has its gradients twice, because they are summed in a buffer; with full fine-tuning, a part of them.
     assert numbers.reduced_bytes == 4 * 797_184 == numbers.learner_bytes - before.learner_bytes
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
     images, pairs = numbers.images_per_step, numbers.pairs_per_step

@@ -1,4 +1,4 @@
-"""ddpo push against a hub on this machine: what is uploaded, that it loads, that it is the run's; and no token is seen."""
+"""ddpo push to a local hub: the uploaded files load, are the run's, and contain no token."""
 
 import io
 import json
@@ -92,7 +92,7 @@ def test_the_card_tells_what_was_done_and_found(run: Path, served: tuple[str, Hu
     assert published.model_dump(exclude=private) == ours.model_dump(exclude=private)
 
 
-def test_the_cards_program_draws_the_pictures_of_ddpo_sample(
+def test_the_cards_program_samples_the_images_of_ddpo_sample(
     run: Path, served: tuple[str, Hub], tmp_path: Path
 ) -> None:
     url, held = served
@@ -172,7 +172,7 @@ def test_weights_that_are_not_the_runs_are_not_published(
     assert "the run has gone on and not ended" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_report_with_another_scorer_is_told_as_it_is(run: Path, tmp_path: Path) -> None:
+def test_a_report_with_another_scorer_is_reported_as_it_is(run: Path, tmp_path: Path) -> None:
     summary = run / "report" / "summary.json"
     ours = summary.read_text()
     told = json.loads(ours)
@@ -219,7 +219,7 @@ def test_a_hub_in_trouble_after_training_costs_nothing(
     assert "weights are those of version 0" in files["README.md"].decode()
 
 
-def test_a_whole_network_is_published_in_its_folder_and_loads(
+def test_a_full_network_is_published_in_its_folder_and_loads(
     online: Hub, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = {"name": "stable_diffusion", "model": str(tiny_model), "train": "full"}

@@ -1,4 +1,4 @@
-"""What of publishing is refused, and when: before anything is trained, and never with the token in the words."""
+"""Refusals of publishing: before any training, and never with the token in the message."""
 
 import os
 import time
@@ -74,7 +74,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(
     assert "not pushed: the hub does not answer as it should: ReadTimeout" in capsys.readouterr().err
 
 
-def test_nobody_there_is_exit_code_3_of_push(
+def test_a_hub_that_does_not_answer_is_exit_code_3_of_push(
     online: Hub, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     recipe_file(tmp_path, tiny_model)
@@ -97,7 +97,7 @@ def test_the_doctor_says_who_may_publish_and_makes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("model", "push", "license", "base"),
+    ("model", "push", "license_id", "base"),
     [
         ("tiny_animals", {}, "apache-2.0", None),
         (
@@ -116,9 +116,9 @@ def test_the_doctor_says_who_may_publish_and_makes_nothing(
     ],
 )
 def test_licence_and_base_model_follow_from_the_model(
-    model: str, push: dict, license: str, base: str | None, tmp_path: Path
+    model: str, push: dict, license_id: str, base: str | None, tmp_path: Path
 ) -> None:
     recipe = Recipe.load(
         recipe_file(tmp_path, tmp_path, policy={"name": "stable_diffusion", "model": model}, push=push)
     )
-    assert (license_of(recipe), base_model(recipe)) == (license, base)
+    assert (license_of(recipe), base_model(recipe)) == (license_id, base)

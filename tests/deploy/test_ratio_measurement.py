@@ -1,4 +1,4 @@
-"""What is measured is what sampler and learner do: the same bits in float32, and rounding as its definition says."""
+"""The measured ratio noise is that of sampler and learner: equal bits in float32, else rounding."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def test_rounding_after_scoring_moves_the_ratio_and_bfloat16_more_than_float16(t
     assert share_outside(brain.log_ratios, 1e-3) > share_outside(half.log_ratios, 1e-3)
 
 
-def test_a_recipe_in_half_precision_is_compared_with_its_own_rounding_of_a_float32_path(tables: dict[str, Any]) -> None:
+def test_half_precision_is_compared_with_its_rounding_of_a_float32_trajectory(tables: dict[str, Any]) -> None:
     recipe = Recipe.parse({**tables, "sampling": {**tables["sampling"], "latents_dtype": "bfloat16"}})
     sampled = sample_some(recipe)
     assert (sampled.as_stored.latents.dtype, sampled.in_float32.latents.dtype) == (torch.bfloat16, torch.float32)
@@ -54,7 +54,7 @@ def test_a_recipe_in_half_precision_is_compared_with_its_own_rounding_of_a_float
     assert [one.name for one in noise.comparisons if one.kind == "rounded"] == ["rounded to bfloat16 once scored"]
 
 
-def test_the_comparison_with_what_was_drawn_sees_other_weights(tables: dict[str, Any]) -> None:
+def test_the_comparison_with_the_sampler_sees_other_weights(tables: dict[str, Any]) -> None:
     sampled = sample_some(Recipe.parse(tables))
     moved = tiny_policy(tables["policy"]["model"], "learner")  # its adapters are not those that sampled
     assert np.abs((score(moved, sampled.as_stored) - sampled.as_stored.log_probs).numpy()).max() > 1e-4

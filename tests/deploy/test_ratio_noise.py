@@ -1,4 +1,4 @@
-"""The ratio's noise in its units, its thresholds and what is advised, with numbers worked out by hand."""
+"""Units, thresholds and advice for the noise of the ratio, with numbers by hand."""
 
 import io
 from dataclasses import replace
@@ -36,7 +36,7 @@ def noise(*comparisons: RatioComparison, sensitivity: dict[int, float] | None = 
     return Noise(comparisons, (), 16_384, sensitivity or {}, "cpu")
 
 
-def test_six_thousandths_are_sixty_clip_ranges_and_98_nats_of_stable_diffusions_latents() -> None:
+def test_six_thousandths_are_sixty_clip_ranges_and_98_nats() -> None:
     ((name, clips, nats, _),) = table_rows(noise(compared([[0.0, -6e-3], [1e-3, 0.0]])), CLIP)
     assert (name, float(clips), float(nats)) == ("micro-batches", 60, 98)
     assert in_nats(6e-3, 16_384) == pytest.approx(98.304)
@@ -52,9 +52,7 @@ def test_a_clip_given_in_nats_is_brought_to_the_scale_of_log_prob_and_none_stays
     assert clip_range(DDPOScoreFunction(), 16_384) is None
 
 
-def test_what_lies_between_sampler_and_learner_uses_up_no_clip_where_the_ratio_is_to_the_learners_own_log_probs() -> (
-    None
-):
+def test_noise_uses_up_no_clip_range_with_proximal_log_probs() -> None:
     own = DDPOImportanceSampling.model_validate({"clip_range": 1e-4, "off_policy": {"ratio": "proximal"}})
     clip = clip_range(own, 16_384)
     (finding,) = noise_findings(noise(compared([[0.0, 6e-3]])), clip, SAMPLING)
@@ -88,7 +86,7 @@ def test_without_a_clip_only_nats_are_printed_and_nothing_is_judged_by_it() -> N
         (1e-4, "fault", "1 clip"),
     ],
 )
-def test_a_tenth_of_the_clip_range_is_a_warning_and_a_whole_one_a_fault(largest: float, level: str, words: str) -> None:
+def test_a_tenth_of_the_clip_range_is_a_warning_and_a_full_one_a_fault(largest: float, level: str, words: str) -> None:
     (finding,) = noise_findings(noise(compared([[0.0, largest]])), CLIP, SAMPLING)
     assert finding.level == level and words in finding.found
     assert bool(finding.advice) == (level != "ok")
@@ -126,9 +124,7 @@ def test_a_share_counts_the_ratios_outside_one_plus_or_minus_the_clip() -> None:
 
 
 @pytest.mark.parametrize(("outside", "level"), [(0, "ok"), (1, "warning")])
-def test_half_precision_latents_are_diagnosed_by_the_share_that_rounding_alone_would_clip(
-    outside: int, level: str
-) -> None:
+def test_half_precision_latents_are_judged_by_the_share_that_rounding_clips(outside: int, level: str) -> None:
     rounded = compared([[2e-4] * outside + [0.0] * (50 - outside)], "rounded", "rounded to bfloat16 once scored")
     sampling = SamplingTable(num_steps=51, latents_dtype="bfloat16")
     ratio, latents = noise_findings(noise(compared([[0.0] * 50]), rounded), CLIP, sampling)

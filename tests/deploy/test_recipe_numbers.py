@@ -1,4 +1,4 @@
-"""Every number in a recipe with values that people mistype: refused in one line with the key, or a plan that makes sense."""
+"""Mistyped numbers in a recipe: refused in one line with the key, or a plan that makes sense."""
 
 import math
 import re
@@ -26,7 +26,7 @@ Place = tuple[str, ...]
 
 
 def number_keys(model: type[BaseModel], table: Any, place: Place = ()) -> Iterator[Place]:
-    """Yield the place of every key that takes a number, in a recipe's tables and in those of the components they name."""
+    """Yield the path of every key that takes a number, in a recipe's tables and those of its components."""
     fields = dict(model.model_fields)
     table = table if isinstance(table, dict) else {}
     if issubclass(model, ComponentTable) and model.__name__ in REGISTRIES and "name" in table:

@@ -1,4 +1,4 @@
-"""A recipe that is given in the place of a run, a run in the place of a recipe: every verb says which of them it needs."""
+"""A recipe in place of a run, or a run in place of a recipe: every verb says which one it needs."""
 
 import re
 from pathlib import Path

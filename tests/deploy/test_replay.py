@@ -1,4 +1,4 @@
-"""ddpo replay: a round re-sampled is the round that was learned from, and whatever is not says so."""
+"""ddpo replay: a round sampled again equals the trained round, and differences are reported."""
 
 import json
 from collections.abc import Callable
@@ -28,15 +28,15 @@ def run(tables: dict, tmp_path: Path) -> RunFolder:
     return RunFolder(recipe.run_path())
 
 
-def replayed(folder: RunFolder, round: int, capsys: pytest.CaptureFixture, *overrides: str) -> tuple[int, str]:
+def replayed(folder: RunFolder, round_index: int, capsys: pytest.CaptureFixture, *overrides: str) -> tuple[int, str]:
     """The exit code, and what was printed."""
-    code = cli.main(["replay", folder.location, "--round", str(round), *overrides])
+    code = cli.main(["replay", folder.location, "--round", str(round_index), *overrides])
     return code, "".join(capsys.readouterr())
 
 
-def alter(folder: RunFolder, round: int, change: Callable[[list[dict]], None]) -> None:
+def alter(folder: RunFolder, round_index: int, change: Callable[[list[dict]], None]) -> None:
     """Change a round's rows in the ledger."""
-    path = Path(folder.location) / f"rollouts/round={round:06d}/images.parquet"
+    path = Path(folder.location) / f"rollouts/round={round_index:06d}/images.parquet"
     table = parquet.ParquetFile(path).read()
     rows = table.to_pylist()
     change(rows)
@@ -46,16 +46,16 @@ def alter(folder: RunFolder, round: int, change: Callable[[list[dict]], None]) -
 def test_a_run_writes_every_round_into_its_ledger(run: RunFolder, recipe: Recipe) -> None:
     ledger = Ledger(run.storage, recipe.rollouts)
     assert ledger.rounds() == [0, 1, 2]
-    versions = [ledger.read(round).to_pydict()["policy_version"][0] for round in range(3)]
+    versions = [ledger.read(round_index).to_pydict()["policy_version"][0] for round_index in range(3)]
     assert versions == [0, 0, 1] and ledger.read(1).num_rows == recipe.images_per_round
-    assert ["pixels" in ledger.read(round).column_names for round in range(3)] == [True, False, True]
+    assert ["pixels" in ledger.read(round_index).column_names for round_index in range(3)] == [True, False, True]
     for row in ledger.read(2).to_pylist():
         at = int(row["prompt"].removeprefix("cat "))
         assert json.loads(row["metadata"]) == {"bonus": at, "about": {"boxes": [[at, 0.1]]}}
         assert row["reward"] == len(row["prompt"]) + at, "the reward function had the metadata"
 
 
-def test_metadata_that_is_another_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_metadata_that_is_another_is_reported(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     def change(rows: list[dict]) -> None:
         rows[1]["metadata"] = "{}"
 
@@ -64,12 +64,12 @@ def test_metadata_that_is_another_is_told(run: RunFolder, capsys: pytest.Capture
     assert code == 1 and text.startswith("image 1: metadata is '{}' in the ledger, and ")
 
 
-def test_a_round_drawn_again_is_equal_image_by_image(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_a_round_sampled_again_is_equal_image_by_image(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     code, text = replayed(run, 2, capsys)
     assert code == 0 and text == "round 2, re-sampled with policy version 1: all 8 images are equal\n"
 
 
-def test_an_image_that_is_another_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_an_image_that_is_another_is_reported(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     def change(rows: list[dict]) -> None:
         rows[5]["image_fingerprint"] = "f" * 64
 
@@ -81,7 +81,7 @@ def test_an_image_that_is_another_is_told(run: RunFolder, capsys: pytest.Capture
 
 
 @pytest.mark.thorough
-def test_a_seed_that_is_not_the_schedules_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_a_seed_that_is_not_the_schedules_is_reported(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     def change(rows: list[dict]) -> None:
         rows[3]["seed"] += 4
 
@@ -91,7 +91,7 @@ def test_a_seed_that_is_not_the_schedules_is_told(run: RunFolder, capsys: pytest
 
 
 @pytest.mark.thorough
-def test_weights_that_are_not_the_checkpoints_are_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_weights_that_are_not_the_checkpoints_are_reported(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     def change(rows: list[dict]) -> None:
         for row in rows:
             row["fingerprint"] = "e" * 64
@@ -103,20 +103,22 @@ def test_weights_that_are_not_the_checkpoints_are_told(run: RunFolder, capsys: p
 
 
 @pytest.mark.thorough
-def test_a_recipe_that_draws_otherwise_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_a_recipe_that_samples_otherwise_is_reported(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     code, text = replayed(run, 2, capsys, "--sampling.guidance_scale", "2.5")
     assert code == 1 and "8 of 8 images differ" in text
 
 
 @pytest.mark.thorough
-def test_weights_that_were_not_kept_are_told_with_those_that_are(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_weights_that_were_not_kept_are_reported_with_those_that_are(
+    run: RunFolder, capsys: pytest.CaptureFixture
+) -> None:
     code, text = replayed(run, 0, capsys)
     assert code == 2 and "round 0 was sampled with policy version 0, which no checkpoint in" in text
     assert "(round-000003 has [2, 3]; round-000002 has [1, 2])" in text and "larger checkpoint.keep" in text
 
 
 @pytest.mark.thorough
-def test_a_round_that_the_ledger_does_not_have_is_told(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
+def test_a_round_that_the_ledger_does_not_have_is_reported(run: RunFolder, capsys: pytest.CaptureFixture) -> None:
     code, text = replayed(run, 7, capsys)
     assert code == 2 and "has no round 7: it has 3 rounds, 0 to 2" in text
     code, text = replayed(RunFolder(f"{run.location}/lora"), 7, capsys)

@@ -1,4 +1,4 @@
-"""The report's curves and its utilisation, against coordinates worked out by hand."""
+"""The report's curves and busy times, with coordinates by hand."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_a_long_run_is_averaged_and_says_so() -> None:
     assert made is not None and made.caption.endswith("mean of about 5 rounds") and made.curves[0].dots == []
 
 
-def test_only_what_was_logged_is_drawn() -> None:
+def test_only_logged_metrics_are_plotted() -> None:
     rounds = [logged(0), logged(1, clip_fraction=0.5)]
     titles = [chart.title for chart in charts.run_charts(rounds, ["a"])]
     assert titles == ["reward", "KL", "clip fraction", "seconds by part"]

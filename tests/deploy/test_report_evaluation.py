@@ -1,4 +1,4 @@
-"""What the report, and whoever asks for a run's weights, say of the evaluations along the way and of the guard."""
+"""Evaluations and the guard in the report, in `ddpo sample` and in `ddpo push`."""
 
 import base64
 import io
@@ -86,7 +86,7 @@ def test_one_version_alone_is_no_curve_and_a_calm_guard_says_so(recipe: Recipe) 
     assert told.sentences == ["The guard has found nothing."]
 
 
-def test_of_many_versions_a_few_are_shown_with_the_pictures_that_were_kept(recipe: Recipe) -> None:
+def test_a_few_of_many_versions_are_shown_with_their_saved_images(recipe: Recipe) -> None:
     folder = written(recipe, *(found(version, 10, 8, 20) for version in range(0, 40, 2)))
     rows = evaluation_section(folder, recipe).rows
     assert [row.policy_version for row in rows] == [0, 6, 10, 16, 22, 28, 32, 38]
@@ -119,5 +119,5 @@ def test_a_run_that_was_rolled_back_is_compared_by_the_weights_that_it_has(
     assert summary["reward_after"] == pytest.approx(summary["reward_before"])  # version 0 is the pretrained model
     page = (run / "report" / "report.html").read_text()
     assert "The guard has ended the run at version 2: the policy is" in page
-    assert "The run&#39;s weights are those of version 0." in page and "While it trained" in page
+    assert "The run&#39;s weights are those of version 0." in page and "During training" in page
     assert (run / "report" / "versions.png").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""report.html in a real browser: on a desk, on a phone, in the dark, on paper."""
+"""report.html in a real browser: desktop, phone, dark mode, print."""
 
 import io
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ def test_it_opens_without_a_complaint_and_asks_for_nothing_but_itself(opened: Pa
     assert {url for url in opened.requests if not url.startswith("data:")} == {report.as_uri()}
 
 
-def test_a_request_or_a_script_of_somebody_else_is_refused(opened: Page) -> None:
+def test_a_foreign_request_or_script_is_refused(opened: Page) -> None:
     opened.evaluate("void fetch('https://example.org/').catch(() => null)")
     opened.evaluate(
         "Object.assign(document.body.appendChild(document.createElement('script')), {textContent: 'stray = 1'})"
@@ -154,7 +154,7 @@ def test_it_is_dark_where_the_system_is(opened: Page, dark: bool) -> None:
     opened.set_dark(False)
 
 
-def test_on_paper_the_pictures_stand_side_by_side_and_light(opened: Page) -> None:
+def test_on_paper_the_images_stand_side_by_side_and_light(opened: Page) -> None:
     opened.set_dark(True)
     media = [{"name": "prefers-color-scheme", "value": "dark"}]
     opened.call("Emulation.setEmulatedMedia", media="print", features=media)
@@ -169,7 +169,7 @@ def test_on_paper_the_pictures_stand_side_by_side_and_light(opened: Page) -> Non
     opened.call("Emulation.setEmulatedMedia", media="", features=[])
 
 
-def test_without_its_script_the_pictures_stand_side_by_side(opened: Page, report: Path) -> None:
+def test_without_its_script_the_images_stand_side_by_side(opened: Page, report: Path) -> None:
     opened.call("Emulation.setScriptExecutionDisabled", value=True)
     try:
         opened.call("Page.reload")

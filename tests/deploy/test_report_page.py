@@ -1,4 +1,4 @@
-"""The page of `ddpo report`: it asks for nothing, nothing that a run brings becomes markup, and its figures by hand."""
+"""The page of `ddpo report`: no requests, no markup from a run, and numbers by hand."""
 
 import base64
 import io
@@ -79,17 +79,19 @@ def compared(
 def run_of(recipe: Recipe, rounds: int = 3) -> FinishedRun:
     folder = RunFolder(recipe.run_path())
     folder.write_recipe(build_components(recipe).resolved())
-    return FinishedRun(folder, recipe, [], [logged(round) for round in range(rounds)], "0123456789abcdef", rounds)
+    return FinishedRun(
+        folder, recipe, [], [logged(round_index) for round_index in range(rounds)], "0123456789abcdef", rounds
+    )
 
 
-def keep_rows(folder: RunFolder, round: int, rows: list[tuple[str, float | None, str | None]]) -> None:
+def keep_rows(folder: RunFolder, round_index: int, rows: list[tuple[str, float | None, str | None]]) -> None:
     """A round of a ledger, of prompt, reward and why it was dropped."""
     prompts, rewards, reasons = zip(*rows, strict=True)
     values = pa.array(rewards, pa.float64())
     columns = {"prompt": list(prompts), "reward": values, "reward/jpeg_compressibility": values}
     buffer = io.BytesIO()
     parquet.write_table(pa.table({**columns, "dropped": pa.array(reasons, pa.string())}), buffer)
-    folder.storage.write(f"rollouts/round={round:06d}/images.parquet", buffer.getvalue())
+    folder.storage.write(f"rollouts/round={round_index:06d}/images.parquet", buffer.getvalue())
 
 
 @pytest.fixture
@@ -100,8 +102,8 @@ def scored() -> EvalComparison:
 def test_nothing_that_a_run_brings_becomes_markup(tables: dict, scored: EvalComparison) -> None:
     tables["prompts"] = {"name": "texts", "texts": HOSTILE}
     run = run_of(Recipe.parse(tables))
-    for round in range(2):
-        keep_rows(run.folder, round, [(prompt, 1.0, None) for prompt in HOSTILE])
+    for round_index in range(2):
+        keep_rows(run.folder, round_index, [(prompt, 1.0, None) for prompt in HOSTILE])
     page = Markup(report_page(run, scored))
     assert page.of("script") == [(HERE / "page.js").read_text()]
     assert (page.count("script"), page.count("style"), page.count("pre")) == (1, 1, 1)
@@ -123,7 +125,7 @@ def test_the_page_asks_for_nothing_outside_itself(recipe: Recipe, scored: EvalCo
     assert "default-src 'none'; img-src data:; " in page
 
 
-def test_a_part_of_the_pictures_is_said_to_be_one(recipe: Recipe) -> None:
+def test_a_part_of_the_images_is_said_to_be_one(recipe: Recipe) -> None:
     of_forty = compared({"jpeg_compressibility": np.arange(40)}, {"jpeg_compressibility": np.arange(40) % 7})
     page = report_page(run_of(recipe), of_forty)
     assert "The first 36 of 40 held-out images" in page
@@ -140,7 +142,7 @@ def test_a_run_without_rows_or_with_one_round_has_a_page(recipe: Recipe, scored:
     assert any(f"in {'one round' if rounds == 1 else '2 rounds'} and" in text for text in page.of("p"))
 
 
-def test_versions_and_overrides_are_told(recipe: Recipe, scored: EvalComparison) -> None:
+def test_versions_and_overrides_are_reported(recipe: Recipe, scored: EvalComparison) -> None:
     run = run_of(recipe)
     text = run.folder.storage.read("recipe.toml").decode()
     assert dict(versions(text))["torch"] in text.splitlines()[1] and len(versions(text)) == 7
@@ -148,7 +150,7 @@ def test_versions_and_overrides_are_told(recipe: Recipe, scored: EvalComparison)
     assert "--evaluation.images 4" in page.of("code") and page.of("pre") == [text]
 
 
-def test_each_prompt_of_the_held_out_pictures_by_hand() -> None:
+def test_each_prompt_of_the_held_out_images_by_hand() -> None:
     comparison = compared({"a": [1, 2, 3, 5]}, {"a": [2, 2, math.nan, 4]}, prompts=("cat", "dog"))
     table = held_out_table(comparison, "a")
     # cat: 1 and 3 before, 2 and none after; dog: 2 and 5, then 2 and 4.
@@ -158,8 +160,8 @@ def test_each_prompt_of_the_held_out_pictures_by_hand() -> None:
 def test_each_prompt_learned_from_by_hand(recipe: Recipe) -> None:
     run = run_of(recipe)
     keep_rows(run.folder, 0, [("cat", 1.0, None), ("cat", 2.0, None), ("fox", 5.0, None), ("ant", 9.0, "its group's")])
-    for round in range(1, 7):
-        keep_rows(run.folder, round, [("owl", 100.0, None)])
+    for round_index in range(1, 7):
+        keep_rows(run.folder, round_index, [("owl", 100.0, None)])
     keep_rows(run.folder, 7, [("cat", 4.0, None), ("bee", 1.0, None), ("cat", None, "it gave nan")])
     table = training_table(Ledger(run.folder.storage, recipe.rollouts), "reward")
     assert table is not None and (table.before, table.after) == ("rounds 0–1", "rounds 6–7")
@@ -200,7 +202,7 @@ def test_without_any_weight_the_page_is_about_the_first_reward(tables: dict) -> 
     assert headline(floors) == "jpeg_compressibility"
 
 
-def test_pictures_that_could_not_be_scored_both_times_are_left_out() -> None:
+def test_images_that_could_not_be_scored_both_times_are_left_out() -> None:
     comparison = compared({"a": [1, math.nan, 3, 4]}, {"a": [2, 2, math.inf, 6]})
     before, after = paired(comparison, "a")
     assert (before.tolist(), after.tolist()) == ([1, 4], [2, 6])
@@ -239,7 +241,7 @@ def opened(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def test_a_small_picture_is_kept_exactly_and_a_large_one_made_smaller() -> None:
+def test_a_small_image_is_kept_exactly_and_a_large_one_made_smaller() -> None:
     small = np.random.default_rng(0).integers(0, 256, (64, 32, 3), np.uint8)
     assert np.array_equal(np.asarray(opened(data_uri(small))), small)
     large = data_uri(np.full((1024, 512, 3), 90, np.uint8))

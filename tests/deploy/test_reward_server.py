@@ -1,4 +1,4 @@
-"""The shipped reward service: what it refuses, what it says then, and that it goes on serving afterwards."""
+"""The reward service: refused requests with their replies, and service afterwards."""
 
 import base64
 import json
@@ -11,6 +11,7 @@ import httpx2
 import numpy as np
 import pytest
 
+from ray_ddpo.actors.rewards.function import FunctionReward
 from ray_ddpo.actors.rewards.http import Http, RewardServiceFailed
 from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -71,7 +72,7 @@ def test_a_body_that_is_no_json_object_is_refused(url: str, body: bytes) -> None
     refused(httpx2.post(f"{url}/v1/score", content=body), 422)
 
 
-def test_many_pictures_that_are_small_as_files_may_not_be_large_together(
+def test_many_images_that_are_small_as_files_may_not_be_large_together(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reward_service, "MAX_REQUEST_PIXELS", 2 * 64 - 1)
@@ -137,7 +138,7 @@ def test_a_connection_that_says_nothing_is_closed(url: str, monkeypatch: pytest.
         assert connection.recv(1) == b""
 
 
-def test_without_the_token_nothing_is_told() -> None:
+def test_without_the_token_every_request_is_refused() -> None:
     token = "s3cret-token"
     with serving(JpegCompressibility(), token=token) as url:
         for given in ({}, {"Authorization": "Bearer"}, {"Authorization": token}, {"Authorization": "Bearer s3cret"}):
@@ -159,12 +160,12 @@ def test_without_the_token_nothing_is_told() -> None:
         ("tests.user_functions:one_number_for_all", "one_number_for_all' returned float64 of shape ()"),
     ],
 )
-def test_a_reward_that_fails_is_told_as_the_services_fault(function: str, words: str) -> None:
+def test_a_reward_that_fails_is_reported_as_the_services_fault(function: str, words: str) -> None:
     with serving(FunctionReward(path=function)) as url:
         assert words in refused(httpx2.post(f"{url}/v1/score", json={**REQUEST, "prompts": ["bad"]}), 500)
 
 
-def test_a_picture_without_a_finite_score_is_null() -> None:
+def test_an_image_without_a_finite_score_is_null() -> None:
     with serving(FunctionReward(path="tests.faulty_rewards:not_finite_for_bad")) as url:
         twice = {name: values * 2 for name, values in REQUEST.items()} | {"prompts": ["bad", "good"]}
         assert httpx2.post(f"{url}/v1/score", json=twice).json() == {"scores": [None, 1.0]}
@@ -200,7 +201,7 @@ def test_which_reward_is_served_must_be_clear(tables: dict) -> None:
     server.server_close()
 
 
-def test_a_service_is_not_served_by_another_and_a_taken_port_is_told(recipe: Recipe, tables: dict) -> None:
+def test_a_service_is_not_served_by_another_and_a_taken_port_is_reported(recipe: Recipe, tables: dict) -> None:
     through = Recipe.parse({**tables, "reward": {"name": "http", "url": "http://127.0.0.1:8000"}})
     with pytest.raises(ValueError, match="itself asked for over HTTP"):
         reward_service.reward_server(through, None, Listening("127.0.0.1", 0, None))

@@ -1,4 +1,4 @@
-"""Roles' lines are marked in their processes, told apart from Ray's in the driver, and kept in the run's folder."""
+"""Roles mark their output lines; the driver separates them from Ray's and keeps them in the run's folder."""
 
 import io
 import threading
@@ -11,7 +11,7 @@ from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.deploy.driver.role_output import LabelledOutput, RoleOutput
 
 
-def test_each_whole_line_gets_the_label_and_a_progress_bar_its_last_state() -> None:
+def test_each_complete_line_gets_the_label_and_a_progress_bar_its_last_state() -> None:
     plain = io.StringIO()
     output = LabelledOutput(plain, "sampler-0")
     print("one", "two", file=output)

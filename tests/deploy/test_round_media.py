@@ -1,4 +1,4 @@
-"""What trackers are shown of a round, by hand; and in a run, where it changes no bit and is the same in any place."""
+"""Media of a round, by hand and in a run, where they change no bits."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ ROUND = [
 BATCH = TrainBatch(3, tuple(each.report for each in ROUND), np.array([-2.0, 0.0, -1.0, np.nan, 2.0, 1.0]), dropped=(3,))
 
 
-def test_a_table_of_prompts_captions_and_distributions_without_what_is_set_aside() -> None:
+def test_prompts_captions_and_histograms_leave_dropped_images_out() -> None:
     images = first_images(ROUND, 4, lambda each: each.images)
     shown = round_media(BATCH, ROUND, {"beauty": 2.0}, images, np.array([0.0, 0.5]))
     assert shown.round == 3 and shown.tables["round"].columns[:2] == ("prompt", "images")
@@ -51,7 +51,7 @@ def test_a_table_of_prompts_captions_and_distributions_without_what_is_set_aside
     }
 
 
-def test_only_the_tasks_of_the_pictures_that_are_shown_are_fetched_and_what_is_lost_is_left_out() -> None:
+def test_only_shown_images_are_fetched_and_lost_images_are_left_out() -> None:
     fetched = []
 
     def fetch(each: Rollout) -> ImageBatch | None:
@@ -76,7 +76,7 @@ def test_several_rewards_have_a_distribution_each() -> None:
 
 
 @pytest.mark.thorough
-def test_a_run_shows_the_pictures_of_its_ledger_and_its_bits_stay_the_same(tables: dict) -> None:
+def test_a_run_shows_the_images_of_its_ledger_and_keeps_its_bits(tables: dict) -> None:
     tables["learner"]["parts_per_round"] = 2
     shown, blind = run(tables, "shown", True), run(tables, "blind", True, media={"every": 0})
     assert fingerprint(shown) == fingerprint(blind)
@@ -84,10 +84,14 @@ def test_a_run_shows_the_pictures_of_its_ledger_and_its_bits_stay_the_same(table
     log_ratios = images.pop("log_ratios")
     ledger = Ledger(RunFolder(shown.run_path()).storage, shown.rollouts)
     expected = {
-        (round, image): from_png(data).tobytes()
-        for round in (0, 2, 3)
-        for image, data in enumerate(ledger.read(round)["pixels"].to_pylist()[:5])
+        (round_index, image): from_png(data).tobytes()
+        for round_index in (0, 2, 3)
+        for image, data in enumerate(ledger.read(round_index)["pixels"].to_pylist()[:5])
     }
     assert images == expected and len(images) == 15
-    assert {round: count for round, (count, _) in log_ratios.items()} == {0: 32, 2: 32, 3: 32}  # 8 images of 4 steps
+    assert {round_index: count for round_index, (count, _) in log_ratios.items()} == {
+        0: 32,
+        2: 32,
+        3: 32,
+    }  # 8 images of 4 steps
     assert not list(Path(blind.run_path()).glob("tensorboard/*/*"))

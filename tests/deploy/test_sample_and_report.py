@@ -1,4 +1,4 @@
-"""A run's weights outside the run: `ddpo sample`, `ddpo report`, and plain diffusers sampling the same images."""
+"""A run's weights in `ddpo sample`, `ddpo report`, and plain diffusers, which samples the same images."""
 
 import json
 import os
@@ -45,7 +45,7 @@ assert not any(name.partition(".")[0] in ("common", "actors", "learner") for nam
 
 
 @pytest.mark.parametrize("model", ["tiny", pytest.param("tiny_animals", marks=pytest.mark.thorough)])
-def test_plain_diffusers_draws_the_pictures_of_ddpo_sample(model: str, tables: dict, tmp_path: Path) -> None:
+def test_plain_diffusers_samples_the_images_of_ddpo_sample(model: str, tables: dict, tmp_path: Path) -> None:
     if model == "tiny_animals":
         tables["policy"] |= {"model": model}
     folder = EMBEDDED_MODELS.get(model, tables["policy"]["model"])
@@ -65,7 +65,7 @@ def test_plain_diffusers_draws_the_pictures_of_ddpo_sample(model: str, tables: d
         assert one.std() > 1
 
 
-def test_a_lora_file_alone_needs_a_recipe_and_draws_the_same(run: Path, tmp_path: Path) -> None:
+def test_a_lora_file_alone_needs_a_recipe_and_samples_the_same(run: Path, tmp_path: Path) -> None:
     file = run / "lora" / "pytorch_lora_weights.safetensors"
     assert cli.main(["sample", "--lora", str(run), "--output", str(tmp_path / "a"), "fox"]) == 0
     arguments = ["--lora", str(file), "--recipe", str(run / "recipe.toml"), "--output", str(tmp_path / "b"), "fox"]

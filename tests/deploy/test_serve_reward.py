@@ -1,4 +1,4 @@
-"""A run that asks the shipped service arrives at the bits of the run that scores by itself."""
+"""A run with the reward service has the bits of a run that scores by itself."""
 
 import os
 import subprocess

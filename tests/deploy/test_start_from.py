@@ -1,4 +1,4 @@
-"""`ddpo train RECIPE --from RUN[@ROUND]`: a new run with other keys starts from an earlier run's weights, and says so."""
+"""`ddpo train RECIPE --from RUN[@ROUND]`: a new run starts from an earlier run's weights, and says so."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from tests.failure_page import assert_documented
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A folder with a model, a recipe, and a finished run of two rounds with a checkpoint after each and a best version."""
+    """A folder with a model, a recipe, and a run of two rounds with a checkpoint after each and a best version."""
     home = tmp_path_factory.mktemp("home")
     tables = small_tables(Path(shutil.copytree(tiny_model, home / "model")), home)
     tables |= {"name": "first", "checkpoint": {"every": 1}, "evaluation": {"every": 1, "images": 2, "batch_size": 2}}
@@ -157,7 +157,7 @@ def test_what_the_option_takes() -> None:
 
 
 @pytest.mark.thorough
-def test_a_whole_network_is_started_from_too(tables: dict) -> None:
+def test_a_run_starts_from_a_full_network_too(tables: dict) -> None:
     tables["policy"] |= {"train": "full"}
     tables |= {"rounds": 1, "checkpoint": {"every": 1}}
     train(Recipe.parse({**tables, "name": "first"}), serial=True)

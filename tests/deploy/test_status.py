@@ -1,4 +1,4 @@
-"""ddpo status: what it says of a run that is alive, broke off, is done, or is none."""
+"""ddpo status of a run that is active, broke off, is done, or does not exist."""
 
 import json
 import subprocess

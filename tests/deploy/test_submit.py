@@ -1,4 +1,4 @@
-"""submit.sh: what it hands to `ray job submit`, recorded by a stand-in for ray on the PATH, and what it refuses."""
+"""submit.sh: its call of `ray job submit`, recorded by a stand-in for ray, and its refusals."""
 
 import json
 import os

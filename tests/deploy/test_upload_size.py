@@ -1,4 +1,4 @@
-"""What would be uploaded with a job: added up as Ray does, and refused in one line where Ray would answer 413."""
+"""The size of a job's upload, added up as Ray does, and refused in one line if Ray would answer 413."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""A run knows its model, prompts, rewards and the user's module again: every verb refuses others by name."""
+"""A run records its model, prompts, rewards and user module; every verb refuses others by name."""
 
 import json
 import shutil
@@ -162,7 +162,7 @@ def test_recipe_ledger_and_checkpoint_have_the_fingerprints(home: Path) -> None:
     assert {name: part["sha256"] for name, part in about["base"].items()} == base
 
 
-def test_a_run_that_moved_goes_on_where_model_and_prompts_lie_elsewhere(
+def test_a_moved_run_resumes_with_model_and_prompts_at_other_paths(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     moved = tmp_path / "moved"

@@ -1,4 +1,4 @@
-"""What the program never does, found in its source: unpickle, run text as code, trust code that lies beside weights."""
+"""Find forbidden constructs in the source: unpickling, running text as code, trusting code beside weights."""
 
 import ast
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""JSON in a run's folder that somebody else has written: of the wrong shape, it is told and ends nothing that it need not."""
+"""Foreign JSON of the wrong shape in a run's folder is reported, and ends a run only if it must."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_status_says_how_a_run_stands_beside_any_lease(folder: RunFolder, capsys
     ("text", "said"),
     [*((text, "control.json cannot be used: it must be a JSON object") for text in ASKED_WRONGLY), *ASKED_TOO_MUCH],
 )
-def test_a_run_that_is_asked_for_nonsense_says_so_once_and_goes_on(
+def test_a_run_reports_a_nonsensical_request_once_and_continues(
     folder: RunFolder, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, text: bytes, said: str
 ) -> None:
     monkeypatch.setattr("ray_ddpo.deploy.driver.supervision.POLL_SECONDS", 0.0)

@@ -1,4 +1,4 @@
-"""Names that come from files or from the user lead nowhere but into the folder that they are for."""
+"""Names from files or the user never lead outside the folder that they are for."""
 
 import hashlib
 import json

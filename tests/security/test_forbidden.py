@@ -1,4 +1,4 @@
-"""The source of the program holds none of what is forbidden, and each thing forbidden is shown to be found."""
+"""The source contains nothing forbidden, and each forbidden construct is shown to be found."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Models, weights and heads that carry code: it is not run, whatever the file is called, and the user is told."""
+"""Code in models, weights and heads is not run, whatever the file name, and the user is told."""
 
 import json
 import pickle
@@ -137,7 +137,7 @@ def with_code(folder: Path, mark: Path, file: str = "config.json") -> Path:
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_a_text_encoder_that_brings_code_is_refused_and_nobody_is_asked(tmp_path: Path, mark: Path, file: str) -> None:
+def test_a_text_encoder_with_code_is_refused_without_a_question(tmp_path: Path, mark: Path, file: str) -> None:
     folder = with_code(save_tiny_encoder(tmp_path / "encoder"), mark, file)
     if file == "config.json":
         with pytest.raises(ValueError, match="custom code"):

@@ -1,4 +1,4 @@
-"""Secrets of the environment, and those that somebody writes where they do not belong, stand in nothing that a run leaves."""
+"""Secrets of the environment, and misplaced ones, are in no file that a run writes."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Random disturbances: any process of a run is killed or suspended at a random moment; what comes of the run is told."""
+"""Random disturbances: kill or suspend any process of a run at random moments, and report the result."""
 
 import contextlib
 import itertools
@@ -48,7 +48,7 @@ class Schedule:
 
 
 def schedules(count: int, seed: int, rounds: int, suspended_seconds: float) -> list[Schedule]:
-    """Return `count` schedules in random order, in which every process is killed and suspended equally often, but for one."""
+    """Return `count` schedules in random order; each process is killed and suspended equally often, but for one."""
     generator = random.Random(seed)
     kinds = list(itertools.product(VICTIMS, (0.0, suspended_seconds)))
     chosen: list[tuple[str, float]] = []
@@ -149,7 +149,7 @@ class Chaos:
 
     @contextmanager
     def _disturbed(self, schedule: Schedule, driver: Driver, run: Path) -> Iterator[None]:
-        """Do what is scheduled, while the driver runs; a suspended process goes on before the body has ended, or after it."""
+        """Disturb the run as scheduled; a suspended process continues before the body has ended, or after it."""
         over = lambda: driver.process.poll() is not None  # noqa: E731
         wait_until(lambda: rounds_done(run) >= schedule.after_round or over(), f"round {schedule.after_round}")
         if schedule.after_round == 0:

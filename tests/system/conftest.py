@@ -1,4 +1,4 @@
-"""A local Ray cluster of the tests' own, and what the tests ask of a run."""
+"""A local Ray cluster for tests, and queries of a run."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def cluster_folder() -> Iterator[str]:
 
 @pytest.fixture
 def cluster(cluster_folder: str) -> None:
-    """Eight slots on however many cores: one cluster for all tests, begun again if one of them has left or replaced it."""
+    """One cluster with eight CPUs for all tests, started again if a test has left or replaced it."""
     if ray.is_initialized() and ray.cluster_resources().get(MARK):
         return
     ray.shutdown()

@@ -1,6 +1,6 @@
-"""Ray's dashboard in a real browser, with the cluster's token: what its pages say, and images of them.
+"""Ray's dashboard in a real browser with the cluster's token: text and screenshots of its pages.
 
-`python -m tests.system.dashboard_pages http://127.0.0.1:8265 FOLDER` leaves them in FOLDER; the token is in RAY_AUTH_TOKEN.
+`python -m tests.system.dashboard_pages http://127.0.0.1:8265 FOLDER` writes them to FOLDER. RAY_AUTH_TOKEN holds the token.
 """
 
 import os
@@ -25,7 +25,7 @@ class LookedAt:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A page by its path behind `#/`, and what to wait for, a pattern: in a section to be opened first, if one is named."""
+    """A page by its path behind `#/`, the pattern to wait for, and the section to open first, if any."""
 
     path: str
     words: str
@@ -47,7 +47,8 @@ def log_in(page: Page, api: str, token: str) -> None:
     """As the dashboard's own form does: it hands the token in, and is given a cookie that no script can read."""
     page.visit(f"{api}/")
     status = page.evaluate(
-        f"fetch('/api/authenticate', {{method: 'POST', headers: {{Authorization: 'Bearer {token}'}}}}).then((a) => a.status)"
+        f"fetch('/api/authenticate', {{method: 'POST', headers: {{Authorization: 'Bearer {token}'}}}})"
+        ".then((a) => a.status)"
     )
     assert status == 200, f"the dashboard answers {status} to its token"
 

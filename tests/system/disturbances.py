@@ -1,4 +1,4 @@
-"""What befalls a run in the tests: kills, scaling, signals; each from a thread beside the run, paced by its rounds."""
+"""Disturbances of a run in tests (kills, scaling, signals), each from a thread, timed by the run's rounds."""
 
 import os
 import random
@@ -61,7 +61,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = LONGES
 
 @contextmanager
 def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run `work(over)` in a thread while the body runs; `over` is set when the body has ended. Its error is raised here."""
+    """Run `work(over)` in a thread while the body runs, and raise its error. `over` is set when the body ends."""
     over = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(work, over)
@@ -73,7 +73,7 @@ def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 def kill_a_worker_each_round(run: Path, kills: list[int], seed: int = 0) -> Callable[[threading.Event], None]:
-    """After every round, SIGKILL a random sampler or reward worker at a random moment; the process ids go to `kills`."""
+    """Send SIGKILL to a random sampler or reward worker after every round; append process ids to `kills`."""
     generator = random.Random(seed)
 
     def work(over: threading.Event) -> None:
@@ -93,11 +93,11 @@ def kill_a_worker_each_round(run: Path, kills: list[int], seed: int = 0) -> Call
     return work
 
 
-def at_round(run: Path, round: int, act: Callable[[], object]) -> Callable[[threading.Event], None]:
+def at_round(run: Path, rounds: int, act: Callable[[], object]) -> Callable[[threading.Event], None]:
     """Do something once, as soon as so many rounds are done."""
 
     def work(over: threading.Event) -> None:
-        wait_until(lambda: rounds_done(run) >= round or over.is_set(), f"round {round}")
+        wait_until(lambda: rounds_done(run) >= rounds or over.is_set(), f"round {rounds}")
         assert not over.is_set(), f"the run ended before round {round}"
         act()
 
@@ -105,7 +105,7 @@ def at_round(run: Path, round: int, act: Callable[[], object]) -> Callable[[thre
 
 
 def while_held(role: str, act: Callable[[], object], until: Callable[[], bool]) -> Callable[[], None]:
-    """Do something and see its effect while a role's processes are suspended, so that no run is over before it shows."""
+    """Act and check the effect while a role's processes are suspended, so that the run cannot end before."""
 
     def held() -> None:
         processes = processes_of(role)

@@ -1,4 +1,4 @@
-"""Drivers in processes of their own, as a user starts them, and what must be gone when they have ended."""
+"""Drivers in separate processes, as a user starts them, and the processes that must end with them."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A cluster of several nodes on this machine, and what its object stores have spilled."""
+"""A cluster of several nodes on this machine, and the spilled bytes of its object stores."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 
 @contextmanager
 def local_nodes(dashboard: bool = False) -> Iterator[Cluster]:
-    """A head without room for actors; nodes are added by the test. Its folder is short, because a socket's path must be.
+    """A head without CPUs for actors; the test adds nodes. Its folder is short, because a socket's path must be.
 
     `dashboard`: jobs can be submitted to it.
     """

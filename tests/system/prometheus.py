@@ -1,4 +1,4 @@
-"""Debian's Prometheus beside a cluster of the tests, with the configuration that deploy/ has for one."""
+"""Debian's Prometheus beside a test cluster, with the configuration of deploy/."""
 
 import json
 import subprocess

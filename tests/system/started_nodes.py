@@ -1,4 +1,4 @@
-"""A cluster as an operator starts it: a `ray start` for each machine, all on this one, and what its job API and nodes answer."""
+"""A cluster as an operator starts it, with one `ray start` a node, and the answers of its job API."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from tests.system.disturbances import alive, wait_until
 BIN = Path(sys.executable).parent
 STORE_BYTES = 100_000_000
 START_SECONDS = 180.0
-# Ray's own values are long for a test: metrics go to the node every ten seconds, and a dead node is missed after fifteen.
+# Ray's defaults are long for a test: metrics every ten seconds, and a dead node is noticed after fifteen.
 SOON = {"RAY_metrics_report_interval_ms": "1000", "RAY_health_check_period_ms": "500"}
 # What two nodes of one machine would otherwise both want. Workers take any port that is free.
 PORTS = (
@@ -32,7 +32,7 @@ PORTS_OF_A_HEAD = (*PORTS, "--port", "--ray-client-server-port", "--dashboard-po
 
 
 class StartedNode:
-    """One `ray start --block`: every process of the node is its child, so that it can be killed as a machine is lost."""
+    """One `ray start --block`. All processes of the node are its children, so that it can be killed like a machine."""
 
     def __init__(self, options: list[str], ports: dict[str, int], folder: Path) -> None:
         numbers = [word for option, port in ports.items() for word in (option, str(port))]
@@ -126,7 +126,7 @@ class StartedCluster:
         return answer["data"]["result"]["result"]
 
     def job_log(self, submission_id: str) -> str:
-        """What a job's driver wrote, on whichever node. Ray looks at the first with the driver's address: here all have it."""
+        """Return the output of a job's driver from any node, because here all nodes have the driver's address."""
         logs = self.folder.glob(f"*/session_latest/logs/job-driver-{submission_id}.log")
         return max((log.read_text(errors="replace") for log in logs), key=len)
 
@@ -158,7 +158,7 @@ def started_cluster() -> Iterator[StartedCluster]:
 
 
 def node_environment() -> dict[str, str]:
-    """What a node and its jobs find: the programs of this environment, the token's file, and no cluster to attach to."""
+    """Return the environment of a node and its jobs: this environment's programs, the token's file, no cluster."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     return {**environment, **SOON, "PATH": path}

@@ -1,4 +1,4 @@
-"""The demo as a job on a cluster of several nodes, in a short form: what befalls it, and what is seen of it meanwhile."""
+"""A short demo as a job on a cluster of several nodes: its disturbances, and observations during the run."""
 
 import subprocess
 import time
@@ -79,10 +79,10 @@ class Submission:
                 words, cwd=ROOT, env=users_environment(cluster), stdout=output, stderr=subprocess.STDOUT
             )
 
-    def wait_for_round(self, round: int) -> None:
+    def wait_for_round(self, rounds: int) -> None:
         """Until so many rounds are done; AssertionError: the job has ended before."""
         run = self._story.run
-        wait_until(lambda: rounds_done(run) >= round or self._process.poll() is not None, f"round {round}")
+        wait_until(lambda: rounds_done(run) >= rounds or self._process.poll() is not None, f"round {rounds}")
         assert self._process.poll() is None, self._output.read_text(errors="replace")
 
     def end(self) -> None:
@@ -111,7 +111,7 @@ def jobs_of(cluster: StartedCluster) -> list[dict[str, Any]]:
 
 
 def first_job(cluster: StartedCluster, samplers: list[StartedNode], story: Story, images: Path) -> None:
-    """Submitted, scaled from one sampler to two, robbed of a node, and stopped. `images`: a folder for the dashboard's."""
+    """Submit a run, scale it from one sampler to two, kill a node, and stop it. `images`: a folder for screenshots."""
     submission = Submission(cluster, story)
     submission.wait_for_round(1)
     story.note("first round")

@@ -1,4 +1,4 @@
-"""What a user gets wrong, tried through the command line: one line that says what came and what is allowed."""
+"""Invalid input through the command line: one line with the value and the allowed values."""
 
 import os
 from pathlib import Path

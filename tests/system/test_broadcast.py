@@ -1,4 +1,4 @@
-"""How often weights travel: a version once to each node, however many samplers and tasks there are, evaluated or not."""
+"""Weights of a version travel once to each node, for any number of samplers and tasks."""
 
 import subprocess
 import sys

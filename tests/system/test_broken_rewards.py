@@ -1,4 +1,4 @@
-"""Rewards as users break them, through the command line: how the program ends, what it says, and that it takes seconds."""
+"""Broken rewards through the command line: exit code, message, and an end within seconds."""
 
 import time
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_a_reward_that_raises_for_every_image_ends_the_run_at_once(
         ("nan_for_one_prompt", "a reward gives NaN or infinity for some images"),
     ],
 )
-def test_images_that_a_reward_cannot_score_are_set_aside_by_name(
+def test_images_that_a_reward_cannot_score_are_dropped_by_name(
     function: str, situation: str, tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     prompts = {"name": "texts", "texts": ["cat", "dog", "bee", "ant"]}
@@ -111,7 +111,7 @@ def test_on_ray_a_broken_reward_ends_the_run_as_in_one_process(
 
 
 @pytest.mark.system
-def test_equal_rewards_are_told_and_leave_the_weights_as_they_are(
+def test_equal_rewards_are_reported_and_leave_the_weights_as_they_are(
     tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     exit_code, printed, _ = ended(tables, tmp_path, capfd, f"{FAULTS}:constant", "--serial")
@@ -119,7 +119,7 @@ def test_equal_rewards_are_told_and_leave_the_weights_as_they_are(
 
 
 @pytest.mark.system
-def test_a_reward_that_collapses_is_told_in_its_round_and_at_the_end(
+def test_a_reward_that_collapses_is_reported_in_its_round_and_at_the_end(
     tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     path, options = f"{FAULTS}:collapses", ("--serial", "--rounds", "4", "--sampling.num_steps", "2")

@@ -1,4 +1,4 @@
-"""A cluster of several nodes, a job submitted to it, and what befalls both; Prometheus and the dashboard look on."""
+"""A job on a cluster of several nodes with disturbances, seen by Prometheus and the dashboard."""
 
 import json
 import sys
@@ -51,7 +51,7 @@ def story(
     return told
 
 
-def test_a_run_goes_on_when_a_samplers_node_is_lost(story: Story) -> None:
+def test_a_run_continues_when_a_samplers_node_is_lost(story: Story) -> None:
     assert story.rounds_when_stopped >= story.rounds_when_killed + 3
 
 
@@ -61,7 +61,7 @@ def test_a_stopped_job_has_committed_its_last_round(story: Story) -> None:
     assert not story.lease_was_left
 
 
-def test_submitted_again_it_goes_on_where_it_was(story: Story) -> None:
+def test_a_resubmitted_job_resumes_the_run(story: Story) -> None:
     assert f"from round {story.committed_when_stopped + 1}," in story.said[1], story.said[1]
     assert story.exit_codes[1] == 0 and rounds_done(story.run) == ROUNDS
 
@@ -87,7 +87,7 @@ def test_actors_are_named_by_run_and_role_and_say_what_they_hold(story: Story) -
     assert {name: says for name, says in story.seen.actors.items() if name.startswith("demo/")} == expected
 
 
-def test_tasks_say_what_is_drawn_scored_and_learned_from(story: Story) -> None:
+def test_tasks_name_what_is_sampled_scored_and_trained_on(story: Story) -> None:
     expected = {
         "Sampler: sample round 0, task 0 (version 0)": "Sampler.sample",
         "Sampler: sample evaluation of version 0, task 0": "Sampler.sample",
@@ -132,7 +132,9 @@ def test_a_panel_has_data(story: Story, watching: Prometheus, query: str) -> Non
 
 @pytest.mark.parametrize("path", ["/api/jobs/", "/api/v0/actors", "/nodes?view=summary", "/api/cluster_status"])
 @pytest.mark.parametrize(("headers", "code"), [({}, 401), ({"Authorization": f"Bearer {'0' * 64}"}, 403)])
-def test_without_the_token_nothing_is_told(nodes: tuple, path: str, headers: dict[str, str], code: int) -> None:
+def test_without_the_token_every_request_is_refused(
+    nodes: tuple, path: str, headers: dict[str, str], code: int
+) -> None:
     cluster: StartedCluster = nodes[0]
     assert cluster.get(path)
     with pytest.raises(urllib.error.HTTPError) as refused:

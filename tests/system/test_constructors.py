@@ -1,4 +1,4 @@
-"""A role that cannot start ends the run in one line, the same on Ray and in one process; what dies is told of, and replaced."""
+"""A role that cannot start ends the run in one line on Ray and in one process; dead actors are replaced."""
 
 import shutil
 import time

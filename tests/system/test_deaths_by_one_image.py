@@ -1,4 +1,4 @@
-"""An image that kills whoever scores or decodes it is found, dropped and named; the others keep all of their bits."""
+"""An image that kills its reward worker or sampler is found, dropped and named; the others keep their bits."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def mean_of_latents(recipe: Recipe, number: int) -> float:
 
 
 @pytest.mark.system
-def test_images_that_kill_a_reward_worker_and_a_sampler_are_set_aside_and_change_nothing_else(
+def test_images_that_kill_workers_are_dropped_and_change_no_other_image(
     tables: dict, tmp_path: Path, cluster: None, capfd: pytest.CaptureFixture
 ) -> None:
     tables |= {"prompts": {"name": "function", "path": f"{FAULTS}:numbered_prompt"}}

@@ -1,4 +1,4 @@
-"""ddpo doctor on real clusters: what lacks on their nodes, who is left over there, and a cluster that refuses."""
+"""ddpo doctor on real clusters: missing resources, leftover actors, and a cluster that refuses."""
 
 import os
 import subprocess
@@ -39,9 +39,7 @@ def doctor(recipe_file: Path, address: str, *options: str, **environment: str) -
 
 
 @pytest.mark.thorough
-def test_fewer_samplers_than_asked_for_are_a_warning_and_a_resource_that_no_node_has_a_fault(
-    recipe_file: Path, address: str
-) -> None:
+def test_too_few_samplers_are_a_warning_and_a_missing_resource_is_a_fault(recipe_file: Path, address: str) -> None:
     few = doctor(recipe_file, address, "--samplers.count", "3")
     none = doctor(recipe_file, address, "--samplers.resources", "{ painter = 1 }")
     assert few.returncode == 1, few.stdout + few.stderr  # three samplers and the learner leave no reward worker a place
@@ -51,7 +49,7 @@ def test_fewer_samplers_than_asked_for_are_a_warning_and_a_resource_that_no_node
 
 
 @pytest.mark.thorough
-def test_a_cluster_with_room_is_drawn_on_and_one_sampler_less_is_a_warning(recipe_file: Path, address: str) -> None:
+def test_a_large_cluster_is_sampled_on_and_a_missing_sampler_is_a_warning(recipe_file: Path, address: str) -> None:
     options = ("--samplers.count", "3", "--samplers.resources", "{ sampler = 1 }")
     done = doctor(recipe_file, address, *options, "--samplers.num_cpus", "0.5")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -76,9 +74,7 @@ def test_actors_of_a_run_of_the_same_name_are_found(
 
 
 @pytest.mark.system
-def test_a_cluster_that_asks_for_a_token_and_gets_none_is_a_fault_with_the_line_that_helps(
-    recipe_file: Path, address: str
-) -> None:
+def test_a_missing_token_is_a_fault_with_the_line_that_helps(recipe_file: Path, address: str) -> None:
     done = doctor(recipe_file, address, RAY_AUTH_MODE="disabled")
     assert done.returncode == 1
     assert "fault    cluster         the cluster of RAY_ADDRESS" in done.stdout

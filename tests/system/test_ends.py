@@ -1,4 +1,4 @@
-"""How a run on Ray ends when its cluster, its terminal or its user's patience is gone: one line, nothing left, same bits."""
+"""A run on Ray that loses cluster or terminal, or is interrupted, ends in one line without leftovers."""
 
 import os
 import signal
@@ -109,7 +109,7 @@ def test_a_run_that_has_joined_a_cluster_notices_when_its_head_is_gone(tables: d
                 process.kill()
 
         driver = ended_after(lose_head, recipe, tmp_path, address=cluster.address)
-    # Ray may end the driver first, for this machine's raylet ends with the head; then the process beside the driver says so.
+    # Ray may end the driver first, because this machine's raylet ends with the head; then the reaper says so.
     assert driver.process.returncode == 1 and "cluster" in driver.said().splitlines()[-1], driver.said()
     assert "resume with --resume auto" in driver.said() and "Traceback" not in driver.said()
     resumes_to_the_same_bits(tables, recipe)

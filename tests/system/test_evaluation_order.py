@@ -1,4 +1,4 @@
-"""Who is sampled first: what is learned from goes before what is only looked at, on the real stream with actors that sleep."""
+"""Training tasks are sampled before evaluation tasks, on the real stream with sleeping actors."""
 
 import time
 from collections.abc import Iterator
@@ -38,8 +38,8 @@ class Sleeper:
         return Scores({"nothing": np.zeros(last - first, np.float32)}, 0.0)
 
 
-def tasks(round: int, count: int, stream: Stream) -> list[Task]:
-    return [Task(round, index, 0, (Prompt("x"),), (index,), stream=stream) for index in range(count)]
+def tasks(round_index: int, count: int, stream: Stream) -> list[Task]:
+    return [Task(round_index, index, 0, (Prompt("x"),), (index,), stream=stream) for index in range(count)]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What goes wrong in a run, row by row of the failure table: it is found in time, mended where it can be, and counted."""
+"""Failures of the failure table, row by row: found in time, repaired if possible, and counted."""
 
 import json
 import signal
@@ -66,7 +66,7 @@ def test_a_reward_that_fails_in_passing_is_tried_again_and_changes_no_bit(
         pytest.param("raises_for_bad", "on Ray", marks=pytest.mark.system),
     ],
 )
-def test_what_can_never_be_scored_is_set_aside_by_whole_group_and_counted(
+def test_images_that_cannot_be_scored_are_dropped_by_group_and_counted(
     tables: dict, tmp_path: Path, function: str, where: str, request: pytest.FixtureRequest
 ) -> None:
     if where == "on Ray":
@@ -81,7 +81,7 @@ def test_what_can_never_be_scored_is_set_aside_by_whole_group_and_counted(
     assert not any("bad" in name for metrics in rounds for name in metrics)
 
 
-def test_one_bad_picture_costs_its_own_group_only(tables: dict, tmp_path: Path) -> None:
+def test_one_bad_image_costs_its_own_group_only(tables: dict, tmp_path: Path) -> None:
     fingerprints = set()
     for function in ("raises_for_bad", "not_finite_for_bad"):
         recipe = Recipe.parse({**with_reward(tables, tmp_path, function, "bad"), "name": function})
@@ -89,7 +89,7 @@ def test_one_bad_picture_costs_its_own_group_only(tables: dict, tmp_path: Path) 
     assert len(fingerprints) == 1, "the same images dropped lead to the same bits, whatever was wrong with them"
 
 
-def test_beyond_its_budget_of_pictures_a_run_ends_with_the_reason(
+def test_beyond_its_budget_of_images_a_run_ends_with_the_reason(
     tables: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     tables = with_reward(tables, tmp_path, "raises_for_bad", "bad")
@@ -128,7 +128,7 @@ def test_a_sampler_that_never_answers_ends_the_run_with_a_dump_within_the_deadli
 
 
 @pytest.mark.system
-def test_a_task_that_is_overdue_is_drawn_a_second_time_elsewhere(tables: dict, cluster: None) -> None:
+def test_a_stragglers_task_is_sampled_a_second_time_elsewhere(tables: dict, cluster: None) -> None:
     tables |= {"rounds": 8, "samplers": {"count": 2}, "name": "overdue"}
     recipe = Recipe.parse(tables)
     run, stopped = Path(recipe.run_path()), []

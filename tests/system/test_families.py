@@ -1,4 +1,4 @@
-"""The whole loop with every model family: on Ray and in one process to the same bits, resumed, and loaded by diffusers."""
+"""The full loop with every model family: same bits on Ray and in one process, resumed, loaded by diffusers."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_run_on_ray_learns_and_arrives_at_the_bits_of_one_process(
 
 
 @pytest.mark.parametrize("family", thorough_but("sd3", "flux"))
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits_and_its_lora_loads_in_diffusers(
+def test_a_stopped_run_resumes_to_the_same_bits_and_its_lora_loads_in_diffusers(
     family: str, tables: dict, tmp_path: Path
 ) -> None:
     whole = final_fingerprint(recipe_of(tables, tmp_path, family, name="whole"), serial=True)
@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits_and_its_lora_loads_in_d
 
 
 @pytest.mark.parametrize("family", thorough_but("sd3"))
-def test_a_whole_network_learns_and_goes_on_to_the_same_bits(family: str, tables: dict, tmp_path: Path) -> None:
+def test_full_fine_tuning_learns_and_resumes_to_the_same_bits(family: str, tables: dict, tmp_path: Path) -> None:
     tables = {**tables, "learner": {**tables["learner"], "learning_rate": 1e-4}, "checkpoint": {"every": 1, "keep": 2}}
 
     def recipe(name: str, rounds: int) -> Recipe:

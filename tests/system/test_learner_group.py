@@ -1,4 +1,4 @@
-"""The learner's ranks as the driver sees them: which failures it mends, which it passes on; it waits for nobody in vain."""
+"""The learner's ranks as the driver sees them: repaired failures, raised failures, and no endless waits."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -123,7 +123,7 @@ def group_of(cluster: None, left: list[list[Any]]) -> Any:
 Group = Callable[..., tuple[RayLearnerGroup, list[list[Any]], list[Death]]]
 
 
-def test_what_rank_0_says_is_what_the_driver_hears_with_the_moments_of_all(group_of: Group) -> None:
+def test_the_driver_gets_rank_0s_state_with_the_optimizer_state_of_all_ranks(group_of: Group) -> None:
     group, made, deaths = group_of("", "")
     metrics, state = group.update(BATCH, [])
     assert metrics == {"rank": 0.0} and state.trained.buffer[0] == 1.0
@@ -132,7 +132,7 @@ def test_what_rank_0_says_is_what_the_driver_hears_with_the_moments_of_all(group
 
 
 @pytest.mark.parametrize("fates", [("waits", "dies"), ("dies", "waits"), ("misses another", "waits"), ("dies", "dies")])
-def test_where_a_rank_dies_all_are_started_again_from_the_last_state_and_one_death_is_counted(
+def test_if_a_rank_dies_all_restart_from_the_last_state_and_one_death_counts(
     fates: tuple[str, str], group_of: Group
 ) -> None:
     group, made, deaths = group_of(*fates)
@@ -156,7 +156,7 @@ def test_an_error_of_one_rank_is_not_waited_out_with_the_others(group_of: Group)
         group.update(BATCH, [])
 
 
-def test_trajectories_that_one_rank_has_lost_are_drawn_again_for_ranks_that_are_started_again(group_of: Group) -> None:
+def test_trajectories_lost_by_one_rank_are_sampled_again_for_restarted_ranks(group_of: Group) -> None:
     group, made, deaths = group_of("waits", "lost a trajectory")
     with pytest.raises(TrajectoriesLost, match="round 3"):
         group.update(BATCH, [])

@@ -1,4 +1,4 @@
-"""On Ray every role reports what it has loaded, and other files are refused; earlier weights give the same bits."""
+"""On Ray every role reports its loaded files, and others are refused; earlier weights give the same bits."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ def test_a_role_with_another_file_than_the_others_is_refused_by_name(
 
 
 @pytest.mark.system
-def test_on_ray_a_resume_knows_model_and_reward_again_and_earlier_weights_give_the_same_bits(
+def test_on_ray_a_resume_checks_the_loaded_files_and_gives_the_same_bits(
     tables: dict, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture
 ) -> None:
     model = Path(shutil.copytree(tables["policy"]["model"], tmp_path / "model"))

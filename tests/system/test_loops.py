@@ -1,4 +1,4 @@
-"""The whole loop, in one process and once on Ray: it learns, leaves what it promises, and arrives at the same bits."""
+"""The full loop in one process and on Ray: it learns, writes its outputs, and gives the same bits."""
 
 import json
 from pathlib import Path
@@ -64,5 +64,5 @@ def test_the_first_update_of_a_run_has_ratio_one(tables: dict) -> None:
     recipe = changed(tables)
     final_fingerprint(recipe, serial=True)
     metrics = json.loads((Path(recipe.run_path()) / "metrics.jsonl").read_text().splitlines()[0])
-    # Sampler and learner batch differently, which moves float32's last bits: 7e-7 on one kind of CPU, 1.1e-6 on another.
+    # Sampler and learner batch differently, which moves float32's last bits: 7e-7 or 1.1e-6, by the kind of CPU.
     assert metrics["ratio/max_abs_log"] <= 0.05 * 1e-4

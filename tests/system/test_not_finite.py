@@ -1,4 +1,4 @@
-"""A NaN in the gradient of one of two ranks on Ray: the run ends in one line with whole files, and resumes to the same bits."""
+"""A NaN gradient on one of two ranks: the run ends in one line with complete files, and resumes."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ IN_ROUND_THREE = 6  # a round has two steps, and before the first one the family
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_nan_in_one_ranks_gradient_ends_the_run_with_whole_files(
+def test_a_nan_in_one_ranks_gradient_ends_the_run_with_complete_files(
     dtype: str, tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture, cluster: None
 ) -> None:
     (tmp_path / "once").mkdir()

@@ -1,4 +1,4 @@
-"""A run whose folder is in an object store: saved there, found, resumed to the same bits, reported and sampled from."""
+"""A run in an object store: saved, found, resumed to the same bits, reported and sampled from."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def in_two_parts(tables: dict, name: str, **how: bool) -> str:
 
 
 @pytest.mark.thorough
-def test_a_serial_run_goes_on_in_an_object_store_to_the_bits_of_one_on_a_disk(
+def test_a_serial_run_in_an_object_store_resumes_to_the_bits_of_a_disk(
     tables: dict, bucket: str, home: Path, capfd: pytest.CaptureFixture
 ) -> None:
     tables |= {"rounds": 3, "max_policy_lag": 1}

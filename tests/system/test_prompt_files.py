@@ -1,4 +1,4 @@
-"""Prompts with metadata through real Ray actors: the reward has them, a resume and one process arrive at the same bits."""
+"""Prompts with metadata on Ray: the reward gets them, and a resume and one process give the same bits."""
 
 import json
 import os

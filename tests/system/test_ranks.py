@@ -1,4 +1,4 @@
-"""A learner of two ranks on Ray: the same bits twice, whoever dies, and the weights of one rank within rounding."""
+"""A learner of two ranks on Ray: equal bits after any death, and one rank's weights within rounding."""
 
 import json
 import os
@@ -42,9 +42,7 @@ def calm(tables: dict, cluster: None) -> str:
 
 
 @pytest.mark.system
-def test_two_ranks_arrive_where_one_does_and_again_at_the_same_bits_though_each_is_killed(
-    tables: dict, cluster: None, calm: str
-) -> None:
+def test_two_ranks_match_one_rank_and_give_the_same_bits_after_kills(tables: dict, cluster: None, calm: str) -> None:
     killed, one = recipe_of(tables, "killed", divided=True), recipe_of(tables, "one", ranks=1)
     run, deaths = Path(killed.run_path()), []
 
@@ -65,7 +63,7 @@ def test_two_ranks_arrive_where_one_does_and_again_at_the_same_bits_though_each_
 
 
 @pytest.mark.thorough
-def test_a_run_of_two_ranks_goes_on_from_its_checkpoint_to_the_same_bits_its_moments_divided_or_not(
+def test_two_ranks_resume_to_the_same_bits_with_or_without_sharded_optimizer_state(
     tables: dict, cluster: None, calm: str
 ) -> None:
     checkpoint = {"every": 1, "keep": 2}
@@ -108,7 +106,7 @@ def test_another_number_of_ranks_is_another_run(tables: dict, cluster: None) -> 
 
 
 @pytest.mark.system
-def test_what_the_whole_cluster_cannot_hold_is_refused_at_once(tables: dict, cluster: None) -> None:
+def test_a_role_larger_than_the_cluster_is_refused_at_once(tables: dict, cluster: None) -> None:
     learner = {**tables["learner"], "world_size": 2, "num_cpus": 5}
     with pytest.raises(ValueError, match="learner: its 2 ranks ask for {'CPU': 10"):
         train(Recipe.parse({**tables, "name": "large", "learner": learner}))

@@ -1,4 +1,4 @@
-"""What the tracker of Ray logs, read where Prometheus would read it: at the node's metrics port."""
+"""Metrics of the Ray tracker, read from the node's metrics port like Prometheus."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed arrives at the bits of one that was not."""
+"""A stopped and resumed run has the bits of an uninterrupted run."""
 
 import json
 import os
@@ -53,14 +53,14 @@ def test_a_resume_cuts_the_ledger_back_to_the_checkpoint(tables: dict) -> None:
     train(recipe, serial=True)
     folder = RunFolder(recipe.run_path())
     ledger = Ledger(folder.storage, recipe.rollouts)
-    before = [ledger.read(round).drop_columns(["seconds"]) for round in range(3)]
+    before = [ledger.read(round_index).drop_columns(["seconds"]) for round_index in range(3)]
     folder.checkpoints.remove("round-000003")
     folder.storage.write("rollouts/round=000007/images.parquet", b"of rounds that are done again")
     found = resume_point(folder, build_components(recipe).resolved(), resume=True)
     assert found is not None and found.rounds_done == found.ledger_rounds == 2
     train(recipe, serial=True, resume=True)
     assert ledger.rounds() == [0, 1, 2]
-    assert [ledger.read(round).drop_columns(["seconds"]) for round in range(3)] == before
+    assert [ledger.read(round_index).drop_columns(["seconds"]) for round_index in range(3)] == before
 
 
 def test_resume_auto_without_a_run_begins_one(tables: dict) -> None:
@@ -69,9 +69,7 @@ def test_resume_auto_without_a_run_begins_one(tables: dict) -> None:
 
 
 @pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.thorough), 2])
-def test_a_signal_in_one_process_commits_the_last_whole_round_and_the_run_goes_on_from_it(
-    tables: dict, lag: int
-) -> None:
+def test_a_signal_in_one_process_commits_the_last_complete_round(tables: dict, lag: int) -> None:
     tables |= {"rounds": 6, "max_policy_lag": lag, "checkpoint": {"every": 100}}
     recipe = Recipe.parse({**tables, "name": "stopped"})
     folder = RunFolder(recipe.run_path())

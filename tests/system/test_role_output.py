@@ -1,4 +1,4 @@
-"""What roles print on a cluster of several nodes, who died of what, and which GPUs a role sees, all from one run."""
+"""Output of roles on a cluster of several nodes, causes of deaths, and visible GPUs, all from one run."""
 
 import os
 import re

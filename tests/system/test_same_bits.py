@@ -1,4 +1,4 @@
-"""The fingerprint table: whatever befalls a run, its final weights are those of a calm one in a single process."""
+"""The fingerprint table: a disturbed run ends with the weights of an undisturbed run in one process."""
 
 import json
 import os
@@ -178,7 +178,7 @@ def node_removed(tables: dict) -> str:
         print(f"\nboth samplers were loaded {time.monotonic() - appeared:.1f} s after their node had appeared")
         assert driver.ended() == 0, driver.said()
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert sum(round.get("actor_restarts/sampler", 0) for round in metrics) >= 2, "both samplers went with the node"
+    assert sum(row.get("actor_restarts/sampler", 0) for row in metrics) >= 2, "both samplers went with the node"
     return committed_fingerprint(recipe)
 
 

@@ -1,4 +1,4 @@
-"""Storage that refuses: a full disk, an object store that is down, and a folder that is another's by now."""
+"""Storage failures: a full disk, an object store that is down, and a folder taken over by another process."""
 
 import errno
 import json

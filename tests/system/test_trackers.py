@@ -1,4 +1,4 @@
-"""A run with every tracker, killed between two checkpoints and resumed: one history each, and no secret in what is written."""
+"""A run with every tracker, killed and resumed: one history each, and no secret in the files."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SECRETS = {"WANDB_API_KEY": "never0shown" * 4, "HF_TOKEN": "hf_never_to_be_shown
 
 
 @pytest.mark.system
-def test_a_killed_run_goes_on_in_the_same_wandb_run_and_has_every_round_once(
+def test_a_killed_run_resumes_in_the_same_wandb_run_with_every_round_once(
     tables: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {**SECRETS, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():

@@ -53,7 +53,7 @@ from ray_ddpo.deploy.commands.doctor.resources import (
 from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes, plan_of_parts
 from ray_ddpo.deploy.driver.cluster import attach, attaches, check_temporary_folder
 from ray_ddpo.deploy.driver.components import Components, build_reward, components_of
-from ray_ddpo.deploy.driver.numerics_rows import rows_note
+from ray_ddpo.deploy.driver.numerics_notes import rows_note
 from ray_ddpo.deploy.driver.workers import place_options
 from ray_ddpo.learner.optimization.optimizer import check_optimizer
 
@@ -141,7 +141,9 @@ def _on_the_machines(
     Without `numbers` (no model or prompts), do not sample.
     """
     recipe, attached = parts.recipe, _attach()
-    nodes = _nodes() if attached else [_this_machine(recipe)]
+    nodes: list[Resources] = [_this_machine(recipe)]
+    if attached:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     places = list(place_findings(roles_of(recipe), nodes))
     yield from places
     yield _leftovers(recipe) if attached else cores_finding(recipe, os.cpu_count() or 1)
@@ -152,7 +154,10 @@ def _on_the_machines(
         yield Finding("warning", "not looked at", f"weights and ratio: no place for {homeless}")
         return
     yield from _tried_out(
-        parts, _at_cluster(recipe) if attached else _here, prompts, numbers is not None and not homeless
+        parts,
+        _at_cluster(recipe) if attached else lambda table, function, *arguments: function(*arguments),
+        prompts,
+        numbers is not None and not homeless,
     )
 
 
@@ -208,10 +213,6 @@ def _noise(parts: Components, at: At) -> Iterator[Finding | MeasuredNoise]:
     yield from noise_findings(noise, clip, recipe.sampling)
 
 
-def _here(table: RoleTable, function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
 def _at_cluster(recipe: Recipe) -> At:
     """Return a function that runs another one with the resources of a role's actor.
 
@@ -220,7 +221,9 @@ def _at_cluster(recipe: Recipe) -> At:
     """
 
     def run(table: RoleTable, function: Callable[..., Any], *arguments: Any) -> Any:
-        options = place_options(table) | _hidden_gpus(table)
+        options = place_options(table)
+        if not table.num_gpus:  # hide the node's GPUs, as a role's actor does
+            options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
         done = ray.remote(max_retries=0, **options)(function).remote(*arguments)
         try:
             return ray.get(done, timeout=recipe.runtime.ready_seconds)
@@ -228,11 +231,6 @@ def _at_cluster(recipe: Recipe) -> At:
             raise OutOfTime from error
 
     return run
-
-
-def _hidden_gpus(table: RoleTable) -> dict[str, Any]:
-    """Return options that hide the node's GPUs from a role that asks for none, as its actors do."""
-    return {} if table.num_gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
 
 
 def _attach() -> bool:
@@ -253,10 +251,6 @@ def _attach() -> bool:
 def _free_memory() -> FreeMemory:
     gpus = range(torch.cuda.device_count())
     return FreeMemory(psutil.virtual_memory().available, tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus))
-
-
-def _nodes() -> list[Resources]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _this_machine(recipe: Recipe) -> Resources:

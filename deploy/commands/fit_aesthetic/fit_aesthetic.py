@@ -108,7 +108,9 @@ def fit_aesthetic(request: FitRequest) -> str:
     storage = Storage(request.output)
     store = EmbeddingStore.open(storage.folder("embeddings"), clip)
     broken = embed_images_of(request.images, images.paths, embedder, store)
-    _write_broken(storage, broken)
+    listed = io.StringIO()
+    csv.writer(listed, lineterminator="\n").writerows([("path", "reason"), *broken.items()])
+    storage.write(BROKEN, listed.getvalue().encode())
     usable = _usable(images, splits, store)
     check_sizes(usable.splits.tolist())
     fitted = fit_head(request.head, usable.of("train", device), usable.of("validation", device), request.training)
@@ -217,9 +219,3 @@ def _write_results(storage: Storage, usable: Usable, predicted: np.ndarray, stat
     storage.write(CALIBRATION, calibration_chart(predicted[splits == held_out], ratings[splits == held_out], held_out))
     storage.write(METRICS, (json.dumps(stats, indent=1) + "\n").encode())
     storage.write(CARD, model_card(stats).encode())
-
-
-def _write_broken(storage: Storage, broken: dict[str, str]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *broken.items()])
-    storage.write(BROKEN, text.getvalue().encode())

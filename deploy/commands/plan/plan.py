@@ -8,7 +8,7 @@ from ray_ddpo.common.recipe.reward_pools import SHARED, RewardPool, all_pools
 from ray_ddpo.deploy.commands.plan.memory import gpu_rows
 from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes, plan_of
 from ray_ddpo.deploy.driver.components import components_of
-from ray_ddpo.deploy.driver.numerics_rows import rows_note
+from ray_ddpo.deploy.driver.numerics_notes import rows_note
 from ray_ddpo.learner.optimization.optimizer import rank_optimizer_state_bytes
 
 LITTLE = 1e-9  # rounding error of a sum of fractions

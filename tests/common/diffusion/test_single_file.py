@@ -13,7 +13,7 @@ from ray_ddpo.common.diffusion.families.sdxl import SDXL
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import SamplingTable
-from ray_ddpo.deploy.commands.model_card.code import loading
+from ray_ddpo.deploy.commands.model_card.card import loading
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.single_file import save_single_file
 

@@ -1,4 +1,4 @@
-"""A reward that is easily fooled is learned from for real: the guard ends the run, and the better version is kept."""
+"""Real reward hacking: the guard ends the run, and the better version is kept."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.thorough
 GUARD = Path(__file__).parents[2] / "deploy" / "recipes" / "tiny" / "guard.toml"
 
 
-def test_dark_pictures_are_an_alarm_and_the_better_version_is_kept(tmp_path: Path) -> None:
+def test_dark_images_raise_an_alarm_and_the_better_version_is_kept(tmp_path: Path) -> None:
     """The recipe as it stands, evaluated half as often: it takes minutes."""
     recipe = Recipe.load(GUARD, ["--evaluation.every", "4", "--output_dir", str(tmp_path)])
     train(recipe, serial=True)
