@@ -199,7 +199,7 @@ def test_inner_epochs_end_when_the_budget_of_kl_is_spent(tables: dict) -> None:
 
 
 def test_a_window_is_learned_from_with_a_ratio_of_one(tables: dict) -> None:
-    parts = parts_with(tables, sampling__window=2, learner__micro_batch_size=4)
+    parts = parts_with(tables, sampling__sde_window=2, learner__micro_batch_size=4)
     learner = learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])
     assert all(trajectory.steps.shape == (4, 2) for trajectory in sampled.trajectories)

@@ -16,7 +16,7 @@ from tests.rounds import learner_of, parts_with, sample_round
 def test_whole_images_are_looked_at_that_fill_no_more_than_one_batch(
     size: int, images: int, batches: list[int], tables: dict
 ) -> None:
-    parts = parts_with(tables, sampling__num_steps=4, sampling__step_fraction=1.0)
+    parts = parts_with(tables, sampling__num_steps=4, sampling__timestep_fraction=1.0)
     sampled = sample_round(parts, learner_of(parts).weights()[0], 0)
     transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
     order = np.array([3, 1, 2, 0])

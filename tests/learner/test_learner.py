@@ -73,7 +73,7 @@ def test_of_two_updates_on_stale_data_the_second_has_the_references_ratios_clip_
 def test_the_gradient_of_an_update_is_that_of_the_papers_taken_image_by_image_and_step_by_step(
     shifts: list[float], timestep_fraction: float, tables: dict, tiny_model: Path
 ) -> None:
-    parts = parts_with(tables, sampling__num_steps=8, sampling__step_fraction=timestep_fraction, **ONE_STEP)
+    parts = parts_with(tables, sampling__num_steps=8, sampling__timestep_fraction=timestep_fraction, **ONE_STEP)
     learner = learner_of(parts)
     weights = learner.weights()[-1]
     sampled = stale(sample_round(parts, weights), shifts)

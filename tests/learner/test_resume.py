@@ -89,7 +89,7 @@ def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str
         ("rounds", 30),
         ("samplers__count", 4),
         ("samplers__num_cpus", 2),
-        ("samplers__overdue_factor", 9.0),
+        ("samplers__straggler_factor", 9.0),
         ("samplers__resources", "{sampler = 1.0}"),
         ("reward_workers__count", 3),
         ("reward_workers__min", 1),
@@ -100,7 +100,7 @@ def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str
         ("reward_workers__accelerator_type", "A100"),
         ("reward_workers__timeout_seconds", 9.0),
         ("reward_workers__attempts", 9),
-        ("reward_workers__max_set_aside", 0),
+        ("reward_workers__max_dropped", 0),
         ("reward_workers__cache", 9),
         ("learner__num_cpus", 2),
         ("learner__num_gpus", 1),
@@ -111,9 +111,9 @@ def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str
         ("runtime__watchdog_seconds", 9.0),
         ("runtime__max_restarts", 0),
         ("rollouts__keep", "false"),
-        ("rollouts__pictures_every", 5),
-        ("exhibits__every", 1),
-        ("exhibits__pictures", 1),
+        ("rollouts__images_every", 5),
+        ("media__every", 1),
+        ("media__images", 1),
         ("checkpoint__every", 1),
         ("checkpoint__keep", 9),
         ("evaluation__images", 8),
@@ -134,7 +134,7 @@ def test_a_moved_folder_and_other_trackers_are_no_other_recipe(tables: dict, tmp
 
 def test_a_key_given_at_its_default_is_the_same_recipe(tables: dict) -> None:
     folder = begun(tables, rounds_done=7)
-    spelled_out = parts_with(tables, sampling__eta=1.0, learner__ranks=1, policy__lora__alpha=4)
+    spelled_out = parts_with(tables, sampling__eta=1.0, learner__world_size=1, policy__lora__alpha=4)
     assert resume_point(folder, spelled_out.resolved(), resume=True) is not None
 
 
