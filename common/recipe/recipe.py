@@ -48,7 +48,7 @@ class Recipe(Table):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the run and of its folder."""
     output_dir: str = "runs"
-    """Folder or URI below which the run's folder lies: `output_dir/name`."""
+    """Folder or URI of all runs. The folder of this run is `output_dir/name`."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the run: of prompts, noise and initial weights."""
     rounds: int = Field(ge=1)
