@@ -1,5 +1,6 @@
 """The recipe: every table that a run is made from, checked against each other, read from TOML (no torch)."""
 
+import difflib
 import os
 import re
 import tomllib
@@ -12,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.overrides import with_overrides
 from ray_ddpo.common.recipe.registry import explain
+from ray_ddpo.common.recipe.shipped import recipe_path, shipped_recipes
 from ray_ddpo.common.recipe.tables import (
     MOST_IMAGES,
     AggregationTable,
@@ -178,9 +180,15 @@ class Recipe(Table):
             raise ValueError(f"{which} cannot be used: {explain(error, cls)}") from error
 
     @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
-        """Read a recipe's TOML file and lay `--section.key value` overrides over it."""
-        path = Path(path)
+    def load(cls, path: str | os.PathLike[str], overrides: list[str] | None = None, **keys: Any) -> "Recipe":
+        """Read a recipe's TOML file.
+
+        Args:
+            path: of the file, or the name of a recipe that ships with the package, such as "demo".
+            overrides: `--section.key value` of the command line.
+            keys: the same from Python, tables as dictionaries: `rounds=20, learner={"learning_rate": 1e-3}`.
+        """
+        path = recipe_path(path)
         if not path.is_file():
             raise ValueError(_no_recipe(path))
         with reading(path):
@@ -190,7 +198,8 @@ class Recipe(Table):
         with reading(path):
             text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        return cls.from_toml(text, str(path), overrides or [])
+        recipe = cls.from_toml(text, str(path), overrides or [])
+        return cls.parse(_laid_over(recipe.model_dump(), keys), str(path)) if keys else recipe
 
     @classmethod
     def from_toml(cls, text: str, where: str, overrides: list[str]) -> "Recipe":
@@ -220,7 +229,23 @@ def _no_recipe(path: Path) -> str:
     if (path / RECIPE_FILE).is_file():
         return f"there is no recipe at {path}, it is a folder: give the recipe in it, {path / RECIPE_FILE}"
     place = f"{path}, it is a folder" if path.is_dir() else path
-    return f"there is no recipe at {place}: give the path of a TOML file, such as one in deploy/recipes"
+    near = difflib.get_close_matches(path.name.removesuffix(".toml"), shipped_recipes(), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return (
+        f"there is no recipe at {place}: give the path of a TOML file, such as one in deploy/recipes, or the name of a recipe "
+        f"that ships with the package, such as demo{hint}"
+    )
+
+
+def _laid_over(tables: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """Return the tables with other values in them. A table that names another component has none of the former's keys."""
+    result = dict(tables)
+    for key, value in keys.items():
+        before = tables.get(key)
+        if isinstance(value, dict) and isinstance(before, dict) and value.get("name") in (None, before.get("name")):
+            value = _laid_over(before, value)
+        result[key] = value
+    return result
 
 
 def _holding_a_user(value: Any, key: str = "") -> Iterator[str]:

@@ -169,8 +169,8 @@ class RewardTable(ComponentTable):
 
     @property
     def called(self) -> str:
-        """The label, else the name."""
-        return self.label or self.name
+        """The label, else the name; of module:Class the class's."""
+        return self.label or self.name.rpartition(":")[2]
 
 
 class AggregationTable(Table):

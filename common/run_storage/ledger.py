@@ -97,7 +97,7 @@ class Ledger:
             columns["metadata"], types["metadata"] = metadata_as_json(prompts), pa.string()
         table = pa.table({name: pa.array(columns[name], kind, from_pandas=True) for name, kind in types.items()})
         if images is not None and self.wants_images(batch.round):
-            table = table.append_column("image", pa.array([png(image) for task in images for image in task]))
+            table = table.append_column("pixels", pa.array([png(image) for task in images for image in task]))
         table = table.replace_schema_metadata({ABOUT: json.dumps(self._about)})
         buffer = io.BytesIO()
         parquet.write_table(table, buffer)

@@ -3,6 +3,8 @@
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +22,20 @@ LOCAL = "local"
 def attaches() -> bool:
     """Return whether this process is to attach to a cluster that RAY_ADDRESS names."""
     return os.environ.get("RAY_ADDRESS", LOCAL) not in ("", LOCAL)
+
+
+@contextmanager
+def stopping_what_it_started() -> Iterator[None]:
+    """Leave Ray as it was: a cluster that the body has started or joined is left again when the body ends."""
+    before = ray.is_initialized()
+    try:
+        yield
+    except Exception as error:
+        before = before or getattr(error, "cluster_is_lost", False)  # Ray's shutdown could hang
+        raise
+    finally:
+        if not before and ray.is_initialized():
+            ray.shutdown()
 
 
 def attach(**options: Any) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ray_ddpo.common.base_parts import MODEL_KEYS, Base, LoadedBase, differing_parts, entry_base, text_part
 from ray_ddpo.common.recipe.tables import StartFromTable
+from ray_ddpo.common.run_storage.run_code import save_code
 from ray_ddpo.common.run_storage.run_folder import BASE_FILE, RunFolder
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.driver.start_from import EarlierRun, earlier_run
@@ -28,10 +29,11 @@ class Start:
     base: LoadedBase
 
     def write(self, folder: RunFolder) -> None:
-        """Write recipe and fingerprints; before them the weights of an earlier run, which a resume no longer asks for."""
+        """Write recipe and fingerprints. Before them go an earlier run's weights, so that a resume needs that run no more."""
         if self.checkpoint and not self.checkpoint.rounds_done and not folder.storage.exists(folder.recipe):
             begun = replace(self.checkpoint, base=self.base.parts)
             save_checkpoint(folder.checkpoints, begun, self.parts.recipe.checkpoint.keep)
+        save_code(folder.storage, self.parts.by_place())
         folder.write_recipe(self.parts.resolved(), self.base.parts)
 
 

@@ -10,7 +10,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RewardTable
 from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages
 from ray_ddpo.common.trajectory import ImageBatch
-from ray_ddpo.deploy.driver.components import Components, build_reward
+from ray_ddpo.deploy.driver.components import Components
 
 JOINED = "reward"  # the weighted sum, among the scores
 
@@ -20,10 +20,9 @@ class HeldOut:
 
     def __init__(self, parts: Components) -> None:
         recipe = parts.recipe
-        rewards = {name: build_reward(table) for name, table in scorers_of(recipe).items()}
         self.chosen = evaluation_set(recipe.evaluation, parts.prompts)
         self._sampling = recipe.sampling
-        self._worker = RewardWorker(rewards, recipe.reward_workers, recipe.runtime)
+        self._worker = RewardWorker(parts.rewards | parts.scorers, recipe.reward_workers, recipe.runtime)
         self._weights = parts.aggregation.weights
 
     def loaded_parts(self) -> Base:

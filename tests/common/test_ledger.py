@@ -114,8 +114,8 @@ def test_pictures_are_kept_where_the_recipe_says_so_and_lose_nothing(storage: St
     for round in (3, 4):
         ledger.write_round(*sampled(round), WEIGHTS, images())
     assert ledger.wants_images(0) and ledger.wants_images(3) and not ledger.wants_images(4)
-    assert "image" not in ledger.read(4).column_names
-    kept = [np.asarray(Image.open(io.BytesIO(png))) for png in ledger.read(3).to_pydict()["image"]]
+    assert "pixels" not in ledger.read(4).column_names
+    kept = [np.asarray(Image.open(io.BytesIO(png))) for png in ledger.read(3).to_pydict()["pixels"]]
     assert np.array_equal(np.stack(kept), np.concatenate(images()))
 
 

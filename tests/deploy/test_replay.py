@@ -12,7 +12,7 @@ from ray_ddpo import cli
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def run(tables: dict, tmp_path: Path) -> RunFolder:
     tables["prompts"] = {"name": "file", "path": str(tmp_path / "prompts.jsonl")}
     tables["reward"] = {"name": "function", "path": "tests.user_functions:prompts_and_metadata"}
     recipe = Recipe.parse({**tables, "rollouts": {"images_every": 2}})
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     return RunFolder(recipe.run_path())
 
 
@@ -48,7 +48,7 @@ def test_a_run_writes_every_round_into_its_ledger(run: RunFolder, recipe: Recipe
     assert ledger.rounds() == [0, 1, 2]
     versions = [ledger.read(round).to_pydict()["policy_version"][0] for round in range(3)]
     assert versions == [0, 0, 1] and ledger.read(1).num_rows == recipe.images_per_round
-    assert ["image" in ledger.read(round).column_names for round in range(3)] == [True, False, True]
+    assert ["pixels" in ledger.read(round).column_names for round in range(3)] == [True, False, True]
     for row in ledger.read(2).to_pylist():
         at = int(row["prompt"].removeprefix("cat "))
         assert json.loads(row["metadata"]) == {"bonus": at, "about": {"boxes": [[at, 0.1]]}}

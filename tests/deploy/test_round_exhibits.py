@@ -86,7 +86,7 @@ def test_a_run_shows_the_pictures_of_its_ledger_and_its_bits_stay_the_same(table
     expected = {
         (round, image): from_png(data).tobytes()
         for round in (0, 2, 3)
-        for image, data in enumerate(ledger.read(round)["image"].to_pylist()[:5])
+        for image, data in enumerate(ledger.read(round)["pixels"].to_pylist()[:5])
     }
     assert images == expected and len(images) == 15
     assert {round: count for round, (count, _) in log_ratios.items()} == {0: 32, 2: 32, 3: 32}  # 8 images of 4 steps

@@ -12,7 +12,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.lease import Lease
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.status import in_words, status
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 
 
 def test_a_run_before_its_first_round_and_while_a_process_holds_it(tables: dict) -> None:
@@ -30,7 +30,7 @@ def test_a_run_before_its_first_round_and_while_a_process_holds_it(tables: dict)
 
 def test_a_run_that_is_done_says_so_with_its_last_rounds_figures(tables: dict, capsys: pytest.CaptureFixture) -> None:
     recipe = Recipe.parse(tables)
-    last = train(recipe, serial=True)
+    last = run_training(recipe, serial=True)
     capsys.readouterr()
     assert main(["status", recipe.run_path(), "--json"]) == 0
     known = json.loads(capsys.readouterr().out)

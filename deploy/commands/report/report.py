@@ -24,18 +24,18 @@ from ray_ddpo.deploy.commands.report.scores import paired, share_kept
 from ray_ddpo.deploy.commands.settings import differing_settings, image_settings
 from ray_ddpo.deploy.commands.weights.given_base import check_base
 from ray_ddpo.deploy.commands.weights.run_weights import RunWeights, run_weights
-from ray_ddpo.deploy.driver.components import Components, build_components
+from ray_ddpo.deploy.driver.components import NOTHING_GIVEN, Components, Given, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.deploy.evaluation.held_out import HeldOut, scorers_of
 
 
-def report(run: str, overrides: list[str]) -> str:
+def report(run: str, overrides: list[str], given: Given = NOTHING_GIVEN) -> str:
     """Write the report into the run's folder; what it says, in words. ValueError: no run there, or one without a checkpoint."""
     start = time.perf_counter()
     folder = RunFolder(run)
     recipe = folder.load_recipe(overrides)
     weights, rounds = run_weights(folder), logged_rounds(folder)
-    parts = build_components(recipe)
+    parts = build_components(recipe, given)
     comparison = compare(parts, weights.location, lambda base: check_base(folder, base, overrides))
     differing = differing_settings([folder.location], parts.resolved())
     figures = figures_of(comparison, recipe, rounds, weights) | {"seconds_report": time.perf_counter() - start}
