@@ -5,9 +5,9 @@ import runpy
 from pathlib import Path
 
 import pytest
-from tests.test_documentation import blocks
 
 from ray_ddpo import Recipe, Run
+from tests.test_documentation import blocks
 
 DOCS = Path(__file__).parents[1] / "docs"
 NOTEBOOK = json.loads((DOCS / "train_in_a_notebook.ipynb").read_text(encoding="utf-8"))
