@@ -71,7 +71,6 @@ def train(
             raise ValueError("policy= and pipeline= are both given: a policy's model is its own, so give one of them")
         chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         given = components_given(
-            chosen,
             reward=reward,
             prompts=prompts,
             policy=policy,

@@ -31,7 +31,6 @@ PromptsArgument = PromptSource | Sequence[str] | Callable[..., Any]
 
 
 def components_given(
-    recipe: Recipe,
     *,
     reward: RewardArgument | Mapping[str, RewardArgument] | None = None,
     prompts: PromptsArgument | None = None,
@@ -53,6 +52,8 @@ def components_given(
         _check_kind("trackers", tracker, Tracker)
         live[_name_of(tracker, TRACKERS)] = tracker
     if on_round is not None:
+        if not callable(on_round):
+            raise ValueError(f"on_round= is {on_round!r}: it must be a function of one round's metrics")
         live["on_round"] = Callback.of(on_round)
     return Given(
         policy=policy,
@@ -161,6 +162,7 @@ def _reward(reward: RewardArgument) -> Reward:
 
 
 def _prompt_source(prompts: PromptsArgument) -> PromptSource:
+    """Return the prompt source of a list or function. ValueError: it is neither, or has no texts."""
     if isinstance(prompts, PromptSource):
         return prompts
     if isinstance(prompts, str):

@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
@@ -32,7 +33,7 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """One dictionary a round, as `pandas.DataFrame(run.metrics)` takes them. A number that is not finite is NaN."""
+        """A list of dictionaries, one for each round, for `pandas.DataFrame(run.metrics)`. A number that is not finite is NaN."""
         return logged_rounds(self._folder)
 
     @property
@@ -80,9 +81,17 @@ class Run:
         Returns:
             What the report says, in a few lines, and the paths of its files.
         """
-        given = self._given
-        if reward is not None or prompts is not None:
-            given = components_given(self._folder.load_recipe([]), reward=reward, prompts=prompts)
+        given, again = self._given, components_given(reward=reward, prompts=prompts)
+        if reward is not None:
+            names = [table.called for table in self._folder.load_recipe([]).all_rewards]
+            one = len(names) == 1 and not isinstance(
+                reward, Mapping
+            )  # then it is the run's, whatever it is called by now
+            given = replace(
+                given, rewards=dict(zip(names, again.rewards.values(), strict=True)) if one else again.rewards
+            )
+        if prompts is not None:
+            given = replace(given, prompts=again.prompts)
         return report(self.folder, [], given)
 
     def _repr_markdown_(self) -> str:
