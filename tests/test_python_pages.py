@@ -1,13 +1,13 @@
 """The notebook's cells and the program on the page about TRL run as they stand."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 
 from ray_ddpo import Recipe, Run
-from tests.test_documentation import blocks
 
 DOCS = Path(__file__).parents[1] / "docs"
 NOTEBOOK = json.loads((DOCS / "train_in_a_notebook.ipynb").read_text(encoding="utf-8"))
@@ -33,7 +33,8 @@ def test_the_notebooks_cells_train_the_embedded_model(tmp_path: Path, monkeypatc
 
 def of_both() -> tuple[str, str]:
     """Return TRL's program and ours, which does the same."""
-    theirs, ours = blocks(DOCS / "coming_from_trl.md", "python")
+    page = (DOCS / "coming_from_trl.md").read_text(encoding="utf-8")
+    theirs, ours = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     return theirs, ours
 
 
