@@ -20,7 +20,7 @@ from ray_ddpo.common.trajectory import Rollout, TrainBatch, Trajectory, image_fi
 from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 
 RECIPE = "deploy/recipes/demo.toml"
 REPEATS = 5
@@ -158,7 +158,7 @@ def ray_rounds() -> str:
     """A round on Ray at lag 1, where both sides work at once, against the sum of what its parts took there."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = ["--name", "bench", "--output_dir", folder, "--rounds", "5", "--max_policy_lag", "1"]
-        metrics = train(Recipe.load(RECIPE, [*overrides, "--runtime.threads", "1"]))
+        metrics = run_training(Recipe.load(RECIPE, [*overrides, "--runtime.threads", "1"]))
     parts = [metrics[f"seconds/{part}"] for part in ("sample", "score", "learn")]
     spelled = " + ".join(f"{part:.2f}" for part in parts)
     ratio = metrics["seconds/round"] / sum(parts)

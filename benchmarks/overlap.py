@@ -13,7 +13,7 @@ from benchmarks.embedded_model import RECIPE
 from benchmarks.stand_in_run import Proportion, ideal_seconds, local_ray, run
 from benchmarks.timing import machine
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 
 LAGS = (0, 1, 2)
 ROUNDS = 12  # measured: a multiple of every lag + 1, because rounds that overlap end in groups
@@ -106,7 +106,7 @@ def embedded_model(rounds: int) -> None:
             changed = {"sampling.batches_per_round": MODEL_TASKS, "runtime.threads": 1, "checkpoint.every": rounds}
             words = [word for key, value in (placed | changed).items() for word in (f"--{key}", str(value))]
             with redirect_stdout(sys.stderr):  # standard output has the tables alone
-                train(Recipe.load(RECIPE, words))
+                run_training(Recipe.load(RECIPE, words))
             lines = (Path(folder) / "overlap" / "metrics.jsonl").read_text().splitlines()
         print(model_row(lag, [json.loads(line) for line in lines]), flush=True)
 

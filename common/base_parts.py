@@ -79,7 +79,8 @@ def entry_base(entry: Component, table: str, files: Iterable[Weights] = (), labe
     for key, module in entry.user_modules().items():
         for name, file in user_sources(module).items():
             parts[f"{table}.{key}{suffix}" + (f"/{name}" if name != module else "")] = [file]
-    return _fingerprinted(parts)
+    texts = {f"{table}.{key}{suffix}": text for key, text in entry.user_texts().items()}
+    return {name: text_part(text, "a Python object") for name, text in texts.items()} | _fingerprinted(parts)
 
 
 def text_part(text: str, what: str) -> BasePart:

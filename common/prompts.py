@@ -1,5 +1,6 @@
 """Sources of prompts: a list that ships with the project, a file, or the user's function."""
 
+import inspect
 import json
 import math
 import os
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from ray_ddpo.common.prompt_files import Format, PromptFile
 from ray_ddpo.common.recipe.named_files import Weights
 from ray_ddpo.common.recipe.registry import Component, Registry, import_object
 from ray_ddpo.common.user_code.blame import blamed
+from ray_ddpo.common.user_code.by_value import is_by_value, reference, source_of
 
 PROMPTS: Registry = {
     "animals": "ray_ddpo.common.prompts:Animals",
@@ -263,22 +265,55 @@ class File(PromptSource):
 
 
 class PromptFunction(PromptSource):
-    """Function of your own, called with a numpy Generator. It returns a text, or a pair of text and metadata."""
+    """Function of your own, called with a numpy Generator. It returns a text, or a pair of text and metadata.
 
-    path: str = Field(pattern=r"^[\w.]+:\w+$")
+    A function that no module holds, such as a lambda, is handed over by `PromptFunction.of`.
+    """
+
+    path: str = Field(pattern=r"^([\w.]+:\w+|<python>:.+)$")
     """The function, as `module:function`."""
+    _given: Callable[..., Any] | None = PrivateAttr(default=None)
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "PromptFunction":
+        """Make the prompt source of a Python function. If its module can be imported, only its path is kept.
+
+        Raises:
+            ValueError: the function takes no generator.
+        """
+        try:
+            inspect.signature(function).bind(None)
+        except TypeError:
+            raise ValueError(
+                f"prompts= is a function that takes {inspect.signature(function)}: it is called with a numpy Generator, so that "
+                "the seed fixes the prompts: def sample(generator): return texts[generator.integers(len(texts))]"
+            ) from None
+        source = cls(path=reference(function))
+        if is_by_value(source.path):
+            source._given = function
+        return source
 
     def user_modules(self) -> dict[str, str]:
-        return {**super().user_modules(), "path": self.path.partition(":")[0]}
+        return {**super().user_modules(), **({} if is_by_value(self.path) else {"path": self.path.partition(":")[0]})}
+
+    def user_texts(self) -> dict[str, str]:
+        return {**super().user_texts(), **({"path": source_of(self._given)} if self._given else {})}
 
     def listed(self) -> None:
         return None
 
     def load(self) -> SamplePrompt:
-        function = import_object(self.path, "prompts.path")
+        missing = self._given is None and is_by_value(self.path)
+        function = self._given or (None if missing else import_object(self.path, "prompts.path"))
+        who = f"prompts={self.path.partition(':')[2]}" if self._given else f"prompts.path is {self.path!r}"
 
         def sample(generator: np.random.Generator) -> Prompt:
-            with blamed(f"prompts.path is {self.path!r}: calling it"):
+            if function is None:  # not earlier: images of other prompts can be sampled without
+                raise ValueError(
+                    f"{who}: this function was handed to train() by a Python program, and no file holds it: hand it over again "
+                    "with train(…, prompts=…, resume=True)"
+                )
+            with blamed(f"{who}: calling it"):
                 sampled = function(generator)
             text, metadata = sampled if isinstance(sampled, tuple) else (sampled, {})
             if not isinstance(text, str) or not isinstance(metadata, dict):

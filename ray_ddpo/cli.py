@@ -135,14 +135,14 @@ def _train(options: argparse.Namespace) -> int:
     from ray_ddpo.common.run_storage.run_folder import RunFolder
     from ray_ddpo.deploy.driver.fatal_errors import FATAL_ERRORS
     from ray_ddpo.deploy.driver.start_from import start_from_of
-    from ray_ddpo.train import Stopped, train
+    from ray_ddpo.train import Stopped, run_training
 
     recipe = Recipe.load(options.recipe, options.overrides)
     if options.start_from:
         recipe = recipe.model_copy(update={"start_from": start_from_of(options.start_from)})
     folder = RunFolder(recipe.run_path())  # before the user's code may change the working directory
     try:
-        train(recipe, resume=options.resume == "auto", serial=options.serial)
+        run_training(recipe, resume=options.resume == "auto", serial=options.serial)
     except Stopped as stopped:
         print(f"ddpo train: {_without_passwords(str(stopped))}; resume with --resume auto", file=sys.stderr)
         return _left(stopped.exit_code) if stopped.cluster_is_lost else stopped.exit_code

@@ -13,7 +13,7 @@ from ray_ddpo.common.schedule import last_startable_round, round_parts, round_ta
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.tracker import RunInfo
 from ray_ddpo.common.trajectory import Scored
-from ray_ddpo.deploy.driver.components import Components, build_components
+from ray_ddpo.deploy.driver.components import NOTHING_GIVEN, Components, Given, build_components
 from ray_ddpo.deploy.driver.progress import RunProgress
 from ray_ddpo.deploy.driver.start import start_of
 from ray_ddpo.deploy.driver.supervision import Stopped, Supervision
@@ -24,13 +24,17 @@ from ray_ddpo.learner.learner_group import Learned, TrajectoriesLost
 from ray_ddpo.learner.optimization.optimizer_steps import NotFinite
 
 
-def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[str, float]:
-    """Run a recipe; the last round's metrics. ValueError: what the user has to change, before anything is lost.
+def run_training(
+    recipe: Recipe, resume: bool = False, serial: bool = False, given: Given = NOTHING_GIVEN
+) -> dict[str, float]:
+    """Run a recipe and return the last round's metrics.
 
-    Stopped: a signal came, or storage or cluster failed; what was learned is in the last checkpoint.
-    One of deploy.broke_off: the run cannot go on.
+    Raises:
+        ValueError: something that the user has to change, before anything is lost.
+        Stopped: a signal came, or storage or cluster failed. The last checkpoint has what was learned.
+        One of FATAL_ERRORS: the run cannot continue.
     """
-    parts, folder = build_components(recipe), RunFolder(recipe.run_path())
+    parts, folder = build_components(recipe, given), RunFolder(recipe.run_path())
     folder.create()
     with Lease(folder) as lease, Supervision(folder, recipe, lease) as supervision:
         start = start_of(folder, parts, resume)

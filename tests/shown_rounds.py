@@ -8,7 +8,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.png import from_png
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -41,5 +41,5 @@ def run(tables: dict, name: str, serial: bool, **changes: object) -> Recipe:
     """Four rounds, three of them shown; the recipe."""
     own = {"name": name, "rounds": 4, "media": {"every": 2, "images": 5}, "rollouts": {"images_every": 1}}
     recipe = Recipe.parse({**tables, **own, "trackers": [{"name": "tensorboard"}], **changes})
-    train(recipe, serial=serial)
+    run_training(recipe, serial=serial)
     return recipe

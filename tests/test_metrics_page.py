@@ -9,7 +9,6 @@ import pytest
 
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trackers.ray_metrics import RaySeries, series_of
-from ray_ddpo.train import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 
@@ -52,7 +51,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> set[st
         "evaluation": {"every": 1, "images": 4, "scorers": [{"name": "brightness"}], "average_decay": 0.5},
     }
     recipe = Recipe.parse(tables)
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     return set(json.loads((Path(recipe.run_path()) / "metrics.jsonl").read_text()))
 
 

@@ -207,12 +207,13 @@ class Recipe(Table):
             raise ValueError(f"{which} cannot be used: {explain(error, cls)}") from error
 
     @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
+    def load(cls, path: str | os.PathLike[str], overrides: list[str] | None = None, **keys: Any) -> "Recipe":
         """Read a recipe's TOML file and apply overrides.
 
         Args:
             path: the file, or the name of a shipped recipe, such as `demo` or `tiny/grpo`.
-            overrides: `--section.key`, value and so on.
+            overrides: `--section.key`, value and so on, as on the command line.
+            keys: the same from Python, tables as dictionaries: `rounds=20, learner={"learning_rate": 1e-3}`.
 
         Raises:
             ValueError: There is no such recipe, or it cannot be used.
@@ -227,7 +228,8 @@ class Recipe(Table):
         with reading(path):
             text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        return cls.from_toml(text, str(path), overrides or [])
+        recipe = cls.from_toml(text, str(path), overrides or [])
+        return cls.parse(_with_keys(recipe.model_dump(), keys), str(path)) if keys else recipe
 
     @classmethod
     def from_toml(cls, text: str, where: str, overrides: list[str]) -> "Recipe":
@@ -276,3 +278,14 @@ def _holding_a_user(value: Any, key: str = "") -> Iterator[str]:
             yield from _holding_a_user(inner, key)
     elif isinstance(value, str) and URI_WITH_A_USER.search(value):
         yield key
+
+
+def _with_keys(tables: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """Return the tables with other values in them. A table that names another component has none of the former's keys."""
+    result = dict(tables)
+    for key, value in keys.items():
+        before = tables.get(key)
+        if isinstance(value, dict) and isinstance(before, dict) and value.get("name") in (None, before.get("name")):
+            value = _with_keys(before, value)
+        result[key] = value
+    return result

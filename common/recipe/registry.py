@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from ray_ddpo.common.recipe.bounds import Bounded
 from ray_ddpo.common.recipe.renamed import renamed_key, renamed_value
 from ray_ddpo.common.user_code.blame import blamed
+from ray_ddpo.common.user_code.by_value import is_by_value, reference, source_of
 from ray_ddpo.common.user_code.sources import is_of_the_project
 
 Registry = dict[str, str]  # name in a recipe -> "module:Class"
@@ -22,6 +23,10 @@ class Component(Bounded):
         """Return the modules outside the project that this component runs, by the key that names them."""
         own = type(self).__module__
         return {} if is_of_the_project(own) else {"name": own}
+
+    def user_texts(self) -> dict[str, str]:
+        """Return the source code that no module holds and that decides what this entry does, by the key that names it."""
+        return {"name": source_of(type(self))} if is_by_value(reference(type(self))) else {}
 
 
 ComponentT = TypeVar("ComponentT", bound=Component)
@@ -71,6 +76,11 @@ def component_class(registry: Registry, name: str, what: str, kind: type[Compone
     if kind is None or ":" not in name:
         own = f", or module:Class with a {kind.__name__} of your own" if kind else ""
         raise ValueError(f"{what}.name is {name!r}: it must be one of {sorted(registry)}{own}")
+    if is_by_value(name):
+        raise ValueError(
+            f"{what}.name is {name!r}: an object of this class was handed over by a Python program, and no module holds the "
+            f"class: hand it over again ({what.partition('.')[0]}=…), or move the class into a module and name it module:Class"
+        )
     cls = import_object(name, f"{what}.name")
     if not (isinstance(cls, type) and issubclass(cls, kind)):
         raise ValueError(f"{what}.name is {name!r}: it must be derived from {kind.__name__} in {kind.__module__}")

@@ -1,6 +1,7 @@
 """Recipes that ship with the program, found by name: `demo`, `sd15_aesthetic`, `tiny/grpo`."""
 
 import difflib
+import os
 from pathlib import Path
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
@@ -12,13 +13,13 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in sorted(RECIPES.rglob("*.toml"))}
 
 
-def recipe_file(named: str | Path) -> Path:
+def recipe_file(named: str | os.PathLike[str]) -> Path:
     """Return the file of a recipe named by its path or, if there is no such file, by a shipped recipe's name."""
     path = Path(named)
     return path if path.is_file() else shipped_recipes().get(str(named), path)
 
 
-def near_recipes(named: str | Path) -> list[str]:
+def near_recipes(named: str | os.PathLike[str]) -> list[str]:
     """Return the names of shipped recipes that are closest to a name or path; none if nothing is close."""
     names, wanted = list(shipped_recipes()), Path(named).stem
     same = [name for name in names if wanted and wanted in name.split("/")]

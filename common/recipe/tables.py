@@ -199,8 +199,8 @@ class RewardTable(ComponentTable):
 
     @property
     def called(self) -> str:
-        """Return the label, else the name."""
-        return self.label or self.name
+        """Return the label, else the name; of `module:Class`, the class's."""
+        return self.label or self.name.rpartition(":")[2]
 
 
 class AggregationTable(Table):

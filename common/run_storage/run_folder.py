@@ -19,6 +19,8 @@ from ray_ddpo.common.package_versions import VERSIONED, package_version
 from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.recipe import RECIPE_FILE, Recipe
 from ray_ddpo.common.run_storage.reading import read_json, read_text
+from ray_ddpo.common.run_storage.run_code import FOLDER as CODE
+from ray_ddpo.common.run_storage.run_code import find_code
 from ray_ddpo.common.run_storage.storage import Storage, StorageError, Unwritten
 
 START_SECONDS = 5.0  # in which an object store must accept a first file
@@ -33,7 +35,8 @@ GUARD_KEYS = ("policy_version", "alarms", "weights_of")
 BEST_KEYS = ("policy_version", "fingerprint", "best_by", "score")
 ASKED = TypeAdapter(dict[str, Annotated[StrictInt, Field(ge=1)]])
 WEIGHTS = ("lora", *TRAINED_PARTS)  # folders of trained weights, one of which a run has
-FOLDERS = ("checkpoints", "rollouts", "logs", "best", "report", *WEIGHTS)
+MODEL = "model"  # a pipeline that a Python program handed over
+FOLDERS = ("checkpoints", "rollouts", "logs", "best", "report", CODE, MODEL, *WEIGHTS)
 FILES = (RECIPE_FILE, "metrics.jsonl", "evaluations.jsonl", BASE_FILE, CONTROL, WATCHDOG, TOKEN, GUARD)
 
 
@@ -213,6 +216,7 @@ class RunFolder:
             ValueError: There is no run.
         """
         self.refuse_if_no_run()
+        find_code(self.storage)
         return Recipe.from_toml(read_text(self.storage, self.recipe), f"{self.location}/{self.recipe}", overrides)
 
 

@@ -3,6 +3,8 @@
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +24,20 @@ LOCAL = "local"
 def attaches() -> bool:
     """Return whether this process is to attach to a cluster that RAY_ADDRESS names."""
     return os.environ.get("RAY_ADDRESS", LOCAL) not in ("", LOCAL)
+
+
+@contextmanager
+def stopping_what_it_started() -> Iterator[None]:
+    """Leave Ray as it was: disconnect from a cluster that the body has started or joined when the body ends."""
+    before = ray.is_initialized()
+    try:
+        yield
+    except Exception as error:
+        before = before or getattr(error, "cluster_is_lost", False)  # Ray's shutdown could hang
+        raise
+    finally:
+        if not before and ray.is_initialized():
+            ray.shutdown()
 
 
 def has_cores_to_overlap(recipe: Recipe) -> bool:

@@ -1,6 +1,7 @@
-"""From a recipe to its parts: every entry that it names, built and checked before anything heavy starts."""
+"""From a recipe to its components: each one that it names, built and checked before anything heavy starts."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray_ddpo.actors.rewards import REWARDS
@@ -9,7 +10,7 @@ from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.prompts import PROMPTS, PromptSource
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.recipe.registry import build
+from ray_ddpo.common.recipe.registry import Component, build
 from ray_ddpo.common.recipe.reward_pools import RewardPool, reward_pools
 from ray_ddpo.common.recipe.tables import ComponentTable, RewardTable
 from ray_ddpo.common.trackers import TRACKERS
@@ -21,9 +22,23 @@ from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation
 from ray_ddpo.learner.optimization.optimizer import check_optimizer
 
 
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """Components that a Python program hands over as objects. Each takes the place of the one that the recipe names."""
+
+    policy: PolicyConfig | None = None
+    prompts: PromptSource | None = None
+    algorithm: Algorithm | None = None
+    rewards: Mapping[str, Reward] = field(default_factory=dict)  # by the name that the recipe's metrics call them
+    trackers: Mapping[str, Tracker] = field(default_factory=dict)  # by name; those that the recipe does not name too
+
+
+NOTHING_GIVEN = Given()
+
+
 @dataclass(frozen=True)
 class Components:
-    """The entries of a recipe. They are light, and travel to the process that makes them live."""
+    """The components of a recipe. They are light, and travel to the process that makes them live."""
 
     recipe: Recipe
     policy: PolicyConfig
@@ -35,11 +50,23 @@ class Components:
     trackers: dict[str, Tracker]
 
     def rewards_of(self, pool: RewardPool) -> dict[str, Reward]:
-        """The rewards that a pool of reward workers holds."""
+        """Return the rewards that a pool of reward workers holds."""
         return {name: (self.rewards | self.scorers)[name] for name in pool.rewards}
 
+    def by_place(self) -> dict[str, Component]:
+        """Return every component by its place in the recipe."""
+        rewards = {f"reward.{name}": reward for name, reward in (self.rewards | self.scorers).items()}
+        trackers = {f"trackers.{name}": tracker for name, tracker in self.trackers.items()}
+        return {
+            "policy": self.policy,
+            "prompts": self.prompts,
+            "algorithm": self.algorithm,
+            **rewards,
+            **trackers,
+        }
+
     def resolved(self) -> dict[str, Any]:
-        """The recipe's tables with every default filled in, those of the entries too."""
+        """Return the recipe's tables with every default filled in, those of the components too."""
         tables = self.recipe.model_dump()
         tables["policy"] |= self.policy.model_dump()
         tables["prompts"] |= self.prompts.model_dump()
@@ -55,9 +82,13 @@ class Components:
         return tables
 
 
-def build_components(recipe: Recipe) -> Components:
-    """Build every entry the recipe names. ValueError: a name or key is not known, or what an entry needs is not there."""
-    parts = components_of(recipe)
+def build_components(recipe: Recipe, given: Given = NOTHING_GIVEN) -> Components:
+    """Build every component that the recipe names, and check that what they need is there.
+
+    Raises:
+        ValueError: a name or key is not known, or what a component needs is not there.
+    """
+    parts = components_of(recipe, given)
     call_if_own(parts.policy, POLICIES, "check")
     parts.policy.lora_files()
     check_optimizer(recipe.learner)
@@ -67,34 +98,35 @@ def build_components(recipe: Recipe) -> Components:
     return parts
 
 
-def components_of(recipe: Recipe) -> Components:
-    """The same without asking whether what an entry needs is there.
+def components_of(recipe: Recipe, given: Given = NOTHING_GIVEN) -> Components:
+    """Build every component that the recipe names, without a look at the files and packages that they need.
 
-    ValueError: a name or key is not known, or the algorithm does not go with the rest.
+    Raises:
+        ValueError: a name or key is not known, or the algorithm does not go with the rest.
     """
-    algorithm: Algorithm = build(ALGORITHMS, recipe.algorithm.table(), "algorithm", Algorithm)
+    algorithm: Algorithm = given.algorithm or build(ALGORITHMS, recipe.algorithm.table(), "algorithm", Algorithm)
     algorithm.check(recipe)
     aggregation = RewardAggregation.of(recipe)
     aggregation.check(algorithm)
-    policy: PolicyConfig = build(POLICIES, recipe.policy.table(), "policy", PolicyConfig)
+    policy: PolicyConfig = given.policy or build(POLICIES, recipe.policy.table(), "policy", PolicyConfig)
     policy.check_sampling(recipe.sampling)
     algorithm.check_policy(policy)
     algorithm.check_micro_batches(recipe, policy.stochastic_steps(recipe.sampling))
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:
-        trackers[table.name] = build(TRACKERS, table.table(), "trackers", Tracker)
-    rewards = {table.called: build_reward(table) for table in recipe.all_rewards}
+        trackers[table.name] = given.trackers.get(table.name) or build(TRACKERS, table.table(), "trackers", Tracker)
+    rewards = {table.called: given.rewards.get(table.called) or build_reward(table) for table in recipe.all_rewards}
     scorers = {table.called: build_reward(table) for table in recipe.evaluation.scorers}
     _check_caches(recipe, rewards)
     return Components(
         recipe,
         policy,
-        build(PROMPTS, recipe.prompts.table(), "prompts", PromptSource),
+        given.prompts or build(PROMPTS, recipe.prompts.table(), "prompts", PromptSource),
         rewards,
         scorers,
         aggregation,
         algorithm,
-        trackers,
+        {**trackers, **given.trackers},
     )
 
 
@@ -108,5 +140,5 @@ def _check_caches(recipe: Recipe, rewards: dict[str, Reward]) -> None:
 
 
 def build_reward(table: RewardTable) -> Reward:
-    """The reward that a `[reward]` table names."""
-    return build(REWARDS, ComponentTable.table(table), "reward")
+    """Build the reward that a `[reward]` table names."""
+    return build(REWARDS, ComponentTable.table(table), "reward", Reward)

@@ -1,4 +1,4 @@
-"""Where a start of a run begins: again, at its newest checkpoint or at an earlier run's weights; and what it must stand on."""
+"""Find where a run starts: from scratch, from its newest checkpoint or from an earlier run's weights; compare its files."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ray_ddpo.common.base_parts import MODEL_KEYS, Base, LoadedBase, differing_parts, entry_base, text_part
 from ray_ddpo.common.recipe.tables import StartFromTable
+from ray_ddpo.common.run_storage.run_code import save_code
 from ray_ddpo.common.run_storage.run_folder import BASE_FILE, RunFolder
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.driver.start_from import EarlierRun, earlier_run
@@ -21,22 +22,27 @@ from ray_ddpo.learner.checkpoints.resume import resume_point
 
 @dataclass(frozen=True)
 class Start:
-    """The parts, with the earlier run that they start from; the checkpoint to go on from, and what was loaded so far."""
+    """The components, with the earlier run they start from; the checkpoint to resume from; the files loaded so far."""
 
     parts: Components
     checkpoint: Checkpoint | None
     base: LoadedBase
 
     def write(self, folder: RunFolder) -> None:
-        """Write recipe and fingerprints; before them the weights of an earlier run, which a resume no longer asks for."""
+        """Write recipe and fingerprints. Before them go an earlier run's weights, so that a resume needs that run no more."""
         if self.checkpoint and not self.checkpoint.rounds_done and not folder.storage.exists(folder.recipe):
             begun = replace(self.checkpoint, base=self.base.parts)
             save_checkpoint(folder.checkpoints, begun, self.parts.recipe.checkpoint.keep)
+        save_code(folder.storage, self.parts.by_place())
         folder.write_recipe(self.parts.resolved(), self.base.parts)
 
 
 def start_of(folder: RunFolder, parts: Components, resume: bool) -> Start:
-    """Find where a run begins. ValueError: not here, or not with this recipe, these prompts or from this earlier run."""
+    """Find where a run starts.
+
+    Raises:
+        ValueError: the run cannot start in this folder, with this recipe or prompts, or from this earlier run.
+    """
     if folder.storage.exists(folder.recipe):
         return _resumed(folder, parts, resume)
     _refuse_a_run_without_recipe(folder)
@@ -67,7 +73,7 @@ def _refuse_a_run_without_recipe(folder: RunFolder) -> None:
 
 
 def _refuse_damaged_checkpoints(folder: RunFolder) -> None:
-    """Raise ValueError if no committed checkpoint is whole: the run would begin again without a word."""
+    """Raise ValueError if every committed checkpoint is damaged: the run would silently start from scratch."""
     damaged = damaged_checkpoints(folder.checkpoints)
     if damaged:
         raise ValueError(
@@ -78,6 +84,7 @@ def _refuse_damaged_checkpoints(folder: RunFolder) -> None:
 
 
 def _resumed(folder: RunFolder, parts: Components, resume: bool) -> Start:
+    """Find where a run resumes. ValueError: its recipe or files have changed, or `resume` is not set."""
     if resume:
         before = folder.recipe_tables().get("start_from")
         parts = _starting_from(parts, _same_start(folder, before, parts.recipe.start_from))
@@ -96,7 +103,7 @@ def _resumed(folder: RunFolder, parts: Components, resume: bool) -> Start:
 
 
 def _same_start(folder: RunFolder, before: dict | None, now: StartFromTable | None) -> StartFromTable | None:
-    """The earlier run as this one has it in its recipe, which need not be given again, nor be there any more."""
+    """Return the earlier run that this run's own recipe names. It need not be given again, nor exist any more."""
     known = StartFromTable(**before) if before else None
     if now is None or now == known:
         return known

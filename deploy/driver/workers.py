@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray import cloudpickle
 
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rollouts.ray_stream import Pools, RayRolloutStream
@@ -24,6 +25,7 @@ from ray_ddpo.common.recipe.reward_pools import RewardPool, all_pools, elastic_r
 from ray_ddpo.common.recipe.tables import RoleTable
 from ray_ddpo.common.role_loading import RoleNotStarted, starting
 from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.user_code.blame import blamed
 from ray_ddpo.deploy.driver.cluster import attach, attaches, start_here
 from ray_ddpo.deploy.driver.cluster_watch import ClusterWatch
 from ray_ddpo.deploy.driver.components import Components
@@ -108,6 +110,7 @@ def ray_workers(parts: Components, supervision: Supervision, base: LoadedBase) -
     """
     recipe = parts.recipe
     trial_prompts(parts)  # so that a faulty prompt source is found before any process starts
+    _refuse_what_cannot_travel(parts)
     output = RoleOutput(RunFolder(recipe.run_path()).logs)
     connect(recipe, output)
     supervision.listen()
@@ -266,6 +269,20 @@ def _learner_maker(parts: Components) -> Callable[[], list[Any]]:
         arguments = (parts.policy, parts.algorithm, recipe, ranks)
         makers.append(_maker(Learner, "learner", recipe.learner, recipe, arguments, role))
     return lambda: [make(next(numbers)) for make in makers]
+
+
+def _refuse_what_cannot_travel(parts: Components) -> None:
+    """Raise ValueError if a component cannot be sent to another process, such as a function that holds an open file."""
+    rewards = {f"the reward {name!r}": reward for name, reward in (parts.rewards | parts.scorers).items()}
+    for what, component in {**rewards, "the algorithm": parts.algorithm, "the policy": parts.policy}.items():
+        try:
+            with blamed("pickling it"):
+                cloudpickle.dumps(component)
+        except ValueError as error:
+            raise ValueError(
+                f"{what} cannot be sent to other processes ({error}): train in one process with --serial, or make what it "
+                "holds inside of it, at its first call"
+            ) from error
 
 
 def _refuse_too_large_role(role: str, table: RoleTable, count: int = 1) -> None:

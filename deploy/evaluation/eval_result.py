@@ -20,7 +20,7 @@ from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RewardTable
 from ray_ddpo.common.trajectory import ImageBatch
-from ray_ddpo.deploy.driver.components import Components, build_reward
+from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.evaluation.guard import Alarm, JudgedVersion, VersionStats, alarms, finite_mean
 from ray_ddpo.learner.checkpoints.learner_state import Evaluated
 
@@ -77,10 +77,9 @@ class EvalScorer:
 
     def __init__(self, parts: Components) -> None:
         recipe = parts.recipe
-        rewards = {name: build_reward(table) for name, table in scorer_tables(recipe).items()}
         self.chosen = build_eval_set(recipe.evaluation, parts.prompts)
         self._sampling = recipe.sampling
-        self._worker = RewardWorker(rewards, recipe.reward_workers, recipe.runtime)
+        self._worker = RewardWorker(parts.rewards | parts.scorers, recipe.reward_workers, recipe.runtime)
         self._weights = parts.aggregation.weights
 
     def loaded_parts(self) -> Base:

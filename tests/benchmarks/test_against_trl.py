@@ -15,7 +15,7 @@ from benchmarks.target import FAST, TRL_KEYS, Version, evaluate, trl_recipe, ver
 from benchmarks.target_results import OURS, Point, draw_chart, first_past, read_points, write_points
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.driver.components import build_components
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 
 
 def row(side: str, repeat: int, scale: float, **more: float) -> dict:
@@ -104,7 +104,7 @@ def test_our_side_makes_rounds_that_are_those_of_the_command(small: str, tmp_pat
         assert set(process.answer()["versions"]) >= {"torch", "diffusers"}
         one_round(process, bare=True)
         last = process.ask(save=str(tmp_path / "weights.safetensors"))
-    train(Recipe.load(small), serial=True)
+    run_training(Recipe.load(small), serial=True)
     (*_, version) = our_versions(small, tmp_path)
     assert same_arrays(load_file(tmp_path / "weights.safetensors"), version.arrays())
     parts = ("sampling", "scoring", "learning")
@@ -134,7 +134,7 @@ def test_both_sides_make_rounds_and_their_adapters_are_drawn_with(
         parts = [answer[part] for part in ("sampling", "scoring", "learning")]
         assert min(parts) > 0 and sum(parts) <= answer["round"] and answer["reward"] < 0
     (place / "times.json").write_text("[1.5, 3.0]")
-    train(Recipe.load(small), serial=True)
+    run_training(Recipe.load(small), serial=True)
     our_versions(small, tmp_path)
     monkeypatch.setattr("benchmarks.target.RECIPE", small)
     points = list(evaluate([0], tmp_path, []))

@@ -14,7 +14,6 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.png import from_png
 from ray_ddpo.deploy.commands.evaluate import changes, in_words
 from ray_ddpo.deploy.evaluation.eval_result import EvalResult
-from ray_ddpo.train import train
 
 IMAGES = {"images": 6, "batch_size": 4}
 
@@ -22,7 +21,7 @@ IMAGES = {"images": 6, "batch_size": 4}
 def run_of(tables: dict, name: str, **changed: object) -> Path:
     learner = {**tables["learner"], "learning_rate": 0.1}  # so that sizes of files differ
     recipe = Recipe.parse({**tables, "name": name, "rounds": 1, "learner": learner, "evaluation": IMAGES, **changed})
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     return Path(recipe.run_path())
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from ray_ddpo import cli
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 from tests.failure_page import assert_documented
 
 STEPS, GUIDANCE = ("--sampling.num_steps", "6"), ("--sampling.guidance_scale", "1")
@@ -17,7 +17,7 @@ STEPS, GUIDANCE = ("--sampling.num_steps", "6"), ("--sampling.guidance_scale", "
 def run(tables: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.parse({**tables, "rounds": 1, "evaluation": {"images": 2, "batch_size": 2, "seed": 7}})
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     return Path(recipe.run_path())
 
 

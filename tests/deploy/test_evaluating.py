@@ -11,7 +11,7 @@ from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.deploy.driver.supervision import Stopped
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 
 EVALUATION = {
     "every": 2,
@@ -33,7 +33,7 @@ def tables(tables: dict) -> dict:
 
 def run_of(tables: dict, name: str, **changes: object) -> Path:
     recipe = Recipe.parse({**tables, "name": name, **changes})
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     return Path(recipe.run_path())
 
 
@@ -105,7 +105,7 @@ def test_a_resumed_run_has_the_same_evaluations(tables: dict, monkeypatch: pytes
         run_of(tables, "stopped", **how)
     monkeypatch.undo()
     recipe = Recipe.parse({**tables, "name": "stopped", **how})
-    train(recipe, resume=True, serial=True)
+    run_training(recipe, resume=True, serial=True)
     run = Path(recipe.run_path())
     assert figures(run) == figures(calm)
     of_calm, of_run = ([row.get("evaluation/reward/mean") for row in rows(each)] for each in (calm, run))
@@ -136,7 +136,7 @@ def test_evaluations_start_again_if_the_images_differ(tables: dict, capsys: pyte
     run = run_of(tables, "run", evaluation=EVALUATION)
     assert len(figures(run)) == 4
     more = {**tables, "name": "run", "rounds": 6, "evaluation": {**EVALUATION, "seed": 7}}
-    train(Recipe.parse(more), resume=True, serial=True)
+    run_training(Recipe.parse(more), resume=True, serial=True)
     assert [each["policy_version"] for each in figures(run)] == [0, 6]
     assert "evaluations start again" in capsys.readouterr().err
 
@@ -154,9 +154,9 @@ def test_the_guard_ends_a_run_and_a_resume_does_not_go_on(tables: dict, capsys: 
     assert "guard: version 2: the policy is" in capsys.readouterr().err
     stopped = fingerprint(run)
     recipe = {**tables, "name": "run", "evaluation": EVALUATION}
-    train(Recipe.parse({**recipe, "guard": GUARD}), resume=True, serial=True)
+    run_training(Recipe.parse({**recipe, "guard": GUARD}), resume=True, serial=True)
     assert fingerprint(run) == stopped and len(rows(run)) == 3
-    train(Recipe.parse(recipe), resume=True, serial=True)  # told to go on, it does
+    run_training(Recipe.parse(recipe), resume=True, serial=True)  # told to go on, it does
     assert len(rows(run)) == 5 and not (run / "guard.json").exists()
     assert fingerprint(run) == fingerprint(run_of(tables, "calm"))
 

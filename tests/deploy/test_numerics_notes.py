@@ -14,7 +14,7 @@ from ray_ddpo.common.schedule import Task
 from ray_ddpo.common.trajectory import Rollout, Scores, TaskReport
 from ray_ddpo.deploy.driver.numerics_notes import NumericsNotes
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 from tests.failure_page import assert_documented
 from tests.rounds import parts_with
 
@@ -37,7 +37,7 @@ def test_machines_of_one_kind_are_no_word(capsys: pytest.CaptureFixture) -> None
 def test_a_resumed_run_says_that_its_machine_is_another_one(
     tables: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    train(parts_with(tables, rounds=1).recipe, serial=True)
+    run_training(parts_with(tables, rounds=1).recipe, serial=True)
     folder = RunFolder(parts_with(tables).recipe.run_path())
     newest = newest_checkpoint(folder.checkpoints)
     assert newest and load_checkpoint(newest).learner.machine == this_machine("cpu")
@@ -45,7 +45,7 @@ def test_a_resumed_run_says_that_its_machine_is_another_one(
     this_machine.cache_clear()
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     try:
-        train(parts_with(tables).recipe, resume=True, serial=True)
+        run_training(parts_with(tables).recipe, resume=True, serial=True)
     finally:
         this_machine.cache_clear()
     assert_documented("A run resumes on another kind of machine", 0, capsys.readouterr().err)

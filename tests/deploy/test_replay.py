@@ -12,7 +12,7 @@ from ray_ddpo import cli
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def run(tables: dict, tmp_path: Path) -> RunFolder:
     tables["prompts"] = {"name": "file", "path": str(tmp_path / "prompts.jsonl")}
     tables["reward"] = {"name": "function", "path": "tests.user_functions:prompts_and_metadata"}
     recipe = Recipe.parse({**tables, "rollouts": {"images_every": 2}})
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     return RunFolder(recipe.run_path())
 
 

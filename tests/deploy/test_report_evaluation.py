@@ -16,7 +16,6 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.report.evaluation import evaluation_section, guard_sentences
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.deploy.evaluation.eval_result import EvalResult
-from ray_ddpo.train import train
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +106,7 @@ def test_a_run_that_was_rolled_back_is_compared_by_the_weights_that_it_has(
     evaluation = {"every": 2, "prompts": ["cat", "dog"], "images": 6, "batch_size": 4}
     guard = {"max_kl_nats": 1e-9, "on_alarm": "roll_back"}
     recipe = Recipe.parse({**tables, "rounds": 5, "evaluation": evaluation, "guard": guard})
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     run = Path(recipe.run_path())
     assert cli.main(["status", str(run)]) == 0
     said = capsys.readouterr().out

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ray_ddpo import cli
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 from tests.browser import MAY_BE_SKIPPED, Page, browser
 from tests.system.disturbances import alive
 from tests.tiny_pipeline import save_tiny_pipeline
@@ -47,7 +47,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "guard": {"max_kl_nats": 1e-9},
     }
     recipe = Recipe.parse(tables)
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     assert cli.main(["report", recipe.run_path()]) == 0
     return Path(recipe.run_path()) / "report" / "report.html"
 

@@ -18,14 +18,13 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.report.numbers import number
 from ray_ddpo.deploy.commands.report.report import summary
 from ray_ddpo.deploy.evaluation.eval_result import EvalComparison
-from ray_ddpo.train import train
 from tests.conftest import SECRET
 
 
 @pytest.fixture
 def run(tables: dict) -> Path:
     recipe = Recipe.parse({**tables, "evaluation": {"images": 8, "batch_size": 4}})
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     return Path(recipe.run_path())
 
 
@@ -50,7 +49,7 @@ def test_plain_diffusers_samples_the_images_of_ddpo_sample(model: str, tables: d
         tables["policy"] |= {"model": model}
     folder = EMBEDDED_MODELS.get(model, tables["policy"]["model"])
     recipe = Recipe.parse({**tables, "rounds": 1})
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     run = Path(recipe.run_path())
     ours = tmp_path / "ours"
     assert cli.main(["sample", "--lora", str(run), "--seed", "3", "--output", str(ours), "cat", "dog"]) == 0
@@ -93,7 +92,7 @@ def test_the_page_tells_of_every_reward_and_of_the_rows_that_were_kept(tables: d
     ]
     tables["prompts"] = {"name": "texts", "texts": ["cat", "<b>dog</b>"]}
     recipe = Recipe.parse({**tables, "evaluation": {"images": 4}, "rollouts": {"keep": keep}})
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     assert cli.main(["report", recipe.run_path()]) == 0
     page = (Path(recipe.run_path()) / "report" / "report.html").read_text()
     figures = json.loads((Path(recipe.run_path()) / "report" / "summary.json").read_text())
@@ -107,7 +106,7 @@ def test_the_page_tells_of_every_reward_and_of_the_rows_that_were_kept(tables: d
 def test_a_run_of_one_round_in_a_bucket_has_its_page_there(tables: dict, bucket: str) -> None:
     tables |= {"output_dir": f"{bucket}/runs", "rounds": 1, "evaluation": {"images": 4}}
     recipe = Recipe.parse(tables)
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     assert cli.main(["report", recipe.run_path()]) == 0
     page = RunFolder(recipe.run_path()).report.read("report.html").decode()
     assert "in one round" in page and SECRET not in page and "testing-key" not in page
@@ -116,7 +115,7 @@ def test_a_run_of_one_round_in_a_bucket_has_its_page_there(tables: dict, bucket:
 def test_an_untrained_run_changes_nothing(tables: dict) -> None:
     tables["learner"] |= {"learning_rate": 1e-30, "weight_decay": 0}
     recipe = Recipe.parse({**tables, "name": "still", "evaluation": {"images": 4}})
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     assert cli.main(["report", recipe.run_path()]) == 0
     figures = json.loads((Path(recipe.run_path()) / "report" / "summary.json").read_text())
     assert figures["reward_before"] == figures["reward_after"]

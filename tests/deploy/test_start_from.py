@@ -15,7 +15,7 @@ from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.driver.start_from import start_from_of
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, checkpoint_of, load_checkpoint
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 from tests.altered_files import altered
 from tests.conftest import small_tables
 from tests.failure_page import assert_documented
@@ -28,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     tables = small_tables(Path(shutil.copytree(tiny_model, home / "model")), home)
     tables |= {"name": "first", "checkpoint": {"every": 1}, "evaluation": {"every": 1, "images": 2, "batch_size": 2}}
     (home / "recipe.toml").write_text(tomli_w.dumps(tables))
-    train(Recipe.parse(tables), serial=True)
+    run_training(Recipe.parse(tables), serial=True)
     return home
 
 
@@ -160,9 +160,9 @@ def test_what_the_option_takes() -> None:
 def test_a_run_starts_from_a_full_network_too(tables: dict) -> None:
     tables["policy"] |= {"train": "full"}
     tables |= {"rounds": 1, "checkpoint": {"every": 1}}
-    train(Recipe.parse({**tables, "name": "first"}), serial=True)
+    run_training(Recipe.parse({**tables, "name": "first"}), serial=True)
     home = Path(tables["output_dir"]).parent
     source = {"run": str(home / "runs/first")}
-    train(Recipe.parse({**tables, "name": "second", "start_from": source}), serial=True)
+    run_training(Recipe.parse({**tables, "name": "second", "start_from": source}), serial=True)
     before, begun = checkpoint(home, "first", 1), checkpoint(home, "second", 0)
     assert np.array_equal(before.learner.trained.buffer, begun.learner.trained.buffer)

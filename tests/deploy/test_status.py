@@ -12,7 +12,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.lease import Lease
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.status import in_words, status
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 
 
 def test_status_of_a_run_before_its_first_round_and_while_it_is_active(tables: dict) -> None:
@@ -30,7 +30,7 @@ def test_status_of_a_run_before_its_first_round_and_while_it_is_active(tables: d
 
 def test_status_of_a_finished_run_has_the_stats_of_its_last_round(tables: dict, capsys: pytest.CaptureFixture) -> None:
     recipe = Recipe.parse(tables)
-    last = train(recipe, serial=True)
+    last = run_training(recipe, serial=True)
     capsys.readouterr()
     assert main(["status", recipe.run_path(), "--json"]) == 0
     known = json.loads(capsys.readouterr().out)

@@ -14,7 +14,7 @@ from ray_ddpo import cli
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 from tests.altered_files import altered
 from tests.conftest import small_tables
 from tests.failure_page import assert_documented
@@ -50,7 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
     }
     (home / "recipe.toml").write_text(tomli_w.dumps(tables))
     sys.path.insert(0, str(home))
-    train(Recipe.parse(tables), serial=True)
+    run_training(Recipe.parse(tables), serial=True)
     yield home
     sys.path.remove(str(home))
     for name in ("reward_of_mine", "brightness_of_mine"):

@@ -16,7 +16,7 @@ from ray_ddpo.deploy.commands.plan.numbers import plan_of
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint
 from ray_ddpo.learner.learner import Learner
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 from tests.rounds import parts_with, sample_round
 from tests.tiny_policy import SAMPLING, tiny_policy
 
@@ -85,7 +85,7 @@ def test_the_moving_average_of_full_networks_is_sampled_with_and_resumed(tables:
     evaluation = {"every": 1, "images": 4, "batch_size": 4, "average_decay": 0.5}
     values = {**FULL, "learner__learning_rate": 1e-3, "checkpoint__every": 1, "checkpoint__keep": 9}
     parts = parts_with({**tables, "rounds": 2, "evaluation": evaluation}, **values)
-    train(parts.recipe, serial=True)
+    run_training(parts.recipe, serial=True)
     folder = RunFolder(parts.recipe.run_path())
     first, second = (load_checkpoint(folder.checkpoints.folder(f"round-{done:06d}")) for done in (1, 2))
     start = Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1]

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import component_class
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 from tests.system.conftest import final_fingerprint
 from tests.tiny_families import MAKERS, policy_table
 
@@ -52,7 +52,7 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_its_lora_loads_in_diffusers(
 ) -> None:
     whole = final_fingerprint(recipe_of(tables, tmp_path, family, name="whole"), serial=True)
     checkpoint = {"every": 1, "keep": 2}
-    train(recipe_of(tables, tmp_path, family, name="parts", rounds=1, checkpoint=checkpoint), serial=True)
+    run_training(recipe_of(tables, tmp_path, family, name="parts", rounds=1, checkpoint=checkpoint), serial=True)
     recipe = recipe_of(tables, tmp_path, family, name="parts", checkpoint=checkpoint)
     assert final_fingerprint(recipe, serial=True, resume=True) == whole
     metrics = json.loads((Path(recipe.run_path()) / "metrics.jsonl").read_text().splitlines()[0])
@@ -76,5 +76,5 @@ def test_full_fine_tuning_learns_and_resumes_to_the_same_bits(family: str, table
         return recipe_of(tables, tmp_path, family, name=name, rounds=rounds, policy=policy)
 
     whole = final_fingerprint(recipe("whole", 2), serial=True)
-    train(recipe("parts", 1), serial=True)
+    run_training(recipe("parts", 1), serial=True)
     assert final_fingerprint(recipe("parts", 2), serial=True, resume=True) == whole

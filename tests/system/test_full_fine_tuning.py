@@ -10,7 +10,7 @@ from ray_ddpo.actors.rewards.image_statistics import Brightness, grey
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 
 pytestmark = pytest.mark.thorough
 FULL = Path(__file__).parents[2] / "deploy" / "recipes" / "tiny" / "full.toml"
@@ -42,7 +42,7 @@ def trained(folder: Path, *options: str) -> tuple[dict, list[str]]:
     recipe = Recipe.load(FULL, [*SHORT_FORM, "--output_dir", str(folder), *options])
     without_average = recipe.evaluation.model_copy(update={"average_decay": None})
     recipe = recipe.model_copy(update={"evaluation": without_average})
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     log = EvalLog(RunFolder(recipe.run_path()).storage)
     first, last = log.entries()[0], log.entries()[-1]
     images = [log.images(each["policy_version"]) for each in (first, last)]

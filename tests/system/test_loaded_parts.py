@@ -13,7 +13,7 @@ import tomli_w
 from ray_ddpo import cli
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 from tests.altered_files import altered
 from tests.failure_page import assert_documented
 from tests.system.conftest import final_fingerprint
@@ -49,7 +49,7 @@ def test_on_ray_a_resume_checks_the_loaded_files_and_gives_the_same_bits(
 ) -> None:
     model = Path(shutil.copytree(tables["policy"]["model"], tmp_path / "model"))
     tables |= {"checkpoint": {"every": 1}, "policy": {**tables["policy"], "model": str(model)}, "name": "first"}
-    train(Recipe.parse({**tables, "rounds": 1}))
+    run_training(Recipe.parse({**tables, "rounds": 1}))
     with altered(next((model / "vae").glob("*.safetensors"))):
         code = typed(tables, tmp_path, "--resume", "auto")
     printed = capsys.readouterr().err

@@ -11,7 +11,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RolloutsTable
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 from tests.conftest import SECRET
 from tests.system.conftest import final_fingerprint
 
@@ -25,7 +25,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def in_two_parts(tables: dict, name: str, **how: bool) -> str:
     checkpoint = {"every": 1, "keep": 2}
-    train(Recipe.parse({**tables, "name": name, "rounds": 2, "checkpoint": checkpoint}), **how)
+    run_training(Recipe.parse({**tables, "name": name, "rounds": 2, "checkpoint": checkpoint}), **how)
     return final_fingerprint(Recipe.parse({**tables, "name": name, "checkpoint": checkpoint}), resume=True, **how)
 
 
@@ -56,7 +56,7 @@ def test_report_and_sample_read_a_run_from_an_object_store(
     tables: dict, bucket: str, home: Path, capsys: pytest.CaptureFixture
 ) -> None:
     tables |= {"rounds": 1, "output_dir": f"{bucket}/runs", "evaluation": {"images": 4, "batch_size": 4}}
-    train(Recipe.parse(tables), serial=True)
+    run_training(Recipe.parse(tables), serial=True)
     assert cli.main(["report", f"{bucket}/runs/tiny"]) == 0
     assert f"{bucket}/runs/tiny/report/summary.json" in capsys.readouterr().out
     report = RunFolder(f"{bucket}/runs/tiny").report

@@ -13,7 +13,7 @@ from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import at_round, beside, in_turn, processes_of, title_of, wait_until
 
@@ -67,7 +67,7 @@ def test_two_ranks_resume_to_the_same_bits_with_or_without_sharded_optimizer_sta
     tables: dict, cluster: None, calm: str
 ) -> None:
     checkpoint = {"every": 1, "keep": 2}
-    train(recipe_of(tables, "parts", checkpoint=checkpoint, rounds=2, divided=True))
+    run_training(recipe_of(tables, "parts", checkpoint=checkpoint, rounds=2, divided=True))
     assert final_fingerprint(recipe_of(tables, "parts", checkpoint=checkpoint), resume=True) == calm
     assert final_fingerprint(recipe_of(tables, "whole", checkpoint=checkpoint, rounds=2)) != calm
     assert final_fingerprint(recipe_of(tables, "whole", checkpoint=checkpoint, divided=True), resume=True) == calm
@@ -100,13 +100,13 @@ def test_a_rank_that_dies_between_the_parts_of_a_round_changes_no_bit(tables: di
 @pytest.mark.thorough
 def test_another_number_of_ranks_is_another_run(tables: dict, cluster: None) -> None:
     recipe = recipe_of(tables, "other", rounds=1)
-    train(recipe)
+    run_training(recipe)
     with pytest.raises(ValueError, match="learner.world_size was 2 and is 1"):
-        train(recipe_of(tables, "other", ranks=1), resume=True)
+        run_training(recipe_of(tables, "other", ranks=1), resume=True)
 
 
 @pytest.mark.system
 def test_a_role_larger_than_the_cluster_is_refused_at_once(tables: dict, cluster: None) -> None:
     learner = {**tables["learner"], "world_size": 2, "num_cpus": 5}
     with pytest.raises(ValueError, match="learner: its 2 ranks ask for {'CPU': 10"):
-        train(Recipe.parse({**tables, "name": "large", "learner": learner}))
+        run_training(Recipe.parse({**tables, "name": "large", "learner": learner}))

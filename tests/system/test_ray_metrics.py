@@ -12,7 +12,7 @@ import ray
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trackers.ray_metrics import RayMetrics
 from ray_ddpo.common.trackers.tracker import RunInfo
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 
 pytestmark = pytest.mark.system
 LINE = re.compile(r"^ray_(ddpo_\w+)\{(.*)\} (\S+)$")
@@ -70,7 +70,7 @@ def test_what_is_logged_is_shown_by_the_node(cluster: None, tmp_path: Path) -> N
 
 def test_a_run_on_ray_shows_its_last_round(cluster: None, tables: dict) -> None:
     recipe = Recipe.parse({**tables, "name": "exported", "trackers": [{"name": "ray"}]})
-    train(recipe)
+    run_training(recipe)
     found = shown_once_there("exported", "ddpo_rounds_total role=driver index=0", 2)
     last = json.loads((Path(recipe.run_path()) / "metrics.jsonl").read_text().splitlines()[-1])
     for metric in ("reward/mean", "loss", "idle/learner", "weight_bytes", "samplers/alive"):

@@ -15,7 +15,7 @@ from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.deploy.driver.supervision import Stopped
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
 from ray_ddpo.learner.checkpoints.resume import resume_point
-from ray_ddpo.train import train
+from ray_ddpo.train import run_training
 from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import at_round, beside
 
@@ -23,7 +23,7 @@ from tests.system.disturbances import at_round, beside
 def run_in_two_parts(tables: dict, first: int, **how: bool) -> str:
     """The run stops after `first` rounds, as at a Ctrl-C between rounds, and goes on with --resume auto."""
     checkpoint = {"every": 1, "keep": 2}
-    train(Recipe.parse({**tables, "name": "parts", "rounds": first, "checkpoint": checkpoint}), **how)
+    run_training(Recipe.parse({**tables, "name": "parts", "rounds": first, "checkpoint": checkpoint}), **how)
     return final_fingerprint(Recipe.parse({**tables, "name": "parts", "checkpoint": checkpoint}), resume=True, **how)
 
 
@@ -50,7 +50,7 @@ def test_metrics_after_a_resume_have_every_round_once(tables: dict) -> None:
 @pytest.mark.thorough
 def test_a_resume_cuts_the_ledger_back_to_the_checkpoint(tables: dict) -> None:
     recipe = Recipe.parse({**tables, "rounds": 3, "checkpoint": {"every": 1, "keep": 3}})
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     folder = RunFolder(recipe.run_path())
     ledger = Ledger(folder.storage, recipe.rollouts)
     before = [ledger.read(round_index).drop_columns(["seconds"]) for round_index in range(3)]
@@ -58,7 +58,7 @@ def test_a_resume_cuts_the_ledger_back_to_the_checkpoint(tables: dict) -> None:
     folder.storage.write("rollouts/round=000007/images.parquet", b"of rounds that are done again")
     found = resume_point(folder, build_components(recipe).resolved(), resume=True)
     assert found is not None and found.rounds_done == found.ledger_rounds == 2
-    train(recipe, serial=True, resume=True)
+    run_training(recipe, serial=True, resume=True)
     assert ledger.rounds() == [0, 1, 2]
     assert [ledger.read(round_index).drop_columns(["seconds"]) for round_index in range(3)] == before
 
@@ -75,7 +75,7 @@ def test_a_signal_in_one_process_commits_the_last_complete_round(tables: dict, l
     folder = RunFolder(recipe.run_path())
     terminate = at_round(Path(recipe.run_path()), 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with beside(terminate), pytest.raises(Stopped):
-        train(recipe, serial=True)
+        run_training(recipe, serial=True)
     newest = newest_checkpoint(folder.checkpoints)
     assert newest is not None and 2 <= load_checkpoint(newest).rounds_done < 6
     resumed = final_fingerprint(recipe, resume=True, serial=True)

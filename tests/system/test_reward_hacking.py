@@ -8,7 +8,6 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.weights.run_weights import run_weights
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
-from ray_ddpo.train import train
 
 pytestmark = pytest.mark.thorough
 GUARD = Path(__file__).parents[2] / "deploy" / "recipes" / "tiny" / "guard.toml"
@@ -17,7 +16,7 @@ GUARD = Path(__file__).parents[2] / "deploy" / "recipes" / "tiny" / "guard.toml"
 def test_dark_images_raise_an_alarm_and_the_better_version_is_kept(tmp_path: Path) -> None:
     """The recipe as it stands, evaluated half as often: it takes minutes."""
     recipe = Recipe.load(GUARD, ["--evaluation.every", "4", "--output_dir", str(tmp_path)])
-    train(recipe, serial=True)
+    run_training(recipe, serial=True)
     folder = RunFolder(recipe.run_path())
     figures = EvalLog(folder.storage).entries()
     ended, best = folder.guard_ended(), folder.best_version()
