@@ -174,7 +174,9 @@ def test_a_recipe_says_weights_floors_and_how_they_are_aggregated(tables: dict) 
 
 def test_an_algorithm_without_advantages_cannot_join_them(tables: dict) -> None:
     of_rwr = {**tables, "algorithm": {"name": "rwr"}}
-    with pytest.raises(ValueError, match="aggregation.kind is 'advantages', and RewardWeightedRegression makes weights"):
+    with pytest.raises(
+        ValueError, match="aggregation.kind is 'advantages', and RewardWeightedRegression makes weights"
+    ):
         components_of(recipe_with(of_rwr, "--aggregation.kind", "advantages", "--learner.micro_batch_size", "4", **TWO))
 
 
