@@ -15,8 +15,12 @@ PROBE_FILE = Path(__file__).parents[2] / "common" / "tiny_animals" / "probe.safe
 class AnimalClassifier(Reward):
     """What the probe of the embedded model says of the prompted animal; a prompt names one of its 45 classes."""
 
-    measure: Literal["log_prob", "top1"] = "log_prob"
-    """log_prob: natural logarithm of the animal's probability; top1: 1.0 where no other is more probable, else 0.0."""
+    measure: Literal["log_prob", "log_odds", "top1"] = "log_prob"
+    """How to score the animal's probability p.
+
+    log_prob: ln p. log_odds: ln(p / (1 - p)), which still tells images apart that the classifier is sure of.
+    top1: 1.0 if no other animal is more probable, else 0.0.
+    """
 
     def load(self, device: str) -> LoadedReward:
         """ValueError when scoring: a prompt that names none of the classes, or several."""
@@ -33,7 +37,11 @@ class AnimalClassifier(Reward):
             log_probs = torch.log_softmax(features(images) @ weight.T + bias, dim=1)
             if self.measure == "top1":
                 return (log_probs.argmax(1) == asked).float().cpu().numpy()
-            return log_probs.gather(1, asked[:, None])[:, 0].cpu().numpy()
+            log_prob = log_probs.gather(1, asked[:, None])[:, 0]
+            if self.measure == "log_odds":
+                # The others' probabilities are summed, because 1 - p is 0 in float32 where p rounds to 1.
+                log_prob = log_prob - log_probs.scatter(1, asked[:, None], -torch.inf).logsumexp(1)
+            return log_prob.cpu().numpy()
 
         return score
 
