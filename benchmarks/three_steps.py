@@ -78,11 +78,11 @@ def ddpo(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "ray_ddpo", *words], check=True, env=environment)
 
 
-def small_copy(source: Path, path: Path) -> None:
+def small_copy(source: Path, path: Path, width: int = IMAGE_WIDTH) -> None:
     """The report's image for a page of the documentation."""
     image = Image.open(source).convert("RGB")
-    height = round(image.height * IMAGE_WIDTH / image.width)
-    image.resize((IMAGE_WIDTH, height), Image.Resampling.LANCZOS).quantize(128).save(path, optimize=True)
+    height = round(image.height * width / image.width)
+    image.resize((width, height), Image.Resampling.LANCZOS).quantize(128).save(path, optimize=True)
 
 
 def table(summary: dict[str, Any], fitted: dict[str, Any], seconds: dict[str, float]) -> str:
