@@ -31,7 +31,7 @@ def line(seed: int, figures: dict) -> tuple[float, str]:
     change = figures["reward_after"] - figures["reward_before"]
     share = change / abs(figures["reward_before"])
     errors = change / figures["paired_standard_error"]
-    probe = figures["scorers"].get("animal_classifier", {})
+    probe = figures["scorers"].get("named", {})
     named = f"{probe.get('before', 0):.2f} → {probe.get('after', 0):.2f}, kept {probe.get('kept', 0):.2f}"
     before, after = figures["reward_before"], figures["reward_after"]
     rewards = f"{before:.3f} → {after:.3f} | {100 * share:+.1f} % | {errors:.1f}"
