@@ -19,7 +19,15 @@ from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.deploy.driver.registries import REGISTRIES
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
-NAMES = ("tiny/jpeg", "tiny/held_out", "tiny/window", "tiny/diffusion_nft", "tiny/dpok", "tiny/rwr_sparse", "tiny/floor")
+NAMES = (
+    "tiny/jpeg",
+    "tiny/held_out",
+    "tiny/window",
+    "tiny/diffusion_nft",
+    "tiny/dpok",
+    "tiny/rwr_sparse",
+    "tiny/floor",
+)
 BASES = {name: tomllib.loads((RECIPES / f"{name}.toml").read_text()) for name in NAMES}
 VALUES = [0, -1, math.nan, math.inf, 1e308, -1e308, 10**9, 10**300, "text", [1]]
 Place = tuple[str, ...]

@@ -15,7 +15,7 @@ from tests.system.disturbances import rounds_done
 from tests.system.drivers import committed_fingerprint
 from tests.system.prometheus import Prometheus, prometheus
 from tests.system.started_nodes import StartedCluster, StartedNode, started_cluster
-from tests.system.submitted_run import RECIPE, PLACES, ROOT, ROUNDS, SHORT_FORM, Story, first_job, second_job
+from tests.system.submitted_run import PLACES, RECIPE, ROOT, ROUNDS, SHORT_FORM, Story, first_job, second_job
 
 pytestmark = pytest.mark.system
 DASHBOARD = json.loads((ROOT / "deploy" / "cluster" / "grafana" / "ray_ddpo.json").read_text(encoding="utf-8"))
