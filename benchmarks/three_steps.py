@@ -82,7 +82,10 @@ def small_copy(source: Path, path: Path, width: int = IMAGE_WIDTH) -> None:
     """The report's image for a page of the documentation."""
     image = Image.open(source).convert("RGB")
     height = round(image.height * width / image.width)
-    image.resize((width, height), Image.Resampling.LANCZOS).quantize(128).save(path, optimize=True)
+    small = image.resize((width, height), Image.Resampling.LANCZOS)
+    palette = small.quantize(256, method=Image.Quantize.MAXCOVERAGE)
+    # Without dithering the soft colors of blurred images turn into bands.
+    small.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 
 def table(summary: dict[str, Any], fitted: dict[str, Any], seconds: dict[str, float]) -> str:
