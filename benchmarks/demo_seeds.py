@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.three_steps import small_copy
+from benchmarks.small_copy import small_copy
 from benchmarks.timing import machine
 
 RECIPE = "deploy/recipes/demo.toml"
