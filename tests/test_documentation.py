@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
-from tests.rated_images import save_images, write_ratings
 
 from ray_ddpo.actors.rewards.reward import Reward
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.driver.components import build_components
+from tests.rated_images import save_images, write_ratings
 from tests.tiny_clip import save_tiny_clip
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def test_the_readmes_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs/quick/report/before_after.png").stat().st_size > 10_000
-    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+    assert len(list((tmp_path / "runs/quick/samples").glob("*.png"))) == 2
 
 
 @pytest.mark.thorough

@@ -1,5 +1,6 @@
-"""The keys of `[policy]` that every family of diffusers' pipelines has, and how a pipeline is found, counted and loaded."""
+"""The keys of `[policy]` that all families of diffusers pipelines share: how a pipeline is found, counted and loaded."""
 
+import json
 import os
 from abc import abstractmethod
 from pathlib import Path
@@ -10,13 +11,14 @@ from pydantic import Field
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from ray_ddpo.common.diffusion.image_size import SizedConfig
-from ray_ddpo.common.diffusion.loading.config_keys import check_keys, check_steps
+from ray_ddpo.common.diffusion.loading.config_keys import check_keys, check_steps, configuration_files
 from ray_ddpo.common.diffusion.loading.library_errors import names_the_model, try_once
 from ray_ddpo.common.diffusion.loading.model_files import check_model, files_by_role, source_of
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs, model_sizes, read_config
 from ray_ddpo.common.diffusion.loading.pipeline import load_pipeline
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
+from ray_ddpo.common.diffusion.memory.sizes_cache import cached_sizes
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, Role, quiet_libraries
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -24,7 +26,7 @@ from ray_ddpo.common.trajectory import DTYPES
 
 
 class DiffusersConfig(SizedConfig):
-    """`model`: a folder in diffusers' format, a single file, a hub name, or a model that ships with the project."""
+    """Policy of a diffusers pipeline. `model` is a folder in its format, a single file, a hub name or an embedded model."""
 
     pipeline_class: ClassVar[str]  # of diffusers
     network_name: ClassVar[str]  # of the part that is trained
@@ -37,77 +39,88 @@ class DiffusersConfig(SizedConfig):
     takes_negative_prompt: ClassVar[bool] = True
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
-    variant: str | None = Field(default=None, pattern=r"[A-Za-z0-9_-]+")  # of the weights' files, such as fp16
-    single_file_config: str | None = None  # where the configurations of a single file are: a folder or a hub name
+    variant: str | None = Field(default=None, pattern=r"[A-Za-z0-9_-]+")
+    """Variant of the weight files, such as `fp16`. By default the files without one."""
+    single_file_config: str | None = None
+    """Folder or hub name with the configurations of a single-file `model`. By default they follow from the file."""
     lora: LoraSettings = LoraSettings()
-    vae_slicing: bool = False  # the decoder takes an image after the other
-    vae_tiling: bool = False  # and each in tiles: less memory, and seams that can hardly be seen
-    offload: bool = False  # text encoders and decoder wait in the host's memory while they have nothing to do
+    """LoRA adapters that are trained."""
+    vae_slicing: bool = False
+    """Decode one image at a time: less memory."""
+    vae_tiling: bool = False
+    """Decode each image in tiles: less memory, with seams that can hardly be seen."""
+    offload: bool = False
+    """Keep text encoders and decoder in the host's memory while they are idle: less GPU memory."""
 
     @property
     @abstractmethod
     def text_parts(self) -> dict[str, tuple[str, str]]:
-        """Of each text encoder transformers' classes: its configuration's, its own."""
+        """Return transformers' configuration class and model class for each text encoder."""
 
     @property
     def loading(self) -> dict[str, Any]:
-        """What the pipeline's own `from_pretrained` is given beside."""
+        """Return additional arguments for the pipeline's own `from_pretrained`."""
         return {}
 
     @abstractmethod
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
-        """How the network is called: a function of (network, latents, timesteps, **rows of conditioning)."""
+        """Return the function of (network, latents, timesteps, **rows of conditioning) that calls the network."""
 
     @abstractmethod
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        """Of one prompt's row, by name, from the parts' configurations; without those that are negative."""
+        """Return the shapes of one prompt's row by name, from the parts' configurations, without the negative tensors."""
 
     @abstractmethod
     def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:
-        """The family's policy of a pipeline that was loaded."""
+        """Return the family's policy for a loaded pipeline."""
 
     def branches(self, sampling: SamplingTable) -> int:
-        """Rows of the network for an image: with and without the prompt, where it is guided by the difference."""
+        """Return the network's rows per image: 2 with classifier-free guidance, else 1."""
         return 2 if sampling.is_guided else 1
 
     def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
-        """C, H, W of one image's latents."""
+        """Return C, H, W of one image's latents."""
         return network_config["in_channels"], *self.latent_sides(network_config["sample_size"])
 
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """The same with what all prompts share."""
+        """Return the shapes with those of the `negative_…` tensors."""
         return shapes | {f"negative_{name}": shape for name, shape in shapes.items()}
 
     @property
     def decoder_dtype(self) -> torch.dtype:
-        """What samplers decode in."""
+        """Return the dtype that samplers decode in."""
         return self.loaded_dtype
 
     @property
     def loaded_dtype(self) -> torch.dtype:
-        """What weights are read in."""
+        """Return the dtype that weights are read in."""
         return torch.float32 if self.train == "full" else DTYPES[self.dtype]  # master weights are float32
 
     def check(self) -> None:
         self._check("sampler")
 
     def _check(self, role: Role) -> None:
+        """Check everything about the model that can be told without loading it, for one role."""
         if self.train == "full" and self.dtype == "float16":
             raise ValueError(
-                "policy.train is 'full' and policy.dtype is 'float16': whole networks train in float32 or bfloat16"
+                "policy.train is 'full' and policy.dtype is 'float16': full networks train in float32 or bfloat16"
             )
         check_model(self, role)
         check_keys(self)
-        if self.folder().exists() or self.model in self.published:  # else its configuration is read when it is loaded
+        if self.folder().exists() or self.model in self.published:  # otherwise its configuration is read at loading
             self.check_size()
 
     def folder(self) -> Path:
-        """Return where the model is, if it is on this machine; where its configurations are, if it is a single file."""
+        """Return the model's folder on this machine, or the folder of configurations if the model is a single file."""
         source = source_of(self)
         return EMBEDDED_MODELS.get(source, Path(os.path.expanduser(source)))
 
     def part_config(self, part: str) -> dict[str, Any]:
-        """One part's configuration. ValueError: it is neither in a folder, nor known here, nor to be had from the hub."""
+        """Return one part's configuration.
+
+        Raises:
+            ValueError: It is neither in a folder, nor known here, nor available from the hub.
+        """
         return read_config(source_of(self), self.folder(), self.published, part)
 
     def needs(self) -> tuple[Weights, ...]:
@@ -120,9 +133,17 @@ class DiffusersConfig(SizedConfig):
     @names_the_model
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
         self.check()
-        check_steps(self, sampling)
         configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
-        return model_sizes(self, configs, sampling, device)
+
+        def count() -> PolicySizes:
+            check_steps(self, sampling)
+            return model_sizes(self, configs, sampling, device)
+
+        if self.user_modules():  # a user's code may change between two calls
+            return count()
+        files = json.dumps([configs, configuration_files(self)], sort_keys=True, default=dict)
+        key = [type(self).__qualname__, self.model_dump_json(), files, sampling.model_dump_json(), device]
+        return cached_sizes("\n".join(key), count)
 
     @names_the_model
     def load(self, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:
@@ -133,7 +154,7 @@ class DiffusersConfig(SizedConfig):
         network = getattr(pipeline, self.network_name)
         if role == "sampler":
             self.set_up_decoder(pipeline.vae)
-        if role != "learner" and self.train == "lora":  # text encoder and decoder stay as they are
+        if role != "learner" and self.train == "lora":  # text encoders and decoder keep their dtype
             network.to(self.dtype_of(role))
         if self.gradient_checkpointing and role == "learner":
             network.enable_gradient_checkpointing()
@@ -143,7 +164,11 @@ class DiffusersConfig(SizedConfig):
         return policy
 
     def set_up_decoder(self, vae: Any) -> None:
-        """As the recipe has it. ValueError: the decoder cannot do that."""
+        """Apply the recipe's decoder options.
+
+        Raises:
+            ValueError: The decoder does not support one of them.
+        """
         vae.to(self.decoder_dtype)
         if self.vae_slicing:
             vae.enable_slicing()

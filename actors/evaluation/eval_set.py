@@ -1,0 +1,101 @@
+"""EvalSet: held-out prompts and seeds, sampled and scored in the same way for every policy version."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ray_ddpo.common.diffusion.policy import Policy
+from ray_ddpo.common.diffusion.rollout import evaluation_window, sample_trajectories
+from ray_ddpo.common.prompts import Prompt, PromptSource
+from ray_ddpo.common.recipe.tables import EvaluationTable, SamplingTable
+from ray_ddpo.common.schedule import Stream, Task, image_seed
+from ray_ddpo.common.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Held-out images to sample: one prompt and one seed an image. Training never uses these seeds."""
+
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    batch_size: int
+
+    @property
+    def num_tasks(self) -> int:
+        return -(-len(self.seeds) // self.batch_size)
+
+    def tasks(self, policy_version: int, round_index: int, first: int, sampling: SamplingTable) -> list[Task]:
+        """Return the tasks that sample this set under one policy version.
+
+        Args:
+            policy_version: the version to sample with.
+            round_index: samplers take the tasks after the training tasks of this round.
+            first: the number of the first task; the others follow.
+            sampling: decides which steps are stochastic.
+        """
+        window = evaluation_window(sampling)
+        starts = range(0, len(self.seeds), self.batch_size)
+        parts = [slice(start, start + self.batch_size) for start in starts]
+        return [
+            Task(round_index, index, policy_version, self.prompts[part], self.seeds[part], window, Stream.EVALUATION)
+            for index, part in enumerate(parts, first)
+        ]
+
+
+def build_eval_set(table: EvaluationTable, source: PromptSource) -> EvalSet:
+    """Choose prompts and seeds from `[evaluation]`.
+
+    Prompts are those of `evaluation.prompts`, else the held-out prompts of the source, else all of its prompts.
+    They are repeated in turn until there are enough images. If the source is a function and lists no prompts, they
+    are sampled from the function with seeds that training never uses.
+    """
+    stream = Stream.EVALUATION if table.split == "evaluation" else Stream.TUNING
+    chosen = source.evaluated(table.prompts)
+    if chosen:
+        prompts = [chosen[image % len(chosen)] for image in range(table.images)]
+    else:
+        sample_prompt = source.load()
+        prompts = [
+            sample_prompt(np.random.default_rng([table.seed, int(stream), image])) for image in range(table.images)
+        ]
+    seeds = [image_seed(table.seed, stream, 0, image) for image in range(table.images)]
+    return EvalSet(tuple(prompts), tuple(seeds), table.batch_size)
+
+
+def sample_eval_images(
+    policy: Policy, chosen: EvalSet, sampling: SamplingTable, on_sampled: Callable[[int], None] = lambda images: None
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Sample the images of a set under the policy's current weights.
+
+    Args:
+        policy: with the weights.
+        chosen: the set.
+        sampling: of the recipe.
+        on_sampled: called after each batch with the number of images sampled so far.
+    """
+    images = []
+    for start in range(0, len(chosen.seeds), chosen.batch_size):
+        part = slice(start, start + chosen.batch_size)
+        texts = [prompt.text for prompt in chosen.prompts[part]]
+        trajectory = sample_trajectories(policy, texts, list(chosen.seeds[part]), sampling, evaluation_window(sampling))
+        images.append(decoded(policy, trajectory, texts))
+        on_sampled(start + len(texts))
+    return np.concatenate(images)
+
+
+def decoded(policy: Policy, trajectory: Trajectory, prompts: list[str]) -> UInt8[np.ndarray, "B H W 3"]:
+    """Decode the final latents of trajectories to images.
+
+    Raises:
+        ValueError: latents or pixels of an image are NaN or infinite.
+    """
+    pixels = policy.decode(trajectory.final_latents).cpu().numpy()
+    if rows := policy.not_finite:
+        raise ValueError(
+            f"the image of {prompts[rows[0]]!r} is not finite ({len(rows)} of {len(prompts)}): its latents or its "
+            "pixels are NaN or infinite, so the model or its trained weights overflow; try policy.dtype float32, or an "
+            "earlier version"
+        )
+    return pixels
