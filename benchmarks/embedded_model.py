@@ -22,7 +22,7 @@ from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
 from ray_ddpo.train import run_training
 
-RECIPE = "deploy/recipes/demo.toml"
+RECIPE = "deploy/recipes/tiny/jpeg.toml"
 REPEATS = 5
 TASKS = 4  # of a sampler, one after the other
 

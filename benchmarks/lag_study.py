@@ -1,4 +1,4 @@
-"""make lag-study: what a lagging policy costs, and what makes up for it, in runs of the demo that differ in nothing else.
+"""make lag-study: what a lagging policy costs, and what makes up for it, in runs of `tiny/jpeg.toml` that differ in nothing else.
 
 `--list` prints the runs, `--run` makes those that the results do not have yet, `--chart` draws them and prints a table.
 """
@@ -12,7 +12,7 @@ from benchmarks.lag_study_chart import MORE_WORK, draw_chart, table
 from benchmarks.lag_study_costs import measure, read_costs
 from benchmarks.study import StudyRun, list_or_make, read_results, study_parser
 
-SEEDS = (10, 11, 12)  # those of the demo's figures are not looked at here
+SEEDS = (10, 11, 12)  # those of the figures in docs/performance.md are not looked at here
 IMAGES = 768
 TASK = 16  # images a task, and an optimizer step
 ROUND_IMAGES = {"large": 64, "middle": 32, "small": 16}  # 4, 2 and 1 optimizer steps a round
@@ -43,7 +43,7 @@ def setting_parts(setting: str) -> tuple[str, int, str]:
 
 
 def run_of(setting: str, seed: int, images: int) -> StudyRun:
-    """What differs from the demo's recipe, and so one run."""
+    """What differs from `tiny/jpeg.toml`, and so one run."""
     size, lag, correction = setting_parts(setting)
     changes = {
         "max_policy_lag": lag,

@@ -23,7 +23,7 @@ from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.round_data.transitions import round_transitions
 from ray_ddpo.learner.weight_check import log_prob_differences, rows_to_check
 
-RECIPE = Path(__file__).parents[1] / "deploy/recipes/demo.toml"
+RECIPE = Path(__file__).parents[1] / "deploy/recipes/tiny/jpeg.toml"
 KERNELS = (
     {},
     {"ATEN_CPU_CAPABILITY": "default"},

@@ -33,7 +33,7 @@ FAST = "deploy/recipes/tiny/fast.toml"
 SEEDS = (0, 1, 2)
 TUNING = ("--seeds", "10", "--evaluation.split", "tuning")  # by which numbers are chosen
 TRL_ROUNDS = 8
-TRL_KEYS = {  # the demo's recipe in TRL's form: learned from all steps, each prompt against its own past
+TRL_KEYS = {  # `tiny/jpeg.toml` in TRL's form: learned from all steps, each prompt against its own past
     "sampling.timestep_fraction": "1.0",
     "sampling.skip_last_steps": "0",
     "learner.learning_rate": "1e-2",  # of 4e-3, 6e-3 and 1e-2 its best

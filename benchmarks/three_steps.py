@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from tests.rated_images import warmth, write_csv
 
+from benchmarks.small_copy import small_copy
 from benchmarks.timing import machine
 from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -76,13 +77,6 @@ def ddpo(*words: str) -> None:
     print(f"\n$ ddpo {' '.join(words)}", flush=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-m", "ray_ddpo", *words], check=True, env=environment)
-
-
-def small_copy(source: Path, path: Path) -> None:
-    """The report's image for a page of the documentation."""
-    image = Image.open(source).convert("RGB")
-    height = round(image.height * IMAGE_WIDTH / image.width)
-    image.resize((IMAGE_WIDTH, height), Image.Resampling.LANCZOS).quantize(128).save(path, optimize=True)
 
 
 def table(summary: dict[str, Any], fitted: dict[str, Any], seconds: dict[str, float]) -> str:
@@ -151,7 +145,7 @@ def main() -> None:
     summary = json.loads((folder / "ddpo" / "report" / "summary.json").read_text())
     print("\n" + table(summary, json.loads((fitted / "metrics.json").read_text()), seconds))
     if options.image:
-        small_copy(folder / "ddpo" / "report" / "before_after.png", options.image)
+        small_copy(folder / "ddpo" / "report" / "before_after.png", options.image, IMAGE_WIDTH)
 
 
 if __name__ == "__main__":

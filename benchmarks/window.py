@@ -13,12 +13,12 @@ from ray_ddpo.common.trajectory import TrainBatch
 from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.learner.learner import Learner
 
-RECIPE = "deploy/recipes/demo.toml"
+RECIPE = "deploy/recipes/tiny/jpeg.toml"
 REPEATS = 5
 ONE_TASK = ["--sampling.batches_per_round", "1", "--runtime.threads", "1", "--learner.micro_batch_size", "16"]
 SETTINGS: dict[str, list[str]] = {
     "all steps": ["--sampling.timestep_fraction", "1.0", "--sampling.skip_last_steps", "0"],
-    "the demo's 8 of 15": [],
+    "the recipe's 8 of 15": [],
     **{
         f"window of {size}": ["--sampling.timestep_fraction", "1.0", "--sampling.sde_window", str(size)]
         for size in (4, 3, 2)

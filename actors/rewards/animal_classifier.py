@@ -15,8 +15,9 @@ PROBE_FILE = Path(__file__).parents[2] / "common" / "tiny_animals" / "probe.safe
 class AnimalClassifier(Reward):
     """Linear probe of the embedded model: the score of the animal that the prompt names, one of 45 classes."""
 
-    measure: Literal["log_prob", "top1"] = "log_prob"
-    """Natural logarithm of the animal's probability (`log_prob`), or 1 if no class is more probable, else 0 (`top1`)."""
+    measure: Literal["log_prob", "log_odds", "top1"] = "log_prob"
+    """Natural logarithm of the animal's probability p (`log_prob`), ln(p / (1 - p)) (`log_odds`), or 1 if no class is more
+    probable, else 0 (`top1`). Log-odds still differ between images whose p is close to 1."""
 
     def load(self, device: str) -> LoadedReward:
         """Load the probe.
@@ -35,7 +36,11 @@ class AnimalClassifier(Reward):
             log_probs = torch.log_softmax(features(images) @ weight.T + bias, dim=1)
             if self.measure == "top1":
                 return (log_probs.argmax(1) == asked).float().cpu().numpy()
-            return log_probs.gather(1, asked[:, None])[:, 0].cpu().numpy()
+            log_prob = log_probs.gather(1, asked[:, None])[:, 0]
+            if self.measure == "log_odds":
+                # The others' probabilities are summed, because 1 - p is 0 in float32 where p rounds to 1.
+                log_prob = log_prob - log_probs.scatter(1, asked[:, None], -torch.inf).logsumexp(1)
+            return log_prob.cpu().numpy()
 
         return score
 

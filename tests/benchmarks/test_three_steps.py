@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from tests.rated_images import save_images, warmth
 
-from benchmarks.three_steps import RECIPE, SCORERS, VOTERS, rate, small_copy, table, vote, warmth_of
+from benchmarks.small_copy import small_copy
+from benchmarks.three_steps import RECIPE, SCORERS, VOTERS, rate, table, vote, warmth_of
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.aesthetic_head.agreement import spearman
@@ -56,5 +57,5 @@ def test_table_and_small_picture_by_hand(tmp_path: Path) -> None:
     assert "| rating by the head | 5.00 | 6.50 (+15.0 paired standard errors) |" in lines
     assert "| warmth, the true taste | 0.050 | 0.200 |" in lines and lines[-1].startswith("sampling 60 s; ")
     Image.new("RGB", (2000, 500)).save(tmp_path / "large.png")
-    small_copy(tmp_path / "large.png", tmp_path / "small.png")
+    small_copy(tmp_path / "large.png", tmp_path / "small.png", 1000)
     assert Image.open(tmp_path / "small.png").size == (1000, 250)

@@ -151,7 +151,7 @@ def test_a_rank_holds_its_shard_of_the_optimizer_state_a_checkpoint_all_of_it() 
 
 
 def test_the_command_prints_the_arithmetic(capsys: pytest.CaptureFixture) -> None:
-    assert cli.main(["plan", str(RECIPES / "demo.toml"), "--sampling.batches_per_round", "2"]) == 0
+    assert cli.main(["plan", str(RECIPES / "tiny" / "jpeg.toml"), "--sampling.batches_per_round", "2"]) == 0
     printed = capsys.readouterr().out
     assert "32 = 2 tasks × 16" in printed
     assert "128 = 16 images × 8 of 15 steps, in micro-batches of 32" in printed
@@ -177,7 +177,7 @@ def test_only_the_latents_of_an_sde_window_are_transferred(recipe: Recipe) -> No
 
 def test_noised_samples_of_finished_images_are_counted(capsys: pytest.CaptureFixture) -> None:
     options = ["--algorithm", '{name = "rwr", noised_samples = 4}', "--sampling.timestep_fraction", "0.1"]
-    assert cli.main(["plan", str(RECIPES / "demo.toml"), *options]) == 0
+    assert cli.main(["plan", str(RECIPES / "tiny" / "jpeg.toml"), *options]) == 0
     assert "64 = 16 images × 4 noised samples, in micro-batches of 32" in capsys.readouterr().out
 
 
@@ -199,7 +199,7 @@ def test_noised_samples_of_finished_images_are_counted(capsys: pytest.CaptureFix
 def test_an_algorithm_that_does_not_fit_the_recipe_is_refused(
     options: list[str], text: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert cli.main(["plan", str(RECIPES / "demo.toml"), *options]) == 2
+    assert cli.main(["plan", str(RECIPES / "tiny" / "jpeg.toml"), *options]) == 2
     assert re.search(text, capsys.readouterr().err)
 
 

@@ -19,7 +19,15 @@ from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.deploy.driver.registries import REGISTRIES
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
-NAMES = ("demo", "tiny/held_out", "tiny/window", "tiny/diffusion_nft", "tiny/dpok", "tiny/rwr_sparse", "tiny/floor")
+NAMES = (
+    "tiny/jpeg",
+    "tiny/held_out",
+    "tiny/window",
+    "tiny/diffusion_nft",
+    "tiny/dpok",
+    "tiny/rwr_sparse",
+    "tiny/floor",
+)
 BASES = {name: tomllib.loads((RECIPES / f"{name}.toml").read_text()) for name in NAMES}
 VALUES = [0, -1, math.nan, math.inf, 1e308, -1e308, 10**9, 10**300, "text", [1]]
 Place = tuple[str, ...]
@@ -86,7 +94,7 @@ def test_a_mistyped_number_is_refused_with_its_key_or_is_of_a_size_that_a_run_ca
 
 @pytest.mark.thorough
 def test_what_is_accepted_has_a_plan_with_finite_numbers() -> None:
-    base = BASES["demo"]
+    base = BASES["tiny/jpeg"]
     for place in number_keys(Recipe, base):
         for value in (0, 1, 10**4, 10**9):
             recipe = accepted(base, place, value)

@@ -16,7 +16,7 @@ from tests.system.disturbances import loaded, processes_of, rounds_done, title_o
 from tests.system.started_nodes import BIN, StartedCluster, StartedNode, cluster_token, node_environment
 
 ROOT = Path(__file__).parents[2]
-DEMO = "deploy/recipes/demo.toml"
+RECIPE = "deploy/recipes/tiny/jpeg.toml"
 ROUNDS = 10
 LONGEST_SECONDS = 240.0
 SHORT_FORM = [
@@ -73,7 +73,7 @@ class Submission:
     def __init__(self, cluster: StartedCluster, story: Story) -> None:
         self._cluster, self._story = cluster, story
         self._output = story.run.parent.parent / f"submission-{len(story.exit_codes)}.log"
-        words = ["deploy/cluster/submit.sh", DEMO, story.recipe.output_dir, *SHORT_FORM, *PLACES]
+        words = ["deploy/cluster/submit.sh", RECIPE, story.recipe.output_dir, *SHORT_FORM, *PLACES]
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
                 words, cwd=ROOT, env=users_environment(cluster), stdout=output, stderr=subprocess.STDOUT
@@ -152,13 +152,13 @@ def look(cluster: StartedCluster, images: Path) -> Seen:
     for actor in actors:
         nodes.setdefault(actor["class_name"], set()).add(actor["node_id"])
     job = jobs_of(cluster)[0]["submission_id"]
-    sampler = next(actor["actor_id"] for actor in actors if actor["name"] == "demo/sampler-0")
+    sampler = next(actor["actor_id"] for actor in actors if actor["name"] == "tiny_jpeg/sampler-0")
     wanted = {
         "jobs": Wanted("jobs", job),
         "job": Wanted(
             f"jobs/{job}", ": (sample|score|learn from) round [0-9]+", "Task Table"
         ),  # its first ten, in no order
-        "actors": Wanted("actors", "demo/sampler-0"),
+        "actors": Wanted("actors", "tiny_jpeg/sampler-0"),
         "actor": Wanted(f"actors/{sampler}", ": sample round [0-9]+, task [0-9]+", "Tasks History"),
     }
     return Seen(

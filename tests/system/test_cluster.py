@@ -15,7 +15,7 @@ from tests.system.disturbances import rounds_done
 from tests.system.drivers import committed_fingerprint
 from tests.system.prometheus import Prometheus, prometheus
 from tests.system.started_nodes import StartedCluster, StartedNode, started_cluster
-from tests.system.submitted_run import DEMO, PLACES, ROOT, ROUNDS, SHORT_FORM, Story, first_job, second_job
+from tests.system.submitted_run import PLACES, RECIPE, ROOT, ROUNDS, SHORT_FORM, Story, first_job, second_job
 
 pytestmark = pytest.mark.system
 DASHBOARD = json.loads((ROOT / "deploy" / "cluster" / "grafana" / "ray_ddpo.json").read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def story(
 ) -> Story:
     cluster, samplers = nodes
     folder = tmp_path_factory.mktemp("shared")
-    told = Story(Recipe.load(ROOT / DEMO, ["--output_dir", str(folder / "runs"), *SHORT_FORM, *PLACES]))
+    told = Story(Recipe.load(ROOT / RECIPE, ["--output_dir", str(folder / "runs"), *SHORT_FORM, *PLACES]))
     first_job(cluster, samplers, told, tmp_path_factory.mktemp("dashboard"))
     second_job(cluster, told)
     print("\n" + ", ".join(f"{what} after {seconds:.0f} s" for what, seconds in told.seconds.items()), file=sys.stderr)
@@ -67,7 +67,7 @@ def test_a_resubmitted_job_resumes_the_run(story: Story) -> None:
 
 
 def test_the_weights_are_those_of_a_run_in_one_process_that_nothing_befell(story: Story, tmp_path: Path) -> None:
-    calm = Recipe.load(ROOT / DEMO, ["--output_dir", str(tmp_path), *SHORT_FORM])
+    calm = Recipe.load(ROOT / RECIPE, ["--output_dir", str(tmp_path), *SHORT_FORM])
     assert committed_fingerprint(story.recipe) == final_fingerprint(calm, serial=True)
 
 
@@ -78,13 +78,13 @@ def test_driver_and_learner_are_where_no_sampler_is(story: Story) -> None:
 
 def test_actors_are_named_by_run_and_role_and_say_what_they_hold(story: Story) -> None:
     expected = {
-        "demo/learner-0": "Learner of tiny_animals by ddpo_is on cpu",
-        "demo/sampler-0": "Sampler of tiny_animals on cpu",
-        "demo/sampler-1": "Sampler of tiny_animals on cpu",
-        "demo/reward-worker-0": "RewardWorker of jpeg_compressibility on cpu",
-        "demo/scorer-0": "RewardWorker of animal_classifier on cpu",
+        "tiny_jpeg/learner-0": "Learner of tiny_animals by ddpo_is on cpu",
+        "tiny_jpeg/sampler-0": "Sampler of tiny_animals on cpu",
+        "tiny_jpeg/sampler-1": "Sampler of tiny_animals on cpu",
+        "tiny_jpeg/reward-worker-0": "RewardWorker of jpeg_compressibility on cpu",
+        "tiny_jpeg/scorer-0": "RewardWorker of animal_classifier on cpu",
     }
-    assert {name: says for name, says in story.seen.actors.items() if name.startswith("demo/")} == expected
+    assert {name: says for name, says in story.seen.actors.items() if name.startswith("tiny_jpeg/")} == expected
 
 
 def test_tasks_name_what_is_sampled_scored_and_trained_on(story: Story) -> None:
@@ -108,7 +108,7 @@ def test_the_dashboards_pages_show_the_run_and_what_it_does(story: Story) -> Non
     assert {name: page.found for name, page in story.seen.pages.items()} == dict.fromkeys(
         ("jobs", "job", "actors", "actor"), True
     )
-    assert "\tdemo\t" in story.seen.pages["jobs"].text and '"rounds": "10"' in story.seen.pages["job"].text
+    assert "\ttiny_jpeg\t" in story.seen.pages["jobs"].text and '"rounds": "10"' in story.seen.pages["job"].text
 
 
 # What has no series here, and why; the query itself must still be one that Prometheus can read.
@@ -124,7 +124,7 @@ NO_DATA = {
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_a_panel_has_data(story: Story, watching: Prometheus, query: str) -> None:
-    filled_in = query.replace("$run", "demo").replace("$session", ".*")
+    filled_in = query.replace("$run", "tiny_jpeg").replace("$session", ".*")
     found = watching.seen(filled_in, story.start, story.end)
     reasons = [reason for metric, reason in NO_DATA.items() if metric in query and " or " not in query]
     assert bool(found) != bool(reasons), reasons or query

@@ -22,6 +22,18 @@ def test_log_prob_is_the_softmax_of_the_head():
     np.testing.assert_allclose(rewards, by_hand, rtol=1e-4)
 
 
+def test_log_odds_compare_the_animal_with_all_others_together():
+    probe = load_probe(PROBE_FILE)
+    logits = probe.logits(load_image_features()(IMAGES)).double().numpy()
+    by_hand = []
+    for row, animal in zip(logits, ["cat", "ant"], strict=True):
+        asked = probe.classes.index(animal)
+        by_hand.append(row[asked] - np.log(np.exp(np.delete(row, asked)).sum()))
+    rewards = AnimalClassifier(measure="log_odds").load("cpu")(IMAGES, ["cat", "ant"], [{}, {}])
+    assert rewards.dtype == np.float32
+    np.testing.assert_allclose(rewards, by_hand, rtol=1e-4)
+
+
 def test_top1_is_one_for_the_animal_named_first_and_zero_for_another():
     probe = load_probe(PROBE_FILE)
     first = probe.classes[int(probe.logits(load_image_features()(IMAGES[:1])).argmax())]
