@@ -62,7 +62,7 @@ def test_every_file_is_named_in_the_readme() -> None:
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert "../docs/operating.md" in links
+    assert "../../docs/operating.md" in links
     assert [link for link in links if not (DEPLOY / link).exists()] == []
 
 
