@@ -74,7 +74,9 @@ def image_work(parts: Components) -> float:
     recipe, algorithm = parts.recipe, parts.algorithm
     assert not algorithm.needs_proximal_log_probs and not algorithm.needs_behavior_means, "these passes are not counted"
     row = row_work(config, recipe.sampling)
-    pairs = algorithm.transitions_per_image(recipe, config.stochastic_steps(recipe.sampling)) * recipe.learner.inner_epochs
+    pairs = (
+        algorithm.transitions_per_image(recipe, config.stochastic_steps(recipe.sampling)) * recipe.learner.inner_epochs
+    )
     of_pair = row.both + row.recomputed + (row.forward if algorithm.needs_reference_means else 0)
     return config.branches(recipe.sampling) * (recipe.sampling.num_steps * row.forward + pairs * of_pair)
 
