@@ -40,10 +40,9 @@ def network_sizes(
     make_trainable(network, config.train, getattr(config, "lora"))  # noqa: B009  each family gives its own default
     trained = sum(parameter.numel() for parameter in trained_parameters(network).values())
     memory = NetworkMemory(network, inputs, config.dtype_of("learner"), device)
-    held = parameter_bytes(network) + library_bytes(device)
-    learner = memory.learning(config.gradient_checkpointing).plus(
-        held + 3 * 4 * trained
-    )  # gradient, AdamW's two states
+    # Gradient and AdamW's two optimizer states, in float32, per trained parameter.
+    held = parameter_bytes(network) + 3 * 4 * trained + library_bytes(device)
+    learner = memory.learning(config.gradient_checkpointing).plus(held)
     if config.train == "lora":
         memory.change_dtype(config.dtype_of("sampler"))
     network_bytes = parameter_bytes(network) + (base_weight_bytes(network) if config.merge_adapters else 0)
@@ -54,13 +53,12 @@ def network_sizes(
         return peak_bytes(lambda: decode(torch.empty(images, *inputs.latent_shape, device="meta")))
 
     shapes, dtypes = inputs.conditioning_shapes, inputs.conditioning_dtypes
+    row_bytes = (math.prod(shape) * dtypes.get(name, torch.float32).itemsize for name, shape in shapes.items())
     return PolicySizes(
         latent_shape=inputs.latent_shape,
         stochastic_steps=config.stochastic_steps(sampling),
         conditioning_shape=shapes | {f"negative_{name}": shape for name, shape in shapes.items()},
-        conditioning_bytes=sum(
-            math.prod(shape) * dtypes.get(name, torch.float32).itemsize for name, shape in shapes.items()
-        ),
+        conditioning_bytes=sum(row_bytes),
         network_parameters=parameters,
         trained_parameters=trained,
         learner=learner,
