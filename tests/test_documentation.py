@@ -100,7 +100,7 @@ def test_the_readmes_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs/quick/report/before_after.png").stat().st_size > 10_000
-    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+    assert len(list((tmp_path / "runs/quick/samples").glob("*.png"))) == 2
 
 
 @pytest.mark.thorough
