@@ -227,7 +227,8 @@ def test_the_sizes_in_the_readme_are_those_of_the_plan() -> None:
     assert len(rows) == 3
     for name, cells in rows:
         lines = dict(
-            re.split(r"  +", line, maxsplit=1) for line in plan(Recipe.load(DEPLOY / "recipes" / name)).splitlines()
+            re.split(r"  +", line, maxsplit=1)
+            for line in plan(Recipe.load(ROOT / "deploy" / "recipes" / name)).splitlines()
         )
         learner, pair = lines["learner memory"].removesuffix(" of it per transition").split(" at most, ")
         under_way = lines["trajectory"].split(", ")[1].removesuffix(" in flight")
