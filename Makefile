@@ -10,7 +10,7 @@ QUICK := not system and not thorough and not same_bits and not parity and not co
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families pretrain clean
+.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check pretrain site verification clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -138,6 +138,17 @@ held-out: $(VENV)/installed
 pretrain: $(VENV)/installed
 	$(BIN)/python -m ray_ddpo.learner.pretraining.pretrain --output common/tiny_animals
 
+# Stable Diffusion 1.5's architecture at 512 × 512 with random weights: two rounds through Ray, checkpoint, evaluation, report.
+size-check: $(VENV)/installed
+	$(BIN)/python -m benchmarks.size_check --output runs/size-check
+
+# docs/verification.md, from benchmarks/verification.toml and the recipes.
+verification: $(VENV)/installed
+	$(BIN)/python -m benchmarks.verification
+
+site: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
@@ -149,4 +160,4 @@ $(TRL_VENV)/installed: tests/parity/requirements.txt constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) .venv-oldest runs
+	rm -rf $(VENV) $(TRL_VENV) .venv-oldest runs site
