@@ -56,7 +56,7 @@ class Rounds:
         """prompts → sampler → reward → advantages → learner → weights."""
         weights, rollouts = self.learner.weights()[-1], []
         for task in round_tasks(self.parts.recipe, self.round, self.parts.prompts.load()):
-            report, trajectory, images = self.sampler.draw(task, weights)
+            report, trajectory, images = self.sampler.sample(task, weights)
             assert report is not None and images is not None
             rollouts.append(Rollout(report, self.worker.score(images), trajectory, None))
         batch = self.buffer.train_batch(rollouts)

@@ -41,7 +41,7 @@ def drawn_round(
     """A round with the oldest version that the learner keeps, and advantages that any will do for."""
     weights = learner.weights()[0]
     tasks = round_tasks(recipe, round, build_components(recipe).prompts.load())
-    drawn = [sampler.draw(task, weights)[:2] for task in tasks]
+    drawn = [sampler.sample(task, weights)[:2] for task in tasks]
     advantages = np.random.default_rng(round).standard_normal(recipe.images_per_round)
     return TrainBatch(round, tuple(report for report, _ in drawn), advantages), tuple(path for _, path in drawn)
 

@@ -49,11 +49,11 @@ class OurRounds:
 
     def round(self) -> dict[str, float]:
         """prompts → sampler → reward → advantages → learner → weights."""
-        weights, sampled, rollouts, started = self._learner.weights()[-1], [], [], self.now()
+        weights, results, rollouts, started = self._learner.weights()[-1], [], [], self.now()
         for task in round_tasks(self._recipe, self._next, self._parts.prompts.load()):
-            sampled.append(self._sampler.sample(task, weights))
+            results.append(self._sampler.sample(task, weights))
         sampled = self.now()
-        for report, trajectory, images in sampled:
+        for report, trajectory, images in results:
             rollouts.append(Rollout(report, self._worker.score(images), trajectory, None))
         scored = self.now()
         batch = self._buffer.train_batch(rollouts)

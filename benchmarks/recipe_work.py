@@ -21,7 +21,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.deploy.driver.components import Components, build_components
 
-RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
+RECIPES = Path(__file__).parents[1] / "deploy" / "recipes"
 NAMES = (
     "sd15_aesthetic",
     "families/sd21_aesthetic",

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
-from tests.rated_images import warmth, write_csv
 
 from benchmarks.timing import machine
 from ray_ddpo.common.diffusion.rollout import sample_trajectories
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.runtime import settle
 from ray_ddpo.deploy.driver.components import build_components
+from tests.rated_images import warmth, write_csv
 from tests.tiny_clip import save_tiny_clip
 
 RECIPE = "deploy/recipes/tiny/three_steps.toml"

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
-from tests.rated_images import save_images, write_ratings
 
 from ray_ddpo.actors.rewards.reward import Reward
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.driver.components import build_components
+from tests.rated_images import save_images, write_ratings
 from tests.tiny_clip import save_tiny_clip
 
 ROOT = Path(__file__).parents[1]

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import yaml
+
 from tests.deploy.lint import complaint
 
 ROOT = Path(__file__).parents[1]

@@ -11,12 +11,15 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
 from tests.browser import MAY_BE_SKIPPED, Page, browser
 
 ROOT = Path(__file__).parents[1]
 PHONE, DESKTOP = (390, 844), (1280, 1000)
 WIDE_PAGES = ("index.html", "rewards.html", "performance.html", "verification.html", "api.html")
-LOADED = re.compile(r"""<(?:script|img|iframe|source)[^>]*\bsrc=["']?(https?:[^"' >]*)|<link[^>]*\bhref=["']?(https?:[^"' >]*)""")
+LOADED = re.compile(
+    r"""<(?:script|img|iframe|source)[^>]*\bsrc=["']?(https?:[^"' >]*)|<link[^>]*\bhref=["']?(https?:[^"' >]*)"""
+)
 
 pytestmark = pytest.mark.thorough
 
@@ -60,7 +63,9 @@ def test_every_page_is_in_the_site(site: Path) -> None:
 def test_no_page_loads_anything_from_another_host(site: Path) -> None:
     found = {path.name: LOADED.findall(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
     assert {name: urls for name, urls in found.items() if urls} == {}
-    styles = [path for path in site.rglob("*.css") if re.search(r"url\(['\"]?https?:", path.read_text(encoding="utf-8"))]
+    styles = [
+        path for path in site.rglob("*.css") if re.search(r"url\(['\"]?https?:", path.read_text(encoding="utf-8"))
+    ]
     assert styles == []
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.rated_images import save_images, warmth
 
 from benchmarks.three_steps import RECIPE, SCORERS, VOTERS, rate, small_copy, table, vote, warmth_of
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.aesthetic_head.agreement import spearman
 from ray_ddpo.learner.aesthetic_head.table import read_table
+from tests.rated_images import save_images, warmth
 
 
 def test_voters_are_counted_whole_agree_with_the_taste_and_follow_their_seed() -> None:

@@ -11,12 +11,12 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from tests.rated_images import save_images, write_csv, write_ratings
 
 from ray_ddpo import cli
 from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.deploy.commands.fit_aesthetic.calibration import calibration_bins, calibration_chart
+from tests.rated_images import save_images, write_csv, write_ratings
 from tests.tiny_clip import save_tiny_clip
 
 FILES = {

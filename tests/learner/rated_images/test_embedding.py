@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.rated_images import save_images
 from torch import Tensor
 
 from ray_ddpo.common.image_models.clip_preprocessing import clip_pixels, rgb_pixels
@@ -20,6 +19,7 @@ from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.learner.aesthetic_head.embedding import Embed, Embedder, embed_images_of
 from ray_ddpo.learner.aesthetic_head.embedding_store import ClipIdentity, EmbeddingStore
 from ray_ddpo.learner.aesthetic_head.image_files import read_squared, squared
+from tests.rated_images import save_images
 
 ROOT = Path(__file__).parents[3]
 CLIP = ClipIdentity("clip", "abc-float32", 4)
