@@ -1,6 +1,6 @@
-"""make demo-seeds: the demo with several run seeds, a line each, and the worst of them.
+"""make demo-seeds: train the demo with several run seeds and print one line per seed and the worst change.
 
-Numbers of a recipe are chosen with other seeds and other images: `--seeds 10 11 --evaluation.split tuning …`.
+Choose a recipe's numbers with other seeds and images: `--seeds 10 11 --evaluation.split tuning …`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from benchmarks.timing import machine
 
 
 def run(seed: int, folder: Path, overrides: list[str]) -> dict:
-    """Train and report in processes of their own, as a user would; the report's figures."""
+    """Train and report in separate processes, as a user would, and return the report's summary."""
     name = f"demo-seed{seed}"
     placed = ["--seed", str(seed), "--name", name, "--output_dir", str(folder), *overrides]
     for command in (["train", RECIPE, *placed], ["report", str(folder / name)]):
@@ -23,7 +23,7 @@ def run(seed: int, folder: Path, overrides: list[str]) -> dict:
 
 
 def line(seed: int, figures: dict) -> tuple[float, str]:
-    """The relative change of the reward, and the seed's row of the table."""
+    """Return the relative change of the reward, and the seed's row of the table."""
     change = figures["reward_after"] - figures["reward_before"]
     share = change / abs(figures["reward_before"])
     errors = change / figures["paired_standard_error"]
@@ -35,7 +35,7 @@ def line(seed: int, figures: dict) -> tuple[float, str]:
 
 
 def main() -> None:
-    """Print the table; what is not an option here goes to the recipe."""
+    """Print the table. Unknown options override the recipe."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs"))

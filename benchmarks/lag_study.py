@@ -1,6 +1,6 @@
-"""make lag-study: what a lagging policy costs, and what makes up for it, in runs of the demo that differ in nothing else.
+"""make lag-study: measure the cost of policy lag and the gain of its corrections in runs that are otherwise equal.
 
-`--list` prints the runs, `--run` makes those that the results do not have yet, `--chart` draws them and prints a table.
+`--list` prints the runs. `--run` makes the missing ones. `--chart` plots them and prints a table.
 """
 
 import sys
@@ -37,13 +37,13 @@ TIERS: tuple[tuple[str, ...], ...] = (
 
 
 def setting_parts(setting: str) -> tuple[str, int, str]:
-    """Round size, lag and correction."""
+    """Return round size, lag and correction of a setting's name."""
     size, lag, correction = setting.split("-")
     return size, int(lag.removeprefix("lag")), correction
 
 
 def run_of(setting: str, seed: int, images: int) -> StudyRun:
-    """What differs from the demo's recipe, and so one run."""
+    """Return a run: the demo's recipe with the overrides of this setting."""
     size, lag, correction = setting_parts(setting)
     changes = {
         "max_policy_lag": lag,
@@ -66,12 +66,12 @@ def run_of(setting: str, seed: int, images: int) -> StudyRun:
 
 
 def all_runs(images: int) -> list[StudyRun]:
-    """The whole study in its order."""
+    """Return all runs of the study in order."""
     return [run_of(setting, seed, images) for tier in TIERS for seed in SEEDS for setting in tier]
 
 
 def main() -> int:
-    """One of the three."""
+    """List the runs, make them, or plot them."""
     parser = study_parser(__doc__, "lag_study")
     parser.add_argument("--images", type=int, default=IMAGES, help="images drawn in each run")
     parser.add_argument("--samplers", type=int, default=1, help="of the chart's wall-clock")
