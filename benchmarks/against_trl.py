@@ -36,13 +36,13 @@ SAME = {  # for both sides
     "algorithm.advantages.min_count": "16",
     "learner.batch_size": "8",
     "learner.learning_rate": "3e-4",
-    "learner.micro_batch_size": "32",  # transitions, of ours alone: TRL's forward pass is that of train_batch_size
+    "learner.micro_batch_size": "32",  # transitions, for our side only: train_batch_size decides TRL's forward pass
     "runtime.threads": str(THREADS),
 }
 SETTINGS: dict[str, dict[str, str]] = {
     "float32, eager": {},
     "float32, compiled": {"policy.compile": "both"},
-    # As `ddpo doctor` wants it: in bfloat16 the last but one step lies beyond the learner's tolerance.
+    # As `ddpo doctor` recommends: in bfloat16 the last but one step exceeds the learner's tolerance.
     "bfloat16 compiled sampler": {
         "policy.compile": "both",
         "policy.sampler_dtype": "bfloat16",

@@ -16,7 +16,7 @@ from benchmarks.lag_study_chart import by_setting, curve, draw_setting, share
 from benchmarks.study import StudyRun, list_or_make, read_results, study_parser
 from ray_ddpo.common.recipe.recipe import Recipe
 
-SEEDS = (20, 21, 22)  # the recipes' numbers were chosen with others
+SEEDS = (20, 21, 22)  # other seeds served to choose the recipes' numbers
 ALGORITHMS = ("ddpo_is", "ddpo_sf", "dpok", "grpo", "rwr", "rwr_sparse", "diffusion_nft", "window")
 Results = list[dict[str, Any]]
 
@@ -43,7 +43,7 @@ def draw_chart(results: Results, path: Path, costs: dict[str, float]) -> None:
         color = plt.get_cmap("tab10")(index % 10)
         draw_setting(left, name, runs, 1.0, color)
         draw_setting(right, name, runs, costs[name], color)
-    left.set_xlabel("images drawn")
+    left.set_xlabel("images sampled")
     right.set_xlabel("seconds of one process on one thread, by what an image costs under each algorithm")
     for axis in (left, right):
         axis.set_ylabel("reward of the images that were learned from")
@@ -67,7 +67,7 @@ def write_csv(results: Results, path: Path, costs: dict[str, float]) -> None:
 
 
 def table(results: Results, costs: dict[str, float]) -> str:
-    """Return a Markdown table with one line per algorithm: change on held-out images, and its paired standard errors."""
+    """Return a Markdown table of the algorithms: change on held-out images, in paired standard errors."""
     lines = [
         "| recipe | images | change of the reward on held-out images | mean | fewest paired standard errors "
         "| still named | clipped | seconds an image |",

@@ -1,4 +1,4 @@
-"""make broadcast: measure milliseconds from the driver to 16 actors on 4 nodes, and how often each node fetches weights."""
+"""make broadcast: time weights from the driver to 16 actors on 4 nodes; count each node's transfers."""
 
 import argparse
 import time

@@ -1,7 +1,7 @@
 """make bench-gpu: measure Stable Diffusion 1.5 with random weights on one GPU, beside TRL and the GPU's own limits.
 
-Needs neither network nor Ray: `python -m benchmarks.gpu`. TRL runs in the Python that `--trl-python` names. Each section
-is written to the folder as soon as it ends; sections that still run after `--seconds` are stopped. `--only` chooses
+Needs neither network nor Ray: `python -m benchmarks.gpu`. TRL runs in the Python that `--trl-python` names.
+Each section is written to the folder as soon as it ends; sections that still run after `--seconds` are stopped. `--only` chooses
 sections, so that missing ones can be measured later. `--tiny --device cpu` runs the same code anywhere.
 """
 
@@ -131,7 +131,7 @@ def our_section(job: Job, name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def _rounds(job: Job, process: RoundProcess, images: int, bare: bool) -> dict[str, Any]:
-    """Ask a process for two rounds, and optionally the bare loop. Kill the process when the benchmark's time is over."""
+    """Ask a process for two rounds, and optionally the bare loop. Kill the process at the deadline."""
     ending = threading.Timer(job.left, process.kill)
     ending.start()
     try:
@@ -203,7 +203,7 @@ def main() -> None:
             ValueError,
             OSError,
             subprocess.SubprocessError,
-        ) as error:  # the others are still worth having
+        ) as error:  # the other sections are still useful
             print(f"{name} failed: {error}", flush=True)
             continue
         if found is not None:

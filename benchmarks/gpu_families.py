@@ -1,4 +1,4 @@
-"""make bench-gpu-families: run a round of SDXL and of SD 3.5 medium with random weights on one GPU; print speed and memory.
+"""make bench-gpu-families: measure a round of SDXL and of SD 3.5 medium with random weights on one GPU.
 
 Needs neither network nor Ray: `python -m benchmarks.gpu_families`. The architectures are the published ones without T5
 (`policy.t5 = false`). `--tiny --device cpu` runs the same code anywhere.
@@ -39,7 +39,7 @@ def save_random_family(folder: Path, config: DiffusersConfig) -> Path:
     )
     for seed, part in enumerate(parts.values()):
         fill(part.to(config.loaded_dtype).to_empty(device="cpu"), seed)
-        for buffer in part.buffers():  # tables of positions; those that a file does not keep are made again
+        for buffer in part.buffers():  # position tables; buffers that are not saved are re-computed at load
             buffer.zero_()
     absent = {part: None for part, value in config.loading.items() if value is None}
     length = configs["text_encoder"]["max_position_embeddings"]
@@ -55,7 +55,7 @@ def save_random_family(folder: Path, config: DiffusersConfig) -> Path:
 
 
 def overrides_of(family: str, model: Path, options: argparse.Namespace) -> list[str]:
-    """Return overrides of the family's recipe: this model, two tasks a round, one optimizer step on all of their images."""
+    """Return overrides of the family's recipe: this model, two tasks a round, one optimizer step on all images."""
     batch = 2 if options.tiny else 4
     values: dict[str, Any] = {
         "max_policy_lag": 0,

@@ -32,7 +32,7 @@ from ray_ddpo.learner.optimization.micro_batch import StepTrial
 GIGABYTES = (8, 12, 16, 24, 40, 80)
 TINY_GIGABYTES = (0.008, 0.016)
 SAMPLING = SamplingTable(num_steps=2)
-# Of a decoder's image 31 times 256 · 512² numbers are the last that 32 bits count; the learner's is for the time it takes.
+# Sampler: 31 decoded images of 256 · 512² numbers are the most that 32-bit indices allow. Learner: to limit time.
 MOST = {"learner": 40, "learner, checkpointing": 64, "sampler": 31}
 BISECTIONS = 3  # after the planned batch
 
@@ -165,7 +165,7 @@ def _measured(subject: Subject, gigabytes: float, device: str) -> Row:
 
 
 def _limit(gigabytes: float, device: str) -> float:
-    """Limit the allocator and return the limit in bytes. On a CPU the caller compares the counted bytes with the limit."""
+    """Limit the allocator and return the limit in bytes. On a CPU the caller enforces the limit."""
     if device == "cpu":
         return gigabytes * 2**30
     free, total = torch.cuda.mem_get_info()

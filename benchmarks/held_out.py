@@ -1,4 +1,4 @@
-"""Evaluate versions of the adapters on held-out images, all sampled in the same way, for either side of a comparison."""
+"""Evaluate versions of the adapters of either side on held-out images, all sampled in the same way."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Worth:
     """Mean scores over the held-out images."""
 
     reward: float
-    top1: float  # share of the images in which the classifier names the animal that was asked for
+    top1: float  # share of the images in which the classifier recognizes the prompt's animal
 
 
 class HeldOut:

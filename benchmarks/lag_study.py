@@ -22,11 +22,11 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "weight": {"off_policy.ratio": "proximal", "off_policy.importance_weight": 4e-3},  # as wide as the clip
     "mask": {"off_policy.max_drift_nats": 4.0},  # the clip range in nats
     "wide_clip": {"clip_range": 8e-3},
-    "parts": {},  # learned from in four parts, each while the next is drawn
+    "parts": {},  # trained on in four parts, each while the next one is sampled
 }
 PARTS = {"parts": 4}
 COSTED = ("plain", *MORE_WORK)  # whose updates are timed side by side
-# What tells most comes first; each line is made with every seed before the next begins.
+# The most informative settings come first. Each tier runs with every seed before the next one starts.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("large-lag0-plain", "large-lag1-plain", "large-lag2-plain", "large-lag0-parts"),
     ("small-lag0-plain", "small-lag1-plain", "small-lag2-plain"),
@@ -73,7 +73,7 @@ def all_runs(images: int) -> list[StudyRun]:
 def main() -> int:
     """List the runs, make them, or plot them."""
     parser = study_parser(__doc__, "lag_study")
-    parser.add_argument("--images", type=int, default=IMAGES, help="images drawn in each run")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images sampled in each run")
     parser.add_argument("--samplers", type=int, default=1, help="of the chart's wall-clock")
     parser.add_argument("--costs", type=Path, default=Path("docs/lag_study_costs.json"))
     options = parser.parse_args()

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 Results = list[dict[str, Any]]
-MORE_WORK = ("proximal", "weight", "mask")  # corrections that cost passes of their own
-WINDOW = 64  # images that a point of a curve is the mean of, whatever the round's size
+MORE_WORK = ("proximal", "weight", "mask")  # corrections that need extra passes
+WINDOW = 64  # images per point of a curve, for any size of round
 PANELS = (
     ("large rounds as they are: 64 images, 4 optimizer steps", ("large-*-plain", "large-lag0-parts")),
     ("smaller rounds as they are: 32 images, 2 steps; 16 images, 1 step", ("middle-*-plain", "small-*-plain")),
@@ -26,7 +26,7 @@ def round_seconds(sample: float, score: float, update: float, lag: int, shape: t
     if lag == 0 and parts > 1:
         done = 0.0
         for last in range(tasks // parts, tasks + 1, tasks // parts):
-            waves = -(-last // samplers)  # a sampler draws a whole task, alone
+            waves = -(-last // samplers)  # tasks are indivisible, so samplers work in waves
             done = max(done, (waves * sample + score) / tasks) + update / parts
         return done
     in_step = sample / samplers + score / tasks + update
@@ -94,7 +94,7 @@ def draw_chart(results: Results, path: Path, samplers: int, costs: dict[str, flo
             seconds = seconds_an_image(first, pace[first["correction"]], samplers)
             draw_setting(right, name, groups[name], seconds, color)
         left.set_title(title, fontsize=10)
-        left.set_xlabel("images drawn")
+        left.set_xlabel("images sampled")
         right.set_xlabel(
             f"seconds, by the schedule's formula from an image's median times on one thread\n"
             f"({samplers} sampler{'s' * (samplers > 1)}, reward worker and learner stand in on cores of their own)"

@@ -35,15 +35,15 @@ class Lagging:
         return seconds(lambda: self.learner.update(self.batch, *self.trajectories))
 
 
-def drawn_round(
+def sampled_round(
     sampler: Sampler, learner: Learner, recipe: Recipe, round: int
 ) -> tuple[TrainBatch, tuple[Trajectory, ...]]:
     """Sample a round with the oldest version that the learner keeps. Its advantages are random."""
     weights = learner.weights()[0]
     tasks = round_tasks(recipe, round, build_components(recipe).prompts.load())
-    drawn = [sampler.sample(task, weights)[:2] for task in tasks]
+    sampled = [sampler.sample(task, weights)[:2] for task in tasks]
     advantages = np.random.default_rng(round).standard_normal(recipe.images_per_round)
-    return TrainBatch(round, tuple(report for report, _ in drawn), advantages), tuple(path for _, path in drawn)
+    return TrainBatch(round, tuple(report for report, _ in sampled), advantages), tuple(path for _, path in sampled)
 
 
 def lagging(run: StudyRun) -> Lagging:
@@ -52,9 +52,9 @@ def lagging(run: StudyRun) -> Lagging:
     recipe = parts.recipe
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
     learner = Learner(parts.policy, parts.algorithm, recipe)
-    batch, trajectories = drawn_round(sampler, learner, recipe, 0)
+    batch, trajectories = sampled_round(sampler, learner, recipe, 0)
     _, state = learner.update(batch, *trajectories)
-    return Lagging(learner, state, *drawn_round(sampler, learner, recipe, 1))
+    return Lagging(learner, state, *sampled_round(sampler, learner, recipe, 1))
 
 
 def measure(runs: dict[str, StudyRun], path: Path) -> dict[str, float]:
@@ -64,7 +64,7 @@ def measure(runs: dict[str, StudyRun], path: Path) -> dict[str, float]:
     for repeat in range(REPEATS + 1):
         for name, each in prepared.items():
             time = each.update_seconds()
-            if repeat:  # the first does not count
+            if repeat:  # the first repeat is a warm-up
                 taken[name].append(time)
     costs = {name: round(median(times) / median(taken["plain"]), 3) for name, times in taken.items()}
     path.write_text(json.dumps({"update over the plain one": costs, "machine": machine()}, indent=1) + "\n")

@@ -23,7 +23,7 @@ class Sample:
     pid: int
     seconds: float  # since the soak began
     resident: float  # MB
-    private: float  # MB: resident without the pages that it shares with the object store and other processes
+    private: float  # MB: resident without pages shared with the object store and other processes
 
 
 @dataclass(frozen=True)

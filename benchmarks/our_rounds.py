@@ -70,7 +70,7 @@ class OurRounds:
         policy, learning = self._sampler._policy, self._learner._policy
         inputs = self._inputs(sampling.batch_size)
         with torch.no_grad():
-            policy._predict(*inputs)  # not counted: others had the caches until now
+            policy._predict(*inputs)  # warm-up: other processes used the caches until now
             started = self.now()
             for _ in range(sampling.num_steps):
                 policy._predict(*inputs)
@@ -91,7 +91,7 @@ class OurRounds:
             learned += (1 - self._recipe.learner.images_per_step / self._recipe.images_per_round) * (self.now() - begun)
         for parameter in trained_parameters(learning.network).values():
             parameter.grad = None
-        whole = rows / (rows // size * size)  # what no full micro-batch is left of
+        whole = rows / (rows // size * size)  # extrapolate to the rows of the last, partial micro-batch
         return {"sampling": tasks * (sampled - started), "learning": tasks * whole * learned}
 
     def _inputs(self, images: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

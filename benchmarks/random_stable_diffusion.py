@@ -14,7 +14,7 @@ from ray_ddpo.common.diffusion.policy import quiet_libraries
 from tests.tiny_pipeline import tiny_tokenizer
 
 Scale = Literal["sd15", "tiny"]
-# The same kinds of blocks as SD 1.5's, a few thousand times smaller: images of 16 pixels a side.
+# The same kinds of blocks as SD 1.5's, some thousand times smaller, for images of 16 × 16 pixels.
 TINY: dict[str, dict[str, Any]] = {
     "unet": {
         "_class_name": "UNet2DConditionModel",
@@ -81,7 +81,7 @@ def fill(part: nn.Module, seed: int) -> None:
     Each parameter has its own generator, so that threads do not change the result.
     """
 
-    @torch.no_grad()  # here, for each thread has its own mode
+    @torch.no_grad()  # here, because grad mode is per thread
     def filled(numbered: tuple[int, tuple[str, nn.Parameter]]) -> None:
         index, (name, parameter) = numbered
         if parameter.ndim == 1:  # biases, and the scales of norms

@@ -31,7 +31,7 @@ NAMES = (
     "families/sd35_medium_window",
     "families/flux_dev_pickscore",
 )
-FLOPS_A_SECOND = 1e14  # what Stable Diffusion 1.5 came to on an H100 (docs/performance.md)
+FLOPS_A_SECOND = 1e14  # Stable Diffusion 1.5's rate on an H100 (docs/performance.md)
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class RowWork:
     """Operations of the network for one row of its batch."""
 
     forward: int
-    both: int  # forward and backward, as the recipe's adapters or the whole network need it
-    recomputed: int  # in the backward pass, where activations are not kept: about one more forward pass
+    both: int  # forward and backward, for adapters or full fine-tuning, as the recipe says
+    recomputed: int  # by gradient checkpointing in the backward pass: about one forward pass
 
 
 def row_work(config: DiffusersConfig, sampling: SamplingTable) -> RowWork:

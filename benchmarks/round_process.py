@@ -1,7 +1,7 @@
 """Run one side of a comparison in a separate process that computes a round for each input line and sleeps in between.
 
-Input and output are one JSON object a line. After loading, the process prints {"ready": true, "versions": {…}}. For each
-{"save": PATH or absent} it runs a round, saves its weights in PATH, and prints {"sampling", "scoring", "learning",
+Input and output are one JSON object a line. After loading, the process prints {"ready": true, "versions": {…}}.
+For each {"save": PATH or absent} it runs a round, saves its weights in PATH, and prints {"sampling", "scoring", "learning",
 "round": seconds, "reward": mean of its images, "peak_bytes"}. The program's side (`our_rounds.py`) also accepts
 {"bare": true}. The process ends at the end of its input.
 """
@@ -27,7 +27,7 @@ class RoundProcess:
 
     def __init__(self, command: list[str], log: Path) -> None:
         compiled = log.with_name(f"{log.stem}-compiled").absolute()
-        shutil.rmtree(compiled, ignore_errors=True)  # what an earlier run has compiled would be free otherwise
+        shutil.rmtree(compiled, ignore_errors=True)  # otherwise an earlier run's compilation would be free
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
         with log.open("w") as errors:
             self._process = subprocess.Popen(

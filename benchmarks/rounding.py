@@ -1,8 +1,8 @@
 """Print the difference between bfloat16 samplers and a float32 learner under each choice of a processor's kernels.
 
 Each choice runs in a separate process, because libraries read these variables once. The embedded model is sampled in
-bfloat16. One batch of its transitions is then scored twice: in the sampler's numerics, where the bits must be equal, and
-in float32.
+bfloat16. One batch of its transitions is then scored twice: in the sampler's numerics, where the bits must be equal,
+and in float32.
 """
 
 import json

@@ -32,12 +32,12 @@ ON_PAPER = (
 class Cost:
     """Cost of a round in one setting, as means over the measured rounds."""
 
-    seconds: float  # a round, beyond what its samplers take if none is ever idle
+    seconds: float  # per round, minus the time of samplers that are never idle
     driver_cpu: float  # seconds of the driver's process, Ray's threads in it included
-    driver_python: float  # of these, of its own thread
+    driver_python: float  # of these, in the thread that runs Python
     cluster_cpu: float  # seconds of Ray's own processes: GCS, raylet, agents
     driver_peak: float  # MB: the highest resident memory over that before the first round
-    stored: float  # MB a round that the object store took in
+    stored: float  # MB per round written to the object store
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Meter:
         first, last = np.array(self.rounds[WARM_UP]), np.array(self.rounds[-1])
         seconds, cpu, python, cluster, stored = (last - first) / (len(self.rounds) - 1 - WARM_UP)
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._resident
-        return Cost(seconds - setting.drawing_seconds, cpu, python, cluster, peak / 1e6, stored / 1e6)
+        return Cost(seconds - setting.sampling_seconds, cpu, python, cluster, peak / 1e6, stored / 1e6)
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

@@ -1,4 +1,4 @@
-"""Stand-ins for the scale benchmark. They answer at once with as many bytes as real actors; several may share a process."""
+"""Stand-ins for the scale benchmark. They answer at once with as many bytes as real actors."""
 
 import asyncio
 from collections import defaultdict
@@ -46,7 +46,7 @@ class Setting:
         return 3 * self.pixels * self.pixels
 
     @property
-    def drawing_seconds(self) -> float:
+    def sampling_seconds(self) -> float:
         """Return the time of a round's sampling if no sampler is ever idle."""
         speeds = [1 / self._slowness(sampler) for sampler in range(self.samplers)]
         return self.busy_seconds * self.samplers / sum(speeds)

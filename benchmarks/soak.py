@@ -177,7 +177,7 @@ def soak(soaked: Soak, seconds: float) -> None:
 
 
 def finish(soaked: Soak) -> tuple[str, str, int]:
-    """Let the run end by itself. Return its fingerprint, that of an undisturbed serial run, and the number of rounds."""
+    """Let the run end. Return its fingerprint, that of an undisturbed serial run, and the number of rounds."""
     rounds = rounds_done(soaked.run) + LAST_ROUNDS
     recipe = soaked.recipe.model_copy(update={"rounds": rounds})
     driver = Driver(recipe, soaked.folder, "--resume", "auto")
@@ -243,7 +243,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
     options = parser.parse_args()
     folder = options.folder.absolute()
-    folder.mkdir(parents=True)  # an error where an earlier soak lies there
+    folder.mkdir(parents=True)  # fails if an earlier soak left the folder
     recipe = soak_recipe(folder, save_tiny_pipeline(folder / "model"), options.lag)
     pauses = options.seconds_between_kills, options.seconds_between_scalings
     soaked = Soak(recipe, folder, *pauses, random.Random(options.seed))

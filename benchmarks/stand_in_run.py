@@ -1,4 +1,4 @@
-"""Run rounds of stand-ins on the real stream, pools, learner group and schedule, and compute the ideal to compare with."""
+"""Run rounds of stand-ins on the real stream, pools, learner group and schedule; compute the ideal."""
 
 import heapq
 import shutil
@@ -113,7 +113,7 @@ def local_ray(num_cpus: int = 4) -> Iterator[None]:
 
 
 class StandInRun:
-    """The driver's loop as in train.py on stand-ins, without advantages and checkpoints. It never runs out of rounds."""
+    """The driver's loop on stand-ins, without advantages and checkpoints and without a last round."""
 
     def __init__(self, proportion: Proportion, max_policy_lag: int) -> None:
         self._lag = max_policy_lag

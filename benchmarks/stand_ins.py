@@ -9,7 +9,7 @@ from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from ray_ddpo.common.schedule import Place, Task
 from ray_ddpo.common.trajectory import TrainBatch
 
-# Past the size up to which Ray sends an answer inside its reply: so it takes the way of real trajectories and images.
+# Too large for Ray to inline in a reply, so the result takes the same way as real trajectories and images.
 HEAVY_BYTES = 200_000
 
 

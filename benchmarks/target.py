@@ -33,11 +33,11 @@ FAST = "deploy/recipes/tiny/fast.toml"
 SEEDS = (0, 1, 2)
 TUNING = ("--seeds", "10", "--evaluation.split", "tuning")  # by which numbers are chosen
 TRL_ROUNDS = 8
-TRL_KEYS = {  # the demo's recipe in TRL's form: learned from all steps, each prompt against its own past
+TRL_KEYS = {  # the demo's recipe in TRL's form: all steps, statistics per prompt
     "sampling.timestep_fraction": "1.0",
     "sampling.skip_last_steps": "0",
-    "learner.learning_rate": "1e-2",  # of 4e-3, 6e-3 and 1e-2 its best
-    "learner.micro_batch_size": "16",  # as train_batch_size, which decides it with TRL
+    "learner.learning_rate": "1e-2",  # TRL's best of 4e-3, 6e-3 and 1e-2
+    "learner.micro_batch_size": "16",  # equal to TRL's train_batch_size
     "rounds": str(TRL_ROUNDS),
 }
 HELD_OUT = {"evaluation.images": "90"}  # sampled as TRL samples: all 15 steps with noise
@@ -96,7 +96,7 @@ def train_ours(seed: int, folder: Path, overrides: list[str]) -> None:
         *words(kept, {"name": place.name}),
         *overrides,
     ]
-    # What an earlier run has compiled would be free otherwise.
+    # Otherwise an earlier run's compilation would be free.
     shutil.rmtree(folder / "compiled", ignore_errors=True)
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str((folder / "compiled").absolute())}
     subprocess.run(command, check=True, stdout=sys.stderr, env=environment)

@@ -1,4 +1,4 @@
-"""make three-steps: sample a pretrained model, fit a head on ratings of its images, and train with DDPO against that head.
+"""make three-steps: sample a pretrained model, fit a head on rated images, and train against that head.
 
 The ratings come from a known taste, warm colours, so the result can be compared with the truth. Simulated voters rate
 with noise. CLIP has random weights, which still distinguish colours.
@@ -30,7 +30,7 @@ IMAGES, BATCH = 405, 15  # nine of each animal
 SCORERS = (
     '[{name = "function", path = "benchmarks.three_steps:warmth_of"}, {name = "animal_classifier", measure = "top1"}]'
 )
-VOTERS, SPREAD = 20, 1.5  # people an image, and how far they lie apart
+VOTERS, SPREAD = 20, 1.5  # voters per image, and their deviation
 IMAGE_WIDTH = 1000  # of the before/after image for the documentation
 
 

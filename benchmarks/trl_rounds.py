@@ -1,7 +1,7 @@
 """Run TRL's own DDPO, one round for each input line. It runs in TRL's environment and imports nothing of this project.
 
-Usage: python trl_rounds.py JOB.json. The job has "model" (a folder in diffusers' format), "config" (keys of DDPOConfig),
-"prompts" to sample from, "device" ("cpu" or "cuda") and "threads" of torch. `round_process.py` describes input and
+Usage: python trl_rounds.py JOB.json. The job has "model" (a folder in diffusers' format), "config" (keys of
+DDPOConfig), "prompts" to sample from, "device" ("cpu" or "cuda") and "threads" of torch. `round_process.py` describes input and
 output. No code of TRL is replaced; its methods are timed from outside.
 """
 
@@ -93,9 +93,7 @@ def compressibility(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[
 
 def trainer_of(job: dict[str, Any]) -> TimedTrainer:
     """Return TRL's trainer for the job."""
-    PartialState(
-        cpu=job["device"] == "cpu"
-    )  # without it TRL's pipeline dies of its own warning that there is no LoRA yet
+    PartialState(cpu=job["device"] == "cpu")  # otherwise TRL's pipeline fails on its warning about a missing LoRA
     config = DDPOConfig(save_freq=10**6, accelerator_kwargs={"cpu": job["device"] == "cpu"}, **job["config"])
     torch.manual_seed(config.seed)  # TRL seeds itself only after the adapters have their first values
     chosen = random.Random(config.seed)

@@ -42,12 +42,14 @@ def work_of(step: str, network: nn.Module, folder: Storage, shard_bytes: int) ->
         return lambda: averaged(weights, other, 0.9)
     if step == "load":
         return lambda: load_weights(network, weights)
-    moments = {f"{name}/{key}": np.array(array) for name, array in weights.arrays().items() for key in ("m", "v")}
-    state = Checkpoint(1, LearnerState(1, (weights,), moments, {}), {})
+    optimizer_state = {
+        f"{name}/{key}": np.array(array) for name, array in weights.arrays().items() for key in ("m", "v")
+    }
+    state = Checkpoint(1, LearnerState(1, (weights,), optimizer_state, {}), {})
     if step == "save":
         return lambda: save_checkpoint(folder, state, 1, shard_bytes)
     save_checkpoint(folder, state, 1, shard_bytes)
-    del state, moments, weights
+    del state, optimizer_state, weights
     return lambda: load_checkpoint(_there(folder))
 
 

@@ -26,8 +26,8 @@ def test_uneven_samplers_are_together_as_fast() -> None:
     setting = Setting(images=64, images_per_task=8, samplers=4, busy_seconds=2.0, uneven=True)
     tasks_a_second = [1 / setting.task_seconds(sampler) for sampler in range(4)]
     assert tasks_a_second[0] == 2 * tasks_a_second[1] and sum(tasks_a_second) == pytest.approx(4.0)
-    assert setting.drawing_seconds == pytest.approx(2.0)
-    assert dataclasses.replace(setting, samplers=1).drawing_seconds == pytest.approx(1.5)  # the fast one alone
+    assert setting.sampling_seconds == pytest.approx(2.0)
+    assert dataclasses.replace(setting, samplers=1).sampling_seconds == pytest.approx(1.5)  # the fast one alone
 
 
 def test_lines_through_exact_points_are_found() -> None:
