@@ -39,7 +39,7 @@ def load(name: str, model: Path, **keys: Any) -> DiffusersPolicy:
 
 
 def refusal(name: str, model: Path, role: Any = "sampler", **keys: Any) -> str:
-    """What is said where the model is loaded."""
+    """Return the error of loading the model."""
     with pytest.raises(ValueError) as error:
         config_of(name, model, **keys).load("cpu", SAMPLING, role)
     assert "\n" not in str(error.value) and "the hub does not answer" not in str(error.value)
@@ -47,7 +47,7 @@ def refusal(name: str, model: Path, role: Any = "sampler", **keys: Any) -> str:
 
 
 def early_refusal(name: str, model: Path, **keys: Any) -> str:
-    """What is said by `ddpo plan`, before anything is loaded."""
+    """Return the error of `ddpo plan`, which loads nothing."""
     with pytest.raises(ValueError) as error:
         config_of(name, model, **keys).sizes(SAMPLING)
     assert str(error.value) == refusal(name, model, **keys)

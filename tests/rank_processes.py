@@ -1,4 +1,4 @@
-"""Learners of several ranks as processes of this machine, each case after the other; and what each arrives at."""
+"""Run learners of several ranks as processes of this machine, one case after the other, and return their results."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ KILLED = 9
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe's tables, and what is done with a learner of it."""
+    """A recipe's tables, and the work of a learner of that recipe."""
 
     tables: dict[str, Any]
     deed: str = "learn"
@@ -43,7 +43,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """Of one rank."""
+    """The results of one rank."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)  # a round each
     steps: list[str] = field(default_factory=list)  # the weights after every optimizer step, as fingerprints
@@ -56,21 +56,21 @@ class Outcome:
 
 
 def with_changes(tables: dict, changes: dict) -> dict:
-    """The tables with those keys of theirs changed that `changes` has."""
+    """Return the tables with the changed keys of `changes`."""
     for key, value in changes.items():
         tables = {**tables, key: {**tables.get(key, {}), **value} if isinstance(value, dict) else value}
     return tables
 
 
 def parts_of_case(case: Case) -> Components:
-    """The case's parts; with another policy where it is to compute in float64."""
+    """Return the case's components, with a float64 policy if the case asks for one."""
     parts = parts_with(case.tables)
     policy = Double(model=parts.policy.model, train=parts.policy.train)
     return dataclasses.replace(parts, policy=policy) if case.double else parts
 
 
 def watched(learner: Learner, outcome: Outcome) -> Learner:
-    """The learner, that notes its weights after every optimizer step."""
+    """Return the learner with a hook that records its weights after every optimizer step."""
     parameters = learner._parameters
 
     def note(*_: object) -> None:
@@ -82,7 +82,7 @@ def watched(learner: Learner, outcome: Outcome) -> Learner:
 
 
 def sampled_for(learner: Learner, parts: Components, round: int, dropped: tuple[int, ...]) -> SampledRound:
-    """A round as the algorithm sees it, the same on every rank."""
+    """Return a round as the algorithm sees it, equal on every rank."""
     sampled = sample_round(parts, learner.weights()[0 if parts.recipe.max_policy_lag else -1], round)
     rewards = np.random.default_rng(round).normal(size=len(sampled.batch.advantages))
     prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
@@ -93,7 +93,7 @@ def sampled_for(learner: Learner, parts: Components, round: int, dropped: tuple[
 
 
 def learn(case: Case, ranks: Ranks, rendezvous: str = "") -> Outcome:
-    """Rounds as a run has them. One alone needs no rendezvous."""
+    """Run rounds as a run does. A single rank needs no rendezvous."""
     outcome, parts = Outcome(), parts_of_case(case)
     learner = watched(learner_of(parts, ranks), outcome)
     if ranks.count > 1:
@@ -111,7 +111,7 @@ def learn(case: Case, ranks: Ranks, rendezvous: str = "") -> Outcome:
 
 
 def joined(case: Case, ranks: Ranks, rendezvous: str) -> tuple[Outcome, Learner, SampledRound]:
-    """A learner that has met the others, and its first round."""
+    """Return a learner that has joined the process group, and its first round."""
     outcome, parts = Outcome(), parts_of_case(case)
     learner = watched(learner_of(parts, ranks), outcome)
     learner.join(rendezvous)
@@ -119,7 +119,7 @@ def joined(case: Case, ranks: Ranks, rendezvous: str) -> tuple[Outcome, Learner,
 
 
 def meet_a_bad_trajectory(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
-    """What one rank alone can see is wrong with it; then the same round as it should be."""
+    """Give one rank a bad trajectory, which the others cannot see; then the correct round."""
     outcome, learner, sampled = joined(case, ranks, rendezvous)
     bad = sampled.trajectories
     if ranks.rank == 1:
@@ -133,7 +133,7 @@ def meet_a_bad_trajectory(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
 
 
 def go_apart(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
-    """One rank's weights are moved, as a GPU that computes wrongly would move them."""
+    """Move one rank's weights, as a miscalculating GPU would."""
     outcome, learner, sampled = joined(case, ranks, rendezvous)
     if ranks.rank == 1:
         with torch.no_grad():
@@ -146,7 +146,7 @@ def go_apart(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
 
 
 def find_least_micro_batch(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
-    """One rank's device holds less than the other's."""
+    """Give one rank a smaller device memory than the other."""
     outcome, parts = Outcome(), parts_of_case(case)
     learner = learner_of(parts, ranks)
     if ranks.rank == 1:
@@ -157,7 +157,7 @@ def find_least_micro_batch(case: Case, ranks: Ranks, rendezvous: str) -> Outcome
 
 
 def lose_one(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
-    """One rank's process ends in the middle of it all."""
+    """End one rank's process during the work."""
     outcome, learner, sampled = joined(case, ranks, rendezvous)
     if ranks.rank == 1:
         os._exit(KILLED)
@@ -176,7 +176,7 @@ DEEDS: dict[str, Callable[[Case, Ranks, str], Outcome]] = {
 
 
 def run_in_ranks(cases: dict[str, Case], folder: Path, count: int = 2) -> dict[str, list[Outcome]]:
-    """What each rank arrives at in each case, in processes that do one case after the other."""
+    """Return each rank's results of each case. The processes run one case after the other."""
     meetings = {name: Rendezvous("127.0.0.1") for name in cases}
     told = {name: (dataclasses.asdict(case), meetings[name].address) for name, case in cases.items()}
     (folder / "cases.json").write_text(json.dumps(told))
@@ -209,7 +209,7 @@ def _read(folder: Path, name: str, rank: int) -> Outcome:
 
 
 def main(folder: Path, count: int, rank: int) -> None:
-    """One rank's process."""
+    """Run one rank's process."""
     torch.set_num_threads(1)
     for name, (told, rendezvous) in json.loads((folder / "cases.json").read_text()).items():
         case = Case(**{**told, "dropped": tuple(told["dropped"])})

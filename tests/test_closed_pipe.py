@@ -1,4 +1,4 @@
-"""`ddpo … | head -1`: a reader that has seen enough ends the program quietly, whatever the verb."""
+"""Test `ddpo … | head -1`: every verb ends quietly when its reader closes the pipe."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ QUIET = (0, cli.NOBODY_READS)
 
 
 def unread(folder: Path, *words: str, stderr_too: bool = False) -> tuple[int, str]:
-    """The exit code of `ddpo` when nobody reads what it prints, and what it complains of."""
+    """Run `ddpo` with a closed reader. Return its exit code and standard error."""
     command = [sys.executable, "-m", "ray_ddpo", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     errors = subprocess.STDOUT if stderr_too else subprocess.PIPE
@@ -34,7 +34,7 @@ def verbs() -> list[str]:
     return list(action.choices)
 
 
-def test_every_verb_is_quiet_when_nobody_reads_its_help(tmp_path: Path) -> None:
+def test_every_verb_is_quiet_when_the_reader_of_its_help_is_gone(tmp_path: Path) -> None:
     assert {"train", "plan", "status", "report"} <= set(verbs())
     ended = {verb: unread(tmp_path, verb, "--help") for verb in ["--help", *verbs()]}
     assert {verb: how for verb, how in ended.items() if how[0] not in QUIET or how[1]} == {}
@@ -47,7 +47,7 @@ def recipe_file(tables: dict, tmp_path: Path) -> str:
 
 
 @pytest.mark.thorough
-def test_what_is_printed_for_nobody_is_no_fault(tmp_path: Path, recipe_file: str) -> None:
+def test_output_to_a_closed_pipe_is_no_error(tmp_path: Path, recipe_file: str) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.storage.write("recipe.toml", (tmp_path / recipe_file).read_bytes())
     assert unread(tmp_path, "plan", recipe_file) == (cli.NOBODY_READS, "")
@@ -56,13 +56,13 @@ def test_what_is_printed_for_nobody_is_no_fault(tmp_path: Path, recipe_file: str
 
 
 @pytest.mark.thorough
-def test_a_run_that_nobody_reads_closes_its_folder(tmp_path: Path, recipe_file: str) -> None:
+def test_a_run_with_a_closed_pipe_releases_its_folder(tmp_path: Path, recipe_file: str) -> None:
     code, complaint = unread(tmp_path, "train", recipe_file, "--serial", "--output_dir", "runs")
     assert code in QUIET and "Traceback" not in complaint
     assert (tmp_path / "runs/tiny/recipe.toml").exists() and not (tmp_path / "runs/tiny/lease.json").exists()
 
 
-def test_the_pipe_of_another_is_still_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_broken_pipe_is_still_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(options: object) -> None:
         raise BrokenPipeError("a reward service hung up")
 

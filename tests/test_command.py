@@ -1,4 +1,4 @@
-"""The program `ddpo` begins and ends well: interrupted in its first instant, and with threads that do not end."""
+"""Test the start and end of the program `ddpo`: an early interrupt, and threads that do not end."""
 
 import os
 import subprocess
@@ -24,15 +24,13 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_threads_of_a_users_own_do_not_keep_the_program() -> None:
+def test_a_users_threads_do_not_keep_the_program_alive() -> None:
     ended = python("-c", WITH_A_THREAD, "plan", "no such recipe")
     assert ended.returncode == 2 and "there is no recipe at no such recipe" in ended.stderr
     assert "ends without waiting any longer for the threads ['my endless thread']" in ended.stderr
 
 
-def test_an_interrupt_in_the_first_instant_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_an_early_interrupt_prints_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def interrupted(arguments: object) -> None:
         raise KeyboardInterrupt
 
@@ -41,7 +39,7 @@ def test_an_interrupt_in_the_first_instant_is_one_line(
     assert capsys.readouterr().err == "ddpo: stopped\n"
 
 
-def test_the_program_itself_is_there_before_anything_that_takes_time() -> None:
+def test_the_command_is_importable_before_slow_imports() -> None:
     loaded = python("-c", "import ddpo, sys; print(sorted({name.partition('.')[0] for name in sys.modules}))").stdout
     assert "'ddpo'" in loaded
     for slow in ("common", "deploy", "pydantic", "numpy"):
