@@ -1,8 +1,8 @@
 """make bench-gpu: measure Stable Diffusion 1.5 with random weights on one GPU, beside TRL and the GPU's own limits.
 
 Needs neither network nor Ray: `python -m benchmarks.gpu`. TRL runs in the Python that `--trl-python` names.
-Each section is written to the folder as soon as it ends; sections that still run after `--seconds` are stopped. `--only` chooses
-sections, so that missing ones can be measured later. `--tiny --device cpu` runs the same code anywhere.
+Each section is written to the folder as soon as it ends; sections that still run after `--seconds` are stopped.
+`--only` chooses sections, so that missing ones can be measured later. `--tiny --device cpu` runs the same code anywhere.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Run one side of a comparison in a separate process that computes a round for each input line and sleeps in between.
 
 Input and output are one JSON object a line. After loading, the process prints {"ready": true, "versions": {…}}.
-For each {"save": PATH or absent} it runs a round, saves its weights in PATH, and prints {"sampling", "scoring", "learning",
-"round": seconds, "reward": mean of its images, "peak_bytes"}. The program's side (`our_rounds.py`) also accepts
+For each {"save": PATH or absent} it runs a round, saves its weights in PATH, and prints {"sampling", "scoring",
+"learning", "round": seconds, "reward": mean of its images, "peak_bytes"}. The program's side (`our_rounds.py`) also accepts
 {"bare": true}. The process ends at the end of its input.
 """
 

@@ -1,8 +1,8 @@
 """Run TRL's own DDPO, one round for each input line. It runs in TRL's environment and imports nothing of this project.
 
 Usage: python trl_rounds.py JOB.json. The job has "model" (a folder in diffusers' format), "config" (keys of
-DDPOConfig), "prompts" to sample from, "device" ("cpu" or "cuda") and "threads" of torch. `round_process.py` describes input and
-output. No code of TRL is replaced; its methods are timed from outside.
+DDPOConfig), "prompts" to sample from, "device" ("cpu" or "cuda") and "threads" of torch.
+`round_process.py` describes input and output. No code of TRL is replaced; its methods are timed from outside.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Models with one configuration key changed, and plain diffusers' results with them: the expected side of honoured keys."""
+"""Models with one configuration key changed, and plain diffusers' results with them as expected values."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A Stable Diffusion whose decoder ends its process at one image: the one whose latents have the mean in `killer.txt`."""
+"""A Stable Diffusion whose decoder ends its process at the image whose latents have the mean in `killer.txt`."""
 
 import os
 from pathlib import Path

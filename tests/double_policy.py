@@ -17,7 +17,7 @@ STD = 0.3
 
 
 class DoublePolicy(Policy):
-    """A policy with steps in float64: a fraction of the network's prediction, and noise. Diffusion's own steps are in float32."""
+    """A policy with simple steps in float64, because diffusion's own steps compute in float32."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner

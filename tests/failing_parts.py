@@ -40,7 +40,7 @@ class OwnPolicy(StableDiffusion):
 
 
 def _poison(network: torch.nn.Module, which: int, marker: Path) -> None:
-    """Put a NaN into the first parameter's gradient at its `which`-th computation, in the first process that gets there."""
+    """Put a NaN into the first parameter's `which`-th gradient, in the first process that computes it."""
     calls: list[int] = []
 
     def poisoned(gradient: torch.Tensor) -> torch.Tensor:

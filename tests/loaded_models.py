@@ -55,7 +55,7 @@ def early_refusal(name: str, model: Path, **keys: Any) -> str:
 
 
 def assert_same_as_diffusers(policy: DiffusersPolicy, model: Path, **keys: Any) -> None:
-    """Compare every part's weights bit for bit with those of the plain pipeline of the same files, and the embeddings."""
+    """Compare every part's weights, bit for bit, and the embeddings with those of the plain pipeline."""
     logging.set_verbosity_error()
     absent = {"safety_checker": None} if type(policy).__name__ == "StableDiffusionPolicy" else {}
     pipeline_class: Any = getattr(diffusers, policy.config.pipeline_class)

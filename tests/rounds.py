@@ -67,7 +67,7 @@ def sample_round(parts: Components, weights: PolicyWeights, round: int = 0) -> S
 
 
 def stale(sampled: SampledRound, shifts: list[float], seed: int = 0) -> SampledRound:
-    """Return the round as if the policy had moved since: every old log-prob is moved by a random element of `shifts`."""
+    """Return the round with every old log-prob moved by a random element of `shifts`, as after policy updates."""
     generator = torch.Generator().manual_seed(seed)
     trajectories = []
     for trajectory in sampled.trajectories:

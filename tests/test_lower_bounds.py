@@ -1,4 +1,4 @@
-"""The lower bounds of pyproject.toml are versions that tests ran with: those of constraints.txt, or of `make oldest`."""
+"""The lower bounds of pyproject.toml are tested versions: those of constraints.txt, or of `make oldest`."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""docs/rewards.md and the registry are compared both ways; examples, messages and defaults of its pages are the program's."""
+"""The pages on rewards agree with the registry, and with the program's messages and defaults."""
 
 import re
 import tomllib

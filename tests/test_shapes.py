@@ -1,4 +1,4 @@
-"""Test the example of a plain network with class labels, docs/shapes: every command, in a folder outside the project."""
+"""Test docs/shapes, a plain network with class labels: every command, in a folder outside the project."""
 
 import json
 import os

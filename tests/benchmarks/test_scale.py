@@ -37,7 +37,7 @@ def test_lines_through_exact_points_are_found() -> None:
 
 def test_a_cost_is_never_negative() -> None:
     sizes = np.array([[1, 10], [1, 20]], float)
-    # Through both points: 20 − x. Without x, and by shares: the c that has the least of (c/10 − 1)² + 0 is 1/10 and nothing.
+    # The line through both points is 20 − x. Its slope is negative, so x is dropped and the rest fitted by shares.
     first, second = least_squares(sizes, np.array([10.0, 0.0]) + [0.0, 1e-6])
     assert second == 0 and first >= 0
 
@@ -82,7 +82,7 @@ def test_tables_have_one_line_per_measurement() -> None:
 def test_a_stand_in_has_the_real_actors_signature(stand_in: type, real: type, methods: tuple[str, ...]) -> None:
     for method in methods:
         ours, theirs = (inspect.signature(getattr(each, method)).parameters for each in (stand_in, real))
-        # Ray adds a parameter of its own to the methods of an actor's class; a host asks which of its samplers is meant.
+        # Ray adds a parameter to an actor's methods; a host's methods take the sampler's number first.
         assert [name for name in ours if not name.startswith("_ray") and name != "sampler"] == [
             name for name in theirs if not name.startswith("_ray")
         ], method

@@ -9,8 +9,8 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.driver.components import build_components
 
 
-def test_the_recipe_of_the_size_check_is_valid(tmp_path: Path) -> None:
-    parts = build_components(Recipe.parse(recipe_tables(tmp_path / "model", tmp_path)))
+def test_the_recipe_of_the_size_check_is_valid(tiny_model: Path, tmp_path: Path) -> None:
+    parts = build_components(Recipe.parse(recipe_tables(tiny_model, tmp_path)))
     assert parts.recipe.images_per_round == 2 and parts.recipe.evaluation.is_due(2, parts.recipe.rounds)
 
 
