@@ -1,1 +1,1 @@
-"""The side that acts: samplers and reward workers."""
+"""The acting side: samplers and reward workers."""

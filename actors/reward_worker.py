@@ -1,4 +1,4 @@
-"""RewardWorker: images in, scores out; what is not one finite number an image never passes as a score."""
+"""RewardWorker: score images. Only a finite number per image is accepted as a score."""
 
 import time
 from collections.abc import Callable
@@ -15,13 +15,12 @@ from ray_ddpo.common.base_parts import Base, entry_base
 from ray_ddpo.common.machine import this_machine
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.role_loading import loading
-from ray_ddpo.common.runtime import python_stacks, settle
+from ray_ddpo.common.runtime import python_stacks, settle, torch_settings_kept
 from ray_ddpo.common.trajectory import ImageBatch, Scores
-from ray_ddpo.common.undisturbed import torch_settings_kept
 
 
 class RewardWorker:
-    """Holds the loaded rewards, by name, and scores batches of a set size cut from a task in order."""
+    """The loaded rewards of a worker, by name. Scores batches of a fixed size, cut from a task in order."""
 
     def __init__(
         self,
@@ -30,7 +29,11 @@ class RewardWorker:
         runtime: RuntimeTable,
         tried: bool = False,
     ) -> None:
-        """`tried`: whether rewards of the user's own score made-up images first."""
+        """Load the rewards.
+
+        Args:
+            tried: score synthetic images with the user's rewards first, to find mistakes early.
+        """
         self._called = f"RewardWorker of {', '.join(rewards)}"
         self._rewards: dict[str, LoadedReward] = {}
         device = settle(runtime)
@@ -52,7 +55,7 @@ class RewardWorker:
         self._called += f" on {device}"
 
     def __repr__(self) -> str:
-        """As the dashboard's page of actors has it, beside run, role and number."""
+        """Return the name on the dashboard's page of actors, beside run, role and number."""
         return self._called
 
     @property
@@ -61,15 +64,15 @@ class RewardWorker:
         return tuple(self._rewards)
 
     def ready(self) -> Base:
-        """Return what was loaded, once it is."""
+        """Return the fingerprints of the loaded files. The call returns when everything is loaded."""
         return self.loaded_parts()
 
     def loaded_parts(self) -> Base:
-        """Return the fingerprints of what the rewards were made from."""
+        """Return the fingerprints of the files that the rewards were loaded from."""
         return self._base
 
     def stacks(self) -> str:
-        """What this process is doing; answered from a thread of its own while a batch is scored."""
+        """Return the stacks of this process's threads. Answered from a separate thread while a batch is scored."""
         return python_stacks()
 
     def score(
@@ -79,14 +82,17 @@ class RewardWorker:
         last: int | None = None,
         note: Callable[[int], None] | None = None,
     ) -> Scores:
-        """Every reward of the images `first` … `last` − 1. One without a finite number is dropped, with the reason.
+        """Compute all rewards of the images `first` … `last` − 1.
+
+        An image without a finite score is dropped, with the reason.
 
         Args:
-            note: is told the row of every image before it is scored, one by one: to find the one that kills this process.
+            note: called with the row of each image before that image is scored alone, to find an image that kills this
+                process. Without `note`, images are scored in batches.
 
         Raises:
-            RewardMistake: a reward gave the wrong shape or type.
-            ScoringFailed: a reward raised an error of its own.
+            RewardMistake: a reward returned the wrong shape or type.
+            ScoringFailed: a reward raised an error.
         """
         start = time.perf_counter()
         wanted = range(len(images.prompts))[first:last]
@@ -104,8 +110,14 @@ class RewardWorker:
         return Scores(rewards, time.perf_counter() - start, dropped, machines)
 
     def score_together(self, cuts: tuple[tuple[int, int], ...], *images: ImageBatch) -> list[Scores]:
-        """The images `first` … `last` − 1 of several tasks as one batch, and each task's scores: for rewards independent
-        of their batch.
+        """Score images of several tasks as one batch, for rewards that are independent of the batch.
+
+        Args:
+            cuts: (`first`, `last`) for each task, whose images `first` … `last` − 1 are scored.
+            images: the tasks' images.
+
+        Returns:
+            The scores of each task's images.
         """
         pieces = [batch.pixels[first:last] for (first, last), batch in zip(cuts, images, strict=True)]
         prompts = [
@@ -125,6 +137,7 @@ class RewardWorker:
         return Scores(rewards, time.perf_counter() - start, dropped)
 
     def _score_all(self, name: str, reward: LoadedReward, images: ImageBatch, wanted: range) -> Float[np.ndarray, "B"]:
+        """Score the wanted rows with one reward, batch by batch. Raise ScoringFailed if the reward raises."""
         parts = []
         for start in range(wanted.start, wanted.stop, self._batch_size):
             part = slice(start, min(start + self._batch_size, wanted.stop))
@@ -135,7 +148,7 @@ class RewardWorker:
                     values = reward(images.pixels[part], texts, metadata)
             except RewardMistake:
                 raise
-            # A user's reward may raise anything, sys.exit() among it: over one batch, that must not end a run of many hours.
+            # A user's reward may raise anything, even SystemExit. One batch must not end a run of many hours.
             except BaseException as error:  # noqa: BLE001
                 if isinstance(error, KeyboardInterrupt):
                     raise
@@ -145,7 +158,7 @@ class RewardWorker:
 
 
 def _rows(scores: Scores, first: int, last: int) -> Scores:
-    """A part of a batch's scores; of its seconds, its share."""
+    """Return the scores of some rows of a batch, with their share of its seconds."""
     count = len(next(iter(scores.rewards.values())))
     rewards = {name: values[first:last] for name, values in scores.rewards.items()}
     dropped = {row - first: reason for row, reason in scores.dropped.items() if first <= row < last}

@@ -1,4 +1,4 @@
-"""Sampler: samples a task's trajectories and images under the policy version that the task asks for."""
+"""Sampler: sample a task's trajectories and images under the task's policy version."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ from ray_ddpo.common.trajectory import ImageBatch, TaskReport, Trajectory, image
 
 
 class Sampler:
-    """Holds one copy of the policy, and swaps weights between tasks, never within one."""
+    """A sampler with one copy of the policy. Weights are loaded between tasks, never within one."""
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class Sampler:
         """Load the policy.
 
         Args:
-            tried_on: prompts that a family of the user's own is tried on; none: it is not tried.
-            checked: prompts of which one line says how many are longer than the text encoders read.
+            tried_on: prompts to try a user's model family on. Without any, the family is not tried.
+            checked: prompts to check for their length. A line is printed if text encoders truncate any.
         """
         self._called = f"Sampler of {policy.model}"
         device = settle(runtime)
@@ -62,23 +62,23 @@ class Sampler:
         self._called = f"Sampler of {policy.model} on {device}"
 
     def __repr__(self) -> str:
-        """As the dashboard's page of actors has it, beside run, role and number."""
+        """Return the name on the dashboard's page of actors, beside run, role and number."""
         return self._called
 
     def ready(self) -> Base:
-        """Return what was loaded, once it is."""
+        """Return the fingerprints of the loaded files. The call returns when everything is loaded."""
         return self.loaded_parts()
 
     def loaded_parts(self) -> Base:
-        """Return the fingerprints of what the policy was made from."""
+        """Return the fingerprints of the files that the policy was loaded from."""
         return self._base
 
     def stacks(self) -> str:
-        """What this process is doing; answered from a thread of its own while a task is sampled."""
+        """Return the stacks of this process's threads. Answered from a separate thread while a task is sampled."""
         return python_stacks()
 
     def forget(self, place: Place) -> None:
-        """Leave this task out if it has not been begun: another sampler samples it. Comes in while a task is sampled."""
+        """Skip this task unless it was begun, because another sampler runs it. Callable while a task is sampled."""
         self._forgotten.add(place)
 
     def sample(
@@ -88,22 +88,24 @@ class Sampler:
         care: Care = PLAIN,
         note: Callable[[int], None] | None = None,
     ) -> tuple[TaskReport, Trajectory | None, ImageBatch] | tuple[None, None, None]:
-        """One task, in three parts, so that each can go to whom it concerns; nothing where it was to be forgotten.
-
-        No trajectory where nothing is learned from it: it would only fill the store on its way.
+        """Sample a task.
 
         Args:
-            care: what to do otherwise than with most tasks, after samplers have died over this one.
-            note: is told an image's row before that image is worked on alone.
+            care: special care after samplers died over this task.
+            note: called with an image's row before that image is processed alone.
+
+        Returns:
+            Report, trajectory and images, separately, so that each can be sent where it is needed. The trajectory is
+            None if the task is not for training. All are None if the task was to be forgotten.
 
         Raises:
-            ValueError: these are not the weights that the task asks for.
+            ValueError: the weights are not of the task's version.
         """
         if task.place in self._forgotten:
             self._forgotten.remove(task.place)
             return None, None, None
         start = time.perf_counter()
-        self._swap(task, weights)
+        self._load_weights(task, weights)
         if care.one_by_one == "all":
             self._try_out(task, care, note)
             return None, None, None
@@ -129,7 +131,7 @@ class Sampler:
         return report, trajectory if task.trains else None, ImageBatch(pixels, task.prompts)
 
     def _denoise(self, task: Task, care: Care) -> Trajectory:
-        """Sample the task's trajectories. A left-out image is replaced by another one, so that shapes stay alike."""
+        """Sample the task's trajectories. Another image replaces one that is left out, so that shapes stay equal."""
         rows = list(range(len(task.seeds)))
         sampled = [row for row in rows if row not in care.not_sampled]
         if not sampled:
@@ -139,7 +141,7 @@ class Sampler:
         return sample_trajectories(self._policy, prompts, seeds, self._sampling, task.window)
 
     def _try_out(self, task: Task, care: Care, note: Callable[[int], None] | None) -> None:
-        """Sample and decode the task's images one by one, only to see whether this process survives."""
+        """Sample and decode the task's images one by one, only to find out whether this process survives."""
         for row in range(len(task.seeds)):
             if row in care.left_out:
                 continue
@@ -153,13 +155,14 @@ class Sampler:
     def _decode(
         self, latents: Float[torch.Tensor, "B C H W"], care: Care, note: Callable[[int], None] | None
     ) -> tuple[UInt8[np.ndarray, "B H2 W2 3"], set[int]]:
-        """Decode final latents. Return the images, and the rows whose pixels were not finite.
+        """Decode final latents.
 
-        In the place of an image that is left out stands any other one.
+        Returns:
+            The images, and the rows whose pixels were not finite. An image that is left out is replaced by another one.
         """
         rows = [row for row in range(len(latents)) if row not in care.left_out]
         if not rows:
-            # A replay has not tried a family that does not tell the size, and looks at none of these images.
+            # In a replay the size may be unknown, because the family was not tried. A replay ignores these images.
             height, width = self._image_size or latents.shape[-2:]
             return np.zeros((len(latents), height, width, 3), np.uint8), set()
         if care.one_by_one == "nothing":
@@ -175,7 +178,7 @@ class Sampler:
         return np.stack([alone.get(row, alone[rows[0]]) for row in range(len(latents))]), undecoded
 
     def _not_finite(self, trajectory: Trajectory, undecoded: set[int], task: Task) -> dict[int, str]:
-        """Return the rows whose latents or pixels are no finite numbers, and why they are no images."""
+        """Return the rows whose latents or pixels are not finite, with the reason."""
         sampled = [trajectory.final_latents.flatten(1), trajectory.log_probs]
         finite = torch.stack([each.isfinite().all(1) for each in sampled]).all(0).tolist()
         learned = f"version {task.policy_version} was trained with too high a learner.learning_rate"
@@ -184,7 +187,8 @@ class Sampler:
         unsampled = f"its latents are not finite: most likely {cause}"
         return reasons | {row: unsampled for row, is_finite in enumerate(finite) if not is_finite}
 
-    def _swap(self, task: Task, weights: PolicyWeights) -> None:
+    def _load_weights(self, task: Task, weights: PolicyWeights) -> None:
+        """Load the task's weights, unless they are loaded already."""
         if weights.policy_version != task.policy_version:
             raise ValueError(
                 f"task {task.index} of round {task.round} asks for policy version {task.policy_version}, "

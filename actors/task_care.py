@@ -1,19 +1,19 @@
-"""Care: how a task over which samplers have died is sampled again."""
+"""Care: how to sample a task again after samplers died over it."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-DEATHS = 2  # of samplers over one task, or over one of its images: one may be chance
+DEATHS = 2  # of samplers over a task, or over one of its images: one may be chance
 
 
 @dataclass(frozen=True)
 class Care:
-    """How a task is to be sampled over which samplers have died. By default: as any other."""
+    """How to sample a task over which samplers died. By default like any other task."""
 
-    # Which part of the work is done image by image, so that it is known which one was in hand.
+    # The part of the work to do image by image, so that the current image is known if the sampler dies.
     one_by_one: Literal["nothing", "decoding", "all"] = "nothing"
-    not_decoded: tuple[int, ...] = ()  # rows that kill who decodes them
-    not_sampled: tuple[int, ...] = ()  # rows that kill who denoises them
+    not_decoded: tuple[int, ...] = ()  # rows that kill samplers when decoded
+    not_sampled: tuple[int, ...] = ()  # rows that kill samplers when denoised
 
     @property
     def left_out(self) -> dict[int, str]:

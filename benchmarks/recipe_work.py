@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.lora.start import make_trainable
-from ray_ddpo.common.diffusion.memory.synthetic_inputs import made_up_conditioning
+from ray_ddpo.common.diffusion.memory.meta_device import synthetic_conditioning
 from ray_ddpo.common.diffusion.policy import quiet_libraries
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -54,7 +54,7 @@ def row_work(config: DiffusersConfig, sampling: SamplingTable) -> RowWork:
         network = network_class.from_config(configs[config.network_name])
     make_trainable(network, config.train, config.lora)
     latents = torch.empty(1, *config.latent_shape(dict(network.config)), device="meta")
-    rows = made_up_conditioning(config.conditioning_shapes(configs), {}, 1, "meta")
+    rows = synthetic_conditioning(config.conditioning_shapes(configs), {}, 1, "meta")
     call = config.network_call(sampling)
 
     def predict() -> Tensor:
@@ -74,7 +74,9 @@ def image_work(parts: Components) -> float:
     recipe, algorithm = parts.recipe, parts.algorithm
     assert not algorithm.needs_proximal_log_probs and not algorithm.needs_behavior_means, "these passes are not counted"
     row = row_work(config, recipe.sampling)
-    pairs = algorithm.pairs_per_image(recipe, config.stochastic_steps(recipe.sampling)) * recipe.learner.inner_epochs
+    pairs = (
+        algorithm.transitions_per_image(recipe, config.stochastic_steps(recipe.sampling)) * recipe.learner.inner_epochs
+    )
     of_pair = row.both + row.recomputed + (row.forward if algorithm.needs_reference_means else 0)
     return config.branches(recipe.sampling) * (recipe.sampling.num_steps * row.forward + pairs * of_pair)
 

@@ -1,6 +1,7 @@
-"""What a run stands on, fingerprinted part by part: model files, prompts, weights of rewards, a user's own modules.
+"""Fingerprints of everything a run depends on: model files, prompts, reward weights, the user's own modules.
 
-The fingerprint is the SHA-256 of the files' contents, read again at every start: neither path nor time of change is trusted.
+A fingerprint is the SHA-256 of the files' contents. It is computed again at every start: neither paths nor modification
+times are trusted.
 """
 
 import hashlib
@@ -19,14 +20,14 @@ from ray_ddpo.common.recipe.registry import Component
 from ray_ddpo.common.user_code.sources import user_sources
 
 VARIANT = re.compile(r"[^.]+\.[^.]+\.(safetensors|bin)")  # model.fp16.safetensors beside model.safetensors
-# Whose files are what trained weights fit to, and to nothing else.
+# Keys whose files the trained weights depend on.
 MODEL_KEYS = ("policy.model", "policy.single_file_config", "policy.lora.path")
-READERS = 4  # files that are hashed at once
-SHOWN = 12  # letters of a fingerprint
+READERS = 4  # files hashed at once
+SHOWN = 12  # characters of a fingerprint in messages
 
 
 class BasePart(BaseModel):
-    """One part: where it was read, on which machine, and the fingerprint of its contents."""
+    """One part: where it was read, on which machine, and its fingerprint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     path: str
@@ -37,12 +38,16 @@ class BasePart(BaseModel):
         return f"{self.sha256[:SHOWN]} ({self.path} on {self.host})"
 
 
-Base = dict[str, BasePart]  # by the recipe's key, such as policy.model/unet or reward.head of aesthetic
+Base = dict[str, BasePart]  # by recipe key, such as policy.model/unet or reward.head of aesthetic
 BASE = TypeAdapter(Base)
 
 
 def read_base(data: bytes, where: str) -> Base:
-    """Read the fingerprints that a run has kept. ValueError: something else stands there."""
+    """Parse the fingerprints that a run has stored.
+
+    Raises:
+        ValueError: The data is something else.
+    """
     try:
         return BASE.validate_json(data)
     except ValidationError as error:
@@ -53,33 +58,37 @@ def read_base(data: bytes, where: str) -> Base:
 
 
 def as_tables(base: Mapping[str, BasePart]) -> dict[str, Any]:
-    """Return the same as JSON takes it."""
+    """Return the fingerprints as JSON takes them."""
     return {name: part.model_dump() for name, part in sorted(base.items())}
 
 
 def entry_base(entry: Component, table: str, files: Iterable[Weights] = (), label: str = "") -> Base:
-    """Fingerprint the files that an entry of a recipe reads and the user's modules that it is made of.
+    """Fingerprint the files that a component reads and the user's modules that it is made of.
 
-    `label`: which of several rewards it is.
+    Args:
+        entry: the component.
+        table: its table in the recipe.
+        files: the files that it reads.
+        label: which of several rewards it is.
     """
-    of = f" of {label}" if label else ""
+    suffix = f" of {label}" if label else ""
     parts: dict[str, list[Path]] = {}
     for weights in files:
         for below, paths in _by_folder(weights).items():
-            parts[f"{weights.key}{of}{below}"] = paths
+            parts[f"{weights.key}{suffix}{below}"] = paths
     for key, module in entry.user_modules().items():
         for name, file in user_sources(module).items():
-            parts[f"{table}.{key}{of}" + (f"/{name}" if name != module else "")] = [file]
+            parts[f"{table}.{key}{suffix}" + (f"/{name}" if name != module else "")] = [file]
     return _fingerprinted(parts)
 
 
 def text_part(text: str, what: str) -> BasePart:
-    """Fingerprint a text that lies in no file."""
+    """Fingerprint a text that is not in a file."""
     return BasePart(path=what, host=socket.gethostname(), sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
 def _by_folder(weights: Weights) -> dict[str, list[Path]]:
-    """The files of each folder below the source, which are a part each; those in none are one together."""
+    """Group the files by folder below the source. Each folder is a part; files directly in the source are one part."""
     found: dict[str, list[Path]] = {}
     for file, path in files_here(weights).items():
         folder, _, _ = file.rpartition("/")
@@ -88,7 +97,7 @@ def _by_folder(weights: Weights) -> dict[str, list[Path]]:
 
 
 def _without_variants(paths: list[Path]) -> list[Path]:
-    """Leave out what nobody loads where the usual files are there too; others may come beside them at any time."""
+    """Leave out variants if the usual files are there. They are not loaded then, and may be added at any time."""
     weights = [path for path in paths if path.suffix in (".safetensors", ".bin")]
     usual = [path for path in weights if not VARIANT.fullmatch(path.name)]
     unread = set(weights) - set(usual) if usual else set()
@@ -96,8 +105,9 @@ def _without_variants(paths: list[Path]) -> list[Path]:
 
 
 def _fingerprinted(parts: dict[str, list[Path]]) -> Base:
+    """Fingerprint every part that has files."""
     host = socket.gethostname()
-    with ThreadPoolExecutor(READERS) as pool:  # hashlib lets other threads run meanwhile
+    with ThreadPoolExecutor(READERS) as pool:  # hashlib releases the GIL
         digests = dict(zip(parts, pool.map(_fingerprint, parts.values()), strict=True))
     return {
         name: BasePart(path=str(paths[0] if len(paths) == 1 else paths[0].parent), host=host, sha256=digests[name])
@@ -107,7 +117,7 @@ def _fingerprinted(parts: dict[str, list[Path]]) -> Base:
 
 
 def _fingerprint(paths: list[Path]) -> str:
-    """Of one file its SHA-256, as sha256sum prints it; of several that of their names and SHA-256s."""
+    """Return a single file's SHA-256, as sha256sum prints it; of several files, that of their names and digests."""
     digests = {}
     for path in paths:
         try:
@@ -121,7 +131,7 @@ def _fingerprint(paths: list[Path]) -> str:
 
 
 def differing_parts(before: Mapping[str, BasePart], now: Mapping[str, BasePart]) -> dict[str, str]:
-    """Return of each part that is another one now what it was and is, in words."""
+    """Describe each part whose fingerprint has changed: its fingerprint before and now."""
     both = [name for name in before if name in now]
     return {
         name: f"{name} was {before[name]} and is {now[name]}"
@@ -131,10 +141,18 @@ def differing_parts(before: Mapping[str, BasePart], now: Mapping[str, BasePart])
 
 
 class LoadedBase:
-    """What the roles of a run have loaded; each report is compared with the others' and with what the run stood on before."""
+    """The fingerprints that a run's roles have reported.
+
+    Each report is compared with the others and with earlier starts.
+    """
 
     def __init__(self, before: Base | None = None, refuse: Callable[[dict[str, str]], str] | None = None) -> None:
-        """`refuse`: what to say where parts are others than `before`, which are given in words."""
+        """Start with the stored fingerprints.
+
+        Args:
+            before: the fingerprints of earlier starts.
+            refuse: makes the error message if parts differ from `before`. It takes their descriptions.
+        """
         self._before = before or {}
         self._refuse = refuse
         self._now: Base = {}
@@ -142,11 +160,15 @@ class LoadedBase:
 
     @property
     def parts(self) -> Base:
-        """All that was reported, and what nobody has loaded this time as it was before."""
+        """Return all reported parts, and the stored ones that no role has loaded this time."""
         return self._before | self._now
 
     def take(self, who: str, loaded: Base) -> None:
-        """Note what one process has loaded. ValueError: it is not what the run stood on, or not what another one has."""
+        """Record what one process has loaded.
+
+        Raises:
+            ValueError: A part differs from the stored one, or from what another process has loaded.
+        """
         for name, part in loaded.items():
             first = self._now.get(name)
             if first is not None and first.sha256 != part.sha256:
@@ -156,7 +178,7 @@ class LoadedBase:
                 )
         differing = differing_parts(self._before, loaded)
         if differing:
-            assert self._refuse, "who gives what there was before says what to do where it is another"
+            assert self._refuse, "`before` comes with `refuse`"
             raise ValueError(f"{self._refuse(differing)} (loaded by {who})")
         self._now = loaded | self._now
         self._by = dict.fromkeys(loaded, who) | self._by

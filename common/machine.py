@@ -12,28 +12,31 @@ import torch
 from ray_ddpo.common.package_versions import VERSIONED, package_version
 
 CPU_INFO = Path("/proc/cpuinfo")
-# Variables with which users choose other kernels than those the processor would get.
+# Environment variables that select other kernels than the processor's default.
 KERNEL_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a process computes with. Equal machines give equal bits for equal work."""
+    """The hardware and libraries of a process. Equal machines give equal bits for equal work."""
 
     processor: str
-    gpu: str = ""  # empty: the process computes on the processor
-    versions: str = ""  # of libraries, "torch 2.13.0, numpy 2.4.1"
+    gpu: str = ""  # empty if the process computes on the CPU
+    versions: str = ""  # of libraries: "torch 2.13.0, numpy 2.4.1"
 
     def __str__(self) -> str:
         return ", ".join(part for part in (self.gpu, self.processor, self.versions) if part)
 
     def computes_like(self, other: "Machine") -> bool:
-        """Return whether the same network gives the same bits on both: a GPU decides where there is one."""
+        """Return whether a network gives the same bits on both machines.
+
+        If there is a GPU, the processor does not matter.
+        """
         device = self.gpu == other.gpu and (bool(self.gpu) or self.processor == other.processor)
         return device and self.versions == other.versions
 
     def differences(self, other: "Machine") -> str:
-        """Return what differs, "processor A and B; …". Empty if nothing does."""
+        """Describe the differences, "processor A and B; …"; empty if there are none."""
         pairs = {
             "GPU": (self.gpu or "none", other.gpu or "none"),
             "processor": (self.processor, other.processor),
@@ -57,7 +60,7 @@ def _processor() -> str:
 
 
 def _model_name() -> str:
-    """Return model, family and number of the processor. Clouds often give several processors one model name."""
+    """Return the processor's model, family and number. Clouds often give several processors one model name."""
     try:
         text = CPU_INFO.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
     except OSError:  # not Linux

@@ -1,4 +1,4 @@
-"""The versions of the libraries that decide what a run computes."""
+"""Versions of the libraries that decide what a run computes."""
 
 import importlib.metadata
 
@@ -6,7 +6,7 @@ VERSIONED = ("ray-ddpo", "torch", "diffusers", "transformers", "peft", "ray", "n
 
 
 def package_version(package: str) -> str:
-    """Return an installed package's version. A program that runs from its source without being installed has none."""
+    """Return an installed package's version. This program has none if it runs from a clone without being installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""PolicyWeights: what the learner publishes and samplers load, as one flat buffer with proof of what is in it."""
+"""PolicyWeights: what the learner publishes and samplers load, as one flat buffer with its fingerprint."""
 
 import hashlib
 import json
@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Float
 
 Manifest = tuple[tuple[str, tuple[int, ...]], ...]  # name and shape of each parameter, in the buffer's order
-PIECE = 2**24  # numbers that are worked on at once
+PIECE = 2**24  # elements processed at once
 
 
 @dataclass(frozen=True)
 class PolicyWeights:
-    """The trained parameters of one policy version. One buffer: Ray ships it without a copy (a dict of tensors is slower)."""
+    """The trained parameters of one policy version, in one buffer that Ray ships without a copy."""
 
     policy_version: int
     buffer: Float[np.ndarray, "N"]
@@ -31,7 +31,7 @@ class PolicyWeights:
             )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Views of the buffer by the parameter's name, in its shape."""
+        """Return views of the buffer by parameter name, in each parameter's shape."""
         views, start = {}, 0
         for name, shape in self.manifest:
             size = int(np.prod(shape))
@@ -41,20 +41,23 @@ class PolicyWeights:
 
 
 def fingerprint(buffer: np.ndarray, manifest: Manifest) -> str:
-    """SHA-256 of names, shapes and bits: equal exactly where two sets of weights are equal to the last bit."""
+    """Return the SHA-256 of names, shapes and bits.
+
+    Fingerprints are equal exactly if the weights are equal to the last bit.
+    """
     digest = hashlib.sha256(json.dumps(manifest).encode())
     digest.update(np.ascontiguousarray(buffer).data)
     return digest.hexdigest()
 
 
 def pack(policy_version: int, arrays: dict[str, np.ndarray]) -> PolicyWeights:
-    """Lay named arrays one after the other, in float32."""
+    """Concatenate named arrays in float32."""
     shapes = {name: array.shape for name, array in arrays.items()}
     return packed(policy_version, shapes, arrays.values())
 
 
 def packed(policy_version: int, shapes: Mapping[str, Sequence[int]], arrays: Iterable[np.ndarray]) -> PolicyWeights:
-    """The same of arrays that come one at a time: of a whole network there is then one copy, and not two."""
+    """Concatenate arrays that arrive one at a time, so that a full network is copied only once."""
     manifest = tuple((name, tuple(int(size) for size in shape)) for name, shape in shapes.items())
     buffer = np.empty(sum(math.prod(shape) for _, shape in manifest), np.float32)
     start = 0
@@ -66,7 +69,11 @@ def packed(policy_version: int, shapes: Mapping[str, Sequence[int]], arrays: Ite
 
 
 def verified(weights: PolicyWeights) -> PolicyWeights:
-    """The weights, if they are what they claim to be. ValueError: they were changed on the way."""
+    """Return the weights if their fingerprint is correct.
+
+    Raises:
+        ValueError: They were changed in transit.
+    """
     actual = fingerprint(weights.buffer, weights.manifest)
     if actual != weights.fingerprint:
         raise ValueError(
@@ -77,10 +84,10 @@ def verified(weights: PolicyWeights) -> PolicyWeights:
 
 
 def averaged(old: PolicyWeights, new: PolicyWeights, decay: float) -> PolicyWeights:
-    """The moving average `decay` · old + (1 − `decay`) · new, under the version of `new`."""
+    """Return the moving average `decay` · old + (1 − `decay`) · new, under the version of `new`."""
     assert old.manifest == new.manifest, "weights of one network"
     buffer = np.empty_like(new.buffer)
-    for start in range(0, len(buffer), PIECE):  # or a whole network would take three times its memory on the way
+    for start in range(0, len(buffer), PIECE):  # at once, a full network would need three times its memory
         part = slice(start, start + PIECE)
         buffer[part] = np.float32(decay) * old.buffer[part] + np.float32(1 - decay) * new.buffer[part]
     return PolicyWeights(new.policy_version, buffer, new.manifest, fingerprint(buffer, new.manifest))

@@ -1,9 +1,9 @@
-"""The death of an actor's process, in the words of the terminal: by which exit code or signal, as far as Ray knows."""
+"""Describe the death of an actor's process in words: the exit code or signal, as far as Ray knows."""
 
 import re
 from dataclasses import dataclass
 
-# Ray's texts (2.60) on the left. It tells no signal but SIGTERM, and no exit code of a process that did not end in Python.
+# Ray's texts (2.60) → words. Ray reports no signal but SIGTERM, and no exit code of a process that Python did not end.
 RAYS_CAUSES = (
     (re.compile(r"receives a SIGTERM"), "SIGTERM"),
     (re.compile(r"exit code:? (\d+)", re.IGNORECASE), r"exit code \1"),
@@ -16,25 +16,25 @@ RAYS_CAUSES = (
 RAYS_CRASH = re.compile(r"connection error code 2|worker process has died")
 RAYS_BEGINNING = "The actor"
 LONGEST_CAUSE = 200
-LOADING = "while it was loading"  # what an actor was at that died before it had all its parts
+LOADING = "while it was loading"  # the activity of an actor that died before it had all its parts
 
 
 @dataclass(frozen=True)
 class Death:
-    """The end of an actor's process, or the driver's decision to end it."""
+    """The end of an actor's process, possibly by the driver's decision."""
 
-    number: int | None  # of the actor in its role; None if it is not known which one died
+    number: int | None  # the actor's number in its role; None if unknown
     reason: str  # Ray's text, or the driver's own reason to end it
-    at: str  # what the actor was at, in words: "at round 2, task 1"
+    at: str  # the actor's activity in words: "at round 2, task 1"
 
     @property
     def by_driver(self) -> bool:
-        """Whether the driver ended the process, which hung."""
+        """Return whether the driver ended the process because it hung."""
         return not self.reason.startswith(RAYS_BEGINNING)
 
 
 def cause_of(reason: str) -> str | None:
-    """Return in a few words how a process ended. None: it crashed or was killed, and Ray does not know how."""
+    """Describe how a process ended; None if it crashed or was killed in a way that Ray does not know."""
     for pattern, words in RAYS_CAUSES:
         if found := pattern.search(reason):
             return found.expand(words)
@@ -45,5 +45,5 @@ def cause_of(reason: str) -> str | None:
 
 
 def in_one_line(reason: str) -> str:
-    """Return the same where nothing else is known of a process."""
+    """Describe how a process ended, also if Ray does not know."""
     return cause_of(reason) or "its process crashed or was killed"

@@ -1,4 +1,4 @@
-"""Read prompts from a file as it is published: text, JSONL, JSON, CSV, TSV or parquet (no torch)."""
+"""Read prompts from files in common formats: text, JSONL, JSON, CSV, TSV or parquet (no torch)."""
 
 import csv
 import io
@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,75 +25,79 @@ ENDINGS: dict[str, Format] = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
-NAMES = ("prompt", "text", "caption")  # columns that hold the prompts, where no key says which one does
+NAMES = ("prompt", "text", "caption")  # the prompts' column, if no key names another
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 BYTE_ORDER_MARK = "\ufeff"
 LIKE_JSON = re.compile(r"""[{\[]\s*(["']|$)""")
-FORCED = 'or, if its lines are prompts as they stand, set prompts.format = "text"'
+FORCED = 'or, if its lines are prompts as they are, set prompts.format = "text"'
 
-Cell = tuple[str, Any]  # where it stands, such as "line 3", and its value: a text, or an object of columns
+Entry = tuple[str, Any]  # its place, such as "line 3", and its value: a text, or an object of columns
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """A file of prompts and the recipe's keys that say how to read it."""
+    """A file of prompts, and the recipe's keys that say how to read it."""
 
     path: Path
-    key: str  # of the recipe, that names it
+    key: str  # the recipe's key that names the file
     format: Format | None = None  # None: by the file name's ending
-    column: str | None = None  # None: the only one, or the one called as in NAMES
+    column: str | None = None  # None: the only one, or the one named as in NAMES
 
     def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Return where each prompt stands, its text and its other columns, in the file's order.
+        """Yield each prompt's place, its text and its other columns, in the file's order.
 
         Raises:
-            ValueError: the file cannot be used. One line names the recipe's key, the file, and the line or row.
+            ValueError: The file cannot be used. One line names the recipe's key, the file, and the line or row.
         """
         if not self.path.is_file():
             raise self.fault(f"there is no such file{', it is a folder' if self.path.is_dir() else ''}")
-        format = self._format()
-        cells = list(READERS[format](self))
-        if not cells:
-            raise self.fault(f"the file has no prompts{'; it needs one a line' if format == 'text' else ''}")
-        return self._from_table(cells, format) if isinstance(cells[0][1], dict) else self._from_texts(cells)
+        file_format = self._format()
+        entries = list(READERS[file_format](self))
+        if not entries:
+            raise self.fault(f"the file has no prompts{'; it needs one a line' if file_format == 'text' else ''}")
+        return self._from_table(entries, file_format) if isinstance(entries[0][1], dict) else self._from_texts(entries)
 
     def fault(self, says: str, where: str = "") -> ValueError:
-        """Return the error that names the key, the file and where in it."""
+        """Return the error that names the key, the file and the place in it."""
         return ValueError(f"{self.key} is {str(self.path)!r}{where and ', '}{where}: {says}")
 
     def _format(self) -> Format:
+        """Return the file's format: the recipe's, or that of the file name's ending."""
         ending = self.path.suffix.lower()
-        format = self.format or ENDINGS.get(ending)
-        if format is None:
-            packed = (
-                "it is compressed, unpack it first" if ending in COMPRESSED else f"nobody knows what {ending} holds"
-            )
+        file_format = self.format or ENDINGS.get(ending)
+        if file_format is None:
+            problem = "it is compressed, unpack it first" if ending in COMPRESSED else f"{ending} is no known ending"
             known = ", ".join(name for name in ENDINGS if name)
             raise self.fault(
-                f"{packed}; a file of prompts ends in one of {known}, or prompts.format says what it holds"
+                f"{problem}; a file of prompts ends in one of {known}, or prompts.format says what it holds"
             )
-        if format == "text" and self.column is not None:
+        if file_format == "text" and self.column is not None:
             raise self.fault(f"prompts.column is {self.column!r}, and a text file has no columns: leave the key out")
-        return format
+        return file_format
 
-    def _from_texts(self, cells: list[Cell]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    def _from_texts(self, entries: list[Entry]) -> Iterator[tuple[str, str, dict[str, Any]]]:
         if self.column is not None:
             raise self.fault(f"prompts.column is {self.column!r}, and the file has texts without columns")
-        for where, text in cells:
+        for where, text in entries:
             yield where, self._checked(text, where), {}
 
-    def _from_table(self, cells: list[Cell], format: Format) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        for where, row in cells:
+    def _from_table(self, entries: list[Entry], file_format: Format) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Yield the prompts of rows with columns."""
+        for where, row in entries:
             if not isinstance(row, dict):
                 raise self.fault(f"it is {_shown(row)}, and the ones before it are objects", where)
-        column = self._column(list(dict.fromkeys(name for _, row in cells for name in row)), format in ("csv", "tsv"))
-        for where, row in cells:
+        names = list(dict.fromkeys(name for _, row in entries for name in row))
+        column = self._column(names, file_format in ("csv", "tsv"))
+        for where, row in entries:
             if column not in row:
                 raise self.fault(f"it has no {column!r}, only {sorted(row)}", where)
             yield where, self._checked(row[column], where), {name: row[name] for name in row if name != column}
 
     def _column(self, columns: list[str], has_header: bool) -> str:
-        """Return the prompts' column. The only one of a table with a header is taken by its name too: it may lack one."""
+        """Return the prompts' column.
+
+        A table's only column must have a known name too, because the header may be missing.
+        """
         if self.column is not None:
             if self.column not in columns:
                 raise self.fault(f"prompts.column is {self.column!r}, and its columns are {columns}")
@@ -116,7 +121,7 @@ class PromptFile:
         """Return the file's text, without a byte order mark and with \\n at the end of every line.
 
         Raises:
-            ValueError: it is not UTF-8.
+            ValueError: The file is not UTF-8.
         """
         with reading(f"{self.key} is {str(self.path)!r}: the file"):
             data = self.path.read_bytes()
@@ -135,16 +140,20 @@ class PromptFile:
         return io.StringIO(text, newline=None).read()
 
     def parsed(self, text: str, where: str = "") -> Any:
-        """Return the JSON value in `text`. ValueError: there is none, or a key stands twice in an object."""
+        """Return the JSON value in `text`.
+
+        Raises:
+            ValueError: There is none, or a key appears twice in an object.
+        """
         try:
             return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
-            says = "lists or objects lie too deep in one another" if isinstance(error, RecursionError) else str(error)
+            says = "lists or objects are nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise self.fault(f"it is not JSON: {says}{_other_format(text, self.path)}", where) from None
 
 
 def _other_format(text: str, path: Path) -> str:
-    """Return the advice for JSON that lies in a file of the other kind."""
+    """Return advice if the text looks like JSON lines in a JSON file, or the other way round."""
     lines = [line.strip() for line in text.split("\n", 2)[:2]]
     if lines in (["["], ["{"]) and path.suffix.lower() != ".json":
         return '; a file with one JSON value ends in .json, or prompts.format = "json"'
@@ -160,7 +169,7 @@ def _refuse_constant(name: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if twice:
-        raise ValueError(f"the key {twice[0]!r} stands twice in an object")
+        raise ValueError(f"the key {twice[0]!r} appears twice in an object")
     return dict(pairs)
 
 
@@ -171,9 +180,10 @@ def _shown(value: Any) -> str:
     return kind or f"{str(value)[:40]!r}, of type {type(value).__name__}"
 
 
-def _text_rows(file: PromptFile) -> Iterator[Cell]:
+def _text_rows(file: PromptFile) -> Iterator[Entry]:
+    """Yield the lines of a text file. Unless the recipe gives the format, refuse lines that look like another one."""
     for number, line in enumerate(file.text().split("\n"), start=1):
-        prompt = line.removeprefix(BYTE_ORDER_MARK).strip()  # as in files that were put together
+        prompt = line.removeprefix(BYTE_ORDER_MARK).strip()  # inside, in concatenated files
         if prompt and file.format is None:
             _refuse_other_than_text(file, prompt, number)
         if prompt:
@@ -190,7 +200,7 @@ def _refuse_other_than_text(file: PromptFile, line: str, number: int) -> None:
 
 
 def _is_json(line: str) -> bool:
-    """Return whether a line is a list or an object of JSON."""
+    """Return whether a line is a JSON list or object."""
     if line[0] not in "[{":
         return False
     try:
@@ -200,7 +210,8 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _jsonl_rows(file: PromptFile) -> Iterator[Cell]:
+def _jsonl_rows(file: PromptFile) -> Iterator[Entry]:
+    """Yield the texts or objects of a JSONL file."""
     for number, line in enumerate(file.text().split("\n"), start=1):
         if not line.strip():
             continue
@@ -211,7 +222,8 @@ def _jsonl_rows(file: PromptFile) -> Iterator[Cell]:
         yield where, value
 
 
-def _json_rows(file: PromptFile) -> Iterator[Cell]:
+def _json_rows(file: PromptFile) -> Iterator[Entry]:
+    """Yield the entries of a JSON list, or of an object of columns."""
     text = file.text()
     value = file.parsed(text) if text.strip() else []
     if isinstance(value, dict):
@@ -232,7 +244,7 @@ def _of_columns(file: PromptFile, columns: dict[str, Any]) -> list[dict[str, Any
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _table_rows(file: PromptFile, separator: str) -> Iterator[Cell]:
+def _table_rows(file: PromptFile, separator: str) -> Iterator[Entry]:
     rows = _split_rows(file, separator)
     _, header = next(rows, ("", []))
     _refuse_twice(file, header)
@@ -243,7 +255,7 @@ def _table_rows(file: PromptFile, separator: str) -> Iterator[Cell]:
 
 
 def _split_rows(file: PromptFile, separator: str) -> Iterator[tuple[str, list[str]]]:
-    """Return where each row begins, and its cells; empty lines are passed over."""
+    """Yield each row's place and its cells. Empty lines are skipped."""
     reader, where = csv.reader(io.StringIO(file.text()), delimiter=separator, strict=True), ""
     try:
         while True:
@@ -262,15 +274,8 @@ def _refuse_twice(file: PromptFile, columns: Iterable[str]) -> None:
         raise file.fault(f"it has {len(twice)} columns twice: {twice}; give each a name of its own")
 
 
-def _csv_rows(file: PromptFile) -> Iterator[Cell]:
-    return _table_rows(file, ",")
-
-
-def _tsv_rows(file: PromptFile) -> Iterator[Cell]:
-    return _table_rows(file, "\t")
-
-
-def _parquet_rows(file: PromptFile) -> Iterator[Cell]:
+def _parquet_rows(file: PromptFile) -> Iterator[Entry]:
+    """Yield the rows of a parquet file."""
     import pyarrow.parquet as parquet
 
     number = 0
@@ -285,11 +290,11 @@ def _parquet_rows(file: PromptFile) -> Iterator[Cell]:
             yield f"row {number}", row
 
 
-READERS: dict[Format, Callable[[PromptFile], Iterator[Cell]]] = {
+READERS: dict[Format, Callable[[PromptFile], Iterator[Entry]]] = {
     "text": _text_rows,
     "jsonl": _jsonl_rows,
     "json": _json_rows,
-    "csv": _csv_rows,
-    "tsv": _tsv_rows,
+    "csv": partial(_table_rows, separator=","),
+    "tsv": partial(_table_rows, separator="\t"),
     "parquet": _parquet_rows,
 }

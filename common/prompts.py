@@ -1,4 +1,4 @@
-"""Where prompts come from: a list that ships with the project, a file, or a function of the user's."""
+"""Sources of prompts: a list that ships with the project, a file, or the user's function."""
 
 import json
 import math
@@ -21,23 +21,24 @@ PROMPTS: Registry = {
     "animals": "ray_ddpo.common.prompts:Animals",
     "texts": "ray_ddpo.common.prompts:Texts",
     "file": "ray_ddpo.common.prompts:File",
-    "function": "ray_ddpo.common.prompts:Function",
+    "function": "ray_ddpo.common.prompts:PromptFunction",
 }
 PROMPT_LISTS = Path(__file__).parent / "prompt_lists"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an image is asked to show, and whatever its reward needs to know besides: values that JSON has."""
+    """An image's text, and metadata for its reward, in JSON's types."""
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse a text that no tokenizer can read, and metadata that JSON has no value for.
+        """Refuse text that no tokenizer can read, and metadata that JSON cannot represent.
 
         Raises:
-            ValueError: the text has half of a character, or the metadata is named that no file and no service could hold.
+            ValueError: The text has an unpaired surrogate, or metadata has a value that neither file nor service can
+                hold.
         """
         if isinstance(self.text, str):
             _check_text(self.text, "the prompt")
@@ -46,11 +47,12 @@ class Prompt:
 
 
 def metadata_as_json(prompts: Sequence[Prompt]) -> list[str | None]:
-    """Return each prompt's metadata as files hold it; None where it has none."""
+    """Return each prompt's metadata as files store it; None if it has none."""
     return [json.dumps(prompt.metadata, ensure_ascii=False) if prompt.metadata else None for prompt in prompts]
 
 
 def _check_text(text: str, what: str) -> None:
+    """Raise ValueError if a text cannot be encoded."""
     if text.isascii():
         return
     try:
@@ -60,7 +62,11 @@ def _check_text(text: str, what: str) -> None:
 
 
 def _json_value(value: Any, place: str) -> Any:
-    """Return the value as JSON gives it back: tuples as lists, numpy's numbers as Python's. ValueError: JSON has none."""
+    """Return the value as JSON gives it back: tuples as lists, numpy's numbers as Python's.
+
+    Raises:
+        ValueError: JSON cannot represent the value.
+    """
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, dict):
@@ -86,53 +92,61 @@ SamplePrompt = Callable[[np.random.Generator], Prompt]
 
 
 class PromptSource(Component, ABC):
-    """Component of the registry of prompts. Prompts are sampled from a generator given, so a seed fixes their sequence."""
+    """A component that samples prompts. They come from a given generator, so that a seed fixes their sequence."""
 
     @abstractmethod
     def load(self) -> SamplePrompt:
-        """The function that samples one prompt. ValueError: the source is missing or empty."""
+        """Return the function that samples one prompt.
+
+        Raises:
+            ValueError: The source is missing or empty.
+        """
 
     @abstractmethod
     def listed(self) -> list[str] | None:
-        """All prompts that are sampled from, in order; None where only sampling tells."""
+        """Return all prompts that can be sampled, in order; None if that cannot be known."""
 
     def held_out(self) -> list[str]:
-        """Prompts of the source that are never sampled, for evaluation."""
+        """Return prompts of the source that are never sampled, for evaluation."""
         return []
 
     def evaluated(self, texts: Sequence[str] = ()) -> list[Prompt]:
-        """Return prompts for evaluation with metadata: `texts`, else those held out, else all; none if only sampling tells."""
+        """Return prompts with metadata for evaluation: `texts`, or the held-out ones, or all; none if unknown."""
         return [Prompt(text) for text in texts or self.held_out() or self.listed() or ()]
 
     def needs(self) -> tuple[Weights, ...]:
-        """Return the files that `load` reads; none where the prompts ship with the project or stand in the recipe."""
+        """Return the files that `load` reads; none if the prompts ship with the project or are in the recipe."""
         return ()
 
 
 def _without(prompts: list[Prompt], left_out: tuple[str, ...]) -> list[Prompt]:
-    """ValueError: a prompt to be left out is not there, or none would be left."""
+    """Return the prompts that are not left out.
+
+    Raises:
+        ValueError: A prompt to leave out does not exist, or none would remain.
+    """
     texts = {prompt.text for prompt in prompts}
     unknown = [prompt for prompt in left_out if prompt not in texts]
     if unknown:
         raise ValueError(
             f"prompts.leave_out has {unknown}, which is not among the {len(prompts)} prompts of the source"
         )
-    left = [prompt for prompt in prompts if prompt.text not in left_out]
-    if not left:
+    remaining = [prompt for prompt in prompts if prompt.text not in left_out]
+    if not remaining:
         raise ValueError(f"prompts.leave_out has all {len(prompts)} prompts of the source: there is nothing to sample")
-    return left
+    return remaining
 
 
 def _texts(prompts: list[Prompt]) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
-def _draw_from(prompts: list[Prompt]) -> SamplePrompt:
+def _sampler_of(prompts: list[Prompt]) -> SamplePrompt:
     return lambda generator: prompts[int(generator.integers(len(prompts)))]
 
 
 def _rows_of(text: str, prompts: list[Prompt]) -> list[Prompt]:
-    """Return the prompts of a text, which may have several rows; those that are equal once."""
+    """Return the distinct prompts with this text. They may differ in metadata."""
     found: list[Prompt] = []
     for prompt in prompts:
         if prompt.text == text and prompt not in found:
@@ -144,7 +158,7 @@ def read_prompts(file: PromptFile) -> list[Prompt]:
     """Return the prompts of a file with their metadata, in order.
 
     Raises:
-        ValueError: the file cannot be used. One line names the recipe's key, the file, and the line or row.
+        ValueError: The file cannot be used. One line names the recipe's key, the file, and the line or row.
     """
     prompts = []
     for where, text, metadata in file.rows():
@@ -156,7 +170,7 @@ def read_prompts(file: PromptFile) -> list[Prompt]:
 
 
 class Animals(PromptSource):
-    """The 45 animals of the DDPO paper (section 6), by their bare names."""
+    """The 45 animals of the DDPO paper (section 6), by their names alone."""
 
     leave_out: tuple[str, ...] = ()  # never sampled: for evaluation
 
@@ -170,7 +184,7 @@ class Animals(PromptSource):
         return list(self.leave_out)
 
     def load(self) -> SamplePrompt:
-        return _draw_from(self._prompts())
+        return _sampler_of(self._prompts())
 
 
 class Texts(PromptSource):
@@ -182,11 +196,11 @@ class Texts(PromptSource):
         return list(self.texts)
 
     def load(self) -> SamplePrompt:
-        return _draw_from([Prompt(text) for text in self.texts])
+        return _sampler_of([Prompt(text) for text in self.texts])
 
 
 class File(PromptSource):
-    """A file of prompts: text with one a line, JSONL, JSON, CSV, TSV or parquet. Columns beside the prompt are metadata."""
+    """A file of prompts: text with one per line, JSONL, JSON, CSV, TSV or parquet. Other columns are metadata."""
 
     path: str
     format: Format | None = None  # how both files are read; none: by the ending of each file's name
@@ -214,7 +228,10 @@ class File(PromptSource):
         return self._read(self.path, "prompts.path")
 
     def _held_out(self) -> list[Prompt]:
-        """Return the prompts that are never sampled, each with its metadata; a prompt of several rows with each of them."""
+        """Return the prompts that are never sampled, each with its metadata.
+
+        A prompt with several rows appears with each.
+        """
         if self.held_out_path is not None:
             return self._read(self.held_out_path, "prompts.held_out_path")
         every = self._all() if self.leave_out else []
@@ -234,11 +251,11 @@ class File(PromptSource):
         return [prompt for rows in found for prompt in rows]
 
     def load(self) -> SamplePrompt:
-        return _draw_from(_without(self._all(), self.leave_out))
+        return _sampler_of(_without(self._all(), self.leave_out))
 
 
-class Function(PromptSource):
-    """`path` is module:function; the function takes a numpy Generator and returns a text, or (text, metadata)."""
+class PromptFunction(PromptSource):
+    """A function of the user's that takes a numpy Generator and returns a text, or (text, metadata)."""
 
     path: str = Field(pattern=r"^[\w.]+:\w+$")
 

@@ -1,4 +1,4 @@
-"""Turn whatever is wrong with a file into one line that names the file."""
+"""Turn any error while reading a file into one line that names the file."""
 
 import json
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# What a library raises over bytes that are not what it expects. pyarrow's own errors are of these kinds too.
+# What libraries raise on unexpected bytes. pyarrow's own errors are subclasses of these.
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, EOFError, SafetensorError)
 Object = dict[str, Any]
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Turn what goes wrong inside into a ValueError that names `path`. A FileNotFoundError stays what it is."""
+    """Turn errors of the body into a ValueError that names `path`. A FileNotFoundError passes unchanged."""
     try:
         yield
     except FileNotFoundError:
@@ -26,14 +26,18 @@ def reading(path: str | Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except DAMAGED as error:
-        if str(path) in str(error):  # it is named already
+        if str(path) in str(error):  # already named
             raise
         said = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} cannot be read, it is damaged: {type(error).__name__}: {said}") from error
 
 
 def parquet_table(data: bytes, path: str, columns: tuple[str, ...] = ()) -> "pa.Table":
-    """Return the table in a parquet file's bytes. ValueError: there is none in it, or it lacks one of `columns`."""
+    """Return the table in a parquet file's bytes.
+
+    Raises:
+        ValueError: There is none, or it lacks one of `columns`.
+    """
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -44,6 +48,11 @@ def parquet_table(data: bytes, path: str, columns: tuple[str, ...] = ()) -> "pa.
 
 
 def object_in(text: str | bytes, keys: tuple[str, ...]) -> Object:
+    """Return the JSON object in a text.
+
+    Raises:
+        ValueError: There is none, or it lacks one of `keys`.
+    """
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(f"it must be a JSON object, and is {str(value)[:40]!r}")
@@ -52,6 +61,7 @@ def object_in(text: str | bytes, keys: tuple[str, ...]) -> Object:
 
 
 def check_keys(there: Any, keys: tuple[str, ...]) -> None:
+    """Raise ValueError if a key is missing."""
     lacking = [key for key in keys if key not in there]
     if lacking:
         raise ValueError(f"it lacks {lacking}")

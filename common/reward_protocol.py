@@ -1,4 +1,4 @@
-"""What a reward service and those who ask it say to each other: JSON over HTTP, images as PNG in base64."""
+"""The protocol between a reward service and its clients: JSON over HTTP, images as PNG in base64."""
 
 import base64
 import io
@@ -16,13 +16,13 @@ SCORE_PATH, HEALTH_PATH = "/v1/score", "/v1/health"
 
 
 class Message(BaseModel):
-    """A JSON object on the wire. Its types are taken as they come: a text is no number, a NaN none either."""
+    """A JSON object of the protocol. Types are strict: a string is not a number, and neither is NaN."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class ScoreRequest(Message):
-    """PageImages of one size, and each one's prompt with its metadata."""
+    """Images of one size, each with its prompt and the prompt's metadata."""
 
     images: list[str] = Field(min_length=1)  # PNG files in base64
     prompts: list[str]
@@ -37,32 +37,36 @@ class ScoreRequest(Message):
 
 
 class ScoreReply(Message):
-    """One number an image, in the images' order; null where one could not be scored."""
+    """One number per image, in the images' order; null for an image that could not be scored."""
 
     scores: list[float | None]
 
 
 class Health(Message):
-    """The service is there, and which reward it gives."""
+    """The answer of a running service: the name of its reward."""
 
     reward: str
 
 
 class Fault(Message):
-    """Why a request was not answered."""
+    """The reason why a request failed."""
 
     error: str
 
 
 def to_png(image: UInt8[np.ndarray, "H W 3"]) -> str:
-    """The image as a PNG file in base64; nothing is lost."""
+    """Return the image as a lossless PNG file in base64."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, format="PNG", compress_level=1)  # the default level takes five times as long
+    Image.fromarray(image).save(file, format="PNG", compress_level=1)  # the default level is five times slower
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def from_png(text: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The image that somebody sent. ValueError: it is no PNG of RGB, or has more pixels; then nothing is unpacked."""
+    """Decode an image from a client.
+
+    Raises:
+        ValueError: It is not an RGB PNG, or has too many pixels, which is checked before decompression.
+    """
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) as image:
             if image.mode != "RGB":
@@ -70,17 +74,21 @@ def from_png(text: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"it has {image.width} × {image.height} pixels, and there may be {max_pixels}")
             return np.array(image)
-    # What Pillow raises for files that are damaged, beside OSError.
+    # What Pillow raises for damaged files.
     except (OSError, SyntaxError, EOFError, zlib.error, Image.DecompressionBombError) as error:
         raise ValueError(f"it is no PNG that can be read: {type(error).__name__}: {error}") from None
 
 
 def read_token(variable: str | None, environment: Mapping[str, str]) -> str | None:
-    """The bearer token in an environment variable, None where none is named. ValueError: it is not there, or no token."""
+    """Return the bearer token in an environment variable; None if no variable is named.
+
+    Raises:
+        ValueError: The variable is not set, or its value is not a token.
+    """
     if variable is None:
         return None
     token = environment.get(variable, "")
-    if not re.fullmatch(r"[\x21-\x7e]+", token):  # never shown, so what is wrong with it is not said more exactly
+    if not re.fullmatch(r"[\x21-\x7e]+", token):  # the token is secret, so the message does not quote it
         what = "has characters that no token has, such as a space or a line's end" if token else "is not set"
         raise ValueError(f"the environment variable {variable}, which token_variable names, {what} in this process")
     return token

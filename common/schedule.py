@@ -1,4 +1,4 @@
-"""Pure arithmetic: from a run's seed, a round and a task to policy version, prompts and seeds (no torch, no clock)."""
+"""Pure arithmetic from a run's seed, a round and a task to policy version, prompts and seeds (no torch, no clock)."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -8,11 +8,11 @@ import numpy as np
 from ray_ddpo.common.prompts import Prompt, SamplePrompt
 from ray_ddpo.common.recipe.recipe import Recipe
 
-Place = tuple[int, int, int]  # a task's round, what it is for, and its index there: also the order of all tasks
+Place = tuple[int, int, int]  # a task's round, stream and index, which also order all tasks
 
 
 class Stream(IntEnum):
-    """What an image's seed is for. It stands in the seed's two lowest bits: no two purposes can share a seed."""
+    """The purpose of an image's seed, stored in the seed's two lowest bits: no two purposes can share a seed."""
 
     TRAINING = 0
     EVALUATION = 1
@@ -20,7 +20,7 @@ class Stream(IntEnum):
     CHECKING = 3
 
 
-# Streams of their own, which give no image seeds.
+# Further random streams, which give no image seeds.
 _PROMPTS = 4
 _ORDER = 5
 _WINDOW = 6
@@ -28,102 +28,112 @@ _WINDOW = 6
 
 @dataclass(frozen=True)
 class Task:
-    """What a sampler does in one go: prompts with their seeds, under one policy version."""
+    """One call of a sampler: prompts with their seeds, under one policy version."""
 
     round: int
     index: int  # within the round
     policy_version: int
     prompts: tuple[Prompt, ...]
-    seeds: tuple[int, ...]  # one an image; all of its noise comes from it
-    window: range | None = None  # the steps that are sampled with noise and learned from; None: all have noise
-    stream: Stream = Stream.TRAINING  # of its seeds
+    seeds: tuple[int, ...]  # one per image, from which all of its noise comes
+    window: range | None = None  # the stochastic steps, which are trained on; None: all are stochastic
+    stream: Stream = Stream.TRAINING  # the purpose of its seeds
 
     @property
     def place(self) -> Place:
-        """A task's name, and its order among all tasks of the run. In a round what is only looked at comes last."""
+        """Return the task's identity, which also orders all tasks of the run. Evaluation comes last in a round."""
         return self.round, int(self.stream), self.index
 
     @property
     def trains(self) -> bool:
-        """Whether it is learned from."""
+        """Return whether the task is trained on."""
         return self.stream == Stream.TRAINING
 
     @property
     def title(self) -> str:
-        """What it is, for people: `round 12, task 3 (version 11)`, or `evaluation of version 4, task 0`."""
+        """Return the task's title, such as `round 12, task 3 (version 11)` or `evaluation of version 4, task 0`."""
         version = f" (version {self.policy_version})" if self.trains else ""
         return f"{self.title_of_round}, task {self.index}{version}"
 
     @property
     def title_of_round(self) -> str:
-        """What it is a task of: `round 12`, or `evaluation of version 4`."""
+        """Return the title of what the task belongs to: `round 12`, or `evaluation of version 4`."""
         return f"round {self.round}" if self.trains else f"evaluation of version {self.policy_version}"
 
 
-def image_seed(run_seed: int, stream: Stream, round: int, image: int) -> int:
-    """The seed of one image, 0 … 2**63 − 1: a hash of its place in the run, with its purpose in the lowest two bits."""
-    word = np.random.SeedSequence([run_seed, int(stream), round, image]).generate_state(1, np.uint64)[0]
+def image_seed(run_seed: int, stream: Stream, round_index: int, image: int) -> int:
+    """Return an image's seed, 0 … 2**63 − 1: a hash of its position in the run, with the stream in the lowest two bits."""
+    word = np.random.SeedSequence([run_seed, int(stream), round_index, image]).generate_state(1, np.uint64)[0]
     return int(word) >> 1 & ~0b11 | int(stream)
 
 
-def policy_version(round: int, max_policy_lag: int) -> int:
-    """The version that a round is sampled with: `max_policy_lag` behind, but never before the first."""
-    return max(0, round - max_policy_lag)
+def policy_version(round_index: int, max_policy_lag: int) -> int:
+    """Return the version that a round is sampled with: `max_policy_lag` behind, but not below the first."""
+    return max(0, round_index - max_policy_lag)
 
 
 def last_startable_round(version: int, max_policy_lag: int) -> int:
-    """The last round whose tasks may start once `version` is published: the back-pressure."""
+    """Return the last round whose tasks may start once `version` is published. This is the back-pressure."""
     return version + max_policy_lag
 
 
-def sde_window_of_round(recipe: Recipe, round: int) -> range | None:
-    """Which steps of a round are sampled with noise and learned from (Flow-GRPO-Fast, MixGRPO); None: all of them.
+def sde_window_of_round(recipe: Recipe, round_index: int) -> range | None:
+    """Return a round's SDE window (Flow-GRPO-Fast, MixGRPO): the stochastic, trained steps; None for all steps.
 
-    One window for the whole round: images of a group that differ in it would be held against what is not their like.
+    All images of a round share one window, so that rewards within a group stay comparable.
     """
     sampling = recipe.sampling
     if sampling.sde_window is None:
         return None
     starts = sampling.num_steps - sampling.skip_last_steps - sampling.sde_window + 1
-    place = round // sampling.sde_window_rounds
-    start = place % starts
+    window = round_index // sampling.sde_window_rounds
+    start = window % starts
     if sampling.sde_window_order == "random":
-        start = int(np.random.default_rng([recipe.seed, _WINDOW, place]).integers(starts))
+        start = int(np.random.default_rng([recipe.seed, _WINDOW, window]).integers(starts))
     return range(start, start + sampling.sde_window)
 
 
-def round_tasks(recipe: Recipe, round: int, sample: SamplePrompt) -> list[Task]:
-    """All tasks of a round, in order. A pure function of the recipe and the round, given a pure `sample`."""
+def round_tasks(recipe: Recipe, round_index: int, sample: SamplePrompt) -> list[Task]:
+    """Return all tasks of a round, in order: a pure function of recipe and round, if `sample` is pure."""
     group = recipe.prompts.images_per_prompt
     groups = range(-(-recipe.images_per_round // group))
-    of_groups = [_sample_prompt(recipe.seed, round, number, sample) for number in groups]
-    prompts = [of_groups[image // group] for image in range(recipe.images_per_round)]
-    seeds = [image_seed(recipe.seed, Stream.TRAINING, round, image) for image in range(recipe.images_per_round)]
+    group_prompts = [sample(np.random.default_rng([recipe.seed, _PROMPTS, round_index, number])) for number in groups]
+    prompts = [group_prompts[image // group] for image in range(recipe.images_per_round)]
+    seeds = [image_seed(recipe.seed, Stream.TRAINING, round_index, image) for image in range(recipe.images_per_round)]
     size = recipe.sampling.batch_size
-    version, window = policy_version(round, recipe.max_policy_lag), sde_window_of_round(recipe, round)
+    version, window = policy_version(round_index, recipe.max_policy_lag), sde_window_of_round(recipe, round_index)
     return [
-        Task(round, index, version, tuple(prompts[start : start + size]), tuple(seeds[start : start + size]), window)
+        Task(
+            round_index,
+            index,
+            version,
+            tuple(prompts[start : start + size]),
+            tuple(seeds[start : start + size]),
+            window,
+        )
         for index, start in enumerate(range(0, recipe.images_per_round, size))
     ]
 
 
 def round_parts(recipe: Recipe) -> list[range]:
-    """Indices of the tasks that are learned from together, part by part; a round is one part unless the recipe says more."""
+    """Return the task indices of each part of a round that gets its own update. By default a round is one part."""
     size = recipe.sampling.batches_per_round // recipe.learner.parts_per_round
     return [range(first, first + size) for first in range(0, recipe.sampling.batches_per_round, size)]
 
 
-def _sample_prompt(run_seed: int, round: int, group: int, sample: SamplePrompt) -> Prompt:
-    return sample(np.random.default_rng([run_seed, _PROMPTS, round, group]))
-
-
 def transition_order(
-    run_seed: int, round: int, inner_epoch: int, count: int, place: tuple[int, int] = (0, 1)
+    run_seed: int, round_index: int, inner_epoch: int, count: int, place: tuple[int, int] = (0, 1)
 ) -> np.ndarray:
-    """In which order an inner epoch takes the `count` images of a round, or of one of its parts; fixed by its place in the run.
+    """Return the order in which an inner epoch takes the `count` images of a part of a round.
 
-    `place` is (part, parts). A part's images keep the order that they have among all of the round.
+    A part's images keep their relative order in the full round. The order depends on the position in the run only.
+
+    Args:
+        run_seed: the run's seed.
+        round_index: the round.
+        inner_epoch: the inner epoch.
+        count: the part's number of images.
+        place: (part, number of parts).
     """
     part, parts = place
-    order = np.random.default_rng([run_seed, _ORDER, round, inner_epoch]).permutation(count * parts)
+    order = np.random.default_rng([run_seed, _ORDER, round_index, inner_epoch]).permutation(count * parts)
     return order[order // count == part] - part * count

@@ -1,4 +1,4 @@
-"""The nouns on the arrows between sampler, reward worker and learner: frozen records that cross processes."""
+"""Frozen records that cross processes between sampler, reward worker and learner."""
 
 import hashlib
 import warnings
@@ -20,21 +20,22 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Trajectory:
-    """B denoising paths sampled by one version of the policy. Heavy: only the learner opens it.
+    """B denoising trajectories sampled by one policy version. Heavy: only the learner opens it.
 
-    `latents` and `next_latents` are views of one path where the steps are neighbours, and travel as that path.
+    If the trained steps are adjacent, `latents` and `next_latents` are views of one tensor, and are sent as that
+    tensor.
     """
 
-    conditioning: dict[str, Tensor]  # of the P distinct prompts, as the policy's `encode` gives it
-    prompt_index: Int[Tensor, "B"]  # which of them each image has
-    steps: Int[Tensor, "B W"]  # the steps that are learned from
-    log_probs: Float[Tensor, "B W"]  # as sampled; mean over latent elements, in nats
-    latents: Float[Tensor, "B W C H W2"]  # entering each of these steps
-    next_latents: Float[Tensor, "B W C H W2"]  # leaving it, as rounded for storage
+    conditioning: dict[str, Tensor]  # of the P distinct prompts, as from the policy's `encode`
+    prompt_index: Int[Tensor, "B"]  # each image's prompt among these
+    steps: Int[Tensor, "B W"]  # the trained steps
+    log_probs: Float[Tensor, "B W"]  # under the sampling policy; mean over latent elements, in nats
+    latents: Float[Tensor, "B W C H W2"]  # before each trained step
+    next_latents: Float[Tensor, "B W C H W2"]  # after it, rounded for storage
     final_latents: Float[Tensor, "B C H W2"]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As numpy buffers, which Ray ships without a copy and a second time only where they differ."""
+        """Serialize as numpy buffers, which Ray ships without a copy. Adjacent steps share one buffer."""
         path = _shared_path(self.latents, self.next_latents)
         paths = (path,) if path is not None else (self.latents, self.next_latents)
         light = (self.prompt_index, self.steps, self.log_probs, self.final_latents)
@@ -43,7 +44,7 @@ class Trajectory:
 
     @property
     def num_bytes(self) -> int:
-        """What travels, in bytes."""
+        """Return the serialized size in bytes."""
         path = _shared_path(self.latents, self.next_latents)
         paths = [path] if path is not None else [self.latents, self.next_latents]
         tensors = [
@@ -58,12 +59,12 @@ class Trajectory:
 
 
 def split_path(path: Float[Tensor, "B W1 C H W2"]) -> tuple[Tensor, Tensor]:
-    """The latents entering and leaving each of the W = W1 - 1 steps, as views of `path`."""
+    """Return the latents before and after each of the W = W1 - 1 steps, as views of `path`."""
     return path[:, :-1], path[:, 1:]
 
 
 def _shared_path(latents: Tensor, next_latents: Tensor) -> Tensor | None:
-    """The path that both are views of, or None where the steps are no neighbours."""
+    """Return the tensor that both are views of; None if the steps are not adjacent."""
     stride = latents.stride()
     same = (
         stride == next_latents.stride()
@@ -86,15 +87,17 @@ def _to_wire(tensor: Tensor) -> Wire:
 
 
 def _tensor(wire: Wire) -> Tensor:
+    """Return the tensor of a buffer."""
     kind, array = wire
     with warnings.catch_warnings():
-        # Buffers out of Ray's store are read-only; nobody writes to a trajectory in place.
+        # Buffers from Ray's store are read-only, and no code writes to a trajectory in place.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if kind == "bfloat16" else tensor
 
 
 def _from_wire(conditioning: dict[str, Wire], light: list[Wire], paths: list[Wire]) -> Trajectory:
+    """Rebuild a trajectory from its buffers."""
     prompt_index, steps, log_probs, final_latents = [_tensor(wire) for wire in light]
     latents, next_latents = split_path(_tensor(paths[0])) if len(paths) == 1 else [_tensor(wire) for wire in paths]
     return Trajectory(
@@ -117,37 +120,37 @@ class ImageBatch:
 
 
 def image_fingerprints(pixels: UInt8[np.ndarray, "B H W 3"]) -> tuple[str, ...]:
-    """SHA-256 of each image's pixels: equal exactly where two images are."""
+    """Return the SHA-256 of each image's pixels."""
     return tuple(hashlib.sha256(np.ascontiguousarray(image).data).hexdigest() for image in pixels)
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What the driver learns of a task that was sampled: small, and proof of which weights sampled it."""
+    """A sampled task's report to the driver: small, with proof of which weights sampled it."""
 
     task: Task
     fingerprint: str  # of the weights that sampled it
-    num_loaded_params: int  # how many of the policy's parameters they were laid into
+    num_loaded_params: int  # parameters that the sampler has loaded
     trajectory_bytes: int
     seconds: float
     image_fingerprints: tuple[str, ...] = ()  # SHA-256 of each image's pixels
     sampled_by: str = ""  # host and process
-    machine: Machine | None = None  # that it was sampled on
-    dropped: dict[int, str] = field(default_factory=dict)  # row: why there is no image of it
+    machine: Machine | None = None  # where it was sampled
+    dropped: dict[int, str] = field(default_factory=dict)  # row → why it has no image
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A task's rewards by the reward's name. An image that is dropped has NaN there and a reason; it is never scored 0."""
+    """A task's rewards by the reward's name. A dropped image has NaN and a reason; it is never scored 0."""
 
     rewards: dict[str, Float[np.ndarray, "B"]]
     seconds: float
-    dropped: dict[int, str] = field(default_factory=dict)  # row: why it could not be scored
-    machines: frozenset[Machine] = frozenset()  # that it was scored on
+    dropped: dict[int, str] = field(default_factory=dict)  # row → why it could not be scored
+    machines: frozenset[Machine] = frozenset()  # where it was scored
 
 
 def merged_scores(parts: list[Scores]) -> Scores:
-    """One task's scores by different rewards as one; an image that one of them dropped is dropped."""
+    """Merge one task's scores by different rewards. An image that one reward dropped is dropped."""
     rewards = {name: values for part in parts for name, values in part.rewards.items()}
     reasons = {row: reason for part in reversed(parts) for row, reason in part.dropped.items()}
     machines = frozenset().union(*(part.machines for part in parts))
@@ -155,14 +158,14 @@ def merged_scores(parts: list[Scores]) -> Scores:
 
 
 def unscored(names: Sequence[str], report: TaskReport) -> Scores:
-    """Return the scores of a task of which no image was made."""
+    """Return the scores of a task that has no images."""
     images = len(report.task.seeds)
     return Scores({name: np.full(images, np.nan, np.float32) for name in names}, 0.0, dict(report.dropped))
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A task that was sampled and scored. `trajectory` and `images` are references on Ray: the driver never opens them."""
+    """A sampled and scored task. On Ray, `trajectory` and `images` are references that the driver never opens."""
 
     report: TaskReport
     scores: Scores
@@ -172,24 +175,24 @@ class Rollout:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What a round, or a part of it, is worth: one number an image, in task order. The trajectories travel beside it."""
+    """The advantages of a round, or of a part of it, in task order. The trajectories are passed separately."""
 
     round: int
     reports: tuple[TaskReport, ...]
-    advantages: Float[np.ndarray, "N"]  # as the algorithm's `worth` gives it: an advantage, or a weight
-    dropped: tuple[int, ...] = ()  # images, in task order, that nothing is learned from: their advantage is NaN
+    advantages: Float[np.ndarray, "N"]  # from `Algorithm.compute_advantages`: an advantage, or RWR's weight
+    dropped: tuple[int, ...] = ()  # images, in task order, that are not trained on: their advantage is NaN
     part: int = 0
-    parts: int = 1  # of the round, all of one size
+    parts: int = 1  # of the round, of equal size
     joined_from: dict[str, Float[np.ndarray, "N"]] = field(
         default_factory=dict
-    )  # each reward as joined, where not as it is
+    )  # rewards as aggregated, if transformed
 
 
-Scored = tuple[TrainBatch, list[Rollout]]  # a part of a round, or a whole one
+Scored = tuple[TrainBatch, list[Rollout]]  # a round, or a part of it
 
 
 def whole_round(parts: list[TrainBatch]) -> TrainBatch:
-    """All parts of a round as one batch."""
+    """Concatenate all parts of a round."""
     assert [batch.part for batch in parts] == list(range(parts[0].parts)), "a round has all of its parts, in order"
     reports = tuple(report for batch in parts for report in batch.reports)
     advantages = np.concatenate([batch.advantages for batch in parts])
@@ -201,32 +204,30 @@ def whole_round(parts: list[TrainBatch]) -> TrainBatch:
 
 @dataclass(frozen=True)
 class TransitionBatch:
-    """B (image, step) pairs on the device, of any images and steps: what a loss on the path is computed on.
+    """B transitions on the device, with any mix of images and steps, as input of a policy-gradient loss.
 
-    The last three are there where the algorithm asks for them. None: those weights are the ones of this very pass.
+    The last three fields are set if the algorithm needs them. None means that the current pass has those weights.
     """
 
-    conditioning: dict[str, Tensor]  # one row a pair
+    conditioning: dict[str, Tensor]  # one row per transition
     steps: Int[Tensor, "B"]
     latents: Float[Tensor, "B C H W"]
     next_latents: Float[Tensor, "B C H W"]
     old_log_probs: Float[Tensor, "B"]
     advantages: Float[Tensor, "B"]
     proximal_log_probs: Float[Tensor, "B"] | None = None  # under the weights at the start of the round's update
-    behavior_means: Float[Tensor, "B C H W"] | None = None  # of the transitions, under the weights that sampled them
-    reference_means: Float[Tensor, "B C H W"] | None = None  # under the pretrained model
+    behavior_means: Float[Tensor, "B C H W"] | None = None  # transition means under the sampling policy
+    reference_means: Float[Tensor, "B C H W"] | None = None  # transition means under the pretrained model
 
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """B finished images noised again, on the device: what a loss on the forward process is computed on."""
+    """B noised samples of final images, on the device, as input of a forward-process loss."""
 
-    conditioning: dict[str, Tensor]  # one row a pair
+    conditioning: dict[str, Tensor]  # one row per noised sample
     timesteps: Int[Tensor, "B"]  # the model's own
     clean_latents: Float[Tensor, "B C H W"]
     noise: Float[Tensor, "B C H W"]
-    worth: Float[Tensor, "B"]
-    old_predictions: Float[Tensor, "B C H W"] | None = (
-        None  # under the weights that sampled; None: those of this very pass
-    )
+    weights: Float[Tensor, "B"]
+    old_predictions: Float[Tensor, "B C H W"] | None = None  # under the sampling policy; None: the current pass
     reference_predictions: Float[Tensor, "B C H W"] | None = None  # under the pretrained model

@@ -1,1 +1,1 @@
-"""The side that learns."""
+"""The learner side: algorithms, optimization, checkpoints."""

@@ -1,4 +1,4 @@
-"""LearnerGroup: the learner as the driver sees it, and in the driver's own process."""
+"""LearnerGroup: the driver's interface to the learner, and the learner in the driver's process."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,60 +13,68 @@ from ray_ddpo.common.trajectory import Rollout, TrainBatch
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner import Learner
 
-# Keeps the other side at work until one of these is there; is a model loaded?
+# Keeps samplers and reward workers busy until one of some references is ready. The flag: a model is being loaded.
 Wait = Callable[[tuple[Any, ...], bool], None]
 Learned = tuple[dict[str, float], LearnerState]
 
 
 class TrajectoriesLost(RuntimeError):
-    """Trajectories that were not read yet went with their node; the round is to be re-sampled."""
+    """Trajectories that were not read yet were lost with their node, so the round must be re-sampled."""
 
 
 class LearnerGroup(ABC):
-    """The learner's interface, wherever it runs."""
+    """The interface of a learner, in one process or on Ray."""
 
     @abstractmethod
     def begin(self, batch: TrainBatch, rollouts: list[Rollout]) -> None:
-        """Learn from a part of a round, while the parts after it are still sampled. Errors are raised by `update`."""
+        """Train on a part of a round, while later parts are still being sampled. Errors are raised by `update`."""
 
     @abstractmethod
     def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
-        """Learn from a round, or from its last part; its metrics and the state after it. Errors of the round are raised here.
+        """Train on a round, or on its last part. Errors of the round's earlier parts are raised here.
 
-        TrajectoriesLost: the round has to be re-sampled, and begun again.
+        Returns:
+            The round's metrics, and the state after the round.
+
+        Raises:
+            TrajectoriesLost: the round must be re-sampled, and begun again.
         """
 
     @abstractmethod
     def weights(self) -> tuple[PolicyWeights, ...]:
-        """The versions that samplers may be asked for, the newest last."""
+        """Return the versions that tasks may ask samplers for, the newest last."""
 
     @abstractmethod
     def log_ratios(self) -> Float[np.ndarray, "N"]:
-        """log_prob − old_log_prob of the pairs of the last round, to be looked at; empty where the learner has none."""
+        """Return log_prob − old_log_prob of the last round's transitions, for trackers; empty if there are none."""
 
     @abstractmethod
     def load_state(self, state: LearnerState) -> None:
-        """Go on from `state`."""
+        """Resume from `state`."""
 
     @abstractmethod
     def check_folder(self, folder: str, token: str) -> None:
-        """ValueError: where the learner runs, the run's folder is another one than the driver's."""
+        """Check that the run's folder is the same on the learner's machine and on the driver's.
+
+        Raises:
+            ValueError: it is not.
+        """
 
     @abstractmethod
     def save_policy(self, folder: str, weights: PolicyWeights | None = None) -> str:
-        """Write the trained weights, or those given, for diffusers; the path written."""
+        """Write the trained weights, or `weights`, for diffusers, and return their location."""
 
     @abstractmethod
     def machine(self) -> Machine | None:
-        """Return what rank 0 computes on, once it is loaded."""
+        """Return the machine of rank 0, or None before it is loaded."""
 
     @abstractmethod
     def stacks(self) -> str:
-        """What the learner's threads are doing."""
+        """Return the stacks of the learner's threads."""
 
     @abstractmethod
     def close(self) -> None:
-        """End it."""
+        """End the learner."""
 
 
 class SerialLearnerGroup(LearnerGroup):
@@ -103,4 +111,4 @@ class SerialLearnerGroup(LearnerGroup):
         return self._learner.stacks()
 
     def close(self) -> None:
-        """It ends with this process."""
+        """Do nothing: the learner ends with this process."""

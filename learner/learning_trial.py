@@ -1,4 +1,4 @@
-"""Try a user's own family or algorithm on the learner before the first round: a loss and gradients on made-up pairs."""
+"""Try a user's model family or algorithm on the learner before the first round, on synthetic transitions."""
 
 import numpy as np
 import torch
@@ -6,14 +6,14 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
+from ray_ddpo.common.diffusion.memory.meta_device import IntegerIndices
 from ray_ddpo.common.diffusion.memory.sizes import PolicySizes
-from ray_ddpo.common.diffusion.memory.synthetic_inputs import IntegerIndices
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
 from ray_ddpo.common.diffusion.policy_trial import try_files
 from ray_ddpo.common.diffusion.tensor_checks import check_tensor, described, refuse_unless
 from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.runtime import undisturbed
 from ray_ddpo.common.trajectory import TransitionBatch
-from ray_ddpo.common.undisturbed import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, call_if_own, is_users_own
 from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss
@@ -21,17 +21,19 @@ from ray_ddpo.learner.optimization.micro_batch import made_up_batch
 
 
 def try_learning(policy: Policy, config: PolicyConfig, algorithm: Algorithm, recipe: Recipe) -> None:
-    """Learn from two made-up pairs and throw the gradients away, unless family and algorithm are the project's own.
+    """Compute a loss and gradients on two synthetic transitions, and discard the gradients.
+
+    Only a user's model family or algorithm is tried, not those of this package.
 
     Raises:
-        ValueError: a method of the user's raises, or returns something else than it must.
+        ValueError: a method of the user's raises, or returns a wrong type, shape or dtype.
     """
     own_family, own_algorithm = is_users_own(config, POLICIES), is_users_own(algorithm, ALGORITHMS)
     if not own_family and not own_algorithm:
         return
     with undisturbed():
         if own_algorithm:
-            _try_worth(algorithm, recipe.prompts.images_per_prompt)
+            _try_advantages(algorithm, recipe.prompts.images_per_prompt)
         kind = "cuda" if policy.device.startswith("cuda") else "cpu"
         sizes, name = call_if_own(config, POLICIES, "sizes", recipe.sampling, kind), f"{type(config).__name__}.sizes"
         refuse_unless(isinstance(sizes, PolicySizes), f"{name} returned {described(sizes)}", "PolicySizes")
@@ -41,28 +43,28 @@ def try_learning(policy: Policy, config: PolicyConfig, algorithm: Algorithm, rec
         try_files(config, policy)
 
 
-def _try_worth(algorithm: Algorithm, images_per_prompt: int) -> None:
+def _try_advantages(algorithm: Algorithm, images_per_prompt: int) -> None:
+    """Compute advantages of the images of two prompts, and check their shape and dtype."""
     count = 2 * images_per_prompt
     prompts = ["one"] * images_per_prompt + ["two"] * images_per_prompt
     rewards = np.linspace(0, 1, count)
-    name, result = (
-        f"{type(algorithm).__name__}.worth",
-        call(algorithm, "worth", {}, prompts, rewards, images_per_prompt),
-    )
+    name = f"{type(algorithm).__name__}.compute_advantages"
+    result = call(algorithm, "compute_advantages", {}, prompts, rewards, images_per_prompt)
     pair = isinstance(result, tuple) and len(result) == 2
     refuse_unless(pair, f"{name} returned {described(result)}", "the statistics, and one number for each image")
-    worth = result[1]
+    found = result[1]
     fits = (
-        isinstance(worth, np.ndarray)
-        and worth.shape == (count,)
-        and worth.dtype.kind == "f"
-        and np.isfinite(worth).all()
+        isinstance(found, np.ndarray)
+        and found.shape == (count,)
+        and found.dtype.kind == "f"
+        and np.isfinite(found).all()
     )
-    found = f"{worth.dtype} of shape {worth.shape}" if isinstance(worth, np.ndarray) else described(worth)
-    refuse_unless(fits, f"{name} returned {found}", f"finite floats of shape ({count},), one for each image")
+    came = f"{found.dtype} of shape {found.shape}" if isinstance(found, np.ndarray) else described(found)
+    refuse_unless(fits, f"{name} returned {came}", f"finite floats of shape ({count},), one for each image")
 
 
 def _try_loss(policy: Policy, algorithm: Algorithm, sizes: PolicySizes) -> None:
+    """Compute a loss on a synthetic batch, and check that gradients reach the trained parameters."""
     batch = made_up_batch(policy, algorithm, sizes, 2)
     moved = f"{type(policy).__name__}.denoise"
     if isinstance(batch, TransitionBatch):

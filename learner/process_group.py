@@ -1,4 +1,4 @@
-"""Ranks: the processes that are one learner; how they meet, and what they sum up, gather and hold against each other."""
+"""ProcessGroup: the ranks of one learner, their rendezvous, and the collectives between them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,205 +13,236 @@ from torch import Tensor, nn
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.learner.round_data.transitions_index import TransitionIndex, share_of
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element: what its bits are read as
-# What NCCL and torch say where ranks share a GPU, or where torch has no NCCL.
+# The integer dtype to view an element's bits as, by the element's size in bytes.
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Parts of the errors of NCCL and torch if ranks share a GPU, or if torch was built without NCCL.
 SET_UP_WRONGLY = ("ncclInvalidUsage", "ncclInvalidArgument", "doesn't have NCCL built in")
-BUCKET_BYTES = 2**28  # that travel at once: enough to be rid of every call's own cost, and little beside a network
+BUCKET_BYTES = 2**28  # sent in one call: large enough to hide the cost of a call, small beside a network
 
 
 class RankLost(RuntimeError):
-    """A rank does not answer the others any more: its process or its machine is gone."""
+    """A rank no longer answers the others: its process or its machine is gone."""
 
 
 class OtherRankFailed(RuntimeError):
-    """Another rank cannot go on, and says itself why."""
+    """Another rank cannot continue, and reports the reason itself."""
 
 
-def error_of_collective(ranks: object, error: RuntimeError) -> Exception:
-    """Return what an error of torch.distributed stands for; `ranks`: the rank that met it, in words.
+def error_of_collective(rank: object, error: RuntimeError) -> Exception:
+    """Return the error that an error of torch.distributed stands for.
+
+    Args:
+        rank: the rank that the error occurred on, in words.
 
     Returns:
-        A ValueError where every start of the ranks would meet it again, because they are set up wrongly; the error itself
-        where memory ran out; else RankLost. A backend cannot tell what has become of the others: a dead rank is a remote, a
-        system or an internal error of NCCL's, whatever was noticed first.
+        A ValueError if every start would fail alike because the ranks are set up wrongly. The error itself if memory
+        ran out. Otherwise RankLost: a backend cannot tell what happened to the other ranks. NCCL reports a dead rank as
+        a remote, a system or an internal error, whichever it noticed first.
     """
     if isinstance(error, RankLost | torch.OutOfMemoryError):
         return error
     said = " ".join(str(error).split("Exception raised from")[0].split())  # without the frames of C++
     if any(words in said for words in SET_UP_WRONGLY):
         return ValueError(
-            f"learner.world_size: {ranks} cannot compute with NCCL: {said}; give each rank a GPU of its own, or set "
+            f"learner.world_size: {rank} cannot compute with NCCL: {said}; give each rank a GPU of its own, or set "
             "learner.num_gpus to 0.5 or less, with which ranks may share a GPU and do not use NCCL"
         )
-    return RankLost(f"{ranks} has lost the others: {said}")
+    return RankLost(f"{rank} has lost the others: {said}")
 
 
 def is_lost_rank(error: object) -> bool:
-    """Return whether an error of a rank says that another one is gone, though it was raised outside of a collective."""
+    """Return whether an error means that another rank is gone, even if the error was raised outside a collective."""
     return isinstance(error, RankLost | distributed.DistError)
 
 
 @final
 class Rendezvous:
-    """Where ranks find each other: on a free port of the process that holds this, which has to outlive them."""
+    """The rendezvous of the ranks, on a free port of the process that holds this object. Must outlive the ranks."""
 
     def __init__(self, host: str) -> None:
-        """`host`: under which address the ranks' machines know this one."""
+        """Open the port.
+
+        Args:
+            host: this machine's address, as the ranks' machines know it.
+        """
         self._store = distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.address = f"{host}:{self._store.port}"
 
 
 @final
-class Ranks:
-    """A process's place among those that learn together. Light, and travels, until it has joined the others.
+class ProcessGroup:
+    """A rank of a learner and its collectives. Small and picklable until the rank has joined the others.
 
-    One alone has no process group and hands back what it is given. Otherwise every method is a collective: all ranks
-    call the same ones in the same order. RankLost: one of them does not.
+    A single rank has no torch process group, and its collectives return their input. With several ranks, every method
+    but `share` is a collective: all ranks must call the same ones in the same order. A collective raises RankLost if a
+    rank does not.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, own_gpu: bool = True, timeout_seconds: float = 600.0) -> None:
-        """`own_gpu`: no two ranks compute on the same GPU, which is what NCCL asks for."""
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, own_gpu: bool = True, timeout_seconds: float = 600.0
+    ) -> None:
+        """Describe a rank.
+
+        Args:
+            own_gpu: no two ranks share a GPU, which NCCL requires.
+            timeout_seconds: the longest wait of a collective.
+        """
         self.rank = rank
-        self.count = count
+        self.world_size = world_size
         self._own_gpu = own_gpu
         self._timeout = timedelta(seconds=timeout_seconds)
-        self._device = "cpu"  # where tensors lie that go to the others
+        self._device = "cpu"  # of the tensors that are sent
 
     def __str__(self) -> str:
-        return f"rank {self.rank} of {self.count}"
+        return f"rank {self.rank} of {self.world_size}"
 
     def join(self, rendezvous: str, device: str) -> None:
-        """Find the others at the address of a `Rendezvous`; NCCL between GPUs, gloo otherwise."""
+        """Join the other ranks, with NCCL between GPUs and gloo otherwise.
+
+        Args:
+            rendezvous: the address of a `Rendezvous`.
+        """
         host, _, port = rendezvous.rpartition(":")
         backend = "nccl" if device.startswith("cuda") and self._own_gpu else "gloo"
-        with self._lost_where_it_fails():
+        with self._converted_errors():
             store = distributed.TCPStore(
                 host, int(port), is_master=False, timeout=self._timeout, wait_for_workers=False
             )
             distributed.init_process_group(
-                backend, store=store, rank=self.rank, world_size=self.count, timeout=self._timeout
+                backend, store=store, rank=self.rank, world_size=self.world_size, timeout=self._timeout
             )
         self._device = device if backend == "nccl" else "cpu"
 
-    def share(self, pairs: list[TransitionIndex]) -> list[TransitionIndex]:
-        """This rank's part of an optimizer step's pairs; no collective."""
-        return share_of(pairs, self.rank, self.count)
+    def share(self, indices: list[TransitionIndex]) -> list[TransitionIndex]:
+        """Return this rank's share of an optimizer step's transitions. Not a collective."""
+        return share_of(indices, self.rank, self.world_size)
 
-    def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum every gradient over all ranks, a missing one as 0: the same bits on each."""
-        if self.count == 1:
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum every gradient over all ranks, a missing one as 0, to the same bits on each."""
+        if self.world_size == 1:
             return
         trained = list(parameters)
         (dtype,) = {parameter.dtype for parameter in trained}
         for gradients in _buckets([_gradient(parameter) for parameter in trained]):
-            buffer = self._buffer(gradients)
+            buffer = self._flattened(gradients)
             assert buffer.dtype == dtype, "gradients have their parameters' dtype"
-            with self._lost_where_it_fails():
+            with self._converted_errors():
                 distributed.all_reduce(buffer)
-            _lay_out(buffer, gradients)
+            _copy_into(gradients, buffer)
 
-    def send_from(self, rank: int, tensors: Iterable[Tensor]) -> None:
-        """Put that rank's values into these tensors of all others."""
-        for of_bucket in _buckets(list(tensors)) if self.count > 1 else ():
-            buffer = self._buffer(of_bucket)
-            with self._lost_where_it_fails():
+    def broadcast(self, rank: int, tensors: Iterable[Tensor]) -> None:
+        """Copy the values that `rank` has in these tensors into those of all other ranks."""
+        for of_bucket in _buckets(list(tensors)) if self.world_size > 1 else ():
+            buffer = self._flattened(of_bucket)
+            with self._converted_errors():
                 distributed.broadcast(buffer, src=rank)
             if rank != self.rank:
-                _lay_out(buffer, of_bucket)
+                _copy_into(of_bucket, buffer)
 
-    def _buffer(self, tensors: list[Tensor]) -> Float[Tensor, "N"]:
+    def _flattened(self, tensors: list[Tensor]) -> Float[Tensor, "N"]:
         return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(self._device)
 
-    def total(self, number: float | int) -> float | int:
-        """The sum of all ranks' numbers."""
-        return self._over_all(number, distributed.ReduceOp.SUM)
+    def all_reduce_sum(self, number: float | int) -> float | int:
+        """Return the sum of all ranks' numbers."""
+        return self._all_reduce(number, distributed.ReduceOp.SUM)
 
-    def largest(self, number: float | int) -> float | int:
-        """The largest of all ranks' numbers."""
-        return self._over_all(number, distributed.ReduceOp.MAX)
+    def all_reduce_max(self, number: float | int) -> float | int:
+        """Return the largest of all ranks' numbers."""
+        return self._all_reduce(number, distributed.ReduceOp.MAX)
 
-    def least(self, number: float | int) -> float | int:
-        """The least of all ranks' numbers."""
-        return self._over_all(number, distributed.ReduceOp.MIN)
+    def all_reduce_min(self, number: float | int) -> float | int:
+        """Return the smallest of all ranks' numbers."""
+        return self._all_reduce(number, distributed.ReduceOp.MIN)
 
-    def _over_all(self, number: float | int, operation: distributed.ReduceOp.RedOpType) -> float | int:
-        if self.count == 1:
+    def _all_reduce(self, number: float | int, operation: distributed.ReduceOp.RedOpType) -> float | int:
+        if self.world_size == 1:
             return number
         found = torch.tensor(float(number), dtype=torch.float64, device=self._device)
-        with self._lost_where_it_fails():
+        with self._converted_errors():
             distributed.all_reduce(found, operation)
-            return float(found)  # NCCL's errors come when its result is read
+            return float(found)  # NCCL's errors are raised when its result is read
 
-    def gathered(self, values: Float[Tensor, "N"] | Int[Tensor, "N"] | None) -> Float[Tensor, "M"] | None:
-        """All ranks' values, one rank's after the other's, as float64 that hold them exactly; None: nobody has any."""
-        if self.count == 1:
+    def all_gather(self, values: Float[Tensor, "N"] | Int[Tensor, "N"] | None) -> Float[Tensor, "M"] | None:
+        """Concatenate all ranks' values, in the order of ranks, as float64, which holds them exactly.
+
+        Returns:
+            None if no rank has any values.
+        """
+        if self.world_size == 1:
             return None if values is None else values.double()
         found = torch.empty(0) if values is None else values
-        lengths = self._of_each(len(found))
+        lengths = self._all_gather_numbers(len(found))
         if not any(lengths):
             return None
         own = torch.zeros(max(lengths), dtype=torch.float64, device=self._device)
         own[: len(found)] = found.to(self._device)
-        return torch.cat([every[:length] for every, length in zip(self._rows(own), lengths, strict=True)])
+        return torch.cat([row[:length] for row, length in zip(self._all_gather_rows(own), lengths, strict=True)])
 
     def check_equal(self, parameters: Iterable[nn.Parameter]) -> None:
-        """RuntimeError: the weights of a rank, which it names, are not those of rank 0 to the last bit."""
-        if self.count == 1:
+        """Compare the weights of all ranks, bit for bit.
+
+        Raises:
+            RuntimeError: the weights of a rank, which the error names, differ from those of rank 0.
+        """
+        if self.world_size == 1:
             return
-        sums = self._of_each(_sum_of_bits(parameters))
+        sums = self._all_gather_numbers(_sum_of_bits(parameters))
         differing = [rank for rank, found in enumerate(sums) if found != sums[0]]
         if differing:
             raise RuntimeError(
-                f"the weights of rank {', '.join(map(str, differing))} of {self.count} are not those of rank 0: "
+                f"the weights of rank {', '.join(map(str, differing))} of {self.world_size} are not those of rank 0: "
                 "a GPU computes wrongly, or ranks are of different kinds"
             )
 
     @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """An error of the body on one rank is one on all of them, which would else wait for it in their next collective."""
+    def raise_on_all_ranks(self) -> Iterator[None]:
+        """Raise on every rank if any rank raises; otherwise the others deadlock in the next collective."""
         failed = True
         try:
             yield
             failed = False
         finally:
-            others = self.total(failed)
+            others = self.all_reduce_sum(failed)
         if others:
-            raise OtherRankFailed("another rank cannot go on, and says itself why")
+            raise OtherRankFailed("another rank failed, and reports the reason itself")
 
-    def _of_each(self, number: int) -> list[int]:
+    def _all_gather_numbers(self, number: int) -> list[int]:
         own = torch.tensor([number], dtype=torch.int64, device=self._device)
-        with self._lost_where_it_fails():
-            return torch.cat(self._rows(own)).tolist()
+        with self._converted_errors():
+            return torch.cat(self._all_gather_rows(own)).tolist()
 
-    def _rows(self, own: Tensor) -> list[Tensor]:
-        every = [torch.empty_like(own) for _ in range(self.count)]
-        with self._lost_where_it_fails():
-            distributed.all_gather(every, own)
-        return every
+    def _all_gather_rows(self, own: Tensor) -> list[Tensor]:
+        rows = [torch.empty_like(own) for _ in range(self.world_size)]
+        with self._converted_errors():
+            distributed.all_gather(rows, own)
+        return rows
 
     @contextmanager
-    def _lost_where_it_fails(self) -> Iterator[None]:
+    def _converted_errors(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # of every backend
+        except RuntimeError as error:  # the base class of every backend's errors
             raise error_of_collective(self, error) from error
 
 
-def ranks_of(recipe: Recipe) -> tuple[Ranks, ...]:
-    """The ranks of a recipe's learner. Two of them may share a GPU where each asks for half of one or less."""
-    count, runtime = recipe.learner.world_size, recipe.runtime
-    # Longer than the driver's own limits: it is the driver that finds out who is to blame.
+def process_groups(recipe: Recipe) -> tuple[ProcessGroup, ...]:
+    """Return a process group for each rank of a recipe's learner.
+
+    Two ranks may share a GPU if each asks for half of one or less.
+    """
+    world_size, runtime = recipe.learner.world_size, recipe.runtime
+    # Longer than the driver's own limits, so that the driver finds out first which process is to blame.
     seconds = runtime.ready_seconds + runtime.watchdog_seconds
-    return tuple(Ranks(rank, count, recipe.learner.num_gpus > 0.5, seconds) for rank in range(count))
+    return tuple(ProcessGroup(rank, world_size, recipe.learner.num_gpus > 0.5, seconds) for rank in range(world_size))
 
 
-def buffer_bytes(trained_parameters: int, ranks: int) -> int:
-    """What a rank's gradients, or weights, take once more while they travel."""
-    return min(4 * trained_parameters, BUCKET_BYTES) if ranks > 1 else 0
+def buffer_bytes(trained_parameters: int, world_size: int) -> int:
+    """Return the memory of the buffer in which a rank sends gradients or weights."""
+    return min(4 * trained_parameters, BUCKET_BYTES) if world_size > 1 else 0
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """As many at a time, in their order, as one buffer holds; a larger one alone."""
+    """Group tensors, in their order, into buckets of at most BUCKET_BYTES; a larger tensor is a bucket alone."""
     bucket: list[Tensor] = []
     held = 0
     for tensor in tensors:
@@ -224,8 +255,8 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def _lay_out(buffer: Float[Tensor, "N"], tensors: list[Tensor]) -> None:
-    """Put the buffer's numbers back into the tensors that it was made of."""
+def _copy_into(tensors: list[Tensor], buffer: Float[Tensor, "N"]) -> None:
+    """Copy the numbers of a flat buffer back into the tensors that it was made from."""
     for tensor, part in zip(tensors, buffer.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view(tensor.shape))
 
@@ -238,6 +269,6 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 @torch.no_grad()
 def _sum_of_bits(parameters: Iterable[nn.Parameter]) -> int:
-    """Bits added up as integers, whose order does not matter; each parameter's times its place."""
+    """Sum the bits as integers, exact in any order; each parameter's sum is weighted by its position."""
     sums = [parameter.view(BITS[parameter.element_size()]).sum(dtype=torch.int64) for parameter in parameters]
     return int((torch.stack(sums) * torch.arange(1, len(sums) + 1, device=sums[0].device)).sum())

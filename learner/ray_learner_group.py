@@ -1,4 +1,4 @@
-"""RayLearnerGroup: the learner on Ray actors, one a rank, started again from the last whole round if one of them dies."""
+"""RayLearnerGroup: the learner on Ray actors, one a rank, restarted from the last completed round if a rank dies."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,36 +23,47 @@ STACKS_SECONDS = 5.0
 
 
 class RayLearnerGroup(LearnerGroup):
-    """The learner's ranks, one or several, each on a Ray actor; trajectories go to them by reference, straight from their nodes.
+    """The learner's ranks, one or several, each on a Ray actor. Trajectories go to them by reference.
 
-    After each update the driver takes rank 0's state over, and the moments that others keep, so where a rank dies all are started
-    again from the last whole round: the others would wait for it in their next collective.
+    After each update the driver gets rank 0's state and the optimizer state of the other ranks. If a rank dies, all
+    ranks are restarted from the last completed round, because the others deadlock in the next collective.
     """
 
     def __init__(
         self, actors: list[Any], make: Callable[[], list[Any]], wait: Wait, on_death: Callable[[Death], None]
     ) -> None:
-        """The ranks' actors, rank 0 first. `make` starts others in their place, `wait` waits until one of some references is
-        there, `on_death` tells of deaths, counts them and may refuse another start."""
+        """Take over the ranks' actors.
+
+        Args:
+            actors: rank 0 first.
+            make: starts new actors in their place.
+            wait: blocks until one of some references is ready.
+            on_death: reports and counts a death, and may refuse a restart by raising.
+        """
         self._actors = actors
-        self._ended = 0  # actors before these
+        self._ended = 0  # number of actors before the current ones
         self._at = LOADING
         self._make = make
         self._wait = wait
         self._on_death = on_death
-        # Set by who compares what the ranks have loaded: told which rank and what; it may raise an error.
+        # A callback that compares the ranks' loaded files, given the rank's name and their fingerprints. May raise.
         self.on_loaded: Callable[[str, Base], None] = lambda who, loaded: None
-        self._rendezvous: Rendezvous | None = None  # has to outlive the ranks
-        self._state: LearnerState | None = None  # after the last whole round
-        self._begun: list[Scored] = []  # parts of the present round
-        self._beginning: list[Any] = []  # references to what comes of them
+        self._rendezvous: Rendezvous | None = None  # must outlive the ranks
+        self._state: LearnerState | None = None  # after the last completed round
+        self._begun: list[Scored] = []  # parts of the current round
+        self._beginning: list[Any] = []  # references to their results
 
     def wait_until_loaded(self) -> None:
-        """Wait for the actors, and until they have met. RoleNotStarted: the constructor of one raised an error."""
-        self._meet()
+        """Wait until all actors are loaded and have joined their process group.
+
+        Raises:
+            RoleNotStarted: the constructor of an actor raised an error.
+        """
+        self._load_and_join()
         self._state = self._call("state")
 
-    def _meet(self) -> None:
+    def _load_and_join(self) -> None:
+        """Wait until the ranks are loaded, compare what they loaded, and let them join at a rendezvous."""
         self._at = LOADING
         try:
             for rank, loaded in enumerate(self._answers([each.ready.remote() for each in self._actors], loading=True)):
@@ -65,7 +76,10 @@ class RayLearnerGroup(LearnerGroup):
         self._at = "between two rounds"
 
     def _answers(self, references: list[Any], loading: bool = False) -> list[Any]:
-        """What these lead to. The first that fails ends it: what another rank waits for may never come."""
+        """Wait for these calls and return their results.
+
+        The first error is raised at once, because another rank may wait for the failed one in a collective.
+        """
         left, found, follows = references, {}, None
         while left:
             self._wait(tuple(left), loading)
@@ -74,21 +88,23 @@ class RayLearnerGroup(LearnerGroup):
                 try:
                     found[reference] = ray.get(reference)
                 except RayTaskError as error:
-                    if not isinstance(error.cause, OtherRankFailed):  # the other one says why, and is heard too
+                    if not isinstance(
+                        error.cause, OtherRankFailed
+                    ):  # the other rank raises the cause, so keep waiting for it
                         raise
                     follows = error
-                if isinstance(found.get(reference), RoleNotStarted):  # another one would not start either
+                if isinstance(found.get(reference), RoleNotStarted):  # a new actor would fail alike
                     raise found[reference]
         if follows:
             raise follows
         return [found[reference] for reference in references]
 
-    def _call(self, method: str, *arguments: Any, everywhere: bool = False) -> Any:
-        """One call on rank 0, or on all; rank 0's answer."""
-        return self._call_all(method, *arguments, count=None if everywhere else 1)[0]
+    def _call(self, method: str, *arguments: Any, on_all_ranks: bool = False) -> Any:
+        """Call a method on rank 0, or on all ranks, and return rank 0's result."""
+        return self._call_all(method, *arguments, count=None if on_all_ranks else 1)[0]
 
     def _call_all(self, method: str, *arguments: Any, count: int | None = None) -> list[Any]:
-        """One call on each of the first ranks, or on all; on new actors from the last state where one dies."""
+        """Call a method on the first `count` ranks, or on all. If a rank dies, restart all and call again."""
         while True:
             try:
                 calls = [getattr(actor, method).remote(*arguments) for actor in self._actors[:count]]
@@ -97,23 +113,25 @@ class RayLearnerGroup(LearnerGroup):
                 self._restart(error)
 
     def _restart(self, error: RayError) -> None:
-        """Others in the place of all ranks, if `error` is that one of them has died; else it is raised."""
-        missed = isinstance(error, RayTaskError) and is_lost_rank(error.cause)  # by another rank, before Ray tells
-        died = isinstance(error, RayActorError) and not error.actor_init_failed  # the same would happen to the next one
+        """Restart all ranks if `error` means that a rank died; otherwise raise the error."""
+        missed = isinstance(error, RayTaskError) and is_lost_rank(
+            error.cause
+        )  # noticed by another rank before Ray reports it
+        died = isinstance(error, RayActorError) and not error.actor_init_failed  # else a new actor would fail alike
         if not (missed or died or isinstance(error, ObjectLostError)):
             raise error
         ids = [actor._actor_id.hex() for actor in self._actors]
         dead = ids.index(error.actor_id) if isinstance(error, RayActorError) and error.actor_id in ids else None
         self._on_death(Death(None if dead is None else self._ended + dead, str(error), self._at))
-        self._start_anew()
+        self._start_again()
 
-    def _start_anew(self) -> None:
+    def _start_again(self) -> None:
         self.close()
         self._ended += len(self._actors)
         self._actors = self._make()
-        self._meet()
+        self._load_and_join()
         if self._state is not None:
-            self._call("load_state", ray.put(self._state), everywhere=True)
+            self._call("load_state", ray.put(self._state), on_all_ranks=True)
 
     def begin(self, batch: TrainBatch, rollouts: list[Rollout]) -> None:
         self._begun.append((batch, rollouts))
@@ -126,13 +144,13 @@ class RayLearnerGroup(LearnerGroup):
         while True:
             try:
                 learned = self._update(batch, [rollout.trajectory for rollout in rollouts])
-            except RayTaskError as error:  # first: Ray makes it an error of its cause's class too
+            except RayTaskError as error:  # before the next clause, since Ray derives it from its cause's class too
                 if not isinstance(error.cause, ObjectLostError):
                     self._begin_again(error)
                     continue
                 self._undo()
                 raise TrajectoriesLost(f"round {batch.round}: {error.cause}") from error
-            except (RayActorError, ObjectLostError) as error:  # it died, or its node went with the state
+            except (RayActorError, ObjectLostError) as error:  # the actor died, or its node was lost with the state
                 self._begin_again(error)
             else:
                 self._state, self._at = learned[1], "between two rounds"
@@ -140,7 +158,11 @@ class RayLearnerGroup(LearnerGroup):
                 return learned
 
     def _update(self, batch: TrainBatch, trajectories: list[Any]) -> Learned:
-        """One attempt. RuntimeError: ranks have arrived at different weights."""
+        """Make one attempt at an update.
+
+        Raises:
+            RuntimeError: ranks have different weights after the update.
+        """
         first, *others = self._actors
         count, self._at = len(self._actors), f"at round {batch.round}"
         update = first.update.options(num_returns=2, name=title_of(batch, 0, count))
@@ -149,19 +171,19 @@ class RayLearnerGroup(LearnerGroup):
             actor.follow.options(num_returns=2, name=title_of(batch, rank, count)).remote(batch, *trajectories)
             for rank, actor in enumerate(others, start=1)
         ]
-        self._answers(self._beginning)  # first: after a part that failed, the next is refused
+        self._answers(self._beginning)  # first, because a rank refuses a part after one that failed
         found, *fingerprints = self._answers([metrics, *(fingerprint for fingerprint, _ in followed)])
         learned: LearnerState = ray.get(state)
         if not followed:
             return found, learned
-        whole = learned.with_moments(ray.get([moments for _, moments in followed]))
-        own = whole.trained.fingerprint
+        complete = learned.with_optimizer_state(ray.get([shard for _, shard in followed]))
+        own = complete.trained.fingerprint
         differing = [rank for rank, fingerprint in enumerate(fingerprints, start=1) if fingerprint != own]
         if differing:
             raise RuntimeError(
                 f"after round {batch.round} the weights of learner ranks {differing} are not those of rank 0"
             )
-        return found, whole
+        return found, complete
 
     def _begin_again(self, error: RayError) -> None:
         begun, self._begun, self._beginning = self._begun, [], []
@@ -170,10 +192,10 @@ class RayLearnerGroup(LearnerGroup):
             self.begin(*part)
 
     def _undo(self) -> None:
-        """Back to the last whole round."""
+        """Go back to the last completed round."""
         begun, self._begun, self._beginning = self._begun, [], []
-        if len(self._actors) > 1:  # those that had their trajectories wait for the one that had not
-            self._start_anew()
+        if len(self._actors) > 1:  # ranks that have their trajectories wait for the one that has not
+            self._start_again()
         elif begun:
             self._call("load_state", self._state)
 
@@ -185,7 +207,7 @@ class RayLearnerGroup(LearnerGroup):
 
     def load_state(self, state: LearnerState) -> None:
         self._state = state
-        self._call("load_state", ray.put(state), everywhere=True)
+        self._call("load_state", ray.put(state), on_all_ranks=True)
 
     def check_folder(self, folder: str, token: str) -> None:
         self._call("check_folder", folder, token)

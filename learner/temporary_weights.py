@@ -1,4 +1,4 @@
-"""Put other weights into a network for a while."""
+"""Load other weights into a network temporarily."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from ray_ddpo.common.policy_weights import PolicyWeights
 
 @contextmanager
 def temporary_weights(network: Any, wanted: PolicyWeights, present: PolicyWeights) -> Iterator[None]:
-    """The network under the weights `wanted`, and then under `present`, which it had before, to the last bit again."""
+    """Load `wanted` into the network, and at exit `present`, its weights before, to the same bits."""
     if wanted.fingerprint == present.fingerprint:
         yield
         return

@@ -1,4 +1,4 @@
-"""What a round's update looked like: gathered on the device without waiting for it, summed up once at the end."""
+"""Metrics of a round's update: collected on the device without synchronization, and summarized once at the end."""
 
 import dataclasses
 import math
@@ -9,15 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
-from ray_ddpo.learner.process_group import Ranks
+from ray_ddpo.learner.process_group import ProcessGroup
 from ray_ddpo.learner.weight_check import Arrival
 
 NUMBERS = tuple(each.name for each in dataclasses.fields(TransitionLoss) if each.name != "terms")
-Divergence = list[tuple[Tensor, Tensor]]  # of batches of pairs: each pair's step, and its log_prob − old_log_prob
+Divergence = list[tuple[Tensor, Tensor]]  # by batch: the transitions' steps, and their log_prob − old_log_prob
 
 
 class UpdateMetrics:
-    """Gathers per-pair numbers; `summary` gives them their names."""
+    """The metrics of a round, collected per transition. `summary` computes and names them."""
 
     def __init__(self, num_steps: int, latent_elements: int) -> None:
         self.parts_done = 0
@@ -26,7 +26,7 @@ class UpdateMetrics:
         self._num_steps = num_steps
         self._latent_elements = latent_elements
         self.optimizer_steps = 0
-        self._left_out = 0
+        self._skipped_steps = 0
         self._any_update = False
         self._first_log_ratios: list[Tensor] = []
         self._results: list[TransitionLoss] = []
@@ -36,56 +36,60 @@ class UpdateMetrics:
         self._reference_kl: list[Tensor] = []
 
     def add_micro_batch(self, result: TransitionLoss, steps: Int[Tensor, "B"] | None) -> None:
-        """A micro-batch that was learned from, and each pair's step; None: its pairs are not steps of a path."""
+        """Add the loss and diagnostics of a micro-batch.
+
+        Args:
+            steps: the transitions' steps; None if the batch has noised samples.
+        """
         self._results.append(dataclasses.replace(result, loss=result.loss.detach(), terms={}))
         if steps is not None:
             self._steps.append(steps)
-        if not self._any_update and result.log_ratio is not None:  # before any update the ratio should be 1
+        if not self._any_update and result.log_ratio is not None:  # before any optimizer step the ratio should be 1
             self._first_log_ratios.append(result.log_ratio)
 
     def end_optimizer_step(self, gradient_norm: Float[Tensor, ""]) -> None:
-        """The gradient norm before clipping. If it is not finite, the step was not applied."""
+        """Add the gradient norm of an optimizer step before clipping. If not finite, the step was not applied."""
         self._gradient_norms.append(gradient_norm.detach())
         self._any_update = True
         self.optimizer_steps += 1
 
-    def leave_out_optimizer_step(self) -> None:
-        """An optimizer step that had nothing left to learn from."""
+    def skip_optimizer_step(self) -> None:
+        """Count an optimizer step that was skipped because all its transitions are masked or its gradient is 0."""
         self.optimizer_steps += 1
-        self._left_out += 1
+        self._skipped_steps += 1
 
     def end_part(self, seconds: float, arrival: Arrival) -> None:
-        """A part of the round is learned from; how long it took, and what the check of its weights found."""
+        """Add a part of the round: its duration, and the result of the check of its weights."""
         self.parts_done += 1
         self._seconds += seconds
         self._arrivals.append(arrival)
 
     def set_divergence(self, divergence: Divergence) -> None:
-        """How far the last update has moved from the policy that sampled."""
+        """Set the divergence of the updated policy from the behavior policy."""
         self._divergence = divergence
 
     def set_reference_kl(self, kl: list[Tensor]) -> None:
-        """KL of pairs to the pretrained policy after the update, in batches; for algorithms that do not look at it."""
+        """Set the KL to the pretrained policy after the update, by batch, for algorithms that do not compute it."""
         self._reference_kl = kl
 
-    def gather(self, ranks: Ranks) -> None:
-        """Take in what the other ranks have learned from, so that the summary is that of all pairs."""
-        if ranks.count == 1:
+    def gather(self, process_group: ProcessGroup) -> None:
+        """Add the transitions of the other ranks, so that the summary is of all transitions."""
+        if process_group.world_size == 1:
             return
 
         def of_all(values: Tensor | None) -> Tensor | None:
-            found = ranks.gathered(values)
+            found = process_group.all_gather(values)
             return None if found is None else found.float()
 
-        joined: dict[str, Any] = {name: of_all(self._joined(name)) for name in NUMBERS}
+        joined: dict[str, Any] = {name: of_all(self._concatenated(name)) for name in NUMBERS}
         loss, steps, first = joined.pop("loss"), of_all(_cat(self._steps)), of_all(_cat(self._first_log_ratios))
         self._results = [] if loss is None else [dataclasses.replace(TransitionLoss(loss), **joined)]
         self._steps = [] if steps is None else [steps.long()]
         self._first_log_ratios = [] if first is None else [first]
 
     def kl_nats(self, divergence: Divergence) -> float:
-        """−D · mean(log_prob − old_log_prob), D the number of latent elements; no number where there is no pair."""
-        if not divergence:  # all images of the round's last part are left out
+        """Return −D · mean(log_prob − old_log_prob), with D latent elements; NaN if there are no transitions."""
+        if not divergence:  # all images of the round's last part are dropped
             return math.nan
         return float(self._nats(divergence).mean())
 
@@ -93,19 +97,19 @@ class UpdateMetrics:
         return -torch.cat([log_ratio for _, log_ratio in divergence]).double() * self._latent_elements
 
     def log_ratios(self) -> Float[Tensor, "N"] | None:
-        """log_prob − old_log_prob of every pair, when it was learned from; None where the algorithm has no ratio."""
-        return self._joined("log_ratio")
+        """Return log_prob − old_log_prob of every transition in training; None if the algorithm has no ratio."""
+        return self._concatenated("log_ratio")
 
     def summary(self) -> dict[str, float]:
-        """Metrics of the round; of what the algorithm does not look at there are none."""
-        loss = self._joined("loss")
+        """Return the round's metrics, without those that the algorithm does not compute."""
+        loss = self._concatenated("loss")
         norms = torch.stack(self._gradient_norms).cpu() if self._gradient_norms else torch.empty(0)
         applied = norms[norms.isfinite()]
         metrics = {
             "loss": math.nan if loss is None else float(loss.mean()),
             "grad_norm": float(applied.mean()) if len(applied) else math.nan,
             "optimizer_steps": float(self.optimizer_steps),
-            "optimizer_steps_skipped": float(self._left_out + len(norms) - len(applied)),
+            "optimizer_steps_skipped": float(self._skipped_steps + len(norms) - len(applied)),
             "optimizer_steps_not_finite": float(len(norms) - len(applied)),
             "log_prob_check/max_abs": max((each.largest for each in self._arrivals), default=0.0),
             "seconds/learn": self._seconds,
@@ -113,10 +117,10 @@ class UpdateMetrics:
         rounding = [each.rounding for each in self._arrivals if each.rounding is not None]
         if rounding:
             metrics["log_prob_check/rounding"] = max(rounding)
-        return metrics | self._ratios() | self._corrections(loss) | self._kl()
+        return metrics | self._ratios() | self._off_policy(loss) | self._kl()
 
-    def _joined(self, name: str) -> Float[Tensor, "N"] | None:
-        """One value of all pairs of the round; None where the algorithm has none."""
+    def _concatenated(self, name: str) -> Float[Tensor, "N"] | None:
+        """Return a field of all the round's transitions; None if the algorithm does not compute it."""
         return _cat([getattr(result, name) for result in self._results if getattr(result, name) is not None])
 
     def _by_step(self, name: str, values: Float[Tensor, "N"], steps: Int[Tensor, "N"]) -> dict[str, float]:
@@ -124,12 +128,13 @@ class UpdateMetrics:
         return {f"{name}/step_{step:02d}": float(part.mean()) for step, part in of_steps.items() if len(part)}
 
     def _unmasked(self, name: str) -> Float[Tensor, "N"] | None:
-        """One value of all pairs of the round that are not masked."""
-        values, kept = self._joined(name), self._joined("kept")
-        return values if values is None or kept is None else values[kept > 0]
+        """Return a field of the round's unmasked transitions."""
+        values, mask = self._concatenated(name), self._concatenated("mask")
+        return values if values is None or mask is None else values[mask > 0]
 
     def _ratios(self) -> dict[str, float]:
-        log_ratio, clipped, kept = self._unmasked("log_ratio"), self._unmasked("clipped"), self._joined("kept")
+        """Return the metrics of the ratio and its clipping, over unmasked transitions."""
+        log_ratio, clipped, mask = self._unmasked("log_ratio"), self._unmasked("clipped"), self._concatenated("mask")
         metrics = {}
         if log_ratio is not None:
             metrics |= {
@@ -141,10 +146,11 @@ class UpdateMetrics:
         if clipped is not None:
             steps = torch.cat(self._steps)
             metrics |= {"clip_fraction": float(clipped.mean())}
-            metrics |= self._by_step("clip_fraction", clipped, steps if kept is None else steps[kept > 0])
+            metrics |= self._by_step("clip_fraction", clipped, steps if mask is None else steps[mask > 0])
         return metrics
 
     def _kl(self) -> dict[str, float]:
+        """Return the KL to the behavior policy, also by step, and to the pretrained policy."""
         metrics = {"kl_nats": self.kl_nats(self._divergence)}
         if self._divergence:
             steps = torch.cat([of_batch for of_batch, _ in self._divergence])
@@ -154,13 +160,16 @@ class UpdateMetrics:
             reference = torch.cat(self._reference_kl)
         return metrics if reference is None else metrics | {"kl_reference_nats": float(reference.mean())}
 
-    def _corrections(self, loss: Float[Tensor, "N"] | None) -> dict[str, float]:
-        """Of an algorithm that masks pairs or weighs them: how many, how much, and the loss of those left."""
+    def _off_policy(self, loss: Float[Tensor, "N"] | None) -> dict[str, float]:
+        """Return the metrics of masks and importance weights, and the mean loss over unmasked transitions."""
         metrics = {}
-        kept, weight = self._joined("kept"), self._unmasked("importance_weight")
-        if kept is not None and loss is not None:
-            left = float(kept.sum())
-            metrics |= {"masked_fraction": 1 - left / len(loss), "loss": float(loss.sum()) / max(left, 1)}
+        mask, weight = self._concatenated("mask"), self._unmasked("importance_weight")
+        if mask is not None and loss is not None:
+            num_unmasked = float(mask.sum())
+            metrics |= {
+                "masked_fraction": 1 - num_unmasked / len(loss),
+                "loss": float(loss.sum()) / max(num_unmasked, 1),
+            }
         if weight is not None:
             metrics["importance_weight/mean"] = float(weight.mean())
         return metrics

@@ -1,4 +1,4 @@
-"""Prove that weights arrived: by the samplers' reports, and by scoring a few transitions again, computing as samplers do."""
+"""Check that samplers had the right weights: by their reports, and by re-computing a few log-probs."""
 
 from dataclasses import dataclass
 from typing import final
@@ -15,57 +15,64 @@ from ray_ddpo.common.trajectory import TaskReport, TrainBatch
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, TransitionIndex
 from ray_ddpo.learner.temporary_weights import temporary_weights
 
-NUM_TASKS = 8  # of a round that are looked at, at least: each may have a sampler of its own
+NUM_TASKS = 8  # the fewest tasks of a round to check, since each may come from another sampler
 
 
 class WeightsDidNotArrive(RuntimeError):
-    """A batch was not sampled with the weights that its version stands for, whatever its reports say."""
+    """A batch was not sampled with the weights of its version, although its reports say so."""
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """How far the log-probs of the transitions that were checked lie from the samplers', on the mean scale."""
+    """The largest differences between re-computed log-probs and those of the samplers, on the mean scale."""
 
-    largest: float  # computed as samplers do: 0, or rounding in float32 where their batches are composed otherwise
-    rounding: float | None = None  # computed as the learner learns. None: it computes as samplers do
+    largest: float  # with the samplers' numerics: 0, or float32 rounding if batches are composed otherwise
+    rounding: float | None = None  # with the learner's numerics; None if they are the samplers'
 
 
 def log_prob_tolerance(given: float | None, policy: PolicyConfig) -> float:
-    """Return how far log-probs may lie apart that were computed alike: the recipe's bound, else one by the dtype."""
+    """Return the tolerance for log-probs computed with equal numerics: the recipe's, else one by the dtype."""
     if given is not None:
         return given
     return 1e-4 if policy.dtype_of("sampler") == torch.float32 else 1e-2
 
 
 def refuse_mismatch(report: TaskReport, published: tuple[PolicyWeights, ...], parameters: int) -> None:
-    """RuntimeError: a task was not sampled with the weights that its version stands for, as its report says."""
+    """Compare a task's report with the published weights.
+
+    Raises:
+        RuntimeError: the task was not sampled with the weights of its version.
+    """
     task, known = report.task, {weights.policy_version: weights.fingerprint for weights in published}
-    place = f"task {task.index} of round {task.round}"
+    title = f"task {task.index} of round {task.round}"
     if task.policy_version not in known:
         raise RuntimeError(
-            f"{place} was sampled with version {task.policy_version}, and the learner keeps {sorted(known)}"
+            f"{title} was sampled with version {task.policy_version}, and the learner keeps {sorted(known)}"
         )
     if known[task.policy_version] != report.fingerprint:
         raise RuntimeError(
-            f"{place} was sampled with weights {report.fingerprint[:12]}, and version {task.policy_version} "
+            f"{title} was sampled with weights {report.fingerprint[:12]}, and version {task.policy_version} "
             f"is {known[task.policy_version][:12]}"
         )
     if report.num_loaded_params != parameters:
-        raise RuntimeError(f"{place}: its sampler bound {report.num_loaded_params} of {parameters} parameters")
+        raise RuntimeError(f"{title}: its sampler bound {report.num_loaded_params} of {parameters} parameters")
 
 
 def rows_to_check(
     transitions: RoundTransitions, dropped: tuple[int, ...], rows: int
 ) -> list[list[TransitionIndex | None]]:
-    """Return batches of pairs from all tasks in turn, each pair in the row that its image had in its sampler's batch.
+    """Return batches of transitions to check, taken from all tasks in turn, beginning at different steps.
 
-    Kernels may round by a row's place in the batch. The tasks begin at different steps. None: nothing to check there.
+    Each transition is in the row that its image had in the sampler's batch, because kernels may round by row.
 
     Args:
-        rows: images of a sampler's batch. There are enough batches to look at NUM_TASKS tasks, if the round has so many.
+        rows: images of a sampler's batch.
+
+    Returns:
+        Enough batches to check NUM_TASKS tasks, if the round has so many. None in a row: there is nothing to check.
     """
-    numbers = {place: image for image, place in enumerate(transitions.images) if image not in dropped}
-    tasks, places = len(transitions.trajectories), transitions.num_places
+    numbers = {task_and_row: image for image, task_and_row in enumerate(transitions.images) if image not in dropped}
+    tasks, num_steps = len(transitions.trajectories), transitions.num_trained_steps
     batches: list[list[TransitionIndex | None]] = []
     for start in range(0, min(tasks, NUM_TASKS), rows):
         batch: list[TransitionIndex | None] = []
@@ -73,7 +80,7 @@ def rows_to_check(
             turn = start + row
             in_turn = ((turn + further) % tasks for further in range(tasks))
             task = next((task for task in in_turn if (task, row) in numbers), None)
-            batch.append(None if task is None else (numbers[task, row], (turn // tasks + task) % places))
+            batch.append(None if task is None else (numbers[task, row], (turn // tasks + task) % num_steps))
         batches.append(batch)
     return batches
 
@@ -82,25 +89,28 @@ def rows_to_check(
 def log_prob_differences(
     policy: Policy, transitions: RoundTransitions, rows: list[TransitionIndex | None]
 ) -> Float[Tensor, "B"]:
-    """Return |log_prob − old_log_prob| of each row, infinite where it is no number and 0 where there is no pair."""
-    filling = next(pair for pair in rows if pair is not None)
-    batch = transitions.batch([pair or filling for pair in rows])
+    """Return |log_prob − old_log_prob| of each row: infinity if it is NaN, and 0 if the row has no transition."""
+    filling = next(index for index in rows if index is not None)
+    batch = transitions.batch([index or filling for index in rows])
     log_prob = policy.transition(batch.latents, batch.steps, batch.conditioning).log_prob(batch.next_latents)
-    there = torch.tensor([pair is not None for pair in rows], device=log_prob.device)
+    there = torch.tensor([index is not None for index in rows], device=log_prob.device)
     return (log_prob - batch.old_log_probs).abs().nan_to_num(nan=torch.inf).where(there, 0.0)
 
 
 @final
 class ArrivalCheck:
-    """Scores a few transitions of each round again under the weights that they were sampled with.
+    """A check that re-computes a few transitions' log-probs in each round, under the weights they were sampled with.
 
-    Like is compared with like: in the samplers' dtype, batch rows and compilation, where the same bits must come out. If
-    the learner computes otherwise, it keeps a second copy of the network that computes so, in the host's memory between
-    two checks.
+    The check uses the samplers' dtype, batch rows and compilation, so that the same bits must result. If the learner's
+    numerics differ, the check has a second copy of the network, kept in the host's memory between two checks.
     """
 
     def __init__(self, config: PolicyConfig, recipe: Recipe, policy: Policy) -> None:
-        """Load the second copy where one is needed; `policy`: the learner's own."""
+        """Load the second copy of the network if it is needed.
+
+        Args:
+            policy: the learner's.
+        """
         self._policy = policy
         self._rows = recipe.sampling.batch_size
         self._tolerance = log_prob_tolerance(recipe.learner.log_prob_tolerance, config)
@@ -120,15 +130,15 @@ class ArrivalCheck:
         present: PolicyWeights,
         here: Machine,
     ) -> Arrival:
-        """Compare the samplers' log-probs with those of the weights that they claim.
+        """Compare the samplers' log-probs with those under the weights of the round's version.
 
         Args:
             wanted: the weights that the round was sampled with, by its reports.
-            present: those that the learner's network has, and has again afterwards.
-            here: the machine of this process. A sampler on another kind rounds otherwise, which is reported and no fault.
+            present: the weights of the learner's network, which are loaded again afterwards.
+            here: this machine. A sampler on another kind of machine rounds otherwise, which is reported and no error.
 
         Raises:
-            WeightsDidNotArrive: the log-probs lie further apart than the tolerance.
+            WeightsDidNotArrive: the log-probs differ by more than the tolerance.
         """
         _refuse_unnumbered(batch, transitions)
         batches = rows_to_check(transitions, batch.dropped, self._rows)
@@ -143,20 +153,21 @@ class ArrivalCheck:
             found = [log_prob_differences(self._copy, transitions, rows) for rows in batches]
             self._move_copy("cpu")
         for rows, differences in zip(batches, found, strict=True):
-            for pair, difference in zip(rows, differences.tolist(), strict=True):
-                if pair is not None:
-                    self._refuse(batch.reports[transitions.images[pair[0]][0]], pair, difference, here)
+            for index, difference in zip(rows, differences.tolist(), strict=True):
+                if index is not None:
+                    self._refuse(batch.reports[transitions.images[index[0]][0]], index, difference, here)
         return Arrival(max((float(each.max()) for each in found), default=0.0), rounding)
 
-    def _refuse(self, report: TaskReport, pair: TransitionIndex, difference: float, here: Machine) -> None:
+    def _refuse(self, report: TaskReport, index: TransitionIndex, difference: float, here: Machine) -> None:
+        """Raise WeightsDidNotArrive if a difference is above the tolerance, unless the machines are not comparable."""
         comparable = report.machine is None or report.machine.computes_like(here)
         if difference <= self._tolerance or (not comparable and difference < torch.inf):
             return
         raise WeightsDidNotArrive(
-            f"task {report.task.index} says that it was sampled with version {report.task.policy_version}, and at place "
-            f"{pair[1]} of its steps its log_prob lies {difference:.2g} from what these weights give when computed as the "
-            f"sampler computes, over the tolerance of {self._tolerance:.2g}: it was sampled with other weights, or the "
-            "sampler's machine computes wrongly"
+            f"task {report.task.index} says that it was sampled with version {report.task.policy_version}, and at its "
+            f"trained step {index[1]} the log_prob differs by {difference:.2g} from that of these weights in the "
+            f"sampler's numerics, over the tolerance of {self._tolerance:.2g}: it was sampled with other weights, or "
+            "the sampler's machine computes wrongly"
         )
 
     def _move_copy(self, device: str) -> None:
@@ -167,17 +178,17 @@ class ArrivalCheck:
 
 
 def _refuse_unnumbered(batch: TrainBatch, transitions: RoundTransitions) -> None:
-    """Raise WeightsDidNotArrive if any log-prob of the round is no finite number."""
+    """Raise WeightsDidNotArrive if a log-prob of the round is not finite."""
     for image, (task, row) in enumerate(transitions.images):
         if image not in batch.dropped and not transitions.trajectories[task].log_probs[row].isfinite().all():
             raise WeightsDidNotArrive(
-                f"task {task} says that it was sampled with version {batch.reports[task].task.policy_version}, and a log_prob of "
-                f"image {row} is no finite number: its network does not compute"
+                f"task {task} says that it was sampled with version {batch.reports[task].task.policy_version}, and a "
+                f"log_prob of image {row} is no finite number: its network does not compute"
             )
 
 
 def computes_as_samplers(config: PolicyConfig, recipe: Recipe) -> bool:
-    """Return whether the learner's own network gives a sampler's batch the sampler's log-probs, but for float32's rounding."""
+    """Return whether the learner's network computes a sampler's log-probs, up to float32 rounding."""
     if not config.numerics_differ:
         return True
     same = config.dtype_of("learner") == config.dtype_of("sampler") and not config.merge_adapters

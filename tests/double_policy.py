@@ -44,10 +44,12 @@ class DoublePolicy(Policy):
         embeds = conditioning["prompt_embeds"].double()
         return self.network(latents.double(), timesteps, embeds, return_dict=False)[0]
 
-    def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning, noisy: bool = True) -> Transition:
+    def transition(
+        self, latents: Tensor, steps: Tensor, conditioning: Conditioning, stochastic: bool = True
+    ) -> Transition:
         timesteps = (self.num_steps - steps) * self.num_train_timesteps // (self.num_steps + 1)
         predicted = self._predicted(latents, timesteps, conditioning)
-        std = torch.full((len(steps),), STD if noisy else 0.0, dtype=torch.float64)
+        std = torch.full((len(steps),), STD if stochastic else 0.0, dtype=torch.float64)
         return Transition(0.9 * latents.double() - 0.1 * predicted, std)
 
     def denoise(

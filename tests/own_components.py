@@ -60,7 +60,7 @@ class LosesGradients(DDPOImportanceSampling):
 class OneForAll(DDPOImportanceSampling):
     """A reward that returns one number for all images."""
 
-    def worth(self, statistics: Any, prompts: list[str], rewards: Any, images_per_prompt: int) -> Any:
+    def compute_advantages(self, statistics: Any, prompts: list[str], rewards: Any, images_per_prompt: int) -> Any:
         return statistics, np.mean(rewards)
 
 

@@ -20,7 +20,7 @@ from ray_ddpo.common.policy_weights import fingerprint
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner import process_group as rank_group
 from ray_ddpo.learner.learner import Learner
-from ray_ddpo.learner.process_group import BUCKET_BYTES, OtherRankFailed, RankLost, Ranks, Rendezvous
+from ray_ddpo.learner.process_group import BUCKET_BYTES, OtherRankFailed, ProcessGroup, RankLost, Rendezvous
 from ray_ddpo.learner.weight_check import WeightsDidNotArrive
 from tests.double_policy import Double
 from tests.rounds import SampledRound, learner_of, parts_with, sample_round
@@ -81,25 +81,25 @@ def watched(learner: Learner, outcome: Outcome) -> Learner:
     return learner
 
 
-def sampled_for(learner: Learner, parts: Components, round: int, dropped: tuple[int, ...]) -> SampledRound:
+def sampled_for(learner: Learner, parts: Components, round_index: int, dropped: tuple[int, ...]) -> SampledRound:
     """Return a round as the algorithm sees it, equal on every rank."""
-    sampled = sample_round(parts, learner.weights()[0 if parts.recipe.max_policy_lag else -1], round)
-    rewards = np.random.default_rng(round).normal(size=len(sampled.batch.advantages))
+    sampled = sample_round(parts, learner.weights()[0 if parts.recipe.max_policy_lag else -1], round_index)
+    rewards = np.random.default_rng(round_index).normal(size=len(sampled.batch.advantages))
     prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
-    _, worth = parts.algorithm.worth({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
-    worth[list(dropped)] = np.nan
-    batch = dataclasses.replace(sampled.batch, advantages=worth, dropped=dropped)
+    _, advantages = parts.algorithm.compute_advantages({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
+    advantages[list(dropped)] = np.nan
+    batch = dataclasses.replace(sampled.batch, advantages=advantages, dropped=dropped)
     return SampledRound(batch, sampled.trajectories)
 
 
-def learn(case: Case, ranks: Ranks, rendezvous: str = "") -> Outcome:
+def learn(case: Case, ranks: ProcessGroup, rendezvous: str = "") -> Outcome:
     """Run rounds as a run does. A single rank needs no rendezvous."""
     outcome, parts = Outcome(), parts_of_case(case)
     learner = watched(learner_of(parts, ranks), outcome)
-    if ranks.count > 1:
+    if ranks.world_size > 1:
         learner.join(rendezvous)
-    for round in range(case.rounds):
-        sampled = sampled_for(learner, parts, round, case.dropped)
+    for round_index in range(case.rounds):
+        sampled = sampled_for(learner, parts, round_index, case.dropped)
         metrics, state = learner.update(sampled.batch, *sampled.trajectories)
         outcome.metrics.append(metrics)
         outcome.micro_batch_size = float(state.micro_batch_size or 0)
@@ -110,7 +110,7 @@ def learn(case: Case, ranks: Ranks, rendezvous: str = "") -> Outcome:
     return outcome
 
 
-def joined(case: Case, ranks: Ranks, rendezvous: str) -> tuple[Outcome, Learner, SampledRound]:
+def joined(case: Case, ranks: ProcessGroup, rendezvous: str) -> tuple[Outcome, Learner, SampledRound]:
     """Return a learner that has joined the process group, and its first round."""
     outcome, parts = Outcome(), parts_of_case(case)
     learner = watched(learner_of(parts, ranks), outcome)
@@ -118,7 +118,7 @@ def joined(case: Case, ranks: Ranks, rendezvous: str) -> tuple[Outcome, Learner,
     return outcome, learner, sampled_for(learner, parts, 0, ())
 
 
-def meet_a_bad_trajectory(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
+def meet_a_bad_trajectory(case: Case, ranks: ProcessGroup, rendezvous: str) -> Outcome:
     """Give one rank a bad trajectory, which the others cannot see; then the correct round."""
     outcome, learner, sampled = joined(case, ranks, rendezvous)
     bad = sampled.trajectories
@@ -132,7 +132,7 @@ def meet_a_bad_trajectory(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
     return outcome
 
 
-def go_apart(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
+def go_apart(case: Case, ranks: ProcessGroup, rendezvous: str) -> Outcome:
     """Move one rank's weights, as a miscalculating GPU would."""
     outcome, learner, sampled = joined(case, ranks, rendezvous)
     if ranks.rank == 1:
@@ -145,7 +145,7 @@ def go_apart(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
     return outcome
 
 
-def find_least_micro_batch(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
+def find_least_micro_batch(case: Case, ranks: ProcessGroup, rendezvous: str) -> Outcome:
     """Give one rank a smaller device memory than the other."""
     outcome, parts = Outcome(), parts_of_case(case)
     learner = learner_of(parts, ranks)
@@ -156,7 +156,7 @@ def find_least_micro_batch(case: Case, ranks: Ranks, rendezvous: str) -> Outcome
     return outcome
 
 
-def lose_one(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
+def lose_one(case: Case, ranks: ProcessGroup, rendezvous: str) -> Outcome:
     """End one rank's process during the work."""
     outcome, learner, sampled = joined(case, ranks, rendezvous)
     if ranks.rank == 1:
@@ -170,7 +170,7 @@ def lose_one(case: Case, ranks: Ranks, rendezvous: str) -> Outcome:
     return outcome
 
 
-DEEDS: dict[str, Callable[[Case, Ranks, str], Outcome]] = {
+DEEDS: dict[str, Callable[[Case, ProcessGroup, str], Outcome]] = {
     each.__name__: each for each in (learn, meet_a_bad_trajectory, go_apart, find_least_micro_batch, lose_one)
 }
 
@@ -214,7 +214,7 @@ def main(folder: Path, count: int, rank: int) -> None:
     for name, (told, rendezvous) in json.loads((folder / "cases.json").read_text()).items():
         case = Case(**{**told, "dropped": tuple(told["dropped"])})
         rank_group.BUCKET_BYTES = case.bucket_bytes
-        outcome = DEEDS[case.deed](case, Ranks(rank, count, timeout_seconds=60), rendezvous)
+        outcome = DEEDS[case.deed](case, ProcessGroup(rank, count, timeout_seconds=60), rendezvous)
         distributed.destroy_process_group()
         file = _written(folder, name, rank)
         np.savez(file.with_suffix(".npz"), **outcome.weights)

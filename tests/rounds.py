@@ -17,7 +17,7 @@ from ray_ddpo.common.trajectory import TaskReport, TrainBatch, Trajectory
 from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner import Learner
-from ray_ddpo.learner.process_group import Ranks
+from ray_ddpo.learner.process_group import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def parts_with(tables: dict, **values: Any) -> Components:
     return build_components(Recipe.parse(with_overrides(tables, [word for pair in overrides for word in pair])))
 
 
-def learner_of(parts: Components, ranks: Ranks | None = None) -> Learner:
+def learner_of(parts: Components, ranks: ProcessGroup | None = None) -> Learner:
     """Return a learner with non-zero adapters, still at version 0."""
     learner = Learner(parts.policy, parts.algorithm, parts.recipe, ranks)
     learner.load_state(LearnerState(0, (moved(learner.weights()[-1]),), {}, {}))
@@ -56,14 +56,16 @@ def moved(weights: PolicyWeights, seed: int = 1) -> PolicyWeights:
     return pack(weights.policy_version, arrays)
 
 
-def sample_round(parts: Components, weights: PolicyWeights, round: int = 0) -> SampledRound:
+def sample_round(parts: Components, weights: PolicyWeights, round_index: int = 0) -> SampledRound:
     """Sample a round's tasks. Its advantages are normal noise, except for two extreme ones at the start."""
     sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
-    sampled = [sampler.sample(task, weights)[:2] for task in round_tasks(parts.recipe, round, parts.prompts.load())]
-    advantages = np.random.default_rng(round).standard_normal(parts.recipe.images_per_round)
+    sampled = [
+        sampler.sample(task, weights)[:2] for task in round_tasks(parts.recipe, round_index, parts.prompts.load())
+    ]
+    advantages = np.random.default_rng(round_index).standard_normal(parts.recipe.images_per_round)
     advantages[:2] = 7.0, -6.0
     reports: tuple[TaskReport, ...] = tuple(report for report, _ in sampled)
-    return SampledRound(TrainBatch(round, reports, advantages), tuple(trajectory for _, trajectory in sampled))
+    return SampledRound(TrainBatch(round_index, reports, advantages), tuple(trajectory for _, trajectory in sampled))
 
 
 def stale(sampled: SampledRound, shifts: list[float], seed: int = 0) -> SampledRound:

@@ -58,7 +58,7 @@ def test_a_source_without_prompts_is_refused(table: dict, message: str, tables: 
     [
         (
             "OneForAll",
-            "OneForAll.worth returned float64 np.float64(0.5): expected finite floats of shape (2,), one for each",
+            "OneForAll.compute_advantages returned float64 np.float64(0.5): expected finite floats of shape (2,), one for each",
         ),
         (
             "LosesGradients",

@@ -41,7 +41,7 @@ def test_every_reward_has_a_row_and_every_row_is_a_reward() -> None:
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_a_row_agrees_with_the_reward_class(name: str) -> None:
-    reward, (_, _, weights, _, memory, same_bits) = entry(name), rows()[name]
+    reward, (_, weights, _, memory, same_bits) = entry(name), rows()[name]
     assert same_bits.partition(",")[0] == ("yes" if reward.independent_of_batch else "no")
     for needed in reward.needs():
         assert f"`{needed.source}`" in weights

@@ -108,7 +108,12 @@ def test_a_plain_network_with_labels_runs_every_verb_with_the_same_bits(folder: 
     ("situation", "old", "new", "options"),
     [
         ("a family's `decode` returns no uint8 images", "    return images_of(latents)", "    return latents", []),
-        ("a family's `transition` takes other arguments", ", noisy: bool = True) ->", ") ->", []),
+        (
+            "a family's `transition` takes other arguments",
+            ", stochastic: bool = True\n    ) ->",
+            ") ->",
+            [],
+        ),
         ("a LoRA's target module is no layer of the network", '"enter", "down"', '"to_q", "down"', []),
         ("a family's module cannot be imported", "CLASSES = (", "CLASSES = UNKNOWN(", []),
     ],

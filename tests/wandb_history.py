@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
-from ray_ddpo.common.trackers.wandb_files import records
+from ray_ddpo.common.trackers.wandb_run import records
 
 
 def starts(run: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""How much the images of one prompt differ: what is lost when a policy samples the same image over and over."""
+"""Diversity of the images of a prompt, which a policy loses if it samples the same image over and over."""
 
 import math
 from itertools import combinations
@@ -7,13 +7,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-EDGE = 16  # pixels of the small image: aggregation and colours are compared, not texture
+EDGE = 16  # pixels of the small image, so that composition and colors are compared, not texture
 
 
 def diversity(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> float:
-    """The root mean square difference of two images of one prompt, 0 … 1: mean over pairs, then over prompts.
+    """Return the root mean square difference of two images of a prompt, 0 … 1, averaged over pairs, then prompts.
 
-    Of images reduced to 16 × 16. NaN where no prompt has two images.
+    Images are reduced to 16 × 16 first. NaN if no prompt has two images.
     """
     small = np.stack([_reduced(image) for image in pixels])
     of_prompts = [small[[text == prompt for text in prompts]] for prompt in dict.fromkeys(prompts)]

@@ -15,7 +15,7 @@ from ray_ddpo.common.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The images to compare: never those of training, whose seeds belong to another stream."""
+    """Prompts and seeds of evaluation. They are never those of training, whose seeds are of another stream."""
 
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
@@ -25,20 +25,20 @@ class EvaluationSet:
     def num_tasks(self) -> int:
         return -(-len(self.seeds) // self.batch_size)
 
-    def tasks(self, policy_version: int, round: int, first: int, sampling: SamplingTable) -> list[Task]:
-        """The set's images for the stream, numbered from `first`; sampled behind what is learned from in `round`."""
+    def tasks(self, policy_version: int, round_index: int, first: int, sampling: SamplingTable) -> list[Task]:
+        """Return the set's tasks, numbered from `first`, to be sampled after the training tasks of `round_index`."""
         window = evaluation_window(sampling)
         starts = range(0, len(self.seeds), self.batch_size)
         parts = [slice(start, start + self.batch_size) for start in starts]
         return [
-            Task(round, index, policy_version, self.prompts[part], self.seeds[part], window, Stream.EVALUATION)
+            Task(round_index, index, policy_version, self.prompts[part], self.seeds[part], window, Stream.EVALUATION)
             for index, part in enumerate(parts, first)
         ]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same images, same prompts and noise, under the pretrained weights and under a run's."""
+    """Images of the same prompts and noise under the pretrained weights and under a run's weights."""
 
     chosen: EvaluationSet
     before: UInt8[np.ndarray, "N H W 3"]
@@ -48,7 +48,11 @@ class Comparison:
 
 
 def evaluation_set(table: EvaluationTable, source: PromptSource) -> EvaluationSet:
-    """The recipe's prompts, else those that its source leaves out, else all of it, in turn until there are enough images."""
+    """Return the evaluation set of a recipe.
+
+    Its prompts are those of the table, else the held-out prompts of the source, else prompts sampled from the source.
+    The former two are repeated in turn until there are enough images.
+    """
     stream = Stream.EVALUATION if table.split == "evaluation" else Stream.TUNING
     chosen = source.evaluated(table.prompts)
     if chosen:
@@ -63,7 +67,7 @@ def evaluation_set(table: EvaluationTable, source: PromptSource) -> EvaluationSe
 
 
 def evaluation_images(policy: Policy, chosen: EvaluationSet, sampling: SamplingTable) -> UInt8[np.ndarray, "N H W 3"]:
-    """The set's images under the policy's present weights."""
+    """Sample the set's images under the policy's current weights."""
     images = []
     for start in range(0, len(chosen.seeds), chosen.batch_size):
         part = slice(start, start + chosen.batch_size)
@@ -74,11 +78,16 @@ def evaluation_images(policy: Policy, chosen: EvaluationSet, sampling: SamplingT
 
 
 def decoded(policy: Policy, trajectory: Trajectory, prompts: list[str]) -> UInt8[np.ndarray, "B H W 3"]:
-    """Return the images at the end of the paths. ValueError: one is no finite number, and so no image."""
+    """Decode the final latents of trajectories.
+
+    Raises:
+        ValueError: an image is not finite.
+    """
     pixels = policy.decode(trajectory.final_latents).cpu().numpy()
     if rows := policy.not_finite:
         raise ValueError(
-            f"the image of {prompts[rows[0]]!r} is not finite ({len(rows)} of {len(prompts)}): its latents or its pixels are NaN "
-            "or infinite, so the model or its trained weights overflow; try policy.dtype float32, or an earlier version"
+            f"the image of {prompts[rows[0]]!r} is not finite ({len(rows)} of {len(prompts)}): its latents or its "
+            "pixels are NaN or infinite, so the model or its trained weights overflow; try policy.dtype float32, or "
+            "an earlier version"
         )
     return pixels

@@ -1,4 +1,4 @@
-"""What can be told of an evaluation's images without a reward: dark, flat, all alike."""
+"""Statistics of an evaluation's images without a reward: darkness, sharpness, entropy, diversity."""
 
 import math
 
@@ -10,9 +10,9 @@ from ray_ddpo.actors.rewards.image_statistics import DarkShare, Entropy, Sharpne
 
 
 def image_summary(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> dict[str, float]:
-    """Means over the images of their statistics, and how much those of one prompt differ (NaN where it has one).
+    """Return the means of the images' statistics, and their diversity.
 
-    Without any image all are NaN.
+    All are NaN if there are no images. Diversity is NaN if no prompt has two images.
     """
     statistics = {"dark_share": DarkShare(), "sharpness": Sharpness(), "entropy": Entropy()}
     if not len(pixels):

@@ -1,4 +1,4 @@
-"""The registry of rewards: what is a good image. One file a reward, one line here."""
+"""The registry of rewards. One file a reward, one line here."""
 
 from ray_ddpo.common.recipe.registry import Registry
 
@@ -18,5 +18,5 @@ REWARDS: Registry = {
     "animal_classifier": "ray_ddpo.actors.rewards.animal_classifier:AnimalClassifier",
     "vlm_alignment": "ray_ddpo.actors.rewards.vlm_alignment:VlmAlignment",
     "http": "ray_ddpo.actors.rewards.http:Http",
-    "function": "ray_ddpo.actors.rewards.function:Function",
+    "function": "ray_ddpo.actors.rewards.function:FunctionReward",
 }

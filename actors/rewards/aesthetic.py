@@ -1,4 +1,4 @@
-"""How people would rate an image: CLIP ViT-L/14's embedding under a head fitted on ratings (DDPO, section 5.2)."""
+"""Aesthetic rating: CLIP ViT-L/14's embedding and a head that was fitted on ratings (DDPO, section 5.2)."""
 
 from typing import Any
 
@@ -23,7 +23,10 @@ WANTED = (
 
 
 class Aesthetic(Reward):
-    """A rating, about 1 to 10. `clip`: a folder or a hub name; `head`: a path, None: the paper's head from the hub."""
+    """An aesthetic rating, about 1 to 10.
+
+    `clip`: a folder or a hub name; `head`: a path, None: the paper's head from the hub.
+    """
 
     clip: str = CLIP
     head: str | None = None
@@ -49,7 +52,7 @@ class Aesthetic(Reward):
             )
 
         def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
-            # A copy: images out of Ray's store are read-only, and torch warns of sharing them.
+            # Copy, because images in Ray's object store are read-only, and torch warns about sharing them.
             pixels = torch.from_numpy(np.array(images)).to(device)
             return head(embed(pixels)).cpu().numpy()
 
@@ -57,7 +60,7 @@ class Aesthetic(Reward):
 
 
 def load_embedder(clip: str, device: str, dtype: torch.dtype) -> tuple[EmbedImages, int]:
-    """The function from images to CLIP's projected embeddings of L2 norm 1, in float32, and their dimension."""
+    """Load the function from images to CLIP's projected embeddings, of L2 norm 1 in float32, and their dimension."""
     return load_image_embedder(clip, device, dtype, f"reward.clip is {clip!r}, which cannot be loaded: {WANTED}")
 
 

@@ -1,4 +1,4 @@
-"""Does the image show the animal that was asked for: a linear head over features of a pretrained ImageNet network."""
+"""Classify the prompted animal, by a linear head on features of a pretrained ImageNet network."""
 
 import re
 from pathlib import Path
@@ -13,17 +13,19 @@ PROBE_FILE = Path(__file__).parents[2] / "common" / "tiny_animals" / "probe.safe
 
 
 class AnimalClassifier(Reward):
-    """What the probe of the embedded model says of the prompted animal; a prompt names one of its 45 classes."""
+    """The score of the prompted animal by the embedded model's probe. A prompt must name one of its 45 classes."""
 
     measure: Literal["log_prob", "top1"] = "log_prob"
     """log_prob: natural logarithm of the animal's probability; top1: 1.0 where no other is more probable, else 0.0."""
 
     def load(self, device: str) -> LoadedReward:
-        """ValueError when scoring: a prompt that names none of the classes, or several."""
+        """Load the probe.
+
+        The loaded reward raises ValueError if a prompt names none of the classes, or several.
+        """
         import torch
 
-        from ray_ddpo.common.image_models.image_features import load_image_features
-        from ray_ddpo.common.image_models.linear_probe import load_probe
+        from ray_ddpo.common.image_models.linear_probe import load_image_features, load_probe
 
         probe, features = load_probe(PROBE_FILE), load_image_features(device)
         weight, bias = probe.weight.to(device), probe.bias.to(device)
@@ -39,7 +41,7 @@ class AnimalClassifier(Reward):
 
 
 def class_index(prompt: str, classes: list[str]) -> int:
-    """Which class the prompt names: the one of its words that is a class name."""
+    """Return the class whose name is a word of the prompt."""
     named = sorted(set(re.findall(r"\w+", prompt.lower())) & set(classes))
     if len(named) != 1:
         shown = repr(prompt if len(prompt) <= 200 else f"{prompt[:200]}…")

@@ -1,4 +1,4 @@
-"""How well an image fits its prompt, as CLIP sees it: CLIPScore (Hessel et al. 2021)."""
+"""CLIPScore: similarity of image and prompt (Hessel et al. 2021)."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ VIT_L_14_PARAMETERS = 427_616_513  # both towers, their projections and the logi
 class ClipScore(Reward):
     """100 times the cosine between the embeddings of image and prompt, mostly 15 to 35. `clip`: a folder or a hub name.
 
-    The scale is torchmetrics'; the paper's is 2.5 times the cosine, so a fortieth. Both cut at 0, which is left out here:
-    below 0 a worse image still scores less, and a reward that stands still says nothing to learn from.
+    The scale is that of torchmetrics; the paper's is 2.5 times the cosine. Both clip at 0. Here scores below 0 stay,
+    because a constant reward has no learning signal.
     """
 
     clip: str = CLIP

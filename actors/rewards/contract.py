@@ -1,4 +1,4 @@
-"""The contract of a reward: how it is called, what it may return, and what is said if it does not keep to that."""
+"""The contract of a reward: its signature, the values it may return, and the errors if it breaks the contract."""
 
 import copy
 import inspect
@@ -19,15 +19,15 @@ REAL = "iuf"  # numpy's kinds of real numbers; not booleans, which are a judgeme
 def under_contract(reward: Any, who: str) -> LoadedReward:
     """Wrap a loaded reward or a user's function so that both sides of the contract hold.
 
-    The reward gets copies: images that cannot be written to, and prompts and metadata of its own. So no reward sees what
-    another one has done to them. What it returns becomes float32 numbers, one an image.
+    The reward gets read-only copies of images, and copies of prompts and metadata, so that no reward sees another one's
+    changes. Its result is converted to float32, one number an image.
 
     Args:
         reward: called as `reward(images, prompts, metadata)`.
-        who: names the reward in error messages.
+        who: the reward's name in error messages.
 
     Raises:
-        RewardMistake: `reward` cannot be called so, now or when it is called; or it returned something else.
+        RewardMistake: `reward` has another signature. The wrapped reward raises it too, if a result is wrong.
     """
     check_signature(reward, who)
 
@@ -40,14 +40,14 @@ def under_contract(reward: Any, who: str) -> LoadedReward:
 
 
 def check_signature(reward: Any, who: str) -> None:
-    """Raise RewardMistake unless `reward` can be called with images, prompts and metadata, as far as can be told."""
+    """Raise RewardMistake if `reward` cannot be called with images, prompts and metadata, as far as can be known."""
     if isinstance(reward, type):
         raise RewardMistake(
             f"{who} is the class {reward.__name__}: it must be a function {SIGNATURE} that returns scores"
         )
     if not callable(reward):
         raise RewardMistake(f"{who} is {reward!r}: it must be a function {SIGNATURE} that returns scores")
-    # Of an object with `__call__`, that method says what kind of function it is.
+    # An object's kind of function is that of its `__call__`.
     called = reward if inspect.isroutine(reward) else getattr(reward, "__call__", reward)  # noqa: B004
     if inspect.iscoroutinefunction(called):
         raise RewardMistake(
@@ -57,7 +57,7 @@ def check_signature(reward: Any, who: str) -> None:
         raise RewardMistake(f"{who} is a generator, because it has a yield: it must return all scores at once")
     try:
         signature = inspect.signature(reward)
-    except (ValueError, TypeError):  # some functions written in C have none: the first call tells
+    except (ValueError, TypeError):  # some functions written in C have no signature: the first call shows
         return
     try:
         signature.bind(None, None, None)
@@ -68,14 +68,15 @@ def check_signature(reward: Any, who: str) -> None:
 
 
 def scores_of(answer: Any, count: int, who: str) -> Float[np.ndarray, "B"]:
-    """Convert what a reward returned to float32, one number an image.
+    """Convert a reward's result to float32, one number an image.
 
     Accepted: an array or tensor of shape [count], of any real type, on any device, with or without gradient; a list of
-    numbers or of tensors without axes; and TRL's tuple (scores, metadata), whose metadata is left out.
+    numbers or of tensors without axes; and TRL's tuple (scores, metadata), whose metadata is ignored.
 
     Raises:
-        RewardMistake: it is something else. Shape [count, 1] is refused too: of one image alone it could as well be a
-            matrix of images and prompts.
+        RewardMistake: the result is something else. Shape [count, 1] is refused too, because for a single image it
+            could
+            as well be a matrix of images and prompts.
     """
     answer = _without_metadata(answer)
     if np.ma.isMaskedArray(answer) and np.ma.is_masked(answer):
@@ -95,7 +96,7 @@ def _refusal(who: str, what: str, count: int) -> str:
 
 
 def _without_metadata(answer: Any) -> Any:
-    """Take the scores of TRL's (scores, metadata); two numbers in a tuple are scores."""
+    """Return the scores of TRL's (scores, metadata). A tuple of two numbers is scores, and stays."""
     if (
         isinstance(answer, tuple)
         and len(answer) == 2
@@ -128,7 +129,7 @@ def _of_tensor(tensor: torch.Tensor) -> np.ndarray:
 
 def _described(answer: Any, values: np.ndarray) -> str:
     if inspect.iscoroutine(answer):
-        answer.close()  # or Python warns that nobody awaited it
+        answer.close()  # or Python warns that it was never awaited
     if answer is None:
         return "nothing (None)"
     if values.dtype == object and values.shape == ():

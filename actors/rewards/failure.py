@@ -1,4 +1,4 @@
-"""What is said of a reward that raised: the error, the user's file and line, and the reward's own frames."""
+"""Describe the error of a reward: the error itself, the user's file and line, and the reward's frames."""
 
 import traceback
 from pathlib import Path
@@ -8,18 +8,19 @@ from ray_ddpo.actors.rewards import contract
 from ray_ddpo.common.user_code.frames import is_projects, users_frame
 
 LONGEST = 500  # characters of an error's text
-# After one of these every call to the device fails in this process, whatever it is asked for.
+# After one of these errors, every later call to the device fails in this process.
 POISONED = ("CUDA error", "device-side assert", "HIP error")
 
 
 class ScoringFailed(ValueError):
-    """A reward raised an error over a batch of images; another attempt, or fewer images, may go better."""
+    """A reward raised an error for a batch of images. A retry, or fewer images, may succeed."""
 
     def __init__(self, reason: str, trace: str = "", poisoned: bool = False) -> None:
-        """
+        """Describe the error.
+
         Args:
-            reason: one line: the reward, the error, and the user's file and line.
-            trace: the reward's own frames, for a person to read.
+            reason: one line with the reward, the error, and the user's file and line.
+            trace: the reward's frames, for a person to read.
             poisoned: the process cannot compute any more.
         """
         super().__init__(reason, trace, poisoned)
@@ -30,13 +31,13 @@ class ScoringFailed(ValueError):
 
 
 def scoring_failed(name: str, error: BaseException) -> ScoringFailed:
-    """Describe what the reward `name` raised."""
+    """Convert an error that the reward `name` raised."""
     frames = _frames(error.__traceback__)
-    own = users_frame(frames) or (frames[0] if frames else None)  # else the reward itself
+    own = users_frame(frames) or (frames[0] if frames else None)  # else the first frame of the reward
     text = " ".join(str(error).split())[:LONGEST]
     says = f"{type(error).__name__}: {text}" if text else type(error).__name__
     place = f" at {own.filename}:{own.lineno}, in {own.name}" if own else ""
-    if isinstance(error, ValueError) and own and is_projects(own.filename):  # ours say all there is to say
+    if isinstance(error, ValueError) and own and is_projects(own.filename):  # our errors are complete
         return ScoringFailed(f"the reward {name!r} raised {says}")
     if isinstance(error, ValueError) and "read-only" in text:
         says += " (images are read-only, because every reward is given the same ones: change a copy, images.copy())"

@@ -1,4 +1,4 @@
-"""A function of the user's as a reward: any `module:function` that can be imported."""
+"""A user's function as a reward: any `module:function` that can be imported."""
 
 from pydantic import Field
 
@@ -7,8 +7,8 @@ from ray_ddpo.actors.rewards.reward import LoadedReward, Reward
 from ray_ddpo.common.recipe.registry import import_object
 
 
-class Function(Reward):
-    """`path` is module:function; the function takes (images uint8 [B,H,W,3], prompts, metadata) and returns [B]: contract.py."""
+class FunctionReward(Reward):
+    """A user's function (images uint8 [B, H, W, 3], prompts, metadata) -> [B], by `path`. See `contract.py`."""
 
     path: str = Field(pattern=r"^[\w.]+:\w+$")
     independent: bool = False  # whether it scores an image alike, to the bit, in whatever batch
@@ -21,5 +21,9 @@ class Function(Reward):
         return self.independent
 
     def load(self, device: str) -> LoadedReward:
-        """Import the function. RewardMistake: it cannot be called as a reward is (`actors/rewards/contract.py`)."""
+        """Import the function.
+
+        Raises:
+            RewardMistake: the function does not have the signature of a reward (`actors/rewards/contract.py`).
+        """
         return under_contract(import_object(self.path, "reward.path"), f"reward.path = {self.path!r}")

@@ -1,4 +1,4 @@
-"""What people prefer among generated images: HPS v2.1, an open_clip ViT-H/14 tuned on preferences (Wu et al. 2023)."""
+"""HPS v2.1: human preference, by an open_clip ViT-H/14 that was tuned on preferences (Wu et al. 2023)."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from ray_ddpo.common.model_files.pretrained import TOKENIZER_FILE, Precision, to
 REPOSITORY, CHECKPOINT = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VIT_H_14_PARAMETERS = 986_109_441  # both towers, their projections and the logit scale
-HEADS = 16  # of attention in either tower of a ViT-H/14: the one size that the weights' shapes do not tell
+HEADS = 16  # attention heads of both towers of a ViT-H/14, which the shapes of weights do not tell
 
 
 class HpsV2(Reward):
@@ -41,7 +41,7 @@ class HpsV2(Reward):
         checkpoint, tokenizer = self.needs()
         path = self.checkpoint or file_from_hub(REPOSITORY, CHECKPOINT, cannot_load(checkpoint))
         model = load_open_clip(path, HEADS, torch_dtype(self.dtype, device))
-        # The paper's code pads an image that is not square with black, and does not cut it.
+        # The paper's code pads an image that is not square with black, and does not crop it.
         towers = clip_towers(model, tokenizer, device, whole=True)
 
         def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:

@@ -1,4 +1,4 @@
-"""A reward service: images go to it over HTTP, scores come back. JSON both ways, and nothing is unpickled."""
+"""A reward service over HTTP, with JSON requests and replies. Nothing is unpickled."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from ray_ddpo.common.reward_protocol import HEALTH_PATH, SCORE_PATH, Health, Sco
 
 
 class Http(Reward):
-    """Asks the service at `url`; its token is in the environment variable that `token_variable` names."""
+    """The scores of a service at `url`. Its token is in the environment variable that `token_variable` names."""
 
     model_config = ConfigDict(hide_input_in_errors=True)  # a password in a URL would stand there
     url: str
@@ -25,9 +25,10 @@ class Http(Reward):
     images_per_request: int | None = Field(default=None, ge=1)  # none: the whole scoring batch
     independent: bool = False  # whether the service scores an image the same in whatever company it comes
 
-    # A check of the whole model, for a fault in a field is told with the field's value.
+    # A validator of the model, because the error of a field's validator would contain the field's value.
     @model_validator(mode="after")
     def _holds_no_secret(self) -> "Http":
+        """Refuse a URL with a password, and a token in place of a variable's name, without showing either."""
         if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", self.url):
             shown = re.sub(r"//.*@", "//", self.url).partition("?")[0]
             raise ValueError(
@@ -52,7 +53,11 @@ class Http(Reward):
         return RewardClient(self.url, read_token(self.token_variable, os.environ), self.timeout_seconds, attempts)
 
     def load(self, device: str) -> LoadedReward:
-        """ValueError: the token is not there. Does not ask the service, for a worker may start while that is down."""
+        """Make a client, without a request, because a worker may start while the service is down.
+
+        Raises:
+            ValueError: the token's environment variable is not set.
+        """
         client = self._client(self.attempts)
 
         def score(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
@@ -61,7 +66,7 @@ class Http(Reward):
             for start in range(0, len(images), size):
                 part = slice(start, start + size)
                 scores += _ask(client, images[part], prompts[part], metadata[part])
-            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is dropped as that
+            with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, and the image is dropped
                 return np.array([np.nan if score is None else score for score in scores]).astype(np.float32)
 
         return score
@@ -70,6 +75,7 @@ class Http(Reward):
 def _ask(
     client: RewardClient, images: Images, prompts: list[str], metadata: list[dict[str, Any]]
 ) -> list[float | None]:
+    """Request the scores of a batch. Raise RewardMistake if their number is wrong or metadata is no JSON."""
     request = {"images": [to_png(image) for image in images], "prompts": prompts, "metadata": metadata}
     try:
         body = json.dumps(request, allow_nan=False).encode()

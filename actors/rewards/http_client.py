@@ -1,4 +1,4 @@
-"""Ask a reward service over HTTP: within time limits, patiently where it is down, and without ever showing the token."""
+"""HTTP client of a reward service, with time limits and retries, which never shows the token."""
 
 import email.utils
 import time
@@ -14,13 +14,13 @@ from ray_ddpo.common.reward_protocol import Message
 
 CONNECT_SECONDS = 10.0
 MAX_REPLY_BYTES = 16_000_000
-QUOTED = 200  # characters of a reply that an error shows
+QUOTED = 200  # characters of a reply in an error message
 
 MessageT = TypeVar("MessageT", bound=Message)
 
 
 class RewardServiceFailed(ValueError):
-    """The service did not answer, refused, or answered what is no reply. Another attempt may go better."""
+    """The service did not answer, refused, or sent no valid reply. A retry may succeed."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Answer:
 
 
 class RewardClient:
-    """Connections to one service. `attempts` are made where it does not answer, or answers 429 or 5xx."""
+    """Connections to a service. A request is retried if the service does not answer, or answers 429 or 5xx."""
 
     def __init__(self, url: str, token: str | None, timeout_seconds: float, attempts: int) -> None:
         self.url = url.rstrip("/")
@@ -45,8 +45,12 @@ class RewardClient:
         self._client = httpx2.Client(headers=headers, timeout=httpx2.Timeout(timeout_seconds, connect=connect))
 
     def ask(self, path: str, kind: type[MessageT], body: bytes | None = None) -> MessageT:
-        """The reply to a GET, or to a POST of `body`. RewardServiceFailed: none came, or it is not of this kind."""
-        reply = self._patiently(path, body)
+        """Send a GET, or a POST of `body`, and parse the reply.
+
+        Raises:
+            RewardServiceFailed: no reply came, or it is not of type `kind`.
+        """
+        reply = self._with_retries(path, body)
         try:
             return kind.model_validate_json(reply)
         except ValidationError as error:
@@ -54,10 +58,12 @@ class RewardClient:
             place = ".".join(str(part) for part in fault["loc"]) or "all of it"
             keys = ", ".join(f'"{name}"' for name in kind.model_fields)
             raise RewardServiceFailed(
-                f"{self.url} answered {self._quoted(reply)}: it must be a JSON object with {keys} ({place}: {fault['msg']})"
+                f"{self.url} answered {self._quoted(reply)}: it must be a JSON object with {keys} ({place}: "
+                f"{fault['msg']})"
             ) from None
 
-    def _patiently(self, path: str, body: bytes | None) -> bytes:
+    def _with_retries(self, path: str, body: bytes | None) -> bytes:
+        """Return the body of the first answer 200, within the number of attempts."""
         for attempt in range(1, self._attempts + 1):
             pause = backoff_seconds(attempt)
             try:
@@ -76,7 +82,7 @@ class RewardClient:
         raise RewardServiceFailed(fault)
 
     def _once(self, path: str, body: bytes | None) -> _Answer:
-        """The client's own limit is for each read, so one that sends a byte now and then is stopped here."""
+        """Make one request. The limit is for the full reply, since httpx2's own limit is for each read."""
         deadline, parts, size = time.monotonic() + self._seconds, [], 0
         with self._client.stream("GET" if body is None else "POST", self.url + path, content=body) as response:
             for part in response.iter_bytes():
@@ -92,12 +98,12 @@ class RewardClient:
         return repr(self._hidden(body.decode("utf-8", "replace"))[:QUOTED])
 
     def _hidden(self, text: str) -> str:
-        """Some services repeat the token that they refuse."""
+        """Remove the token, which some services repeat when they refuse it."""
         return text.replace(self._token, "…") if self._token else text
 
 
 def _asked_pause(retry_after: str | None) -> float:
-    """Seconds that a Retry-After header asks for: a number, or a date (RFC 9110, section 10.2.3)."""
+    """Return the seconds of a Retry-After header: a number, or a date (RFC 9110, section 10.2.3)."""
     if retry_after is None:
         return 0.0
     if retry_after.isdecimal():

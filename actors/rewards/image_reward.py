@@ -1,4 +1,4 @@
-"""How much people would like an image for its prompt: ImageReward, a BLIP tuned on rankings (Xu et al. 2023)."""
+"""ImageReward: human preference for an image and its prompt, by a BLIP tuned on rankings (Xu et al. 2023)."""
 
 from typing import Any
 
@@ -19,13 +19,14 @@ TOKENIZER = "google-bert/bert-base-uncased"
 PARAMETERS = 445_278_720  # both towers: ViT-L/16, and BERT with cross-attention
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the paper's raw scores
 MAX_TOKENS = 35
-ADDED_WORDS = 2  # [DEC] and [ENC], which BLIP adds to BERT's and no prompt has
+ADDED_WORDS = 2  # [DEC] and [ENC], which BLIP adds to BERT's vocabulary and no prompt has
 
 
 class ImageReward(Reward):
     """The paper's score, about -2.3 to 2, of mean 0 and standard deviation 1 over its images.
 
-    `checkpoint`: a path, None: from the hub; `tokenizer`: a folder or a hub name. Prompts are cut at 35 tokens, as there.
+    `checkpoint`: a path, None: from the hub; `tokenizer`: a folder or a hub name. Prompts are cut at 35 tokens, as in
+    the paper.
     """
 
     checkpoint: str | None = None
@@ -69,12 +70,13 @@ class ImageReward(Reward):
 
 
 def _tokenizer_for(texts_tower: Any, tokenizer: Weights) -> Any:
+    """Load a tokenizer, and raise ValueError if its vocabulary does not fit the text tower."""
     from transformers import BertTokenizer
 
     tokens, words = read_tokenizer(BertTokenizer, tokenizer), texts_tower.config.vocab_size
     if len(tokens) not in (words, words - ADDED_WORDS):
         raise ValueError(
-            f"{tokenizer.key} is {tokenizer.source!r}, whose tokenizer has {len(tokens)} tokens: ImageReward's text tower "
-            f"takes {words}, of which {ADDED_WORDS} are not BERT's"
+            f"{tokenizer.key} is {tokenizer.source!r}, whose tokenizer has {len(tokens)} tokens: ImageReward's text "
+            f"tower takes {words}, of which {ADDED_WORDS} are not BERT's"
         )
     return tokens

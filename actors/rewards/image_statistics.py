@@ -1,4 +1,4 @@
-"""Plain measures of an image, for tests and as guards: brightness, colour, sharpness, entropy, and how much is dark."""
+"""Simple statistics of an image, for tests and guards: brightness, colorfulness, sharpness, entropy, darkness."""
 
 from abc import abstractmethod
 from typing import Annotated, Any
@@ -10,38 +10,38 @@ from pydantic import Field
 from ray_ddpo.actors.rewards.reward import Images, LoadedReward, Reward
 
 Image = UInt8[np.ndarray, "H W 3"]
-LUMA = (299, 587, 114)  # thousandths of red, green and blue in what is seen as bright (ITU-R BT.601)
+LUMA = (299, 587, 114)  # thousandths of red, green and blue in luma (ITU-R BT.601)
 WHITE = 255 * 1000
 
 
 def luma_thousandths(image: Image) -> Int[np.ndarray, "H W"]:
-    """How bright each pixel is, 0 … 255000: whole numbers, whose sums are exact in any order."""
+    """Return the luma of each pixel, 0 … 255000, as integers, whose sums are exact in any order."""
     red, green, blue = (share * channel for share, channel in zip(LUMA, channels(image), strict=True))
     return red + green + blue
 
 
 def channels(image: Image) -> list[Int[np.ndarray, "H W"]]:
-    """Red, green and blue, in whole numbers that can be added and subtracted."""
+    """Return red, green and blue, as integers that can be added and subtracted."""
     return [image[..., channel].astype(np.int32) for channel in range(3)]
 
 
 def grey(image: Image) -> Int[np.ndarray, "H W"]:
-    """The same, rounded to the grey levels 0 … 255."""
+    """Return the luma of each pixel, rounded to the gray levels 0 … 255."""
     return (luma_thousandths(image) + 500) // 1000
 
 
 def mean_and_variance(values: Int[np.ndarray, "H W"]) -> tuple[float, float]:
-    """Of all the values, from exact sums."""
+    """Return mean and variance of all values, from exact sums."""
     count, total, squares = values.size, int(values.sum(dtype=np.int64)), int(np.square(values, dtype=np.int64).sum())
     return total / count, (count * squares - total * total) / count**2
 
 
 class ImageStatistic(Reward):
-    """One number of one image; the prompt plays no part."""
+    """A statistic of an image. Prompts are ignored."""
 
     @abstractmethod
     def of(self, image: Image) -> float:
-        """The statistic."""
+        """Return the statistic of an image."""
 
     @property
     def independent_of_batch(self) -> bool:
@@ -55,27 +55,27 @@ class ImageStatistic(Reward):
 
 
 class Brightness(ImageStatistic):
-    """The mean luma: 0 black, 1 white."""
+    """The mean luma: 0 is black, 1 is white."""
 
     def of(self, image: Image) -> float:
         return mean_and_variance(luma_thousandths(image))[0] / WHITE
 
 
 class Colourfulness(ImageStatistic):
-    """How colourful people find it (Hasler and Süsstrunk 2003, M3): 0 grey, 15 slightly, 59 quite, 109 extremely."""
+    """Perceived colorfulness (Hasler and Süsstrunk 2003, M3): 0 gray, 15 slightly, 59 quite, 109 extremely colorful."""
 
     def of(self, image: Image) -> float:
         red, green, blue = channels(image)
         mean_rg, variance_rg = mean_and_variance(red - green)
-        mean_2yb, variance_2yb = mean_and_variance(red + green - 2 * blue)  # twice the paper's yb, in whole numbers
+        mean_2yb, variance_2yb = mean_and_variance(red + green - 2 * blue)  # twice the paper's yb, as integers
         spread = np.sqrt(variance_rg + variance_2yb / 4)
         return float(spread + 0.3 * np.sqrt(mean_rg**2 + mean_2yb**2 / 4))
 
 
 class Sharpness(ImageStatistic):
-    """The variance of the Laplacian of the grey levels (Pech-Pacheco et al. 2000): 0 flat, some hundreds in focus.
+    """The variance of the Laplacian of gray levels (Pech-Pacheco et al. 2000): 0 flat, some hundreds in focus.
 
-    At the edge the last pixel is repeated.
+    Edge pixels are repeated outside the image.
     """
 
     def of(self, image: Image) -> float:
@@ -85,7 +85,7 @@ class Sharpness(ImageStatistic):
 
 
 class Entropy(ImageStatistic):
-    """Of the histogram of grey levels, in bits: 0 one level, 8 all 256 equally often."""
+    """The entropy of the histogram of gray levels, in bits: 0 for one level, 8 for all 256 equally often."""
 
     def of(self, image: Image) -> float:
         counts = np.bincount(grey(image).ravel(), minlength=256)
@@ -94,7 +94,7 @@ class Entropy(ImageStatistic):
 
 
 class DarkShare(ImageStatistic):
-    """The share of pixels whose luma is under `below`: 0 none, 1 all. It tells when a run turns its images dark."""
+    """The fraction of pixels with a luma under `below`. A rising value means that a run turns its images dark."""
 
     below: Annotated[float, Field(gt=0, le=1)] = 0.1
 

@@ -1,4 +1,4 @@
-"""How well an image compresses: the size of its JPEG file, in kilobytes (DDPO, section 5.2)."""
+"""Compressibility: the size of an image's JPEG file, in kilobytes (DDPO, section 5.2)."""
 
 import io
 from typing import Any
@@ -13,7 +13,7 @@ QUALITY = 95  # as in the paper's code
 
 
 def jpeg_kilobytes(images: Images) -> Float[np.ndarray, "B"]:
-    """Size of each image as a JPEG of quality 95; 1 kilobyte is 1000 bytes."""
+    """Return the size of each image as a JPEG of quality 95; 1 kilobyte is 1000 bytes."""
     sizes = []
     for image in images:
         file = io.BytesIO()
@@ -23,7 +23,7 @@ def jpeg_kilobytes(images: Images) -> Float[np.ndarray, "B"]:
 
 
 class JpegCompressibility(Reward):
-    """Minus the size in kilobytes: smaller files are better."""
+    """Minus the size of the JPEG in kilobytes: smaller files are better."""
 
     @property
     def independent_of_batch(self) -> bool:
@@ -37,7 +37,7 @@ class JpegCompressibility(Reward):
 
 
 class JpegIncompressibility(Reward):
-    """The size in kilobytes: larger files are better."""
+    """The size of the JPEG in kilobytes: larger files are better."""
 
     @property
     def independent_of_batch(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which of two images people would pick for a prompt: PickScore, a CLIP ViT-H/14 tuned on choices (Kirstain et al. 2023)."""
+"""PickScore: human preference for a prompt, by a CLIP ViT-H/14 tuned on choices (Kirstain et al. 2023)."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.model_files.pretrained import MODEL_FILES, TOKENIZER_FILE, Precision, torch_dtype, weight_bytes
 
 CLIP = "yuvalkirstain/PickScore_v1"
-TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the model's own repository is read for its weights alone
+TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the model's repository is used for weights only
 VIT_H_14_PARAMETERS = 986_109_441  # both towers, their projections and the logit scale
 
 
 class PickScore(Reward):
-    """CLIP's logit of image and prompt, mostly 18 to 24; of two images, exp of the difference is the odds of the pick.
+    """CLIP's logit of image and prompt, mostly 18 to 24. The exp of a difference is the odds of picking an image.
 
     `clip` and `tokenizer`: a folder or a hub name each.
     """

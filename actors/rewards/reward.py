@@ -1,4 +1,4 @@
-"""What every reward promises: images and their prompts in, one number an image out."""
+"""The interface of a reward: images and prompts in, one number an image out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,29 +15,33 @@ LoadedReward = Callable[[Images, list[str], list[dict[str, Any]]], Float[np.ndar
 
 
 class RewardMistake(ValueError):
-    """A reward answered with the wrong shape or type: no second attempt can mend it, so the run ends at once."""
+    """A reward returned the wrong shape or type. A retry cannot help, so the run ends at once."""
 
 
 class Reward(Component, ABC):
-    """A reward's hyperparameters. `load` makes it live, and imports what is heavy, in the one process that needs it."""
+    """A reward's hyperparameters. `load` loads its weights, with heavy imports, in the process that needs them."""
 
     @property
     def memory_bytes(self) -> int:
-        """What its weights take on the reward worker's device, for `ddpo plan`; 0 where it has none."""
+        """The size of the weights on the reward worker's device, for `ddpo plan`; 0 if there are none."""
         return 0
 
     @property
     def independent_of_batch(self) -> bool:
-        """Whether an image scores the same bits in whatever batch it stands; only then are batches cut across tasks."""
+        """True if an image's score has the same bits in any batch. Only then batches contain several tasks' images."""
         return False
 
     def needs(self) -> tuple[Weights, ...]:
-        """The files that `load` reads beside what is installed, for `ddpo doctor`; none where it has no weights."""
+        """Return the files that `load` reads, for `ddpo doctor`; none if there are no weights."""
         return ()
 
     def check(self) -> None:
-        """ValueError: what it asks elsewhere does not answer as it should. For `ddpo doctor`; loads and changes nothing."""
+        """Check that an external service answers, for `ddpo doctor`, without loading or changing anything.
+
+        Raises:
+            ValueError: the service does not answer as it should.
+        """
 
     @abstractmethod
     def load(self, device: str) -> LoadedReward:
-        """The function that scores: (images uint8 [B H W 3], prompts, metadata) -> finite float [B], higher is better."""
+        """Return the function (images uint8 [B H W 3], prompts, metadata) -> finite float [B]; higher is better."""

@@ -1,4 +1,4 @@
-"""ScoreCache: an image that was scored before has its score at once, from rewards for which its batch does not matter."""
+"""ScoreCache: remember the scores of images, for rewards that are independent of the batch."""
 
 import hashlib
 import json
@@ -11,12 +11,12 @@ from ray_ddpo.actors.rewards.reward import Images, LoadedReward
 
 
 class ScoreCache:
-    """A reward that remembers its last `size` scores by image, prompt and metadata; what is not finite is not kept."""
+    """A reward with a cache of its last `size` finite scores, by image, prompt and metadata."""
 
     def __init__(self, reward: LoadedReward, size: int) -> None:
         self._reward = reward
         self._size = size
-        self._scores: OrderedDict[str, float] = OrderedDict()  # the one that was asked for last is last
+        self._scores: OrderedDict[str, float] = OrderedDict()  # the most recently used is last
 
     def __call__(self, images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
         keys = [_key(*asked) for asked in zip(images, prompts, metadata, strict=True)]
@@ -27,7 +27,7 @@ class ScoreCache:
                 self._reward(images[new], [prompts[row] for row in new], [metadata[row] for row in new])
             )
             if answers.shape != (len(new),) or not np.issubdtype(answers.dtype, np.floating):
-                return answers  # the worker says what is wrong with it
+                return answers  # the worker raises the error
         scores = np.array([self._scores.get(key, np.nan) for key in keys], answers.dtype)
         scores[new] = answers
         for key, score in zip(keys, scores, strict=True):

@@ -1,4 +1,4 @@
-"""Does the image show what was asked for: a vision-language model says what it sees (DDPO, section 5.2)."""
+"""Prompt alignment: a vision-language model describes the image (DDPO, section 5.2)."""
 
 import re
 from collections.abc import Callable
@@ -19,9 +19,9 @@ MODEL, SCORER = "llava-hf/llava-1.5-7b-hf", "microsoft/deberta-xlarge-mnli"
 SCORER_LAYER = 40  # of 48: the one that agrees best with people, by the table of the paper's code
 PARAMETERS, SCORER_PARAMETERS = 7_063_427_072, 757_804_032
 WANTED = (
-    f"vlm_alignment needs a vision-language model (the files of the hub's {MODEL}, say) and, to compare texts, an encoder "
-    f"({SCORER}); where the hub cannot be reached, copy their folders to this machine, and set reward.model and "
-    "reward.scorer to them"
+    f"vlm_alignment needs a vision-language model (the files of the hub's {MODEL}, say) and, to compare texts, an "
+    f"encoder ({SCORER}); where the hub cannot be reached, copy their folders to this machine, and set reward.model "
+    "and reward.scorer to them"
 )
 ARTICLES = {"a", "an", "the"}
 
@@ -30,7 +30,7 @@ Metadata = list[dict[str, Any]]
 
 
 class VlmAlignment(Reward):
-    """`model` and `scorer`: folders or hub names. `measure` says how an answer is held against the prompt."""
+    """`model` and `scorer`: folders or hub names. `measure` says how to compare an answer with the prompt."""
 
     model: str = MODEL
     measure: Literal["bertscore_recall", "strict"] = "bertscore_recall"
@@ -51,12 +51,12 @@ class VlmAlignment(Reward):
 
     @property
     def memory_bytes(self) -> int:
-        model = weight_bytes(PARAMETERS, self.dtype)  # of the models that are the default
+        model = weight_bytes(PARAMETERS, self.dtype)  # of the default models
         return model + (4 * SCORER_PARAMETERS if self.measure == "bertscore_recall" else 0)
 
     def needs(self) -> tuple[Weights, ...]:
         model = Weights(self.model, ("config.json", "*.safetensors", "tokenizer*"), "reward.model")
-        # Some encoders have no safetensors; their .bin is read as weights alone.
+        # Some encoders have no safetensors; their .bin is read with weights_only.
         scorer = Weights(self.scorer, ("config.json", "*model.[bs]*"), "reward.scorer")
         return (model, scorer) if self.measure == "bertscore_recall" else (model,)
 
@@ -67,6 +67,7 @@ class VlmAlignment(Reward):
         return self._recalled(describe, device)
 
     def _recalled(self, describe: Describe, device: str) -> LoadedReward:
+        """Load the reward with measure "bertscore_recall"."""
         missing = f"reward.scorer is {self.scorer!r}, which cannot be loaded: {WANTED}"
         bert_score = load_bert_score(self.scorer, self.scorer_layer, device, missing)
 
@@ -79,6 +80,8 @@ class VlmAlignment(Reward):
 
 
 def _strict(describe: Describe, question: str) -> LoadedReward:
+    """Return the reward with measure "strict"."""
+
     def score(images: Images, prompts: list[str], metadata: Metadata) -> Float[np.ndarray, "B"]:
         asked = [asked_and_right(prompt, about, question) for prompt, about in zip(prompts, metadata, strict=True)]
         counts = [len(pairs) for pairs in asked]
@@ -93,8 +96,13 @@ def _strict(describe: Describe, question: str) -> LoadedReward:
 
 
 def asked_and_right(prompt: str, metadata: dict[str, Any], question: str) -> list[tuple[str, str]]:
-    """The questions about an image and their right answers: from its prompt's metadata, as in the paper's code, or what
-    it shows, and the prompt. ValueError: they do not pair up, or there is nothing to find in an answer.
+    """Return the questions about an image and their right answers.
+
+    They come from the prompt's metadata, as in the paper's code. Without such metadata, they are `question` and the
+    prompt.
+
+    Raises:
+        ValueError: questions and answers differ in number, or an answer has no words.
     """
     if "questions" in metadata or "answers" in metadata:
         questions, answers = metadata.get("questions"), metadata.get("answers")
@@ -112,7 +120,7 @@ def asked_and_right(prompt: str, metadata: dict[str, Any], question: str) -> lis
 
 
 def says(answer: str, right: str) -> bool:
-    """Whether every word of `right` but articles stands in the answer, as a whole word or its plural in -s or -es."""
+    """Return whether the answer has every word of `right` but articles, as a full word or its plural in -s or -es."""
     said = set(re.findall(r"\w+", answer.casefold()))
     return all(said & {word, f"{word}s", f"{word}es"} for word in _words(right))
 
@@ -130,15 +138,16 @@ def _images(images: Images) -> list[Image.Image]:
 
 
 def _load_describer(name: str, device: str, dtype: torch.dtype, max_new_tokens: int) -> Describe:
+    """Load the vision-language model as a function from images and questions to answers."""
     model, processor = _read(name, dtype)
     model = model.to(device)
     tokenizer = processor.tokenizer
-    tokenizer.padding_side = "left"  # an answer goes on where its question ends
+    tokenizer.padding_side = "left"  # an answer continues where its question ends
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     @torch.no_grad()
     def describe(images: list[Image.Image], questions: list[str]) -> list[str]:
-        """One answer each, the likeliest token after the other."""
+        """Answer a question about each image, by greedy decoding."""
         conversations = [
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
             for image, question in zip(images, questions, strict=True)
@@ -161,6 +170,7 @@ def _load_describer(name: str, device: str, dtype: torch.dtype, max_new_tokens: 
 
 
 def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load model and processor, and raise ValueError if the processor has no chat template."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     missing = f"reward.model is {name!r}, which cannot be loaded: {WANTED}"

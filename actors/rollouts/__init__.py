@@ -1,1 +1,1 @@
-"""The rollout stream: which sampler and which reward worker gets which task, on Ray and in one process."""
+"""The rollout stream: assign tasks to samplers and images to reward workers, on Ray and in one process."""

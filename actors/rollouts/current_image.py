@@ -1,4 +1,4 @@
-"""Whereabouts: which image a worker had in hand, told before it begins, so that it is known of one that dies over it."""
+"""Whereabouts: note the image that a worker begins to process, so that the image is known if the worker dies."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ ANSWER_SECONDS = 10.0
 
 
 class Book:
-    """The last row that was noted, by the number of the call. An actor of its own, which outlives the workers."""
+    """The last noted row of each call. A separate actor, which outlives the workers."""
 
     def __init__(self) -> None:
         self._rows: dict[int, int] = {}
 
     def note(self, call: int, row: int) -> None:
-        """Remember that the call has begun with this row."""
+        """Note that a call begins to work on a row."""
         self._rows[call] = row
 
     def last(self, call: int) -> int | None:
-        """Return the last row that the call has begun with, and forget it."""
+        """Return the last row that a call began to work on, and forget it."""
         return self._rows.pop(call, None)
 
 
 @dataclass(frozen=True)
 class Note:
-    """What a worker is given: it returns once the row is written down."""
+    """A callable for a worker, which returns when a row is noted."""
 
     book: Any
     call: int
@@ -36,11 +36,11 @@ class Note:
         try:
             ray.get(self.book.note.remote(self.call, row), timeout=ANSWER_SECONDS)
         except RayError:
-            return  # the book is lost: then it takes another attempt to find the image
+            return  # the book is lost, so finding the image takes another attempt
 
 
 class Whereabouts:
-    """Gives out notes and reads them. The actor is started when the first one is asked for, which is rare."""
+    """Makes notes for calls and reads them. The actor is started with the first note, which is rare."""
 
     def __init__(self) -> None:
         self._book: Any = None
@@ -54,7 +54,7 @@ class Whereabouts:
         return Note(self._book, self._calls)
 
     def last(self, note: Callable[[int], None] | None) -> int | None:
-        """Return the row that was in hand; None if no note was given or none was written."""
+        """Return the last noted row, or None if there was no note or nothing was noted."""
         if not isinstance(note, Note):
             return None
         try:

@@ -1,4 +1,4 @@
-"""RayRolloutStream: the stream on a Ray cluster, whose samplers and reward workers come, go, die and are replaced."""
+"""RayRolloutStream: the rollout stream on a Ray cluster, with workers that join, leave, die and are replaced."""
 
 import time
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from ray.exceptions import ObjectLostError, RayError
 from ray_ddpo.actors.rollouts.sampling_scheduler import SamplingScheduler
 from ray_ddpo.actors.rollouts.scoring_pools import ScoringPools
 from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringOutcome, ScoringPool
-from ray_ddpo.actors.rollouts.stragglers import Pace
+from ray_ddpo.actors.rollouts.stragglers import StragglerDetector
 from ray_ddpo.actors.rollouts.stream import RolloutStream, StreamSettings, report_dropped
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.metrics.round_metrics import StreamReport
@@ -18,18 +18,18 @@ from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.schedule import Place, Stream, Task
 from ray_ddpo.common.trajectory import ImageBatch, Rollout
 
-POLL_SECONDS = 0.5  # the longest that deadlines, signals and `ddpo scale` go unseen
+POLL_SECONDS = 0.5  # the longest delay until deadlines, signals and `ddpo scale` are noticed
 STACKS_SECONDS = 5.0
 SILENT = f"it does not answer within {STACKS_SECONDS:g} s: the process is stopped, or has no place yet"
 
 
 class StallError(RuntimeError):
-    """Nobody has finished anything for too long. The text is the dump of who waits for what."""
+    """No call finished for too long. The message lists which call waits for what."""
 
 
 @dataclass(frozen=True)
 class Pools:
-    """The roles of the acting side."""
+    """The worker pools of the acting side."""
 
     samplers: WorkerPool
     scoring: tuple[ScoringPool, ...]
@@ -41,17 +41,17 @@ class Pools:
 
 
 class RayRolloutStream(RolloutStream):
-    """The driver carries references, reports and scores, and opens nothing heavy. Every wait has a deadline."""
+    """The stream on Ray. The driver handles references, reports and scores only. All waits have deadlines."""
 
     def __init__(self, pools: Pools, settings: StreamSettings) -> None:
         self._pools = pools
         self._settings = settings
         self._retries: dict[str, int] = {}
-        self._sampling = SamplingScheduler(pools.samplers, Pace(settings.straggler_factor), self._retries)
+        self._sampling = SamplingScheduler(pools.samplers, StragglerDetector(settings.straggler_factor), self._retries)
         self._scoring = ScoringPools(pools.scoring, self._retries)
         self._fingerprints: dict[int, str] = {}  # of the published versions
         self._done: dict[Place, Rollout] = {}
-        self._evaluation_seconds = 0.0  # of sampling, since the last report
+        self._evaluation_seconds = 0.0  # seconds of sampling since the last report
         self._moved = time.monotonic()
 
     def publish(self, weights: PolicyWeights) -> None:
@@ -61,7 +61,7 @@ class RayRolloutStream(RolloutStream):
             del self._fingerprints[version]
 
     def _reference(self, weights: PolicyWeights) -> Any:
-        """That of the published version, if this is it: a second one would travel to every node a second time."""
+        """Return a reference to the weights: the published one if equal, so that nodes do not fetch them again."""
         if self._fingerprints.get(weights.policy_version) == weights.fingerprint:
             return self._sampling.published(weights.policy_version)
         return ray.put(weights)
@@ -72,12 +72,12 @@ class RayRolloutStream(RolloutStream):
             self._sampling.submit(task, given)
         self._sampling.move(time.monotonic())
 
-    def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
+    def collect(self, round_index: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
         self._moved = time.monotonic()
-        places = [(round, int(stream), index) for index in tasks]
+        places = [(round_index, int(stream), index) for index in tasks]
         for place in places:
             while place not in self._done:
-                self._wait((), f"round {round} waits for its {stream.name.lower()} rollouts")
+                self._wait((), f"round {round_index} waits for its {stream.name.lower()} rollouts")
         return report_dropped([self._done.pop(place) for place in places])
 
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
@@ -87,9 +87,10 @@ class RayRolloutStream(RolloutStream):
             self._wait(pending, "the learner is at work", seconds)
 
     def wait_until_loaded(self, wanted: dict[str, int]) -> None:
-        """Wait until so many of each role, by its name, have their place and their models; the others join when they have.
+        """Wait until the wanted number of workers of each pool, by name, are loaded. Further workers join later.
 
-        ValueError: not within runtime.ready_seconds.
+        Raises:
+            ValueError: they are not loaded within runtime.ready_seconds.
         """
         started = time.monotonic()
         pools = {pool.name: pool for pool in self._pools.all}
@@ -97,13 +98,18 @@ class RayRolloutStream(RolloutStream):
             seconds = self._settings.runtime.ready_seconds
             if time.monotonic() - started > seconds:
                 raise ValueError(
-                    f"after runtime.ready_seconds = {seconds:g} these roles have no place or are not loaded: {lacking}; "
-                    f"the cluster has {ray.cluster_resources()}, of it free {ray.available_resources()}"
+                    f"after runtime.ready_seconds = {seconds:g} these roles have no place or are not loaded: "
+                    f"{lacking}; the cluster has {ray.cluster_resources()}, of it free {ray.available_resources()}"
                 )
             self._wait((), f"{lacking} have no place or are not loaded", seconds)
 
     def wait_for_one(self, pool: WorkerPool, seconds: float) -> None:
-        """Wait until one of a pool is loaded. RoleNotStarted: it cannot start. TimeoutError: not within so many seconds."""
+        """Wait until a worker of a pool is loaded.
+
+        Raises:
+            RoleNotStarted: the worker cannot start.
+            TimeoutError: no worker is loaded within `seconds`.
+        """
         started = time.monotonic()
         while not pool.loaded:
             if time.monotonic() - started > seconds:
@@ -116,16 +122,22 @@ class RayRolloutStream(RolloutStream):
         return self._pools.samplers
 
     def _wait(self, pending: tuple[Any, ...], what: str, seconds: float | None = None) -> None:
-        """Sleep until one of all the things under way is done, pass it on, and see to what is due.
+        """Wait until a running call finishes, process its result, and do what is due.
 
-        StallError: nothing was done for the watchdog's time, or for `seconds` where that is longer.
+        Args:
+            pending: references of the learner's calls, to wait for too.
+            what: the reason to wait, for the message of a stall.
+            seconds: a longer limit than the watchdog's.
+
+        Raises:
+            StallError: no call finished within runtime.watchdog_seconds, or within `seconds` if that is longer.
         """
         self._settings.check()
         now = time.monotonic()
         for pool in self._pools.all:
             pool.tick(now)
         watchdog_seconds = self._settings.runtime.watchdog_seconds
-        if now - self._moved < watchdog_seconds / 2:  # others go on; else the watchdog is to end the run
+        if now - self._moved < watchdog_seconds / 2:  # other calls finish; otherwise the watchdog ends the run
             self._sampling.give_up_on_silent(now, watchdog_seconds)
         self._sampling.move(now)
         self._scoring.move(now)
@@ -140,15 +152,16 @@ class RayRolloutStream(RolloutStream):
             raise StallError(self._dump(what))
 
     def _ready(self, waiting: list[Any]) -> list[Any]:
-        if not waiting:  # everybody is dead, and the replacements are not due yet
+        if not waiting:  # all workers are dead, and the replacements are not due yet
             time.sleep(POLL_SECONDS)
             return []
-        # Ray looks at all of them in each call: one call finds many while much is ready, and one of them while little is.
-        # Without fetch_local=False it would pull what is ready to the driver's node.
+        # A call costs time for all references, so take all that are ready at once, and wait only if none is.
+        # Without fetch_local=False, Ray would copy ready objects to the driver's node.
         ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
         return ready or ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS, fetch_local=False)[0]
 
     def _take(self, reference: Any) -> None:
+        """Pass a finished call to the scheduler or pool that it belongs to."""
         now = time.monotonic()
         if self._sampling.holds(reference):
             sampled = self._sampling.finished(reference, now)
@@ -161,7 +174,7 @@ class RayRolloutStream(RolloutStream):
                 pool.take_loaded(reference)
 
     def _keep(self, outcome: ScoringOutcome) -> None:
-        for sampled in outcome.lost:  # with the node that held its images
+        for sampled in outcome.lost:  # its images were lost with their node
             self._sampling.submit(sampled.report.task, sampled.weights)
         for sampled, scores in outcome.scored:
             if not sampled.report.task.trains:
@@ -169,7 +182,7 @@ class RayRolloutStream(RolloutStream):
             self._done[sampled.report.task.place] = Rollout(sampled.report, scores, sampled.trajectory, sampled.images)
 
     def _dump(self, what: str) -> str:
-        """Who waits for what, and where the threads of every actor are."""
+        """List which call waits for what, and the stacks of every actor."""
         lines = [
             f"nothing was finished for runtime.watchdog_seconds = {self._settings.runtime.watchdog_seconds:g}: {what}"
         ]
@@ -207,7 +220,7 @@ class RayRolloutStream(RolloutStream):
 
 
 def stacks_of(actors: list[Any]) -> list[str]:
-    """The actors' Python stacks, all asked at once, from their threads for such questions."""
+    """Return the actors' Python stacks, requested at once from their health threads."""
     asked = [actor.stacks.options(concurrency_group="health").remote() for actor in actors]
     answered, _ = ray.wait(asked, num_returns=len(asked), timeout=STACKS_SECONDS) if asked else ([], [])
     return [_answer(reference) if reference in answered else SILENT for reference in asked]

@@ -1,4 +1,4 @@
-"""SamplingScheduler: assign tasks to samplers. A task may run on several; the first answer counts, all have the same bits."""
+"""SamplingScheduler: assign tasks to samplers. If several run a task, the first result counts; all are equal."""
 
 import heapq
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray_ddpo.actors.rewards.failure import is_poisoned
 from ray_ddpo.actors.rollouts.call_names import CallNames
 from ray_ddpo.actors.rollouts.current_image import Whereabouts
-from ray_ddpo.actors.rollouts.stragglers import Pace
+from ray_ddpo.actors.rollouts.stragglers import StragglerDetector
 from ray_ddpo.actors.rollouts.suspects import Suspects
 from ray_ddpo.actors.rollouts.worker_pool import Worker, WorkerPool
 from ray_ddpo.actors.task_care import PLAIN, Care
@@ -20,8 +20,8 @@ from ray_ddpo.common.trajectory import TaskReport
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A task, and a reference to the weights that it is sampled with."""
+class TaskRequest:
+    """A task, and a reference to the weights to sample it with."""
 
     task: Task
     weights: Any
@@ -29,169 +29,178 @@ class Asked:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A task in a sampler's hands: references to its three results."""
+    """A call of a sampler: the task, and references to its three results."""
 
-    asked: Asked
+    request: TaskRequest
     sampler: Worker
     report: Any
     trajectory: Any
     images: Any
     care: Care = PLAIN
-    note: Callable[[int], None] | None = None  # tells which image is in hand, where they are tried one by one
+    note: Callable[[int], None] | None = None  # notes the current image if images are tried one by one
 
     @property
     def task(self) -> Task:
-        return self.asked.task
+        return self.request.task
 
 
 @dataclass(frozen=True)
 class SampledTask:
-    """A task that was sampled: its report, and references to what is heavy."""
+    """A sampled task: its report, and references to trajectory, images and weights."""
 
     report: TaskReport
     trajectory: Any
     images: Any
-    weights: Any  # that sampled it
+    weights: Any  # used to sample it
 
 
 class SamplingScheduler:
-    """Gives tasks to samplers in order, one ahead for each; what a dead or overdue sampler had is given to another."""
+    """Assigns tasks to samplers in order, one ahead for each, and reassigns tasks of dead samplers and stragglers."""
 
-    def __init__(self, samplers: WorkerPool, pace: Pace, retries: dict[str, int]) -> None:
+    def __init__(self, samplers: WorkerPool, stragglers: StragglerDetector, retries: dict[str, int]) -> None:
         self._samplers = samplers
-        self._pace = pace
+        self._stragglers = stragglers
         self._retries = retries  # by reason; the stream reports them
         self._names = CallNames()
         self._weights: dict[int, Any] = {}
         self._queue: list[Place] = []
-        self._queued: set[Place] = set()  # what is in the queue
-        self._queued_rounds = 0  # of these, to be learned from
-        self._open: dict[Place, Asked] = {}  # not sampled yet
+        self._queued: set[Place] = set()  # the same tasks
+        self._num_queued_training = 0  # training tasks among them
+        self._open: dict[Place, TaskRequest] = {}  # not sampled yet
         self._attempts: dict[Any, Attempt] = {}
-        self._in_hands: dict[Place, dict[Any, Attempt]] = {}  # the same, by task
+        self._by_task: dict[Place, dict[Any, Attempt]] = {}  # the same attempts, by task
         self._suspects = Suspects()
         self._whereabouts = Whereabouts()
-        self._behind: list[Place] = []  # a heap: tasks that wait behind another one in a sampler's hands, or did once
+        self._behind: list[Place] = []  # a heap: tasks that wait behind another one on a sampler, or did once
 
     def publish(self, policy_version: int, weights: Any, versions_kept: int) -> None:
-        """Make a version's weights, by reference, available to tasks; forget those that none can ask for."""
+        """Make a version's weights, by reference, available to tasks, and forget versions that no task can ask for."""
         self._weights[policy_version] = weights
         for version in [version for version in self._weights if version <= policy_version - versions_kept]:
             del self._weights[version]
 
     def published(self, policy_version: int) -> Any:
-        """The reference to a version's weights; None where it is not kept."""
+        """Return the reference to a version's weights, or None if the version is not kept."""
         return self._weights.get(policy_version)
 
     def submit(self, task: Task, weights: Any = None) -> None:
-        """Queue a task. Its policy version must have been published, or it comes with its weights, by reference."""
-        self._open[task.place] = Asked(task, self._weights[task.policy_version] if weights is None else weights)
+        """Queue a task.
+
+        Args:
+            weights: a reference to the weights. None: those of the task's version, which must have been published.
+        """
+        self._open[task.place] = TaskRequest(task, self._weights[task.policy_version] if weights is None else weights)
         self._enqueue(task)
 
     def _enqueue(self, task: Task) -> None:
         if task.place not in self._queued:
             heapq.heappush(self._queue, task.place)
             self._queued.add(task.place)
-            self._queued_rounds += task.trains
+            self._num_queued_training += task.trains
 
     def references(self) -> list[Any]:
-        """What to wait for: the first call of each sampler, which answers them in order."""
+        """Return the references to wait for: each sampler's first call, since samplers work in order."""
         return [sampler.calls[0] for sampler in self._samplers.workers if sampler.calls]
 
     def holds(self, reference: Any) -> bool:
-        """Whether `reference` is one of them."""
+        """Return whether a reference is of a call to a sampler."""
         return reference in self._attempts
 
     def move(self, now: float) -> None:
-        """Hand out what is queued; then let idle samplers take over from those that are slow."""
+        """Assign queued tasks, then let idle samplers take over tasks that wait on slow samplers."""
         self._suspect_overdue(now)
-        while self._rounds_wait() and (sampler := self._samplers.free()):
+        while self._training_tasks_queued() and (sampler := self._samplers.free()):
             self._give_next(sampler, now)
-        # None has a task waiting that is only looked at: a round that comes meanwhile waits for one of them at most.
-        while not self._rounds_wait() and (sampler := self._idle()):
-            if asked := self._waiting_behind():
-                self._take_over(asked, sampler, now)
+        # Never queue evaluation tasks ahead on a sampler, so that training waits for at most one.
+        while not self._training_tasks_queued() and (sampler := self._idle()):
+            if request := self._waiting_behind():
+                self._take_over(request, sampler, now)
             elif self._queue:
                 self._give_next(sampler, now)
             else:
                 break
 
-    def _rounds_wait(self) -> bool:
-        """Whether a task is queued that is to be learned from."""
-        return self._queued_rounds > 0
+    def _training_tasks_queued(self) -> bool:
+        """Return whether a training task is queued."""
+        return self._num_queued_training > 0
 
     def _give_next(self, sampler: Worker, now: float) -> None:
         place = heapq.heappop(self._queue)
         self._queued.remove(place)
-        self._queued_rounds -= place[1] == Stream.TRAINING
+        self._num_queued_training -= place[1] == Stream.TRAINING
         if place in self._open:
             self._give(self._open[place], sampler, now)
 
-    def _give(self, asked: Asked, sampler: Worker, now: float) -> None:
-        # In the dashboard; the class comes first because Ray also makes it the name of the sampler's process.
-        name = self._names.of(f"Sampler: sample {asked.task.title}", f"Sampler: sample {asked.task.title_of_round}")
+    def _give(self, request: TaskRequest, sampler: Worker, now: float) -> None:
+        """Call a sampler with a task, with special care if samplers died over the task."""
+        # The name on the dashboard. The class comes first, because Ray names the process alike.
+        name = self._names.of(f"Sampler: sample {request.task.title}", f"Sampler: sample {request.task.title_of_round}")
         sample = sampler.actor.sample.options(num_returns=3, name=name)
-        care = self._suspects.care(asked.task.place)
+        care = self._suspects.care(request.task.place)
         note = None if care.one_by_one == "nothing" else self._whereabouts.note()
         carefully = () if care == PLAIN else (care, note)
-        report, trajectory, images = sample.remote(asked.task, asked.weights, *carefully)
-        attempt = Attempt(asked, sampler, report, trajectory, images, care, note)
-        self._attempts[report] = self._in_hands.setdefault(asked.task.place, {})[report] = attempt
+        report, trajectory, images = sample.remote(request.task, request.weights, *carefully)
+        attempt = Attempt(request, sampler, report, trajectory, images, care, note)
+        self._attempts[report] = self._by_task.setdefault(request.task.place, {})[report] = attempt
         if sampler.calls:
-            heapq.heappush(self._behind, asked.task.place)
+            heapq.heappush(self._behind, request.task.place)
         self._samplers.give(sampler, report, now)
 
     def _let_go(self, report: Any) -> Attempt:
-        """An attempt that is over."""
+        """Remove and return a finished attempt."""
         attempt = self._attempts.pop(report)
-        of_task = self._in_hands[attempt.task.place]
+        of_task = self._by_task[attempt.task.place]
         del of_task[report]
         if not of_task:
-            del self._in_hands[attempt.task.place]
-        elif len(of_task) == 1:  # it may wait behind another one, and is nowhere else now
+            del self._by_task[attempt.task.place]
+        elif len(of_task) == 1:  # the other attempt may wait behind another task
             heapq.heappush(self._behind, attempt.task.place)
         return attempt
 
     def _suspect_overdue(self, now: float) -> None:
+        """Mark stragglers as suspect, and queue their tasks again."""
         for sampler in self._samplers.loaded:
             if not sampler.calls or sampler.suspect:
                 continue
             images = len(self._attempts[sampler.calls[0]].task.seeds)
-            if self._pace.is_straggler(now - sampler.head_since, images):
+            if self._stragglers.is_straggler(now - sampler.head_since, images):
                 sampler.suspect = True
                 for call in sampler.calls:
                     self._again(self._attempts[call].task, "overdue")
 
     def _again(self, task: Task, reason: str) -> None:
-        if task.place in self._open and task.place not in self._queued and not self._in_good_hands(task):
+        if task.place in self._open and task.place not in self._queued and not self._runs_on_healthy_sampler(task):
             self._retries[reason] = self._retries.get(reason, 0) + 1
             self._enqueue(task)
 
-    def _in_good_hands(self, task: Task) -> bool:
-        return any(not attempt.sampler.suspect for attempt in self._in_hands.get(task.place, {}).values())
+    def _runs_on_healthy_sampler(self, task: Task) -> bool:
+        return any(not attempt.sampler.suspect for attempt in self._by_task.get(task.place, {}).values())
 
     def _idle(self) -> Worker | None:
         sampler = self._samplers.free()
         return sampler if sampler and not sampler.calls else None
 
-    def _waiting_behind(self) -> Asked | None:
-        """The first task that waits behind another one in a sampler's hands, and is nowhere else."""
+    def _waiting_behind(self) -> TaskRequest | None:
+        """Return the first task that waits behind another one on a sampler, and has no other attempt."""
         while self._behind:
-            attempts = list(self._in_hands.get(heapq.heappop(self._behind), {}).values())
+            attempts = list(self._by_task.get(heapq.heappop(self._behind), {}).values())
             alone = attempts[0] if len(attempts) == 1 else None
             if alone and alone.task.place in self._open and alone.sampler.calls[0] != alone.report:
-                return alone.asked
+                return alone.request
         return None
 
-    def _take_over(self, asked: Asked, sampler: Worker, now: float) -> None:
-        for attempt in self._in_hands[asked.task.place].values():
-            attempt.sampler.actor.forget.options(concurrency_group="health").remote(asked.task.place)
-        self._give(asked, sampler, now)
+    def _take_over(self, request: TaskRequest, sampler: Worker, now: float) -> None:
+        for attempt in self._by_task[request.task.place].values():
+            attempt.sampler.actor.forget.options(concurrency_group="health").remote(request.task.place)
+        self._give(request, sampler, now)
 
     def finished(self, report: Any, now: float) -> SampledTask | None:
-        """What came of a report that is there: the sampled task, or nothing where it is to be re-sampled or was sampled twice.
+        """Process a finished call.
 
-        An error of the sampler's own code is raised.
+        An error in the sampler's code is raised.
+
+        Returns:
+            The sampled task, or None if it must be re-sampled or was sampled before.
         """
         attempt = self._let_go(report)
         try:
@@ -206,22 +215,22 @@ class SamplingScheduler:
             self._samplers.answered(attempt.sampler, report, now)
             if not isinstance(error.cause, ObjectLostError):
                 raise
-            self._again(attempt.task, "object_lost")  # the weights were lost with their node
+            self._again(attempt.task, "object_lost")  # its weights were lost with their node
             return None
         seconds = self._samplers.answered(attempt.sampler, report, now)
         counts = self._suspects.counts(attempt.task.place, attempt.care)
-        if value is None or not counts:  # it was told to forget the task, or to try its images
+        if value is None or not counts:  # the sampler had to forget the task, or to try its images
             self._again(attempt.task, "forgotten" if counts else "images_tried")
             return None
-        self._pace.add(seconds, len(attempt.task.seeds))
+        self._stragglers.add(seconds, len(attempt.task.seeds))
         if attempt.task.place not in self._open:
             return None
         del self._open[attempt.task.place]
         self._suspects.forget(attempt.task.place)
-        return SampledTask(value, attempt.trajectory, attempt.images, attempt.asked.weights)
+        return SampledTask(value, attempt.trajectory, attempt.images, attempt.request.weights)
 
     def _sampler_died(self, attempt: Attempt, reason: str) -> None:
-        """Give what a dead sampler had in its hands to others. It was at work on the first of it."""
+        """Queue a dead sampler's tasks again, and note the first one, which it was working on, as suspect."""
         calls = self._samplers.lost(attempt.sampler, reason, f"at {attempt.task.title}")
         attempts = [attempt, *(self._let_go(call) for call in calls if call in self._attempts)]
         for each in attempts:
@@ -230,7 +239,7 @@ class SamplingScheduler:
             self._again(each.task, "sampler_died")
 
     def give_up_on_silent(self, now: float, seconds: float) -> None:
-        """End samplers that have not answered for so long, so that others come in their place."""
+        """Kill suspect samplers without an answer for `seconds`, so that they are replaced."""
         for sampler in list(self._samplers.loaded):
             if sampler.suspect and now - sampler.head_since > seconds:
                 at = f"at {self._attempts[sampler.calls[0]].task.title}"
@@ -238,12 +247,12 @@ class SamplingScheduler:
                     self._again(self._let_go(call).task, "sampler_silent")
 
     def inflight(self) -> int:
-        """Tasks in samplers' hands."""
-        return len(self._in_hands)
+        """Return the number of tasks assigned to samplers."""
+        return len(self._by_task)
 
     def waiting_for(self) -> list[str]:
-        """Who has what in hand, a line each, for the watchdog's dump."""
+        """List queued and running tasks, for the watchdog's dump."""
         lines = [f"task {place} is queued" for place in sorted(self._queue)]
         for attempt in self._attempts.values():
-            lines.append(f"task {attempt.task.place} is in the hands of {attempt.sampler.name}")
+            lines.append(f"task {attempt.task.place} runs on {attempt.sampler.name}")
         return lines

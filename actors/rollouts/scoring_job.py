@@ -1,4 +1,4 @@
-"""ScoringJob: how one task's images get their scores although rewards raise, hang, die or answer nonsense; no clock, no Ray."""
+"""ScoringJob: score a task's images although rewards raise, hang, die or return wrong values; no clock, no Ray."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,22 +10,22 @@ from ray_ddpo.actors.rewards.backoff import backoff_seconds
 from ray_ddpo.actors.rollouts.inquiry import Control, Inquiry
 from ray_ddpo.common.trajectory import Scores
 
-DEATHS = 2  # over one batch, or over one image alone, from which on it is suspected of killing its worker
+DEATHS = 2  # deaths over a batch, or over an image alone, after which it is suspected of killing workers
 
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """Neighbouring images of a task that are scored in one go, and what has come of that so far."""
+    """Neighboring images of a task that are scored in one call, and the history of attempts."""
 
     first: int
     last: int  # exclusive
     failures: int = 0
-    deaths: int = 0  # of workers that had it in hand
+    deaths: int = 0  # of workers that were scoring the batch
     halved: bool = False  # part of a batch that failed, of which some images pass
-    one_by_one: bool = False  # only to find the image that kills its worker: the scores are thrown away
-    cleared: bool = False  # none of its images has killed a worker alone
-    inquiry: Inquiry | None = None  # on whose behalf this one image is tried; its score is thrown away
-    of_control: bool = False  # it is not an image of this task, but the one that was scored before
+    one_by_one: bool = False  # only to find the image that kills its worker: the scores are discarded
+    cleared: bool = False  # none of its images killed a worker when scored alone
+    inquiry: Inquiry | None = None  # the inquiry that tries this image; the score is discarded
+    of_control: bool = False  # the image is not of this task, but the control, which was scored before
 
     @property
     def size(self) -> int:
@@ -33,35 +33,35 @@ class ScoringBatch:
 
     @property
     def is_new(self) -> bool:
-        """Return whether nothing has happened to it: then it may be scored together with other tasks' batches."""
+        """Return whether the batch has no history, so that it may be scored together with other tasks' batches."""
         return self == ScoringBatch(self.first, self.last)
 
     @property
     def pause_seconds(self) -> float:
-        """Return how long to wait before this attempt. Only another attempt at the same waits: the fault may pass."""
+        """Return the pause before this attempt. Only a retry of the same batch waits, because the fault may pass."""
         return 0.0 if self.inquiry or (self.halved and self.size > 1) else backoff_seconds(self.failures)
 
 
 @dataclass
 class ScoringJob:
-    """Batches are cut from the task in order. One that fails is tried again whole, so that a passing fault changes no bit.
+    """The batches of a task, cut in order. A failed batch is retried unchanged, so that a passing fault changes no bit.
 
-    After `attempts` an `Inquiry` tries images alone. If none passes, the reward is `broken`. Otherwise the batch is halved
-    until the image at fault stands alone, and that image is dropped.
+    After `attempts` an `Inquiry` tries images alone. If none passes, the reward is `broken`. Otherwise the batch is
+    halved until the image at fault is alone, and that image is dropped.
 
-    A worker's death is not the reward's fault, unless it happens twice over one batch. Then the images are tried one by one,
-    and the one over which two more workers die is dropped. If there is none, the batch is tried again whole.
+    A worker's death is not the reward's fault, unless two workers die over one batch. Then images are tried one by one,
+    and an image over which two more workers die is dropped. If there is no such image, the full batch is retried.
 
-    A row without an image is given to no reward.
+    Rows without an image are not scored.
     """
 
-    names: tuple[str, ...]  # of the rewards
+    names: tuple[str, ...]  # of rewards
     count: int  # images of the task
     batch_size: int
     attempts: int
     images: Any = None  # the task's, or a reference to them
-    control: Control = field(default_factory=Control)  # shared by the jobs of a pool
-    without_image: Mapping[int, str] = field(default_factory=dict)  # row: why there is no image of it to score
+    control: Control = field(default_factory=Control)  # shared by all jobs of a pool
+    without_image: Mapping[int, str] = field(default_factory=dict)  # by row: why there is no image to score
     waiting: list[ScoringBatch] = field(init=False)
     broken: Inquiry | None = field(init=False, default=None)  # the reward fails for every image
     _scored: list[tuple[ScoringBatch, Scores]] = field(init=False, default_factory=list)
@@ -75,14 +75,14 @@ class ScoringJob:
         self._dropped |= self.without_image
 
     def _with_image(self, batch: ScoringBatch) -> list[ScoringBatch]:
-        """Return the batch, or what is before, between and after its rows without an image."""
+        """Return the batch, or its parts before, between and after rows without an image."""
         gaps = [row for row in range(batch.first, batch.last) if row in self.without_image]
         firsts, lasts = [batch.first, *(row + 1 for row in gaps)], [*gaps, batch.last]
         return [ScoringBatch(first, last) for first, last in zip(firsts, lasts, strict=True) if first < last]
 
     @property
     def finished(self) -> bool:
-        """Whether every image has its scores or is dropped."""
+        """True if every image has its scores or is dropped."""
         return sum(batch.size for batch, _ in self._scored) + self._alone_without_scores() == self.count
 
     def _alone_without_scores(self) -> int:
@@ -92,16 +92,20 @@ class ScoringJob:
         return len(self._dropped.keys() - scored)
 
     def images_of(self, batch: ScoringBatch) -> Any:
-        """Return the images, or a reference to them, that the batch's rows belong to."""
+        """Return the images, or a reference to them, that contain the batch's rows."""
         return self.control.images if batch.of_control else self.images
 
     def scored(self, batch: ScoringBatch, scores: Scores) -> bool:
-        """Take a batch's scores; False where some are not finite and the batch is to be tried again."""
+        """Take a batch's scores.
+
+        Returns:
+            False if some scores are not finite and the batch is retried.
+        """
         if batch.inquiry:
             self._some_pass(batch.inquiry)
             return True
         if batch.one_by_one:
-            self._whole_again(batch)
+            self._retry_full(batch)
             return True
         if scores.dropped and batch.failures + 1 < self.attempts:
             self._next(replace(batch, failures=batch.failures + 1))
@@ -114,30 +118,36 @@ class ScoringJob:
         return True
 
     def failed(self, batch: ScoringBatch, reason: str, trace: str = "") -> None:
-        """The batch gave no scores. `trace`: the reward's own frames, for whoever has to mend it."""
+        """Handle a batch whose reward failed.
+
+        Args:
+            trace: the reward's frames, for the user.
+        """
         failures = batch.failures + 1
         if batch.inquiry:
             if not batch.of_control:
                 batch.inquiry.reasons[batch.first] = reason
-            self._go_on(batch.inquiry, control_failed=batch.of_control)
-        elif batch.one_by_one:  # its worker lives: what is raised is found once more when the batch is tried whole
-            self._whole_again(batch)
+            self._continue(batch.inquiry, control_failed=batch.of_control)
+        elif batch.one_by_one:  # its worker lives: the error comes again when the full batch is retried
+            self._retry_full(batch)
         elif failures < self.attempts:
             self._next(replace(batch, failures=failures))
         elif not batch.halved:
-            place = (batch.first, batch.last)
+            rows_of_batch = (batch.first, batch.last)
             rows = [row for row in range(self.count) if row not in self.without_image]
-            self._go_on(Inquiry.into(place, rows, (reason, trace), self.control))
+            self._continue(Inquiry.into(rows_of_batch, rows, (reason, trace), self.control))
         elif batch.size == 1:
             self._dropped[batch.first] = reason
         else:
-            # One attempt for a half, so that a reward which hangs costs its time-out once a level; all for one image.
+            # One attempt for a half, so that a reward that hangs costs one time-out a level; all attempts for a
+            # single image.
             self._halve(batch, halved=True, failures=self.attempts - 1)
 
     def _next(self, *batches: ScoringBatch) -> None:
         self.waiting[:0] = batches
 
-    def _go_on(self, inquiry: Inquiry, control_failed: bool = False) -> None:
+    def _continue(self, inquiry: Inquiry, control_failed: bool = False) -> None:
+        """Try the inquiry's next image, then the control. If all fail, the reward is broken."""
         if inquiry.rows:
             row = inquiry.rows.pop(0)
             self._next(ScoringBatch(row, row + 1, inquiry=inquiry))
@@ -159,11 +169,11 @@ class ScoringJob:
             self._next(ScoringBatch(first, last, failures if last - first > 1 else 0, halved=halved))
 
     def lost(self, batch: ScoringBatch, to_blame: bool = False, row: int | None = None) -> None:
-        """Whoever had the batch died.
+        """Handle the death of the worker that had the batch.
 
         Args:
-            to_blame: the batch was in hand, and not only waiting.
-            row: the image that was in hand, where images are tried one by one.
+            to_blame: the worker was scoring the batch, which did not only wait.
+            row: the current image, if images are tried one by one.
         """
         deaths = batch.deaths + to_blame
         if to_blame and batch.one_by_one and row is not None:
@@ -171,32 +181,32 @@ class ScoringJob:
             if self._deaths_alone[row] < DEATHS:
                 self._next(batch)
             else:
-                self._leave_out(batch, row)
+                self._drop(batch, row)
         elif deaths < DEATHS:
             self._next(replace(batch, deaths=deaths))
         elif batch.inquiry:
             self.failed(batch, "the reward worker died over it, twice")
         elif batch.one_by_one:
-            self._whole_again(batch)
+            self._retry_full(batch)
         elif not batch.cleared:
             self._next(replace(batch, deaths=0, one_by_one=True))
-        elif batch.size > 1:  # too much for a worker's memory, perhaps
+        elif batch.size > 1:  # perhaps too large for a worker's memory
             self._halve(batch, batch.halved, failures=0)
         else:
-            self._leave_out(batch, batch.first)
+            self._drop(batch, batch.first)
 
-    def _whole_again(self, batch: ScoringBatch) -> None:
+    def _retry_full(self, batch: ScoringBatch) -> None:
         self._next(replace(batch, deaths=0, one_by_one=False, cleared=True))
 
-    def _leave_out(self, batch: ScoringBatch, row: int) -> None:
-        """Set one image aside, and score those before and after it as batches of their own."""
+    def _drop(self, batch: ScoringBatch, row: int) -> None:
+        """Drop an image, and score those before and after it as separate batches."""
         self._dropped[row] = f"the reward worker that scored it died, {DEATHS} times over it alone"
         pieces = [(first, last) for first, last in ((batch.first, row), (row + 1, batch.last)) if first < last]
         self._next(*(ScoringBatch(first, last, halved=batch.halved) for first, last in pieces))
 
     def scores(self) -> Scores:
-        """All of the task's scores, NaN where an image is dropped."""
-        assert self.finished, "scores are asked for when all are there"
+        """Return the task's scores, NaN for dropped images."""
+        assert self.finished, "scores are read when all are there"
         rewards = {name: np.full(self.count, np.nan, np.float32) for name in self.names}
         for batch, scores in self._scored:
             for name, values in scores.rewards.items():

@@ -1,4 +1,4 @@
-"""ScoringPools: every pool of reward workers scores the sampled tasks that concern it; a task is done when all of those are."""
+"""ScoringPools: score sampled tasks with several pools of reward workers, and merge their scores."""
 
 from typing import Any
 
@@ -9,17 +9,15 @@ from ray_ddpo.common.trajectory import Scores, merged_scores, unscored
 
 
 class ScoringPools:
-    """The same interface as one pool's `ScoringScheduler`, over several."""
+    """Several pools with the interface of a single `ScoringScheduler`. A task is done when all its pools are."""
 
     def __init__(self, pools: tuple[ScoringPool, ...], retries: dict[str, int]) -> None:
         self._asked = pools
         self._pools = tuple(ScoringScheduler(pool, retries) for pool in pools)
-        self._scores: dict[
-            Place, dict[int, Scores]
-        ] = {}  # of tasks that some pools are done with, by the pool's number
+        self._scores: dict[Place, dict[int, Scores]] = {}  # of unfinished tasks, by the pool's number
 
     def submit(self, sampled: SampledTask) -> ScoringOutcome:
-        """Queue a sampled task with every pool that it concerns. A task without any image is done at once."""
+        """Queue a sampled task with every pool that scores it. A task without any image is done at once."""
         report, concerned = sampled.report, self._concerned(sampled)
         if len(report.dropped) == len(report.task.seeds):
             names = [name for number in concerned for name in self._asked[number].names]
@@ -32,30 +30,31 @@ class ScoringPools:
         return [number for number, pool in enumerate(self._asked) if pool.scores(sampled.report.task)]
 
     def references(self) -> list[Any]:
-        """What to wait for."""
+        """Return the references to wait for."""
         return [reference for pool in self._pools for reference in pool.references()]
 
     def holds(self, reference: Any) -> bool:
-        """Whether `reference` is one of them."""
+        """Return whether a reference is of a call to one of the pools."""
         return any(pool.holds(reference) for pool in self._pools)
 
     def move(self, now: float) -> None:
-        """See to what is due in every pool."""
+        """Do what is due in every pool."""
         for pool in self._pools:
             pool.move(now)
 
     def finished(self, reference: Any, now: float) -> ScoringOutcome:
-        """What came of a call that is over: tasks that every pool is done with, with all of their scores."""
+        """Process a finished call, and return the tasks that all pools have scored, with merged scores."""
         number = next(number for number, pool in enumerate(self._pools) if pool.holds(reference))
         outcome = self._pools[number].finished(reference, now)
         for sampled in outcome.lost:
             self._scores.pop(sampled.report.task.place, None)
             for pool in self._pools:
                 pool.forget(sampled)
-        scored = [(sampled, self._joined(sampled, number, scores)) for sampled, scores in outcome.scored]
+        scored = [(sampled, self._merged(sampled, number, scores)) for sampled, scores in outcome.scored]
         return ScoringOutcome(tuple((sampled, scores) for sampled, scores in scored if scores), outcome.lost)
 
-    def _joined(self, sampled: SampledTask, number: int, scores: Scores) -> Scores | None:
+    def _merged(self, sampled: SampledTask, number: int, scores: Scores) -> Scores | None:
+        """Add a pool's scores of a task. Return the merged scores, or None while other pools are missing."""
         place = sampled.report.task.place
         of_task = self._scores.setdefault(place, {})
         of_task[number] = scores
@@ -66,5 +65,5 @@ class ScoringPools:
         return merged_scores([of_task[number] for number in concerned])
 
     def waiting_for(self) -> list[str]:
-        """Who has what in hand, a line each, for the watchdog's dump."""
+        """List waiting images and running batches, for the watchdog's dump."""
         return [line for pool in self._pools for line in pool.waiting_for()]

@@ -1,4 +1,4 @@
-"""ScoringScheduler: sampled tasks on a pool of reward workers, with a deadline per batch and another worker after a failure."""
+"""ScoringScheduler: score sampled tasks on a pool of reward workers, with deadlines and retries."""
 
 import heapq
 from collections.abc import Callable
@@ -22,38 +22,38 @@ from ray_ddpo.common.trajectory import Scores
 
 @dataclass(frozen=True)
 class ScoringPool:
-    """Reward workers that hold the same rewards, and how they are asked."""
+    """A pool of reward workers with the same rewards, and its settings."""
 
     workers: WorkerPool
     names: tuple[str, ...]  # of the rewards
     table: RewardPoolTable
-    independent: bool  # whether an image's scores do not depend on its batch: then batches are made of several tasks
-    trains: bool = True  # else it holds scorers, which are asked only of images that are looked at
+    independent: bool  # scores do not depend on the batch, so batches may contain several tasks' images
+    trains: bool = True  # False: the pool has scorers of evaluation, which score no training images
 
     def scores(self, task: Task) -> bool:
-        """Whether a task's images are for these workers."""
+        """Return whether this pool scores a task's images."""
         return self.trains or not task.trains
 
 
 @dataclass(frozen=True)
 class ScoringOutcome:
-    """What came of a call that is over: tasks whose images all have their scores, and tasks whose images are lost."""
+    """The outcome of a finished call: tasks whose images are all scored, and tasks whose images are lost."""
 
     scored: tuple[tuple[SampledTask, Scores], ...] = ()
     lost: tuple[SampledTask, ...] = ()
 
 
 @dataclass(eq=False)
-class _Open:
+class _ScoringTask:
     """A sampled task whose images are being scored."""
 
     sampled: SampledTask
     job: ScoringJob
     not_before: float = 0.0
-    paused: bool = False  # until then, after a failure
+    paused: bool = False  # until `not_before`, after a failure
     last_failed: Worker | None = None
-    gone: bool = False  # its images are lost: the task is re-sampled
-    listed: bool = False  # among those that a worker may be given now
+    gone: bool = False  # its images are lost, so the task is re-sampled
+    listed: bool = False  # in the heap of tasks that may be assigned now
 
     @property
     def place(self) -> Place:
@@ -62,95 +62,95 @@ class _Open:
 
 @dataclass(frozen=True)
 class _Call:
-    """Batches in a reward worker's hands: one, or several that are scored as one."""
+    """A call of a reward worker: one batch, or several that are scored as one."""
 
-    parts: tuple[tuple[_Open, ScoringBatch], ...]
+    parts: tuple[tuple[_ScoringTask, ScoringBatch], ...]
     worker: Worker
-    note: Callable[[int], None] | None = None  # where images are scored one by one: tells which is in hand
+    note: Callable[[int], None] | None = None  # notes the current image if images are scored one by one
 
     @property
     def title(self) -> str:
-        """As the dashboard shows it."""
+        """The name on the dashboard, by task."""
         pieces = [
-            f"{open.sampled.report.task.title}, images {batch.first}-{batch.last - 1}" for open, batch in self.parts
+            f"{task.sampled.report.task.title}, images {batch.first}-{batch.last - 1}" for task, batch in self.parts
         ]
         return f"RewardWorker: score {'; '.join(pieces)}"
 
     @property
     def title_of_round(self) -> str:
-        """The same of the first task's round."""
+        """The name on the dashboard, by the first task's round."""
         return f"RewardWorker: score {self.parts[0][0].sampled.report.task.title_of_round}"
 
 
 class ScoringScheduler:
-    """Hands batches out in order; counts only the reward's own errors, time-outs and non-finite answers against it."""
+    """Assigns batches in order. Only errors, time-outs and non-finite values count against a reward."""
 
     def __init__(self, pool: ScoringPool, retries: dict[str, int]) -> None:
         self._pool = pool
         self._workers = pool.workers
         self._retries = retries
         self._names = CallNames()
-        self._open: dict[Place, _Open] = {}
+        self._open: dict[Place, _ScoringTask] = {}
         self._listed: list[Place] = []  # a heap: tasks with batches that wait for a worker
-        self._paused: list[_Open] = []  # tasks whose batches wait for their time, after a failure
+        self._paused: list[_ScoringTask] = []  # tasks that wait until `not_before`
         self._calls: dict[Any, _Call] = {}
         self._control = Control()
         self._whereabouts = Whereabouts()
 
     def submit(self, sampled: SampledTask) -> None:
-        """Queue a sampled task, of which at least one row has an image."""
+        """Queue a sampled task. At least one row must have an image."""
         table, report = self._pool.table, sampled.report
         asked = self._pool.names, len(report.task.seeds), table.batch_size, table.attempts
         job = ScoringJob(*asked, sampled.images, self._control, report.dropped)
-        open = self._open[report.task.place] = _Open(sampled, job)
-        self._list(open)
+        task = self._open[report.task.place] = _ScoringTask(sampled, job)
+        self._list(task)
 
-    def _list(self, open: _Open) -> None:
-        if open.job.waiting and not (open.listed or open.paused or open.gone):
-            open.listed = True
-            heapq.heappush(self._listed, open.place)
+    def _list(self, task: _ScoringTask) -> None:
+        if task.job.waiting and not (task.listed or task.paused or task.gone):
+            task.listed = True
+            heapq.heappush(self._listed, task.place)
 
     def references(self) -> list[Any]:
-        """What to wait for."""
+        """Return the references to wait for."""
         return list(self._calls)
 
     def holds(self, reference: Any) -> bool:
-        """Whether `reference` is one of them."""
+        """Return whether a reference is of a call to this pool."""
         return reference in self._calls
 
     def move(self, now: float) -> None:
-        """End workers whose batch is past its deadline, and hand out what waits."""
+        """Kill workers whose batch is past its deadline, and assign waiting batches."""
         for worker in list(self._workers.loaded):
             if worker.calls and now - worker.head_since > self._pool.table.timeout_seconds:
                 self._timed_out(worker, now)
         self._list_paused(now)
-        while (open := self._next()) and (worker := self._workers.free(open.last_failed)):
-            self._give(worker, self._next_parts(open), now)
+        while (task := self._next()) and (worker := self._workers.free(task.last_failed)):
+            self._give(worker, self._next_parts(task), now)
 
     def _list_paused(self, now: float) -> None:
-        """Whoever was paused, from his time on."""
+        """List paused tasks again whose pause is over."""
         paused, self._paused = self._paused, []
-        for open in paused:
-            if now < open.not_before:
-                self._paused.append(open)
+        for task in paused:
+            if now < task.not_before:
+                self._paused.append(task)
             else:
-                open.paused = False
-                self._list(open)
+                task.paused = False
+                self._list(task)
 
-    def _next(self) -> _Open | None:
-        """The first task with a batch that a worker may be given now."""
+    def _next(self) -> _ScoringTask | None:
+        """Return the first task with a batch that may be assigned now."""
         while self._listed:
-            open = self._open.get(self._listed[0])
-            if open and open.listed and open.job.waiting:
-                return open
+            task = self._open.get(self._listed[0])
+            if task and task.listed and task.job.waiting:
+                return task
             heapq.heappop(self._listed)
-            if open:
-                open.listed = False
+            if task:
+                task.listed = False
         return None
 
-    def _next_parts(self, open: _Open) -> tuple[tuple[_Open, ScoringBatch], ...]:
-        """The task's next batch; where batches do not matter, filled up with what the next tasks have waiting now."""
-        parts = [(open, open.job.waiting.pop(0))]
+    def _next_parts(self, task: _ScoringTask) -> tuple[tuple[_ScoringTask, ScoringBatch], ...]:
+        """Return the task's next batch, filled up with other tasks' batches if scores are independent of the batch."""
+        parts = [(task, task.job.waiting.pop(0))]
         if self._pool.independent and parts[0][1].is_new:
             room = self._pool.table.batch_size - parts[0][1].size
             while (other := self._next()) and other.job.waiting[0].is_new and other.job.waiting[0].size <= room:
@@ -158,19 +158,20 @@ class ScoringScheduler:
                 room -= parts[-1][1].size
         return tuple(parts)
 
-    def _give(self, worker: Worker, parts: tuple[tuple[_Open, ScoringBatch], ...], now: float) -> None:
+    def _give(self, worker: Worker, parts: tuple[tuple[_ScoringTask, ScoringBatch], ...], now: float) -> None:
+        """Call a worker with one batch, or with several as one."""
         note = self._whereabouts.note() if parts[0][1].one_by_one else None
         call = _Call(parts, worker, note)
         name = self._names.of(call.title, call.title_of_round)
         if len(parts) == 1:
-            ((open, batch),) = parts
+            ((task, batch),) = parts
             score = worker.actor.score.options(name=name)
             noted = (note,) if note else ()
-            reference = score.remote(open.job.images_of(batch), batch.first, batch.last, *noted)
+            reference = score.remote(task.job.images_of(batch), batch.first, batch.last, *noted)
         else:
             cuts = tuple((batch.first, batch.last) for _, batch in parts)
             score = worker.actor.score_together.options(name=name)
-            reference = score.remote(cuts, *(open.sampled.images for open, _ in parts))
+            reference = score.remote(cuts, *(task.sampled.images for task, _ in parts))
         self._calls[reference] = call
         self._workers.give(worker, reference, now)
 
@@ -184,45 +185,45 @@ class ScoringScheduler:
     def _again(self, call: _Call, to_blame: bool = False) -> None:
         self._count("reward_worker_died")
         row = self._whereabouts.last(call.note) if to_blame else None
-        for open, batch in reversed(call.parts):
-            open.job.lost(batch, to_blame, row)
-            self._raise_if_broken(open)
-            self._list(open)
+        for task, batch in reversed(call.parts):
+            task.job.lost(batch, to_blame, row)
+            self._raise_if_broken(task)
+            self._list(task)
 
     def _failed(self, call: _Call, reason: str, kind: str, now: float, trace: str = "") -> None:
         self._count(kind)
-        for open, batch in call.parts:
-            open.job.failed(batch, reason, trace)
-            self._raise_if_broken(open)
-            self._pause(open, call.worker, now)
+        for task, batch in call.parts:
+            task.job.failed(batch, reason, trace)
+            self._raise_if_broken(task)
+            self._pause(task, call.worker, now)
 
-    def _raise_if_broken(self, open: _Open) -> None:
-        if open.job.broken and not open.gone:
-            raise open.job.broken.error(open.sampled.report.task.title)
+    def _raise_if_broken(self, task: _ScoringTask) -> None:
+        if task.job.broken and not task.gone:
+            raise task.job.broken.error(task.sampled.report.task.title)
 
-    def _pause(self, open: _Open, worker: Worker, now: float) -> None:
-        """Let the task wait before its next batch, where that is another attempt."""
-        open.last_failed = worker
-        seconds = open.job.waiting[0].pause_seconds if open.job.waiting else 0.0
+    def _pause(self, task: _ScoringTask, worker: Worker, now: float) -> None:
+        """Pause the task if its next batch is a retry; otherwise list it again."""
+        task.last_failed = worker
+        seconds = task.job.waiting[0].pause_seconds if task.job.waiting else 0.0
         if not seconds:
-            self._list(open)
+            self._list(task)
             return
-        open.not_before = now + seconds
-        open.listed = False
-        if not open.paused:
-            open.paused = True
-            self._paused.append(open)
+        task.not_before = now + seconds
+        task.listed = False
+        if not task.paused:
+            task.paused = True
+            self._paused.append(task)
 
     def _count(self, reason: str) -> None:
         self._retries[reason] = self._retries.get(reason, 0) + 1
 
     def finished(self, reference: Any, now: float) -> ScoringOutcome:
-        """What came of a call that is over.
+        """Process a finished call.
 
-        RewardMistake, RewardFailed, and any error that is not the reward's over one batch, is raised.
+        RewardMistake, RewardFailed, and any error that is not a reward's for a single batch, is raised.
         """
         try:
-            answer: Any = ray.get(reference)  # one batch's scores, or a list of several's
+            answer: Any = ray.get(reference)  # scores of one batch, or a list for several
         except RayActorError as error:
             return self._lost_with_worker(reference, str(error))
         except RayTaskError as error:
@@ -240,15 +241,15 @@ class ScoringScheduler:
         call = self._calls.pop(reference)
         self._workers.answered(call.worker, reference, now)
         answers: list[Scores] = [answer] if len(call.parts) == 1 else answer
-        for (open, batch), scores in zip(call.parts, answers, strict=True):
-            if not open.job.scored(batch, scores):
+        for (task, batch), scores in zip(call.parts, answers, strict=True):
+            if not task.job.scored(batch, scores):
                 self._count("reward_not_finite")
-                self._pause(open, call.worker, now)
-            self._list(open)
+                self._pause(task, call.worker, now)
+            self._list(task)
         return self._done(call)
 
     def _lost_with_worker(self, reference: Any, reason: str) -> ScoringOutcome:
-        """End the call's worker. Of the calls in its hands the first was under way."""
+        """Handle the death of a call's worker. Only its first call was running, and is to blame."""
         in_hands = self._workers.lost(self._calls[reference].worker, reason)
         blamed = in_hands[:1]
         calls = [(self._calls.pop(each), each in blamed) for each in dict.fromkeys((*in_hands, reference))]
@@ -257,40 +258,40 @@ class ScoringScheduler:
         return self._done(*(call for call, _ in calls))
 
     def _images_lost(self, call: _Call) -> ScoringOutcome:
-        """The call's tasks, to be re-sampled; each once, however many of its batches were under way.
+        """Return the call's tasks to be re-sampled, each once even if several of its batches were running.
 
-        Of several tasks one alone may have lost its images, and Ray does not say which.
+        With several tasks, perhaps only one lost its images, but Ray does not say which.
         """
         self._count("object_lost")
         if any(batch.of_control for _, batch in call.parts):
             self._control.images = None
-        lost = [open for open in dict.fromkeys(open for open, _ in call.parts) if not open.gone]
-        for open in lost:
-            self._close(open)
-        return ScoringOutcome(lost=tuple(open.sampled for open in lost))
+        lost = [task for task in dict.fromkeys(task for task, _ in call.parts) if not task.gone]
+        for task in lost:
+            self._close(task)
+        return ScoringOutcome(lost=tuple(task.sampled for task in lost))
 
     def forget(self, sampled: SampledTask) -> None:
-        """The task's images are lost, as another pool has found: it will be submitted again."""
-        open = self._open.get(sampled.report.task.place)
-        if open and open.sampled is sampled:
-            self._close(open)
+        """Forget a task whose images are lost, as another pool found. The task will be submitted again."""
+        task = self._open.get(sampled.report.task.place)
+        if task and task.sampled is sampled:
+            self._close(task)
 
-    def _close(self, open: _Open) -> None:
-        open.gone = True
-        del self._open[open.place]
+    def _close(self, task: _ScoringTask) -> None:
+        task.gone = True
+        del self._open[task.place]
 
     def _done(self, *calls: _Call) -> ScoringOutcome:
-        opens = dict.fromkeys(open for call in calls for open, _ in call.parts)
-        done = [open for open in opens if not open.gone and open.job.finished]
-        for open in done:
-            del self._open[open.place]
-        return ScoringOutcome(tuple((open.sampled, open.job.scores()) for open in done))
+        tasks = dict.fromkeys(task for call in calls for task, _ in call.parts)
+        done = [task for task in tasks if not task.gone and task.job.finished]
+        for task in done:
+            del self._open[task.place]
+        return ScoringOutcome(tuple((task.sampled, task.job.scores()) for task in done))
 
     def waiting_for(self) -> list[str]:
-        """Who has what in hand, a line each, for the watchdog's dump."""
+        """List waiting images and running batches, for the watchdog's dump."""
         what = ", ".join(self._pool.names)
-        lines = [f"images of task {open.place} wait for scores of {what}" for open in self._open.values()]
+        lines = [f"images of task {task.place} wait for scores of {what}" for task in self._open.values()]
         for call in self._calls.values():
-            places = ", ".join(str(open.place) for open, _ in call.parts)
-            lines.append(f"task {places} is in the hands of {call.worker.name}")
+            places = ", ".join(str(task.place) for task, _ in call.parts)
+            lines.append(f"task {places} runs on {call.worker.name}")
         return lines

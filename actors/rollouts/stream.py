@@ -1,4 +1,4 @@
-"""RolloutStream: tasks in, scored rollouts out; the interface, and the same in one process."""
+"""RolloutStream: sample and score tasks. The interface, and its implementation in one process."""
 
 import sys
 import time
@@ -18,12 +18,12 @@ from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.schedule import Place, Stream, Task
 from ray_ddpo.common.trajectory import ImageBatch, Rollout, Scores, TaskReport, merged_scores
 
-# Called between any two steps of work, at least about once a second: to stop a run it raises.
+# Called between steps of work, at least about once a second. It raises to stop a run.
 Check = Callable[[], None]
 
 
 class RolloutStream(ABC):
-    """Draws and scores tasks. A round comes back whole and in task order, whoever was first."""
+    """Samples and scores tasks. The rollouts of a round are returned in task order."""
 
     @abstractmethod
     def publish(self, weights: PolicyWeights) -> None:
@@ -31,34 +31,40 @@ class RolloutStream(ABC):
 
     @abstractmethod
     def submit(self, tasks: list[Task], weights: PolicyWeights | None = None) -> None:
-        """Queue tasks. Their policy version must have been published, or they come with its weights."""
+        """Queue tasks.
+
+        Args:
+            weights: None: those of the tasks' policy version, which must have been published.
+        """
 
     @abstractmethod
-    def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
-        """The rollouts of these tasks of a round, in task order; waits until the last is scored. Each is given out once.
+    def collect(self, round_index: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
+        """Wait until these tasks of a round are scored, and return their rollouts in task order, each only once.
 
         Errors of workers are raised here.
         """
 
     @abstractmethod
     def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
-        """Keep samplers and reward workers busy until one of other pieces of work, given by their references, is done.
+        """Keep samplers and reward workers busy until a call of the learner finishes.
 
-        `loading`: that work begins with a model to load, which may take runtime.ready_seconds.
+        Args:
+            pending: references of the learner's calls. The method returns when one of them is ready.
+            loading: the calls load a model first, which may take runtime.ready_seconds.
         """
 
     @abstractmethod
     def images(self, rollout: Rollout) -> ImageBatch | None:
-        """A rollout's images themselves, for a ledger that keeps some; None where they went with their node."""
+        """Return a rollout's images, for the ledger, or None if they were lost with their node."""
 
     @abstractmethod
     def report(self) -> StreamReport:
-        """What was done since the last report."""
+        """Report the work since the last report."""
 
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """What both streams are told of the recipe and of the driver."""
+    """Settings of both streams from recipe and driver."""
 
     runtime: RuntimeTable
     versions_kept: int
@@ -68,15 +74,15 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class SerialPool:
-    """The one reward worker of a pool, in this process, and how it is asked."""
+    """A pool with a single reward worker in this process, and its settings."""
 
     worker: RewardWorker
     table: RewardPoolTable
-    trains: bool = True  # else it holds scorers, which are asked only of images that are looked at
+    trains: bool = True  # False: the pool has scorers of evaluation, which score no training images
 
 
 class SerialRolloutStream(RolloutStream):
-    """Everything in this process, one task after the other, when its round is collected. Here no call has a deadline."""
+    """The stream in this process. Tasks are sampled and scored one by one when collected, without deadlines."""
 
     def __init__(self, sampler: Sampler, pools: tuple[SerialPool, ...], settings: StreamSettings) -> None:
         self._sampler = sampler
@@ -87,7 +93,7 @@ class SerialRolloutStream(RolloutStream):
         self._tasks: dict[Place, tuple[Task, PolicyWeights | None]] = {}
         self._retries: dict[str, int] = {}
         self._reported = time.monotonic()
-        self._evaluation_seconds = 0.0  # of sampling, since the last report
+        self._evaluation_seconds = 0.0  # seconds of sampling since the last report
 
     def publish(self, weights: PolicyWeights) -> None:
         self._weights[weights.policy_version] = weights
@@ -98,14 +104,15 @@ class SerialRolloutStream(RolloutStream):
     def submit(self, tasks: list[Task], weights: PolicyWeights | None = None) -> None:
         self._tasks |= {task.place: (task, weights) for task in tasks}
 
-    def collect(self, round: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
-        places = [(round, int(stream), index) for index in tasks]
+    def collect(self, round_index: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
+        places = [(round_index, int(stream), index) for index in tasks]
         return report_dropped([self._rollout(*self._tasks.pop(place)) for place in places])
 
     def _rollout(self, task: Task, weights: PolicyWeights | None) -> Rollout:
+        """Sample and score a task."""
         self._settings.check()
         report, trajectory, images = self._sampler.sample(task, weights or self._weights[task.policy_version])
-        assert report is not None and images is not None, "nobody tells this sampler to forget a task"
+        assert report is not None and images is not None, "this sampler is never asked to forget a task"
         asked = [number for number, pool in enumerate(self._pools) if pool.trains or not task.trains]
         scores = merged_scores([self._scores(number, report, images) for number in asked])
         if not task.trains:
@@ -113,6 +120,7 @@ class SerialRolloutStream(RolloutStream):
         return Rollout(report, scores, trajectory, images)
 
     def _scores(self, number: int, report: TaskReport, images: ImageBatch) -> Scores:
+        """Score a task's images with one pool, with retries."""
         pool, count = self._pools[number], len(images.prompts)
         names, table, control = pool.worker.names, pool.table, self._controls[number]
         job = ScoringJob(names, count, table.batch_size, table.attempts, images, control, report.dropped)
@@ -151,7 +159,7 @@ class SerialRolloutStream(RolloutStream):
 
 
 def report_dropped(rollouts: list[Rollout]) -> list[Rollout]:
-    """Print a line for each image that could not be scored; returns what it is given."""
+    """Print a line for each image that could not be scored, and return the rollouts."""
     for rollout in rollouts:
         task = rollout.report.task
         for row, reason in rollout.scores.dropped.items():

@@ -1,4 +1,4 @@
-"""Suspects: tasks over which samplers have died, and how to find the image that kills them; no clock, no Ray."""
+"""Suspects: find the image that kills samplers, among tasks over which samplers died; no clock, no Ray."""
 
 from dataclasses import dataclass, field, replace
 
@@ -8,34 +8,42 @@ from ray_ddpo.common.schedule import Place
 
 @dataclass
 class _Suspect:
+    """A task over which a sampler died."""
+
     care: Care = PLAIN
     deaths: int = 0  # since `care` was chosen
     deaths_alone: dict[int, int] = field(default_factory=dict)  # by row
-    cleared: bool = False  # its images were decoded one by one, and nobody died
+    cleared: bool = False  # its images were decoded one by one, and no sampler died
 
     def begin(self, care: Care) -> None:
         self.care, self.deaths = care, 0
 
 
 class Suspects:
-    """After two deaths over a task it is denoised as ever and decoded image by image, then, if need be, sampled image by image.
+    """Tasks over which samplers died.
 
-    The image over which two more samplers die is left out from then on. One death proves nothing, and neither do two of them
-    if nobody dies when the images are tried: the task is then sampled as any other, to the same bits.
+    After two deaths a task is denoised as a batch and decoded image by image. After two more, images are sampled one by
+    one. An image over which two more samplers die is left out from then on. One death proves nothing. Neither do two,
+    if no sampler dies when images are tried: the task is then sampled like any other, to the same bits.
     """
 
     def __init__(self) -> None:
         self._suspects: dict[Place, _Suspect] = {}
 
     def care(self, place: Place) -> Care:
-        """Return how the task is to be sampled now."""
+        """Return how to sample the task now."""
         suspect = self._suspects.get(place)
         return suspect.care if suspect else PLAIN
 
     def died(self, place: Place, care: Care, row: int | None) -> None:
-        """Note that a sampler died over the task, sampled with `care`, with `row` in hand if that is known."""
+        """Note that a sampler died over the task.
+
+        Args:
+            care: how the task was sampled.
+            row: the current image, if known.
+        """
         suspect = self._suspects.setdefault(place, _Suspect())
-        if care != suspect.care:  # another sampler has found out more meanwhile
+        if care != suspect.care:  # another sampler found out more meanwhile
             return
         if row is None:
             self._died_over_task(suspect)
@@ -55,10 +63,10 @@ class Suspects:
             suspect.begin(replace(suspect.care, one_by_one=following))
 
     def counts(self, place: Place, care: Care) -> bool:
-        """Return whether what was sampled with `care` is the task's result. If not, it is to be sampled once more.
+        """Return whether images sampled with `care` are the task's result. If not, the task must be sampled again.
 
-        Images decoded one by one have other last bits; they count only if the task kills samplers in no other way, as a
-        batch that is too large for the memory does.
+        Images that were decoded one by one have other last bits. They count only if the task kills samplers every other
+        way, as a batch that is too large for the memory does.
         """
         suspect = self._suspects.get(place)
         if suspect is None or care.one_by_one == "nothing":
@@ -69,5 +77,5 @@ class Suspects:
         return counts
 
     def forget(self, place: Place) -> None:
-        """Drop what is known of a task that is sampled."""
+        """Forget a task that was sampled."""
         self._suspects.pop(place, None)

@@ -1,4 +1,4 @@
-"""WorkerPool: the actors of one role; they come, load, work, die and are replaced, or are retired."""
+"""WorkerPool: the actors of a role, which are started, replaced when they die, and retired."""
 
 import heapq
 import time
@@ -12,38 +12,41 @@ from ray.exceptions import RayActorError
 from ray_ddpo.common.process_deaths import LOADING, Death, in_one_line
 from ray_ddpo.common.role_loading import RoleNotStarted
 
-TASKS_AHEAD = 2  # a worker has one call in hand and one waiting, so that none waits for a round trip
+TASKS_AHEAD = 2  # a worker has a running and a waiting call, so that it need not wait for a round trip
 LONGEST_BACKOFF_SECONDS = 30.0
-LOADS_TRIED = 3  # for each actor that is wanted: what kills every process that loads it would kill the next one too
+LOADS_TRIED = 3  # per wanted actor: a load that kills every process would kill the next one too
 
 
 class TooManyRestarts(RuntimeError):
-    """Actors keep dying; starting yet another would hide that something is wrong."""
+    """Actors keep dying. Starting more would hide the cause."""
 
 
 @dataclass
 class RestartBudget:
-    """How many actors of all roles may be started in place of dead ones before a round is done.
+    """The number of dead actors that may be replaced before a round is done.
 
-    Not in the whole run: over weeks on machines that may be taken away, deaths add up and mean nothing.
+    There is no limit for a full run: over weeks on preemptible machines, deaths add up and mean nothing.
     """
 
     limit: int
-    by_role: dict[str, int] = field(default_factory=dict)  # since the last report, which is that of the last round
-    loading: dict[str, int] = field(default_factory=dict)  # deaths in a row while a role was loading
+    by_role: dict[str, int] = field(default_factory=dict)  # since the last report, so since the last round
+    loading: dict[str, int] = field(default_factory=dict)  # consecutive deaths while a role was loading
 
     def spend(self, role: str, reason: str, loads: int | None = None) -> None:
-        """Count a death. `loads`: it died while it was loading, and so many deaths in a row like that are too many.
+        """Count a death.
+
+        Args:
+            loads: the limit of consecutive deaths while loading, if the actor died while loading.
 
         Raises:
-            TooManyRestarts: a limit is passed.
+            TooManyRestarts: a limit is exceeded.
         """
         self.by_role[role] = self.by_role.get(role, 0) + 1
         self.loading[role] = 0 if loads is None else self.loading.get(role, 0) + 1
         if loads is not None and self.loading[role] >= loads:
             raise TooManyRestarts(
-                f"the {role} died {self.loading[role]} times in a row while it was loading, the last time so: {reason}; "
-                "ddpo train --serial loads the same in one process, and logs/ has what each one said last"
+                f"the {role} died {self.loading[role]} times in a row while it was loading, the last time so: "
+                f"{reason}; ddpo train --serial loads the same in one process, and logs/ has what each one said last"
             )
         deaths = sum(self.by_role.values())
         if deaths > self.limit:
@@ -53,24 +56,24 @@ class RestartBudget:
             )
 
     def report(self) -> dict[str, int]:
-        """Restarts by role since the last report."""
+        """Return the restarts by role since the last report."""
         counts, self.by_role, self.loading = self.by_role, {}, {}
         return counts
 
 
 @dataclass(eq=False)
 class Worker:
-    """One actor, and the calls in its hands, oldest first."""
+    """An actor, and its unfinished calls, oldest first."""
 
     index: int
     actor: Any
-    loading: Any  # the reference to wait for; None once it is loaded
-    since: float  # when it was started, then when it was loaded
+    loading: Any  # the reference to wait for; None if loaded
+    since: float  # the time of the start, then of the end of loading
     calls: list[Any] = field(default_factory=list)
-    head_since: float = 0.0  # since when it works on the first of its calls
-    suspect: bool = False  # overdue: it gets nothing more until it answers
+    head_since: float = 0.0  # since when the first of its calls is running
+    suspect: bool = False  # a straggler, which gets no calls until it answers
     retiring: bool = False
-    gone: bool = False  # no longer of its pool
+    gone: bool = False  # no longer in its pool
 
     @property
     def name(self) -> str:
@@ -78,13 +81,13 @@ class Worker:
 
 
 class WorkerPool:
-    """Holds as many actors as are wanted. `make(index)` starts one; a dead one is replaced after a growing pause."""
+    """The wanted number of actors. `make(index)` starts one. Dead actors are replaced after a growing pause."""
 
     def __init__(self, name: str, role: str, make: Callable[[int], Any], count: int, budget: RestartBudget) -> None:
-        self.name = name  # as `ddpo scale` knows it
-        self.role = role  # as restarts are counted
-        self.on_death: Callable[[Death], None] = lambda death: None  # set by who tells of it
-        # Set by who compares what workers have loaded: told who it is and what it has loaded; it may raise an error.
+        self.name = name  # for `ddpo scale`
+        self.role = role  # for the count of restarts
+        self.on_death: Callable[[Death], None] = lambda death: None  # a callback that reports deaths
+        # A callback that compares the workers' loaded files, given the worker's name and their fingerprints. May raise.
         self.on_loaded: Callable[[str, Any], None] = lambda who, loaded: None
         self._make = make
         self._budget = budget
@@ -95,10 +98,9 @@ class WorkerPool:
         self._reported = time.monotonic()
         self.workers: list[Worker] = []
         self._loading: dict[Any, Worker] = {}  # by the reference to wait for
-        self._able: list[
-            tuple[int, int]
-        ] = []  # a heap: calls in hand and index of who may be given another, or could once
-        self._listed: dict[tuple[int, int], Worker] = {}  # what is in the heap
+        # A heap: number of calls and index of workers that may be given another call, or could once.
+        self._able: list[tuple[int, int]] = []
+        self._listed: dict[tuple[int, int], Worker] = {}  # the workers in the heap
         self.wanted = 0
         self.scale(count)
 
@@ -107,7 +109,7 @@ class WorkerPool:
         return [worker for worker in self.workers if worker.loading is None]
 
     def scale(self, count: int) -> None:
-        """Start as many as are lacking, or retire as many as are too many; a retired one finishes what it has."""
+        """Start missing workers, or retire surplus ones. A retired worker finishes its calls."""
         self.wanted = count
         staying = [worker for worker in self.workers if not worker.retiring]
         for _ in range(count - len(staying) - len(self._start_at)):
@@ -132,6 +134,7 @@ class WorkerPool:
             self._remove(worker)
 
     def _remove(self, worker: Worker) -> None:
+        """Kill a worker, and remove it from all lists."""
         worker.gone = True
         for calls in range(TASKS_AHEAD):
             self._listed.pop((calls, worker.index), None)
@@ -153,22 +156,29 @@ class WorkerPool:
             self._start()
 
     def references(self) -> list[Any]:
-        """What to wait for: workers that load their models."""
+        """Return the references to wait for: those of workers that are loading."""
         return list(self._loading)
 
     def take_loaded(self, reference: Any) -> bool:
-        """Whether `reference` was a worker's loading, which is over now. RoleNotStarted: its constructor raised an error."""
+        """Process a finished loading of a worker.
+
+        Returns:
+            False if the reference is of no worker that is loading.
+
+        Raises:
+            RoleNotStarted: the worker's constructor raised an error.
+        """
         worker = self._loading.get(reference)
         if worker is None:
             return False
         try:
             answer = ray.get(reference)
         except RayActorError as error:
-            if error.actor_init_failed:  # Ray could not even make the actor, and could not make the next one either
+            if error.actor_init_failed:  # Ray could not make the actor, and cannot make the next one either
                 raise RoleNotStarted(f"{self.role}: {in_one_line(str(error))}") from error
             self.lost(worker, str(error), LOADING)
         else:
-            if isinstance(answer, RoleNotStarted):  # the next one would not start either
+            if isinstance(answer, RoleNotStarted):  # the next worker would fail alike
                 raise answer
             del self._loading[reference]
             worker.loading, worker.since = None, time.monotonic()
@@ -177,7 +187,11 @@ class WorkerPool:
         return True
 
     def free(self, avoid: Worker | None = None) -> Worker | None:
-        """The loaded worker with the fewest calls in hand that may be given another; None where none may."""
+        """Return the worker with the fewest calls that may be given another, or None.
+
+        Args:
+            avoid: a worker to choose only if no other is free.
+        """
         first = self._first_able()
         if first is None or first is not avoid:
             return first
@@ -187,34 +201,34 @@ class WorkerPool:
         return other or first
 
     def _first_able(self) -> Worker | None:
-        """The first of the heap, without what is no longer as it was when it was listed."""
+        """Return the first worker of the heap, after removing outdated entries."""
         while self._able:
             worker = self._listed[self._able[0]]
-            if self._able[0] == self._place_of(worker):
+            if self._able[0] == self._key_of(worker):
                 return worker
             del self._listed[heapq.heappop(self._able)]
         return None
 
-    def _place_of(self, worker: Worker) -> tuple[int, int] | None:
-        """Where a worker stands among those that may be given another call; None: it may not."""
+    def _key_of(self, worker: Worker) -> tuple[int, int] | None:
+        """Return a worker's key in the heap, or None if it may not be given another call."""
         able = worker.loading is None and not worker.retiring and not worker.suspect
         return (len(worker.calls), worker.index) if able and len(worker.calls) < TASKS_AHEAD else None
 
     def _list(self, worker: Worker) -> None:
-        place = self._place_of(worker)
-        if place is not None and place not in self._listed:
-            self._listed[place] = worker
-            heapq.heappush(self._able, place)
+        key = self._key_of(worker)
+        if key is not None and key not in self._listed:
+            self._listed[key] = worker
+            heapq.heappush(self._able, key)
 
     def give(self, worker: Worker, call: Any, now: float) -> None:
-        """Note that `worker` has `call` in its hands."""
+        """Note that a call was given to a worker."""
         if not worker.calls:
             worker.head_since = now
         worker.calls.append(call)
         self._list(worker)
 
     def answered(self, worker: Worker, call: Any, now: float) -> float:
-        """Note that `call` is over; the seconds that it took, as the driver saw it."""
+        """Note that a call is finished, and return its seconds, as seen by the driver."""
         self._deaths_in_a_row = 0
         seconds = now - worker.head_since
         worker.calls.remove(call)
@@ -224,9 +238,13 @@ class WorkerPool:
         return seconds
 
     def lost(self, worker: Worker, reason: str, at: str = "") -> list[Any]:
-        """A dead or hung worker: its calls, to be given to others. Another is started after a pause that grows.
+        """Remove a dead or hung worker, and schedule a replacement after a growing pause.
 
-        `at`: what it was at, in words.
+        Args:
+            at: what the worker was doing, in words.
+
+        Returns:
+            The worker's calls, to be assigned to others.
         """
         if worker.gone:
             return []
@@ -242,14 +260,14 @@ class WorkerPool:
         return calls
 
     def report_seconds(self) -> float:
-        """Seconds that loaded workers were there since the last report, summed over them."""
+        """Return the seconds that workers were loaded since the last report, summed over workers."""
         now = time.monotonic()
         seconds = self._seconds + sum(now - max(worker.since, self._reported) for worker in self.loaded)
         self._seconds, self._reported = 0.0, now
         return seconds
 
     def close(self) -> None:
-        """End all actors."""
+        """Kill all actors."""
         for worker in self.workers:
             ray.kill(worker.actor)
             worker.gone = True

@@ -1,4 +1,4 @@
-"""The registry of model families: how one encodes prompts, steps, and decodes images. One file a family, one line here."""
+"""The registry of model families, each of which encodes prompts, steps, and decodes images: one file and one line each."""
 
 from ray_ddpo.common.recipe.registry import Registry
 

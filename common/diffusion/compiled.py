@@ -1,4 +1,4 @@
-"""A network compiled for batches of one size: smaller ones are filled up, larger ones cut, so that it is compiled once."""
+"""A network compiled once, for batches of one size: smaller batches are padded, larger ones split."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,21 +11,26 @@ from torch import Tensor
 
 @final
 class CompiledNetwork:
-    """Calls a network through `torch.compile`.
+    """A network called through `torch.compile`.
 
-    A shape's code depends on that shape alone (no dynamic shapes, whose code depends on which shapes came before), so equal
-    batches give equal bits in every process, whatever it did before.
+    Shapes are static: the code of a shape does not depend on shapes seen before, as it would with dynamic shapes.
+    So equal batches give equal bits in every process.
     """
 
     def __init__(self, call: Callable[..., Tensor], rows: int) -> None:
-        """`call` takes tensors by name, with a row each; `rows`: of every batch that the network will see."""
-        # Isolated: torch ends a process whose networks are compiled more often than its limit of 8, all of them together.
-        compile: Any = torch.compile  # whose overloads do not name the last key yet
-        self._compiled: Any = compile(call, dynamic=False, fullgraph=True, isolate_recompiles=True)
+        """Compile the network.
+
+        Args:
+            call: takes tensors by name, with one row per batch item.
+            rows: the rows of every batch that the network will see.
+        """
+        # Isolated, because torch's limit of 8 recompilations otherwise counts all networks of the process together.
+        torch_compile: Any = torch.compile  # its overloads do not list isolate_recompiles yet
+        self._compiled: Any = torch_compile(call, dynamic=False, fullgraph=True, isolate_recompiles=True)
         self._rows = rows
 
     def __call__(self, **inputs: Tensor) -> Float[Tensor, "B ..."]:
-        """The network's output for inputs with a row each."""
+        """Return the network's output, one row per input row."""
         parts = zip(*(each.split(self._rows) for each in inputs.values()), strict=True)
         outputs = [self._run(dict(zip(inputs, part, strict=True))) for part in parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -33,18 +38,16 @@ class CompiledNetwork:
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         count = len(next(iter(inputs.values())))
         if count < self._rows:
-            inputs = {name: _filled_up(value, self._rows) for name, value in inputs.items()}
+            padding = self._rows - count  # repeats the first row
+            inputs = {
+                name: torch.cat([rows, rows[:1].expand(padding, *rows.shape[1:])]) for name, rows in inputs.items()
+            }
         return self._compiled(**inputs)[:count]
 
 
 def graph_of_learning(is_compiled: bool) -> AbstractContextManager:
-    """Run a pass whose gradient nobody wants so that it has the bits of a pass that is learned from.
+    """Return the gradient mode in which a pass without a loss has the same bits as a training pass.
 
-    A network is compiled a second time where gradients are off, and rounds otherwise there. The body detaches what it keeps.
+    With gradients off, torch.compile makes other code, which rounds differently. The caller detaches what it keeps.
     """
     return torch.enable_grad() if is_compiled else torch.no_grad()
-
-
-def _filled_up(rows: Tensor, count: int) -> Tensor:
-    """As many rows as that, with the first again and again."""
-    return torch.cat([rows, rows[:1].expand(count - len(rows), *rows.shape[1:])])

@@ -1,4 +1,4 @@
-"""A pipeline of diffusers as a policy: guidance, steps, decoding and files, which are alike in all families."""
+"""A diffusers pipeline as a policy: guidance, steps, decoding and files, which all families share."""
 
 import functools
 from abc import abstractmethod
@@ -27,13 +27,13 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 
-EMBEDDING_BYTES = 1 << 29  # of prompts that are remembered: 4,500 of SD 1.5 in half precision, 127 of FLUX
+EMBEDDING_BYTES = 1 << 29  # cached prompt embeddings: 4,500 prompts of SD 1.5 in half precision, 127 of FLUX
 
 NetworkCall = Callable[..., Tensor]  # (network, latents, timesteps, **rows of conditioning) → the network's output
 
 
 class DiffusersPolicy(Policy):
-    """A loaded pipeline as a policy. Runs the same numerics in sampler and learner."""
+    """A loaded pipeline as a policy. Sampler and learner run the same numerics."""
 
     def __init__(
         self, config: "DiffusersConfig", pipeline: Any, device: str, sampling: SamplingTable, role: Role
@@ -41,15 +41,15 @@ class DiffusersPolicy(Policy):
         self.config = config
         self.device = device
         self.dtype = config.dtype_of(role)
-        # Channels last is what GPUs convolve fastest; on a CPU the embedded model is a seventh slower in it.
-        layout = torch.channels_last if device.startswith("cuda") else torch.contiguous_format
-        self.network: Any = getattr(pipeline, config.network_name).to(device, memory_format=layout).eval()
+        # GPUs convolve fastest in channels_last; on a CPU the embedded model is a seventh slower with it.
+        memory_format = torch.channels_last if device.startswith("cuda") else torch.contiguous_format
+        self.network: Any = getattr(pipeline, config.network_name).to(device, memory_format=memory_format).eval()
         self.pipeline = pipeline
         self.vae: Any = pipeline.vae
         self.text_encoders: list[Any] = [getattr(pipeline, part, None) for part in config.text_parts]
-        waits = "cpu" if config.offload else device
-        for part in self._beside():
-            part.to(waits, memory_format=layout).eval().requires_grad_(False)
+        idle_device = "cpu" if config.offload else device
+        for part in (part for part in (self.vae, *self.text_encoders) if part is not None):
+            part.to(idle_device, memory_format=memory_format).eval().requires_grad_(False)
         self.guidance_scale = sampling.guidance_scale
         self.negative_prompt = sampling.negative_prompt
         self.branches = config.branches(sampling)
@@ -60,7 +60,7 @@ class DiffusersPolicy(Policy):
         self._call = functools.partial(config.network_call(sampling), self.network)
         self._embeddings: dict[str, Conditioning] = {}
         make_trainable(self.network, config.train, config.lora)
-        self.network.eval()  # adapters too: a file's may have dropout
+        self.network.eval()  # again, because adapters from a file may have dropout
         if config.train == "lora" and self.dtype != torch.float32:
             compute_adapters_in(self.network, device, self.dtype)
         self._autocast = autocast(device, self.dtype if config.train == "full" else torch.float32)
@@ -69,22 +69,20 @@ class DiffusersPolicy(Policy):
 
     @abstractmethod
     def _table(self, sampling: SamplingTable) -> DenoisingSteps:
-        """The path's steps, on the device; `pipeline`, `latent_shape` and `device` are there."""
+        """Return the denoising steps, on the device. `pipeline`, `latent_shape` and `device` are set already."""
 
     @abstractmethod
     def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
-        """One prompt's row of everything, in the text encoders' dtype; `with_negative`: what all prompts share as well.
+        """Encode one prompt in the text encoders' dtype. Return one row per tensor.
 
-        That is of `negative_prompt`, which stays the same as long as the policy lives.
+        Args:
+            prompt: the text.
+            with_negative: whether to return the `negative_…` tensors of `negative_prompt` too, which all prompts share.
         """
-
-    def _beside(self) -> list[Any]:
-        """The parts that only samplers have."""
-        return [part for part in (self.vae, *self.text_encoders) if part is not None]
 
     @contextmanager
     def _at_work(self, *parts: Any) -> Iterator[None]:
-        """On the device, also where they wait in the host's memory."""
+        """Move offloaded parts to the device for the duration of the body."""
         parts = tuple(part for part in parts if part is not None) if self.config.offload else ()
         for part in parts:
             part.to(self.device)
@@ -107,7 +105,7 @@ class DiffusersPolicy(Policy):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        # One prompt at a time: in a batch its last bits would depend on which prompts stand beside it.
+        # One prompt at a time: in a batch, its last bits would depend on the other prompts.
         missing = [prompt for prompt in ("", *prompts) if prompt not in self._embeddings]
         new: dict[str, Conditioning] = {}
         if missing:
@@ -121,9 +119,12 @@ class DiffusersPolicy(Policy):
         return {**{name: torch.cat([row[name] for row in rows]) for name in names}, **shared}
 
     def _remember(self, new: dict[str, Conditioning]) -> None:
+        """Cache the rows, within EMBEDDING_BYTES."""
         for prompt, row in new.items():
             most = EMBEDDING_BYTES // sum(value.nbytes for value in row.values())
-            if len(self._embeddings) >= max(most, 2):  # the oldest but the empty one, which each task needs
+            if len(self._embeddings) >= max(
+                most, 2
+            ):  # drop the oldest, but never the empty prompt, which each task needs
                 del self._embeddings[next(known for known in self._embeddings if known)]
             self._embeddings[prompt] = row
 
@@ -132,7 +133,7 @@ class DiffusersPolicy(Policy):
         for name in self.config.tokenizers:
             part, tokenizer = name.replace("tokenizer", "text_encoder"), getattr(self.pipeline, name, None)
             if tokenizer is not None:
-                # Diffusers cuts for CLIP where the first tokenizer says so, and for T5 where its caller does.
+                # diffusers truncates for CLIP at the first tokenizer's length, and for T5 at its caller's.
                 length = getattr(self.pipeline, "tokenizer_max_length", tokenizer.model_max_length)
                 if self.config.text_parts[part][1] == "T5EncoderModel":
                     length = getattr(self.config, "max_sequence_length", length)
@@ -143,10 +144,14 @@ class DiffusersPolicy(Policy):
         return noise
 
     def transition(
-        self, latents: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], conditioning: Conditioning, noisy: bool = True
+        self,
+        latents: Float[Tensor, "B C H W"],
+        steps: Int[Tensor, "B"],
+        conditioning: Conditioning,
+        stochastic: bool = True,
     ) -> Transition:
         output = self._guided(latents, self.steps.timesteps[steps], conditioning)
-        return self.steps.transition(latents, output, steps, noisy)
+        return self.steps.transition(latents, output, steps, stochastic)
 
     def _guided(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return guided(
@@ -165,8 +170,8 @@ class DiffusersPolicy(Policy):
         timesteps: Int[Tensor, "B"],
         conditioning: Conditioning,
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-        noised, told, target = self.steps.noised(clean_latents.float(), noise, timesteps)
-        return self._guided(noised, told, conditioning).float(), target
+        noised, timestep_input, target = self.steps.add_noise(clean_latents.float(), noise, timesteps)
+        return self._guided(noised, timestep_input, conditioning).float(), target
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:
@@ -178,7 +183,7 @@ class DiffusersPolicy(Policy):
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def _unscaled(self, latents: Tensor) -> Tensor:
-        """Return latents as the decoder takes them, in which each pipeline of diffusers' honours other keys."""
+        """Return latents as the decoder takes them. Each diffusers pipeline honours other keys here."""
         shift = getattr(self.vae.config, "shift_factor", None)
         scaled = latents / self.vae.config.scaling_factor
         return scaled if shift is None else scaled + shift
@@ -191,10 +196,10 @@ class DiffusersPolicy(Policy):
         restore_trained(self.network, self.config.train, path)
 
     def take_lora(self, file: LoraFile) -> None:
-        """Put any LoRA that diffusers reads in the place of the policy's own adapters, which are not trained from here on.
+        """Replace the policy's adapters by any LoRA that diffusers reads. The new adapters are not trained.
 
         Raises:
-            ValueError: it is of another form, or does not fit network and text encoders.
+            ValueError: The file has another format, or does not fit network and text encoders.
         """
         self.network.unload_lora()
         load_any_lora(file, self.network, self.config.network_name, loadable_encoders(self.pipeline))

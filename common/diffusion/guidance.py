@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022): one prediction out of two."""
+"""Classifier-free guidance (Ho & Salimans 2022): combine the unconditional and the conditional prediction."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,10 @@ def guided(
     conditioning: dict[str, Tensor],
     guidance_scale: float | None,
 ) -> Float[Tensor, "B C H W"]:
-    """Both branches in one batch, joined in float32. No scale: the prompt's branch alone, as the network gives it."""
+    """Predict both branches in one batch and combine them in float32.
+
+    Without a `guidance_scale` only the prompt's branch is computed, and returned as the network gives it.
+    """
     rows = {name: value for name, value in conditioning.items() if not name.startswith("negative_")}
     if guidance_scale is None:
         return predict(latents, timesteps, rows)

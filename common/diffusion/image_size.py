@@ -1,4 +1,4 @@
-"""The size of images: the keys of `[policy]` that give it, what sizes a model can make, and the latents of it."""
+"""Image size: the keys of `[policy]` that set it, the sizes a model supports, and the latent shape that follows."""
 
 import math
 from abc import abstractmethod
@@ -14,7 +14,7 @@ LARGEST_SIDE = 16_384
 
 
 class SizedConfig(PolicyConfig):
-    """A family whose images may have any height and width that its decoder and its network divide."""
+    """A family whose images may have any height and width that its decoder and its network can divide."""
 
     resolution: int | None = Field(default=None, ge=8, le=LARGEST_SIDE, multiple_of=8)  # pixels a side of a square
     height: int | None = Field(default=None, ge=8, le=LARGEST_SIDE)  # pixels; None: the model's own, so with width
@@ -35,26 +35,30 @@ class SizedConfig(PolicyConfig):
 
     @property
     def scale_factor(self) -> int:
-        """Pixels a side that one latent stands for. From a file, for a learner loads no decoder to ask."""
+        """Return the pixels per side of one latent. Read from a file, because a learner loads no decoder."""
         config = self.part_config("vae")
-        # AutoencoderTiny's have another name. Without either: the default of diffusers, by the decoder's class.
+        # AutoencoderTiny calls the key differently. Without either key, use diffusers' default for the decoder's class.
         default = (64,) if config.get("_class_name") != "AutoencoderTiny" else (64,) * 4
         channels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or default
         return 2 ** (len(channels) - 1)
 
     @property
     def size_unit(self) -> int:
-        """Pixels whose multiples height and width must be."""
+        """Return the number of pixels that height and width must be multiples of."""
         return math.lcm(PIPELINES_UNIT, self.scale_factor)
 
     @property
     def given_sizes(self) -> dict[str, tuple[int | None, int | None]]:
-        """Return the keys that the recipe gives, with height and width each."""
+        """Return the size keys that the recipe sets, with the height and width that each gives."""
         keys = {"resolution": (self.resolution,) * 2, "height": (self.height, None), "width": (None, self.width)}
         return {key: sides for key, sides in keys.items() if sides != (None, None)}
 
     def check_size(self) -> None:
-        """Refuse a size that the model cannot make. ValueError: the key, its value, and the nearest that are possible."""
+        """Check that the model supports the size.
+
+        Raises:
+            ValueError: The message names the key, its value, and the nearest supported sizes.
+        """
         if not self.given_sizes:
             return
         unit = self.size_unit
@@ -68,7 +72,11 @@ class SizedConfig(PolicyConfig):
                 )
 
     def latent_sides(self, own: int | Sequence[int] | None) -> tuple[int, int]:
-        """Return height and width of an image's latents; `own`: the model's, of a square or (height, width)."""
+        """Return height and width of an image's latents.
+
+        Args:
+            own: the model's default size in latents, of a square or as (height, width).
+        """
         self.check_size()
         if own is None and len(self.given_sizes) < 2 and self.resolution is None:
             raise ValueError("the model says no sample_size: give policy.height and policy.width")

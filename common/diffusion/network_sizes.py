@@ -1,4 +1,4 @@
-"""The sizes of a family that has one network: counted on the meta device, as a family of your own may."""
+"""The sizes of a family with one network, counted on the meta device. Families of the user's own may call it too."""
 
 import math
 from collections.abc import Callable
@@ -26,14 +26,14 @@ def network_sizes(
     device: DeviceKind,
     decode: Callable[[Tensor], Tensor],
 ) -> PolicySizes:
-    """Return what `ddpo plan` needs to know of a family that has one network.
+    """Return what `ddpo plan` needs to know of a family with one network.
 
     Args:
-        config: the family's keys; its adapter's stand under `lora`.
-        network: on the meta device, as it is constructed.
-        inputs: what the network is called with; `negative_…` of the same shapes are counted beside it.
+        config: the family's keys, with its adapter's keys under `lora`.
+        network: on the meta device, as constructed.
+        inputs: what the network is called with. The `negative_…` inputs have the same shapes and are added.
         sampling: the recipe's `[sampling]`.
-        device: whose memory is counted.
+        device: the device whose memory is counted.
         decode: makes images from latents, without a network.
     """
     parameters = count_parameters(network)
@@ -41,12 +41,14 @@ def network_sizes(
     trained = sum(parameter.numel() for parameter in trained_parameters(network).values())
     memory = NetworkMemory(network, inputs, config.dtype_of("learner"), device)
     held = parameter_bytes(network) + library_bytes(device)
-    learner = memory.learning(config.gradient_checkpointing).plus(held + 3 * 4 * trained)  # gradient, two of AdamW's
+    learner = memory.learning(config.gradient_checkpointing).plus(
+        held + 3 * 4 * trained
+    )  # gradient, AdamW's two states
     if config.train == "lora":
         memory.change_dtype(config.dtype_of("sampler"))
     network_bytes = parameter_bytes(network) + (base_weight_bytes(network) if config.merge_adapters else 0)
     held = network_bytes + library_bytes(device)
-    path = DTYPES[sampling.latents_dtype].itemsize * (sampling.num_steps + 1) * math.prod(inputs.latent_shape)
+    trajectory = DTYPES[sampling.latents_dtype].itemsize * (sampling.num_steps + 1) * math.prod(inputs.latent_shape)
 
     def decoded(images: int) -> int:
         return peak_bytes(lambda: decode(torch.empty(images, *inputs.latent_shape, device="meta")))
@@ -62,8 +64,8 @@ def network_sizes(
         network_parameters=parameters,
         trained_parameters=trained,
         learner=learner,
-        sampling=memory.sampling().plus(held, 3 * path),
-        decoding=line_through(decoded, 1, 2).plus(held, path),
+        sampling=memory.sampling().plus(held, 3 * trajectory),
+        decoding=line_through(decoded, 1, 2).plus(held, trajectory),
         encoding_bytes=held,
         conditioning_dtypes=dtypes | {f"negative_{name}": dtype for name, dtype in dtypes.items()},
         network_bytes=network_bytes,

@@ -1,4 +1,4 @@
-"""What every model family promises: encode prompts, give one step's distribution, decode images."""
+"""The interface of every model family: encode prompts, give the distribution of a step, decode images."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ from ray_ddpo.common.recipe.registry import Component
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.trajectory import DTYPES
 
-# "check": the learner's second copy, which computes as samplers do and, as the learner, neither encodes nor decodes.
+# "check": the learner's second copy. It computes as samplers do but, like the learner, has no encoder and decoder.
 Role = Literal["sampler", "learner", "check"]
 Conditioning = dict[str, Tensor]
 MODEL_FILES = ("safetensors", "pt", "pth", "bin", "ckpt", "npz", "json", "yaml", "toml", "txt", "model")
@@ -43,19 +43,23 @@ class Policy(ABC):
     not_finite: tuple[int, ...] = ()
 
     def compile(self, batch_size: int) -> None:
-        """From here on the network runs compiled, on batches of this size: smaller ones are filled up, larger ones cut.
+        """Compile the network for batches of this size: smaller batches are padded, larger ones split.
 
         Raises:
-            ValueError: the family has no compiled network, as none has that says nothing else.
+            ValueError: The family does not support compilation. This is the default.
         """
         raise ValueError(f'policy.compile is set, and {type(self).__name__} has no compiled network: give "none"')
 
     def image_size(self) -> tuple[int, int] | None:
-        """Return height and width of an image in pixels, if that is known without decoding one; a family need not tell."""
+        """Return height and width of an image in pixels; None if only decoding tells. A family need not implement this."""
         return None
 
     def load_weights(self, weights: PolicyWeights) -> int:
-        """Lay a version's weights into the network; how many parameters were bound. Errors are those of `load_weights`."""
+        """Load a version's weights into the network. Return how many parameters were loaded.
+
+        Raises:
+            ValueError: As `load_weights` of `lora.adapters`.
+        """
         bound = load_weights(self.network, weights)
         if self.merged:
             self.merged.merge()
@@ -64,27 +68,35 @@ class Policy(ABC):
     @property
     @abstractmethod
     def stochastic_steps(self) -> list[int]:
-        """The steps that are actions: their standard deviation is above 0."""
+        """Return the steps whose standard deviation is above 0. Only these are actions."""
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Tensors with one row a prompt; those named `negative_…` have one row for all."""
+        """Return tensors with one row per prompt. Those named `negative_…` have one row for all prompts."""
 
     def initial_latents(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Return the latents where a trajectory starts, from standard normal noise: the noise itself, in most families."""
+        """Return the latents where a trajectory starts. In most families this is the standard normal `noise` itself."""
         return noise
 
     def text_readers(self) -> list[TextReader]:
-        """Return the text encoders, to find prompts that are longer than they read; none where nobody can say."""
+        """Return the readers of the text encoders, which find prompts that are too long; empty if unknown."""
         return []
 
     @abstractmethod
     def transition(
-        self, latents: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], conditioning: Conditioning, noisy: bool = True
+        self,
+        latents: Float[Tensor, "B C H W"],
+        steps: Int[Tensor, "B"],
+        conditioning: Conditioning,
+        stochastic: bool = True,
     ) -> Transition:
-        """The distribution of the next latents. Each row may be at a step of its own; conditioning has a row each.
+        """Return the distribution of the next latents.
 
-        Not `noisy`: these steps are taken without noise, standard deviation 0.
+        Args:
+            latents: the current latents.
+            steps: each row's step index; rows may be at different steps.
+            conditioning: one row per row of `latents`.
+            stochastic: if False, take the deterministic step, with standard deviation 0.
         """
 
     @abstractmethod
@@ -95,34 +107,43 @@ class Policy(ABC):
         timesteps: Int[Tensor, "B"],
         conditioning: Conditioning,
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-        """What the network, guided as it samples, predicts of clean latents noised to `timesteps`, and what it should.
+        """Run the network, guided as in sampling, on clean latents noised to `timesteps`.
 
-        Both float32, in the network's own terms (noise, velocity or clean latents).
+        Returns:
+            Prediction and target, both float32, in the network's own parameterization (noise, velocity or clean
+            latents).
         """
 
     def clean_scale(self, timesteps: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """How far the clean latents move that a prediction stands for, when it moves by one: as the steps say, if it has some."""
+        """Return by how much the predicted clean latents change if the prediction changes by one.
+
+        If the policy has `steps`, they decide; otherwise the scale is 1.
+        """
         steps = getattr(self, "steps", None)
         ones = torch.ones(len(timesteps), device=timesteps.device)
         return steps.clean_scale(timesteps) if isinstance(steps, DenoisingSteps) else ones
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B H2 W2 3"]:
-        """PageImages of final latents."""
+        """Return the images of final latents."""
 
     @abstractmethod
     def save(self, folder: Path) -> Path:
-        """Write the trained weights into a run's folder in diffusers' own format; the path that diffusers loads."""
+        """Write the trained weights into a run's folder in diffusers' format. Return the path that diffusers loads."""
 
     @abstractmethod
     def restore(self, path: Path) -> None:
-        """Read trained weights that `save` wrote, or any of the same form. ValueError: they do not fit this network."""
+        """Read trained weights that `save` wrote, or others in the same format.
+
+        Raises:
+            ValueError: The weights do not fit this network.
+        """
 
 
 class PolicyConfig(Component, ABC):
     """A model family's keys in the recipe. `load` reads the weights, in the one process that needs them."""
 
-    # Whether `encode` gives what all prompts share as of `sampling.negative_prompt`.
+    # Whether `encode` uses `sampling.negative_prompt` for the unconditional branch.
     takes_negative_prompt: ClassVar[bool] = False
 
     model: str
@@ -149,49 +170,53 @@ class PolicyConfig(Component, ABC):
         return getattr(getattr(self, "lora", None), "path", None)
 
     def lora_files(self) -> tuple[Weights, ...]:
-        """Return the files of the LoRA that training begins from. ValueError: they are not there."""
+        """Return the files of the LoRA that training starts from.
+
+        Raises:
+            ValueError: The files do not exist.
+        """
         path = self._lora_path()
         return () if path is None else (files_of_lora(path),)
 
     def stochastic_steps(self, sampling: SamplingTable) -> int:
-        """How many steps of a path have noise, as far as can be told without its schedule."""
+        """Return how many steps of a trajectory are stochastic, as far as can be told without the model's schedule."""
         return sampling.num_steps
 
     @abstractmethod
     def check(self) -> None:
-        """ValueError where it can be told without loading that the model is not there."""
+        """Raise ValueError if it can be told without loading that the model does not exist."""
 
     def check_sampling(self, sampling: SamplingTable) -> None:
-        """Raise ValueError if the family cannot sample so."""
+        """Raise ValueError if the family does not support these sampling options."""
         if sampling.negative_prompt and not self.takes_negative_prompt:
             raise ValueError(
                 f"sampling.negative_prompt is {sampling.negative_prompt!r}, and {type(self).__name__} takes none: leave it out"
             )
 
     def dtype_of(self, role: Role) -> torch.dtype:
-        """What a role's network computes in."""
+        """Return the dtype that a role's network computes in."""
         return DTYPES[self.dtype if role == "learner" else self.sampler_dtype or self.dtype]
 
     def is_compiled(self, role: Role) -> bool:
-        """Whether a role's network is."""
+        """Return whether a role's network is compiled."""
         return self.compile == "both" or (self.compile == "sampler" and role != "learner")
 
     @property
     def numerics_differ(self) -> bool:
-        """Whether sampler and learner give a step log_probs that lie further apart than rounding in float32 puts them.
+        """Return whether log-probs of sampler and learner differ by more than float32 rounding.
 
-        In half precision a compiled network rounds in other places, and merging rounds what was learned away.
+        In half precision a compiled network rounds at other places, and merging rounds small updates away.
         """
         half = {self.dtype_of("sampler"), self.dtype_of("learner")} != {torch.float32}
         other = self.compile != "none" or self.merge_adapters
         return self.dtype_of("sampler") != self.dtype_of("learner") or (half and other)
 
     def needs(self) -> tuple[Weights, ...]:
-        """The files that a sampler's `load` reads, for `ddpo doctor`."""
+        """Return the files that a sampler's `load` reads, for `ddpo doctor`."""
         return ()
 
     def files_of(self, role: Role) -> tuple[Weights, ...]:
-        """Return the files that a role's `load` reads, to be fingerprinted; where nobody says, all that `model` names."""
+        """Return the files that a role's `load` reads, to be fingerprinted. Defaults to all files below `model`."""
         path = Path(self.model).expanduser()
         if self.needs() or not path.exists():
             return self.needs()
@@ -200,20 +225,24 @@ class PolicyConfig(Component, ABC):
         return (Weights(str(path), tuple(f"**/*.{kind}" for kind in MODEL_FILES), "policy.model"),)
 
     def loaded_base(self, role: Role) -> Base:
-        """Return the fingerprints of what a role's policy is made from."""
+        """Return the fingerprints of the files that a role's policy is made from."""
         return entry_base(self, "policy", (*self.files_of(role), *self.lora_files()))
 
     @abstractmethod
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
-        """What `ddpo plan` needs to know, without loading weights; memory is that of such a device."""
+        """Return what `ddpo plan` needs to know, without loading weights. Memory is predicted for `device`."""
 
     @abstractmethod
     def load(self, device: str, sampling: SamplingTable, role: Role) -> Policy:
-        """A live policy. Only a sampler's has text encoder and decoder. ValueError: the model cannot be found."""
+        """Return a live policy. Only a sampler's policy has text encoders and decoder.
+
+        Raises:
+            ValueError: The model cannot be found.
+        """
 
 
 def select_rows(conditioning: Conditioning, index: Int[Tensor, "B"]) -> Conditioning:
-    """One row for each of `index`; what all prompts share is repeated without a copy."""
+    """Return one row for each of `index`. Rows that all prompts share are expanded without a copy."""
     return {
         name: value.expand(len(index), *value.shape[1:]) if name.startswith("negative_") else value[index]
         for name, value in conditioning.items()
@@ -221,12 +250,12 @@ def select_rows(conditioning: Conditioning, index: Int[Tensor, "B"]) -> Conditio
 
 
 def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
-    """Half precision for a network whose weights are float32; nothing where it is to compute in float32."""
+    """Return autocast to `dtype` for a network with float32 weights. It is disabled if `dtype` is float32."""
     return torch.autocast(device.partition(":")[0], dtype, enabled=dtype != torch.float32)
 
 
 def quiet_libraries() -> None:
-    """Loading is announced by us, once; what the libraries say of each part is for their own developers."""
+    """Silence the libraries' messages about each part. This program reports loading itself, once."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by others wherever it is installed
     import diffusers.utils.logging
     import transformers.utils.logging

@@ -1,6 +1,6 @@
-"""Try a model family of your own before the first round: each method once, on two rows, and what it must return.
+"""Try a user's own model family before the first round: call each method once on two rows and check its result.
 
-What fails is named by class, method, what was expected and what came. Families of the project are tested by its own tests.
+An error names class, method, what was expected and what was returned. The project's own families are tested elsewhere.
 """
 
 import tempfile
@@ -22,25 +22,26 @@ from ray_ddpo.common.diffusion.transition import Transition
 from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.role_loading import loading
-from ray_ddpo.common.undisturbed import undisturbed
+from ray_ddpo.common.runtime import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
 
 ROWS = 2  # a method that takes all rows for the first would pass with one
-SAME = 1e-3  # of the largest number: rounding alone moves a mean by less
+SAME = 1e-3  # of the largest number: rounding alone changes a mean by less
 
 
 def load_checked(config: PolicyConfig, device: str, sampling: SamplingTable, role: Role) -> Policy:
     """Load a recipe's policy.
 
     Raises:
-        ValueError: a file is damaged, or a family of the user's own raises, or returns no policy that can be used.
-        PartNotLoaded: anything else went wrong.
+        ValueError: A file is damaged, or the user's own family raises or returns no usable policy.
+        PartNotLoaded: Anything else went wrong.
     """
     with loading(f"policy.model is {config.model!r}", config.needs):
         return _loaded(config, device, sampling, role)
 
 
 def _loaded(config: PolicyConfig, device: str, sampling: SamplingTable, role: Role) -> Policy:
+    """Load the policy. If the family is the user's own, check the fields that every policy must have."""
     if not is_users_own(config, POLICIES):
         return config.load(device, sampling, role)
     policy, name = call(config, "load", device, sampling, role), f"{type(config).__name__}.load"
@@ -72,10 +73,10 @@ def try_sampling(config: PolicyConfig, policy: Policy, prompts: Sequence[str]) -
     """Take a user's own policy from prompts to images, and check what each method returns.
 
     Returns:
-        Height and width of its images. None: it was not tried.
+        Height and width of its images; None if there was nothing to try.
 
     Raises:
-        ValueError: a method raises, or returns something else than it must.
+        ValueError: A method raises, or returns something other than it must.
     """
     if not is_users_own(config, POLICIES) or not prompts:
         return None
@@ -95,10 +96,10 @@ def try_sampling(config: PolicyConfig, policy: Policy, prompts: Sequence[str]) -
 
 
 def try_files(config: PolicyConfig, policy: Policy) -> None:
-    """Save the trained weights of a user's own policy, read them back, and leave the policy's as they were.
+    """Save the trained weights of a user's own policy, read them back, and restore the policy's weights.
 
     Raises:
-        ValueError: the files cannot be read safely, or do not give the weights back.
+        ValueError: The files cannot be read safely, or do not give the same weights back.
     """
     if not is_users_own(config, POLICIES):
         return
@@ -134,6 +135,7 @@ def try_files(config: PolicyConfig, policy: Policy) -> None:
 
 
 def _encoded(policy: Policy, prompts: list[str]) -> Conditioning:
+    """Encode the prompts, check each tensor, and return one row per prompt."""
     name, conditioning = f"{type(policy).__name__}.encode", call(policy, "encode", prompts)
     named = isinstance(conditioning, dict) and conditioning and all(isinstance(key, str) for key in conditioning)
     refuse_unless(named, f"{name} returned {described(conditioning)}", "a dict of tensors by name, at least one")
@@ -148,37 +150,42 @@ def _encoded(policy: Policy, prompts: list[str]) -> Conditioning:
 
 
 def _try_transition(policy: Policy, latents: Tensor, rows: Conditioning) -> None:
+    """Check `transition` with one step index per row.
+
+    Stochastic steps need a std above 0, equal inputs equal means, rows no other rows, and deterministic steps std 0.
+    """
     name = f"{type(policy).__name__}.transition"
-    noisy = _stochastic_steps(policy)
-    steps = torch.tensor([noisy[0], noisy[-1]], device=policy.device)
+    stochastic = _stochastic_steps(policy)
+    steps = torch.tensor([stochastic[0], stochastic[-1]], device=policy.device)
     transition = _transition(policy, (latents, steps, rows, True))
     positive = bool((transition.std > 0).all())
     where = f"{name} gave a std of {transition.std.tolist()} at the steps {steps.tolist()}, which stochastic_steps has"
     refuse_unless(positive, where, "above 0 at each of them")
     again = _transition(policy, (latents, steps, rows, True))
-    expected = "the same for the same input: no state, no dropout (network.eval()), no random numbers"
+    expected = "equal means for equal inputs: no state, no dropout (network.eval()), no random numbers"
     refuse_unless(_close(transition, again), f"{name} gave two means for one input", expected)
     last = {key: value[1:] for key, value in rows.items()}
     alone = _transition(policy, (latents[1:], steps[1:], last, True))
     row = Transition(transition.mean[1:], transition.std[1:])
     expected = "each row at its own step and with its own conditioning"
     refuse_unless(_close(row, alone, 50.0), f"{name} gave a row another mean or std among others than alone", expected)
-    silent = _transition(policy, (latents, steps, rows, False))
-    where = f"{name} with noisy=False gave a std of {silent.std.tolist()}"
-    refuse_unless(not silent.std.any(), where, "0, and the mean of the step without noise")
+    deterministic_std = _transition(policy, (latents, steps, rows, False)).std
+    where = f"{name} with stochastic=False gave a std of {deterministic_std.tolist()}"
+    refuse_unless(not deterministic_std.any(), where, "0, and the mean of the deterministic step")
 
 
 def _stochastic_steps(policy: Policy) -> list[int]:
+    """Return the policy's stochastic steps, checked to be step indices."""
     name = f"{type(policy).__name__}.stochastic_steps"
     with blamed(name):
-        noisy: Any = policy.stochastic_steps
+        steps: Any = policy.stochastic_steps
     known = (
-        isinstance(noisy, list)
-        and noisy
-        and all(isinstance(step, int) and 0 <= step < policy.num_steps for step in noisy)
+        isinstance(steps, list)
+        and steps
+        and all(isinstance(step, int) and 0 <= step < policy.num_steps for step in steps)
     )
-    refuse_unless(known, f"{name} is {noisy!r}", f"a list of the steps with noise, of 0 to {policy.num_steps - 1}")
-    return noisy
+    refuse_unless(known, f"{name} is {steps!r}", f"a list of the stochastic steps, of 0 to {policy.num_steps - 1}")
+    return steps
 
 
 def _transition(policy: Policy, arguments: tuple[Any, ...]) -> Transition:
@@ -191,11 +198,12 @@ def _transition(policy: Policy, arguments: tuple[Any, ...]) -> Transition:
 
 
 def _try_denoise(policy: Policy, latents: Tensor, noise: Tensor, rows: Conditioning) -> None:
+    """Check prediction and target of `denoise`. A policy may leave the method unimplemented."""
     timesteps = torch.tensor([0, policy.num_train_timesteps // 2], device=policy.device)
     try:
         both = call(policy, "denoise", latents, noise, timesteps, rows)
     except ValueError as error:
-        if isinstance(error.__cause__, NotImplementedError):  # only algorithms on finished images ask for it
+        if isinstance(error.__cause__, NotImplementedError):  # only algorithms that train on final images need it
             return
         raise
     name = f"{type(policy).__name__}.denoise returned"

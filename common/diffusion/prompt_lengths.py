@@ -1,4 +1,4 @@
-"""Find the prompts that are longer than a text encoder reads, and those that differ only in what is cut off."""
+"""Find prompts that are longer than a text encoder reads, and prompts that differ only in the truncated part."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from typing import Any
 
 from ray_ddpo.common.recipe.tables import SamplingTable
 
-SHOWN = 40  # characters of a prompt, and of where it ends
+SHOWN = 40  # characters of a prompt, and of the text before the cut
 
 
 @dataclass(frozen=True)
 class TextReader:
-    """A text encoder as its tokenizer feeds it."""
+    """A text encoder's tokenizer with the length that the encoder reads."""
 
     name: str  # of the text encoder, among the pipeline's parts
     tokenizer: Any
@@ -19,7 +19,7 @@ class TextReader:
 
 
 def cut_prompts_in_words(readers: Sequence[TextReader], prompts: Sequence[str], sampling: SamplingTable) -> str | None:
-    """Return one line on the prompts that are cut: how many, by which text encoder, and where. None: all are read whole."""
+    """Return one line about truncated prompts: how many, by which text encoder, and where; None if there are none."""
     if not readers or not prompts:
         return None
     negative = sampling.negative_prompt
@@ -66,7 +66,7 @@ def _shortened(prompt: str) -> str:
 
 
 def _equal(prompts: Sequence[str], ids: list[tuple[Any, ...]], cut: list[int]) -> list[str]:
-    """Return what to say of prompts of which every text encoder reads the same, one of them cut."""
+    """Describe prompts that every text encoder reads as the same, if one of them is truncated."""
     same: dict[tuple[Any, ...], list[int]] = {}
     for row, key in enumerate(ids):
         same.setdefault(key, []).append(row)

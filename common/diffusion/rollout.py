@@ -1,4 +1,4 @@
-"""Sample trajectories, and give the same trajectories their log_prob again under newer weights: side by side."""
+"""Sample trajectories, and re-compute their log-probs under newer weights. Both run the same code."""
 
 from collections.abc import Iterator
 
@@ -12,13 +12,14 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.runtime import to_device
 from ray_ddpo.common.trajectory import DTYPES, Trajectory, split_path
 
-_KEPT_STEPS = 6  # what an image's seed is hashed with to choose them
+_TRAINED_STEPS = 6  # hashed with an image's seed to choose its trained steps
 
 
 def image_noise(seeds: list[int], shape: tuple[int, ...]) -> Iterator[Float[Tensor, "B ..."]]:
-    """Standard normal noise again and again, a row an image from its own seed and on the CPU: nothing else decides it.
+    """Yield standard normal noise for each step, one row per image.
 
-    One sample after the other, as diffusers samples with a generator for each image.
+    Each image has its own generator on the CPU, seeded with its seed: neither batch nor device changes the noise.
+    Rows are generated one by one, as diffusers does with one generator per image.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     while True:
@@ -26,25 +27,31 @@ def image_noise(seeds: list[int], shape: tuple[int, ...]) -> Iterator[Float[Tens
 
 
 def trained_steps(candidates: list[int], count: int, seeds: list[int]) -> Int[Tensor, "B W"]:
-    """Which `count` of the candidate steps each image is learned from: in order, and decided by its seed alone."""
+    """Choose `count` of the candidate steps for each image, in ascending order.
+
+    The choice depends on the image's seed only.
+    """
     if count == len(candidates):
         return torch.tensor(candidates, dtype=torch.long).expand(len(seeds), count)
-    chosen = [np.random.default_rng([seed, _KEPT_STEPS]).permutation(candidates)[:count] for seed in seeds]
+    chosen = [np.random.default_rng([seed, _TRAINED_STEPS]).permutation(candidates)[:count] for seed in seeds]
     return torch.from_numpy(np.sort(np.stack(chosen), axis=1))
 
 
 def evaluation_window(sampling: SamplingTable) -> range | None:
-    """For images to be looked at and not learned from: as the recipe samples, but no noise where it has a window of it."""
+    """Return the SDE window for images that are not trained on: no stochastic steps if the recipe has a window.
+
+    Without a window, None: evaluation samples as training does.
+    """
     return None if sampling.sde_window is None else range(0)
 
 
 def refuse_window_without_noise(policy: Policy, sampling: SamplingTable) -> None:
-    """ValueError: the window may come to stand on a step that has no noise with this model, which is no action."""
+    """Raise ValueError if the SDE window can cover a step that this model takes without noise, which is not an action."""
     reached = range(sampling.num_steps - sampling.skip_last_steps)
     silent = sorted(set(reached) - set(policy.stochastic_steps))
     if sampling.sde_window is not None and silent:
         raise ValueError(
-            f"sampling.sde_window may come to stand on the steps {silent}, which have no noise with this model: "
+            f"sampling.sde_window can cover the steps {silent}, which have no noise with this model: "
             f"let it end before them with skip_last_steps = {sampling.num_steps - silent[0]}"
         )
 
@@ -53,59 +60,70 @@ def refuse_window_without_noise(policy: Policy, sampling: SamplingTable) -> None
 def sample_trajectories(
     policy: Policy, prompts: list[str], seeds: list[int], sampling: SamplingTable, window: range | None = None
 ) -> Trajectory:
-    """One denoising path for each prompt and seed, rounded to `latents_dtype` step by step, with its log-probs.
+    """Sample one trajectory per prompt and seed, with its log-probs.
 
-    `window`: the steps that have noise and are kept; None: all have noise, and those are kept that the recipe says.
+    Latents are rounded to `latents_dtype` after each step.
+
+    Args:
+        policy: the policy to sample from.
+        prompts: one per image.
+        seeds: one per image.
+        sampling: the recipe's `[sampling]`.
+        window: the stochastic steps, all of which are trained on. If None, all steps are stochastic, and the recipe
+            chooses the trained ones.
     """
     latents_dtype = DTYPES[sampling.latents_dtype]
     distinct = list(dict.fromkeys(prompts))
     prompt_index = torch.tensor([distinct.index(prompt) for prompt in prompts])
     conditioning = policy.encode(distinct)
     rows = select_rows(conditioning, prompt_index.to(policy.device))
-    # Sampled when it is needed: a GPU is then still at the step before, for which nobody waits.
+    # Generated lazily: the CPU makes a step's noise while the GPU still computes the step before.
     noise = (to_device(each, policy.device) for each in image_noise(seeds, policy.latent_shape))
 
     latents = policy.initial_latents(next(noise)).to(latents_dtype)
-    path, log_probs = [latents], []
+    path, log_probs = [latents], []  # the path has one more entry than there are steps
     for step in range(policy.num_steps):
         steps = torch.full((len(seeds),), step, device=policy.device)
         transition = policy.transition(latents, steps, rows, window is None or step in window)
-        # Rounded first, then scored, and the path goes on from the rounded value: so the learner's ratio is exactly 1.
+        # Round first, then compute the log-prob, and continue from the rounded value: the learner's ratio is then exactly 1.
         latents = transition.sample(next(noise)).to(latents_dtype)
         log_probs.append(transition.log_prob(latents))
         path.append(latents)
-    whole_path, all_log_probs = torch.stack(path, dim=1), torch.stack(log_probs, dim=1)
+    all_latents, all_log_probs = torch.stack(path, dim=1), torch.stack(log_probs, dim=1)
     if window is None:
         stochastic_steps = policy.stochastic_steps
         candidates = stochastic_steps[: len(stochastic_steps) - sampling.skip_last_steps]
-        kept = trained_steps(candidates, sampling.trained_steps(len(stochastic_steps)), seeds)
+        trained = trained_steps(candidates, sampling.trained_steps(len(stochastic_steps)), seeds)
     else:
-        kept = trained_steps(list(window), len(window), seeds)
-    before, after = _steps_of(whole_path, kept.to(policy.device))
-    kept_log_probs = all_log_probs.gather(1, kept.to(policy.device))
-    return Trajectory(conditioning, prompt_index, kept, kept_log_probs, before, after, whole_path[:, -1])
+        trained = trained_steps(list(window), len(window), seeds)
+    before, after = _latents_of(all_latents, trained.to(policy.device))
+    trained_log_probs = all_log_probs.gather(1, trained.to(policy.device))
+    return Trajectory(conditioning, prompt_index, trained, trained_log_probs, before, after, all_latents[:, -1])
 
 
-def _steps_of(
-    path: Float[Tensor, "B T1 C H W2"], kept: Int[Tensor, "B W"]
+def _latents_of(
+    path: Float[Tensor, "B T1 C H W2"], steps: Int[Tensor, "B W"]
 ) -> tuple[Float[Tensor, "B W C H W2"], Float[Tensor, "B W C H W2"]]:
-    """The latents entering and leaving the steps kept: views of the path where they are neighbours, the same for all."""
-    count = kept.shape[1]
-    first = int(kept[0, 0]) if count else 0
-    if torch.equal(kept, torch.arange(first, first + count, device=kept.device).expand_as(kept)):
+    """Return the latents before and after each trained step.
+
+    They are views of `path` if all images train the same run of steps.
+    """
+    count = steps.shape[1]
+    first = int(steps[0, 0]) if count else 0
+    if torch.equal(steps, torch.arange(first, first + count, device=steps.device).expand_as(steps)):
         return split_path(path[:, first : first + count + 1])
     rows = torch.arange(len(path), device=path.device).unsqueeze(1)
-    return path[rows, kept], path[rows, kept + 1]
+    return path[rows, steps], path[rows, steps + 1]
 
 
 @torch.no_grad()
 def score(policy: Policy, trajectory: Trajectory) -> Float[Tensor, "B W"]:
-    """The log_prob that `policy` gives to each kept step of `trajectory`, in batches composed as they were sampled."""
+    """Return the log-prob under `policy` of each trained step of `trajectory`, in batches composed as in sampling."""
     conditioning = {name: value.to(policy.device) for name, value in trajectory.conditioning.items()}
     rows = select_rows(conditioning, trajectory.prompt_index.to(policy.device))
     columns = []
-    for place in range(trajectory.steps.shape[1]):
-        latents, next_latents = trajectory.latents[:, place], trajectory.next_latents[:, place]
-        transition = policy.transition(latents.to(policy.device), trajectory.steps[:, place].to(policy.device), rows)
+    for column in range(trajectory.steps.shape[1]):
+        latents, next_latents = trajectory.latents[:, column], trajectory.next_latents[:, column]
+        transition = policy.transition(latents.to(policy.device), trajectory.steps[:, column].to(policy.device), rows)
         columns.append(transition.log_prob(next_latents.to(policy.device)))
     return torch.stack(columns, dim=1)

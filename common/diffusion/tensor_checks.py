@@ -1,4 +1,4 @@
-"""Say in one line what a tensor is, and what it must be."""
+"""Describe a tensor in one line, and check its shape, dtype and finiteness."""
 
 from typing import Any
 
@@ -7,13 +7,19 @@ from torch import Tensor
 
 
 def refuse_unless(holds: Any, found: str, expected: str) -> None:
-    """ValueError with what was found and what is expected, unless the condition holds."""
+    """Raise ValueError with what was found and what is expected, unless the condition holds."""
     if not holds:
         raise ValueError(f"{found}: expected {expected}")
 
 
 def check_tensor(found: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
-    """Return the value. ValueError: it is no finite tensor of this shape and dtype; None: any floating one."""
+    """Return the value if it is a finite tensor of this shape and dtype.
+
+    Without a `dtype`, any floating dtype is allowed.
+
+    Raises:
+        ValueError: The value is anything else.
+    """
     kind = "floating numbers" if dtype is None else _name(dtype)
     fits = isinstance(value, Tensor) and tuple(value.shape) == shape
     fits = fits and (value.is_floating_point() if dtype is None else value.dtype == dtype)
@@ -23,7 +29,7 @@ def check_tensor(found: str, value: Any, shape: tuple[int, ...], dtype: torch.dt
 
 
 def described(value: Any) -> str:
-    """Return dtype, shape and range of a tensor, and how many of its numbers are not finite; else the value's type."""
+    """Return a tensor's dtype, shape and range, and how many of its numbers are not finite; for other values, the type."""
     if not isinstance(value, Tensor):
         kind = "None" if value is None else type(value).__name__
         return f"{kind} {value!r}" if isinstance(value, (str, int, float)) else kind

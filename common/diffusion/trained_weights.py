@@ -1,4 +1,4 @@
-"""Trained weights in files: adapters, or a whole network, in diffusers' own format. Nothing is pickled."""
+"""Trained weights in files, as adapters or a full network, in diffusers' own format. Nothing is pickled."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, load_lora, save_lora, trained_tensors
 from ray_ddpo.common.diffusion.lora.files import read_lora_file
-from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.file_faults import refuse_not_finite
 from ray_ddpo.common.model_files.pretrained import weights_fault
 from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS, network_folder
 from ray_ddpo.common.policy_weights import Manifest, PolicyWeights, pack
@@ -21,14 +21,19 @@ from ray_ddpo.common.run_storage.reading import read_json
 from ray_ddpo.common.run_storage.storage import Storage
 
 CONFIG_NAME = "config.json"
-SHOWN = 3  # keys of a configuration in a message
+SHOWN = 3  # configuration keys in a message
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # as diffusers calls a network's file
 
 
 def save_trained(network: Any, train: str, lora: LoraSettings, folder: Path, part: str) -> Path:
-    """Write them into a run's folder; the path that diffusers loads. `part`: what the network is called in its pipeline.
+    """Write the trained weights into a run's folder. Return the path that diffusers loads.
 
-    The network may be any module: without diffusers' `ModelMixin` its whole state goes into one safetensors file.
+    Args:
+        network: any module. If it is not diffusers' `ModelMixin`, its state dict goes into one safetensors file.
+        train: "lora" or "full".
+        lora: the adapter's settings.
+        folder: the run's folder.
+        part: the network's name in its pipeline.
     """
     if part not in TRAINED_PARTS:
         raise ValueError(f"save_trained was given the part {part!r}: it must be one of {list(TRAINED_PARTS)}")
@@ -43,7 +48,11 @@ def save_trained(network: Any, train: str, lora: LoraSettings, folder: Path, par
 
 
 def restore_trained(network: Any, train: str, path: Path) -> None:
-    """Read what `save_trained` wrote, or any of the same form. ValueError: it does not fit the network, or is not finite."""
+    """Read what `save_trained` wrote, or weights in the same format.
+
+    Raises:
+        ValueError: The weights do not fit the network, or are not finite.
+    """
     if train == "lora":
         return load_lora(network, path)
     for file in sorted(path.glob("*.safetensors")):
@@ -55,10 +64,10 @@ def restore_trained(network: Any, train: str, path: Path) -> None:
 
 
 def stored_weights(path: Path, manifest: Manifest, policy_version: int) -> PolicyWeights:
-    """Return what the files in a run's folder hold, under the names that the parameters have in the network.
+    """Return the weights in a run's folder, under the parameters' names in the network.
 
     Raises:
-        ValueError: there are no such files, they lack a parameter, or a weight is no finite number.
+        ValueError: There are no such files, they lack a parameter, or a weight is not finite.
     """
     network = network_folder(path)
     if network:
@@ -67,7 +76,7 @@ def stored_weights(path: Path, manifest: Manifest, policy_version: int) -> Polic
     else:
         file = read_lora_file(path)
         arrays = {name: value.float().numpy() for name, value in trained_tensors(file).items()}
-        # In the network an adapter has a name, in diffusers' files it has none.
+        # PEFT's names in the network contain the adapter's name, diffusers' files do not.
         part = file.part
         names = {name: f"{part}.{re.sub(r'[.]default(?=[.]|$)', '', name)}" for name, _ in manifest}
     lacking = sorted(set(names.values()) - arrays.keys())
@@ -90,26 +99,33 @@ def _is_of_diffusers(network: Any) -> bool:
 
 
 def _load_network(network: Any, path: Path) -> None:
-    """Load a network of diffusers' from its folder. ValueError: it is another one, or its files lack a weight."""
+    """Load a diffusers network from its folder.
+
+    Raises:
+        ValueError: The folder holds another network, or its files lack a weight.
+    """
     name, misfit = type(network).__name__, f"the weights in {path} do not fit {type(network).__name__}"
     config = read_json(Storage(path), CONFIG_NAME) if (path / CONFIG_NAME).is_file() else {}
     if config.get("_class_name", name) != name:
         raise ValueError(f"{misfit}: their {CONFIG_NAME} is that of {config['_class_name']}")
     with reading(path):
-        keys = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        whole, found = type(network).from_pretrained(path, local_files_only=True, **keys)
+        keys = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        stored, found = type(network).from_pretrained(path, local_files_only=True, use_safetensors=True, **keys)
     if fault := weights_fault(found, refuse_unexpected=True):
         raise ValueError(f"{misfit} ({fault})")
-    own, given = (json.loads(each.to_json_string()) for each in (network, whole))
+    own, given = (json.loads(each.to_json_string()) for each in (network, stored))
     differing = [key for key in own if not key.startswith("_") and key != "sample_size" and own[key] != given.get(key)]
     if differing:
         said = ", ".join(f"{key}={given.get(key)!r} and the model {own[key]!r}" for key in differing[:SHOWN])
         raise ValueError(f"{misfit}: their {CONFIG_NAME} has {said}")
-    network.load_state_dict(whole.state_dict())
+    network.load_state_dict(stored.state_dict())
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers; a tensor that has several names under the first alone, as in `named_parameters`."""
+    """Return parameters and buffers.
+
+    A tensor with several names appears under the first only, as in `named_parameters`.
+    """
     state: dict[str, Tensor] = {}
     known: set[int] = set()
     for name, value in network.state_dict(keep_vars=True).items():
@@ -120,7 +136,11 @@ def _state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _load_state(network: nn.Module, file: Path) -> None:
-    """Load every tensor of the network from a file of `_state`. ValueError: it is not there, or does not fit."""
+    """Load every tensor of the network from a file of `_state`.
+
+    Raises:
+        ValueError: The file does not exist or does not fit.
+    """
     if not file.is_file():
         raise ValueError(f"{file.parent} has no {file.name}: it holds no trained network")
     with reading(file):

@@ -1,4 +1,4 @@
-"""One denoising step as a distribution: the one idea that sampler and learner share."""
+"""One denoising step as a distribution. Sampler and learner share this code."""
 
 import math
 from dataclasses import dataclass
@@ -10,17 +10,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Transition:
-    """N(mean, std² I) over the next latents (DDPO, section 4.1). float32; std 0 marks a step sampled without noise."""
+    """N(mean, std² I) over the next latents (DDPO, section 4.1), in float32. std 0 marks a deterministic step."""
 
     mean: Float[Tensor, "B C H W"]
     std: Float[Tensor, "B"]
 
     def sample(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """The next latents that standard normal `noise` leads to."""
+        """Return the next latents for standard normal `noise`."""
         return self.mean + self.std.view(-1, 1, 1, 1) * noise
 
     def log_prob(self, next_latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
-        """Gaussian log-density of `next_latents` in nats, mean over latent elements. −inf where std is 0: not an action."""
+        """Return the Gaussian log-density of `next_latents` in nats, averaged over latent elements.
+
+        It is −inf where std is 0, because a deterministic step is not an action.
+        """
         std = self.std.view(-1, 1, 1, 1)
         deviation = (next_latents.float() - self.mean) / std
         log_density = -0.5 * deviation.square() - std.log() - 0.5 * math.log(2 * math.pi)

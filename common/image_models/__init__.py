@@ -1,1 +1,1 @@
-"""Models that score images, shared by rewards and by the fitting of heads."""
+"""Models that score images, shared by rewards and the fitting of heads."""

@@ -1,4 +1,4 @@
-"""The aesthetic head: from a CLIP image embedding to a rating of about 1 to 10, in every layout that is published."""
+"""The aesthetic head: from a CLIP image embedding to a rating of about 1 to 10, in every published layout."""
 
 import re
 from dataclasses import dataclass
@@ -13,11 +13,9 @@ from torch.nn.functional import linear
 
 from ray_ddpo.common.image_models.weight_file import read_weight_file
 
-Layer = tuple[
-    Float[Tensor, "_ _"], Float[Tensor, "_"]
-]  # weight [out, in] and bias [out]; sizes differ from layer to layer
+Layer = tuple[Float[Tensor, "_ _"], Float[Tensor, "_"]]  # weight [out, in] and bias [out]
 
-# Which positions have weights tells whether only dropout stood between them, or ReLU too. A single layer has no number.
+# The positions of layers with weights tell whether only dropout was between them, or ReLU too.
 WITHOUT_ACTIVATIONS = ((), (0, 2, 4, 6, 7))
 WITH_RELU = ((0, 3, 6, 9, 11),)
 LAYOUTS = (
@@ -28,20 +26,20 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class AestheticHead:
-    """Layers with ReLU between them. Without activations a head is one affine map, and is kept as that one layer."""
+    """Layers with ReLU between them. A head without activations is one affine map, and is stored as one layer."""
 
     layers: tuple[Layer, ...]
 
     @property
     def dimension(self) -> int:
-        """Of the embeddings it rates."""
+        """Return the dimension of the embeddings that the head rates."""
         return self.layers[0][0].shape[1]
 
     def to(self, device: str) -> "AestheticHead":
         return AestheticHead(tuple((weight.to(device), bias.to(device)) for weight, bias in self.layers))
 
     def __call__(self, embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B"]:
-        """Ratings of embeddings that have L2 norm 1."""
+        """Return the ratings of embeddings with L2 norm 1."""
         values = embeddings
         for weight, bias in self.layers[:-1]:
             values = torch.relu(linear(values, weight, bias))
@@ -49,7 +47,7 @@ class AestheticHead:
 
 
 def affine_map(layers: tuple[Layer, ...]) -> Layer:
-    """Layers without activations between them as the one layer that they are."""
+    """Collapse layers without activations between them into one layer."""
     weight, bias = (tensor.double() for tensor in layers[0])
     for next_weight, next_bias in layers[1:]:
         weight, bias = next_weight.double() @ weight, next_weight.double() @ bias + next_bias.double()
@@ -57,7 +55,11 @@ def affine_map(layers: tuple[Layer, ...]) -> Layer:
 
 
 def read_head(path: str | Path) -> AestheticHead:
-    """A head from its weights, in float32. ValueError: no such file, nothing readable in it, or no published layout."""
+    """Read a head from its weights, in float32.
+
+    Raises:
+        ValueError: The file is missing or unreadable, or has no published layout.
+    """
     weights = read_weight_file(path, "the aesthetic head")
     layers = layers_in_order(weights)
     if layers is None:
@@ -66,7 +68,7 @@ def read_head(path: str | Path) -> AestheticHead:
 
 
 def layers_in_order(weights: Any) -> tuple[Layer, ...] | None:
-    """The layers if `weights` has one of the layouts, collapsed where it has no activations; else None."""
+    """Return the layers if `weights` has a published layout, collapsed if it has no activations; otherwise None."""
     if not isinstance(weights, dict):
         return None
     numbers = [re.fullmatch(r"layers\.(\d+)\.(weight|bias)", name) for name in weights]

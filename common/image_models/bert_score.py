@@ -1,4 +1,4 @@
-"""BERTScore recall: how much of a reference text another text says, by its tokens' embeddings (Zhang et al. 2020)."""
+"""BERTScore recall: how much of a reference text a candidate covers, by token embeddings (Zhang et al. 2020)."""
 
 from typing import Any
 
@@ -12,27 +12,37 @@ from ray_ddpo.common.model_files.model_hub import read_pretrained
 def recall(
     reference: Float[Tensor, "R D"], candidate: Float[Tensor, "C D"], counts: Bool[Tensor, "R"]
 ) -> Float[Tensor, ""]:
-    """Zhang et al. 2020, section 3: the mean, over the reference's tokens, of the best cosine with one of the candidate's.
+    """Return the mean over the reference's tokens of the best cosine with a candidate's token (the paper's section 3).
 
-    `counts`: which tokens are the reference's own. Those that open and close a text do not count, but can be matched, as
-    in the paper's code. No weights by frequency (idf), no rescaling.
+    No idf weights and no rescaling.
+
+    Args:
+        reference: embeddings of the reference's tokens.
+        candidate: embeddings of the candidate's tokens.
+        counts: which tokens to average over. As in the paper's code, the special tokens that open and close a text do
+            not
+            count, but can be matched.
     """
     cosines = torch.nn.functional.normalize(reference, dim=-1) @ torch.nn.functional.normalize(candidate, dim=-1).T
     return cosines.amax(dim=1)[counts].mean()
 
 
 class BertScore:
-    """A text encoder, of which one layer's output is compared. ValueError: it has no such layer."""
+    """A text encoder whose embeddings at one layer are compared.
+
+    Raises:
+        ValueError: It has no such layer.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, layer: int) -> None:
         layers = model.config.num_hidden_layers
         if not 1 <= layer <= layers:
-            raise ValueError(f"layer {layer} of the text encoder is asked for, and it has 1 to {layers}")
+            raise ValueError(f"layer {layer} of the text encoder is requested, and it has 1 to {layers}")
         self._model, self._tokenizer, self._layer = model, tokenizer, layer
         self._longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
     def recall(self, candidates: list[str], references: list[str]) -> Float[Tensor, "B"]:
-        """How much of each reference its candidate says; 0 where the candidate says nothing. Long texts lose their end."""
+        """Return the recall of each reference by its candidate; 0 for an empty candidate. Long texts are truncated."""
         pairs = zip(self._embed(references), self._embed(candidates), strict=True)
         recalls = [
             recall(reference, candidate, counts) if own.any() else torch.zeros((), device=reference.device)
@@ -42,7 +52,7 @@ class BertScore:
 
     @torch.no_grad()
     def _embed(self, texts: list[str]) -> list[tuple[Float[Tensor, "_ D"], Bool[Tensor, "_"]]]:
-        """Of each text its tokens' embeddings, and which are its own."""
+        """Return each text's token embeddings, and which tokens are not special."""
         tokens = self._tokenizer(
             [text.strip() for text in texts],
             padding=True,
@@ -58,7 +68,11 @@ class BertScore:
 
 
 def load_bert_score(source: str, layer: int, device: str, missing: str) -> BertScore:
-    """From a folder or a hub name, in float32. ValueError: `missing`, and why."""
+    """Load the encoder from a folder or a hub name, in float32.
+
+    Raises:
+        ValueError: `missing`, and why.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     def read(where: Any, local_files_only: bool) -> tuple[Any, Any, Any]:
@@ -74,7 +88,9 @@ def load_bert_score(source: str, layer: int, device: str, missing: str) -> BertS
         return model, loading, tokenizer
 
     model, loading, tokenizer = read_pretrained(source, read, missing)
-    lacking = sorted(name for name in loading["missing_keys"] if "pooler" not in name)  # which comes after all layers
+    lacking = sorted(
+        name for name in loading["missing_keys"] if "pooler" not in name
+    )  # the pooler comes after all layers and is not used
     if lacking:
         raise ValueError(f"{missing} (weights are missing: {lacking[0]} and others)")
     return BertScore(model.to(device).eval().requires_grad_(False), tokenizer, layer)

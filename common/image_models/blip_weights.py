@@ -1,4 +1,4 @@
-"""BLIP's weights, under the names of its own code, as the models of transformers': the same network under other names."""
+"""Load BLIP's published weights into transformers' models, which have the same network under other names."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from ray_ddpo.common.model_files.pretrained import loaded
 
 State = dict[str, Tensor]
 
-HEAD_WIDTH = 64  # of attention, in both towers of every BLIP
+HEAD_WIDTH = 64  # of an attention head, in both towers of every BLIP
 IMAGE_NAMES = {
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding",
@@ -33,14 +33,15 @@ IMAGES, TEXTS = "visual_encoder.", "text_encoder."
 
 
 def load_blip(state: State, dtype: torch.dtype, missing: str) -> tuple[Any, Any]:
-    """The image tower, and the text tower that looks at images by cross-attention; sizes are read off the weights.
+    """Load the image tower, and the text tower with cross-attention to images. Their sizes come from the weights.
 
-    ValueError: `missing`, and which weight lacks or is no BLIP's.
+    Raises:
+        ValueError: `missing`, and which weight is missing or unknown.
     """
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     images, texts = (without_prefix(state, prefix) for prefix in (IMAGES, TEXTS))
-    texts.pop("embeddings.position_ids", None)  # counted, not learned
+    texts.pop("embeddings.position_ids", None)  # constant, not learned
     try:
         image_config, text_config = BlipVisionConfig(**image_sizes(images)), BlipTextConfig(**text_sizes(texts))
         weights = image_weights(images)
@@ -52,12 +53,16 @@ def load_blip(state: State, dtype: torch.dtype, missing: str) -> tuple[Any, Any]
 
 
 def without_prefix(state: State, prefix: str) -> State:
-    """The weights whose names begin so, by the rest of their names."""
+    """Return the weights whose names have the prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def image_weights(state: State) -> State:
-    """The image tower's weights under transformers' names; the text tower's are the same in both. KeyError: no such."""
+    """Return the image tower's weights by transformers' names. The text tower's names are equal in both.
+
+    Raises:
+        KeyError: A name is not BLIP's.
+    """
     weights: State = {}
     for name, tensor in state.items():
         match = BLOCK.fullmatch(name)
@@ -71,7 +76,11 @@ def image_weights(state: State) -> State:
 
 
 def image_sizes(state: State) -> dict[str, Any]:
-    """The keys of a BlipVisionConfig. KeyError: a weight that says one of them is not there."""
+    """Return the keys of a BlipVisionConfig.
+
+    Raises:
+        KeyError: A weight that determines a key is missing.
+    """
     width, _, patch, _ = _shape(state, IMAGES, "patch_embed.proj.weight")
     patches = _shape(state, IMAGES, "pos_embed")[1] - 1  # one position is the class token's
     return {
@@ -81,12 +90,16 @@ def image_sizes(state: State) -> dict[str, Any]:
         "num_attention_heads": width // HEAD_WIDTH,
         "patch_size": patch,
         "image_size": patch * math.isqrt(patches),
-        "layer_norm_eps": 1e-6,  # BLIP's own; transformers' default is another
+        "layer_norm_eps": 1e-6,  # BLIP's own; transformers' default differs
     }
 
 
 def text_sizes(state: State) -> dict[str, Any]:
-    """The keys of a BlipTextConfig. KeyError: a weight that says one of them is not there."""
+    """Return the keys of a BlipTextConfig.
+
+    Raises:
+        KeyError: A weight that determines a key is missing.
+    """
     words, width = _shape(state, TEXTS, "embeddings.word_embeddings.weight")
     return {
         "vocab_size": words,
@@ -96,8 +109,8 @@ def text_sizes(state: State) -> dict[str, Any]:
         "num_hidden_layers": _count(state, r"encoder\.layer\.(\d+)\."),
         "num_attention_heads": width // HEAD_WIDTH,
         "max_position_embeddings": _shape(state, TEXTS, "embeddings.position_embeddings.weight")[0],
-        "is_decoder": True,  # what gives the layers their cross-attention; the tower is not run as a decoder
-        "bos_token_id": None,  # none of these is used where nothing is generated
+        "is_decoder": True,  # adds the cross-attention; the tower is not run as a decoder
+        "bos_token_id": None,  # used in generation only
         "sep_token_id": None,
         "eos_token_id": None,
     }

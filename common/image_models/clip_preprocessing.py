@@ -1,20 +1,81 @@
-"""CLIP's own image preprocessing, for a batch on its device: resize, centre crop, normalise."""
+"""CLIP's image preprocessing for a batch on its device: bit-exact PIL resize, center crop, normalization."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ray_ddpo.common.image_models.pil_resize import Span, resize
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue of the images CLIP learned from, in 0 … 1
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in CLIP's training images, in 0 … 1
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+BITS = 22  # fraction bits of a weight in PIL; 255 times the sum of weights then fits into 32 bits
+SUPPORT = 2.0  # radius of the bicubic filter, in pixels of the smaller of the two images
+
+
+@dataclass(frozen=True)
+class Span:
+    """One side of an image: its length, its length after the resize, and which part of the result is needed."""
+
+    length: int
+    new_length: int
+    start: int
+    count: int
+
+
+def resize(images: UInt8[Tensor, "B H W 3"], rows: Span, columns: Span) -> UInt8[Tensor, "B 3 rows columns"]:
+    """Return the requested part of the resized images. Other pixels are never computed, so thin images cost little."""
+    levels = images.permute(0, 3, 1, 2)
+    shrunk_rows, shrunk_columns = rows.length - rows.new_length, columns.length - columns.new_length
+    # Each pass rounds, so their order matters. Pillow 13 resizes rows first if that saves work.
+    rows_first = shrunk_rows > max(0, 2 * shrunk_columns)
+    for dimension, span in ((2, rows), (3, columns)) if rows_first else ((3, columns), (2, rows)):
+        levels = _resize_along(dimension, levels, span)
+    return levels
+
+
+def _resize_along(dimension: int, levels: UInt8[Tensor, "B 3 _ _"], span: Span) -> UInt8[Tensor, "B 3 _ _"]:
+    places, weights = (torch.from_numpy(table).to(levels.device) for table in _taps(span))
+    lines = levels.movedim(dimension, 1).contiguous()  # whole lines are gathered, so make them contiguous
+    half = 1 << (BITS - 1)  # for the rounding
+    total = torch.full((len(lines), span.count, *lines.shape[2:]), half, dtype=torch.int32, device=levels.device)
+    for place, weight in zip(places, weights, strict=True):
+        total += lines.index_select(1, place).int() * weight.view(-1, 1, 1)
+    return (total >> BITS).clamp(0, 255).to(torch.uint8).movedim(1, dimension)
+
+
+@lru_cache(maxsize=16)
+def _taps(span: Span) -> tuple[Int[np.ndarray, "taps count"], Int[np.ndarray, "taps count"]]:
+    """Return, for each new pixel, the indices of its source pixels and their weights times 2^22."""
+    scale = span.length / span.new_length
+    stretch = max(scale, 1.0)  # a shrinking image needs a wider filter, or pixels would be skipped
+    centres = (np.arange(span.start, span.start + span.count) + 0.5) * scale
+    first = np.trunc(centres - SUPPORT * stretch + 0.5).clip(min=0).astype(np.int64)
+    end = np.trunc(centres + SUPPORT * stretch + 0.5).clip(max=span.length).astype(np.int64)
+    places = first + np.arange(2 * math.ceil(SUPPORT * stretch) + 1)[:, None]
+    weights = np.where(places < end, bicubic((places - centres + 0.5) * (1 / stretch)), 0.0)
+    # Sum in PIL's order, because another order may round the last bit differently.
+    weights = weights / np.cumsum(weights, axis=0)[-1]
+    fixed_point = np.trunc(weights * (1 << BITS) + np.copysign(0.5, weights)).astype(np.int32)
+    return places.clip(max=span.length - 1), fixed_point
+
+
+def bicubic(distances: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Evaluate Keys' cubic convolution (1981) with a = -0.5, whose value at 0 is 1."""
+    x, a = np.abs(distances), -0.5
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
 def rgb_pixels(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """An image of any mode as CLIPProcessor takes it: what is transparent lies on white, and no EXIF tag turns it."""
+    """Convert an image of any mode as CLIPProcessor does: transparency on white, EXIF orientation ignored."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
@@ -24,15 +85,15 @@ def rgb_pixels(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
 def clip_pixels(
     images: UInt8[Tensor, "B H W 3"], side: int = 224, whole: bool = False
 ) -> Float[Tensor, "B 3 {side} {side}"]:
-    """What CLIP is fed (Radford et al. 2021): grey levels / 255, less the mean, over the standard deviation."""
+    """Return CLIP's input (Radford et al. 2021): gray levels / 255, minus the mean, divided by the standard deviation."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
     return (grey_levels(images, side, whole).float() / 255 - mean) / std
 
 
 def grey_levels(images: UInt8[Tensor, "B H W 3"], side: int, whole: bool = False) -> UInt8[Tensor, "B 3 {side} {side}"]:
-    """The shorter side resized to `side`, and the middle of the longer one; equal to CLIPProcessor's with PIL.
+    """Resize the shorter side to `side` and crop the center, with results equal to CLIPProcessor's with PIL.
 
-    `whole`: the longer side resized to `side`, and black beside the shorter one, as open_clip's `ResizeMaxSize` does.
+    If `whole`, resize the longer side to `side` and pad with black instead, as open_clip's `ResizeMaxSize` does.
     """
     _, height, width, _ = images.shape
     if whole:

@@ -1,4 +1,4 @@
-"""CLIP's two towers: images and prompts as embeddings of L2 norm 1, whose cosine says how well they fit."""
+"""CLIP's two towers: images and prompts as embeddings of L2 norm 1, whose cosine says how well they match."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ray_ddpo.common.model_files.pretrained import read_model, read_tokenizer
 EmbedImages = Callable[[UInt8[Tensor, "B H W 3"]], Float[Tensor, "B D"]]
 EmbedTexts = Callable[[list[str]], Float[Tensor, "B D"]]
 
-HIGHEST_TOKEN = 2  # what old configurations say of the end-of-text token, and transformers then takes the highest one
+HIGHEST_TOKEN = 2  # eos_token_id in old configurations, for which transformers uses the highest token
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,25 @@ class ClipTowers:
     """Both towers on one device. Embeddings are projected, of L2 norm 1 and in float32."""
 
     embed_images: EmbedImages
-    embed_texts: EmbedTexts  # longer prompts are cut as CLIPProcessor(truncation=True) cuts them, at CLIP's 77 tokens
+    embed_texts: EmbedTexts  # truncates at CLIP's 77 tokens, as CLIPProcessor(truncation=True) does
     logit_scale: float  # the learned factor of the cosine in CLIP's softmax, near 100
     device: str
 
     def cosines(self, images: UInt8[np.ndarray, "B H W 3"], prompts: list[str]) -> Float[np.ndarray, "B"]:
-        """Between each image and its own prompt, -1 … 1. A prompt that occurs several times is encoded once."""
-        place = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-        texts = self.embed_texts(list(place))[[place[prompt] for prompt in prompts]]
-        # A copy: images out of Ray's store are read-only, and torch warns of sharing them.
+        """Return the cosine between each image and its prompt, -1 … 1. Each distinct prompt is encoded once."""
+        index = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        texts = self.embed_texts(list(index))[[index[prompt] for prompt in prompts]]
+        # Copy, because images from Ray's store are read-only, and torch warns about sharing these.
         embeddings = self.embed_images(torch.from_numpy(np.array(images)).to(self.device))
         return (embeddings * texts).sum(1).cpu().numpy()
 
 
 def load_image_embedder(clip: str, device: str, dtype: torch.dtype, missing: str) -> tuple[EmbedImages, int]:
-    """The image tower alone, and the dimension of its embeddings. ValueError: `missing`, and why."""
+    """Load the image tower only. Return its function and the dimension of its embeddings.
+
+    Raises:
+        ValueError: `missing`, and why.
+    """
     from transformers import CLIPVisionModelWithProjection
 
     tower = read_model(CLIPVisionModelWithProjection, clip, dtype, missing).to(device)
@@ -52,14 +56,18 @@ def load_image_embedder(clip: str, device: str, dtype: torch.dtype, missing: str
 
 
 def load_clip(clip: Weights, tokenizer: Weights, device: str, dtype: torch.dtype) -> ClipTowers:
-    """A whole CLIP of transformers'. ValueError: the key of the recipe whose files cannot be read, and why."""
+    """Load a transformers CLIP.
+
+    Raises:
+        ValueError: Its files cannot be read. The message names the recipe's key and the reason.
+    """
     from transformers import CLIPModel
 
     return clip_towers(read_model(CLIPModel, clip.source, dtype, cannot_load(clip)), tokenizer, device)
 
 
 def clip_towers(model: Any, tokenizer: Weights, device: str, whole: bool = False) -> ClipTowers:
-    """The towers of a CLIPModel. `whole`: images that are not square keep their edges (clip_preprocessing)."""
+    """Return the towers of a CLIPModel. If `whole`, images are padded to a square instead of cropped."""
     model = model.to(device)
     tokens = _tokenizer_for(model.config.text_config, tokenizer)
     side, length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
@@ -78,16 +86,17 @@ def clip_towers(model: Any, tokenizer: Weights, device: str, whole: bool = False
 
 
 def unit(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """In float32, of L2 norm 1."""
+    """Normalize embeddings to L2 norm 1, in float32."""
     embeddings = embeddings.float()
     return embeddings / embeddings.norm(dim=-1, keepdim=True)
 
 
 def _tokenizer_for(text_config: Any, tokenizer: Weights) -> Any:
+    """Read the tokenizer and check that it fits the text tower."""
     from transformers import CLIPTokenizer
 
     tokens = read_tokenizer(CLIPTokenizer, tokenizer)
-    # With another vocabulary, or another end to look for, every prompt would get an embedding, and a wrong one.
+    # With another vocabulary or end-of-text token, every prompt would silently get a wrong embedding.
     ends_alike = text_config.eos_token_id in (HIGHEST_TOKEN, tokens.eos_token_id)
     if len(tokens) != text_config.vocab_size or not ends_alike:
         raise ValueError(

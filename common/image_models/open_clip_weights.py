@@ -1,4 +1,4 @@
-"""A checkpoint of open_clip's as a CLIP of transformers': the same network, under other names."""
+"""Load an open_clip checkpoint into transformers' CLIP, which has the same network under other names."""
 
 import math
 import re
@@ -42,9 +42,12 @@ NOT_LEARNED = {"attn_mask"}  # older checkpoints carry the causal mask
 
 
 def load_open_clip(path: str | Path, heads: int, dtype: torch.dtype) -> Any:
-    """A CLIPModel from a `.pt` of weights only, or `.safetensors`; its sizes but the `heads` are read off the weights.
+    """Load a CLIPModel from a `.pt` file of weights only, or `.safetensors`.
 
-    ValueError: no such file, nothing readable in it, or not the weights of an open_clip ViT.
+    All sizes but `heads` come from the weights.
+
+    Raises:
+        ValueError: The file is missing or unreadable, or does not hold the weights of an open_clip ViT.
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -58,7 +61,11 @@ def load_open_clip(path: str | Path, heads: int, dtype: torch.dtype) -> Any:
 
 
 def as_transformers(state: State) -> State:
-    """The weights under transformers' names. KeyError: a name that open_clip's ViT does not have."""
+    """Return the weights by transformers' names.
+
+    Raises:
+        KeyError: A name is not one of open_clip's ViT.
+    """
     weights: State = {}
     for name, tensor in state.items():
         if name in NAMES:
@@ -69,13 +76,14 @@ def as_transformers(state: State) -> State:
 
 
 def _of_a_block(name: str, tensor: Tensor) -> State:
+    """Return one weight of a transformer block by transformers' names."""
     match = BLOCK.fullmatch(name)
     if not match:
         raise KeyError(f"it has {name!r}")
     tower, number, part, kind = match.groups()
     prefix = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}"
     if part == "attn.in_proj":
-        # One matrix for queries, keys and values, one below the other.
+        # One matrix has queries, keys and values stacked.
         thirds = zip("qkv", tensor.chunk(3), strict=True)
         return {f"{prefix}.self_attn.{letter}_proj.{kind}": third.clone() for letter, third in thirds}
     if part not in IN_A_BLOCK:
@@ -84,7 +92,11 @@ def _of_a_block(name: str, tensor: Tensor) -> State:
 
 
 def sizes(state: State, heads: int) -> dict[str, Any]:
-    """The keys of a CLIPConfig. KeyError: a weight that says one of them is not there."""
+    """Return the keys of a CLIPConfig.
+
+    Raises:
+        KeyError: A weight that determines a key is missing.
+    """
     for name in ("visual.conv1.weight", "visual.transformer.resblocks.0.mlp.c_fc.weight", *NAMES):
         if name not in state:
             raise KeyError(f"it lacks {name!r}")
@@ -96,7 +108,7 @@ def sizes(state: State, heads: int) -> dict[str, Any]:
     return {
         "projection_dim": state["text_projection"].shape[1],
         "vision_config": {**vision, "patch_size": patch, "image_size": patch * math.isqrt(patches)},
-        # CLIP's last two words begin and end a text.
+        # CLIP's last two tokens begin and end a text.
         "text_config": {
             **text,
             "vocab_size": words,
@@ -108,6 +120,7 @@ def sizes(state: State, heads: int) -> dict[str, Any]:
 
 
 def _tower(state: State, prefix: str, heads: int) -> dict[str, Any]:
+    """Return the configuration keys that both towers have."""
     blocks = {name.split(".resblocks.")[1].split(".")[0] for name in state if name.startswith(f"{prefix}.resblocks.")}
     inner, width = state[f"{prefix}.resblocks.0.mlp.c_fc.weight"].shape
     return {
@@ -115,5 +128,5 @@ def _tower(state: State, prefix: str, heads: int) -> dict[str, Any]:
         "intermediate_size": inner,
         "num_hidden_layers": len(blocks),
         "num_attention_heads": heads,
-        "hidden_act": "gelu",  # open_clip's own models have the exact one; OpenAI's have an approximation
+        "hidden_act": "gelu",  # open_clip's own models have the exact GELU; OpenAI's have an approximation
     }

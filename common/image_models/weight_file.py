@@ -1,4 +1,4 @@
-"""Read a file of weights, .safetensors or torch.save's, without unpickling anything but tensors and plain containers."""
+"""Read weights from .safetensors or torch.save files. Only tensors and plain containers are unpickled."""
 
 import pickle
 from pathlib import Path
@@ -10,7 +10,11 @@ from safetensors.torch import load_file
 
 
 def read_weight_file(path: str | Path, what: str, torch_suffix: str = ".pth") -> Any:
-    """What the file holds, on the CPU. ValueError, naming it as `what`: it is not there, or it can't be read safely."""
+    """Return the file's contents, on the CPU.
+
+    Raises:
+        ValueError: The file, called `what` in the message, is missing or cannot be read safely.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"{what} {path} is not there: give the path of its weights, .safetensors or {torch_suffix}")
@@ -25,7 +29,11 @@ def read_weight_file(path: str | Path, what: str, torch_suffix: str = ".pth") ->
 
 
 def named_weights(path: str | Path, what: str, torch_suffix: str = ".pth") -> dict[str, torch.Tensor]:
-    """The same, of a file of named weights, also where a checkpoint has them under "state_dict"."""
+    """Return a file's named weights, also if a checkpoint has them under "state_dict".
+
+    Raises:
+        ValueError: As `read_weight_file`, or the file holds something else.
+    """
     held = read_weight_file(path, what, torch_suffix)
     state = held.get("state_dict", held) if isinstance(held, dict) else held
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

@@ -1,4 +1,4 @@
-"""Read a model from what is on this machine or from the hub, and say soon what is missing where there is no network."""
+"""Read a model from this machine or from the hub, and say soon what is missing if there is no network."""
 
 import ssl
 import urllib.error
@@ -15,19 +15,19 @@ T = TypeVar("T")
 
 
 def read_from_hub(read: Callable[[bool], T], missing: str, source: str = "") -> T:
-    """Read what was downloaded before, else download it.
+    """Read from the cache, or download.
 
     Args:
         read: called with `local_files_only`.
-        missing: what an error begins with.
-        source: the hub name, which may be meant as a path.
+        missing: the beginning of the error.
+        source: the hub name, which the user may have meant as a path.
 
     Raises:
         ValueError: `missing`, and why.
     """
     try:
         return read(True)
-    except OSError:  # what transformers and the hub's client raise for whatever is not there
+    except OSError:  # what transformers and the hub's client raise for anything missing
         if not hub_answers():
             raise ValueError(
                 f"{missing} (it was not downloaded before, and the hub does not answer{_no_folder(source)})"
@@ -39,13 +39,17 @@ def read_from_hub(read: Callable[[bool], T], missing: str, source: str = "") -> 
 
 
 def _no_folder(source: str) -> str:
-    """Return what to add if a hub name may be meant as a path: its first half is a folder here."""
+    """Return a remark that a hub name is not a folder either, if its first half is a folder here."""
     folder = Path(source)
     return f"; there is no folder {folder.absolute()} either" if source and folder.parent.is_dir() else ""
 
 
 def file_from_hub(repository: str, file: str, missing: str) -> str:
-    """The path of one file of a repository. ValueError: `missing`, and why."""
+    """Return the path of one file of a repository.
+
+    Raises:
+        ValueError: `missing`, and why.
+    """
     from huggingface_hub import hf_hub_download
 
     def read(local_files_only: bool) -> str:
@@ -55,9 +59,13 @@ def file_from_hub(repository: str, file: str, missing: str) -> str:
 
 
 def read_pretrained(source: str, read: Callable[[str | Path, bool], T], missing: str) -> T:
-    """`read(where, local_files_only)`, through transformers, of a folder or a hub name. ValueError: `missing`, and why."""
+    """Call `read(where, local_files_only)`, which uses transformers, for a folder or a hub name.
+
+    Raises:
+        ValueError: `missing`, and why.
+    """
     folder = Path(source).expanduser()
-    with errors_only():  # weights that are there and not needed, such as another task's head, would be reported
+    with errors_only():  # hide warnings about unneeded weights, such as another task's head
         if not folder.is_dir() and is_hub_name(source):
             return read_from_hub(lambda local_files_only: read(source, local_files_only), missing, source)
         try:
@@ -68,7 +76,7 @@ def read_pretrained(source: str, read: Callable[[str | Path, bool], T], missing:
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Transformers tells of errors, and of nothing else."""
+    """Silence transformers except for errors."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -83,20 +91,23 @@ def errors_only() -> Iterator[None]:
 
 
 def hub_answers(seconds: float | int = 5) -> bool:
-    """Asked first because the hub's own client tries again for most of a minute where there is no network."""
+    """Return whether the hub can be reached. Without a network, its own client retries for most of a minute."""
     from huggingface_hub import constants
 
     return not constants.HF_HUB_OFFLINE and server_answers(constants.ENDPOINT, seconds)
 
 
 def server_answers(url: str, seconds: float | int = 5) -> bool:
-    """Return whether a server is there that works: one that refuses does, one with an error of its own (5xx) does not."""
+    """Return whether a working server answers.
+
+    One that refuses counts as working, one with a server error (5xx) does not.
+    """
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
     except urllib.error.HTTPError as error:
         return error.code < 500
     except urllib.error.URLError as error:
-        # A server that is not trusted is there: which certificates to trust, the hub's client knows better.
+        # An untrusted certificate is an answer too; the hub's client may trust it.
         return isinstance(error.reason, ssl.SSLError)
     except OSError:
         return False
@@ -104,7 +115,7 @@ def server_answers(url: str, seconds: float | int = 5) -> bool:
 
 
 def cannot_load(weights: Weights) -> str:
-    """What to say where they are not to be had: which key names them, which files, and what to do without the hub."""
+    """Return the error's text for missing files: which key names them, which files, and what to do without the hub."""
     return (
         f"{weights.key} is {weights.source!r}, which cannot be loaded: it must be a folder of this machine or a repository "
         f"of the hub that has {', '.join(weights.files)}; where the hub cannot be reached, copy them to this machine, and "
@@ -113,21 +124,28 @@ def cannot_load(weights: Weights) -> str:
 
 
 def file_of(path: str | None, repository: str, file: str, key: str) -> Weights:
-    """The file at `path`; where none is given, the repository's. `key`: of the recipe, for `path`."""
+    """Return the file at `path`, or the repository's if `path` is None.
+
+    Args:
+        path: the user's own file.
+        repository: the default repository.
+        file: the file's name in the repository.
+        key: the recipe's key for `path`.
+    """
     if path is None:
         return Weights(repository, (file,), key)
-    whole = Path(path).expanduser().absolute()
-    return Weights(str(whole.parent), (whole.name,), key)
+    full_path = Path(path).expanduser().absolute()
+    return Weights(str(full_path.parent), (full_path.name,), key)
 
 
 def missing_files(weights: Weights) -> list[str]:
-    """Which of the files are not on this machine. Asks no hub and loads nothing."""
+    """Return the files that are not on this machine. Does not use the network."""
     folder = folder_here(weights)
     return [name for name in weights.files if folder is None or not any(folder.glob(name))]
 
 
 def damaged_files(weights: Weights) -> list[str]:
-    """Return the files of this machine that are not what their names say, each with the reason. Read only their heads."""
+    """Return the damaged files on this machine, each with the reason. Reads only their heads."""
     folder = folder_here(weights)
     names = weights.files if folder else ()
     faults = {path: fault_of(path) for name in names for path in sorted((folder or Path()).glob(name))}
@@ -135,7 +153,7 @@ def damaged_files(weights: Weights) -> list[str]:
 
 
 def files_here(weights: Weights) -> dict[str, Path]:
-    """Return the files that are on this machine, by their path below the source. Asks no hub and loads nothing."""
+    """Return the files that are on this machine, by path below the source. Does not use the network."""
     folder = folder_here(weights)
     found: dict[str, Path] = {}
     if folder is None:
@@ -147,7 +165,7 @@ def files_here(weights: Weights) -> dict[str, Path]:
 
 
 def folder_here(weights: Weights) -> Path | None:
-    """Return the folder on this machine that has the files: the given one, or what was downloaded of a repository."""
+    """Return the folder on this machine with the files: the given folder, or a repository's download."""
     folder = Path(weights.source).expanduser()
     if folder.is_dir() or not is_hub_name(weights.source):
         return folder
@@ -158,11 +176,11 @@ def folder_here(weights: Weights) -> Path | None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `name` has the form owner/model, and not that of a path."""
+    """Return whether `name` has the form owner/model rather than that of a path."""
     owner, _, model = name.partition("/")
     return owner not in ("", ".", "..", "~") and model != "" and "/" not in model
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the advice that libraries add below it."""
+    """Return the first line of an error, without the advice that libraries add below."""
     return str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Read models and tokenizers of transformers' so that what lacks is an error: left alone, it makes them up at random."""
+"""Load transformers' models and tokenizers so that missing weights are errors instead of random numbers."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +14,22 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def torch_dtype(precision: Precision, device: str) -> torch.dtype:
-    """What weights and activations are in on `device`."""
+    """Return the dtype of weights and activations on `device`."""
     automatic = "float16" if device.startswith("cuda") else "float32"
     return DTYPES[automatic if precision == "auto" else precision]
 
 
 def weight_bytes(parameters: int, precision: Precision) -> int:
-    """What so many weights take; on "auto" what a GPU would take."""
+    """Return the bytes of `parameters` weights; for "auto", those on a GPU."""
     return parameters * torch_dtype(precision, "cuda").itemsize
 
 
 def read_model(cls: Any, source: str, dtype: torch.dtype, missing: str) -> Any:
-    """A model of class `cls` from a folder or the hub, on the CPU. ValueError: `missing`, and why."""
+    """Return a model of class `cls` from a folder or the hub, on the CPU.
+
+    Raises:
+        ValueError: `missing`, and why.
+    """
 
     def read(place: str | Path, local_files_only: bool) -> Any:
         return loaded(cls, place, missing, dtype=dtype, local_files_only=local_files_only)
@@ -34,12 +38,13 @@ def read_model(cls: Any, source: str, dtype: torch.dtype, missing: str) -> Any:
 
 
 def loaded(cls: Any, place: str | Path | None, missing: str, **options: Any) -> Any:
-    """`cls.from_pretrained`, for use and not for training; no pickle is opened, and no code that lies beside the weights run.
+    """Return `cls.from_pretrained`, frozen and in eval mode. Neither pickles nor code next to the weights are run.
 
-    ValueError: `missing`, where a weight lacks or does not fit.
+    Raises:
+        ValueError: `missing`, if a weight is missing or does not fit.
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with errors_only():  # a whole CLIP has a text tower, and each of its weights would be reported as not needed
+    with errors_only():  # hide warnings about unneeded weights, such as a CLIP's other tower
         model, found = cls.from_pretrained(place, use_safetensors=True, trust_remote_code=False, **options)
     if fault := weights_fault(found):
         raise ValueError(f"{missing} ({fault})")
@@ -47,11 +52,11 @@ def loaded(cls: Any, place: str | Path | None, missing: str, **options: Any) -> 
 
 
 def weights_fault(found: dict[str, Any], refuse_unexpected: bool = False) -> str:
-    """Say what is wrong by a loading report of transformers' or diffusers'; nothing: every weight came from the file.
+    """Describe what is wrong by a loading report of transformers or diffusers; empty if all weights are from the file.
 
     Args:
-        found: what `from_pretrained` gives beside the model with `output_loading_info`.
-        refuse_unexpected: whether weights that the model has not are a fault by themselves.
+        found: the loading info that `from_pretrained` returns with `output_loading_info`.
+        refuse_unexpected: whether weights that the model does not have are a fault.
     """
     absent, misfits = sorted(found["missing_keys"]), sorted(name for name, *_ in found["mismatched_keys"])
     unexpected = sorted(found["unexpected_keys"])
@@ -74,11 +79,15 @@ def _advice(unexpected: list[str]) -> str:
 
 
 def read_tokenizer(tokenizer_class: Any, tokenizer: Weights) -> Any:
-    """A tokenizer of this class. ValueError: there is none."""
+    """Return a tokenizer of this class.
+
+    Raises:
+        ValueError: There is none.
+    """
     from huggingface_hub import hf_hub_download
 
     def read(place: str | Path, local_files_only: bool) -> Any:
-        # Looked for first: where there is no vocabulary, transformers makes a tokenizer that knows no word.
+        # Look for the vocabulary first, because without one transformers makes an empty tokenizer.
         if isinstance(place, Path):
             (place / TOKENIZER_FILE).open().close()
         else:

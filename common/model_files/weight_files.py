@@ -1,16 +1,16 @@
-"""What trained weights are called in a run's folder: by the name that their part has in diffusers' pipelines."""
+"""Names of trained weights in a run's folder, after the part's name in diffusers' pipelines."""
 
 from pathlib import Path
 
-TRAINED_PARTS = ("unet", "transformer")  # a pipeline's network, by its family
+TRAINED_PARTS = ("unet", "transformer")  # the network of a pipeline
 
 
 def network_folder(path: Path) -> Path | None:
-    """The folder of a whole network that was trained, in a run's folder; None: there is none."""
+    """Return the folder of a fully trained network in a run's folder; None if there is none."""
     return next((path / part for part in TRAINED_PARTS if (path / part).is_dir()), None)
 
 
 def part_of(name: str) -> str | None:
-    """The part that a LoRA file's weight belongs to; None: its name says nothing of that."""
+    """Return the part that a LoRA tensor belongs to; None if its name has no part."""
     part = name.partition(".")[0]
     return part if part in TRAINED_PARTS else None

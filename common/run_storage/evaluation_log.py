@@ -1,4 +1,4 @@
-"""What evaluations have found: `evaluations.jsonl`, an object a version, and `evaluations/version=000012/images.parquet`."""
+"""Results of evaluations: `evaluations.jsonl`, one object per version, and `evaluations/version=000012/images.parquet`."""
 
 import io
 import json
@@ -16,28 +16,33 @@ from ray_ddpo.common.prompts import Prompt, metadata_as_json
 from ray_ddpo.common.reading import parquet_table, reading
 from ray_ddpo.common.run_storage.png import from_png, png
 from ray_ddpo.common.run_storage.reading import read_json_lines
-from ray_ddpo.common.run_storage.storage import Storage
-from ray_ddpo.common.run_storage.unwritten import Unwritten
+from ray_ddpo.common.run_storage.storage import Storage, Unwritten
 
 FIGURES = "evaluations.jsonl"
 FOLDER = "evaluations"
 FILE = "images.parquet"
-REPORTED = ("policy_version", "scores", "alarms", "image_statistics")  # keys of a version that a report needs
+REPORTED = ("policy_version", "scores", "alarms", "image_statistics")  # keys that a report needs
 
 
 @dataclass(frozen=True)
 class EvaluatedImages:
-    """The images of one version, or of the moving average at it, with their scores."""
+    """Images of one version, or of its moving average, with their scores."""
 
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
-    scores: dict[str, np.ndarray]  # by reward and scorer, [N], NaN where an image has none
+    scores: dict[str, np.ndarray]  # by reward and scorer, [N], NaN for images without a score
     pixels: UInt8[np.ndarray, "N H W 3"]
-    without_image: frozenset[int] = frozenset()  # rows whose pixels are black because there is no image
+    without_image: frozenset[int] = frozenset()  # rows without an image, whose pixels are black
 
 
 def images_table(variant: str, evaluated: EvaluatedImages, images: int) -> pa.Table:
-    """A row an image, of which the first so many hold their image; `variant`: under which weights they were sampled."""
+    """Return a table with one row per image, of which the first `images` rows contain the image.
+
+    Args:
+        variant: the weights that the images were sampled with: "current" or the moving average's name.
+        evaluated: the images.
+        images: how many rows contain their image.
+    """
     count = len(evaluated.seeds)
     shown = [png(pixels) if image < images else None for image, pixels in enumerate(evaluated.pixels)]
     columns = {
@@ -57,24 +62,30 @@ def images_table(variant: str, evaluated: EvaluatedImages, images: int) -> pa.Ta
 
 
 class EvaluationLog:
-    """Writes and reads both. A version is there when its line is, which is written last."""
+    """Writer and reader of evaluations. A version exists once its line does, which is written last."""
 
     def __init__(self, storage: Storage, unwritten: Unwritten | None = None) -> None:
-        """`unwritten` keeps what the storage refuses for the moment."""
+        """Open the log.
+
+        Args:
+            storage: the run's folder.
+            unwritten: keeps writes that the storage refuses for the moment.
+        """
         self._storage = storage
         self._unwritten = unwritten or Unwritten()
 
     def figures(self, keys: tuple[str, ...] = ("policy_version",)) -> list[dict[str, Any]]:
-        """The versions' objects, in the order in which they were written; without a last line that a kill cut off.
+        """Return the versions' objects in the order of writing, without an incomplete last line.
 
-        ValueError: a line is damaged, or lacks one of `keys`.
+        Raises:
+            ValueError: A line is damaged, or lacks one of `keys`.
         """
         if not self._storage.exists(FIGURES):
             return []
         return read_json_lines(self._storage, FIGURES, keys)
 
     def keep(self, figures: list[dict[str, Any]]) -> None:
-        """Forget every version but these."""
+        """Remove all versions but these."""
         kept = {_folder(each["policy_version"]) for each in figures}
         self._storage.write(FIGURES, "".join(_line(each) for each in figures).encode())
         for name in self._storage.names(FOLDER):
@@ -82,7 +93,7 @@ class EvaluationLog:
                 self._storage.remove(f"{FOLDER}/{name}")
 
     def write(self, figures: dict[str, Any], variants: dict[str, EvaluatedImages], images: int) -> None:
-        """Add a version: its object, and a row an image, of which the first so many hold their image."""
+        """Add a version: its object, and one row per image, of which the first `images` rows contain the image."""
         tables = [images_table(variant, evaluated, images) for variant, evaluated in variants.items()]
         buffer = io.BytesIO()
         parquet.write_table(pa.concat_tables(tables), buffer)
@@ -91,13 +102,17 @@ class EvaluationLog:
         self._unwritten.append(self._storage, FIGURES, _line(figures).encode())
 
     def read(self, policy_version: int) -> pa.Table:
-        """A version's rows, in the order of the evaluation set. FileNotFoundError: it was not evaluated."""
+        """Return a version's rows, in the order of the evaluation set.
+
+        Raises:
+            FileNotFoundError: The version was not evaluated.
+        """
         name = f"{FOLDER}/{_folder(policy_version)}/{FILE}"
         data = self._unwritten.read(self._storage, name)
         return parquet_table(data, f"{self._storage.location}/{name}", ("variant", "pixels"))
 
     def images(self, policy_version: int) -> list[UInt8[np.ndarray, "H W 3"]]:
-        """Those of its images that were kept, the first ones."""
+        """Return the version's stored images, which are the first ones."""
         kept = [data for data in self._current(policy_version)["pixels"].to_pylist() if data is not None]
         with reading(f"{self._storage.location}/{FOLDER}/{_folder(policy_version)}/{FILE}"):
             return [from_png(data) for data in kept]
@@ -106,7 +121,7 @@ class EvaluationLog:
         return self.read(policy_version).filter(compute.field("variant") == "current")
 
     def scores(self, policy_version: int) -> dict[str, np.ndarray]:
-        """Its images' scores by reward and scorer, NaN where one has none."""
+        """Return the scores of the version's images by reward and scorer, NaN for images without a score."""
         rows = self._current(policy_version)
         names = [name for name in rows.column_names if name.startswith("score/")]
         return {name.removeprefix("score/"): rows[name].to_numpy().astype(np.float64) for name in names}
@@ -121,7 +136,7 @@ def _line(figures: dict[str, Any]) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: what is no finite number is null."""
+    """Replace non-finite numbers by null, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

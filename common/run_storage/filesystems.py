@@ -1,4 +1,4 @@
-"""Filesystems: a local disk, and any that pyarrow speaks; what `Storage` does on each of them."""
+"""Filesystem operations behind `Storage`: a local disk, and any filesystem of pyarrow."""
 
 import errno
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 READ_ATTEMPTS = 10
-UNFINISHED = ".unfinished"  # the end of a local file's name while it is written
+UNFINISHED = ".unfinished"  # suffix of a local file while it is written
 
 
 class Files(ABC):
-    """What a kind of filesystem does, by its own full paths; the same as the methods of `Storage`."""
+    """Operations of one kind of filesystem on full paths, with the semantics of `Storage`."""
 
     @abstractmethod
     def read(self, path: str) -> bytes: ...
@@ -38,12 +38,13 @@ class Files(ABC):
 
 
 class LocalFiles(Files):
-    """A disk. Everything that changes it goes through the six operations at the end."""
+    """A local disk. All changes go through the six methods at the end."""
 
     def read(self, path: str) -> bytes:
         return Path(path).read_bytes()
 
     def write(self, path: str, data: bytes) -> None:
+        """Write to a temporary file, then rename it."""
         folder, name = os.path.split(path)
         temporary = os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_ident()}{UNFINISHED}")
         self._make_folders(folder)
@@ -54,7 +55,7 @@ class LocalFiles(Files):
             if os.path.exists(temporary):
                 self.unlink(temporary)
             raise
-        self.sync(folder)  # or the new name might not outlive a power cut that what follows outlives
+        self.sync(folder)  # a power cut must not lose the new name but keep later writes
 
     def create(self, path: str, data: bytes) -> None:
         self._make_folders(os.path.dirname(path))
@@ -65,7 +66,7 @@ class LocalFiles(Files):
         before = os.path.getsize(path) if os.path.exists(path) else 0
         try:
             self.put(path, data, os.O_APPEND)
-        except OSError:  # a part may be there, and another attempt would add to that
+        except OSError:  # undo a partial write, or a retry would append to it
             if os.path.exists(path):
                 os.truncate(path, before)
             raise
@@ -82,10 +83,11 @@ class LocalFiles(Files):
                 self.remove(os.path.join(path, name))
             self.remove_folder(path)
         elif os.path.lexists(path):
-            with suppress(FileNotFoundError):  # somebody else was faster
+            with suppress(FileNotFoundError):  # removed by another process meanwhile
                 self.unlink(path)
 
     def _make_folders(self, path: str) -> None:
+        """Create a folder and its missing parents, and sync each parent."""
         if os.path.isdir(path):
             return
         if os.path.isfile(path):
@@ -102,7 +104,7 @@ class LocalFiles(Files):
             self.sync(file.fileno())
 
     def sync(self, place: str | int) -> None:
-        """Of a folder's path, or of an open file."""
+        """Flush a folder, given by path, or an open file to disk."""
         descriptor = os.open(place, os.O_RDONLY) if isinstance(place, str) else place
         try:
             os.fsync(descriptor)
@@ -124,7 +126,10 @@ class LocalFiles(Files):
 
 
 class RemoteFiles(Files):
-    """A filesystem of pyarrow's. Object stores replace whole objects; what changes it is the three operations at the end."""
+    """A filesystem of pyarrow.
+
+    Object stores replace full objects. All changes go through the three methods at the end.
+    """
 
     def __init__(self, filesystem: Any) -> None:
         self._filesystem = filesystem
@@ -133,7 +138,7 @@ class RemoteFiles(Files):
         for _ in range(READ_ATTEMPTS):
             with self._filesystem.open_input_stream(path) as stream:
                 data = stream.read()
-            # pyarrow asks for as many bytes as there were: a longer object in its place would come back cut off.
+            # pyarrow requests the size that it saw first, so an object replaced by a longer one would arrive truncated.
             if self._filesystem.get_file_info(path).size == len(data):
                 return data
         raise OSError(f"{path} is replaced faster than it can be read")
@@ -161,7 +166,7 @@ class RemoteFiles(Files):
 
     def remove(self, path: str) -> None:
         kind = self._is(path)
-        with suppress(FileNotFoundError):  # somebody else was faster
+        with suppress(FileNotFoundError):  # removed by another process meanwhile
             if kind == "file":
                 self.unlink(path)
             elif kind == "folder":
@@ -176,7 +181,7 @@ class RemoteFiles(Files):
     def put(self, path: str, data: bytes) -> None:
         try:
             stream = self._filesystem.open_output_stream(path)
-        except FileNotFoundError:  # an object store needs no folders, others may
+        except FileNotFoundError:  # unlike object stores, other filesystems may need folders
             self._filesystem.create_dir(os.path.dirname(path), recursive=True)
             stream = self._filesystem.open_output_stream(path)
         with stream:

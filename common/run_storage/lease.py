@@ -1,4 +1,4 @@
-"""The lease on a run's folder: what keeps a second start out, and what a dead owner does not hold for ever."""
+"""The lease on a run's folder: it keeps a second start out, and expires if its owner dies."""
 
 import fcntl
 import json
@@ -19,14 +19,14 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage
 
 LEASE = "lease.json"
-LEASE_SECONDS = 60.0  # a lease that was not renewed for longer has lost its owner, unless that is seen to live
+LEASE_SECONDS = 60.0  # a lease not renewed for longer has expired, unless its owner is known to be alive
 RENEWAL_SECONDS = 15.0
-SETTLE_SECONDS = 2.0  # after which two starts at the same instant see which of them wrote last
-START_TOLERANCE = 2.0  # seconds; a process's start is told from the machine's, which a clock may move a little
+SETTLE_SECONDS = 2.0  # after that, two simultaneous starts see which of them wrote last
+START_TOLERANCE = 2.0  # seconds; a process's start is relative to the machine's, which clock changes may shift
 
 
 class Owner(BaseModel):
-    """What a lease says of who holds it."""
+    """A lease's contents: who holds it."""
 
     host: str
     pid: int = Field(ge=1, lt=2**31)
@@ -36,13 +36,14 @@ class Owner(BaseModel):
 
 
 class LeaseLost(RuntimeError):
-    """Another process has taken the run's folder over: this one must write nothing more there."""
+    """Another process has taken over the run's folder, so this one must not write there any more."""
 
 
 class Lease:
-    """A run folder's lock, renewed while its owner lives. Use as a context manager; look at `lost` between rounds.
+    """A run folder's lock, renewed while its owner lives. Use as a context manager; check `lost` between rounds.
 
-    On a disk of its own one start wins, whatever the instant. Elsewhere the last to write wins, and the others notice.
+    On a local disk exactly one of several simultaneous starts wins. Elsewhere the last to write wins, and the others
+    notice.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -51,18 +52,22 @@ class Lease:
         self._token = secrets.token_hex(8)
         self._lost = False
         self._renewed = 0.0
-        self._seen = 0.0  # when it was last read, and this process's
+        self._seen = 0.0  # when the lease was last read and still this process's
         self._renewing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
 
     @property
     def lost(self) -> bool:
-        """Whether another start may have taken the folder over: then nothing more may be written there."""
+        """Return whether another start may have taken over the folder. Then nothing may be written there."""
         return self._lost
 
     def __enter__(self) -> "Lease":
-        """ValueError: the folder belongs to a run that is alive."""
+        """Acquire the lease.
+
+        Raises:
+            ValueError: The folder belongs to a live run.
+        """
         with _alone_in(self._storage) as alone:
             self._remove_left_behind()
             try:
@@ -86,13 +91,16 @@ class Lease:
         self._thread.join()
         try:
             self._remove()
-        except OSError as error:  # no reason to end a run in another way: a later start sees that this process is gone
+        except OSError as error:  # a later start sees that this process is gone
             print(f"the lease of {self._storage.location} cannot be removed: {error}", file=sys.stderr, flush=True)
 
     def check(self, failed: bool) -> None:
-        """Raise LeaseLost if the lease is another's now. `failed`: a write was refused, which may be the other's doing.
+        """Raise LeaseLost if another process holds the lease now.
 
-        A process that was suspended for long looks before it writes on.
+        The lease is read again if the last renewal is old, as after a suspension of the process.
+
+        Args:
+            failed: whether a write was refused, which may be the other process's doing.
         """
         if failed or time.time() - self._renewed > 2 * RENEWAL_SECONDS:
             self._renew()
@@ -100,7 +108,7 @@ class Lease:
             raise LeaseLost(self._storage.location)
 
     def let_go(self) -> None:
-        """Remove the lease before the process is ended in the middle of something, if that can be done soon."""
+        """Remove the lease before the process is killed, if that is possible in short time."""
         thread = threading.Thread(target=self._remove, daemon=True)
         thread.start()
         thread.join(SETTLE_SECONDS)
@@ -117,16 +125,24 @@ class Lease:
         self._renewed = now
 
     def _owner(self) -> dict[str, Any] | None:
-        """What the lease says of its owner; nothing of one that is no lease's text, as of one just made. None: no lease."""
+        """Return the lease's contents; None if there is no lease.
+
+        Contents are empty if they are unreadable, as in a lease just created.
+        """
         try:
             return _read_owner(self._storage.read(LEASE))
         except FileNotFoundError:
             return None
 
     def _remove_left_behind(self) -> None:
+        """Remove a dead owner's lease.
+
+        Raises:
+            ValueError: The owner is alive.
+        """
         owner = self._owner()
         if owner == {}:
-            time.sleep(SETTLE_SECONDS)  # its owner may be about to write it
+            time.sleep(SETTLE_SECONDS)  # its owner may be about to write
             owner = self._owner()
         if owner is None:
             return
@@ -149,6 +165,7 @@ class Lease:
             self._renew()
 
     def _renew(self) -> None:
+        """Renew the lease, or find that it is lost."""
         with self._renewing:
             if self._lost or self._stop.is_set():
                 return
@@ -160,8 +177,8 @@ class Lease:
                     if not self._lost:
                         self._write(self._storage.write)
             except OSError as error:
-                # A disk that is full, or a network that fails for a moment. Who cannot even read the lease for a minute
-                # cannot know that no other start has taken it.
+                # A full disk, or a network failure. If the lease cannot even be read for a minute, another start may have
+                # taken it.
                 self._lost = time.time() - self._seen > LEASE_SECONDS
                 print(f"the lease cannot be renewed: {error}", file=sys.stderr, flush=True)
         if self._lost:
@@ -171,14 +188,17 @@ class Lease:
 
 @contextmanager
 def _alone_in(storage: Storage) -> Iterator[bool]:
-    """Keep other processes on the disk out of the same lines; whether that could be done."""
+    """Lock the folder against other processes on this disk for the duration of the body.
+
+    Yield whether that succeeded.
+    """
     if storage.local_path is None:
         yield False
         return
     descriptor = os.open(storage.local_path, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # the system ends it with the process, however that dies
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # the system releases the lock when the process dies
             locked = True
         except OSError:  # not every network filesystem locks folders
             locked = False
@@ -199,7 +219,7 @@ def _who(owner: dict[str, Any]) -> str:
 
 
 def _lives(owner: dict[str, Any]) -> bool:
-    """Whether the owner is seen to live on this host; of another host, whether it renewed its lease within a minute."""
+    """Return whether the owner is alive. On another host, this means that it renewed its lease within a minute."""
     if owner["host"] != socket.gethostname():
         return time.time() - owner["time"] < LEASE_SECONDS
     try:
@@ -211,7 +231,7 @@ def _lives(owner: dict[str, Any]) -> bool:
 
 
 def runs_it(folder: RunFolder) -> str | None:
-    """Which process is at work on this run, in words; None: nobody is."""
+    """Describe the process that works on this run; None if there is none."""
     try:
         owner = _read_owner(folder.storage.read(LEASE))
     except FileNotFoundError:

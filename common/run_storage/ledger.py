@@ -1,6 +1,6 @@
-"""The ledger: `rollouts/round=000012/images.parquet`, one row an image, written when its round is learned from.
+"""The ledger: `rollouts/round=000012/images.parquet`, one row per image, written when its round is trained on.
 
-The round stands in the folder's name alone, as other programs read it: pandas, DuckDB, pyarrow.
+The round is stored in the folder's name only, as pandas, DuckDB and pyarrow read it.
 """
 
 import io
@@ -17,8 +17,7 @@ from ray_ddpo.common.prompts import metadata_as_json
 from ray_ddpo.common.recipe.tables import RolloutsTable
 from ray_ddpo.common.run_storage.png import png
 from ray_ddpo.common.run_storage.reading import read_parquet
-from ray_ddpo.common.run_storage.storage import Storage
-from ray_ddpo.common.run_storage.unwritten import Unwritten
+from ray_ddpo.common.run_storage.storage import Storage, Unwritten
 from ray_ddpo.common.trajectory import Rollout, TaskReport, TrainBatch
 
 FOLDER = "rollouts"
@@ -28,19 +27,19 @@ ROUND_FOLDER = re.compile(r"round=(\d+)")
 OF_ITS_GROUP = "an image of its group was dropped"
 COLUMNS = {
     "task": pa.int32(),
-    "image": pa.int32(),  # in the round, in task order
+    "image": pa.int32(),  # index in the round, in task order
     "prompt": pa.string(),
     "seed": pa.int64(),
     "policy_version": pa.int64(),
     "fingerprint": pa.string(),  # of the weights that sampled it
-    "image_fingerprint": pa.string(),  # of its pixels
+    "image_fingerprint": pa.string(),  # of the pixels
     "sampled_by": pa.string(),
     "sampled_on": pa.string(),  # processor or GPU, and library versions
-    "scored_on": pa.string(),  # the same of reward workers; of several machines, one after the other
-    "seconds": pa.float64(),  # of sampling: its share of its task's
-    "dropped": pa.string(),  # why it was not learned from; null: it was
-    "reward": pa.float64(),  # weighted sum of the columns reward/<name>; null: it could not be scored
-    "advantage": pa.float64(),  # null: it was not learned from
+    "scored_on": pa.string(),  # the reward workers' machines, separated by semicolons
+    "seconds": pa.float64(),  # its share of the task's sampling time
+    "dropped": pa.string(),  # why the image was not trained on; null if it was
+    "reward": pa.float64(),  # weighted sum of the columns reward/<name>; null if it could not be scored
+    "advantage": pa.float64(),  # null if the image was not trained on
 }
 
 
@@ -48,7 +47,10 @@ NOT_SAMPLED = ("scored_on", "dropped", "reward", "advantage")
 
 
 class Ledger:
-    """Writes and reads a run's `rollouts/`. A round's file is whole or absent; writing a round again replaces it."""
+    """Writer and reader of a run's `rollouts/`.
+
+    A round's file is complete or absent; writing a round again replaces it.
+    """
 
     def __init__(
         self,
@@ -60,17 +62,19 @@ class Ledger:
         """Open a run's ledger.
 
         Args:
-            about: what a round's file says of all its rows, in the parquet schema's metadata under ABOUT.
-            unwritten: keeps what the storage refuses for the moment; without it, that is a StorageError.
+            storage: the run's folder.
+            table: the recipe's `[rollouts]`.
+            about: facts about all rows of a file, stored in the parquet schema's metadata under ABOUT.
+            unwritten: keeps writes that the storage refuses for the moment. Without it, these raise StorageError.
         """
         self._storage = storage.folder(FOLDER)
         self._table = table
         self._about = about or {}
         self._write = unwritten.write if unwritten else Storage.write
 
-    def wants_images(self, round: int) -> bool:
-        """Whether this round's rows are to hold their images."""
-        return self._table.keep and self._table.images_every > 0 and round % self._table.images_every == 0
+    def wants_images(self, round_index: int) -> bool:
+        """Return whether this round's rows should contain their images."""
+        return self._table.keep and self._table.images_every > 0 and round_index % self._table.images_every == 0
 
     def write_round(
         self,
@@ -79,12 +83,22 @@ class Ledger:
         weights: dict[str, float],
         images: list[UInt8[np.ndarray, "B H W 3"]] | None = None,
     ) -> None:
-        """Write what a round has learned from, if the recipe keeps rollouts; `images` are a task's each."""
+        """Write a round's rows, if the recipe keeps rollouts.
+
+        Args:
+            batch: the round's advantages.
+            rollouts: its rollouts.
+            weights: each reward's weight, by name.
+            images: each task's images, if they are stored.
+        """
         if not self._table.keep:
             return
-        columns = {**_drawn([rollout.report for rollout in rollouts]), **_scored(rollouts, weights)}
+        columns = {
+            **_sampling_columns([rollout.report for rollout in rollouts]),
+            **_reward_columns(rollouts, weights),
+        }
         count = len(columns["seed"])
-        assert count == len(batch.advantages), "a round has one advantage an image"
+        assert count == len(batch.advantages), "a round has one advantage per image"
         reasons = _reasons(rollouts)
         columns["dropped"] = [
             reasons.get(image, OF_ITS_GROUP if image in batch.dropped else None) for image in range(count)
@@ -104,46 +118,54 @@ class Ledger:
         self._write(self._storage, f"{_folder(batch.round)}/{FILE}", buffer.getvalue())
 
     def rounds(self) -> list[int]:
-        """The rounds that are there, in order."""
+        """Return the stored rounds, in order."""
         found = [ROUND_FOLDER.fullmatch(name) for name in self._storage.names()]
         numbers = [int(match[1]) for match in found if match]
         return sorted(number for number in numbers if self._storage.exists(f"{_folder(number)}/{FILE}"))
 
     def cut(self, first_round: int) -> None:
-        """Remove `first_round` and what came after it: a resumed run does those again."""
+        """Remove `first_round` and later rounds, which a resumed run does again."""
         for name in self._storage.names():
             match = ROUND_FOLDER.fullmatch(name)
             if match and int(match[1]) >= first_round:
                 self._storage.remove(name)
 
-    def read(self, round: int, columns: tuple[str, ...] = tuple(COLUMNS)) -> pa.Table:
-        """A round's rows, in task order. ValueError: the ledger does not have it, or it lacks one of `columns`."""
+    def read(self, round_index: int, columns: tuple[str, ...] = tuple(COLUMNS)) -> pa.Table:
+        """Return a round's rows, in task order.
+
+        Raises:
+            ValueError: The ledger lacks the round, or the round lacks one of `columns`.
+        """
         try:
-            table = read_parquet(self._storage, f"{_folder(round)}/{FILE}", columns)
+            table = read_parquet(self._storage, f"{_folder(round_index)}/{FILE}", columns)
         except FileNotFoundError as error:
             there = self.rounds()
             has = f"it has {len(there)} rounds, {there[0]} to {there[-1]}" if there else "it is empty"
-            raise ValueError(f"the ledger {self._storage.location} has no round {round}: {has}") from error
-        return table.add_column(0, "round", pa.array([round] * len(table), pa.int32()))
+            raise ValueError(f"the ledger {self._storage.location} has no round {round_index}: {has}") from error
+        return table.add_column(0, "round", pa.array([round_index] * len(table), pa.int32()))
 
-    def about(self, round: int) -> dict[str, Any]:
-        """Return what a round's file says of all its rows. ValueError: the ledger does not have the round."""
-        return json.loads((self.read(round).schema.metadata or {}).get(ABOUT.encode(), b"{}"))
+    def about(self, round_index: int) -> dict[str, Any]:
+        """Return the facts about all rows of a round's file.
+
+        Raises:
+            ValueError: The ledger lacks the round.
+        """
+        return json.loads((self.read(round_index).schema.metadata or {}).get(ABOUT.encode(), b"{}"))
 
 
-def _folder(round: int) -> str:
-    return f"round={round:06d}"
+def _folder(round_index: int) -> str:
+    return f"round={round_index:06d}"
 
 
-def _drawn(reports: list[TaskReport]) -> dict[str, Any]:
-    """What the samplers have said, an entry an image."""
+def _sampling_columns(reports: list[TaskReport]) -> dict[str, Any]:
+    """Return the columns that samplers report, one entry per image."""
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS if name not in NOT_SAMPLED}
     for report in reports:
         task, images = report.task, len(report.task.seeds)
         columns["prompt"] += [prompt.text for prompt in task.prompts]
         columns["seed"] += task.seeds
         columns["image_fingerprint"] += report.image_fingerprints or [None] * images
-        of_task = {
+        task_values = {
             "task": task.index,
             "policy_version": task.policy_version,
             "fingerprint": report.fingerprint,
@@ -151,13 +173,14 @@ def _drawn(reports: list[TaskReport]) -> dict[str, Any]:
             "sampled_on": str(report.machine) if report.machine else None,
             "seconds": report.seconds / images,
         }
-        for name, value in of_task.items():
+        for name, value in task_values.items():
             columns[name] += [value] * images
     columns["image"] = list(range(len(columns["seed"])))
     return columns
 
 
-def _scored(rollouts: list[Rollout], weights: dict[str, float]) -> dict[str, Any]:
+def _reward_columns(rollouts: list[Rollout], weights: dict[str, float]) -> dict[str, Any]:
+    """Return the columns that reward workers report, one entry per image."""
     rewards = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts]) for name in weights}
     parts = [weight * rewards[name].astype(np.float64) for name, weight in weights.items()]
     scored_on = [
@@ -173,7 +196,7 @@ def _scored(rollouts: list[Rollout], weights: dict[str, float]) -> dict[str, Any
 
 
 def _reasons(rollouts: list[Rollout]) -> dict[int, str]:
-    """Why images could not be scored, by their number in the round."""
+    """Return why images could not be scored, by their index in the round."""
     found, first = {}, 0
     for rollout in rollouts:
         found |= {first + row: reason for row, reason in rollout.scores.dropped.items()}

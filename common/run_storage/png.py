@@ -1,4 +1,4 @@
-"""An image as the bytes of a PNG file, and back."""
+"""Images as PNG files in memory."""
 
 import io
 
@@ -8,13 +8,13 @@ from PIL import Image
 
 
 def from_png(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels again."""
+    """Return the pixels of a PNG file."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    """Without loss."""
+    """Return the image as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()

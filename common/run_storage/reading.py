@@ -1,4 +1,4 @@
-"""Read a file of a run: whatever is wrong with it becomes one line that names the file."""
+"""Read files of a run. Any error becomes one line that names the file."""
 
 from typing import TYPE_CHECKING
 
@@ -10,22 +10,30 @@ if TYPE_CHECKING:
 
 
 def read_text(storage: Storage, name: str) -> str:
-    """Return a file's text. ValueError: it is not UTF-8."""
+    """Return a file's text.
+
+    Raises:
+        ValueError: The file is not UTF-8.
+    """
     with reading(_path(storage, name)):
         return storage.read(name).decode()
 
 
 def read_json(storage: Storage, name: str, keys: tuple[str, ...] = ()) -> Object:
-    """Return the object in a JSON file. ValueError: there is none in it, or it lacks one of `keys`."""
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: There is none, or it lacks one of `keys`.
+    """
     with reading(_path(storage, name)):
         return object_in(storage.read(name), keys)
 
 
 def read_json_lines(storage: Storage, name: str, keys: tuple[str, ...] = ()) -> list[Object]:
-    """Return the objects of a JSONL file, without a last line that a kill cut off.
+    """Return the objects of a JSONL file, without an incomplete last line.
 
     Raises:
-        ValueError: a line is no object, or lacks one of `keys`.
+        ValueError: A line is not an object, or lacks one of `keys`.
     """
     lines = [line for line in read_text(storage, name).splitlines(keepends=True) if line.endswith("\n")]
     found = []
@@ -36,7 +44,11 @@ def read_json_lines(storage: Storage, name: str, keys: tuple[str, ...] = ()) -> 
 
 
 def read_parquet(storage: Storage, name: str, columns: tuple[str, ...] = ()) -> "pa.Table":
-    """Return the table in a parquet file. ValueError: there is none in it, or it lacks one of `columns`."""
+    """Return the table in a parquet file.
+
+    Raises:
+        ValueError: There is none, or it lacks one of `columns`.
+    """
     with reading(_path(storage, name)):
         data = storage.read(name)
     return parquet_table(data, _path(storage, name), columns)

@@ -1,4 +1,4 @@
-"""What a run leaves, and where."""
+"""A run's output paths."""
 
 import json
 import os
@@ -19,27 +19,26 @@ from ray_ddpo.common.package_versions import VERSIONED, package_version
 from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.recipe import RECIPE_FILE, Recipe
 from ray_ddpo.common.run_storage.reading import read_json, read_text
-from ray_ddpo.common.run_storage.storage import Storage, StorageError
-from ray_ddpo.common.run_storage.unwritten import Unwritten
+from ray_ddpo.common.run_storage.storage import Storage, StorageError, Unwritten
 
-START_SECONDS = 5.0  # in which an object store has to take a first file
+START_SECONDS = 5.0  # in which an object store must accept a first file
 PROBE_BYTES = 2**16
-CONTROL = "control.json"  # what `ddpo scale` asks of the driver
-BASE_FILE = "base.json"  # what the run stands on, part by part
+CONTROL = "control.json"  # the numbers of workers that `ddpo scale` requests
+BASE_FILE = "base.json"  # fingerprints of everything the run depends on
 WATCHDOG = "watchdog.txt"
 TOKEN = "token.txt"
-GUARD = "guard.json"  # in the folder of a run that the guard has ended
-BEST = "best.json"  # in `best/`, written last: which version lies beside it
+GUARD = "guard.json"  # present if the guard has ended the run
+BEST = "best.json"  # in `best/`, written last: which version is stored there
 GUARD_KEYS = ("policy_version", "alarms", "weights_of")
 BEST_KEYS = ("policy_version", "fingerprint", "best_by", "score")
 ASKED = TypeAdapter(dict[str, Annotated[StrictInt, Field(ge=1)]])
-WEIGHTS = ("lora", *TRAINED_PARTS)  # folders of a run, whichever was trained
+WEIGHTS = ("lora", *TRAINED_PARTS)  # folders of trained weights, one of which a run has
 FOLDERS = ("checkpoints", "rollouts", "logs", "best", "report", *WEIGHTS)
 FILES = (RECIPE_FILE, "metrics.jsonl", "evaluations.jsonl", BASE_FILE, CONTROL, WATCHDOG, TOKEN, GUARD)
 
 
 class RunFolder:
-    """Names the places in a run's folder, on a disk or in an object store (design: one folder a run)."""
+    """Paths in a run's folder, on a disk or in an object store."""
 
     recipe = RECIPE_FILE
     metrics = "metrics.jsonl"
@@ -50,7 +49,7 @@ class RunFolder:
 
     @property
     def location(self) -> str:
-        """An absolute path or a URI."""
+        """Return an absolute path or a URI."""
         return self.storage.location
 
     @property
@@ -63,7 +62,7 @@ class RunFolder:
 
     @property
     def logs(self) -> Storage:
-        """What roles print, a file for each."""
+        """Return the folder of the roles' output, one file each."""
         return self.storage.folder("logs")
 
     @property
@@ -72,7 +71,7 @@ class RunFolder:
 
     @property
     def best(self) -> Storage:
-        """The weights that were best on held-out images, laid out as the run's own are."""
+        """Return the folder of the weights that were best on held-out images, in the same layout as the run's weights."""
         return self.storage.folder("best")
 
     @property
@@ -80,7 +79,7 @@ class RunFolder:
         return self.storage.folder("report")
 
     def where_everything_lies(self) -> str:
-        """What a finished run has left, a line each."""
+        """List the output paths of a finished run, one per line."""
         places = {
             "weights": "lora/pytorch_lora_weights.safetensors",
             **{part: part for part in TRAINED_PARTS},
@@ -95,7 +94,11 @@ class RunFolder:
         return "\n".join(f"{name:<13} {self.storage.folder(place).location}" for name, place in there.items())
 
     def create(self) -> None:
-        """Make the folder and see that it can be written. ValueError: it cannot, or something else is in a place of its own."""
+        """Create the folder and check that it can be written.
+
+        Raises:
+            ValueError: It cannot be written, or one of its paths is taken by something else.
+        """
         for name in (*FOLDERS, *FILES):
             path = self.storage.folder(name).local_path
             if path and path.exists() and path.is_dir() != (name in FOLDERS):
@@ -105,7 +108,7 @@ class RunFolder:
                 )
         probe, storage = f".writable-{os.getpid()}", self.storage.with_patience(START_SECONDS)
         try:
-            storage.write(probe, bytes(PROBE_BYTES))  # more than a full disk has left for a file's name alone
+            storage.write(probe, bytes(PROBE_BYTES))  # a full disk may still have room for an empty file
             storage.remove(probe)
         except OSError as error:
             reason = error.reason if isinstance(error, StorageError) else error.strerror or error
@@ -113,7 +116,10 @@ class RunFolder:
 
     @contextmanager
     def token(self) -> Iterator[str]:
-        """Something that only this start knows lies in the folder meanwhile, for processes elsewhere to read back."""
+        """Put a random token into the run folder for the duration of the body.
+
+        Processes on other nodes read the token to verify that they see the same folder.
+        """
         token = secrets.token_hex(8)
         self.storage.write(TOKEN, token.encode())
         try:
@@ -122,13 +128,15 @@ class RunFolder:
             self.storage.remove(TOKEN)
 
     def has_token(self, token: str) -> bool:
-        """Whether this is, seen from this process, the folder that `token` lies in."""
+        """Return whether this process sees `token` in the folder."""
         return self.storage.exists(TOKEN) and self.storage.read(TOKEN) == token.encode()
 
     def write_recipe(self, tables: dict[str, Any], base: Base | None = None) -> None:
-        """The recipe as resolved, which is itself a recipe, with the versions that ran it and what it stands on in its head.
+        """Write the resolved recipe, with the package versions and fingerprints as comments at the top.
 
-        With `base` its parts are written beside it, first: a folder with a recipe has them.
+        Args:
+            tables: the resolved recipe, which is a valid recipe itself.
+            base: the fingerprints. They are written first, so that every folder with a recipe has them.
         """
         head = "".join(f"# {package} {package_version(package)}\n" for package in VERSIONED)
         if base is not None:
@@ -137,7 +145,11 @@ class RunFolder:
         self.storage.write(self.recipe, (head + tomli_w.dumps(without_none(tables))).encode())
 
     def base(self) -> Base:
-        """Return what the run stands on. ValueError: the file that says so is missing or cannot be used."""
+        """Return the fingerprints of everything the run depends on.
+
+        Raises:
+            ValueError: The file is missing or unusable.
+        """
         where = f"{self.location}/{BASE_FILE}"
         try:
             return read_base(self.storage.read(BASE_FILE), where)
@@ -148,19 +160,23 @@ class RunFolder:
             ) from None
 
     def guard_ended(self) -> dict[str, Any] | None:
-        """Where the guard has ended the run: at which version, its alarms, and whose weights are the run's (None: the last's)."""
+        """Return the version at which the guard ended the run, its alarms, and whose weights the run has, if any."""
         return read_json(self.storage, GUARD, GUARD_KEYS) if self.storage.exists(GUARD) else None
 
     def best_version(self) -> dict[str, Any] | None:
-        """Of the weights in `best/`: version, fingerprint, and the score that it was chosen by; None where none is kept."""
+        """Return version, fingerprint and score of the weights in `best/`; None if there are none."""
         return read_json(self.best, BEST, BEST_KEYS) if self.best.exists(BEST) else None
 
     def write_watchdog(self, dump: str) -> None:
-        """Keep the dump of a run that the watchdog ended."""
+        """Write the dump of a run that the watchdog ended."""
         self.storage.write(WATCHDOG, dump.encode())
 
     def asked(self) -> dict[str, int]:
-        """The numbers of workers that `ddpo scale` has asked for, by role. ValueError: something else stands there."""
+        """Return the numbers of workers that `ddpo scale` has requested, by role.
+
+        Raises:
+            ValueError: The file holds something else.
+        """
         try:
             return ASKED.validate_json(self.storage.read(CONTROL))
         except FileNotFoundError:
@@ -172,16 +188,16 @@ class RunFolder:
             ) from None
 
     def ask(self, wanted: dict[str, int]) -> None:
-        """Ask for numbers of workers, by role; the driver looks about once a second."""
+        """Request numbers of workers, by role. The driver checks about once a second."""
         self.storage.write(CONTROL, json.dumps({**self.asked(), **wanted}).encode())
 
     def recipe_tables(self) -> dict[str, Any]:
-        """The tables of the recipe that the run was made with."""
+        """Return the tables of the run's recipe."""
         with reading(f"{self.location}/{self.recipe}"):
             return tomllib.loads(read_text(self.storage, self.recipe))
 
     def refuse_if_no_run(self, said_by: str = "") -> None:
-        """Raise ValueError if no run lies here; `said_by` stands before it."""
+        """Raise ValueError if there is no run here. `said_by` is the beginning of the message."""
         path = self.storage.local_path
         if path and not path.exists():
             raise ValueError(f"{said_by}{self.location} is no run's folder: there is no such folder")
@@ -190,7 +206,11 @@ class RunFolder:
             raise ValueError(f"{said_by}{self.location} is no run's folder: {why}")
 
     def load_recipe(self, overrides: list[str]) -> Recipe:
-        """The recipe that the run was made with, and overrides over it. ValueError: there is no run."""
+        """Return the run's recipe with overrides.
+
+        Raises:
+            ValueError: There is no run.
+        """
         self.refuse_if_no_run()
         return Recipe.from_toml(read_text(self.storage, self.recipe), f"{self.location}/{self.recipe}", overrides)
 
@@ -200,11 +220,11 @@ def _looks_like_a_run(path: Path) -> bool:
 
 
 def _not_a_run(path: Path) -> str:
-    """Return why no run lies at a path, and which run is meant where that can be told."""
+    """Return why a path is not a run, and which run is probably meant."""
     around = next(filter(_looks_like_a_run, path.parents), None)
     inside = sorted(file.parent for file in path.glob(f"*/{RECIPE_FILE}") if _looks_like_a_run(file.parent))
     if around:
-        return f"it lies in one: give {around}"
+        return f"it is inside one: give {around}"
     if path.suffix == ".toml":
         return "it is a recipe: give the folder that its run is kept in, output_dir/name"
     if path.is_file():
@@ -214,23 +234,23 @@ def _not_a_run(path: Path) -> str:
 
 @contextmanager
 def weights_here(location: str) -> Iterator[Path]:
-    """A path on this machine to the weights of a run, or to a LoRA's folder or file, wherever those are."""
+    """Yield a local path to the weights of a run, or to a LoRA's folder or file. Remote weights are downloaded."""
     if "://" not in location:
         yield Path(location)
         return
     storage = Storage(location)
-    of_run = [name for name in WEIGHTS if storage.exists(name)]
+    folders = [name for name in WEIGHTS if storage.exists(name)]
     with tempfile.TemporaryDirectory() as scratch:
-        for name in of_run:
+        for name in folders:
             storage.copy_out(name, Path(scratch))
-        if not of_run:
+        if not folders:
             folder, _, name = location.rstrip("/").rpartition("/")
             Storage(folder).copy_out(name, Path(scratch))
-        yield Path(scratch) if of_run else Path(scratch) / storage.name
+        yield Path(scratch) if folders else Path(scratch) / storage.name
 
 
 def without_none(value: Any) -> Any:
-    """TOML has no null: a key that is None is left out, which means its default."""
+    """Leave out keys that are None, because TOML has no null. An absent key has its default."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):

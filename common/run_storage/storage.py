@@ -1,4 +1,4 @@
-"""Storage: a folder on a local disk, or on any filesystem that pyarrow speaks (`s3://…`, `gs://…`)."""
+"""A folder on a local disk or on any filesystem of pyarrow (`s3://…`, `gs://…`), with a queue of refused writes."""
 
 import copy
 import errno
@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from ray_ddpo.common.run_storage.filesystems import UNFINISHED, Files, LocalFiles, RemoteFiles
 
 T = TypeVar("T")
-PATIENCE_SECONDS = 60.0  # in which an object store that refuses is asked again
-FIRST_PAUSE_SECONDS = 0.5  # before it is asked again; each pause is twice the one before
+PATIENCE_SECONDS = 60.0  # for how long requests to an object store are retried
+FIRST_PAUSE_SECONDS = 0.5  # before the first retry; each pause doubles
 LONGEST_PAUSE_SECONDS = 10.0
 EXPECTED = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)  # answers, not failures
 PERMANENT_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
-# What object stores answer to requests that stay wrong, however often they are repeated.
+# Answers of object stores to requests that no retry can help.
 PERMANENT = re.compile(
     r"HTTP status 4(?!08|29)\d\d|ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|NO_SUCH_BUCKET"
     r"|RESOURCE_NOT_FOUND|EXPIRED_TOKEN|PERMISSION_DENIED|UNAUTHENTICATED"
@@ -41,75 +41,90 @@ class StorageError(OSError):
 
     @classmethod
     def of(cls, error: Exception, what: str) -> "StorageError":
-        """Return what `error` means for something that was to be done."""
+        """Return the StorageError for an `error` during the operation `what`."""
         reason = getattr(error, "strerror", None) or str(error)
         permanent = getattr(error, "errno", None) in PERMANENT_ERRNOS or bool(PERMANENT.search(reason))
         return cls(f"{what}: {reason}", reason, permanent)
 
 
 class Storage:
-    """A folder, which need not be there yet. A name may lead through folders in it, `a/state.json`, never out (ValueError)."""
+    """A folder, which need not exist yet.
+
+    File names may contain subfolders (`a/state.json`) but not leave the folder.
+    """
 
     def __init__(self, location: str | Path) -> None:
-        """ValueError: the location is no path and no URI of a filesystem that is known."""
+        """Open a location.
+
+        Raises:
+            ValueError: It is neither a path nor a URI of a known filesystem.
+        """
         self._files, self._root, self.location = _opened(str(location))
         self.patience_seconds = PATIENCE_SECONDS
-        # Asked before each change, and with True after one that failed: whether this process may still write here.
+        # Called before each change, and with True after a failed one. It raises if this process may not write here any more.
         self.guard: Callable[[bool], None] | None = None
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """Return the folder's own name."""
         return self.location.rstrip("/").rpartition("/")[2]
 
     @property
     def local_path(self) -> Path | None:
-        """The folder's path, if it is on a disk of this machine."""
+        """Return the folder's path if it is on a local disk."""
         return Path(self._root) if isinstance(self._files, LocalFiles) else None
 
     def folder(self, name: str) -> "Storage":
-        """A folder in this one."""
+        """Return a folder in this one."""
         inner = copy.copy(self)
         inner._root, inner.location = self._path(name), f"{self.location.rstrip('/')}/{name}"
         return inner
 
     def with_patience(self, seconds: float) -> "Storage":
-        """The same folder, asked again for so long where it refuses, and without a guard."""
+        """Return the same folder with another limit for retries, and without a guard."""
         other = copy.copy(self)
         other.patience_seconds, other.guard = seconds, None
         return other
 
     def read(self, name: str) -> bytes:
-        """A file's bytes. FileNotFoundError: it is not there."""
+        """Return a file's bytes.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+        """
         return self._asked("read", self._files.read, name)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a whole file: a reader sees the old bytes or the new. Folders on the way are made."""
+        """Write a file atomically: a reader sees the old bytes or the new. Missing folders are created."""
         self._change("written", self._files.write, name, data)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a file that is not there. FileExistsError: it is. Of two at once one wins, but for an object store."""
+        """Write a new file. Of two simultaneous calls one wins, except on object stores.
+
+        Raises:
+            FileExistsError: The file exists.
+        """
         self._change("written", self._files.create, name, data)
 
     def append(self, name: str, data: bytes) -> None:
-        """Add to a file's end; where the filesystem cannot, the file is written again."""
+        """Append to a file. On filesystems that cannot append, the file is written again."""
         self._change("written", self._files.append, name, data)
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or a folder of that name."""
+        """Return whether a file or folder of this name exists."""
         return self._asked("looked for", self._files.exists, name)
 
     def names(self, folder: str = "") -> list[str]:
-        """The names of files and folders directly in `folder`, sorted; none where it is not there."""
+        """Return the sorted names of files and folders directly in `folder`; none if it does not exist."""
         found = self._asked("listed", self._files.names, folder)
         return sorted(name for name in found if not name.endswith(UNFINISHED))
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with all that is in it. It need not be there."""
+        """Remove a file, or a folder with its contents. It need not exist."""
         self._change("removed", self._files.remove, name)
 
     def sweep(self) -> None:
-        """Remove what writers left unfinished directly in this folder. Only for who alone writes here."""
+        """Remove unfinished files directly in this folder. Call it only if no other process writes here."""
         for name in self._asked("listed", self._files.names, ""):
             if name.endswith(UNFINISHED):
                 self._change("removed", self._files.remove, name)
@@ -129,6 +144,7 @@ class Storage:
             (folder / name).write_bytes(self.read(name))
 
     def _change(self, done: str, call: Callable[Concatenate[str, ...], None], name: str, *data: bytes) -> None:
+        """Change something in the folder, if the guard allows."""
         if self.guard is not None:
             self.guard(False)
         try:
@@ -139,7 +155,11 @@ class Storage:
             raise
 
     def _asked(self, done: str, call: Callable[Concatenate[str, ...], T], name: str, *data: bytes) -> T:
-        """Call a filesystem. StorageError: it refused, an object store for longer than `patience_seconds`."""
+        """Call a filesystem, with retries on an object store for up to `patience_seconds`.
+
+        Raises:
+            StorageError: The call failed.
+        """
         path, pause, deadline = self._path(name), FIRST_PAUSE_SECONDS, time.monotonic() + self.patience_seconds
         while True:
             try:
@@ -148,11 +168,11 @@ class Storage:
                 raise
             except OSError as error:
                 failed = StorageError.of(error, f"{self.location}/{name} cannot be {done}".replace("/ ", " "))
-                # A disk that is full, or broken, is no better a few seconds later.
+                # Retries do not help with a full or broken disk.
                 if failed.permanent or self.local_path is not None or time.monotonic() + pause > deadline:
                     raise failed from error
                 if pause == FIRST_PAUSE_SECONDS:
-                    print(f"{failed}; it is tried again for {self.patience_seconds:g} s", file=sys.stderr, flush=True)
+                    print(f"{failed}; retrying for {self.patience_seconds:g} s", file=sys.stderr, flush=True)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
@@ -164,9 +184,10 @@ class Storage:
 
 @contextmanager
 def local_folder(storage: Storage) -> Iterator[Path]:
-    """A folder on this machine to write into: the storage itself, or one that is copied there at the end.
+    """Yield a local folder to write into: the storage itself, or a temporary one that is copied there at the end.
 
-    StorageError: what the body wrote did not find room.
+    Raises:
+        StorageError: The files could not be written.
     """
     try:
         if storage.local_path is not None:
@@ -178,20 +199,23 @@ def local_folder(storage: Storage) -> Iterator[Path]:
             storage.copy_in(Path(scratch))
     except StorageError:
         raise
-    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk
         named = getattr(error, "filename", None)
         if storage.local_path is not None and named and not Path(named).is_relative_to(storage.local_path):
-            raise  # of another file, which the body was reading
+            raise  # about another file, which the body was reading
         raise StorageError.of(error, f"{storage.location} cannot be written") from error
 
 
 def _opened(location: str) -> tuple[Files, str, str]:
-    """The files, the root's path among them, and the location to name it by. Keys come from the environment alone."""
+    """Return the filesystem, the root's path in it, and the location to show.
+
+    Credentials come from the environment only.
+    """
     parts = urlsplit(location)
     if "://" not in location or parts.scheme == "file":
         path = os.path.abspath(url2pathname(parts.path) if "://" in location else location)
         return LocalFiles(), path, path
-    if "@" in parts.netloc or parts.query or parts.fragment:  # the location is shown, and is no place for a key
+    if "@" in parts.netloc or parts.query or parts.fragment:  # locations are shown, so they must not contain keys
         raise ValueError(
             f"a location of {parts.scheme}:// is given with a user, a query or a fragment: it must be "
             f"{parts.scheme}://bucket/folder, and keys and endpoint come from the environment (AWS_ACCESS_KEY_ID, "
@@ -205,3 +229,46 @@ def _opened(location: str) -> tuple[Files, str, str]:
     except (ArrowException, OSError) as error:
         raise ValueError(f"the location {location!r} cannot be used: {error}") from error
     return RemoteFiles(filesystem), root, location.rstrip("/")
+
+
+class Unwritten:
+    """A queue of writes, oldest first, so that files appear in the order in which the run wrote them."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[str, bytes, Callable[[], object]]] = []
+
+    def write(self, storage: Storage, name: str, data: bytes) -> None:
+        """Write a file atomically, now or at a later call."""
+        self._do(f"{storage.location}/{name}", data, lambda: storage.write(name, data))
+
+    def append(self, storage: Storage, name: str, data: bytes) -> None:
+        """Append to a file, now or at a later call."""
+        self._do("", b"", lambda: storage.append(name, data))
+
+    def call(self, write: Callable[[], object]) -> None:
+        """Call a function that writes several files, now or at a later call."""
+        self._do("", b"", write)
+
+    def read(self, storage: Storage, name: str) -> bytes:
+        """Return a file's bytes, whether they are written or still waiting."""
+        waiting = {place: data for place, data, _ in self._waiting}
+        place = f"{storage.location}/{name}"
+        return waiting[place] if place in waiting else storage.read(name)
+
+    def flush(self) -> None:
+        """Write what is waiting.
+
+        Raises:
+            StorageError: Some of it is refused again.
+        """
+        while self._waiting:
+            self._waiting[0][-1]()
+            del self._waiting[0]
+
+    def _do(self, place: str, data: bytes, write: Callable[[], object]) -> None:
+        self._waiting.append((place, data, write))
+        try:
+            self.flush()
+        except StorageError as error:  # reported by the `flush` at the end of the round
+            if error.permanent:
+                raise

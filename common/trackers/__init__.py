@@ -1,4 +1,4 @@
-"""The registry of trackers: where metrics go. One file a tracker, one line here."""
+"""The registry of trackers, to which metrics go. One file a tracker, one line here."""
 
 from ray_ddpo.common.recipe.registry import Registry
 

@@ -1,4 +1,4 @@
-"""All trackers of a run as one: a tracker that breaks in the middle is left out, and the run goes on."""
+"""All trackers of a run as one. A tracker that fails during the run is left out, and the run continues."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from ray_ddpo.common.user_code.blame import call_if_own
 
 
 class FanOut:
-    """Passes everything on to each tracker, by its name and in the recipe's order."""
+    """A tracker that forwards everything to each of a run's trackers, in the recipe's order."""
 
     def __init__(self, trackers: dict[str, Tracker]) -> None:
         self._trackers = trackers
@@ -18,55 +18,59 @@ class FanOut:
         self._identities: dict[str, str] = {}
 
     def check(self) -> None:
-        """ValueError: a tracker's package is missing."""
+        """Raise ValueError if a tracker's package is missing."""
         for tracker in self._trackers.values():
             tracker.check()
 
     def start(self, run: RunInfo) -> None:
-        """Open all.
+        """Open all trackers.
 
         Raises:
-            ValueError: one cannot be opened, which is a mistake in the recipe, the login or the tracker.
+            ValueError: A tracker cannot be opened because of a mistake in the recipe, the login or the tracker.
         """
         self._identities = dict(run.tracker_ids)
         for name, tracker in self._trackers.items():
             try:
                 live = self._live[name] = _started(tracker, run)
             except BaseException as error:
-                self.finish()  # a bar would go on drawing over the error's text
+                self.finish()  # a progress bar would overwrite the error's text
                 if isinstance(error, (ValueError, BrokenPipeError)) or not isinstance(error, Exception):
                     raise
                 raise ValueError(
-                    f"trackers: {name} cannot be started: {type(error).__name__}: {error}; mend that, or leave the tracker out"
+                    f"trackers: {name} cannot be started: {type(error).__name__}: {error}; fix that, or leave the tracker out"
                 ) from error
             identity = live.identity()
             if identity is not None:
                 self._identities[name] = identity
 
     def identities(self) -> dict[str, str]:
-        """For the checkpoint: by tracker's name, also of one that broke or is not there now; a later start may want it."""
+        """Return the trackers' ids for the checkpoint, including failed trackers, because a later start may need them."""
         return dict(self._identities)
 
     def log(self, metrics: Metrics) -> None:
-        """Give one round's metrics to all."""
+        """Log one round's metrics to all trackers."""
         self._each(lambda live: live.log(metrics))
 
     @property
     def shows(self) -> bool:
-        """Whether any of them shows more than numbers, so that it is worth the making."""
+        """Return whether any tracker shows media, so that making them is worthwhile."""
         return any(type(live).show is not LiveTracker.show for live in self._live.values())
 
     def show(self, media: Media) -> None:
-        """Give images, tables and histograms to all; those of numbers alone ignore them."""
+        """Show media in all trackers. Trackers of numbers alone ignore them."""
         self._each(lambda live: live.show(media))
 
     def flush(self) -> None:
-        """Have each write what the run's folder refused before. StorageError: it refuses again."""
+        """Let each tracker write what the run's folder refused before.
+
+        Raises:
+            StorageError: The folder refuses again.
+        """
         for live in self._live.values():
             live.flush()
 
     def finish(self) -> None:
-        """Close all; none is left to log to."""
+        """Close all trackers."""
         self._each(lambda live: live.finish())
         self._live = {}
 
@@ -75,6 +79,7 @@ class FanOut:
 
 
 def _started(tracker: Tracker, run: RunInfo) -> LiveTracker:
+    """Open one tracker, and check that a user's own returns a LiveTracker."""
     live = call_if_own(tracker, TRACKERS, "start", run)
     if not isinstance(live, LiveTracker):
         name = type(tracker).__name__
@@ -85,9 +90,10 @@ def _started(tracker: Tracker, run: RunInfo) -> LiveTracker:
 
 
 def _went_well(name: str, live: LiveTracker, call: Callable[[LiveTracker], None]) -> bool:
+    """Call a tracker. Return whether it succeeded."""
     try:
         call(live)
-    # A run of many hours must not end because a disk is full, a service is down or a tracker has a fault of its own.
+    # A run of many hours must not end because a disk is full, a service is down or a tracker has a bug.
     except Exception as error:  # noqa: BLE001
         print(
             f"tracker {name} failed and is left out from here on: {type(error).__name__}: {error}",

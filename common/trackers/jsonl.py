@@ -1,17 +1,16 @@
-"""Metrics as `metrics.jsonl` in the run's folder: one JSON object a round, written as soon as the round ends."""
+"""Metrics as `metrics.jsonl` in the run's folder: one JSON object per round, written as soon as the round ends."""
 
 import json
 import math
 
 from ray_ddpo.common.run_storage.reading import read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.common.run_storage.storage import Storage
-from ray_ddpo.common.run_storage.unwritten import Unwritten
+from ray_ddpo.common.run_storage.storage import Storage, Unwritten
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 
 class JsonlFile(LiveTracker):
-    """The file. Rounds that a resumed run does again are cut away first."""
+    """The open file. Rounds that a resumed run does again are removed first."""
 
     def __init__(self, storage: Storage, name: str, first_round: int) -> None:
         self._storage = storage
@@ -20,7 +19,7 @@ class JsonlFile(LiveTracker):
         _cut(storage, name, first_round)
 
     def log(self, metrics: Metrics) -> None:
-        # JSON has no NaN and no infinity: a reader other than Python's would stop there.
+        # JSON has no NaN and no infinity, and readers other than Python's would fail.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._unwritten.append(self._storage, self._name, (json.dumps(finite) + "\n").encode())
 
@@ -32,10 +31,10 @@ class JsonlFile(LiveTracker):
 
 
 class Jsonl(Tracker):
-    """No keys: the file's place is part of what a run leaves."""
+    """A tracker without keys, because the file's path is fixed."""
 
     def check(self) -> None:
-        """Nothing is needed."""
+        """Accept any environment."""
 
     def start(self, run: RunInfo) -> JsonlFile:
         folder = RunFolder(run.folder)
@@ -43,9 +42,13 @@ class Jsonl(Tracker):
 
 
 def _cut(storage: Storage, name: str, first_round: int) -> None:
-    """Leave the rounds before `first_round`. ValueError: a line in the middle is no JSON object with a round."""
+    """Keep only the rounds before `first_round`.
+
+    Raises:
+        ValueError: A line in the middle is not a JSON object with a round.
+    """
     text = read_text(storage, name) if storage.exists(name) else ""
-    # A process that was killed while it wrote leaves a last line without its end.
+    # A process killed while writing leaves an incomplete last line.
     lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     where = f"{storage.location}/{name}"
     kept = [line for number, line in enumerate(lines, start=1) if _round(line, f"{where}, line {number}") < first_round]

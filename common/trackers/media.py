@@ -1,4 +1,4 @@
-"""What a run has to show beside its metrics: images with captions, tables and histograms, as plain values."""
+"""Media that a run shows besides its metrics: images with captions, tables and histograms, as plain values."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from jaxtyping import Shaped, UInt8
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image and the text below it."""
+    """An image with a caption."""
 
     pixels: UInt8[np.ndarray, "H W 3"]
     caption: str = ""
@@ -26,20 +26,20 @@ class ShownTable:
     rows: tuple[tuple[Cell, ...], ...]
 
     def __post_init__(self) -> None:
-        assert all(len(row) == len(self.columns) for row in self.rows), "a row has one cell a column"
+        assert all(len(row) == len(self.columns) for row in self.rows), "a row has one cell per column"
 
 
 @dataclass(frozen=True)
 class Media:
-    """What there is to see of one round. Names are those of panels: "round", "evaluation"."""
+    """The media of one round, by panel name ("round", "evaluation")."""
 
     round: int
     images: dict[str, tuple[CaptionedImage, ...]] = field(default_factory=dict)
     tables: dict[str, ShownTable] = field(default_factory=dict)
-    histograms: dict[str, Values] = field(default_factory=dict)  # values, not counted yet
+    histograms: dict[str, Values] = field(default_factory=dict)  # raw values, not counts
 
     @property
     def countable(self) -> dict[str, Values]:
-        """The finite values of every histogram that has some."""
+        """Return the finite values of every histogram that has some."""
         finite = {name: values[np.isfinite(values)] for name, values in self.histograms.items()}
         return {name: values for name, values in finite.items() if len(values)}

@@ -1,4 +1,4 @@
-"""Metrics through Ray, whose nodes give them to Prometheus: gauges, and counters and histograms where a sum tells more."""
+"""Metrics through Ray to Prometheus: gauges, and counters and histograms where a sum is more useful."""
 
 import math
 import re
@@ -12,14 +12,14 @@ Kind = Literal["counter", "gauge", "histogram"]
 NAME = "ray"
 TAGS = ("run", "role", "index")
 COUNTED = {"images", "images_dropped", "optimizer_steps", "optimizer_steps_skipped"}
-# The last part of these names is a tag: what it may be is not known beforehand, and one graph shows them all.
+# The last part of these names becomes a tag: its values are not known beforehand, and one graph shows all of them.
 FAMILIES: dict[str, tuple[str, str, Kind]] = {
     "retries/": ("retries", "reason", "counter"),
     "actor_restarts/": ("actor_restarts", "role", "counter"),
     "kl_nats/step_": ("kl_nats_step", "step", "gauge"),
     "clip_fraction/step_": ("clip_fraction_step", "step", "gauge"),
 }
-# Prompts have no bound, and every node would hold and show each one's series for as long as the run lives.
+# The number of prompts is unbounded, and every node would keep a series for each as long as the run lives.
 LEFT_OUT = ("reward/prompt/",)
 BOUNDARIES = {
     "seconds/": [0.01 * 2**power for power in range(24)],  # 0.01 s … 23 h
@@ -28,43 +28,43 @@ BOUNDARIES = {
 
 
 @dataclass(frozen=True)
-class Series:
-    """What a metric is to Ray. Ray puts `ray_` before the name and, behind a counter's, `_total`."""
+class RaySeries:
+    """A metric's name and kind in Ray. Ray adds the prefix `ray_`, and the suffix `_total` for counters."""
 
     name: str
     kind: Kind
-    tags: dict[str, str] = field(default_factory=dict)  # beside the run's
+    tags: dict[str, str] = field(default_factory=dict)  # in addition to the run's
     boundaries: tuple[float, ...] = ()
 
 
-ROUNDS = Series("ddpo_rounds", "counter")
+ROUNDS = RaySeries("ddpo_rounds", "counter")
 
 
-def series_of(metric: str) -> tuple[Series, ...]:
-    """The series that a metric's value of a round goes to; none for what is left out."""
+def series_of(metric: str) -> tuple[RaySeries, ...]:
+    """Return the series that a metric's values go to; none for a metric that is not exported."""
     if metric.startswith(LEFT_OUT):
         return ()
     for prefix, (family, tag, kind) in FAMILIES.items():
         if metric.startswith(prefix):
             tags = {tag: metric.removeprefix(prefix)} | ({"index": "all"} if tag == "role" else {})
-            return (Series(ray_name(family), kind, tags),)
+            return (RaySeries(ray_name(family), kind, tags),)
     if metric in COUNTED:
-        return (Series(ray_name(metric), "counter"),)
+        return (RaySeries(ray_name(metric), "counter"),)
     for prefix, boundaries in BOUNDARIES.items():
         if metric.startswith(prefix):
-            # Ray sums the middles of a histogram's buckets: only a gauge has the round's own value.
-            histogram = Series(ray_name(metric), "histogram", boundaries=tuple(boundaries))
-            return histogram, Series(ray_name(metric) + "_last", "gauge")
-    return (Series(ray_name(metric), "gauge"),)
+            # Ray sums bucket midpoints of a histogram, so the round's exact value needs a gauge.
+            histogram = RaySeries(ray_name(metric), "histogram", boundaries=tuple(boundaries))
+            return histogram, RaySeries(ray_name(metric) + "_last", "gauge")
+    return (RaySeries(ray_name(metric), "gauge"),)
 
 
 def ray_name(metric: str) -> str:
-    """`ddpo_` and the metric's name, with `_` for what Prometheus forbids in one."""
+    """Return `ddpo_` and the metric's name, with `_` for characters that Prometheus forbids."""
     return "ddpo_" + re.sub(r"[^a-zA-Z0-9_]", "_", metric)
 
 
 class ExportedMetrics(LiveTracker):
-    """The driver's metrics in Ray. A node shows them within about ten seconds, and until the driver ends."""
+    """The driver's metrics in Ray. A node exposes them within about ten seconds, and until the driver ends."""
 
     def __init__(self, run: str) -> None:
         self._tags = {"run": run, "role": "driver", "index": "0"}
@@ -73,19 +73,20 @@ class ExportedMetrics(LiveTracker):
     def log(self, metrics: Metrics) -> None:
         self._record(ROUNDS, 1.0)
         for metric, value in metrics.items():
-            # What is not finite would not be shown, and would spoil a sum: the value of the round before stays.
+            # Skip non-finite values, which would spoil sums; a gauge keeps the previous round's value.
             for series in series_of(metric) if math.isfinite(value) else ():
                 self._record(series, value)
 
     def finish(self) -> None:
-        """Ray holds the last values, and lets go of them when the driver ends."""
+        """Keep the last values in Ray, which drops them when the driver ends."""
 
-    def _record(self, series: Series, value: float) -> None:
+    def _record(self, series: RaySeries, value: float) -> None:
+        """Give Ray one value."""
         if series.name not in self._metrics:
             self._metrics[series.name] = _metric(series)
         metric, tags = self._metrics[series.name], {**self._tags, **series.tags}
         if series.kind == "counter":
-            if value > 0:  # Ray refuses to count by nothing
+            if value > 0:  # Ray refuses an increment of 0
                 metric.inc(value, tags)
         elif series.kind == "histogram":
             metric.observe(value, tags)
@@ -93,7 +94,7 @@ class ExportedMetrics(LiveTracker):
             metric.set(value, tags)
 
 
-def _metric(series: Series) -> Any:
+def _metric(series: RaySeries) -> Any:
     from ray.util.metrics import Counter, Gauge, Histogram
 
     keys = (*TAGS, *(tag for tag in series.tags if tag not in TAGS))
@@ -104,17 +105,17 @@ def _metric(series: Series) -> Any:
 
 
 class NothingExported(LiveTracker):
-    """A run without Ray has no node that could show its metrics."""
+    """The tracker of a run without Ray, where no node could expose metrics."""
 
     def log(self, metrics: Metrics) -> None:
-        """Nowhere to go."""
+        """Ignore the metrics."""
 
     def finish(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 class RayMetrics(Tracker):
-    """No keys: the run's name, role and index are the tags."""
+    """A tracker without keys. Its tags are the run's name, role and index."""
 
     def check(self) -> None:
         require_package(NAME, "ray")
@@ -124,6 +125,6 @@ class RayMetrics(Tracker):
 
         if ray.is_initialized():
             return ExportedMetrics(run.name)
-        if any(table["name"] == NAME for table in run.recipe.get("trackers", ())):  # somebody wants it
+        if any(table["name"] == NAME for table in run.recipe.get("trackers", ())):  # the recipe asks for it
             print("tracker ray: this run is on no Ray cluster, so its metrics are not exported to Ray", file=sys.stderr)
         return NothingExported()

@@ -1,4 +1,4 @@
-"""Metrics as TensorBoard's event files, in the folder `tensorboard` of the run's."""
+"""Metrics as TensorBoard event files, in the run's folder `tensorboard`."""
 
 import html
 from typing import Any
@@ -10,14 +10,17 @@ FOLDER = "tensorboard"
 
 
 def markdown(table: ShownTable) -> str:
-    """As TensorBoard's text shows it, which has no images: their columns are left out."""
+    """Return a table as TensorBoard's text panel shows it.
+
+    Columns of images are left out, because text has no images.
+    """
     shown = [
-        place
-        for place in range(len(table.columns))
-        if not any(isinstance(row[place], CaptionedImage) for row in table.rows)
+        column
+        for column in range(len(table.columns))
+        if not any(isinstance(row[column], CaptionedImage) for row in table.rows)
     ]
     rows = [table.columns, ("---",) * len(table.columns), *table.rows]
-    return "\n".join("| " + " | ".join(_text(row[place]) for place in shown) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(_text(row[column]) for column in shown) + " |" for row in rows)
 
 
 def _text(cell: Cell) -> str:
@@ -28,12 +31,12 @@ def _text(cell: Cell) -> str:
 
 def _captions(images: tuple[CaptionedImage, ...]) -> ShownTable:
     return ShownTable(
-        ("image", "caption"), tuple((f"{place:02d}", image.caption) for place, image in enumerate(images))
+        ("image", "caption"), tuple((f"{number:02d}", image.caption) for number, image in enumerate(images))
     )
 
 
 class EventFiles(LiveTracker):
-    """The open writer."""
+    """An open TensorBoard writer."""
 
     def __init__(self, writer: Any, run: RunInfo) -> None:
         self._writer = writer
@@ -45,10 +48,11 @@ class EventFiles(LiveTracker):
         self._writer.flush()
 
     def show(self, media: Media) -> None:
+        """Add images with their captions, tables and histograms."""
         step = media.round
         for panel, images in media.images.items():
-            for place, image in enumerate(images):
-                tag = f"images/{panel}/{place:02d}"
+            for number, image in enumerate(images):
+                tag = f"images/{panel}/{number:02d}"
                 self._writer.add_image(tag, image.pixels, global_step=step, dataformats="HWC")
             self._writer.add_text(f"captions/{panel}", markdown(_captions(images)), global_step=step)
         for panel, table in media.tables.items():
@@ -62,7 +66,7 @@ class EventFiles(LiveTracker):
 
 
 class TensorboardFiles(Tracker):
-    """No keys: the folder is part of what a run leaves."""
+    """A tracker without keys, because the folder is fixed."""
 
     def check(self) -> None:
         require_package("tensorboard", "tensorboard")
@@ -70,5 +74,5 @@ class TensorboardFiles(Tracker):
     def start(self, run: RunInfo) -> EventFiles:
         from torch.utils.tensorboard import SummaryWriter
 
-        # TensorBoard hides what an earlier start wrote of the rounds that a resumed run does again.
+        # TensorBoard then hides an earlier start's values of rounds that a resumed run does again.
         return EventFiles(SummaryWriter(run.local_folder / FOLDER, purge_step=run.first_round), run)

@@ -1,4 +1,4 @@
-"""Metrics for whoever watches: a bar on a terminal, and one plain line a round where the output goes elsewhere."""
+"""Metrics on the terminal: a progress bar, or one plain line per round if the output goes elsewhere."""
 
 import sys
 import time
@@ -8,29 +8,32 @@ from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Trac
 
 
 class TimeLeft:
-    """From the rounds since this start, which include waiting, to the time that the other rounds will take."""
+    """An estimate of the remaining time from the rounds since this start."""
 
     def __init__(self, run: RunInfo) -> None:
         self._run = run
         self._start = time.monotonic()
 
     def after(self, rounds_done: int) -> timedelta:
-        """In whole seconds, at the mean pace so far. `rounds_done`: of the whole run."""
+        """Return the remaining time in whole seconds at the mean speed so far.
+
+        `rounds_done` counts all rounds of the run.
+        """
         seconds = (time.monotonic() - self._start) / (rounds_done - self._run.first_round)
         return timedelta(seconds=round(seconds * (self._run.rounds - rounds_done)))
 
 
 class Bar(LiveTracker):
-    """A progress bar that stays at the foot of the terminal."""
+    """A progress bar at the bottom of the terminal."""
 
     def __init__(self, run: RunInfo) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        round_column, figures_column = (
+        round_column, stats_column = (
             TextColumn("round {task.completed}/{task.total}"),
             TextColumn("{task.description}"),
         )
-        self._progress = Progress(round_column, BarColumn(), TimeElapsedColumn(), figures_column, refresh_per_second=1)
+        self._progress = Progress(round_column, BarColumn(), TimeElapsedColumn(), stats_column, refresh_per_second=1)
         self._time_left = TimeLeft(run)
         self._progress.console.print(settings_line(run), markup=False, highlight=False)
         self._row = self._progress.add_task("sampling", total=run.rounds, completed=run.first_round)
@@ -39,7 +42,7 @@ class Bar(LiveTracker):
     def log(self, metrics: Metrics) -> None:
         done = int(metrics["round"]) + 1
         self._progress.update(
-            self._row, completed=done, description=figures(metrics, self._time_left.after(done)), refresh=True
+            self._row, completed=done, description=stats_line(metrics, self._time_left.after(done)), refresh=True
         )
 
     def finish(self) -> None:
@@ -47,7 +50,7 @@ class Bar(LiveTracker):
 
 
 class PlainLines(LiveTracker):
-    """Lines for a file or a job's log, where a bar would be a mess."""
+    """Plain lines for a file or a job's log."""
 
     def __init__(self, run: RunInfo) -> None:
         self._rounds = run.rounds
@@ -56,14 +59,14 @@ class PlainLines(LiveTracker):
 
     def log(self, metrics: Metrics) -> None:
         done = int(metrics["round"]) + 1
-        print(f"round {done}/{self._rounds}  {figures(metrics, self._time_left.after(done))}", flush=True)
+        print(f"round {done}/{self._rounds}  {stats_line(metrics, self._time_left.after(done))}", flush=True)
 
     def finish(self) -> None:
-        """Every line is out."""
+        """Do nothing, because every line is flushed."""
 
 
 class Terminal(Tracker):
-    """No keys: what standard output is decides between bar and lines."""
+    """A tracker without keys. It shows a bar if standard output is a terminal, otherwise lines."""
 
     def check(self) -> None:
         require_package("terminal", "rich")
@@ -73,7 +76,7 @@ class Terminal(Tracker):
 
 
 def settings_line(run: RunInfo) -> str:
-    """What is about to run, in one line."""
+    """Describe the run in one line."""
     recipe = run.recipe
     images = recipe["sampling"]["batch_size"] * recipe["sampling"]["batches_per_round"]
     rewards = [reward["name"] for reward in recipe["rewards"] or [recipe["reward"]]]
@@ -85,14 +88,14 @@ def settings_line(run: RunInfo) -> str:
     )
 
 
-def figures(metrics: Metrics, left: timedelta) -> str:
-    """The numbers that tell whether it learns and how long it takes."""
-    pace = f"{metrics['images_per_second']:.3g} images/s  {left} left"
-    return f"reward {metrics['reward/mean']:.4g}{_without_spread(metrics)}  {pace}"
+def stats_line(metrics: Metrics, left: timedelta) -> str:
+    """Return the mean reward, the throughput and the remaining time."""
+    throughput = f"{metrics['images_per_second']:.3g} images/s  {left} left"
+    return f"reward {metrics['reward/mean']:.4g}{_without_spread(metrics)}  {throughput}"
 
 
 def _without_spread(metrics: Metrics) -> str:
-    """Return a remark if groups of images have equal rewards, of which nothing can be learned."""
+    """Return a remark if some groups of images have equal rewards, from which nothing can be learned."""
     share = metrics.get("reward/zero_std_groups", 0.0)
     if share == 1:
         return " (all rewards of a group are equal: nothing to learn from)"

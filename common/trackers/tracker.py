@@ -1,4 +1,4 @@
-"""What every tracker promises: to take one set of metrics a round, and to say early what it lacks."""
+"""The interface of trackers: one set of metrics per round, and an early check of their requirements."""
 
 import importlib.util
 import shutil
@@ -20,30 +20,30 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told of the run before its first round."""
+    """Facts about a run that a tracker gets before the first round."""
 
     name: str
-    folder: str | Path  # the run's, a path or a URI
+    folder: str | Path  # the run's folder, a path or a URI
     recipe: dict[str, Any]  # as resolved, plain values
-    rounds: int  # in the whole run
-    first_round: int  # 0, or where a resumed run goes on
-    tracker_ids: dict[str, str] = field(default_factory=dict)  # by tracker's name, of the checkpoint it goes on from
+    rounds: int  # in the full run
+    first_round: int  # 0, or where a run resumes
+    tracker_ids: dict[str, str] = field(default_factory=dict)  # by tracker name, from the checkpoint
 
     @property
     def storage(self) -> Storage:
-        """The run's folder."""
+        """Return the run's folder."""
         return Storage(self.folder)
 
     @cached_property
     def local_folder(self) -> Path:
-        """The run's folder, or one on this machine in its place, for trackers that write to a disk only."""
+        """Return the run's folder, or a temporary one if it is remote, for trackers that can only write to a disk."""
         if self.storage.local_path is None:
             return Path(tempfile.mkdtemp(prefix=f"ddpo-{self.name}-"))
         self.storage.local_path.mkdir(parents=True, exist_ok=True)
         return self.storage.local_path
 
     def move_up(self, name: str) -> None:
-        """Move what a tracker has written to `name` in the local folder into the run's, where that is elsewhere."""
+        """Move a tracker's files `name` from the temporary local folder to the run's folder, if that is remote."""
         if self.storage.local_path is not None:
             return
         self.storage.folder(name).copy_in(self.local_folder / name)
@@ -57,20 +57,24 @@ class LiveTracker(ABC):
 
     @abstractmethod
     def log(self, metrics: Metrics) -> None:
-        """Take the metrics of one round; `metrics["round"]` says which."""
+        """Take the metrics of one round, whose index is `metrics["round"]`."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Write out what is still held, and close."""
+        """Write what is still buffered, and close."""
 
-    def flush(self) -> None:  # noqa: B027  a tracker elsewhere holds nothing back
-        """Write into the run's folder what it refused before. StorageError: it refuses again; no checkpoint is committed."""
+    def flush(self) -> None:  # noqa: B027  most trackers buffer nothing
+        """Write what the run's folder refused before.
+
+        Raises:
+            StorageError: The folder refuses again, so that no checkpoint is committed.
+        """
 
     def show(self, media: Media) -> None:  # noqa: B027  a tracker of numbers alone shows nothing
-        """Take images, tables and histograms, before the metrics of their round, which end it."""
+        """Take images, tables and histograms of a round. They come before the round's metrics."""
 
     def identity(self) -> str | None:
-        """What a resumed run must be told to go on in the same place of a service; None where the folder says it."""
+        """Return the id by which a resumed run continues in the same place of a service; None if the folder suffices."""
         return None
 
 
@@ -79,15 +83,15 @@ class Tracker(Component, ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """ValueError where its package is missing; asked before a run starts."""
+        """Raise ValueError if its package is missing. Called before a run starts."""
 
     @abstractmethod
     def start(self, run: RunInfo) -> LiveTracker:
-        """Open it."""
+        """Open the tracker."""
 
 
 def require_package(tracker: str, package: str) -> None:
-    """ValueError, which names the package and the other trackers, where what `tracker` needs is not installed."""
+    """Raise ValueError if a package that `tracker` needs is not installed. The message names the other trackers too."""
     if importlib.util.find_spec(package) is None:
         others = sorted(set(TRACKERS) - {tracker})
         raise ValueError(

@@ -1,7 +1,12 @@
-"""Metrics to Weights & Biases: online where somebody is logged in, else kept on disk for `wandb sync`."""
+"""Metrics to Weights & Biases: online with a login, otherwise in local files for `wandb sync`.
 
+wandb's local files are protobuf records in LevelDB's log format, from which a resumed run reads the logged rounds.
+"""
+
+import json
 import math
 import os
+import struct
 import sys
 import uuid
 from collections.abc import Iterator
@@ -14,27 +19,34 @@ import PIL.Image
 from ray_ddpo.common.model_files.model_hub import first_line, server_answers
 from ray_ddpo.common.run_storage.reading import read_json_lines
 from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.trackers.media import CaptionedImage, Media
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
-from ray_ddpo.common.trackers.wandb_files import rounds_in_files
 
 NAME = "wandb"
-FOLDER = "wandb"  # where wandb writes, by its own choice
+FOLDER = "wandb"  # wandb's own choice
 DATA_FOLDER = "WANDB_DATA_DIR"
 Mode = Literal["online", "offline", "disabled"]
 BINS = 64
-FLUSH_SECONDS = 1.0  # between two writings to its file: what it has not written is lost with a process that is killed
+FLUSH_SECONDS = 1.0  # between writes to wandb's file; a killed process loses what is not written
 
 
 class OpenRun(LiveTracker):
-    """A run that wandb keeps open in this process. wandb's step is the round, and may not go back.
+    """A run that wandb keeps open in this process. wandb's step is the round, and may not decrease.
 
-    A history cannot be changed. What a resumed run does again is not sent again: it has the same bits. What was done
-    before the checkpoint and is not in wandb is sent again.
+    wandb's history cannot be changed. Rounds that a resumed run repeats are not sent again, because they have the same
+    bits.
+    Rounds before the checkpoint that wandb lacks are sent again.
     """
 
     def __init__(self, run: Any, info: RunInfo, rounds_there: int) -> None:
-        """`rounds_there`: so many has wandb of earlier starts."""
+        """Wrap an open run, and send the earlier rounds that wandb lacks.
+
+        Args:
+            run: wandb's run.
+            info: facts about this run.
+            rounds_there: how many rounds wandb has from earlier starts.
+        """
         self._run = run
         self._info = info
         self._rounds_there = rounds_there
@@ -44,9 +56,9 @@ class OpenRun(LiveTracker):
             self.log(metrics)
 
     def log(self, metrics: Metrics) -> None:
-        round = int(metrics["round"])
-        if round >= self._rounds_there:
-            self._run.log(metrics, step=round, commit=True)
+        round_index = int(metrics["round"])
+        if round_index >= self._rounds_there:
+            self._run.log(metrics, step=round_index, commit=True)
 
     def show(self, media: Media) -> None:
         if media.round >= self._rounds_there:
@@ -55,7 +67,10 @@ class OpenRun(LiveTracker):
 
     @contextmanager
     def _nothing_elsewhere(self) -> Iterator[None]:
-        """wandb copies what is in a table to where it is sent from: by default in the user's home, and if offline for ever."""
+        """Keep wandb's copies of a table's media in the run's folder.
+
+        By default wandb stages them in the user's home directory, where an offline run would leave them forever.
+        """
         if DATA_FOLDER in os.environ:
             yield
             return
@@ -77,7 +92,7 @@ class OpenRun(LiveTracker):
 
 
 class WandbRun(Tracker):
-    """Never asks for a login. A resumed run goes on in the wandb run whose id is in its checkpoint."""
+    """A tracker that never prompts for a login. A resumed run continues the wandb run whose id is in its checkpoint."""
 
     project: str = "ray-ddpo"
     entity: str | None = None
@@ -88,33 +103,34 @@ class WandbRun(Tracker):
         require_package(NAME, "wandb")
 
     def start(self, run: RunInfo) -> OpenRun:
-        """Open the run online if a login is found, offline if there is none or the service does not answer.
+        """Open the run: online with a login, offline without one or if the service does not answer.
 
         Raises:
-            ValueError: the service refuses the login or the run.
+            ValueError: The service refuses the login or the run.
         """
         import wandb
 
-        identity, (way, why) = run.tracker_ids.get(NAME) or uuid.uuid4().hex[:8], connection()
+        identity, (mode, why) = run.tracker_ids.get(NAME) or uuid.uuid4().hex[:8], connection()
         try:
-            opened = self._open(run, identity, way)
+            opened = self._open(run, identity, mode)
         except wandb.Error as error:
-            way, why = "offline", _if_not_reachable(error)
-            opened = self._open(run, identity, way)
+            mode, why = "offline", _if_not_reachable(error)
+            opened = self._open(run, identity, mode)
         if why:
             later = f"wandb sync {run.folder}/{FOLDER}/offline-run-*"
             print(f"tracker wandb: {why}, so the run is kept offline; send it later with: {later}", file=sys.stderr)
         return opened
 
-    def _open(self, run: RunInfo, identity: str, way: Mode) -> OpenRun:
+    def _open(self, run: RunInfo, identity: str, mode: Mode) -> OpenRun:
+        """Open the run in one mode."""
         import wandb
 
-        # Neither terminal output nor code nor the git state: what is in them is not ours to send.
+        # Send neither terminal output nor code nor git state, which may be confidential.
         settings = wandb.Settings(
             console="off", disable_code=True, disable_git=True, x_transaction_log_flush_interval=FLUSH_SECONDS
         )
-        # Before it is opened, for then there is a new file.
-        rounds_there = rounds_in_files(run.storage.folder(FOLDER), identity) if way == "offline" else 0
+        # Read before opening, which creates a new file.
+        rounds_there = rounds_in_files(run.storage.folder(FOLDER), identity) if mode == "offline" else 0
         opened = wandb.init(
             project=self.project,
             entity=self.entity,
@@ -125,14 +141,14 @@ class WandbRun(Tracker):
             dir=run.local_folder,
             id=identity,
             resume="allow",
-            mode=way,
+            mode=mode,
             settings=settings,
         )
-        return OpenRun(opened, run, opened.starting_step if way == "online" else rounds_there)
+        return OpenRun(opened, run, opened.starting_step if mode == "online" else rounds_there)
 
 
 def as_wandb_has_it(media: Media) -> dict[str, Any]:
-    """By what it is and then by its panel: `images/evaluation`, `tables/evaluation`, `histograms/reward`."""
+    """Return the media as wandb's objects under `images/<panel>`, `tables/<panel>` and `histograms/<name>`."""
     import wandb
 
     shown: dict[str, Any] = {}
@@ -149,12 +165,12 @@ def as_wandb_has_it(media: Media) -> dict[str, Any]:
 def _image(image: CaptionedImage) -> Any:
     import wandb
 
-    # From an array wandb would first guess whether to stretch its values.
+    # For an array wandb would guess whether to rescale its values.
     return wandb.Image(PIL.Image.fromarray(image.pixels), caption=image.caption or None)
 
 
 def _rounds_before(info: RunInfo) -> Iterator[Metrics]:
-    """The metrics of the rounds before this start's first."""
+    """Yield the metrics of the rounds before this start's first."""
     folder = RunFolder(info.folder)
     logged = (
         read_json_lines(folder.storage, folder.metrics, ("round",)) if folder.storage.exists(folder.metrics) else []
@@ -165,12 +181,12 @@ def _rounds_before(info: RunInfo) -> Iterator[Metrics]:
 
 
 def connection() -> tuple[Mode, str]:
-    """Return how wandb works here, and why it is offline if the service does not answer (else an empty text).
+    """Return wandb's mode here, and why it is offline if the service does not answer (otherwise an empty text).
 
-    As WANDB_MODE says where it switches the network off; else online if wandb finds a login without asking.
+    WANDB_MODE decides if it disables the network. Otherwise the run is online if wandb finds a login without asking.
 
     Raises:
-        ValueError: the service refuses the login.
+        ValueError: The service refuses the login.
     """
     import wandb
 
@@ -184,7 +200,11 @@ def connection() -> tuple[Mode, str]:
 
 
 def _if_not_reachable(error: Exception) -> str:
-    """Return in words that wandb's service cannot be reached. ValueError: it can, so `error` is the user's to mend."""
+    """Describe that wandb's service cannot be reached.
+
+    Raises:
+        ValueError: The service can be reached, so that `error` is for the user to fix.
+    """
     import wandb
 
     service = wandb.setup().settings.base_url
@@ -194,3 +214,46 @@ def _if_not_reachable(error: Exception) -> str:
             "project and entity, or export WANDB_MODE=offline"
         ) from error
     return f"{service} does not answer"
+
+
+HEAD = 7  # bytes of wandb's own file header
+BLOCK = 32768
+RECORD_HEAD = struct.Struct("<IHB")  # checksum, length, kind
+WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def rounds_in_files(folder: Storage, identity: str) -> int:
+    """Return how many rounds of the run `identity` are in all its files in wandb's folder.
+
+    Every start has its own file.
+    """
+    names = [f"{name}/run-{identity}.wandb" for name in folder.names() if name.endswith(f"-{identity}")]
+    return max((rounds_in(folder.read(name)) for name in names if folder.exists(name)), default=0)
+
+
+def rounds_in(data: bytes) -> int:
+    """Return one file's last round, plus 1."""
+    # The module creates its types at run time.
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
+
+    items = (item for record in records(data) for item in Record.FromString(record).history.item)
+    found = [json.loads(item.value_json) for item in items if "round" in (item.key, *item.nested_key[:1])]
+    return int(max(found, default=-1)) + 1
+
+
+def records(data: bytes) -> Iterator[bytes]:
+    """Yield a file's records, up to an incomplete one."""
+    place, record = HEAD, b""
+    while True:
+        if BLOCK - place % BLOCK < RECORD_HEAD.size:  # a block ends with padding where no record head fits
+            place += BLOCK - place % BLOCK
+        if place + RECORD_HEAD.size > len(data):
+            return
+        _, length, kind = RECORD_HEAD.unpack_from(data, place)
+        place += RECORD_HEAD.size
+        if kind not in (WHOLE, FIRST, MIDDLE, LAST) or place + length > len(data):
+            return
+        part, place = data[place : place + length], place + length
+        record = part if kind in (WHOLE, FIRST) else record + part
+        if kind in (WHOLE, LAST):
+            yield record

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from ray_ddpo.common.base_parts import Base
-from ray_ddpo.common.metrics.paired import in_errors, paired_change
+from ray_ddpo.common.metrics.statistics import in_errors, paired_change
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages, images_table
 from ray_ddpo.common.run_storage.run_folder import weights_here

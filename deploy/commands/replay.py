@@ -17,9 +17,9 @@ from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.learner.checkpoints.checkpoint import (
     damaged_checkpoints,
+    intact_checkpoints,
     load_weights,
     policy_versions,
-    whole_checkpoints,
 )
 
 Row = dict[str, Any]  # of the ledger
@@ -77,7 +77,7 @@ def replay(run: str, round: int, overrides: list[str]) -> Replay:
 
 def kept_weights(checkpoints: Storage, round: int, version: int) -> PolicyWeights:
     """The weights of a policy version, from the newest checkpoint that holds them. ValueError: none does."""
-    whole = list(whole_checkpoints(checkpoints))
+    whole = list(intact_checkpoints(checkpoints))
     for checkpoint in whole:
         if version in policy_versions(checkpoint):
             return next(weights for weights in load_weights(checkpoint) if weights.policy_version == version)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from ray_ddpo.common.base_parts import Base, as_tables
 from ray_ddpo.common.machine import Machine
-from ray_ddpo.common.metrics.bottleneck import bottleneck
-from ray_ddpo.common.metrics.reward_collapse import CollapseWatch
+from ray_ddpo.common.metrics.diagnoses import CollapseWatch, bottleneck
 from ray_ddpo.common.metrics.round_metrics import RoundClock, memory_now, reward_metrics, round_metrics
 from ray_ddpo.common.recipe.reward_pools import reward_pools
 from ray_ddpo.common.run_storage.ledger import Ledger

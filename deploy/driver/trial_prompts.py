@@ -6,7 +6,7 @@ import numpy as np
 
 from ray_ddpo.actors.evaluation.evaluation import evaluation_set
 from ray_ddpo.common.prompts import PROMPTS, Function, Prompt
-from ray_ddpo.common.undisturbed import undisturbed
+from ray_ddpo.common.runtime import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
 from ray_ddpo.deploy.driver.components import Components
 

@@ -35,7 +35,7 @@ from ray_ddpo.deploy.driver.supervision import Supervision, sheltered_from_hangu
 from ray_ddpo.deploy.driver.trial_prompts import checked_prompts, trial_prompts
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.learner_group import LearnerGroup, SerialLearnerGroup
-from ray_ddpo.learner.process_group import ranks_of
+from ray_ddpo.learner.process_group import process_groups
 from ray_ddpo.learner.ray_learner_group import RayLearnerGroup
 
 SAMPLER_SECONDS = 10.0  # that a learner which cannot start waits for a sampler, which may say the same
@@ -247,8 +247,8 @@ def _maker(
 def _learner_maker(parts: Components) -> Callable[[], list[Any]]:
     """What starts all ranks of the learner, rank 0 first; those started later have other numbers."""
     recipe, numbers, makers = parts.recipe, itertools.count(), []
-    for ranks in ranks_of(recipe):
-        role = f"learner {ranks}" if ranks.count > 1 else "learner"
+    for ranks in process_groups(recipe):
+        role = f"learner {ranks}" if ranks.world_size > 1 else "learner"
         arguments = (parts.policy, parts.algorithm, recipe, ranks)
         makers.append(_maker(Learner, "learner", recipe.learner, recipe, arguments, role))
     return lambda: [make(next(numbers)) for make in makers]

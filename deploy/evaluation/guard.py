@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from ray_ddpo.common.metrics.paired import paired_change
+from ray_ddpo.common.metrics.statistics import paired_change
 from ray_ddpo.common.recipe.tables import GuardTable
 
 LEFT = ("sharpness", "entropy", "diversity")  # statistics of which a share must be left, and their keys in the recipe

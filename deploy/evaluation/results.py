@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ray_ddpo.actors.evaluation.evaluation import EvaluationSet
-from ray_ddpo.common.metrics.paired import paired_change
+from ray_ddpo.common.metrics.statistics import paired_change
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import GuardTable
 from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages

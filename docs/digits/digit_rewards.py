@@ -1,4 +1,4 @@
-"""What is rewarded: ink; and what is only looked at: whether a digit can still be read."""
+"""The reward: ink; and a held-out scorer: whether the digit can still be read."""
 
 from functools import cache
 from typing import Any
@@ -8,16 +8,16 @@ from digits_policy import digit_of
 from jaxtyping import Float, Int, UInt8
 from pretrain_digits import SIZE, data
 
-PageImages = UInt8[np.ndarray, "B H W 3"]
+Images = UInt8[np.ndarray, "B H W 3"]
 
 
-def ink(images: PageImages, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
-    """The share of white."""
+def ink(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+    """Return the share of white."""
     return images.mean(axis=(1, 2, 3)) / 255
 
 
-def reads(images: PageImages, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
-    """1 where the printed digit that the image is most like is the one that was asked for, else 0."""
+def reads(images: Images, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
+    """Return 1 if the most similar printed digit is the one that the prompt names, else 0."""
     zoom = images.shape[1] // SIZE
     printed, digits = _printed()
     found = digits[(_unit(images[:, ::zoom, ::zoom, 0]) @ printed.T).argmax(axis=1)]
@@ -26,13 +26,13 @@ def reads(images: PageImages, prompts: list[str], metadata: list[dict[str, Any]]
 
 @cache
 def _printed() -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, "N"]]:
-    """Printed digits, none of which the model was trained on, and what they are."""
+    """Return printed digits that the model was not trained on, and their labels."""
     images, digits = data(3000, seed=1)
     return _unit(images.numpy()), digits.numpy()
 
 
 def _unit(images: np.ndarray) -> Float[np.ndarray, "N D"]:
-    """Of mean 0 and length 1, so that a product of two is their correlation."""
+    """Normalize images to mean 0 and length 1, so that the product of two is their correlation."""
     rows = images.reshape(len(images), -1).astype(np.float32)
     rows = rows - rows.mean(axis=1, keepdims=True)
     return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-6)

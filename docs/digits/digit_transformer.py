@@ -1,4 +1,4 @@
-"""The network: a small transformer that says which way a digit's noisy pixels move, given the time and the digit."""
+"""A small transformer that predicts the velocity of a digit's noised pixels, given timestep and digit."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each behind a norm that time and digit shift and scale (Peebles & Xie 2023)."""
+    """Attention and a feed-forward layer, each after a norm modulated by timestep and digit (Peebles & Xie 2023)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class DigitTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """Files in diffusers' format come from the first two bases, adapters from the third."""
+    """A transformer over patches. The first two base classes give files in diffusers' format, the third adapters."""
 
     @register_to_config
     def __init__(
@@ -50,7 +50,10 @@ class DigitTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def forward(
         self, latents: Float[Tensor, "B 1 S S"], timesteps: Float[Tensor, "B"], digit: Float[Tensor, "B 10"]
     ) -> Float[Tensor, "B 1 S S"]:
-        """The velocity ε − x0 at `timesteps` of 1000 (pure noise) to 0. A row of zeros in `digit` stands for any digit."""
+        """Return the velocity ε − x0 at `timesteps` from 1000 (pure noise) to 0.
+
+        A zero row in `digit` means any digit.
+        """
         patch, side = self.config["patch"], self.config["size"] // self.config["patch"]
         condition = F.silu(self.time(get_timestep_embedding(timesteps, self.config["width"])) + self.digit(digit))
         tokens = self.patches_in(F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2)) + self.places

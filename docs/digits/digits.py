@@ -1,4 +1,4 @@
-"""The keys of a family of models that sample digits, for `name = "digits:Digits"` in a recipe's `[policy]`."""
+"""The keys of a model family that generates digits, for `name = "digits:Digits"` in a recipe's `[policy]`."""
 
 import json
 import os
@@ -25,21 +25,21 @@ class Digits(PolicyConfig):
     zoom: int = Field(default=4, ge=1)  # pixels of an image, along a side, for one of the network's
 
     def folder(self) -> Path:
-        """Where the network lies."""
+        """Return the network's folder."""
         return Path(os.path.expanduser(self.model))
 
     def network_config(self) -> dict[str, Any]:
-        """What the network is made with, from its file."""
+        """Return the network's arguments, from its file."""
         return json.loads((self.folder() / "config.json").read_text())
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """C, H, W."""
+        """Return C, H, W of one image's latents."""
         size = self.network_config()["size"]
         return 1, size, size
 
     def guidance(self, sampling: SamplingTable) -> float | None:
-        """The scale; None where the digit's branch is enough."""
+        """Return the guidance scale; None without guidance."""
         return sampling.guidance_scale if sampling.is_guided else None
 
     def check(self) -> None:

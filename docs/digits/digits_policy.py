@@ -1,4 +1,4 @@
-"""A digits' network that is live on a device: what a prompt is to it, how it steps, and what its images look like."""
+"""A live network for digits: it encodes prompts, takes steps, and decodes images."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,11 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def digit_of(prompt: str) -> int:
-    """The digit that a prompt names, as a word or a figure. ValueError: it names none, or several."""
+    """Return the digit that a prompt names, as a word or a numeral.
+
+    Raises:
+        ValueError: The prompt names no digit, or several.
+    """
     words = re.findall(r"[a-z]+|\d", prompt.lower())
     named = [DIGITS.index(word) if word in DIGITS else int(word) for word in words if word in DIGITS or word.isdigit()]
     if len(named) != 1:
@@ -35,19 +39,19 @@ def digit_of(prompt: str) -> int:
 
 
 def call_network(network: Any, latents: Tensor, timesteps: Tensor, digit: Tensor) -> Tensor:
-    """The velocity that the network predicts, of a row each."""
+    """Return the network's velocity prediction per row."""
     return network(latents, timesteps, digit)
 
 
 def images_of(latents: Float[Tensor, "B 1 H W"], zoom: int) -> UInt8[Tensor, "B H2 W2 3"]:
-    """White on black, each of the network's pixels a square of `zoom` by `zoom`."""
+    """Return images, white on black, with each latent as a square of `zoom` by `zoom` pixels."""
     grey = ((latents.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     large = grey.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
     return large.permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
 
 
 class DigitsPolicy(Policy):
-    """Runs the same numerics in sampler and learner."""
+    """The policy of digits. Sampler and learner run the same numerics."""
 
     def __init__(self, config: "Digits", network: Any, device: str, sampling: SamplingTable, role: Role) -> None:
         self.config = config
@@ -79,10 +83,14 @@ class DigitsPolicy(Policy):
         return noise
 
     def transition(
-        self, latents: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], conditioning: Conditioning, noisy: bool = True
+        self,
+        latents: Float[Tensor, "B C H W"],
+        steps: Int[Tensor, "B"],
+        conditioning: Conditioning,
+        stochastic: bool = True,
     ) -> Transition:
         velocity = self._velocity(latents.float(), self.steps.timesteps[steps], conditioning)
-        return self.steps.transition(latents, velocity, steps, noisy)
+        return self.steps.transition(latents, velocity, steps, stochastic)
 
     def denoise(
         self,
@@ -91,8 +99,8 @@ class DigitsPolicy(Policy):
         timesteps: Int[Tensor, "B"],
         conditioning: Conditioning,
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-        noised, told, target = self.steps.noised(clean_latents.float(), noise, timesteps)
-        return self._velocity(noised, told, conditioning), target
+        noised, timestep_input, target = self.steps.add_noise(clean_latents.float(), noise, timesteps)
+        return self._velocity(noised, timestep_input, conditioning), target
 
     def _velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return guided(self._predict, latents, timesteps, conditioning, self.guidance_scale)

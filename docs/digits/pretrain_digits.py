@@ -1,4 +1,4 @@
-"""Makes the model that is fine-tuned: samples digits in a few fonts, and trains the transformer on them by flow matching."""
+"""Pretrain the model that is fine-tuned: render digits in a few fonts, and train the transformer by flow matching."""
 
 import argparse
 import math
@@ -16,12 +16,22 @@ from torch import Tensor
 
 FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # matplotlib ships with fonts
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif")
-SIZE, FINER = 16, 4  # pixels a side of an image, and how much finer it is sampled
-BATCH, ANY_DIGIT = 64, 0.1  # share of images whose digit the network is not told, for guidance
+SIZE, FINER = 16, 4  # pixels per side of an image, and how much finer it is rendered
+BATCH, ANY_DIGIT = 64, 0.1  # share of images without their digit as an input, for guidance
 
 
-def sampled(digit: int, font: str, height: float, angle: float, place: tuple[float, float]) -> Float[np.ndarray, "S S"]:
-    """A digit's image, −1 black and 1 white: `height` of its font and `place` of its middle in pixels, turned in degrees."""
+def rendered(
+    digit: int, font: str, height: float, angle: float, place: tuple[float, float]
+) -> Float[np.ndarray, "S S"]:
+    """Return a digit's image, −1 black and 1 white.
+
+    Args:
+        digit: the digit.
+        font: the font's name.
+        height: the font's height in pixels.
+        angle: the rotation in degrees.
+        place: the offset from the image's center in pixels.
+    """
     side = SIZE * FINER
     image = Image.new("L", (side, side))
     letters = ImageFont.truetype(FOLDER / f"{font}.ttf", round(FINER * height))
@@ -32,11 +42,11 @@ def sampled(digit: int, font: str, height: float, angle: float, place: tuple[flo
 
 
 def data(count: int, seed: int = 0) -> tuple[Float[Tensor, "N 1 S S"], Int[Tensor, "N"]]:
-    """PageImages and their digits."""
+    """Return images and their digits."""
     generator = np.random.default_rng(seed)
     digits = generator.integers(10, size=count)
     images = [
-        sampled(
+        rendered(
             digit,
             str(generator.choice(FONTS)),
             generator.uniform(14, 17),
@@ -51,7 +61,7 @@ def data(count: int, seed: int = 0) -> tuple[Float[Tensor, "N 1 S S"], Int[Tenso
 def flow_matching_loss(
     network: DigitTransformer, clean: Float[Tensor, "B 1 S S"], digit: Float[Tensor, "B 10"]
 ) -> Float[Tensor, ""]:
-    """E |v − (ε − x0)|² at x_σ = (1 − σ) x0 + σ ε (Lipman et al. 2023)."""
+    """Return E |v − (ε − x0)|² at x_σ = (1 − σ) x0 + σ ε (Lipman et al. 2023)."""
     noise, sigma = torch.randn_like(clean), torch.sigmoid(torch.randn(len(clean)))
     share = sigma.view(-1, 1, 1, 1)
     velocity = network((1 - share) * clean + share * noise, 1000 * sigma, digit)
@@ -59,7 +69,7 @@ def flow_matching_loss(
 
 
 def pretrain(steps: int, images: int, seed: int = 0) -> DigitTransformer:
-    """The network whose weights are the moving average over the training."""
+    """Train a network. Return the moving average of its weights."""
     clean, digits = data(images, seed)
     torch.manual_seed(seed)
     network = DigitTransformer(SIZE)
@@ -69,8 +79,8 @@ def pretrain(steps: int, images: int, seed: int = 0) -> DigitTransformer:
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     for step in range(steps):
         chosen = torch.randint(len(clean), (BATCH,))
-        told = (torch.rand(BATCH, 1) >= ANY_DIGIT) * F.one_hot(digits[chosen], 10).float()
-        loss = flow_matching_loss(network, clean[chosen], told)
+        condition = (torch.rand(BATCH, 1) >= ANY_DIGIT) * F.one_hot(digits[chosen], 10).float()
+        loss = flow_matching_loss(network, clean[chosen], condition)
         optimizer.param_groups[0]["lr"] = 2e-3 * math.cos(math.pi / 2 * step / steps)
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""Make the weights that are fine-tuned: train the network to predict the noise in drawings of four shapes."""
+"""Pretrain the model that is fine-tuned: train the network to predict the noise in images of four shapes."""
 
 import argparse
 from pathlib import Path
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.schedulers.ddim import ddim_table
 
-BATCH, ANY_CLASS = 64, 0.1  # share of images whose class the network is not told, for guidance
+BATCH, ANY_CLASS = 64, 0.1  # share of images without their class as an input, for guidance
 SIZE = LATENT_SHAPE[1]
 
 
-def sampled(labels: Int[Tensor, "N"]) -> Float[Tensor, "N 3 S S"]:
-    """Return a shape of each class at a random place, in a random colour on black; −1 is dark and 1 is bright."""
+def rendered(labels: Int[Tensor, "N"]) -> Float[Tensor, "N 3 S S"]:
+    """Return a shape of each class at a random position, in a random color on black; −1 is dark and 1 is bright."""
     count, rows = len(labels), torch.arange(SIZE).float()
     centre = 5 + 5 * torch.rand(2, count, 1, 1)
     down, across = rows.view(1, -1, 1) - centre[0], rows.view(1, 1, -1) - centre[1]
@@ -29,16 +29,16 @@ def sampled(labels: Int[Tensor, "N"]) -> Float[Tensor, "N 3 S S"]:
 
 
 def pretrain(steps: int, seed: int = 0) -> ShapeNetwork:
-    """Return the network after so many steps."""
+    """Train a network for `steps` steps."""
     torch.manual_seed(seed)
     network, table = ShapeNetwork(len(CLASSES)), ddim_table(SCHEDULE, 10, 1.0, "cpu")
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     for step in range(steps):
         labels = torch.randint(len(CLASSES), (BATCH,))
-        clean = sampled(labels)
-        noised, times, target = table.noised(clean, torch.randn_like(clean), torch.randint(1000, (BATCH,)))
-        told = torch.where(torch.rand(BATCH) < ANY_CLASS, len(CLASSES), labels)
-        loss = F.mse_loss(network(noised, times, told), target)
+        clean = rendered(labels)
+        noised, times, target = table.add_noise(clean, torch.randn_like(clean), torch.randint(1000, (BATCH,)))
+        condition = torch.where(torch.rand(BATCH) < ANY_CLASS, len(CLASSES), labels)
+        loss = F.mse_loss(network(noised, times, condition), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

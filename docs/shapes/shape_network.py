@@ -1,4 +1,4 @@
-"""The network, as one writes it oneself: a plain module that predicts noise, told the step's time and the image's class."""
+"""A network of one's own: a plain module that predicts noise, given timestep and class."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ShapeNetwork(nn.Module):
-    """A convolutional network with one skip connection. Class `num_classes` stands for no class at all."""
+    """A convolutional network with one skip connection. Class `num_classes` means no class."""
 
     def __init__(self, num_classes: int = 4, width: int = 32) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A family around that network: its keys, for `name = "shapes:Shapes"` in a recipe's `[policy]`, and the policy."""
+"""A model family around this network: its keys, for `name = "shapes:Shapes"` in a recipe's `[policy]`, and its policy."""
 
 from pathlib import Path
 
@@ -74,14 +74,16 @@ class ShapesPolicy(Policy):
         labels = torch.tensor([CLASSES.index(prompt) for prompt in prompts], device=self.device)
         return {"label": labels, "negative_label": torch.tensor([len(CLASSES)], device=self.device)}
 
-    def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning, noisy: bool = True) -> Transition:
+    def transition(
+        self, latents: Tensor, steps: Tensor, conditioning: Conditioning, stochastic: bool = True
+    ) -> Transition:
         predicted = self._noise(latents.float(), self.steps.timesteps[steps], conditioning)
-        return self.steps.transition(latents, predicted, steps, noisy)
+        return self.steps.transition(latents, predicted, steps, stochastic)
 
     def denoise(
         self, clean_latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor]:
-        noised, times, target = self.steps.noised(clean_latents.float(), noise, timesteps)
+        noised, times, target = self.steps.add_noise(clean_latents.float(), noise, timesteps)
         return self._noise(noised, times, conditioning), target
 
     def _noise(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

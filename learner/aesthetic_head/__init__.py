@@ -1,1 +1,1 @@
-"""Rated images on their way to a head: their table, their splits, their embeddings, and how well ratings agree."""
+"""Fit an aesthetic head on rated images: tables, splits, embeddings, fit, and agreement of ratings."""

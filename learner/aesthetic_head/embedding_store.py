@@ -1,4 +1,4 @@
-"""CLIP's embeddings of images on disk: parquet files that are each written whole, so that a kill loses at most one."""
+"""CLIP's embeddings of images on disk, in parquet files that are written atomically: a kill loses at most one."""
 
 import io
 import re
@@ -19,16 +19,16 @@ Embedding = Float[np.ndarray, "D"]
 
 @dataclass(frozen=True)
 class ClipIdentity:
-    """What tells one CLIP from another; embeddings of two never lie in one folder."""
+    """The identity of a CLIP model. A folder has embeddings of one model only."""
 
-    name: str  # as it was asked for: a folder or a hub name
+    name: str  # a folder or a hub name, as given
     fingerprint: str  # of its weights and the precision it runs in
     dimension: int  # of its embeddings
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is known of an image file: its embedding, or why it has none."""
+class StoredImage:
+    """The stored result for an image file: its embedding, or why it has none."""
 
     state: FileState
     embedding: Embedding | None
@@ -37,16 +37,20 @@ class Known:
 
 @dataclass
 class EmbeddingStore:
-    """The embeddings of one CLIP, by an image's path. `parts` on disk only grow: a later row replaces an earlier."""
+    """The embeddings of one CLIP model, by image path. Files are only added: a later row replaces an earlier one."""
 
     storage: Storage
     clip: ClipIdentity
-    known: dict[str, Known] = field(default_factory=dict)
+    known: dict[str, StoredImage] = field(default_factory=dict)
     next_part: int = 0
 
     @classmethod
     def open(cls, storage: Storage, clip: ClipIdentity) -> "EmbeddingStore":
-        """Read what is there. ValueError: it is of another CLIP."""
+        """Read the stored embeddings.
+
+        Raises:
+            ValueError: they are of another CLIP model.
+        """
         storage.sweep()
         store = cls(storage, clip)
         for name in storage.names():
@@ -55,8 +59,8 @@ class EmbeddingStore:
                 store.next_part = int(match[1]) + 1
         return store
 
-    def add(self, rows: Mapping[str, Known]) -> None:
-        """Write one more part; the folder has all of it or nothing."""
+    def add(self, rows: Mapping[str, StoredImage]) -> None:
+        """Write another part, atomically."""
         storage_type = pa.list_(pa.float32(), self.clip.dimension)
         table = pa.table(
             {
@@ -75,20 +79,22 @@ class EmbeddingStore:
         self.known.update(rows)
 
     def _read(self, name: str) -> None:
+        """Read a part, and raise ValueError if it is of another CLIP model."""
         table = parquet.read_table(pa.BufferReader(self.storage.read(name)))
         identity = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         if identity.get("clip_fingerprint") != self.clip.fingerprint:
             raise ValueError(
                 f"{self.storage.location} has embeddings of the CLIP {identity.get('clip')!r}, and this one, "
-                f"{self.clip.name!r}, has other weights or another precision: take another --output, or remove that folder"
+                f"{self.clip.name!r}, has other weights or another precision: take another --output, or remove that "
+                "folder"
             )
         rows = zip(*(table.column(key).to_pylist() for key in ("path", "size", "modified", "broken")), strict=True)
         embeddings = iter(_embeddings(table, self.clip.dimension))
         for path, size, modified, broken in rows:
-            self.known[path] = Known(FileState(size, modified), None if broken else next(embeddings), broken)
+            self.known[path] = StoredImage(FileState(size, modified), None if broken else next(embeddings), broken)
 
 
 def _embeddings(table: pa.Table, dimension: int) -> Float[np.ndarray, "N D"]:
-    """Of the rows that have one; a null takes no place among them."""
+    """Return the embeddings of the rows that have one, without gaps for nulls."""
     chunks = [chunk.flatten().to_numpy() for chunk in table.column("embedding").chunks]
     return np.concatenate(chunks).reshape(-1, dimension) if chunks else np.empty((0, dimension), np.float32)

@@ -1,4 +1,4 @@
-"""Fit an aesthetic head on the frozen embeddings of rated images: a linear one in closed form, or the published MLP."""
+"""Fit an aesthetic head on frozen embeddings of rated images: a linear head in closed form, or the published MLP."""
 
 import math
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 HeadKind = Literal["linear", "mlp", "mlp-relu"]
 HEADS: tuple[HeadKind, ...] = ("linear", "mlp", "mlp-relu")
 WIDTHS = (1024, 128, 64, 16)  # of improved-aesthetic-predictor, train_predictor.py
-DROPOUT = (0.2, 0.2, 0.1)  # behind its first three layers
-LEARNING_RATE = 1e-3  # of Adam, as there
-PENALTIES = tuple(10.0**power for power in torch.linspace(-6, 3, 37).tolist())  # of features of variance 1, an image
-LEAST_DEVIATION = 1e-3  # of a feature, over the mean one: one that hardly varies is not blown up
+DROPOUT = (0.2, 0.2, 0.1)  # after the first three layers
+LEARNING_RATE = 1e-3  # of Adam, as published
+PENALTIES = tuple(10.0**power for power in torch.linspace(-6, 3, 37).tolist())  # for features of variance 1, per image
+LEAST_DEVIATION = 1e-3  # of a feature, relative to the mean: do not scale up a feature that hardly varies
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Rated:
 
 @dataclass(frozen=True)
 class Scale:
-    """Mean and deviation of the features and the ratings that are fitted on, in float64."""
+    """Mean and standard deviation of the training features and ratings, in float64."""
 
     mean: Float[Tensor, "D"]
     deviation: Float[Tensor, "D"]
@@ -38,7 +38,11 @@ class Scale:
 
     @classmethod
     def of(cls, rated: Rated) -> "Scale":
-        """ValueError: all ratings are equal."""
+        """Compute the scale of training images.
+
+        Raises:
+            ValueError: all ratings are equal.
+        """
         features, ratings = rated.embeddings.double(), rated.ratings.double()
         deviation = features.std(0, correction=0)
         if not ratings.std(correction=0) > 0:
@@ -49,32 +53,32 @@ class Scale:
         return cls(features.mean(0), deviation.maximum(least), ratings.mean().item(), ratings.std(correction=0).item())
 
     def standard(self, rated: Rated) -> Rated:
-        """In these units."""
+        """Return standardized features and ratings."""
         embeddings = (rated.embeddings.double() - self.mean) / self.deviation
         return Rated(embeddings, (rated.ratings.double() - self.rating_mean) / self.rating_deviation)
 
     def fold_features(self, weight: Float[Tensor, "out D"], bias: Float[Tensor, "out"]) -> tuple[Tensor, Tensor]:
-        """A first layer that takes embeddings as they are."""
+        """Convert a first layer on standardized features to one on embeddings."""
         folded = weight.double() / self.deviation
         return folded, bias.double() - folded @ self.mean
 
     def fold_ratings(self, weight: Float[Tensor, "1 in"], bias: Float[Tensor, "1"]) -> tuple[Tensor, Tensor]:
-        """A last layer that gives ratings as they are."""
+        """Convert a last layer that gives standardized ratings to one that gives ratings."""
         return self.rating_deviation * weight.double(), self.rating_mean + self.rating_deviation * bias.double()
 
 
 @dataclass(frozen=True)
 class FittedHead:
-    """Weights in a published layout, in float32 on the CPU; what was chosen by the validation images, and among what."""
+    """Weights in a published format, in float32 on the CPU, and the hyperparameters chosen on the validation images."""
 
     weights: dict[str, Tensor]
     chosen: dict[str, int | float]
-    tried: list[dict[str, int | float]]  # each with its MSE of the validation images, in units of the ratings
+    tried: list[dict[str, int | float]]  # all candidates with their validation MSE, in units of ratings
 
 
 @dataclass(frozen=True)
 class Training:
-    """How the MLP is trained; as published, but for the seed."""
+    """Hyperparameters of training the MLP: the published ones, and a seed."""
 
     seed: int = 0
     epochs: int = 50
@@ -82,7 +86,11 @@ class Training:
 
 
 def fit_head(kind: HeadKind, train: Rated, validation: Rated, training: Training) -> FittedHead:
-    """The head of that kind that is best on the validation images. ValueError: all ratings to fit on are equal."""
+    """Fit a head, with hyperparameters or epoch chosen on the validation images.
+
+    Raises:
+        ValueError: all training ratings are equal.
+    """
     scale = Scale.of(train)
     one, other = scale.standard(train), scale.standard(validation)
     if kind == "linear":
@@ -93,7 +101,7 @@ def fit_head(kind: HeadKind, train: Rated, validation: Rated, training: Training
 def ridge_weights(
     features: Float[Tensor, "N D"], targets: Float[Tensor, "N"], penalties: tuple[float, ...]
 ) -> Float[Tensor, "P D"]:
-    """argmin over w of |features w - targets|² / N + penalty |w|², for each penalty by one eigendecomposition."""
+    """Return argmin_w |features w - targets|² / N + penalty |w|² for each penalty, by one eigendecomposition."""
     count = len(targets)
     variances, directions = torch.linalg.eigh(features.T @ features / count)
     along = directions.T @ (features.T @ targets / count)
@@ -101,7 +109,7 @@ def ridge_weights(
 
 
 def _fit_linear(train: Rated, validation: Rated, scale: Scale) -> FittedHead:
-    # In closed form: the optimum itself, without learning rate, epochs or chance, and every penalty for the price of one.
+    """Fit a linear head in closed form, deterministically, for all penalties at once."""
     weights = ridge_weights(train.embeddings, train.ratings, PENALTIES)
     errors = (validation.embeddings @ weights.T - validation.ratings[:, None]).square().mean(0)
     best = int(errors.argmin())
@@ -114,7 +122,10 @@ def _fit_linear(train: Rated, validation: Rated, scale: Scale) -> FittedHead:
 
 
 def published_mlp(dimension: int, relu: bool) -> nn.Sequential:
-    """Its layers stand at the positions that `ray_ddpo.common.image_models.aesthetic_head` tells the layouts by."""
+    """Return the published MLP.
+
+    Its layers have the positions by which `ray_ddpo.common.image_models.aesthetic_head` recognizes the format.
+    """
     layers: list[nn.Module] = []
     for inputs, outputs, dropout in zip((dimension, *WIDTHS), WIDTHS, (*DROPOUT, None), strict=False):
         layers += [
@@ -126,8 +137,9 @@ def published_mlp(dimension: int, relu: bool) -> nn.Sequential:
 
 
 def _fit_mlp(train: Rated, validation: Rated, scale: Scale, training: Training, relu: bool) -> FittedHead:
+    """Train the MLP, and keep the weights after the best epoch."""
     device = train.embeddings.device
-    # The seed decides weights, order and dropout, and nothing of it is left in the process.
+    # The seed decides weights, order and dropout. The process's own random state stays as it is.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(training.seed)
         network = published_mlp(train.embeddings.shape[1], relu).to(device)
@@ -142,7 +154,7 @@ def _fit_mlp(train: Rated, validation: Rated, scale: Scale, training: Training, 
 def _train(
     network: nn.Sequential, train: Rated, validation: Rated, training: Training
 ) -> tuple[dict[str, Any], list[float]]:
-    """The weights after the best epoch, and the validation MSE after each."""
+    """Return the weights after the best epoch, and the validation MSE after each epoch."""
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE)
     best, errors = {}, []
     for _ in range(training.epochs):

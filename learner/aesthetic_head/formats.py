@@ -1,4 +1,4 @@
-"""The formats of a table of rated images: csv, parquet, AVA's own text file, and a json list of vote histograms."""
+"""The formats of a table of rated images: csv, parquet, AVA's text file, and a json list of vote histograms."""
 
 import csv
 import json
@@ -8,16 +8,23 @@ from typing import Any
 
 from pyarrow import ArrowException, parquet
 
-Row = tuple[str, dict[str, Any]]  # where it stands in its file, such as "line 3", and its cells by column
-AVA_FIELDS = 15  # index, image id, counts of the ratings 1 … 10, two tags of its content, challenge
+Row = tuple[str, dict[str, Any]]  # its location in the file, such as "line 3", and its cells by column
+AVA_FIELDS = 15  # index, image id, counts of the ratings 1 … 10, two content tags, challenge
 AVA_VOTES = slice(2, 12)
 
 
-def rows_of(table: Path, format: str | None = None) -> Iterator[Row]:
-    """A table's rows, columns named as in a csv. ValueError: it is not there, or cannot be read in this format."""
+def rows_of(table: Path, format_name: str | None = None) -> Iterator[Row]:
+    """Yield a table's rows, with columns named as in a csv.
+
+    Args:
+        format_name: one of `READERS`. None: recognize the format.
+
+    Raises:
+        ValueError: the file does not exist, or cannot be read in this format.
+    """
     if not table.is_file():
         raise ValueError(f"the table {table} is not there: give a file with a row an image")
-    name = format or format_of(table)
+    name = format_name or format_of(table)
     if name not in READERS:
         raise ValueError(f"the format is {name!r}: it must be one of {sorted(READERS)}")
     try:
@@ -27,7 +34,7 @@ def rows_of(table: Path, format: str | None = None) -> Iterator[Row]:
 
 
 def format_of(table: Path) -> str:
-    """What the file's beginning looks like; csv where it looks like nothing else."""
+    """Recognize the format by the first line, with csv as the default."""
     with table.open("rb") as file:
         line = file.readline(1 << 16)
     if line.startswith(b"PAR1"):
@@ -39,6 +46,7 @@ def format_of(table: Path) -> str:
 
 
 def _csv_rows(table: Path) -> Iterator[Row]:
+    """Yield the rows of a csv file whose delimiter is a comma, a semicolon or a tab."""
     with table.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         file.seek(0)
@@ -46,7 +54,8 @@ def _csv_rows(table: Path) -> Iterator[Row]:
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(
-                    f"{table}, line {reader.line_num}: it has another number of cells than the {len(reader.fieldnames or ())} "
+                    f"{table}, line {reader.line_num}: it has another number of cells than the "
+                    f"{len(reader.fieldnames or ())} "
                     "columns of the first line"
                 )
             yield f"line {reader.line_num}", row
@@ -61,13 +70,14 @@ def _parquet_rows(table: Path) -> Iterator[Row]:
 
 
 def _ava_rows(table: Path) -> Iterator[Row]:
+    """Yield the rows of AVA's text file, with the path derived from the image id."""
     with table.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             fields = line.split()
             if fields and len(fields) != AVA_FIELDS:
                 raise ValueError(
-                    f"{table}, line {number}: it has {len(fields)} fields, and AVA's lines have {AVA_FIELDS}: index, image id, "
-                    "counts of the ratings 1 to 10, two tags, challenge"
+                    f"{table}, line {number}: it has {len(fields)} fields, and AVA's lines have {AVA_FIELDS}: index, "
+                    "image id, counts of the ratings 1 to 10, two tags, challenge"
                 )
             if fields:
                 yield f"line {number}", {"path": f"{fields[1]}.jpg", "votes": fields[AVA_VOTES]}

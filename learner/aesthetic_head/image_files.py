@@ -1,4 +1,4 @@
-"""Read image files for CLIP: of any size and mode, squared one by one so that they stack into a batch."""
+"""Read image files of any size and mode for CLIP, resized and cropped to squares so that they stack into a batch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +10,19 @@ from PIL import Image
 
 from ray_ddpo.common.image_models.clip_preprocessing import grey_levels, rgb_pixels
 
-LONGEST = 100  # times as long as wide: resized so that its shorter side is CLIP's, it would fill the memory
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # all that Pillow raises for bad files
+LONGEST = 100  # the largest aspect ratio: beyond it an image resized for CLIP would fill the memory
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+)  # the errors that Pillow raises for bad files
 NOT_THERE = "it is not in the folder"
 
 
 @dataclass(frozen=True)
 class FileState:
-    """What tells whether a file is still the one that was read; of one that is not there, -1 and 0."""
+    """Size and modification time, by which a changed file is recognized; -1 and 0 if there is no file."""
 
     size: int  # bytes
     modified: int  # nanoseconds since 1970
@@ -28,7 +33,7 @@ class FileState:
 
 
 def file_state(path: Path) -> FileState:
-    """Asks the filesystem, and does not open the file."""
+    """Return a file's state without opening the file."""
     if not path.is_file():
         return FileState(-1, 0)
     found = path.stat()
@@ -36,13 +41,13 @@ def file_state(path: Path) -> FileState:
 
 
 def squared(pixels: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "{side} {side} 3"]:
-    """Resized and cropped as CLIP's preprocessing does, which then leaves it as it is."""
+    """Resize and crop as CLIP's preprocessing does, which then changes nothing."""
     levels = grey_levels(torch.from_numpy(pixels)[None], side)[0]
     return levels.permute(1, 2, 0).to(torch.uint8).numpy()
 
 
 def read_squared(path: Path, side: int) -> UInt8[np.ndarray, "{side} {side} 3"] | str:
-    """An image for CLIP, or in words why it cannot be had."""
+    """Return an image for CLIP, or the reason why there is none."""
     try:
         with Image.open(path) as image:
             if max(image.size) > LONGEST * min(image.size):

@@ -1,4 +1,4 @@
-"""Which images a head is fitted on, which choose among its fits, and which only judge it."""
+"""Divide rated images into train, validation and test."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ FEWEST = {"train": 2, "validation": 2, "test": 0}
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """How images are divided whose table does not do it."""
+    """How to divide images if their table has no splits."""
 
     seed: int = 0
-    validation: int | float = 0.1  # share, of what is not in `test_list`
-    test: int | float = 0.1  # share; not used with `test_list`
-    test_list: Path | None = None  # a file with a line an image: its path, its file's name, or that without its ending
+    validation: int | float = 0.1  # fraction of the images that are not in `test_list`
+    test: int | float = 0.1  # fraction; not used with `test_list`
+    test_list: Path | None = None  # one image a line: path, file name, or file name without suffix
 
 
 def hash_fraction(path: str, seed: int) -> float:
-    """A number in 0 … 1 that a path and a seed alone decide."""
+    """Return a number in 0 … 1 that depends on path and seed only."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def split_by_hash(paths: Sequence[str], seed: int, validation: int | float, test: int | float) -> tuple[str, ...]:
-    """A split each, so that an image keeps its own when others come or go."""
+    """Return each path's split, which does not change when other images are added or removed."""
     fractions = [hash_fraction(path, seed) for path in paths]
     return tuple(
         "test" if fraction < test else "validation" if fraction < test + validation else "train"
@@ -35,9 +35,10 @@ def split_by_hash(paths: Sequence[str], seed: int, validation: int | float, test
 
 
 def assign_splits(images: RatedImages, plan: SplitPlan) -> tuple[str, ...]:
-    """The table's own splits, else the list's test images, else by hash.
+    """Return the table's splits, else those by the list of test images, else by hash.
 
-    ValueError: the table and a list both say, the list names none of the images, or a share is out of range.
+    Raises:
+        ValueError: table and list both define splits, the list names none of the images, or a fraction is out of range.
     """
     if images.splits is not None:
         if plan.test_list is not None:
@@ -57,14 +58,18 @@ def assign_splits(images: RatedImages, plan: SplitPlan) -> tuple[str, ...]:
     )
     if "test" not in splits:
         raise ValueError(
-            f"{plan.test_list} names none of the table's images: its lines must be paths such as {images.paths[0]!r}, or "
-            f"ids such as {PurePosixPath(images.paths[0]).stem!r}; its first is {min(listed, default='missing')!r}"
+            f"{plan.test_list} names none of the table's images: its lines must be paths such as {images.paths[0]!r}, "
+            f"or ids such as {PurePosixPath(images.paths[0]).stem!r}; its first is {min(listed, default='missing')!r}"
         )
     return splits
 
 
 def check_sizes(splits: Sequence[str]) -> None:
-    """ValueError: too few images are left to fit on, or to choose by."""
+    """Check the sizes of the splits.
+
+    Raises:
+        ValueError: train or validation has too few images.
+    """
     counts = {split: splits.count(split) for split in SPLITS}
     if any(counts[split] < fewest for split, fewest in FEWEST.items()):
         listed = ", ".join(f"{count} {split}" for split, count in counts.items())

@@ -1,4 +1,4 @@
-"""Rated images as a table has them: a path each, a rating or counts of votes, and perhaps the split."""
+"""Read a table of rated images: a path each, a rating or counts of votes, and perhaps the split."""
 
 import math
 import re
@@ -13,7 +13,10 @@ from jaxtyping import Float
 from ray_ddpo.learner.aesthetic_head.formats import rows_of
 
 SPLITS = ("train", "validation", "test")
-COLUMNS = "path, and one of rating, votes (a list) and votes_1 … votes_N (counts of the ratings 1 to N); split may be there too"
+COLUMNS = (
+    "path, and one of rating, votes (a list) and votes_1 … votes_N (counts of the ratings 1 to N); "
+    "split may be there too"
+)
 
 
 @dataclass(frozen=True)
@@ -21,25 +24,29 @@ class RatedImages:
     """N images in the table's order."""
 
     paths: tuple[str, ...]  # in the folder of images
-    ratings: Float[np.ndarray, "N"]  # where there are votes, their mean
-    splits: tuple[str, ...] | None = None  # of SPLITS; None: the table does not say
+    ratings: Float[np.ndarray, "N"]  # the mean of votes, if there are votes
+    splits: tuple[str, ...] | None = None  # of SPLITS; None if the table has none
 
 
 class BadCell(ValueError):
-    """What a column's cell must be and is not; the reader adds table and place."""
+    """A cell has a wrong value. The message says which values are allowed; the reader adds table and location."""
 
 
 def mean_rating(votes: Sequence[int | float]) -> float:
-    """The mean of votes for the ratings 1, 2, …, by their counts."""
+    """Return the mean rating from the counts of votes for the ratings 1, 2, …."""
     return sum(rating * count for rating, count in enumerate(votes, start=1)) / sum(votes)
 
 
-def read_table(table: Path, format: str | None = None) -> RatedImages:
-    """Read and check a table; `format` of `formats.READERS`, None: as it looks.
+def read_table(table: Path, format_name: str | None = None) -> RatedImages:
+    """Read and check a table.
 
-    ValueError: a column lacks, or a cell is not what it must be; it names table, place, column, what came and what is allowed.
+    Args:
+        format_name: one of `formats.READERS`. None: recognize the format.
+
+    Raises:
+        ValueError: a column is missing, or a cell has a wrong value. The message names table, location and column.
     """
-    rows = list(rows_of(table, format))
+    rows = list(rows_of(table, format_name))
     if not rows:
         raise ValueError(f"the table {table} has no images: it needs the columns {COLUMNS}")
     columns = set(rows[0][1])
@@ -48,21 +55,21 @@ def read_table(table: Path, format: str | None = None) -> RatedImages:
     except BadCell as error:
         raise ValueError(f"the table {table} has the columns {sorted(columns)}: {error}") from None
     images, seen = [], {}
-    for place, cells in rows:
+    for location, cells in rows:
         try:
             path, split = _path(cells["path"]), _split(cells.get("split")) if "split" in columns else None
             images.append((path, rating(cells), split))
         except BadCell as error:
-            raise ValueError(f"{table}, {place}: {error}") from None
+            raise ValueError(f"{table}, {location}: {error}") from None
         if path in seen:
-            raise ValueError(f"{table}, {place}: {path!r} stands in {seen[path]} too: an image has one row")
-        seen[path] = place
+            raise ValueError(f"{table}, {location}: {path!r} stands in {seen[path]} too: an image has one row")
+        seen[path] = location
     paths, ratings, splits = zip(*images, strict=True)
     return RatedImages(paths, np.array(ratings), splits if "split" in columns else None)
 
 
 def _rating_reader(columns: set[str]) -> Callable[[dict[str, Any]], float]:
-    """How a row's rating is had from its cells."""
+    """Return the function from a row's cells to its rating."""
     numbers = sorted(int(match[1]) for column in columns if (match := re.fullmatch(r"votes_(\d+)", column)))
     ways = [
         name
@@ -93,7 +100,7 @@ def _split(cell: Any) -> str:
 
 
 def _listed(cell: Any) -> list[Any]:
-    """A list, also as a csv's cell: "[1, 0, 5]" or "1 0 5"."""
+    """Return a cell's list, also from a csv's text: "[1, 0, 5]" or "1 0 5"."""
     if isinstance(cell, str):
         return re.split(r"[,;\s]+", cell.strip(" []()"))
     if not isinstance(cell, list):

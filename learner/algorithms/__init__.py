@@ -1,4 +1,4 @@
-"""The registry of algorithms: what a reward is worth, and what we descend on. One file an algorithm, one line here."""
+"""The registry of algorithms: advantages from rewards, and a loss. One file an algorithm, one line here."""
 
 from ray_ddpo.common.recipe.registry import Registry
 

@@ -1,4 +1,4 @@
-"""How advantages come from rewards: the keys of `[algorithm.advantages]`."""
+"""Settings of advantages: the keys of `[algorithm.advantages]`."""
 
 from typing import Literal
 
@@ -18,7 +18,7 @@ from ray_ddpo.learner.algorithms.advantages import (
 
 
 class AdvantageSettings(Component):
-    """Per-prompt running statistics (the default of the lineage), the whole round's, or a group's (GRPO)."""
+    """How to compute advantages: by running statistics per prompt (DDPO), by those of the round, or by group (GRPO)."""
 
     kind: Literal["per_prompt", "round", "group"] = "per_prompt"
     buffer_size: int = Field(default=32, ge=1)  # rewards kept a prompt
@@ -34,17 +34,22 @@ class AdvantageSettings(Component):
         return self
 
     def check(self, recipe: Recipe) -> None:
-        """ValueError: advantages within groups, and groups of one."""
+        """Check the settings against the rest of the recipe.
+
+        Raises:
+            ValueError: advantages are computed within groups, and a group has one image.
+        """
         if self.kind == "group" and recipe.prompts.images_per_prompt < 2:
             raise ValueError(
-                f"algorithm.advantages.kind is 'group' and prompts.images_per_prompt {recipe.prompts.images_per_prompt}: "
+                "algorithm.advantages.kind is 'group' and prompts.images_per_prompt "
+                f"{recipe.prompts.images_per_prompt}: "
                 "a group needs at least 2 images of one prompt"
             )
 
     def advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
-        """The statistics with this round in them, and each image's advantage."""
+        """Return the statistics with this round added, and each image's advantage."""
         if self.kind == "round":
             return statistics, round_advantages(rewards)
         if self.kind == "group":

@@ -1,9 +1,9 @@
-"""What a reward is worth beside others: advantages, as pure functions with explicit state."""
+"""Advantages and weights from rewards, as pure functions with explicit state."""
 
 import numpy as np
 from jaxtyping import Float
 
-from ray_ddpo.common.metrics.named_rows import rows_by_name
+from ray_ddpo.common.metrics.statistics import rows_by_name
 
 PromptStatistics = dict[str, tuple[float, ...]]  # the last rewards of each prompt, oldest first
 
@@ -13,9 +13,10 @@ GROUP_EPSILON = 1e-4  # Flow-GRPO
 
 
 def mean_and_std(values: Float[np.ndarray, "... N"]) -> tuple[Float[np.ndarray, "... 1"], Float[np.ndarray, "... 1"]]:
-    """Return mean and population deviation over the last axis. Of equal values the mean is exactly that value.
+    """Return mean and population standard deviation over the last axis.
 
-    Otherwise rounding gives equal rewards advantages that are not 0, and their division by an epsilon makes these large.
+    If all values are equal, the mean is exactly that value. Otherwise rounding would give equal rewards advantages
+    other than 0, which the division by an epsilon would make large.
     """
     alike = (values == values[..., :1]).all(axis=-1, keepdims=True)
     mean = np.where(alike, values[..., :1], values.mean(axis=-1, keepdims=True))
@@ -23,7 +24,7 @@ def mean_and_std(values: Float[np.ndarray, "... N"]) -> tuple[Float[np.ndarray, 
 
 
 def round_advantages(rewards: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-    """(reward − mean) / (std + 1e-8) over the round; population deviation."""
+    """Return (reward − mean) / (std + 1e-8) over the round, with the population standard deviation."""
     rewards = rewards.astype(np.float64)
     mean, std = mean_and_std(rewards)
     return (rewards - mean) / (std + ROUND_EPSILON)
@@ -32,7 +33,7 @@ def round_advantages(rewards: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
 def extend_statistics(
     statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], buffer_size: int
 ) -> PromptStatistics:
-    """The statistics with a round's rewards added in task order, keeping the last `buffer_size` of each prompt."""
+    """Return the statistics with a round's rewards added in task order, with the last `buffer_size` of each prompt."""
     added: dict[str, list[float]] = {}
     for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
         added.setdefault(prompt, []).append(reward)
@@ -42,9 +43,9 @@ def extend_statistics(
 def per_prompt_advantages(
     statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], min_count: int
 ) -> Float[np.ndarray, "N"]:
-    """(reward − mean) / (std + 1e-6) over the prompt's last rewards, this round's among them (DDPO, section 4.3).
+    """Return (reward − mean) / (std + 1e-6) over the prompt's last rewards, including this round's (DDPO, section 4.3).
 
-    A prompt with fewer than `min_count` rewards is held against the whole round instead.
+    If a prompt has fewer than `min_count` rewards, mean and std are those of the round.
     """
     rewards = rewards.astype(np.float64)
     mean, std = mean_and_std(rewards)
@@ -57,7 +58,12 @@ def per_prompt_advantages(
 
 
 def group_advantages(rewards: Float[np.ndarray, "N"], images_per_prompt: int, deviation: str) -> Float[np.ndarray, "N"]:
-    """(reward − mean of its group) / (std + 1e-4), std of the group or of the round (GRPO; Flow-GRPO); groups are neighbours."""
+    """Return (reward − mean of its group) / (std + 1e-4) (GRPO; Flow-GRPO).
+
+    Args:
+        images_per_prompt: images of a group. A group's images are neighbors.
+        deviation: "group" or "round", whose standard deviation divides.
+    """
     rewards = rewards.astype(np.float64)
     groups = rewards.reshape(-1, images_per_prompt)
     mean, std = mean_and_std(groups)
@@ -65,25 +71,27 @@ def group_advantages(rewards: Float[np.ndarray, "N"], images_per_prompt: int, de
 
 
 def win_rates(rewards: Float[np.ndarray, "N"], images_per_prompt: int) -> Float[np.ndarray, "N"]:
-    """The share of the other images of its group that an image beats, a tie counting half (Pref-GRPO, arXiv 2508.20751).
+    """Return the fraction of its group's other images that an image beats (Pref-GRPO, arXiv 2508.20751).
 
-    It knows order and no distance, so an outlier is worth no more than the best.
+    A tie counts half. A win rate depends on the order of rewards only, so an outlier counts no more than any other best
+    image.
     """
     groups = rewards.reshape(-1, images_per_prompt).astype(np.float64)
-    beats = np.sign(groups[:, :, None] - groups[:, None, :]).sum(axis=2)  # those below less those above
+    beats = np.sign(groups[:, :, None] - groups[:, None, :]).sum(axis=2)  # the number below minus the number above
     return (0.5 + 0.5 * beats / (images_per_prompt - 1)).ravel()
 
 
 def shortfall(rewards: Float[np.ndarray, "N"], floor: float) -> Float[np.ndarray, "N"]:
-    """How far images lie below a reward's floor, in that reward's deviations over the round; 0 at the floor or above."""
+    """Return each image's distance below a reward's floor, in standard deviations of the round; 0 if at or above it."""
     rewards = rewards.astype(np.float64)
     return np.maximum(0.0, floor - rewards) / (rewards.std() + ROUND_EPSILON)
 
 
 def feasible_first(joined: Float[np.ndarray, "N"], shortfalls: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-    """Images below a floor rank under all those that keep it, by how far below (Deb 2000, constraint handling).
+    """Rank images below a floor under all images that keep it, by their shortfall (Deb 2000, constraint handling).
 
-    The worst that keeps it, less `shortfalls` in deviations of `joined`; where none keeps it, the shortfall alone counts.
+    An image below a floor gets the worst score of those that keep it, minus its shortfall in standard deviations of
+    `joined`. If no image keeps it, the scores are the negated shortfalls.
     """
     keeps = shortfalls == 0
     if not keeps.any():
@@ -95,7 +103,7 @@ def feasible_first(joined: Float[np.ndarray, "N"], shortfalls: Float[np.ndarray,
 def softmax_weights(
     rewards: Float[np.ndarray, "N"], groups: list[str], inverse_temperature: float
 ) -> Float[np.ndarray, "N"]:
-    """∝ exp(inverse_temperature · reward) among the images with the same name in `groups`, with mean 1 over them."""
+    """Return weights ∝ exp(inverse_temperature · reward), with mean 1 over the images of the same name in `groups`."""
     rewards = rewards.astype(np.float64)
     weights = np.empty_like(rewards)
     for chosen in rows_by_name(groups).values():
@@ -107,9 +115,9 @@ def softmax_weights(
 def sparse_weights(
     statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], percentile: float, min_count: int
 ) -> Float[np.ndarray, "N"]:
-    """1 at or above the percentile of the prompt's last rewards, this round's among them; else 0.
+    """Return 1 if a reward is at or above the percentile of its prompt's last rewards, including this round's; else 0.
 
-    A prompt with fewer than `min_count` rewards is held against the whole round instead.
+    If a prompt has fewer than `min_count` rewards, the percentile is that of the round.
     """
     of_round = np.percentile(rewards, percentile)
     bars = np.empty(len(prompts))
@@ -120,5 +128,5 @@ def sparse_weights(
 
 
 def optimality(advantages: Float[np.ndarray, "N"], clip: float) -> Float[np.ndarray, "N"]:
-    """r = 1/2 + 1/2 clip(A / `clip`, −1, 1): 0 for the worst, 1 for the best (DiffusionNFT)."""
+    """Return r = 1/2 + 1/2 clip(A / `clip`, −1, 1): 0 for the worst image, 1 for the best (DiffusionNFT)."""
     return 0.5 + 0.5 * (advantages / clip).clip(-1, 1)

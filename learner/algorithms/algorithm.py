@@ -1,4 +1,4 @@
-"""What every algorithm promises: what each image is worth, from rewards, and a loss on (image, step) pairs."""
+"""The interface of an algorithm: advantages from rewards, and a loss on transitions or noised samples."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,102 +18,145 @@ from ray_ddpo.learner.algorithms.advantages import PromptStatistics
 
 @dataclass(frozen=True)
 class TransitionLoss:
-    """An algorithm's loss and what it looked at, one value a pair; all but loss and terms without gradient. None: not its way."""
+    """The loss and its diagnostics, one value per transition. Only `loss` and `terms` have gradients.
+
+    A field is None if the algorithm does not compute it.
+    """
 
     loss: Float[Tensor, "B"]
     log_ratio: Float[Tensor, "B"] | None = None  # log_prob − old_log_prob
-    clipped: Float[Tensor, "B"] | None = None  # 1 where the loss's ratio is outside its range
-    kept: Float[Tensor, "B"] | None = None  # 0 where a pair is masked: its loss is 0 and the denominator leaves it out
+    clipped: Float[Tensor, "B"] | None = None  # 1 if the loss's ratio is outside the clip range
+    # 0 if a transition is masked: its loss is 0, and the mean over the optimizer step leaves it out
+    mask: Float[Tensor, "B"] | None = None
     importance_weight: Float[Tensor, "B"] | None = None
-    kl_reference: Float[Tensor, "B"] | None = None  # nats, of the pair's step, to the pretrained model
-    terms: Mapping[str, Float[Tensor, "B"]] = field(
-        default_factory=dict
-    )  # the parts of the loss by name, if it has any
+    kl_reference: Float[Tensor, "B"] | None = None  # KL of the step to the pretrained model, in nats
+    # the parts of the loss by name, if there are several
+    terms: Mapping[str, Float[Tensor, "B"]] = field(default_factory=dict)
 
 
 class Algorithm(Component, ABC):
-    """An algorithm's hyperparameters, and its mathematics."""
+    """An algorithm: its hyperparameters, its advantages and its loss."""
 
     def check(self, recipe: Recipe) -> None:
-        """ValueError: the rest of the recipe does not go with this algorithm."""
+        """Check the rest of the recipe.
+
+        Raises:
+            ValueError: this algorithm does not support a setting of the recipe.
+        """
 
     def check_policy(self, policy: PolicyConfig) -> None:
-        """ValueError: the algorithm does not go with how sampler and learner compute."""
+        """Check the numerics of sampler and learner.
+
+        Raises:
+            ValueError: this algorithm does not support them.
+        """
 
     def check_micro_batches(self, recipe: Recipe, stochastic_steps: int) -> None:
-        """ValueError: `learner.micro_batch_size` does not divide a rank's pairs of an optimizer step, of so many noisy steps."""
-        images, each = recipe.learner.images_per_rank, self.pairs_per_image(recipe, stochastic_steps)
+        """Check that `learner.micro_batch_size` divides a rank's transitions of an optimizer step.
+
+        Args:
+            stochastic_steps: stochastic steps of the schedule.
+
+        Raises:
+            ValueError: it does not.
+        """
+        images, each = recipe.learner.images_per_rank, self.transitions_per_image(recipe, stochastic_steps)
         size, ranks = recipe.learner.micro_batch_size, recipe.learner.world_size
         if size != "auto" and images * each % size:
-            what = "noised_samples" if self.noised_samples_per_image else "steps with noise"
+            what = "noised samples" if self.noised_samples_per_image else "stochastic steps"
             raise ValueError(
-                f"an optimizer step has {images} images × {each} {what} = {images * each} pairs to learn from"
+                f"an optimizer step has {images} images × {each} {what} = {images * each} transitions"
                 f"{f' on each of {ranks} ranks' if ranks > 1 else ''}, "
                 f"which learner.micro_batch_size = {size} does not divide"
             )
 
-    def pairs_per_image(self, recipe: Recipe, stochastic_steps: int) -> int:
-        """How many pairs an image gives an optimizer step, of a schedule with so many steps with noise."""
+    def transitions_per_image(self, recipe: Recipe, stochastic_steps: int) -> int:
+        """Return the number of transitions, or noised samples, of an image in an inner epoch.
+
+        Args:
+            stochastic_steps: stochastic steps of the schedule.
+        """
         return self.noised_samples_per_image or recipe.sampling.trained_steps(stochastic_steps)
 
     @property
     def noised_samples_per_image(self) -> int | None:
-        """How often a finished image is noised again to be learned from; None: the steps of its path are learned from."""
+        """The number of noised samples per finished image; None if the algorithm trains on the sampled transitions."""
         return None
 
     @property
     def needs_proximal_log_probs(self) -> bool:
-        """Whether `compute_loss` reads `proximal_log_probs`, which cost a forward pass after a round's first optimizer step."""
+        """True if `compute_loss` reads `proximal_log_probs`. Costs a forward pass after the first optimizer step."""
         return False
 
     @property
     def needs_behavior_means(self) -> bool:
-        """Whether `compute_loss` reads `behavior_means`, which cost a forward pass under the weights that sampled."""
+        """True if `compute_loss` reads `behavior_means`. Costs a forward pass of the behavior policy."""
         return False
 
     @property
     def needs_reference_means(self) -> bool:
-        """Whether `compute_loss` reads `reference_means`, which cost a forward pass of the pretrained model."""
+        """True if `compute_loss` reads `reference_means`. Costs a forward pass of the pretrained model."""
         return False
 
     @property
     def needs_old_predictions(self) -> bool:
-        """Whether `compute_loss` reads `old_predictions`, which cost a forward pass under the weights that sampled."""
+        """True if `compute_loss` reads `old_predictions`. Costs a forward pass of the behavior policy."""
         return False
 
     @property
     def needs_reference_predictions(self) -> bool:
-        """Whether `compute_loss` reads `reference_predictions`, which cost a forward pass of the pretrained model."""
+        """True if `compute_loss` reads `reference_predictions`. Costs a forward pass of the pretrained model."""
         return False
 
     @property
-    def share_that_teaches(self) -> float:
-        """About how many of a round's images enter optimizer steps; for plans."""
+    def trained_fraction(self) -> float:
+        """The approximate fraction of a round's images that enter optimizer steps, for `ddpo plan`."""
         return 1.0
 
     def average_decay(self, policy_version: int) -> float | None:
-        """Samplers sample with decay · the version before + (1 − decay) · the trained weights; None: with the trained weights."""
+        """Return the decay of the moving average of weights that samplers use.
+
+        Samplers use decay · previous version + (1 − decay) · trained weights. None: they use the trained weights.
+        """
         return None
 
-    def teaches(self, worth: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
-        """Which images enter optimizer steps at all."""
-        return np.ones(len(worth), bool)
+    def trained_images(self, advantages: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
+        """Return the mask of images that enter optimizer steps.
+
+        Args:
+            advantages: the output of `compute_advantages`.
+        """
+        return np.ones(len(advantages), bool)
 
     @property
-    def comparison(self) -> AdvantageSettings | None:
-        """How its advantages come from rewards; None: it makes weights of rewards, which rewards apart do not have."""
+    def advantage_settings(self) -> AdvantageSettings | None:
+        """The settings of advantages; None if the algorithm weights images by reward and has no advantages."""
         return None
 
     def from_advantages(self, advantages: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-        """What images with these advantages are worth."""
+        """Convert advantages to the algorithm's learning signal."""
         return advantages
 
     @abstractmethod
-    def worth(
+    def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
-        """The statistics with these images in them, and what each image is worth: an advantage, or a weight."""
+        """Compute each image's learning signal from its reward.
+
+        Args:
+            statistics: the last rewards of each prompt, before these images.
+            prompts: one per image. The images of a group are neighbors.
+            rewards: float [N], one per image.
+            images_per_prompt: images of a group.
+
+        Returns:
+            The statistics with these images added, and float [N]: an advantage or a weight per image.
+        """
 
     @abstractmethod
     def compute_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch) -> TransitionLoss:
-        """The loss of each pair under the policy's present weights, with gradients."""
+        """Compute the loss of each transition under the policy's current weights, with gradients.
+
+        Args:
+            batch: a `TransitionBatch`, or a `NoisedBatch` if `noised_samples_per_image` is not None.
+        """

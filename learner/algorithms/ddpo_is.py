@@ -4,4 +4,4 @@ from ray_ddpo.learner.algorithms.policy_gradient import ClippedPolicyGradient
 
 
 class DDPOImportanceSampling(ClippedPolicyGradient):
-    """The lineage's default: per-prompt advantages, clip range 1e-4."""
+    """DDPO-IS with the defaults of ddpo-pytorch: per-prompt advantages, clip range 1e-4."""

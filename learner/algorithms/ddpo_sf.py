@@ -12,7 +12,7 @@ from ray_ddpo.learner.algorithms.policy_gradient import PolicyGradient
 
 
 class DDPOScoreFunction(PolicyGradient):
-    """It has no ratio, so its data must be the present policy's own: one optimizer step a round, and no lag."""
+    """DDPO-SF. Without a ratio it must train on-policy: one optimizer step a round, and no lag."""
 
     def check(self, recipe: Recipe) -> None:
         super().check(recipe)

@@ -1,4 +1,4 @@
-"""DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117): negative-aware fine-tuning on the forward process, without log-probs."""
+"""DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117): negative-aware fine-tuning, without log-probs."""
 
 import numpy as np
 from jaxtyping import Float
@@ -15,9 +15,9 @@ from ray_ddpo.learner.algorithms.losses import negative_aware_terms, squared_err
 
 
 class DiffusionNFT(ForwardProcess):
-    """Of an image, r in 0 … 1 says how much it belongs to the good ones; the loss pulls towards it by r and away by 1 − r.
+    """DiffusionNFT. An image's optimality r in 0 … 1 weights a loss towards the image, and 1 − r a loss away from it.
 
-    Samplers sample with a moving average of the trained weights, whose decay grows with the policy version:
+    Samplers use a moving average of the trained weights, whose decay grows with the policy version:
     min(average_decay_max, average_decay_growth · version).
     """
 
@@ -33,7 +33,8 @@ class DiffusionNFT(ForwardProcess):
         self.advantages.check(recipe)
         if self.kl_coef and recipe.policy.table().get("train") == "full":
             raise ValueError(
-                f"algorithm.kl_coef is {self.kl_coef} and policy.train 'full': the pretrained model is the network with its "
+                f"algorithm.kl_coef is {self.kl_coef} and policy.train 'full': the pretrained model is the network "
+                "with its "
                 'adapters switched off, so a KL to it needs policy.train = "lora"'
             )
 
@@ -49,13 +50,13 @@ class DiffusionNFT(ForwardProcess):
         return min(self.average_decay_max, self.average_decay_growth * policy_version)
 
     @property
-    def comparison(self) -> AdvantageSettings:
+    def advantage_settings(self) -> AdvantageSettings:
         return self.advantages
 
     def from_advantages(self, advantages: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
         return optimality(advantages, self.advantage_clip)
 
-    def worth(
+    def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
         statistics, advantages = self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)
@@ -69,9 +70,9 @@ class DiffusionNFT(ForwardProcess):
         batch: NoisedBatch,
     ) -> dict[str, Float[Tensor, "B"]]:
         old = predicted.detach() if batch.old_predictions is None else batch.old_predictions
-        # The paper's squares are of clean latents: their error is that of the prediction, times this.
+        # The paper's squared errors are of clean latents, whose error is the prediction's times this scale.
         scale = column(clean_scale)
-        terms = negative_aware_terms(scale * predicted, scale * old, scale * target, batch.worth, self.beta)
+        terms = negative_aware_terms(scale * predicted, scale * old, scale * target, batch.weights, self.beta)
         terms = {name: self.advantage_clip * term for name, term in terms.items()}
         if batch.reference_predictions is not None:
             terms["kl"] = self.kl_coef * squared_error(predicted, batch.reference_predictions)

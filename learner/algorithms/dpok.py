@@ -6,6 +6,6 @@ from ray_ddpo.learner.algorithms.policy_gradient import ClippedPolicyGradient
 
 
 class DPOK(ClippedPolicyGradient):
-    """The pretrained model is the same network with its adapters switched off: no second one is held."""
+    """DPOK. The pretrained model is the same network with its adapters disabled, so no copy is needed."""
 
     kl_coef: float = Field(default=0.01, ge=0)

@@ -1,4 +1,4 @@
-"""What algorithms on finished images share: they are noised again, so neither log-probs nor the path that led there count."""
+"""The base of algorithms on finished images, which add noise to them again and need no log-probs or trajectories."""
 
 from abc import ABC
 
@@ -13,7 +13,7 @@ from ray_ddpo.learner.algorithms.losses import sum_of
 
 
 class ForwardProcess(Algorithm, ABC):
-    """A loss on what the network, guided as it samples, predicts of noised images; so any lag is as good as none."""
+    """A loss on the network's predictions for noised images, guided as in sampling. Any lag is equally valid."""
 
     noised_samples: int = Field(default=1, ge=1)  # of each image in an inner epoch, each to a timestep of its own
 
@@ -22,7 +22,7 @@ class ForwardProcess(Algorithm, ABC):
         return self.noised_samples
 
     def compute_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch) -> TransitionLoss:
-        assert isinstance(batch, NoisedBatch), "finished images are learned from"
+        assert isinstance(batch, NoisedBatch), "this algorithm trains on finished images"
         predicted, target = policy.denoise(batch.clean_latents, batch.noise, batch.timesteps, batch.conditioning)
         terms = self.noised_terms(predicted, target, policy.clean_scale(batch.timesteps), batch)
         return TransitionLoss(sum_of(terms), terms=terms)
@@ -34,14 +34,15 @@ class ForwardProcess(Algorithm, ABC):
         clean_scale: Float[Tensor, "B"],
         batch: NoisedBatch,
     ) -> dict[str, Float[Tensor, "B"]]:
-        """The parts of each pair's loss by name; one part, unless an algorithm has several.
+        """Return the parts of each sample's loss by name. By default the only part is `noised_loss`.
 
-        `clean_scale`: by how much the clean latents that a prediction stands for move with it.
+        Args:
+            clean_scale: the change of the implied clean latents per change of the prediction.
         """
         return {"denoising": self.noised_loss(predicted, target, batch)}
 
     def noised_loss(
         self, predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], batch: NoisedBatch
     ) -> Float[Tensor, "B"]:
-        """The loss of each pair, from what the network predicts and what it should. An algorithm has this or `noised_terms`."""
+        """Return the loss of each sample. An algorithm overrides this method or `noised_terms`."""
         raise NotImplementedError(f"{type(self).__name__} has neither noised_loss nor noised_terms")

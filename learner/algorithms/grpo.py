@@ -5,6 +5,6 @@ from ray_ddpo.learner.algorithms.policy_gradient import ClippedPolicyGradient
 
 
 class GRPO(ClippedPolicyGradient):
-    """A group is the `prompts.images_per_prompt` images of one prompt in one round; `kl_coef` 0 leaves the KL out."""
+    """GRPO. A group is the `prompts.images_per_prompt` images of one prompt in a round. `kl_coef` 0: no KL."""
 
     advantages: AdvantageSettings = AdvantageSettings(kind="group")

@@ -1,6 +1,7 @@
-"""Learning from a policy that has moved on: what is made of the distance, as pure functions; one value a pair.
+"""Off-policy corrections as pure functions, with one value per transition.
 
-Three policies: behavior, which sampled the trajectory; proximal, at the start of the round's update; the present one, θ.
+There are three policies: behavior, which sampled the trajectory; proximal, at the start of the round's update; and the
+current one, θ.
 """
 
 from collections.abc import Iterable
@@ -16,9 +17,9 @@ from ray_ddpo.learner.algorithms.losses import clipped_surrogate, gaussian_kl
 def importance_weight(
     proximal_log_prob: Float[Tensor, "B"], old_log_prob: Float[Tensor, "B"], band: float
 ) -> Float[Tensor, "B"]:
-    """w = π_prox / π_behaviour, without gradient and with its logarithm held within ± `band`.
+    """Return w = π_prox / π_behavior, without gradient, with its logarithm clamped to ± `band`.
 
-    On the scale of log_prob, the mean over latent elements: in nats the weight is far too wild to use.
+    The weight is on the scale of log_prob, the mean over latent elements. In nats its variance is too large to use.
     """
     return torch.exp((proximal_log_prob - old_log_prob).detach().clamp(-band, band))
 
@@ -30,26 +31,29 @@ def decoupled_surrogate(
     advantages: Float[Tensor, "B"],
     clip_range: float,
 ) -> Float[Tensor, "B"]:
-    """−w · min(A r, A clamp(r, 1 ± clip_range)), r = π_θ / π_prox (Hilton et al. 2022; AReaL, arXiv 2505.24298)."""
+    """Return −w · min(A r, A clamp(r, 1 ± clip_range)) with r = π_θ / π_prox.
+
+    See Hilton et al. 2022, and AReaL, arXiv 2505.24298.
+    """
     return weight.detach() * clipped_surrogate(log_prob, proximal_log_prob.detach(), advantages, clip_range)
 
 
 def drift_nats(transition: Transition, behavior: Transition) -> Float[Tensor, "B"]:
-    """KL of one step between two policies with the same σ: ‖μ − μ_behaviour‖² / (2σ²), without gradient."""
+    """Return the KL of one step between policies of equal σ: ‖μ − μ_behavior‖² / (2σ²), in nats, without gradient."""
     return gaussian_kl(Transition(transition.mean.detach(), transition.std), behavior)
 
 
 def within_drift(drift: Float[Tensor, "B"], max_drift_nats: float) -> Float[Tensor, "B"]:
-    """1 where a pair is learned from, 0 where its step has moved too far.
+    """Return the mask of transitions: 1 if the step's KL is at most `max_drift_nats`, else 0.
 
-    From the means and never from the single log-ratio: that would select on the noise that was sampled.
+    The KL comes from the means, never from a single log-ratio, which would select by the sampled noise.
     """
     return (drift <= max_drift_nats).float()
 
 
-def to_those_left(num_pairs: int, num_left: int) -> float:
-    """What turns a mean over all pairs of an optimizer step, where masked ones count 0, into that over those left."""
-    return num_pairs / num_left
+def unmasked_mean_factor(num_transitions: int, num_unmasked: int) -> float:
+    """Return the factor that rescales a mean over all transitions of a step to a mean over unmasked ones."""
+    return num_transitions / num_unmasked
 
 
 def rescale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:

@@ -1,4 +1,4 @@
-"""What algorithms on the path's own steps share: advantages, weights of steps, the clip, and the KL to the pretrained model."""
+"""The base of policy gradients on sampled transitions: advantages, step weights, clipping, KL."""
 
 from abc import ABC, abstractmethod
 from typing import Literal
@@ -24,12 +24,12 @@ CLIP_RANGE = 1e-4  # the lineage's, on the mean scale
 
 
 class OffPolicySettings(Component):
-    """Off-policy corrections (`learner/algorithms/off_policy.py`); by default none but the ratio."""
+    """Off-policy corrections (`learner/algorithms/off_policy.py`). By default only the ratio is used."""
 
     ratio: Literal["behavior", "proximal"] = (
         "behavior"  # against the policy that sampled, or that at the update's start
     )
-    # Weigh pairs by π_prox / π_behaviour, its logarithm held within ± this on the scale of log_prob; none: by 1.
+    # Weigh pairs by π_prox / π_behavior, its logarithm held within ± this on the scale of log_prob; none: by 1.
     importance_weight: float | None = Field(default=None, gt=0)
     max_drift_nats: float | None = Field(default=None, gt=0)  # of a step's mean; a pair beyond is left out
 
@@ -44,7 +44,7 @@ class OffPolicySettings(Component):
 
 
 class PolicyGradient(Algorithm, ABC):
-    """An algorithm that moves the log_prob of the steps that were sampled; advantages are held within a limit."""
+    """An algorithm on the log-probs of sampled steps, with clipped advantages."""
 
     advantages: AdvantageSettings = AdvantageSettings()
     advantage_clip: float = Field(default=5.0, gt=0)
@@ -56,21 +56,22 @@ class PolicyGradient(Algorithm, ABC):
         count, steps = len(self.step_weights), recipe.sampling.num_steps
         if self.step_weights and (count != steps or min(self.step_weights) < 0 or not any(self.step_weights)):
             raise ValueError(
-                f"algorithm.step_weights has {count} numbers from {min(self.step_weights)} to {max(self.step_weights)}: "
-                f"it must have sampling.num_steps = {steps} of them, none below 0 and not all of them 0"
+                f"algorithm.step_weights has {count} numbers from {min(self.step_weights)} to "
+                f"{max(self.step_weights)}: it must have sampling.num_steps = {steps} of them, none below 0 and not "
+                "all of them 0"
             )
 
     @property
-    def comparison(self) -> AdvantageSettings:
+    def advantage_settings(self) -> AdvantageSettings:
         return self.advantages
 
-    def worth(
+    def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
         return self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)
 
     def compute_loss(self, policy: Policy, batch: TransitionBatch | NoisedBatch) -> TransitionLoss:
-        assert isinstance(batch, TransitionBatch), "the path's own steps are learned from"
+        assert isinstance(batch, TransitionBatch), "this algorithm trains on sampled transitions"
         transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
         limited = batch.advantages.clamp(-self.advantage_clip, self.advantage_clip)
         if self.step_weights:
@@ -81,14 +82,19 @@ class PolicyGradient(Algorithm, ABC):
     def transition_loss(
         self, transition: Transition, batch: TransitionBatch, advantages: Float[Tensor, "B"]
     ) -> TransitionLoss:
-        """The loss of each pair, from its distribution under the present weights and its advantage, limited and weighted."""
+        """Compute the loss of each transition.
+
+        Args:
+            transition: the step's distribution under the current weights.
+            advantages: clipped, and multiplied by `step_weights`.
+        """
 
 
 class ClippedPolicyGradient(PolicyGradient, ABC):
-    """PPO's clipped surrogate on every denoising step, with what may be made of lag and of the pretrained model.
+    """PPO's clipped surrogate on every denoising step, with off-policy corrections and a KL to the pretrained model.
 
-    `clip_range` stands on the scale of `log_prob`, the mean over latent elements; `clip_nats` on that of a step, whatever the
-    resolution. `kl_coef` stands on the mean scale and `kl_coef_nats` on that of a step in the same way.
+    `clip_range` and `kl_coef` are on the scale of `log_prob`, the mean over latent elements. `clip_nats` and
+    `kl_coef_nats` are on the scale of a step, so independent of the resolution.
     """
 
     clip_range: float | None = Field(default=None, gt=0)  # neither this nor clip_nats: CLIP_RANGE
@@ -109,20 +115,23 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
         super().check(recipe)
         if self.needs_reference_means and recipe.policy.table().get("train") == "full":
             raise ValueError(
-                f"algorithm.kl_coef is {self.kl_coef or self.kl_coef_nats} and policy.train 'full': the pretrained model is "
+                f"algorithm.kl_coef is {self.kl_coef or self.kl_coef_nats} and policy.train 'full': the pretrained "
+                "model is "
                 'the network with its adapters switched off, so a KL to it needs policy.train = "lora"'
             )
 
     def check_policy(self, policy: PolicyConfig) -> None:
         if policy.numerics_differ and self.off_policy.ratio == "behavior":
             raise ValueError(
-                f"policy.dtype is {policy.dtype!r}, sampler_dtype {policy.sampler_dtype!r}, compile {policy.compile!r} and "
-                f"merge_adapters {policy.merge_adapters}: sampler and learner then round differently, by far more than the clip "
-                'range, so the ratio must be to the learner\'s own log-probs: give algorithm.off_policy.ratio = "proximal"'
+                f"policy.dtype is {policy.dtype!r}, sampler_dtype {policy.sampler_dtype!r}, compile {policy.compile!r} "
+                f"and merge_adapters {policy.merge_adapters}: sampler and learner then round differently, by far more "
+                "than the clip range, so the ratio must be to the learner's own log-probs: give "
+                "algorithm.off_policy.ratio = "
+                '"proximal"'
             )
 
     def clip(self, latent_elements: int) -> float:
-        """The clip range on the mean scale, for latents of so many elements."""
+        """Return the clip range on the scale of `log_prob`, for latents with this many elements."""
         return self.clip_nats / latent_elements if self.clip_nats is not None else self.clip_range or CLIP_RANGE
 
     @property
@@ -143,34 +152,31 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
         clip_range = self.clip(batch.latents[0].numel())
         log_prob = transition.log_prob(batch.next_latents)
         log_ratio = (log_prob - batch.old_log_probs).detach()
-        anchor = self._ratios_denominator(log_prob, batch)
-        kept = self._kept(transition, batch)
-        if kept is not None:  # a masked pair has ratio 1 and no gradient, however far it has moved
-            log_prob = torch.where(kept > 0, log_prob, anchor)
-        weight = self._weight(anchor, batch)
-        ones = torch.ones_like(anchor)
-        loss = decoupled_surrogate(log_prob, anchor, ones if weight is None else weight, advantages, clip_range)
-        clipped = (((log_prob - anchor).detach().exp() - 1).abs() > clip_range).float()
+        denominator = self._ratios_denominator(log_prob, batch)
+        mask = self._drift_mask(transition, batch)
+        if mask is not None:  # a masked transition has ratio 1 and no gradient
+            log_prob = torch.where(mask > 0, log_prob, denominator)
+        band = self.off_policy.importance_weight
+        weight = None if band is None else importance_weight(denominator, batch.old_log_probs, band)
+        ones = torch.ones_like(denominator)
+        loss = decoupled_surrogate(log_prob, denominator, ones if weight is None else weight, advantages, clip_range)
+        clipped = (((log_prob - denominator).detach().exp() - 1).abs() > clip_range).float()
         terms = {"policy": loss}
         kl = None
         if batch.reference_means is not None:
             kl = gaussian_kl(transition, Transition(batch.reference_means, transition.std))
             terms["kl"] = (self.kl_coef_nats or self.kl_coef / batch.latents[0].numel()) * kl
             kl = kl.detach()
-        if kept is not None:  # in every term, or a KL would still pull what is masked
-            terms = {name: torch.where(kept > 0, term, 0.0) for name, term in terms.items()}
-        return TransitionLoss(sum_of(terms), log_ratio, clipped, kept, weight, kl, terms)
+        if mask is not None:  # in every term, so that the KL masks too
+            terms = {name: torch.where(mask > 0, term, 0.0) for name, term in terms.items()}
+        return TransitionLoss(sum_of(terms), log_ratio, clipped, mask, weight, kl, terms)
 
     def _ratios_denominator(self, log_prob: Float[Tensor, "B"], batch: TransitionBatch) -> Float[Tensor, "B"]:
         if self.off_policy.ratio == "behavior":
             return batch.old_log_probs
         return log_prob.detach() if batch.proximal_log_probs is None else batch.proximal_log_probs
 
-    def _weight(self, anchor: Float[Tensor, "B"], batch: TransitionBatch) -> Float[Tensor, "B"] | None:
-        band = self.off_policy.importance_weight
-        return None if band is None else importance_weight(anchor, batch.old_log_probs, band)
-
-    def _kept(self, transition: Transition, batch: TransitionBatch) -> Float[Tensor, "B"] | None:
+    def _drift_mask(self, transition: Transition, batch: TransitionBatch) -> Float[Tensor, "B"] | None:
         limit = self.off_policy.max_drift_nats
         if limit is None:
             return None

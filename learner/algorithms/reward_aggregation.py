@@ -1,4 +1,4 @@
-"""RewardAggregation: several rewards become one number an image, compared as whole rounds and groups allow."""
+"""RewardAggregation: combine several rewards into one advantage an image."""
 
 from dataclasses import dataclass, field
 
@@ -16,13 +16,16 @@ from ray_ddpo.learner.algorithms.advantages import (
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 
 Rewards = dict[str, Float[np.ndarray, "N"]]
-Statistics = dict[str, PromptStatistics]  # by what is compared: JOINED, or each reward on its own
+Statistics = dict[str, PromptStatistics]  # by the reward's name, or JOINED for the aggregated reward
 JOINED = "joined"
 
 
 @dataclass(frozen=True)
-class Worth:
-    """What images are worth, and each reward as it was joined, before its weight, where that is not the reward itself."""
+class AggregatedAdvantages:
+    """Advantages (or weights) of images, and the parts they were aggregated from.
+
+    `parts` has each transformed reward before its weight. It is empty if the rewards are summed as they are.
+    """
 
     advantages: Float[np.ndarray, "N"]
     parts: Rewards
@@ -30,7 +33,10 @@ class Worth:
 
 @dataclass(frozen=True)
 class RewardAggregation:
-    """How a recipe joins its rewards: `join` of `[aggregation]`, and weight and floor of each."""
+    """How to aggregate rewards: weighted sum, z-scored sum, sum of per-reward advantages (GDPO), or group win rates.
+
+    `join` is the kind of `[aggregation]`. Each reward has a weight and perhaps a floor.
+    """
 
     weights: dict[str, float]
     join: str = "sum"
@@ -38,45 +44,54 @@ class RewardAggregation:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "RewardAggregation":
-        """What the recipe's reward tables say."""
+        """Return the aggregation of a recipe's reward tables."""
         floors = {table.called: table.floor for table in recipe.all_rewards if table.floor is not None}
         return cls({table.called: table.weight for table in recipe.all_rewards}, recipe.aggregation.kind, floors)
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """The rewards that are joined as something else than what they are."""
+        """The names of rewards that are transformed before they are summed."""
         return () if self.join == "sum" else tuple(self.weights)
 
     def check(self, algorithm: Algorithm) -> None:
-        """ValueError: advantages of each reward are to be joined, and the algorithm has no advantages."""
-        if self.join == "advantages" and algorithm.comparison is None:
+        """Check the aggregation against the algorithm.
+
+        Raises:
+            ValueError: per-reward advantages are to be summed, and the algorithm has no advantages.
+        """
+        if self.join == "advantages" and algorithm.advantage_settings is None:
             raise ValueError(
-                f"aggregation.kind is 'advantages', and {type(algorithm).__name__} makes weights of rewards and no advantages: "
-                "join with 'sum', 'z_score' or 'win_rate', or take an algorithm with [algorithm.advantages]"
+                f"aggregation.kind is 'advantages', and {type(algorithm).__name__} makes weights of rewards and no "
+                "advantages: join with 'sum', 'z_score' or 'win_rate', or take an algorithm with "
+                "[algorithm.advantages]"
             )
 
-    def worth(
+    def compute_advantages(
         self, algorithm: Algorithm, statistics: Statistics, prompts: list[str], rewards: Rewards, images_per_prompt: int
-    ) -> tuple[Statistics, Worth]:
-        """The statistics with these images in them, and what each image is worth."""
+    ) -> tuple[Statistics, AggregatedAdvantages]:
+        """Return the statistics with these images added, and the images' advantages."""
         if self.join == "advantages":
             return self._decoupled(algorithm, statistics, prompts, rewards, images_per_prompt)
         parts = {name: self._part(values, images_per_prompt) for name, values in rewards.items()}
         joined = self._with_floors(self._weighted(parts), rewards)
-        of_joined, worth = algorithm.worth(statistics.get(JOINED, {}), prompts, joined, images_per_prompt)
-        return {JOINED: of_joined}, Worth(worth, {name: parts[name] for name in self.compared})
+        of_joined, advantages = algorithm.compute_advantages(
+            statistics.get(JOINED, {}), prompts, joined, images_per_prompt
+        )
+        return {JOINED: of_joined}, AggregatedAdvantages(advantages, {name: parts[name] for name in self.compared})
 
     def _decoupled(
         self, algorithm: Algorithm, statistics: Statistics, prompts: list[str], rewards: Rewards, images_per_prompt: int
-    ) -> tuple[Statistics, Worth]:
-        """Advantages of each reward, by its own statistics; their sum, normalised over the round (GDPO, arXiv 2601.05242)."""
-        assert algorithm.comparison is not None, "such an algorithm is refused when the recipe is checked"
+    ) -> tuple[Statistics, AggregatedAdvantages]:
+        """Sum the advantages of each reward, and normalize the sum over the round (GDPO, arXiv 2601.05242)."""
+        assert algorithm.advantage_settings is not None, "such an algorithm is refused when the recipe is checked"
         extended, parts = {}, {}
         for name, values in rewards.items():
             of_reward = statistics.get(name, {})
-            extended[name], parts[name] = algorithm.comparison.advantages(of_reward, prompts, values, images_per_prompt)
+            extended[name], parts[name] = algorithm.advantage_settings.advantages(
+                of_reward, prompts, values, images_per_prompt
+            )
         joined = round_advantages(self._with_floors(self._weighted(parts), rewards))
-        return extended, Worth(algorithm.from_advantages(joined), parts)
+        return extended, AggregatedAdvantages(algorithm.from_advantages(joined), parts)
 
     def _part(self, values: Float[np.ndarray, "N"], images_per_prompt: int) -> Float[np.ndarray, "N"]:
         if self.join == "z_score":

@@ -14,12 +14,12 @@ from ray_ddpo.learner.algorithms.losses import squared_error
 
 
 class RewardWeightedRegression(ForwardProcess):
-    """An image's weight is ∝ exp(inverse_temperature · reward), with mean 1 over the round or over the prompt's images in it."""
+    """RWR. Weights ∝ exp(inverse_temperature · reward), with mean 1 over the round or over a prompt's images in it."""
 
     inverse_temperature: float = Field(default=0.2, gt=0)
     over: Literal["round", "prompt"] = "round"
 
-    def worth(
+    def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
         groups = prompts if self.over == "prompt" else [""] * len(prompts)
@@ -28,4 +28,4 @@ class RewardWeightedRegression(ForwardProcess):
     def noised_loss(
         self, predicted: Float[Tensor, "B C H W"], target: Float[Tensor, "B C H W"], batch: NoisedBatch
     ) -> Float[Tensor, "B"]:
-        return batch.worth * squared_error(predicted, target)
+        return batch.weights * squared_error(predicted, target)

@@ -12,10 +12,10 @@ from ray_ddpo.learner.algorithms.losses import squared_error
 
 
 class SparseRewardWeightedRegression(ForwardProcess):
-    """An image counts where its reward is at or above this percentile of its prompt's last rewards, this round's among them.
+    """RWR-sparse. Images have weight 1 if their reward is at or above a percentile of their prompt's last rewards.
 
-    A prompt with fewer than `min_count` of them is held against the whole round. What does not count enters no optimizer step.
-    If what counts is no multiple of an optimizer step's images, the last step has the remainder as well.
+    If a prompt has fewer than `min_count` rewards, the percentile is that of the round. Images of weight 0 enter no
+    optimizer step. If the others are no multiple of a step's images, the last step has the remainder too.
     """
 
     percentile: float = Field(default=90.0, ge=0, lt=100)
@@ -23,13 +23,13 @@ class SparseRewardWeightedRegression(ForwardProcess):
     min_count: int = Field(default=16, ge=1)
 
     @property
-    def share_that_teaches(self) -> float:
+    def trained_fraction(self) -> float:
         return 1 - self.percentile / 100
 
-    def teaches(self, worth: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
-        return worth != 0
+    def trained_images(self, advantages: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
+        return advantages != 0
 
-    def worth(
+    def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
         statistics = extend_statistics(statistics, prompts, rewards, self.buffer_size)

@@ -1,1 +1,1 @@
-"""Checkpoints: their files, the state in them, and where a run resumes."""
+"""Checkpoints: their files, the state in them, and how a run resumes from one."""

@@ -1,4 +1,4 @@
-"""Where a run goes on: from its newest checkpoint, or from the start; never over another run's results."""
+"""Decide where a run resumes: from its newest checkpoint, or from the start; never over another run's results."""
 
 from collections.abc import Collection
 from fnmatch import fnmatch
@@ -7,11 +7,11 @@ from typing import Any
 from ray_ddpo.common.run_storage.run_folder import RunFolder, without_none
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 
-# What may change between a run and its continuation without changing the weights it arrives at.
+# Keys that may change when a run resumes, without changing the weights after its last round.
 ROLE = ("num_cpus", "num_gpus", "resources", "accelerator_type")
 WORKERS = ("count", "min", "max", "cache", *ROLE)
-# These decide what becomes of a scoring batch that fails, so which images are dropped: where none fails they
-# decide nothing, and where some do a run must be able to go on with more patience.
+# These keys decide which images are dropped after a scoring batch failed. Without failures they decide nothing; after
+# failures a run must be able to resume with longer time limits and more attempts.
 PATIENCE = ("timeout_seconds", "attempts")
 FREE = (
     *("output_dir", "rounds", "samplers", "checkpoint", "rollouts", "evaluation", "guard", "media", "push"),
@@ -26,43 +26,47 @@ FREE = (
     *(f"runtime.{key}" for key in ("ready_seconds", "watchdog_seconds", "max_restarts")),
 )
 
-LATER = ("runtime.tf32",)  # keys that the recipes of earlier runs do not have
+LATER = ("runtime.tf32",)  # keys that recipes of earlier runs lack
 
 
 def resume_point(
     folder: RunFolder, tables: dict[str, Any], resume: bool, places: Collection[str] = ()
 ) -> Checkpoint | None:
-    """The checkpoint to go on from; None to begin.
+    """Return the checkpoint to resume from, or None to start from the beginning.
 
-    `places`: keys that say where files are, which are known by their fingerprints.
+    Args:
+        tables: the recipe.
+        places: keys of paths to files, which may change because the files are compared by fingerprint.
 
-    ValueError: the folder has a run and `resume` is not set, or that run was made with another recipe.
+    Raises:
+        ValueError: the folder has a run and `resume` is not set, or that run was made with another recipe.
     """
     if not folder.storage.exists(folder.recipe):
         return None
     if not resume:
         raise ValueError(
-            f"the run folder {folder.location} exists: go on with --resume auto, or give another --name or --output_dir; "
-            f"--from {folder.location} starts the other run from this one's weights"
+            f"the run folder {folder.location} exists: resume it with --resume auto, or give another --name or "
+            f"--output_dir; --from {folder.location} starts the other run from this one's weights"
         )
     differing = _differences(folder.recipe_tables(), without_none(tables), [*FREE, *places])
     if differing:
         raise ValueError(
-            f"the run in {folder.location} was made with another recipe: {'; '.join(differing)}; to train its weights further "
-            f"with other keys start a new run: --from {folder.location} and another --name"
+            f"the run in {folder.location} was made with another recipe: {'; '.join(differing)}; to train its weights "
+            f"further with other keys start a new run: --from {folder.location} and another --name"
         )
     newest = newest_checkpoint(folder.checkpoints)
     return load_checkpoint(newest) if newest else None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], free: list[str], prefix: str = "") -> list[str]:
+    """List the keys that differ between two recipes, but for those that match `free`."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         if f"{prefix}{key}" in LATER and key not in before:
             continue
         if any(fnmatch(f"{prefix}{key}", each) for each in free):
             continue
-        old, new = _by_place(before.get(key)), _by_place(now.get(key))
+        old, new = _by_position(before.get(key)), _by_position(now.get(key))
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, free, f"{prefix}{key}.")
         elif old != new:
@@ -70,8 +74,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any], free: list[str], p
     return found
 
 
-def _by_place(value: Any) -> Any:
-    """A list of tables as a table of them, so that those of the same place are compared key by key."""
+def _by_position(value: Any) -> Any:
+    """Convert a list of tables to a table by position, so that tables at the same position are compared key by key."""
     if isinstance(value, list | tuple) and value and all(isinstance(table, dict) for table in value):
-        return {str(place): table for place, table in enumerate(value)}
+        return {str(position): table for position, table in enumerate(value)}
     return value

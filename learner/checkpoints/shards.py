@@ -8,26 +8,26 @@ from safetensors.numpy import load, save
 
 from ray_ddpo.common.run_storage.storage import Storage
 
-SHARD_BYTES = 2**30  # the most that a file holds; one array alone may be larger
+SHARD_BYTES = 2**30  # the largest size of a file, unless a single array is larger
 BUFFER = "buffer"
 
 
 @dataclass(frozen=True)
 class Shards:
-    """What is called `file`: the arrays of each shard, in order, as views of what is saved."""
+    """The arrays of each shard of `file`, in order, as views of the arrays to save."""
 
     file: str
     parts: tuple[dict[str, np.ndarray], ...]
 
     def files(self) -> Iterator[tuple[str, bytes]]:
-        """Name and bytes of each; the next is made when it is asked for."""
+        """Yield name and bytes of each shard, one at a time."""
         return (
             (name, save(part)) for name, part in zip(shard_names(self.file, len(self.parts)), self.parts, strict=True)
         )
 
 
 def shard_names(file: str, count: int) -> list[str]:
-    """Where what is called `file` lies: under that name or, in several shards, under numbered ones."""
+    """Return the file names of the shards of `file`: that name alone, or numbered names if there are several."""
     if count == 1:
         return [file]
     stem, dot, suffix = file.rpartition(".")
@@ -35,14 +35,14 @@ def shard_names(file: str, count: int) -> list[str]:
 
 
 def cut(file: str, buffer: np.ndarray, limit: int) -> Shards:
-    """One flat buffer in shards of at most `limit` bytes."""
+    """Cut a flat buffer into shards of at most `limit` bytes."""
     step = max(1, limit // buffer.itemsize)
     starts = range(0, max(1, len(buffer)), step)
     return Shards(file, tuple({BUFFER: buffer[start : start + step]} for start in starts))
 
 
 def grouped(file: str, arrays: Mapping[str, np.ndarray], limit: int) -> Shards:
-    """Named arrays, as many in a shard, in their order, as stay within `limit` bytes."""
+    """Group named arrays, in their order, into shards of at most `limit` bytes."""
     parts: list[dict[str, np.ndarray]] = [{}]
     held = 0
     for name, array in arrays.items():
@@ -55,7 +55,11 @@ def grouped(file: str, arrays: Mapping[str, np.ndarray], limit: int) -> Shards:
 
 
 def read_buffer(folder: Storage, file: str, count: int, size: int) -> np.ndarray:
-    """A buffer of `size` float32 numbers again. ValueError: the shards do not hold so many."""
+    """Read a buffer of `size` float32 numbers from its shards.
+
+    Raises:
+        ValueError: the shards have another number of numbers.
+    """
     if count == 1:
         return load(folder.read(file))[BUFFER]
     buffer, start = np.empty(size, np.float32), 0
@@ -73,7 +77,7 @@ def read_buffer(folder: Storage, file: str, count: int, size: int) -> np.ndarray
 
 
 def read_arrays(folder: Storage, file: str, count: int) -> dict[str, np.ndarray]:
-    """Named arrays again."""
+    """Read named arrays from their shards."""
     found: dict[str, np.ndarray] = {}
     for name in shard_names(file, count):
         found |= load(folder.read(name))

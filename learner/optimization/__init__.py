@@ -1,1 +1,1 @@
-"""Optimizers, optimizer steps, and the size of micro-batches."""
+"""Optimizers, optimizer steps, and the micro-batch size."""

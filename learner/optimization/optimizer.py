@@ -1,4 +1,4 @@
-"""The optimizer that a recipe names, what its state takes, and that state as arrays for a checkpoint."""
+"""The recipe's optimizer, the size of its state, and that state as arrays for a checkpoint."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from ray_ddpo.common.diffusion.memory.sizes import PolicySizes
 from ray_ddpo.common.recipe.tables import LearnerTable
 
-FLOAT_MOMENTS = 8  # bytes a trained number: two moments in float32
-SCALED_TOGETHER = 256  # numbers of an 8-bit moment that share a float32 scale (Dettmers et al. 2022)
+ADAM_STATE_BYTES = 8  # per trained number: Adam's m and v in float32
+SCALED_TOGETHER = 256  # numbers of 8-bit state that share a float32 scale (Dettmers et al. 2022)
 
 
 def check_optimizer(settings: LearnerTable) -> None:
-    """ValueError: the recipe names an optimizer whose library is not installed."""
+    """Check that the optimizer can be made.
+
+    Raises:
+        ValueError: its library is not installed.
+    """
     if settings.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             'learner.optimizer is "adamw_8bit", which needs bitsandbytes, and that is not installed: '
@@ -26,7 +30,11 @@ def check_optimizer(settings: LearnerTable) -> None:
 
 
 def optimizer_of(parameters: Mapping[str, nn.Parameter], settings: LearnerTable) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) on these parameters. ValueError: its library is not installed."""
+    """Return AdamW (Loshchilov & Hutter 2019) on these parameters.
+
+    Raises:
+        ValueError: the optimizer's library is not installed.
+    """
     keys: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": (settings.adam_beta1, settings.adam_beta2),
@@ -38,19 +46,20 @@ def optimizer_of(parameters: Mapping[str, nn.Parameter], settings: LearnerTable)
     check_optimizer(settings)
     from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports] -- an extra
 
-    lay_out(parameters, settings)
+    set_memory_format(parameters, settings)
     return AdamW8bit(parameters.values(), **keys)
 
 
 def is_fused(optimizer: Any) -> bool:
-    """Return whether the optimizer itself looks at `found_inf`, on the device, and then leaves everything as it is."""
+    """Return whether the optimizer itself reads `found_inf` on the device, and then skips the step."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
-def lay_out(parameters: Mapping[str, nn.Parameter], settings: LearnerTable) -> None:
-    """Give parameters the memory layout that the optimizer needs.
+def set_memory_format(parameters: Mapping[str, nn.Parameter], settings: LearnerTable) -> None:
+    """Convert parameters to the memory format that the optimizer needs.
 
-    In 8 bits numbers count in memory's order: channels last, a block of them would be another after a resume.
+    The 8-bit optimizer groups numbers into blocks in memory order. In channels_last format, a block would hold other
+    numbers after a resume.
     """
     if settings.optimizer == "adamw_8bit":
         for parameter in parameters.values():
@@ -58,7 +67,7 @@ def lay_out(parameters: Mapping[str, nn.Parameter], settings: LearnerTable) -> N
 
 
 def optimizer_arrays(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, np.ndarray]:
-    """A copy of its state, by "<parameter>/<the optimizer's own key>"."""
+    """Return a copy of the optimizer state, by "<parameter>/<key of the optimizer>"."""
     return {
         f"{name}/{key}": _copied(value)
         for name, parameter in parameters.items()
@@ -76,10 +85,10 @@ def _copied(value: Tensor | int) -> np.ndarray:
 def load_optimizer_arrays(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Put what `optimizer_arrays` gave of these parameters, and perhaps of others, in the place of its state."""
+    """Replace the optimizer state by the arrays of `optimizer_arrays`. Arrays of other parameters are ignored."""
     optimizer.state.clear()
-    for place, array in arrays.items():
-        name, _, key = place.rpartition("/")
+    for path, array in arrays.items():
+        name, _, key = path.rpartition("/")
         if name in parameters:
             optimizer.state[parameters[name]][key] = _live(array, parameters[name])
 
@@ -88,28 +97,29 @@ def _live(array: np.ndarray, parameter: nn.Parameter) -> Tensor | int:
     if array.ndim == 0 and array.dtype.kind == "i":  # bitsandbytes counts its steps in a plain number
         return int(array)
     value = torch.from_numpy(array.copy())
-    # In the parameter's own memory layout, as AdamW made it; fused, it has its step count on the device too.
+    # In the parameter's memory format, as AdamW made it. The fused AdamW has its step count on the device too.
     like = parameter if value.shape == parameter.shape else parameter.new_empty(value.shape)
     return torch.empty_like(like, dtype=value.dtype).copy_(value)
 
 
-def moment_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
-    """What the optimizer keeps of the trained parameters.
+def optimizer_state_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
+    """Return the size of the optimizer state.
 
-    Tensors under 4,096 numbers have float32 moments in 8 bits too: hardly any of a whole network, and most of a LoRA.
+    The 8-bit optimizer keeps float32 state for tensors under 4,096 numbers: hardly any of a full network, and most of a
+    LoRA.
     """
-    whole_network = sizes.trained_parameters == sizes.network_parameters
-    if settings.optimizer == "adamw_8bit" and whole_network:
+    full_network = sizes.trained_parameters == sizes.network_parameters
+    if settings.optimizer == "adamw_8bit" and full_network:
         return round(2 * (1 + 4 / SCALED_TOGETHER) * sizes.trained_parameters)
-    return FLOAT_MOMENTS * sizes.trained_parameters
+    return ADAM_STATE_BYTES * sizes.trained_parameters
 
 
-def with_moments_of(settings: LearnerTable, sizes: PolicySizes) -> PolicySizes:
-    """The sizes, whose learner has float32 moments of all, with those that a rank of this one has."""
-    saved = FLOAT_MOMENTS * sizes.trained_parameters - rank_moment_bytes(settings, sizes)
+def with_rank_optimizer_state(settings: LearnerTable, sizes: PolicySizes) -> PolicySizes:
+    """Return the sizes with the optimizer state of a rank of this learner, in place of the full state in float32."""
+    saved = ADAM_STATE_BYTES * sizes.trained_parameters - rank_optimizer_state_bytes(settings, sizes)
     return replace(sizes, learner=sizes.learner.plus(-saved))
 
 
-def rank_moment_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
-    """What a rank keeps of the moments; where they are divided, but for how evenly whole parameters can be."""
-    return -(-moment_bytes(settings, sizes) // (settings.world_size if settings.shard_optimizer_state else 1))
+def rank_optimizer_state_bytes(settings: LearnerTable, sizes: PolicySizes) -> int:
+    """Return the size of a rank's optimizer state. If sharded, ranks differ by up to one parameter from this size."""
+    return -(-optimizer_state_bytes(settings, sizes) // (settings.world_size if settings.shard_optimizer_state else 1))

@@ -1,4 +1,4 @@
-"""OptimizerSteps: gradients of micro-batches and ranks become a step, which is applied only if its gradient is finite."""
+"""OptimizerSteps: accumulate gradients over micro-batches and ranks, and apply a step if its gradient is finite."""
 
 from collections.abc import Mapping
 from typing import Any, final
@@ -7,25 +7,26 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ray_ddpo.common.model_files.finite_weights import first_not_finite
+from ray_ddpo.common.model_files.file_faults import first_not_finite
 from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.tables import LearnerTable
 from ray_ddpo.common.trajectory import TrainBatch
 from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
-from ray_ddpo.learner.algorithms.off_policy import rescale_gradients, to_those_left
+from ray_ddpo.learner.algorithms.off_policy import rescale_gradients, unmasked_mean_factor
 from ray_ddpo.learner.optimization.optimizer import is_fused
-from ray_ddpo.learner.process_group import OtherRankFailed, Ranks
+from ray_ddpo.learner.process_group import OtherRankFailed, ProcessGroup
 
 
 class NotFinite(RuntimeError):
-    """A gradient or a weight is no finite number. Nothing of the round is published."""
+    """A gradient or a weight is not finite. Nothing of the round is published."""
 
 
 @final
 class OptimizerSteps:
-    """Makes optimizer steps. A step whose gradient is not finite changes neither weights nor optimizer state.
+    """The optimizer steps of a learner.
 
-    The device decides that, in the optimizer's own kernel; the host reads it once, in `check`.
+    If a step's gradient is not finite, the step changes neither weights nor optimizer state. The device decides in the
+    optimizer's kernel whether to apply a step. The host reads the outcome once, in `check`.
     """
 
     def __init__(
@@ -33,71 +34,74 @@ class OptimizerSteps:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         parameters: Mapping[str, nn.Parameter],
-        ranks: Ranks,
+        process_group: ProcessGroup,
         settings: LearnerTable,
         device: str,
     ) -> None:
         self._optimizer: Any = optimizer
         self._scaler = scaler
         self._parameters = parameters
-        self._ranks = ranks
+        self._process_group = process_group
         self._settings = settings
         self._device = device
-        self._masks: list[Tensor] = []  # of the present step's micro-batches
-        self._terms: dict[str, Bool[Tensor, ""]] = {}  # of the present step: whether a part of its loss is finite
-        self._made: list[
-            tuple[Tensor, dict[str, Tensor]] | None
-        ] = []  # norm and terms of steps that nobody checked yet
+        self._masks: list[Tensor] = []  # of the current step's micro-batches
+        self._terms: dict[str, Bool[Tensor, ""]] = {}  # whether a part of the current step's loss is finite
+        # Gradient norm and terms of the steps since the last check; None if a step was skipped.
+        self._made: list[tuple[Tensor, dict[str, Tensor]] | None] = []
 
     def begin(self) -> None:
         """Begin an optimizer step."""
         self._optimizer.zero_grad(set_to_none=True)
         self._masks, self._terms = [], {}
 
-    def add(self, result: TransitionLoss, num_pairs: int) -> None:
-        """Add the gradient of a micro-batch: its share of the mean over the step's pairs on all ranks."""
-        self._scaler.scale(result.loss.sum() / num_pairs).backward()
-        self._masks += [] if result.kept is None else [result.kept]
+    def add(self, result: TransitionLoss, num_transitions: int) -> None:
+        """Add the gradient of a micro-batch: its share of the mean over the step's transitions on all ranks."""
+        self._scaler.scale(result.loss.sum() / num_transitions).backward()
+        self._masks += [] if result.mask is None else [result.mask]
         for name, values in (result.terms or {"loss": result.loss}).items():
             finite = values.detach().isfinite().all()
             self._terms[name] = self._terms[name] & finite if name in self._terms else finite
 
-    def apply(self, num_pairs: int, num_own: int, may_be_zero: bool) -> Float[Tensor, ""] | None:
+    def apply(self, num_transitions: int, num_own: int, may_be_zero: bool) -> Float[Tensor, ""] | None:
         """Apply the step if its gradient is finite. Return the gradient's norm before clipping.
 
         Args:
-            num_pairs: pairs of the step on all ranks.
-            num_own: those of this rank.
-            may_be_zero: whether the gradient may be exactly 0, and is to be looked at for that.
+            num_transitions: transitions of the step on all ranks.
+            num_own: transitions of the step on this rank.
+            may_be_zero: the gradient may be exactly 0. Then it is read back, and such a step is skipped.
 
         Returns:
-            None if nothing was left to learn from: the step would only follow old momentum, and decay weights.
+            None if the step was skipped because all its transitions are masked or its gradient is 0. Such a step would
+            only apply momentum and weight decay.
         """
-        left = int(self._ranks.total(int(torch.cat(self._masks).sum()) if self._masks else num_own))
-        if not left:
-            return self._leave_out()
+        unmasked = int(
+            self._process_group.all_reduce_sum(int(torch.cat(self._masks).sum()) if self._masks else num_own)
+        )
+        if not unmasked:
+            return self._skip()
         if not num_own:
-            self._scaler.scale(torch.zeros(1, device=self._device))  # it makes its scale at its first use
-        self._ranks.reduce_gradients(self._parameters.values())
+            self._scaler.scale(torch.zeros(1, device=self._device))  # the scaler makes its scale at its first use
+        self._process_group.all_reduce_gradients(self._parameters.values())
         self._scaler.unscale_(self._optimizer)
-        if left < num_pairs:
-            rescale_gradients(self._parameters.values(), to_those_left(num_pairs, left))
+        if unmasked < num_transitions:
+            rescale_gradients(self._parameters.values(), unmasked_mean_factor(num_transitions, unmasked))
         limit = self._settings.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit, foreach=True)
         if may_be_zero and not norm:
             self._scaler.update()
-            return self._leave_out()
+            return self._skip()
         self._step_if_finite(norm)
         self._scaler.update()
         self._made.append((norm.detach(), self._terms))
-        self._ranks.check_equal(self._parameters.values())
+        self._process_group.check_equal(self._parameters.values())
         return norm
 
-    def _leave_out(self) -> None:
+    def _skip(self) -> None:
         self._made.append(None)
 
     def _step_if_finite(self, norm: Float[Tensor, ""]) -> None:
-        if not is_fused(self._optimizer):  # bitsandbytes does not look, so the host has to wait for the norm
+        """Apply the step if the gradient norm is finite, without a synchronization if the optimizer is fused."""
+        if not is_fused(self._optimizer):  # bitsandbytes does not read it, so the host must wait for the norm
             if norm.isfinite():
                 self._optimizer.step()
             return
@@ -108,62 +112,68 @@ class OptimizerSteps:
             del self._optimizer.grad_scale, self._optimizer.found_inf
 
     def forget(self) -> None:
-        """Forget steps that nobody checked: what they did was undone."""
+        """Discard steps that were not checked yet, because their effect was undone."""
         self._made = []
 
     def check(self, batch: TrainBatch, num_steps: int) -> None:
-        """Read whether all steps since the last check were finite.
+        """Check that all steps since the last check were finite.
 
-        An overflow of float16's gradients is no fault while the scale is above 1: the scaler has found its limit, and halves it.
+        An overflow of float16's gradients is no error while the scale is at least 1, because the scaler then halves its
+        scale.
 
         Args:
-            batch: what was learned from.
-            num_steps: optimizer steps of its round so far.
+            batch: the batch that the steps trained on.
+            num_steps: optimizer steps of the batch's round so far.
 
         Raises:
-            NotFinite: a gradient was not finite. It names round, step and the part of the loss.
-            OtherRankFailed: it was not, and another rank knows which part of the loss it was.
+            NotFinite: a gradient was not finite. The error names round, step and the part of the loss.
+            OtherRankFailed: a gradient was not finite, and another rank reports the part of the loss.
         """
         made, self._made = self._made, []
-        steps = [(place, *each) for place, each in enumerate(made, start=num_steps - len(made) + 1) if each]
+        steps = [(number, *each) for number, each in enumerate(made, start=num_steps - len(made) + 1) if each]
         if not steps:
             return
         finite = torch.stack([norm.isfinite() for _, norm, _ in steps]).tolist()
         overflown = [each for each, is_finite in zip(steps, finite, strict=True) if not is_finite]
-        for place, _, terms in overflown:
+        for number, _, terms in overflown:
             at_fault = [name for name, is_finite in terms.items() if not is_finite]
-            others = self._ranks.largest(len(at_fault))
+            others = self._process_group.all_reduce_max(len(at_fault))
             if not others and self._scaler.is_enabled() and self._scaler.get_scale() >= 1:
                 continue
             if others and not at_fault:
-                raise OtherRankFailed("the loss of another rank is not finite, and it says itself which part")
-            where = f"round {batch.round}, optimizer step {place} of {num_steps}"
+                raise OtherRankFailed("the loss of another rank is not finite, and that rank reports which part")
+            where = f"round {batch.round}, optimizer step {number} of {num_steps}"
             raise NotFinite(
-                f"{where}: {_what(at_fault, list(terms))} not finite, so the step was not applied ({len(overflown)} of the "
-                f"round's steps); {_advice(self._settings, batch.round, self._scaler.is_enabled())}"
+                f"{where}: {_fault(at_fault, list(terms))} not finite, so the step was not applied ({len(overflown)} "
+                f"of the round's steps); {_advice(self._settings, batch.round, self._scaler.is_enabled())}"
             )
 
 
-def _what(at_fault: list[str], terms: list[str]) -> str:
+def _fault(at_fault: list[str], terms: list[str]) -> str:
     if at_fault:
         return f"the loss ({' and '.join(at_fault)}) is"
     return f"the loss ({' and '.join(terms)}) is finite and its gradient is"
 
 
-def _advice(settings: LearnerTable, round: int, half: bool) -> str:
+def _advice(settings: LearnerTable, round_index: int, half: bool) -> str:
     overflows = 'policy.dtype = "float16" overflows (bfloat16 does not), or ' if half else ""
     saved = (
         "the rounds before are saved: --resume auto repeats this one, --from and another --name train with other keys"
     )
     begin = "nothing was learned yet: begin again with another --name and other keys"
-    return f"most likely {overflows}learner.learning_rate = {settings.learning_rate:g} is too high; {saved if round else begin}"
+    rate = f"learner.learning_rate = {settings.learning_rate:g} is too high"
+    return f"most likely {overflows}{rate}; {saved if round_index else begin}"
 
 
-def refuse_weights(weights: PolicyWeights, round: int, settings: LearnerTable) -> None:
-    """Raise NotFinite if an update has made a weight that is no finite number."""
+def refuse_weights(weights: PolicyWeights, round_index: int, settings: LearnerTable) -> None:
+    """Check the weights after an update.
+
+    Raises:
+        NotFinite: a weight is not finite.
+    """
     name = first_not_finite(weights.arrays())
     if name is None:
         return
     raise NotFinite(
-        f"round {round}: the weights {name} are not finite after it; {_advice(settings, round, half=False)}"
+        f"round {round_index}: the weights {name} are not finite after it; {_advice(settings, round_index, half=False)}"
     )

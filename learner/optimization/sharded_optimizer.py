@@ -1,4 +1,4 @@
-"""ShardedOptimizer: one optimizer of several ranks, each of which keeps the moments of its own parameters alone."""
+"""ShardedOptimizer: one optimizer over several ranks, each of which keeps the state of its share of parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
@@ -7,59 +7,70 @@ import torch
 from torch import nn
 
 from ray_ddpo.common.recipe.tables import LearnerTable
-from ray_ddpo.learner.optimization.optimizer import is_fused, lay_out, optimizer_of
-from ray_ddpo.learner.process_group import Ranks
+from ray_ddpo.learner.optimization.optimizer import is_fused, optimizer_of, set_memory_format
+from ray_ddpo.learner.process_group import ProcessGroup
 
 
 @final
 class ShardedOptimizer(torch.optim.Optimizer):
-    """The recipe's optimizer with its state divided among ranks (ZeRO's first stage, Rajbhandari et al. 2020).
+    """The recipe's optimizer with its state sharded across ranks (ZeRO stage 1, Rajbhandari et al. 2020).
 
-    A rank moves its own parameters and is sent the others': to the bits of an undivided one, since AdamW knows of each
-    number only its own gradient. To what works on gradients, the scaler of float16 for one, it has all parameters.
+    A rank updates its own parameters and receives the others by broadcast. The bits are those of an unsharded
+    optimizer, since AdamW updates each number from its own gradient only. `param_groups` has all parameters, for users
+    of gradients such as float16's gradient scaler.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: LearnerTable, ranks: Ranks) -> None:
-        """ValueError: there are more ranks than parameters; the optimizer's library is not installed."""
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], settings: LearnerTable, process_group: ProcessGroup
+    ) -> None:
+        """Make the optimizer of this rank's parameters.
+
+        Raises:
+            ValueError: there are more ranks than parameters, or the optimizer's library is not installed.
+        """
         super().__init__(parameters.values(), {})
-        if len(parameters) < ranks.count:
+        if len(parameters) < process_group.world_size:
             raise ValueError(
-                f"learner.world_size is {ranks.count}, and the network has {len(parameters)} trained parameters to divide "
-                "among them: give no more ranks than that"
+                f"learner.world_size is {process_group.world_size}, and the network has {len(parameters)} trained "
+                "parameters to divide among them: give no more ranks than that"
             )
-        self._ranks = ranks
+        self._process_group = process_group
         self._parameters = list(parameters.values())
-        self._of_rank: list[list[nn.Parameter]] = [[] for _ in range(ranks.count)]
+        self._of_rank: list[list[nn.Parameter]] = [[] for _ in range(process_group.world_size)]
         self.owned: dict[str, nn.Parameter] = {}
-        owners = owners_of([parameter.numel() for parameter in parameters.values()], ranks.count)
+        owners = owners_of([parameter.numel() for parameter in parameters.values()], process_group.world_size)
         for (name, parameter), owner in zip(parameters.items(), owners, strict=True):
             self._of_rank[owner].append(parameter)
-            if owner == ranks.rank:
+            if owner == process_group.rank:
                 self.owned[name] = parameter
-        lay_out(parameters, settings)  # those of others too: ranks compute alike
-        self._moves: Any = optimizer_of(self.owned, settings)
-        self.state = self._moves.state
-        self._step_supports_amp_scaling = is_fused(self._moves)
+        set_memory_format(parameters, settings)  # also other ranks' parameters, so that all ranks compute alike
+        self._optimizer: Any = optimizer_of(self.owned, settings)
+        self.state = self._optimizer.state
+        self._step_supports_amp_scaling = is_fused(self._optimizer)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """Move all parameters; a collective. RuntimeError: a rank's weights were not those of the others."""
-        assert closure is None, "gradients are there already"
-        self._ranks.check_equal(self._parameters)  # before what the owners send would hide it
-        if is_fused(self._moves):
-            self._moves.found_inf = getattr(self, "found_inf", None)
-        self._moves.step()
+        """Update all parameters. A collective.
+
+        Raises:
+            RuntimeError: the weights of a rank differ from those of the others.
+        """
+        assert closure is None, "gradients are computed already"
+        self._process_group.check_equal(self._parameters)  # before the broadcast would hide a difference
+        if is_fused(self._optimizer):
+            self._optimizer.found_inf = getattr(self, "found_inf", None)
+        self._optimizer.step()
         for rank, parameters in enumerate(self._of_rank):
-            self._ranks.send_from(rank, parameters)
+            self._process_group.broadcast(rank, parameters)
 
 
-def owners_of(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Which rank has each parameter: the largest goes first, each to whom has least (Graham 1969).
+def owners_of(sizes: Sequence[int], world_size: int) -> list[int]:
+    """Return the rank that owns each parameter: largest first, each to the rank with the least (Graham 1969).
 
-    No rank has more than the mean and one parameter besides.
+    No rank has more than the mean plus one parameter.
     """
-    owners, held = [0] * len(sizes), [0] * ranks
-    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
-        owners[place] = held.index(min(held))
-        held[owners[place]] += sizes[place]
+    owners, held = [0] * len(sizes), [0] * world_size
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        owners[index] = held.index(min(held))
+        held[owners[index]] += sizes[index]
     return owners

@@ -1,1 +1,1 @@
-"""How the embedded model was made: drawings, autoencoder, denoiser, and the probe that judges it."""
+"""Pretrain the embedded model: drawings, autoencoder, denoiser, and the probe that evaluates it."""

@@ -1,4 +1,4 @@
-"""Train the embedded model's autoencoder on the drawings, and turn them into latents."""
+"""Train the embedded model's autoencoder on the drawings, and encode them."""
 
 import math
 import time
@@ -17,15 +17,15 @@ from ray_ddpo.learner.pretraining.modules import build_autoencoder
 
 BATCH = 16
 LEARNING_RATE = 2e-3
-LATENT_NOISE = 0.15  # lets the decoder forgive what the UNet leaves undone
-LATENT_PENALTY = 2e-3  # keeps latents near zero, where that noise counts
+LATENT_NOISE = 0.15  # makes the decoder robust to errors of the UNet
+LATENT_PENALTY = 2e-3  # keeps latents near zero, so that this noise matters
 PIXELS = 64
 
 
 def augmented_images(
     drawings: list[Drawing], variants: int, seed: int, size: int = PIXELS
 ) -> UInt8[Tensor, "drawings {2*variants} 3 {size} {size}"]:
-    """Each drawing at random scales and places, and each of these mirrored; `size` pixels on a side."""
+    """Render each drawing at random scales and positions, and mirror each image; `size` pixels on a side."""
     random = np.random.default_rng(seed)
     images = np.empty((len(drawings), 2 * variants, size, size, 3), np.uint8)
     for row, drawing in zip(images, drawings, strict=True):
@@ -38,12 +38,12 @@ def augmented_images(
 
 
 def to_unit(pixels: UInt8[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B 3 H W"]:
-    """0 ... 255 to -1 ... 1."""
+    """Scale 0 ... 255 to -1 ... 1."""
     return pixels.float() / 127.5 - 1
 
 
 def train_autoencoder(images: UInt8[Tensor, "N 3 64 64"], steps: int, seed: int) -> AutoencoderTiny:
-    """The trained autoencoder, its scaling factor set so that latents have a standard deviation of 1."""
+    """Train an autoencoder, and set its scaling factor so that latents have a standard deviation of 1."""
     torch.manual_seed(seed)
     autoencoder = build_autoencoder()
     _fit(autoencoder, images, steps, seed)
@@ -54,16 +54,17 @@ def train_autoencoder(images: UInt8[Tensor, "N 3 64 64"], steps: int, seed: int)
 
 
 def save_autoencoder(autoencoder: AutoencoderTiny, work: Path) -> None:
-    """Keep it in float32, in diffusers' format."""
+    """Save the autoencoder in float32, in diffusers' format."""
     autoencoder.save_pretrained(work / "autoencoder")
 
 
 def load_autoencoder(work: Path) -> AutoencoderTiny:
-    """What `save_autoencoder` kept."""
+    """Load the autoencoder that `save_autoencoder` saved."""
     return AutoencoderTiny.from_pretrained(work / "autoencoder", use_safetensors=True).requires_grad_(False).eval()
 
 
 def _fit(autoencoder: AutoencoderTiny, images: UInt8[Tensor, "N 3 64 64"], steps: int, seed: int) -> None:
+    """Minimize the loss by AdamW with a cosine schedule, and show progress."""
     optimizer = torch.optim.AdamW(autoencoder.parameters(), LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     generator = torch.Generator().manual_seed(seed)
@@ -89,6 +90,7 @@ def _fit(autoencoder: AutoencoderTiny, images: UInt8[Tensor, "N 3 64 64"], steps
 def _loss(
     autoencoder: AutoencoderTiny, clean: Float[Tensor, "B 3 64 64"], generator: torch.Generator
 ) -> tuple[Float[Tensor, ""], float]:
+    """Return the loss (L1, MSE and a penalty of large latents), and the MSE."""
     with torch.autocast("cpu", torch.bfloat16):
         latents = autoencoder.encoder(clean)
         noise = torch.randn(latents.shape, generator=generator)
@@ -101,13 +103,13 @@ def _loss(
 
 @torch.no_grad()
 def encode(autoencoder: AutoencoderTiny, images: UInt8[Tensor, "N 3 64 64"]) -> Float[Tensor, "N 4 16 16"]:
-    """Latents before scaling."""
+    """Return latents before scaling."""
     batches = [to_unit(batch).contiguous(memory_format=torch.channels_last) for batch in images.split(64)]
     return torch.cat([autoencoder.encoder(batch) for batch in batches]).contiguous()
 
 
 @torch.no_grad()
 def decode(autoencoder: AutoencoderTiny, latents: Float[Tensor, "N 4 16 16"]) -> UInt8[Tensor, "N 3 64 64"]:
-    """Pixels from latents before scaling."""
+    """Return pixels from latents before scaling."""
     decoded = torch.cat([autoencoder.decoder(batch) for batch in latents.split(64)])
     return ((functional.hardtanh(decoded) + 1) * 127.5).round().to(torch.uint8)

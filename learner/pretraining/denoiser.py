@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from jaxtyping import Float, Int
-from rich.progress import Progress as ProgressBar
+from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +23,7 @@ from ray_ddpo.learner.pretraining.modules import (
     build_unet,
     save_pipeline,
 )
-from ray_ddpo.learner.pretraining.training_state import Progress, load_training, save_training
+from ray_ddpo.learner.pretraining.training_state import TrainingProgress, load_training, save_training
 
 BATCH = 32
 LEARNING_RATE = 1e-3
@@ -36,12 +36,12 @@ SECONDS_A_SNAPSHOT = 180
 
 @dataclass(frozen=True)
 class Material:
-    """What the UNet learns from, computed once."""
+    """The training data of the UNet, computed once."""
 
     latents: Float[Tensor, "drawings variants 4 16 16"]  # scaled to a standard deviation of 1
-    captions: Int[Tensor, "drawings"]  # row of token_ids
+    captions: Int[Tensor, "drawings"]  # row in `token_ids`
     token_ids: Int[Tensor, "rows 16"]  # the last row is the empty caption
-    weights: Float[Tensor, "drawings"]  # of being drawn
+    weights: Float[Tensor, "drawings"]  # sampling weights
 
     def save(self, file: Path) -> None:
         """Write the four tensors."""
@@ -50,41 +50,41 @@ class Material:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What every process of a training must know."""
+    """The settings of a training, for every process."""
 
-    words: list[str]  # each gets a token of its own
+    words: list[str]  # each is one token
     steps: int
     seed: int
     workers: int
-    work: Path  # state, material and autoencoder
-    output: Path  # where the pipeline goes
+    work: Path  # folder of state, material and autoencoder
+    output: Path  # folder of the pipeline
 
 
 class Denoiser(nn.Module):
-    """UNet and text encoder in one, so that their gradients are averaged together."""
+    """UNet and text encoder in one module, so that their gradients are averaged together."""
 
     def __init__(self, words: list[str]):
         super().__init__()
         self.unet = build_unet()
         self.text_encoder = build_text_encoder(build_tokenizer(words))
-        # Fused attention is slow backwards on a CPU, and 64 places are few.
+        # Fused attention has a slow backward pass on a CPU, and 64 tokens are few.
         self.unet.set_attn_processor(AttnProcessor())
 
     def forward(
-        self, noisy: Float[Tensor, "B 4 16 16"], timesteps: Int[Tensor, "B"], token_ids: Int[Tensor, "B 16"]
+        self, noised: Float[Tensor, "B 4 16 16"], timesteps: Int[Tensor, "B"], token_ids: Int[Tensor, "B 16"]
     ) -> Float[Tensor, "B 4 16 16"]:
-        """The noise in `noisy`."""
+        """Predict the noise in `noised`."""
         embeddings = self.text_encoder(token_ids)[0]
         with torch.autocast("cpu", torch.bfloat16):
-            return self.unet(noisy, timesteps, embeddings).sample.float()
+            return self.unet(noised, timesteps, embeddings).sample.float()
 
 
 class DenoiserTraining:
-    """The denoiser while it learns, and its moving average, which is what is kept. Every process holds the same."""
+    """The denoiser in training, and its moving average, which is saved. Every process has the same."""
 
     def __init__(self, plan: TrainingPlan, material: Material):
         torch.manual_seed(plan.seed)
-        self.plan, self.material, self.progress = plan, material, Progress()
+        self.plan, self.material, self.progress = plan, material, TrainingProgress()
         self.live = Denoiser(plan.words)
         self.averaged = copy.deepcopy(self.live).requires_grad_(False)
         self.shared = DistributedDataParallel(self.live)
@@ -93,33 +93,34 @@ class DenoiserTraining:
         self.modules = {"live": self.live, "averaged": self.averaged}
 
     def learning_rate(self) -> float:
-        """Up in a straight line, then down to zero along a cosine."""
+        """Return the learning rate: linear warm-up, then cosine decay to zero."""
         step, steps = self.progress.step, self.plan.steps
         return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
 
     def update(self) -> float:
-        """One optimizer step; its loss, the mean squared error of the noise (Ho et al. 2020, eq. 14)."""
-        # A generator for each step, so that a resumed training draws what an undisturbed one would have drawn.
+        """Make an optimizer step, and return its loss: the mean squared error of the noise (Ho et al. 2020, eq. 14)."""
+        # A generator for each step, so that a resumed training has the same random numbers as an uninterrupted one.
         generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.progress.step)
         clean, token_ids = sample_batch(self.material, generator)
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(len(self.alphas_cumprod), (BATCH,), generator=generator)
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        noised = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         mine = slice(distributed.get_rank(), None, self.plan.workers)
-        inputs = noisy[mine].contiguous(memory_format=torch.channels_last), timesteps[mine], token_ids[mine]
+        inputs = noised[mine].contiguous(memory_format=torch.channels_last), timesteps[mine], token_ids[mine]
         loss = (self.shared(*inputs) - noise[mine]).square().mean()
         loss.backward()
         self._step()
         return loss.item()
 
     def _step(self) -> None:
+        """Apply the gradients, and update the moving average."""
         nn.utils.clip_grad_norm_(self.live.parameters(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # A short memory at first, so that the random start is soon forgotten.
+        # A small decay at first, so that the random initial weights are soon forgotten.
         decay = min(EMA_DECAY, (1 + self.progress.step) / (10 + self.progress.step))
         live = [parameter.detach() for parameter in self.live.parameters()]
         torch._foreach_lerp_(list(self.averaged.parameters()), live, 1 - decay)
@@ -129,7 +130,7 @@ class DenoiserTraining:
 def sample_batch(
     material: Material, generator: torch.Generator
 ) -> tuple[Float[Tensor, "32 4 16 16"], Int[Tensor, "32 16"]]:
-    """Latents and the token ids of their captions, some of these dropped."""
+    """Sample latents and the token ids of their captions, some of which are dropped."""
     chosen = torch.multinomial(material.weights, BATCH, replacement=True, generator=generator)
     variants = torch.randint(material.latents.shape[1], (BATCH,), generator=generator)
     dropped = torch.rand(BATCH, generator=generator) < NO_CAPTION
@@ -138,8 +139,8 @@ def sample_batch(
 
 
 def train_in_process(rank: int, plan: TrainingPlan) -> None:
-    """Train with the other processes until the last step; rank 0 shows progress and saves every few minutes."""
-    # One thread a process: a process with several waits at every small operation for the slowest of them.
+    """Train with the other processes until the last step. Rank 0 shows progress and saves every few minutes."""
+    # One thread a process: with several, every small operation waits for the slowest thread.
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29541")}
     distributed.init_process_group("gloo", rank=rank, world_size=plan.workers)
@@ -149,7 +150,7 @@ def train_in_process(rank: int, plan: TrainingPlan) -> None:
     distributed.barrier()
     started, saved = time.monotonic() - training.progress.seconds, time.monotonic()
     recent: list[float] = []
-    with ProgressBar(disable=rank > 0) as bar:
+    with Progress(disable=rank > 0) as bar:
         task = bar.add_task("denoiser", total=plan.steps, completed=training.progress.step)
         while training.progress.step < plan.steps:
             recent.append(training.update())
@@ -162,7 +163,7 @@ def train_in_process(rank: int, plan: TrainingPlan) -> None:
     distributed.destroy_process_group()
 
 
-def _note(progress: Progress, recent: list[float], started: float, bar: ProgressBar) -> None:
+def _note(progress: TrainingProgress, recent: list[float], started: float, bar: Progress) -> None:
     progress.seconds = time.monotonic() - started
     progress.losses.append(sum(recent) / len(recent))
     recent.clear()

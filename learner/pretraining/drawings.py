@@ -1,4 +1,4 @@
-"""Fetch the animals' drawings from npm icon packages and render them, for the embedded model and its probe."""
+"""Fetch drawings of animals from npm icon packages and render them, for the embedded model and its probe."""
 
 import io
 import json
@@ -21,7 +21,7 @@ STYLES = {
     "noto-v1": "@iconify-json/noto-v1@1.2.5",
 }
 
-# Icons whose name is not the animal's, and second drawings of it. Without an entry the icon is called as the animal.
+# Icons with another name than the animal, and further drawings of it. By default the icon has the animal's name.
 ANIMAL_ICONS = {
     "cat": ("cat", "cat-face", "black-cat", "grinning-cat"),
     "dog": ("dog", "dog-face", "service-dog", "guide-dog"),
@@ -44,7 +44,7 @@ ANIMAL_ICONS = {
     "camel": ("camel", "two-hump-camel"),
 }
 
-# Further animals under their own names: the prompts do not ask for them, but they make the model draw better.
+# Further animals by name. No prompt asks for them, but they make the model better.
 OTHER_ICONS = """
 ram ox boar koala panda panda-face polar-bear hamster badger beaver bison mammoth elephant rhinoceros hippopotamus
 giraffe orangutan sloth otter skunk poodle leopard unicorn water-buffalo eagle owl parrot penguin peacock flamingo
@@ -59,19 +59,24 @@ PROMPTS_FILE = Path(__file__).parents[2] / "common" / "prompt_lists" / "animals.
 
 @dataclass(frozen=True)
 class Drawing:
-    """One image of one animal in one style, as vectors."""
+    """A vector drawing of an animal in a style."""
 
     animal: str  # the caption
     style: str  # a key of STYLES
     icon: str  # its name in the set
-    body: str  # what stands inside the svg element
-    width: float  # of the body, in its own units
+    body: str  # the content of the svg element
+    width: float  # of the body, in its units
     height: float
 
     def render(
         self, size: int, scale: float = 1.0, shift: tuple[float, float] = (0.0, 0.0)
     ) -> UInt8[np.ndarray, "{size} {size} 3"]:
-        """RGB pixels 0 ... 255 on white, `size` on a side; `shift` to the right and down in fractions of the side."""
+        """Render RGB pixels 0 ... 255 on white.
+
+        Args:
+            size: pixels on a side.
+            shift: to the right and down, in fractions of the side.
+        """
         span = max(self.width, self.height) / scale
         left = self.width / 2 - span * (0.5 + shift[0])
         top = self.height / 2 - span * (0.5 + shift[1])
@@ -81,12 +86,12 @@ class Drawing:
 
 
 def prompted_animals() -> list[str]:
-    """DDPO's 45 animals (Black et al. 2023, appendix), in their order."""
+    """Return DDPO's 45 animals (Black et al. 2023, appendix), in their order."""
     return PROMPTS_FILE.read_text().split()
 
 
 def read_drawings(other_animals: bool = False) -> list[Drawing]:
-    """Every drawing of the 45 animals in all styles, and on wish of further animals; equal images only once."""
+    """Return the drawings of the 45 animals, and perhaps of further ones, in all styles, without duplicates."""
     wanted = [(animal, icon) for animal in prompted_animals() for icon in ANIMAL_ICONS.get(animal, (animal,))]
     if other_animals:
         wanted += [(_caption(icon), icon) for icon in OTHER_ICONS.split()]
@@ -99,20 +104,21 @@ def _caption(icon: str) -> str:
 
 
 def _of_one_style(style: str, wanted: list[tuple[str, str]]) -> list[Drawing]:
+    """Return the drawings of a style, for (animal, icon) pairs that the style has."""
     icon_set = json.loads((fetch(style) / "package" / "icons.json").read_text())
     aliases = {name: alias["parent"] for name, alias in icon_set.get("aliases", {}).items()}
     drawings = []
     for animal, icon in wanted:
-        drawn = icon_set["icons"].get(aliases.get(icon, icon))
-        if drawn is not None:
-            # Icons without a size of their own take the set's, and where that is silent iconify's default of 16.
-            width, height = (drawn.get(side, icon_set.get(side, 16)) for side in ("width", "height"))
-            drawings.append(Drawing(animal, style, icon, drawn["body"], width, height))
+        found = icon_set["icons"].get(aliases.get(icon, icon))
+        if found is not None:
+            # Icons without a size have the set's, or iconify's default of 16 if the set has none.
+            width, height = (found.get(side, icon_set.get(side, 16)) for side in ("width", "height"))
+            drawings.append(Drawing(animal, style, icon, found["body"], width, height))
     return drawings
 
 
 def fetch(style: str) -> Path:
-    """The folder with the style's unpacked npm package, downloaded with the npm client the first time."""
+    """Return the folder of the style's unpacked npm package, which the npm client downloads the first time."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ray-ddpo" / "icons"
     folder = cache / STYLES[style].removeprefix("@iconify-json/")
     if not folder.exists():

@@ -18,7 +18,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_autoencoder() -> AutoencoderTiny:
-    """64 x 64 pixels in -1 ... 1 to latents [4, 16, 16] and back, 0.3 M parameters."""
+    """Build the autoencoder: 64 x 64 pixels in -1 ... 1 to latents [4, 16, 16] and back, 0.3 M parameters."""
     autoencoder = AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32),
         decoder_block_out_channels=(32, 32, 32),
@@ -31,7 +31,7 @@ def build_autoencoder() -> AutoencoderTiny:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Noise prediction on latents [4, 16, 16], 4.8 M parameters."""
+    """Build the UNet: noise prediction on latents [4, 16, 16], 4.8 M parameters."""
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -49,14 +49,14 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def to_channels_last(network: torch.nn.Module) -> None:
-    """Lay convolutions' weights in memory as a CPU reads them fastest."""
+    """Convert convolution weights to the memory format channels_last, which is fastest on a CPU."""
     for parameter in network.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of width 96."""
+    """Build the text encoder: two layers of width 96."""
     vocabulary = tokenizer.get_vocab()
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),
@@ -74,7 +74,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule."""
+    """Build the scheduler, with Stable Diffusion's noise schedule."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -89,14 +89,14 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_tokenizer(words: list[str]) -> CLIPTokenizer:
-    """Byte-pair encoding with a token for each word, and bytes for all other text."""
+    """Build the tokenizer: byte-pair encoding with a token for each word, and bytes for all other text."""
     with tempfile.TemporaryDirectory() as folder:
         write_vocabulary(words, Path(folder))
         return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
 
 
 def write_vocabulary(words: list[str], folder: Path) -> None:
-    """`vocab.json` and `merges.txt`, as CLIPTokenizer reads them."""
+    """Write `vocab.json` and `merges.txt` for CLIPTokenizer."""
     merges: list[tuple[str, str]] = []
     for word in words:
         pieces = _merged([*word[:-1], word[-1] + "</w>"], merges)
@@ -128,7 +128,7 @@ def _characters_of_bytes() -> list[str]:
 
 
 def save_pipeline(modules: Mapping[str, torch.nn.Module], words: list[str], output: Path) -> None:
-    """Put a float16 pipeline of `unet`, `text_encoder` and `vae` into `output`; each file is replaced in one go."""
+    """Save a float16 pipeline of `unet`, `text_encoder` and `vae` in `output`; each file is replaced atomically."""
     parts: dict[str, Any] = {name: copy.deepcopy(module).half() for name, module in modules.items()}
     parts |= {"tokenizer": build_tokenizer(words), "scheduler": build_scheduler()}
     parts |= {"safety_checker": None, "feature_extractor": None}
@@ -149,8 +149,8 @@ def save_pipeline(modules: Mapping[str, torch.nn.Module], words: list[str], outp
 
 
 def _tidy_autoencoder_config(config_file: Path) -> None:
-    # AutoencoderTiny writes the first key for other readers and then warns of it at every load; the second says
-    # where it lay while it was trained.
+    # AutoencoderTiny writes the first key for other readers and then warns of it at every load. The second key is the
+    # path in training.
     config = json.loads(config_file.read_text())
     kept = {key: value for key, value in config.items() if key not in ("block_out_channels", "_name_or_path")}
     config_file.write_text(json.dumps(kept, indent=2) + "\n")

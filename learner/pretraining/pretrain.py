@@ -20,24 +20,24 @@ from ray_ddpo.learner.pretraining.autoencoder import (
 from ray_ddpo.learner.pretraining.denoiser import STEPS_A_LOSS, Material, TrainingPlan, train_in_process
 from ray_ddpo.learner.pretraining.drawings import Drawing, prompted_animals, read_drawings
 from ray_ddpo.learner.pretraining.modules import build_tokenizer
-from ray_ddpo.learner.pretraining.preview import draw_animals, draw_losses
+from ray_ddpo.learner.pretraining.preview import save_loss_curve, save_sheet
 
 OTHER_ANIMALS = 0.15  # of a batch
-VARIANTS = 16  # sizes and places of a drawing, each also mirrored
+VARIANTS = 16  # sizes and positions of a drawing, each also mirrored
 
 
 def captions_of(drawings: list[Drawing]) -> list[str]:
-    """The prompted animals in their order, then the others'."""
+    """Return the captions of the prompted animals in their order, then of the others."""
     return list(dict.fromkeys(prompted_animals() + [drawing.animal for drawing in drawings]))
 
 
 def words_of(captions: list[str]) -> list[str]:
-    """What the tokenizer gets a token for each of."""
+    """Return the words that each get a token."""
     return list(dict.fromkeys(" ".join(captions).split()))
 
 
 def prepare(drawings: list[Drawing], autoencoder_steps: int, seed: int, work: Path) -> Material:
-    """Render the drawings, train the autoencoder on them unless that is done, and encode them."""
+    """Render the drawings, train the autoencoder on them unless it is trained already, and encode them."""
     images = augmented_images(drawings, VARIANTS, seed)
     if not (work / "autoencoder").exists():
         save_autoencoder(train_autoencoder(images.flatten(0, 1), autoencoder_steps, seed), work)
@@ -47,7 +47,8 @@ def prepare(drawings: list[Drawing], autoencoder_steps: int, seed: int, work: Pa
     rows = torch.tensor([captions.index(drawing.animal) for drawing in drawings])
     tokenizer = build_tokenizer(words_of(captions))
     token_ids = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
-    # All prompted animals come equally often, however many drawings each has; so do all others, less often.
+    # All prompted animals are equally frequent, however many drawings each has; so are all others, at a lower
+    # frequency.
     of_animal = 1 / torch.bincount(rows)[rows].float()
     prompted = rows < len(prompted_animals())
     share = torch.where(prompted, 1 - OTHER_ANIMALS, OTHER_ANIMALS)
@@ -64,10 +65,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6500, help="of UNet and text encoder; a multiple of 50")
     parser.add_argument("--autoencoder_steps", type=int, default=3200)
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; they divide the batch")
-    parser.add_argument("--resume", action="store_true", help="go on from what is in --work")
+    parser.add_argument("--resume", action="store_true", help="resume from the state in --work")
     options = parser.parse_args()
     if not options.resume and options.work.exists() and any(options.work.iterdir()):
-        parser.error(f"--work {options.work} is not empty: give --resume to go on from it, or another folder")
+        parser.error(f"--work {options.work} is not empty: give --resume to resume from it, or another folder")
     options.work.mkdir(parents=True, exist_ok=True)
     drawings = read_drawings(other_animals=True)
     torch.set_num_threads(options.workers)
@@ -78,8 +79,8 @@ def main() -> None:
     plan = TrainingPlan(words, options.steps, options.seed, options.workers, options.work, options.output)
     multiprocessing.spawn(train_in_process, (plan,), nprocs=plan.workers)
     losses = json.loads((options.work / "progress.json").read_text())["losses"]
-    draw_losses(losses, STEPS_A_LOSS, options.output / "losses.png")
-    draw_animals(options.output, prompted_animals(), options.output / "animals.png")
+    save_loss_curve(losses, STEPS_A_LOSS, options.output / "losses.png")
+    save_sheet(options.output, prompted_animals(), options.output / "animals.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Show the embedded model: a sheet with an image of each animal, and its loss curve.
+"""Preview the embedded model: a sheet with an image of each animal, and the loss curve.
 
 python -m ray_ddpo.learner.pretraining.preview --model common/tiny_animals --output sheet.png
 """
@@ -20,26 +20,26 @@ CAPTION_HEIGHT = 12
 
 
 def load_pipeline(model: Path) -> StableDiffusionPipeline:
-    """The pipeline in float32, silent."""
+    """Load the pipeline in float32, without progress bars and warnings."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def draw(
+def sample_images(
     pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, guidance_scale: float = 4.0
 ) -> UInt8[np.ndarray, "B 64 64 3"]:
-    """One image a prompt, 20 DDIM steps with eta 1; image i has the noise of seed + i."""
+    """Sample an image per prompt, by 20 DDIM steps with eta 1. Image i has the noise of seed + i."""
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
     sampling = {"num_inference_steps": 20, "eta": 1.0, "guidance_scale": guidance_scale, "generator": generators}
     images = pipeline(prompts, output_type="np", return_dict=False, **sampling)[0]
     return (np.asarray(images) * 255).round().astype(np.uint8)
 
 
-def draw_animals(model: Path, animals: list[str], file: Path, seed: int = 0) -> None:
+def save_sheet(model: Path, animals: list[str], file: Path, seed: int = 0) -> None:
     """Save a sheet with one captioned image of each animal."""
-    images = draw(load_pipeline(model), animals, seed)
+    images = sample_images(load_pipeline(model), animals, seed)
     cell = images.shape[1] + CAPTION_HEIGHT
     sheet = Image.new("RGB", (COLUMNS * images.shape[2], -(-len(animals) // COLUMNS) * cell), "white")
     pen = ImageDraw.Draw(sheet)
@@ -50,7 +50,7 @@ def draw_animals(model: Path, animals: list[str], file: Path, seed: int = 0) -> 
     sheet.save(file)
 
 
-def draw_losses(losses: list[float], steps_a_loss: int, file: Path) -> None:
+def save_loss_curve(losses: list[float], steps_a_loss: int, file: Path) -> None:
     """Save the curve of the noise's mean squared error over optimizer steps."""
     import matplotlib
 
@@ -70,4 +70,4 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    draw_animals(options.model, prompted_animals(), options.output, options.seed)
+    save_sheet(options.model, prompted_animals(), options.output, options.seed)

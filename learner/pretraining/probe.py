@@ -1,4 +1,4 @@
-"""Fit the linear probe that tells the 45 animals apart, and say how well it names unseen and generated images.
+"""Fit the linear probe of the 45 animals, and report its accuracy on unseen and generated images.
 
 python -m ray_ddpo.learner.pretraining.probe --model common/tiny_animals
 """
@@ -14,14 +14,19 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ray_ddpo.common.image_models.image_features import FEATURES, ImageFeatures, load_image_features
-from ray_ddpo.common.image_models.linear_probe import LinearProbe, save_probe
+from ray_ddpo.common.image_models.linear_probe import (
+    FEATURES,
+    ImageFeatures,
+    LinearProbe,
+    load_image_features,
+    save_probe,
+)
 from ray_ddpo.learner.pretraining.autoencoder import augmented_images, decode, encode
 from ray_ddpo.learner.pretraining.drawings import Drawing, prompted_animals, read_drawings
-from ray_ddpo.learner.pretraining.preview import draw, load_pipeline
+from ray_ddpo.learner.pretraining.preview import load_pipeline, sample_images
 
 HELD_OUT_STYLE = "noto-v1"
-VARIANTS = 6  # of a drawing and of each kind, each also mirrored
+VARIANTS = 6  # per drawing and kind of image, each also mirrored
 LARGE = 160  # pixels
 WEIGHT_DECAY = 1e-3
 FIT_STEPS = 400
@@ -29,10 +34,10 @@ GENERATED_SEEDS = 8
 
 
 def fit(features: Float[Tensor, "N 1280"], labels: Int[Tensor, "N"], classes: list[str]) -> LinearProbe:
-    """Multinomial logistic regression with weight decay, on standardised features; all from zero, so without chance."""
+    """Fit a multinomial logistic regression with weight decay on standardized features, deterministically."""
     mean, std = features.mean(0), features.std(0).clamp_min(1e-3)
     standard = (features - mean) / std
-    # Classes with more drawings are not more likely to be asked for.
+    # Classes with more drawings are not more likely in prompts.
     class_weight = len(labels) / (len(classes) * torch.bincount(labels, minlength=len(classes)).clamp_min(1).float())
     weight = torch.zeros(len(classes), FEATURES, requires_grad=True)
     bias = torch.zeros(len(classes), requires_grad=True)
@@ -50,7 +55,7 @@ def fit(features: Float[Tensor, "N 1280"], labels: Int[Tensor, "N"], classes: li
 def fitting_images(
     drawings: list[Drawing], autoencoder: AutoencoderTiny, seed: int
 ) -> list[UInt8[np.ndarray, "N H W 3"]]:
-    """Augmented drawings thrice: as they are, passed through the autoencoder as generated images are, and large."""
+    """Render augmented drawings three times: small, small and passed through the autoencoder, and large."""
     small = augmented_images(drawings, VARIANTS, seed).flatten(0, 1)
     passed = decode(autoencoder, encode(autoencoder, augmented_images(drawings, VARIANTS, seed + 1).flatten(0, 1)))
     large = augmented_images(drawings, VARIANTS, seed + 2, LARGE).flatten(0, 1)
@@ -58,24 +63,24 @@ def fitting_images(
 
 
 def features_of(images: UInt8[np.ndarray, "N H W 3"], features: ImageFeatures) -> Float[Tensor, "N 1280"]:
-    """In batches of 32."""
+    """Compute features in batches of 32."""
     batches = [images[start : start + 32] for start in range(0, len(images), 32)]
     return torch.cat([features(batch) for batch in track(batches, "features")])
 
 
 def accuracy(probe: LinearProbe, features: Float[Tensor, "N 1280"], labels: Int[Tensor, "N"]) -> float:
-    """Share of images whose animal the probe names first."""
+    """Return the fraction of images whose animal the probe ranks first."""
     return (probe.logits(features).argmax(1) == labels).float().mean().item()
 
 
 def labels_of(drawings: list[Drawing], repeats: int) -> Int[Tensor, "N"]:
-    """Class of each of the drawings' images, `repeats` in a row for each drawing."""
+    """Return the class of each image, for `repeats` neighboring images of each drawing."""
     animals = prompted_animals()
     return torch.tensor([animals.index(drawing.animal) for drawing in drawings]).repeat_interleave(repeats)
 
 
 def fit_on_drawings(model: Path, features: ImageFeatures, seed: int, console: Console) -> LinearProbe:
-    """Fit on all styles but one; say how the probe fares on that one."""
+    """Fit on all styles but one, and print the accuracy on that one."""
     autoencoder = AutoencoderTiny.from_pretrained(
         model, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
     ).eval()
@@ -93,12 +98,12 @@ def fit_on_drawings(model: Path, features: ImageFeatures, seed: int, console: Co
 
 
 def report_generated(model: Path, probe: LinearProbe, features: ImageFeatures, console: Console) -> None:
-    """Say how often the prompted animal is named first in images of the embedded model."""
+    """Print how often the probe ranks the prompted animal first in images of the embedded model."""
     pipeline, labels = load_pipeline(model), torch.arange(len(probe.classes))
     for guidance_scale in (3.0, 4.0, 5.0):
         hits = []
         for seed in range(GENERATED_SEEDS):
-            images = draw(pipeline, probe.classes, 1000 * seed, guidance_scale)
+            images = sample_images(pipeline, probe.classes, 1000 * seed, guidance_scale)
             hits.append(probe.logits(features(images)).argmax(1) == labels)
         share = torch.stack(hits).float().mean(0)
         worst = ", ".join(f"{probe.classes[i]} {share[i]:.2f}" for i in share.argsort()[:12].tolist())

@@ -1,4 +1,4 @@
-"""Keep the embedded model's training on disk, so that it goes on where it was stopped: safetensors and JSON only."""
+"""Save and load the training state of the embedded model, so that training can resume: safetensors and JSON only."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Progress:
-    """How far training has come."""
+class TrainingProgress:
+    """The progress of training."""
 
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # of training, over all starts
@@ -21,12 +21,12 @@ class Progress:
 
 
 def save_training(
-    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, progress: Progress
+    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, progress: TrainingProgress
 ) -> None:
-    """Write `modules`, the optimizer's moments and `progress`; the older state stands until all is written."""
+    """Save modules, optimizer state and progress, and replace the older state atomically."""
     tensors = {f"{name}/{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
     writing = folder / "training.writing"
     metadata = {"progress": json.dumps(asdict(progress))}
     save_file({key: value.contiguous() for key, value in tensors.items()}, writing, metadata)
@@ -34,10 +34,11 @@ def save_training(
     (folder / "progress.json").write_text(metadata["progress"])
 
 
-def load_training(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Progress:
-    """Put what `save_training` wrote back into `modules` and the optimizer.
+def load_training(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> TrainingProgress:
+    """Load the state that `save_training` saved into modules and optimizer, and return the progress.
 
-    FileNotFoundError: nothing was saved in `folder`.
+    Raises:
+        FileNotFoundError: nothing was saved in `folder`.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(folder / "training.safetensors").items():
@@ -48,10 +49,10 @@ def load_training(folder: Path, modules: Mapping[str, nn.Module], optimizer: tor
     state = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in groups["optimizer"].items():
-        index, _, moment = key.partition("/")
+        index, _, name = key.partition("/")
         if value.dim() == 4:
-            # The fused optimizer walks memory as it lies: moments must lie as their parameter does.
+            # The fused optimizer reads memory in order: its state must have the parameter's memory format.
             value = torch.empty_like(parameters[int(index)]).copy_(value)
-        state["state"].setdefault(int(index), {})[moment] = value.detach()
+        state["state"].setdefault(int(index), {})[name] = value.detach()
     optimizer.load_state_dict(state)
-    return Progress(**json.loads((folder / "progress.json").read_text()))
+    return TrainingProgress(**json.loads((folder / "progress.json").read_text()))

@@ -1,1 +1,1 @@
-"""A round's transitions on the learner: which there are, and what is precomputed for them."""
+"""The training items of a round on the learner, and the outputs that are precomputed for them."""

@@ -1,4 +1,4 @@
-"""What pairs have under weights that an update moves away from, or that the samplers had: taken before its first step."""
+"""Precompute proximal, behavior and reference outputs before the round's first optimizer step."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -18,99 +18,106 @@ from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.learner.round_data.transitions_index import TrainingItems, TransitionIndex, micro_batches, share_of
 from ray_ddpo.learner.temporary_weights import temporary_weights
 
-Known = dict[TransitionIndex, Tensor]
+PerTransition = dict[TransitionIndex, Tensor]
 Batch = TransitionBatch | NoisedBatch
 
 
 @dataclass(frozen=True)
 class References:
-    """Of each pair, what the algorithm asks for; nothing of a pair whose own forward pass is under those very weights."""
+    """The precomputed outputs that the algorithm needs, by index.
 
-    proximal_log_probs: Known = field(default_factory=dict)
-    behavior_means: Known = field(default_factory=dict)  # these four in the host's memory: as large as the paths
-    reference_means: Known = field(default_factory=dict)
-    old_predictions: Known = field(default_factory=dict)
-    reference_predictions: Known = field(default_factory=dict)
+    An index is missing if the transition's own forward pass is under the very same weights. The last four are in the
+    host's memory, because they are as large as the latents.
+    """
 
-    def laid_into(self, batch: Batch, pairs: list[TransitionIndex]) -> Batch:
-        """The batch of these pairs, with what is known of them."""
-        known = {field.name: _rows(getattr(self, field.name), pairs, batch) for field in _FIELDS}
+    proximal_log_probs: PerTransition = field(default_factory=dict)
+    behavior_means: PerTransition = field(default_factory=dict)
+    reference_means: PerTransition = field(default_factory=dict)
+    old_predictions: PerTransition = field(default_factory=dict)
+    reference_predictions: PerTransition = field(default_factory=dict)
+
+    def added_to(self, batch: Batch, indices: list[TransitionIndex]) -> Batch:
+        """Return the batch of these indices with its precomputed outputs."""
+        known = {field.name: _rows(getattr(self, field.name), indices, batch) for field in _FIELDS}
         return dataclasses.replace(batch, **{name: rows for name, rows in known.items() if rows is not None})
 
 
 _FIELDS = dataclasses.fields(References)
 
 
-def _rows(known: Known, pairs: list[TransitionIndex], batch: Batch) -> Tensor | None:
-    if pairs[0] not in known:
+def _rows(known: PerTransition, indices: list[TransitionIndex], batch: Batch) -> Tensor | None:
+    if indices[0] not in known:
         return None
     device = next(iter(batch.conditioning.values())).device
-    return to_device(torch.stack([known[pair] for pair in pairs]), str(device))
+    return to_device(torch.stack([known[index] for index in indices]), str(device))
 
 
 @dataclass(frozen=True)
 class Update:
-    """Where references are taken: the pairs of each inner epoch's optimizer steps, and the weights of both sides."""
+    """The plan of a round's update: the indices of each optimizer step, and the weights before and behind it."""
 
-    pairs: TrainingItems
-    epochs: list[list[list[TransitionIndex]]]
-    sampled_with: PolicyWeights
-    present: PolicyWeights
-    share: tuple[int, int] = (0, 1)  # rank, and how many there are: each takes its own pairs' alone
+    items: TrainingItems
+    epochs: list[list[list[TransitionIndex]]]  # by inner epoch and optimizer step
+    sampled_with: PolicyWeights  # the behavior policy's
+    present: PolicyWeights  # at the start of the update
+    share: tuple[int, int] = (0, 1)  # rank and world size: each rank precomputes its own share only
     is_compiled: bool = False  # the learner's network
 
     def steps(self, own_pass_will_do: bool) -> list[list[TransitionIndex]]:
-        """The optimizer steps whose pairs are asked for, each pair once; of each its share.
+        """Return this rank's indices to precompute, by optimizer step, each index once.
 
-        `own_pass_will_do`: the first step's own pass is under those very weights; not where its pairs come again later.
+        Args:
+            own_pass_will_do: leave out the first optimizer step, because its own forward pass is under the weights in
+                question. Ignored if the items of that step come again in a later inner epoch.
         """
-        again = len(self.epochs) > 1 and self.pairs.places(1) == self.pairs.places(0)
-        steps = [pairs for epoch in self.epochs for pairs in epoch if pairs]
+        again = len(self.epochs) > 1 and self.items.positions(1) == self.items.positions(0)
+        steps = [indices for epoch in self.epochs for indices in epoch if indices]
         asked, taken = [], set()
-        for pairs in steps[1:] if own_pass_will_do and not again else steps:
-            # Of several ranks, one may have in a later epoch what was another's in the first.
-            asked.append([pair for pair in share_of(pairs, *self.share) if pair not in taken])
+        for indices in steps[1:] if own_pass_will_do and not again else steps:
+            # With several ranks, a rank may get in a later epoch what was another's in the first.
+            asked.append([index for index in share_of(indices, *self.share) if index not in taken])
             taken.update(asked[-1])
-        return [pairs for pairs in asked if pairs]
+        return [indices for indices in asked if indices]
 
 
 def references_of(algorithm: Algorithm, policy: Policy, update: Update, micro_batch_size: int) -> References:
-    """All that the algorithm asks for, in micro-batches as they will be learned from, to the same bits."""
+    """Precompute the outputs that the algorithm needs, in the update's own micro-batches, so to the same bits."""
     same = update.sampled_with.fingerprint == update.present.fingerprint
 
-    def taken(wanted: bool, own_pass_will_do: bool, look: Callable[[Policy, Batch], Tensor]) -> Known:
+    def computed(wanted: bool, own_pass_will_do: bool, output: Callable[[Policy, Batch], Tensor]) -> PerTransition:
         steps = update.steps(own_pass_will_do) if wanted else []
-        batches = (part for pairs in steps for part in micro_batches(pairs, micro_batch_size))
-        return _looked_at(policy, update.pairs, batches, look, update.is_compiled)
+        batches = (part for indices in steps for part in micro_batches(indices, micro_batch_size))
+        return _outputs(policy, update.items, batches, output, update.is_compiled)
 
-    proximal = taken(algorithm.needs_proximal_log_probs, True, _log_prob)
+    proximal = computed(algorithm.needs_proximal_log_probs, True, _log_prob)
     needs_old = algorithm.needs_behavior_means or algorithm.needs_old_predictions
     with temporary_weights(policy.network, update.sampled_with, update.present) if needs_old else nullcontext():
-        behavior = taken(algorithm.needs_behavior_means, same, _mean)
-        old = taken(algorithm.needs_old_predictions, same, _prediction)
+        behavior = computed(algorithm.needs_behavior_means, same, _mean)
+        old = computed(algorithm.needs_old_predictions, same, _prediction)
     needs_reference = algorithm.needs_reference_means or algorithm.needs_reference_predictions
     with reference_policy(policy.network) if needs_reference else nullcontext():
-        reference = taken(algorithm.needs_reference_means, False, _mean)
-        pretrained = taken(algorithm.needs_reference_predictions, False, _prediction)
+        reference = computed(algorithm.needs_reference_means, False, _mean)
+        pretrained = computed(algorithm.needs_reference_predictions, False, _prediction)
     return References(proximal, behavior, reference, old, pretrained)
 
 
-def log_probs_under(policy: Policy, pairs: TrainingItems, batches: Iterable[list[TransitionIndex]]) -> Known:
-    """Each pair's log_prob under the policy as it is, a batch after the other."""
-    return _looked_at(policy, pairs, batches, _log_prob)
+def log_probs_under(policy: Policy, items: TrainingItems, batches: Iterable[list[TransitionIndex]]) -> PerTransition:
+    """Compute each transition's log-prob under the policy's current weights, batch by batch."""
+    return _outputs(policy, items, batches, _log_prob)
 
 
-def _looked_at(
+def _outputs(
     policy: Policy,
-    pairs: TrainingItems,
+    items: TrainingItems,
     batches: Iterable[list[TransitionIndex]],
-    look: Callable[[Policy, Batch], Tensor],
+    output: Callable[[Policy, Batch], Tensor],
     is_compiled: bool = False,
-) -> Known:
-    found: Known = {}
+) -> PerTransition:
+    """Compute `output` of the items of each batch, without gradient."""
+    found: PerTransition = {}
     with graph_of_learning(is_compiled):
         for part in batches:
-            found |= zip(part, look(policy, pairs.batch(part)).detach().unbind(), strict=True)
+            found |= zip(part, output(policy, items.batch(part)).detach().unbind(), strict=True)
     return found
 
 

@@ -1,21 +1,21 @@
-"""RoundBuffer: takes a round's scored rollouts and asks the algorithm what each image is worth."""
+"""RoundBuffer: turn a round's scored rollouts into a batch with the algorithm's advantages."""
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from ray_ddpo.common.trajectory import Rollout, TrainBatch
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
-from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation, Statistics, Worth
+from ray_ddpo.learner.algorithms.reward_aggregation import AggregatedAdvantages, RewardAggregation, Statistics
 
 
 class TooManyDropped(RuntimeError):
-    """More images could not be scored than the run may lose, or none of a round is left."""
+    """The run dropped more images than it may, or all images of a round."""
 
 
 class RoundBuffer:
-    """Owns the advantage statistics and which images are dropped, and nothing heavy.
+    """The advantage statistics of a run, and the images that were dropped.
 
-    A group stands or falls together: where one of its images cannot be scored, the whole group is dropped.
+    If an image of a group cannot be scored, the entire group is dropped.
     """
 
     def __init__(
@@ -31,50 +31,59 @@ class RoundBuffer:
         self._group = images_per_prompt
         self._max_dropped = max_dropped
         self._parts = parts_per_round
-        self._reasons: list[str] = []  # of what this process saw dropped, the newest last
+        self._reasons: list[str] = []  # why images were dropped in this process, the newest last
         self.statistics: Statistics = {}  # in the checkpoint
         self.dropped: dict[int, list[int]] = {}  # in the checkpoint: round → images, numbered in task order
 
     def train_batch(self, rollouts: list[Rollout]) -> TrainBatch:
-        """The advantages of a round, or of its next part, in task order; the statistics know no later rewards than these.
+        """Compute the advantages of a round, or of its next part, in task order.
 
-        What a round dropped before, it drops again, so that a round learned from twice arrives at the same bits.
-        TooManyDropped: the run has lost more images than it may, or nothing of the round is left.
+        The statistics contain no later rewards than these. Images of the round that were dropped before are dropped
+        again, so that training on a round twice gives the same bits.
+
+        Raises:
+            TooManyDropped: the run dropped more images than it may, or all images of the round.
         """
         tasks = [rollout.report.task for rollout in rollouts]
         part = tasks[0].index // len(tasks)
         in_order = range(part * len(tasks), (part + 1) * len(tasks))
-        assert [task.index for task in tasks] == list(in_order), "a round is learned from in task order"
+        assert [task.index for task in tasks] == list(in_order), "a round is trained on in task order"
         assert part < self._parts, "a round has no more parts than the recipe says"
         assert len({task.round for task in tasks}) == 1, "a round's tasks are of one round"
         prompts = [prompt.text for task in tasks for prompt in task.prompts]
         kept = self._kept(tasks[0].round, part, rollouts)
-        worth = self._worth(prompts, rollouts, kept)
+        found = self._advantages(prompts, rollouts, kept)
         reports = tuple(rollout.report for rollout in rollouts)
         dropped = tuple(np.flatnonzero(~kept).tolist())
-        return TrainBatch(tasks[0].round, reports, worth.advantages, dropped, part, self._parts, worth.parts)
+        return TrainBatch(tasks[0].round, reports, found.advantages, dropped, part, self._parts, found.parts)
 
-    def _worth(self, prompts: list[str], rollouts: list[Rollout], kept: Bool[np.ndarray, "N"]) -> Worth:
-        """What the images that are kept are worth, NaN for the others."""
+    def _advantages(
+        self, prompts: list[str], rollouts: list[Rollout], kept: Bool[np.ndarray, "N"]
+    ) -> AggregatedAdvantages:
+        """Compute the advantages of the images that are kept, NaN for the others."""
         everywhere = {name: np.full(len(prompts), np.nan) for name in self._aggregation.compared}
-        worth = Worth(np.full(len(prompts), np.nan), everywhere)
+        found = AggregatedAdvantages(np.full(len(prompts), np.nan), everywhere)
         if kept.any():
             rewards = {name: _concatenated(rollouts, name)[kept] for name in self._aggregation.weights}
             finite = all(np.isfinite(values).all() for values in rewards.values())
             assert finite, "an image without a finite reward is dropped with its reason"
             texts = [prompt for prompt, is_kept in zip(prompts, kept, strict=True) if is_kept]
-            self.statistics, of_kept = self._aggregation.worth(
+            self.statistics, of_kept = self._aggregation.compute_advantages(
                 self._algorithm, self.statistics, texts, rewards, self._group
             )
-            worth.advantages[kept] = of_kept.advantages
+            found.advantages[kept] = of_kept.advantages
             for name, values in of_kept.parts.items():
                 everywhere[name][kept] = values
-        return worth
+        return found
 
-    def _kept(self, round: int, part: int, rollouts: list[Rollout]) -> Bool[np.ndarray, "N"]:
-        """Which of the part's images are learned from. TooManyDropped: too few."""
+    def _kept(self, round_index: int, part: int, rollouts: list[Rollout]) -> Bool[np.ndarray, "N"]:
+        """Return the mask of the part's images that are not dropped.
+
+        Raises:
+            TooManyDropped: too few are left.
+        """
         count = sum(len(rollout.report.task.seeds) for rollout in rollouts)
-        images, first = list(self.dropped.get(round, [])), part * count
+        images, first = list(self.dropped.get(round_index, [])), part * count
         for rollout in rollouts:
             images += [first + row for row in rollout.scores.dropped]
             self._reasons += rollout.scores.dropped.values()
@@ -82,11 +91,12 @@ class RoundBuffer:
         groups = {image // self._group for image in images}
         kept = np.array([image // self._group not in groups for image in range(count * self._parts)])
         if groups:
-            self.dropped[round] = np.flatnonzero(~kept).tolist()
-        self._refuse_too_few(round, kept)
+            self.dropped[round_index] = np.flatnonzero(~kept).tolist()
+        self._refuse_too_few(round_index, kept)
         return kept[part * count : (part + 1) * count]
 
-    def _refuse_too_few(self, round: int, kept: Bool[np.ndarray, "N"]) -> None:
+    def _refuse_too_few(self, round_index: int, kept: Bool[np.ndarray, "N"]) -> None:
+        """Raise TooManyDropped if the run dropped too many images, or if none of the round is left."""
         total = sum(len(of_round) for of_round in self.dropped.values())
         reasons = "; ".join(list(dict.fromkeys(reversed(self._reasons)))[:3]) or "said when they were dropped"
         if self._max_dropped is not None and total > self._max_dropped:
@@ -96,7 +106,8 @@ class RoundBuffer:
             )
         if not kept.any():
             raise TooManyDropped(
-                f"all {len(kept)} images of round {round} are dropped: nothing is left to learn from; the reasons: {reasons}"
+                f"all {len(kept)} images of round {round_index} are dropped: nothing is left to learn from; the "
+                f"reasons: {reasons}"
             )
 
 

@@ -1,4 +1,4 @@
-"""A round's (image, place) pairs, whatever a place is: which of them make an optimizer step, cut into micro-batches."""
+"""Indices of a round's training items: which of them make an optimizer step, cut into micro-batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -7,53 +7,57 @@ import numpy as np
 
 from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
 
-TransitionIndex = tuple[
-    int, int
-]  # an image of the round, and a place: among its kept steps, or among its noised_samples
+# An `(image, step)` index: an image of the round, and a position among its trained steps or its noised samples.
+TransitionIndex = tuple[int, int]
 
 
 class TrainingItems(ABC):
-    """Gives pairs to learn from, and their tensors on the device."""
+    """The training items of a round (transitions, or noised samples), by `(image, step)` index."""
 
     @property
     @abstractmethod
     def num_images(self) -> int:
-        """Of the round, or of its part."""
+        """The number of images of the round, or of its part."""
 
     @abstractmethod
-    def places(self, inner_epoch: int) -> range:
-        """Those of every image in an inner epoch. The same in each: its pairs come again."""
+    def positions(self, inner_epoch: int) -> range:
+        """Return the second numbers of every image's indices in an inner epoch.
+
+        If two inner epochs have the same positions, they train on the same items.
+        """
 
     @abstractmethod
-    def batch(self, pairs: list[TransitionIndex]) -> TransitionBatch | NoisedBatch:
-        """These pairs, a row each, on the device."""
+    def batch(self, indices: list[TransitionIndex]) -> TransitionBatch | NoisedBatch:
+        """Return the items at these indices on the device, one row each."""
 
-    def pairs_of(self, images: np.ndarray, inner_epoch: int = 0) -> list[TransitionIndex]:
-        """Every pair of these images in an inner epoch, place by place."""
-        return [(int(image), place) for place in self.places(inner_epoch) for image in images]
+    def indices_of(self, images: np.ndarray, inner_epoch: int = 0) -> list[TransitionIndex]:
+        """Return all indices of these images in an inner epoch, position by position."""
+        return [(int(image), position) for position in self.positions(inner_epoch) for image in images]
 
     def optimizer_steps(
         self, order: np.ndarray, size: int, dropped: tuple[int, ...], inner_epoch: int = 0
     ) -> list[list[TransitionIndex]]:
-        """The pairs of each optimizer step: `size` images in `order`, without those dropped, which move no other.
+        """Return the indices of each optimizer step: of `size` images in `order`, without dropped images.
 
-        If fewer are left over at the end, they join the step before: a few images would else make a whole step.
+        A dropped image does not move another one to a different step. A remainder of fewer than `size` images joins the
+        last full step: a few images alone would otherwise make a full step.
         """
         cut = np.split(order, range(size, len(order) - size + 1, size)) if len(order) else []
-        return [self.pairs_of(images[~np.isin(images, dropped)], inner_epoch) for images in cut]
+        return [self.indices_of(images[~np.isin(images, dropped)], inner_epoch) for images in cut]
 
 
-def micro_batches(pairs: list[TransitionIndex], size: int) -> Iterator[list[TransitionIndex]]:
-    """Cut `pairs` into batches of `size`; the last is smaller only where images of the optimizer step are left out."""
-    return (pairs[start : start + size] for start in range(0, len(pairs), size))
+def micro_batches(indices: list[TransitionIndex], size: int) -> Iterator[list[TransitionIndex]]:
+    """Cut `indices` into micro-batches of `size`; the last is smaller only if images of the step are dropped."""
+    return (indices[start : start + size] for start in range(0, len(indices), size))
 
 
-def share_of(pairs: list[TransitionIndex], rank: int, count: int) -> list[TransitionIndex]:
-    """A rank's part of an optimizer step's pairs: every `count`-th of its images with all of their places.
+def share_of(indices: list[TransitionIndex], rank: int, world_size: int) -> list[TransitionIndex]:
+    """Return a rank's share of an optimizer step: all items of every `world_size`-th image.
 
-    Equal parts, but where images are left out and `count` does not divide those that stay: then some ranks have one more.
+    All ranks have equally many images, unless images are dropped and `world_size` does not divide the rest. Then some
+    ranks have one more.
     """
-    if count == 1:
-        return pairs
-    own = set(list(dict.fromkeys(image for image, _ in pairs))[rank::count])
-    return [pair for pair in pairs if pair[0] in own]
+    if world_size == 1:
+        return indices
+    own = set(list(dict.fromkeys(image for image, _ in indices))[rank::world_size])
+    return [index for index in indices if index[0] in own]

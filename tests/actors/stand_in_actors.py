@@ -1,4 +1,4 @@
-"""Actors that are only names, whose calls are only numbers: for the books that the driver keeps of them, without Ray."""
+"""Fake actors and calls, for tests of the driver's schedulers without Ray."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The books of tasks in samplers' hands: what is taken over is what a search through all attempts finds, whatever came before."""
+"""The sampling scheduler takes over the tasks that a search through all attempts finds, after any history."""
 
 import random
 
@@ -8,7 +8,7 @@ from ray.exceptions import RayActorError
 from ray_ddpo.actors.rollouts import sampling_scheduler as sampling
 from ray_ddpo.actors.rollouts import worker_pool
 from ray_ddpo.actors.rollouts.sampling_scheduler import SamplingScheduler
-from ray_ddpo.actors.rollouts.stragglers import Pace
+from ray_ddpo.actors.rollouts.stragglers import StragglerDetector
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.schedule import Place, Stream, Task
@@ -32,7 +32,7 @@ class Driver:
     def __init__(self, answers: Answers) -> None:
         self.answers = answers
         self.pool = WorkerPool("samplers", "sampler", lambda index: Actor(), 3, RestartBudget(10**6))
-        self.sampling = SamplingScheduler(self.pool, Pace(4.0), {})
+        self.sampling = SamplingScheduler(self.pool, StragglerDetector(4.0), {})
         self.sampling.publish(0, "weights", 1)
         self.submitted = 0
         self.sampled: list[Place] = []
@@ -90,7 +90,7 @@ def taken_over(monkeypatch: pytest.MonkeyPatch) -> list[Place]:
     found: list[Place] = []
     waiting_behind = SamplingScheduler._waiting_behind
 
-    def watched(self: SamplingScheduler) -> sampling.Asked | None:
+    def watched(self: SamplingScheduler) -> sampling.TaskRequest | None:
         expected = searched(self)
         asked = waiting_behind(self)
         assert (asked.task.place if asked else None) == expected

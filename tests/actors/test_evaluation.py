@@ -17,8 +17,8 @@ def test_seeds_of_training_tuning_and_evaluation_are_never_the_same(tables: dict
     seeds: dict[str, set[int]] = {"training": set(), "evaluation": set(), "tuning": set()}
     for run_seed in (0, 1, 7):
         recipe = Recipe.parse({**tables, "seed": run_seed, "rounds": 40})
-        for round in range(recipe.rounds):
-            tasks = round_tasks(recipe, round, Animals().load())
+        for round_index in range(recipe.rounds):
+            tasks = round_tasks(recipe, round_index, Animals().load())
             seeds["training"] |= {seed for task in tasks for seed in task.seeds}
         for split in ("evaluation", "tuning"):
             table = EvaluationTable(images=200, seed=run_seed, split=split)
@@ -80,5 +80,5 @@ def test_its_tasks_are_the_set_in_order_behind_what_the_round_learns_from(tables
     assert sum((task.seeds for task in tasks), ()) == chosen.seeds
     assert sum((task.prompts for task in tasks), ()) == chosen.prompts
     assert all(task.policy_version == 3 and not task.trains for task in tasks)
-    of_round = [[task.place for task in round_tasks(recipe, round, Animals().load())] for round in (4, 5)]
+    of_round = [[task.place for task in round_tasks(recipe, round_index, Animals().load())] for round_index in (4, 5)]
     assert max(of_round[0]) < tasks[0].place < tasks[-1].place < min(of_round[1])

@@ -71,7 +71,7 @@ def test_an_image_that_the_decoder_makes_infinite_is_set_aside(tables: dict, mon
 
 def test_outside_of_a_run_an_image_that_is_not_finite_is_refused(tiny_model: Path) -> None:
     policy = tiny_policy(tiny_model)
-    trajectory = rollout.sample(policy, ["a cat", "a dog"], [1, 2], SAMPLING)
+    trajectory = rollout.sample_trajectories(policy, ["a cat", "a dog"], [1, 2], SAMPLING)
     trajectory.final_latents[1] = torch.nan
     with pytest.raises(ValueError) as error:
         decoded(policy, trajectory, ["a cat", "a dog"])
@@ -92,7 +92,9 @@ def test_a_run_learns_from_the_others_and_ends_if_there_are_none(
 ) -> None:
     tables |= {"reward": {"name": "function", "path": "tests.faulty_rewards:raises_on_black"}}
     recipe = parts_with(tables).recipe
-    seeds = [task.seeds for round in range(2) for task in round_tasks(recipe, round, parts_with(tables).prompts.load())]
+    seeds = [
+        task.seeds for number in range(2) for task in round_tasks(recipe, number, parts_with(tables).prompts.load())
+    ]
     one = seeds[1][2]
     monkeypatch.setattr(rollout, "image_noise", poisoned_noise(lambda seed: seed == one))
     exit_code, printed = trained(tables, tmp_path, capfd)

@@ -1,10 +1,10 @@
-"""Pace: a task is overdue beside its peers, and never for a busy machine's jitter."""
+"""StragglerDetector: a task is overdue beside its peers, and never for a busy machine's jitter."""
 
-from ray_ddpo.actors.rollouts.stragglers import Pace
+from ray_ddpo.actors.rollouts.stragglers import StragglerDetector
 
 
-def pace(*seconds: float, factor: float = 3.0) -> Pace:
-    made = Pace(factor)
+def pace(*seconds: float, factor: float = 3.0) -> StragglerDetector:
+    made = StragglerDetector(factor)
     for each in seconds:
         made.add(each, 1)
     return made

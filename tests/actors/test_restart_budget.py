@@ -1,4 +1,4 @@
-"""The restart budget: deaths between two rounds are limited and counted by role; those of earlier rounds are forgiven."""
+"""The restart budget limits and counts deaths between two rounds, by role, and forgets those of earlier rounds."""
 
 import pytest
 

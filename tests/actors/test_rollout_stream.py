@@ -37,12 +37,12 @@ def versions(parts: Components, count: int) -> list[PolicyWeights]:
     return [pack(version, moved(first, seed=version).arrays()) for version in range(count)]
 
 
-def collected(stream: SerialRolloutStream, round: int) -> list[Rollout]:
-    return stream.collect(round, range(2))
+def collected(stream: SerialRolloutStream, round_index: int) -> list[Rollout]:
+    return stream.collect(round_index, range(2))
 
 
-def tasks_of(parts: Components, round: int) -> list[Task]:
-    return round_tasks(parts.recipe, round, parts.prompts.load())
+def tasks_of(parts: Components, round_index: int) -> list[Task]:
+    return round_tasks(parts.recipe, round_index, parts.prompts.load())
 
 
 def test_a_round_comes_back_whole_in_task_order_scored_and_with_its_pictures(parts: Components) -> None:
@@ -75,9 +75,9 @@ def test_the_round_is_the_same_whatever_was_drawn_before_it(parts: Components) -
     for rounds in ([1], [0, 1]):
         stream = stream_of(parts)
         stream.publish(weights[0])
-        for round in rounds:
-            stream.submit(tasks_of(parts, round))
-        paths.append([collected(stream, round) for round in rounds][-1][1].trajectory.next_latents)
+        for round_index in rounds:
+            stream.submit(tasks_of(parts, round_index))
+        paths.append([collected(stream, round_index) for round_index in rounds][-1][1].trajectory.next_latents)
     assert torch.equal(paths[0], paths[1])
 
 

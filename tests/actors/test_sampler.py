@@ -32,8 +32,8 @@ def weights(parts: Components) -> PolicyWeights:
     return moved(Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1])
 
 
-def tasks_of(parts: Components, round: int = 0) -> list[Task]:
-    return round_tasks(parts.recipe, round, parts.prompts.load())
+def tasks_of(parts: Components, round_index: int = 0) -> list[Task]:
+    return round_tasks(parts.recipe, round_index, parts.prompts.load())
 
 
 def of_version(weights: PolicyWeights, version: int, seed: int) -> PolicyWeights:

@@ -44,8 +44,8 @@ class Driver:
         self.scored: list[Place] = []
         self.aside: list[dict[int, str]] = []
 
-    def submit(self, round: int, images: int) -> None:
-        task = Task(round, self.submitted, 0, (Prompt("a cat"),) * images, tuple(range(images)))
+    def submit(self, round_index: int, images: int) -> None:
+        task = Task(round_index, self.submitted, 0, (Prompt("a cat"),) * images, tuple(range(images)))
         self.scoring.submit(SampledTask(TaskReport(task, "", 1, 0, 0.0), None, None, None))
         self.submitted += 1
 
@@ -117,8 +117,8 @@ def test_every_task_is_scored_once_whatever_befalls_the_reward_workers(
 
 def test_earlier_tasks_come_first_and_a_task_that_failed_waits_for_its_time(answers: Answers) -> None:
     driver = Driver(answers, independent=False, workers=1)
-    for round in (2, 0, 1):
-        driver.submit(round, 4)
+    for round_index in (2, 0, 1):
+        driver.submit(round_index, 4)
     driver.move()
     first, _ = driver.scoring.references()
     in_hands = [call.parts[0][0].place[0] for call in driver.scoring._calls.values()]
@@ -164,5 +164,5 @@ def test_only_the_call_that_was_in_hand_is_held_against_its_images(answers: Answ
         driver.move(40.0)
         first, second = driver.scoring.references()
         driver.end(second, "die")  # Ray may tell of this one first
-    deaths = [open.job.waiting[0] for open in driver.scoring._open.values()]
+    deaths = [task.job.waiting[0] for task in driver.scoring._open.values()]
     assert [(batch.deaths, batch.one_by_one) for batch in deaths] == [(0, True), (0, False)]

@@ -1,4 +1,4 @@
-"""The scoring job: a passing fault is tried again whole, a lasting one is narrowed down to its image, a death is nobody's."""
+"""The scoring job retries a passing fault unchanged, and narrows a lasting one down to its image."""
 
 import re
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from ray_ddpo.actors.rewards.aesthetic import Aesthetic
-from ray_ddpo.actors.rewards.function import Function
 from ray_ddpo.common.base_parts import BasePart, LoadedBase, entry_base
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
 from ray_ddpo.common.model_files.model_hub import Weights
@@ -100,7 +99,9 @@ def test_a_users_module_has_the_modules_that_it_imports_with_it(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/__init__.py").write_text("")
-    (tmp_path / "mine/score.py").write_text("import numpy\nimport common.png\nfrom . import parts\n")
+    (tmp_path / "mine/score.py").write_text(
+        "import numpy\nimport ray_ddpo.common.run_storage.png\nfrom . import parts\n"
+    )
     (tmp_path / "mine/parts.py").write_text("def f():\n    from beside_mine import g\n    import mine.score\n")
     (tmp_path / "beside_mine.py").write_text("raise RuntimeError('nobody imports it to look at it')\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])

@@ -99,7 +99,7 @@ def test_a_long_text_loses_its_end(score: BertScore) -> None:
 
 
 def test_a_layer_that_is_not_there_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="layer 3 of the text encoder is asked for, and it has 1 to 2"):
+    with pytest.raises(ValueError, match="layer 3 of the text encoder is requested, and it has 1 to 2"):
         load_bert_score(str(folder), 3, "cpu", "missing")
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ray_ddpo.common.metrics.bottleneck import Metrics, bottleneck
+from ray_ddpo.common.metrics.diagnoses import Metrics, bottleneck
 
 
 def rounds_of(sampling: float, scoring: float, learning: float, seconds: float, samplers: int = 2) -> Metrics:

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from ray_ddpo.common.metrics.reward_collapse import CollapseWatch
+from ray_ddpo.common.metrics.diagnoses import CollapseWatch
 
 
 def watched(means: list[float], std: float, groups: int = 64) -> list[int]:
     """The rounds in which a collapse was told."""
     watch = CollapseWatch(groups, 0.01)
-    return [round for round, mean in enumerate(means) if watch.add(round, mean, std)]
+    return [round_index for round_index, mean in enumerate(means) if watch.add(round_index, mean, std)]
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,10 @@ def test_noise_and_different_prompts_are_no_collapse(groups: int, images_per_pro
     alarms = 0
     for seed in range(40):
         generator, watch = np.random.default_rng(seed), CollapseWatch(groups, 0.01)
-        for round in range(60):
-            of_prompts = generator.normal(0.01 * round, 1, (groups, 1))  # prompts differ, and it learns
+        for round_index in range(60):
+            of_prompts = generator.normal(0.01 * round_index, 1, (groups, 1))  # prompts differ, and it learns
             rewards = of_prompts + generator.normal(0, 1, (groups, images_per_prompt))
-            alarms += watch.add(round, float(rewards.mean()), float(rewards.std())) is not None
+            alarms += watch.add(round_index, float(rewards.mean()), float(rewards.std())) is not None
     assert alarms == 0
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_ddpo.common.image_models.image_features import as_network_input, load_image_features
+from ray_ddpo.common.image_models.linear_probe import as_network_input, load_image_features
 
 
 def test_black_is_minus_one_and_white_is_one():

@@ -35,12 +35,12 @@ def ledger_in(storage: Storage, **keys: object) -> Ledger:
     return Ledger(storage, RolloutsTable.model_validate(keys))
 
 
-def sampled(round: int = 3, first_reward: float = 1.0) -> tuple[TrainBatch, list[Rollout]]:
+def sampled(round_index: int = 3, first_reward: float = 1.0) -> tuple[TrainBatch, list[Rollout]]:
     """A round of two tasks of two images; the third could not be scored, and the fourth is of its group."""
     rewards = np.array([first_reward, 3.0, np.nan, 7.0], np.float32)
     rollouts = []
     for index, seeds in enumerate(SEEDS):
-        task = Task(round, index, round - 1, (Prompt("a cat"), Prompt("ein »Fuchs«")), seeds)
+        task = Task(round_index, index, round_index - 1, (Prompt("a cat"), Prompt("ein »Fuchs«")), seeds)
         report = TaskReport(task, "weights", 7, 100, 3.0, (f"{index}a", f"{index}b"), f"host/{index}", ON)
         part = rewards[2 * index : 2 * index + 2]
         scores = Scores({"beauty": part, "size": part * 2}, 0.1, machines=frozenset({ON}))
@@ -48,7 +48,7 @@ def sampled(round: int = 3, first_reward: float = 1.0) -> tuple[TrainBatch, list
     rollouts[1].scores.dropped[0] = "it took too long"
     reports = tuple(rollout.report for rollout in rollouts)
     advantages = np.array([-1.0, 1.0, np.nan, np.nan])
-    return TrainBatch(round, reports, advantages, (2, 3)), rollouts
+    return TrainBatch(round_index, reports, advantages, (2, 3)), rollouts
 
 
 def images() -> list[np.ndarray]:
@@ -93,8 +93,8 @@ def test_writing_a_round_again_replaces_it(storage: Storage) -> None:
 
 def test_a_resumed_run_cuts_away_the_rounds_it_does_again(storage: Storage) -> None:
     ledger = ledger_in(storage)
-    for round in (0, 1, 9, 10, 1000000):
-        ledger.write_round(*sampled(round), WEIGHTS)
+    for round_index in (0, 1, 9, 10, 1000000):
+        ledger.write_round(*sampled(round_index), WEIGHTS)
     ledger.cut(9)
     assert ledger.rounds() == [0, 1] and storage.names("rollouts") == ["round=000000", "round=000001"]
 
@@ -103,16 +103,16 @@ def test_a_round_that_is_not_there_is_named_with_those_that_are(storage: Storage
     ledger = ledger_in(storage)
     with pytest.raises(ValueError, match="has no round 3: it is empty"):
         ledger.read(3)
-    for round in (4, 5, 6):
-        ledger.write_round(*sampled(round), WEIGHTS)
+    for round_index in (4, 5, 6):
+        ledger.write_round(*sampled(round_index), WEIGHTS)
     with pytest.raises(ValueError, match="has no round 3: it has 3 rounds, 4 to 6"):
         ledger.read(3)
 
 
 def test_pictures_are_kept_where_the_recipe_says_so_and_lose_nothing(storage: Storage) -> None:
     ledger = ledger_in(storage, images_every=3)
-    for round in (3, 4):
-        ledger.write_round(*sampled(round), WEIGHTS, images())
+    for round_index in (3, 4):
+        ledger.write_round(*sampled(round_index), WEIGHTS, images())
     assert ledger.wants_images(0) and ledger.wants_images(3) and not ledger.wants_images(4)
     assert "image" not in ledger.read(4).column_names
     kept = [np.asarray(Image.open(io.BytesIO(png))) for png in ledger.read(3).to_pydict()["image"]]
@@ -127,8 +127,8 @@ def test_nothing_is_written_where_the_recipe_keeps_no_rollouts(storage: Storage)
 
 def test_the_whole_ledger_is_read_at_once_by_other_programs(tmp_path: Path) -> None:
     ledger = ledger_in(Storage(tmp_path))
-    for round in (0, 12):
-        ledger.write_round(*sampled(round), WEIGHTS)
+    for round_index in (0, 12):
+        ledger.write_round(*sampled(round_index), WEIGHTS)
     table = parquet.read_table(tmp_path / "rollouts")
     assert table.column("round").to_pylist() == [0] * 4 + [12] * 4
 
@@ -143,9 +143,9 @@ def test_a_round_is_whole_or_absent(operation: str, tmp_path: Path, monkeypatch:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(LocalFiles, operation, fail)
-    for round in (3, 4):
+    for round_index in (3, 4):
         with pytest.raises(OSError, match="no space"):
-            ledger.write_round(*sampled(round, first_reward=9.0), WEIGHTS)
+            ledger.write_round(*sampled(round_index, first_reward=9.0), WEIGHTS)
     monkeypatch.undo()
     assert ledger.rounds() == [3]
     assert hashlib.sha256((tmp_path / "rollouts/round=000003/images.parquet").read_bytes()).hexdigest() == before

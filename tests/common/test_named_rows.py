@@ -1,6 +1,6 @@
 """Rows by name."""
 
-from ray_ddpo.common.metrics.named_rows import rows_by_name
+from ray_ddpo.common.metrics.statistics import rows_by_name
 
 
 def test_rows_stand_in_order_under_their_name() -> None:

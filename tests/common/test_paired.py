@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ray_ddpo.common.metrics.paired import PairedChange, in_errors, paired_change
+from ray_ddpo.common.metrics.statistics import PairedChange, in_errors, paired_change
 
 
 def test_a_paired_change_by_hand() -> None:

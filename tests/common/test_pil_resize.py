@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ray_ddpo.common.image_models.pil_resize import Span, bicubic, resize
+from ray_ddpo.common.image_models.clip_preprocessing import Span, bicubic, resize
 
 LENGTHS = st.integers(1, 60)
 

@@ -211,7 +211,7 @@ def test_prompts_with_brackets_quotes_and_commas_are_text(tmp_path: Path) -> Non
         ("a.jsonl", "7\n", "line 1: it is '7', of type int, and it must be an object or a text"),
         ("a.jsonl", '{"prompt": "a", "x": NaN}', "line 1: it is not JSON: NaN is no number of JSON"),
         ("a.jsonl", '{"prompt": "a", "x": [1e999]}', "line 1: metadata.x.0 is 'inf': a prompt's metadata is what JSON holds"),
-        ("a.jsonl", '{"prompt": "a", "prompt": "b"}', "line 1: it is not JSON: the key 'prompt' stands twice in an object"),
+        ("a.jsonl", '{"prompt": "a", "prompt": "b"}', "line 1: it is not JSON: the key 'prompt' appears twice in an object"),
         ("a.jsonl", '{"prompt": "a", "x": "\\ud800"}', "line 1: metadata.x '\\ud800' is no text that can be encoded"),
         ("a.jsonl", '{"prompt": "a \\ud800 cat"}', "line 1: the prompt 'a \\ud800 cat' is no text that can be encoded"),
         ("a.jsonl", "[\n", "line 1: it is not JSON: Expecting value: line 1 column 2 (char 1); a file with one JSON value"),
@@ -220,7 +220,7 @@ def test_prompts_with_brackets_quotes_and_commas_are_text(tmp_path: Path) -> Non
         ("a.json", '["a", ["b"]]', "entry 2: it is a list, and it must be an object or a text"),
         ("a.json", '{"prompt": ["a", "b"], "x": [1]}', "must be lists of one length, and they are: 'prompt' 2, 'x' 1"),
         ("a.json", '{"prompt": "a"}', "and they are: 'prompt' no list"),
-        ("a.json", "[" * 100_000, "it is not JSON: lists or objects lie too deep in one another"),
+        ("a.json", "[" * 100_000, "it is not JSON: lists or objects are nested too deeply"),
         ("a.csv", "prompt,x\na cat\n", "line 2: it has 1 columns, and the header 2: ['prompt', 'x']"),
         ("a.csv", "prompt,prompt\na,b\n", "it has 1 columns twice: ['prompt']"),
         ("a.csv", 'prompt,x\n"a\nb",1\n,2\n', "line 4: the prompt is empty"),
@@ -237,7 +237,7 @@ def test_prompts_with_brackets_quotes_and_commas_are_text(tmp_path: Path) -> Non
             "row 1: metadata.at is '2024-05-01 00:00:00', of type datetime",
         ),
         ("a.jsonl.gz", b"\x1f\x8b", "it is compressed, unpack it first; a file of prompts ends in one of .txt, "),
-        ("a.yaml", "- a cat", "nobody knows what .yaml holds; a file of prompts ends in one of .txt, .text, .jsonl"),
+        ("a.yaml", "- a cat", ".yaml is no known ending; a file of prompts ends in one of .txt, .text, .jsonl"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_file_and_line(tmp_path: Path, name: str, data: bytes | str, says: str) -> None:

@@ -41,7 +41,9 @@ def test_the_other_keys_of_a_table_are_the_fields_of_the_class_it_names() -> Non
 
 
 def test_an_entry_cannot_be_changed_and_travels_in_bytes() -> None:
-    entry = build({"jpeg": "ray_ddpo.actors.rewards.function:Function"}, {"name": "jpeg", "path": "a:b"}, "reward")
+    entry = build(
+        {"jpeg": "ray_ddpo.actors.rewards.function:FunctionReward"}, {"name": "jpeg", "path": "a:b"}, "reward"
+    )
     with pytest.raises(ValidationError, match="frozen"):
         entry.path = "c:d"
     assert pickle.loads(pickle.dumps(entry)) == entry

@@ -35,23 +35,24 @@ def recipe_with(tables: dict, **changes: object) -> Recipe:
     return Recipe.parse({**tables, **changes})
 
 
-@given(run_seed=seeds, round=rounds, image=places)
-def test_no_two_purposes_share_a_seed(run_seed: int, round: int, image: int) -> None:
-    by_stream = {stream: image_seed(run_seed, stream, round, image) for stream in Stream}
+@given(run_seed=seeds, round_index=rounds, image=places)
+def test_no_two_purposes_share_a_seed(run_seed: int, round_index: int, image: int) -> None:
+    by_stream = {stream: image_seed(run_seed, stream, round_index, image) for stream in Stream}
     assert all(seed % 4 == stream for stream, seed in by_stream.items())  # so disjoint for any two rounds and images
 
 
 def test_the_seeds_of_training_tuning_evaluation_and_checking_do_not_meet() -> None:
     sampled = {
-        stream: {image_seed(0, stream, round, image) for round in range(40) for image in range(64)} for stream in Stream
+        stream: {image_seed(0, stream, round_index, image) for round_index in range(40) for image in range(64)}
+        for stream in Stream
     }
     assert all(len(of_stream) == 40 * 64 for of_stream in sampled.values())
     assert len(set().union(*sampled.values())) == len(Stream) * 40 * 64
 
 
-@given(run_seed=seeds, stream=st.sampled_from(Stream), round=rounds, image=places)
-def test_a_seed_is_one_that_torch_takes(run_seed: int, stream: Stream, round: int, image: int) -> None:
-    assert 0 <= image_seed(run_seed, stream, round, image) < 2**63
+@given(run_seed=seeds, stream=st.sampled_from(Stream), round_index=rounds, image=places)
+def test_a_seed_is_one_that_torch_takes(run_seed: int, stream: Stream, round_index: int, image: int) -> None:
+    assert 0 <= image_seed(run_seed, stream, round_index, image) < 2**63
 
 
 @given(run_seed=seeds, other=seeds)
@@ -95,10 +96,10 @@ def test_without_groups_every_image_draws_its_prompt(tables: dict) -> None:
 
 
 def test_rounds_and_run_seeds_have_prompts_of_their_own(tables: dict) -> None:
-    def texts(seed: int, round: int) -> tuple[str, ...]:
+    def texts(seed: int, round_index: int) -> tuple[str, ...]:
         return tuple(
             prompt.text
-            for task in round_tasks(recipe_with(tables, seed=seed), round, numbered)
+            for task in round_tasks(recipe_with(tables, seed=seed), round_index, numbered)
             for prompt in task.prompts
         )
 
@@ -108,8 +109,8 @@ def test_rounds_and_run_seeds_have_prompts_of_their_own(tables: dict) -> None:
 def test_a_task_is_a_function_of_recipe_and_round_whatever_was_asked_before(tables: dict) -> None:
     recipe = recipe_with(tables)
     alone = round_tasks(recipe, 7, numbered)
-    for round in (9, 0, 3):
-        round_tasks(recipe, round, numbered)
+    for round_index in (9, 0, 3):
+        round_tasks(recipe, round_index, numbered)
     assert round_tasks(recipe, 7, numbered) == alone
 
 
@@ -133,20 +134,20 @@ def test_a_tasks_title_says_what_it_is_for() -> None:
 
 
 def test_versions_by_hand() -> None:
-    assert [policy_version(round, max_policy_lag=0) for round in range(4)] == [0, 1, 2, 3]
-    assert [policy_version(round, max_policy_lag=1) for round in range(4)] == [0, 0, 1, 2]
+    assert [policy_version(round_index, max_policy_lag=0) for round_index in range(4)] == [0, 1, 2, 3]
+    assert [policy_version(round_index, max_policy_lag=1) for round_index in range(4)] == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_the_tasks_of_a_round_are_drawn_with_its_version(tables: dict, lag: int) -> None:
-    for round in range(3):
-        tasks = round_tasks(recipe_with(tables, max_policy_lag=lag), round, numbered)
-        assert {task.policy_version for task in tasks} == {max(0, round - lag)}
+    for round_index in range(3):
+        tasks = round_tasks(recipe_with(tables, max_policy_lag=lag), round_index, numbered)
+        assert {task.policy_version for task in tasks} == {max(0, round_index - lag)}
 
 
-@given(version=rounds, round=rounds, lag=st.integers(0, 3))
-def test_a_round_may_start_exactly_when_its_version_is_published(version: int, round: int, lag: int) -> None:
-    assert (round <= last_startable_round(version, lag)) == (policy_version(round, lag) <= version)
+@given(version=rounds, round_index=rounds, lag=st.integers(0, 3))
+def test_a_round_may_start_exactly_when_its_version_is_published(version: int, round_index: int, lag: int) -> None:
+    assert (round_index <= last_startable_round(version, lag)) == (policy_version(round_index, lag) <= version)
 
 
 @given(version=rounds, lag=st.integers(0, 3))
@@ -155,11 +156,11 @@ def test_at_most_one_round_more_than_the_lag_is_under_way(version: int, lag: int
     assert last_startable_round(version, lag) - version + 1 == lag + 1
 
 
-@given(run_seed=seeds, round=rounds, inner_epoch=st.integers(0, 9), count=st.integers(1, 200))
-def test_an_inner_epoch_takes_every_image_once(run_seed: int, round: int, inner_epoch: int, count: int) -> None:
-    order = transition_order(run_seed, round, inner_epoch, count)
+@given(run_seed=seeds, round_index=rounds, inner_epoch=st.integers(0, 9), count=st.integers(1, 200))
+def test_an_inner_epoch_takes_every_image_once(run_seed: int, round_index: int, inner_epoch: int, count: int) -> None:
+    order = transition_order(run_seed, round_index, inner_epoch, count)
     assert sorted(order.tolist()) == list(range(count))
-    assert order.tolist() == transition_order(run_seed, round, inner_epoch, count).tolist()
+    assert order.tolist() == transition_order(run_seed, round_index, inner_epoch, count).tolist()
 
 
 def test_inner_epochs_rounds_and_runs_take_the_images_in_other_orders() -> None:
@@ -168,7 +169,7 @@ def test_inner_epochs_rounds_and_runs_take_the_images_in_other_orders() -> None:
 
 
 def test_recipe_registry_and_schedule_are_imported_without_torch() -> None:
-    check = "import sys, common.config, common.registry, common.schedule; print('torch' in sys.modules)"
+    check = "import sys, ray_ddpo.common.recipe.recipe, ray_ddpo.common.schedule; print('torch' in sys.modules)"
     root = Path(__file__).parents[2]
     printed = subprocess.run([sys.executable, "-c", check], cwd=root, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "False"
@@ -183,33 +184,38 @@ def test_without_a_window_all_steps_have_noise(recipe: Recipe) -> None:
     assert all(task.window is None for task in round_tasks(recipe, 3, numbered))
 
 
-@given(round=rounds)
-def test_a_window_has_its_length_lies_before_the_untrained_steps_and_is_the_same_for_a_whole_round(round: int) -> None:
+@given(round_index=rounds)
+def test_a_window_has_its_length_lies_before_the_untrained_steps_and_is_the_same_for_a_whole_round(
+    round_index: int,
+) -> None:
     tables = {"num_steps": 10, "batch_size": 4, "batches_per_round": 2, "sde_window": 3, "skip_last_steps": 2}
     recipe = Recipe.model_construct(seed=5, sampling=SamplingTable(**tables))
-    window = sde_window_of_round(recipe, round)
+    window = sde_window_of_round(recipe, round_index)
     assert len(window) == 3 and window.start >= 0 and window.stop <= 8
-    assert window == sde_window_of_round(recipe, round)
+    assert window == sde_window_of_round(recipe, round_index)
 
 
 def test_a_random_window_comes_to_every_place_and_another_run_has_another_order(tables: dict) -> None:
-    recipe, other = windowed(tables, window=4), recipe_with(windowed(tables, window=4).model_dump(), seed=1)
-    starts = [sde_window_of_round(recipe, round).start for round in range(200)]
+    recipe, other = windowed(tables, sde_window=4), recipe_with(windowed(tables, sde_window=4).model_dump(), seed=1)
+    starts = [sde_window_of_round(recipe, round_index).start for round_index in range(200)]
     assert set(starts) == set(range(7))
-    assert starts != [sde_window_of_round(other, round).start for round in range(200)]
+    assert starts != [sde_window_of_round(other, round_index).start for round_index in range(200)]
     assert [task.window.start for task in round_tasks(recipe, 9, numbered)] == [starts[9]] * 2
 
 
 def test_a_sliding_window_moves_one_step_later_every_so_many_rounds_and_begins_anew(tables: dict) -> None:
-    recipe = windowed(tables, window=8, sde_window_order="sliding", sde_window_rounds=2)
-    assert [sde_window_of_round(recipe, round).start for round in range(8)] == [0, 0, 1, 1, 2, 2, 0, 0]
+    recipe = windowed(tables, sde_window=8, sde_window_order="sliding", sde_window_rounds=2)
+    assert [sde_window_of_round(recipe, round_index).start for round_index in range(8)] == [0, 0, 1, 1, 2, 2, 0, 0]
 
 
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        ({"sde_window": 9, "skip_last_steps": 2}, "window 9 is longer than num_steps 10 less skip_last_steps 2"),
-        ({"sde_window": 2, "timestep_fraction": 0.5}, "window is 2 and timestep_fraction 0.5: .* either from a window"),
+        ({"sde_window": 9, "skip_last_steps": 2}, "sde_window 9 is longer than num_steps 10 less skip_last_steps 2"),
+        (
+            {"sde_window": 2, "timestep_fraction": 0.5},
+            "sde_window is 2 and timestep_fraction 0.5: .* either from a window",
+        ),
         ({"sde_window": 0}, "sampling.sde_window is 0"),
     ],
 )

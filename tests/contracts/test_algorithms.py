@@ -52,8 +52,8 @@ def batches(policy: StableDiffusionPolicy) -> dict[str, Batch]:
         torch.tensor([1.5, -1.0, 0.3, -7.0, 0.3, 7.0, -1.0, 1.5]),
         reference_means=trajectory.next_latents[images, places],  # any means will do for a pull towards them
     )
-    worth = torch.tensor([1.0, 0.2, 0.6, 0.9, 0.1, 0.3, 0.7, 1.0])
-    return {"path": path, "noised": NoisedBatch(conditioning, timesteps, clean, noise, worth, old)}
+    weights = torch.tensor([1.0, 0.2, 0.6, 0.9, 0.1, 0.3, 0.7, 1.0])
+    return {"path": path, "noised": NoisedBatch(conditioning, timesteps, clean, noise, weights, old)}
 
 
 @pytest.fixture(params=CHOICES, ids=lambda table: "-".join([table["name"], *list(table)[1:]]))
@@ -136,7 +136,7 @@ def test_images_that_are_worth_no_more_than_others_teach_nothing(
 ) -> None:
     """No advantage, no gradient; a weight or r is only ever relative, and so is not asked here."""
     if isinstance(batch, NoisedBatch):
-        assert algorithm.worth({}, ["a cat"] * 4, np.ones(4), 4)[1].std() == 0
+        assert algorithm.compute_advantages({}, ["a cat"] * 4, np.ones(4), 4)[1].std() == 0
         return
     worthless = dataclasses.replace(batch, advantages=torch.zeros(8), reference_means=None)
     result = algorithm.compute_loss(policy, worthless)
@@ -178,11 +178,11 @@ def test_worth_goes_with_its_image_whatever_the_order_and_more_reward_is_never_w
     algorithm = build(ALGORITHMS, {"name": name}, "algorithm")
     rewards = np.random.default_rng(1).normal(size=12)
     groups = [f"animal {image // 4}" for image in range(12)]
-    _, worth = algorithm.worth({}, groups, rewards, 4)
-    assert worth.shape == (12,) and np.isfinite(worth).all()
+    _, found = algorithm.compute_advantages({}, groups, rewards, 4)
+    assert found.shape == (12,) and np.isfinite(found).all()
     swapped = [*range(4, 8), *range(0, 4), *range(8, 12)]  # whole groups change places
-    _, elsewhere = algorithm.worth({}, [groups[image] for image in swapped], rewards[swapped], 4)
-    np.testing.assert_allclose(elsewhere, worth[swapped], rtol=1e-9)
+    _, elsewhere = algorithm.compute_advantages({}, [groups[image] for image in swapped], rewards[swapped], 4)
+    np.testing.assert_allclose(elsewhere, found[swapped], rtol=1e-9)
     for group in range(3):
         images = np.arange(4 * group, 4 * group + 4)
-        assert (np.diff(worth[images[np.argsort(rewards[images])]]) >= 0).all()
+        assert (np.diff(found[images[np.argsort(rewards[images])]]) >= 0).all()

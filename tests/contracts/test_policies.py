@@ -150,7 +150,7 @@ def test_a_step_taken_without_noise_has_no_deviation_and_another_mean(policy: Po
     latents, rows = some_latents(policy, 2), select_rows(policy.encode(prompts[:2]), torch.arange(2))
     steps = torch.tensor(policy.stochastic_steps[:2])
     with torch.no_grad():
-        sampled, still = (policy.transition(latents, steps, rows, noisy) for noisy in (True, False))
+        sampled, still = (policy.transition(latents, steps, rows, stochastic) for stochastic in (True, False))
     assert (sampled.std > 0).all() and not still.std.any()
     assert not torch.allclose(sampled.mean, still.mean, atol=1e-4)
 

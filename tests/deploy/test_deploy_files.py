@@ -62,7 +62,7 @@ def test_every_file_is_named_in_the_readme() -> None:
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert "../docs/operating.md" in links
+    assert "../../docs/operating.md" in links
     assert [link for link in links if not (DEPLOY / link).exists()] == []
 
 
@@ -227,7 +227,8 @@ def test_the_sizes_in_the_readme_are_those_of_the_plan() -> None:
     assert len(rows) == 3
     for name, cells in rows:
         lines = dict(
-            re.split(r"  +", line, maxsplit=1) for line in plan(Recipe.load(DEPLOY / "recipes" / name)).splitlines()
+            re.split(r"  +", line, maxsplit=1)
+            for line in plan(Recipe.load(ROOT / "deploy" / "recipes" / name)).splitlines()
         )
         learner, pair = lines["learner's memory"].removesuffix(" a pair").split(" at the most, of it ")
         under_way = lines["a trajectory"].split(", ")[1].removesuffix(" under way")

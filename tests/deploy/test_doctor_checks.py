@@ -7,7 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from ray_ddpo.actors.rewards.aesthetic import Aesthetic
-from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.actors.rewards.function import FunctionReward
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.lease import Lease
@@ -170,9 +170,11 @@ def test_a_reward_whose_weights_are_there_is_loaded_and_a_damaged_one_told(tmp_p
 
 
 def test_a_function_is_imported_and_one_that_cannot_be_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert reward_findings("reward", "function", Function(path="tests.user_functions:brightness"))[0].level == "ok"
+    assert (
+        reward_findings("reward", "function", FunctionReward(path="tests.user_functions:brightness"))[0].level == "ok"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "broken_reward.py").write_text("import no_such_package")
     for path, words in (("nowhere:score", "no module 'nowhere'"), ("broken_reward:score", "no_such_package")):
-        (finding,) = reward_findings("reward", "function", Function(path=path))
+        (finding,) = reward_findings("reward", "function", FunctionReward(path=path))
         assert finding.level == "fault" and words in finding.found and "\n" not in finding.found

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ddpo import main
 
-from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.actors.rewards.function import FunctionReward
+from ray_ddpo.cli import main
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.commands.migrate.migrate import Beside, Migrated, migrate, read_config
 from ray_ddpo.deploy.commands.migrate.trl_config import DDPOConfig, TrlRun
@@ -230,7 +230,7 @@ def test_the_command_prints_a_recipe_and_says_the_notes_beside_it(
     assert main(command) == 0
     printed, said = capsys.readouterr()
     recipe = Recipe.parse(tomllib.loads(printed))
-    assert build_components(recipe).rewards["function"] == Function(path="my_rewards:brightness")
+    assert build_components(recipe).rewards["function"] == FunctionReward(path="my_rewards:brightness")
     assert [line.removeprefix("# ") for line in printed.splitlines() if line.startswith("#")] == said.splitlines()
     assert main([*command, "--output", str(tmp_path / "mine.toml")]) == 0
     assert (tmp_path / "mine.toml").read_text() == printed

@@ -184,8 +184,8 @@ def test_of_finished_images_the_noisings_are_counted(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--learner.micro_batch_size", "7"], "16 images × 8 steps with noise = 128 pairs .* = 7 does not divide"),
-        (["--algorithm", '{name = "rwr"}'], "16 images × 1 noised_samples = 16 pairs .* = 32 does not divide"),
+        (["--learner.micro_batch_size", "7"], "16 images × 8 stochastic steps = 128 transitions.* = 7 does not divide"),
+        (["--algorithm", '{name = "rwr"}'], "16 images × 1 noised samples = 16 transitions.* = 32 does not divide"),
         (
             ["--algorithm", '{name = "grpo"}'],
             "'group' and prompts.images_per_prompt 1: a group needs at least 2 images",

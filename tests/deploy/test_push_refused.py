@@ -9,6 +9,7 @@ from huggingface_hub import constants
 
 from ray_ddpo import cli
 from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.deploy import hub
 from ray_ddpo.deploy.commands.doctor.checks import push_findings
 from ray_ddpo.deploy.hub import base_model, license_of
 from tests.hub_server import Hub, Repository
@@ -66,7 +67,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(
     online: Hub, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     recipe_file(tmp_path, tiny_model)  # all that `push` reads of a run before it asks the hub
-    monkeypatch.setattr(deploy.hub, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(hub, "TIMEOUT_SECONDS", 0.2)
     with scripted(lambda _: time.sleep(1)) as (url, _):
         monkeypatch.setattr(constants, "ENDPOINT", url)
         assert cli.main(["push", str(tmp_path), "alice/tiny"]) == 3

@@ -57,7 +57,7 @@ def test_a_verb_that_takes_a_run_names_the_one_that_is_meant(
     verb: str, run: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for place in (run / "recipe.toml", run / "lora", run / "lora" / "pytorch_lora_weights.safetensors"):
-        assert f"{place} is no run's folder: it lies in one: give {run}\n" in refused(
+        assert f"{place} is no run's folder: it is inside one: give {run}\n" in refused(
             capsys, verb, place, *OF_RUNS[verb]
         )
     said = refused(capsys, verb, run.parents[1] / "mine.toml", *OF_RUNS[verb])
@@ -83,4 +83,4 @@ def test_a_recipe_in_the_place_of_weights_is_refused_by_name(
     output = run.parents[1] / "new.safetensors"
     assert "mine.toml is no LoRA file: its name must end in .safetensors" in refused(capsys, "export", recipe, output)
     said = refused(capsys, "train", recipe, "--serial", "--name", "other", "--from", run / "lora")
-    assert f"it lies in one: give {run}\n" in said
+    assert f"it is inside one: give {run}\n" in said

@@ -11,7 +11,7 @@ import httpx2
 import numpy as np
 import pytest
 
-from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.actors.rewards.function import FunctionReward
 from ray_ddpo.actors.rewards.http import Http
 from ray_ddpo.actors.rewards.http_client import RewardServiceFailed
 from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
@@ -30,7 +30,7 @@ HEADERS = "POST /v1/score HTTP/1.1\r\nHost: x\r\n"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with serving(Function(path="tests.user_functions:brightness"), max_bytes=20_000, name="brightness") as url:
+    with serving(FunctionReward(path="tests.user_functions:brightness"), max_bytes=20_000, name="brightness") as url:
         yield url
         # Whatever was refused before, it still answers.
         assert httpx2.post(f"{url}/v1/score", json=REQUEST).json() == {"scores": [100.0]}
@@ -163,12 +163,12 @@ def test_without_the_token_nothing_is_told() -> None:
     ],
 )
 def test_a_reward_that_fails_is_told_as_the_services_fault(function: str, words: str) -> None:
-    with serving(Function(path=function)) as url:
+    with serving(FunctionReward(path=function)) as url:
         assert words in refused(httpx2.post(f"{url}/v1/score", json={**REQUEST, "prompts": ["bad"]}), 500)
 
 
 def test_a_picture_without_a_finite_score_is_null() -> None:
-    with serving(Function(path="tests.faulty_rewards:not_finite_for_bad")) as url:
+    with serving(FunctionReward(path="tests.faulty_rewards:not_finite_for_bad")) as url:
         twice = {name: values * 2 for name, values in REQUEST.items()} | {"prompts": ["bad", "good"]}
         assert httpx2.post(f"{url}/v1/score", json=twice).json() == {"scores": [None, 1.0]}
 

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from ddpo import main
 
+from ray_ddpo.cli import main
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.lease import Lease
 from ray_ddpo.common.run_storage.run_folder import RunFolder

@@ -87,7 +87,7 @@ def metadata_of(submitted: Submitted) -> dict[str, str]:
 
 def test_what_is_submitted_is_a_command_that_ddpo_takes(record: Path) -> None:
     words = submit(record, DEMO, "/shared/runs", "--learner.num_gpus", "0.9").entrypoint
-    options = read(words[2:])
+    options = read(words[3:])
     assert options.resume == "auto"
     recipe = Recipe.load(ROOT / options.recipe, options.overrides)
     assert (recipe.run_path(), recipe.learner.num_gpus) == ("/shared/runs/demo", 0.9)

@@ -1,4 +1,4 @@
-"""Fitting a head: ridge against its formula, ratings and features folded back, layouts that are read, and the same bits."""
+"""Fitting a head: ridge compared with its formula, folded ratings and features, formats, and the same bits."""
 
 from pathlib import Path
 

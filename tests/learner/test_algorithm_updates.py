@@ -26,17 +26,18 @@ def of(tables: dict, name: str, **values: object) -> Components:
     return parts_with({**tables, "algorithm": {"name": name}}, **{**keys, **values})
 
 
-def worthy(sampled: SampledRound, parts: Components) -> SampledRound:
+def with_advantages(sampled: SampledRound, parts: Components) -> SampledRound:
     """The round with what the algorithm makes of rewards that it could have had."""
     rewards = np.random.default_rng(sampled.batch.round).normal(size=len(sampled.batch.advantages))
     prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
-    _, worth = parts.algorithm.worth({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
-    return SampledRound(dataclasses.replace(sampled.batch, advantages=worth), sampled.trajectories)
+    _, advantages = parts.algorithm.compute_advantages({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
+    return SampledRound(dataclasses.replace(sampled.batch, advantages=advantages), sampled.trajectories)
 
 
-def learn(learner: Learner, parts: Components, round: int) -> tuple[dict[str, float], LearnerState]:
+def learn(learner: Learner, parts: Components, round_index: int) -> tuple[dict[str, float], LearnerState]:
     lag = parts.recipe.max_policy_lag
-    sampled = worthy(sample_round(parts, learner.weights()[0] if lag else learner.weights()[-1], round), parts)
+    weights = learner.weights()[0 if lag else -1]
+    sampled = with_advantages(sample_round(parts, weights, round_index), parts)
     return learner.update(sampled.batch, *sampled.trajectories)
 
 
@@ -100,11 +101,11 @@ def test_old_predictions_are_those_of_the_weights_that_drew(tables: dict) -> Non
     learner = learner_of(parts)
     learn(learner, parts, 0)
     sampled, present = learner.weights()[0], learner.state().trained
-    sampled = worthy(sample_round(parts, sampled, 1), parts)
+    sampled = with_advantages(sample_round(parts, sampled, 1), parts)
     policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
     pairs = learner._pairs_of(sampled.batch, _transitions(sampled))
     load_weights(policy.network, sampled)
-    every = pairs.pairs_of(np.arange(4))
+    every = pairs.indices_of(np.arange(4))
     with torch.no_grad():
         old = [_denoise(policy, pairs.batch([pair]))[0] for pair in every]
     load_weights(policy.network, present)
@@ -112,7 +113,7 @@ def test_old_predictions_are_those_of_the_weights_that_drew(tables: dict) -> Non
     for pair, before in zip(every, old, strict=True):
         batch = pairs.batch([pair])
         predicted, target = _denoise(policy, batch)
-        r = float(batch.worth)
+        r = float(batch.weights)
         for share, branch in ((r, predicted), (1 - r, 2 * before - predicted)):  # β = 1
             error = branch - target
             loss = loss + 5 * share * error.square().mean() / error.detach().abs().mean() / len(every)
@@ -144,7 +145,7 @@ def test_a_fresh_adapter_has_no_kl_to_the_pretrained_model_and_a_moved_one_has_t
         "cpu", parts.recipe.sampling, "learner"
     )  # adapters fresh from their start change nothing
     transitions = _transitions(sampled)
-    batch = transitions.batch(transitions.pairs_of(np.arange(4)))
+    batch = transitions.batch(transitions.indices_of(np.arange(4)))
     with torch.no_grad():
         pretrained = policy.transition(batch.latents, batch.steps, batch.conditioning)
         load_weights(policy.network, learner.weights()[-1])
@@ -161,8 +162,8 @@ def test_the_kl_pulls_the_policy_back_to_the_pretrained_model(tables: dict) -> N
         table = {"name": "dpok", "kl_coef": coefficient}
         parts = parts_with({**tables, "algorithm": table}, learner__learning_rate=1e-2)
         learner = learner_of(parts)
-        for round in range(3):
-            sampled = sample_round(parts, learner.weights()[-1], round)
+        for round_index in range(3):
+            sampled = sample_round(parts, learner.weights()[-1], round_index)
             batch = dataclasses.replace(sampled.batch, advantages=np.zeros(8))
             metrics, _ = learner.update(batch, *sampled.trajectories)
         return metrics["kl_reference_nats"]

@@ -40,7 +40,9 @@ class Toy(Policy):
     def compile(self, batch_size: int) -> None:
         raise NotImplementedError
 
-    def transition(self, latents: Tensor, steps: Tensor, conditioning: Conditioning, noisy: bool = True) -> Transition:
+    def transition(
+        self, latents: Tensor, steps: Tensor, conditioning: Conditioning, stochastic: bool = True
+    ) -> Transition:
         return Transition(self.network["theta"] * latents, torch.full((len(latents),), STD, dtype=torch.float64))
 
     def denoise(self, clean_latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning):

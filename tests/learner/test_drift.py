@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ray_ddpo.learner.drift import few
-from ray_ddpo.learner.process_group import Ranks
+from ray_ddpo.learner.drift import kl_subset
+from ray_ddpo.learner.process_group import ProcessGroup
 from ray_ddpo.learner.round_data.transitions import round_transitions
 from tests.rounds import learner_of, parts_with, sample_round
 
@@ -21,9 +21,9 @@ def test_whole_images_are_looked_at_that_fill_no_more_than_one_batch(
     transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
     order = np.array([3, 1, 2, 0])
     steps = transitions.optimizer_steps(order, 2, ())
-    looked_at = list(few(transitions, steps, size, Ranks()))
+    looked_at = list(kl_subset(transitions, steps, size, ProcessGroup()))
     assert [len(batch.steps) for batch in looked_at] == batches
     seen = sorted(float(latents.sum()) for batch in looked_at for latents in batch.latents)
     assert seen == sorted(
-        float(transitions.batch([pair]).latents.sum()) for pair in transitions.pairs_of(order[:images])
+        float(transitions.batch([index]).latents.sum()) for index in transitions.indices_of(order[:images])
     )

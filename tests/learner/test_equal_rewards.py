@@ -1,4 +1,4 @@
-"""Equal rewards teach nothing: their advantages are exactly 0, and then neither momentum nor weight decay moves the weights."""
+"""Equal rewards have advantages of exactly 0, and then neither momentum nor weight decay changes the weights."""
 
 import dataclasses
 
@@ -33,18 +33,18 @@ def test_only_the_group_without_spread_has_advantages_of_0() -> None:
     assert advantages[:3].tolist() == [0] * 3 and np.all(advantages[[3, 5]] != 0)
 
 
-def with_worth(sampled: SampledRound, worth: float) -> SampledRound:
-    advantages = np.full(len(sampled.batch.advantages), worth)
+def with_advantage(sampled: SampledRound, advantage: float) -> SampledRound:
+    advantages = np.full(len(sampled.batch.advantages), advantage)
     return SampledRound(dataclasses.replace(sampled.batch, advantages=advantages), sampled.trajectories)
 
 
-def second_round(parts: Components, worth: float) -> tuple[dict[str, float], bool]:
-    """Learn from an ordinary round, then from one whose images are all worth the same; its metrics, and if it moved anything."""
+def second_round(parts: Components, advantage: float) -> tuple[dict[str, float], bool]:
+    """Train on an ordinary round, then on one with equal advantages. Return its metrics, and if weights changed."""
     learner = learner_of(parts)
     first = sample_round(parts, learner.weights()[-1])
     learner.update(first.batch, *first.trajectories)
     before = learner.state()
-    second = with_worth(sample_round(parts, learner.weights()[-1], 1), worth)
+    second = with_advantage(sample_round(parts, learner.weights()[-1], 1), advantage)
     metrics, after = learner.update(second.batch, *second.trajectories)
     same = after.trained.fingerprint == before.trained.fingerprint
     moments = all(np.array_equal(after.optimizer[name], before.optimizer[name]) for name in before.optimizer)
@@ -59,12 +59,14 @@ def test_with_advantages_of_0_no_optimizer_step_is_made(tables: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "worth"),
+    ("algorithm", "advantage"),
     [({"name": "ddpo_is", "kl_coef": 0.1}, 0.0), ({"name": "rwr"}, 1.0)],
     ids=["a KL to the pretrained model", "weights instead of advantages"],
 )
 def test_what_has_a_gradient_though_all_images_are_worth_the_same_is_learned(
-    tables: dict, algorithm: dict, worth: float
+    tables: dict, algorithm: dict, advantage: float
 ) -> None:
-    metrics, moved = second_round(parts_with({**tables, "algorithm": algorithm}, learner__micro_batch_size=4), worth)
+    metrics, moved = second_round(
+        parts_with({**tables, "algorithm": algorithm}, learner__micro_batch_size=4), advantage
+    )
     assert moved and metrics["optimizer_steps_skipped"] == 0

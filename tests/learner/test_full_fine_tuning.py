@@ -1,4 +1,4 @@
-"""Whole networks: bf16 autocast over float32 master weights, samplers that compute the same, and the average of versions."""
+"""Full fine-tuning: bf16 autocast over float32 master weights, samplers of equal numerics, averages of versions."""
 
 from pathlib import Path
 from typing import Any

@@ -169,10 +169,10 @@ def test_the_norm_of_the_gradient_is_limited(tables: dict) -> None:
 def test_a_learner_that_goes_on_from_a_state_arrives_at_the_same_bits(dtype: str, tables: dict) -> None:
     parts = parts_with(tables, max_policy_lag=1, policy__dtype=dtype, sampling__num_steps=2)
     learner = learner_of(parts)
-    first = sample_round(parts, learner.weights()[-1], round=0)
+    first = sample_round(parts, learner.weights()[-1], round_index=0)
     learner.update(first.batch, *first.trajectories)
     state = learner.state()
-    second = sample_round(parts, learner.weights()[0], round=1)
+    second = sample_round(parts, learner.weights()[0], round_index=1)
     expected_metrics, after = learner.update(second.batch, *second.trajectories)
     expected = after.weights[-1]
 
@@ -195,7 +195,7 @@ def test_a_state_is_a_copy_that_later_updates_do_not_change(tables: dict) -> Non
     learner.update(sampled.batch, *sampled.trajectories)
     state = learner.state()
     before = {name: value.copy() for name, value in state.optimizer.items()}
-    again = sample_round(parts, learner.weights()[-1], round=1)
+    again = sample_round(parts, learner.weights()[-1], round_index=1)
     learner.update(again.batch, *again.trajectories)
     assert all(np.array_equal(value, before[name]) for name, value in state.optimizer.items())
     assert any(not np.array_equal(value, before[name]) for name, value in learner.state().optimizer.items())
@@ -216,8 +216,8 @@ def test_the_first_weights_are_a_function_of_the_recipes_seed(tables: dict) -> N
 def test_as_many_versions_are_kept_as_the_lag_may_ask_for(lag: int, tables: dict) -> None:
     parts = parts_with(tables, max_policy_lag=lag, sampling__num_steps=2, **ONE_STEP)
     learner = learner_of(parts)
-    for round in range(3):
-        sampled = sample_round(parts, learner.weights()[0 if round else -1], round)
+    for round_index in range(3):
+        sampled = sample_round(parts, learner.weights()[0 if round_index else -1], round_index)
         learner.update(sampled.batch, *sampled.trajectories)
     assert [weights.policy_version for weights in learner.weights()] == list(range(3 - lag, 4))
 
@@ -258,7 +258,9 @@ def test_a_micro_batch_that_does_not_fit_the_steps_with_noise_is_refused_at_the_
 
     model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)  # the last of 4 steps has no noise
     parts = parts_with({**tables, "policy": {**tables["policy"], "model": str(model)}})
-    with pytest.raises(ValueError, match="4 images × 3 steps with noise = 12 pairs .*, which .* = 8 does not divide"):
+    with pytest.raises(
+        ValueError, match="4 images × 3 stochastic steps = 12 transitions, which .* = 8 does not divide"
+    ):
         Learner(parts.policy, parts.algorithm, parts.recipe)
 
 

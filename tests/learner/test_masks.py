@@ -11,7 +11,7 @@ import torch
 from ray_ddpo.common.recipe.registry import build
 from ray_ddpo.common.trajectory import TransitionBatch
 from ray_ddpo.learner.algorithms import ALGORITHMS
-from ray_ddpo.learner.algorithms.off_policy import to_those_left
+from ray_ddpo.learner.algorithms.off_policy import unmasked_mean_factor
 from ray_ddpo.learner.update_metrics import UpdateMetrics
 from tests.accepted_page import assert_accepted
 from tests.learner.test_algorithms import ELEMENTS, PAIRS, REFERRED, STD, Slow, Toy, limited, log_prob, normal, slope
@@ -74,11 +74,11 @@ def test_the_gradient_is_that_of_the_mean_over_the_transitions_that_are_left(cas
     toy, slow = Toy(), slow_loss(case)
     theta = toy.network["theta"].detach().numpy().copy()
     result = result_of(case, BATCH, toy)
-    assert result.kept.nonzero().flatten().tolist() == LEFT
+    assert result.mask.nonzero().flatten().tolist() == LEFT
     assert float(result.loss.detach().sum()) / len(LEFT) == pytest.approx(
         np.mean([slow(theta, row) for row in LEFT]), rel=1e-9
     )
-    (result.loss.sum() / PAIRS * to_those_left(PAIRS, len(LEFT))).backward()
+    (result.loss.sum() / PAIRS * unmasked_mean_factor(PAIRS, len(LEFT))).backward()
     expected = np.mean([slope(slow, theta, row) for row in LEFT], axis=0)
     assert np.abs(expected).max() > 1e-4
     np.testing.assert_allclose(toy.network["theta"].grad.numpy(), expected, rtol=1e-5, atol=1e-8)

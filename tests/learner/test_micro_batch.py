@@ -1,4 +1,4 @@
-"""The largest micro-batch is found, kept over a resume, and refused with advice where not one pair fits."""
+"""The largest micro-batch is found, kept over a resume, and refused with advice if not even one transition fits."""
 
 import dataclasses
 from collections import namedtuple
@@ -47,7 +47,9 @@ def test_a_run_with_little_memory_takes_less_and_says_what_to_do_about_none(
     of_size(monkeypatch, sizes.learner.of(7) / 0.9)
     assert learner_of(parts).state().micro_batch_size == 4
     of_size(monkeypatch, sizes.learner.of(1))
-    with pytest.raises(ValueError, match=r'"auto", and one pair takes .* GB .* policy\.gradient_checkpointing = true'):
+    with pytest.raises(
+        ValueError, match=r'"auto", and one transition takes .* GB .* policy\.gradient_checkpointing = true'
+    ):
         learner_of(parts)
 
 

@@ -1,4 +1,4 @@
-"""A sampler that computes otherwise than the learner: refused by the plain ratio, learned from against the learner's own."""
+"""Samplers and learner of different numerics: refused with the behavior ratio, accepted with the proximal one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,10 +49,10 @@ def test_no_rounding_ends_a_run_and_weights_that_did_not_arrive_do(lag: int, tab
     keys = {"learner__log_prob_tolerance": 1e-9, "learner__batch_size": 8, "max_policy_lag": lag}
     parts = parts_with(tables, **HALF, **OWN, **keys)
     learner = learner_of(parts)
-    for round in range(2):
+    for round_index in range(2):
         claimed = learner.weights()[0]
-        sampled = sample_round(parts, claimed, round)
-        wrong = sample_round(parts, moved(claimed, seed=2), round)
+        sampled = sample_round(parts, claimed, round_index)
+        wrong = sample_round(parts, moved(claimed, seed=2), round_index)
         with pytest.raises(WeightsDidNotArrive, match="when computed as the sampler computes"):
             learner.update(wrong.with_reports(fingerprint=claimed.fingerprint), *wrong.trajectories)
         learner.update(sampled.batch, *sampled.trajectories)
@@ -91,7 +91,7 @@ def test_a_merged_sampler_in_float32_stays_within_the_usual_tolerance(tables: di
 
 @pytest.fixture(scope="module")
 def one_block_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline with a block down and one up. Compiling is C++'s time, by kernels: a third of the tiny network's."""
+    """The tiny pipeline with one down and one up block, which compiles in a third of the time of the tiny network."""
     from diffusers import UNet2DConditionModel
 
     folder = copied(tiny_model, tmp_path_factory.mktemp("one_block") / "model")
@@ -132,7 +132,7 @@ def test_compiled_both_learn_the_same_as_eager_within_rounding(one_block_model: 
 
 
 class RoundsByGradMode(CompiledNetwork):
-    """As a network that is compiled a second time where gradients are off, and rounds otherwise there. Nothing is compiled."""
+    """Imitate a network that is compiled again without gradients and then rounds otherwise. Nothing is compiled."""
 
     def __init__(self, call: Callable[..., Tensor], rows: int) -> None:
         self._call = call

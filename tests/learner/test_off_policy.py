@@ -13,7 +13,7 @@ from ray_ddpo.learner.algorithms.off_policy import (
     decoupled_surrogate,
     drift_nats,
     importance_weight,
-    to_those_left,
+    unmasked_mean_factor,
     within_drift,
 )
 from ray_ddpo.learner.algorithms.policy_gradient import OffPolicySettings
@@ -126,7 +126,7 @@ def test_drift_is_what_the_log_ratio_of_many_draws_has_as_its_mean() -> None:
 
 def test_the_denominator_counts_what_is_left() -> None:
     losses, kept = np.array([6.0, 5.0, 4.0, 3.0]), np.array([1.0, 0.0, 1.0, 0.0])
-    assert (losses * kept).sum() / 4 * to_those_left(4, 2) == 5.0  # (6 + 4) / 2
+    assert (losses * kept).sum() / 4 * unmasked_mean_factor(4, 2) == 5.0  # (6 + 4) / 2
 
 
 def test_a_weight_without_the_proximal_ratio_is_refused() -> None:

@@ -31,8 +31,8 @@ class Watching(Algorithm):
 
     inner: DDPOImportanceSampling = DDPOImportanceSampling(clip_range=1e-3)
 
-    def worth(self, statistics, prompts, rewards, images_per_prompt):
-        return self.inner.worth(statistics, prompts, rewards, images_per_prompt)
+    def compute_advantages(self, statistics, prompts, rewards, images_per_prompt):
+        return self.inner.compute_advantages(statistics, prompts, rewards, images_per_prompt)
 
     @property
     def needs_proximal_log_probs(self) -> bool:
@@ -51,8 +51,8 @@ class Watching(Algorithm):
 def lagging(parts: Components) -> tuple[Learner, SampledRound]:
     """A learner one version ahead of the round that it is about to learn from; at lag 0 on the round's own."""
     learner, lag = learner_of(parts), parts.recipe.max_policy_lag
-    for round in range(lag):
-        sampled = sample_round(parts, learner.weights()[0], round)
+    for round_index in range(lag):
+        sampled = sample_round(parts, learner.weights()[0], round_index)
         learner.update(sampled.batch, *sampled.trajectories)
     return learner, sample_round(parts, learner.weights()[0], lag)
 
@@ -172,7 +172,7 @@ def test_the_gradient_is_that_of_the_decoupled_loss_over_the_pairs_left_taken_pa
     sampled, start = learner.weights()
     policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
     transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
-    pairs = transitions.pairs_of(np.arange(4))
+    pairs = transitions.indices_of(np.arange(4))
     load_weights(policy.network, start)
     old = {}
     with torch.no_grad(), temporary_weights(policy.network, sampled, start):

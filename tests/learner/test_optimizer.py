@@ -127,11 +127,11 @@ def small(tables: dict, **values: object) -> dict:
 def test_a_learner_with_eight_bits_goes_on_from_a_checkpoint_to_the_same_bits(tables: dict, tmp_path: Path) -> None:
     parts = parts_with(tables, **small(tables))
     learner = Learner(parts.policy, parts.algorithm, parts.recipe)
-    first = sample_round(parts, learner.weights()[-1], round=0)
+    first = sample_round(parts, learner.weights()[-1], round_index=0)
     _, state = learner.update(first.batch, *first.trajectories)
     assert np.dtype("uint8") in {array.dtype for array in state.optimizer.values()}
     saved = save_checkpoint(Storage(tmp_path / "saved"), Checkpoint(1, state, {}), keep=1, shard_bytes=100_000)
-    second = sample_round(parts, learner.weights()[-1], round=1)
+    second = sample_round(parts, learner.weights()[-1], round_index=1)
     _, expected = learner.update(second.batch, *second.trajectories)
 
     resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
@@ -177,5 +177,5 @@ def test_without_its_library_the_recipe_is_refused_before_anything_is_drawn(
 
 
 def test_another_name_is_refused_with_those_that_there_are(tables: dict) -> None:
-    with pytest.raises(ValueError, match="ray_ddpo.learner.optimization.optimizer.*'adamw' or 'adamw_8bit'"):
+    with pytest.raises(ValueError, match="learner.optimizer.*'adamw' or 'adamw_8bit'"):
         parts_with(tables, learner__optimizer="lion")

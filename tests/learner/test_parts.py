@@ -1,4 +1,4 @@
-"""A round learned from in parts: each as it comes, the same bits however often it is begun again, and nothing out of order."""
+"""Training on a round in parts: the same bits however often a part is begun again, and nothing out of order."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,8 @@ def test_two_parts_of_one_optimizer_step_each_are_two_updates_with_nothing_publi
         _, expected = in_rounds.update(own_round, *part.trajectories)
     assert after.policy_version == 1 and expected.policy_version == 2
     moved = np.abs(expected.weights[-1].buffer - before[-1].buffer).max()
-    # The images of a step are added up in another order, which AdamW shows at single weights: how far depends on the processor.
+    # The images of a step are added up in another order, which AdamW shows at single weights: how far depends on the
+    # processor.
     assert np.abs(after.weights[-1].buffer - expected.weights[-1].buffer).mean() < 0.002 * moved
     assert metrics["optimizer_steps"] == 2 and metrics["ratio/max_abs_log"] < 1e-5
     assert metrics["log_prob_check/max_abs"] < 1e-5, "the second part is checked under the weights that sampled it"

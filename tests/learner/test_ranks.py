@@ -12,7 +12,7 @@ from ray_ddpo.common.policy_weights import pack
 from ray_ddpo.common.schedule import transition_order
 from ray_ddpo.common.trajectory import TrainBatch
 from ray_ddpo.learner.call_names import title_of
-from ray_ddpo.learner.process_group import Ranks, ranks_of
+from ray_ddpo.learner.process_group import ProcessGroup, process_groups
 from ray_ddpo.learner.round_data.reference_passes import Update
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
 from ray_ddpo.learner.round_data.transitions_index import share_of
@@ -89,7 +89,7 @@ def outcomes(small: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.fixture(scope="module")
 def alone(small: dict) -> Callable[[str], Outcome]:
-    return lambda name: learn(_case(small, name, ONE_RANK), Ranks())
+    return lambda name: learn(_case(small, name, ONE_RANK), ProcessGroup())
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -144,7 +144,7 @@ def test_what_one_rank_finds_wrong_stops_both_and_leaves_them_as_they_were(
 ) -> None:
     zero, one = outcomes["meet_a_bad_trajectory"]
     assert (zero.errors, one.errors) == (["OtherRankFailed"], ["WeightsDidNotArrive"])
-    calm = learn(Case(with_changes(small, {"learner": ONE_RANK})), Ranks())
+    calm = learn(Case(with_changes(small, {"learner": ONE_RANK})), ProcessGroup())
     assert zero.steps == one.steps and len(zero.steps) == 2
     assert zero.metrics[0]["loss"] == pytest.approx(calm.metrics[0]["loss"], abs=1e-6)
 
@@ -168,18 +168,18 @@ def test_a_rank_whose_other_is_gone_says_so_and_does_not_wait_for_ever(outcomes:
 
 
 def test_a_rank_takes_every_other_image_with_all_of_its_places() -> None:
-    pairs = [(image, place) for place in (0, 1) for image in (7, 3, 9, 4)]
-    assert share_of(pairs, 0, 1) is pairs
-    assert share_of(pairs, 0, 2) == [(7, 0), (9, 0), (7, 1), (9, 1)]
-    assert share_of(pairs, 1, 2) == [(3, 0), (4, 0), (3, 1), (4, 1)]
-    assert share_of(pairs[:3], 2, 4) == [(9, 0)] and share_of(pairs[:3], 3, 4) == []
+    indices = [(image, step) for step in (0, 1) for image in (7, 3, 9, 4)]
+    assert share_of(indices, 0, 1) is indices
+    assert share_of(indices, 0, 2) == [(7, 0), (9, 0), (7, 1), (9, 1)]
+    assert share_of(indices, 1, 2) == [(3, 0), (4, 0), (3, 1), (4, 1)]
+    assert share_of(indices[:3], 2, 4) == [(9, 0)] and share_of(indices[:3], 3, 4) == []
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_all_shares_together_are_the_optimizer_step(count: int) -> None:
-    pairs = [(image, place) for place in range(3) for image in (5, 1, 4, 2)]
-    shares = [share_of(pairs, rank, count) for rank in range(count)]
-    assert sorted(pair for share in shares for pair in share) == sorted(pairs)
+    indices = [(image, step) for step in range(3) for image in (5, 1, 4, 2)]
+    shares = [share_of(indices, rank, count) for rank in range(count)]
+    assert sorted(index for share in shares for index in share) == sorted(indices)
     assert max(map(len, shares)) - min(map(len, shares)) <= 3, "one image more, at the most"
 
 
@@ -190,9 +190,9 @@ def transitions(small: dict) -> RoundTransitions:
     return round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
 
 
-def _asked(pairs: RoundTransitions, epochs: list, share: tuple[int, int], own_pass_will_do: bool) -> list:
+def _asked(items: RoundTransitions, epochs: list, share: tuple[int, int], own_pass_will_do: bool) -> list:
     weights = pack(0, {"weight": np.zeros(1, np.float32)})
-    return Update(pairs, epochs, weights, weights, share).steps(own_pass_will_do)
+    return Update(items, epochs, weights, weights, share).steps(own_pass_will_do)
 
 
 def test_references_are_taken_of_a_ranks_own_pairs_and_the_first_step_is_the_whole_learners(
@@ -213,7 +213,7 @@ def test_what_was_another_ranks_in_the_first_inner_epoch_has_its_references_too(
 
 def test_ranks_are_told_apart_where_actors_and_their_work_are_listed(small: dict) -> None:
     parts = parts_with(small)
-    assert repr(learner_of(parts, Ranks(1, 2))).startswith("Learner rank 1 of 2, of ")
+    assert repr(learner_of(parts, ProcessGroup(1, 2))).startswith("Learner rank 1 of 2, of ")
     assert repr(learner_of(parts)).startswith("Learner of ")
     batch = TrainBatch(3, (), np.zeros(0))
     assert title_of(batch, 1, 2) == "Learner rank 1 of 2: learn from round 3"
@@ -223,15 +223,15 @@ def test_ranks_are_told_apart_where_actors_and_their_work_are_listed(small: dict
 def test_a_recipe_says_how_many_ranks_there_are_and_whether_each_has_a_gpu_of_its_own(small: dict) -> None:
     for num_gpus, own in ((0.5, False), (0.6, True), (1, True)):
         learner = {**TWO_RANKS, "num_gpus": num_gpus}
-        ranks = ranks_of(parts_with(with_changes(small, {"learner": learner})).recipe)
+        ranks = process_groups(parts_with(with_changes(small, {"learner": learner})).recipe)
         assert [str(each) for each in ranks] == ["rank 0 of 2", "rank 1 of 2"]
         assert {each._own_gpu for each in ranks} == {own}
 
 
 def test_one_rank_alone_has_no_process_group_and_gives_back_what_it_is_given() -> None:
-    ranks, values = Ranks(), torch.tensor([1.0, 2.0])
-    assert (ranks.total(3), ranks.largest(2), ranks.least(5)) == (3, 2, 5)
-    assert ranks.gathered(values).tolist() == [1.0, 2.0] and ranks.gathered(None) is None
-    with ranks.failing_together():
+    ranks, values = ProcessGroup(), torch.tensor([1.0, 2.0])
+    assert (ranks.all_reduce_sum(3), ranks.all_reduce_max(2), ranks.all_reduce_min(5)) == (3, 2, 5)
+    assert ranks.all_gather(values).tolist() == [1.0, 2.0] and ranks.all_gather(None) is None
+    with ranks.raise_on_all_ranks():
         assert not torch.distributed.is_initialized()
-    assert math.isnan(ranks.total(math.nan))
+    assert math.isnan(ranks.all_reduce_sum(math.nan))

@@ -1,4 +1,4 @@
-"""When the ratio before the first update is exactly 1: shown with a network that rounds by its batch, as some kernels do."""
+"""The ratio is exactly 1 before the first update: shown with a network that rounds by its batch, as some kernels do."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.rounds import learner_of, parts_with, sample_round
 
 @pytest.fixture
 def rounds_by_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Move every prediction by how many rows its batch has, and by its own row there, as a matrix product's order may."""
+    """Change every prediction by the number of rows and by its row, as the order of a matrix product may."""
     whole = DiffusersPolicy._predict
 
     def predict(self: DiffusersPolicy, *given: object) -> Tensor:

@@ -40,7 +40,7 @@ def test_an_empty_folder_begins_with_or_without_resume(tables: dict) -> None:
 
 def test_a_run_is_not_overwritten_unasked(tables: dict) -> None:
     folder = begun(tables)
-    with pytest.raises(ValueError, match=f"the run folder {folder.location} exists: go on with --resume auto"):
+    with pytest.raises(ValueError, match=f"the run folder {folder.location} exists: resume it with --resume auto"):
         resume_point(folder, parts_with(tables).resolved(), resume=False)
 
 

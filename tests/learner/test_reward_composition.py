@@ -1,4 +1,4 @@
-"""Several rewards as one: each way of joining against numbers by hand and a slow reference, floors, and what is refused."""
+"""Reward aggregation: each kind compared with numbers by hand and a slow reference, floors, and refusals."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from ray_ddpo.learner.algorithms.advantages import feasible_first, shortfall, wi
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
 from ray_ddpo.learner.algorithms.diffusion_nft import DiffusionNFT
-from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation, Statistics, Worth
+from ray_ddpo.learner.algorithms.reward_aggregation import AggregatedAdvantages, RewardAggregation, Statistics
 
 ROUND = DDPOImportanceSampling(advantages=AdvantageSettings(kind="round"))
 GROUP = DDPOImportanceSampling(advantages=AdvantageSettings(kind="group"))
@@ -22,26 +22,26 @@ numbers = st.lists(st.floats(-100, 100).map(lambda value: round(value, 3)), min_
 
 def joined(
     aggregation: RewardAggregation, rewards: dict[str, list], algorithm: Algorithm = ROUND, group: int = 1
-) -> Worth:
+) -> AggregatedAdvantages:
     arrays = {name: np.array(values, np.float32) for name, values in rewards.items()}
     prompts = ["cat"] * len(next(iter(arrays.values())))
-    return aggregation.worth(algorithm, {}, prompts, arrays, group)[1]
+    return aggregation.compute_advantages(algorithm, {}, prompts, arrays, group)[1]
 
 
 def test_a_sum_is_of_the_rewards_as_they_are_and_keeps_no_parts() -> None:
-    worth = joined(RewardAggregation({"a": 2.0, "b": -1.0}), {"a": [1, 2, 3], "b": [0, 4, 0]})
+    found = joined(RewardAggregation({"a": 2.0, "b": -1.0}), {"a": [1, 2, 3], "b": [0, 4, 0]})
     # 2, 0, 6: mean 8/3, deviation √(56/9)
-    assert worth.advantages == pytest.approx((np.array([2, 0, 6]) - 8 / 3) / (56 / 9) ** 0.5)
-    assert worth.parts == {}
+    assert found.advantages == pytest.approx((np.array([2, 0, 6]) - 8 / 3) / (56 / 9) ** 0.5)
+    assert found.parts == {}
 
 
 def test_normalised_rewards_count_by_their_weights_and_not_by_their_units() -> None:
     aggregation = RewardAggregation({"a": 1.0, "b": 0.5}, "z_score")
-    worth = joined(aggregation, {"a": [0, 1], "b": [0, -1000]})
-    assert worth.parts["a"] == pytest.approx([-1, 1]) and worth.parts["b"] == pytest.approx([1, -1])
-    assert worth.advantages == pytest.approx([-1, 1])  # −1 + 0.5 and 1 − 0.5, over their deviation
+    found = joined(aggregation, {"a": [0, 1], "b": [0, -1000]})
+    assert found.parts["a"] == pytest.approx([-1, 1]) and found.parts["b"] == pytest.approx([1, -1])
+    assert found.advantages == pytest.approx([-1, 1])  # −1 + 0.5 and 1 − 0.5, over their deviation
     in_other_units = joined(aggregation, {"a": [0, 7], "b": [5, 4]})
-    assert in_other_units.advantages == pytest.approx(worth.advantages)
+    assert in_other_units.advantages == pytest.approx(found.advantages)
 
 
 def test_win_rates_by_hand() -> None:
@@ -74,7 +74,7 @@ def test_an_outlier_that_rules_a_sum_is_one_win_among_win_rates() -> None:
 
 
 def test_gdpo_tells_apart_what_a_sum_before_comparing_makes_alike() -> None:
-    """Rewards (0, 1) and (1, 0) have the same sum; compared each, the one that fewer of the group have is worth more."""
+    """Rewards (0, 1) and (1, 0) have the same sum. Compared separately, the rarer one has the larger advantage."""
     weights, rewards = {"a": 1.0, "b": 1.0}, {"a": [0, 0, 0, 1], "b": [1, 0, 1, 0]}
     summed = joined(RewardAggregation(weights), rewards, GROUP, 4).advantages
     apart = joined(RewardAggregation(weights, "advantages"), rewards, GROUP, 4)
@@ -95,26 +95,28 @@ def test_gdpo_keeps_statistics_of_each_reward_over_rounds() -> None:
     aggregation = RewardAggregation({"a": 1.0, "b": 3.0}, "advantages")
     algorithm = DDPOImportanceSampling(advantages=AdvantageSettings(buffer_size=4, min_count=2))
     statistics: Statistics = {}
-    for round in range(2):
-        rewards = {"a": np.array([1.0, 2.0]) + round, "b": np.array([5.0, 3.0])}
-        statistics, worth = aggregation.worth(algorithm, statistics, ["cat", "cat"], rewards, 1)
+    for round_index in range(2):
+        rewards = {"a": np.array([1.0, 2.0]) + round_index, "b": np.array([5.0, 3.0])}
+        statistics, found = aggregation.compute_advantages(algorithm, statistics, ["cat", "cat"], rewards, 1)
     assert statistics == {"a": {"cat": (1.0, 2.0, 2.0, 3.0)}, "b": {"cat": (5.0, 3.0, 5.0, 3.0)}}
-    assert worth.parts["a"] == pytest.approx(np.array([0.0, 1.0]) / 0.5**0.5, abs=1e-5)
+    assert found.parts["a"] == pytest.approx(np.array([0.0, 1.0]) / 0.5**0.5, abs=1e-5)
 
 
 def test_what_is_joined_has_one_ring_a_prompt_however_many_rewards() -> None:
     aggregation = RewardAggregation({"a": 1.0, "b": 1.0})
     algorithm = DDPOImportanceSampling(advantages=AdvantageSettings(min_count=1))
     rewards = {"a": np.array([1.0, 2.0]), "b": np.array([5.0, 3.0])}
-    assert aggregation.worth(algorithm, {}, ["cat", "dog"], rewards, 1)[0] == {"joined": {"cat": (6.0,), "dog": (5.0,)}}
+    assert aggregation.compute_advantages(algorithm, {}, ["cat", "dog"], rewards, 1)[0] == {
+        "joined": {"cat": (6.0,), "dog": (5.0,)}
+    }
 
 
 def test_diffusion_nft_makes_optimalities_of_joined_advantages() -> None:
     algorithm = DiffusionNFT(advantage_clip=2.0, advantages=AdvantageSettings(kind="round"))
     aggregation = RewardAggregation({"a": 1.0, "b": 1.0}, "advantages")
     rewards = {"a": np.array([0.0, 1.0]), "b": np.array([0.0, 9.0])}
-    worth = aggregation.worth(algorithm, {}, ["cat"] * 2, rewards, 1)[1]
-    assert worth.advantages == pytest.approx([0.25, 0.75])  # 1/2 ± 1/2 · 1/2
+    found = aggregation.compute_advantages(algorithm, {}, ["cat"] * 2, rewards, 1)[1]
+    assert found.advantages == pytest.approx([0.25, 0.75])  # 1/2 ± 1/2 · 1/2
 
 
 def test_images_below_a_floor_rank_under_all_that_keep_it_by_how_far_they_miss_it() -> None:
@@ -145,8 +147,8 @@ def test_a_floor_never_lets_an_image_below_it_beat_one_that_keeps_it(
 @pytest.mark.parametrize("join", ["sum", "z_score", "advantages", "win_rate"])
 def test_a_floor_holds_in_every_way_of_joining(join: str) -> None:
     aggregation = RewardAggregation({"aim": 1.0, "guard": 0.0}, join, {"guard": 0.5})
-    worth = joined(aggregation, {"aim": [10, 1, 2, 9], "guard": [0.1, 0.9, 0.8, 0.4]}, GROUP, 4)
-    assert worth.advantages.argsort().tolist() == [0, 3, 1, 2]
+    found = joined(aggregation, {"aim": [10, 1, 2, 9], "guard": [0.1, 0.9, 0.8, 0.4]}, GROUP, 4)
+    assert found.advantages.argsort().tolist() == [0, 3, 1, 2]
 
 
 def test_a_floor_that_all_images_keep_changes_nothing() -> None:

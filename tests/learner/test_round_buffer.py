@@ -18,8 +18,8 @@ from tests.accepted_page import assert_accepted
 from tests.reference.ddpo_reference import PerPromptTracker
 
 
-def rollout(index: int, prompts: list[str], round: int = 0, **rewards: list[float]) -> Rollout:
-    task = Task(round, index, 0, tuple(Prompt(text) for text in prompts), tuple(range(len(prompts))))
+def rollout(index: int, prompts: list[str], round_index: int = 0, **rewards: list[float]) -> Rollout:
+    task = Task(round_index, index, 0, tuple(Prompt(text) for text in prompts), tuple(range(len(prompts))))
     scores = Scores({name: np.array(values, np.float32) for name, values in rewards.items()}, 1.0)
     return Rollout(TaskReport(task, "f", 1, 1, 1.0), scores, None, None)
 
@@ -83,10 +83,10 @@ def test_prompts_have_metrics_of_their_own_where_they_are_not_too_many(monkeypat
 def test_statistics_last_over_rounds_as_in_the_reference() -> None:
     ours, tracker = buffer({"a": 1.0}, buffer_size=5, min_count=3), PerPromptTracker(5, 3)
     generator = np.random.default_rng(0)
-    for round in range(4):
+    for round_index in range(4):
         prompts = generator.choice(["cat", "dog", "cow"], 6).tolist()
         rewards = generator.normal(size=6).astype(np.float32).tolist()
-        halves = [rollout(half, prompts[3 * half :][:3], round, a=rewards[3 * half :][:3]) for half in (0, 1)]
+        halves = [rollout(half, prompts[3 * half :][:3], round_index, a=rewards[3 * half :][:3]) for half in (0, 1)]
         batch = ours.train_batch(halves)
         assert batch.advantages == pytest.approx(tracker.update(prompts, rewards), rel=1e-5, abs=1e-6)
     assert ours.statistics == {"joined": {prompt: tuple(ring) for prompt, ring in tracker.rings.items()}}
@@ -96,7 +96,7 @@ def test_a_buffer_with_its_statistics_given_back_goes_on_as_before() -> None:
     first, second = buffer({"a": 1.0}, min_count=2), buffer({"a": 1.0}, min_count=2)
     first.train_batch([rollout(0, ["cat", "cat"], a=[1, 2])])
     second.statistics = first.statistics
-    after = [rollout(0, ["cat", "dog"], round=1, a=[5, 6])]
+    after = [rollout(0, ["cat", "dog"], round_index=1, a=[5, 6])]
     assert first.train_batch(after).advantages.tolist() == second.train_batch(after).advantages.tolist()
 
 
@@ -105,7 +105,7 @@ def test_tasks_out_of_order_or_of_two_rounds_are_our_own_error() -> None:
     with pytest.raises(AssertionError, match="in task order"):
         buffer({"a": 1.0}).train_batch(in_order[::-1])
     with pytest.raises(AssertionError, match="of one round"):
-        buffer({"a": 1.0}).train_batch([in_order[0], rollout(1, ["dog"], round=1, a=[2])])
+        buffer({"a": 1.0}).train_batch([in_order[0], rollout(1, ["dog"], round_index=1, a=[2])])
 
 
 def with_failures(rollout: Rollout, dropped: dict[int, str]) -> Rollout:
@@ -159,18 +159,18 @@ def test_a_round_learned_from_again_sets_aside_what_it_did_before_and_counts_it_
 def test_one_more_than_the_run_may_lose_ends_it_with_count_limit_and_three_reasons() -> None:
     ours = buffer({"a": 1.0}, images_per_prompt=2, max_dropped=4, kind="round")
     ours.train_batch([with_failures(rollout(0, ["cat"] * 4, a=[1, 2, 3, 4]), {0: "first", 1: "second"})])
-    ours.train_batch([with_failures(rollout(0, ["cat"] * 4, round=1, a=[1, 2, 3, 4]), {3: "third"})])
+    ours.train_batch([with_failures(rollout(0, ["cat"] * 4, round_index=1, a=[1, 2, 3, 4]), {3: "third"})])
     assert sum(len(images) for images in ours.dropped.values()) == 4
     text = "6 images of this run .* groups of 2 counted, and at most 4 may be; the reasons: fourth; third; second$"
     with pytest.raises(TooManyDropped, match=text):
-        ours.train_batch([with_failures(rollout(0, ["cat"] * 4, round=2, a=[1, 2, 3, 4]), {2: "fourth"})])
+        ours.train_batch([with_failures(rollout(0, ["cat"] * 4, round_index=2, a=[1, 2, 3, 4]), {2: "fourth"})])
 
 
 def test_a_limit_counts_what_a_checkpoint_brought_back() -> None:
     ours = buffer({"a": 1.0}, max_dropped=2, kind="round")
     ours.dropped = {0: [3], 4: [0]}
     with pytest.raises(TooManyDropped, match="3 images of this run"):
-        ours.train_batch([with_failures(rollout(0, ["cat", "dog"], round=5, a=[1, 2]), {0: "it hung"})])
+        ours.train_batch([with_failures(rollout(0, ["cat", "dog"], round_index=5, a=[1, 2]), {0: "it hung"})])
 
 
 def test_a_round_of_which_nothing_is_left_ends_the_run() -> None:

@@ -1,4 +1,4 @@
-"""A round's noised_samples: whose image, which timestep and which noise; decided by the image's seed and the place alone."""
+"""Noised samples: image, timestep and noise are a function of the image's seed and the position."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def noised_samples(per_image: int = 2) -> NoisedSamples:
 
 def test_each_row_is_the_finished_image_that_was_asked_for_with_its_worth_and_its_prompt() -> None:
     batch = noised_samples().batch([(3, 0), (1, 1)])
-    assert batch.clean_latents[:, 0, 0, 0].tolist() == [3, 1] and batch.worth.tolist() == [0.25, 1.0]
+    assert batch.clean_latents[:, 0, 0, 0].tolist() == [3, 1] and batch.weights.tolist() == [0.25, 1.0]
     assert batch.conditioning["prompt_embeds"][:, 0, 0].tolist() == [1003, 1001]
     assert batch.old_predictions is None
 
@@ -46,15 +46,15 @@ def test_a_noising_does_not_depend_on_what_stands_beside_it() -> None:
 
 def test_every_image_place_and_inner_epoch_has_a_noising_of_its_own() -> None:
     source = noised_samples(per_image=3)
-    assert [list(source.places(epoch)) for epoch in range(2)] == [[0, 1, 2], [3, 4, 5]]
-    pairs = [pair for epoch in range(2) for pair in source.pairs_of(np.arange(4), epoch)]
+    assert [list(source.positions(epoch)) for epoch in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    pairs = [pair for epoch in range(2) for pair in source.indices_of(np.arange(4), epoch)]
     noise = source.batch(pairs).noise.flatten(1)
     assert len(pairs) == 24 and len({tuple(row) for row in noise.tolist()}) == 24
 
 
 def test_timesteps_go_evenly_over_the_models_own_and_noise_is_standard_normal() -> None:
     source = noised_samples(per_image=2000)
-    batch = source.batch(source.pairs_of(np.arange(4)))
+    batch = source.batch(source.indices_of(np.arange(4)))
     timesteps, noise = batch.timesteps.double(), batch.noise.double()
     assert timesteps.min() >= 0 and timesteps.max() <= 999
     # standard errors: 289 / √8000 = 3.2 of the mean; of normal noise 1 / √32000 = 0.006

@@ -51,8 +51,8 @@ def test_each_row_has_its_own_images_prompt(transitions: RoundTransitions) -> No
 
 
 def test_the_pairs_of_images_are_all_their_steps(transitions: RoundTransitions) -> None:
-    assert transitions.num_places == 2
-    assert transitions.pairs_of(np.array([4, 1])) == [(4, 0), (1, 0), (4, 1), (1, 1)]
+    assert transitions.num_trained_steps == 2
+    assert transitions.indices_of(np.array([4, 1])) == [(4, 0), (1, 0), (4, 1), (1, 1)]
 
 
 def test_set_aside_images_are_missing_from_their_optimizer_step_and_move_no_other(

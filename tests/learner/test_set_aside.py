@@ -36,7 +36,7 @@ def plain_update(parts: Components, sampled: SampledRound) -> str:
     for inner_epoch in range(recipe.learner.inner_epochs):
         order = transition_order(recipe.seed, 0, inner_epoch, len(transitions.images))
         for first in range(0, len(order), recipe.learner.images_per_step):
-            pairs = transitions.pairs_of(order[first : first + recipe.learner.images_per_step])
+            pairs = transitions.indices_of(order[first : first + recipe.learner.images_per_step])
             optimizer.zero_grad()
             for start in range(0, len(pairs), recipe.learner.micro_batch_size):
                 micro_batch = transitions.batch(pairs[start : start + recipe.learner.micro_batch_size])

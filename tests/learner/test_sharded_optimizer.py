@@ -10,7 +10,7 @@ import torch
 from ray_ddpo.common.recipe.tables import LearnerTable
 from ray_ddpo.learner import process_group as rank_group
 from ray_ddpo.learner.optimization.sharded_optimizer import ShardedOptimizer, owners_of
-from ray_ddpo.learner.process_group import Ranks
+from ray_ddpo.learner.process_group import ProcessGroup
 from tests.conftest import small_tables
 from tests.rank_processes import Case, Outcome, run_in_ranks, with_changes
 
@@ -112,7 +112,7 @@ def test_in_eight_bits_a_rank_lays_the_others_parameters_out_as_they_do() -> Non
         for number in range(4)
     }
     assert not any(kernel.is_contiguous() for kernel in kernels.values())
-    optimizer = ShardedOptimizer(kernels, settings, Ranks(1, 2))
+    optimizer = ShardedOptimizer(kernels, settings, ProcessGroup(1, 2))
     assert len(optimizer.owned) == 2 and all(kernel.is_contiguous() for kernel in kernels.values())
 
 
@@ -127,4 +127,4 @@ def test_parameters_are_divided_evenly_among_owners() -> None:
 def test_fewer_parameters_than_ranks_are_refused() -> None:
     settings = LearnerTable.model_validate({**TWO_RANKS, "micro_batch_size": 1, "shard_optimizer_state": True})
     with pytest.raises(ValueError, match="learner.world_size is 2, and the network has 1 trained parameters"):
-        ShardedOptimizer({"weight": torch.nn.Parameter(torch.zeros(3))}, settings, Ranks(1, 2))
+        ShardedOptimizer({"weight": torch.nn.Parameter(torch.zeros(3))}, settings, ProcessGroup(1, 2))

@@ -1,4 +1,4 @@
-"""Checkpoints in shards: the same bits come back, one that lacks a shard is no whole one, and memory is that of one shard."""
+"""Checkpoints in shards: the same bits, a missing shard is noticed, and memory is that of one shard."""
 
 import dataclasses
 import json
@@ -139,7 +139,7 @@ def test_a_state_that_names_an_impossible_number_of_shards_is_refused(count: obj
     saved = save_checkpoint(Storage(tmp_path), whole_network(), keep=1)
     state = json.loads(saved.read("state.json")) | {"shards": {"optimizer.safetensors": count}}
     saved.write("state.json", json.dumps(state).encode())
-    with pytest.raises(ValueError, match="optimizer.safetensors is said to lie in .* shards"):
+    with pytest.raises(ValueError, match="optimizer.safetensors has .* shards"):
         load_checkpoint(saved)
 
 
@@ -180,7 +180,8 @@ def test_saving_takes_the_memory_of_a_shard_or_two_and_not_of_the_whole_state(tm
     sharded = beyond_the_state(tmp_path / "sharded", 4 * MEGABYTE)
     whole = beyond_the_state(tmp_path / "whole", 1024 * MEGABYTE)
     print(
-        f"beside a state of 128 MiB: {sharded / MEGABYTE:.0f} MiB in shards of 4 MiB, {whole / MEGABYTE:.0f} in one file"
+        f"beside a state of 128 MiB: {sharded / MEGABYTE:.0f} MiB in shards of 4 MiB, {whole / MEGABYTE:.0f} in one "
+        "file"
     )
     # The optimizer's arrays have 16 MiB each: none is cut, and one is in memory as bytes and as a file.
     assert sharded < 40 * MEGABYTE < whole

@@ -65,7 +65,7 @@ def test_steps_are_counted_also_those_that_were_left_out(summary: dict[str, floa
 
 def test_a_step_with_nothing_left_is_counted_and_the_next_is_still_before_any_update() -> None:
     metrics = UpdateMetrics(num_steps=1, latent_elements=1)
-    metrics.leave_out_optimizer_step()
+    metrics.skip_optimizer_step()
     metrics.add_micro_batch(result([1.0], [0.25], [0.0]), torch.tensor([0]))
     metrics.end_optimizer_step(torch.tensor(1.0))
     metrics.add_micro_batch(result([1.0], [0.5], [0.0]), torch.tensor([0]))
@@ -92,7 +92,7 @@ def test_what_is_masked_counts_neither_in_the_loss_nor_in_its_denominator() -> N
     metrics = UpdateMetrics(num_steps=1, latent_elements=1)
     for kept, weight in (([1.0, 0.0], [1.0, 2.0]), ([0.0, 1.0], [3.0, 4.0])):
         part = result([kept[0] * 6.0, kept[1] * 4.0], [0.0, 0.0], [0.0, 0.0])
-        weighed = dataclasses.replace(part, kept=torch.tensor(kept), importance_weight=torch.tensor(weight))
+        weighed = dataclasses.replace(part, mask=torch.tensor(kept), importance_weight=torch.tensor(weight))
         metrics.add_micro_batch(weighed, torch.tensor([0, 0]))
     metrics.end_optimizer_step(torch.tensor(1.0))
     metrics.set_divergence([(torch.tensor([0]), torch.tensor([0.0]))])

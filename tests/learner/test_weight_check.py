@@ -24,10 +24,10 @@ PER_IMAGE = ("prompt_index", "steps", "log_probs", "latents", "next_latents", "f
 
 
 def learner_at_lag(parts: Components) -> tuple[Learner, PolicyWeights]:
-    """A learner that is `max_policy_lag` versions ahead of the next round, and the weights which that is sampled with."""
+    """A learner that is `max_policy_lag` versions ahead of the next round, and the weights to sample that with."""
     learner, lag = learner_of(parts), parts.recipe.max_policy_lag
-    for round in range(lag):
-        sampled = sample_round(parts, learner.weights()[0], round)
+    for round_index in range(lag):
+        sampled = sample_round(parts, learner.weights()[0], round_index)
         learner.update(sampled.batch, *sampled.trajectories)
     return learner, learner.weights()[0]
 
@@ -46,7 +46,8 @@ def test_weights_that_silently_did_not_arrive_are_found_and_the_learner_is_left_
     learner, claimed = learner_at_lag(parts)
     before = learner.state()
     sampled = silently_drawn_with(moved(claimed, seed=2), parts, claimed)
-    with pytest.raises(WeightsDidNotArrive, match=r"version 0, and at place \d .* lies .* tolerance of 0.0001: it was"):
+    message = r"version 0, and at its trained step \d .* differs .* tolerance of 0.0001: it was"
+    with pytest.raises(WeightsDidNotArrive, match=message):
         learner.update(sampled.batch, *sampled.trajectories)
     assert_same_bits(learner, before)
 

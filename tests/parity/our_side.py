@@ -1,4 +1,4 @@
-"""The program on the rounds that TRL is given too: sampled, rewarded and learned from, and written down under the same names."""
+"""Our side of the comparison with TRL: sample, score and train on the same rounds, with the same names of results."""
 
 import itertools
 from collections.abc import Iterator

@@ -64,7 +64,8 @@ def assert_equal_but_for_rounding(both: BothSides, clip_range: float) -> None:
     seen |= {name: both.largest_difference(name) for name in names}
     seen |= {"gradient": np.max(both.gradient_errors()), "movement": np.max(both.movement_errors())}
     print(", ".join(f"{name} {value:.1e}" for name, value in seen.items()))
-    # At the clip's edge a pair has its whole gradient or none: rounding would choose. Another seed, should it come near.
+    # At the clip's edge a pair has its whole gradient or none: rounding would choose. Another seed, should it come
+    # near.
     assert np.abs(np.abs(both.all_of("ratios")[0] - 1) - clip_range).min() > 2e-6
     assert seen["latents / largest"] < 1e-5
     assert seen["log_probs"] < 3e-6  # of values to 2.6: float32 has 2.4e-7 there

@@ -1,4 +1,4 @@
-"""The lineage's other algorithms as their papers write them: plain loops in float64, without a line of the program's own."""
+"""Reference implementations of further algorithms, by their papers: plain loops in float64, independent of ours."""
 
 import math
 
@@ -39,7 +39,7 @@ def percentile(values: list[float], percent: float) -> float:
 def negative_aware(
     predicted: np.ndarray, old: np.ndarray, target: np.ndarray, r: float, beta: float, scales: tuple[float, float]
 ) -> float:
-    """DiffusionNFT: 5 (r ‖v⁺ − v‖² / s⁺ + (1 − r) ‖v⁻ − v‖² / s⁻) / β; the scales are the branches' mean absolute errors."""
+    """DiffusionNFT: 5 (r ‖v⁺ − v‖² / s⁺ + (1 − r) ‖v⁻ − v‖² / s⁻) / β, with s the branches' mean absolute errors."""
     total = 0.0
     for x, o, t in zip(predicted.ravel(), old.ravel(), target.ravel(), strict=True):
         positive, negative = (1 - beta) * o + beta * x, (1 + beta) * o - beta * x

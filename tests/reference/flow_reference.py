@@ -1,4 +1,4 @@
-"""Flow matching with noise as Flow-GRPO's paper writes it: plain numbers in float64, without a line of the program's own."""
+"""Reference implementation of Flow-GRPO's stochastic flow matching: plain numbers in float64, independent of ours."""
 
 import math
 

@@ -37,7 +37,7 @@ def said(capsys: pytest.CaptureFixture, *arguments: object) -> str:
         (("--learner.world_size", "3"), ["= 4 images", "learner.world_size = 3 does not divide"]),
         (
             ("--learner.world_size", "4"),
-            ["1 images × 4 steps with noise = 4 pairs", "each of 4 ranks", "micro_batch_size = 8"],
+            ["1 images × 4 stochastic steps = 4 transitions", "each of 4 ranks", "micro_batch_size = 8"],
         ),
         (
             ("--learner.world_size", "2"),
@@ -114,7 +114,7 @@ def test_a_reward_function_that_cannot_be_imported(recipe_file: Path, capsys: py
 def test_a_run_folder_that_exists_is_refused_without_resume(recipe_file: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["train", str(recipe_file), "--serial", "--rounds", "1"]) == 0
     text = said(capsys, "train", recipe_file, "--serial")
-    assert "exists: go on with --resume auto" in text
+    assert "exists: resume it with --resume auto" in text
 
 
 def test_a_run_folder_in_use_is_refused(recipe_file: Path, tables: dict, capsys: pytest.CaptureFixture) -> None:

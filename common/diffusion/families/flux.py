@@ -1,4 +1,4 @@
-"""FLUX.1 (Black Forest Labs 2024): a transformer over packed latents that was distilled to be guided, flow-matching steps."""
+"""FLUX.1 (Black Forest Labs 2024): a guidance-distilled transformer over packed latents, with flow matching."""
 
 import functools
 from typing import Any, ClassVar
@@ -9,18 +9,18 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.families.published_parts import CLIP_L, FLOW_AUTOENCODER, T5_XXL
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
-from ray_ddpo.common.diffusion.memory.published_parts import CLIP_L, FLOW_AUTOENCODER, T5_XXL
 from ray_ddpo.common.diffusion.policy import Conditioning, Role
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
 from ray_ddpo.common.recipe.tables import SamplingTable
 
-PATCH = 2  # latents a side that one token of the transformer holds
-OWN_LATENT_SIZE = 128  # the configuration has none: images of 1024² pixels
+PATCH = 2  # latents per side in one token of the transformer
+OWN_LATENT_SIZE = 128  # not in the configuration: images of 1024² pixels
 
-# As in the configuration files of black-forest-labs/FLUX.1-dev; FLUX.1-schnell has no guidance embedded.
+# As in the configuration files of black-forest-labs/FLUX.1-dev; FLUX.1-schnell has no embedded guidance.
 DEV: Configs = {
     "transformer": {
         "_class_name": "FluxTransformer2DModel",
@@ -41,21 +41,21 @@ DEV: Configs = {
 
 
 def packed(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B L C4"]:
-    """Each square of 2 × 2 latents as a token, in rows from the top."""
+    """Pack each square of 2 × 2 latents into a token, in rows from the top."""
     rows, channels, height, width = latents.shape
     squares = latents.view(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(rows, -1, channels * PATCH**2)
 
 
 def unpacked(tokens: Float[Tensor, "B L C4"], height: int, width: int) -> Float[Tensor, "B C H W"]:
-    """`packed` undone."""
+    """Undo `packed`."""
     rows, _, channels = tokens.shape
     squares = tokens.view(rows, height // PATCH, width // PATCH, channels // PATCH**2, PATCH, PATCH)
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels // PATCH**2, height, width)
 
 
 def token_places(height: int, width: int, like: Tensor) -> Float[Tensor, "L 3"]:
-    """(0, row, column) of each token, made on the device."""
+    """Return (0, row, column) of each token, created on the device."""
     rows = torch.arange(height // PATCH, device=like.device, dtype=like.dtype)
     columns = torch.arange(width // PATCH, device=like.device, dtype=like.dtype)
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
@@ -70,7 +70,7 @@ def call_transformer(
     prompt_embeds: Tensor,
     pooled_prompt_embeds: Tensor,
 ) -> Tensor:
-    """The velocity that the transformer predicts, of a row each; guidance is a number that it is told."""
+    """Return the transformer's velocity prediction per row. The guidance scale is an input of the network."""
     height, width = latents.shape[-2:]
     guidance = None
     if network.config.guidance_embeds:
@@ -89,7 +89,7 @@ def call_transformer(
 
 
 class FluxPolicy(DiffusersPolicy):
-    """A loaded FluxPipeline. Latents travel unpacked: a step is the same of each."""
+    """A loaded FluxPipeline. Latents are stored unpacked, which does not change a step."""
 
     config: "Flux"
 
@@ -107,10 +107,10 @@ class FluxPolicy(DiffusersPolicy):
 
 
 class Flux(DiffusersConfig):
-    """Keys beside those of every pipeline: how much of a prompt its T5 reads. Guidance costs nothing: it was distilled in."""
+    """Keys of the FLUX family. Guidance costs nothing, because it is distilled into the network."""
 
     pipeline_class: ClassVar[str] = "FluxPipeline"
-    takes_negative_prompt: ClassVar[bool] = False  # its guidance is a number that the network is told
+    takes_negative_prompt: ClassVar[bool] = False  # the guidance scale is an input of the network
     network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[str] = "FluxTransformer2DModel"
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")

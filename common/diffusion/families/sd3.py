@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al. 2024): a transformer with classifier-free guidance, flow-matching steps."""
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024): a transformer with classifier-free guidance and flow matching."""
 
 from typing import Any, ClassVar
 
@@ -6,16 +6,16 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.families.published_parts import CLIP_BIG_G, CLIP_L, FLOW_AUTOENCODER, T5_XXL
 from ray_ddpo.common.diffusion.loading.config_keys import text_tokens
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
-from ray_ddpo.common.diffusion.memory.published_parts import CLIP_BIG_G, CLIP_L, FLOW_AUTOENCODER, T5_XXL
 from ray_ddpo.common.diffusion.policy import Conditioning, Role
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
 from ray_ddpo.common.recipe.tables import SamplingTable
 
-PATCH, POSITIONS = 2, 96  # where the transformer's configuration has none, as diffusers has them
+PATCH, POSITIONS = 2, 96  # diffusers' defaults for the transformer
 NAMES = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 # As in the configuration files of stabilityai/stable-diffusion-3.5-medium and stable-diffusion-3-medium-diffusers.
@@ -49,7 +49,7 @@ SD35_MEDIUM: Configs = {
 def call_transformer(
     network: Any, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor
 ) -> Tensor:
-    """The velocity that the transformer predicts, of a row each."""
+    """Return the transformer's velocity prediction per row."""
     return network(
         hidden_states=latents,
         timestep=timesteps,
@@ -71,6 +71,7 @@ class SD3Policy(DiffusersPolicy):
         return table.to(self.device)
 
     def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
+        """Encode one prompt with the three text encoders."""
         encoded = self.pipeline.encode_prompt(
             prompt,
             None,
@@ -84,7 +85,7 @@ class SD3Policy(DiffusersPolicy):
 
 
 class SD3(DiffusersConfig):
-    """Keys beside those of every pipeline: those of its third text encoder, a T5 of 9.5 GB in half precision."""
+    """Keys of the Stable Diffusion 3 family. Its third text encoder is a T5 of 9.5 GB in half precision."""
 
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
     network_name: ClassVar[str] = "transformer"

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (Podell et al. 2023): two text encoders, pooled text and size ids beside the latents, DDIM steps."""
+"""Stable Diffusion XL (Podell et al. 2023): two text encoders, pooled text and size ids as inputs, DDIM steps."""
 
 import functools
 from typing import Any, ClassVar
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.families.published_parts import AUTOENCODER, CLIP_BIG_G, CLIP_L
 from ray_ddpo.common.diffusion.loading.config_keys import text_tokens
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
-from ray_ddpo.common.diffusion.memory.published_parts import AUTOENCODER, CLIP_BIG_G, CLIP_L
 from ray_ddpo.common.diffusion.policy import Conditioning, Role
 from ray_ddpo.common.diffusion.schedulers.ddim import DDIMTable, ddim_table
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -45,9 +45,9 @@ def call_unet(
     prompt_embeds: Tensor,
     pooled_prompt_embeds: Tensor,
 ) -> Tensor:
-    """What the UNet predicts, of a row each, for images that were never cropped or scaled down."""
+    """Return the UNet's prediction per row, for images that were neither cropped nor downscaled."""
     height, width = (scale_factor * side for side in latents.shape[-2:])
-    # (height, width) before cropping, (top, left) of the crop, (height, width) that is wanted; made on the device.
+    # (height, width) before cropping, (top, left) of the crop, target (height, width); created on the device.
     size_ids = torch.zeros(len(latents), 6, device=latents.device, dtype=prompt_embeds.dtype)
     size_ids[:, 0::4] = height
     size_ids[:, 1::4] = width
@@ -62,7 +62,8 @@ class SDXLPolicy(DiffusersPolicy):
         return ddim_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, self.device)
 
     def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
-        # None stays None: an empty negative prompt is encoded, and none may stand for zeros.
+        """Encode one prompt with both text encoders."""
+        # Keep None: an empty negative prompt is encoded, while None may mean zeros.
         embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
             prompt,
             device=self.device,
@@ -75,14 +76,14 @@ class SDXLPolicy(DiffusersPolicy):
     def _unscaled(self, latents: Tensor) -> Tensor:
         keys = self.vae.config
         mean, std = keys.get("latents_mean"), keys.get("latents_std")
-        if mean is None or std is None:  # this pipeline takes both or neither, and knows no shift_factor
+        if mean is None or std is None:  # this pipeline uses both or neither, and ignores shift_factor
             return latents / keys.scaling_factor
         mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
         return latents * std / keys.scaling_factor + mean
 
 
 class SDXL(DiffusersConfig):
-    """Keys: those of every pipeline of diffusers'."""
+    """Keys of the SDXL family: those of every diffusers pipeline."""
 
     pipeline_class: ClassVar[str] = "StableDiffusionXLPipeline"
     network_name: ClassVar[str] = "unet"
@@ -115,7 +116,7 @@ class SDXL(DiffusersConfig):
     def decoder_dtype(self) -> torch.dtype:
         if self.loaded_dtype != torch.float16:
             return self.loaded_dtype
-        # Its activations overflow in float16, and images come out black, unless the configuration says otherwise.
+        # The decoder's activations overflow in float16, and images come out black, unless force_upcast is false.
         keys = self.part_config("vae")
         forced = keys.get("force_upcast", keys.get("_class_name") != "AutoencoderTiny")
         return torch.float32 if forced else torch.float16

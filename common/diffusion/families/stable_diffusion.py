@@ -1,14 +1,14 @@
-"""Stable Diffusion 1.x and 2.x: CLIP text, UNet with classifier-free guidance, DDIM steps, AutoencoderKL or AutoencoderTiny."""
+"""Stable Diffusion 1.x and 2.x: CLIP text, UNet with classifier-free guidance, DDIM, AutoencoderKL or AutoencoderTiny."""
 
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
+from ray_ddpo.common.diffusion.families.published_parts import AUTOENCODER, CLIP_L
 from ray_ddpo.common.diffusion.loading.config_keys import text_tokens
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
-from ray_ddpo.common.diffusion.memory.published_parts import AUTOENCODER, CLIP_L
 from ray_ddpo.common.diffusion.policy import Conditioning, Role
 from ray_ddpo.common.diffusion.schedulers.ddim import DDIMTable, ddim_table
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -40,7 +40,7 @@ SD2: Configs = {
 
 
 def call_unet(network: Any, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
-    """What the UNet predicts, of a row each."""
+    """Return the UNet's prediction per row."""
     return network(latents, timesteps, prompt_embeds, return_dict=False)[0]
 
 
@@ -55,11 +55,11 @@ class StableDiffusionPolicy(DiffusersPolicy):
         return {"prompt_embeds": embeds} | ({"negative_prompt_embeds": negative} if with_negative else {})
 
     def _unscaled(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor  # this pipeline knows no shift_factor
+        return latents / self.vae.config.scaling_factor  # this pipeline ignores shift_factor
 
 
 class StableDiffusion(DiffusersConfig):
-    """Keys: those of every pipeline of diffusers'."""
+    """Keys of the Stable Diffusion family: those of every diffusers pipeline."""
 
     pipeline_class: ClassVar[str] = "StableDiffusionPipeline"
     network_name: ClassVar[str] = "unet"

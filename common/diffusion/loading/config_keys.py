@@ -1,8 +1,9 @@
 """Check the configuration keys of a model's parts before anything is computed from them.
 
-Networks, decoders and text encoders are the libraries' own modules, so a key of theirs takes effect by itself. Left are the
-keys that diffusers' pipeline reads beside them, and those that must agree between two parts. Each is honoured as there, or
-refused with part, key and value.
+Networks, decoders and text encoders are the libraries' own modules, so most keys take effect by themselves. The rest
+are
+keys that diffusers' pipeline reads, and keys that must agree between two parts. Each of these is honoured as diffusers
+honours it, or refused with part, key and value.
 """
 
 import json
@@ -11,20 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_ddpo.common.diffusion.loading.model_index import read_object
-from ray_ddpo.common.diffusion.number_keys import decoder_number_faults, sample_size_faults
-from ray_ddpo.common.diffusion.schedulers.conversion import as_loaded, check_scheduler
+from ray_ddpo.common.diffusion.schedulers.conversion import as_loaded, check_scheduler, is_number
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 
-Components = Mapping[str, Mapping[str, Any]]  # by the part's name, its keys; model_index.json's under INDEX
+Components = Mapping[str, Mapping[str, Any]]  # part name → its keys; model_index.json's are under INDEX
 INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
 FLOW_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline")
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", *FLOW_PIPELINES)  # whose keys are known here
-SQUARE = 4  # latents that FLUX packs into a token
-DEFAULTS: dict[str, dict[str, Any]] = {  # of the libraries, where a file has no such key
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", *FLOW_PIPELINES)  # pipelines that are checked here
+LATENTS_PER_TOKEN = 4  # FLUX packs a square of 2 × 2 latents into a token
+DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent keys
     "unet": {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280},
     "vae": {"latent_channels": 4, "out_channels": 3},
     "text_encoder": {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77, "d_model": 512},
@@ -39,7 +39,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of the libraries, where a file has no
 
 
 class Rule(NamedTuple):
-    """One key of one part: the values that are honoured, and why no other is."""
+    """One key of one part: the allowed values, and why no others are."""
 
     part: str
     key: str
@@ -47,13 +47,13 @@ class Rule(NamedTuple):
     reason: str
 
 
-LABELS = "the pipeline tells its network no class labels"
+LABELS = "the pipeline gives its network no class labels"
 IMAGES = "the pipeline gives its network nothing but text"
-TOLD = "a network that was distilled to be told the guidance is sampled by another method"
+GUIDANCE_INPUT = "a network with the guidance scale as an input is sampled by another method"
 UNET = (
     Rule("unet", "class_embed_type", (None,), LABELS),
     Rule("unet", "num_class_embeds", (None,), LABELS),
-    Rule("unet", "time_cond_proj_dim", (None,), TOLD),
+    Rule("unet", "time_cond_proj_dim", (None,), GUIDANCE_INPUT),
     Rule("unet", "encoder_hid_dim_type", (None, "text_proj"), IMAGES),
 )
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -61,7 +61,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "StableDiffusionXLPipeline": (
         *UNET,
         Rule(
-            "unet", "addition_embed_type", ("text_time",), "an SDXL tells its network the image's size and pooled text"
+            "unet", "addition_embed_type", ("text_time",), "an SDXL gives its network the image's size and pooled text"
         ),
         Rule(INDEX, "add_watermarker", (None, False), "images are not watermarked here; set it to false"),
     ),
@@ -69,12 +69,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
 
 
 def check_keys(config: "DiffusersConfig", pipeline: Any = None) -> None:
-    """Check a model's configuration: that of a loaded pipeline, else the files of its folder, where it is one.
+    """Check the configuration of a loaded pipeline, or the files of the model's folder if there is one.
 
     Raises:
-        ValueError: a key has a value that cannot be honoured as diffusers honours it, or two parts do not fit together.
+        ValueError: A key has a value that cannot be honoured as diffusers honours it, or two parts do not fit together.
     """
-    if config.pipeline_class not in PIPELINES:  # a family of the user's own knows its keys itself
+    if config.pipeline_class not in PIPELINES:  # a user's own family checks its keys itself
         return
     parts = _loaded(pipeline) if pipeline is not None else _files(config)
     try:
@@ -96,12 +96,13 @@ def check_steps(config: "DiffusersConfig", sampling: SamplingTable) -> None:
 
 
 def text_tokens(config: "DiffusersConfig", text: Mapping[str, Any]) -> int:
-    """Return how many tokens a CLIP is given: its tokenizer says so in a folder, else as many as it has positions for."""
+    """Return how many tokens a CLIP reads: its tokenizer's length if there is a folder, else its number of positions."""
     length = _read(config.folder() / "tokenizer" / "tokenizer_config.json").get("model_max_length")
     return length or text.get("max_position_embeddings", DEFAULTS["text_encoder"]["max_position_embeddings"])
 
 
 def _files(config: "DiffusersConfig") -> Components:
+    """Read the keys of every part from the model's folder; empty if the model is not a folder."""
     folder = config.folder()
     if not folder.is_dir():
         return {}
@@ -109,17 +110,18 @@ def _files(config: "DiffusersConfig") -> Components:
     places |= {name: f"{name}/config.json" for name in config.text_parts}
     places |= {name: f"{name}/tokenizer_config.json" for name in config.tokenizers}
     read = {name: _read(folder / place) for name, place in places.items()}
-    for name in config.text_parts:  # of a whole CLIP the text tower is taken
+    for name in config.text_parts:  # a full CLIP's configuration contains the text tower's
         read[name] = read[name].get("text_config") or read[name]
     return {name: keys for name, keys in read.items() if keys}
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the keys of a file; none where it is not there, which those who load it will say."""
+    """Return the keys of a file; empty if there is no such file, which loading reports."""
     return read_object(path) if path.is_file() else {}
 
 
 def _loaded(pipeline: Any) -> Components:
+    """Return the keys of every part of a loaded pipeline."""
     parts: dict[str, Mapping[str, Any]] = {INDEX: dict(pipeline.config)}
     for name, part in pipeline.components.items():
         if hasattr(part, "model_max_length"):
@@ -132,6 +134,7 @@ def _loaded(pipeline: Any) -> Components:
 
 
 def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
+    """Yield everything that is wrong with the parts' keys."""
     for rule in RULES.get(config.pipeline_class, ()):
         value = parts.get(rule.part, {}).get(rule.key)
         if rule.part in parts and value not in rule.allowed:
@@ -142,7 +145,7 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
             yield f"{_file(name)} has a quantization_config: quantized weights are neither trained nor sampled from here"
     if "vae" in parts:
         yield from _decoder_faults(config, parts)
-    yield from sample_size_faults(_file(config.network_name), parts.get(config.network_name, {}))
+    yield from _sample_size_faults(_file(config.network_name), parts.get(config.network_name, {}))
     if "vae" in parts and config.network_name in parts:
         yield from _channel_faults(config, parts)
     if config.network_name in parts and all(name in parts for name in config.text_parts):
@@ -151,6 +154,7 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
 
 
 def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
+    """Yield what is wrong with the decoder's keys."""
     vae = parts["vae"]
     if _value(config, parts, "vae", "out_channels") != 3:
         yield f"vae/config.json has out_channels={vae['out_channels']!r}: images have 3 channels, red, green and blue"
@@ -158,7 +162,7 @@ def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
     if config.pipeline_class in FLOW_PIPELINES and vae.get("shift_factor", 0.0 if tiny else None) is None:
         yield f"vae/config.json has no shift_factor, which {config.pipeline_class} adds to latents: write a number"
     of_sdxl = config.pipeline_class == "StableDiffusionXLPipeline"
-    yield from decoder_number_faults(vae, config.pipeline_class in FLOW_PIPELINES, of_sdxl)
+    yield from _decoder_number_faults(vae, config.pipeline_class in FLOW_PIPELINES, of_sdxl)
     statistics = [vae.get(key) for key in ("latents_mean", "latents_std")]
     channels = _value(config, parts, "vae", "latent_channels")
     if of_sdxl and None not in statistics and any(len(value or ()) != channels for value in statistics):
@@ -166,9 +170,9 @@ def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
 
 
 def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
-    """The network takes and gives what the decoder decodes."""
+    """Yield disagreements between the network's channels and the decoder's."""
     network = config.network_name
-    packed = SQUARE if config.pipeline_class == "FluxPipeline" else 1
+    packed = LATENTS_PER_TOKEN if config.pipeline_class == "FluxPipeline" else 1
     latents = _value(config, parts, "vae", "latent_channels")
     taken = _value(config, parts, network, "in_channels")
     given = _value(config, parts, network, "out_channels") or taken
@@ -177,7 +181,7 @@ def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
     if taken != packed * latents:
         yield (
             f"{_file(network)} has in_channels={taken}, and vae/config.json latent_channels={latents}: the network must take "
-            f"{packed * latents} (those for inpainting, editing or upscaling take more)"
+            f"{packed * latents} (networks for inpainting, editing or upscaling take more)"
         )
     if given != taken:
         keys = ", ".join(f"{key}={parts[network].get(key)!r}" for key in ("out_channels", "patch_size"))
@@ -185,29 +189,30 @@ def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
 
 
 def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
-    """The network takes what the text encoders give."""
-    network, of = config.network_name, lambda part, key: _value(config, parts, part, key)
-    wanted: list[tuple[str, Any, str, int]] = []  # key, its value, of what it must be the width, which is
+    """Yield disagreements between the widths that the network takes and those that the text encoders give."""
+    network, value_of = config.network_name, lambda part, key: _value(config, parts, part, key)
+    wanted: list[tuple[str, Any, str, int]] = []  # the network's key, its value, what must have this width, its width
     match config.pipeline_class:
         case "StableDiffusionPipeline" | "StableDiffusionXLPipeline":
-            width = sum(of(part, "hidden_size") for part in config.text_parts)
+            width = sum(value_of(part, "hidden_size") for part in config.text_parts)
             projected = parts[network].get("encoder_hid_dim")
             key = "encoder_hid_dim" if projected else "cross_attention_dim"
-            wanted.append((key, of(network, key), "hidden_size of the text encoders", width))
+            wanted.append((key, value_of(network, key), "hidden_size of the text encoders", width))
         case "StableDiffusion3Pipeline":
-            pooled = of("text_encoder", "projection_dim") + of("text_encoder_2", "projection_dim")
+            pooled = value_of("text_encoder", "projection_dim") + value_of("text_encoder_2", "projection_dim")
             key = "pooled_projection_dim"
-            wanted.append((key, of(network, key), "projection_dim of the two CLIPs", pooled))
+            wanted.append((key, value_of(network, key), "projection_dim of the two CLIPs", pooled))
         case "FluxPipeline":
             key = "pooled_projection_dim"
-            wanted.append((key, of(network, key), "hidden_size of text_encoder", of("text_encoder", "hidden_size")))
+            width = value_of("text_encoder", "hidden_size")
+            wanted.append((key, value_of(network, key), "hidden_size of text_encoder", width))
     t5 = next((part for part, (_, made) in config.text_parts.items() if made == "T5EncoderModel"), None)
     if t5:
         key = "joint_attention_dim"
-        wanted.append((key, of(network, key), f"d_model of {t5}", of(t5, "d_model")))
+        wanted.append((key, value_of(network, key), f"d_model of {t5}", value_of(t5, "d_model")))
     if config.pipeline_class == "StableDiffusionXLPipeline":
         ids, key = parts[network].get("addition_time_embed_dim"), "projection_class_embeddings_input_dim"
-        pooled = of("text_encoder_2", "projection_dim")
+        pooled = value_of("text_encoder_2", "projection_dim")
         what = "6 × addition_time_embed_dim and projection_dim of text_encoder_2"
         wanted.append((key, parts[network].get(key), what, 6 * (ids or 0) + pooled))
     for key, value, what, width in wanted:
@@ -216,12 +221,12 @@ def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]
 
 
 def _length_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
-    """Each CLIP has a position for every token that it is given."""
+    """Yield CLIPs that have fewer positions than their tokenizer gives tokens."""
     clips = [part for part, (_, made) in config.text_parts.items() if made.startswith("CLIP")]
-    of_its_own = config.pipeline_class == "StableDiffusionXLPipeline"
+    separate_lengths = config.pipeline_class == "StableDiffusionXLPipeline"
     lengths: dict[str, Any] = {}
     for clip, own in zip(clips, config.tokenizers, strict=False):
-        tokenizer = own if of_its_own else config.tokenizers[0]
+        tokenizer = own if separate_lengths else config.tokenizers[0]
         if clip not in parts or tokenizer not in parts:
             continue
         length, most = parts[tokenizer].get("model_max_length"), _value(config, parts, clip, "max_position_embeddings")
@@ -240,7 +245,7 @@ def _length_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str
 
 
 def _value(config: "DiffusersConfig", parts: Components, part: str, key: str) -> Any:
-    """The key's value, or the libraries' default."""
+    """Return the key's value, or the libraries' default."""
     kind = "text_encoder" if part.startswith("text_encoder") else part
     defaults = DEFAULTS.get(config.pipeline_class if kind == "transformer" else kind, {})
     return parts[part].get(key, defaults.get(key))
@@ -248,3 +253,31 @@ def _value(config: "DiffusersConfig", parts: Components, part: str, key: str) ->
 
 def _file(part: str) -> str:
     return FILES.get(part, f"{part}/config.json")
+
+
+def _decoder_number_faults(vae: Mapping[str, Any], adds_shift: bool, takes_statistics: bool) -> Iterator[str]:
+    """Yield what is wrong with the keys that scale latents before they are decoded.
+
+    Args:
+        vae: the decoder's keys. An absent key has the class's default.
+        adds_shift: whether the family's pipeline adds `shift_factor`.
+        takes_statistics: whether the family's pipeline multiplies by `latents_std` and adds `latents_mean`.
+    """
+    scale = vae.get("scaling_factor", 1.0)
+    if not is_number(scale) or scale == 0:
+        yield f"vae/config.json has scaling_factor={scale!r}, by which latents are divided: it must be a number other than 0"
+    shift = vae.get("shift_factor")
+    if adds_shift and shift is not None and not is_number(shift):
+        yield f"vae/config.json has shift_factor={shift!r}, which is added to latents: it must be a number"
+    for key in ("latents_mean", "latents_std") if takes_statistics else ():
+        values = vae.get(key)
+        if values is not None and not (isinstance(values, list | tuple) and all(map(is_number, values))):
+            yield f"vae/config.json has {key}={values!r:.80}: it must be a list of numbers, one a channel, or null"
+
+
+def _sample_size_faults(file: str, network: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the network's default latent size, which determines the default image size."""
+    size = network.get("sample_size")
+    sides = [size] * 2 if not isinstance(size, list | tuple) else list(size)
+    if size is not None and (len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)):
+        yield f"{file} has sample_size={size!r}: it must be a whole number above 0, or [height, width] of such"

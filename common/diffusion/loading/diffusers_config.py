@@ -1,4 +1,4 @@
-"""The keys of `[policy]` that every family of diffusers' pipelines has, and how a pipeline is found, counted and loaded."""
+"""The keys of `[policy]` that all families of diffusers pipelines share: how a pipeline is found, counted and loaded."""
 
 import os
 from abc import abstractmethod
@@ -47,67 +47,72 @@ class DiffusersConfig(SizedConfig):
     @property
     @abstractmethod
     def text_parts(self) -> dict[str, tuple[str, str]]:
-        """Of each text encoder transformers' classes: its configuration's, its own."""
+        """Return transformers' configuration class and model class for each text encoder."""
 
     @property
     def loading(self) -> dict[str, Any]:
-        """What the pipeline's own `from_pretrained` is given beside."""
+        """Return additional arguments for the pipeline's own `from_pretrained`."""
         return {}
 
     @abstractmethod
     def network_call(self, sampling: SamplingTable) -> NetworkCall:
-        """How the network is called: a function of (network, latents, timesteps, **rows of conditioning)."""
+        """Return the function of (network, latents, timesteps, **rows of conditioning) that calls the network."""
 
     @abstractmethod
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
-        """Of one prompt's row, by name, from the parts' configurations; without those that are negative."""
+        """Return the shapes of one prompt's row by name, from the parts' configurations, without the negative tensors."""
 
     @abstractmethod
     def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:
-        """The family's policy of a pipeline that was loaded."""
+        """Return the family's policy for a loaded pipeline."""
 
     def branches(self, sampling: SamplingTable) -> int:
-        """Rows of the network for an image: with and without the prompt, where it is guided by the difference."""
+        """Return the network's rows per image: 2 with classifier-free guidance, else 1."""
         return 2 if sampling.is_guided else 1
 
     def latent_shape(self, network_config: dict[str, Any]) -> tuple[int, int, int]:
-        """C, H, W of one image's latents."""
+        """Return C, H, W of one image's latents."""
         return network_config["in_channels"], *self.latent_sides(network_config["sample_size"])
 
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """The same with what all prompts share."""
+        """Return the shapes with those of the `negative_…` tensors."""
         return shapes | {f"negative_{name}": shape for name, shape in shapes.items()}
 
     @property
     def decoder_dtype(self) -> torch.dtype:
-        """What samplers decode in."""
+        """Return the dtype that samplers decode in."""
         return self.loaded_dtype
 
     @property
     def loaded_dtype(self) -> torch.dtype:
-        """What weights are read in."""
+        """Return the dtype that weights are read in."""
         return torch.float32 if self.train == "full" else DTYPES[self.dtype]  # master weights are float32
 
     def check(self) -> None:
         self._check("sampler")
 
     def _check(self, role: Role) -> None:
+        """Check everything about the model that can be told without loading it, for one role."""
         if self.train == "full" and self.dtype == "float16":
             raise ValueError(
-                "policy.train is 'full' and policy.dtype is 'float16': whole networks train in float32 or bfloat16"
+                "policy.train is 'full' and policy.dtype is 'float16': full networks train in float32 or bfloat16"
             )
         check_model(self, role)
         check_keys(self)
-        if self.folder().exists() or self.model in self.published:  # else its configuration is read when it is loaded
+        if self.folder().exists() or self.model in self.published:  # otherwise its configuration is read at loading
             self.check_size()
 
     def folder(self) -> Path:
-        """Return where the model is, if it is on this machine; where its configurations are, if it is a single file."""
+        """Return the model's folder on this machine, or the folder of configurations if the model is a single file."""
         source = source_of(self)
         return EMBEDDED_MODELS.get(source, Path(os.path.expanduser(source)))
 
     def part_config(self, part: str) -> dict[str, Any]:
-        """One part's configuration. ValueError: it is neither in a folder, nor known here, nor to be had from the hub."""
+        """Return one part's configuration.
+
+        Raises:
+            ValueError: It is neither in a folder, nor known here, nor available from the hub.
+        """
         return read_config(source_of(self), self.folder(), self.published, part)
 
     def needs(self) -> tuple[Weights, ...]:
@@ -133,7 +138,7 @@ class DiffusersConfig(SizedConfig):
         network = getattr(pipeline, self.network_name)
         if role == "sampler":
             self.set_up_decoder(pipeline.vae)
-        if role != "learner" and self.train == "lora":  # text encoder and decoder stay as they are
+        if role != "learner" and self.train == "lora":  # text encoders and decoder keep their dtype
             network.to(self.dtype_of(role))
         if self.gradient_checkpointing and role == "learner":
             network.enable_gradient_checkpointing()
@@ -143,7 +148,11 @@ class DiffusersConfig(SizedConfig):
         return policy
 
     def set_up_decoder(self, vae: Any) -> None:
-        """As the recipe has it. ValueError: the decoder cannot do that."""
+        """Apply the recipe's decoder options.
+
+        Raises:
+            ValueError: The decoder does not support one of them.
+        """
         vae.to(self.decoder_dtype)
         if self.vae_slicing:
             vae.enable_slicing()

@@ -1,4 +1,4 @@
-"""Turn what diffusers, transformers and torch raise on a configuration that they cannot use into one line for the user."""
+"""Turn what diffusers, transformers and torch raise on an unusable configuration into one line for the user."""
 
 import functools
 import traceback
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from ray_ddpo.common.diffusion.number_keys import named_keys
 from ray_ddpo.common.diffusion.policy import select_rows
 from ray_ddpo.common.user_code.frames import LIBRARIES
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
 
 T = TypeVar("T")
-# What those libraries raise where keys do not go together. Running out of memory is no matter of keys.
+# What those libraries raise if keys do not fit together. Running out of memory has another cause.
 RAISED = (
     *(ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, ImportError, NotImplementedError),
     *(AssertionError, ZeroDivisionError, OverflowError),
@@ -28,7 +27,7 @@ PIPELINES_FILE = "diffusers/pipelines/pipeline_utils.py"  # loads one part after
 
 
 def names_the_model(method: Callable[..., T]) -> Callable[..., T]:
-    """Make a method of a model's configuration raise ValueError that names the model, if a library raises in it."""
+    """Make a method of a model's configuration raise ValueError with the model's name if a library raises in it."""
 
     @functools.wraps(method)
     def named(config: Any, *arguments: Any, **keys: Any) -> T:
@@ -40,10 +39,14 @@ def names_the_model(method: Callable[..., T]) -> Callable[..., T]:
 
 @contextmanager
 def library_errors(model: str | None, what: str, keys: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Raise ValueError with `what` and the library's words, if a library raises. The project's own errors pass unchanged.
+    """Raise ValueError with `what` and the library's message if a library raises.
 
-    `model`: what the error begins with; None: somebody outside puts it there. `keys`: of the part's file, whose texts a
-    library's error may quote without their names.
+    The project's own errors pass unchanged.
+
+    Args:
+        model: named at the beginning of the error; if None, a caller adds the name.
+        what: what cannot be done.
+        keys: the part's configuration. A library's error may quote the text values without their names.
     """
     try:
         yield
@@ -55,12 +58,20 @@ def library_errors(model: str | None, what: str, keys: Mapping[str, Any] | None 
             raise
         said = " ".join(str(error).split())[:400]
         key = "" if model is None else f"policy.model is {model!r}: "
-        named = named_keys(keys or {}, said)
+        named = _named_keys(keys or {}, said)
         raise ValueError(f"{key}{what}: {_part(frames)}{type(error).__name__}: {said}{named}") from error
 
 
+def _named_keys(keys: Mapping[str, Any], said: str) -> str:
+    """Return the keys whose text a library's error quotes, as words for the end of a message; empty if there are none."""
+    quoted = [
+        f"{key}={value!r}" for key, value in keys.items() if isinstance(value, str) and value and repr(value) in said
+    ]
+    return f" ({', '.join(quoted)})" if quoted else ""
+
+
 def _part(frames: list[FrameType]) -> str:
-    """Return the part that a pipeline was loading, and the class of the part that raised, as far as they can be told."""
+    """Return the part that a pipeline was loading and the class of the part that raised, as far as they are known."""
     loading = [frame.f_locals.get("name") for frame in frames if frame.f_code.co_filename.endswith(PIPELINES_FILE)]
     owners = [type(frame.f_locals.get("self")) for frame in frames]
     classes = [kind.__name__ for kind in owners if issubclass(kind, nn.Module) or kind.__name__.endswith("Config")]
@@ -69,7 +80,7 @@ def _part(frames: list[FrameType]) -> str:
 
 
 def _of_transformers() -> tuple[type[Exception], ...]:
-    """Return what its configurations raise on values that they refuse, which is no ValueError."""
+    """Return what transformers' configurations raise on values that they refuse, which is not a ValueError."""
     from huggingface_hub.errors import StrictDataclassError
 
     return (StrictDataclassError,)
@@ -93,10 +104,10 @@ def _check_tokens(policy: "DiffusersPolicy") -> None:
 
 @torch.no_grad()
 def try_once(policy: "DiffusersPolicy") -> None:
-    """Take one row from a prompt to an image, so that keys that do not go together are named before the first round.
+    """Take one row from a prompt to an image, so that keys that do not fit together fail before the first round.
 
     Raises:
-        ValueError: a part cannot compute what the others give it.
+        ValueError: A part cannot process what the others give it.
     """
     model, config = policy.config.model, policy.config
     text = ", ".join(f"{part}/config.json" for part in config.text_parts)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ray_ddpo.common.diffusion.loading.library_errors import library_errors
 from ray_ddpo.common.diffusion.loading.model_index import known_parts, read_class, read_object, with_article
 from ray_ddpo.common.diffusion.loading.part_files import PartWeights
-from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.file_faults import refuse_not_finite
 from ray_ddpo.common.model_files.pretrained import weights_fault
 
 if TYPE_CHECKING:
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def load_part(config: "DiffusersConfig", folder: Path, part: str, weights: PartWeights) -> Any:
-    """Return a network, decoder or text encoder. ValueError: its file lacks a weight, or has one that does not fit."""
+    """Return a network, decoder or text encoder.
+
+    Raises:
+        ValueError: Its file lacks a weight, or has a weight that does not fit.
+    """
     import diffusers
     import transformers
 
@@ -31,10 +35,10 @@ def load_part(config: "DiffusersConfig", folder: Path, part: str, weights: PartW
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which are then reported together
+            ignore_mismatched_sizes=True,  # reported together below
             **dtype,
         )
-    # A text encoder's file may hold more than that encoder; a network's or decoder's that does is another network's.
+    # A text encoder's file may hold more than the encoder. Unexpected weights for a network or decoder mean another model.
     fault = weights_fault(found, refuse_unexpected=known.library == "diffusers")
     if fault:
         raise ValueError(f"its {part}, {with_article(name)}, cannot be loaded ({fault})")

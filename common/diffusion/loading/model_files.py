@@ -1,4 +1,4 @@
-"""Say what `policy.model` is and which files of it a role reads, before anything is loaded."""
+"""Find out what `policy.model` names and which of its files a role reads, before anything is loaded."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +22,11 @@ def source_of(config: "DiffusersConfig") -> str:
 
 
 def check_model(config: "DiffusersConfig", role: "Role") -> None:
-    """Check all that can be told of the model without loading it. ValueError: a role cannot load it."""
+    """Check everything about the model that can be told without loading it.
+
+    Raises:
+        ValueError: A role cannot load the model.
+    """
     if names_a_file(config.model):
         check_single_file(config)
     elif config.single_file_config:
@@ -46,18 +50,18 @@ def check_model(config: "DiffusersConfig", role: "Role") -> None:
 
 
 def _has_weights(config: "DiffusersConfig", folder: Path, role: "Role") -> bool:
-    """Return whether anything but configurations is there: those alone are enough for a plan."""
+    """Return whether the folder has more than configurations. Configurations alone are enough for a plan."""
     parts = [part for part, known in known_parts(config, role).items() if known.kind == "model"]
     return any(path.suffix[1:] not in TEXT_FILES for part in parts for path in (folder / part).iterdir())
 
 
 def files_by_role(config: "DiffusersConfig", role: "Role", texts: bool = True) -> tuple[Weights, ...]:
-    """Return the files that a role reads: by their names where the model is on this machine, else by patterns.
+    """Return the files that a role reads: by name if the model is on this machine, otherwise by patterns.
 
     Args:
         config: the model family's keys.
-        role: who reads them.
-        texts: whether configurations and vocabularies are among them.
+        role: the role that reads them.
+        texts: whether to include configurations and vocabularies.
     """
     if names_a_file(config.model):
         return single_file(config, role)
@@ -66,7 +70,7 @@ def files_by_role(config: "DiffusersConfig", role: "Role", texts: bool = True) -
     kinds = ("safetensors", *TEXT_FILES) if texts else ("safetensors",)
     parts = [part for part, known in known_parts(config, role).items() if texts or known.kind == "model"]
     files = [f"{part}/*.{kind}" for part in parts for kind in kinds]
-    with suppress(ValueError):  # then the patterns say what is looked for, and loading says what is wrong
+    with suppress(ValueError):  # keep the patterns then; loading reports what is wrong
         if folder is not None:
             files = loaded_files(config, folder, role, texts)
     return (Weights(source, (INDEX, *files), "policy.model"),)

@@ -1,4 +1,4 @@
-"""Read what a model's folder says it is (model_index.json), and refuse what its family does not train."""
+"""Read what a model's folder says it is (model_index.json), and refuse models that its family does not train."""
 
 import json
 from collections.abc import Iterator
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 
 INDEX = "model_index.json"
-FAMILIES = {  # diffusers' pipeline class: the family that trains it, and its name in words
+FAMILIES = {  # diffusers' pipeline class → the family that trains it, and its name in words
     "StableDiffusionPipeline": ("stable_diffusion", "Stable Diffusion"),
     "StableDiffusionXLPipeline": ("sdxl", "SDXL"),
     "StableDiffusion3Pipeline": ("sd3", "Stable Diffusion 3"),
     "FluxPipeline": ("flux", "FLUX"),
 }
-TOKENIZERS = {  # by the text encoder's class; transformers has had two classes of each
+TOKENIZERS = {  # text encoder class → tokenizer classes; transformers has had two for each
     "CLIPTextModel": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "CLIPTextModelWithProjection": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "T5EncoderModel": ("T5Tokenizer", "T5TokenizerFast"),
 }
-VOCABULARIES = {  # sets of files, one of which a tokenizer needs
+VOCABULARIES = {  # tokenizer class → sets of files, one of which it needs
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
 }
-MODEL_TYPES = {  # what a text encoder's own configuration may say of itself; a whole CLIP has a text encoder
+MODEL_TYPES = {  # text encoder class → allowed model_type; a full CLIP contains a text encoder
     "CLIPTextModel": ("clip_text_model", "clip"),
     "CLIPTextModelWithProjection": ("clip_text_model", "clip"),
     "T5EncoderModel": ("t5",),
@@ -39,7 +39,7 @@ MODEL_TYPES = {  # what a text encoder's own configuration may say of itself; a 
 
 @dataclass(frozen=True)
 class PartClass:
-    """What a part of a pipeline is, its library, and the classes that the family knows; none: any."""
+    """The kind of a pipeline's part, its library, and the classes that the family allows; none means any class."""
 
     kind: Literal["model", "tokenizer", "scheduler"]
     library: str
@@ -47,7 +47,7 @@ class PartClass:
 
 
 def known_parts(config: "DiffusersConfig", role: str = "sampler") -> dict[str, PartClass]:
-    """Return the parts that a role loads; a sampler loads all that anybody does."""
+    """Return the parts that a role loads. A sampler loads all of them."""
     found = {
         config.network_name: PartClass("model", "diffusers", (config.network_class,)),
         "scheduler": PartClass("scheduler", "diffusers"),
@@ -66,7 +66,7 @@ def known_parts(config: "DiffusersConfig", role: str = "sampler") -> dict[str, P
 
 @contextmanager
 def about_model(model: str, key: str = "policy.model") -> Iterator[None]:
-    """Let what is raised about a model's files begin with the recipe's key and value."""
+    """Prefix errors about a model's files with the recipe's key and value."""
     try:
         yield
     except PartNotThere as error:
@@ -78,18 +78,18 @@ def about_model(model: str, key: str = "policy.model") -> Iterator[None]:
 
 
 def about_folder(config: "DiffusersConfig") -> AbstractContextManager[None]:
-    """Do the same for the folder of configurations, which is the model itself unless that is a single file."""
+    """Prefix errors about the folder of configurations, which is the model itself unless that is a single file."""
     if config.single_file_config is None:
         return about_model(config.model)
     return about_model(config.single_file_config, "policy.single_file_config")
 
 
 def check_folder(config: "DiffusersConfig", folder: Path, role: str = "sampler") -> None:
-    """Check what a folder says of itself, and that the files of a role's parts fit that.
+    """Check a folder's index, and that the files of a role's parts agree with it.
 
     Raises:
-        PartNotThere: a part that the role loads is not there.
-        ValueError: the recipe's family does not train such a model.
+        PartNotThere: A part that the role loads is missing.
+        ValueError: The recipe's family does not train such a model.
     """
     index = read_object(folder / INDEX)
     _check_pipeline(config, index)
@@ -103,7 +103,11 @@ def check_folder(config: "DiffusersConfig", folder: Path, role: str = "sampler")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of the model. ValueError: there is none."""
+    """Return the object in one of the model's JSON files.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
     if not path.is_file():
         raise PartNotThere(f"there is no {path.name} in {path.parent}")
     check_file(path)
@@ -114,11 +118,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_class(folder: Path, part: str) -> str:
-    """Return the class of a part, as the index of a checked folder names it."""
+    """Return the class of a part, as named in the index of a checked folder."""
     return read_object(folder / INDEX)[part][1]
 
 
 def _check_pipeline(config: "DiffusersConfig", index: dict[str, Any]) -> None:
+    """Check that the index names a pipeline that the recipe's family trains."""
     name = index.get("_class_name")
     known = f"the families are {sorted(POLICIES)}, for {', '.join(FAMILIES)}"
     if index.get("requires_aesthetics_score") is True:
@@ -135,13 +140,13 @@ def _check_pipeline(config: "DiffusersConfig", index: dict[str, Any]) -> None:
 
 
 def _check_channels(config: "DiffusersConfig", folder: Path) -> None:
-    """Check that the network takes the decoder's latents and nothing beside."""
+    """Check that the network takes the decoder's latents and nothing else."""
     network = read_object(folder / config.network_name / "config.json")
     taken, given = network.get("in_channels"), read_object(folder / "vae" / "config.json").get("latent_channels")
     if taken and given and taken != given * config.latent_packing:
         raise ValueError(
-            f"its {config.network_name} takes latents of {taken} channels and its decoder has {given}: a model that is given "
-            f"an image beside the prompt, which no family here trains (in_channels in {config.network_name}/config.json, "
+            f"its {config.network_name} takes latents of {taken} channels and its decoder has {given}: a model with an image "
+            f"as a second input, which no family here trains (in_channels in {config.network_name}/config.json, "
             "latent_channels in vae/config.json)"
         )
 

@@ -1,4 +1,4 @@
-"""The sizes of a model of diffusers' from its configuration files, which are read here; nothing is loaded."""
+"""The sizes of a diffusers model, from its configuration files. Nothing is loaded."""
 
 import functools
 import json
@@ -23,15 +23,19 @@ from ray_ddpo.common.trajectory import DTYPES
 if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 
-Configs = dict[str, dict[str, Any]]  # a pipeline's parts: their configurations
+Configs = dict[str, dict[str, Any]]  # part name → its configuration
 
 
 def read_config(model: str, folder: Path, published: dict[str, Configs], part: str) -> dict[str, Any]:
-    """Return one part's configuration. ValueError: it is neither in a folder, nor known here, nor to be had from the hub."""
+    """Return one part's configuration.
+
+    Raises:
+        ValueError: It is neither in a folder, nor known here, nor available from the hub.
+    """
     if folder.is_dir():
         with about_model(model):
             found = read_object(folder / part / "config.json")
-        # A whole CLIP's has a text tower's and an image tower's; transformers takes the first.
+        # A full CLIP's configuration has one for each tower; transformers takes the text tower's.
         return found["text_config"] if isinstance(found.get("text_config"), dict) else found
     if model in published:
         return published[model][part]
@@ -42,34 +46,35 @@ def read_config(model: str, folder: Path, published: dict[str, Configs], part: s
 def model_sizes(
     config: "DiffusersConfig", configs: Configs, sampling: SamplingTable, device: DeviceKind
 ) -> PolicySizes:
-    """Build every part on the meta device and count. `configs` has one configuration a part."""
-    # How far a guided path is guided and how long it is changes nothing of a step: one count does for all.
+    """Build every part on the meta device and count. `configs` has one configuration per part."""
+    # Guidance scale and number of steps do not change a step's memory, so count once and cache.
     alike = SamplingTable(guidance_scale=2.0 if sampling.is_guided else 1.0)
     keys = f"{type(config).__module__}:{type(config).__qualname__} {config.model_dump_json()}"
     sizes = _counted(_Work(config, keys, json.dumps(configs, sort_keys=True), alike, device))
-    path = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # numbers an image
-    kept = DTYPES[sampling.latents_dtype].itemsize
+    trajectory = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # elements per image
+    stored = DTYPES[sampling.latents_dtype].itemsize
     return replace(
         sizes,
         stochastic_steps=config.stochastic_steps(sampling),
-        sampling=sizes.sampling.plus(0, path * (4 + 2 * kept)),  # noise, the path step by step, and as one tensor
-        decoding=sizes.decoding.plus(0, path * kept),
+        sampling=sizes.sampling.plus(0, trajectory * (4 + 2 * stored)),  # noise, latents step by step, and stacked
+        decoding=sizes.decoding.plus(0, trajectory * stored),
     )
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What is counted once and remembered."""
+    """The arguments of a cached count."""
 
-    config: "DiffusersConfig" = field(compare=False)  # a family of the user's own may have keys that cannot be hashed
-    keys: str  # the configuration's class and keys
-    files: str  # the parts' configurations
+    config: "DiffusersConfig" = field(compare=False)  # a user's own family may have unhashable keys
+    keys: str  # the configuration's class and keys, as text
+    files: str  # the parts' configurations, as JSON
     sampling: SamplingTable
     device: DeviceKind
 
 
 @functools.lru_cache(maxsize=16)
 def _counted(work: _Work) -> PolicySizes:
+    """Count parameters and predict peak memory of every kind of work."""
     quiet_libraries()
     config, sampling, device, configs = work.config, work.sampling, work.device, json.loads(work.files)
     parts = meta_parts(config, configs)
@@ -83,16 +88,16 @@ def _counted(work: _Work) -> PolicySizes:
     shapes, latent_shape = config.conditioning_shapes(configs), config.latent_shape(dict(network.config))
     inputs = Inputs(config.network_call(sampling), latent_shape, shapes, config.branches(sampling))
     memory = NetworkMemory(network, inputs, config.dtype_of("learner"), device)
-    # Gradient and AdamW's two moments, in float32, of each trained parameter.
+    # Gradient and AdamW's two optimizer states, in float32, per trained parameter.
     learning = parameter_bytes(network) + 3 * 4 * trained + library_bytes(device)
     learner = memory.learning(config.gradient_checkpointing).plus(learning)
     if config.train == "lora":
         memory.change_dtype(config.dtype_of("sampler"))
-    # With adapters merged, the weights beside them are kept as they were.
+    # Merging adapters keeps a copy of the base weights.
     network_bytes = parameter_bytes(network) + (base_weight_bytes(network) if config.merge_adapters else 0)
     held = network_bytes + library_bytes(device)
     encoders, decoder = sum(parameter_bytes(part) for part in parts.values()), parameter_bytes(vae)
-    waiting = config.offload and device == "cuda"
+    offloaded = config.offload and device == "cuda"
     text_bytes = sum(math.prod(shape) for shape in shapes.values()) * config.loaded_dtype.itemsize
     return PolicySizes(
         latent_shape=latent_shape,
@@ -102,15 +107,15 @@ def _counted(work: _Work) -> PolicySizes:
         network_parameters=network_parameters,
         trained_parameters=trained,
         learner=learner,
-        sampling=memory.sampling().plus(held + (0 if waiting else encoders + decoder)),
-        decoding=memory.decoding(vae).plus(held + decoder + (0 if waiting else encoders)),
-        encoding_bytes=held + encoders + (0 if waiting else decoder),
+        sampling=memory.sampling().plus(held + (0 if offloaded else encoders + decoder)),
+        decoding=memory.decoding(vae).plus(held + decoder + (0 if offloaded else encoders)),
+        encoding_bytes=held + encoders + (0 if offloaded else decoder),
         network_bytes=network_bytes,
     )
 
 
 def meta_parts(config: "DiffusersConfig", configs: Configs) -> dict[str, Any]:
-    """A pipeline's networks on the meta device, by the names that diffusers gives them."""
+    """Return a pipeline's networks on the meta device, by diffusers' part names."""
     import diffusers
     import transformers
 

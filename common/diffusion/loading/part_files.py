@@ -1,4 +1,7 @@
-"""Find the files that a part of a pipeline is loaded from, as diffusers and transformers choose them. Nothing is loaded."""
+"""Find the files that a part of a pipeline is loaded from, as diffusers and transformers choose them.
+
+Nothing is loaded.
+"""
 
 import json
 import re
@@ -10,16 +13,16 @@ from ray_ddpo.common.model_files.file_faults import DamagedFile, check_file
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 TEXT_FILES = ("json", "txt", "model")  # configurations and vocabularies
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")  # pickles
-SHARD = re.compile(r"-\d{5}-of-\d{5}")  # in the name of one of several files
-SHOWN = 6  # names in a message
+SHARD = re.compile(r"-\d{5}-of-\d{5}")  # in a shard's file name
+SHOWN = 6  # file names in a message
 
 
 class PartNotThere(ValueError):
-    """A part, or one of its files, is not in a model's folder. The text says which, and what is there."""
+    """A part, or one of its files, is missing from a model's folder. The text says which, and what is there."""
 
 
 class OnlyPickles(PartNotThere):
-    """A part's weights are pickles only. `variant` is that of all of them, or None."""
+    """A part's weights are pickles only. `variant` is the variant of all of them, or None."""
 
     def __init__(self, text: str, variant: str | None) -> None:
         super().__init__(text)
@@ -38,13 +41,13 @@ def weights_of(folder: Path, part: str, library: str, wanted: str | None) -> Par
     """Return the weights that `library` loads a part from.
 
     Args:
-        folder: the model's folder, with one folder a part.
+        folder: the model's folder, with one folder per part.
         part: the part's name.
         library: diffusers or transformers.
-        wanted: the variant that the recipe asks for. A part without it is loaded from its usual files, as in diffusers.
+        wanted: the recipe's variant. As in diffusers, a part without it is loaded from its usual files.
 
     Raises:
-        PartNotThere: the files are not there, or there are several variants and none is asked for.
+        PartNotThere: The files are missing, or there are several variants and none is requested.
     """
     names = _names(folder, part)
     variant = _variant(folder, part, names, STEMS[library], wanted)
@@ -68,6 +71,7 @@ def _with(variant: str | None, name: str) -> str:
 
 
 def _variant(folder: Path, part: str, names: list[str], stem: str, wanted: str | None) -> str | None:
+    """Return the variant to load a part from; None for its usual files."""
     forms = rf"{stem}(?:\.([^.]+))?\.safetensors|{stem}\.safetensors\.index(?:\.([^.]+))?\.json"
     matches = [found for name in names if (found := re.fullmatch(forms, name)) and not SHARD.search(name)]
     there = sorted({found[1] or found[2] or "" for found in matches})
@@ -84,6 +88,7 @@ def _variant(folder: Path, part: str, names: list[str], stem: str, wanted: str |
 
 
 def _nothing(folder: Path, part: str, names: list[str], stem: str) -> PartNotThere:
+    """Return the error for a part without safetensors files."""
     pickles = [name for name in names if name.endswith(OTHER_WEIGHTS)]
     weights = [name for name in names if name.endswith(".safetensors")]
     if pickles and not weights:
@@ -100,14 +105,19 @@ def _middle(name: str) -> str | None:
 
 
 def _shards(folder: Path, part: str, index: str, names: list[str]) -> list[str]:
-    """Return the files that an index names. PartNotThere: one is not there. ValueError: it is no index."""
+    """Return the files that an index names.
+
+    Raises:
+        PartNotThere: A file is missing.
+        ValueError: The file is not an index.
+    """
     path = folder / part / index
     check_file(path)
     found = json.loads(path.read_bytes())
     table = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise DamagedFile(path, "it must have a weight_map of file names")
-    if not isinstance(found.get("metadata"), dict):  # without which neither library reads it
+    if not isinstance(found.get("metadata"), dict):  # both libraries need it
         raise DamagedFile(path, 'it must have a metadata object, such as {"metadata": {}, "weight_map": …}')
     shards = sorted(set(table.values()))
     lacking = [name for name in shards if name not in names]

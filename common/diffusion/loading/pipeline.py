@@ -1,4 +1,4 @@
-"""Load a pipeline of diffusers' for one role: the parts that it needs, each checked against its loading report."""
+"""Load a diffusers pipeline for one role: the parts that it needs, each checked against its loading report."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def load_pipeline(config: "DiffusersConfig", role: str) -> Any:
-    """Return the pipeline with the parts that `role` needs; the others are None.
+    """Return the pipeline with the parts that `role` needs. The other parts are None.
 
     Raises:
-        ValueError: a file or a weight is not there, or is not what its name says.
+        ValueError: A file or a weight is missing, or is not what its name says.
     """
     import diffusers
 
     pipeline_class: Any = getattr(diffusers, config.pipeline_class)
-    with errors_only():  # the libraries report each weight that is not needed, such as the other half of a CLIP
+    with errors_only():  # the libraries warn about each unneeded weight, such as a CLIP's image tower
         try:
             if names_a_file(config.model):
                 return load_single_file(config, pipeline_class, role, unused_parts(config, pipeline_class, role))
@@ -41,7 +41,7 @@ def load_pipeline(config: "DiffusersConfig", role: str) -> Any:
 
 
 def model_folder(config: "DiffusersConfig", pipeline_class: Any, role: str) -> Path:
-    """Return where the model lies on this machine; what a hub name stands for is downloaded if it was not before."""
+    """Return the model's folder on this machine. A hub repository is downloaded if it is not in the cache."""
     folder = config.folder()
     if folder.exists():
         return folder
@@ -59,7 +59,7 @@ def model_folder(config: "DiffusersConfig", pipeline_class: Any, role: str) -> P
         try:
             check_folder(config, Path(place), role)
             part_weights(config, Path(place), role)
-        except PartNotThere as error:  # as the hub's client says it, so that it is asked for
+        except PartNotThere as error:  # OSError, so that an incomplete cache is downloaded again
             raise OSError(f"{error}; policy.variant names weights that the repository has in another form") from error
         return Path(place)
 
@@ -67,13 +67,17 @@ def model_folder(config: "DiffusersConfig", pipeline_class: Any, role: str) -> P
 
 
 def unused_parts(config: "DiffusersConfig", pipeline_class: Any, role: str) -> dict[str, None]:
-    """Return the pipeline's parts that a role does not load, as `from_pretrained` is told to leave them out."""
+    """Return the pipeline's parts that a role does not load, as `from_pretrained` takes them to leave them out."""
     modules, _ = pipeline_class._get_signature_keys(pipeline_class)
     return dict.fromkeys(sorted(set(modules) - set(known_parts(config, role))))
 
 
 def part_weights(config: "DiffusersConfig", folder: Path, role: str) -> dict[str, PartWeights]:
-    """Return the weights of each part that a role loads. ValueError: they are not there."""
+    """Return the weights of each part that a role loads.
+
+    Raises:
+        ValueError: They are missing.
+    """
     models = {part: known for part, known in known_parts(config, role).items() if known.kind == "model"}
     try:
         found = {part: weights_of(folder, part, known.library, config.variant) for part, known in models.items()}
@@ -87,7 +91,7 @@ def part_weights(config: "DiffusersConfig", folder: Path, role: str) -> dict[str
 
 
 def conversion(config: "DiffusersConfig", pickles: OnlyPickles) -> str:
-    """Return the command that writes the same model with safetensors, and what to do with it."""
+    """Return the command that writes the same model with safetensors, and what to do with the result."""
     keys = {**config.loading, **({"variant": pickles.variant} if pickles.variant else {})}
     source, target = str(config.folder() if config.folder().exists() else config.model), "MODEL"
     arguments = ", ".join([repr(source), *(f"{name}={value!r}" for name, value in keys.items())])
@@ -96,10 +100,10 @@ def conversion(config: "DiffusersConfig", pickles: OnlyPickles) -> str:
 
 
 def loaded_files(config: "DiffusersConfig", folder: Path, role: str, texts: bool = True) -> list[str]:
-    """Return the files below `folder` that a role loads for its parts; configurations and vocabularies if `texts`.
+    """Return the files below `folder` that a role loads; with configurations and vocabularies if `texts`.
 
     Raises:
-        PartNotThere: weights are missing.
+        PartNotThere: Weights are missing.
     """
     weights, files = part_weights(config, folder, role), []
     for part in known_parts(config, role):
@@ -109,6 +113,7 @@ def loaded_files(config: "DiffusersConfig", folder: Path, role: str, texts: bool
 
 
 def _load_folder(config: "DiffusersConfig", pipeline_class: Any, folder: Path, role: str) -> Any:
+    """Check the folder and its files, then load the parts one by one."""
     check_folder(config, folder, role)
     weights = part_weights(config, folder, role)
     for name in loaded_files(config, folder, role):

@@ -1,4 +1,4 @@
-"""Load a checkpoint that is one file (Stability's own format, as Civitai has it) with a folder of configurations beside."""
+"""Load a checkpoint that is a single file (Stability's own format, as on Civitai), with configurations from a folder."""
 
 import os
 from pathlib import Path
@@ -17,8 +17,7 @@ from ray_ddpo.common.diffusion.loading.model_index import (
     with_article,
 )
 from ray_ddpo.common.diffusion.loading.part_files import TEXT_FILES, PartNotThere, text_files, weights_of
-from ray_ddpo.common.model_files.file_faults import check_file
-from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.file_faults import check_file, refuse_not_finite
 from ray_ddpo.common.model_files.model_hub import Weights, read_from_hub
 from ray_ddpo.common.model_files.pretrained import weights_fault
 
@@ -26,15 +25,15 @@ if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 
 SAFE, PICKLES = ".safetensors", (".ckpt", ".pt", ".pth", ".bin")
-DECODERS = ("first_stage_model.", "vae.")  # how the names of a decoder's weights begin
-BY_REPOSITORY = {  # what diffusers takes a file for: the pipeline it makes of it
+DECODERS = ("first_stage_model.", "vae.")  # prefixes of a decoder's weights
+BY_REPOSITORY = {  # the repository that diffusers recognizes a file as → the pipeline that it loads
     "stable-diffusion-xl-base": "StableDiffusionXLPipeline",
     "stable-diffusion-3": "StableDiffusion3Pipeline",
     "FLUX.1-dev": "FluxPipeline",
     "FLUX.1-schnell": "FluxPipeline",
     "stable-diffusion-2-1": "StableDiffusionPipeline",
 }
-UNTOLD = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # also what diffusers takes a file for that it does not know
+FALLBACK = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # diffusers' answer for files that it does not recognize, too
 EXAMPLES = {
     "StableDiffusionPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "StableDiffusionXLPipeline": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -44,7 +43,7 @@ EXAMPLES = {
 
 
 def names_a_file(model: str) -> bool:
-    """Return whether `policy.model` names one file rather than a folder or a repository of the hub."""
+    """Return whether `policy.model` names one file rather than a folder or a hub repository."""
     path = file_path(model)
     return path.is_file() or (path.suffix in (SAFE, *PICKLES) and not path.is_dir())
 
@@ -55,7 +54,11 @@ def file_path(model: str) -> Path:
 
 
 def check_single_file(config: "DiffusersConfig") -> None:
-    """Check all that can be told of a single file by its name and header. ValueError: it cannot be loaded."""
+    """Check everything about a single file that its name and header tell.
+
+    Raises:
+        ValueError: The file cannot be loaded.
+    """
     path = file_path(config.model)
     example = EXAMPLES.get(config.pipeline_class, "the model's repository")
     with about_model(config.model):
@@ -87,19 +90,20 @@ def _names_and_shapes(path: Path) -> dict[str, Any]:
 
 
 def _check_kind(config: "DiffusersConfig", names: dict[str, Any]) -> None:
+    """Raise ValueError if the file is a LoRA, or a model of another family, as far as diffusers recognizes it."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
     if any("lora_" in name for name in names):
-        raise ValueError("this is a LoRA, and policy.model must be a whole model")
+        raise ValueError("this is a LoRA, and policy.model must be a full model")
     repository = fetch_diffusers_config(names)["pretrained_model_name_or_path"]
-    if repository == UNTOLD:
+    if repository == FALLBACK:
         return
     found = next(
         (name for part, name in BY_REPOSITORY.items() if part in repository and "inpaint" not in repository), None
     )
     if found is None:
         raise ValueError(
-            f"this is of the kind of {repository}, which no family here trains; those are {sorted(FAMILIES)}"
+            f"this is of the kind of {repository}, which no family here trains; the pipelines are {sorted(FAMILIES)}"
         )
     if found != config.pipeline_class:
         family, words = FAMILIES[found]
@@ -107,7 +111,11 @@ def _check_kind(config: "DiffusersConfig", names: dict[str, Any]) -> None:
 
 
 def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, absent: dict[str, None]) -> Any:
-    """Return the pipeline of a single file with the parts that `role` needs. ValueError: a weight is not there."""
+    """Return the pipeline of a single file with the parts that `role` needs.
+
+    Raises:
+        ValueError: A weight is missing.
+    """
     path, folder = file_path(config.model), _config_folder(config)
     with about_folder(config):
         check_folder(config, folder, role)
@@ -131,7 +139,11 @@ def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, 
 
 
 def _check_names(folder: Path, part: str, names: dict[str, Any]) -> None:
-    """Compare the names and shapes that diffusers makes of the file's with those of the part. ValueError: they differ."""
+    """Compare names and shapes, as diffusers converts them, with those of the part.
+
+    Raises:
+        ValueError: They differ.
+    """
     import diffusers
     import torch
     from diffusers.loaders.single_file_model import (
@@ -147,7 +159,7 @@ def _check_names(folder: Path, part: str, names: dict[str, Any]) -> None:
         try:
             found = SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"](config=keys, checkpoint=found)
         except (KeyError, IndexError) as error:
-            raise ValueError(f"its {part} cannot be loaded (weights are missing: {error}, or others beside)") from error
+            raise ValueError(f"its {part} cannot be loaded (weights are missing, such as {error})") from error
     report = {
         "missing_keys": expected.keys() - found.keys(),
         "unexpected_keys": (),
@@ -160,7 +172,7 @@ def _check_names(folder: Path, part: str, names: dict[str, Any]) -> None:
 
 
 def _check_complete(part: str, model: Any) -> None:
-    """diffusers leaves what a file lacks on the meta device."""
+    """Raise ValueError if a tensor is still on the meta device, where diffusers leaves weights that the file lacks."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     missing = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
     if missing:
@@ -168,7 +180,7 @@ def _check_complete(part: str, model: Any) -> None:
 
 
 def _config_folder(config: "DiffusersConfig") -> Path:
-    """Return the folder of configurations; a repository's are downloaded if they were not before."""
+    """Return the folder of configurations. A hub repository is downloaded if it is not in the cache."""
     from huggingface_hub import snapshot_download
 
     if config.folder().is_dir():
@@ -182,7 +194,7 @@ def _config_folder(config: "DiffusersConfig") -> Path:
 
 
 def _beside(config: "DiffusersConfig", folder: Path, role: str) -> dict[str, Any]:
-    """Return the weights of the parts that are not in the file, as many published ones lack text encoders or decoder."""
+    """Return the weights of parts that are not in the file. Many published files lack text encoders or decoder."""
     import transformers
     from diffusers.loaders import single_file_utils as utils
 
@@ -207,7 +219,7 @@ def _beside(config: "DiffusersConfig", folder: Path, role: str) -> dict[str, Any
 
 
 def single_file(config: "DiffusersConfig", role: str) -> tuple[Weights, ...]:
-    """Return the files that a role reads where the model is a single file."""
+    """Return the files that a role reads if the model is a single file."""
     path, source = file_path(config.model), config.single_file_config
     model = Weights(str(path.parent), (path.name,), "policy.model")
     if source is None:

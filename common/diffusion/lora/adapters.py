@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021): attach, read and load them, switch them off for the pretrained model."""
+"""Low-rank adapters (Hu et al. 2021): attach, read and load them, and disable them for the reference policy."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -20,11 +20,10 @@ from ray_ddpo.common.diffusion.lora.files import (
     read_lora_file,
     save_with_header,
 )
-from ray_ddpo.common.diffusion.lora.targets import check_targets
 from ray_ddpo.common.policy_weights import PolicyWeights, packed, verified
 from ray_ddpo.common.recipe.registry import Component
 
-ADAPTER = "default"  # PEFT's name for the one that is trained
+ADAPTER = "default"  # PEFT's name for the trained adapter
 
 
 class LoraSettings(Component):
@@ -43,37 +42,28 @@ class LoraSettings(Component):
         return table if self.path is None else {key: table[key] for key in table if key in self.model_fields_set}
 
 
-def attach(network: nn.Module, settings: dict[str, Any]) -> None:
-    """Add new adapters with PEFT's settings to any module: it need not be one of diffusers'."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    check_targets(network, settings["target_modules"])
-    inject_adapter_in_model(LoraConfig(**settings, init_lora_weights="gaussian"), network)
-
-
 def compute_adapters_in(network: nn.Module, device: str, dtype: torch.dtype) -> None:
-    """Let float32 adapters compute in the half precision of the layers beside them, by autocast in these layers alone.
+    """Let float32 adapters compute in the half precision of the surrounding layers, by autocast in these layers only.
 
-    Autocast around the whole network would have every norm in float32, with its activations written and read twice as wide.
+    Autocast around the full network would run every norm in float32 and double the size of its activations.
     """
     from peft.tuners.lora import LoraLayer
 
     for layer in network.modules():
         if isinstance(layer, LoraLayer):
             adapted: Any = layer
-            adapted.cast_input_dtype_enabled = (
-                False  # else to float32, which autocast takes back: the same bits, two copies
-            )
+            # A cast to float32 would be undone by autocast: the same bits, with two more copies.
+            adapted.cast_input_dtype_enabled = False
             adapted.forward = torch.autocast(device.partition(":")[0], dtype)(adapted.forward)
 
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Name to parameter, in the network's own order, which is the order in every PolicyWeights."""
+    """Return the trained parameters by name, in the network's own order, which every PolicyWeights has."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 def read_weights(network: nn.Module, policy_version: int) -> PolicyWeights:
-    """A copy of the trained parameters, to be published."""
+    """Return a copy of the trained parameters, to be published."""
     parameters = trained_parameters(network)
     shapes = {name: value.shape for name, value in parameters.items()}
     return packed(policy_version, shapes, (value.detach().cpu().numpy() for value in parameters.values()))
@@ -81,9 +71,10 @@ def read_weights(network: nn.Module, policy_version: int) -> PolicyWeights:
 
 @torch.no_grad()
 def load_weights(network: nn.Module, weights: PolicyWeights) -> int:
-    """Lay `weights` into the network; how many parameters were bound.
+    """Load `weights` into the network. Return how many parameters were loaded.
 
-    ValueError: the weights were damaged on the way, or do not fit the network name by name and shape by shape.
+    Raises:
+        ValueError: The weights were damaged in transit, or do not match the network's parameter names and shapes.
     """
     parameters = trained_parameters(network)
     expected = tuple((name, tuple(value.shape)) for name, value in parameters.items())
@@ -94,16 +85,16 @@ def load_weights(network: nn.Module, weights: PolicyWeights) -> int:
             f"weights of version {weights.policy_version} do not fit the network: it lacks {foreign} and still needs {missing}"
         )
     for name, array in verified(weights).arrays().items():
-        # A copy: the buffer may be a read-only view of Ray's store, and torch would warn that it is.
+        # Copy, because torch warns about read-only buffers such as a view of Ray's store.
         parameters[name].copy_(torch.from_numpy(array.copy()))
     return len(parameters)
 
 
 @final
 class MergedAdapters:
-    """Adapters added to the weights beside them, which a forward pass then uses alone.
+    """Adapters merged into the base weights, so that a forward pass uses these alone.
 
-    Each time from the pretrained weights again: adding and taking away again would let rounding grow from version to version.
+    Every merge starts from the pretrained weights: merging and unmerging repeatedly would accumulate rounding errors.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -113,12 +104,12 @@ class MergedAdapters:
         self._pretrained = [layer.get_base_layer().weight.detach().clone() for layer in self._layers]
 
     def to(self, device: str) -> None:
-        """Move the pretrained weights that are kept to another device."""
+        """Move the copy of the pretrained weights to another device."""
         self._pretrained = [each.to(device) for each in self._pretrained]
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the adapters as they are now."""
+        """Merge the adapters as they are now."""
         for layer, pretrained in zip(self._layers, self._pretrained, strict=True):
             layer.get_base_layer().weight.copy_(pretrained)
             layer.merged_adapters.clear()
@@ -126,7 +117,7 @@ class MergedAdapters:
 
 
 def base_weight_bytes(network: nn.Module) -> int:
-    """What the weights take that adapters are merged into, of which `MergedAdapters` keeps a copy."""
+    """Return the bytes of the weights that adapters are merged into. `MergedAdapters` keeps a copy of these."""
     from peft.tuners.lora import LoraLayer
 
     layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
@@ -135,7 +126,7 @@ def base_weight_bytes(network: nn.Module) -> int:
 
 @contextmanager
 def reference_policy(network: nn.Module) -> Iterator[None]:
-    """The pretrained network, by switching its adapters off: no second copy of it."""
+    """Disable the adapters for the duration of the body, which gives the pretrained network without a second copy."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
@@ -149,28 +140,28 @@ def reference_policy(network: nn.Module) -> Iterator[None]:
 
 
 def adapted_layers(network: nn.Module) -> dict[str, Any]:
-    """Return the layers with an adapter by the names that they have in the network."""
+    """Return the layers with an adapter by their names in the network."""
     from peft.tuners.lora import LoraLayer
 
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
 
 
 def module_of(name: str) -> str:
-    """Return the layer that an adapter's tensor belongs to."""
+    """Return the name of the layer that an adapter's tensor belongs to."""
     return name.partition(".lora_")[0]
 
 
 def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = "unet") -> Path:
     """Write the adapter as the file that diffusers' `load_lora_weights` reads. Equal weights give equal bytes.
 
-    alpha / rank is folded into the weights, so that a program that reads no header applies them at the same strength.
-    Where that rounds them, the weights as trained are written beside that file.
+    alpha / rank is folded into the weights, so that a program that ignores the header applies the same strength.
+    If folding rounds the weights, they are also written as trained, into a second file.
 
     Args:
-        network: with the adapter.
-        lora: the adapter's settings, of which the target modules are written.
+        network: the network with the adapter.
+        lora: the adapter's settings, from which the target modules are written.
         folder: where the file is written.
-        part: what the network is called in its pipeline.
+        part: the network's name in its pipeline.
     """
     from peft import get_peft_model_state_dict
 
@@ -181,20 +172,21 @@ def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = 
     unfolded = _scaled(folded, {name: 1 / scale for name, scale in scales.items()})
     targets = sorted(lora.target_modules if lora.path is None else layers)
     ranks = {name: int(layer.r[ADAPTER]) for name, layer in layers.items()}
-    alphas = {name: _whole(layer.scaling[ADAPTER] * layer.r[ADAPTER]) for name, layer in layers.items()}
-    of_folded, of_trained = _header(part, ranks, ranks, targets), _header(part, ranks, alphas, targets)
+    alphas = {name: _as_integer(layer.scaling[ADAPTER] * layer.r[ADAPTER]) for name, layer in layers.items()}
+    folded_header, trained_header = _header(part, ranks, ranks, targets), _header(part, ranks, alphas, targets)
     kind = type(network).__name__
     folder.mkdir(parents=True, exist_ok=True)
-    save_with_header(folded, folder / FILE_NAME, {METADATA: of_folded, TRAINED: of_trained, NETWORK: kind})
+    save_with_header(folded, folder / FILE_NAME, {METADATA: folded_header, TRAINED: trained_header, NETWORK: kind})
     if all(torch.equal(unfolded[name], value) for name, value in trained.items()):
         (folder / EXACT_NAME).unlink(missing_ok=True)
     else:
-        save_with_header(trained, folder / EXACT_NAME, {METADATA: of_trained, TRAINED: of_trained, NETWORK: kind})
+        headers = {METADATA: trained_header, TRAINED: trained_header, NETWORK: kind}
+        save_with_header(trained, folder / EXACT_NAME, headers)
     return folder / FILE_NAME
 
 
 def _scaled(tensors: dict[str, Tensor], scales: dict[str, float]) -> dict[str, Tensor]:
-    """Multiply the second matrix of each adapter, and its bias."""
+    """Multiply each adapter's second matrix, and its bias."""
     return {
         name: value * scales[module_of(name)] if ".lora_B" in name or ".lora_embedding_B" in name else value
         for name, value in tensors.items()
@@ -202,7 +194,7 @@ def _scaled(tensors: dict[str, Tensor], scales: dict[str, float]) -> dict[str, T
 
 
 def _header(part: str, ranks: dict[str, int], alphas: dict[str, Any], targets: list[str]) -> str:
-    """PEFT's settings as diffusers reads them: one rank and alpha for most layers, patterns for the others."""
+    """Return PEFT's settings as diffusers reads them: the most common rank and alpha, and patterns for other layers."""
     settings: dict[str, Any] = {"target_modules": targets}
     for key, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
         counted = list(values.values())
@@ -212,39 +204,43 @@ def _header(part: str, ranks: dict[str, int], alphas: dict[str, Any], targets: l
     return json.dumps({f"{part}.{name}": value for name, value in settings.items()}, sort_keys=True)
 
 
-def _whole(alpha: float | int) -> float | int:
+def _as_integer(alpha: float | int) -> float | int:
     return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
 def read_lora_settings(path: Path) -> LoraSettings | None:
-    """Return rank, alpha and target modules as one of our files has them, or `path` where they differ among layers.
+    """Return rank, alpha and target modules of one of this program's files; `path` alone if they differ between layers.
 
-    None: it is no file of ours. ValueError: it is not safetensors.
+    Returns:
+        None if another program wrote the file.
+
+    Raises:
+        ValueError: The file is not safetensors.
     """
     file = read_lora_file(path)
     if not file.is_ours:
         return None
     settings = file.own_settings
-    alpha, is_one = settings["lora_alpha"], not (settings.get("rank_pattern") or settings.get("alpha_pattern"))
-    if is_one and isinstance(alpha, int) and alpha > 0:
+    alpha, is_uniform = settings["lora_alpha"], not (settings.get("rank_pattern") or settings.get("alpha_pattern"))
+    if is_uniform and isinstance(alpha, int) and alpha > 0:
         return LoraSettings(rank=settings["r"], alpha=alpha, target_modules=tuple(settings["target_modules"]))
     return LoraSettings(path=str(file.path))
 
 
 def load_lora(network: nn.Module, path: Path) -> None:
-    """Load a LoRA file into the network's own adapter, never beside it.
+    """Load a LoRA file into the network's own adapter, not as a second one.
 
     Raises:
-        ValueError: it is not safetensors, or does not fit name by name.
+        ValueError: The file is not safetensors, or does not fit name by name.
     """
     load_lora_file(network, read_lora_file(path))
 
 
 def load_lora_file(network: nn.Module, file: LoraFile) -> None:
-    """Load what was read of a file of ours into the network's own adapter, at the strength that the file says.
+    """Load one of this program's files into the network's own adapter, at the strength that the file gives.
 
     Raises:
-        ValueError: it does not fit name by name.
+        ValueError: The file does not fit name by name.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -261,7 +257,7 @@ def load_lora_file(network: nn.Module, file: LoraFile) -> None:
 
 
 def trained_tensors(file: LoraFile) -> dict[str, Tensor]:
-    """Return the tensors of one of our files as they were trained: without alpha / rank in them."""
+    """Return the tensors of one of this program's files as they were trained, without alpha / rank folded in."""
     modules = {module_of(name) for name in file.tensors}
     names = {module: module.removeprefix(f"{file.part}.") for module in modules}
     scales = {module: file.scale(name) / file.trained_scale(name) for module, name in names.items()}

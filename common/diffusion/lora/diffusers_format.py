@@ -1,4 +1,4 @@
-"""LoRA files of every form that diffusers reads, loaded by diffusers itself; what it would leave out is an error here."""
+"""LoRA files in every format that diffusers reads, loaded by diffusers. What it would ignore is an error here."""
 
 import json
 import sys
@@ -15,17 +15,17 @@ from torch.utils._pytree import tree_leaves
 from ray_ddpo.common.diffusion.lora.files import PEFT_CONFIG, LoraFile, refuse_settings
 from ray_ddpo.common.reading import reading
 
-# What diffusers and peft raise over a file of another form.
+# What diffusers and PEFT raise on files in another format.
 NOT_READ = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, AssertionError, RuntimeError)
-PEFT_PREFIX = "base_model.model."  # of each name in a file that PEFT wrote
+PEFT_PREFIX = "base_model.model."  # prefix of each name in PEFT's files
 KINDS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector")
 FIRST = "default_0"  # diffusers' name for the first adapter
-LONGEST_REASON = 300  # letters of a library's message, which may list every name
+LONGEST_REASON = 300  # characters of a library's message, which may list every name
 
 
 @dataclass(frozen=True)
 class _Converted:
-    """A LoRA by the names of diffusers' parts, with what says how strongly it acts."""
+    """A LoRA with diffusers' names, and its alphas and settings."""
 
     state: dict[str, Tensor]
     alphas: dict[str, float] | None
@@ -38,38 +38,38 @@ class _Converted:
         }
 
 
-class _Traced(Tensor):
-    """A tensor that knows which of a file's tensors it was made from."""
+class _TracedTensor(Tensor):
+    """A tensor that records which of a file's tensors it was made from."""
 
     sources: frozenset[str] = frozenset()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs or {})
-        sources = frozenset[str]().union(*(each.sources for each in _traced((args, kwargs))))
-        for each in _traced(result):
+        sources = frozenset[str]().union(*(each.sources for each in _traced_in((args, kwargs))))
+        for each in _traced_in(result):
             each.sources = sources
         return result
 
 
-def _traced(values: Any) -> Iterator[_Traced]:
-    return (each for each in tree_leaves(values) if isinstance(each, _Traced))
+def _traced_in(values: Any) -> Iterator[_TracedTensor]:
+    return (each for each in tree_leaves(values) if isinstance(each, _TracedTensor))
 
 
 def load_any_lora(
     file: LoraFile, network: Any, part: str, beside: Mapping[str, nn.Module], adapter: str | None = None
 ) -> dict[str, Tensor]:
-    """Load a LoRA through diffusers into a network and text encoders; return the network's tensors by PEFT's names.
+    """Load a LoRA through diffusers into a network and text encoders. Return the network's tensors by PEFT's names.
 
     Args:
-        file: of any form that diffusers reads, or PEFT's.
+        file: in any format that diffusers reads, or PEFT's.
         network: the pipeline's UNet or transformer.
-        part: what the network is called in its pipeline.
-        beside: the text encoders that the LoRA may have a part for, by their names in the pipeline.
-        adapter: the adapter's name, which is not there yet; none: as diffusers calls the first one.
+        part: the network's name in its pipeline.
+        beside: the text encoders that the LoRA may adapt too, by their names in the pipeline.
+        adapter: the new adapter's name; if None, diffusers' name for the first adapter.
 
     Raises:
-        ValueError: it is of another form, or some of its tensors fit nowhere, which diffusers would leave out.
+        ValueError: The file has another format, or some tensors fit nowhere, which diffusers would ignore.
     """
     loader = _loader(network)
     if loader is None:
@@ -86,16 +86,16 @@ def load_any_lora(
     for name, encoder in beside.items():
         _refuse_what_does_not_fit(file, encoder, name, _of_encoder(converted.of(name), encoder))
     given: dict[str, Any] = {"network_alphas": converted.alphas, "metadata": converted.metadata}
-    given |= {"adapter_name": adapter or FIRST, "low_cpu_mem_usage": True}  # as its pipelines do
+    given |= {"adapter_name": adapter or FIRST, "low_cpu_mem_usage": True}  # as diffusers' pipelines do
     with _refusing(file, f"diffusers cannot load it into {type(network).__name__}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of what does not match, which is refused or told below
+        warnings.simplefilter("ignore", RuntimeWarning)  # mismatches are refused or reported below
         if converted.of(part):
             network.load_lora_adapter(converted.state, prefix=part, **given)
         for name, encoder in beside.items():
             if converted.of(name):
                 loader.load_lora_into_text_encoder(converted.state, text_encoder=encoder, prefix=name, **given)
     of_network = _of_network(converted.of(part))
-    _tell_of_alphas(file, network, converted, part)
+    _report_alphas(file, network, converted, part)
     _refuse_what_did_not_arrive(file, network, of_network, adapter or FIRST)
     for name, encoder in beside.items():
         _refuse_what_did_not_arrive(file, encoder, _of_encoder(converted.of(name), encoder), adapter or FIRST)
@@ -109,7 +109,7 @@ def loadable_encoders(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def _loader(network: Any) -> Any:
-    """Return diffusers' reader for the pipelines with such a network. None: it has none."""
+    """Return diffusers' loader class for pipelines with such a network; None if there is none."""
     from diffusers.loaders import lora_pipeline as loaders
 
     kind = type(network).__name__
@@ -121,11 +121,16 @@ def _loader(network: Any) -> Any:
 
 
 def _converted(file: LoraFile, loader: Any, network: Any, part: str) -> _Converted:
+    """Convert a file's names to diffusers'.
+
+    Raises:
+        ValueError: diffusers cannot read the file, or would ignore a tensor that has an effect.
+    """
     if (file.path.parent / PEFT_CONFIG).is_file() and all(name.startswith(PEFT_PREFIX) for name in file.tensors):
         return _of_peft(file, part)
     tensors: dict[str, Any] = {}
     for name, value in file.tensors.items():
-        tensors[name] = value.as_subclass(_Traced)
+        tensors[name] = value.as_subclass(_TracedTensor)
         tensors[name].sources = frozenset((name,))
     reader = loader.__name__
     keys = {"unet_config": network.config} if "XL" in reader else {}
@@ -142,7 +147,7 @@ def _converted(file: LoraFile, loader: Any, network: Any, part: str) -> _Convert
 
 
 def _of_peft(file: LoraFile, part: str) -> _Converted:
-    """Read a file and the configuration beside it as PEFT's `save_pretrained` writes them, for the network alone."""
+    """Read a file and its configuration as PEFT's `save_pretrained` writes them, for the network only."""
     from peft import LoraConfig
 
     path = file.path.parent / PEFT_CONFIG
@@ -155,7 +160,7 @@ def _of_peft(file: LoraFile, part: str) -> _Converted:
     if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
         raise ValueError(
             f"{path} has init_lora_weights {start!r}, which changes the network's own weights: save the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+            "path_initial_model_for_weight_conversion, which converts the adapter to a plain LoRA"
         )
     known = {field.name for field in fields(LoraConfig)} | {"peft_version"}
     unknown = sorted(name for name in settings.keys() - known if settings[name] not in (None, False))
@@ -168,11 +173,11 @@ def _of_peft(file: LoraFile, part: str) -> _Converted:
 
 @contextmanager
 def _refusing(file: LoraFile, what: str) -> Iterator[None]:
-    """Turn what a library raises over a file into a ValueError that names the file."""
+    """Raise ValueError with the file's name if a library raises."""
     from diffusers.utils import logging as of_diffusers
 
     verbosity = of_diffusers.get_verbosity()
-    of_diffusers.set_verbosity(of_diffusers.CRITICAL)  # it prints an error before it raises it
+    of_diffusers.set_verbosity(of_diffusers.CRITICAL)  # diffusers prints errors before it raises them
     try:
         yield
     except torch.OutOfMemoryError:
@@ -187,40 +192,39 @@ def _refusing(file: LoraFile, what: str) -> Iterator[None]:
 
 def _refuse_what_is_left_out(file: LoraFile, state: Mapping[str, Any]) -> None:
     """Raise ValueError if diffusers' conversion has dropped a tensor that has an effect."""
-    used = frozenset[str]().union(*(each.sources for each in _traced(dict(state))))
+    used = frozenset[str]().union(*(each.sources for each in _traced_in(dict(state))))
     modules = {name.split(".lora")[0].split("_lora.")[0] for name in used}
-    left = [
+    unused = [
         name
-        for name, value in file.tensors.items()
+        for name in file.tensors
         if name not in used and not (name.endswith(".alpha") and name.removesuffix(".alpha") in modules)
     ]
-    left = [name for name in left if name.endswith(".alpha") or bool(file.tensors[name].float().any())]
-    if left:
-        raise ValueError(_misfit(file, left, "would be left out by diffusers"))
+    ignored = [name for name in unused if name.endswith(".alpha") or bool(file.tensors[name].float().any())]
+    if ignored:
+        raise ValueError(_misfit(file, ignored, "would be ignored by diffusers"))
 
 
 def _refuse_other_parts(file: LoraFile, converted: _Converted, parts: tuple[str, ...]) -> None:
+    """Raise ValueError if tensors belong to parts of the pipeline that are not loaded."""
     others = [name for name in converted.state if name.partition(".")[0] not in parts]
     if others:
-        of_text = len(parts) == 1 and all(name.startswith("text_encoder") for name in others)
+        for_text = len(parts) == 1 and all(name.startswith("text_encoder") for name in others)
         where = (
             "belong to text encoders, which are not trained here"
-            if of_text
+            if for_text
             else f"belong to none of {', '.join(parts)}"
         )
         raise ValueError(_misfit(file, others, where))
 
 
 def _refuse_what_does_not_fit(file: LoraFile, module: nn.Module, part: str, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a tensor's layer is not there, or has another shape."""
+    """Raise ValueError if a tensor's layer does not exist, or has another shape."""
     layers = {name: getattr(layer, "weight", None) for name, layer in module.named_modules()}
     wrong = []
     for name, value in state.items():
         layer, _, kind = name.partition(".lora_")
-        weight, kind = (
-            layers.get(layer),
-            f"lora_{kind}".removesuffix(".weight") if "magnitude" in kind else f"lora_{kind}",
-        )
+        weight = layers.get(layer)
+        kind = f"lora_{kind}".removesuffix(".weight") if "magnitude" in kind else f"lora_{kind}"
         paired = {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"} <= state.keys()
         if kind not in KINDS or not paired or weight is None or not _matches(kind, value, weight):
             wrong.append(f"{part}.{name}")
@@ -235,6 +239,7 @@ def _matches(kind: str, value: Tensor, weight: Tensor) -> bool:
 
 
 def _refuse_what_did_not_arrive(file: LoraFile, module: Any, state: Mapping[str, Tensor], adapter: str) -> None:
+    """Raise ValueError if the module's adapter has other tensors than the file."""
     from peft import get_peft_model_state_dict
 
     if not state:
@@ -245,8 +250,8 @@ def _refuse_what_did_not_arrive(file: LoraFile, module: Any, state: Mapping[str,
         raise ValueError(_misfit(file, sorted(arrived ^ given), f"are not those that {type(module).__name__} has now"))
 
 
-def _tell_of_alphas(file: LoraFile, network: nn.Module, converted: _Converted, part: str) -> None:
-    """Say where diffusers gives all layers one alpha though the file has several."""
+def _report_alphas(file: LoraFile, network: nn.Module, converted: _Converted, part: str) -> None:
+    """Print that diffusers gives all layers one alpha although the file has several."""
     given = {value for name, value in (converted.alphas or {}).items() if name.startswith(f"{part}.")}
     layers: list[Any] = [each for each in network.modules() if isinstance(getattr(each, "lora_alpha", None), dict)]
     applied = {float(alpha) for layer in layers for alpha in layer.lora_alpha.values()}
@@ -264,7 +269,7 @@ def _plain(name: str) -> str:
 
 
 def _of_network(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors by PEFT's names, as diffusers does for a UNet or transformer."""
+    """Return a UNet's or transformer's tensors by PEFT's names, as diffusers converts them."""
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     first = next(iter(state), "lora_A")
@@ -272,7 +277,7 @@ def _of_network(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _of_encoder(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors by PEFT's names, as diffusers does for a text encoder."""
+    """Return a text encoder's tensors by PEFT's names, as diffusers converts them."""
     from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 
     if not state:

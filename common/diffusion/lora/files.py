@@ -1,4 +1,4 @@
-"""LoRA files: find them, read their tensors and header; refuse what is pickled, damaged or not finite."""
+"""LoRA files: find them, read tensors and header, and refuse pickled, damaged or non-finite files."""
 
 import json
 import math
@@ -12,16 +12,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ray_ddpo.common.model_files.finite_weights import refuse_not_finite
+from ray_ddpo.common.model_files.file_faults import refuse_not_finite
 from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS, part_of
 from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.named_files import Weights
 
-FILE_NAME = "pytorch_lora_weights.safetensors"  # as diffusers calls it
-EXACT_NAME = "trained_adapter.safetensors"  # beside it, where folding alpha / rank into the weights rounds them
+FILE_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
+EXACT_NAME = (
+    "trained_adapter.safetensors"  # a second file, written if folding alpha / rank into the weights rounds them
+)
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-METADATA = "lora_adapter_metadata"  # the header's key where diffusers looks for rank and alpha
-TRAINED = "trained_adapter_metadata"  # the header's key for the rank and alpha that were trained with
+METADATA = "lora_adapter_metadata"  # the header's key in which diffusers looks for rank and alpha
+TRAINED = "trained_adapter_metadata"  # the header's key for rank and alpha in training
 NETWORK = "trained_network"  # the header's key for the network's class
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 OWN_KEYS = {"r", "lora_alpha", "target_modules"}
@@ -30,26 +32,26 @@ OWN_PATTERNS = {"rank_pattern", "alpha_pattern"}
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What is in a LoRA's file: tensors by name, and the settings in its header by `part.key`."""
+    """The contents of a LoRA file: tensors by name, and the settings in its header by `part.key`."""
 
     path: Path
     tensors: dict[str, Tensor]
-    metadata: dict[str, Any]  # those that diffusers reads
-    trained: dict[str, Any]  # those that were trained with, where alpha / rank is folded into the weights
-    network: str = ""  # the class of the network that was trained, where the header says
+    metadata: dict[str, Any]  # settings that diffusers reads
+    trained: dict[str, Any]  # settings in training, if alpha / rank is folded into the weights
+    network: str = ""  # the class of the trained network, if the header has it
 
     @property
     def part(self) -> str | None:
-        """The network's name in its pipeline, as the tensors have it. None: they have none."""
+        """Return the network's name in its pipeline, from the tensors' prefix; None if they have no prefix."""
         return part_of(next(iter(self.tensors), ""))
 
     @cached_property
     def is_ours(self) -> bool:
-        """Whether this program wrote it: settings of one network, each with its prefix, and no others."""
+        """Return whether this program wrote the file: it has prefixed settings of one network, and no others."""
         if not all(name.startswith(f"{self.part}.") for name in self.metadata):
             return False
         keys = _keys(self.metadata, self.part)
-        if not isinstance(self.own_settings.get("target_modules"), list):  # others may have a pattern there
+        if not isinstance(self.own_settings.get("target_modules"), list):  # other programs may have a pattern there
             return False
         if self.trained:
             return OWN_KEYS <= keys <= OWN_KEYS | OWN_PATTERNS
@@ -57,27 +59,27 @@ class LoraFile:
 
     @property
     def own_settings(self) -> dict[str, Any]:
-        """Rank, alpha, target modules and patterns of one of our files, as the adapter was trained."""
+        """Return rank, alpha, target modules and patterns of one of this program's files, as the adapter was trained."""
         return {name.removeprefix(f"{self.part}."): value for name, value in (self.trained or self.metadata).items()}
 
     def scale(self, module: str) -> float:
-        """Return what the header multiplies a module's adapter by; 1 where there is none, as in every other program."""
+        """Return the header's factor for a module's adapter; 1 if there is none, as in every other program."""
         return scale_of(self.metadata, self.part, module)
 
     def trained_scale(self, module: str) -> float:
-        """Return what the module's adapter was multiplied by in training."""
+        """Return the factor of the module's adapter in training."""
         return scale_of(self.trained or self.metadata, self.part, module)
 
     def named(self) -> dict[str, Tensor]:
-        """Return the tensors by the names that they have in the network."""
+        """Return the tensors by their names in the network."""
         return {name.removeprefix(f"{self.part}."): value for name, value in self.tensors.items()}
 
 
 def lora_file(path: Path) -> Path:
-    """Find the LoRA file that a run's folder, a LoRA's folder or the file's own path stands for.
+    """Find the LoRA file in a run's folder, in a LoRA's folder, or at the path itself.
 
     Raises:
-        ValueError: there is none, there are several, or it is pickled.
+        ValueError: There is none, there are several, or it is pickled.
     """
     names = (EXACT_NAME, FILE_NAME, PEFT_NAME)
     candidates = [folder / name for folder in (path / "lora", path) for name in names]
@@ -101,7 +103,10 @@ def lora_file(path: Path) -> Path:
 
 
 def save_with_header(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
-    """Write a safetensors file whose bytes are always the same: the library itself writes a header's settings in any order."""
+    """Write a safetensors file with deterministic bytes.
+
+    The library itself writes a header's settings in random order.
+    """
     save_file(tensors, path, header)
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
@@ -113,7 +118,11 @@ def save_with_header(tensors: dict[str, Tensor], path: Path, header: dict[str, s
 
 
 def files_of_lora(path: str) -> Weights:
-    """Return the files at `policy.lora.path`, to be fingerprinted. ValueError: there are none, or they are pickled."""
+    """Return the files at `policy.lora.path`, to be fingerprinted.
+
+    Raises:
+        ValueError: There are none, or they are pickled.
+    """
     try:
         file = lora_file(Path(path).expanduser())
     except ValueError as error:
@@ -123,16 +132,16 @@ def files_of_lora(path: str) -> Weights:
 
 
 def holds_lora(path: Path) -> bool:
-    """Return whether a LoRA's file is at a path, and not a whole network."""
+    """Return whether a path holds a LoRA file rather than a full network."""
     names = (FILE_NAME, PEFT_NAME, f"lora/{FILE_NAME}")
     return path.is_file() or any((path / name).is_file() for name in names)
 
 
 def read_lora_file(path: Path) -> LoraFile:
-    """Read a LoRA's file.
+    """Read a LoRA file.
 
     Raises:
-        ValueError: it is not safetensors, holds nothing, or has numbers that are not finite.
+        ValueError: The file is not safetensors, is empty, or has non-finite numbers.
     """
     file = lora_file(path)
     with reading(file):
@@ -159,7 +168,7 @@ def _is_number(value: Any) -> bool:
 
 
 def refuse_settings(path: Path, metadata: Mapping[str, Any], part: str) -> None:
-    """Raise ValueError if diffusers cannot read the settings of a part, as they are in a LoRA's header or beside it."""
+    """Raise ValueError if diffusers cannot read a part's settings, from a LoRA's header or from the file next to it."""
     of_part = {name.removeprefix(f"{part}."): value for name, value in metadata.items() if name.startswith(f"{part}.")}
     if metadata and not of_part:
         raise ValueError(
@@ -172,7 +181,7 @@ def refuse_settings(path: Path, metadata: Mapping[str, Any], part: str) -> None:
         )
     if kept := of_part.get("modules_to_save"):
         raise ValueError(
-            f"the LoRA {path} has modules_to_save = {kept!r}: whole layers beside the adapters, which diffusers does not load"
+            f"the LoRA {path} has modules_to_save = {kept!r}: full layers next to the adapters, which diffusers does not load"
         )
 
 
@@ -181,7 +190,7 @@ def _keys(settings: Mapping[str, Any], part: str | None) -> set[str]:
 
 
 def scale_of(settings: Mapping[str, Any], part: str | None, module: str) -> float:
-    """Return alpha / rank of a module as PEFT finds them in a file's settings; 1 where there are none."""
+    """Return alpha / rank of a module, as PEFT finds them in a file's settings; 1 if there are none."""
     from peft.utils.other import get_pattern_key
 
     values = {name.removeprefix(f"{part}."): value for name, value in settings.items()}

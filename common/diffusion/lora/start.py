@@ -1,5 +1,6 @@
-"""Begin training from the adapters in a LoRA's file, which `policy.lora.path` names."""
+"""Make a network trainable: attach new adapters, or those in the LoRA file that `policy.lora.path` names."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from ray_ddpo.common.diffusion.lora.adapters import (
     ADAPTER,
     LoraSettings,
     adapted_layers,
-    attach,
     load_lora_file,
     trained_parameters,
 )
@@ -20,13 +20,12 @@ from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS
 
 
 def make_trainable(network: nn.Module, train: str, lora: LoraSettings) -> None:
-    """Leave gradients only where we train: in float32 adapters ("lora") or everywhere ("full").
+    """Enable gradients only for trained parameters, which are float32: the adapters ("lora") or all ("full").
 
-    Adapters are new, or begin as those in the file that `lora.path` names.
+    Adapters are new, or loaded from the file that `lora.path` names.
 
     Raises:
-        ValueError: one of the adapter's target modules is no layer of the network that an adapter can go into, or the
-            file does not fit.
+        ValueError: A target module is not a layer that can be adapted, or the file does not fit.
     """
     network.requires_grad_(train == "full")
     if train == "lora" and lora.path is not None:
@@ -37,12 +36,21 @@ def make_trainable(network: nn.Module, train: str, lora: LoraSettings) -> None:
         parameter.data = parameter.data.float()
 
 
+def attach(network: nn.Module, settings: dict[str, Any]) -> None:
+    """Add new adapters with PEFT's settings to any module, whether or not it is one of diffusers'."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    check_targets(network, settings["target_modules"])
+    inject_adapter_in_model(LoraConfig(**settings, init_lora_weights="gaussian"), network)
+
+
 def start_from_file(network: nn.Module, lora: LoraSettings) -> None:
-    """Give a network the adapters of the file at `lora.path`, with that file's ranks, alphas and layers.
+    """Add the adapters of the file at `lora.path` to a network, with that file's ranks, alphas and layers.
 
     Raises:
-        ValueError: the file cannot be read, does not fit the network, holds what cannot be trained here, or disagrees
-            with a key that is given.
+        ValueError: The file cannot be read, does not fit the network, holds what cannot be trained here, or disagrees
+            with
+            a key that is given.
     """
     assert lora.path is not None, "whoever asks for this names a file"
     try:
@@ -65,6 +73,11 @@ def start_from_file(network: nn.Module, lora: LoraSettings) -> None:
 
 
 def _start_through_diffusers(network: Any, file: LoraFile) -> None:
+    """Load a file of another program into new adapters.
+
+    Raises:
+        ValueError: The file holds nothing for the network, a DoRA, or biases.
+    """
     from peft import set_peft_model_state_dict
 
     state = load_any_lora(file, network, _part(network), {}, ADAPTER)
@@ -78,7 +91,7 @@ def _start_through_diffusers(network: Any, file: LoraFile) -> None:
         raise ValueError(
             f"it has biases in its adapters (lora_bias), {len(biases)} in all, such as {biases[0]}: they are not trained here"
         )
-    for layer in adapted_layers(network).values():  # diffusers has rounded them to the network's dtype
+    for layer in adapted_layers(network).values():  # diffusers has rounded the adapters to the network's dtype
         for name in layer.adapter_layer_names:
             getattr(layer, name).float()
     if not next(network.parameters()).is_meta:
@@ -91,6 +104,7 @@ def _part(network: nn.Module) -> str:
 
 
 def _refuse_disagreement(network: nn.Module, lora: LoraSettings) -> None:
+    """Raise ValueError if the recipe gives a rank, alpha or target modules other than the file's."""
     layers = adapted_layers(network)
     found: dict[str, Any] = {
         "rank": sorted({layer.r[ADAPTER] for layer in layers.values()}),
@@ -110,3 +124,48 @@ def _refuse_disagreement(network: nn.Module, lora: LoraSettings) -> None:
                 f"policy.lora.target_modules is {list(lora.target_modules)}, and the file has other layers, such as "
                 f"{(outside or unused)[0]}: leave the key out"
             )
+
+
+ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT adapts layer by layer
+MOST_LISTED = 12  # names in an error; a large network has hundreds of layers
+
+
+def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
+    """Refuse target modules that name no layer of the network, or a layer that cannot be adapted.
+
+    PEFT ignores names that it does not find: a misspelt name among several would silently leave its layers untrained.
+
+    Raises:
+        ValueError: A target names no such layer, or the network has none.
+    """
+    said, layers = f"policy.lora.target_modules is {list(targets)}", dict(_adaptable(network))
+    if not layers:
+        raise ValueError(
+            f"{said}: {type(network).__name__} has no Linear, Conv or Embedding layer that an adapter could go into; "
+            'give policy.train = "full"'
+        )
+    modules = {name: module for name, module in network.named_modules() if name}
+    found = {target: [name for name in modules if f".{name}".endswith(f".{target}")] for target in targets}
+    if unknown := [target for target in targets if not found[target]]:
+        raise ValueError(f"{said}: the network has no module called {unknown}; its layers are {_shortened(layers)}")
+    for name in (name for names in found.values() for name in names if name not in layers):
+        kind = type(modules[name]).__name__
+        raise ValueError(
+            f"{said}: {name} is a {kind}, which an adapter cannot go into; it must name layers among {_shortened(layers)}"
+        )
+
+
+def _adaptable(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in network.named_modules():
+        parent = network.get_submodule(name.rpartition(".")[0])
+        # torch's attention reads its output layer's weight and never calls the layer: an adapter there has no effect.
+        if isinstance(module, ADAPTABLE) and not isinstance(parent, nn.MultiheadAttention):
+            yield name, module
+
+
+def _shortened(layers: dict[str, nn.Module]) -> str:
+    """List the layers' last names, each once, up to MOST_LISTED. A layer in a list is named with its parent."""
+    parts = [name.split(".") for name in layers]
+    own = list(dict.fromkeys(".".join(part[-2:] if part[-1].isdigit() else part[-1:]) for part in parts))
+    more = f" and {len(own) - MOST_LISTED} more" if len(own) > MOST_LISTED else ""
+    return ", ".join(own[:MOST_LISTED]) + more

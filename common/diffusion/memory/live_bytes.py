@@ -1,4 +1,4 @@
-"""The most bytes that tensors hold at once while a piece of work is done: counted operation by operation, on any device."""
+"""Measure the peak memory of a piece of work, operation by operation and on any device, including meta."""
 
 import gc
 import math
@@ -14,19 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Kernels(ABC):
-    """What a device's kernels do beyond what operations say."""
+    """What a device's kernels do that the operations themselves do not show."""
 
     @abstractmethod
     def in_memory_format(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
-        """The output as the device's kernel lays it out."""
+        """Return the output in the memory format that the device's kernel writes."""
 
     @abstractmethod
     def scratch(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> int:
-        """Bytes that it takes while it runs."""
+        """Return the bytes of workspace that the kernel takes while it runs."""
 
 
 class PlainKernels(Kernels):
-    """Nothing beyond it."""
+    """Kernels without special memory formats or workspace."""
 
     def in_memory_format(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
         return output
@@ -39,10 +39,10 @@ PLAIN = PlainKernels()
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that come into being while it is entered: `live` now, and the `peak`.
+    """Bytes of the tensors created while the mode is active: `live` now, and the `peak`.
 
-    The work's inputs are not among them, nor is what a kernel takes and gives back by itself; `kernels` say of that.
-    On the meta device nothing is computed, so a large model's step is counted in a second.
+    The work's inputs do not count. Workspace inside a kernel counts only as far as `kernels` tells. On the meta device
+    nothing is computed, so a step of a large model is counted in a second.
     """
 
     def __init__(self, kernels: Kernels = PLAIN) -> None:
@@ -50,13 +50,13 @@ class LiveBytes(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self._kernels = kernels
-        self._known: dict[int, int] = {}  # storages that are live: identity, bytes
+        self._known: dict[int, int] = {}  # live storages: identity → bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = self._kernels.in_memory_format(func, args, func(*args, **(kwargs or {})))
         made = [leaf for leaf in _tensors(output) if _identity(leaf) not in self._known]
         if made:
-            # A view of what was there before the work began is not its making.
+            # Do not count views of tensors that existed before the work began.
             before = {_identity(leaf) for leaf in _tensors(args)}
             for leaf in made:
                 if _identity(leaf) not in before:
@@ -75,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in an operation's arguments or output, which nest lists at most."""
+    """Yield the tensors in an operation's arguments or output, which may be nested lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
@@ -88,58 +88,54 @@ def _identity(tensor: Tensor) -> int:
 
 
 def peak_bytes(work: Callable[[], object], kernels: Kernels = PLAIN) -> int:
-    """The most bytes held at once while `work` is done, without those that it began with."""
+    """Return the peak of live bytes while `work` runs, without the tensors that existed before."""
     with LiveBytes(kernels) as counter:
         result = work()
-    del result  # kept until here: what the work gives back is held at its end
+    del result  # the caller would still hold the result at the end of the work
     return counter.peak
 
 
 @dataclass(frozen=True)
 class PeakBytes:
-    """A peak that grows with the rows of a batch along a line."""
+    """A peak that grows linearly with the rows of a batch."""
 
     fixed: float | int
-    each: float | int  # a row
+    each: float | int  # per row
 
     def of(self, batch: int) -> int:
-        """The peak of so many rows."""
+        """Return the peak for a batch of this size."""
         return round(self.fixed + batch * self.each)
 
     def plus(self, fixed: float | int, each: float | int = 0) -> "PeakBytes":
-        """The same with more bytes beside it."""
+        """Return the same line with more bytes added."""
         return PeakBytes(self.fixed + fixed, self.each + each)
 
-    def largest(self, bytes: float | int) -> int:
-        """The most rows whose peak is not above `bytes`; 0 where not even one fits."""
-        return max(0, int((bytes - self.fixed) // self.each))
+    def largest(self, limit: float | int) -> int:
+        """Return the largest batch whose peak is at most `limit`; 0 if not even one row fits."""
+        return max(0, int((limit - self.fixed) // self.each))
 
 
 def line_through(peak: Callable[[int], int], few: int, many: int) -> PeakBytes:
-    """The line through the peaks of two batches."""
+    """Return the line through the peaks of two batch sizes."""
     least, most = peak(few), peak(many)
     each = (most - least) / (many - few)
     return PeakBytes(least - few * each, each)
 
 
 def allocated_peak(work: Callable[[], object], device: str, held: int) -> float | int:
-    """The most bytes allocated at once while `work` is done, with all that was before; infinite: the GPU has no more.
+    """Return the peak of allocated bytes while `work` runs, including memory held before; infinite if the GPU runs out.
 
-    On a GPU the allocator says so. Elsewhere it is counted, beside the `held` bytes of what the work begins with.
+    On a GPU the allocator tells. Elsewhere the peak is counted, and added to the `held` bytes of the work's inputs.
     """
     if not device.startswith("cuda"):
         return held + peak_bytes(work)
     try:
-        _let_go()
+        gc.collect()  # an earlier error's traceback may still hold tensors
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     except torch.cuda.OutOfMemoryError:
         return math.inf
-
-
-def _let_go() -> None:
-    gc.collect()  # an error's traceback holds the tensors of the frames it went through
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()

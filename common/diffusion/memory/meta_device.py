@@ -1,6 +1,7 @@
-"""What real devices do and the meta device does not: autocast, fused attention, and memory that kernels take for a moment."""
+"""Run work on the meta device as on a real one: autocast, fused attention, kernels' workspace, and synthetic inputs."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,20 +11,22 @@ from torch.overrides import TorchFunctionMode
 
 from ray_ddpo.common.diffusion.memory.live_bytes import PLAIN, Kernels
 
-# What torch.autocast runs in half precision and what in float32, of the functions that denoising networks are made of.
+# Functions of denoising networks that torch.autocast runs in half precision, and in float32.
 IN_HALF = {F.linear, torch.conv2d, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
 IN_FLOAT32 = {"cuda": {F.group_norm, F.layer_norm, F.softmax, torch.softmax}, "cpu": set()}
 
-BLAS_BYTES = 2 * 2**25  # cuBLAS's workspaces of 32 MiB, of the forward and of the backward thread
-TRANSPOSED_SHARE = (
-    1.0  # of what a convolution reads and writes, that cuDNN lays out again where it is not channels-last
-)
-SPLITS = 132  # of deterministic fused attention's backward pass: one a multiprocessor of an H100, at least one a head
+BLAS_BYTES = 2 * 2**25  # cuBLAS workspaces of 32 MiB, one each for the forward and the backward thread
+TRANSPOSED_SHARE = 1.0  # of a convolution's tensors that are not channels_last, which cuDNN copies into that format
+# Parallel parts of deterministic fused attention's backward pass: one per multiprocessor of an H100, at least one per head.
+SPLITS = 132
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
 class LikeDevice(TorchFunctionMode):
-    """The network on the meta device as it runs on `device`: with autocast to `dtype` unless float32, attention fused."""
+    """Run a network on the meta device as on `device`.
+
+    Autocast goes to `dtype` unless that is float32, and attention is fused.
+    """
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -48,13 +51,13 @@ class LikeDevice(TorchFunctionMode):
             return value
         if not (value.is_leaf and value.requires_grad and dtype == self._dtype):
             return value.to(dtype)
-        if id(value) not in self._weights:  # autocast keeps the trained weights' copies until its end
+        if id(value) not in self._weights:  # autocast caches copies of trained weights until it ends
             self._weights[id(value)] = value.to(dtype)
         return self._weights[id(value)]
 
 
 class FusedAttention(torch.autograd.Function):
-    """What fused attention holds: its inputs, its output and a float32 a query for the backward pass, never the matrix."""
+    """Attention that saves what the fused kernel saves: inputs, output and one float32 per query, never the matrix."""
 
     @staticmethod
     def forward(context: Any, device: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -73,14 +76,17 @@ class FusedAttention(torch.autograd.Function):
 
 
 def _query_sums(query: Tensor) -> Tensor:
-    """In what the kernel adds up the query's gradient: float32, its width rounded up, in parts that are added in order."""
+    """Return the buffer in which the kernel accumulates the query's gradient, in float32 and in deterministic order."""
     images, heads, tokens, width = query.shape
     splits = math.ceil(SPLITS / (images * heads))
     return query.new_empty((splits, images, heads, tokens, 32 * math.ceil(width / 32)), dtype=torch.float32)
 
 
 class CudaKernels(Kernels):
-    """cuDNN's convolutions: channels-last if weights or input are, and what is not is laid out again meanwhile."""
+    """cuDNN's convolutions.
+
+    They run in channels_last if weights or input are, and copy the other tensors into that format.
+    """
 
     def in_memory_format(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
         if operation not in CONVOLUTIONS or not any(map(_is_channels_last, arguments[:3])):
@@ -94,12 +100,12 @@ class CudaKernels(Kernels):
             return 0
         outputs = [output] if isinstance(output, Tensor) else [output[0]]
         tensors = [each for each in (*arguments[:2], *outputs) if isinstance(each, Tensor) and each.ndim == 4]
-        again = [each.nbytes for each in tensors if not each.is_contiguous(memory_format=torch.channels_last)]
-        return round(TRANSPOSED_SHARE * sum(again))
+        copied = [each.nbytes for each in tensors if not each.is_contiguous(memory_format=torch.channels_last)]
+        return round(TRANSPOSED_SHARE * sum(copied))
 
 
 def _is_channels_last(value: Any) -> bool:
-    """And not only because both layouts are the same."""
+    """Return whether a tensor is channels_last, and not merely a shape for which both formats are equal."""
     if not isinstance(value, Tensor) or value.ndim != 4:
         return False
     return value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
@@ -113,10 +119,53 @@ CUDA = CudaKernels()
 
 
 def library_bytes(device: str) -> int:
-    """What the libraries hold for themselves of what torch allocates."""
+    """Return the bytes that libraries allocate for themselves through torch."""
     return BLAS_BYTES if device == "cuda" else 0
 
 
 def kernels_of(device: str) -> Kernels:
-    """The device's kernels. A CPU's take what they need outside of torch's allocator."""
+    """Return the device's kernels. A CPU's kernels take their workspace outside of torch's allocator."""
     return CUDA if device == "cuda" else PLAIN
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+# Lookup functions: the position and the name of their index argument.
+INDEX: dict[Any, tuple[int, str]] = {
+    F.embedding: (0, "input"),
+    F.one_hot: (0, "tensor"),
+    torch.index_select: (2, "index"),
+    Tensor.index_select: (2, "index"),
+    torch.gather: (2, "index"),
+    Tensor.gather: (2, "index"),
+    Tensor.__getitem__: (1, ""),
+}
+
+
+def synthetic_conditioning(
+    shapes: Shapes, dtypes: Mapping[str, torch.dtype], rows: int, device: str, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Return zeros with `rows` rows each, in the dtype that `dtypes` has for the name, otherwise in `dtype`."""
+    return {
+        name: torch.zeros(rows, *shape, device=device, dtype=dtypes.get(name, dtype)) for name, shape in shapes.items()
+    }
+
+
+class IntegerIndices(TorchFunctionMode):
+    """Convert floating zeros that stand for class labels to integers where they index a tensor.
+
+    A floating index is an error everywhere else, so code that works without this mode does not change under it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in INDEX:
+            position, keyword = INDEX[func]
+            args = tuple(_as_index(value) if at == position else value for at, value in enumerate(args))
+            kwargs = {name: _as_index(value) if name == keyword else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _as_index(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_as_index, value))
+    return value.long() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""The peak memory of a policy's work: a learner's step, a sampler's forward pass, a decoding, on the meta device."""
+"""Predict the peak memory of a learner's step, a sampler's forward pass and a decoding, on the meta device."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,26 +10,32 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes, line_through, peak_bytes
-from ray_ddpo.common.diffusion.memory.meta_device import LikeDevice, kernels_of
+from ray_ddpo.common.diffusion.memory.meta_device import (
+    IntegerIndices,
+    LikeDevice,
+    kernels_of,
+    synthetic_conditioning,
+)
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind
-from ray_ddpo.common.diffusion.memory.synthetic_inputs import IntegerIndices, made_up_conditioning
 
-BATCHES = (1, 2)  # a peak is a line in the batch, and two points tell it
+BATCHES = (1, 2)  # the peak is linear in the batch size, so two points suffice
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the network is called with, a row each."""
+    """What the network is called with, one row each."""
 
     call: Callable[..., Tensor]  # (network, latents, timesteps, **rows of conditioning) → output
     latent_shape: tuple[int, int, int]
     conditioning_shapes: dict[str, tuple[int, ...]]
-    branches: int  # rows an image
-    conditioning_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of what is not floating, as labels are
+    branches: int  # rows per image
+    conditioning_dtypes: dict[str, torch.dtype] = field(
+        default_factory=dict
+    )  # of inputs that are not floating, such as labels
 
 
 class NetworkMemory:
-    """A network on the meta device, with what is trained in it, as it works."""
+    """A network on the meta device with its trained parameters, as it works on a device."""
 
     def __init__(self, network: Any, inputs: Inputs, dtype: torch.dtype, device: DeviceKind) -> None:
         from peft.tuners.lora import LoraLayer
@@ -39,12 +45,12 @@ class NetworkMemory:
         self._dtype = dtype
         self._device: DeviceKind = device
         adapted = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
-        self._has_adapters = bool(adapted)  # else autocast is around the network
+        self._has_adapters = bool(adapted)  # otherwise autocast is around the full network
         for layer in adapted:
             self._autocast_alone(layer)
 
     def _autocast_alone(self, layer: Any) -> None:
-        """As `compute_adapters_in` has it on a real device."""
+        """Run one adapted layer under autocast, as `compute_adapters_in` does on a real device."""
         forward, layer.cast_input_dtype_enabled = layer.forward, False
 
         def in_half(*args: Any, **keys: Any) -> Tensor:
@@ -57,30 +63,30 @@ class NetworkMemory:
         return LikeDevice(self._device, torch.float32 if self._has_adapters else self._dtype)
 
     def change_dtype(self, dtype: torch.dtype) -> None:
-        """What is not trained, in `dtype`, as samplers may have it."""
+        """Convert the frozen parameters to `dtype`, as samplers may have them."""
         self._dtype = dtype
         for parameter in self._network.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
 
     def learning(self, checkpointing: bool) -> PeakBytes:
-        """What a step takes beside weights, gradients and the optimizer's moments, by pairs."""
+        """Return the peak of an optimizer step by transitions, without weights, gradients and optimizer state."""
         for parameter in self._network.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         with _checkpointing(self._network, self._recomputed) if checkpointing else contextlib.nullcontext():
             return self._line(self._learn)
 
     def sampling(self) -> PeakBytes:
-        """What a denoising step without gradient takes beside the weights, by images."""
-        return self._line(self._draw)
+        """Return the peak of a denoising step without gradient by images, without the weights."""
+        return self._line(self._sample)
 
     def decoding(self, vae: Any) -> PeakBytes:
-        """What the decoder takes from latents to images beside its weights, by images."""
+        """Return the peak of decoding latents to images by images, without the decoder's weights."""
         if self._device == "cuda":
             vae.to(memory_format=torch.channels_last)
 
         def decode(images: int) -> None:
-            with torch.no_grad(), LikeDevice(self._device, torch.float32):  # it runs in its own dtype
+            with torch.no_grad(), LikeDevice(self._device, torch.float32):  # the decoder runs in its own dtype
                 scaled = torch.empty(images, *self._inputs.latent_shape, device="meta", dtype=vae.dtype) / 1.0
                 pixels = vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5
                 (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -90,22 +96,24 @@ class NetworkMemory:
     def _line(self, work: Callable[[int], None]) -> PeakBytes:
         return line_through(lambda rows: peak_bytes(lambda: work(rows), kernels_of(self._device)), *BATCHES)
 
-    def _learn(self, pairs: int) -> None:
+    def _learn(self, transitions: int) -> None:
         with self._like_device():
-            predicted = self._predict(pairs)
+            predicted = self._predict(transitions)
             torch.autograd.backward((predicted - torch.empty_like(predicted)).square().mean())
 
-    def _draw(self, images: int) -> None:
+    def _sample(self, images: int) -> None:
         with torch.no_grad(), self._like_device():
             mean = self._predict(images)
             latents = mean + torch.empty_like(mean)
             (latents - mean).square().flatten(1).mean(1)
 
     def _predict(self, rows: int) -> Tensor:
+        """Call the network on synthetic inputs, with guidance if there are two branches."""
         branches = self._inputs.branches
         latents = torch.empty(rows, *self._inputs.latent_shape, device="meta").repeat(branches, 1, 1, 1)
-        made_up = self._inputs.conditioning_shapes, self._inputs.conditioning_dtypes, rows, "meta", self._dtype
-        conditioning = {name: torch.cat([value] * branches) for name, value in made_up_conditioning(*made_up).items()}
+        shapes, dtypes = self._inputs.conditioning_shapes, self._inputs.conditioning_dtypes
+        rows_of = synthetic_conditioning(shapes, dtypes, rows, "meta", self._dtype)
+        conditioning = {name: torch.cat([value] * branches) for name, value in rows_of.items()}
         timesteps = torch.empty(branches * rows, device="meta")
         with IntegerIndices():
             output = self._inputs.call(self._network, latents.to(self._dtype), timesteps, **conditioning).float()
@@ -115,7 +123,7 @@ class NetworkMemory:
         return unconditional + 5.0 * (conditional - unconditional)
 
     def _recomputed(self, module: Any, *args: Any) -> Any:
-        # The backward pass leaves function modes behind, so what it computes again enters one of its own.
+        # Function modes are not active in the backward pass, so re-computation must enter its own.
         def contexts() -> tuple[Any, Any]:
             return contextlib.nullcontext(), self._like_device()
 
@@ -124,6 +132,7 @@ class NetworkMemory:
 
 @contextlib.contextmanager
 def _checkpointing(network: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Enable gradient checkpointing through `function` for the duration of the body."""
     if not hasattr(network, "enable_gradient_checkpointing"):
         raise ValueError(
             f"policy.gradient_checkpointing is true, and {type(network).__name__} cannot re-compute its activations: it has "

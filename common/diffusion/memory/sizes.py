@@ -1,4 +1,4 @@
-"""How large a model is and what its work takes, without loading it: counted on torch's meta device."""
+"""A model's size and the memory of its work, without loading it."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,53 +10,55 @@ from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes
 
 DeviceKind = Literal["cpu", "cuda"]
 
-CONTEXT_BYTES = 600_000_000  # of a process on a GPU beside the allocator's: CUDA's context, and the libraries' kernels
-LEFT_FREE = 0.1  # of the rest: what is allocated does not lie without gaps, and a prediction may be wrong by as much
+CONTEXT_BYTES = 600_000_000  # per GPU process, outside of the allocator: CUDA context and the libraries' kernels
+LEFT_FREE = 0.1  # of the rest, for fragmentation and for prediction errors of that size
 
 
 def usable_bytes(memory: float | int, processes: int = 1) -> float:
-    """What tensors may take of a GPU's memory that so many processes share."""
+    """Return the bytes that tensors may take of a GPU's memory if `processes` share it."""
     return (1 - LEFT_FREE) * (memory - processes * CONTEXT_BYTES)
 
 
 @dataclass(frozen=True)
 class PolicySizes:
-    """What `ddpo plan` multiplies. Bytes are of the dtype the recipe gives, and the most that is allocated at once."""
+    """What `ddpo plan` needs. Bytes are for the recipe's dtype, and peaks of allocated memory."""
 
     latent_shape: tuple[int, int, int]
-    stochastic_steps: int  # of a path
-    conditioning_shape: dict[str, tuple[int, ...]]  # of one prompt's row, by name
-    conditioning_bytes: int  # of one prompt's embeddings
-    network_parameters: int  # of the network that is trained, without adapters
+    stochastic_steps: int  # per trajectory
+    conditioning_shape: dict[str, tuple[int, ...]]  # one prompt's row, by name
+    conditioning_bytes: int  # one prompt's embeddings
+    network_parameters: int  # the trained network, without adapters
     trained_parameters: int
-    learner: PeakBytes  # by the pairs of a micro-batch, both branches of guidance, with weights and optimizer
-    sampling: PeakBytes  # of a sampler, by the images of a task, with its weights
+    learner: PeakBytes  # by transitions of a micro-batch (both guidance branches), with weights and optimizer state
+    sampling: PeakBytes  # a sampler's, by images of a task, with its weights
     decoding: PeakBytes
     encoding_bytes: int  # the weights that a sampler holds while it encodes prompts
-    conditioning_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of what is not floating, as labels are
-    network_bytes: int = 0  # of the network alone as a sampler holds it, with its weights beside merged adapters
+    conditioning_dtypes: dict[str, torch.dtype] = field(
+        default_factory=dict
+    )  # of conditioning that is not floating, such as labels
+    network_bytes: int = 0  # the sampler's network alone, with the copy of base weights if adapters are merged
 
     def sampler_bytes(self, batch: int) -> int:
-        """A sampler's peak over a task of so many images."""
+        """Return a sampler's peak for a task of `batch` images."""
         return max(self.sampling.of(batch), self.decoding.of(batch), self.encoding_bytes)
 
-    def largest_batch(self, bytes: float | int) -> int:
-        """The most images of a task that a sampler can sample and decode with so many bytes; 0: not one."""
-        if self.encoding_bytes > bytes:
+    def largest_batch(self, limit: float | int) -> int:
+        """Return the most images per task that a sampler can sample and decode within `limit` bytes; 0 if none fits."""
+        if self.encoding_bytes > limit:
             return 0
-        return min(self.sampling.largest(bytes), self.decoding.largest(bytes))
+        return min(self.sampling.largest(limit), self.decoding.largest(limit))
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Numbers in a module's parameters."""
+    """Return the number of elements in a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def parameter_bytes(module: nn.Module) -> int:
-    """What a module's parameters take, each in its own dtype."""
+    """Return the bytes of a module's parameters, each in its own dtype."""
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` that is not above `most`; 0: there is none."""
+    """Return the largest divisor of `number` that is at most `most`; 0 if there is none."""
     return next((size for size in range(min(number, most), 0, -1) if number % size == 0), 0)

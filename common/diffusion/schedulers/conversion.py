@@ -1,7 +1,8 @@
-"""Decide what of a published scheduler's configuration a DDIM or flow-matching table takes over exactly; refuse the rest by name.
+"""Convert a published scheduler's configuration to DDIM or flow matching, exactly, or refuse it by key.
 
-A scheduler of another kind is no obstacle where it denoises the same process: same betas, same prediction type. Its solver
-is then replaced by DDIM, as `DDIMScheduler.from_config` does. Noise levels of another kind have no counterpart in DDIM.
+A scheduler of another class can be converted if it denoises the same process: same betas, same prediction type. DDIM
+then
+replaces its solver, as in `DDIMScheduler.from_config`. Other noise levels have no counterpart in DDIM.
 """
 
 import math
@@ -9,14 +10,13 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from ray_ddpo.common.diffusion.number_keys import bad_beta
-
 FILE = "scheduler/scheduler_config.json"
 DDIM = "DDIMScheduler"
 FLOW = "FlowMatchEulerDiscreteScheduler"
+BETA_RANGES = ("linear", "scaled_linear")  # beta schedules from beta_start to beta_end
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
-CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")  # unless told not to
+CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")  # by default
 CARRIED = (
     *CLIPPING,
     "PNDMScheduler",
@@ -33,11 +33,11 @@ CARRIED = (
     "UniPCMultistepScheduler",
     "SASolverScheduler",
 )
-NEEDED = {
+NEEDED = {  # packages that diffusers needs for a scheduler
     "LMSDiscreteScheduler": "scipy",
     "DPMSolverSDEScheduler": "torchsde",
-}  # without which diffusers cannot make it
-# Where these say nothing of their betas, they mean others than DDIM: (their default, DDIM's).
+}
+# Defaults of some schedulers that differ from DDIM's: (theirs, DDIM's).
 OWN_BETAS = {"beta_start": (0.00085, 0.0001), "beta_end": (0.012, 0.02)}
 WITH_OWN_BETAS = (
     "HeunDiscreteScheduler",
@@ -45,10 +45,10 @@ WITH_OWN_BETAS = (
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSDEScheduler",
 )
-# What StableDiffusionPipeline takes other values of for out of date, and corrects as it is made.
+# StableDiffusionPipeline considers other values of these keys outdated, and corrects them.
 CORRECTED = {"clip_sample": False, "steps_offset": 1}
 
-# What DDIM takes, by key; why nothing else; and what to do, where another value would not make another process of it.
+# Key → values that DDIM supports, why no others, and the remedy if changing the value keeps the process the same.
 SPACED = "it spaces noise levels otherwise than DDIM, which steps on the model's own timesteps"
 TRAINED = "a network that was trained on such noise levels cannot be stepped by DDIM"
 SET_FALSE, TAKE_ANOTHER = "; set it to false", ""
@@ -84,13 +84,15 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str, str]] = {
 
 
 def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `DDIMScheduler.from_config` makes the same process of.
+    """Return the configuration from which `DDIMScheduler.from_config` makes the same process.
 
     Args:
-        config: of a loaded scheduler, or the contents of its file; without `_class_name` it is DDIM's own, and clips nothing.
+        config: a loaded scheduler's configuration, or the contents of its file. Without `_class_name` it is DDIM's own,
+            and
+            does not clip.
 
     Raises:
-        ValueError: DDIM cannot take it over exactly. The message names class, key and value, and what is allowed.
+        ValueError: DDIM cannot represent it exactly. The message names class, key and value, and what is allowed.
     """
     written, name = written_keys(config), config.get("_class_name")
     if name is not None:
@@ -100,7 +102,7 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{_says(name, key, written[key])}: {reason}{remedy} (in {FILE})")
     _check_absent(name, written)
     _check_length(name, written)
-    key = bad_beta(written)
+    key = _bad_beta(written)
     if key is not None:
         raise ValueError(f"{_says(name, key, written[key])}: it must be a number above 0 and below 1 (in {FILE})")
     if written.get("final_sigmas_type", "zero") != "zero" and written.get("set_alpha_to_one", True):
@@ -108,15 +110,15 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{_says(name, 'final_sigmas_type', written['final_sigmas_type'])}: DDIM ends so only where set_alpha_to_one is "
             f'false; set it to "zero", or set_alpha_to_one to false, in {FILE}'
         )
-    # Of the schedulers that are left only those of CLIPPING clip where nothing is said; an absent key is not true.
+    # Only the CLIPPING classes clip by default, and those must have the key, so an absent key means False.
     return {"clip_sample": False, **written}
 
 
 def flow_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `FlowMatchEulerDiscreteScheduler.from_config` makes the same flow of.
+    """Return the configuration from which `FlowMatchEulerDiscreteScheduler.from_config` makes the same flow.
 
     Raises:
-        ValueError: it is another scheduler, or has steps that go another way. The message names class, key and value.
+        ValueError: The scheduler is another class, or its steps differ. The message names class, key and value.
     """
     written, name = written_keys(config), config.get("_class_name")
     if name is not None:
@@ -135,36 +137,56 @@ def flow_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_scheduler(index: Mapping[str, Any], config: Mapping[str, Any], flow: bool) -> None:
-    """Check the files of a folder, where `model_index.json` names the class that diffusers makes of the configuration.
+    """Check a folder's files, where `model_index.json` names the class that diffusers makes from the configuration.
 
     Raises:
-        ValueError: the schedule cannot be taken over exactly.
+        ValueError: The schedule cannot be represented exactly.
     """
     for read in as_loaded(index, config):
         (flow_config if flow else ddim_config)(read)
 
 
 def as_loaded(index: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a folder's scheduler as its pipeline has it: of the class that model_index.json names, then of the file's own."""
+    """Return a folder's scheduler configuration for each class that it may be loaded as.
+
+    These are the class that model_index.json names, and the class in the scheduler's own file.
+    """
     named = (index.get("scheduler") or [None, None])[1]
     classes = dict.fromkeys(name for name in (named, config.get("_class_name")) if name)
     read = [{**config, "_class_name": name} for name in classes] or [dict(config)]
     if index.get("_class_name") == "StableDiffusionPipeline":
         for keys in read:
-            of_ddim = keys.get("_class_name") == DDIM
-            keys |= {key: value for key, value in CORRECTED.items() if key in keys or of_ddim}
+            is_ddim = keys.get("_class_name") == DDIM
+            keys |= {key: value for key, value in CORRECTED.items() if key in keys or is_ddim}
     return read
 
 
 def written_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys that a scheduler's file has. A loaded DDIMScheduler's are also those that its pipeline has corrected."""
+    """Return the keys that a scheduler's file has, with those that the pipeline corrects in a loaded DDIMScheduler."""
     unwritten = set(config.get("_use_default_values", ()))
     if config.get("_class_name") == DDIM:
         unwritten -= {key for key, value in CORRECTED.items() if config.get(key) == value}
     return {key: value for key, value in config.items() if key not in unwritten and key != "_use_default_values"}
 
 
+def is_number(value: Any) -> bool:
+    """Return whether a key's value is a finite number. Booleans are not numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _bad_beta(written: Mapping[str, Any]) -> str | None:
+    """Return the key of a beta range that is not a number or is negative; None if there is none.
+
+    The betas that follow from valid numbers are checked elsewhere.
+    """
+    if written.get("trained_betas") is not None or written.get("beta_schedule", "linear") not in BETA_RANGES:
+        return None
+    ends = {key: written[key] for key in ("beta_start", "beta_end") if key in written}
+    return next((key for key, value in ends.items() if not is_number(value) or value < 0), None)
+
+
 def _check_class(name: str, carried: tuple[str, ...], why: str, with_keys: str = "") -> None:
+    """Raise ValueError if the scheduler's class cannot be converted, or needs a package that is not installed."""
     if name not in carried:
         raise ValueError(
             f"the model's scheduler is {name}{with_keys}: {why}, and takes over the schedules of {', '.join(carried)}; no other "
@@ -176,6 +198,7 @@ def _check_class(name: str, carried: tuple[str, ...], why: str, with_keys: str =
 
 
 def _check_absent(name: str | None, written: Mapping[str, Any]) -> None:
+    """Raise ValueError if an absent key means something else than in DDIM."""
     for key, (own, ddims) in OWN_BETAS.items():
         if name in WITH_OWN_BETAS and key not in written:
             raise ValueError(
@@ -190,6 +213,7 @@ def _check_absent(name: str | None, written: Mapping[str, Any]) -> None:
 
 
 def _check_length(name: str | None, written: Mapping[str, Any]) -> None:
+    """Raise ValueError if the schedule's length or offset is not a usable number."""
     steps, betas = written.get("num_train_timesteps", 1000), written.get("trained_betas")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"{_says(name, 'num_train_timesteps', steps)}: it must be a whole number above 0 (in {FILE})")

@@ -8,18 +8,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.schedulers.conversion import FILE, ddim_config
-from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, Noised, column
+from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, NoisedLatents, column
 from ray_ddpo.common.diffusion.transition import Transition
 
 
 @dataclass(frozen=True)
 class DDIMTable(DenoisingSteps):
-    """What a step needs to know of its place on the path, for each of the T steps."""
+    """The quantities of each of the T steps."""
 
     timesteps: Int[Tensor, "T"]  # the model's own, 999 … 0
     alphas_cumprod: Float[Tensor, "T"]  # ᾱ where the step starts
     next_alphas_cumprod: Float[Tensor, "T"]  # ᾱ where it ends
-    eta: Float[Tensor, "T"]  # 0: this step is sampled without noise
+    eta: Float[Tensor, "T"]  # 0: the step is deterministic
     prediction_type: str  # epsilon, v_prediction or sample
     training_alphas_cumprod: Float[Tensor, "N"]  # ᾱ of each of the model's own timesteps
 
@@ -28,7 +28,7 @@ class DDIMTable(DenoisingSteps):
         return len(self.training_alphas_cumprod)
 
     def std(self) -> Float[Tensor, "T"]:
-        """σ of each step (eq. 16); 0 where the step has no noise."""
+        """Return σ of each step (eq. 16); 0 where the step is deterministic."""
         variance = (1 - self.next_alphas_cumprod) / (1 - self.alphas_cumprod)
         return self.eta * (variance * (1 - self.alphas_cumprod / self.next_alphas_cumprod)).clamp(min=0).sqrt()
 
@@ -37,13 +37,13 @@ class DDIMTable(DenoisingSteps):
         latents: Float[Tensor, "B C H W"],
         model_output: Float[Tensor, "B C H W"],
         steps: Int[Tensor, "B"],
-        noisy: bool = True,
+        stochastic: bool = True,
     ) -> Transition:
-        return ddim_transition(self, latents, model_output, steps, noisy)
+        return ddim_transition(self, latents, model_output, steps, stochastic)
 
-    def noised(
+    def add_noise(
         self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]
-    ) -> Noised:
+    ) -> NoisedLatents:
         alphas = self.training_alphas_cumprod[timesteps]
         signal, spread = column(alphas).sqrt(), (1 - column(alphas)).sqrt()
         target = training_target(self.prediction_type, clean_latents, noise, alphas)
@@ -51,10 +51,10 @@ class DDIMTable(DenoisingSteps):
 
 
 def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, device: str) -> DDIMTable:
-    """Return the table of `num_steps` steps for a diffusers scheduler configuration (of any of SD's schedulers).
+    """Return the table of `num_steps` steps for a diffusers scheduler configuration of any class that SD models use.
 
     Raises:
-        ValueError: DDIM cannot take the configuration over, or its schedule has no such steps.
+        ValueError: DDIM cannot represent the configuration, or its schedule has no such steps.
     """
     from diffusers import DDIMScheduler
 
@@ -82,7 +82,7 @@ def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, dev
 
 
 def _check_betas(scheduler: Any) -> None:
-    """Raise ValueError if they make no schedule: ᾱ must fall, and reach 0 only where it is rescaled to."""
+    """Raise ValueError if the betas make no schedule: ᾱ must fall, and reach 0 only if it is rescaled to."""
     alphas, ends_at_zero = scheduler.alphas_cumprod, scheduler.config["rescale_betas_zero_snr"]
     falls = (scheduler.betas >= 0).all() and (alphas[:-1] > 0).all() and (ends_at_zero or alphas[-1] > 0)
     if not falls or not alphas.isfinite().all():
@@ -92,11 +92,15 @@ def _check_betas(scheduler: Any) -> None:
 def _refuse_betas(scheduler: Any) -> NoReturn:
     keys = ("beta_schedule", "beta_start", "beta_end", "trained_betas")
     shown = ", ".join(f"{key}={scheduler.config[key]!r:.40}" for key in keys if scheduler.config[key] is not None)
-    raise ValueError(f"the model's scheduler has {shown}: every beta must lie above 0 and below 1 (in {FILE})")
+    raise ValueError(f"the model's scheduler has {shown}: every beta must be above 0 and below 1 (in {FILE})")
 
 
 def _timesteps(scheduler: Any, num_steps: int) -> Int[Tensor, "T"]:
-    """Return the timesteps that diffusers steps on. Raise ValueError if some lie outside of the model's schedule."""
+    """Return the timesteps that diffusers steps on.
+
+    Raises:
+        ValueError: Some are outside of the model's schedule.
+    """
     count, spacing = scheduler.config["num_train_timesteps"], scheduler.config["timestep_spacing"]
     if num_steps > count:
         raise ValueError(
@@ -120,22 +124,24 @@ def ddim_transition(
     latents: Float[Tensor, "B C H W"],
     model_output: Float[Tensor, "B C H W"],
     steps: Int[Tensor, "B"],
-    noisy: bool = True,
+    stochastic: bool = True,
 ) -> Transition:
-    """The step's distribution: μ = √ᾱ' x̂0 + √(1 − ᾱ' − σ²) ε (eq. 12). In float32, whatever the network ran in.
+    """Return the step's distribution, with μ = √ᾱ' x̂0 + √(1 − ᾱ' − σ²) ε (eq. 12). Computes in float32.
 
-    Not `noisy`: the step with σ = 0, whose μ is another one; the μ of the noisy step has lost its variance.
+    If `stochastic` is False, take the deterministic DDIM step (σ = 0). Its mean differs from the stochastic mean; using
+    the
+    latter without noise washes images out.
     """
     latents, model_output = latents.float(), model_output.float()
     alpha, next_alpha = column(table.alphas_cumprod[steps]), column(table.next_alphas_cumprod[steps])
     clean, noise = _clean_and_noise(table.prediction_type, latents, model_output, alpha)
-    std = table.std()[steps] if noisy else torch.zeros_like(alpha).flatten()
+    std = table.std()[steps] if stochastic else torch.zeros_like(alpha).flatten()
     mean = next_alpha.sqrt() * clean + (1 - next_alpha - column(std).square()).clamp(min=0).sqrt() * noise
     return Transition(mean, std)
 
 
 def _clean_and_noise(prediction_type: str, latents: Tensor, output: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """x̂0 and ε from what the network predicts (Salimans & Ho 2022, appendix D, for v)."""
+    """Return x̂0 and ε from the network's output (Salimans & Ho 2022, appendix D, for v)."""
     signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
     match prediction_type:
         case "epsilon":
@@ -151,7 +157,7 @@ def _clean_and_noise(prediction_type: str, latents: Tensor, output: Tensor, alph
 def training_target(
     prediction_type: str, clean: Tensor, noise: Float[Tensor, "B C H W"], alphas_cumprod: Float[Tensor, "B"]
 ) -> Float[Tensor, "B C H W"]:
-    """What the network should have predicted of √ᾱ x0 + √(1−ᾱ) ε."""
+    """Return the prediction target for √ᾱ x0 + √(1−ᾱ) ε."""
     signal, spread = column(alphas_cumprod).sqrt(), (1 - column(alphas_cumprod)).sqrt()
     targets = {"epsilon": noise, "v_prediction": signal * noise - spread * clean, "sample": clean}
     return targets[prediction_type]

@@ -1,4 +1,4 @@
-"""What every schedule promises: where each step of a path stands, and the distribution of the latents that follow it."""
+"""The interface of every schedule: its timesteps, and the distribution of the next latents."""
 
 from abc import ABC, abstractmethod
 
@@ -8,22 +8,22 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.transition import Transition
 
-Noised = tuple[Tensor, Tensor, Tensor]
+NoisedLatents = tuple[Tensor, Tensor, Tensor]  # noised latents, timestep input, prediction target
 
 
 class DenoisingSteps(ABC):
-    """The T steps of a path. All of their arithmetic is in float32, whatever the network ran in."""
+    """The T steps of a trajectory. All arithmetic is in float32, whatever dtype the network ran in."""
 
-    timesteps: Num[Tensor, "T"]  # as the network is told them
+    timesteps: Num[Tensor, "T"]  # the network's timestep inputs
 
     @property
     @abstractmethod
     def num_train_timesteps(self) -> int:
-        """Of the model's own schedule, which `noised` numbers from 0."""
+        """Return the length of the model's own schedule, which `add_noise` indexes from 0."""
 
     @abstractmethod
     def std(self) -> Float[Tensor, "T"]:
-        """The standard deviation of each step; 0 where it has no noise."""
+        """Return the standard deviation of each step; 0 where the step is deterministic."""
 
     @abstractmethod
     def transition(
@@ -31,26 +31,33 @@ class DenoisingSteps(ABC):
         latents: Float[Tensor, "B C H W"],
         model_output: Float[Tensor, "B C H W"],
         steps: Int[Tensor, "B"],
-        noisy: bool = True,
+        stochastic: bool = True,
     ) -> Transition:
-        """Each row's step as a distribution. Not `noisy`: the step that the schedule takes without noise."""
+        """Return each row's step as a distribution.
+
+        If `stochastic` is False, take the schedule's deterministic step.
+        """
 
     @abstractmethod
-    def noised(
+    def add_noise(
         self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]
-    ) -> Noised:
-        """The forward process at the model's own `timesteps`: noised latents, what the network is told, what it should say."""
+    ) -> NoisedLatents:
+        """Run forward diffusion to the model's own `timesteps`.
+
+        Returns:
+            Noised latents, the timestep input and the prediction target.
+        """
 
     def clean_scale(self, timesteps: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """How far the clean latents move that a prediction at these timesteps stands for, when it moves by one.
+        """Return by how much the predicted clean latents change if the prediction changes by one.
 
-        1 if errors are to be measured in what the network predicts.
+        1 means that errors are measured in the network's own parameterization.
         """
         return torch.ones(len(timesteps), device=timesteps.device)
 
 
 def output_sensitivity(steps: DenoisingSteps) -> Float[Tensor, "T"]:
-    """|dμ/d output| / σ of each step: by how many σ its mean moves when the output moves by one; infinity where σ is 0."""
+    """Return |dμ/d output| / σ of each step: by how many σ the mean moves per unit of output; infinity where σ is 0."""
     every = torch.arange(len(steps.timesteps), device=steps.timesteps.device)
     zero = torch.zeros(len(every), 1, 1, 1, device=every.device)
     at_zero, at_one = (steps.transition(zero, output, every) for output in (zero, zero + 1))
@@ -58,5 +65,5 @@ def output_sensitivity(steps: DenoisingSteps) -> Float[Tensor, "T"]:
 
 
 def column(values: Float[Tensor, "B"]) -> Float[Tensor, "B 1 1 1"]:
-    """One number a row, to be multiplied with latents."""
+    """Return one number per row, shaped to be multiplied with latents."""
     return values.view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Flow matching (Lipman et al. 2023) with noise: mean and standard deviation of one step, as Flow-GRPO has them."""
+"""Flow matching (Lipman et al. 2023) as an SDE: mean and standard deviation of one step, as in Flow-GRPO."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,22 +8,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.schedulers.conversion import FILE, flow_config, written_keys
-from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, Noised, column
+from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps, NoisedLatents, column
 from ray_ddpo.common.diffusion.transition import Transition
 
 
 @dataclass(frozen=True)
 class FlowMatchTable(DenoisingSteps):
-    """x_σ = (1 − σ) x0 + σ ε, from σ = 1 to 0, where the network says v = ε − x0."""
+    """x_σ = (1 − σ) x0 + σ ε, from σ = 1 to 0. The network predicts v = ε − x0."""
 
     timesteps: Float[Tensor, "T"]  # 1000 σ
     sigmas: Float[Tensor, "T"]  # where the step starts
     next_sigmas: Float[Tensor, "T"]  # where it ends
-    noise_level: Float[Tensor, "T"]  # a; 0: this step is sampled without noise
-    training_sigmas: Float[Tensor, "N"]  # σ of each of the model's own timesteps, spaced as it was trained
+    noise_level: Float[Tensor, "T"]  # a; 0: the step is deterministic
+    training_sigmas: Float[Tensor, "N"]  # σ of each of the model's own timesteps, spaced as in its training
 
     def to(self, device: str) -> "FlowMatchTable":
-        """The same on another device."""
+        """Return the table on another device."""
         return FlowMatchTable(**{name: value.to(device) for name, value in vars(self).items()})
 
     @property
@@ -31,13 +31,16 @@ class FlowMatchTable(DenoisingSteps):
         return len(self.training_sigmas)
 
     def diffusion(self) -> Float[Tensor, "T"]:
-        """s = √(σ / (1 − σ′)) · a, where σ′ is σ, and at σ = 1 the path's second one (Flow-GRPO, section 4.2)."""
-        # What is shifted may miss 1 by a rounding error, on either side.
+        """Return s = √(σ / (1 − σ′)) · a (Flow-GRPO, section 4.2).
+
+        σ′ is σ, except at σ = 1, where σ′ is the second σ of the schedule.
+        """
+        # A shifted σ may differ from 1 by a rounding error, in either direction.
         finite = torch.where(self.sigmas > 1 - 1e-5, self.next_sigmas[0], self.sigmas)
         return (self.sigmas / (1 - finite)).sqrt() * self.noise_level
 
     def std(self) -> Float[Tensor, "T"]:
-        """s √(−dt); 0 where the step has no noise."""
+        """Return s √(−dt); 0 where the step is deterministic."""
         return self.diffusion() * (self.sigmas - self.next_sigmas).sqrt()
 
     def transition(
@@ -45,30 +48,39 @@ class FlowMatchTable(DenoisingSteps):
         latents: Float[Tensor, "B C H W"],
         model_output: Float[Tensor, "B C H W"],
         steps: Int[Tensor, "B"],
-        noisy: bool = True,
+        stochastic: bool = True,
     ) -> Transition:
-        return flow_match_transition(self, latents, model_output, steps, noisy)
+        return flow_match_transition(self, latents, model_output, steps, stochastic)
 
-    def noised(
+    def add_noise(
         self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]
-    ) -> Noised:
+    ) -> NoisedLatents:
         sigmas = self.training_sigmas[timesteps]
         noised = (1 - column(sigmas)) * clean_latents + column(sigmas) * noise
         return noised, self.num_train_timesteps * sigmas, noise - clean_latents
 
     def clean_scale(self, timesteps: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """σ, for x0 = x_σ − σ v."""
+        """Return σ, because x0 = x_σ − σ v."""
         return self.training_sigmas[timesteps]
 
 
 def flow_match_table(
     scheduler_config: dict[str, Any], num_steps: int, noise_level: float, image_tokens: int, evenly_spaced: bool
 ) -> FlowMatchTable:
-    """The table for a diffusers scheduler configuration, on the CPU. The last step has no noise: its ratios would explode.
+    """Return the table for a diffusers scheduler configuration, on the CPU.
 
-    `image_tokens` decide how far noise levels are shifted, where the configuration says that they do. `evenly_spaced`:
-    σ goes in equal steps from 1 to 1/T before it is shifted, as FLUX has it, and not down to the schedule's own least.
-    ValueError: the configuration describes steps that are no flow from noise to the image, or steps with noise of their own.
+    The last step is deterministic, because its ratios would explode.
+
+    Args:
+        scheduler_config: the diffusers configuration.
+        num_steps: the number of steps.
+        noise_level: a, in `diffusion`.
+        image_tokens: decides how far noise levels are shifted, if the configuration asks for dynamic shifting.
+        evenly_spaced: whether σ goes in equal steps from 1 to 1/T before the shift, as in FLUX, instead of down to the
+            schedule's own minimum.
+
+    Raises:
+        ValueError: The configuration's steps are no flow from noise to the image, or have noise of their own.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -83,7 +95,7 @@ def flow_match_table(
             shifts = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
             keys["mu"] = calculate_shift(image_tokens, *(scheduler.config[key] for key in shifts))
         scheduler.set_timesteps(**keys)
-    except (TypeError, ZeroDivisionError) as error:  # of diffusers, on keys that are null or of another kind
+    except (TypeError, ZeroDivisionError) as error:  # diffusers raises these on keys that are null or of another type
         given = {
             key: value for key, value in written_keys(scheduler_config).items() if "shift" in key or "seq_len" in key
         }
@@ -91,15 +103,15 @@ def flow_match_table(
         raise ValueError(
             f"the model's scheduler has {shown}, of which no schedule follows: {error} (in {FILE})"
         ) from None
-    path = scheduler.sigmas
-    if not path.isfinite().all() or not (path.diff() < 0).all() or path[0] > 1 + 1e-5:
+    sigmas = scheduler.sigmas
+    if not sigmas.isfinite().all() or not (sigmas.diff() < 0).all() or sigmas[0] > 1 + 1e-5:
         raise ValueError(
-            f"sampling.num_steps is {num_steps}, and the model's scheduler has noise levels {path.tolist()[:4]} …: they must "
+            f"sampling.num_steps is {num_steps}, and the model's scheduler has noise levels {sigmas.tolist()[:4]} …: they must "
             f"fall from 1 or less to 0, step by step (shift, shift_terminal and the like in {FILE})"
         )
     levels = torch.full((num_steps,), noise_level)
     levels[-1] = 0.0
-    return FlowMatchTable(scheduler.timesteps, scheduler.sigmas[:-1], scheduler.sigmas[1:], levels, training_sigmas)
+    return FlowMatchTable(scheduler.timesteps, sigmas[:-1], sigmas[1:], levels, training_sigmas)
 
 
 def flow_match_transition(
@@ -107,15 +119,17 @@ def flow_match_transition(
     latents: Float[Tensor, "B C H W"],
     model_output: Float[Tensor, "B C H W"],
     steps: Int[Tensor, "B"],
-    noisy: bool = True,
+    stochastic: bool = True,
 ) -> Transition:
-    """μ = x (1 + s²/(2σ) dt) + v (1 + s² (1 − σ)/(2σ)) dt (Flow-GRPO, eq. 9). In float32, whatever the network ran in.
+    """Return the step's distribution, in float32, with Flow-GRPO's mean (eq. 9).
 
-    Not `noisy`: Euler's step x + v dt, which has s = 0.
+    μ = x (1 + s²/(2σ) dt) + v (1 + s² (1 − σ)/(2σ)) dt. If `stochastic` is False, take the Euler step x + v dt, for
+    which
+    s = 0.
     """
     latents, velocity = latents.float(), model_output.float()
     sigma, change = column(table.sigmas[steps]), column((table.next_sigmas - table.sigmas)[steps])
-    std = table.std()[steps] if noisy else torch.zeros_like(sigma).flatten()
-    half = column(table.diffusion()[steps]).square() / (2 * sigma) if noisy else torch.zeros_like(sigma)
+    std = table.std()[steps] if stochastic else torch.zeros_like(sigma).flatten()
+    half = column(table.diffusion()[steps]).square() / (2 * sigma) if stochastic else torch.zeros_like(sigma)
     mean = latents * (1 + half * change) + velocity * (1 + half * (1 - sigma)) * change
     return Transition(mean, std)

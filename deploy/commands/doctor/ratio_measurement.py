@@ -154,9 +154,9 @@ def _compared(name: str, kind: Kind, path: Trajectory, log_probs: torch.Tensor) 
 def _in_batches(policy: Policy, recipe: Recipe, transitions: RoundTransitions, size: int) -> torch.Tensor:
     """Log-probs [N, W], images and steps mixed in the order in which the learner takes them."""
     images = transition_order(recipe.seed, 0, 0, len(transitions.images))
-    pairs = transitions.pairs_of(images)
+    pairs = transitions.indices_of(images)
     found = log_probs_under(policy, transitions, micro_batches(pairs, size))
-    rows = [[found[image, place] for place in range(transitions.num_places)] for image in range(len(images))]
+    rows = [[found[image, place] for place in range(transitions.num_trained_steps)] for image in range(len(images))]
     return torch.stack([torch.stack(row) for row in rows])
 
 

@@ -9,7 +9,7 @@ from ray_ddpo.common.recipe.reward_pools import all_pools
 from ray_ddpo.common.trajectory import DTYPES
 from ray_ddpo.common.user_code.blame import call_if_own
 from ray_ddpo.deploy.driver.components import Components, build_components
-from ray_ddpo.learner.optimization.optimizer import moment_bytes, with_moments_of
+from ray_ddpo.learner.optimization.optimizer import optimizer_state_bytes, with_rank_optimizer_state
 from ray_ddpo.learner.process_group import buffer_bytes
 from ray_ddpo.learner.weight_check import computes_as_samplers
 
@@ -57,15 +57,15 @@ def plan_of_parts(parts: Components) -> Plan:
     """The same of a recipe's parts, whether or not all that they need is there."""
     recipe, policy = parts.recipe, parts.policy
     sampling, learner = recipe.sampling, recipe.learner
-    sizes = with_moments_of(learner, call_if_own(policy, POLICIES, "sizes", sampling, device_of(recipe)))
+    sizes = with_rank_optimizer_state(learner, call_if_own(policy, POLICIES, "sizes", sampling, device_of(recipe)))
     channels, height, width = sizes.latent_shape
     latent_bytes = channels * height * width * DTYPES[sampling.latents_dtype].itemsize
     kept = sampling.trained_steps(sizes.stochastic_steps)
     # Neighbouring steps share what leaves one and enters the next; steps drawn by themselves travel with both.
     latents = kept + 2 if sampling.timestep_fraction == 1 else 2 * kept + 1
     trajectory = latents * latent_bytes + kept * 12 + sizes.conditioning_bytes
-    pairs = learner.images_per_step * parts.algorithm.pairs_per_image(recipe, sizes.stochastic_steps)
-    learned_from = round(recipe.images_per_round * parts.algorithm.share_that_teaches)
+    pairs = learner.images_per_step * parts.algorithm.transitions_per_image(recipe, sizes.stochastic_steps)
+    learned_from = round(recipe.images_per_round * parts.algorithm.trained_fraction)
     steps = max(1, learned_from // learner.images_per_step) * learner.inner_epochs  # the last one has what is left over
     micro_batch = 1 if learner.micro_batch_size == "auto" else learner.micro_batch_size
     conditioning = recipe.images_per_round * sizes.conditioning_bytes
@@ -83,7 +83,7 @@ def plan_of_parts(parts: Components) -> Plan:
         trajectory_bytes=trajectory,
         round_bytes=trajectory * recipe.images_per_round * (recipe.max_policy_lag + 1),
         broadcast_bytes=4 * sizes.trained_parameters,
-        optimizer_bytes=moment_bytes(learner, sizes),
+        optimizer_bytes=optimizer_state_bytes(learner, sizes),
         conditioning_bytes=conditioning,
         learner_bytes=learner_peak(recipe, sizes, micro_batch, copy) + conditioning + reduced,
         sampler_bytes=sizes.sampler_bytes(sampling.batch_size),

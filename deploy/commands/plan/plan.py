@@ -8,7 +8,7 @@ from ray_ddpo.deploy.commands.plan.memory import gpu_rows
 from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes, plan_of
 from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.deploy.driver.numerics_rows import rows_note
-from ray_ddpo.learner.optimization.optimizer import rank_moment_bytes
+from ray_ddpo.learner.optimization.optimizer import rank_optimizer_state_bytes
 
 LITTLE = 1e-9  # by which a sum of fractions may be wrong
 
@@ -83,7 +83,7 @@ def _of_ranks(numbers: Plan) -> list[tuple[str, str]]:
 
 
 def _divided(recipe: Recipe, numbers: Plan) -> str:
-    part = rank_moment_bytes(recipe.learner, numbers.sizes)
+    part = rank_optimizer_state_bytes(recipe.learner, numbers.sizes)
     return f", {in_bytes(part)} a rank" if part < numbers.optimizer_bytes else ""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ray_ddpo.actors.evaluation.evaluation import Comparison
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.diffusion.lora.adapters import reference_policy
-from ray_ddpo.common.metrics.paired import paired_error
+from ray_ddpo.common.metrics.statistics import paired_error
 from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ray_ddpo.actors.evaluation.evaluation import Comparison
-from ray_ddpo.common.metrics.paired import in_errors, paired_error
+from ray_ddpo.common.metrics.statistics import in_errors, paired_error
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.commands.report.numbers import tick
 from ray_ddpo.deploy.evaluation.held_out import JOINED

@@ -2,7 +2,7 @@
 
 import math
 
-from ray_ddpo.common.metrics.bottleneck import bottleneck
+from ray_ddpo.common.metrics.diagnoses import bottleneck
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import reward_pools
 from ray_ddpo.deploy.commands.report.charts import column

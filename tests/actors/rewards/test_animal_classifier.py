@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from ray_ddpo.actors.rewards.animal_classifier import PROBE_FILE, AnimalClassifier, class_index
-from ray_ddpo.common.image_models.image_features import load_image_features
-from ray_ddpo.common.image_models.linear_probe import LinearProbe, load_probe, save_probe
+from ray_ddpo.common.image_models.linear_probe import LinearProbe, load_image_features, load_probe, save_probe
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
 

@@ -11,7 +11,7 @@ import torch
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rewards.contract import check_signature, scores_of, under_contract
 from ray_ddpo.actors.rewards.failure import ScoringFailed
-from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.actors.rewards.function import FunctionReward
 from ray_ddpo.actors.rewards.reward import LoadedReward, Reward, RewardMistake
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
@@ -129,7 +129,7 @@ def test_a_function_with_the_wrong_signature_is_named_by_its_path_when_it_is_loa
     with pytest.raises(
         RewardMistake, match=r"^reward\.path = 'tests\.user_functions:two_parameters' has the signature"
     ):
-        Function(path="tests.user_functions:two_parameters").load("cpu")
+        FunctionReward(path="tests.user_functions:two_parameters").load("cpu")
 
 
 def test_neither_images_nor_prompts_nor_metadata_are_changed_by_a_reward() -> None:

@@ -3,24 +3,24 @@
 import numpy as np
 import pytest
 
-from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.actors.rewards.function import FunctionReward
 
 IMAGES = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (10, 200)])
 
 
 def test_the_function_gets_the_pictures() -> None:
-    rewards = Function(path="tests.user_functions:brightness").load("cpu")(IMAGES, ["a", "b"], [{}, {}])
+    rewards = FunctionReward(path="tests.user_functions:brightness").load("cpu")(IMAGES, ["a", "b"], [{}, {}])
     assert rewards.tolist() == [10, 200]
 
 
 def test_the_function_gets_prompts_and_metadata_in_the_pictures_order_and_may_return_integers() -> None:
-    function = Function(path="tests.user_functions:prompts_and_metadata").load("cpu")
+    function = FunctionReward(path="tests.user_functions:prompts_and_metadata").load("cpu")
     rewards = function(IMAGES, ["cat", "horse"], [{"bonus": 1}, {"bonus": 10}])
     assert rewards.tolist() == [4, 15] and rewards.dtype == np.float32
 
 
 def test_one_number_for_all_pictures_is_refused_with_both_shapes() -> None:
-    function = Function(path="tests.user_functions:one_number_for_all").load("cpu")
+    function = FunctionReward(path="tests.user_functions:one_number_for_all").load("cpu")
     with pytest.raises(
         ValueError,
         match=r"one_number_for_all' returned float64 of shape \(\) for 2 images: it must .* of shape \(2,\)",
@@ -30,9 +30,9 @@ def test_one_number_for_all_pictures_is_refused_with_both_shapes() -> None:
 
 def test_a_path_without_a_function_is_refused() -> None:
     with pytest.raises(ValueError, match="path"):
-        Function(path="tests.user_functions")
+        FunctionReward(path="tests.user_functions")
 
 
 def test_a_missing_function_is_named_with_its_module_when_the_reward_is_loaded() -> None:
     with pytest.raises(ValueError, match="reward.path is 'tests.user_functions:sharpness'.*has no 'sharpness'"):
-        Function(path="tests.user_functions:sharpness").load("cpu")
+        FunctionReward(path="tests.user_functions:sharpness").load("cpu")

@@ -12,7 +12,7 @@ import pytest
 
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rewards.animal_classifier import AnimalClassifier
-from ray_ddpo.actors.rewards.function import Function
+from ray_ddpo.actors.rewards.function import FunctionReward
 from ray_ddpo.actors.rewards.http import Http
 from ray_ddpo.actors.rewards.http_client import RewardServiceFailed
 from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
@@ -41,7 +41,7 @@ def test_a_service_gives_the_bits_that_the_reward_gives_by_itself() -> None:
 
 
 def test_prompts_and_metadata_arrive_with_their_pictures() -> None:
-    with serving(Function(path="tests.user_functions:prompts_and_metadata")) as url:
+    with serving(FunctionReward(path="tests.user_functions:prompts_and_metadata")) as url:
         assert ask(url).tolist() == [len("cat") + 1, len("dog") + 2, len("horse") + 3]
 
 
@@ -61,7 +61,7 @@ def test_a_prompt_arrives_to_the_letter(prompt: str) -> None:
 
 
 def test_a_long_prompt_and_a_foreign_one_pass_the_shipped_service() -> None:
-    with serving(Function(path="tests.user_functions:prompts_and_metadata")) as url:
+    with serving(FunctionReward(path="tests.user_functions:prompts_and_metadata")) as url:
         reward = Http(url=url).load("cpu")
         assert reward(IMAGES[:2], ["c" * 10_000, "猫🐈"], METADATA[:2]).tolist() == [10_001, 4]
 
@@ -69,7 +69,7 @@ def test_a_long_prompt_and_a_foreign_one_pass_the_shipped_service() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (4096, 4096)])
 def test_the_smallest_and_the_largest_picture_pass(size: tuple[int, int]) -> None:
     image = np.full((1, *size, 3), 7, np.uint8)
-    with serving(Function(path="tests.user_functions:brightness")) as url:
+    with serving(FunctionReward(path="tests.user_functions:brightness")) as url:
         assert Http(url=url).load("cpu")(image, ["cat"], [{}]).tolist() == [7]
 
 

@@ -61,7 +61,7 @@ def test_any_flow_gives_diffusers_steps_or_is_refused_by_name(
     retrieve_timesteps(scheduler, num_steps, "cpu", **sigmas, **mu)
     generator = torch.Generator().manual_seed(num_steps)
     latents, output = (torch.randn(num_steps, 1, 2, 2, generator=generator) for _ in range(2))
-    mean = ours.transition(latents, output, torch.arange(num_steps), noisy=False).mean
+    mean = ours.transition(latents, output, torch.arange(num_steps), stochastic=False).mean
     torch.testing.assert_close(ours.timesteps, scheduler.timesteps)
     assert ours.std().isfinite().all() and ours.std()[-1] == 0
     for step, timestep in enumerate(scheduler.timesteps):

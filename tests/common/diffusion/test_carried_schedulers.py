@@ -65,7 +65,7 @@ def loaded(config: dict[str, Any]) -> Any:
 
 
 def plain_ddim(config: dict[str, Any]) -> Any:
-    """Return diffusers' DDIM of it, told of no clipping where the file does not speak of it."""
+    """Return diffusers' DDIM of it, without clipping unless the file asks for it."""
     scheduler = loaded(config)
     if isinstance(scheduler, diffusers.DDIMScheduler):
         return scheduler
@@ -80,8 +80,8 @@ def assert_steps_are_diffusers_own(config: dict[str, Any], num_steps: int, eta: 
     generator = torch.Generator().manual_seed(num_steps)
     latents, output, noise = (torch.randn(num_steps, 1, 2, 2, generator=generator) for _ in range(3))
     steps = torch.arange(num_steps)
-    for noisy, used in ((True, eta), (False, 0.0)):
-        mean = ours.transition(latents, output, steps, noisy).sample(noise)
+    for stochastic, used in ((True, eta), (False, 0.0)):
+        mean = ours.transition(latents, output, steps, stochastic).sample(noise)
         for step in {*range(min(num_steps, 5)), num_steps // 2, num_steps - 2, num_steps - 1}:
             row = slice(step, step + 1)
             timestep = int(theirs.timesteps[step])
@@ -226,7 +226,10 @@ REFUSED: dict[str, tuple[bool, dict[str, Any]]] = {
         {"_class_name": "EulerDiscreteScheduler", **BETAS, "timestep_type": "continuous"},
     ),
     "a scheduler that clips or thresholds": (False, {"_class_name": "DDIMScheduler", **BETAS, "thresholding": True}),
-    "a scheduler that clips unless told otherwise, and is not told": (False, {"_class_name": "DDPMScheduler", **BETAS}),
+    "a scheduler that clips by default, without the key": (
+        False,
+        {"_class_name": "DDPMScheduler", **BETAS},
+    ),
     "a scheduler without betas, which DDIM would take for others": (
         False,
         {"_class_name": "HeunDiscreteScheduler", "beta_schedule": "scaled_linear"},

@@ -49,9 +49,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("models"))
 
 
-def check_outcome(models: Models, name: str, changes: tuple[Change, ...], noisy: bool = False) -> bool:
+def check_outcome(models: Models, name: str, changes: tuple[Change, ...], stochastic: bool = False) -> bool:
     """Compare with plain diffusers, or check that the refusal names what was changed; return whether it was taken."""
-    model, eta = models.changed(name, *changes), 1.0 if noisy else 0.0
+    model, eta = models.changed(name, *changes), 1.0 if stochastic else 0.0
     try:
         try:
             ours = ours_drawn(name, model, eta)
@@ -88,7 +88,7 @@ def refusal(models: Models, name: str, *changes: Change) -> str:
 
 
 REFUSED: dict[str, tuple[str, Change]] = {
-    "a UNet that wants class labels, images or the guidance told (`class_embed_type`, `num_class_embeds`, "
+    "a UNet that wants class labels, images or the guidance scale as an input (`class_embed_type`, `num_class_embeds`, "
     "`encoder_hid_dim_type`, `addition_embed_type`, `time_cond_proj_dim`)": (
         "stable_diffusion",
         Change("unet", "time_cond_proj_dim", 8),
@@ -168,7 +168,7 @@ def test_an_sdxls_decoder_takes_mean_and_deviation_and_no_shift(models: Models) 
     ]
     changes += [Change("tokenizer", "padding_side", "left"), Change("tokenizer_2", "pad_token", "!")]
     changes += [Change("model_index", "force_zeros_for_empty_prompt", False)]
-    assert check_outcome(models, "sdxl", tuple(changes), noisy=True)
+    assert check_outcome(models, "sdxl", tuple(changes), stochastic=True)
     assert_accepted("`latents_mean` and `latents_std` of an SDXL's decoder, `shift_factor` of any")
     assert_accepted("any key of a network, decoder, text encoder or tokenizer that its own class computes with")
     assert_accepted("a key that no class knows")
@@ -200,10 +200,10 @@ def test_a_number_of_steps_that_the_schedule_has_not_is_refused_with_the_plan(mo
 @given(data=st.data())
 def test_any_key_of_any_part_is_honoured_as_diffusers_does_or_refused_by_name(models: Models, data: Any) -> None:
     """Change one key of one to four parts, so that a difference shrinks to the key that makes it."""
-    name = data.sample(st.sampled_from(sorted(PARTS)))
-    parts = data.sample(st.sets(st.sampled_from(sorted(PARTS[name])), min_size=1, max_size=4))
+    name = data.draw(st.sampled_from(sorted(PARTS)))
+    parts = data.draw(st.sets(st.sampled_from(sorted(PARTS[name])), min_size=1, max_size=4))
     changes = []
     for part in sorted(parts):
         of_part = [change for family, change in EVERY if family == name and change.part == part]
-        changes.append(data.sample(st.sampled_from(of_part)))
-    check_outcome(models, name, tuple(changes), noisy=name in UNETS and data.sample(st.booleans()))
+        changes.append(data.draw(st.sampled_from(of_part)))
+    check_outcome(models, name, tuple(changes), stochastic=name in UNETS and data.draw(st.booleans()))

@@ -20,8 +20,7 @@ from ray_ddpo.common.diffusion.families import sdxl as policy_sdxl
 from ray_ddpo.common.diffusion.families import stable_diffusion as policy_stable_diffusion
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings, read_lora_settings, read_weights, reference_policy
 from ray_ddpo.common.diffusion.lora.files import EXACT_NAME, FILE_NAME, METADATA, lora_file, read_lora_file
-from ray_ddpo.common.diffusion.lora.kohya import save_kohya
-from ray_ddpo.common.diffusion.lora.kohya_flux import flux_names
+from ray_ddpo.common.diffusion.lora.kohya import flux_names, save_kohya
 from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.policy import quiet_libraries
 from ray_ddpo.common.diffusion.trained_weights import save_trained, stored_weights

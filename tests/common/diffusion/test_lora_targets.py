@@ -15,7 +15,7 @@ from ray_ddpo.common.diffusion.lora.adapters import (
     reference_policy,
 )
 from ray_ddpo.common.diffusion.lora.start import make_trainable
-from ray_ddpo.common.diffusion.memory.synthetic_inputs import IntegerIndices
+from ray_ddpo.common.diffusion.memory.meta_device import IntegerIndices
 from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained, stored_weights
 from tests.tiny_policy import scatter
 

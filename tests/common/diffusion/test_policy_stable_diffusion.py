@@ -212,7 +212,7 @@ def test_a_bfloat16_network_gives_float32_distributions_near_those_of_float32(
 
 
 def test_whole_networks_do_not_train_in_float16(tiny_model: Path) -> None:
-    with pytest.raises(ValueError, match="whole networks train in float32 or bfloat16"):
+    with pytest.raises(ValueError, match="full networks train in float32 or bfloat16"):
         StableDiffusion(model=str(tiny_model), train="full", dtype="float16").check()
 
 

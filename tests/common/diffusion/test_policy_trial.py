@@ -30,15 +30,15 @@ PROMPTS = (Prompt("disc"), Prompt("ring"))
 def transition_of(change: Callable[[Any, Any], Transition]) -> Callable[..., Transition]:
     """A family's transition, whose result is changed."""
 
-    def transition(self: Any, latents: Any, steps: Any, conditioning: Any, noisy: bool = True) -> Transition:
-        right = ShapesPolicy.transition(self, latents, steps, conditioning, noisy)
+    def transition(self: Any, latents: Any, steps: Any, conditioning: Any, stochastic: bool = True) -> Transition:
+        right = ShapesPolicy.transition(self, latents, steps, conditioning, stochastic)
         return change(right.mean, right.std)
 
     return transition
 
 
-def first_step_for_all(self: Any, latents: Any, steps: Any, conditioning: Any, noisy: bool = True) -> Transition:
-    return ShapesPolicy.transition(self, latents, torch.full_like(steps, int(steps[0])), conditioning, noisy)
+def first_step_for_all(self: Any, latents: Any, steps: Any, conditioning: Any, stochastic: bool = True) -> Transition:
+    return ShapesPolicy.transition(self, latents, torch.full_like(steps, int(steps[0])), conditioning, stochastic)
 
 
 def random_mean(mean: torch.Tensor, std: torch.Tensor) -> Transition:
@@ -99,11 +99,11 @@ SAMPLING_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "randomness": ({"transition": transition_of(random_mean)}, "Mine.transition gave two means for one input"),
     "never_without_noise": (
         {"transition": transition_of(lambda mean, std: Transition(mean, std.clamp(min=0.1)))},
-        "Mine.transition with noisy=False gave a std of [0.1",
+        "Mine.transition with stochastic=False gave a std of [0.1",
     ),
     "signature": (
         {"transition": lambda self, latents, steps, conditioning: None},
-        "Mine.transition takes (latents, steps, conditioning): it is called with (latents, steps, conditioning, noisy)",
+        "Mine.transition takes (latents, steps, conditioning): it is called with (latents, steps, conditioning, stochastic)",
     ),
     "no_transition": (
         {"transition": lambda self, *arguments: None},
@@ -133,7 +133,7 @@ SAMPLING_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "stochastic_steps": (
         {"stochastic_steps": [0, 1, 2, 9]},
-        "Mine.stochastic_steps is [0, 1, 2, 9]: expected a list of the steps with noise, of 0 to 3",
+        "Mine.stochastic_steps is [0, 1, 2, 9]: expected a list of the stochastic steps, of 0 to 3",
     ),
 }
 LEARNING_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {

@@ -14,6 +14,7 @@ from ray_ddpo.common.diffusion.rollout import (
     evaluation_window,
     image_noise,
     refuse_window_without_noise,
+    sample_trajectories,
     score,
     trained_steps,
 )

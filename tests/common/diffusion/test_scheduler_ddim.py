@@ -112,7 +112,7 @@ def test_a_step_that_is_taken_without_noise_is_the_step_of_eta_zero_and_not_the_
     ours, without_noise = table(20, 1.0), table(20, 0.0)
     latents, output = latents_and_output(20)
     steps = torch.arange(20)
-    still = ddim_transition(ours, latents, output, steps, noisy=False)
+    still = ddim_transition(ours, latents, output, steps, stochastic=False)
     expected = ddim_transition(without_noise, latents, output, steps)
     assert torch.equal(still.mean, expected.mean) and not still.std.any()
     assert not torch.allclose(still.mean, ddim_transition(ours, latents, output, steps).mean, atol=1e-3)

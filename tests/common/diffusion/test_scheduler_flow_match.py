@@ -64,7 +64,7 @@ def test_without_noise_every_step_is_that_of_diffusers_own_scheduler(family: str
         keys = {"sigmas": np.linspace(1.0, 1 / 10, 10), "mu": 0.5 + 0.65 * (TOKENS - 256) / 3840}
     theirs.set_timesteps(10, **keys)
     latents, velocity = latents_and_velocity(10)
-    ours = flow_match_transition(table(family, 10), latents, velocity, torch.arange(10), noisy=False)
+    ours = flow_match_transition(table(family, 10), latents, velocity, torch.arange(10), stochastic=False)
     assert not ours.std.any()
     for index, timestep in enumerate(theirs.timesteps):
         row = slice(index, index + 1)
@@ -75,7 +75,7 @@ def test_without_noise_every_step_is_that_of_diffusers_own_scheduler(family: str
 def test_a_noise_level_of_zero_is_the_same_as_no_noise() -> None:
     latents, velocity = latents_and_velocity(6)
     silent = flow_match_transition(table("sd3", 6, level=0.0), latents, velocity, torch.arange(6))
-    still = flow_match_transition(table("sd3", 6), latents, velocity, torch.arange(6), noisy=False)
+    still = flow_match_transition(table("sd3", 6), latents, velocity, torch.arange(6), stochastic=False)
     assert torch.equal(silent.mean, still.mean) and not silent.std.any()
 
 
@@ -120,11 +120,11 @@ def test_half_precision_inputs_are_computed_in_float32() -> None:
 def test_images_noised_anew_stand_where_the_model_was_trained(family: str) -> None:
     clean, noise = latents_and_velocity(3)
     timesteps = torch.tensor([999, 499, 0])
-    noised, told, target = table(family, 10).noised(clean, noise, timesteps)
+    noised, timestep_input, target = table(family, 10).add_noise(clean, noise, timesteps)
     shift = 3.0 if family == "sd3" else 1.0  # FLUX's depends on the image's size, and its training is not shifted by it
     for row, timestep in enumerate(timesteps.tolist()):
         sigma = reference.shifted((timestep + 1) / 1000, shift)
-        assert float(told[row]) == pytest.approx(1000 * sigma, rel=1e-5)
+        assert float(timestep_input[row]) == pytest.approx(1000 * sigma, rel=1e-5)
         torch.testing.assert_close(noised[row], (1 - sigma) * clean[row] + sigma * noise[row], rtol=1e-5, atol=1e-6)
     assert torch.equal(target, noise - clean)
 

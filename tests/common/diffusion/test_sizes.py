@@ -147,6 +147,6 @@ def test_a_merged_sampler_keeps_the_weights_beside_its_adapters_twice(tiny_model
 def test_what_is_left_free_of_a_gpu_and_what_fits_into_it() -> None:
     assert usable_bytes(10e9, processes=2) == pytest.approx(0.9 * (10e9 - 2 * 600e6))
     peak = PeakBytes(100, 30)
-    assert [peak.largest(bytes) for bytes in (90, 129, 130, 191)] == [0, 0, 1, 3]
+    assert [peak.largest(limit) for limit in (90, 129, 130, 191)] == [0, 0, 1, 3]
     assert peak.of(3) == 190
     assert [largest_divisor(12, most) for most in (0, 1, 5, 11, 100)] == [0, 1, 4, 6, 12]

@@ -11,7 +11,7 @@ from ray_ddpo.common.trackers.jsonl import Jsonl
 from ray_ddpo.common.trackers.media import Media
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
-ROUNDS: list[Metrics] = [{"round": float(round)} for round in range(3)]
+ROUNDS: list[Metrics] = [{"round": float(round_index)} for round_index in range(3)]
 
 
 class Book(LiveTracker):

@@ -25,8 +25,8 @@ def logged(folder: Storage) -> list[dict]:
 
 def write_rounds(folder: Storage, count: int) -> None:
     live = start(folder)
-    for round in range(count):
-        live.log({"round": float(round), "loss": round / 4})
+    for round_index in range(count):
+        live.log({"round": float(round_index), "loss": round_index / 4})
     live.finish()
 
 

@@ -6,7 +6,7 @@ import pytest
 import ray
 from ray.util.metrics import _is_invalid_metric_name
 
-from ray_ddpo.common.trackers.ray_metrics import RayMetrics, Series, series_of
+from ray_ddpo.common.trackers.ray_metrics import RayMetrics, RaySeries, series_of
 from ray_ddpo.common.trackers.tracker import RunInfo
 
 
@@ -21,7 +21,7 @@ from ray_ddpo.common.trackers.tracker import RunInfo
     ],
 )
 def test_a_gauge_has_the_metrics_name_without_what_prometheus_forbids(metric: str, name: str) -> None:
-    assert series_of(metric) == (Series(name, "gauge"),)
+    assert series_of(metric) == (RaySeries(name, "gauge"),)
     assert not _is_invalid_metric_name(name)
 
 
@@ -31,10 +31,12 @@ def test_what_counts_is_a_counter() -> None:
 
 
 def test_reason_role_and_step_are_tags_so_that_a_new_one_is_no_new_metric() -> None:
-    assert series_of("retries/reward timed out") == (Series("ddpo_retries", "counter", {"reason": "reward timed out"}),)
+    assert series_of("retries/reward timed out") == (
+        RaySeries("ddpo_retries", "counter", {"reason": "reward timed out"}),
+    )
     of_all_samplers = {"role": "sampler", "index": "all"}
-    assert series_of("actor_restarts/sampler") == (Series("ddpo_actor_restarts", "counter", of_all_samplers),)
-    assert series_of("kl_nats/step_07") == (Series("ddpo_kl_nats_step", "gauge", {"step": "07"}),)
+    assert series_of("actor_restarts/sampler") == (RaySeries("ddpo_actor_restarts", "counter", of_all_samplers),)
+    assert series_of("kl_nats/step_07") == (RaySeries("ddpo_kl_nats_step", "gauge", {"step": "07"}),)
 
 
 @pytest.mark.parametrize("metric", ["seconds/learn", "lag/max"])

@@ -16,10 +16,10 @@ FOX, JAY = (np.random.default_rng(seed).integers(0, 256, (8, 12, 3), np.uint8) f
 
 def log(folder: Path, first_round: int, losses: dict[int, float], *shown: Media) -> None:
     live = TensorboardFiles().start(RunInfo("run", folder, {}, 10, first_round))
-    for round, loss in losses.items():
-        for media in (each for each in shown if each.round == round):
+    for round_index, loss in losses.items():
+        for media in (each for each in shown if each.round == round_index):
             live.show(media)
-        live.log({"round": float(round), "loss": loss})
+        live.log({"round": float(round_index), "loss": loss})
     live.finish()
 
 
@@ -59,8 +59,8 @@ def test_pictures_captions_tables_and_histograms_are_shown_at_their_round(tmp_pa
 
 
 def test_what_is_shown_again_after_a_resume_hides_what_was_shown_before(tmp_path: Path) -> None:
-    def shown(round: int, pixels: np.ndarray, values: list[float]) -> Media:
-        return Media(round, {"round": (CaptionedImage(pixels, str(values)),)}, {}, {"reward": np.array(values)})
+    def shown(round_index: int, pixels: np.ndarray, values: list[float]) -> Media:
+        return Media(round_index, {"round": (CaptionedImage(pixels, str(values)),)}, {}, {"reward": np.array(values)})
 
     log(tmp_path, 0, {0: 1.0, 1: 2.0, 2: 3.0}, shown(0, FOX, [1.0]), shown(2, FOX, [2.0]))
     log(tmp_path, 1, {1: 2.0, 2: 3.0}, shown(2, JAY, [4.0, 4.0]))

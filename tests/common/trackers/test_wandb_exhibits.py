@@ -10,8 +10,7 @@ import pytest
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.trackers.media import CaptionedImage, Media, ShownTable
 from ray_ddpo.common.trackers.tracker import RunInfo
-from ray_ddpo.common.trackers.wandb_files import records, rounds_in, rounds_in_files
-from ray_ddpo.common.trackers.wandb_run import WandbRun
+from ray_ddpo.common.trackers.wandb_run import WandbRun, records, rounds_in, rounds_in_files
 from tests.wandb_history import history, pixels_of, starts, tables_of
 
 IDENTITY = {"wandb": "a1b2c3d4"}
@@ -29,10 +28,10 @@ def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 def log(folder: Path, first_round: int, losses: dict[int, float], *shown: Media) -> None:
     """One start: as the run does, the metrics before its first round are in metrics.jsonl."""
     live = WandbRun().start(RunInfo("tiny", folder, {}, 10, first_round, IDENTITY))
-    for round, loss in losses.items():
-        for media in (each for each in shown if each.round == round):
+    for round_index, loss in losses.items():
+        for media in (each for each in shown if each.round == round_index):
             live.show(media)
-        live.log({"round": float(round), "loss": loss})
+        live.log({"round": float(round_index), "loss": loss})
     live.finish()
 
 
@@ -80,7 +79,7 @@ def test_what_a_kill_has_lost_is_taken_from_the_metrics(tmp_path: Path) -> None:
     ends = np.cumsum([len(data) + 7 for data in records(whole)]) + 7
     (cut,) = [end for end in ends if rounds_in(whole[:end]) == 2][:1]  # two rounds are out
     file.write_bytes(whole[: cut + 20])
-    metrics = [{"round": float(round), "loss": 5.0 - round} for round in range(3)]
+    metrics = [{"round": float(round_index), "loss": 5.0 - round_index} for round_index in range(3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in metrics))
     log(tmp_path, 3, {3: 2.0, 4: 1.0})
     assert losses_in(tmp_path) == [(0, 0, 5.0), (1, 1, 4.0), (2, 2, 3.0), (3, 3, 2.0), (4, 4, 1.0)]
@@ -88,8 +87,8 @@ def test_what_a_kill_has_lost_is_taken_from_the_metrics(tmp_path: Path) -> None:
 
 def test_a_file_is_read_over_its_blocks_and_wherever_it_is_cut_off(tmp_path: Path) -> None:
     live = WandbRun().start(RunInfo("tiny", tmp_path, {"long": "0123456789" * 8000}, 10, 0, IDENTITY))
-    for round in range(300):
-        live.log({"round": float(round), **{f"reward/prompt/animal {number}": 0.5 for number in range(20)}})
+    for round_index in range(300):
+        live.log({"round": float(round_index), **{f"reward/prompt/animal {number}": 0.5 for number in range(20)}})
     live.finish()
     (file,) = starts(tmp_path)
     data = file.read_bytes()

@@ -112,9 +112,9 @@ def test_online_the_service_says_which_rounds_it_has_and_it_is_sent_the_others(
     )
     fake.starting_step = there
     live = WandbRun().start(RunInfo("tiny", tmp_path, {}, 5, 2, {"wandb": "a1b2c3d4"}))
-    for round in range(2, 5):
-        live.show(Media(round))
-        live.log({"round": float(round)})
+    for round_index in range(2, 5):
+        live.show(Media(round_index))
+        live.log({"round": float(round_index)})
     assert list(dict.fromkeys(step for step, _ in fake.logged)) == sent
     if not there:
         assert math.isnan(fake.logged[0][1]["loss"]) and fake.logged[1][1]["loss"] == 4.0

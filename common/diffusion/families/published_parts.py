@@ -1,4 +1,4 @@
-"""Components that published models share, as in their configuration files: text encoders and decoders."""
+"""Configurations of text encoders and decoders that published models share."""
 
 from typing import Any
 
@@ -30,14 +30,14 @@ T5_XXL = {  # google/t5-v1_1-xxl's encoder
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
-AUTOENCODER: dict[str, Any] = {  # of Stable Diffusion 1, 2 and XL
+AUTOENCODER: dict[str, Any] = {  # Stable Diffusion 1, 2 and XL
     "_class_name": "AutoencoderKL",
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
-FLOW_AUTOENCODER = AUTOENCODER | {  # of SD3 and FLUX
+FLOW_AUTOENCODER = AUTOENCODER | {  # SD3 and FLUX
     "latent_channels": 16,
     "use_quant_conv": False,
     "use_post_quant_conv": False,

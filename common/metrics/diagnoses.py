@@ -1,0 +1,182 @@
+"""Diagnose a run from its rounds' metrics: name the bottleneck, and detect that the reward collapsed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+BUSY = 0.9  # a role that is busy for this share of the time is a bottleneck
+IDLE = {"samplers": "idle/sampler", "reward workers": "idle/reward_worker", "learner": "idle/learner"}
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class RoundSeconds:
+    """Mean seconds of a round's phases. Sampling and scoring are summed over its tasks."""
+
+    sampling: float
+    scoring: float
+    learning: float
+    round: float  # wall-clock time
+
+    def longest_phase(self, samplers: int, reward_workers: int) -> float:
+        """Return the duration of a round if everything overlaps."""
+        return max(self.sampling / samplers, self.scoring / reward_workers, self.learning)
+
+
+def bottleneck(rounds: Sequence[Metrics], max_policy_lag: int, samplers: int, reward_workers: int) -> str:
+    """Describe the bottleneck in one sentence, from the mean over the last half of `rounds`."""
+    if not rounds:
+        return "no round was done, so there is no bottleneck to name"
+    last = rounds[len(rounds) // 2 :]
+    seconds = ("seconds/sample", "seconds/score", "seconds/learn", "seconds/round")
+    times = RoundSeconds(*(_mean(last, name) for name in seconds))
+    busy = {role: _busy(last, name) for role, name in IDLE.items()}
+    second, first = sorted(busy, key=lambda role: busy[role])[-2:]
+    if busy[first] < BUSY:
+        return _no_overlap(busy, times, max_policy_lag, times.longest_phase(samplers, reward_workers))
+    if busy[second] >= BUSY:
+        both = " and ".join(f"{role} ({_percent(busy[role])})" for role in (first, second))
+        return f"{both} are busy all the time: neither waits for the other, and only more or faster ones of both would help"
+    if first == "learner":
+        return _slow_learner(busy, times, samplers)
+    return _too_few_workers(first, busy, times, samplers, reward_workers)
+
+
+def _mean(rounds: Sequence[Metrics], name: str) -> float:
+    values = [metrics[name] for metrics in rounds if math.isfinite(metrics[name])]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _busy(rounds: Sequence[Metrics], name: str) -> float:
+    idle = _mean(rounds, name)
+    return 0.0 if math.isnan(idle) else 1 - idle
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _no_overlap(busy: dict[str, float], times: RoundSeconds, max_policy_lag: int, longest_phase: float) -> str:
+    """Describe roles that wait for each other in turn. One more round in flight would overlap them."""
+    # A round's latency is shared by the lag + 1 rounds in flight.
+    ideal = max(longest_phase, times.round * (max_policy_lag + 1) / (max_policy_lag + 2))
+    roles = ("samplers", "learner") if max_policy_lag == 0 else tuple(busy)
+    idle = ", ".join(f"{role} idle {_percent(1 - busy[role])}" for role in roles)
+    return (
+        f"{idle}: they wait for each other; max_policy_lag = {max_policy_lag + 1} would overlap them, "
+        f"and a round would ideally take {ideal:.3g} s instead of {times.round:.3g} s"
+    )
+
+
+def _slow_learner(busy: dict[str, float], times: RoundSeconds, samplers: int) -> str:
+    """Describe a learner that all samplers wait for."""
+    enough = min(samplers, max(1, math.ceil(times.sampling / times.learning)))
+    fewer = f"; {enough} of the {samplers} samplers would do" if enough < samplers else ""
+    return (
+        f"samplers idle {_percent(1 - busy['samplers'])}: the learner is the bottleneck "
+        f"(busy {_percent(busy['learner'])} of the time); "
+        f"a faster device for it, more learner.world_size or a larger learner.micro_batch_size would help{fewer}"
+    )
+
+
+def _too_few_workers(role: str, busy: dict[str, float], times: RoundSeconds, samplers: int, reward_workers: int) -> str:
+    """Describe samplers or reward workers that the learner waits for, and the effect of one more."""
+    if role == "samplers":
+        count, ideal = samplers, times.longest_phase(samplers + 1, reward_workers)
+    else:
+        count, ideal = reward_workers, times.longest_phase(samplers, reward_workers + 1)
+    return (
+        f"learner idle {_percent(1 - busy['learner'])}: add a {role.removesuffix('s')} "
+        f"({role} are busy {_percent(busy[role])} of the time); "
+        f"with {count + 1} a round would ideally take {ideal:.3g} s instead of {times.round:.3g} s"
+    )
+
+
+DEVIATIONS = 2.0  # standard deviations of the images' rewards that the mean must fall by
+ERRORS = 4.0  # also in standard errors of the difference between rounds, and in typical changes between rounds
+AVERAGED = 3  # a round is compared with the mean of this many rounds
+FEW_GROUPS = 4  # with fewer groups per round, the choice of prompts alone may move the mean that far
+MANY_CHANGES = 8  # changes between rounds, from which the typical size is then estimated
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """A fall of the mean reward within one round."""
+
+    round: int
+    before: float  # the highest level before
+    after: float
+    std: float  # of the images' rewards before
+
+    @property
+    def says(self) -> str:
+        """Describe the fall: from, to, and in standard deviations."""
+        return (
+            f"from {self.before:.4g} to {self.after:.4g}, {(self.before - self.after) / self.std:.1f} standard deviations "
+            "of the images' rewards"
+        )
+
+
+@dataclass
+class CollapseWatch:
+    """A detector that takes the mean and standard deviation of every round of this start, in order."""
+
+    groups: int  # per round
+    learning_rate: float
+    collapse: Collapse | None = None  # the latest
+    _means: list[float] = field(default_factory=list)
+    _stds: list[float] = field(default_factory=list)
+    _level: float = -math.inf  # the highest mean over AVERAGED successive rounds
+
+    def add(self, round_index: int, mean: float, std: float) -> str | None:
+        """Take a round. Return what to tell the user if the reward collapsed in this round."""
+        if not (math.isfinite(mean) and math.isfinite(std)):
+            return None
+        found = None
+        if self._fell(mean) and not self._is_down:
+            self.collapse = Collapse(round_index, self._level, mean, self._typical_std)
+            found = f"the reward collapsed in round {round_index + 1}: {self.collapse.says}; {self._advice}"
+        self._means.append(mean)
+        self._stds.append(std)
+        if not self._is_down:
+            last = self._means[-AVERAGED:]
+            self._level = max(self._level, sum(last) / len(last))
+        return found
+
+    def at_end(self) -> str | None:
+        """Return what to tell the user at the end of the run if the reward has not recovered."""
+        if self.collapse is None or not self._is_down:
+            return None
+        return (
+            f"the reward collapsed in round {self.collapse.round + 1}, {self.collapse.says}, and has not come back: "
+            f"it ends at {self._means[-1]:.4g}; {self._advice}"
+        )
+
+    @property
+    def _advice(self) -> str:
+        return f"most likely learner.learning_rate = {self.learning_rate:g} is too high: try a third of it"
+
+    @property
+    def _typical_std(self) -> float:
+        return sum(self._stds) / len(self._stds)
+
+    @property
+    def _is_down(self) -> bool:
+        """Return whether the last round is less than halfway back to the level before the collapse."""
+        if self.collapse is None or not self._means:
+            return False
+        return self._means[-1] < (self.collapse.before + self.collapse.after) / 2
+
+    def _fell(self, mean: float) -> bool:
+        """Return whether this mean is further below the level than noise explains."""
+        if not self._means or self._typical_std == 0:
+            return False
+        changes = sorted(abs(after - before) for before, after in zip(self._means[:-1], self._means[1:], strict=True))
+        noise = [DEVIATIONS * self._typical_std, ERRORS * self._typical_std * math.sqrt(2 / self.groups)]
+        if self.groups < FEW_GROUPS:  # then the images tell little about the variation between rounds
+            if len(changes) < MANY_CHANGES:
+                return False
+            noise.append(2 * changes[-1])
+        elif changes:
+            noise.append(ERRORS * changes[len(changes) // 2])
+        return self._level - mean > max(noise)
