@@ -38,6 +38,7 @@ The commit is that of the run; later commits changed the code. CPU runs took pla
 class Verification:
     """One row: a recipe or family, its level, and the run that shows the level."""
 
+    kind: str  # "family" or "recipe"
     name: str
     level: str
     run: str
@@ -71,7 +72,8 @@ def verifications(data: dict[str, Any]) -> list[Verification]:
         command = entry["command"].replace("RECIPE", name)
         rows.append(
             Verification(
-                name=f"`{name}`" if kind == "recipe" else f"family `{name}`",
+                kind=kind,
+                name=name,
                 level=entry["level"],
                 run=entry["run"],
                 date=entry["date"],
@@ -87,7 +89,7 @@ def table(rows: list[Verification]) -> list[str]:
     order = list(LEVELS)
     lines = ["| name | level | what was run | date | commit | command |", "|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: order.index(row.level)):
-        lines.append(f"| {row.name} | {row.level} | {row.run} | {row.date} | {row.commit} | `{row.command}` |")
+        lines.append(f"| `{row.name}` | {row.level} | {row.run} | {row.date} | {row.commit} | `{row.command}` |")
     return lines
 
 
@@ -95,8 +97,8 @@ def page() -> str:
     """Return the page's text."""
     rows = verifications(tomllib.loads(DATA.read_text(encoding="utf-8")))
     levels = "\n".join(f"| {level} | {meaning} |" for level, meaning in LEVELS.items())
-    families = [row for row in rows if row.name.startswith("family")]
-    recipes = [row for row in rows if not row.name.startswith("family")]
+    families = [row for row in rows if row.kind == "family"]
+    recipes = [row for row in rows if row.kind == "recipe"]
     parts = [
         HEAD.format(levels=levels),
         "## Model families",

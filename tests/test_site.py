@@ -57,7 +57,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 def test_every_page_is_in_the_site(site: Path) -> None:
     names = {path.stem for path in (ROOT / "docs").glob("*.md")}
-    assert names - {path.stem for path in site.glob("*.html")} == set()
+    assert (names | {"cluster", "changelog"}) - {path.stem for path in site.glob("*.html")} == set()
+
+
+def test_links_between_pages_and_to_other_files_are_rewritten(site: Path) -> None:
+    assert 'href="cluster.html"' in (site / "index.html").read_text(encoding="utf-8")
+    assert 'href="performance.html#' in (site / "cluster.html").read_text(encoding="utf-8")
+    assert not [path.name for path in site.glob("*.html") if r"\|" in path.read_text(encoding="utf-8")]
 
 
 def test_no_page_loads_anything_from_another_host(site: Path) -> None:

@@ -15,7 +15,7 @@ def test_the_page_is_the_one_that_its_data_gives() -> None:
 
 
 def test_every_recipe_and_family_has_one_row_with_a_known_level() -> None:
-    rows = re.findall(r"^\| (?:family )?`([^`]+)` \| (\w+) \|", page(), flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([^`]+)` \| (\w+) \|", page(), flags=re.MULTILINE)
     assert sorted(name for name, _ in rows) == sorted(subject.split()[1] for subject in subjects())
     assert {level for _, level in rows} <= LEVELS.keys()
     assert len(list(RECIPES.rglob("*.toml"))) + 4 == len(rows)
@@ -23,8 +23,8 @@ def test_every_recipe_and_family_has_one_row_with_a_known_level() -> None:
 
 def test_a_subject_without_an_entry_is_planned_only() -> None:
     rows = {row.name: row for row in verifications({"plan": PLAN, "entry": [ENTRY]})}
-    assert (rows["family `sdxl`"].level, rows["family `sdxl`"].command) == ("tiny", "make sdxl")
-    assert (rows["`sd15_aesthetic`"].level, rows["`sd15_aesthetic`"].run) == ("plan", "planned")
+    assert (rows["sdxl"].level, rows["sdxl"].command) == ("tiny", "make sdxl")
+    assert (rows["sd15_aesthetic"].level, rows["sd15_aesthetic"].run) == ("plan", "planned")
 
 
 @pytest.mark.parametrize("change", [{"covers": ["family sdxxl"]}, {"level": "complete"}])
