@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.trackers.ray_metrics import Series, series_of
+from ray_ddpo.common.trackers.ray_metrics import RaySeries, series_of
 from ray_ddpo.train import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -79,7 +79,7 @@ def test_a_row_has_meaning_unit_and_time_of_logging(row: Row) -> None:
     assert row.logged == "every round" or row.logged.startswith("only when ")
 
 
-def as_prometheus_shows(series: Series) -> str:
+def as_prometheus_shows(series: RaySeries) -> str:
     tags = sorted(set(series.tags) - {"index"})
     name = f"ray_{series.name}" + ("_total" if series.kind == "counter" else "") + (f"{{{tags[0]}}}" if tags else "")
     return f"`{name}`" + (" (histogram)" if series.kind == "histogram" else "")

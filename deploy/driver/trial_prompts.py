@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ray_ddpo.actors.evaluation.evaluation import evaluation_set
-from ray_ddpo.common.prompts import PROMPTS, Function, Prompt
+from ray_ddpo.common.prompts import PROMPTS, Prompt, PromptFunction
 from ray_ddpo.common.runtime import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
 from ray_ddpo.deploy.driver.components import Components
@@ -27,7 +27,7 @@ def trial_prompts(parts: Components) -> tuple[Prompt, ...]:
         sample = call(source, "load") if is_users_own(source, PROMPTS) else source.load()
         if not callable(sample):
             raise ValueError(f"{name} returned {type(sample).__name__}: expected a function that samples a prompt")
-        with blamed(source.path if isinstance(source, Function) else f"what {name} returned"):
+        with blamed(source.path if isinstance(source, PromptFunction) else f"what {name} returned"):
             sampled: list[Any] = [sample(generator) for _ in range(TRIED)]
     for prompt in sampled:
         if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ray_ddpo.actors.evaluation.evaluation import evaluation_images, evaluation_set
-from ray_ddpo.common.prompts import Animals, Function
+from ray_ddpo.common.prompts import Animals, PromptFunction
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import EvaluationTable
 from ray_ddpo.common.schedule import round_tasks
@@ -44,7 +44,7 @@ def test_prompts_named_in_the_recipe_come_instead_of_the_sources() -> None:
 
 
 def test_prompts_that_can_only_be_drawn_are_drawn_the_same_each_time_and_keep_their_metadata() -> None:
-    source = Function(path="tests.user_functions:colour_prompt")
+    source = PromptFunction(path="tests.user_functions:colour_prompt")
     first, again = (evaluation_set(EvaluationTable(images=12), source) for _ in range(2))
     tuning = evaluation_set(EvaluationTable(images=12, split="tuning"), source)
     assert first == again and first.prompts != tuning.prompts

@@ -9,7 +9,7 @@ import ray
 from ray_ddpo import cli
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rewards import REWARDS
-from ray_ddpo.actors.rollouts.sampling_scheduler import Sampled
+from ray_ddpo.actors.rollouts.sampling_scheduler import SampledTask
 from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringPool, ScoringScheduler
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.prompts import Prompt
@@ -58,11 +58,11 @@ def workers(cluster: None) -> Iterator[WorkerPool]:
     pool.close()
 
 
-def sampled(index: int, levels: list[int]) -> Sampled:
+def sampled(index: int, levels: list[int]) -> SampledTask:
     prompts = tuple(Prompt("cat") for _ in levels)
     images = ImageBatch(np.stack([np.full((4, 4, 3), level, np.uint8) for level in levels]), prompts)
     task = Task(0, index, 0, prompts, tuple(range(len(levels))))
-    return Sampled(TaskReport(task, "f", 1, 1, 1.0), None, ray.put(images), None)
+    return SampledTask(TaskReport(task, "f", 1, 1, 1.0), None, ray.put(images), None)
 
 
 @pytest.mark.system
