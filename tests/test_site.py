@@ -77,7 +77,7 @@ def test_no_page_loads_anything_from_another_host(site: Path) -> None:
 
 def test_the_api_page_documents_the_base_classes(site: Path) -> None:
     text = (site / "api.html").read_text(encoding="utf-8")
-    for name in ("Recipe", "Reward", "Policy", "Algorithm", "Tracker"):
+    for name in ("Recipe", "train", "Reward", "PromptSource", "Policy", "Transition", "Algorithm", "Tracker"):
         assert re.search(rf'id="ray_ddpo\.[a-z_.]*{name}"', text), name
 
 
