@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_ddpo.actors.evaluation.evaluation import evaluation_images, evaluation_set
+from ray_ddpo.actors.evaluation.eval_set import build_eval_set, sample_eval_images
 from ray_ddpo.common.diffusion.lora.adapters import load_weights, trained_parameters
 from ray_ddpo.common.policy_weights import pack
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -20,14 +20,14 @@ class Worth:
     top1: float  # share of the images in which the classifier recognizes the prompt's animal
 
 
-class HeldOut:
+class Evaluator:
     """The recipe's evaluation set with fixed prompts and noise. The recipe has a scorer `animal_classifier`."""
 
     def __init__(self, recipe: Recipe) -> None:
         parts, device = build_components(recipe), settle(recipe.runtime)
         self._sampling = recipe.sampling
         self._policy = parts.policy.load(device, recipe.sampling, "sampler")
-        self._chosen = evaluation_set(recipe.evaluation, parts.prompts)
+        self._chosen = build_eval_set(recipe.evaluation, parts.prompts)
         (reward,) = parts.rewards.values()
         self._reward = reward.load(device)
         self._classifier = parts.scorers["animal_classifier"].load(device)
@@ -40,7 +40,7 @@ class HeldOut:
         if arrays is not None:
             names = trained_parameters(self._policy.network)
             load_weights(self._policy.network, pack(0, {name: arrays[name] for name in names}))
-        images = evaluation_images(self._policy, self._chosen, self._sampling)
+        images = sample_eval_images(self._policy, self._chosen, self._sampling)
         prompts = [prompt.text for prompt in self._chosen.prompts]
         given = (images, prompts, [{} for _ in prompts])
         return Worth(float(self._reward(*given).mean()), float(self._classifier(*given).mean()))

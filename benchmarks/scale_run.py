@@ -29,10 +29,10 @@ from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.tracker import RunInfo
 from ray_ddpo.common.trajectory import TrainBatch
 from ray_ddpo.deploy.driver.components import Components, build_components
-from ray_ddpo.deploy.driver.progress import Progress
+from ray_ddpo.deploy.driver.progress import RunProgress
 from ray_ddpo.deploy.driver.supervision import Supervision
 from ray_ddpo.deploy.driver.workers import Workers
-from ray_ddpo.deploy.evaluation.runner import Evaluating
+from ray_ddpo.deploy.evaluation.eval_runner import EvalRunner
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.ray_learner_group import RayLearnerGroup
 from ray_ddpo.train import run_rounds
@@ -131,8 +131,8 @@ def measured(setting: Setting, rounds: int) -> Cost:
         run_folder = RunFolder(parts.recipe.run_path())
         run_folder.create()
         trackers = FanOut({name: parts.trackers[name] for name in ("jsonl", "ray")})
-        evaluating = Evaluating(parts, run_folder, workers, trackers)
-        progress = Progress(parts, trackers, evaluating, run_folder, None, {})
+        evaluating = EvalRunner(parts, run_folder, workers, trackers)
+        progress = RunProgress(parts, trackers, evaluating, run_folder, None, {})
         trackers.start(RunInfo("scale", run_folder.location, parts.resolved(), parts.recipe.rounds, 0, {}))
         meter = Meter()
         run_rounds(parts, workers, progress, cast(Supervision, meter))

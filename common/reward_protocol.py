@@ -1,4 +1,7 @@
-"""The protocol between a reward service and its clients: JSON over HTTP, images as PNG in base64."""
+"""Wire format between a reward service and its clients: JSON over HTTP, images as PNG in base64.
+
+The client is `actors/rewards/http.py`, the server `deploy/reward_service.py`.
+"""
 
 import base64
 import io
@@ -16,13 +19,13 @@ SCORE_PATH, HEALTH_PATH = "/v1/score", "/v1/health"
 
 
 class Message(BaseModel):
-    """A JSON object of the protocol. Types are strict: a string is not a number, and neither is NaN."""
+    """A JSON object on the wire. Types are strict: a text is not converted to a number, and NaN is refused."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class ScoreRequest(Message):
-    """Images of one size, each with its prompt and the prompt's metadata."""
+    """Images of one size, each with its prompt and metadata."""
 
     images: list[str] = Field(min_length=1)  # PNG files in base64
     prompts: list[str]
@@ -37,35 +40,35 @@ class ScoreRequest(Message):
 
 
 class ScoreReply(Message):
-    """One number per image, in the images' order; null for an image that could not be scored."""
+    """One number an image, in the images' order; null if an image could not be scored."""
 
     scores: list[float | None]
 
 
 class Health(Message):
-    """The answer of a running service: the name of its reward."""
+    """Reply to a health check, with the name of the served reward."""
 
     reward: str
 
 
 class Fault(Message):
-    """The reason why a request failed."""
+    """Reason for refusing a request."""
 
     error: str
 
 
 def to_png(image: UInt8[np.ndarray, "H W 3"]) -> str:
-    """Return the image as a lossless PNG file in base64."""
+    """Encode an image losslessly as a PNG file in base64."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, format="PNG", compress_level=1)  # the default level is five times slower
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def from_png(text: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode an image from a client.
+    """Decode an untrusted image.
 
     Raises:
-        ValueError: It is not an RGB PNG, or has too many pixels, which is checked before decompression.
+        ValueError: the text is not an RGB PNG in base64, or has more than `max_pixels`, which are then not decoded.
     """
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) as image:
@@ -74,7 +77,7 @@ def from_png(text: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"it has {image.width} × {image.height} pixels, and there may be {max_pixels}")
             return np.array(image)
-    # What Pillow raises for damaged files.
+    # Pillow raises all of these for damaged files.
     except (OSError, SyntaxError, EOFError, zlib.error, Image.DecompressionBombError) as error:
         raise ValueError(f"it is no PNG that can be read: {type(error).__name__}: {error}") from None
 
@@ -83,12 +86,12 @@ def read_token(variable: str | None, environment: Mapping[str, str]) -> str | No
     """Return the bearer token in an environment variable; None if no variable is named.
 
     Raises:
-        ValueError: The variable is not set, or its value is not a token.
+        ValueError: the variable is not set, or holds characters that a token cannot have.
     """
     if variable is None:
         return None
     token = environment.get(variable, "")
-    if not re.fullmatch(r"[\x21-\x7e]+", token):  # the token is secret, so the message does not quote it
+    if not re.fullmatch(r"[\x21-\x7e]+", token):  # the token is never shown, so the error is not more exact
         what = "has characters that no token has, such as a space or a line's end" if token else "is not set"
         raise ValueError(f"the environment variable {variable}, which token_variable names, {what} in this process")
     return token

@@ -17,12 +17,12 @@ from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import PushTable
 
-Files = dict[str, Path | bytes]  # what a repository is to hold, by its place there
+Files = dict[str, Path | bytes]  # contents of a repository, by path in the repository
 TOKEN = "HF_TOKEN"
-TIMEOUT_SECONDS = 120.0  # for an answer: the hub's own client would wait for ever
+TIMEOUT_SECONDS = 120.0  # for an answer; the default of huggingface_hub is to wait forever
 TAGS = ("diffusers", "ddpo", "ray-ddpo", "reinforcement-learning", "text-to-image", "stable-diffusion")
-REFUSALS = (400, 401, 402, 403, 404)  # statuses by which the hub says no; others are its own trouble, and may pass
-# Licences that the weights of known models bind whatever is trained from them to.
+REFUSALS = (400, 401, 402, 403, 404)  # statuses of a refusal; others are errors of the hub, and a retry may succeed
+# Licences of known models, which bind weights trained from them.
 LICENSES = {
     "tiny_animals": "apache-2.0",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
@@ -39,30 +39,34 @@ LICENSES = {
 
 
 class NotPushed(Exception):
-    """The hub does not answer, or has trouble of its own. Nothing is lost: the run can be pushed again."""
+    """Error of a hub that does not answer or has an internal error. Nothing is lost: the run can be pushed again."""
 
 
 def base_model(recipe: Recipe) -> str | None:
-    """The hub's name for the model that was trained from; None where it has none."""
+    """Return the hub's name of the base model; None if the model is not on the hub."""
     model = recipe.policy.table().get("model", "")
     on_the_hub = is_hub_name(model) and model not in EMBEDDED_MODELS and not Path(model).expanduser().exists()
     return recipe.push.base_model or (model if on_the_hub else None)
 
 
 def license_of(recipe: Recipe) -> str:
-    """What the weights may be used for. ValueError: the recipe does not say, and the model's licence is not known."""
+    """Return the license identifier of the trained weights.
+
+    Raises:
+        ValueError: the recipe names none, and the base model's license is not known.
+    """
     model = recipe.push.base_model or recipe.policy.table().get("model", "")
     found = recipe.push.license or LICENSES.get(model)
     if found is None:
         raise ValueError(
-            f"push.license is not given, and the licence of {model!r} is not known: give the identifier under which the hub "
-            "lists it, such as apache-2.0"
+            f"push.license is not given, and the licence of {model!r} is not known: give the identifier under which "
+            "the hub lists it, such as apache-2.0"
         )
     return found
 
 
 def metadata(recipe: Recipe) -> ModelCardData:
-    """What the hub sorts and finds models by. ValueError: the licence is not known."""
+    """Return the metadata by which the hub sorts and finds models. Raise ValueError if the license is not known."""
     full, base = recipe.policy.table().get("train") == "full", base_model(recipe)
     return ModelCardData(
         base_model=base,
@@ -75,7 +79,11 @@ def metadata(recipe: Recipe) -> ModelCardData:
 
 
 def check_push(recipe: Recipe) -> None:
-    """Before training: whether the recipe, if it asks for it, can be published. Makes the repository. ValueError: it cannot."""
+    """Check before training that the run can be published, if `push.repo` is given. Creates the repository.
+
+    Raises:
+        ValueError: the run cannot be published.
+    """
     if recipe.push.repo is None:
         return
     try:
@@ -86,7 +94,12 @@ def check_push(recipe: Recipe) -> None:
 
 
 def may_push(recipe: Recipe) -> str:
-    """Who would push. Asks, and changes nothing. ValueError: they may not, or not so. NotPushed: the hub does not say."""
+    """Return the user who would push. Changes nothing on the hub.
+
+    Raises:
+        ValueError: the user may not write there, or the hub refuses the metadata.
+        NotPushed: the hub does not answer.
+    """
     card, push = ModelCard(f"---\n{metadata(recipe).to_yaml()}\n---\n"), recipe.push
     token, repo = _token(push), _repo(push)
     with _answers(push, token):
@@ -104,14 +117,19 @@ def may_push(recipe: Recipe) -> str:
 
 
 def prepare(recipe: Recipe) -> None:
-    """Make repository and branch where they are not there. ValueError: that is refused. NotPushed: the hub does not answer."""
+    """Create repository and branch if they do not exist.
+
+    Raises:
+        ValueError: the hub refuses.
+        NotPushed: the hub does not answer.
+    """
     may_push(recipe)
     push = recipe.push
     token, repo = _token(push), _repo(push)
     api = _api(token)
     with _answers(push, token):
         api.create_repo(repo, private=push.private or None, exist_ok=True)
-        api.auth_check(repo, write=True)  # one that is there already says nothing of who may write
+        api.auth_check(repo, write=True)  # create_repo does not check who may write to an existing repository
         is_public = push.private and not api.model_info(repo).private
         if push.revision and not is_public:
             api.create_branch(repo, branch=push.revision, exist_ok=True)
@@ -122,23 +140,28 @@ def prepare(recipe: Recipe) -> None:
 
 
 def upload(push: PushTable, files: Files, message: str) -> str:
-    """Make one commit of the files, after `prepare`; its URL. Of what `replaced` names nothing else stays.
+    """Commit the files, after `prepare`. Files for which `is_replaced` holds are deleted unless they are among them.
 
-    ValueError: the hub refuses them. NotPushed: it does not answer, or not to the end.
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        ValueError: the hub refuses the files.
+        NotPushed: the hub does not answer, or the upload breaks off.
     """
     token, repo = _token(push), _repo(push)
     api, operations = _api(token), [CommitOperationAdd(place, file) for place, file in files.items()]
     with _answers(push, token):
-        there = [place for place in api.list_repo_files(repo, revision=push.revision) if replaced(place)]
+        there = [place for place in api.list_repo_files(repo, revision=push.revision) if is_replaced(place)]
         gone = [CommitOperationDelete(place) for place in there if place not in files]
         commit = api.create_commit(repo, [*operations, *gone], commit_message=message, revision=push.revision)
     return commit.commit_url
 
 
-def replaced(place: str) -> bool:
-    """Whether a file of a repository is one of those that a push writes: weights of an earlier one would be loaded too."""
-    whole = place.startswith(tuple(f"{part}/" for part in TRAINED_PARTS))
-    return whole or place in ("pytorch_lora_weights.safetensors", "evaluations.jsonl")
+def is_replaced(place: str) -> bool:
+    """Return whether a push replaces this file, because weights of an earlier push would be loaded too."""
+    network = place.startswith(tuple(f"{part}/" for part in TRAINED_PARTS))
+    return network or place in ("pytorch_lora_weights.safetensors", "evaluations.jsonl")
 
 
 def _api(token: str) -> HfApi:
@@ -147,18 +170,19 @@ def _api(token: str) -> HfApi:
 
 
 def _token(push: PushTable) -> str:
-    token = os.environ.get(TOKEN, "").replace("\r", "").replace("\n", "").strip()  # as the hub's own client does
+    """Read the token from HF_TOKEN. Raise ValueError if the token is missing or malformed."""
+    token = os.environ.get(TOKEN, "").replace("\r", "").replace("\n", "").strip()  # as huggingface_hub does
     if not token:
         raise ValueError(
             f"push.repo is {push.repo!r}, and {TOKEN} is not set: export a token of the hub that may write"
         )
-    if not re.fullmatch(r"[!-~]+", token):  # such a one would be refused in an error that quotes it
+    if not re.fullmatch(r"[!-~]+", token):  # huggingface_hub would quote such a token in its error
         raise ValueError(f"{TOKEN} has characters that no token has")
     return token
 
 
 def _repo(push: PushTable) -> str:
-    assert push.repo is not None, "whoever pushes says where to"
+    assert push.repo is not None, "the command line requires it"
     try:
         validate_repo_id(push.repo)
     except HFValidationError as error:
@@ -168,10 +192,10 @@ def _repo(push: PushTable) -> str:
 
 @contextmanager
 def _answers(push: PushTable, token: str) -> Iterator[None]:
-    """What the hub's client raises as one of two errors, and never with the token in it."""
+    """Convert the errors of huggingface_hub to ValueError and NotPushed, without the token in their text."""
     try:
         yield
-    # RuntimeError: an upload that failed in a thread. ValueError: an answer that is not the hub's, or metadata that it refuses.
+    # RuntimeError: an upload failed in a thread. ValueError: an invalid answer, or metadata that the hub refuses.
     except (OSError, httpx2.HTTPError, RuntimeError, ValueError) as error:
         answer = next(
             (each for each in (error, error.__cause__, error.__context__) if isinstance(each, HfHubHTTPError)), None

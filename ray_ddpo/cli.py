@@ -178,7 +178,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _serve_reward(options: argparse.Namespace) -> None:
     from ray_ddpo.common.recipe.recipe import Recipe
-    from ray_ddpo.deploy.reward_service.serve_reward import Listening, serve_reward
+    from ray_ddpo.deploy.reward_service import Listening, serve_reward
 
     listening = Listening(options.host, options.port, options.token_variable)
     serve_reward(Recipe.load(options.recipe, options.overrides), options.reward, listening)
@@ -255,9 +255,9 @@ def _replay(options: argparse.Namespace) -> int:
 def _migrate(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from ray_ddpo.deploy.commands.migrate.migrate import Beside, migrate, read_config, write_recipe
+    from ray_ddpo.deploy.commands.migrate.migrate import ScriptSettings, migrate, read_config, write_recipe
 
-    beside = Beside(options.processes, options.model, options.reward)
+    beside = ScriptSettings(options.processes, options.model, options.reward)
     migrated = migrate(read_config(Path(options.config)), beside)
     print(*migrated.lines, sep="\n", file=sys.stderr)
     if options.output:

@@ -14,11 +14,11 @@ from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.tracker import RunInfo
 from ray_ddpo.common.trajectory import Scored
 from ray_ddpo.deploy.driver.components import Components, build_components
-from ray_ddpo.deploy.driver.progress import Progress
+from ray_ddpo.deploy.driver.progress import RunProgress
 from ray_ddpo.deploy.driver.start import start_of
 from ray_ddpo.deploy.driver.supervision import Stopped, Supervision
 from ray_ddpo.deploy.driver.workers import Workers, ray_workers, serial_workers
-from ray_ddpo.deploy.evaluation.runner import Evaluating
+from ray_ddpo.deploy.evaluation.eval_runner import EvalRunner
 from ray_ddpo.deploy.hub import check_push
 from ray_ddpo.learner.learner_group import Learned, TrajectoriesLost
 from ray_ddpo.learner.optimization.optimizer_steps import NotFinite
@@ -42,8 +42,8 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
             with folder.token() as token:
                 workers.learner.check_folder(folder.location, token)
             start.write(folder)
-            evaluating = Evaluating(parts, folder, workers, trackers)
-            progress = Progress(parts, trackers, evaluating, folder, checkpoint, start.base.parts)
+            evaluating = EvalRunner(parts, folder, workers, trackers)
+            progress = RunProgress(parts, trackers, evaluating, folder, checkpoint, start.base.parts)
             ids = checkpoint.tracker_ids if checkpoint else {}
             run = RunInfo(recipe.name, folder.location, parts.resolved(), recipe.rounds, progress.rounds_done, ids)
             trackers.start(run)
@@ -62,11 +62,11 @@ def train(recipe: Recipe, resume: bool = False, serial: bool = False) -> dict[st
         finally:
             trackers.finish()
             workers.close()
-    print(progress.closing_line())
+    print(progress.closing_line(serial))
     return progress.metrics[-1] if progress.metrics else {}
 
 
-def run_rounds(parts: Components, workers: Workers, progress: Progress, supervision: Supervision) -> None:
+def run_rounds(parts: Components, workers: Workers, progress: RunProgress, supervision: Supervision) -> None:
     """Data goes one way round: prompts → sampler → reward → advantages → learner → weights → sampler."""
     recipe, stream, sample = parts.recipe, workers.stream, parts.prompts.load()
     for weights in workers.learner.weights():

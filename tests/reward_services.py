@@ -10,7 +10,7 @@ from email.message import Message
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rewards.reward import Reward
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
-from ray_ddpo.deploy.reward_service.server import MAX_REQUEST_BYTES, RewardServer
+from ray_ddpo.deploy.reward_service import MAX_REQUEST_BYTES, RewardServer
 
 
 @contextmanager

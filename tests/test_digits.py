@@ -16,7 +16,7 @@ import torch
 from digit_transformer import DigitTransformer
 from digits import Digits
 from digits_policy import digit_of, images_of
-from pretrain_digits import FONTS, SIZE, flow_matching_loss, pretrain, sampled
+from pretrain_digits import FONTS, SIZE, flow_matching_loss, pretrain, rendered
 
 from ray_ddpo import cli
 from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
@@ -55,7 +55,7 @@ def test_images_are_white_on_black_squares() -> None:
 
 
 def test_printed_digits_are_recognized_and_have_their_ink() -> None:
-    printed = torch.from_numpy(np.stack([sampled(digit, FONTS[2], 14, 5, (0.5, 0)) for digit in range(10)]))
+    printed = torch.from_numpy(np.stack([rendered(digit, FONTS[2], 14, 5, (0.5, 0)) for digit in range(10)]))
     images = images_of(printed.unsqueeze(1), zoom=4).numpy()
     assert digit_rewards.reads(images, WORDS, []).tolist() == [1] * 10
     assert digit_rewards.reads(images, [*WORDS[1:], "zero"], []).tolist() == [0] * 10

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretrain_shapes import pretrain, sampled
+from pretrain_shapes import pretrain, rendered
 from shapes import CLASSES, Shapes
 
 from ray_ddpo.common.diffusion.memory.sizes import parameter_bytes
@@ -42,7 +42,7 @@ def test_the_family_has_at_most_100_lines_beyond_its_network() -> None:
 
 
 def test_each_class_has_one_shape_and_is_learned() -> None:
-    images = sampled(torch.arange(len(CLASSES)))
+    images = rendered(torch.arange(len(CLASSES)))
     assert images.shape == (4, 3, 16, 16) and images.min() == -1 and images.max() > -0.5
     assert len(pretrain(steps=1).state_dict()) == 17
 

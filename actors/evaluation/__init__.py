@@ -1,1 +1,1 @@
-"""Evaluation in actors: fixed prompts and seeds, sampled and scored in the same way at every version."""
+"""Held-out evaluation in actors: fixed prompts and seeds, sampled in the same way for every policy version."""

@@ -1,21 +1,51 @@
-"""Statistics of an evaluation's images without a reward: darkness, sharpness, entropy, diversity."""
+"""Image statistics that need no reward: darkness, sharpness, entropy, and diversity within a prompt."""
 
 import math
+from itertools import combinations
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from PIL import Image
 
-from ray_ddpo.actors.evaluation.diversity import diversity
 from ray_ddpo.actors.rewards.image_statistics import DarkShare, Entropy, Sharpness
+
+DIVERSITY_EDGE = 16  # pixels: images are compared by composition and color, not by texture
 
 
 def image_summary(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> dict[str, float]:
-    """Return the means of the images' statistics, and their diversity.
+    """Compute the mean of each statistic over the images, and their diversity within a prompt.
 
-    All are NaN if there are no images. Diversity is NaN if no prompt has two images.
+    Args:
+        pixels: the images; there may be none.
+        prompts: one an image, to group the images by.
+
+    Returns:
+        A value a statistic. Diversity is NaN if no prompt has two images. Without images, every value is NaN.
     """
     statistics = {"dark_share": DarkShare(), "sharpness": Sharpness(), "entropy": Entropy()}
     if not len(pixels):
         return dict.fromkeys([*statistics, "diversity"], math.nan)
     means = {name: float(np.mean([each.of(image) for image in pixels])) for name, each in statistics.items()}
     return means | {"diversity": diversity(pixels, prompts)}
+
+
+def diversity(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> float:
+    """Compute how much images of one prompt differ. Diversity falls if a policy samples the same image over and over.
+
+    Returns:
+        The root mean square difference (0 … 1) of two images reduced to 16 × 16 pixels: the mean over all pairs of a
+        prompt, then over prompts. NaN if no prompt has two images.
+    """
+    small = np.stack([_reduced(image) for image in pixels])
+    of_prompts = [small[[text == prompt for text in prompts]] for prompt in dict.fromkeys(prompts)]
+    means = [_mean_difference(images) for images in of_prompts if len(images) > 1]
+    return float(np.mean(means)) if means else math.nan
+
+
+def _reduced(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "E E 3"]:
+    size = (DIVERSITY_EDGE, DIVERSITY_EDGE)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX), np.float64) / 255
+
+
+def _mean_difference(images: Float[np.ndarray, "N E E 3"]) -> float:
+    return float(np.mean([np.sqrt(np.square(one - other).mean()) for one, other in combinations(images, 2)]))

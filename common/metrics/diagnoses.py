@@ -23,8 +23,18 @@ class RoundSeconds:
         return max(self.sampling / samplers, self.scoring / reward_workers, self.learning)
 
 
-def bottleneck(rounds: Sequence[Metrics], max_policy_lag: int, samplers: int, reward_workers: int) -> str:
-    """Describe the bottleneck in one sentence, from the mean over the last half of `rounds`."""
+def bottleneck(
+    rounds: Sequence[Metrics], max_policy_lag: int, samplers: int, reward_workers: int, can_overlap: bool = True
+) -> str:
+    """Describe the bottleneck in one sentence, from the mean over the last half of `rounds`.
+
+    Args:
+        rounds: metrics of rounds.
+        max_policy_lag: of the recipe.
+        samplers: their number.
+        reward_workers: their number.
+        can_overlap: False if the roles share too few cores to work at the same time.
+    """
     if not rounds:
         return "no round was done, so there is no bottleneck to name"
     last = rounds[len(rounds) // 2 :]
@@ -33,6 +43,9 @@ def bottleneck(rounds: Sequence[Metrics], max_policy_lag: int, samplers: int, re
     busy = {role: _busy(last, name) for role, name in IDLE.items()}
     second, first = sorted(busy, key=lambda role: busy[role])[-2:]
     if busy[first] < BUSY:
+        if not can_overlap:
+            idle = ", ".join(f"{role} idle {_percent(1 - busy[role])}" for role in ("samplers", "learner"))
+            return f"{idle}: they take turns on the same cores, so there is nothing to overlap"
         return _no_overlap(busy, times, max_policy_lag, times.longest_phase(samplers, reward_workers))
     if busy[second] >= BUSY:
         both = " and ".join(f"{role} ({_percent(busy[role])})" for role in (first, second))

@@ -1,4 +1,4 @@
-"""Add up what `ray job submit --working-dir .` would upload; if it is more than Ray takes, say so and end with exit code 2."""
+"""Add up the upload of `ray job submit --working-dir .`; end with exit code 2 if Ray would refuse its size."""
 
 import importlib.util
 import os
@@ -8,16 +8,16 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-LIMIT = 100 * 2**20  # bytes of one request to Ray's dashboard, which takes the archive uncompressed and whole
+LIMIT = 100 * 2**20  # bytes of one request to Ray's dashboard, which takes the archive uncompressed
 MEBIBYTE = 2**20
-LARGEST = 3  # files that are named
-NEVER, NEVER_VARIABLE = ".git,.venv,venv,__pycache__", "RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES"  # Ray's own
+LARGEST = 3  # files named in the error
+NEVER, NEVER_VARIABLE = ".git,.venv,venv,__pycache__", "RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES"  # as in Ray
 IGNORE_FILES = (".gitignore", ".rayignore")
 Excluded = Callable[[Path], bool]
 
 
 def uploaded(folder: Path, outer: tuple[Excluded, ...] = ()) -> Iterator[Path]:
-    """Yield every file below `folder` that no .gitignore or .rayignore leaves out, read as Ray reads them."""
+    """Yield every file below `folder` that no .gitignore or .rayignore excludes, as Ray reads these files."""
     files = [folder / name for name in IGNORE_FILES if (folder / name).is_file()]
     excluded = (*outer, *(_matching(folder, file.read_text(encoding="utf-8").splitlines()) for file in files))
     for path in sorted(folder.iterdir()):
@@ -35,7 +35,7 @@ def _matching(folder: Path, patterns: list[str]) -> Excluded:
 
 
 def _pathspec() -> Any:
-    """Return Ray's own copy of the library, without a second's import of Ray itself."""
+    """Return Ray's copy of pathspec without importing Ray, which takes a second."""
     ray = importlib.util.find_spec("ray")
     places = [str(Path(place) / "_private" / "thirdparty") for place in (ray and ray.submodule_search_locations) or ()]
     spec = PathFinder.find_spec("pathspec", places)
@@ -50,7 +50,7 @@ def _pathspec() -> Any:
 
 
 def too_large(folder: Path, limit: int = LIMIT) -> str | None:
-    """Return what is wrong with the upload. None: nothing is."""
+    """Return an error message if the upload is too large, else None."""
     never = _matching(folder, os.environ.get(NEVER_VARIABLE, NEVER).split(","))
     sizes = sorted(((path.stat().st_size, path) for path in uploaded(folder, (never,))), reverse=True)
     total = sum(size for size, _ in sizes)
@@ -58,8 +58,8 @@ def too_large(folder: Path, limit: int = LIMIT) -> str | None:
         return None
     named = ", ".join(f"{path.relative_to(folder)} ({size / MEBIBYTE:.0f} MiB)" for size, path in sizes[:LARGEST])
     return (
-        f"the upload of {folder} has {total / MEBIBYTE:.0f} MiB, and Ray takes {limit / MEBIBYTE:.0f}: list the largest files in "
-        f".gitignore or .rayignore, or move them out: {named}"
+        f"the upload of {folder} has {total / MEBIBYTE:.0f} MiB, and Ray takes {limit / MEBIBYTE:.0f}: list the "
+        f"largest files in .gitignore or .rayignore, or move them out: {named}"
     )
 
 

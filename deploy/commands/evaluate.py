@@ -1,8 +1,7 @@
-"""ddpo evaluate: the same held-out images under several weights, and how far each reward and scorer moved between them."""
+"""ddpo evaluate: sample the same held-out images under several weights, and compare their rewards and scores."""
 
 import itertools
 import json
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import pyarrow.parquet as parquet
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.metrics.statistics import in_errors, paired_change
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages, images_table
 from ray_ddpo.common.run_storage.run_folder import weights_here
 from ray_ddpo.deploy.commands.report.images import COLUMNS, rows_image
 from ray_ddpo.deploy.commands.report.scores import headline, share_kept
@@ -25,27 +23,29 @@ from ray_ddpo.deploy.commands.weights.given_base import check_given
 from ray_ddpo.deploy.commands.weights.given_weights import load_policy, recipe_of, refuse_output_file
 from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
-from ray_ddpo.deploy.evaluation.held_out import JOINED, HeldOut, scorers_of
+from ray_ddpo.deploy.evaluation.eval_log import images_table
+from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM, EvalResult, EvalScorer, scorer_tables
 
-OUTPUT = "evaluation"  # by default; where that is taken, evaluation-2 and so on
-PRETRAINED = "pretrained"  # the model as it was before any training
-FIGURES, IMAGES, IMAGES = "evaluation.json", "images.parquet", "images.png"
+OUTPUT = "evaluation"  # the default folder; if it holds a result, evaluation-2 and so on
+PRETRAINED = "pretrained"  # the model before any training
+STATS, ROWS, IMAGES = "evaluation.json", "images.parquet", "images.png"
 
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """Which weights are compared with which, and where that is written."""
+    """Weights to compare with a baseline, and the output folder."""
 
     weights: tuple[str, ...]  # each a run's folder, its best/, or a LoRA's file or folder
-    against: str  # the same, or PRETRAINED
-    recipe: str | None
-    output: str | None  # none: a new folder
+    against: str  # the baseline: weights like these, or PRETRAINED
+    recipe: str | None  # None: the recipe of the first run among the weights
+    output: str | None  # None: a new folder
 
 
 def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
-    """SamplePrompt, score, compare and write; what was found, in words.
+    """Sample, score, compare, and write the results. Return a summary for the terminal.
 
-    ValueError: weights are named twice, are not there or do not fit, or nobody says whose model they are for.
+    Raises:
+        ValueError: weights are named twice, are missing or do not fit, or no recipe names their base model.
     """
     named = [*request.weights, request.against]
     twice = sorted({location for location in named if named.count(location) > 1})
@@ -54,26 +54,30 @@ def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
     given = [location for location in named if location != PRETRAINED]
     recipe, output = recipe_of(given, request.recipe, overrides), _output(request.output)
     parts = build_components(recipe)
-    found = _drawn(parts, named, lambda base: check_given(given, request.recipe, base, overrides))
+    found = _results(parts, named, lambda base: check_given(given, request.recipe, base, overrides))
     baseline = found[request.against]
     compared = {location: changes(recipe, baseline, found[location]) for location in request.weights}
     output.mkdir(parents=True, exist_ok=True)
     settings, differing = kept_settings(parts, baseline), differing_settings(given, parts.resolved())
-    figures = {
+    stats = {
         "against": request.against,
         "weights": compared,
         "settings": settings,
         "differs_from_training": differing,
     }
-    _write(output, {request.against: baseline, **found}, figures)
-    images = f"{len(baseline.seeds)} held-out images, same prompts and noise, against {request.against}"
-    tables = [in_words(location, figures) for location, figures in compared.items()]
-    lines = [images, settings_in_words(settings), *differing, *tables, "look at:"]
-    return "\n".join([*lines, *(f"  {output / name}" for name in (IMAGES, IMAGES, FIGURES))])
+    _write(output, {request.against: baseline, **found}, stats)
+    compared_images = f"{len(baseline.seeds)} held-out images, same prompts and noise, against {request.against}"
+    tables = [in_words(location, scores) for location, scores in compared.items()]
+    lines = [compared_images, settings_in_words(settings), *differing, *tables, "look at:"]
+    return "\n".join([*lines, *(f"  {output / name}" for name in (IMAGES, ROWS, STATS))])
 
 
 def _output(asked: str | None) -> Path:
-    """A folder without an earlier result. ValueError: the one that is asked for has one."""
+    """Return an output folder without an earlier result.
+
+    Raises:
+        ValueError: the requested folder holds a result, or is a file.
+    """
     if asked is None:
         candidates = itertools.chain([Path(OUTPUT)], (Path(f"{OUTPUT}-{count}") for count in itertools.count(2)))
         return next(folder for folder in candidates if not _is_taken(folder))
@@ -84,31 +88,40 @@ def _output(asked: str | None) -> Path:
 
 
 def _is_taken(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (FIGURES, IMAGES, IMAGES))
+    return any((folder / name).exists() for name in (STATS, ROWS, IMAGES))
 
 
-def _drawn(parts: Components, named: list[str], check: Callable[[Base], None]) -> dict[str, EvaluatedImages]:
-    recipe, held_out = parts.recipe, HeldOut(parts)
+def _results(parts: Components, named: list[str], check: Callable[[Base], None]) -> dict[str, EvalResult]:
+    """Sample and score the evaluation set under each of the named weights.
+
+    Args:
+        parts: the recipe's components.
+        named: the weights; the last are the baseline.
+        check: called with the fingerprints of all loaded files. Refuses files that the weights were not trained on.
+    """
+    recipe, scorer = parts.recipe, EvalScorer(parts)
     with ExitStack() as copies:
         paths: dict[str, Path | None] = {PRETRAINED: None}
         paths |= {
             location: copies.enter_context(weights_here(location)) for location in named if location != PRETRAINED
         }
         for location in named[1:]:
-            load_policy(recipe, paths[location])  # what does not fit is to be found before anything is sampled
-        check(parts.policy.loaded_base("sampler") | held_out.loaded_parts() | prompts_base(parts))
+            load_policy(recipe, paths[location])  # so that weights that do not fit are refused before any sampling
+        check(parts.policy.loaded_base("sampler") | scorer.loaded_parts() | prompts_base(parts))
         found = {}
         for location in named:
             policy = load_policy(recipe, paths[location])
-            print(f"{location}: samples {len(held_out.chosen.seeds)} images", file=sys.stderr, flush=True)
-            found[location] = held_out.images(policy)
-            del policy  # or the next one would be loaded beside it
+            found[location] = scorer.evaluate(policy, location)
+            del policy  # so that two policies are never in memory together
     return found
 
 
-def changes(recipe: Recipe, before: EvaluatedImages, after: EvaluatedImages) -> dict[str, dict[str, float] | None]:
-    """Of each reward and scorer: its means, their difference and its paired standard error; None: fewer than two images."""
-    names = [*([JOINED] if headline(recipe) == JOINED else []), *scorers_of(recipe)]
+def changes(recipe: Recipe, before: EvalResult, after: EvalResult) -> dict[str, dict[str, float] | None]:
+    """Compare two results by reward and scorer: means, their difference, and its paired standard error.
+
+    A value is None if fewer than two images have a score in both results.
+    """
+    names = [*([WEIGHTED_SUM] if headline(recipe) == WEIGHTED_SUM else []), *scorer_tables(recipe)]
     return {name: _change(before.scores[name], after.scores[name]) for name in names}
 
 
@@ -118,32 +131,33 @@ def _change(before: np.ndarray, after: np.ndarray) -> dict[str, float] | None:
         return None
     both = np.isfinite(before) & np.isfinite(after)
     kept = share_kept(before[both], after[both])
-    figures = {"images": found.images, "before": found.before, "after": found.after, "change": found.change}
-    return {**figures, "paired_standard_error": found.error} | ({} if kept is None else {"kept": kept})
+    stats = {"images": found.images, "before": found.before, "after": found.after, "change": found.change}
+    return {**stats, "paired_standard_error": found.error} | ({} if kept is None else {"kept": kept})
 
 
 def in_words(location: str, compared: dict[str, dict[str, float] | None]) -> str:
-    """A line a reward or scorer."""
+    """Format the comparison of one set of weights with the baseline, one line a reward or scorer."""
     width = max(map(len, compared))
-    return "\n".join([location, *(f"  {name:<{width}}  {_line(figures)}" for name, figures in compared.items())])
+    return "\n".join([location, *(f"  {name:<{width}}  {_line(stats)}" for name, stats in compared.items())])
 
 
-def _line(figures: dict[str, float] | None) -> str:
-    if figures is None:
+def _line(stats: dict[str, float] | None) -> str:
+    """Format the change of one score."""
+    if stats is None:
         return "fewer than two images could be scored both times"
-    before, after = figures["before"], figures["after"]
-    errors = in_errors(figures["change"], figures["paired_standard_error"])
+    before, after = stats["before"], stats["after"]
+    errors = in_errors(stats["change"], stats["paired_standard_error"])
     said = [f"{before:.4g} → {after:.4g}"]
-    said += [f"{100 * figures['change'] / abs(before):+.1f} %"] if before else []
+    said += [f"{100 * stats['change'] / abs(before):+.1f} %"] if before else []
     said += [f"{errors:+.1f} paired standard errors"] if errors is not None else []
-    said += [f"of those with 1 before {100 * figures['kept']:.0f} % still have it"] if "kept" in figures else []
+    said += [f"of those with 1 before {100 * stats['kept']:.0f} % still have it"] if "kept" in stats else []
     return ", ".join(said)
 
 
-def _write(output: Path, found: dict[str, EvaluatedImages], figures: dict[str, Any]) -> None:
-    """The figures, a row an image and weights with its scores and image, and the first images beside one another."""
-    (output / FIGURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    tables = [images_table(location, images, len(images.seeds)) for location, images in found.items()]
-    parquet.write_table(pa.concat_tables(tables), output / IMAGES)
-    rows = [(location, list(images.pixels[:COLUMNS]), "black") for location, images in found.items()]
+def _write(output: Path, found: dict[str, EvalResult], stats: dict[str, Any]) -> None:
+    """Write the statistics, a table with one row an image and weights, and the first images side by side."""
+    (output / STATS).write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
+    tables = [images_table(location, result, len(result.seeds)) for location, result in found.items()]
+    parquet.write_table(pa.concat_tables(tables), output / ROWS)
+    rows = [(location, list(result.pixels[:COLUMNS]), "black") for location, result in found.items()]
     rows_image(rows, output / IMAGES, [prompt.text for prompt in next(iter(found.values())).prompts[:COLUMNS]])

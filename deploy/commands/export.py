@@ -1,4 +1,4 @@
-"""ddpo export: a run's LoRA in the form that other programs read."""
+"""ddpo export: write a run's LoRA in the format of other programs."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ from ray_ddpo.common.run_storage.run_folder import weights_here
 
 
 def export(weights: str, form: str, output: str) -> str:
-    """Write a LoRA of this program's in another form; return what was written, in words.
+    """Write a LoRA of this program in another format; return a line for the terminal.
 
     Args:
         weights: a run's folder, its best/, or a LoRA's file or folder.
-        form: whose names, of which there is "kohya".
+        form: the format; only "kohya" so far.
         output: the file to write.
 
     Raises:
-        ValueError: there is no LoRA of ours, its layers have no such names, or the file is there already.
+        ValueError: there is no LoRA of this program, its layers have no names in that format, or the file exists.
     """
     assert form == "kohya", "the command line takes no other"
     path = Path(output)
@@ -25,7 +25,7 @@ def export(weights: str, form: str, output: str) -> str:
         raise ValueError(f"the output is {output!r}: it must be a .safetensors file that is not there yet")
     with weights_here(weights) as here:
         if network_folder(here) is not None:
-            raise ValueError(f"{weights} is a whole network: it has no LoRA to export")
+            raise ValueError(f"{weights} is a full network: it has no LoRA to export")
         folded = next((file for file in (here / "lora" / FILE_NAME, here / FILE_NAME) if file.is_file()), here)
         save_kohya(read_lora_file(folded), path)
     return f"{path}: kohya's names, to be read at strength 1"

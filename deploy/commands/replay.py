@@ -27,9 +27,9 @@ Row = dict[str, Any]  # of the ledger
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of it: a line for every image that differs, and how many there are."""
+    """Result of a replay: the differences of each image from the ledger."""
 
-    round: int
+    round_index: int
     policy_version: int
     images: int
     differences: dict[int, list[str]]  # by the image's number in the round
@@ -41,23 +41,27 @@ class Replay:
     @property
     def text(self) -> str:
         lines = [f"image {image}: {'; '.join(texts)}" for image, texts in sorted(self.differences.items())]
-        sampled = f"round {self.round}, re-sampled with policy version {self.policy_version}"
+        sampled = f"round {self.round_index}, re-sampled with policy version {self.policy_version}"
         count = len(self.differences)
         summary = f"all {self.images} images are equal" if self.equal else f"{count} of {self.images} images differ"
         return "\n".join([*lines, f"{sampled}: {summary}"])
 
 
-def replay(run: str, round: int, overrides: list[str]) -> Replay:
-    """Sample `round` of a run again. ValueError: no run, no such round in its ledger, or its weights were not kept."""
+def replay(run: str, round_index: int, overrides: list[str]) -> Replay:
+    """Sample a round of a run again, and compare the images with the ledger.
+
+    Raises:
+        ValueError: there is no such run or no such round in its ledger, or the weights of the round were not kept.
+    """
     folder = RunFolder(run)
     recipe = folder.load_recipe(overrides)
     ledger = Ledger(folder.storage, recipe.rollouts)
-    rows = ledger.read(round).to_pylist()
-    stood_on = BASE.validate_python(ledger.about(round).get("base") or folder.base())
+    rows = ledger.read(round_index).to_pylist()
+    stood_on = BASE.validate_python(ledger.about(round_index).get("base") or folder.base())
     version = rows[0]["policy_version"]
-    weights = kept_weights(folder.checkpoints, round, version)
+    weights = kept_weights(folder.checkpoints, round_index, version)
     parts = build_components(recipe)
-    scheduled = round_tasks(recipe, round, parts.prompts.load())
+    scheduled = round_tasks(recipe, round_index, parts.prompts.load())
     differences: dict[int, list[str]] = {}
     for image, text in [*_against_schedule(rows, scheduled), *_against_weights(rows, weights)]:
         differences.setdefault(image, []).append(text)
@@ -66,17 +70,20 @@ def replay(run: str, round: int, overrides: list[str]) -> Replay:
     sampled: list[str] = []
     for task in tasks_of(rows):
         report, _, _ = sampler.sample(task, weights, Care(not_decoded=without_image(rows, task.index)))
-        assert report is not None, "nobody tells this sampler to forget a task"
+        assert report is not None, "no task of this sampler is canceled"
         sampled += report.image_fingerprints
     for row, fingerprint in zip(rows, sampled, strict=True):
         if row["image_fingerprint"] != fingerprint:
             text = f"the ledger has {_short(row['image_fingerprint'])}, and re-sampled it is {_short(fingerprint)}"
             differences.setdefault(row["image"], []).append(f"{text} ({row['prompt']!r}, seed {row['seed']})")
-    return Replay(round, version, len(rows), differences)
+    return Replay(round_index, version, len(rows), differences)
 
 
-def kept_weights(checkpoints: Storage, round: int, version: int) -> PolicyWeights:
-    """The weights of a policy version, from the newest checkpoint that holds them. ValueError: none does."""
+def kept_weights(checkpoints: Storage, round_index: int, version: int) -> PolicyWeights:
+    """Load a policy version's weights from the newest checkpoint with them.
+
+    Raise ValueError if no checkpoint has them.
+    """
     whole = list(intact_checkpoints(checkpoints))
     for checkpoint in whole:
         if version in policy_versions(checkpoint):
@@ -85,13 +92,14 @@ def kept_weights(checkpoints: Storage, round: int, version: int) -> PolicyWeight
     there = [f"{name} has {versions}" for name, versions in held.items()] or ["there are none"]
     there += [f"{name} is damaged" for name in damaged_checkpoints(checkpoints)]
     raise ValueError(
-        f"round {round} was sampled with policy version {version}, which no checkpoint in {checkpoints.location} holds "
-        f"({'; '.join(there)}): a run with a smaller checkpoint.every and a larger checkpoint.keep keeps more of them"
+        f"round {round_index} was sampled with policy version {version}, which no checkpoint in {checkpoints.location} "
+        f"holds ({'; '.join(there)}): a run with a smaller checkpoint.every and a larger checkpoint.keep keeps more of "
+        "them"
     )
 
 
 def tasks_of(rows: list[Row]) -> list[Task]:
-    """The tasks as the ledger has them, in order."""
+    """Rebuild a round's tasks from its ledger rows, in order."""
     tasks = []
     for index in sorted({row["task"] for row in rows}):
         of_task = [row for row in rows if row["task"] == index]
@@ -101,12 +109,13 @@ def tasks_of(rows: list[Row]) -> list[Task]:
 
 
 def without_image(rows: list[Row], task: int) -> tuple[int, ...]:
-    """Return the task's rows that were dropped without an image, because they end the process that decodes them."""
+    """Return the task's rows without an image: decoding them ends the process, so they were dropped."""
     of_task = [row for row in rows if row["task"] == task]
     return tuple(number for number, row in enumerate(of_task) if row["image_fingerprint"] == "")
 
 
 def _against_schedule(rows: list[Row], scheduled: list[Task]) -> list[tuple[int, str]]:
+    """Compare the ledger with the tasks that the recipe schedules; return differences by image."""
     expected = [
         {
             "task": task.index,
@@ -126,11 +135,12 @@ def _against_schedule(rows: list[Row], scheduled: list[Task]) -> list[tuple[int,
         (row["image"], f"{name} is {row[name]!r} in the ledger, and {value!r} by the recipe")
         for row, wanted in zip(rows, expected, strict=True)
         for name, value in wanted.items()
-        if name in row and row[name] != value  # a ledger without metadata has no column of it
+        if name in row and row[name] != value  # a ledger without metadata has no such column
     ]
 
 
 def _against_weights(rows: list[Row], weights: PolicyWeights) -> list[tuple[int, str]]:
+    """Compare the ledger's fingerprints with those of the checkpoint's weights; return differences by image."""
     return [
         (
             row["image"],

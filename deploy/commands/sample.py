@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ray_ddpo.actors.evaluation.evaluation import decoded
+from ray_ddpo.actors.evaluation.eval_set import decoded
 from ray_ddpo.common.diffusion.rollout import evaluation_window, sample_trajectories
 from ray_ddpo.common.run_storage.run_folder import weights_here
 from ray_ddpo.deploy.commands.settings import differing_settings
@@ -18,7 +18,7 @@ from ray_ddpo.deploy.driver.components import build_components
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to sample, with which weights, and where to put it."""
+    """Prompts, weights and output folder of `ddpo sample`."""
 
     weights: str  # a run's folder, or a LoRA's file or folder
     recipe: str | None
@@ -28,7 +28,11 @@ class SampleRequest:
 
 
 def sample(request: SampleRequest, overrides: list[str]) -> Iterator[Path]:
-    """Sample one image a prompt; the paths as they are written. ValueError: no weights or no recipe there."""
+    """Sample one image a prompt, and yield the paths as the images are written.
+
+    Raises:
+        ValueError: the weights or the recipe are missing.
+    """
     recipe = recipe_of([request.weights], request.recipe, overrides)
     refuse_output_file(Path(request.output))
     with weights_here(request.weights) as path:

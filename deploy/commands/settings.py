@@ -1,14 +1,14 @@
-"""How images were sampled: what is said and kept with a result, and what differs from the training of the weights."""
+"""Sampling settings that are saved with a result, and their differences from the training of the weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages
 from ray_ddpo.common.run_storage.run_folder import without_none
 from ray_ddpo.deploy.commands.weights.given_base import run_of
 from ray_ddpo.deploy.driver.components import Components
+from ray_ddpo.deploy.evaluation.eval_result import EvalResult
 
-# What decides no image of an evaluation: how many are sampled, what is learned from them, and where files are.
+# Keys that do not influence an evaluation's images: numbers of images, training, and locations of files.
 NOT_OF_AN_IMAGE = {
     "sampling": (
         "batch_size",
@@ -33,8 +33,8 @@ def image_settings(tables: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def kept_settings(parts: Components, images: EvaluatedImages) -> dict[str, Any]:
-    """Return what is kept with a result: the same keys, the images' size in pixels, and how their seeds come about."""
+def kept_settings(parts: Components, images: EvalResult) -> dict[str, Any]:
+    """Return the settings to save with a result: these keys, the size in pixels, and the seeds with their origin."""
     height, width = images.pixels.shape[1:3]
     evaluation = parts.recipe.evaluation
     return {
@@ -49,7 +49,7 @@ def kept_settings(parts: Components, images: EvaluatedImages) -> dict[str, Any]:
 
 
 def settings_in_words(kept: Mapping[str, Any]) -> str:
-    """Return one line for the terminal."""
+    """Format the settings as one line for the terminal."""
     return (
         f"sampled with {kept['sampling.num_steps']} steps, guidance {kept['sampling.guidance_scale']:g}, "
         f"eta {kept['sampling.eta']:g}, {kept['width']} × {kept['height']} pixels, "
@@ -59,7 +59,7 @@ def settings_in_words(kept: Mapping[str, Any]) -> str:
 
 
 def differing_settings(weights: Sequence[str], tables: Mapping[str, Any]) -> list[str]:
-    """Return a line for each setting that is another one than in the training of weights that lie in a run."""
+    """Return a line for each setting that differs from the training of the given runs."""
     now, lines = image_settings(tables), []
     for location in weights:
         run = run_of(location)

@@ -1,4 +1,4 @@
-"""Reach the Ray cluster that RAY_ADDRESS names, or say in one line which variable keeps this process from it."""
+"""Connect to the Ray cluster that RAY_ADDRESS names, or say in one line which variable prevents it."""
 
 import os
 import socket
@@ -9,9 +9,11 @@ from urllib.parse import urlsplit
 import ray
 
 from ray_ddpo.common.model_files.model_hub import first_line
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.reward_pools import elastic_roles
 
 PROBE_SECONDS = 5.0
-SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of a socket's whole path, by the operating system
+SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # limit of the operating system for a socket's path
 LONGEST_SOCKET = "ray/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # below the temporary folder
 TEMPORARY = ("RAY_TMPDIR", "TMPDIR")  # where Ray looks for a temporary folder, in this order
 LOCAL = "local"
@@ -22,11 +24,21 @@ def attaches() -> bool:
     return os.environ.get("RAY_ADDRESS", LOCAL) not in ("", LOCAL)
 
 
+def has_cores_to_overlap(recipe: Recipe) -> bool:
+    """Return whether samplers, reward workers and learner can work at the same time.
+
+    A remote cluster is taken to be able.
+    """
+    asked = recipe.learner.num_cpus * recipe.learner.world_size
+    asked += sum(table.num_cpus * table.count for table in elastic_roles(recipe).values())
+    return attaches() or asked <= (os.cpu_count() or 1)
+
+
 def attach(**options: Any) -> None:
     """Attach to the cluster of RAY_ADDRESS.
 
     Raises:
-        ValueError: nobody answers there, or whoever answers refuses.
+        ValueError: no cluster answers there, or the cluster refuses.
     """
     address = os.environ["RAY_ADDRESS"]
     try:
@@ -36,9 +48,9 @@ def attach(**options: Any) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         ray.shutdown()
         raise ValueError(
-            f"the cluster of RAY_ADDRESS {address!r} cannot be reached: {first_line(error)}; give auto or the head's host:6379, "
-            "see that it runs and that both sides agree on the token (export RAY_AUTH_MODE=token), or unset RAY_ADDRESS to "
-            "start a cluster on this machine"
+            f"the cluster of RAY_ADDRESS {address!r} cannot be reached: {first_line(error)}; give auto or the "
+            "head's host:6379, see that it runs and that both sides agree on the token (export RAY_AUTH_MODE=token), "
+            "or unset RAY_ADDRESS to start a cluster on this machine"
         ) from error
 
 
@@ -46,7 +58,7 @@ def start_here(num_cpus: int) -> None:
     """Start a cluster on this machine.
 
     Raises:
-        ValueError: its sockets or files cannot be made.
+        ValueError: sockets or files of the cluster cannot be created.
     """
     check_temporary_folder()
     try:
@@ -54,13 +66,13 @@ def start_here(num_cpus: int) -> None:
     except (OSError, RuntimeError) as error:
         ray.shutdown()
         raise ValueError(
-            f"Ray cannot be started on this machine: {first_line(error)}; its files lie in {_temporary_folder()}/ray, and "
-            "RAY_TMPDIR names another folder"
+            f"Ray cannot be started on this machine: {first_line(error)}; its files are in "
+            f"{_temporary_folder()}/ray, and RAY_TMPDIR names another folder"
         ) from error
 
 
 def check_temporary_folder() -> None:
-    """Check that Ray can make sockets in its temporary folder. ValueError: the folder's path is too long."""
+    """Check that Ray can create sockets in its temporary folder. Raise ValueError if the folder's path is too long."""
     folder = _temporary_folder()
     path = f"{folder.rstrip('/')}/{LONGEST_SOCKET}"
     if len(os.fsencode(path)) > SOCKET_BYTES:
@@ -77,7 +89,7 @@ def _temporary_folder() -> str:
 
 
 def _probe(address: str) -> None:
-    """Connect once: Ray itself would try for many minutes where nobody listens."""
+    """Connect once, because Ray would retry for many minutes if no process listens."""
     parts = urlsplit(address if "://" in address else f"ray://{address}")
     if parts.hostname and parts.port:
         socket.create_connection((parts.hostname, parts.port), PROBE_SECONDS).close()

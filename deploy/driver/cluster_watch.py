@@ -1,4 +1,4 @@
-"""ClusterWatch: notices that the Ray cluster is lost before Ray ends the process for it, from C++ and with a dump of its own."""
+"""ClusterWatch: notice a lost Ray cluster before Ray ends the process from C++ with a stack dump."""
 
 import contextlib
 import os
@@ -11,20 +11,20 @@ import ray
 from ray.exceptions import RayError
 
 POLL_SECONDS = 0.5
-NODES_SECONDS = 5.0  # between two questions to the GCS, which counts requests
+NODES_SECONDS = 5.0  # between two requests to the GCS, whose load grows with every request
 CONNECT_SECONDS = 5.0
-# For so long a GCS with fault tolerance may be away, and a process suspended: half of what Ray waits until it ends the driver.
-PATIENCE_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60")) / 2  # noqa: SIM112 (Ray's name)
+# How long a fault-tolerant GCS may be away, or a process suspended: half of the time after which Ray ends the driver.
+PATIENCE_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60")) / 2  # noqa: SIM112
 
 
 class ClusterWatch:
-    """Looks at the GCS and at this node's raylet from threads of its own, as long as the run lasts.
+    """A watch over the GCS and this node's raylet, in threads, for the duration of a run.
 
-    The GCS of a cluster that was started elsewhere may be restarted. Any other process that refuses connections is gone.
+    The GCS of a cluster started elsewhere may be restarted. Any other process that refuses connections is lost.
     """
 
     def __init__(self, on_loss: Callable[[str], None], own_cluster: bool) -> None:
-        """Call `on_loss` once, from a thread, with what is lost."""
+        """Start the threads; they call `on_loss` once, with the lost process in words."""
         self._on_loss = on_loss
         context = ray.get_runtime_context()
         self._node = context.get_node_id()
@@ -39,6 +39,7 @@ class ClusterWatch:
             threading.Thread(target=work, name="cluster-watch", daemon=True).start()
 
     def _watch_ports(self) -> None:
+        """Connect to the ports of GCS and raylet regularly, and report a process that stays unreachable."""
         reached = {what: time.monotonic() for what, _, _ in self._watched}
         while not self._noticed.wait(POLL_SECONDS):
             for what, address, patience in self._watched:
@@ -48,15 +49,15 @@ class ClusterWatch:
                     continue
                 except ConnectionRefusedError:
                     allowed = patience
-                except OSError:  # no answer at all: a machine that is gone, or a process that has not accepted for long
+                except OSError:  # no answer: the machine is gone, or the process has not accepted for long
                     allowed = PATIENCE_SECONDS
                 if time.monotonic() - reached[what] > allowed:
                     self._notice("{} ({}:{}) is gone".format(what, *address))
 
     def _watch_node(self) -> None:
-        """See whether the GCS still counts this node among the living; in a thread of its own, because the question may hang."""
+        """Ask the GCS regularly whether this node is alive. A separate thread, because the request may hang."""
         while not self._noticed.wait(NODES_SECONDS):
-            with contextlib.suppress(ValueError, RayError):  # Ray is shut down, or the GCS is on its way out
+            with contextlib.suppress(ValueError, RayError):  # Ray is shut down, or the GCS is ending
                 alive = {each["NodeID"]: each["Alive"] for each in ray.nodes()}
                 if ray.is_initialized() and not alive.get(self._node, False):
                     self._notice("its GCS has given this machine up, whose raylet did not answer for too long")
@@ -67,5 +68,5 @@ class ClusterWatch:
             self._on_loss(what)
 
     def stop(self) -> None:
-        """Stop looking, before the cluster is closed."""
+        """Stop watching, before the cluster is shut down."""
         self._noticed.set()

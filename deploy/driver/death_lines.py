@@ -1,4 +1,4 @@
-"""DeathLines: one line on the terminal for each actor that dies: who, how, at what, and what is done about it."""
+"""DeathLines: one line on the terminal for each actor that dies, with its cause, its task and the reaction."""
 
 import sys
 import threading
@@ -6,20 +6,20 @@ import threading
 from ray_ddpo.common.process_deaths import Death, cause_of
 from ray_ddpo.deploy.driver.role_output import RoleOutput
 
-LAST_WORDS_SECONDS = 1.5  # that a dying process's output may take to the driver
+LAST_WORDS_SECONDS = 1.5  # for the output of a dying process to reach the driver
 UNKNOWN = "its process was killed (SIGKILL), as the kernel does where memory runs out"
 UNHEARD = "its process crashed or was killed"
 
 
 class DeathLines:
-    """Prints from threads of its own, because how a process died is known a moment after its death."""
+    """Printer of deaths. It uses threads, because the cause of a death is known a moment after the death."""
 
     def __init__(self, output: RoleOutput) -> None:
         self._output = output
         self._telling: list[threading.Thread] = []
 
     def tell(self, label: str, death: Death, then: str) -> None:
-        """Print a death soon; `then`: what is done about it."""
+        """Print a death soon; `then` says how the run reacts."""
         telling = threading.Thread(target=self._tell, args=(label, death, then), name="death-lines", daemon=True)
         self._telling = [each for each in self._telling if each.is_alive()] + [telling]
         telling.start()

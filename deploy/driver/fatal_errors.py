@@ -1,4 +1,4 @@
-"""What a run breaks off with where it cannot go on: one line and exit code 1, and the last checkpoint is whole."""
+"""Errors that end a run with one line and exit code 1. The last checkpoint stays complete."""
 
 from ray_ddpo.actors.rollouts.inquiry import RewardFailed
 from ray_ddpo.actors.rollouts.ray_stream import StallError

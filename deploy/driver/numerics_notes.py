@@ -1,4 +1,4 @@
-"""Point out, once and in one line, where the roles of a run compute differently: other machines, other rounding."""
+"""Report once, in one line, if the roles of a run compute differently: on different machines or with other rounding."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.trajectory import Rollout
 
-LARGE_ROUNDING = 1e-2  # of log-probs, on the mean scale: more than half precision costs on most machines
+LARGE_ROUNDING = 1e-2  # difference of log-probs (mean over latent elements): more than half precision usually costs
 SAME_BITS = "results have the same bits on machines of one kind only"
 
 
 class NumericsNotes:
-    """Remembers what a run has met, and prints each difference once on standard error."""
+    """Record of the machines of a run. It prints each difference once on standard error."""
 
     def __init__(self, learner: Machine, before: Machine | None = None) -> None:
         """Compare the learner's machine with the one of the checkpoint that the run resumes from."""
@@ -23,7 +23,7 @@ class NumericsNotes:
             _say(f"the checkpoint was made on another machine than this one ({differing}); {SAME_BITS}")
 
     def saw(self, rollouts: Iterable[Rollout]) -> None:
-        """Compare the machines that a round was sampled and scored on with those met before."""
+        """Compare the machines of a round's rollouts with those seen before."""
         for rollout in rollouts:
             if rollout.report.machine is not None:
                 self._met("samplers", rollout.report.machine, self._samplers)
@@ -31,17 +31,18 @@ class NumericsNotes:
                 self._met("reward workers", machine, self._reward_workers)
 
     def rounded(self, metrics: Mapping[str, float]) -> None:
-        """Compare how far the numerics of samplers and learner lie apart with what is usual."""
+        """Report if the log-probs of samplers and learner differ more than usual."""
         rounding = metrics.get("log_prob_check/rounding", 0.0)
         if rounding > LARGE_ROUNDING and not self._told_rounding:
             self._told_rounding = True
             _say(
-                f"samplers and learner compute the same log-probs up to {rounding:.2g} apart (dtype, merged adapters or "
-                "compilation). The loss's ratio is not affected: it is taken to the learner's own log-probs. kl_nats and a "
-                "importance_weight are: policy.sampler_dtype and policy.compile decide how much"
+                f"samplers and learner compute the same log-probs up to {rounding:.2g} apart (dtype, merged adapters "
+                "or compilation). The loss's ratio is not affected: it is taken to the learner's own log-probs. "
+                "kl_nats and an importance weight are: policy.sampler_dtype and policy.compile decide how much"
             )
 
     def _met(self, role: str, machine: Machine, known: list[Machine]) -> None:
+        """Report a machine that differs from the role's other machines or from the learner's."""
         if machine in known:
             return
         known.append(machine)

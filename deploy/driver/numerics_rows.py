@@ -1,4 +1,4 @@
-"""Say before a run that sampler and learner give a GPU batches of different rows in half precision."""
+"""Warn before a run if sampler and learner use different batch sizes on a GPU in half precision."""
 
 import torch
 
@@ -6,7 +6,7 @@ from ray_ddpo.deploy.driver.components import Components
 
 
 def rows_note(parts: Components) -> str | None:
-    """Return what is to be known, and what to do; None if the ratio is exactly 1 before the first update, or need not be."""
+    """Return the warning with advice; None if the ratio is exactly 1 before the first update or need not be."""
     recipe, policy = parts.recipe, parts.policy
     in_half = {policy.dtype_of("sampler"), policy.dtype_of("learner")} != {torch.float32}
     on_gpu = recipe.runtime.device != "cpu" and bool(recipe.learner.num_gpus or recipe.samplers.num_gpus)
@@ -15,7 +15,8 @@ def rows_note(parts: Components) -> str | None:
     if not (in_half and on_gpu) or off_policy is None or off_policy.ratio == "proximal" or learner == sampler:
         return None
     return (
-        f"learner.micro_batch_size is {learner!r} and sampling.batch_size {sampler}: in half precision a GPU takes other kernels "
-        "for other rows, so the ratio is not exactly 1 before the first update (ratio/max_abs_log shows by how much); give both "
+        f"learner.micro_batch_size is {learner!r} and sampling.batch_size {sampler}: in half precision a GPU takes "
+        "other kernels for other rows, so the ratio is not exactly 1 before the first update (ratio/max_abs_log shows "
+        "by how much); give both "
         'the same number, or algorithm.off_policy.ratio = "proximal"'
     )

@@ -1,4 +1,4 @@
-"""Progress: what a run has learned so far, and how much of it is on disk."""
+"""RunProgress: the rounds that a run has trained on, and how many of them are checkpointed."""
 
 import dataclasses
 import sys
@@ -16,6 +16,7 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import StorageError
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trajectory import Rollout, Scored, TrainBatch, whole_round
+from ray_ddpo.deploy.driver.cluster import has_cores_to_overlap
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.driver.numerics_notes import NumericsNotes
 from ray_ddpo.deploy.driver.round_media import first_images, round_media
@@ -25,21 +26,21 @@ from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.round_data.round_buffer import RoundBuffer
 
 if TYPE_CHECKING:
-    from ray_ddpo.deploy.evaluation.runner import Evaluating
+    from ray_ddpo.deploy.evaluation.eval_runner import EvalRunner
 
 Metrics = dict[str, float]
-FAILED_ROUNDS = 3  # in a row in which the storage refused something: then the run ends
-REMEMBERED = 256  # rounds; a run of many thousands must not grow in memory
+FAILED_ROUNDS = 3  # consecutive rounds with a storage error, after which the run ends
+REMEMBERED = 256  # rounds whose metrics are kept, so that a run of many thousands does not grow in memory
 
 
-class Progress:
-    """Takes a round when it is learned from; commits it when a checkpoint is due, or at once when the run is stopped."""
+class RunProgress:
+    """Records a round after its update; commits it if a checkpoint is due, or at once if the run is stopped."""
 
     def __init__(
         self,
         parts: Components,
         trackers: FanOut,
-        evaluating: "Evaluating",
+        evaluating: "EvalRunner",
         folder: RunFolder,
         checkpoint: Checkpoint | None,
         base: Base,
@@ -55,7 +56,7 @@ class Progress:
         started = recipe.start_from.model_dump() if recipe.start_from else None
         about = {"base": as_tables(base), "start_from": started}
         self._ledger = Ledger(folder.storage, recipe.rollouts, about, folder.unwritten)
-        self._done: Checkpoint | None = None  # after the last whole round of this start
+        self._done: Checkpoint | None = None  # after the last complete round of this start
         self._resumed_from = checkpoint
         self.buffer = RoundBuffer(
             parts.algorithm,
@@ -70,25 +71,25 @@ class Progress:
         self.metrics: deque[Metrics] = deque(maxlen=REMEMBERED)  # of the last rounds since this start
         if checkpoint:
             self.buffer.statistics = checkpoint.statistics
-            self.buffer.dropped = {round: list(images) for round, images in checkpoint.dropped.items()}
+            self.buffer.dropped = {index: list(images) for index, images in checkpoint.dropped.items()}
         self._ledger.cut(self.rounds_done)
         self._numerics: NumericsNotes | None = None
 
     def begin(self, learner: Machine | None, before: Machine | None) -> None:
-        """Compare the machines of this start with `before`, the one of the checkpoint that it resumes from."""
+        """Compare the machines of this start with `before`, the learner's machine at the checkpoint."""
         self._numerics = NumericsNotes(learner, before) if learner else None
 
     def learned(self, state: LearnerState, metrics: Metrics) -> None:
-        """The learner has this round behind it: from here on a stop commits it."""
+        """Record that the learner has finished a round. From here on, a stop commits this round."""
         self.rounds_done = state.policy_version
         self.evaluating.learned(state.weights[-1], metrics.get("kl_reference_nats"))
-        dropped = {round: list(images) for round, images in self.buffer.dropped.items()}
+        dropped = {index: list(images) for index, images in self.buffer.dropped.items()}
         ids = self._trackers.identities()
         rounds = self.rounds_done if self._parts.recipe.rollouts.keep else 0
         self._done = Checkpoint(self.rounds_done, state, self.buffer.statistics, ids, rounds, dropped)
 
     def write(self, scored: list[Scored], learned: Metrics, clock: RoundClock, workers: Workers) -> None:
-        """The round's rows in the ledger, its metrics to the trackers, and a checkpoint where one is due."""
+        """Write the round to the ledger, its metrics to the trackers, and a checkpoint if one is due."""
         assert self._done is not None, "a round is learned from before it is written"
         batch = whole_round([part for part, _ in scored])
         rollouts = [rollout for _, of_part in scored for rollout in of_part]
@@ -101,15 +102,15 @@ class Progress:
         weights, floors = self._parts.aggregation.weights, self._parts.aggregation.floors
         self._ledger.write_round(batch, rollouts, weights, there if len(there) == len(rollouts) else None)
         per_prompt = recipe.prompts.images_per_prompt
-        figures = reward_metrics(batch, rollouts, weights, floors, per_prompt) | learned
+        values = reward_metrics(batch, rollouts, weights, floors, per_prompt) | learned
         memory = memory_now(self._done.learner.weights[-1].buffer.nbytes)
-        metrics = round_metrics(batch.round, rollouts, figures, clock, stream.report(), memory)
+        metrics = round_metrics(batch.round, rollouts, values, clock, stream.report(), memory)
         try:
             self._show(batch, rollouts, workers)
             began = time.monotonic()
             found = self.evaluating.read(batch.round)
             metrics |= found | ({"seconds/evaluation": time.monotonic() - began} if found else {})
-        finally:  # whoever stops the run while it waits for one of them: the round itself is done
+        finally:  # even if the run is stopped while it waits for an evaluation, because the round itself is done
             self.metrics.append(metrics)
             self._trackers.log(metrics)
         if says := self.collapse.add(batch.round, metrics["reward/mean"], metrics["reward/std"]):
@@ -118,9 +119,10 @@ class Progress:
         self._settle(due or self.evaluating.is_over or self._failed_rounds > 0)
 
     def _settle(self, due: bool) -> None:
-        """Write what the storage refused before, and a checkpoint if one is due.
+        """Write data that the storage refused before, and a checkpoint if one is due.
 
-        StorageError: it refuses for good, for the third round in a row, or after the last round.
+        Raises:
+            StorageError: the storage refuses permanently, for the third consecutive round, or after the last round.
         """
         try:
             self.flush()
@@ -137,34 +139,40 @@ class Progress:
             self._failed_rounds = 0
 
     def save_good(self, workers: Workers) -> None:
-        """Write the weights of the last whole round for diffusers: what the learner has is of a round that went wrong."""
+        """Write the weights of the last complete round for diffusers; the learner's come from a failed round."""
         if last := self._done or self._resumed_from:
             workers.learner.load_state(last.learner)
             workers.learner.save_policy(self._location)
 
     @property
     def last_checkpoint(self) -> str:
-        """The last one that was committed, in words."""
+        """Describe the last committed checkpoint."""
         return (
             f"the last good checkpoint is that of round {self._committed}"
             if self._committed
             else "there is no checkpoint yet"
         )
 
-    def closing_line(self) -> str:
-        """Return what a user should know at the end of a run: that the reward collapsed, else who was waited for."""
+    def closing_line(self, serial: bool) -> str:
+        """Return the last line of a run: that the reward collapsed, else the bottleneck."""
+        if collapse := self.collapse.at_end():
+            return collapse
+        if serial:
+            return "one process (--serial): sampling, scoring and learning take turns, so there is nothing to overlap"
         recipe = self._parts.recipe
         scoring = sum(pool.table.count for pool in reward_pools(recipe))
-        idle = bottleneck(list(self.metrics), recipe.max_policy_lag, recipe.samplers.count, scoring)
-        return self.collapse.at_end() or idle
+        can_overlap = has_cores_to_overlap(recipe)
+        return bottleneck(
+            list(self.metrics), recipe.max_policy_lag, recipe.samplers.count, scoring, can_overlap=can_overlap
+        )
 
     def flush(self) -> None:
-        """Write what the storage refused before."""
+        """Write data that the storage refused before."""
         self._unwritten.flush()
         self._trackers.flush()
 
     def _show(self, batch: TrainBatch, rollouts: list[Rollout], workers: Workers) -> None:
-        """PageImages, a table and histograms of the round, where it is its turn and a tracker shows them."""
+        """Show the round's media, if `[media]` asks for this round and a tracker shows media."""
         table, rounds = self._parts.recipe.media, self._parts.recipe.rounds
         if table.is_due(batch.round, rounds) and self._trackers.shows:
             images = first_images(rollouts, table.images, workers.stream.images)
@@ -172,7 +180,7 @@ class Progress:
             self._trackers.show(round_media(batch, rollouts, weights, images, log_ratios))
 
     def commit(self) -> None:
-        """Save what was learned since the last checkpoint, after all that a resumed run takes as written before it."""
+        """Write a checkpoint of the rounds since the last one, after all data that a resumed run expects before it."""
         self.flush()
         if self._done and self._done.rounds_done > self._committed:
             done = dataclasses.replace(self._done, evaluation=self.evaluating.state, base=self._base)

@@ -1,6 +1,7 @@
-"""Reaper: a small process beside a driver on Ray that outlives it, and ends what a local cluster would leave behind.
+"""Reaper: a process that outlives a driver on Ray, and ends what a local cluster would leave behind.
 
-Ray ends a driver from C++ when it loses the GCS or the object store, and a driver may be killed: neither lets Python clean up.
+Ray ends a driver from C++ if it loses the GCS or the object store, and a driver may be killed. Then Python cannot
+clean up.
 """
 
 import atexit
@@ -24,11 +25,11 @@ UNEXPECTED = (
 )
 
 
-_reapers: list[subprocess.Popen] = []  # of this process: one for each cluster that it has started or joined
+_reapers: list[subprocess.Popen] = []  # one for each cluster that this process has started or joined
 
 
 def start_reaper(roots: list[psutil.Process]) -> None:
-    """Start a reaper for this process; `roots` are the processes of the cluster that this one has started."""
+    """Start a reaper for this process; `roots` are the cluster processes that this process has started."""
     command = [sys.executable, str(Path(__file__)), *(str(root.pid) for root in roots)]
     _reapers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
     atexit.register(_before_ray_is_shut_down)  # handlers run last in, first out, and Ray's is registered by its import
@@ -40,22 +41,24 @@ def has_cluster() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once, without Ray's own shutdown, which waits for a cluster that may be gone."""
+    """End this process at once, without Ray's shutdown, which waits for a cluster that may be gone."""
     _expect_end()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+        with contextlib.suppress(OSError, ValueError):  # the stream was closed
             stream.flush()
     os._exit(code)
 
 
 def _before_ray_is_shut_down() -> None:
     _expect_end()
-    if threading.current_thread() is threading.main_thread():  # an interrupt of the shutdown would print its traceback
+    if (
+        threading.current_thread() is threading.main_thread()
+    ):  # else an interrupt during the shutdown prints a traceback
         signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
 
 
 def _expect_end() -> None:
-    """Say that the driver ends on its own: its reapers then print nothing."""
+    """Tell the reapers that the driver ends by itself, so that they print nothing."""
     for process in _reapers:
         assert process.stdin is not None
         with contextlib.suppress(OSError, ValueError):  # the reaper was killed
@@ -64,7 +67,7 @@ def _expect_end() -> None:
 
 
 def family(driver: psutil.Process, roots: set[int]) -> set[psutil.Process]:
-    """Return the living processes with these ids and all of their descendants; children of the driver's own are left out."""
+    """Return the living processes with these ids and all of their descendants, without the driver's other children."""
     found, pids = set(), set()
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in driver.children(recursive=True):  # parents come before their children
@@ -76,7 +79,7 @@ def family(driver: psutil.Process, roots: set[int]) -> set[psutil.Process]:
 
 
 def reap(roots: set[int]) -> None:
-    """Wait for the end of the parent process; then kill what is left of the cluster."""
+    """Wait for the parent process to end, then kill the remaining cluster processes."""
     driver = psutil.Process().parent()
     known: set[psutil.Process] = set()
     said = b""
@@ -95,6 +98,10 @@ def reap(roots: set[int]) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # meant for the driver, whose end is what counts
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # meant for the driver; the reaper ends after the driver
         signal.signal(number, signal.SIG_IGN)
     reap({int(pid) for pid in sys.argv[1:]})

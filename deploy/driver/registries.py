@@ -1,4 +1,4 @@
-"""The registry that each table of a recipe names a component of, so that overrides are parsed by the component's types."""
+"""Registry of components by recipe table, so that overrides are parsed by the component's types."""
 
 REGISTRIES = {
     "PolicyTable": "ray_ddpo.common.diffusion:POLICIES",

@@ -1,4 +1,4 @@
-"""RoleActor: the Ray actor around a role's object. It always comes up, and answers why the role itself cannot start."""
+"""RoleActor: the Ray actor around a role's object. It always starts, and reports why the role itself cannot."""
 
 import os
 import traceback
@@ -15,23 +15,23 @@ from ray_ddpo.deploy.driver.role_output import label_output
 
 @dataclass(frozen=True)
 class RoleSetting:
-    """What a process must know before it imports anything of a role's."""
+    """Settings that a process needs before it imports anything of a role."""
 
-    label: str  # role and number, as the terminal shows it
-    role: str  # in words, as an error names it
+    label: str  # role and number, shown on the terminal
+    role: str  # the role in words, for errors
     path: str  # module:class of the role
     sees_gpus: bool
 
 
 class RoleActor:
-    """Constructs a role's object and passes calls on to it.
+    """An actor that constructs a role's object and forwards calls to it.
 
-    Ray restarts nothing here and shows no trace of its own, because this constructor does not raise: `ready` answers with
-    the error. Arguments come as references, so that whatever they import is imported when output and GPUs are settled.
+    The constructor does not raise, so that Ray neither restarts the actor nor prints a traceback. `ready` returns the
+    error. Arguments come as references, so that their imports happen after output and GPU visibility are set up.
     """
 
     def __init__(self, setting: RoleSetting, arguments: list[Any]) -> None:
-        if not setting.sees_gpus:  # Ray 2.60 leaves all GPUs of the node visible to who asks for none
+        if not setting.sees_gpus:  # Ray 2.60 shows all GPUs of the node to an actor that asks for none
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         log_file = label_output(setting.label)
         self._called = f"{type(self).__name__} {setting.label}"
@@ -47,16 +47,16 @@ class RoleActor:
             log_file.flush()
 
     def __repr__(self) -> str:
-        """As the dashboard's page of actors has it, beside run, role and number."""
+        """Return the text for the dashboard's page of actors."""
         return self._called if self._object is None else repr(self._object)
 
     def ready(self) -> Any:
-        """Return why the role could not start, a RoleNotStarted; if it has, what the role itself answers."""
+        """Return a RoleNotStarted if the role could not start, else the role's own answer."""
         return self._object.ready() if self._failure is None else RoleNotStarted(self._failure)
 
 
 def role_actor(cls: type) -> type:
-    """Return the class of a role's actor. It has the name and the methods of `cls`, and imports nothing of it to be made."""
+    """Return a role's actor class, with the methods of `cls`; unpickling it does not import the role's module."""
     methods = [name for name in dir(cls) if not name.startswith("_") and callable(getattr(cls, name))]
     passed_on = {name: _passed_on(name) for name in methods if not hasattr(RoleActor, name)}
     return type(cls.__name__, (RoleActor,), passed_on)

@@ -1,7 +1,7 @@
-"""What roles print, from their processes to the driver's terminal and into the run's folder, through Ray's own log stream.
+"""Output of roles: from their processes to the driver's terminal and into the run's folder, through Ray's log stream.
 
-Ray reads the output of every process on every node and sends it to the driver. There is no line in between that a process
-could lose when it dies. A role marks its lines with its name, so that Ray's own lines can be told from them.
+Ray reads the output of every process on every node and sends it to the driver, so a dying process loses no line. A role
+marks its lines with its name, to distinguish them from Ray's lines.
 """
 
 import io
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.user_code.frames import is_users
 
-RAYS_TOKENS = (":actor_name:", ":task_name:", ":job_id:")  # lines that Ray's log monitor reads for itself
+RAYS_TOKENS = (":actor_name:", ":task_name:", ":job_id:")  # lines for Ray's log monitor
 MARKED = re.compile(
     r"\[((?:sampler|reward-worker|scorer|learner)[\w.-]*-\d+)\]([ #])(.*)", re.DOTALL
 )  # '#': for the file only
@@ -31,17 +31,17 @@ SIGNALS = {
 }
 FRAME = re.compile(r'File "(.+)", line (\d+) in ')
 REMOTE_SECONDS = 30.0  # between two writes into an object store, which cannot append
-QUIET_SECONDS, LONGEST_WAIT_SECONDS = 0.4, 3.0  # at the end: how long nothing must come, and how long that may take
-OTHERS = "ray"  # the file of what Ray says of its own
+QUIET_SECONDS, LONGEST_WAIT_SECONDS = 0.4, 3.0  # at the end: required silence, and the longest wait for it
+OTHERS = "ray"  # the log file of Ray's own lines
 
 
 class LabelledOutput(io.TextIOBase):
-    """A text stream that puts a role's name before each whole line, and hands the line on at once."""
+    """A text stream that puts a role's name before each complete line and flushes the line at once."""
 
     def __init__(self, stream: TextIO, label: str) -> None:
         self.stream = stream
         self._label = label
-        self._begun = threading.local()  # each thread's line that is not whole yet
+        self._begun = threading.local()  # each thread's incomplete line
 
     def write(self, text: str) -> int:
         *lines, self._begun.line = (getattr(self._begun, "line", "") + text).split("\n")
@@ -70,28 +70,28 @@ class LabelledOutput(io.TextIOBase):
 
 
 def label_output(label: str) -> TextIO:
-    """Mark what this process prints and logs from now on as a role's; return the stream for the log file only."""
+    """Mark this process's output as a role's from now on; return a stream whose lines go to the log file only."""
     plain = sys.stderr
     print(f"[{label}]#started as process {os.getpid()}", file=plain, flush=True)
     sys.stdout, sys.stderr = LabelledOutput(sys.stdout, label), LabelledOutput(plain, label)
     exit_now, process = os._exit, os.getpid()
 
     def tell_and_exit(status: int) -> None:
-        if os.getpid() == process:  # and not a child that was forked
+        if os.getpid() == process:  # not in a forked child
             print(f"[{label}]#{EXITS.format(status)}", file=plain, flush=True)
         exit_now(status)
 
-    os._exit = tell_and_exit  # type: ignore[assignment]  # nobody else could tell the exit code
+    os._exit = tell_and_exit  # type: ignore[assignment]  # Ray does not report the exit code
     return plain
 
 
 class RoleOutput:
-    """Prints the roles' lines on the terminal and keeps them, with all else that their processes write, in `logs`."""
+    """Receiver of the roles' output. Marked lines are printed on the terminal; all lines are kept in `logs`."""
 
     def __init__(self, logs: Storage) -> None:
         self._logs = logs
         self._labels: dict[tuple[str, Any], str] = {}  # by node and process
-        self._ends: dict[str, list[str]] = defaultdict(list)  # of a role, how its process says that it ends, and where
+        self._ends: dict[str, list[str]] = defaultdict(list)  # by role: how and where its process said that it ends
         self._unwritten: dict[str, list[str]] = defaultdict(list)
         self._written = self._came = time.monotonic()
         self._changed = threading.Condition()
@@ -99,14 +99,14 @@ class RoleOutput:
         self.attached = False
 
     def attach(self) -> None:
-        """Take what Ray would print itself; to be called before `ray.init(log_to_driver=True)`."""
+        """Receive the lines that Ray would print. Call this before `ray.init(log_to_driver=True)`."""
         import ray._private.worker
 
         ray._private.worker.print_to_stdstream = self._take
         self.attached = True
 
     def _take(self, data: dict[str, Any], ignore_prefix: bool = False) -> None:
-        """Take a piece of one process's output, as Ray's log stream has it. Called from threads of Ray's."""
+        """Receive lines of one process from Ray's log stream. Ray calls this from its threads."""
         process = (str(data.get("ip")), data.get("pid"))
         if process[1] in ("autoscaler", "gcs_server"):
             return
@@ -119,6 +119,7 @@ class RoleOutput:
             self._changed.notify_all()
 
     def _take_line(self, line: str, process: tuple[str, Any], terminal: TextIO) -> None:
+        """Print a marked line, and keep every line for the log file of its role."""
         if marked := MARKED.fullmatch(line):
             label, kind, text = marked.groups()
             self._labels[process] = label
@@ -132,7 +133,7 @@ class RoleOutput:
     def _print(self, line: str, terminal: TextIO) -> None:
         try:
             print(line, file=terminal, flush=True)
-        except BrokenPipeError:  # nobody reads any more, which the driver's own thread notices and answers for
+        except BrokenPipeError:  # the terminal was closed; the driver's main thread handles that
             self._is_read = False
 
     def _note_end(self, label: str, text: str) -> None:
@@ -144,7 +145,7 @@ class RoleOutput:
             self._ends[label].append(f"in {frame[1]}:{frame[2]}")
 
     def last_words(self, label: str, seconds: float) -> str | None:
-        """Return how a process said that it ends, which may come a moment after Ray knows that it is dead."""
+        """Return how a process said that it ends; wait, because these lines may arrive after Ray reports the death."""
         deadline = time.monotonic() + seconds
         with self._changed:
             while label not in self._ends and self.attached and (left := deadline - time.monotonic()) > 0:
@@ -152,17 +153,18 @@ class RoleOutput:
             return " ".join(self._ends[label]) if label in self._ends else None
 
     def _write(self) -> None:
+        """Append the collected lines to the log files. If the storage refuses, stop keeping them."""
         unwritten, self._unwritten = self._unwritten, defaultdict(list)
         self._written = time.monotonic()
         try:
             for label, lines in unwritten.items() if self._is_kept else ():
                 self._logs.append(f"{label}.log", "".join(f"{line}\n" for line in lines).encode())
-        except OSError as error:  # no reason to end a run
+        except OSError as error:  # not worth ending a run
             self._is_kept = False
             print(f"what roles print is no longer kept in {self._logs.location}: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Wait for what is still on its way, and write it."""
+        """Wait for lines that are still on their way, and write them."""
         closed = time.monotonic()
         while self.attached and time.monotonic() < min(
             closed + LONGEST_WAIT_SECONDS, max(closed, self._came) + QUIET_SECONDS

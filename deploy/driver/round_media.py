@@ -1,4 +1,4 @@
-"""What trackers are shown of a round: its first images with their rewards, a table of its prompts, and distributions."""
+"""Media of a round for trackers: first images with their rewards, a table of prompts, and histograms."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ Pixels = UInt8[np.ndarray, "H W 3"]
 def first_images(
     rollouts: list[Rollout], count: int, fetch: Callable[[Rollout], ImageBatch | None]
 ) -> dict[int, Pixels]:
-    """A round's first `count` images, by their number in it. Only their tasks are fetched; what is lost is left out."""
+    """Return a round's first `count` images by their number. Only their tasks are fetched; lost images are left out."""
     found: dict[int, Pixels] = {}
     first = 0
     for rollout in rollouts:
@@ -36,7 +36,15 @@ def round_media(
     images: dict[int, Pixels],
     log_ratios: Float[np.ndarray, "N"],
 ) -> Media:
-    """`images` by their number in the round, `weights` by the reward's name; images dropped are in no figure."""
+    """Return the media of a round. Dropped images are left out of table and histograms.
+
+    Args:
+        batch: with the advantages.
+        rollouts: with prompts and scores.
+        weights: by reward name.
+        images: the images to show, by their number in the round.
+        log_ratios: for a histogram.
+    """
     prompts = [prompt.text for rollout in rollouts for prompt in rollout.report.task.prompts]
     scores = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts]) for name in weights}
     parts = [weight * scores[name].astype(np.float64) for name, weight in weights.items()]
@@ -62,9 +70,10 @@ def _caption(prompt: str, reward: float, advantage: float) -> str:
 def _rows(
     prompts: np.ndarray, reward: Float[np.ndarray, "N"], advantages: Float[np.ndarray, "N"]
 ) -> tuple[tuple[str | int | float, ...], ...]:
+    """Return one row a prompt, as COLUMNS has it."""
     rows = []
     for prompt in np.unique(prompts):
-        rewards, worth = reward[prompts == prompt], advantages[prompts == prompt]
-        figures = (rewards.mean(), rewards.std(), worth.mean(), worth.std())
-        rows.append((str(prompt), len(rewards), *(float(figure) for figure in figures)))
+        rewards, of_prompt = reward[prompts == prompt], advantages[prompts == prompt]
+        stats = (rewards.mean(), rewards.std(), of_prompt.mean(), of_prompt.std())
+        rows.append((str(prompt), len(rewards), *(float(value) for value in stats)))
     return tuple(rows)

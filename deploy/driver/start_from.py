@@ -13,7 +13,7 @@ from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, checkpoint_of, load_checkpoint, newest_checkpoint
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 
-# What decides which parameters are trained, and how strongly they act.
+# Keys that decide which parameters are trained, and their strength.
 SAME_ALWAYS = ("name", "train")
 SAME_ADAPTER = ("rank", "alpha", "target_modules")
 BEST = "best"
@@ -21,7 +21,7 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """The weights that a new run starts from, whose they are in the recipe's words, and what they were trained on."""
+    """Weights that a new run starts from, their source as a recipe table, and the base that they were trained on."""
 
     table: StartFromTable
     weights: PolicyWeights
@@ -29,12 +29,12 @@ class EarlierRun:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The new run before its first round: optimizer state and statistics begin afresh."""
+        """Return the new run's state before its first round, with new optimizer state and statistics."""
         return Checkpoint(0, LearnerState(0, (self.weights,), {}, {}), {})
 
 
 def start_from_of(text: str) -> StartFromTable:
-    """Read RUN, RUN@ROUND, RUN@best or RUN/best, as the command line has it."""
+    """Parse the argument of `--from`: RUN, RUN@ROUND, RUN@best or RUN/best."""
     if text.rstrip("/").endswith(f"/{BEST}"):
         return StartFromTable(run=text.rstrip("/").removesuffix(f"/{BEST}"), round=BEST)
     run, at, which = text.rpartition("@")
@@ -42,50 +42,57 @@ def start_from_of(text: str) -> StartFromTable:
         return StartFromTable(run=text)
     if not run or not re.fullmatch(rf"[1-9]\d{{0,8}}|{BEST}", which):
         raise ValueError(
-            f"--from is {text!r}: it must be a run's folder, or folder@ROUND with a number of rounds done, or folder@{BEST}"
+            f"--from is {text!r}: it must be a run's folder, or folder@ROUND with a number of rounds "
+            f"done, or folder@{BEST}"
         )
     return StartFromTable(run=run, round=BEST if which == BEST else int(which))
 
 
 def earlier_run(table: StartFromTable, parts: Components) -> EarlierRun:
-    """Read the weights that a recipe's `[start_from]` names. ValueError: they are not there, or do not fit the recipe."""
+    """Read the weights that a recipe's `[start_from]` names.
+
+    Raises:
+        ValueError: the weights are missing, or do not fit the recipe.
+    """
     folder = RunFolder(table.run)
     folder.refuse_if_no_run(f"--from {table.run}: ")
     _refuse_other_weights(folder, parts)
-    round, weights = _weights(folder, table.round)
+    round_index, weights = _weights(folder, table.round)
     if table.fingerprint not in (None, weights.fingerprint):
         raise ValueError(
             f"start_from.fingerprint is {table.fingerprint!r}, and the weights in {folder.location} have "
             f"{weights.fingerprint!r}: leave the key out to start from these"
         )
     base = {name: part for name, part in folder.base().items() if name.startswith(MODEL_KEYS)}
-    found = StartFromTable(run=folder.location, round=round, fingerprint=weights.fingerprint)
+    found = StartFromTable(run=folder.location, round=round_index, fingerprint=weights.fingerprint)
     return EarlierRun(found, replace(weights, policy_version=0), base)
 
 
 def _refuse_other_weights(folder: RunFolder, parts: Components) -> None:
+    """Raise ValueError if the recipe trains other parameters than the earlier run did."""
     before, now = folder.recipe_tables()["policy"], parts.resolved()["policy"]
     differing = [_difference(f"policy.{key}", before.get(key), now.get(key)) for key in SAME_ALWAYS]
     if not any(differing) and now["train"] == "lora":
         adapters = before.get("lora", {}), now.get("lora", {})
-        # Where both begin from a file, its fingerprint is compared, wherever it is now.
+        # If both start from a LoRA file, their fingerprints are compared elsewhere, so that the file may have moved.
         keys = () if all(each.get("path") for each in adapters) else (*SAME_ADAPTER, "path")
         differing += [_difference(f"policy.lora.{key}", *(each.get(key) for each in adapters)) for key in keys]
     if any(differing):
         said = "; ".join(difference for difference in differing if difference)
         raise ValueError(
-            f"--from {folder.location}: its weights do not fit this recipe: {said}; give these keys as that run has them"
+            f"--from {folder.location}: its weights do not fit this recipe: {said}; give these keys as that run has "
+            "them"
         )
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    """What is another one now, in words; nothing where it is not."""
+    """Return the difference of two values in words; empty if they are equal."""
     before, now = (sorted(value) if isinstance(value, list | tuple) else value for value in (before, now))
     return "" if before == now else f"{key} was {before!r} and is {now!r}"
 
 
 def _weights(folder: RunFolder, which: int | str | None) -> tuple[int, PolicyWeights]:
-    """How many rounds they were trained on, and the weights."""
+    """Return the number of rounds that the weights were trained on, and the weights."""
     ended = folder.guard_ended()
     if which == BEST or (which is None and ended and ended["weights_of"] is not None):  # `lora/` holds the best then
         return _best(folder)
@@ -104,6 +111,7 @@ def _newest(folder: RunFolder) -> Any:
 
 
 def _best(folder: RunFolder) -> tuple[int, PolicyWeights]:
+    """Load the best version's weights, and compare their fingerprint with the recorded one."""
     best = folder.best_version()
     if best is None:
         raise ValueError(f"--from {folder.location}@{BEST}: it keeps no best version: that needs evaluation.every")

@@ -1,4 +1,4 @@
-"""Supervision: what reaches a driver from outside while it works: a signal to stop, another number of workers, a lost lease."""
+"""Supervision: react to external events during a run: signals, `ddpo scale`, a lost lease, a lost cluster."""
 
 import os
 import signal
@@ -18,27 +18,27 @@ from ray_ddpo.deploy.driver.cluster_watch import ClusterWatch
 from ray_ddpo.deploy.driver.reaper import leave
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-NOTICE_SECONDS = 2.0  # in which it is seen that a call has failed because the cluster is lost
-LOSS_SECONDS = 5.0  # that a driver has to see that its cluster is lost; then it is taken to be stuck in a call of Ray's
+NOTICE_SECONDS = 2.0  # after a failed call: wait for the notice that the cluster is lost
+LOSS_SECONDS = 5.0  # for the driver to notice a lost cluster; after that it must be stuck in a call of Ray
 POLL_SECONDS = 1.0
-REMOTE_POLL_SECONDS = 5.0  # of an object store, which counts requests
+REMOTE_POLL_SECONDS = 5.0  # for an object store, which charges for requests
 
 
 class Stopped(Exception):
-    """A run that ended early: by a signal, or because its folder, its storage or its cluster is lost."""
+    """Early end of a run: by a signal, or because its folder, its storage or its cluster is lost."""
 
     def __init__(self, why: str, exit_code: int, may_commit: bool = True, cluster_is_lost: bool = False) -> None:
         super().__init__(why)
         self.exit_code = exit_code
-        self.cluster_is_lost = cluster_is_lost  # then Ray cannot be shut down either
-        self.may_commit = may_commit  # not where the folder is another's by now
+        self.cluster_is_lost = cluster_is_lost  # then Ray cannot be shut down
+        self.may_commit = may_commit  # False if another process owns the folder now
 
 
 EXPECTED = (Stopped, KeyboardInterrupt, ValueError, StorageError, LeaseLost)
 
 
 class Supervision:
-    """Use as a context manager. `check` is called between any two steps of the driver's work, about once a second or more."""
+    """Context manager around a run. The driver calls `check` between its steps, at least about once a second."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, lease: Lease) -> None:
         self._folder = folder
@@ -53,17 +53,17 @@ class Supervision:
         self._is_stopping = threading.Event()
         self._next_poll = 0.0
         self._asked: dict[str, int] = {}
-        self._told = ""  # last, of what was asked and cannot be done
-        self.on_scale: dict[str, Callable[[int], None]] = {}  # by role; set by who can
-        self.saved: Callable[[], str] | None = None  # the last checkpoint, in words; set when the first round begins
+        self._refusal = ""  # the last printed refusal of a request
+        self.on_scale: dict[str, Callable[[int], None]] = {}  # by role; set once the actors run
+        self.saved: Callable[[], str] | None = None  # describes the last checkpoint; set before the first round
 
     def __enter__(self) -> "Supervision":
-        self._folder.storage.remove(CONTROL)  # what was asked of an earlier start
+        self._folder.storage.remove(CONTROL)  # requests to an earlier start
         self.listen()
         return self
 
     def listen(self) -> None:
-        """Take the signals; again after `ray.init`, which takes them for itself."""
+        """Install the signal handlers. Call again after `ray.init`, which replaces them."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
@@ -73,7 +73,7 @@ class Supervision:
             self._before.setdefault(number, before)
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Say in one line what ended the run, if it is a lost cluster or folder, or storage that refuses."""
+        """Convert a lost cluster, a lost lease or a storage error to an exception with a one-line message."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._watch is not None:
@@ -82,18 +82,20 @@ class Supervision:
             self._watch.stop()
         if error is None or isinstance(error, Stopped | KeyboardInterrupt):
             return
-        if self.cluster_is_lost:  # whatever a call on a lost cluster ended with
+        if self.cluster_is_lost:  # calls on a lost cluster fail with various errors
             raise self._cluster_lost() from error
         if isinstance(error, LeaseLost):
             raise self._lease_lost() from error
         if isinstance(error, StorageError):
-            failed = getattr(error, "cause", error)  # of an actor's error, which Ray prints with its traceback
+            failed = getattr(
+                error, "cause", error
+            )  # without the traceback that Ray puts into the text of an actor's error
             if self.saved is None:
                 raise ValueError(f"output_dir: {failed}") from error
             raise Stopped(f"{failed}; {self.saved()}", 1) from error
 
     def watch(self, watch: ClusterWatch) -> None:
-        """Keep what looks after the cluster, to stop it in the end."""
+        """Take over a cluster watch, to stop it at the end."""
         self._watch = watch
 
     @property
@@ -101,7 +103,10 @@ class Supervision:
         return self._is_lost.is_set()
 
     def lose_cluster(self, what: str) -> None:
-        """Have `check` end the run; if the driver does not come to it, end the process. Called from a thread."""
+        """Make `check` end the run.
+
+        If the driver does not call `check` in time, end the process. Called from a thread.
+        """
         _silence_libraries()
         self._loss = f"the Ray cluster is lost: {what}"
         self._is_lost.set()
@@ -116,11 +121,15 @@ class Supervision:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: at once, without a commit
+            raise KeyboardInterrupt  # a second Ctrl-C ends the run at once, without a checkpoint
         self._signal = signal.Signals(number)
 
     def check(self) -> None:
-        """Stopped: a signal came, or another process has taken the run's folder over. Also sees to `ddpo scale`."""
+        """End the run if it must stop; otherwise apply requests of `ddpo scale`.
+
+        Raises:
+            Stopped: a signal came, the cluster is lost, or another process has taken over the run's folder.
+        """
         if self._signal is not None:
             self._is_stopping.set()
             raise Stopped(f"stopped by {self._signal.name}", 128 + self._signal, cluster_is_lost=self.cluster_is_lost)
@@ -136,14 +145,18 @@ class Supervision:
         return Stopped(f"another process has taken over {self._folder.location}", 1, may_commit=False)
 
     def _scale(self) -> None:
+        """Read the requested worker counts, and scale the pools."""
         tables = elastic_roles(self._recipe)
         try:
             asked = self._folder.asked()
             wrong = [why for role, count in asked.items() if (why := refused(tables, role, count))]
         except ValueError as error:
             asked, wrong = {}, [str(error)]
-        if wrong:  # no reason to end a run
-            self._tell(f"what was asked is not done: {'; '.join(wrong)}")
+        if wrong:
+            refusal = f"what was asked is not done: {'; '.join(wrong)}"
+            if refusal != self._refusal:  # found again at every poll, but printed once
+                print(refusal, file=sys.stderr, flush=True)
+                self._refusal = refusal
             return
         for role, scale in self.on_scale.items():
             table = tables[role]
@@ -153,16 +166,10 @@ class Supervision:
                 scale(count)
                 self._asked[role] = count
 
-    def _tell(self, text: str) -> None:
-        """Once, though it is found again at every look."""
-        if text != self._told:
-            print(text, file=sys.stderr, flush=True)
-            self._told = text
-
 
 @contextmanager
 def sheltered_from_hangup() -> Iterator[None]:
-    """Have processes that are started meanwhile ignore SIGHUP, which a closed terminal sends to all: the driver answers it."""
+    """Let processes started inside ignore SIGHUP, which a closed terminal sends to all; the driver handles it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -174,8 +181,8 @@ def sheltered_from_hangup() -> Iterator[None]:
 
 
 def _silence_libraries() -> None:
-    """Keep standard error for our own lines: Ray reports a lost cluster at length, from C++ there and on standard output."""
+    """Reserve standard error for our own lines, because Ray reports a lost cluster at length from C++."""
     own = os.dup(2)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends, which is soon)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     os.dup2(sys.stdout.fileno(), 2)
     sys.stderr = os.fdopen(own, "w", buffering=1, errors="backslashreplace")

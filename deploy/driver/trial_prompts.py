@@ -1,10 +1,10 @@
-"""Try the prompt source before anything starts: prompts as the run will have, which other components are tried on."""
+"""Try the prompt source before anything starts. Other components are tried on its prompts."""
 
 from typing import Any
 
 import numpy as np
 
-from ray_ddpo.actors.evaluation.evaluation import evaluation_set
+from ray_ddpo.actors.evaluation.eval_set import build_eval_set
 from ray_ddpo.common.prompts import PROMPTS, Prompt, PromptFunction
 from ray_ddpo.common.runtime import undisturbed
 from ray_ddpo.common.user_code.blame import blamed, call, is_users_own
@@ -12,14 +12,14 @@ from ray_ddpo.deploy.driver.components import Components
 
 TRIED = 2
 MOST_CHECKED = 100_000  # prompts, which take seconds
-_TRIAL = 11  # what the run's seed is hashed with, beside the prompts of its rounds
+_TRIAL = 11  # hashed with the run's seed, so that these prompts are independent of the rounds' prompts
 
 
 def trial_prompts(parts: Components) -> tuple[Prompt, ...]:
-    """Return two prompts. They are no round's, so that no round's change.
+    """Sample two prompts. They belong to no round and change no round's prompts.
 
     Raises:
-        ValueError: the source raises, or samples something else than a prompt.
+        ValueError: the source raises, or returns a value that is not a prompt.
     """
     source, name = parts.prompts, f"{type(parts.prompts).__name__}.load"
     generator = np.random.default_rng([parts.recipe.seed, _TRIAL])
@@ -36,11 +36,11 @@ def trial_prompts(parts: Components) -> tuple[Prompt, ...]:
 
 
 def checked_prompts(parts: Components) -> list[str]:
-    """Return the run's prompts and its evaluation's, to be told which are longer than the text encoders read.
+    """Return the prompts of run and evaluation, to check which are longer than the text encoders read.
 
-    Where only a function samples prompts, those of the trial stand for the run's.
+    If a function samples the prompts, the trial prompts represent the run's.
     """
     listed = parts.prompts.listed()
     own = [prompt.text for prompt in trial_prompts(parts)] if listed is None else listed
-    evaluated = [prompt.text for prompt in evaluation_set(parts.recipe.evaluation, parts.prompts).prompts]
+    evaluated = [prompt.text for prompt in build_eval_set(parts.recipe.evaluation, parts.prompts).prompts]
     return list(dict.fromkeys([*own, *evaluated]))[:MOST_CHECKED]

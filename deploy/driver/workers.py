@@ -1,4 +1,4 @@
-"""Make both sides live: as actors on a Ray cluster, or in this process."""
+"""Start samplers, reward workers and learner: as actors on a Ray cluster, or in this process."""
 
 import contextlib
 import functools
@@ -38,40 +38,44 @@ from ray_ddpo.learner.learner_group import LearnerGroup, SerialLearnerGroup
 from ray_ddpo.learner.process_group import process_groups
 from ray_ddpo.learner.ray_learner_group import RayLearnerGroup
 
-SAMPLER_SECONDS = 10.0  # that a learner which cannot start waits for a sampler, which may say the same
+SAMPLER_SECONDS = 10.0  # after a learner failed to start: wait for a sampler that may fail with the same error
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The two sides as the driver sees them."""
+    """Rollout stream and learner, as the driver uses them."""
 
     stream: RolloutStream
     learner: LearnerGroup
     pools: tuple[WorkerPool, ...] = ()
-    told: tuple[DeathLines | RoleOutput, ...] = ()
+    reporters: tuple[DeathLines | RoleOutput, ...] = ()
     supervision: Supervision | None = None
 
     def close(self) -> None:
-        """End the actors, and wait for what is still to be said of them.
+        """End the actors, and wait for the rest of their output.
 
-        If the cluster is lost, they end with their owner, this process.
+        If the cluster is lost, the actors end together with this process, which owns them.
         """
         if self.supervision is not None and self.supervision.cluster_is_lost:
             return
         self.learner.close()
         for pool in self.pools:
             pool.close()
-        for each in self.told:
+        for each in self.reporters:
             each.close()
 
 
 def serial_workers(parts: Components, supervision: Supervision, base: LoadedBase) -> Workers:
-    """Everything in this process, for debugging. ValueError: the learner has several ranks, or `base` refuses what was loaded."""
+    """Create all roles in this process, for debugging.
+
+    Raises:
+        ValueError: the learner has several ranks, or the loaded files are not those of `base`.
+    """
     recipe = parts.recipe
     if recipe.learner.world_size > 1:
         raise ValueError(
-            f"learner.world_size is {recipe.learner.world_size} and --serial has one process: leave --serial out, or give "
-            "--learner.world_size 1"
+            f"learner.world_size is {recipe.learner.world_size} and --serial has one process: leave --serial out, "
+            "or give --learner.world_size 1"
         )
     tried_on = trial_prompts(parts)
     with starting("sampler"):
@@ -97,22 +101,24 @@ def _in_words(pool: RewardPool) -> str:
 
 
 def ray_workers(parts: Components, supervision: Supervision, base: LoadedBase) -> Workers:
-    """Actors of all roles, on the cluster that RAY_ADDRESS names or on one started here.
+    """Start the actors of all roles, on the cluster that RAY_ADDRESS names or on a cluster started here.
 
-    ValueError: the cluster cannot hold a role, a role could not be made ready in time, or `base` refuses what one has loaded.
+    Raises:
+        ValueError: the cluster has no resources for a role, a role was not ready in time, or the files that a role has
+            loaded are not those of `base`.
     """
     recipe = parts.recipe
-    trial_prompts(parts)  # before anything is started
+    trial_prompts(parts)  # so that a faulty prompt source is found before any process starts
     output = RoleOutput(RunFolder(recipe.run_path()).logs)
     connect(recipe, output)
     supervision.listen()
     supervision.watch(ClusterWatch(supervision.lose_cluster, own_cluster=not attaches()))
-    _refuse_what_cannot_be_held("learner", recipe.learner, recipe.learner.world_size)  # before any of them is started
+    _refuse_too_large_role("learner", recipe.learner, recipe.learner.world_size)
     for role, table in elastic_roles(recipe).items():
-        _refuse_what_cannot_be_held(role, table)
-    _refuse_what_does_not_fit_together(recipe)
+        _refuse_too_large_role(role, table)
+    _refuse_too_many_gpus(recipe)
     budget, lines = RestartBudget(recipe.runtime.max_restarts), DeathLines(output)
-    # The learner comes first: on a cluster that is too small for all, it must have its place.
+    # The learner starts first: on a cluster that is too small for all roles, it must get its resources.
     make_learner = _learner_maker(parts)
     learner_actors = make_learner()
     scoring = tuple(_reward_workers(parts, pool, budget, lines) for pool in all_pools(recipe))
@@ -133,11 +139,11 @@ def ray_workers(parts: Components, supervision: Supervision, base: LoadedBase) -
 
 
 def _wait_until_loaded(recipe: Recipe, stream: RayRolloutStream, learner: RayLearnerGroup) -> None:
-    """Wait for all roles; meanwhile, whichever cannot start ends the wait. RoleNotStarted: as in one process."""
+    """Wait until all roles are loaded. Raise RoleNotStarted if a role cannot start, as in one process."""
     try:
         learner.wait_until_loaded()
     except RoleNotStarted:
-        # A model that no role can load is the samplers' error in one process, where theirs is loaded first.
+        # In one process, samplers load first: if no role can load the model, report the sampler's error here too.
         with contextlib.suppress(TimeoutError):
             stream.wait_for_one(stream.samplers, SAMPLER_SECONDS)
         raise
@@ -151,6 +157,7 @@ def _learner_died(budget: RestartBudget, lines: DeathLines, death: Death) -> Non
 
 
 def _samplers(parts: Components, budget: RestartBudget, lines: DeathLines) -> WorkerPool:
+    """Create the pool of samplers. Only the first reports truncated prompts."""
     table, recipe = parts.recipe.samplers, parts.recipe
     arguments = (parts.policy, recipe.sampling, recipe.runtime, trial_prompts(parts))
     make_first, make_other = (
@@ -158,9 +165,9 @@ def _samplers(parts: Components, budget: RestartBudget, lines: DeathLines) -> Wo
     )
 
     def make(number: int) -> Any:
-        return (make_other if number else make_first)(number)  # one of them says which prompts are cut
+        return (make_other if number else make_first)(number)
 
-    return _told(lines, "sampler", WorkerPool("samplers", "sampler", make, table.count, budget))
+    return _reporting(lines, "sampler", WorkerPool("samplers", "sampler", make, table.count, budget))
 
 
 def _reward_workers(parts: Components, pool: RewardPool, budget: RestartBudget, lines: DeathLines) -> ScoringPool:
@@ -169,11 +176,11 @@ def _reward_workers(parts: Components, pool: RewardPool, budget: RestartBudget, 
     make = _maker(RewardWorker, name, pool.table, recipe, (rewards, pool.table, recipe.runtime, True), _in_words(pool))
     independent = all(reward.independent_of_batch for reward in rewards.values())
     workers = WorkerPool(pool.name, "reward_worker" if pool.trains else "scorer", make, pool.table.count, budget)
-    return ScoringPool(_told(lines, name, workers), pool.rewards, pool.table, independent, pool.trains)
+    return ScoringPool(_reporting(lines, name, workers), pool.rewards, pool.table, independent, pool.trains)
 
 
-def _told(lines: DeathLines, name: str, pool: WorkerPool) -> WorkerPool:
-    """The pool, whose deaths are told of on the terminal."""
+def _reporting(lines: DeathLines, name: str, pool: WorkerPool) -> WorkerPool:
+    """Report the deaths of a pool's workers on the terminal; return the pool."""
     pool.on_death = lambda death: lines.tell(f"{name}-{death.number}", death, "another is started in its place")
     return pool
 
@@ -190,12 +197,12 @@ def _settings(recipe: Recipe, supervision: Supervision) -> StreamSettings:
 def connect(recipe: Recipe, output: RoleOutput) -> None:
     """Attach to the cluster of RAY_ADDRESS, or start one on this machine that is large enough for the recipe.
 
-    What roles print comes to `output`, unless this process is attached to a cluster already.
+    Output of roles goes to `output`, unless this process is already attached to a cluster.
 
     Raises:
-        ValueError: RAY_ADDRESS or TMPDIR keeps this process from it.
+        ValueError: RAY_ADDRESS or TMPDIR prevents it.
     """
-    # Or, where a run ends by the error of one call, Ray prints those of the others that were under way, with all their frames.
+    # Otherwise, if one call ends the run with an error, Ray prints the tracebacks of all other pending calls.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if ray.is_initialized():
         return
@@ -216,7 +223,7 @@ def _init(recipe: Recipe) -> None:
 
 
 def place_options(table: RoleTable) -> dict[str, Any]:
-    """What an actor of a role asks of the cluster, as Ray's options."""
+    """Return the resources of a role's actor as Ray's options."""
     options: dict[str, Any] = {"num_cpus": table.num_cpus, "num_gpus": table.num_gpus, "resources": table.resources}
     if table.accelerator_type:
         options["accelerator_type"] = table.accelerator_type
@@ -226,13 +233,21 @@ def place_options(table: RoleTable) -> dict[str, Any]:
 def _maker(
     cls: type, name: str, table: RoleTable, recipe: Recipe, arguments: tuple[Any, ...], role: str | None = None
 ) -> Callable[[int], Any]:
-    """What starts an actor of a role, named by run, `name` and number; `role` is how an error calls it.
+    """Return a function that starts an actor of a role by number.
 
-    The driver owns it: it ends with the driver.
-    Every actor states its resources, so that an autoscaler sees what is lacking.
+    The driver owns the actor, which ends with the driver. Every actor states its resources, so that an autoscaler knows
+    which resources are missing.
+
+    Args:
+        cls: the role's class.
+        name: with the run's name and the number, it names the actor.
+        table: the resources.
+        recipe: the recipe.
+        arguments: of the constructor.
+        role: the role in words, for errors; by default `name`.
     """
     options = place_options(table)
-    # A thread of its own answers what is asked of a busy actor; its work stays one call after the other, in order.
+    # A separate thread answers health checks while the actor works; work calls stay sequential and in order.
     options["concurrency_groups"] = {"health": 1}
     remote, given = ray.remote(**options)(role_actor(cls)), ray.put(arguments)
     path, sees_gpus = f"{cls.__module__}:{cls.__qualname__}", table.num_gpus > 0
@@ -245,7 +260,7 @@ def _maker(
 
 
 def _learner_maker(parts: Components) -> Callable[[], list[Any]]:
-    """What starts all ranks of the learner, rank 0 first; those started later have other numbers."""
+    """Return a function that starts all ranks of the learner, rank 0 first. Restarted ranks get new numbers."""
     recipe, numbers, makers = parts.recipe, itertools.count(), []
     for ranks in process_groups(recipe):
         role = f"learner {ranks}" if ranks.world_size > 1 else "learner"
@@ -254,8 +269,11 @@ def _learner_maker(parts: Components) -> Callable[[], list[Any]]:
     return lambda: [make(next(numbers)) for make in makers]
 
 
-def _refuse_what_cannot_be_held(role: str, table: RoleTable, count: int = 1) -> None:
-    """On a cluster that we attach to, nodes may still come: there the deadline of `runtime.ready_seconds` tells."""
+def _refuse_too_large_role(role: str, table: RoleTable, count: int = 1) -> None:
+    """Raise ValueError if the cluster is too small for `count` actors of a role.
+
+    On a cluster that was started elsewhere, nodes may still join, so only `runtime.ready_seconds` ends the wait there.
+    """
     asked = {"CPU": table.num_cpus, "GPU": table.num_gpus, **table.resources}
     asked = {name: amount * count for name, amount in asked.items()}
     available = ray.cluster_resources()
@@ -266,13 +284,13 @@ def _refuse_what_cannot_be_held(role: str, table: RoleTable, count: int = 1) -> 
         has = ", ".join(f"{name} {available.get(name, 0):g}" for name in lacking)
         keys = ", ".join({"CPU": "num_cpus", "GPU": "num_gpus"}.get(name, f"resources.{name}") for name in lacking)
         raise ValueError(
-            f"{role}: {who} for {asks}, and the whole cluster has {has}: lower the role's {keys}, or set RAY_ADDRESS to a "
-            "cluster that is large enough"
+            f"{role}: {who} for {asks}, and the whole cluster has {has}: lower the role's {keys}, or set "
+            "RAY_ADDRESS to a cluster that is large enough"
         )
 
 
-def _refuse_what_does_not_fit_together(recipe: Recipe) -> None:
-    """Raise ValueError if all roles ask for more GPUs than a cluster has that no node can join."""
+def _refuse_too_many_gpus(recipe: Recipe) -> None:
+    """Raise ValueError if all roles together ask for more GPUs than a cluster started here has."""
     have = ray.cluster_resources().get("GPU", 0)
     asked = {"learner": recipe.learner.num_gpus * recipe.learner.world_size}
     asked |= {role: table.num_gpus * table.count for role, table in elastic_roles(recipe).items()}
@@ -280,6 +298,6 @@ def _refuse_what_does_not_fit_together(recipe: Recipe) -> None:
     if total > have + 1e-9 and not attaches():
         parts = " + ".join(f"{role} {gpus:g}" for role, gpus in asked.items() if gpus)
         raise ValueError(
-            f"all roles ask for {total:g} GPUs = {parts}, and there are {have:g}: lower samplers.count or a role's num_gpus, or "
-            "set RAY_ADDRESS to a cluster that is large enough"
+            f"all roles ask for {total:g} GPUs = {parts}, and there are {have:g}: lower samplers.count or a role's "
+            "num_gpus, or set RAY_ADDRESS to a cluster that is large enough"
         )

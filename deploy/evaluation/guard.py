@@ -1,7 +1,9 @@
-"""Guard: whether what was learned fools the reward. Pure functions from what two evaluations saw to alarms.
+"""Guard: detect reward hacking (over-optimization) by comparing held-out images with the pretrained model's.
 
-A reward that rises tells nothing of that (Goodhart's law; for DDPO: Black et al. 2023, section 6.3). So what nobody trains on is
-held against the pretrained model, on the same prompts and noise.
+Pure functions.
+
+A rising reward does not show reward hacking (Goodhart's law; for DDPO: Black et al. 2023, section 6.3). The guard
+therefore looks at scores and image statistics that are not trained on, for the same prompts and noise.
 """
 
 import math
@@ -14,28 +16,58 @@ from jaxtyping import Float
 from ray_ddpo.common.metrics.statistics import paired_change
 from ray_ddpo.common.recipe.tables import GuardTable
 
-LEFT = ("sharpness", "entropy", "diversity")  # statistics of which a share must be left, and their keys in the recipe
+SHARES = (
+    "sharpness",
+    "entropy",
+    "diversity",
+)  # statistics that must keep a share of their value, and their recipe keys
 
 
 @dataclass(frozen=True)
-class Look:
-    """What an evaluation saw of one version's images."""
+class VersionStats:
+    """Scores and image statistics of one policy version on the evaluation set."""
 
-    scores: dict[str, Float[np.ndarray, "N"]]  # by reward and scorer, NaN where an image has none
-    images: dict[str, float]  # means over the images: dark_share, and those of LEFT
-    kl_reference_nats: float | None = None  # of a step, to the pretrained model; None: not measured
+    scores: dict[str, Float[np.ndarray, "N"]]  # by reward and scorer; NaN if an image has no score
+    images: dict[str, float]  # means over the images: dark_share, and those of SHARES
+    kl_reference_nats: float | None = None  # of a denoising step, to the pretrained model; None: not measured
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A finding: what it is about, and a sentence with its numbers."""
+    """A finding of the guard: its subject, and a sentence with its numbers."""
 
     about: str
     says: str
 
 
-def alarms(base: Look, now: Look, scorers: list[str], settings: GuardTable) -> list[Alarm]:
-    """What has gone wrong since the pretrained model; `scorers` are those that nobody trains on."""
+@dataclass(frozen=True)
+class JudgedVersion:
+    """An evaluated policy version with the guard's alarms."""
+
+    policy_version: int
+    stats: VersionStats
+    alarms: tuple[Alarm, ...]
+
+    def score(self, best_by: str) -> float:
+        """Return the held-out mean of one reward or scorer; NaN if no image has a score."""
+        return finite_mean(self.stats.scores[best_by])
+
+
+def finite_mean(values: Float[np.ndarray, "N"]) -> float:
+    """Return the mean of the finite values; NaN if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def alarms(base: VersionStats, now: VersionStats, scorers: list[str], settings: GuardTable) -> list[Alarm]:
+    """Compare a version with the pretrained model.
+
+    Args:
+        base: the pretrained model's statistics.
+        now: those of the version to judge.
+        scorers: names of the scorers that are not trained on.
+        settings: `[guard]`, with the limits.
+    """
     found = [*_fallen(base, now, scorers, settings), *_dark(base, now, settings), *_lost(base, now, settings)]
     kl, limit = now.kl_reference_nats, settings.max_kl_nats
     if kl is not None and limit is not None and kl > limit:
@@ -43,7 +75,8 @@ def alarms(base: Look, now: Look, scorers: list[str], settings: GuardTable) -> l
     return found
 
 
-def _fallen(base: Look, now: Look, scorers: list[str], settings: GuardTable) -> Iterator[Alarm]:
+def _fallen(base: VersionStats, now: VersionStats, scorers: list[str], settings: GuardTable) -> Iterator[Alarm]:
+    """Yield an alarm for each scorer that fell significantly, by over `guard.scorer_fall` standard deviations."""
     for name in scorers:
         change = paired_change(base.scores[name], now.scores[name])
         if change is None or change.change >= 0:
@@ -54,45 +87,42 @@ def _fallen(base: Look, now: Look, scorers: list[str], settings: GuardTable) -> 
             fell = f"{name} fell from {change.before:.3g} to {change.after:.3g}"
             yield Alarm(
                 name,
-                f"{fell}, by {deviations} standard deviations of its scores before; {settings.scorer_fall:g} are allowed",
+                f"{fell}, by {deviations} standard deviations of its scores before; "
+                f"{settings.scorer_fall:g} are allowed",
             )
 
 
-def _dark(base: Look, now: Look, settings: GuardTable) -> Iterator[Alarm]:
+def _dark(base: VersionStats, now: VersionStats, settings: GuardTable) -> Iterator[Alarm]:
     before, after = base.images["dark_share"], now.images["dark_share"]
     if after > before + settings.dark_share:
         yield Alarm(
             "dark_share",
-            f"{after:.0%} of the pixels are nearly black, and {before:.0%} were: {settings.dark_share:.0%} more are allowed",
+            f"{after:.0%} of the pixels are nearly black, and {before:.0%} were: "
+            f"{settings.dark_share:.0%} more are allowed",
         )
 
 
-def _lost(base: Look, now: Look, settings: GuardTable) -> Iterator[Alarm]:
-    for name in LEFT:
+def _lost(base: VersionStats, now: VersionStats, settings: GuardTable) -> Iterator[Alarm]:
+    """Yield an alarm for each image statistic of which less than the allowed share is left."""
+    for name in SHARES:
         before, after, limit = base.images[name], now.images[name], getattr(settings, name)
-        if after < limit * before:  # never where one of them is NaN
+        if after < limit * before:  # false if either is NaN
             yield Alarm(
                 name,
                 f"{name} is {after:.3g} and was {before:.3g}: {after / before:.0%} of it is left, under {limit:.0%}",
             )
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What became of one evaluated version."""
+def best_version(judged: list[JudgedVersion], best_by: str) -> int | None:
+    """Return the version with the highest score among those without an alarm; None if there is none.
 
-    policy_version: int
-    score: float  # held-out mean of what `guard.best_by` names; NaN: there is none
-    alarms: tuple[Alarm, ...]
-
-
-def best_version(judged: list[Judged]) -> int | None:
-    """The version with the highest score among those without an alarm, the first of equals; None where none is left."""
-    sound = [each for each in judged if not each.alarms and math.isfinite(each.score)]
-    return max(sound, key=lambda each: (each.score, -each.policy_version)).policy_version if sound else None
+    The first of several equal versions is chosen.
+    """
+    sound = [each for each in judged if not each.alarms and math.isfinite(each.score(best_by))]
+    return max(sound, key=lambda each: (each.score(best_by), -each.policy_version)).policy_version if sound else None
 
 
-def is_over(judged: list[Judged], settings: GuardTable) -> bool:
-    """Whether the last `patience` evaluations all had an alarm, and the recipe wants the run to end then."""
+def is_over(judged: list[JudgedVersion], settings: GuardTable) -> bool:
+    """Return whether the guard ends the run: the last `guard.patience` evaluations all had an alarm."""
     last = judged[-settings.patience :]
     return settings.on_alarm != "continue" and len(last) == settings.patience and all(each.alarms for each in last)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ray_ddpo.actors.evaluation.diversity import diversity
+from ray_ddpo.actors.evaluation.image_summary import diversity
 
 
 def plain(*greys: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ray_ddpo.actors.evaluation.evaluation import evaluation_images, evaluation_set
+from ray_ddpo.actors.evaluation.eval_set import build_eval_set, sample_eval_images
 from ray_ddpo.common.prompts import Animals, PromptFunction
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import EvaluationTable
@@ -22,7 +22,7 @@ def test_seeds_of_training_tuning_and_evaluation_are_never_the_same(tables: dict
             seeds["training"] |= {seed for task in tasks for seed in task.seeds}
         for split in ("evaluation", "tuning"):
             table = EvaluationTable(images=200, seed=run_seed, split=split)
-            seeds[split] |= set(evaluation_set(table, Animals()).seeds)
+            seeds[split] |= set(build_eval_set(table, Animals()).seeds)
     assert {name: len(values) for name, values in seeds.items()} == {
         "training": 3 * 40 * 8,
         "evaluation": 600,
@@ -33,20 +33,20 @@ def test_seeds_of_training_tuning_and_evaluation_are_never_the_same(tables: dict
 
 def test_the_sources_prompts_are_taken_in_order_until_there_are_enough() -> None:
     animals = Animals().listed()
-    chosen = evaluation_set(EvaluationTable(images=47), Animals())
+    chosen = build_eval_set(EvaluationTable(images=47), Animals())
     assert [prompt.text for prompt in chosen.prompts] == [*animals, *animals[:2]]
     assert len(set(chosen.seeds)) == 47
 
 
 def test_prompts_named_in_the_recipe_come_instead_of_the_sources() -> None:
-    chosen = evaluation_set(EvaluationTable(images=3, prompts=("a cat", "a dog")), Animals())
+    chosen = build_eval_set(EvaluationTable(images=3, prompts=("a cat", "a dog")), Animals())
     assert [prompt.text for prompt in chosen.prompts] == ["a cat", "a dog", "a cat"]
 
 
 def test_prompts_that_can_only_be_drawn_are_drawn_the_same_each_time_and_keep_their_metadata() -> None:
     source = PromptFunction(path="tests.user_functions:colour_prompt")
-    first, again = (evaluation_set(EvaluationTable(images=12), source) for _ in range(2))
-    tuning = evaluation_set(EvaluationTable(images=12, split="tuning"), source)
+    first, again = (build_eval_set(EvaluationTable(images=12), source) for _ in range(2))
+    tuning = build_eval_set(EvaluationTable(images=12, split="tuning"), source)
     assert first == again and first.prompts != tuning.prompts
     assert all(prompt.metadata["colour"] in prompt.text for prompt in first.prompts)
 
@@ -55,9 +55,9 @@ def test_prompts_that_can_only_be_drawn_are_drawn_the_same_each_time_and_keep_th
 def test_the_pictures_do_not_depend_on_how_many_are_drawn_at_once(batch_size: int, tiny_model: Path) -> None:
     policy = tiny_policy(tiny_model)
     table = EvaluationTable(images=5, prompts=("a cat", "a dog"))
-    whole = evaluation_images(policy, evaluation_set(table, Animals()), SAMPLING)
-    parts = evaluation_images(
-        policy, evaluation_set(table.model_copy(update={"batch_size": batch_size}), Animals()), SAMPLING
+    whole = sample_eval_images(policy, build_eval_set(table, Animals()), SAMPLING)
+    parts = sample_eval_images(
+        policy, build_eval_set(table.model_copy(update={"batch_size": batch_size}), Animals()), SAMPLING
     )
     # Latents agree to a few 1e-6, which may push a value over a rounding edge here and there, never further.
     difference = np.abs(whole.astype(int) - parts.astype(int))
@@ -66,15 +66,15 @@ def test_the_pictures_do_not_depend_on_how_many_are_drawn_at_once(batch_size: in
 
 
 def test_prompts_that_the_source_leaves_out_come_before_those_that_are_learned_from() -> None:
-    chosen = evaluation_set(EvaluationTable(images=3), Animals(leave_out=("deer", "bear")))
+    chosen = build_eval_set(EvaluationTable(images=3), Animals(leave_out=("deer", "bear")))
     assert [prompt.text for prompt in chosen.prompts] == ["deer", "bear", "deer"]
-    named = evaluation_set(EvaluationTable(images=2, prompts=("dune",)), Animals(leave_out=("deer",)))
+    named = build_eval_set(EvaluationTable(images=2, prompts=("dune",)), Animals(leave_out=("deer",)))
     assert [prompt.text for prompt in named.prompts] == ["dune", "dune"]
 
 
 def test_its_tasks_are_the_set_in_order_behind_what_the_round_learns_from(tables: dict) -> None:
     recipe = Recipe.parse(tables)
-    chosen = evaluation_set(EvaluationTable(images=5, batch_size=2, prompts=("a cat", "a dog")), Animals())
+    chosen = build_eval_set(EvaluationTable(images=5, batch_size=2, prompts=("a cat", "a dog")), Animals())
     tasks = chosen.tasks(3, 4, 6, recipe.sampling)
     assert len(tasks) == chosen.num_tasks == 3 and [task.index for task in tasks] == [6, 7, 8]
     assert sum((task.seeds for task in tasks), ()) == chosen.seeds

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ray_ddpo import cli
-from ray_ddpo.actors.evaluation.evaluation import decoded
+from ray_ddpo.actors.evaluation.eval_set import decoded
 from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.common.diffusion import rollout
 from ray_ddpo.common.run_storage.run_folder import RunFolder

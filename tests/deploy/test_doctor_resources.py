@@ -9,7 +9,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.commands.doctor.checks import Finding
 from ray_ddpo.deploy.commands.doctor.resources import (
     LIBRARY_BYTES,
-    Machine,
+    FreeMemory,
     cores_finding,
     memory_findings,
     place_findings,
@@ -69,7 +69,7 @@ def test_every_rank_of_the_learner_needs_a_place_its_cores_and_its_memory(tables
     assert finding.level == "fault" and finding.found.startswith("1 of 2 have a place")
     assert "lacks GPU (at most 0 free)" in finding.found
     assert "8 CPUs" in cores_finding(recipe, 2).found
-    machine = Machine(64 * GIGABYTE, (10 * GIGABYTE, 10 * GIGABYTE))
+    machine = FreeMemory(64 * GIGABYTE, (10 * GIGABYTE, 10 * GIGABYTE))
     assert "8.60 GB on the fullest" in by_subject(memory_findings(recipe, numbers, machine))["GPU memory"].found
     on_cpu = with_roles(tables, learner={"world_size": 2})
     found = by_subject(memory_findings(on_cpu, numbers, machine))["memory"].found
@@ -113,7 +113,7 @@ def numbers(recipe: Recipe) -> Plan:
 def test_memory_that_is_nearly_or_not_enough_is_told(recipe: Recipe, numbers: Plan, free: int, level: str) -> None:
     # 8 + 4 + 1 GB, and the libraries of three actors and the driver.
     assert 4 * LIBRARY_BYTES == 1.8 * GIGABYTE
-    finding = by_subject(memory_findings(recipe, numbers, Machine(free * GIGABYTE, ())))["memory"]
+    finding = by_subject(memory_findings(recipe, numbers, FreeMemory(free * GIGABYTE, ())))["memory"]
     assert finding.level == level and finding.found.startswith("14.80 GB for 4 processes")
     assert ("micro_batch_size" in finding.advice) == (level != "ok")
 
@@ -122,20 +122,20 @@ def test_memory_that_is_nearly_or_not_enough_is_told(recipe: Recipe, numbers: Pl
 def test_roles_that_share_a_gpu_are_summed_on_it(tables: dict, numbers: Plan, gpu: int, level: str) -> None:
     # 8 + 4 GB, and CUDA's own of two processes.
     recipe = with_roles(tables, learner={"num_gpus": 0.6}, samplers={"num_gpus": 0.4})
-    findings = by_subject(memory_findings(recipe, numbers, Machine(64 * GIGABYTE, (gpu * GIGABYTE,))))
+    findings = by_subject(memory_findings(recipe, numbers, FreeMemory(64 * GIGABYTE, (gpu * GIGABYTE,))))
     assert findings["GPU memory"].level == level and "13.20 GB on the fullest GPU" in findings["GPU memory"].found
     assert findings["memory"].found.startswith("2.80 GB")  # the reward worker's gigabyte and the libraries
 
 
 def test_roles_with_a_gpu_each_are_not_summed(tables: dict, numbers: Plan) -> None:
     recipe = with_roles(tables, learner={"num_gpus": 1}, samplers={"num_gpus": 1})
-    machine = Machine(64 * GIGABYTE, (10 * GIGABYTE, 10 * GIGABYTE))
+    machine = FreeMemory(64 * GIGABYTE, (10 * GIGABYTE, 10 * GIGABYTE))
     assert "8.60 GB on the fullest" in by_subject(memory_findings(recipe, numbers, machine))["GPU memory"].found
 
 
 def test_trajectories_that_do_not_fit_the_object_store_are_a_warning(recipe: Recipe, numbers: Plan) -> None:
     for free, level in ((4, "ok"), (3, "warning")):  # × 0.3 against 1 GB
-        found = by_subject(memory_findings(recipe, numbers, Machine(free * GIGABYTE, ())))
+        found = by_subject(memory_findings(recipe, numbers, FreeMemory(free * GIGABYTE, ())))
         assert found["object store"].level == level
 
 
@@ -143,5 +143,5 @@ def test_trajectories_that_do_not_fit_the_object_store_are_a_warning(recipe: Rec
 def test_the_demo_fits_a_machine_of_two_cores_and_four_gigabytes() -> None:
     recipe = Recipe.load(Path(__file__).parents[2] / "deploy" / "recipes" / "demo.toml")
     assert cores_finding(recipe, 2).level == "ok"
-    findings = memory_findings(recipe, plan_of(recipe), Machine(4 * GIGABYTE, ()))
+    findings = memory_findings(recipe, plan_of(recipe), FreeMemory(4 * GIGABYTE, ()))
     assert {finding.level for finding in findings} == {"ok"}

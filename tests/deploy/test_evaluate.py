@@ -11,9 +11,9 @@ from PIL import Image
 from ray_ddpo import cli
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages
 from ray_ddpo.common.run_storage.png import from_png
 from ray_ddpo.deploy.commands.evaluate import changes, in_words
+from ray_ddpo.deploy.evaluation.eval_result import EvalResult
 from ray_ddpo.train import train
 
 IMAGES = {"images": 6, "batch_size": 4}
@@ -56,7 +56,7 @@ def test_a_run_against_the_pretrained_model_has_the_figures_and_pictures_of_its_
     scores = [row["score/jpeg_compressibility"] for row in rows]
     assert np.mean(scores[:6]) == pytest.approx(found["before"])
     assert np.mean(scores[6:]) == pytest.approx(found["after"])
-    assert not np.array_equal(from_png(rows[0]["image"]), from_png(rows[6]["image"]))
+    assert not np.array_equal(from_png(rows[0]["pixels"]), from_png(rows[6]["pixels"]))
     assert len(np.unique(np.asarray(Image.open(output / "images.png")))) > 50
 
 
@@ -128,7 +128,7 @@ def test_the_figures_of_a_comparison_by_hand(tables: dict) -> None:
     ]
     recipe = Recipe.parse(tables)
     before, after = (
-        EvaluatedImages((Prompt("fox"),) * 4, (1, 2, 3, 4), scores, np.zeros((4, 8, 8, 3), np.uint8))
+        EvalResult((Prompt("fox"),) * 4, (1, 2, 3, 4), scores, np.zeros((4, 8, 8, 3), np.uint8))
         for scores in (
             {
                 "reward": np.array([3.0, 4.0, np.nan, 2.0]),

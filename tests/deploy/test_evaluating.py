@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.deploy.driver.supervision import Stopped
+from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
 from ray_ddpo.train import train
 
@@ -48,7 +48,7 @@ def rows(run: Path) -> list[dict]:
 
 
 def figures(run: Path) -> list[dict]:
-    return EvaluationLog(Storage(run)).figures()
+    return EvalLog(Storage(run)).entries()
 
 
 @pytest.mark.parametrize(("lag", "read_in"), [pytest.param(0, [0, 2, 4], marks=pytest.mark.thorough), (2, [2, 4])])
@@ -68,7 +68,7 @@ def test_on_or_off_the_weights_are_the_same_bits(tables: dict, lag: int, read_in
 def test_its_figures_hold_the_version_against_the_pretrained_model(tables: dict) -> None:
     run = run_of(tables, "run", evaluation=EVALUATION, guard={"best_by": "brightness"})
     first, *_, last = figures(run)
-    log = EvaluationLog(Storage(run))
+    log = EvalLog(Storage(run))
     before, after = log.scores(0), log.scores(5)
     assert set(last["scores"]) == {"jpeg_compressibility", "brightness", "jpeg_incompressibility", "reward"}
     for name, values in last["scores"].items():
@@ -80,7 +80,7 @@ def test_its_figures_hold_the_version_against_the_pretrained_model(tables: dict)
     assert last["scores"]["brightness"]["mean"] != last["scores"]["brightness"]["average_mean"]
     table = log.read(5)
     assert table["variant"].to_pylist() == ["current"] * 6 + ["average"] * 6
-    assert [image is not None for image in table["image"].to_pylist()] == [
+    assert [pixels is not None for pixels in table["pixels"].to_pylist()] == [
         True,
         True,
         False,
@@ -132,13 +132,13 @@ def stop_after(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.thorough
-def test_other_pictures_begin_anew(tables: dict, capsys: pytest.CaptureFixture) -> None:
+def test_evaluations_start_again_if_the_images_differ(tables: dict, capsys: pytest.CaptureFixture) -> None:
     run = run_of(tables, "run", evaluation=EVALUATION)
     assert len(figures(run)) == 4
     more = {**tables, "name": "run", "rounds": 6, "evaluation": {**EVALUATION, "seed": 7}}
     train(Recipe.parse(more), resume=True, serial=True)
     assert [each["policy_version"] for each in figures(run)] == [0, 6]
-    assert "begun again" in capsys.readouterr().err
+    assert "evaluations start again" in capsys.readouterr().err
 
 
 GUARD = {"max_kl_nats": 1e-9, "on_alarm": "stop"}

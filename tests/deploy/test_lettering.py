@@ -8,8 +8,7 @@ import pytest
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
-from ray_ddpo.deploy.commands.report.images import rows_image
-from ray_ddpo.deploy.commands.report.lettering import lettering
+from ray_ddpo.deploy.commands.report.images import lettering, rows_image
 from tests.accepted_page import assert_accepted
 
 PROMPTS = ["Füchschen", "кот\nдва", "猫が好き", "قطة حمراء", "🦊🏽 fox", "costs $5 or $\\frac$", "\U000f0000 nobody's"]

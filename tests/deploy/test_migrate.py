@@ -10,13 +10,13 @@ import pytest
 from ray_ddpo.actors.rewards.function import FunctionReward
 from ray_ddpo.cli import main
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.commands.migrate.migrate import Beside, Migrated, migrate, read_config
+from ray_ddpo.deploy.commands.migrate.migrate import Migrated, ScriptSettings, migrate, read_config
 from ray_ddpo.deploy.commands.migrate.trl_config import DDPOConfig, TrlRun
 from ray_ddpo.deploy.commands.migrate.trl_fields import COUNTERPARTS
 from ray_ddpo.deploy.driver.components import build_components
 
 ROOT = Path(__file__).parents[2]
-SD15 = Beside(processes=1, model="stable-diffusion-v1-5/stable-diffusion-v1-5", reward="aesthetic")
+SD15 = ScriptSettings(processes=1, model="stable-diffusion-v1-5/stable-diffusion-v1-5", reward="aesthetic")
 # trl/trainer/ddpo_config.py of TRL 0.23.1, in its order, with the defaults that it has.
 FIELDS: dict[str, Any] = {
     **{"run_name": "", "seed": 0, "log_with": None, "tracker_kwargs": {}, "accelerator_kwargs": {}},
@@ -100,7 +100,7 @@ def test_nothing_is_without_a_counterpart_where_nothing_of_the_kind_is_asked_for
 
 def test_processes_multiply_the_batches_and_the_accumulation() -> None:
     config = BLOG | {"train_gradient_accumulation_steps": 2}
-    migrated = migrate(config, Beside(4, SD15.model, SD15.reward))
+    migrated = migrate(config, ScriptSettings(4, SD15.model, SD15.reward))
     recipe = recipe_of(migrated)
     assert (recipe.sampling.batches_per_round, recipe.images_per_round) == (16, 96)
     assert (recipe.learner.batch_size, recipe.learner.gradient_accumulation_steps) == (3, 8)
@@ -201,8 +201,10 @@ def test_a_config_that_gives_no_recipe_is_refused_with_the_fields_at_fault(confi
     assert says in str(refused.value)
 
 
-@pytest.mark.parametrize("beside", [Beside(0, SD15.model, SD15.reward), Beside(1, SD15.model, "beauty")])
-def test_what_stands_beside_a_config_is_checked_too(beside: Beside) -> None:
+@pytest.mark.parametrize(
+    "beside", [ScriptSettings(0, SD15.model, SD15.reward), ScriptSettings(1, SD15.model, "beauty")]
+)
+def test_what_stands_beside_a_config_is_checked_too(beside: ScriptSettings) -> None:
     with pytest.raises(ValueError, match="--processes is 0|reward.name is 'beauty': it must be one of"):
         migrate({}, beside)
 

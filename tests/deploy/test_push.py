@@ -232,8 +232,8 @@ def test_a_whole_network_is_published_in_its_folder_and_loads(
         "unet/diffusion_pytorch_model.safetensors",
     }
     card = files["README.md"].decode()
-    assert "whole network" in card and "lora" not in ModelCard(card).data.to_dict()["tags"]
-    assert "not evaluated while it trained" in card
+    assert "full network" in card and "lora" not in ModelCard(card).data.to_dict()["tags"]
+    assert "not evaluated during training" in card
     (program,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -9,7 +9,7 @@ from ray_ddpo.common.diffusion.rollout import score
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RoleTable, RuntimeTable
 from ray_ddpo.deploy.commands.doctor.ratio_measurement import runtime_of, sample_some, score_again
-from ray_ddpo.deploy.commands.doctor.ratio_noise import Comparison, Noise, share_outside
+from ray_ddpo.deploy.commands.doctor.ratio_noise import Noise, RatioComparison, share_outside
 from tests.tiny_policy import tiny_policy
 
 
@@ -18,7 +18,7 @@ def measured(tables: dict[str, Any], **sampling: Any) -> Noise:
     return score_again(recipe, sample_some(recipe))
 
 
-def named(noise: Noise, part: str) -> Comparison:
+def named(noise: Noise, part: str) -> RatioComparison:
     (found,) = [comparison for comparison in noise.comparisons if part in comparison.name]
     return found
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.deploy.commands.doctor.doctor import _print_noise
 from ray_ddpo.deploy.commands.doctor.ratio_noise import (
-    Comparison,
     Noise,
+    RatioComparison,
     clip_range,
     in_nats,
     noise_findings,
@@ -27,12 +27,12 @@ CLIP = 1e-4
 SAMPLING = SamplingTable(num_steps=5)
 
 
-def compared(log_ratios: list[list[float]], kind: str = "run", name: str = "micro-batches") -> Comparison:
+def compared(log_ratios: list[list[float]], kind: str = "run", name: str = "micro-batches") -> RatioComparison:
     steps = np.tile(np.arange(len(log_ratios[0])), (len(log_ratios), 1))
-    return Comparison(name, kind, np.array(log_ratios), steps)
+    return RatioComparison(name, kind, np.array(log_ratios), steps)
 
 
-def noise(*comparisons: Comparison, sensitivity: dict[int, float] | None = None) -> Noise:
+def noise(*comparisons: RatioComparison, sensitivity: dict[int, float] | None = None) -> Noise:
     return Noise(comparisons, (), 16_384, sensitivity or {}, "cpu")
 
 

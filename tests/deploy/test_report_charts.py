@@ -9,7 +9,7 @@ from tests.logged_rounds import logged
 
 
 def test_a_chart_by_hand() -> None:
-    made = charts.chart("t", "c", np.arange(3.0), [charts.Series("a", np.array([0.0, 10.0, 5.0]))])
+    made = charts.chart("t", "c", np.arange(3.0), [charts.RoundSeries("a", np.array([0.0, 10.0, 5.0]))])
     assert made is not None
     # Rounds 0, 1, 2 from 54 to 330; values 0 to 10 from 166 up to 8.
     assert made.curves[0].path == "M54 166L192 8L330 87"
@@ -18,17 +18,19 @@ def test_a_chart_by_hand() -> None:
 
 def test_a_curve_is_broken_where_a_round_has_no_value_and_its_band_goes_around_it() -> None:
     values = np.array([0.0, math.nan, 5.0, 10.0])
-    made = charts.chart("t", "c", np.arange(4.0), [charts.Series("a", values)])
+    made = charts.chart("t", "c", np.arange(4.0), [charts.RoundSeries("a", values)])
     assert made is not None and [part.count("L") for part in made.curves[0].path.split("M")[1:]] == [0, 1]
-    banded = charts.chart("t", "c", np.arange(2.0), [charts.Series("a", np.array([2.0, 8.0]), np.array([2.0, 2.0]))])
+    banded = charts.chart(
+        "t", "c", np.arange(2.0), [charts.RoundSeries("a", np.array([2.0, 8.0]), np.array([2.0, 2.0]))]
+    )
     assert banded is not None and banded.curves[0].band == "M54 102.8L330 8L330 71.2L54 166z"
-    assert charts.chart("t", "c", np.arange(2.0), [charts.Series("a", np.full(2, math.nan))]) is None
+    assert charts.chart("t", "c", np.arange(2.0), [charts.RoundSeries("a", np.full(2, math.nan))]) is None
 
 
 def test_a_long_run_is_averaged_and_says_so() -> None:
     values = np.arange(1000.0)
     assert charts.binned(values)[:2].tolist() == [2.0, 7.0] and len(charts.binned(values)) == charts.POINTS
-    made = charts.chart("t", "c", values, [charts.Series("a", values)])
+    made = charts.chart("t", "c", values, [charts.RoundSeries("a", values)])
     assert made is not None and made.caption.endswith("mean of about 5 rounds") and made.curves[0].dots == []
 
 

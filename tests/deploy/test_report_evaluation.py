@@ -12,9 +12,10 @@ from PIL import Image
 from ray_ddpo import cli
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import EvaluatedImages, EvaluationLog
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.deploy.commands.report.evaluation import evaluation_told, guard_sentences
+from ray_ddpo.deploy.commands.report.evaluation import evaluation_section, guard_sentences
+from ray_ddpo.deploy.evaluation.eval_log import EvalLog
+from ray_ddpo.deploy.evaluation.eval_result import EvalResult
 from ray_ddpo.train import train
 
 
@@ -50,22 +51,22 @@ def found(version: int, brightness: float, entropy: float, sharpness: float, *al
 def written(recipe: Recipe, *figures: dict) -> RunFolder:
     folder = RunFolder(recipe.run_path())
     folder.create()
-    log = EvaluationLog(folder.storage)
+    log = EvalLog(folder.storage)
     log.keep([])
     for each in figures:
-        log.write(each, {"current": images_of(each)}, images=2)
+        log.write(each, {"current": images_of(each)}, num_pixels=2)
     return folder
 
 
-def images_of(figures: dict) -> EvaluatedImages:
+def images_of(figures: dict) -> EvalResult:
     """Three grey images, as grey as the version's number."""
     pixels = np.full((3, 8, 8, 3), figures["policy_version"], np.uint8)
-    return EvaluatedImages((Prompt("cat"),) * 3, (1, 2, 3), {"brightness": np.ones(3)}, pixels)
+    return EvalResult((Prompt("cat"),) * 3, (1, 2, 3), {"brightness": np.ones(3)}, pixels)
 
 
 def test_curves_over_the_versions_by_hand(recipe: Recipe) -> None:
     folder = written(recipe, found(4, 20, 4, 5, "it fell"), found(0, 10, 8, 20), found(2, 15, 6, 10))
-    told = evaluation_told(folder, recipe)
+    told = evaluation_section(folder, recipe)
     charts = {chart.title: chart for chart in told.charts}
     # One reward is its own sum, so `reward` would be the same curve again; nothing was averaged.
     assert list(charts) == ["brightness", "entropy", "what is left", "dark share", "KL to the pretrained model"]
@@ -80,14 +81,14 @@ def test_curves_over_the_versions_by_hand(recipe: Recipe) -> None:
 
 
 def test_one_version_alone_is_no_curve_and_a_calm_guard_says_so(recipe: Recipe) -> None:
-    assert evaluation_told(written(recipe, found(0, 10, 8, 20)), recipe).charts == []
-    told = evaluation_told(written(recipe, found(0, 10, 8, 20), found(2, 9, 8, 20)), recipe)
+    assert evaluation_section(written(recipe, found(0, 10, 8, 20)), recipe).charts == []
+    told = evaluation_section(written(recipe, found(0, 10, 8, 20), found(2, 9, 8, 20)), recipe)
     assert told.sentences == ["The guard has found nothing."]
 
 
 def test_of_many_versions_a_few_are_shown_with_the_pictures_that_were_kept(recipe: Recipe) -> None:
     folder = written(recipe, *(found(version, 10, 8, 20) for version in range(0, 40, 2)))
-    rows = evaluation_told(folder, recipe).rows
+    rows = evaluation_section(folder, recipe).rows
     assert [row.policy_version for row in rows] == [0, 6, 10, 16, 22, 28, 32, 38]
     data = base64.b64decode(rows[1].images[0].partition(",")[2])
     assert np.asarray(Image.open(io.BytesIO(data))).tolist() == np.full((8, 8, 3), 6).tolist()

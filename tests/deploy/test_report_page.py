@@ -14,19 +14,18 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from ray_ddpo.actors.evaluation.evaluation import Comparison, EvaluationSet
+from ray_ddpo.actors.evaluation.eval_set import EvalSet
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.report.image_pairs import EDGE, data_uri, gallery, worst_and_best
 from ray_ddpo.deploy.commands.report.numbers import number, signed
-from ray_ddpo.deploy.commands.report.page import HERE, FinishedRun, report_page, versions
-from ray_ddpo.deploy.commands.report.prompts import PromptRow, held_out_table, training_table
+from ray_ddpo.deploy.commands.report.page import HERE, FinishedRun, report_page, summary_in_words, versions
 from ray_ddpo.deploy.commands.report.report import in_words, logged_rounds
-from ray_ddpo.deploy.commands.report.scores import headline, paired, scores
-from ray_ddpo.deploy.commands.report.summary import summary_in_words
+from ray_ddpo.deploy.commands.report.scores import PromptRow, headline, held_out_table, paired, scores, training_table
 from ray_ddpo.deploy.driver.components import build_components
+from ray_ddpo.deploy.evaluation.eval_result import EvalComparison
 from tests.logged_rounds import logged
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}", "</style></pre>&amp;'")
@@ -62,7 +61,9 @@ class Markup(HTMLParser):
         return [text for name, text in self.texts if name == tag]
 
 
-def compared(before: dict[str, Any], after: dict[str, Any], prompts: tuple[str, ...] = (), size: int = 8) -> Comparison:
+def compared(
+    before: dict[str, Any], after: dict[str, Any], prompts: tuple[str, ...] = (), size: int = 8
+) -> EvalComparison:
     """PageImages of noise with these scores; without a score `reward`, the first one's."""
     first = next(iter(before))
     found = [{name: np.array(values, np.float32) for name, values in scored.items()} for scored in (before, after)]
@@ -71,8 +72,8 @@ def compared(before: dict[str, Any], after: dict[str, Any], prompts: tuple[str, 
     images = len(found[0]["reward"])
     pixels = np.random.default_rng(0).integers(0, 256, (2, images, size, size, 3), np.uint8)
     texts = [prompts[image % len(prompts)] if prompts else f"prompt {image}" for image in range(images)]
-    chosen = EvaluationSet(tuple(map(Prompt, texts)), tuple(range(images)), 4)
-    return Comparison(chosen, pixels[0], pixels[1], *found)
+    chosen = EvalSet(tuple(map(Prompt, texts)), tuple(range(images)), 4)
+    return EvalComparison(chosen, pixels[0], pixels[1], *found)
 
 
 def run_of(recipe: Recipe, rounds: int = 3) -> FinishedRun:
@@ -92,11 +93,11 @@ def keep_rows(folder: RunFolder, round: int, rows: list[tuple[str, float | None,
 
 
 @pytest.fixture
-def scored() -> Comparison:
+def scored() -> EvalComparison:
     return compared({"jpeg_compressibility": [-3, -2, -3, -2]}, {"jpeg_compressibility": [-2, -2, -1, -1]}, HOSTILE)
 
 
-def test_nothing_that_a_run_brings_becomes_markup(tables: dict, scored: Comparison) -> None:
+def test_nothing_that_a_run_brings_becomes_markup(tables: dict, scored: EvalComparison) -> None:
     tables["prompts"] = {"name": "texts", "texts": HOSTILE}
     run = run_of(Recipe.parse(tables))
     for round in range(2):
@@ -110,7 +111,7 @@ def test_nothing_that_a_run_brings_becomes_markup(tables: dict, scored: Comparis
     assert {f"before: {prompt}" for prompt in HOSTILE} <= {attributes.get("alt") for _, attributes in page.elements}
 
 
-def test_the_page_asks_for_nothing_outside_itself(recipe: Recipe, scored: Comparison) -> None:
+def test_the_page_asks_for_nothing_outside_itself(recipe: Recipe, scored: EvalComparison) -> None:
     page = report_page(run_of(recipe), scored)
     links = [
         (name, value) for _, attributes in Markup(page).elements for name, value in attributes.items() if name in LINKS
@@ -132,14 +133,14 @@ def test_a_part_of_the_pictures_is_said_to_be_one(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_a_run_without_rows_or_with_one_round_has_a_page(recipe: Recipe, scored: Comparison, rounds: int) -> None:
+def test_a_run_without_rows_or_with_one_round_has_a_page(recipe: Recipe, scored: EvalComparison, rounds: int) -> None:
     page = Markup(report_page(run_of(recipe, rounds), scored))
     assert page.count("table") == 2  # the scores, and the held-out images by prompt
     assert any("a run keeps with rollouts.keep" in text for text in page.of("p"))
     assert any(f"in {'one round' if rounds == 1 else '2 rounds'} and" in text for text in page.of("p"))
 
 
-def test_versions_and_overrides_are_told(recipe: Recipe, scored: Comparison) -> None:
+def test_versions_and_overrides_are_told(recipe: Recipe, scored: EvalComparison) -> None:
     run = run_of(recipe)
     text = run.folder.storage.read("recipe.toml").decode()
     assert dict(versions(text))["torch"] in text.splitlines()[1] and len(versions(text)) == 7
@@ -224,14 +225,14 @@ def test_the_verdict_says_how_sure_it_is(recipe: Recipe, after: list[float], sai
     assert said in summary_in_words(found, [logged(0)])[0]
 
 
-@pytest.mark.parametrize("fooled", [True, False])
-def test_a_scorer_that_falls_while_the_reward_rises_is_pointed_out(tables: dict, fooled: bool) -> None:
+@pytest.mark.parametrize("hacked", [True, False])
+def test_a_scorer_that_falls_while_the_reward_rises_is_pointed_out(tables: dict, hacked: bool) -> None:
     tables["evaluation"] = {"scorers": [{"name": "animal_classifier"}]}
     before = {"jpeg_compressibility": [1, 2, 3, 4], "animal_classifier": [0.9, 0.8, 0.9, 0.8]}
-    probe = [0.1, 0.2, 0.1, 0.3] if fooled else [0.9, 0.9, 0.9, 0.8]
+    probe = [0.1, 0.2, 0.1, 0.3] if hacked else [0.9, 0.9, 0.9, 0.8]
     after = {"jpeg_compressibility": [2, 3.1, 3.9, 5], "animal_classifier": probe}
     sentences = summary_in_words(scores(compared(before, after), Recipe.parse(tables)), [logged(0)])
-    assert any("it may have been fooled" in sentence for sentence in sentences) == fooled
+    assert any("may be reward hacking" in sentence for sentence in sentences) == hacked
 
 
 def opened(uri: str) -> Image.Image:

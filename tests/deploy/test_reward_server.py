@@ -11,15 +11,12 @@ import httpx2
 import numpy as np
 import pytest
 
-from ray_ddpo.actors.rewards.function import FunctionReward
-from ray_ddpo.actors.rewards.http import Http
-from ray_ddpo.actors.rewards.http_client import RewardServiceFailed
+from ray_ddpo.actors.rewards.http import Http, RewardServiceFailed
 from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.reward_protocol import to_png
-from ray_ddpo.deploy.reward_service import serve_reward
-from ray_ddpo.deploy.reward_service import server as reward_server
-from ray_ddpo.deploy.reward_service.serve_reward import Listening
+from ray_ddpo.deploy import reward_service
+from ray_ddpo.deploy.reward_service import Listening
 from tests.common.test_reward_protocol import png_that_says
 from tests.reward_services import running, serving
 
@@ -77,7 +74,7 @@ def test_a_body_that_is_no_json_object_is_refused(url: str, body: bytes) -> None
 def test_many_pictures_that_are_small_as_files_may_not_be_large_together(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reward_server, "MAX_REQUEST_PIXELS", 2 * 64 - 1)
+    monkeypatch.setattr(reward_service, "MAX_REQUEST_PIXELS", 2 * 64 - 1)
     twice = {name: values * 2 for name, values in REQUEST.items()}
     words = refused(httpx2.post(f"{url}/v1/score", json=twice), 422)
     assert words == "image 1: it has 8 × 8 pixels, and there may be 63"
@@ -133,7 +130,7 @@ def test_what_is_no_http_is_answered_in_json_and_closed(url: str, text: str, sta
 
 
 def test_a_connection_that_says_nothing_is_closed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_server._Handler, "timeout", 0.1)
+    monkeypatch.setattr(reward_service._Handler, "timeout", 0.1)
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=5) as connection:
         connection.sendall((HEADERS + "Content-Length: 100\r\n\r\n{").encode())
@@ -185,9 +182,9 @@ def test_askers_side_by_side_each_get_their_own_scores(url: str) -> None:
 def test_a_service_that_others_can_reach_needs_a_token(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     for host in ("0.0.0.0", "192.168.0.1", "some-host"):
         with pytest.raises(ValueError, match=f"--host {host} can be reached from elsewhere: give --token-variable"):
-            serve_reward.reward_server(recipe, None, Listening(host, 0, None))
+            reward_service.reward_server(recipe, None, Listening(host, 0, None))
     monkeypatch.setenv("REWARD_TOKEN", "abc")
-    server = serve_reward.reward_server(recipe, None, Listening("0.0.0.0", 0, "REWARD_TOKEN"))
+    server = reward_service.reward_server(recipe, None, Listening("0.0.0.0", 0, "REWARD_TOKEN"))
     with running(server) as url:
         assert httpx2.get(f"{url}/v1/health").status_code == 401
 
@@ -197,8 +194,8 @@ def test_which_reward_is_served_must_be_clear(tables: dict) -> None:
     recipe = Recipe.parse({**{key: value for key, value in tables.items() if key != "reward"}, "rewards": both})
     for name in (None, "aesthetic"):
         with pytest.raises(ValueError, match=f"--reward is {name!r}: the recipe has .'animal_classifier', 'jpeg_com"):
-            serve_reward.reward_server(recipe, name, Listening("127.0.0.1", 0, None))
-    server = serve_reward.reward_server(recipe, "jpeg_compressibility", Listening("127.0.0.1", 0, None))
+            reward_service.reward_server(recipe, name, Listening("127.0.0.1", 0, None))
+    server = reward_service.reward_server(recipe, "jpeg_compressibility", Listening("127.0.0.1", 0, None))
     assert server.reward == "jpeg_compressibility"
     server.server_close()
 
@@ -206,10 +203,10 @@ def test_which_reward_is_served_must_be_clear(tables: dict) -> None:
 def test_a_service_is_not_served_by_another_and_a_taken_port_is_told(recipe: Recipe, tables: dict) -> None:
     through = Recipe.parse({**tables, "reward": {"name": "http", "url": "http://127.0.0.1:8000"}})
     with pytest.raises(ValueError, match="itself asked for over HTTP"):
-        serve_reward.reward_server(through, None, Listening("127.0.0.1", 0, None))
+        reward_service.reward_server(through, None, Listening("127.0.0.1", 0, None))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1:{port}: "):
-            serve_reward.reward_server(recipe, None, Listening("127.0.0.1", port, None))
+            reward_service.reward_server(recipe, None, Listening("127.0.0.1", port, None))

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from ray_ddpo import cli
-from ray_ddpo.actors.evaluation.evaluation import Comparison, EvaluationSet
+from ray_ddpo.actors.evaluation.eval_set import EvalSet
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.report.numbers import number
 from ray_ddpo.deploy.commands.report.report import summary
+from ray_ddpo.deploy.evaluation.eval_result import EvalComparison
 from ray_ddpo.train import train
 from tests.conftest import SECRET
 
@@ -98,7 +99,7 @@ def test_the_page_tells_of_every_reward_and_of_the_rows_that_were_kept(tables: d
     figures = json.loads((Path(recipe.run_path()) / "report" / "summary.json").read_text())
     assert {"small", "rich"} == set(figures["scorers"]) and "<b>small</b>" in page and "<b>rich</b>" in page
     assert f"{number(figures['reward_before'])} → {number(figures['reward_after'])}" in page
-    assert ("round 0</th>" in page) == ("images learned from, by prompt" in page) == keep
+    assert ("round 0</th>" in page) == ("training images by prompt" in page) == keep
     assert "&lt;b&gt;dog&lt;/b&gt;" in page and "<b>dog" not in page
 
 
@@ -125,8 +126,8 @@ def test_the_figures_of_a_comparison_by_hand() -> None:
     before, after = np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 6.0])
     named = {"before": np.array([1.0, 1.0, 0.0]), "after": np.array([1.0, 0.0, 1.0])}
     images = np.zeros((3, 8, 8, 3), np.uint8)
-    comparison = Comparison(
-        EvaluationSet((), (), 1),
+    comparison = EvalComparison(
+        EvalSet((), (), 1),
         images,
         images,
         {"reward": before, "probe": named["before"]},

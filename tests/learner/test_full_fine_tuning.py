@@ -11,9 +11,9 @@ from ray_ddpo.common.diffusion.lora.adapters import trained_parameters
 from ray_ddpo.common.diffusion.memory.sizes import parameter_bytes
 from ray_ddpo.common.diffusion.policy import Role, select_rows
 from ray_ddpo.common.policy_weights import averaged
-from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.plan.numbers import plan_of
+from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.train import train
@@ -94,6 +94,6 @@ def test_the_moving_average_of_whole_networks_is_drawn_with_and_comes_back(table
     expected = averaged(averaged(start, first.learner.trained, 0.5), second.learner.trained, 0.5)
     average = second.evaluation.average
     assert average is not None and average.fingerprint == expected.fingerprint != second.learner.trained.fingerprint
-    reward = [figures["scores"]["reward"] for figures in EvaluationLog(folder.storage).figures()]
+    reward = [figures["scores"]["reward"] for figures in EvalLog(folder.storage).entries()]
     assert len(reward) == 3 and reward[0]["average_mean"] == reward[0]["mean"]
     assert reward[2]["average_mean"] != reward[2]["mean"]

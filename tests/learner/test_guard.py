@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 
 from ray_ddpo.common.recipe.tables import GuardTable
-from ray_ddpo.deploy.evaluation.guard import Alarm, Judged, Look, alarms, best_version, is_over
+from ray_ddpo.deploy.evaluation.guard import Alarm, JudgedVersion, VersionStats, alarms, best_version, is_over
 
 SETTINGS = GuardTable(dark_share=0.3, sharpness=0.5, entropy=0.5, diversity=0.5)
 IMAGES = {"dark_share": 0.1, "sharpness": 100.0, "entropy": 6.0, "diversity": 0.2}
-BASE = Look({"clip_score": np.array([1.0, 3.0, 2.0, 2.0])}, IMAGES)  # spread: √(2/3) = .816
+BASE = VersionStats({"clip_score": np.array([1.0, 3.0, 2.0, 2.0])}, IMAGES)  # spread: √(2/3) = .816
 
 
-def about(now: Look, settings: GuardTable = SETTINGS) -> list[str]:
+def about(now: VersionStats, settings: GuardTable = SETTINGS) -> list[str]:
     return [alarm.about for alarm in alarms(BASE, now, list(BASE.scores), settings)]
 
 
-def with_scores(*scores: float) -> Look:
+def with_scores(*scores: float) -> VersionStats:
     return replace(BASE, scores={"clip_score": np.array(scores)})
 
 
-def with_images(**values: float) -> Look:
+def with_images(**values: float) -> VersionStats:
     return replace(BASE, images=IMAGES | values)
 
 
@@ -35,7 +35,7 @@ def test_a_scorer_may_fall_by_half_a_standard_deviation_of_its_scores() -> None:
     assert about(with_scores(0.58, 2.58, 1.58, 1.59)) == ["clip_score"]  # by .4175, its differences nearly alike
 
 
-def test_a_fall_of_every_picture_alike_is_as_certain_as_can_be() -> None:
+def test_a_fall_of_every_image_alike_is_as_certain_as_can_be() -> None:
     assert about(with_scores(0.5, 2.5, 1.5, 1.5)) == ["clip_score"]
 
 
@@ -45,7 +45,7 @@ def test_a_fall_that_may_be_chance_is_none() -> None:
     assert about(fallen, SETTINGS.model_copy(update={"certainty": 0.9})) == ["clip_score"]
 
 
-def test_a_rise_and_pictures_without_a_score_are_no_fall() -> None:
+def test_a_rise_and_images_without_a_score_are_no_fall() -> None:
     assert about(with_scores(9.0, 9.0, 9.0, 9.0)) == []
     assert about(with_scores(math.nan, math.nan, math.nan, -9.0)) == []
 
@@ -74,14 +74,17 @@ def test_an_alarm_says_its_numbers() -> None:
     assert alarm.says == "sharpness is 20 and was 100: 20% of it is left, under 50%"
 
 
-def judged(*versions: tuple[int, float, bool]) -> list[Judged]:
-    return [Judged(version, score, (Alarm("x", "x"),) if alarm else ()) for version, score, alarm in versions]
+def judged(*versions: tuple[int, float, bool]) -> list[JudgedVersion]:
+    return [
+        JudgedVersion(version, VersionStats({"reward": np.array([score])}, IMAGES), (Alarm("x", "x"),) if alarm else ())
+        for version, score, alarm in versions
+    ]
 
 
 def test_the_best_version_is_the_highest_without_an_alarm() -> None:
-    assert best_version(judged((0, 1.0, False), (5, 2.0, False), (10, 9.0, True))) == 5
-    assert best_version(judged((0, 1.0, False), (5, 1.0, False))) == 0
-    assert best_version(judged((0, math.nan, False), (5, 2.0, True))) is None
+    assert best_version(judged((0, 1.0, False), (5, 2.0, False), (10, 9.0, True)), "reward") == 5
+    assert best_version(judged((0, 1.0, False), (5, 1.0, False)), "reward") == 0
+    assert best_version(judged((0, math.nan, False), (5, 2.0, True)), "reward") is None
 
 
 def test_a_run_is_over_when_the_alarms_have_lasted() -> None:

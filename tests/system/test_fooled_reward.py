@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.weights.run_weights import run_weights
+from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.train import train
 
 pytestmark = pytest.mark.thorough
@@ -19,7 +19,7 @@ def test_dark_pictures_are_an_alarm_and_the_better_version_is_kept(tmp_path: Pat
     recipe = Recipe.load(GUARD, ["--evaluation.every", "4", "--output_dir", str(tmp_path)])
     train(recipe, serial=True)
     folder = RunFolder(recipe.run_path())
-    figures = EvaluationLog(folder.storage).figures()
+    figures = EvalLog(folder.storage).entries()
     ended, best = folder.guard_ended(), folder.best_version()
     assert ended is not None and best is not None
     assert ended["policy_version"] < recipe.rounds and "animal_classifier fell from" in ended["alarms"][0]

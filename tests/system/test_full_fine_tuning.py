@@ -8,8 +8,8 @@ import pytest
 from ray_ddpo.actors.evaluation.image_summary import image_summary
 from ray_ddpo.actors.rewards.image_statistics import Brightness, grey
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
 from ray_ddpo.common.run_storage.run_folder import RunFolder
+from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.train import train
 
 pytestmark = pytest.mark.thorough
@@ -43,8 +43,8 @@ def trained(folder: Path, *options: str) -> tuple[dict, list[str]]:
     without_average = recipe.evaluation.model_copy(update={"average_decay": None})
     recipe = recipe.model_copy(update={"evaluation": without_average})
     train(recipe, serial=True)
-    log = EvaluationLog(RunFolder(recipe.run_path()).storage)
-    first, last = log.figures()[0], log.figures()[-1]
+    log = EvalLog(RunFolder(recipe.run_path()).storage)
+    first, last = log.entries()[0], log.entries()[-1]
     images = [log.images(each["policy_version"]) for each in (first, last)]
     prompts = log.read(0)["prompt"].to_pylist()[: len(images[0])]  # the first rows are those of the version itself
     before, after = (statistics(each, prompts) for each in images)

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
 from ray_ddpo.common.run_storage.storage import Storage
+from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from tests.system.conftest import final_fingerprint
 
 
@@ -24,7 +24,7 @@ def test_two_samplers_on_ray_arrive_at_the_bits_of_one_process(tables: dict, clu
     tables = {**tables, "max_policy_lag": 1, "rounds": 3, "evaluation": evaluation}
     alone, on_ray = changed(tables, name="alone"), changed(tables, name="ray", samplers={"count": 2})
     assert final_fingerprint(alone, serial=True) == final_fingerprint(on_ray)
-    found, on_ray_found = (EvaluationLog(Storage(recipe.run_path())).figures() for recipe in (alone, on_ray))
+    found, on_ray_found = (EvalLog(Storage(recipe.run_path())).entries() for recipe in (alone, on_ray))
     assert found == on_ray_found and [each["policy_version"] for each in found] == [0, 2, 3]
 
 

@@ -15,10 +15,10 @@ import tomli_w
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
 from ray_ddpo.common.run_storage.run_folder import RunFolder, without_none
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.deploy.commands.scale import scale
+from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
 from tests.system.conftest import final_fingerprint
 from tests.system.disturbances import (
@@ -111,7 +111,7 @@ def killed(tables: dict) -> str:
     with beside(kill_a_worker_each_round(Path(recipe.run_path()), kills)):
         fingerprint = final_fingerprint(recipe)
     assert len(kills) >= 10, kills
-    figures = EvaluationLog(Storage(recipe.run_path())).figures()
+    figures = EvalLog(Storage(recipe.run_path())).entries()
     assert [each["policy_version"] for each in figures] == list(range(0, KILLED_ROUNDS + 1, 3))
     return fingerprint
 

@@ -14,11 +14,11 @@ import tomli_w
 
 from ray_ddpo import cli
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
 from ray_ddpo.common.run_storage.filesystems import LocalFiles
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder, without_none
 from ray_ddpo.common.run_storage.storage import Storage, StorageError
+from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.learner.checkpoints.checkpoint import newest_checkpoint
 from tests.failure_page import assert_documented
 from tests.refusing_store import RefusingStore, refusing_store
@@ -75,8 +75,8 @@ def test_what_a_disk_refuses_in_one_round_is_written_after_the_next(
     assert "No space left on device; it is tried again after the next round" in said
     folder = RunFolder(recipe.run_path())
     assert Ledger(folder.storage, recipe.rollouts).rounds() == list(range(6))
-    assert [figures["policy_version"] for figures in EvaluationLog(folder.storage).figures()] == [0, 3, 6]
-    assert EvaluationLog(folder.storage).read(3).num_rows == 4
+    assert [figures["policy_version"] for figures in EvalLog(folder.storage).entries()] == [0, 3, 6]
+    assert EvalLog(folder.storage).read(3).num_rows == 4
     lines = folder.storage.read("metrics.jsonl").decode().splitlines()
     assert [json.loads(line)["round"] for line in lines] == list(range(6))
     committed = [f"round-{rounds:06d}" for rounds in (2, 3, 6)]

@@ -1,4 +1,4 @@
-"""What can be told before anything is sampled: versions, authentication, folders, disk, trackers, weights. One finding each."""
+"""Checks before any sampling: versions, device, authentication, folders, disk, trackers, hub, weights, rewards."""
 
 import importlib.metadata
 import os
@@ -32,12 +32,12 @@ from ray_ddpo.deploy.hub import NotPushed, license_of, may_push
 PYPROJECT = Path(__file__).parents[4] / "pyproject.toml"
 ON_CPU = RuntimeTable(device="cpu")
 MADE_UP = (Prompt("a photo of a cat"), Prompt("a photo of a dog"))
-NOISE_SIZE = 256  # pixels of an image that a reward is tried on
-NEARLY = 0.8  # of what is there: from here on it is near
+NOISE_SIZE = 256  # pixels of the image that a reward is tried on
+NEARLY = 0.8  # share of the available bytes from which on a finding is a warning
 
 
 def version_findings() -> Iterator[Finding]:
-    """Every dependency that is missing or below its lower bound; the versions that decide a run's bits."""
+    """Report dependencies that are missing or too old, else the versions that decide a run's bits."""
     installed = {name: _installed(name) for name in VERSIONED}
     versions = ", ".join(f"{name} {version or 'from its source'}" for name, version in installed.items())
     wrong = [text for requirement in _dependencies() for text in _unmet(requirement)]
@@ -48,13 +48,13 @@ def version_findings() -> Iterator[Finding]:
 
 
 def _dependencies() -> list[Requirement]:
-    """From the source where that is at hand, for a job's working directory is not installed; else from the package."""
+    """Read the dependencies from pyproject.toml if it is there (a job's working directory), else from the package."""
     if PYPROJECT.is_file():
         texts = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
     else:
         texts = importlib.metadata.requires("ray-ddpo") or []
     requirements = [Requirement(text) for text in texts]
-    return [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return [each for each in requirements if each.marker is None or each.marker.evaluate({"extra": ""})]
 
 
 def _unmet(requirement: Requirement) -> Iterator[str]:
@@ -73,7 +73,7 @@ def _installed(package: str) -> str | None:
 
 
 def device_finding(recipe: Recipe) -> Finding:
-    """What this machine computes on, and whether the recipe makes use of it."""
+    """Report this machine's GPUs, and whether the recipe uses them."""
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     roles = {"learner": recipe.learner, **elastic_roles(recipe)}
     without = [f"{role}.num_gpus" for role, table in roles.items() if not table.num_gpus]
@@ -88,7 +88,7 @@ def device_finding(recipe: Recipe) -> Finding:
 
 
 def authentication_finding(environment: Mapping[str, str], home: Path) -> Finding:
-    """Ray turns its token on by itself, and then asks for it only where RAY_AUTH_MODE says so on both sides."""
+    """Check that this shell can authenticate: Ray sends a token only if RAY_AUTH_MODE says so on both sides."""
     subject, mode, attaches = "Ray's token", environment.get("RAY_AUTH_MODE"), "RAY_ADDRESS" in environment
     path = environment.get("RAY_AUTH_TOKEN_PATH")
     places = {
@@ -111,7 +111,7 @@ def authentication_finding(environment: Mapping[str, str], home: Path) -> Findin
 
 
 def folder_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the run's folder can be written, and whose it is. Leaves nothing behind."""
+    """Check that the run's folder can be written and is not in use. Leaves no files."""
     folder = RunFolder(recipe.run_path())
     try:
         _probe(folder)
@@ -124,14 +124,14 @@ def folder_findings(recipe: Recipe) -> Iterator[Finding]:
             "fault", "run folder", f"{folder.location} is in use by {owner}", "stop it, or give another --name"
         )
     elif has_a_run:
-        advice = "go on with --resume auto, or give another --name"
+        advice = "resume with --resume auto, or give another --name"
         yield Finding("warning", "run folder", f"{folder.location} has a run of this name", advice)
     else:
         yield Finding("ok", "run folder", f"{folder.location} can be written")
 
 
 def _probe(folder: RunFolder) -> None:
-    """A folder that is not there is made beside it under a name of its own: a run may start in that one meanwhile."""
+    """Write to the folder. If it does not exist, probe a sibling folder, because a run may start in it meanwhile."""
     if folder.storage.names():
         folder.create()
         return
@@ -143,18 +143,18 @@ def _probe(folder: RunFolder) -> None:
     finally:
         probe.storage.remove("")
         for parent in missing:  # the innermost first
-            with suppress(OSError):  # somebody else has something there by now
+            with suppress(OSError):  # another process has put files there
                 parent.rmdir()
 
 
 def checkpoint_bytes(recipe: Recipe, numbers: Plan) -> int:
-    """One checkpoint: max_policy_lag + 1 versions of the weights, their moving average if asked for, the optimizer's state."""
+    """Return a checkpoint's size: max_policy_lag + 1 versions of the weights, moving average, optimizer state."""
     versions = recipe.max_policy_lag + 1 + (recipe.evaluation.average_decay is not None)
     return numbers.broadcast_bytes * versions + numbers.optimizer_bytes
 
 
 def disk_finding(recipe: Recipe, numbers: Plan) -> Finding:
-    """Space for the checkpoints that are kept and the one that is being written."""
+    """Compare the disk space with the kept checkpoints and the checkpoint being written."""
     kept = recipe.checkpoint.keep + 1
     needed = checkpoint_bytes(recipe, numbers) * kept
     path = RunFolder(recipe.run_path()).storage.local_path
@@ -169,13 +169,13 @@ def disk_finding(recipe: Recipe, numbers: Plan) -> Finding:
 
 
 def compared(subject: str, what: str, needed: float, there: float, advice: str) -> Finding:
-    """`needed` bytes against those that are there: too many are a fault, nearly too many a warning."""
+    """Compare `needed` bytes with available ones: too many are a fault, nearly too many a warning."""
     level: Level = "fault" if needed > there else "warning" if needed > NEARLY * there else "ok"
     return Finding(level, subject, f"{what}, of {in_bytes(int(there))} free", "" if level == "ok" else advice)
 
 
 def tracker_findings(trackers: dict[str, Tracker]) -> Iterator[Finding]:
-    """Whether each tracker's package is there, and where wandb would write."""
+    """Check that the trackers' packages are installed, and report where wandb would write."""
     for tracker in trackers.values():
         tracker.check()
     if "wandb" in trackers:
@@ -190,7 +190,7 @@ def tracker_findings(trackers: dict[str, Tracker]) -> Iterator[Finding]:
 
 
 def push_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the run may be published, where the recipe asks for that. Makes nothing on the hub."""
+    """Check that the run may be published, if the recipe asks for it. Changes nothing on the hub."""
     if recipe.push.repo is None:
         return
     try:
@@ -204,11 +204,12 @@ def push_findings(recipe: Recipe) -> Iterator[Finding]:
 
 
 def weights_findings(subject: str, name: str, needs: tuple[Weights, ...]) -> list[Finding]:
-    """What an entry reads and is not there: a warning where the hub would give it, else a fault."""
+    """Report missing files of a component: a warning if the hub has them, else a fault."""
     return [_lack(subject, name, weights, missing) for weights in needs if (missing := missing_files(weights))]
 
 
 def _lack(subject: str, name: str, weights: Weights, missing: list[str]) -> Finding:
+    """Report missing files, with how to get them."""
     if not is_hub_name(weights.source) or Path(weights.source).expanduser().is_dir():
         found = f"{name} needs {', '.join(missing)} in {weights.source}, and they are not there"
         return Finding("fault", subject, found, f"copy them there, or set {weights.key}")
@@ -222,13 +223,14 @@ def _lack(subject: str, name: str, weights: Weights, missing: list[str]) -> Find
 def reward_findings(
     subject: str, name: str, reward: Reward, runtime: RuntimeTable = ON_CPU, prompts: tuple[Prompt, ...] = MADE_UP
 ) -> list[Finding]:
-    """Load a reward as its worker does, and let it score an image of noise for each of `prompts`."""
+    """Load a reward as its worker does, and score an image of noise for each of `prompts`."""
     return list(guarded(subject, _tried, subject, name, reward, runtime, prompts))
 
 
 def _tried(
     subject: str, name: str, reward: Reward, runtime: RuntimeTable, prompts: tuple[Prompt, ...]
 ) -> Iterator[Finding]:
+    """Check a reward's files, load it, and score noise."""
     lacking = weights_findings(subject, name, reward.needs())
     if lacking:
         yield from lacking

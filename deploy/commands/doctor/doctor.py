@@ -1,4 +1,4 @@
-"""ddpo doctor: what would go wrong with a recipe, before it does, on the hardware at hand."""
+"""ddpo doctor: find what would go wrong with a recipe on this hardware, before a run."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ray_ddpo.actors.evaluation.evaluation import evaluation_set
+from ray_ddpo.actors.evaluation.eval_set import build_eval_set
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RoleTable
@@ -43,7 +43,7 @@ from ray_ddpo.deploy.commands.doctor.ratio_noise import (
     worst_in_words,
 )
 from ray_ddpo.deploy.commands.doctor.resources import (
-    Machine,
+    FreeMemory,
     Resources,
     cores_finding,
     memory_findings,
@@ -60,24 +60,22 @@ from ray_ddpo.learner.optimization.optimizer import check_optimizer
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 TRIED = 2  # images that a reward scores
 MARK, SUBJECT, NUMBER_WIDTH = 9, 15, 7  # columns
-At = Callable[
-    ..., Any
-]  # (role's table, function, its arguments) -> what it returns, where an actor of that role would be
+At = Callable[..., Any]  # (role's table, function, arguments) -> its result, computed where the role's actors would run
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The noise of the ratio, and the algorithm's clip range to compare it with."""
+class MeasuredNoise:
+    """Numerical noise of the ratio, and the algorithm's clip range to compare it with."""
 
     noise: Noise
     clip: float | None
 
 
 def doctor(recipe: Recipe) -> int:
-    """Print a line for everything that was looked at. Return 1 if something will not work, else 0."""
+    """Print a line for each check. Return 1 if a check found a fault, else 0."""
     console, faults, warnings = Console(highlight=False), 0, 0
     for result in _examined(recipe):
-        if isinstance(result, Measured):
+        if isinstance(result, MeasuredNoise):
             _print_noise(console, result.noise, result.clip)
             continue
         _print(console, result)
@@ -88,8 +86,8 @@ def doctor(recipe: Recipe) -> int:
     return 1 if faults else 0
 
 
-def _examined(recipe: Recipe) -> Iterator[Finding | Measured]:
-    """Yield findings, as soon as there are any, and the noise where it could be measured."""
+def _examined(recipe: Recipe) -> Iterator[Finding | MeasuredNoise]:
+    """Yield findings as they are made, and the noise of the ratio if it could be measured."""
     yield from guarded("versions", version_findings)
     yield from guarded("device", lambda: [device_finding(recipe)])
     yield from guarded("run folder", folder_findings, recipe)
@@ -109,8 +107,8 @@ def _examined(recipe: Recipe) -> Iterator[Finding | Measured]:
             ray.shutdown()
 
 
-def _parts_findings(parts: Components) -> Iterator[Finding | Measured]:
-    """Yield findings of what the recipe names: here as far as that can be told here, then where the actors would be."""
+def _parts_findings(parts: Components) -> Iterator[Finding | MeasuredNoise]:
+    """Check the recipe's components: first in this process, then where the actors would run."""
     prompts: list[Prompt] = []
     lacking = list(guarded("prompts", _prompt_findings, parts, prompts))
     lacking += guarded("model", lambda: parts.policy.check() or ())
@@ -128,17 +126,20 @@ def _parts_findings(parts: Components) -> Iterator[Finding | Measured]:
 
 
 def _prompt_findings(parts: Components, sampled: list[Prompt]) -> Iterator[Finding]:
-    """Sample the run's first prompts, of which a few are kept in `sampled`, and those of its evaluations. Yield nothing."""
+    """Sample the prompts of run and evaluation, and append the first to `sampled`. Yields no finding."""
     task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
     sampled += task.prompts[:TRIED]
-    evaluation_set(parts.recipe.evaluation, parts.prompts)
+    build_eval_set(parts.recipe.evaluation, parts.prompts)
     yield from ()
 
 
 def _on_the_machines(
     parts: Components, numbers: Plan | None, prompts: tuple[Prompt, ...]
-) -> Iterator[Finding | Measured]:
-    """`numbers`: None where model or prompts are not there; then nothing is sampled."""
+) -> Iterator[Finding | MeasuredNoise]:
+    """Check resources and memory, then try the components out.
+
+    Without `numbers` (no model or prompts), do not sample.
+    """
     recipe, attached = parts.recipe, _attach()
     nodes = _nodes() if attached else [_this_machine(recipe)]
     places = list(place_findings(roles_of(recipe), nodes))
@@ -155,12 +156,15 @@ def _on_the_machines(
     )
 
 
-def _tried_out(parts: Components, at: At, prompts: tuple[Prompt, ...], may_draw: bool) -> Iterator[Finding | Measured]:
+def _tried_out(
+    parts: Components, at: At, prompts: tuple[Prompt, ...], may_sample: bool
+) -> Iterator[Finding | MeasuredNoise]:
+    """Load rewards and model, and measure the noise of the ratio, where the roles' actors would run."""
     try:
         yield from _reward_findings(parts, at, prompts)
         weights = list(guarded("model", _model_findings, parts, at))
         yield from weights
-        if may_draw and weights[-1].level == "ok":
+        if may_sample and weights[-1].level == "ok":
             yield from guarded("trial", _noise, parts, at)
         else:
             yield Finding("warning", "not looked at", "the ratio: what is said above stands in the way of sampling")
@@ -170,7 +174,7 @@ def _tried_out(parts: Components, at: At, prompts: tuple[Prompt, ...], may_draw:
 
 
 def _reward_findings(parts: Components, at: At, prompts: tuple[Prompt, ...]) -> Iterator[Finding]:
-    """Of every reward and scorer."""
+    """Try every reward and scorer."""
     recipe = parts.recipe
     rewards = [("reward", table) for table in recipe.all_rewards]
     scorers = [("scorer", table) for table in recipe.evaluation.scorers]
@@ -187,7 +191,8 @@ def _model_findings(parts: Components, at: At) -> Iterator[Finding]:
     yield from lacking or [Finding("ok", "model", f"the files of {parts.policy.model} are there")]
 
 
-def _noise(parts: Components, at: At) -> Iterator[Finding | Measured]:
+def _noise(parts: Components, at: At) -> Iterator[Finding | MeasuredNoise]:
+    """Sample a few trajectories, score them again as the learner does, and compare."""
     recipe = parts.recipe
     sampled = at(recipe.samplers, sample_some, recipe)
     if sampled.cut_prompts:
@@ -195,11 +200,11 @@ def _noise(parts: Components, at: At) -> Iterator[Finding | Measured]:
             "warning",
             "prompts",
             sampled.cut_prompts.removeprefix("prompts: "),
-            "shorten them: what is cut has no effect",
+            "shorten them: truncated words have no effect",
         )
     noise = at(recipe.learner, score_again, recipe, sampled)
     clip = clip_range(parts.algorithm, noise.latent_elements)
-    yield Measured(noise, clip)
+    yield MeasuredNoise(noise, clip)
     yield from noise_findings(noise, clip, recipe.sampling)
 
 
@@ -208,9 +213,10 @@ def _here(table: RoleTable, function: Callable[..., Any], *arguments: Any) -> An
 
 
 def _at_cluster(recipe: Recipe) -> At:
-    """Run a function where an actor of a role would be.
+    """Return a function that runs another one with the resources of a role's actor.
 
-    OutOfTime: it had no place, or was not done, in `runtime.ready_seconds`. RayError: its node died.
+    It raises OutOfTime if the call got no resources or did not end within `runtime.ready_seconds`, and RayError if its
+    node died.
     """
 
     def run(table: RoleTable, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -225,12 +231,16 @@ def _at_cluster(recipe: Recipe) -> At:
 
 
 def _hidden_gpus(table: RoleTable) -> dict[str, Any]:
-    """Ray's options that hide the node's GPUs from a role that asks for none, as its actors do themselves."""
+    """Return options that hide the node's GPUs from a role that asks for none, as its actors do."""
     return {} if table.num_gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
 
 
 def _attach() -> bool:
-    """Return whether this process is on a cluster. ValueError: the one of RAY_ADDRESS, or one here, is out of reach."""
+    """Attach to the cluster of RAY_ADDRESS, if any; return whether this process is attached.
+
+    Raises:
+        ValueError: that cluster cannot be reached, or a cluster could not start here.
+    """
     if ray.is_initialized():
         return True
     if attaches():
@@ -240,9 +250,9 @@ def _attach() -> bool:
     return False
 
 
-def _free_memory() -> Machine:
+def _free_memory() -> FreeMemory:
     gpus = range(torch.cuda.device_count())
-    return Machine(psutil.virtual_memory().available, tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus))
+    return FreeMemory(psutil.virtual_memory().available, tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus))
 
 
 def _nodes() -> list[Resources]:
@@ -250,7 +260,7 @@ def _nodes() -> list[Resources]:
 
 
 def _this_machine(recipe: Recipe) -> Resources:
-    """What a cluster started here would have: as many CPUs as are asked for, and the GPUs that are there."""
+    """Return the resources of a cluster started here: as many CPUs as the roles ask for, and this machine's GPUs."""
     roles = roles_of(recipe)
     cpus = sum(role.table.num_cpus * role.count for role in roles)
     gpus = torch.cuda.device_count()
@@ -265,7 +275,7 @@ def _leftovers(recipe: Recipe) -> Finding:
     ours = sorted(actor["name"] for actor in actors if actor["name"].startswith(f"{recipe.name}/"))
     if ours:
         found = f"the cluster has living actors of a run called {recipe.name}: {', '.join(ours)}"
-        return Finding("warning", "leftovers", found, "see `ddpo status` whether it goes on; else stop its job")
+        return Finding("warning", "leftovers", found, "see `ddpo status` whether it still runs; else stop its job")
     return Finding("ok", "leftovers", f"no actors of a run called {recipe.name} on the cluster")
 
 
@@ -287,8 +297,11 @@ def _print(console: Console, finding: Finding) -> None:
 
 
 def _print_noise(console: Console, noise: Noise, clip: float | None) -> None:
+    """Print the table of ratio comparisons."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("largest |log ratio|, scored again")  # folded where the terminal is narrow: numbers are not cut
+    table.add_column(
+        "largest |log ratio|, scored again"
+    )  # wraps on a narrow terminal, so that numbers are not truncated
     table.add_column("clip ranges", justify="right", min_width=NUMBER_WIDTH)
     table.add_column("nats", justify="right", min_width=NUMBER_WIDTH)
     table.add_column("step by step", no_wrap=True, min_width=min(WIDEST, noise.of_the_run.log_ratios.shape[1]))

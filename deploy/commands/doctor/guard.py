@@ -1,4 +1,4 @@
-"""Run the doctor's checks one by one: whatever a check raises becomes a fault that names check, cause and the user's line."""
+"""Run the doctor's checks one by one. An exception becomes a fault that names check, cause and the user's line."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Level = Literal["ok", "warning", "fault"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `advice` is there where something is to be done."""
+    """One line of the doctor's report, with advice if the user should act."""
 
     level: Level
     subject: str
@@ -22,16 +22,16 @@ class Finding:
 
 
 class OutOfTime(Exception):
-    """A check had no place on the cluster, or did not end in time."""
+    """Error of a check that got no resources on the cluster, or did not end in time."""
 
 
 def guarded(subject: str, check: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]:
-    """Yield what a check finds. What it raises becomes a fault, but for OutOfTime."""
+    """Yield the findings of a check. An exception other than OutOfTime becomes a fault."""
     try:
         yield from check(*arguments)
     except OutOfTime:
         raise
-    # A check loads a user's own code and files that may be damaged, and both raise anything: to find that is the task.
+    # A check loads user code and possibly damaged files, which may raise any exception. Reporting it is the task.
     except BaseException as error:  # noqa: BLE001
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -39,10 +39,12 @@ def guarded(subject: str, check: Callable[..., Iterable[Any]], *arguments: Any) 
 
 
 def described(error: BaseException) -> str:
-    """Return what an error says in one line, with the line of a user's own code that it comes from."""
-    cause = getattr(error, "cause", None) or error  # Ray wraps what was raised elsewhere
+    """Return an error in one line, with the line of user code that it comes from."""
+    cause = getattr(error, "cause", None) or error  # Ray wraps exceptions of other processes
     said = first_line(cause)
     place = place_in_users_code(cause)
-    ours = type(cause) is ValueError or is_of_the_project(type(cause).__module__)  # it says it all
+    ours = type(cause) is ValueError or is_of_the_project(
+        type(cause).__module__
+    )  # our own messages need no exception name
     kind = "" if ours and said else type(cause).__name__
     return ": ".join(part for part in (kind, said) if part) + (f" ({place})" if place and place not in said else "")

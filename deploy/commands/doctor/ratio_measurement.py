@@ -1,4 +1,4 @@
-"""Sample a few paths as a sampler does, and score them again as the learner does and in other ways."""
+"""Sample a few trajectories as a sampler does, and score them again as the learner does and in other ways."""
 
 import dataclasses
 import warnings
@@ -21,7 +21,7 @@ from ray_ddpo.common.recipe.tables import RoleTable, RuntimeTable
 from ray_ddpo.common.runtime import settle
 from ray_ddpo.common.schedule import round_tasks, transition_order
 from ray_ddpo.common.trajectory import DTYPES, Trajectory
-from ray_ddpo.deploy.commands.doctor.ratio_noise import Comparison, Kind, Noise
+from ray_ddpo.deploy.commands.doctor.ratio_noise import Kind, Noise, RatioComparison
 from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.deploy.driver.trial_prompts import checked_prompts, trial_prompts
 from ray_ddpo.learner.learning_trial import try_learning
@@ -30,8 +30,8 @@ from ray_ddpo.learner.round_data.reference_passes import log_probs_under
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
 from ray_ddpo.learner.round_data.transitions_index import micro_batches
 
-TRAINED = 0.02  # of a merged adapter's numbers: their standard deviation
-IMAGES = 4  # of the run's first task; with all steps learned from, hundreds of transitions
+TRAINED = 0.02  # standard deviation of the noise added to a merged adapter's weights
+IMAGES = 4  # of the run's first task; with all trained steps, hundreds of transitions
 KERNELS = {
     "math attention": SDPBackend.MATH,
     "memory-efficient attention": SDPBackend.EFFICIENT_ATTENTION,
@@ -40,22 +40,22 @@ KERNELS = {
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """What a sampler has sampled: the same noise twice where paths are stored in half precision, and with which weights."""
+class TrialSample:
+    """Trajectories of a sampler with their weights. If latents are stored in half precision, also in float32."""
 
     as_stored: Trajectory
     in_float32: Trajectory
     weights: PolicyWeights
-    cut_prompts: str | None = None  # what there is to say of prompts that are longer than the text encoders read
+    cut_prompts: str | None = None  # a warning if prompts are longer than the text encoders read
 
 
 def runtime_of(table: RoleTable, runtime: RuntimeTable) -> RuntimeTable:
-    """The recipe's `[runtime]` for a role: without num_gpus an actor computes on the CPU, whatever the machine has."""
+    """Return the recipe's `[runtime]` for a role: without num_gpus, an actor computes on the CPU."""
     return runtime if table.num_gpus else runtime.model_copy(update={"device": "cpu"})
 
 
-def sample_some(recipe: Recipe) -> Sampled:
-    """The first images of the run's first task, with every step that the recipe learns from."""
+def sample_some(recipe: Recipe) -> TrialSample:
+    """Sample the first images of the run's first task, with all steps that may be trained on."""
     parts = components_of(recipe)
     tried_on = [prompt.text for prompt in trial_prompts(parts)]
     task = round_tasks(recipe, 0, parts.prompts.load())[0]
@@ -77,20 +77,20 @@ def sample_some(recipe: Recipe) -> Sampled:
         if sampling.latents_dtype == "float32"
         else sample_trajectories(policy, prompts, seeds, sampling.model_copy(update={"latents_dtype": "float32"}))
     )
-    return Sampled(as_stored, in_float32, weights, cut)
+    return TrialSample(as_stored, in_float32, weights, cut)
 
 
 @torch.no_grad()
 def _trained_a_little(policy: Policy) -> PolicyWeights:
-    """Weights as after some rounds: adapters begin as zero, and of zero nothing is lost where it is merged and rounded."""
+    """Return weights as after some rounds: new adapters are zero, so merging and rounding would lose nothing."""
     if policy.merged:
         for parameter in trained_parameters(policy.network).values():
             parameter.add_(TRAINED * torch.randn_like(parameter))
     return read_weights(policy.network, 0)
 
 
-def score_again(recipe: Recipe, sampled: Sampled) -> Noise:
-    """Every comparison that this device can make."""
+def score_again(recipe: Recipe, sampled: TrialSample) -> Noise:
+    """Score the trajectories again in every way that this device supports."""
     device, parts = settle(runtime_of(recipe.learner, recipe.runtime)), components_of(recipe)
     config = parts.policy
     policy = load_checked(config, device, recipe.sampling, "learner")
@@ -99,7 +99,7 @@ def score_again(recipe: Recipe, sampled: Sampled) -> Noise:
     policy.load_weights(sampled.weights)
     unavailable: list[str] = []
     comparisons = tuple(_comparisons(policy, recipe, sampled, size, unavailable))
-    if config.is_compiled("learner"):  # last, for every other comparison would be compiled again
+    if config.is_compiled("learner"):  # last, else every other comparison would compile again
         policy.compile(size)
         comparisons = (*map(_not_compiled, comparisons), _as_the_learner(policy, recipe, sampled.as_stored, size))
     return Noise(
@@ -112,8 +112,9 @@ def score_again(recipe: Recipe, sampled: Sampled) -> Noise:
 
 
 def _comparisons(
-    policy: Policy, recipe: Recipe, sampled: Sampled, size: int, unavailable: list[str]
-) -> Iterator[Comparison]:
+    policy: Policy, recipe: Recipe, sampled: TrialSample, size: int, unavailable: list[str]
+) -> Iterator[RatioComparison]:
+    """Yield the comparisons. Names of unsupported attention kernels are appended to `unavailable`."""
     path, stored = sampled.as_stored, recipe.sampling.latents_dtype
     transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
     yield _compared(f"as sampled, {stored} as stored", "other", path, score(policy, path))
@@ -123,7 +124,7 @@ def _comparisons(
     for name, kernel in KERNELS.items():
         try:
             with sdpa_kernel(kernel), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch says at length why a kernel is not to be had
+                warnings.simplefilter("ignore")  # torch explains at length why a kernel is not available
                 log_probs = _in_batches(policy, recipe, transitions, size)
         except RuntimeError:
             unavailable.append(name)
@@ -136,23 +137,23 @@ def _comparisons(
         yield _compared(f"rounded to {dtype} once scored", "rounded", path, log_probs)
 
 
-def _as_the_learner(policy: Policy, recipe: Recipe, path: Trajectory, size: int) -> Comparison:
+def _as_the_learner(policy: Policy, recipe: Recipe, path: Trajectory, size: int) -> RatioComparison:
     transitions = round_transitions((path,), np.zeros(len(path.steps)), policy.device)
     return _compared(f"learner's micro-batches of {size}", "run", path, _in_batches(policy, recipe, transitions, size))
 
 
-def _not_compiled(comparison: Comparison) -> Comparison:
+def _not_compiled(comparison: RatioComparison) -> RatioComparison:
     kind: Kind = "other" if comparison.kind == "run" else comparison.kind
     return dataclasses.replace(comparison, name=f"{comparison.name}, not compiled", kind=kind)
 
 
-def _compared(name: str, kind: Kind, path: Trajectory, log_probs: torch.Tensor) -> Comparison:
+def _compared(name: str, kind: Kind, path: Trajectory, log_probs: torch.Tensor) -> RatioComparison:
     difference = log_probs.cpu() - path.log_probs.cpu()
-    return Comparison(name, kind, difference.numpy(), path.steps.cpu().numpy())
+    return RatioComparison(name, kind, difference.numpy(), path.steps.cpu().numpy())
 
 
 def _in_batches(policy: Policy, recipe: Recipe, transitions: RoundTransitions, size: int) -> torch.Tensor:
-    """Log-probs [N, W], images and steps mixed in the order in which the learner takes them."""
+    """Return log-probs [N, W], computed in the learner's order of images and steps."""
     images = transition_order(recipe.seed, 0, 0, len(transitions.images))
     pairs = transitions.indices_of(images)
     found = log_probs_under(policy, transitions, micro_batches(pairs, size))
@@ -161,13 +162,13 @@ def _in_batches(policy: Policy, recipe: Recipe, transitions: RoundTransitions, s
 
 
 def _first_image(path: Trajectory) -> Trajectory:
-    """One image is enough where each of its transitions is a forward pass."""
+    """Return the first image's trajectory, which is enough if each transition is a separate forward pass."""
     rows = {name: getattr(path, name)[:1] for name in ("prompt_index", "steps", "log_probs", "latents", "next_latents")}
     return dataclasses.replace(path, **rows, final_latents=path.final_latents[:1])
 
 
 def _rounded(path: Trajectory, dtype: torch.dtype) -> Trajectory:
-    """The path as it would be stored, with the log-probs that it had before."""
+    """Round the latents as storage would, and keep the log-probs from before rounding."""
     return dataclasses.replace(path, latents=path.latents.to(dtype), next_latents=path.next_latents.to(dtype))
 
 

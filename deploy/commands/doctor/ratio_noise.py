@@ -1,4 +1,4 @@
-"""How noisy the probability ratio is before any update: its units, its thresholds, and what to do about it. Pure."""
+"""Judge the numerical noise of the probability ratio before any update: units, thresholds, remedies. Pure functions."""
 
 import math
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.learner.algorithms.policy_gradient import ClippedPolicyGradient
 
 NOISY, TOO_NOISY = 0.1, 1.0  # in clip ranges
-LARGE_SHARE = 0.01  # of ratios that rounding alone would clip
+LARGE_SHARE = 0.01  # of ratios, clipped because of rounding alone
 SENSITIVE = 3.0  # × the median step
 BARS, NO_BAR = "▁▂▃▄▅▆▇█", "·"
 WIDEST = 30  # bars
 
 
-# Scored as the learner does; as one might; of paths rounded after they were scored.
+# "run": scored as the learner does; "other": in another way; "rounded": latents rounded after scoring.
 Kind = Literal["run", "other", "rounded"]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The same transitions scored in another way: log_prob − old_log_prob, mean over latent elements."""
+class RatioComparison:
+    """The same transitions scored again: log_prob − old_log_prob, mean over latent elements."""
 
     name: str
     kind: Kind
@@ -35,12 +35,12 @@ class Comparison:
 
     @property
     def largest(self) -> float:
-        """The largest |log ratio|; infinity where one is not finite."""
+        """Return the largest |log ratio|; infinity if a ratio is not finite."""
         return float(np.nan_to_num(np.abs(self.log_ratios), nan=np.inf).max())
 
     @property
     def by_step(self) -> dict[int, float]:
-        """The largest |log ratio| of each step."""
+        """Return the largest |log ratio| of each step."""
         of_all = np.abs(self.log_ratios)
         return {int(step): float(of_all[self.steps == step].max()) for step in np.unique(self.steps)}
 
@@ -49,22 +49,23 @@ class Comparison:
 class Noise:
     """All comparisons of one recipe on one device."""
 
-    comparisons: tuple[Comparison, ...]
-    unavailable: tuple[str, ...]  # attention kernels that this device has not
+    comparisons: tuple[RatioComparison, ...]
+    unavailable: tuple[str, ...]  # attention kernels that this device does not support
     latent_elements: int  # D: log_prob is a mean over them
-    sensitivity: dict[int, float]  # |dμ/dε| / σ of each step learned from; empty where it is not known
+    sensitivity: dict[int, float]  # |dμ/dε| / σ of each trained step; empty if unknown
     device: str
 
     @property
-    def of_the_run(self) -> Comparison:
-        """Scored as the learner will."""
+    def of_the_run(self) -> RatioComparison:
+        """Return the comparison that scores as the learner will."""
         return next(comparison for comparison in self.comparisons if comparison.kind == "run")
 
 
 def clip_range(algorithm: Algorithm, latent_elements: int) -> float | None:
-    """The clip that the noise uses up, on the scale of `log_prob`.
+    """Return the clip range on the scale of `log_prob`, to compare the noise with.
 
-    None: there is none, or the ratio is to the learner's own log-probs, which the noise does not touch.
+    Returns:
+        None if the algorithm does not clip, or if its ratio is to the learner's own log-probs without such noise.
     """
     if not isinstance(algorithm, ClippedPolicyGradient) or algorithm.needs_proximal_log_probs:
         return None
@@ -72,17 +73,17 @@ def clip_range(algorithm: Algorithm, latent_elements: int) -> float | None:
 
 
 def in_nats(log_ratio: float, latent_elements: int) -> float:
-    """The true log-ratio of a step: the sum over latent elements, of which `log_ratio` is the mean."""
+    """Return the log-ratio as a sum over latent elements; `log_ratio` is their mean."""
     return log_ratio * latent_elements
 
 
 def share_outside(log_ratios: Float[np.ndarray, "N W"], clip: float) -> float:
-    """The share of ratios outside 1 ± clip: of these pairs, nothing or too much would be learned."""
+    """Return the share of ratios outside 1 ± clip, whose transitions would be clipped without any update."""
     return float(np.mean(np.abs(np.expm1(log_ratios.astype(np.float64))) > clip))
 
 
 def table_rows(noise: Noise, clip: float | None) -> list[tuple[str, str, str, str]]:
-    """Of each comparison: what it is, its largest |log ratio| in clip ranges and in nats, and how it lies over the steps."""
+    """Return a row a comparison: name, largest |log ratio| in clip ranges and in nats, and bars over the steps."""
     rows = []
     for comparison in noise.comparisons:
         largest = comparison.largest
@@ -93,7 +94,7 @@ def table_rows(noise: Noise, clip: float | None) -> list[tuple[str, str, str, st
 
 
 def worst_in_words(noise: Noise, clip: float | None) -> str:
-    """The comparison that lies farthest off, step by step: where most, and how much in between."""
+    """Describe the comparison with the largest difference: its worst step and its median step."""
     worst = max(noise.comparisons, key=lambda comparison: comparison.largest)
     if worst.largest == 0:
         return "all are the same bits, at every step"
@@ -105,7 +106,7 @@ def worst_in_words(noise: Noise, clip: float | None) -> str:
 
 
 def step_bars(values: list[float]) -> str:
-    """A bar for each step, or for neighbours together where there are many; the highest is the largest value."""
+    """Draw a bar a step, or a bar for several neighbors if there are many steps; the highest is the largest value."""
     parts = [float(part.max()) for part in np.array_split(np.array(values), min(len(values), WIDEST))]
     highest = max(parts)
     if not math.isfinite(highest) or highest == 0:
@@ -114,7 +115,7 @@ def step_bars(values: list[float]) -> str:
 
 
 def noise_findings(noise: Noise, clip: float | None, sampling: SamplingTable) -> list[Finding]:
-    """What the comparisons mean for a run."""
+    """Judge what the comparisons mean for a run."""
     findings = [_run_finding(noise, clip, sampling)]
     if clip is not None and sampling.latents_dtype != "float32":
         findings.append(_rounding_finding(noise, clip, sampling.latents_dtype))
@@ -122,6 +123,7 @@ def noise_findings(noise: Noise, clip: float | None, sampling: SamplingTable) ->
 
 
 def _run_finding(noise: Noise, clip: float | None, sampling: SamplingTable) -> Finding:
+    """Judge the difference between learner and sampler."""
     largest, subject = noise.of_the_run.largest, "ratio"
     if largest == 0:
         return Finding("ok", subject, "learner and sampler get the same bits: it is 1 before any update")
@@ -136,6 +138,7 @@ def _run_finding(noise: Noise, clip: float | None, sampling: SamplingTable) -> F
 
 
 def _remedies(noise: Noise, sampling: SamplingTable) -> str:
+    """List changes to the recipe that reduce the noise, the most effective first."""
     run, remedies = noise.of_the_run, []
     if sampling.latents_dtype != "float32":
         remedies.append("sampling.latents_dtype float32")
@@ -148,7 +151,7 @@ def _remedies(noise: Noise, sampling: SamplingTable) -> str:
 
 
 def _late_steps(by_step: dict[int, float]) -> int:
-    """How many of the last steps to leave out so that none is left with more than 3 × the median; 0: it is not they."""
+    """Return how many last steps to skip so that no step exceeds 3 × the median; 0 if others are the cause."""
     steps, limit = sorted(by_step), SENSITIVE * float(np.median(list(by_step.values())))
     high = [step for step in steps if by_step[step] > limit]
     late = [step for step in steps if high and step >= high[0]]
@@ -156,11 +159,12 @@ def _late_steps(by_step: dict[int, float]) -> int:
 
 
 def _rounding_finding(noise: Noise, clip: float, dtype: str) -> Finding:
-    # Of a recipe in half precision only its own rounding is compared.
+    """Judge the rounding of stored latents against the clip range."""
+    # A recipe in half precision has exactly one comparison with rounding: that to its dtype.
     (rounded,) = [comparison for comparison in noise.comparisons if comparison.kind == "rounded"]
     share = share_outside(rounded.log_ratios, clip)
     found = (
-        f"{dtype}: paths are rounded before they are scored, so the ratio stays 1; scored unrounded, rounding alone "
+        f"{dtype}: latents are rounded before they are scored, so the ratio stays 1; scored unrounded, rounding alone "
         f"would put {share:.1%} of the ratios outside the clip range"
     )
     large = share >= LARGE_SHARE
@@ -169,7 +173,7 @@ def _rounding_finding(noise: Noise, clip: float, dtype: str) -> Finding:
 
 
 def _sensitivity_findings(noise: Noise, sampling: SamplingTable) -> list[Finding]:
-    """Late-step sensitivity: by how many σ the mean moves when the network's output moves by one."""
+    """Report late-step sensitivity: by how many σ the mean moves if the network's output moves by 1."""
     if not noise.sensitivity:
         return []
     median = float(np.median(list(noise.sensitivity.values())))

@@ -1,4 +1,4 @@
-"""What the recipe's roles ask for against what the machines have: places for actors, and memory. Pure arithmetic."""
+"""Compare the resources that the recipe's roles ask for with those of the machines. Pure arithmetic."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,40 +11,40 @@ from ray_ddpo.deploy.commands.doctor.checks import Finding, compared
 from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes
 
 Resources = dict[str, float]  # of a node, by Ray's names
-LITTLE = 1e-9  # by which a sum of fractions may be wrong
-STORE_SHARE = 0.3  # of a machine's memory, that Ray gives its object store
-LIBRARY_BYTES = 450_000_000  # of a process that has imported torch, diffusers and ray, before any weights
+LITTLE = 1e-9  # rounding error of a sum of fractions
+STORE_SHARE = 0.3  # of a machine's memory, for Ray's object store
+LIBRARY_BYTES = 450_000_000  # a process that has imported torch, diffusers and ray, without weights
 
 
 @dataclass(frozen=True)
 class Role:
-    """`count` actors, of which `least` must have a place before the run begins."""
+    """`count` actors of a role, of which `least` must run before the run begins."""
 
     name: str
     table: RoleTable
     count: int
     least: int
-    bytes: int = 0  # of one actor, where it computes
+    actor_bytes: int = 0  # memory of one actor on its device
 
     @property
     def asks(self) -> Resources:
-        """What one actor asks for, by Ray's names."""
+        """Return the resources that one actor asks for, by Ray's names."""
         asked = {"CPU": self.table.num_cpus, "GPU": self.table.num_gpus, **self.table.resources}
         if self.table.accelerator_type:
-            asked[f"accelerator_type:{self.table.accelerator_type}"] = 0.001  # as Ray asks for it
+            asked[f"accelerator_type:{self.table.accelerator_type}"] = 0.001  # the amount that Ray uses
         return {name: amount for name, amount in asked.items() if amount}
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What is free on this machine, in bytes."""
+class FreeMemory:
+    """Free memory of this machine, in bytes."""
 
     memory: int
     gpu_memory: tuple[int, ...]
 
 
 def roles_of(recipe: Recipe, numbers: Plan | None = None) -> tuple[Role, ...]:
-    """In the order in which a run starts them; with a plan, with their memory."""
+    """Return the roles in the order in which a run starts them. Their memory is known if there is a plan."""
     elastic = {"samplers": numbers.sampler_bytes, **numbers.reward_worker_bytes} if numbers else {}
     return (
         Role(
@@ -62,7 +62,7 @@ def roles_of(recipe: Recipe, numbers: Plan | None = None) -> tuple[Role, ...]:
 
 
 def place_findings(roles: tuple[Role, ...], nodes: list[Resources]) -> Iterator[Finding]:
-    """How many of each role have a place beside those before it; what a further one lacks."""
+    """Place the actors on the nodes in order. Report how many fit, and which resources a further actor lacks."""
     free = [dict(node) for node in nodes]
     for role in roles:
         placed = 0
@@ -96,7 +96,7 @@ def _lacking(asks: Resources, free: list[Resources]) -> str:
 
 
 def cores_finding(recipe: Recipe, cores: int) -> Finding:
-    """Ray is started with as many CPUs as are asked for, so none lack; actors then share the cores."""
+    """Warn if actors would share cores. A cluster started here gets as many CPUs as the roles ask for."""
     learner, *actors = ((role.count, role.table.num_cpus) for role in roles_of(recipe))
     acting = sum(count * cpus for count, cpus in actors)
     overlap = recipe.max_policy_lag > 0 or recipe.learner.parts_per_round > 1
@@ -109,16 +109,19 @@ def cores_finding(recipe: Recipe, cores: int) -> Finding:
     return Finding("ok", "cores", found)
 
 
-def memory_findings(recipe: Recipe, numbers: Plan, machine: Machine) -> Iterator[Finding]:
-    """The plan's bytes against this machine's, where all roles run on it."""
+def memory_findings(recipe: Recipe, numbers: Plan, machine: FreeMemory) -> Iterator[Finding]:
+    """Compare the plan's bytes with this machine's memory, if all roles run on it."""
     roles = roles_of(recipe, numbers)
     processes = sum(role.count for role in roles) + 1
-    on_cpu = sum(role.bytes * role.count for role in roles if not role.table.num_gpus) + processes * LIBRARY_BYTES
+    on_cpu = sum(role.actor_bytes * role.count for role in roles if not role.table.num_gpus) + processes * LIBRARY_BYTES
     what = f"{in_bytes(on_cpu)} for {processes} processes with what they hold in main memory"
     yield compared("memory", what, on_cpu, machine.memory, "lower learner.micro_batch_size or samplers.count")
     if machine.gpu_memory and any(role.table.num_gpus for role in roles):
         fullest, memory = max(_gpu_loads(roles, machine.gpu_memory), key=lambda load: load[0] / load[1])
-        advice = "lower learner.micro_batch_size, set policy.gradient_checkpointing, or let fewer roles share a GPU (num_gpus)"
+        advice = (
+            "lower learner.micro_batch_size, set policy.gradient_checkpointing, or let fewer roles share a GPU "
+            "(num_gpus)"
+        )
         yield compared("GPU memory", f"{in_bytes(fullest)} on the fullest GPU", fullest, memory, advice)
     store = int(STORE_SHARE * machine.memory)
     found = f"{in_bytes(numbers.round_bytes)} of trajectories under way, and a store of about {in_bytes(store)}"
@@ -131,13 +134,13 @@ def memory_findings(recipe: Recipe, numbers: Plan, machine: Machine) -> Iterator
 
 
 def _gpu_loads(roles: tuple[Role, ...], memory: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(bytes, memory) of each GPU, its actors laid on the first with so large a share of it free, as Ray does."""
+    """Return (bytes, memory) of each GPU. An actor goes to the first GPU with enough of its share free, as in Ray."""
     free, loads = [1.0] * len(memory), [0] * len(memory)
     for role in roles:
-        share = min(role.table.num_gpus, 1.0)  # of several GPUs, an actor computes on one
+        share = min(role.table.num_gpus, 1.0)  # an actor with several GPUs computes on one
         for _ in range(role.count if share else 0):
             place = next((index for index, left in enumerate(free) if left + LITTLE >= share), None)
             if place is not None:
                 free[place] -= share
-                loads[place] += role.bytes + CONTEXT_BYTES
+                loads[place] += role.actor_bytes + CONTEXT_BYTES
     return list(zip(loads, memory, strict=True))

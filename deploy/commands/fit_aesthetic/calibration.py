@@ -1,4 +1,4 @@
-"""The calibration image of an aesthetic head: what it predicts against what people said."""
+"""Calibration chart of an aesthetic head: predicted against true ratings."""
 
 import io
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ BLUE, ORANGE = "#3465a4", "#e8743b"
 
 @dataclass(frozen=True)
 class Bins:
-    """B bins of about equally many images, by prediction."""
+    """Means of B bins of about equally many images, sorted by prediction."""
 
     predicted: Float[np.ndarray, "B"]  # mean
     true: Float[np.ndarray, "B"]  # mean
@@ -23,7 +23,7 @@ class Bins:
 
 
 def calibration_bins(predicted: Float[np.ndarray, "N"], true: Float[np.ndarray, "N"]) -> Bins:
-    """At most ten, of eight images or more where there are so many; N is two or more."""
+    """Bin two or more images by prediction: at most ten bins, of at least eight images if there are enough."""
     order = np.argsort(predicted, kind="stable")
     count = int(np.clip(len(order) // LEAST_IN_BIN, 1, MOST_BINS))
     bins = np.array_split(order, count)
@@ -36,7 +36,7 @@ def calibration_bins(predicted: Float[np.ndarray, "N"], true: Float[np.ndarray, 
 
 
 def calibration_chart(predicted: np.ndarray, true: np.ndarray, split: str) -> bytes:
-    """A PNG: images as dots, bins with one standard error, the diagonal, and both distributions at the edges."""
+    """Plot a PNG: images as dots, bins with one standard error, the diagonal, and both distributions at the edges."""
     from matplotlib import pyplot as plt
 
     predicted, true = predicted.astype(np.float64), true.astype(np.float64)
@@ -51,7 +51,7 @@ def calibration_chart(predicted: np.ndarray, true: np.ndarray, split: str) -> by
         height_ratios=(1, 5),
         gridspec_kw={"hspace": 0.04, "wspace": 0.04},
     )
-    _sample_images(axes[1, 0], predicted, true, limits)
+    _plot_ratings(axes[1, 0], predicted, true, limits)
     edges = np.linspace(*limits, int(np.clip(len(true) // 5, 14, 40)) + 1)
     axes[0, 0].hist(predicted, edges, color=BLUE, alpha=0.75, edgecolor="white", linewidth=0.6)
     axes[1, 1].hist(true, edges, color=ORANGE, alpha=0.75, edgecolor="white", linewidth=0.6, orientation="horizontal")
@@ -68,7 +68,8 @@ def calibration_chart(predicted: np.ndarray, true: np.ndarray, split: str) -> by
     return buffer.getvalue()
 
 
-def _sample_images(axis: Any, predicted: np.ndarray, true: np.ndarray, limits: tuple[float, float]) -> None:
+def _plot_ratings(axis: Any, predicted: np.ndarray, true: np.ndarray, limits: tuple[float, float]) -> None:
+    """Plot images, bins and diagonal."""
     alpha = float(np.clip(60 / len(true), 0.04, 0.45))
     axis.plot(limits, limits, color="0.55", linewidth=1, linestyle="--", zorder=1, label="predicted = true")
     axis.scatter(predicted, true, s=14, color=BLUE, alpha=alpha, linewidths=0, zorder=2, label="an image")

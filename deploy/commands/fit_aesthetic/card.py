@@ -1,4 +1,4 @@
-"""What `ddpo fit-aesthetic` says of a head: on the terminal, and in the model card that lies beside it."""
+"""Summary of an aesthetic head for the terminal, and its model card."""
 
 import importlib.metadata
 import json
@@ -16,17 +16,17 @@ FIGURES = {"images": "d", "mse": ".4f", "mse_of_mean": ".4f", "srcc": ".4f", "pl
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the head's bits."""
+    """Return the versions that decide the head's bits."""
     return {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED}
 
 
 def recipe_lines(clip: str, head: str) -> str:
-    """The table of a recipe that takes the head as its reward."""
+    """Return the recipe table that uses the head as a reward."""
     return f'[reward]\nname = "aesthetic"\nclip = {json.dumps(clip)}\nhead = {json.dumps(head)}'
 
 
 def in_words(figures: dict[str, Any], output: Path) -> str:
-    """The summary that is printed."""
+    """Format the summary for the terminal."""
     lines = [
         f"{figures['head']} head on {figures['images']} rated images; {_chosen(figures)}",
         f"broken images: {figures['broken']}" + (f", listed in {output / 'broken.csv'}" if figures["broken"] else ""),
@@ -42,12 +42,12 @@ def in_words(figures: dict[str, Any], output: Path) -> str:
 
 
 def model_card(figures: dict[str, Any]) -> str:
-    """README.md of the output folder, in the form that model hubs read."""
+    """Return README.md of the output folder, in the format of model hubs."""
     rows = "\n".join(f"| {split} | {' | '.join(row)} |" for split, row in _rows(figures).items())
     mean, std, least, most = (figures["ratings"][name] for name in ("mean", "std", "min", "max"))
     used = "\n".join(f"| {name} | {version} |" for name, version in figures["versions"].items())
     return f"""---
-license: # fill in: what the licences of the ratings, of the images and of CLIP allow
+license: # fill in, as the licenses of the ratings, of the images and of CLIP allow
 tags: [aesthetic-predictor, clip, ray-ddpo]
 ---
 
@@ -71,7 +71,7 @@ Rates an image from its CLIP embedding. Fitted by `ddpo fit-aesthetic`.
 {rows}
 
 `mse_of_mean` is the error of rating every image with the mean; `srcc` and `plcc` are the correlations of ranks and of
-values. The validation images chose among the fits, so only test images judge it without favour.
+values. The validation images selected the fit, so only the test images give an unbiased estimate.
 
 ![Predicted against true ratings](calibration.png)
 
@@ -81,9 +81,9 @@ values. The validation images chose among the fits, so only test images judge it
 {recipe_lines(figures["clip"], "head.safetensors")}
 ```
 
-`clip` must be the same CLIP as above; `head` is the path of this folder's `head.safetensors`. Its ratings mean nothing for
-images unlike those that it was fitted on, and a model that is trained against it finds such images: look at them, and
-compare with a second measure.
+`clip` must be the same CLIP as above, and `head` the path of this folder's `head.safetensors`. Its ratings are not
+meaningful for images unlike those of its training set, and a policy trained on it finds such images (reward hacking):
+look at them, and compare with a second reward.
 
 ## Versions
 

@@ -1,4 +1,4 @@
-"""ddpo fit-aesthetic: from rated images to an aesthetic head, with its figures, its calibration and its model card."""
+"""ddpo fit-aesthetic: fit an aesthetic head on rated images, with statistics, calibration chart and model card."""
 
 import argparse
 import csv
@@ -32,12 +32,12 @@ from ray_ddpo.learner.aesthetic_head.table import SPLITS, RatedImages, read_tabl
 
 HEAD, CARD, METRICS, BROKEN = "head.safetensors", "README.md", "metrics.json", "broken.csv"
 PREDICTIONS, CALIBRATION = "predictions.parquet", "calibration.png"
-CLIP_FILES = ("*.safetensors", "pytorch_model*.bin")  # the first kind that is there is what transformers reads
+CLIP_FILES = ("*.safetensors", "pytorch_model*.bin")  # transformers reads the first kind that exists
 
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What is typed."""
+    """Options of `ddpo fit-aesthetic`."""
 
     images: Path
     table: Path
@@ -46,7 +46,7 @@ class FitRequest:
     head: HeadKind
     training: Training
     splits: SplitPlan
-    format: str | None = None  # of the table; None: as it looks
+    table_format: str | None = None  # of the table; None: detect it
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # CLIP's, as in the reward
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1
@@ -54,7 +54,7 @@ class FitRequest:
 
 
 def request_of(options: argparse.Namespace) -> FitRequest:
-    """The options of the command line. ValueError: a number is too small, or the output is not on this machine."""
+    """Convert command-line options. Raise ValueError if a number is too small, or the output is not on this machine."""
     if "://" in options.output:
         raise ValueError(f"--output is {options.output!r}: it must be a folder of this machine")
     for name in ("epochs", "batch_size", "embedding_batch_size", "threads"):
@@ -70,7 +70,7 @@ def request_of(options: argparse.Namespace) -> FitRequest:
         splits=SplitPlan(
             options.seed, options.validation, options.test, Path(options.split_file) if options.split_file else None
         ),
-        format=options.format,
+        table_format=options.format,
         dtype=options.dtype,
         device=options.device,
         threads=options.threads,
@@ -80,7 +80,7 @@ def request_of(options: argparse.Namespace) -> FitRequest:
 
 @dataclass(frozen=True)
 class Usable:
-    """The images that have an embedding, in the table's order."""
+    """The images with an embedding, in the table's order."""
 
     images: RatedImages
     splits: np.ndarray  # [N] of names
@@ -93,11 +93,15 @@ class Usable:
 
 
 def fit_aesthetic(request: FitRequest) -> str:
-    """Fill the output folder; what came of it, in words. ValueError: table, images, CLIP or shares cannot be used."""
+    """Fit a head, write the output folder, and return a summary for the terminal.
+
+    Raises:
+        ValueError: table, images, CLIP or shares of the split cannot be used.
+    """
     if not request.images.is_dir():
         raise ValueError(f"the folder of images {request.images} is not there")
     device = settle(RuntimeTable(device=request.device, threads=request.threads))
-    images = read_table(request.table, request.format)
+    images = read_table(request.table, request.table_format)
     splits = assign_splits(images, request.splits)
     check_sizes(splits)
     embedder, clip = _load_clip(request, device)
@@ -110,12 +114,13 @@ def fit_aesthetic(request: FitRequest) -> str:
     fitted = fit_head(request.head, usable.of("train", device), usable.of("validation", device), request.training)
     storage.write(HEAD, _head_bytes(fitted, clip, request))
     predicted = read_head(request.output / HEAD)(usable.embeddings).numpy()
-    figures = _figures(request, clip, fitted, usable, predicted) | {"broken": len(broken)}
-    _write_results(storage, usable, predicted, figures)
-    return in_words(figures, request.output.absolute())
+    stats = _stats(request, clip, fitted, usable, predicted) | {"broken": len(broken)}
+    _write_results(storage, usable, predicted, stats)
+    return in_words(stats, request.output.absolute())
 
 
 def _load_clip(request: FitRequest, device: str) -> tuple[Embedder, ClipIdentity]:
+    """Load CLIP, and identify it by its files, for the store of embeddings."""
     from transformers import CLIPVisionConfig
 
     dtype = request.dtype if request.dtype != "auto" else "float16" if device == "cuda" else "float32"
@@ -128,14 +133,14 @@ def _load_clip(request: FitRequest, device: str) -> tuple[Embedder, ClipIdentity
 
 
 def _clip_folder(clip: str) -> Path:
-    """Where a CLIP that was just loaded lies on this machine."""
+    """Return the local folder of a CLIP that was just loaded."""
     from huggingface_hub import try_to_load_from_cache
 
     folder = Path(clip).expanduser()
     if folder.is_dir():
         return folder
     config = try_to_load_from_cache(clip, "config.json")
-    assert isinstance(config, str), "what was loaded from the hub lies in its cache"
+    assert isinstance(config, str), "a model loaded from the hub is in its cache"
     return Path(config).parent
 
 
@@ -149,6 +154,7 @@ def _weights_fingerprint(folder: Path) -> str:
 
 
 def _usable(images: RatedImages, splits: tuple[str, ...], store: EmbeddingStore) -> Usable:
+    """Select the images that have an embedding."""
     rows = [
         (row, known.embedding)
         for row, path in enumerate(images.paths)
@@ -161,19 +167,21 @@ def _usable(images: RatedImages, splits: tuple[str, ...], store: EmbeddingStore)
 
 
 def _head_bytes(fitted: FittedHead, clip: ClipIdentity, request: FitRequest) -> bytes:
-    # One key: safetensors writes several in an order of chance, and a head has the same bytes when it is fitted again.
-    told = {
+    """Serialize the head with its origin."""
+    # One metadata key, because safetensors writes several in random order, and a refit must give the same bytes.
+    origin = {
         "clip": clip.name,
         "clip_fingerprint": clip.fingerprint,
         "head": request.head,
         "seed": request.training.seed,
     }
-    return save(fitted.weights, {"fitted": json.dumps(told)})
+    return save(fitted.weights, {"fitted": json.dumps(origin)})
 
 
-def _figures(
+def _stats(
     request: FitRequest, clip: ClipIdentity, fitted: FittedHead, usable: Usable, predicted: np.ndarray
 ) -> dict[str, Any]:
+    """Return the content of metrics.json."""
     ratings = usable.images.ratings
     by_split = {
         split: agreement(predicted[usable.splits == split], ratings[usable.splits == split]) for split in SPLITS
@@ -198,7 +206,8 @@ def _figures(
     }
 
 
-def _write_results(storage: Storage, usable: Usable, predicted: np.ndarray, figures: dict[str, Any]) -> None:
+def _write_results(storage: Storage, usable: Usable, predicted: np.ndarray, stats: dict[str, Any]) -> None:
+    """Write predictions, calibration chart, metrics and model card."""
     ratings, splits = usable.images.ratings, usable.splits
     columns = {"path": usable.images.paths, "split": splits.tolist(), "rating": ratings, "predicted": predicted}
     buffer = io.BytesIO()
@@ -206,8 +215,8 @@ def _write_results(storage: Storage, usable: Usable, predicted: np.ndarray, figu
     storage.write(PREDICTIONS, buffer.getvalue())
     held_out = "test" if (splits == "test").sum() > 1 else "validation"
     storage.write(CALIBRATION, calibration_chart(predicted[splits == held_out], ratings[splits == held_out], held_out))
-    storage.write(METRICS, (json.dumps(figures, indent=1) + "\n").encode())
-    storage.write(CARD, model_card(figures).encode())
+    storage.write(METRICS, (json.dumps(stats, indent=1) + "\n").encode())
+    storage.write(CARD, model_card(stats).encode())
 
 
 def _write_broken(storage: Storage, broken: dict[str, str]) -> None:

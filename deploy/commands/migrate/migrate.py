@@ -1,4 +1,4 @@
-"""ddpo migrate: a recipe from the DDPOConfig that a run of TRL had, and what of it has no counterpart."""
+"""ddpo migrate: convert the DDPOConfig of a TRL run to a recipe, with notes on differences."""
 
 import json
 import re
@@ -25,8 +25,8 @@ NOT_IN_A_CONFIG = (
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What a TRL script says beside its config."""
+class ScriptSettings:
+    """Settings of a TRL script outside its config."""
 
     processes: int  # of accelerate, each with a GPU
     model: str
@@ -35,26 +35,27 @@ class Beside:
 
 @dataclass(frozen=True)
 class Migrated:
-    """A recipe's tables, and a paragraph on each thing that became of the config's fields."""
+    """A recipe's tables, with notes on how the config's fields were converted."""
 
     tables: dict[str, Any]
     notes: list[str]
 
     @property
     def lines(self) -> list[str]:
-        """The notes, wrapped for a comment."""
+        """Return the notes, wrapped for a comment."""
         return [line for note in self.notes for line in textwrap.wrap(note, 118, subsequent_indent="  ")]
 
     @property
     def toml(self) -> str:
-        """The recipe, with the notes in its head."""
+        """Return the recipe as TOML, with the notes as a comment at its head."""
         return "".join(f"# {line}\n" for line in self.lines) + tomli_w.dumps(self.tables)
 
 
-def migrate(config: dict[str, Any], beside: Beside) -> Migrated:
-    """The recipe of a DDPOConfig's fields; what is missing has TRL's default.
+def migrate(config: dict[str, Any], beside: ScriptSettings) -> Migrated:
+    """Convert the fields of a DDPOConfig to a recipe. Missing fields have TRL's default.
 
-    ValueError: a field that TRL does not know, a value of the wrong type, or a config that no recipe can be made from.
+    Raises:
+        ValueError: TRL does not know a field, a value has the wrong type, or the config has no equivalent recipe.
     """
     if beside.processes < 1:
         raise ValueError(f"--processes is {beside.processes}: accelerate had one or more")
@@ -75,7 +76,10 @@ def migrate(config: dict[str, Any], beside: Beside) -> Migrated:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A DDPOConfig's fields from JSON, also as its own `to_dict` flattens them. ValueError: there is no such object."""
+    """Read a DDPOConfig's fields from JSON, also as its `to_dict` flattens them.
+
+    Raise ValueError if there is no object.
+    """
     if not path.is_file():
         raise ValueError(f"there is no file {path}: give the path of a JSON object with the fields of a DDPOConfig")
     try:
@@ -91,7 +95,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def write_recipe(path: Path, migrated: Migrated) -> Path:
-    """Write the recipe; where it lies. ValueError: something lies there already."""
+    """Write the recipe and return its path. Raise ValueError if the file exists."""
     if path.exists():
         raise ValueError(f"--output is {path}, which exists: give the recipe a place of its own")
     path.write_text(migrated.toml, encoding="utf-8")
@@ -105,8 +109,8 @@ def _checked(config: dict[str, Any]) -> DDPOConfig:
         raise ValueError(f"not the DDPOConfig of TRL {TRL_VERSION}: {explain(error, DDPOConfig)}") from error
 
 
-def _frame(run: TrlRun, beside: Beside) -> dict[str, Any]:
-    """What a recipe says beside the config's fields, its tables in their usual order."""
+def _frame(run: TrlRun, beside: ScriptSettings) -> dict[str, Any]:
+    """Return the recipe's tables in their usual order, with the settings that are not in a config."""
     named = {"name": "function", "path": beside.reward} if ":" in beside.reward else {"name": beside.reward}
     tables: dict[str, Any] = {
         "policy": {"name": "stable_diffusion", "model": beside.model, "lora": LORA},
@@ -125,7 +129,7 @@ def _frame(run: TrlRun, beside: Beside) -> dict[str, Any]:
 
 
 def _places(run: TrlRun) -> dict[str, Any]:
-    """As many GPUs as accelerate had: one for all roles, or one for the learner and the rest for samplers."""
+    """Assign as many GPUs as accelerate had: one for all roles, or one for the learner and the rest for samplers."""
     workers = run.config.max_workers if run.config.async_reward_computation else 1
     share = {"reward_workers.num_gpus": int(1000 / max(workers, 1)) / 10_000}
     if run.processes == 1:
@@ -143,7 +147,7 @@ def _put(tables: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _refuse_impossible(tables: dict[str, Any]) -> None:
-    """ValueError: no recipe can be like this, with the fields that say so."""
+    """Raise ValueError if the tables are no valid recipe, and name the fields that the wrong keys come from."""
     try:
         build_components(Recipe.parse(tables))
     except ValueError as error:
@@ -157,7 +161,7 @@ def _refuse_impossible(tables: dict[str, Any]) -> None:
 
 
 def _notes(run: TrlRun) -> list[str]:
-    """Every field once: carried over silently, with a difference, without a counterpart, or with nothing to carry over."""
+    """List every field once: unchanged, with a difference, without a counterpart, or with nothing to carry over."""
     same, other, none, nothing = [], [], [], []
     for field, counterpart in COUNTERPARTS.items():
         carried = counterpart.value_of(field, run) is not None

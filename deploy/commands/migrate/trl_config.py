@@ -1,4 +1,4 @@
-"""TRL's DDPOConfig as its last version has it, and what the processes of accelerate made of one together."""
+"""TRL's last DDPOConfig, and the sizes that follow from a config and the number of accelerate's processes."""
 
 import re
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-TRL_VERSION = "0.23.1"  # the last that has it
+TRL_VERSION = "0.23.1"  # the last with DDPOConfig
 DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-WANDB_KEYS = ("entity", "group", "tags")  # of wandb.init, which the tracker has too
+WANDB_KEYS = ("entity", "group", "tags")  # arguments of wandb.init that our tracker has too
 PROJECT_KEYS = {"project_dir", "total_limit", "automatic_checkpoint_naming"}  # a run's checkpoints always have names
 
 
 class DDPOConfig(BaseModel):
-    """trl/trainer/ddpo_config.py: its fields, their types and defaults."""
+    """Fields of trl/trainer/ddpo_config.py with their types and defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -62,60 +62,63 @@ class DDPOConfig(BaseModel):
 
 @dataclass(frozen=True)
 class TrlRun:
-    """What `processes` processes of accelerate made of a config together."""
+    """A TRL run: a config with the number of accelerate's processes."""
 
     config: DDPOConfig
     processes: int
 
     @property
     def images(self) -> int:
-        """Images a round, TRL's epoch."""
+        """Return the images of a round, which TRL calls an epoch."""
         return self.config.sample_batch_size * self.config.sample_num_batches_per_epoch * self.processes
 
     @property
     def images_per_step(self) -> int:
-        """Images an optimizer step."""
+        """Return the images of an optimizer step."""
         return self.config.train_batch_size * self.config.train_gradient_accumulation_steps * self.processes
 
     @property
     def trained_steps(self) -> int:
-        """Steps of each image that are learned from. TRL cuts off where a recipe rounds."""
+        """Return the number of trained steps of an image. TRL truncates where a recipe rounds."""
         return int(self.config.sample_num_steps * self.config.train_timestep_fraction)
 
     @property
     def timestep_fraction(self) -> float:
-        """The fraction that gives a recipe as many steps."""
+        """Return the timestep_fraction that gives a recipe as many steps."""
         fraction, steps = self.config.train_timestep_fraction, self.config.sample_num_steps
         same = self.trained_steps > 0 and round(steps * fraction) == self.trained_steps
         return fraction if same else self.trained_steps / max(steps, 1)
 
     @property
     def transitions(self) -> int:
-        """(image, step) pairs an optimizer step."""
+        """Return the transitions of an optimizer step."""
         return self.images_per_step * self.trained_steps
 
     @property
     def micro_batch_size(self) -> int:
-        """The largest divisor of an optimizer step's transitions up to twice the images of TRL's forward pass."""
+        """Return the largest divisor of an optimizer step's transitions up to twice TRL's batch."""
         largest = min(2 * self.config.train_batch_size, self.transitions)
         return next((size for size in range(largest, 0, -1) if self.transitions % size == 0), 1)
 
     @property
     def name(self) -> str:
-        """The run's, in letters that a folder may have."""
+        """Return the run's name with the characters allowed in a folder's name."""
         wanted = self.config.run_name or self.config.exp_name
         return re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip("._-") or "ddpo"
 
     @property
     def advantages(self) -> str:
-        """A buffer that never holds min_count leaves TRL with the whole round's statistics."""
+        """Return the kind of advantages.
+
+        With a buffer smaller than min_count, TRL uses statistics of the full round.
+        """
         config = self.config
         full = config.per_prompt_stat_tracking_min_count <= config.per_prompt_stat_tracking_buffer_size
         return "per_prompt" if config.per_prompt_stat_tracking and full else "round"
 
     @property
     def trackers(self) -> list[dict[str, Any]] | None:
-        """[[trackers]]; None where TRL logged nowhere, or to what a recipe has no tracker for."""
+        """Return [[trackers]]; None if TRL logged nowhere, or to a tracker that a recipe does not have."""
         config = self.config
         if config.log_with == "tensorboard":
             return [{"name": "tensorboard"}]
@@ -126,6 +129,6 @@ class TrlRun:
 
     @property
     def wandb_kwargs(self) -> dict[str, Any]:
-        """What accelerate hands to wandb.init, where it does."""
+        """Return the arguments that accelerate passed to wandb.init."""
         kwargs = self.config.tracker_kwargs.get("wandb") if self.config.log_with == "wandb" else None
         return kwargs if isinstance(kwargs, dict) else {}

@@ -1,4 +1,4 @@
-"""TRL's DDPOConfig, field by field: the recipe's key that means the same, and what differs or has no key."""
+"""Recipe keys for the fields of TRL's DDPOConfig, with the differences between both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +9,17 @@ from ray_ddpo.deploy.commands.migrate.trl_config import DTYPES, PROJECT_KEYS, WA
 
 @dataclass(frozen=True)
 class Counterpart:
-    """What becomes of one field. `says` is printed unless `quiet`; {run.…} and {config.…} in it are filled in."""
+    """The counterpart of one field. `says` is printed unless `quiet`; {run.…} and {config.…} in it are filled in."""
 
-    key: str = ""  # of the recipe; none: there is no counterpart
-    value: Callable[[TrlRun], Any] | None = None  # none: the field's own; where it gives None, no key is written
+    key: str = ""  # of the recipe; empty: no counterpart
+    value: Callable[[TrlRun], Any] | None = (
+        None  # None: the field's value; if the function returns None, no key is written
+    )
     says: str = ""  # how the two differ, or why there is no counterpart
     quiet: Callable[[TrlRun], bool] = lambda run: False
 
     def value_of(self, field: str, run: TrlRun) -> Any:
-        """What is written under the key; None: nothing is."""
+        """Return the value of the key; None if no key is written."""
         if not self.key:
             return None
         return self.value(run) if self.value else getattr(run.config, field)
@@ -60,14 +62,14 @@ COUNTERPARTS = {
     "project_kwargs": Counterpart(
         "output_dir",
         lambda run: run.config.project_kwargs.get("project_dir"),
-        "project_dir is output_dir and total_limit is checkpoint.keep; of the others none is needed, because all that a "
-        "run writes lies in <output_dir>/<name>",
+        "project_dir is output_dir and total_limit is checkpoint.keep; the others are not needed, because a run writes "
+        "only to <output_dir>/<name>",
         lambda run: set(run.config.project_kwargs) <= PROJECT_KEYS,
     ),
     "tracker_project_name": Counterpart(
         "trackers",
         lambda run: run.trackers if run.config.log_with == "wandb" else None,
-        "TensorBoard's files lie in the run's own folder",
+        "TensorBoard's files are in the run's folder",
         lambda run: run.config.log_with != "tensorboard" or run.config.tracker_project_name == "trl",
     ),
     "logdir": Counterpart(),  # TRL's trainer reads it nowhere
@@ -82,16 +84,17 @@ COUNTERPARTS = {
     "mixed_precision": Counterpart(
         "policy.dtype",
         lambda run: DTYPES[run.config.mixed_precision],
-        "TRL stores latents in half precision too, but scores them before they are rounded, so its first ratios are not "
-        "1; here they are stored and scored in float32 (sampling.latents_dtype)",
+        "TRL stores latents in half precision too, but scores them before they are rounded, so its first ratios are "
+        "not 1; here they are stored and scored in float32 (sampling.latents_dtype)",
         lambda run: run.config.mixed_precision == "no",
     ),
     "allow_tf32": Counterpart(
-        says="float32 stays float32: its matrix products are not rounded to TF32; runtime.tf32 = true computes as TRL does",
+        says="float32 stays float32: its matrix products are not rounded to TF32; runtime.tf32 = true computes as TRL "
+        "does",
         quiet=lambda run: not run.config.allow_tf32 or run.config.mixed_precision != "no",  # half precision has none
     ),
     "resume_from": Counterpart(
-        says="no key: `ddpo train RECIPE --resume auto` goes on from the run's own newest checkpoint; TRL's are not read",
+        says="no key: `ddpo train RECIPE --resume auto` resumes from the run's newest checkpoint; TRL's are not read",
         quiet=lambda run: run.config.resume_from == "",
     ),
     "sample_num_steps": Counterpart("sampling.num_steps"),
@@ -106,17 +109,19 @@ COUNTERPARTS = {
     "sample_num_batches_per_epoch": Counterpart(
         "sampling.batches_per_round",
         lambda run: run.config.sample_num_batches_per_epoch * run.processes,
-        "{config.sample_num_batches_per_epoch} batches of each of {run.processes} processes, {run.images} images in all",
+        "{config.sample_num_batches_per_epoch} batches of each of {run.processes} processes, {run.images} images in "
+        "all",
         lambda run: run.processes == 1,
     ),
     "train_batch_size": Counterpart(
         "learner.batch_size",
-        says="a forward pass takes learner.micro_batch_size = {run.micro_batch_size} transitions, the largest divisor of an "
-        "optimizer step's {run.images_per_step} images × {run.trained_steps} steps up to twice TRL's "
+        says="a forward pass takes learner.micro_batch_size = {run.micro_batch_size} transitions, the largest divisor "
+        "of an optimizer step's {run.images_per_step} images × {run.trained_steps} steps up to twice TRL's "
         "{config.train_batch_size}; it changes memory and speed, not the result",
     ),
     "train_use_8bit_adam": Counterpart(
-        says="AdamW keeps its state in float32: for a LoRA a few megabytes; learner.optimizer = 'adamw_8bit' keeps 8 bits",
+        says="AdamW keeps its state in float32: for a LoRA a few megabytes; learner.optimizer = 'adamw_8bit' keeps 8 "
+        "bits",
         quiet=lambda run: not run.config.train_use_8bit_adam,
     ),
     "train_learning_rate": Counterpart("learner.learning_rate"),
@@ -127,14 +132,15 @@ COUNTERPARTS = {
     "train_gradient_accumulation_steps": Counterpart(
         "learner.gradient_accumulation_steps",
         lambda run: run.config.train_gradient_accumulation_steps * run.processes,
-        "one learner accumulates what {run.processes} processes took together, {run.images_per_step} images a step. TRL "
-        "meant the mean of their gradients and did not take it: each process learned from its own images alone",
+        "one learner accumulates what {run.processes} processes took together, {run.images_per_step} images a step. "
+        "TRL meant the mean of their gradients and did not take it: each process learned from its own images alone",
         lambda run: run.processes == 1,
     ),
     "train_max_grad_norm": Counterpart("learner.max_grad_norm"),
     "train_num_inner_epochs": Counterpart("learner.inner_epochs"),
     "train_cfg": Counterpart(
-        says="the learner scores with the guidance that the sampler sampled with; without it no ratio is 1 before an update",
+        says="the learner scores with the guidance that the sampler sampled with; without it no ratio is 1 before an "
+        "update",
         quiet=lambda run: run.config.train_cfg or run.config.sample_guidance_scale <= 1,
     ),
     "train_adv_clip_max": Counterpart("algorithm.advantage_clip"),
@@ -142,15 +148,16 @@ COUNTERPARTS = {
     "train_timestep_fraction": Counterpart(
         "sampling.timestep_fraction",
         lambda run: run.timestep_fraction,
-        "{run.trained_steps} of {config.sample_num_steps} steps: TRL shuffles an image's steps and takes the first, others "
-        "in each inner epoch; here the image's seed chooses them once, and only they travel to the learner",
+        "{run.trained_steps} of {config.sample_num_steps} steps: TRL shuffles an image's steps and takes the first, "
+        "others in each inner epoch; here the image's seed chooses them once, and only they travel to the learner",
         lambda run: run.config.train_timestep_fraction == 1,
     ),
     "per_prompt_stat_tracking": Counterpart(
         "algorithm.advantages.kind",
         lambda run: run.advantages,
         "a buffer of {config.per_prompt_stat_tracking_buffer_size} never holds a min_count of "
-        "{config.per_prompt_stat_tracking_min_count}, so TRL takes the whole round's statistics each time: kind = 'round'",
+        "{config.per_prompt_stat_tracking_min_count}, so TRL takes the whole round's statistics each time: kind = "
+        "'round'",
         lambda run: not run.config.per_prompt_stat_tracking or run.advantages == "per_prompt",
     ),
     "per_prompt_stat_tracking_buffer_size": Counterpart(

@@ -1,4 +1,4 @@
-"""The card itself: what the template is given, the metadata above it, and one text out."""
+"""Render the model card of a run: the template's values, the metadata, and a program that loads the weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,21 +7,22 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCard
 
+from ray_ddpo.common.diffusion.families.flux import OWN_LATENT_SIZE
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
+from ray_ddpo.common.diffusion.loading.model_files import names_a_file
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.lora.files import FILE_NAME
 from ray_ddpo.common.diffusion.lora.kohya import READERS
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.run_storage.evaluation_log import REPORTED, EvaluationLog
 from ray_ddpo.common.run_storage.reading import read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.deploy.commands.model_card.code import loading
-from ray_ddpo.deploy.commands.report.evaluation import alarms_told, evaluated, guard_sentences
+from ray_ddpo.deploy.commands.report.evaluation import alarm_rows, evaluated_versions, guard_sentences
 from ray_ddpo.deploy.commands.report.numbers import number, tick
 from ray_ddpo.deploy.commands.report.page import versions
 from ray_ddpo.deploy.commands.report.report import changes
 from ray_ddpo.deploy.commands.weights.run_weights import RunWeights
+from ray_ddpo.deploy.evaluation.eval_log import REPORTED, EvalLog
 from ray_ddpo.deploy.hub import base_model, license_of, metadata
 
 HERE = Path(__file__).parent
@@ -29,62 +30,63 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Published:
-    """What is told of a run whose weights are published."""
+    """A run whose weights are published, as the card describes it."""
 
     folder: RunFolder
     recipe: Recipe
     policy: PolicyConfig
     weights: RunWeights
-    figures: dict[str, Any]  # of summary.json
+    stats: dict[str, Any]  # of summary.json
     rounds: list[dict[str, float]]
     recipe_text: str
-    prompt: str  # an example
-    files: list[str]  # that lie beside the card
+    prompt: str  # for the example
+    files: list[str]  # beside the card
 
 
 def model_card(run: Published) -> ModelCard:
-    """The README of the repository. The same run gives the same text."""
+    """Return the README of the repository. The same run gives the same text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
-        autoescape=False,  # it is Markdown: `cell` and `line` see to what is told
+        autoescape=False,  # the output is Markdown: `cell` and `line` escape values of the run
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters |= {"number": number, "cell": cell, "line": line}
-    body = environment.get_template("card.md.jinja").render(**_told(run))
+    body = environment.get_template("card.md.jinja").render(**_context(run))
     return ModelCard(f"---\n{metadata(run.recipe).to_yaml()}\n---\n\n{body}")
 
 
 def line(text: object) -> str:
-    """Text of a run in a paragraph: it begins no block, no tag and no link."""
+    """Escape a run's text for a paragraph, so that it starts no block, tag or link."""
     flat = " ".join(str(text).split())
     return "".join(f"\\{letter}" if letter in "\\`*_[]<>#|" else letter for letter in flat)
 
 
 def cell(text: object) -> str:
-    """Text of a run in a table's cell."""
+    """Escape a run's text for a table cell."""
     return line(text) or "–"
 
 
-def _told(run: Published) -> dict[str, Any]:
+def _context(run: Published) -> dict[str, Any]:
+    """Return the values of the template's names."""
     recipe, base = run.recipe, base_model(run.recipe)
     model = f"[{base}](https://huggingface.co/{base})" if base else line(run.policy.model)
     if run.policy.model in EMBEDDED_MODELS:
         model += ", the small Stable Diffusion that ships with ray-ddpo"
     return {
         "recipe": recipe,
-        "what": "The whole network" if run.policy.train == "full" else "LoRA weights",
+        "what": "The full network" if run.policy.train == "full" else "LoRA weights",
         "model_named": model,
-        "sentences": changes(run.figures),
+        "sentences": changes(run.stats),
         "code": loading(recipe, run.policy, base, run.prompt),
         "programs": _programs(run.policy),
         "facts": _facts(run),
-        "rewards": _rewards(recipe, run.figures["scorers"]),
-        "figures": run.figures,
+        "rewards": _rewards(recipe, run.stats["scorers"]),
+        "stats": run.stats,
         "guard": _guard(run),
-        "alarms": alarms_told(evaluated(run.folder)),
+        "alarms": alarm_rows(evaluated_versions(run.folder)),
         "recipe_text": run.recipe_text.strip(),
         "beside": ", ".join(f"`{name}`" for name in run.files),
         "license": license_of(recipe),
@@ -93,15 +95,16 @@ def _told(run: Published) -> dict[str, Any]:
 
 
 def _facts(run: Published) -> list[tuple[str, str]]:
+    """Return the rows of the table of key facts."""
     recipe, lora = run.recipe, getattr(run.policy, "lora", None)
     sampling, rounds = recipe.sampling, run.rounds
     images = sum(metrics["images"] for metrics in rounds)
-    adapter = _adapter(lora) if lora and run.policy.train == "lora" else "whole network"
+    adapter = _adapter(lora) if lora and run.policy.train == "lora" else "full network"
     facts = [
         ("base model", base_model(recipe) or run.policy.model),
         ("trained", adapter),
         ("algorithm", recipe.algorithm.name),
-        ("rounds", f"{len(rounds)} of {recipe.rounds}, {images:,.0f} images learned from"),
+        ("rounds", f"{len(rounds)} of {recipe.rounds}, {images:,.0f} images trained on"),
         ("prompts", recipe.prompts.name),
         ("sampling", f"{sampling.num_steps} steps, eta {sampling.eta:g}, guidance {sampling.guidance_scale:g}"),
         ("learning rate", f"{recipe.learner.learning_rate:g}"),
@@ -112,10 +115,10 @@ def _facts(run: Published) -> list[tuple[str, str]]:
 
 
 def _programs(policy: PolicyConfig) -> list[tuple[str, str, str]]:
-    """Which program reads a LoRA's file, and at which strength it has the trained effect."""
+    """Return which program reads a LoRA's file, and the strength at which the LoRA acts as trained."""
     if policy.train == "full" or not isinstance(policy, DiffusersConfig):
         return []
-    kohya = "what ddpo export writes of it"
+    kohya = "the output of ddpo export"
     is_unet, others = policy.network_name == "unet", [("kohya's scripts, AUTOMATIC1111, Forge", kohya, "1")]
     others = others if policy.network_class in READERS else []
     comfy = ("ComfyUI", kohya if is_unet else FILE_NAME, "1")
@@ -129,17 +132,19 @@ def _adapter(lora: LoraSettings) -> str:
 
 
 def _rewards(recipe: Recipe, scorers: dict[str, Any]) -> list[tuple[str, str]]:
-    """Those of summary.json, and what part they had."""
+    """Return the rewards and scorers of summary.json with their part in training."""
     part = {table.called: f"trained on, weight {tick(table.weight)}" for table in recipe.all_rewards}
     return [(name, part.get(name, "only looked at")) for name in scorers]
 
 
 def _guard(run: Published) -> list[str]:
-    """What evaluations said, and whose weights these are."""
+    """Say what the guard found during training, and which version these weights are."""
     if not run.recipe.evaluation.every:
-        return ["The policy was not evaluated while it trained (evaluation.every is 0), so nothing was guarded."]
+        return [
+            "The policy was not evaluated during training (evaluation.every is 0), so the guard had nothing to check."
+        ]
     sentences, best = guard_sentences(run.folder), run.folder.best_version()
-    if not any(figures["alarms"] for figures in EvaluationLog(run.folder.storage).figures(REPORTED)):
+    if not any(entry["alarms"] for entry in EvalLog(run.folder.storage).entries(REPORTED)):
         sentences.append("The guard has found nothing.")
     if best is not None:
         version, by = best["policy_version"], best["best_by"]
@@ -149,6 +154,79 @@ def _guard(run: Published) -> list[str]:
             else f"and these are of version {run.weights.policy_version}"
         )
         sentences.append(
-            f"Version {version} was the best on held-out images without an alarm (mean {by} {number(best['score'])}): {ours}."
+            f"Version {version} was the best on held-out images without an alarm "
+            f"(mean {by} {number(best['score'])}): {ours}."
         )
     return sentences
+
+
+def loading(recipe: Recipe, policy: PolicyConfig, base: str | None, prompt: str) -> str:
+    """Return a Python program that samples an image with the run's weights.
+
+    The program needs only diffusers if the model has a pipeline there.
+    """
+    if not isinstance(policy, DiffusersConfig):
+        return f"# {type(policy).__name__} has no pipeline in diffusers: use ddpo sample for these weights"
+    push, full, part = recipe.push, policy.train == "full", policy.network_name
+    revision = f", revision={push.revision!r}" if push.revision else ""
+    names = [policy.pipeline_class, *([policy.network_class] if full else [])]
+    names += [policy.scheduler_class] if policy.scheduler_class else []
+    lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}", ""]
+    network = ""
+    if full:
+        lines.append(f'{part} = {policy.network_class}.from_pretrained({push.repo!r}, subfolder="{part}"{revision})')
+        network = f", {part}={part}"
+    call = f"{_reader(policy, base)}{network})"
+    lines.append(f"pipeline = {policy.pipeline_class}.{call}{_where(policy, base)}")
+    if policy.scheduler_class:
+        lines.append(f"pipeline.scheduler = {policy.scheduler_class}.from_config(pipeline.scheduler.config)")
+    if not full:
+        weights = 'weight_name="pytorch_lora_weights.safetensors"'
+        lines.append(f"pipeline.load_lora_weights({push.repo!r}, {weights}{revision})")
+    lines += ['pipeline.to("cuda" if torch.cuda.is_available() else "cpu")', *_sampling_lines(recipe, policy, prompt)]
+    return "\n".join(lines)
+
+
+def _sampling_lines(recipe: Recipe, policy: DiffusersConfig, prompt: str) -> list[str]:
+    """Return the call of the pipeline with the run's sampling settings."""
+    sampling, keys = recipe.sampling, [repr(prompt)]
+    keys += [f"num_inference_steps={sampling.num_steps}", f"guidance_scale={sampling.guidance_scale}"]
+    if policy.scheduler_class:  # pipelines of flow models add no noise
+        keys.append(f"eta={sampling.eta}")
+    if policy.given_sizes:  # both, because some pipelines ignore one without the other
+        own = policy.part_config(policy.network_name).get("sample_size", OWN_LATENT_SIZE)
+        height, width = (policy.scale_factor * side for side in policy.latent_sides(own))
+        keys += [f"height={height}", f"width={width}"]
+    if sampling.negative_prompt:
+        keys.append(f"negative_prompt={sampling.negative_prompt!r}")
+    return [
+        "image = pipeline(",
+        f"    {', '.join(keys)},",
+        "    generator=torch.Generator().manual_seed(0),",
+        ").images[0]",
+        'image.save("image.png")',
+    ]
+
+
+def _reader(policy: DiffusersConfig, base: str | None) -> str:
+    """Return the call that loads the base model, without its last arguments."""
+    source = _source(policy, base)
+    if base is None and names_a_file(policy.model):
+        return f"from_single_file({source!r}, config={policy.single_file_config!r}"
+    variant = f", variant={policy.variant!r}" if policy.variant else ""
+    return f"from_pretrained({source!r}{variant}"
+
+
+def _source(policy: DiffusersConfig, base: str | None) -> str:
+    embedded = EMBEDDED_MODELS.get(policy.model)
+    if embedded:
+        return embedded.relative_to(Path(__file__).parents[3]).as_posix()
+    return base or policy.model
+
+
+def _where(policy: DiffusersConfig, base: str | None) -> str:
+    if policy.model in EMBEDDED_MODELS:
+        return "  # a folder in the source of ray-ddpo"
+    if base is None and names_a_file(policy.model):
+        return "  # a file on the machine that trained the weights"
+    return "" if base else "  # a folder on the machine that trained the weights"

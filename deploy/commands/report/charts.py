@@ -1,4 +1,4 @@
-"""Curves of a run round by round, as paths and ticks that the page's template draws."""
+"""Charts of a run round by round, as SVG paths and ticks for the page's template."""
 
 import math
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from jaxtyping import Float
 from ray_ddpo.deploy.commands.report.numbers import number, tick
 
 Metrics = dict[str, float]
-WIDTH, HEIGHT = 340, 190  # of the drawing; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 54, 10, 8, 24  # what the axes leave free
-POINTS = 200  # a curve of more rounds is averaged to so many
-DOTS = 40  # a curve of more points has no dots
+WIDTH, HEIGHT = 340, 190  # of the SVG; the page scales it
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 8, 24  # margins outside the axes
+POINTS = 200  # longer curves are averaged down to this many points
+DOTS = 40  # curves of more points have no dots
 
 
 @dataclass(frozen=True)
-class Series:
-    """Values round by round; NaN where a round has none."""
+class RoundSeries:
+    """Values round by round; NaN if a round has no value."""
 
     name: str
     values: Float[np.ndarray, "R"]
-    deviation: Float[np.ndarray, "R"] | None = None  # half the height of a band
+    deviation: Float[np.ndarray, "R"] | None = None  # half the height of the band
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Curve:
     name: str
     path: str
     band: str
-    dots: list[tuple[str, str, str]]  # x, y, what it says
+    dots: list[tuple[str, str, str]]  # x, y, label
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over the same rounds, with ticks in the drawing's units."""
+    """Curves over the same rounds, with ticks in units of the SVG."""
 
     title: str
     caption: str
@@ -45,25 +45,28 @@ class Chart:
     x_ticks: list[tuple[str, str]]
     y_ticks: list[tuple[str, str]]
     in_words: str
-    along: str = "round"  # what the horizontal axis counts
+    along: str = "round"  # unit of the horizontal axis
 
 
 @dataclass(frozen=True)
 class Strip:
-    """How busy a role was, round by round: a filled path in a box of 100 × 100."""
+    """A role's busy share round by round, as a filled path in a box of 100 × 100."""
 
     role: str
     path: str
-    busy: float  # mean share; NaN where nothing is known
+    busy: float  # mean share; NaN if unknown
 
 
 def run_charts(rounds: list[Metrics], rewards: Sequence[str]) -> list[Chart]:
-    """What a run has logged: rewards with a band, KL, share clipped, seconds by part. A chart without values is left out."""
+    """Chart a run's metrics: rewards with a band, KL, clip fraction, seconds by part.
 
-    def series(metric: str, name: str, deviation: str | None = None) -> Series:
-        return Series(name, column(rounds, metric), column(rounds, deviation) if deviation else None)
+    Charts without values are left out.
+    """
 
-    band = "mean of the images learned from ± their standard deviation"
+    def series(metric: str, name: str, deviation: str | None = None) -> RoundSeries:
+        return RoundSeries(name, column(rounds, metric), column(rounds, deviation) if deviation else None)
+
+    band = "mean of the training images ± their standard deviation"
     wanted = [("reward", band, [series("reward/mean", "reward", "reward/std")])]
     if len(rewards) > 1:
         wanted += [
@@ -72,29 +75,33 @@ def run_charts(rounds: list[Metrics], rewards: Sequence[str]) -> list[Chart]:
     wanted += [
         (
             "KL",
-            "nats a denoising step, mean",
+            "nats a denoising step; an unbiased estimate from the round's images, so noise may put it below 0",
             [series("kl_nats", "of the update"), series("kl_reference_nats", "to the pretrained model")],
         ),
-        ("clip fraction", "share of pairs outside 1 ± clip_range", [series("clip_fraction", "clip fraction")]),
+        (
+            "clip fraction",
+            "share of transitions with a ratio outside 1 ± clip_range",
+            [series("clip_fraction", "clip fraction")],
+        ),
         (
             "seconds by part",
             "sampling and scoring are summed over a round's tasks",
             [series(f"seconds/{part}", part) for part in ("sample", "score", "learn", "round")],
         ),
     ]
-    drawn = [chart(title, caption, column(rounds, "round"), lines) for title, caption, lines in wanted]
-    return [made for made in drawn if made is not None]
+    found = [chart(title, caption, column(rounds, "round"), lines) for title, caption, lines in wanted]
+    return [made for made in found if made is not None]
 
 
 def column(rounds: list[Metrics], metric: str) -> Float[np.ndarray, "R"]:
-    """A metric round by round, NaN where it was not logged."""
+    """Return a metric round by round; NaN if a round has not logged it."""
     return np.array([metrics.get(metric, math.nan) for metrics in rounds], dtype=np.float64)
 
 
 def chart(
-    title: str, caption: str, rounds: Float[np.ndarray, "R"], lines: list[Series], along: str = "round"
+    title: str, caption: str, rounds: Float[np.ndarray, "R"], lines: list[RoundSeries], along: str = "round"
 ) -> Chart | None:
-    """Lay the series out on common axes; None where none has a value."""
+    """Scale the series to common axes; return None if no series has a value."""
     lines = [line for line in lines if np.isfinite(line.values).any()]
     if not lines:
         return None
@@ -102,12 +109,12 @@ def chart(
         caption += f"; each point is the mean of about {len(rounds) / POINTS:.3g} {along}s"
     at = binned(rounds)
     shown = [
-        Series(line.name, binned(line.values), None if line.deviation is None else binned(line.deviation))
+        RoundSeries(line.name, binned(line.values), None if line.deviation is None else binned(line.deviation))
         for line in lines
     ]
     edges = np.concatenate([_edges(line) for line in shown])
-    x_scale, x_ticks = _axis(at, (LEFT, WIDTH - RIGHT), whole=True)
-    y_scale, y_ticks = _axis(edges, (HEIGHT - BOTTOM, TOP), whole=False)
+    x_scale, x_ticks = _axis(at, (LEFT, WIDTH - RIGHT), integer=True)
+    y_scale, y_ticks = _axis(edges, (HEIGHT - BOTTOM, TOP), integer=False)
     return Chart(
         title,
         caption,
@@ -120,7 +127,7 @@ def chart(
 
 
 def binned(values: Float[np.ndarray, "R"]) -> Float[np.ndarray, "P"]:
-    """At most POINTS values: means of neighbours, without those that are not there."""
+    """Average neighbors down to at most POINTS values; missing values are left out."""
     if len(values) <= POINTS:
         return values
     parts = [part[np.isfinite(part)] for part in np.array_split(values, POINTS)]
@@ -128,12 +135,13 @@ def binned(values: Float[np.ndarray, "R"]) -> Float[np.ndarray, "P"]:
 
 
 def strips(rounds: list[Metrics]) -> list[Strip]:
-    """What share of each round samplers, reward workers and learner were busy."""
+    """Return the busy share of samplers, reward workers and learner in each round."""
     roles = {"samplers": "idle/sampler", "reward workers": "idle/reward_worker", "learner": "idle/learner"}
     return [_strip(role, 1 - column(rounds, metric)) for role, metric in roles.items()]
 
 
 def _strip(role: str, busy: Float[np.ndarray, "R"]) -> Strip:
+    """Turn a role's busy shares into bars."""
     shares = binned(busy)
     wide = 100 / len(shares)
     bars = [
@@ -145,23 +153,23 @@ def _strip(role: str, busy: Float[np.ndarray, "R"]) -> Strip:
     return Strip(role, "".join(bars), float(known.mean()) if len(known) else math.nan)
 
 
-def _edges(line: Series) -> Float[np.ndarray, "E"]:
+def _edges(line: RoundSeries) -> Float[np.ndarray, "E"]:
     if line.deviation is None:
         return line.values
     deviation = np.nan_to_num(line.deviation)
     return np.concatenate([line.values - deviation, line.values + deviation])
 
 
-def _axis(values: Float[np.ndarray, "V"], ends: tuple[float, float], whole: bool) -> tuple[tuple, list]:
-    """Where values lie between `ends` of the drawing, as (offset, factor), and round ticks."""
+def _axis(values: Float[np.ndarray, "V"], ends: tuple[float, float], integer: bool) -> tuple[tuple, list]:
+    """Return the scale from values to `ends` of the SVG as (offset, factor), and ticks at round numbers."""
     from matplotlib.ticker import MaxNLocator
 
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if low == high:
-        room = 0.5 if whole else abs(low) * 0.1
-        low, high = low - room, high + (room or 1)
-    located = MaxNLocator(4, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high)
-    if not whole:  # round numbers at the ends; rounds end where they end
+        margin = 0.5 if integer else abs(low) * 0.1
+        low, high = low - margin, high + (margin or 1)
+    located = MaxNLocator(4, steps=[1, 2, 5, 10], integer=integer).tick_values(low, high)
+    if not integer:  # values get round numbers at the ends of the axis; rounds do not
         low, high = float(located[0]), float(located[-1])
     factor = (ends[1] - ends[0]) / (high - low)
     scale = (ends[0] - low * factor, factor)
@@ -172,7 +180,7 @@ def _to(scale: tuple[float, float], value: float) -> float:
     return scale[0] + scale[1] * value
 
 
-def _curve(line: Series, at: Float[np.ndarray, "P"], x_scale: tuple, y_scale: tuple) -> Curve:
+def _curve(line: RoundSeries, at: Float[np.ndarray, "P"], x_scale: tuple, y_scale: tuple) -> Curve:
     points = [(_short(_to(x_scale, x)), y) for x, y in zip(at, line.values, strict=True)]
     there = [(x, _short(_to(y_scale, y)), f"{line.name}: {number(y)}") for x, y in points if np.isfinite(y)]
     band = "" if line.deviation is None else _band(line, at, x_scale, y_scale)
@@ -180,7 +188,7 @@ def _curve(line: Series, at: Float[np.ndarray, "P"], x_scale: tuple, y_scale: tu
 
 
 def _path(points: list[tuple[str, float]], y_scale: tuple) -> str:
-    """A line through the points, broken where a value is missing."""
+    """Return a line through the points, interrupted at missing values."""
     parts, pen_is_up = [], True
     for x, y in points:
         if not np.isfinite(y):
@@ -191,16 +199,16 @@ def _path(points: list[tuple[str, float]], y_scale: tuple) -> str:
     return "".join(parts)
 
 
-def _band(line: Series, at: Float[np.ndarray, "P"], x_scale: tuple, y_scale: tuple) -> str:
+def _band(line: RoundSeries, at: Float[np.ndarray, "P"], x_scale: tuple, y_scale: tuple) -> str:
     assert line.deviation is not None
     known = np.isfinite(line.values) & np.isfinite(line.deviation)
-    x, middle, room = at[known], line.values[known], line.deviation[known]
-    around = zip(np.concatenate([x, x[::-1]]), np.concatenate([middle + room, (middle - room)[::-1]]), strict=True)
+    x, middle, half = at[known], line.values[known], line.deviation[known]
+    around = zip(np.concatenate([x, x[::-1]]), np.concatenate([middle + half, (middle - half)[::-1]]), strict=True)
     corners = [f"{_short(_to(x_scale, left))} {_short(_to(y_scale, value))}" for left, value in around]
     return f"M{'L'.join(corners)}z" if corners else ""
 
 
-def _in_words(line: Series, along: str) -> str:
+def _in_words(line: RoundSeries, along: str) -> str:
     known = line.values[np.isfinite(line.values)]
     return f"{line.name}: {number(known[0])} in the first {along}, {number(known[-1])} in the last"
 

@@ -1,4 +1,4 @@
-"""The page's images, in the page itself: pairs with the same noise, and the worst and the best."""
+"""Before-and-after pairs of the report page, embedded as data URIs: a gallery, and the worst and the best."""
 
 import base64
 import io
@@ -8,18 +8,18 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from ray_ddpo.actors.evaluation.evaluation import Comparison
-from ray_ddpo.deploy.commands.report.lettering import lettering
+from ray_ddpo.deploy.commands.report.images import lettering
+from ray_ddpo.deploy.evaluation.eval_result import EvalComparison
 
 PAIRS = 36  # of the gallery
-EXTREMES = 6  # of the worst, and of the best
-LOSSLESS_EDGE = 128  # pixels: a smaller image is kept as it is
-EDGE = 384  # a larger one is shown so large
+EXTREMES = 6  # pairs of the worst, and of the best
+LOSSLESS_EDGE = 128  # pixels; images up to this size are embedded as PNG
+EDGE = 384  # pixels; larger images are reduced to this size
 QUALITY = 88
 
 
 @dataclass(frozen=True)
-class TransitionIndex:
+class ImagePair:
     """One held-out image before and after, as data URIs, with its score."""
 
     prompt: str
@@ -29,23 +29,23 @@ class TransitionIndex:
     reward_after: float
     width: int
     height: int
-    number: str = ""  # that stands in the place of the prompt in before_after.png
+    number: str = ""  # shown in place of the prompt in before_after.png, if its fonts lack the letters
 
     @property
     def change(self) -> float:
         return self.reward_after - self.reward_before
 
 
-def gallery(comparison: Comparison, score: str) -> list[TransitionIndex]:
-    """The first pairs in the order of the evaluation set, so that nobody chose them, with a score's values."""
+def gallery(comparison: EvalComparison, score: str) -> list[ImagePair]:
+    """Return the first pairs in the order of the evaluation set, so that none is hand-picked, with one score."""
     shown = min(PAIRS, len(comparison.before))
     prompts = [prompt.text for prompt in comparison.chosen.prompts[:shown]]
     written = lettering(prompts).numbers
     return [replace(_pair(comparison, score, index), number=written[index]) for index in range(shown)]
 
 
-def worst_and_best(comparison: Comparison, score: str) -> tuple[list[TransitionIndex], list[TransitionIndex]]:
-    """The pairs with the lowest and with the highest score after, each from the extreme on; never one twice."""
+def worst_and_best(comparison: EvalComparison, score: str) -> tuple[list[ImagePair], list[ImagePair]]:
+    """Return the pairs with the lowest and the highest score after, the extreme first; no pair is in both."""
     values = comparison.scores_after[score]
     ranked = [int(index) for index in np.argsort(values, kind="stable") if np.isfinite(values[index])]
     shown = min(EXTREMES, len(ranked) // 2)
@@ -54,12 +54,12 @@ def worst_and_best(comparison: Comparison, score: str) -> tuple[list[TransitionI
 
 
 def are_reduced(images: UInt8[np.ndarray, "N H W 3"]) -> bool:
-    """Whether the page shows the images smaller or less exactly than they were sampled."""
+    """Return whether the page shows the images reduced or with lossy compression."""
     return max(images.shape[1:3]) > LOSSLESS_EDGE
 
 
 def data_uri(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
-    """An image as a URI that holds it: PNG where it is small, else WebP."""
+    """Encode an image as a data URI: PNG if the image is small, else WebP."""
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     if max(image.size) <= LOSSLESS_EDGE:
         image.save(buffer, "PNG", optimize=True)
@@ -71,14 +71,15 @@ def data_uri(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _pair(comparison: Comparison, score: str, index: int) -> TransitionIndex:
+def _pair(comparison: EvalComparison, score: str, index: int) -> ImagePair:
+    """Return one image before and after, with one score."""
     height, width = comparison.before[index].shape[:2]
-    return TransitionIndex(
-        comparison.chosen.prompts[index].text,
-        data_uri(comparison.before[index]),
-        data_uri(comparison.after[index]),
-        float(comparison.scores_before[score][index]),
-        float(comparison.scores_after[score][index]),
-        width,
-        height,
+    return ImagePair(
+        prompt=comparison.chosen.prompts[index].text,
+        before=data_uri(comparison.before[index]),
+        after=data_uri(comparison.after[index]),
+        reward_before=float(comparison.scores_before[score][index]),
+        reward_after=float(comparison.scores_after[score][index]),
+        width=width,
+        height=height,
     )

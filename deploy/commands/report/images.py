@@ -1,23 +1,44 @@
-"""The report's images: the same prompts and noise before and after, and the reward round by round."""
+"""Images of the report: the same prompts and noise before and after, versions one below another, and the reward curve.
 
+Prompts are written with the fonts of this machine, or as a number if no font has their letters; never as boxes.
+"""
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ray_ddpo.actors.evaluation.evaluation import Comparison
-from ray_ddpo.common.run_storage.evaluation_log import EvaluationLog
-from ray_ddpo.deploy.commands.report.lettering import Lettering, lettering
+from ray_ddpo.deploy.evaluation.eval_log import EvalLog
+from ray_ddpo.deploy.evaluation.eval_result import EvalComparison
 
 COLUMNS = 12
+MOST_FONTS = 3  # beside the default font
+PLACEHOLDERS = (
+    "last resort",
+    "lastresort",
+    "adobe blank",
+    "color emoji",
+)  # fonts that cover characters without shapes for them
+VARIATIONS = str.maketrans("", "", "\ufe0e\ufe0f")  # ask for an emoji's other form, which no outline font has
+SHAPED_SINCE = (3, 11)  # of matplotlib: before it, letters stand one by one from left to right
 
-ImageRow = tuple[
-    str, list[np.ndarray], str
-]  # what is written beside it, its images [H W 3] uint8, the writing's colour
+ImageRow = tuple[str, list[np.ndarray], str]  # label, images [H W 3] uint8, the label's color
 
 
-def before_after_image(comparison: Comparison, path: Path) -> None:
-    """Pairs of rows: above the pretrained model's images, below the run's; the reward's change is under each pair."""
+@dataclass(frozen=True)
+class Lettering:
+    """Text to write for each prompt, and the fonts to write it with."""
+
+    texts: tuple[str, ...]  # the prompt in one line, or its number such as #1
+    families: tuple[str, ...]  # the default font first
+    numbers: tuple[str, ...]  # the number of each prompt that no font can write; else empty
+
+
+def before_after_image(comparison: EvalComparison, path: Path) -> None:
+    """Plot pairs of rows: the pretrained model's images above, the run's below, and the change of the reward."""
     from matplotlib import pyplot as plt
 
     shown = min(len(comparison.before), 3 * COLUMNS)
@@ -43,26 +64,26 @@ def before_after_image(comparison: Comparison, path: Path) -> None:
 
 
 def _write_above(axis: Any, written: Lettering, index: int) -> None:
-    # A prompt is no formula, whatever dollars it has.
+    # parse_math=False: a prompt may have dollar signs, and is no formula.
     axis.set_title(written.texts[index][:18], fontsize=8, pad=2, parse_math=False, family=list(written.families))
 
 
-def versions_image(log: EvaluationLog, shown: list[dict[str, Any]], path: Path) -> None:
-    """A row a version: its kept images, with the same prompts and noise; red where there was an alarm. Without any, no file."""
+def versions_image(log: EvalLog, shown: list[dict[str, Any]], path: Path) -> None:
+    """Plot one row a version with its saved images, labeled red if there was an alarm; write no file without images."""
     rows = [
         (
-            f"version {figures['policy_version']}",
-            log.images(figures["policy_version"]),
-            "firebrick" if figures["alarms"] else "black",
+            f"version {entry['policy_version']}",
+            log.images(entry["policy_version"]),
+            "firebrick" if entry["alarms"] else "black",
         )
-        for figures in shown
+        for entry in shown
     ]
     if any(images for _, images, _ in rows):
         rows_image(rows, path)
 
 
 def rows_image(rows: list[ImageRow], path: Path, prompts: list[str] | None = None) -> None:
-    """Rows of images, as many in each, with the same prompts and noise in a column; `prompts` are written above them."""
+    """Plot rows of equally many images. A column shares prompt and noise; `prompts` are written above the columns."""
     from matplotlib import pyplot as plt
 
     columns = len(rows[0][1])
@@ -70,11 +91,11 @@ def rows_image(rows: list[ImageRow], path: Path, prompts: list[str] | None = Non
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(1.25 * columns + 0.08 * longest, 1.25 * len(rows) + 0.2), squeeze=False
     )
-    for line, (label, images, colour) in zip(axes, rows, strict=True):
+    for line, (label, images, color) in zip(axes, rows, strict=True):
         for axis, image in zip(line, images, strict=True):
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", color=colour, parse_math=False)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", color=color, parse_math=False)
     written = lettering(prompts or [])
     for index, axis in enumerate(axes[0][: len(written.texts)]):
         _write_above(axis, written, index)
@@ -84,7 +105,7 @@ def rows_image(rows: list[ImageRow], path: Path, prompts: list[str] | None = Non
 
 
 def reward_curve(rounds: list[dict[str, Any]], path: Path) -> None:
-    """Mean reward of the images sampled for each round, with the deviation of the images as a band."""
+    """Plot the mean reward of each round's images, with a band of one standard error."""
     from matplotlib import pyplot as plt
 
     images = np.cumsum([metrics["images"] for metrics in rounds])
@@ -93,10 +114,62 @@ def reward_curve(rounds: list[dict[str, Any]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
     axis.plot(images, mean, marker="o", markersize=3)
     axis.fill_between(images, mean - error, mean + error, alpha=0.25, label="± one standard error of the round's mean")
-    axis.set_xlabel("images drawn")
-    axis.set_ylabel("reward of the images learned from")
+    axis.set_xlabel("images sampled")
+    axis.set_ylabel("reward of the training images")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def lettering(prompts: Sequence[str]) -> Lettering:
+    """Choose fonts for the prompts, and replace prompts that this machine cannot write by numbers."""
+    import matplotlib
+    from matplotlib import font_manager
+
+    lines = [" ".join(prompt.translate(VARIATIONS).split()) for prompt in prompts]
+    wanted = {letter for line in lines for letter in line if not letter.isspace()}
+    usual = font_manager.FontProperties().get_name()
+    there, families = _letters(font_manager.findfont(usual)), [usual]
+    for _ in range(MOST_FONTS):
+        if not wanted - there:
+            break
+        best = max(_fonts(), key=lambda font: (len(font[1] & (wanted - there)), font[0]), default=("", set()))
+        if not best[1] & (wanted - there):
+            break
+        families.append(best[0])
+        there |= best[1]
+    shaped = matplotlib.__version_info__[:2] >= SHAPED_SINCE
+
+    def readable(line: str) -> bool:
+        letters = {letter for letter in line if not letter.isspace()}
+        return letters <= there and (shaped or not any(map(_needs_shaping, line)))
+
+    numbers = tuple("" if readable(line) else f"#{index}" for index, line in enumerate(lines, start=1))
+    return Lettering(
+        tuple(number or line for number, line in zip(numbers, lines, strict=True)), tuple(families), numbers
+    )
+
+
+def _needs_shaping(letter: str) -> bool:
+    return unicodedata.bidirectional(letter) in ("R", "AL") or unicodedata.category(letter) in ("Mn", "Mc", "Cf")
+
+
+def _fonts() -> Iterator[tuple[str, set[str]]]:
+    """Yield the upright fonts of this machine with their letters."""
+    from matplotlib.font_manager import fontManager
+
+    for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)):
+        plain = entry.style == "normal" and Path(entry.fname).is_file()
+        if plain and not any(name in entry.name.lower() for name in PLACEHOLDERS):
+            yield entry.name, _letters(entry.fname)
+
+
+def _letters(file: str) -> set[str]:
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return set(map(chr, FT2Font(file).get_charmap()))
+    except (RuntimeError, OSError):  # matplotlib cannot read a bitmap font, for example
+        return set()

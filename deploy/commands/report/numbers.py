@@ -1,34 +1,34 @@
-"""Numbers as people read them: few digits, a real minus, a dash where there is none."""
+"""Format numbers for readers: few digits, a minus sign, and a dash for missing values."""
 
 import math
 
 ABSENT = "–"
-NARROW = "\u202f"  # a space at which no line breaks
+NARROW = "\u202f"  # a narrow no-break space
 PLAIN = 1e4, 1e9  # between these a number has no fraction
 
 
 def number(value: float | None) -> str:
-    """Four significant digits."""
+    """Format with four significant digits."""
     return _typeset(value, "#.4g")
 
 
 def signed(value: float | None) -> str:
-    """A change, with its sign; three significant digits."""
+    """Format a change with its sign and three significant digits."""
     return _typeset(value, "+#.3g")
 
 
 def tick(value: float | None) -> str:
-    """A round number on an axis."""
+    """Format a round number for an axis."""
     return _typeset(value, ".4g")
 
 
 def percent(share: float | None) -> str:
-    """A share as percent."""
+    """Format a share as percent."""
     return f"{100 * share:.0f}{NARROW}%" if share is not None and math.isfinite(share) else ABSENT
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
+    """Format seconds in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f}{NARROW}s"
     return f"{seconds / 60:.0f}{NARROW}min" if seconds < 7200 else f"{seconds / 3600:.1f}{NARROW}h"

@@ -1,7 +1,8 @@
-"""The page itself: what the template is given, and one text out."""
+"""Render report.html: the values that the template is given, and the summary in sentences."""
 
 import base64
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,37 +11,40 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ray_ddpo.actors.evaluation.evaluation import Comparison
+from ray_ddpo.common.metrics.diagnoses import bottleneck
 from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.reward_pools import reward_pools
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.reading import read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.deploy.commands.report import charts, numbers
-from ray_ddpo.deploy.commands.report.evaluation import evaluation_told, guard_sentences
+from ray_ddpo.deploy.commands.report import charts
+from ray_ddpo.deploy.commands.report.evaluation import evaluation_section, guard_sentences
 from ray_ddpo.deploy.commands.report.image_pairs import are_reduced, gallery, worst_and_best
-from ray_ddpo.deploy.commands.report.prompts import held_out_table, training_table
-from ray_ddpo.deploy.commands.report.scores import headline, scores
-from ray_ddpo.deploy.commands.report.summary import summary_in_words, what_waits
+from ray_ddpo.deploy.commands.report.numbers import NARROW, duration, number, percent, signed, tick
+from ray_ddpo.deploy.commands.report.scores import Score, headline, held_out_table, scores, training_table
+from ray_ddpo.deploy.driver.cluster import has_cores_to_overlap
+from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM, EvalComparison
 
 HERE = Path(__file__).parent
 VERSION_LINE = re.compile(r"# (\S+) (.+)")
 Metrics = dict[str, float]
+CERTAIN, LIKELY = 3.0, 2.0  # standard errors
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run has left, as far as the page tells of it."""
+    """A run's recipe, logged rounds and weights, for the page."""
 
     folder: RunFolder
-    recipe: Recipe  # with the report's overrides
+    recipe: Recipe  # with the overrides of `ddpo report`
     overrides: list[str]
     rounds: list[Metrics]
     fingerprint: str  # of the weights
     policy_version: int
 
 
-def report_page(run: FinishedRun, comparison: Comparison) -> str:
-    """One HTML text that asks for nothing else: styles, script, drawings and images are in it; all that is told is escaped."""
+def report_page(run: FinishedRun, comparison: EvalComparison) -> str:
+    """Return one self-contained HTML text, with styles, script and images. Everything from the run is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -48,15 +52,12 @@ def report_page(run: FinishedRun, comparison: Comparison) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "number": numbers.number,
-        "signed": numbers.signed,
-        "percent": numbers.percent,
-    }
-    return environment.get_template("page.html.jinja").render(**_told(run, comparison))
+    environment.filters |= {"number": number, "signed": signed, "percent": percent}
+    return environment.get_template("page.html.jinja").render(**_context(run, comparison))
 
 
-def _told(run: FinishedRun, comparison: Comparison) -> dict[str, Any]:
+def _context(run: FinishedRun, comparison: EvalComparison) -> dict[str, Any]:
+    """Return the values of the template's names."""
     found = scores(comparison, run.recipe)
     recipe_text = read_text(run.folder.storage, run.folder.recipe)
     score = headline(run.recipe)
@@ -66,10 +67,10 @@ def _told(run: FinishedRun, comparison: Comparison) -> dict[str, Any]:
         "run": run,
         "recipe": run.recipe,
         "scores": found,
-        "sentences": [*summary_in_words(found, run.rounds), *guard_sentences(run.folder), *_beginning(run.recipe)],
+        "sentences": [*summary_in_words(found, run.rounds), *guard_sentences(run.folder), *_start(run.recipe)],
         "charts": charts.run_charts(run.rounds, [table.called for table in run.recipe.all_rewards]),
-        "evaluation": evaluation_told(run.folder, run.recipe),
-        "drawing": (charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
+        "evaluation": evaluation_section(run.folder, run.recipe),
+        "chart_size": (charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
         "pairs": gallery(comparison, score),
         "images": len(comparison.before),
         "reduced": are_reduced(comparison.before),
@@ -81,14 +82,14 @@ def _told(run: FinishedRun, comparison: Comparison) -> dict[str, Any]:
         "what_waits": what_waits(run.rounds, run.recipe),
         "versions": versions(recipe_text),
         "recipe_text": recipe_text,
-        # Our own files: they are not escaped, and hold nothing of the run.
+        # Not escaped: these are our own files, and hold nothing of the run.
         "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
 
 
-def _beginning(recipe: Recipe) -> list[str]:
+def _start(recipe: Recipe) -> list[str]:
     """Say which earlier run's weights the run started from, if any."""
     start = recipe.start_from
     if start is None:
@@ -101,7 +102,7 @@ def _beginning(recipe: Recipe) -> list[str]:
 
 
 def versions(recipe_text: str) -> list[tuple[str, str]]:
-    """Package and version, from the lines in the head of a run's recipe."""
+    """Read package names and versions from the comment at the head of a run's recipe."""
     found = []
     for line in recipe_text.splitlines():
         match = VERSION_LINE.fullmatch(line)
@@ -109,3 +110,95 @@ def versions(recipe_text: str) -> list[tuple[str, str]]:
             break
         found.append((match[1], match[2]))
     return found
+
+
+def summary_in_words(found: list[Score], rounds: list[Metrics]) -> list[str]:
+    """Return the summary's sentences, the most important first."""
+    reward = found[0]
+    sentences = [_verdict(reward), _images(reward)]
+    sentences += [_score_sentence(score) for score in found[1:]]
+    sentences += [_floor(score) for score in found if score.floor is not None]
+    sentences += _suspicion(reward, [score for score in found if not score.trained_on])
+    return [*sentences, _training(rounds), *_dropped(rounds)]
+
+
+def what_waits(rounds: list[Metrics], recipe: Recipe) -> str:
+    """Return one sentence that names the bottleneck."""
+    scoring = sum(pool.table.count for pool in reward_pools(recipe))
+    can_overlap = has_cores_to_overlap(recipe)
+    return bottleneck(rounds, recipe.max_policy_lag, recipe.samplers.count, scoring, can_overlap=can_overlap)
+
+
+def _verdict(reward: Score) -> str:
+    """Say how the headline reward changed."""
+    name = "" if reward.name == WEIGHTED_SUM else f" {reward.name}"
+    return (
+        f"On {reward.images} held-out images, sampled with the same prompts and the same noise, the reward{name} "
+        f"{_moved(reward)}: {_certainty(reward)}."
+    )
+
+
+def _moved(score: Score) -> str:
+    if not score.change:
+        return f"stayed at {number(score.before)}"
+    verb = "rose" if score.change > 0 else "fell"
+    how_much = f" ({signed(score.percent)}{NARROW}%)" if score.percent is not None else ""
+    return f"{verb} from {number(score.before)} to {number(score.after)}{how_much}"
+
+
+def _certainty(score: Score) -> str:
+    """Say whether a change may be chance."""
+    if score.errors is None:
+        return "every image changed alike" if score.change else "no image changed"
+    size = f"{signed(score.errors)} paired standard errors"
+    if abs(score.errors) >= CERTAIN:
+        return f"{size}, more than chance"
+    if abs(score.errors) >= LIKELY:
+        return f"{size}, probably more than chance"
+    return f"{size}, which cannot be told from chance"
+
+
+def _images(reward: Score) -> str:
+    same = reward.images - reward.higher - reward.lower
+    equal = f", {same} the same" if same else ""
+    return f"{reward.higher} images have a higher reward than before, {reward.lower} a lower one{equal}."
+
+
+def _score_sentence(score: Score) -> str:
+    part = "" if score.trained_on else ", which was not trained on,"
+    kept = f" Of the images with 1 before, {percent(score.kept)} still have it." if score.kept is not None else ""
+    return f"{score.name}{part} {_moved(score)}: {_certainty(score)}.{kept}"
+
+
+def _floor(score: Score) -> str:
+    return (
+        f"{percent(score.below_after)} of the images are below the floor {tick(score.floor)} of {score.name}; "
+        f"{percent(score.below_before)} were before."
+    )
+
+
+def _suspicion(reward: Score, scorers: list[Score]) -> list[str]:
+    """Point out possible reward hacking: the reward rose while a scorer that is not trained on fell."""
+    fell = [score.name for score in scorers if score.errors is not None and score.errors <= -LIKELY]
+    if not fell or (reward.errors or 0) < LIKELY:
+        return []
+    return [f"The reward rose while {' and '.join(fell)} fell: this may be reward hacking, so look at the images."]
+
+
+def _training(rounds: list[Metrics]) -> str:
+    images, seconds, reward = (charts.column(rounds, name) for name in ("images", "seconds/round", "reward/mean"))
+    count = "one round" if len(rounds) == 1 else f"{len(rounds)} rounds"
+    done = f"The run sampled {images.sum():,.0f} images in {count} and {duration(seconds.sum())}"
+    known = reward[[math.isfinite(value) for value in reward]]
+    if len(known) < 2:
+        return f"{done}."
+    return f"{done}; their mean reward was {number(known[0])} in the first round and {number(known[-1])} in the last."
+
+
+def _dropped(rounds: list[Metrics]) -> list[str]:
+    count = charts.column(rounds, "images_dropped").sum()
+    if not count:
+        return []
+    return [
+        f"{count:.0f} of these images could not be scored, or one of their group; the learner did not train on them."
+    ]

@@ -1,4 +1,4 @@
-"""Refuse to look at weights on another model, or with other rewards or prompts, than they were trained on."""
+"""Refuse to use weights with another base model, rewards or prompts than they were trained on."""
 
 import sys
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.driver.start import refusal
 
 INSIDE_A_RUN = ("lora", "best", FILE_NAME, EXACT_NAME, *TRAINED_PARTS)
-# Whoever names others by these keys wants others.
+# Overrides of these keys ask for other rewards or prompts, so a difference is no fault.
 ASKED_FOR = {"reward": ("reward", "rewards", "evaluation.scorers"), "prompts": ("prompts",)}
 
 
 def run_of(location: str) -> RunFolder | None:
-    """Return the run that weights lie in, or a run's recipe; None where they lie in none."""
+    """Return the run that contains these weights or this recipe; None if there is none."""
     place = location.rstrip("/")
     for _ in range(4):
         folder = RunFolder(place)
@@ -29,12 +29,16 @@ def run_of(location: str) -> RunFolder | None:
 
 
 def check_base(run: RunFolder, now: Base, overrides: Sequence[str] = ()) -> None:
-    """Compare what was loaded with what a run stands on. ValueError: a part is another one, and no override asks for that."""
+    """Compare the loaded files with those of a run.
+
+    Raises:
+        ValueError: a file differs, and no override asks for that.
+    """
     refuse_another_base(run, run.base(), now, overrides)
 
 
 def refuse_another_base(run: RunFolder, before: Base, now: Base, overrides: Sequence[str] = ()) -> None:
-    """Do the same with what the run stood on given."""
+    """Do the same as `check_base`, with the run's files given as `before`."""
     keys = tuple(word.removeprefix("--") for word in overrides if word.startswith("--"))
     wanted = {
         table
@@ -49,11 +53,12 @@ def refuse_another_base(run: RunFolder, before: Base, now: Base, overrides: Sequ
 
 
 def check_given(weights: Sequence[str], named: str | None, now: Base, overrides: Sequence[str]) -> None:
-    """Check the run whose recipe is used, then those of the other weights, as far as their model goes.
+    """Compare loaded files with the run whose recipe is used, and model files with the runs of the other weights.
 
-    Where a recipe is named that is not theirs, another model is wanted, and only said.
+    If the user names a recipe of another run, a different model is only reported.
 
-    ValueError: a part is another one.
+    Raises:
+        ValueError: a file differs.
     """
     runs = [run for run in map(run_of, weights) if run is not None]
     of_recipe = run_of(named) if named is not None else next(iter(runs), None)

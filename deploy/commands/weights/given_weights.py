@@ -1,4 +1,4 @@
-"""Weights that somebody names: a run's folder, its `best/`, a LoRA's file or folder; whose recipe, and the policy under them."""
+"""Find recipe and policy for weights given by path: a run's folder, its `best/`, or a LoRA's file or folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,11 @@ PIPELINE_FILE = "model_index.json"  # of diffusers
 
 
 def recipe_of(weights: Sequence[str], named: str | None, overrides: list[str]) -> Recipe:
-    """The recipe that is named, else that of the first of `weights` that is a run. ValueError: none of them is one."""
+    """Load the named recipe, else the recipe of the first of `weights` that is a run.
+
+    Raises:
+        ValueError: no recipe is named, and none of the weights is a run.
+    """
     if named is not None:
         return Recipe.load(named, overrides)
     folders = [RunFolder(location) for location in weights]
@@ -33,7 +37,8 @@ def recipe_of(weights: Sequence[str], named: str | None, overrides: list[str]) -
         around = next((found.location for found in map(run_of, weights) if found), None)
         which = f", such as --recipe {around}/{RunFolder.recipe}" if around else ""
         raise ValueError(
-            f"{', '.join(weights)} is no run's folder with a recipe: say with --recipe whose model these weights are for{which}"
+            f"{', '.join(weights)} is no run's folder with a recipe: say with --recipe whose model these "
+            f"weights are for{which}"
         )
     return run.load_recipe(overrides)
 
@@ -48,19 +53,23 @@ def refuse_recipe(place: Path | None) -> None:
 
 
 def refuse_output_file(output: Path) -> None:
-    """Raise ValueError if `--output` is, or lies in, a file, before anything is loaded for it."""
+    """Raise ValueError if `--output` is a file or inside one, before models are loaded."""
     taken = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
     if taken:
         raise ValueError(f"--output is {str(output)!r}, and {taken} is a file: give a folder")
 
 
 def load_policy(recipe: Recipe, weights: Path | None) -> Policy:
-    """Load the recipe's model with a run's weights, or with any LoRA that diffusers reads; None: as it was pretrained.
+    """Load the recipe's model with a run's weights or with any LoRA that diffusers reads.
 
-    A LoRA acts as strongly as its file says: the recipe's rank and alpha decide nothing of that.
+    A LoRA's strength comes from its file; the recipe's rank and alpha have no influence.
+
+    Args:
+        recipe: with the model.
+        weights: their folder or file; None: the pretrained model.
 
     Raises:
-        ValueError: there are none, or they do not fit.
+        ValueError: the weights are missing or do not fit the model.
     """
     config, device = build_components(recipe).policy, settle(recipe.runtime)
 
@@ -72,8 +81,8 @@ def load_policy(recipe: Recipe, weights: Path | None) -> Policy:
     refuse_recipe(weights)
     if (weights / PIPELINE_FILE).is_file():
         raise ValueError(
-            f"{weights} is a whole pipeline, of which only the network would be taken: for its network alone give the folder "
-            f"in it, and for all of it --policy.model {weights}"
+            f"{weights} is a whole pipeline, of which only the network would be taken: for its network alone give "
+            f"the folder in it, and for all of it --policy.model {weights}"
         )
     network = network_folder(weights)
     if network or (config.train == "full" and not holds_lora(weights)):
@@ -98,7 +107,7 @@ def load_policy(recipe: Recipe, weights: Path | None) -> Policy:
 
 
 def _pretrained(config: PolicyConfig) -> PolicyConfig:
-    """Return the same without the LoRA that training begins from."""
+    """Return the configuration without the LoRA file that training starts from."""
     lora = getattr(config, "lora", None)
     if not isinstance(lora, LoraSettings) or lora.path is None:
         return config

@@ -1,4 +1,4 @@
-"""Whose weights a run has: where they lie, which version they are, and that the files hold these very bits."""
+"""Find the weights of a run: their location and version, and a check of their fingerprint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from ray_ddpo.learner.checkpoints.checkpoint import damaged_checkpoints, load_ch
 
 @dataclass(frozen=True)
 class RunWeights:
-    """Weights that a run has left, as `lora` or a whole network in the folder at `location`."""
+    """Weights of a run, as `lora` or a full network in the folder at `location`."""
 
     location: str
     policy_version: int
@@ -23,7 +23,11 @@ class RunWeights:
 
     @contextmanager
     def here(self) -> Iterator[Path]:
-        """A folder on this machine with them. ValueError: the files hold other weights, or there are none."""
+        """Yield a folder on this machine with the weights.
+
+        Raises:
+            ValueError: the files are missing or hold other weights.
+        """
         with weights_here(self.location) as path:
             if not (path / "lora").is_dir() and network_folder(path) is None:
                 raise ValueError(
@@ -32,14 +36,18 @@ class RunWeights:
             found = stored_weights(path, self.manifest, self.policy_version).fingerprint
             if found != self.fingerprint:
                 raise ValueError(
-                    f"the weights in {self.location} have fingerprint {found[:12]}, and those of version {self.policy_version} "
-                    f"have {self.fingerprint[:12]}: the run has gone on and not ended; it goes on with --resume auto"
+                    f"the weights in {self.location} have fingerprint {found[:12]}, and those of version "
+                    f"{self.policy_version} have {self.fingerprint[:12]}: the run has gone on and not ended; "
+                    "it goes on with --resume auto"
                 )
             yield path
 
 
 def run_weights(folder: RunFolder) -> RunWeights:
-    """The run's own: the last, unless the guard has put the best in their place. ValueError: no checkpoint."""
+    """Return a run's own weights: the last, or the best if the guard rolled back.
+
+    Raise ValueError without a checkpoint.
+    """
     trained, ended, best = _trained(folder), folder.guard_ended(), folder.best_version()
     if ended and best and ended["weights_of"] is not None:
         return RunWeights(folder.location, best["policy_version"], best["fingerprint"], trained.manifest)
@@ -47,7 +55,7 @@ def run_weights(folder: RunFolder) -> RunWeights:
 
 
 def best_weights(folder: RunFolder) -> RunWeights:
-    """Those under `best/`. ValueError: no checkpoint, or no version is kept there."""
+    """Return the weights under `best/`. Raise ValueError if there are none, or if there is no checkpoint."""
     best = folder.best_version()
     if best is None:
         raise ValueError(
@@ -58,13 +66,15 @@ def best_weights(folder: RunFolder) -> RunWeights:
 
 
 def _trained(folder: RunFolder) -> PolicyWeights:
+    """Load the newest checkpoint's trained weights."""
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
         damaged = damaged_checkpoints(folder.checkpoints)
         if damaged:
             raise ValueError(
-                f"{folder.location} has no whole checkpoint, {', '.join(damaged)} is damaged, so nobody can tell which weights "
-                f"are the run's: restore its files; ddpo sample and ddpo evaluate take {folder.location}/lora without it"
+                f"{folder.location} has no whole checkpoint, {', '.join(damaged)} is damaged, so nobody can tell which "
+                "weights are the run's: restore its files; ddpo sample and ddpo evaluate take "
+                f"{folder.location}/lora without it"
             )
         raise ValueError(f"{folder.location} has no checkpoint yet: no weights are known")
     return load_checkpoint(newest).learner.trained

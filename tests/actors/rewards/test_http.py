@@ -12,9 +12,7 @@ import pytest
 
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rewards.animal_classifier import AnimalClassifier
-from ray_ddpo.actors.rewards.function import FunctionReward
-from ray_ddpo.actors.rewards.http import Http
-from ray_ddpo.actors.rewards.http_client import RewardServiceFailed
+from ray_ddpo.actors.rewards.http import Http, RewardServiceFailed
 from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
 from ray_ddpo.actors.rewards.reward import RewardMistake
 from ray_ddpo.common.prompts import Prompt

@@ -5,8 +5,7 @@ import traceback
 
 import pytest
 
-from ray_ddpo.actors.rewards.http import Http
-from ray_ddpo.actors.rewards.http_client import RewardServiceFailed
+from ray_ddpo.actors.rewards.http import Http, RewardServiceFailed
 from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
 from ray_ddpo.common.recipe.registry import build
 from tests.actors.rewards.test_http import GOOD, IMAGES, METADATA, PROMPTS, ask, hang_up

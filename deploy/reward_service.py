@@ -1,12 +1,19 @@
-"""A small reward service: a reward of the registry behind HTTP. What comes in is never trusted."""
+"""ddpo serve-reward: a recipe's reward behind HTTP, on a machine and in an environment of its own. No input is trusted.
+
+`http.server` stays: aiohttp answers malformed requests in plain text or not at all, drops clients that half-close, and
+limits neither the time of a body nor silent connections, so its handlers would be no shorter than these.
+"""
 
 import hmac
+import ipaddress
 import logging
 import math
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,8 +23,11 @@ from pydantic import ValidationError
 
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rewards.failure import ScoringFailed
+from ray_ddpo.actors.rewards.http import Http
 from ray_ddpo.actors.rewards.reward import RewardMistake
 from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import RewardTable
 from ray_ddpo.common.reward_protocol import (
     HEALTH_PATH,
     SCORE_PATH,
@@ -27,21 +37,32 @@ from ray_ddpo.common.reward_protocol import (
     ScoreReply,
     ScoreRequest,
     from_png,
+    read_token,
 )
 from ray_ddpo.common.trajectory import ImageBatch
+from ray_ddpo.deploy.driver.components import build_reward
 
 LOG = logging.getLogger(__name__)
 MAX_REQUEST_BYTES = 512_000_000
 MAX_IMAGE_PIXELS = 4096 * 4096
-MAX_REQUEST_PIXELS = 8 * MAX_IMAGE_PIXELS  # 400 MB unpacked, 512 images of 512 × 512
-REQUESTS_AT_ONCE = 4  # held in memory; the next waits with its body unread
-QUIET_SECONDS = 60.0  # a connection that says nothing for so long is closed
-REQUEST_SECONDS = 300.0  # for a body to arrive, and to wait for a place
+MAX_REQUEST_PIXELS = 8 * MAX_IMAGE_PIXELS  # 400 MB decoded: 512 images of 512 × 512
+REQUESTS_AT_ONCE = 4  # in memory; further requests wait with their bodies unread
+QUIET_SECONDS = 60.0  # a connection that sends nothing for this long is closed
+REQUEST_SECONDS = 300.0  # for a body to arrive, and for a free slot
 PART_BYTES = 65536
 
 
+@dataclass(frozen=True)
+class Listening:
+    """Address of the service, and the environment variable with its token."""
+
+    host: str
+    port: int
+    token_variable: str | None
+
+
 class Refusal(Exception):
-    """What a request is answered instead of scores."""
+    """An HTTP error status with its reason, in place of scores."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -49,7 +70,7 @@ class Refusal(Exception):
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Serves `worker`'s one reward. Requests are read side by side and scored one after the other."""
+    """Server of a worker's only reward. Requests are read concurrently and scored one after the other."""
 
     daemon_threads = True
 
@@ -66,17 +87,21 @@ class RewardServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it is reached on this machine."""
+        """Return the server's URL on this machine."""
         return f"http://{self.server_address[0]}:{self.server_port}"
 
     def admits(self, authorization: str | None) -> bool:
-        """Whether an Authorization header has the token; any does where none is asked for."""
+        """Return whether an Authorization header has the token. Every header does if the server has none."""
         given = (authorization or "").encode("latin-1", "replace")
         return self._token is None or hmac.compare_digest(given, f"Bearer {self._token}".encode())
 
     def score(self, request: ScoreRequest) -> ScoreReply:
-        """Refusal: an image is not one, or the reward fails."""
-        images = ImageBatch(_unpacked(request.images), tuple(map(Prompt, request.prompts, request.metadata)))
+        """Score the images of a request.
+
+        Raises:
+            Refusal: an image cannot be decoded or is too large, or the reward fails.
+        """
+        images = ImageBatch(_decoded(request.images), tuple(map(Prompt, request.prompts, request.metadata)))
         try:
             with self._one_at_a_time:
                 scores = self._worker.score(images).rewards[self.reward].tolist()
@@ -85,25 +110,26 @@ class RewardServer(ThreadingHTTPServer):
         return ScoreReply(scores=[score if math.isfinite(score) else None for score in scores])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """An asker that went away is no error of ours."""
+        """Log a client that closed its connection; it is not an error of the server."""
         if isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             LOG.info("%s went away", client_address)
         else:
             super().handle_error(request, client_address)
 
 
-def _unpacked(images: list[str]) -> np.ndarray:
-    left, unpacked = MAX_REQUEST_PIXELS, []
+def _decoded(images: list[str]) -> np.ndarray:
+    """Decode PNG images of one size, and refuse them before decoding if they have too many pixels together."""
+    left, decoded = MAX_REQUEST_PIXELS, []
     for index, text in enumerate(images):
         try:
             image = from_png(text, min(left, MAX_IMAGE_PIXELS))
         except ValueError as error:
             raise Refusal(422, f"image {index}: {error}") from error
-        if unpacked and image.shape != unpacked[0].shape:
+        if decoded and image.shape != decoded[0].shape:
             raise Refusal(422, f"image {index} has another size than image 0: one request has images of one size")
         left -= image.shape[0] * image.shape[1]
-        unpacked.append(image)
-    return np.stack(unpacked)
+        decoded.append(image)
+    return np.stack(decoded)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -111,8 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "ray-ddpo", ""
     timeout = QUIET_SECONDS
-    disable_nagle_algorithm = True  # head and body of a reply are written apart
-    _unread = 0  # bytes of the body
+    disable_nagle_algorithm = True  # headers and body of a reply are written separately
+    _unread = 0  # bytes of the body that were not read yet
 
     def do_GET(self) -> None:
         self._respond({HEALTH_PATH: lambda: Health(reward=self.server.reward)})
@@ -121,6 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._respond({SCORE_PATH: self._score})
 
     def _respond(self, paths: dict[str, Callable[[], Message]]) -> None:
+        """Check length, token and path in this order, and send the reply."""
         try:
             self._unread = self._length()
             if not self.server.admits(self.headers.get("Authorization")):
@@ -132,6 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(refusal)
 
     def _length(self) -> int:
+        """Return the length of the body. Without a known length the connection cannot be used again."""
         if "Transfer-Encoding" in self.headers:
             self.close_connection = True
             raise Refusal(411, "a body comes with its Content-Length, and not in chunks")
@@ -142,6 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         return int(text[:20])
 
     def _score(self) -> ScoreReply:
+        """Read and score the request, if its size is allowed and a slot is free."""
         if self._unread > self.server.max_bytes:
             raise Refusal(
                 413, f"the request has {self._unread} bytes, and may have {self.server.max_bytes}: send fewer"
@@ -158,13 +187,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.places.release()
 
     def _body(self) -> bytes:
-        body = b"".join(self._parts())
+        body = b"".join(self._parts())  # may end early: the client closed the connection, or took too long
         if self._unread:
             self.close_connection = True
             raise Refusal(408, f"{self._unread} bytes of the body did not come")
         return body
 
     def _parts(self) -> Iterator[bytes]:
+        """Yield the body in parts until it is complete or REQUEST_SECONDS have passed."""
         deadline = time.monotonic() + REQUEST_SECONDS
         while self._unread and time.monotonic() < deadline:
             part = self.rfile.read1(min(self._unread, PART_BYTES))
@@ -180,6 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(refusal.status, Fault(error=str(refusal)))
 
     def _send(self, status: int, reply: Message) -> None:
+        """Send a JSON reply with its headers."""
         body = reply.model_dump_json().encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -193,10 +224,61 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the standard library refuses by itself, such as a line that is no request."""
+        """Answer in JSON what the standard library refuses, such as a malformed request line."""
         self.close_connection = True
-        self.request_version = self.protocol_version  # else it is taken for HTTP/0.9, which has no status line
+        self.request_version = self.protocol_version  # HTTP/0.9 replies have no status line
         self._refuse(Refusal(code, message or HTTPStatus(code).phrase))
 
-    def log_message(self, format: str, *arguments: Any) -> None:
-        LOG.info(format, *arguments)
+    def log_message(self, template: str, *arguments: Any) -> None:
+        LOG.info(template, *arguments)
+
+
+def serve_reward(recipe: Recipe, name: str | None, listening: Listening) -> None:
+    """Serve one of the recipe's rewards until a signal ends the process.
+
+    Raises:
+        ValueError: the recipe has several rewards and none is named, the reward cannot be loaded, or the host can be
+            reached from elsewhere and no token is asked for.
+    """
+    server = reward_server(recipe, name, listening)
+    asked = f"the token in {listening.token_variable}" if listening.token_variable else "no token"
+    print(f"serving {server.reward} at {server.url}{SCORE_PATH}, asking for {asked}", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+    finally:
+        server.server_close()
+
+
+def reward_server(recipe: Recipe, name: str | None, listening: Listening) -> RewardServer:
+    """Load the reward, and bind the server to its port; see `serve_reward`."""
+    token = read_token(listening.token_variable, os.environ)
+    if token is None and not _is_this_machine(listening.host):
+        raise ValueError(f"--host {listening.host} can be reached from elsewhere: give --token-variable, too")
+    table = _chosen(recipe, name)
+    reward = build_reward(table)
+    if isinstance(reward, Http):
+        raise ValueError("the recipe's reward is itself asked for over HTTP: give a recipe with the reward to serve")
+    worker = RewardWorker({table.called: reward}, table.workers or recipe.reward_workers, recipe.runtime)
+    try:
+        return RewardServer((listening.host, listening.port), worker, token)
+    except OSError as error:
+        raise ValueError(f"cannot listen at {listening.host}:{listening.port}: {error}") from error
+
+
+def _chosen(recipe: Recipe, name: str | None) -> RewardTable:
+    """Return the table of the named reward, or of the only one."""
+    tables = {table.called: table for table in recipe.all_rewards}
+    if name is None and len(tables) == 1:
+        return next(iter(tables.values()))
+    if name not in tables:
+        raise ValueError(f"--reward is {name!r}: the recipe has {sorted(tables)}")
+    return tables[name]
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,5 +1,6 @@
-"""Evaluation: fixed prompts and fixed seeds, sampled and scored in the same way at every version."""
+"""EvalSet: held-out prompts and seeds, sampled and scored in the same way for every policy version."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,8 @@ from ray_ddpo.common.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
-class EvaluationSet:
-    """Prompts and seeds of evaluation. They are never those of training, whose seeds are of another stream."""
+class EvalSet:
+    """Held-out images to sample: one prompt and one seed an image. Training never uses these seeds."""
 
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
@@ -26,7 +27,14 @@ class EvaluationSet:
         return -(-len(self.seeds) // self.batch_size)
 
     def tasks(self, policy_version: int, round_index: int, first: int, sampling: SamplingTable) -> list[Task]:
-        """Return the set's tasks, numbered from `first`, to be sampled after the training tasks of `round_index`."""
+        """Return the tasks that sample this set under one policy version.
+
+        Args:
+            policy_version: the version to sample with.
+            round_index: samplers take the tasks after the training tasks of this round.
+            first: the number of the first task; the others follow.
+            sampling: decides which steps are stochastic.
+        """
         window = evaluation_window(sampling)
         starts = range(0, len(self.seeds), self.batch_size)
         parts = [slice(start, start + self.batch_size) for start in starts]
@@ -36,22 +44,12 @@ class EvaluationSet:
         ]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Images of the same prompts and noise under the pretrained weights and under a run's weights."""
+def build_eval_set(table: EvaluationTable, source: PromptSource) -> EvalSet:
+    """Choose prompts and seeds from `[evaluation]`.
 
-    chosen: EvaluationSet
-    before: UInt8[np.ndarray, "N H W 3"]
-    after: UInt8[np.ndarray, "N H W 3"]
-    scores_before: dict[str, np.ndarray]  # by scorer, [N]; "reward" is the weighted sum that was trained on
-    scores_after: dict[str, np.ndarray]
-
-
-def evaluation_set(table: EvaluationTable, source: PromptSource) -> EvaluationSet:
-    """Return the evaluation set of a recipe.
-
-    Its prompts are those of the table, else the held-out prompts of the source, else prompts sampled from the source.
-    The former two are repeated in turn until there are enough images.
+    Prompts are those of `evaluation.prompts`, else the held-out prompts of the source, else all of its prompts.
+    They are repeated in turn until there are enough images. If the source is a function and lists no prompts, they
+    are sampled from the function with seeds that training never uses.
     """
     stream = Stream.EVALUATION if table.split == "evaluation" else Stream.TUNING
     chosen = source.evaluated(table.prompts)
@@ -63,31 +61,41 @@ def evaluation_set(table: EvaluationTable, source: PromptSource) -> EvaluationSe
             sample_prompt(np.random.default_rng([table.seed, int(stream), image])) for image in range(table.images)
         ]
     seeds = [image_seed(table.seed, stream, 0, image) for image in range(table.images)]
-    return EvaluationSet(tuple(prompts), tuple(seeds), table.batch_size)
+    return EvalSet(tuple(prompts), tuple(seeds), table.batch_size)
 
 
-def evaluation_images(policy: Policy, chosen: EvaluationSet, sampling: SamplingTable) -> UInt8[np.ndarray, "N H W 3"]:
-    """Sample the set's images under the policy's current weights."""
+def sample_eval_images(
+    policy: Policy, chosen: EvalSet, sampling: SamplingTable, on_sampled: Callable[[int], None] = lambda images: None
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Sample the images of a set under the policy's current weights.
+
+    Args:
+        policy: with the weights.
+        chosen: the set.
+        sampling: of the recipe.
+        on_sampled: called after each batch with the number of images sampled so far.
+    """
     images = []
     for start in range(0, len(chosen.seeds), chosen.batch_size):
         part = slice(start, start + chosen.batch_size)
         texts = [prompt.text for prompt in chosen.prompts[part]]
         trajectory = sample_trajectories(policy, texts, list(chosen.seeds[part]), sampling, evaluation_window(sampling))
         images.append(decoded(policy, trajectory, texts))
+        on_sampled(start + len(texts))
     return np.concatenate(images)
 
 
 def decoded(policy: Policy, trajectory: Trajectory, prompts: list[str]) -> UInt8[np.ndarray, "B H W 3"]:
-    """Decode the final latents of trajectories.
+    """Decode the final latents of trajectories to images.
 
     Raises:
-        ValueError: an image is not finite.
+        ValueError: latents or pixels of an image are NaN or infinite.
     """
     pixels = policy.decode(trajectory.final_latents).cpu().numpy()
     if rows := policy.not_finite:
         raise ValueError(
             f"the image of {prompts[rows[0]]!r} is not finite ({len(rows)} of {len(prompts)}): its latents or its "
-            "pixels are NaN or infinite, so the model or its trained weights overflow; try policy.dtype float32, or "
-            "an earlier version"
+            "pixels are NaN or infinite, so the model or its trained weights overflow; try policy.dtype float32, or an "
+            "earlier version"
         )
     return pixels

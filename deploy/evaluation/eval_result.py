@@ -1,0 +1,182 @@
+"""EvalResult: held-out images with their scores; how they are made, compared, logged and turned into metrics."""
+
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ray_ddpo.actors.evaluation.eval_set import EvalSet, build_eval_set, sample_eval_images
+from ray_ddpo.actors.reward_worker import RewardWorker
+from ray_ddpo.common.base_parts import Base
+from ray_ddpo.common.diffusion.policy import Policy
+from ray_ddpo.common.metrics.statistics import paired_change
+from ray_ddpo.common.prompts import Prompt
+from ray_ddpo.common.recipe.recipe import Recipe
+from ray_ddpo.common.recipe.tables import RewardTable
+from ray_ddpo.common.trajectory import ImageBatch
+from ray_ddpo.deploy.driver.components import Components, build_reward
+from ray_ddpo.deploy.evaluation.guard import Alarm, JudgedVersion, VersionStats, alarms, finite_mean
+from ray_ddpo.learner.checkpoints.learner_state import Evaluated
+
+LogEntry = dict[str, Any]  # of one policy version, in evaluations.jsonl
+PROGRESS_SECONDS = 5.0
+WEIGHTED_SUM = "reward"  # the name of the rewards' weighted sum among the scores
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The held-out images of one policy version, or of the moving average at this version, with their scores."""
+
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    scores: dict[str, np.ndarray]  # by reward and scorer, [N]; NaN if an image has no score
+    pixels: UInt8[np.ndarray, "N H W 3"]
+    without_image: frozenset[int] = frozenset()  # rows that could not be sampled; their pixels are black
+
+
+@dataclass(frozen=True)
+class EvalComparison:
+    """The same held-out images under the pretrained weights and under a run's weights."""
+
+    chosen: EvalSet
+    before: UInt8[np.ndarray, "N H W 3"]
+    after: UInt8[np.ndarray, "N H W 3"]
+    scores_before: dict[str, np.ndarray]  # by reward and scorer, [N]; WEIGHTED_SUM is among them
+    scores_after: dict[str, np.ndarray]
+
+
+class EvalProgress:
+    """Lines on standard error while images are sampled, at most one in PROGRESS_SECONDS, and one at the end."""
+
+    def __init__(self, label: str, images: int) -> None:
+        self._label = label
+        self._images = images
+        self._printed = time.monotonic()
+        print(f"{label}: samples {images} images", file=sys.stderr, flush=True)
+
+    def sampled(self, images: int) -> None:
+        """Report the number of images sampled so far."""
+        done = images == self._images
+        if done or time.monotonic() - self._printed > PROGRESS_SECONDS:
+            self._printed = time.monotonic()
+            scores = ", scores them" if done else ""
+            print(f"{self._label}: {images} of {self._images} images sampled{scores}", file=sys.stderr, flush=True)
+
+
+class EvalScorer:
+    """Samples and scores the recipe's evaluation set in this process, under any weights.
+
+    Prompts and noise stay the same, so two results can be compared image by image.
+    """
+
+    def __init__(self, parts: Components) -> None:
+        recipe = parts.recipe
+        rewards = {name: build_reward(table) for name, table in scorer_tables(recipe).items()}
+        self.chosen = build_eval_set(recipe.evaluation, parts.prompts)
+        self._sampling = recipe.sampling
+        self._worker = RewardWorker(rewards, recipe.reward_workers, recipe.runtime)
+        self._weights = parts.aggregation.weights
+
+    def loaded_parts(self) -> Base:
+        """Return the fingerprints of the files that rewards and scorers have loaded."""
+        return self._worker.loaded_parts()
+
+    def evaluate(self, policy: Policy, label: str) -> EvalResult:
+        """Sample the images under the policy's current weights, and score them.
+
+        Progress is printed to standard error; `label` names the weights there.
+        """
+        progress = EvalProgress(label, len(self.chosen.seeds))
+        pixels = sample_eval_images(policy, self.chosen, self._sampling, progress.sampled)
+        scores = self._worker.score(ImageBatch(pixels, self.chosen.prompts)).rewards
+        return EvalResult(self.chosen.prompts, self.chosen.seeds, with_weighted_sum(scores, self._weights), pixels)
+
+
+def with_weighted_sum(scores: dict[str, np.ndarray], weights: dict[str, float]) -> dict[str, np.ndarray]:
+    """Add the weighted sum of the rewards to the scores, under WEIGHTED_SUM."""
+    return {**scores, WEIGHTED_SUM: np.sum([weight * scores[name] for name, weight in weights.items()], axis=0)}
+
+
+def scorer_tables(recipe: Recipe) -> dict[str, RewardTable]:
+    """Return the tables of all rewards and scorers by name: first the rewards, which are trained on."""
+    return {table.called: table for table in (*recipe.all_rewards, *recipe.evaluation.scorers)}
+
+
+def eval_identity(recipe: Recipe, chosen: EvalSet) -> str:
+    """Hash prompts, seeds, batches and scorers; results with different hashes cannot be compared."""
+    table = recipe.evaluation
+    scorers = [scorer.model_dump(exclude={"workers"}) for scorer in table.scorers]
+    sampled = [[prompt.text for prompt in chosen.prompts], list(chosen.seeds), table.batch_size, table.average_decay]
+    if any(prompt.metadata for prompt in chosen.prompts):
+        sampled.append([prompt.metadata for prompt in chosen.prompts])
+    return hashlib.sha256(json.dumps([sampled, scorers], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def judge(
+    recipe: Recipe,
+    version: Evaluated,
+    variants: dict[str, EvalResult],
+    images: dict[str, float],
+    base: JudgedVersion | None,
+) -> tuple[JudgedVersion, LogEntry]:
+    """Judge a version against the pretrained model.
+
+    Args:
+        recipe: with `[evaluation]` and `[guard]`.
+        version: the version, with its KL to the pretrained model if that was measured.
+        variants: its results: "current", and "average" if the recipe keeps a moving average.
+        images: its image statistics.
+        base: the pretrained model; None if this version is the pretrained model itself.
+
+    Returns:
+        The version with its alarms, and its entry for evaluations.jsonl.
+    """
+    stats = VersionStats(variants["current"].scores, images, version.kl_reference_nats)
+    scorers = [table.called for table in recipe.evaluation.scorers]
+    found = tuple(alarms(base.stats, stats, scorers, recipe.guard)) if base else ()
+    before = base.stats.scores if base else stats.scores
+    entry = {
+        "policy_version": version.policy_version,
+        "images": len(variants["current"].seeds),
+        "scores": {name: _score_entry(before[name], name, variants) for name in stats.scores},
+        "image_statistics": images,
+        "kl_reference_nats": version.kl_reference_nats,
+        "alarms": [{"about": alarm.about, "says": alarm.says} for alarm in found],
+    }
+    return JudgedVersion(version.policy_version, stats, found), entry
+
+
+def _score_entry(before: np.ndarray, name: str, variants: dict[str, EvalResult]) -> dict[str, float]:
+    """Return mean and change of one score for evaluations.jsonl."""
+    entry = {"mean": finite_mean(variants["current"].scores[name])}
+    if "average" in variants:
+        entry["average_mean"] = finite_mean(variants["average"].scores[name])
+    change = paired_change(before, variants["current"].scores[name])
+    if change is not None:
+        entry |= {"change": change.change, "standard_error": change.error}
+    return entry
+
+
+def judged_from_log(entry: LogEntry, scores: dict[str, np.ndarray]) -> JudgedVersion:
+    """Restore an evaluated version from its entry in evaluations.jsonl and its images' scores."""
+    images = {name: math.nan if value is None else value for name, value in entry["image_statistics"].items()}
+    found = tuple(Alarm(alarm["about"], alarm["says"]) for alarm in entry["alarms"])
+    return JudgedVersion(entry["policy_version"], VersionStats(scores, images, entry["kl_reference_nats"]), found)
+
+
+def eval_metrics(entry: LogEntry) -> dict[str, float]:
+    """Return an entry of evaluations.jsonl as metrics for the trackers."""
+    metrics = {"evaluation/policy_version": float(entry["policy_version"])}
+    for name, values in entry["scores"].items():
+        metrics |= {f"evaluation/{name}/{statistic}": value for statistic, value in values.items()}
+    metrics |= {f"evaluation/images/{name}": value for name, value in entry["image_statistics"].items()}
+    metrics["guard/alarms"] = float(len(entry["alarms"]))
+    if entry["best_version"] is not None:
+        metrics["guard/best_version"] = float(entry["best_version"])
+    return metrics
