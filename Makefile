@@ -10,7 +10,7 @@ QUICK := not system and not thorough and not same_bits and not parity and not co
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check pretrain site verification clean
+.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain site verification clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -134,6 +134,11 @@ held-out: $(VENV)/installed
 	rm -rf runs/tiny_held_out
 	$(BIN)/ddpo train deploy/recipes/tiny/held_out.toml
 	$(BIN)/ddpo report runs/tiny_held_out
+
+# The page and the JSON schema of all keys of a recipe, from the code.
+configuration: $(VENV)/installed
+	$(BIN)/python -m ray_ddpo.deploy.commands.config --page > docs/configuration.md
+	$(BIN)/python -m ray_ddpo.deploy.commands.config --schema > deploy/recipes/recipe.schema.json
 
 pretrain: $(VENV)/installed
 	$(BIN)/python -m ray_ddpo.learner.pretraining.pretrain --output common/tiny_animals

@@ -172,7 +172,8 @@ def read_prompts(file: PromptFile) -> list[Prompt]:
 class Animals(PromptSource):
     """The 45 animals of the DDPO paper (section 6), by their names alone."""
 
-    leave_out: tuple[str, ...] = ()  # never sampled: for evaluation
+    leave_out: tuple[str, ...] = ()
+    """Prompts that are held out: never sampled in training, used for evaluation."""
 
     def _prompts(self) -> list[Prompt]:
         return _without(read_prompts(PromptFile(PROMPT_LISTS / "animals.txt", "prompts.path")), self.leave_out)
@@ -191,6 +192,7 @@ class Texts(PromptSource):
     """A few prompts, in the recipe itself."""
 
     texts: tuple[str, ...] = Field(min_length=1)
+    """The prompts."""
 
     def listed(self) -> list[str]:
         return list(self.texts)
@@ -200,13 +202,18 @@ class Texts(PromptSource):
 
 
 class File(PromptSource):
-    """A file of prompts: text with one per line, JSONL, JSON, CSV, TSV or parquet. Other columns are metadata."""
+    """File of prompts: text with one per line, JSONL, JSON, CSV, TSV or parquet. Further columns are metadata."""
 
     path: str
-    format: Format | None = None  # how both files are read; none: by the ending of each file's name
-    column: str | None = None  # that has the prompts; none: the only one, or the one called prompt, text or caption
-    leave_out: tuple[str, ...] = ()  # never sampled: for evaluation
-    held_out_path: str | None = None  # a second file, of prompts for evaluation
+    """File of the prompts."""
+    format: Format | None = None
+    """Format of both files. By default it follows from the ending of each file's name."""
+    column: str | None = None
+    """Column of the prompts. By default the only one, or the one called `prompt`, `text` or `caption`."""
+    leave_out: tuple[str, ...] = ()
+    """Prompts that are held out: never sampled in training, used for evaluation."""
+    held_out_path: str | None = None
+    """Second file, whose prompts are used for evaluation only."""
 
     @model_validator(mode="after")
     def _prompts_are_held_out_in_one_way(self) -> "File":
@@ -255,9 +262,10 @@ class File(PromptSource):
 
 
 class PromptFunction(PromptSource):
-    """A function of the user's that takes a numpy Generator and returns a text, or (text, metadata)."""
+    """Function of your own, called with a numpy Generator. It returns a text, or a pair of text and metadata."""
 
     path: str = Field(pattern=r"^[\w.]+:\w+$")
+    """The function, as `module:function`."""
 
     def user_modules(self) -> dict[str, str]:
         return {**super().user_modules(), "path": self.path.partition(":")[0]}

@@ -1,4 +1,4 @@
-"""The command line: one verb, one call."""
+"""Program `ddpo`: run one verb, turn errors into one line and an exit code."""
 
 import argparse
 import errno
@@ -10,26 +10,26 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # which a write raises without a file's name
-LONGEST_LINE = 2000  # characters of what is said of an error
-STEERING = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]"
-)  # control characters and changes of direction
-NOBODY_READS = 141  # what a shell says of a program that SIGPIPE has ended
-INTERRUPTED = 130  # and of one that SIGINT has ended
-THREADS_SECONDS = 10.0  # in which threads of a user's own code may come to their end
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # a write raises them without a file's name
+LONGEST_LINE = 2000  # characters of a line of an error message
+# Control characters and changes of writing direction.
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
+NOBODY_READS = 141  # exit code that a shell reports for a program ended by SIGPIPE
+INTERRUPTED = 130  # exit code that a shell reports for a program ended by SIGINT
+THREADS_SECONDS = 10.0  # time in which threads of the user's code may end
 
 
 def command() -> None:
-    """Run the verb that was typed and end the process, also where a user's own code has left threads that do not end."""
+    """Run the verb that was typed and end the process, even if the user's code has left threads that do not end."""
     code = main()
     ending = threading.Timer(THREADS_SECONDS, _end_in_spite_of_threads, (code,))
     ending.daemon = True
-    ending.start()  # Python waits for all other threads
+    ending.start()  # because Python waits for all threads that are not daemons
     sys.exit(code)
 
 
 def _end_in_spite_of_threads(code: int) -> None:
+    """Name the threads that are still running and end the process."""
     named = sorted(thread.name for thread in threading.enumerate() if not thread.daemon)
     named = [name for name in named if name != threading.main_thread().name]
     print(
@@ -41,29 +41,31 @@ def _end_in_spite_of_threads(code: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 where it went well, 1 where a run broke off, a replay differs or the doctor finds a fault, 2 where
-    the user has to change something, 3 where a run is whole and was not published.
+    """Run one verb.
 
-    128 + its number where a signal stopped it, and 141 where nobody reads what it prints any more, as `| head` does.
+    Returns:
+        0: success. 1: a run failed, a replay differs, or the doctor found a fault. 2: the user has to change something.
+        3: training finished, but the upload failed. 128 + n: stopped by signal n. 141: the output has no reader, as
+        after `| head`.
     """
     try:
         try:
             return _verb(arguments)
         finally:
-            sys.stdout.flush()  # here, where it can still be seen that nobody reads
-    except KeyboardInterrupt:  # before a verb could say more, or while it said it
+            sys.stdout.flush()  # here, so that a closed pipe is still noticed
+    except KeyboardInterrupt:  # before a verb handles it, or while it does
         print("ddpo: stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        if not _nobody_reads():  # another's pipe, which is a fault
+        if not _nobody_reads():  # another pipe broke: an error
             raise
         return NOBODY_READS
 
 
 def _nobody_reads() -> bool:
-    """Whether what is printed has no reader; then what is left of it is dropped, or Python would complain at its end."""
+    """Return whether stdout or stderr has no reader; drop their further output, or Python would complain at exit."""
     closed = False
-    for descriptor in (1, 2):  # what is printed and what is complained of
+    for descriptor in (1, 2):  # stdout and stderr
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)
         if any(events & select.POLLERR for _, events in poll.poll(0)):
@@ -73,27 +75,28 @@ def _nobody_reads() -> bool:
 
 
 def _verb(arguments: Sequence[str] | None) -> int:
-    sys.path.append(os.getcwd())  # a user's module:function lies where the command is typed
-    # Here and not above, so that whoever presses Ctrl+C in the first instant sees a line and no trace.
-    from ray_ddpo.common.recipe import overrides
-    from ray_ddpo.common.run_storage.storage import StorageError
+    """Parse the command line, run the verb, and print an error as one line."""
+    sys.path.append(os.getcwd())  # so that a user's module:function is found where the command is typed
+    # Imported here, so that Ctrl+C in the first instant prints one line and no traceback, and that --help is fast.
     from ray_ddpo.deploy.commands.command_line import read
-    from ray_ddpo.deploy.driver.registries import REGISTRIES
 
     options = read(arguments)
-    overrides.REGISTRIES.update(REGISTRIES)
+    from ray_ddpo.common.recipe import overrides
+    from ray_ddpo.common.run_storage.storage import StorageError
+    from ray_ddpo.deploy.driver.registries import REGISTRIES
 
+    overrides.REGISTRIES.update(REGISTRIES)
     try:
         return RUN[options.verb](options) or 0
     except ValueError as error:
-        # An actor's error comes wrapped in Ray's, which prints the whole remote traceback: the user needs its cause.
+        # Ray wraps an actor's error and prints the whole remote traceback. The user needs the cause only.
         print(f"ddpo {options.verb}: {_without_passwords(str(getattr(error, 'cause', error)))}", file=sys.stderr)
         return 2
     except StorageError as error:
         print(f"ddpo {options.verb}: {_without_passwords(str(error))}", file=sys.stderr)
         return 1 if options.verb == "train" else 2
     except OSError as error:
-        if error.filename is None and error.errno not in DISK_ERRORS:  # not of a file: nothing that a user could mend
+        if error.filename is None and error.errno not in DISK_ERRORS:  # no file: nothing that a user could repair
             raise
         print(f"ddpo {options.verb}: {_without_passwords(_of_file(error))}", file=sys.stderr)
         return 1 if options.verb == "train" else 2
@@ -104,7 +107,7 @@ def _verb(arguments: Sequence[str] | None) -> int:
 
 
 def _left(code: int) -> int:
-    """Return an exit code; but end the process at once if it is on Ray, whose shutdown may hang or print a trace of its own."""
+    """Return an exit code, or end the process at once if it is connected to Ray, whose shutdown may hang."""
     from ray_ddpo.deploy.driver.reaper import has_cluster, leave
 
     if has_cluster():
@@ -113,17 +116,21 @@ def _left(code: int) -> int:
 
 
 def _of_file(error: OSError) -> str:
-    """Return which file an error of the operating system is about, and what is wrong with it."""
+    """Return the file of an operating system's error, and what is wrong with it."""
     return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
 
 
 def _without_passwords(text: str) -> str:
-    """What is said of a wrong value repeats it, and goes where a job's log is kept: without what steers a terminal, and cut."""
+    """Return a message without passwords in URLs and control characters, with long lines cut.
+
+    A message about a wrong value repeats the value, and a job's log keeps it.
+    """
     lines = [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…" for line in text.split("\n")]
-    return re.sub(r"(:/+)[^/\s]*@", r"\1…@", STEERING.sub("?", "\n".join(lines)))
+    return re.sub(r"(:/+)[^/\s]*@", r"\1…@", CONTROL_CHARACTERS.sub("?", "\n".join(lines)))
 
 
 def _train(options: argparse.Namespace) -> int:
+    """Train, print the output paths, and upload the weights if the recipe says so."""
     from ray_ddpo.common.recipe.recipe import Recipe
     from ray_ddpo.common.run_storage.run_folder import RunFolder
     from ray_ddpo.deploy.driver.fatal_errors import FATAL_ERRORS
@@ -133,7 +140,7 @@ def _train(options: argparse.Namespace) -> int:
     recipe = Recipe.load(options.recipe, options.overrides)
     if options.start_from:
         recipe = recipe.model_copy(update={"start_from": start_from_of(options.start_from)})
-    folder = RunFolder(recipe.run_path())  # before a user's own code may change the working directory
+    folder = RunFolder(recipe.run_path())  # before the user's code may change the working directory
     try:
         train(recipe, resume=options.resume == "auto", serial=options.serial)
     except Stopped as stopped:
@@ -149,17 +156,24 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _publish(recipe: Any) -> int:
+    """Upload a finished run's weights; return 3 if that fails."""
     from ray_ddpo.deploy.commands.push import push
     from ray_ddpo.deploy.hub import NotPushed
 
     try:
         print(push(recipe.run_path(), []))
-    # RuntimeError: the report's images, which this machine may have no memory for.
+    # RuntimeError: this machine may lack the memory for the report's images.
     except (NotPushed, ValueError, OSError, RuntimeError) as error:
         by_hand = f"ddpo push {recipe.run_path()} {recipe.push.repo}"
         print(f"ddpo train: the run is whole, and was not pushed: {error}; push it with: {by_hand}", file=sys.stderr)
         return 3
     return 0
+
+
+def _config(options: argparse.Namespace) -> None:
+    from ray_ddpo.deploy.commands.config import config
+
+    print(config(options.section))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -228,6 +242,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _push(options: argparse.Namespace) -> int:
+    """Upload a run's weights; options of the verb override the recipe's `[push]`."""
     import json
 
     from ray_ddpo.deploy.commands.push import push
@@ -253,6 +268,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _migrate(options: argparse.Namespace) -> None:
+    """Write or print the recipe of a TRL configuration, with notes on stderr."""
     from pathlib import Path
 
     from ray_ddpo.deploy.commands.migrate.migrate import ScriptSettings, migrate, read_config, write_recipe
@@ -276,6 +292,7 @@ RUN = {
     "train": _train,
     "plan": _plan,
     "doctor": _doctor,
+    "config": _config,
     "serve-reward": _serve_reward,
     "sample": _sample,
     "scale": _scale,

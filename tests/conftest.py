@@ -24,6 +24,7 @@ TOKEN_FOLDER = tempfile.TemporaryDirectory(prefix="ray-token-")
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(TOKEN_FOLDER.name) / "token")
 Path(os.environ["RAY_AUTH_TOKEN_PATH"]).write_text(secrets.token_hex(32))
+os.environ["RAY_DDPO_CACHE"] = str(Path(TOKEN_FOLDER.name) / "cache")
 torch.set_num_threads(1)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and so it would be in what tests start
 SECRET = "never-to-be-shown"

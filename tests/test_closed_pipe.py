@@ -34,7 +34,7 @@ def verbs() -> list[str]:
     return list(action.choices)
 
 
-def test_every_verb_is_quiet_when_the_reader_of_its_help_is_gone(tmp_path: Path) -> None:
+def test_every_verb_is_quiet_if_its_help_has_no_reader(tmp_path: Path) -> None:
     assert {"train", "plan", "status", "report"} <= set(verbs())
     ended = {verb: unread(tmp_path, verb, "--help") for verb in ["--help", *verbs()]}
     assert {verb: how for verb, how in ended.items() if how[0] not in QUIET or how[1]} == {}
@@ -47,7 +47,7 @@ def recipe_file(tables: dict, tmp_path: Path) -> str:
 
 
 @pytest.mark.thorough
-def test_output_to_a_closed_pipe_is_no_error(tmp_path: Path, recipe_file: str) -> None:
+def test_output_without_a_reader_is_no_error(tmp_path: Path, recipe_file: str) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.storage.write("recipe.toml", (tmp_path / recipe_file).read_bytes())
     assert unread(tmp_path, "plan", recipe_file) == (cli.NOBODY_READS, "")
@@ -56,7 +56,7 @@ def test_output_to_a_closed_pipe_is_no_error(tmp_path: Path, recipe_file: str) -
 
 
 @pytest.mark.thorough
-def test_a_run_with_a_closed_pipe_releases_its_folder(tmp_path: Path, recipe_file: str) -> None:
+def test_a_run_whose_output_has_no_reader_closes_its_folder(tmp_path: Path, recipe_file: str) -> None:
     code, complaint = unread(tmp_path, "train", recipe_file, "--serial", "--output_dir", "runs")
     assert code in QUIET and "Traceback" not in complaint
     assert (tmp_path / "runs/tiny/recipe.toml").exists() and not (tmp_path / "runs/tiny/lease.json").exists()

@@ -148,7 +148,7 @@ def test_the_example_is_pretrained_trained_reported_and_sampled(
     assert "ddpo sample samples with these weights" in Path("published/README.md").read_text()
     assert "reads" in json.loads((run / "report" / "summary.json").read_text())["scorers"]
     assert cli.main(["sample", "--lora", str(run), "seven", "a 3"]) == 0
-    assert len(list(Path("samples").glob("*.png"))) == 2
+    assert len(list((run / "samples").glob("*.png"))) == 2
     assert cli.main(["sample", "--lora", str(run), "a cat"]) == 2
     assert "names 0 digits" in capsys.readouterr().err
     with run_weights(RunFolder(run)).here():  # the files hold the weights of the last checkpoint
@@ -168,4 +168,4 @@ def test_the_pages_commands_run_as_they_stand_and_ink_increases(beside_the_examp
     assert summary["scorers"]["reads"]["before"] > 0.7 and summary["scorers"]["reads"]["kept"] > 0.7
     on_ray, in_one_process = (run_weights(RunFolder(f"runs/{name}")).fingerprint for name in ("digits", "alone"))
     assert on_ray == in_one_process
-    assert len(list(Path("samples").glob("*.png"))) == 2
+    assert len(list(Path("runs/digits/samples").glob("*.png"))) == 2

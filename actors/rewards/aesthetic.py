@@ -23,14 +23,14 @@ WANTED = (
 
 
 class Aesthetic(Reward):
-    """An aesthetic rating, about 1 to 10.
-
-    `clip`: a folder or a hub name; `head`: a path, None: the paper's head from the hub.
-    """
+    """Aesthetic predictor on CLIP embeddings: a rating of about 1 to 10."""
 
     clip: str = CLIP
+    """CLIP model: a folder or a hub name."""
     head: str | None = None
-    dtype: Precision = "auto"  # CLIP's
+    """File of the head's weights. By default the head of the DDPO paper, from the hub."""
+    dtype: Precision = "auto"
+    """Dtype of CLIP. `auto`: float16 on a GPU, float32 on the CPU."""
 
     @property
     def memory_bytes(self) -> int:

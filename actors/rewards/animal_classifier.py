@@ -13,10 +13,10 @@ PROBE_FILE = Path(__file__).parents[2] / "common" / "tiny_animals" / "probe.safe
 
 
 class AnimalClassifier(Reward):
-    """The score of the prompted animal by the embedded model's probe. A prompt must name one of its 45 classes."""
+    """Linear probe of the embedded model: the score of the animal that the prompt names, one of 45 classes."""
 
     measure: Literal["log_prob", "top1"] = "log_prob"
-    """log_prob: natural logarithm of the animal's probability; top1: 1.0 where no other is more probable, else 0.0."""
+    """Natural logarithm of the animal's probability (`log_prob`), or 1 if no class is more probable, else 0 (`top1`)."""
 
     def load(self, device: str) -> LoadedReward:
         """Load the probe.

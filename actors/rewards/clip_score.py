@@ -15,14 +15,16 @@ VIT_L_14_PARAMETERS = 427_616_513  # both towers, their projections and the logi
 
 
 class ClipScore(Reward):
-    """100 times the cosine between the embeddings of image and prompt, mostly 15 to 35. `clip`: a folder or a hub name.
+    """CLIPScore: 100 times the cosine between the embeddings of image and prompt, mostly 15 to 35.
 
-    The scale is that of torchmetrics; the paper's is 2.5 times the cosine. Both clip at 0. Here scores below 0 stay,
-    because a constant reward has no learning signal.
+    The scale is that of torchmetrics. The paper's is 2.5 times the cosine, a fortieth of it. Both clip the score at 0.
+    This reward does not, so that below 0 a worse image still scores less and the learning signal does not vanish.
     """
 
     clip: str = CLIP
-    dtype: Precision = "auto"  # CLIP's
+    """CLIP model: a folder or a hub name."""
+    dtype: Precision = "auto"
+    """Dtype of CLIP. `auto`: float16 on a GPU, float32 on the CPU."""
 
     @property
     def memory_bytes(self) -> int:

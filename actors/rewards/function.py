@@ -8,10 +8,12 @@ from ray_ddpo.common.recipe.registry import import_object
 
 
 class FunctionReward(Reward):
-    """A user's function (images uint8 [B, H, W, 3], prompts, metadata) -> [B], by `path`. See `contract.py`."""
+    """Function of your own, called with (images uint8 [B, H, W, 3], prompts, metadata); it returns scores [B]."""
 
     path: str = Field(pattern=r"^[\w.]+:\w+$")
-    independent: bool = False  # whether it scores an image alike, to the bit, in whatever batch
+    """The function, as `module:function`."""
+    independent: bool = False
+    """Promise that an image's score has the same bits in any batch. Scores can then be cached."""
 
     def user_modules(self) -> dict[str, str]:
         return {**super().user_modules(), "path": self.path.partition(":")[0]}

@@ -18,14 +18,17 @@ HEADS = 16  # attention heads of both towers of a ViT-H/14, which the shapes of 
 
 
 class HpsV2(Reward):
-    """The cosine between the embeddings of image and prompt, mostly 0.2 to 0.35: the paper's score, not times 100.
+    """Human Preference Score v2: the cosine between the embeddings of image and prompt, mostly 0.2 to 0.35.
 
-    `checkpoint`: a path, None: v2.1 from the hub; `tokenizer`: a folder or a hub name.
+    The score is the paper's, not multiplied by 100.
     """
 
     checkpoint: str | None = None
+    """File of the weights. By default v2.1 from the hub."""
     tokenizer: str = TOKENIZER
-    dtype: Precision = "auto"  # CLIP's
+    """Tokenizer: a folder or a hub name."""
+    dtype: Precision = "auto"
+    """Dtype of CLIP. `auto`: float16 on a GPU, float32 on the CPU."""
 
     @property
     def memory_bytes(self) -> int:

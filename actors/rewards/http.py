@@ -125,17 +125,23 @@ def _asked_pause(retry_after: str | None) -> float:
 
 
 class Http(Reward):
-    """Scores from the service at `url`. The environment variable named by `token_variable` holds its token."""
+    """Reward service that scores images over HTTP."""
 
-    model_config = ConfigDict(hide_input_in_errors=True)  # an error must not show a password in a URL
+    model_config = ConfigDict(hide_input_in_errors=True)  # an error must not show a password in the URL
     url: str
-    timeout_seconds: float = Field(default=60.0, gt=0)  # of one request with its reply
-    attempts: int = Field(default=3, ge=1)  # if the service does not answer, or answers 429 or 5xx
+    """URL of the service."""
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """Seconds that one request and its reply may take."""
+    attempts: int = Field(default=3, ge=1)
+    """Attempts if the service does not answer, or answers 429 or 5xx."""
     token_variable: str | None = None
-    images_per_request: int | None = Field(default=None, ge=1)  # None: the full scoring batch
-    independent: bool = False  # whether an image's score does not depend on the other images of its request
+    """Environment variable that holds the token of the service. By default no token is sent."""
+    images_per_request: int | None = Field(default=None, ge=1)
+    """Images per request. By default the whole scoring batch."""
+    independent: bool = False
+    """Promise that an image's score has the same bits in any request. Scores can then be cached."""
 
-    # Checks the model and not single fields, because pydantic quotes the value of a field that fails.
+    # This validator checks the whole model because the error of a field validator shows the field's value.
     @model_validator(mode="after")
     def _holds_no_secret(self) -> "Http":
         """Refuse credentials in the URL, and a token in place of a variable's name."""

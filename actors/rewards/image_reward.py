@@ -23,15 +23,17 @@ ADDED_WORDS = 2  # [DEC] and [ENC], which BLIP adds to BERT's vocabulary and no 
 
 
 class ImageReward(Reward):
-    """The paper's score, about -2.3 to 2, of mean 0 and standard deviation 1 over its images.
+    """ImageReward: about -2.3 to 2, with mean 0 and standard deviation 1 over the paper's images.
 
-    `checkpoint`: a path, None: from the hub; `tokenizer`: a folder or a hub name. Prompts are cut at 35 tokens, as in
-    the paper.
+    Prompts are truncated at 35 tokens, as in the paper's code.
     """
 
     checkpoint: str | None = None
+    """File of the weights. By default those on the hub."""
     tokenizer: str = TOKENIZER
-    dtype: Precision = "auto"  # BLIP's
+    """Tokenizer: a folder or a hub name."""
+    dtype: Precision = "auto"
+    """Dtype of BLIP. `auto`: float16 on a GPU, float32 on the CPU."""
 
     @property
     def memory_bytes(self) -> int:

@@ -55,14 +55,14 @@ class ImageStatistic(Reward):
 
 
 class Brightness(ImageStatistic):
-    """The mean luma: 0 is black, 1 is white."""
+    """Mean luma of the image: 0 black, 1 white."""
 
     def of(self, image: Image) -> float:
         return mean_and_variance(luma_thousandths(image))[0] / WHITE
 
 
 class Colourfulness(ImageStatistic):
-    """Perceived colorfulness (Hasler and Süsstrunk 2003, M3): 0 gray, 15 slightly, 59 quite, 109 extremely colorful."""
+    """Perceived colourfulness (Hasler and Süsstrunk 2003, M3): 0 grey, 15 slightly, 59 quite, 109 extremely."""
 
     def of(self, image: Image) -> float:
         red, green, blue = channels(image)
@@ -73,7 +73,7 @@ class Colourfulness(ImageStatistic):
 
 
 class Sharpness(ImageStatistic):
-    """The variance of the Laplacian of gray levels (Pech-Pacheco et al. 2000): 0 flat, some hundreds in focus.
+    """Variance of the Laplacian of the grey levels (Pech-Pacheco et al. 2000): 0 flat, some hundreds in focus.
 
     Edge pixels are repeated outside the image.
     """
@@ -85,7 +85,7 @@ class Sharpness(ImageStatistic):
 
 
 class Entropy(ImageStatistic):
-    """The entropy of the histogram of gray levels, in bits: 0 for one level, 8 for all 256 equally often."""
+    """Entropy of the histogram of grey levels in bits: 0 one level, 8 all 256 equally often."""
 
     def of(self, image: Image) -> float:
         counts = np.bincount(grey(image).ravel(), minlength=256)
@@ -94,9 +94,10 @@ class Entropy(ImageStatistic):
 
 
 class DarkShare(ImageStatistic):
-    """The fraction of pixels with a luma under `below`. A rising value means that a run turns its images dark."""
+    """Share of pixels whose luma is under `below`: 0 none, 1 all. It shows a run that turns its images dark."""
 
     below: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Luma below which a pixel counts as dark: 0 black, 1 white."""
 
     def of(self, image: Image) -> float:
         return float((luma_thousandths(image) < self.below * WHITE).mean())

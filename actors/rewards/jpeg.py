@@ -23,7 +23,7 @@ def jpeg_kilobytes(images: Images) -> Float[np.ndarray, "B"]:
 
 
 class JpegCompressibility(Reward):
-    """Minus the size of the JPEG in kilobytes: smaller files are better."""
+    """Negative size as a JPEG of quality 95, in kilobytes: smaller files are better."""
 
     @property
     def independent_of_batch(self) -> bool:
@@ -37,7 +37,7 @@ class JpegCompressibility(Reward):
 
 
 class JpegIncompressibility(Reward):
-    """The size of the JPEG in kilobytes: larger files are better."""
+    """Size as a JPEG of quality 95, in kilobytes: larger files are better."""
 
     @property
     def independent_of_batch(self) -> bool:

@@ -16,14 +16,17 @@ VIT_H_14_PARAMETERS = 986_109_441  # both towers, their projections and the logi
 
 
 class PickScore(Reward):
-    """CLIP's logit of image and prompt, mostly 18 to 24. The exp of a difference is the odds of picking an image.
+    """PickScore: CLIP's logit of image and prompt, mostly 18 to 24.
 
-    `clip` and `tokenizer`: a folder or a hub name each.
+    The exponential of the difference of two images' scores is the odds that people pick the first.
     """
 
     clip: str = CLIP
+    """CLIP model: a folder or a hub name."""
     tokenizer: str = TOKENIZER
-    dtype: Precision = "auto"  # CLIP's
+    """Tokenizer: a folder or a hub name."""
+    dtype: Precision = "auto"
+    """Dtype of CLIP. `auto`: float16 on a GPU, float32 on the CPU."""
 
     @property
     def memory_bytes(self) -> int:

@@ -30,17 +30,24 @@ Metadata = list[dict[str, Any]]
 
 
 class VlmAlignment(Reward):
-    """`model` and `scorer`: folders or hub names. `measure` says how to compare an answer with the prompt."""
+    """Vision-language model that describes the image; its answer is compared with the prompt."""
 
     model: str = MODEL
+    """Vision-language model: a folder or a hub name."""
     measure: Literal["bertscore_recall", "strict"] = "bertscore_recall"
-    """bertscore_recall: how much of `reference` the answer says, up to 1; strict: the share of answers that are right."""
+    """Recall of `reference` in the answer, up to 1 (`bertscore_recall`), or the share of correct answers (`strict`)."""
     question: str = "Answer concisely: what is going on in this image?"
+    """Question to the model. `strict` asks the questions in a prompt's metadata if there are any."""
     reference: str = "The image contains {prompt}"
+    """Sentence that the answer is compared with. `{prompt}` stands for the prompt."""
     scorer: str = SCORER
-    scorer_layer: int = Field(default=SCORER_LAYER, ge=1)  # whose output is compared, counted from 1
-    max_new_tokens: int = Field(default=64, ge=1)  # of an answer
-    dtype: Precision = "auto"  # the model's
+    """BERT model of BERTScore: a folder or a hub name."""
+    scorer_layer: int = Field(default=SCORER_LAYER, ge=1)
+    """Layer of the BERT model whose output is compared, counted from 1."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest answer, in tokens."""
+    dtype: Precision = "auto"
+    """Dtype of the vision-language model. `auto`: float16 on a GPU, float32 on the CPU."""
 
     @field_validator("reference")
     @classmethod

@@ -14,11 +14,14 @@ LARGEST_SIDE = 16_384
 
 
 class SizedConfig(PolicyConfig):
-    """A family whose images may have any height and width that its decoder and its network can divide."""
+    """Policy whose images may have any height and width that its decoder and its network divide."""
 
-    resolution: int | None = Field(default=None, ge=8, le=LARGEST_SIDE, multiple_of=8)  # pixels a side of a square
-    height: int | None = Field(default=None, ge=8, le=LARGEST_SIDE)  # pixels; None: the model's own, so with width
+    resolution: int | None = Field(default=None, ge=8, le=LARGEST_SIDE, multiple_of=8)
+    """Height and width of square images in pixels. By default the model's own size."""
+    height: int | None = Field(default=None, ge=8, le=LARGEST_SIDE)
+    """Height of images in pixels. By default the model's own."""
     width: int | None = Field(default=None, ge=8, le=LARGEST_SIDE)
+    """Width of images in pixels. By default the model's own."""
 
     @model_validator(mode="after")
     def _size_is_given_once(self) -> "SizedConfig":

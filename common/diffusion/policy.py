@@ -147,12 +147,19 @@ class PolicyConfig(Component, ABC):
     takes_negative_prompt: ClassVar[bool] = False
 
     model: str
+    """Pretrained model: a folder, a file, a hub name, or the name of an embedded model."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Dtype of the frozen weights and of the forward passes. Trained weights are float32."""
     train: Literal["lora", "full"] = "lora"
-    gradient_checkpointing: bool = False  # the learner keeps few activations and computes the others again: same bits
-    compile: Literal["none", "sampler", "both"] = "none"  # where the network runs through torch.compile
-    sampler_dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of a sampler's network; none: dtype
-    merge_adapters: bool = False  # a sampler adds them to the network's own weights: fewer and larger kernels
+    """Weights to train: LoRA adapters, or the whole network."""
+    gradient_checkpointing: bool = False
+    """Re-compute activations in the backward pass: less memory, same bits."""
+    compile: Literal["none", "sampler", "both"] = "none"
+    """Roles whose network runs through torch.compile. `both`: samplers and learner."""
+    sampler_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Dtype of a sampler's network. By default `dtype`."""
+    merge_adapters: bool = False
+    """Merge the adapters into a sampler's weights: fewer and larger kernels."""
 
     @model_validator(mode="after")
     def _only_adapters_are_merged(self) -> "PolicyConfig":

@@ -1,17 +1,17 @@
-"""What holds for every number in a recipe: it is finite, and of a size that a run can use."""
+"""Base model of every table and component: numbers are finite and bounded, keys are described by their docstrings."""
 
 from typing import Any
 
 from annotated_types import Le, Lt
 from pydantic import BaseModel, ConfigDict, field_validator
 
-LARGEST = 10**9  # of a number whose field has no upper bound of its own
+LARGEST = 10**9  # absolute value of a number whose field has no upper bound of its own
 
 
 class Bounded(BaseModel):
-    """A table whose keys are known, typed and bounded."""
+    """Model whose keys are known, typed and bounded. Attribute docstrings are the descriptions of its keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="after")
     @classmethod

@@ -1,4 +1,4 @@
-"""Overrides: `--section.key value` of the command line, laid over a recipe's tables (torch only for a component's keys)."""
+"""Overrides: `--section.key value`, applied to a recipe's tables (imports torch only for a component's keys)."""
 
 import tomllib
 from collections.abc import Iterator
@@ -10,18 +10,26 @@ from pydantic import BaseModel, PydanticUserError, TypeAdapter, ValidationError
 from ray_ddpo.common.recipe.registry import import_object, models_in
 from ray_ddpo.common.recipe.tables import ComponentTable
 
-# By the class of a recipe's table: module:REGISTRY with the classes that it can name. Filled by the program.
+# From the class of a recipe's table to `module:REGISTRY` with the components that it can name. The program fills it.
 REGISTRIES: dict[str, str] = {}
 
 
-# Not pydantic-settings: its command line knows only declared fields, and a registry's table has the chosen class's own keys.
+# Not pydantic-settings: its command line knows only declared fields, and a component's table has the component's keys.
 def with_overrides(
     tables: dict[str, Any], overrides: list[str], model: type[BaseModel] | None = None
 ) -> dict[str, Any]:
-    """Lay `["--rounds", "6", "--learner.learning_rate", "1e-3"]` over `tables`.
+    """Return `tables` with overrides such as `["--rounds", "6", "--learner.learning_rate", "1e-3"]`.
 
     A value is read as TOML if the key's type in `model` accepts that, else as text: `--name true` is the text "true".
-    A component's keys have the types of the class that its table names. A key without a known type takes any TOML value.
+    A component's keys have the types of the class that its table names. A key of unknown type takes any TOML value.
+
+    Args:
+        tables: as TOML gives them.
+        overrides: pairs of `--section.key` and value.
+        model: the recipe's class. None: all types are unknown.
+
+    Raises:
+        ValueError: The overrides are no pairs, or a section is no table.
     """
     if len(overrides) % 2 or any(not key.startswith("--") for key in overrides[::2]):
         raise ValueError(f"overrides are pairs of --section.key and VALUE, and these are {overrides}")
@@ -51,7 +59,13 @@ def _as_accepted(value: Any, text: str, types: list[Any]) -> Any:
 
 
 def _types_of_key(annotation: Any, value: Any, path: list[str]) -> Iterator[Any]:
-    """Return the types that the key at `path` may have, inside tables of the type `annotation` and with the content `value`."""
+    """Yield the types that the key at `path` may have.
+
+    Args:
+        annotation: type of the tables that `path` starts from.
+        value: content of these tables.
+        path: sections and key.
+    """
     if not path:
         yield annotation
         return
@@ -70,17 +84,21 @@ def _types_of_key(annotation: Any, value: Any, path: list[str]) -> Iterator[Any]
 
 
 def _component_fields(table: type[ComponentTable], name: Any) -> dict[str, Any]:
-    """Return the fields of the class that a table names. None of a class that cannot be imported: building it says why."""
+    """Return the fields of the component that a table names.
+
+    They are empty if the class cannot be imported: the error is raised when the component is built.
+    """
     try:
         registry = import_object(REGISTRIES[table.__name__], "registry") if table.__name__ in REGISTRIES else {}
         component = import_object(registry.get(name, name), "name")
-    # A user's own module may raise anything while it is imported. The same error ends the run when the class is built.
+    # A user's module may raise any error when imported. The same error ends the run when the component is built.
     except Exception:  # noqa: BLE001
         return {}
     return getattr(component, "model_fields", {})
 
 
 def _with_value(tables: Any, sections: list[str], key: str, value: Any) -> Any:
+    """Return a copy of `tables` with `value` at `sections` and `key`; a section that is missing is created."""
     if isinstance(tables, list):  # [[trackers]] and the like: the section is a position
         index = int(sections[0]) if sections and sections[0].isdigit() else -1
         if not 0 <= index < len(tables):

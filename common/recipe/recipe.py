@@ -1,4 +1,4 @@
-"""The recipe: every table that a run is made from, checked against each other, read from TOML (no torch)."""
+"""The recipe: all tables of a run, read from TOML and checked against each other (no torch)."""
 
 import os
 import re
@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.overrides import with_overrides
 from ray_ddpo.common.recipe.registry import explain
+from ray_ddpo.common.recipe.shipped import near_recipes, recipe_file
 from ray_ddpo.common.recipe.tables import (
     MOST_IMAGES,
     AggregationTable,
@@ -35,51 +36,77 @@ from ray_ddpo.common.recipe.tables import (
     TrackerTable,
 )
 
-RECIPE_FILE = "recipe.toml"  # as a run's folder has it
+RECIPE_FILE = "recipe.toml"  # in a run's folder
 STORAGE_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # those of pyarrow's filesystems
-LONGEST_QUOTE = 100  # letters of a line that is no TOML
+LONGEST_QUOTE = 100  # characters of a line that is no TOML
 URI_WITH_A_USER = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s]*@")
 
 
 class Recipe(Table):
-    """A whole run. `Recipe.load` reads one from TOML with the command line's overrides."""
+    """Recipe of a whole run. `Recipe.load` reads it from TOML and applies the command line's overrides."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Name of the run and of its folder."""
     output_dir: str = "runs"
+    """Folder or URI below which the run's folder lies: `output_dir/name`."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the run: of prompts, noise and initial weights."""
     rounds: int = Field(ge=1)
+    """Rounds of the run: how often images are sampled, scored and learned from."""
     max_policy_lag: int = Field(default=0, ge=0)
+    """Rounds by which the sampling policy may be older than the learner's. With 0, sampling and learning alternate."""
     start_from: StartFromTable | None = None
+    """Earlier run whose weights this run starts from. By default the pretrained model's."""
     policy: PolicyTable
+    """Model family and its keys."""
     prompts: PromptsTable
+    """Source of the prompts."""
     sampling: SamplingTable
+    """Denoising steps and guidance."""
     samplers: SamplersTable = SamplersTable()
+    """Actors that generate images."""
     reward: RewardTable | None = None
+    """The reward that is trained on. Give this or `[[rewards]]`."""
     rewards: tuple[RewardTable, ...] = ()
+    """Several rewards that are trained on."""
     aggregation: AggregationTable = AggregationTable()
+    """Aggregation of several rewards."""
     reward_workers: RewardWorkersTable = RewardWorkersTable()
+    """Actors that score images."""
     algorithm: AlgorithmTable
+    """Algorithm and its hyperparameters."""
     learner: LearnerTable
+    """Optimizer and batch sizes."""
     runtime: RuntimeTable = RuntimeTable()
+    """Device, threads and time limits."""
     checkpoint: CheckpointTable = CheckpointTable()
+    """Checkpoints, for resuming a run."""
     rollouts: RolloutsTable = RolloutsTable()
+    """Ledger of all images."""
     evaluation: EvaluationTable = EvaluationTable()
+    """Held-out images and scorers."""
     guard: GuardTable = GuardTable()
+    """Alarms if the reward is over-optimized."""
     push: PushTable = PushTable()
+    """Upload to the Hugging Face hub."""
     media: MediaTable = MediaTable()
+    """Images for wandb and TensorBoard."""
     trackers: tuple[TrackerTable, ...] = ()
+    """Further destinations of metrics."""
 
     @property
     def images_per_round(self) -> int:
+        """Return the images of a round."""
         return self.sampling.batch_size * self.sampling.batches_per_round
 
     @property
     def all_rewards(self) -> tuple[RewardTable, ...]:
-        """The rewards that are trained on, however the recipe gives them."""
+        """Return the rewards that are trained on, from `[reward]` or `[[rewards]]`."""
         return self.rewards or ((self.reward,) if self.reward else ())
 
     @model_validator(mode="after")
     def _one_way_of_giving_rewards(self) -> "Recipe":
+        """Refuse recipes without a reward, with both ways of giving rewards, or with rewards of one name."""
         if self.reward is not None and self.rewards:
             raise ValueError(
                 "the recipe has both [reward] and [[rewards]]: it must have one of them; write [[rewards]] for each"
@@ -100,6 +127,7 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _batches_fit_together(self) -> "Recipe":
+        """Refuse batch sizes that do not divide one another."""
         group, step = self.prompts.images_per_prompt, self.learner.images_per_step
         tasks, parts = self.sampling.batches_per_round, self.learner.parts_per_round
         if tasks % parts:
@@ -130,6 +158,7 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _the_guard_can_see(self) -> "Recipe":
+        """Refuse a guard that lacks the score, the evaluations or the pretrained model it needs."""
         known = ["reward", *(table.called for table in (*self.all_rewards, *self.evaluation.scorers))]
         if self.guard.best_by not in known:
             raise ValueError(f"guard.best_by is {self.guard.best_by!r}: it must be one of {known}")
@@ -164,7 +193,7 @@ class Recipe(Table):
             where: the file that they come from, as an error names it.
 
         Raises:
-            ValueError: one line that names every key at fault, and shows no password.
+            ValueError: One line names every key at fault. It shows no password.
         """
         which = f"the recipe {where}".rstrip()
         if shown := list(_holding_a_user(tables)):
@@ -179,8 +208,16 @@ class Recipe(Table):
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> "Recipe":
-        """Read a recipe's TOML file and lay `--section.key value` overrides over it."""
-        path = Path(path)
+        """Read a recipe's TOML file and apply overrides.
+
+        Args:
+            path: the file, or the name of a shipped recipe, such as `demo` or `tiny/grpo`.
+            overrides: `--section.key`, value and so on.
+
+        Raises:
+            ValueError: There is no such recipe, or it cannot be used.
+        """
+        path = recipe_file(path)
         if not path.is_file():
             raise ValueError(_no_recipe(path))
         with reading(path):
@@ -194,7 +231,7 @@ class Recipe(Table):
 
     @classmethod
     def from_toml(cls, text: str, where: str, overrides: list[str]) -> "Recipe":
-        """Read a recipe's text, which lies `where`, and lay overrides over it."""
+        """Read a recipe's text and apply overrides; errors name the file `where`."""
         try:
             tables = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -204,7 +241,11 @@ class Recipe(Table):
         return cls.parse(with_overrides(tables, overrides, cls), where)
 
     def run_path(self) -> str:
-        """The run's folder, a path or a URI. A relative path inside a submitted job would lie in Ray's throw-away copy."""
+        """Return the run's folder, a path or a URI.
+
+        Raises:
+            ValueError: The path is relative inside a submitted job, where it would lie in Ray's temporary copy.
+        """
         if "://" in self.output_dir:
             return f"{self.output_dir.rstrip('/')}/{self.name}"
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not os.path.isabs(self.output_dir):
@@ -216,15 +257,17 @@ class Recipe(Table):
 
 
 def _no_recipe(path: Path) -> str:
-    """Return why there is no recipe at a path, and which one is meant where that can be told."""
+    """Return why there is no recipe at a path, and which recipes may be meant."""
     if (path / RECIPE_FILE).is_file():
         return f"there is no recipe at {path}, it is a folder: give the recipe in it, {path / RECIPE_FILE}"
     place = f"{path}, it is a folder" if path.is_dir() else path
-    return f"there is no recipe at {place}: give the path of a TOML file, such as one in deploy/recipes"
+    near = near_recipes(path)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"there is no recipe at {place}: give the path of a TOML file, or the name of a shipped recipe{hint}"
 
 
 def _holding_a_user(value: Any, key: str = "") -> Iterator[str]:
-    """The keys below which a text has scheme://user@ or scheme://user:password@ in it."""
+    """Yield the keys whose text contains scheme://user@ or scheme://user:password@."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _holding_a_user(inner, f"{key}.{name}" if key else str(name))

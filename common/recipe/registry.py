@@ -1,4 +1,4 @@
-"""Turn a recipe's table (a name and keys) into an entry of a registry: a frozen, checked object that is its own config."""
+"""Registries: from a recipe's table to a component, a frozen and checked object that is its own configuration."""
 
 import difflib
 import importlib
@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from ray_ddpo.common.recipe.bounds import Bounded
+from ray_ddpo.common.recipe.renamed import renamed_key, renamed_value
 from ray_ddpo.common.user_code.blame import blamed
 from ray_ddpo.common.user_code.sources import is_of_the_project
 
@@ -15,10 +16,10 @@ Registry = dict[str, str]  # name in a recipe -> "module:Class"
 
 
 class Component(Bounded):
-    """A choice in a registry. Its fields are its hyperparameters; it travels in bytes and is made live by `load`."""
+    """Component of a registry. Its fields are its hyperparameters. It is pickled to the process that `load`s it."""
 
     def user_modules(self) -> dict[str, str]:
-        """Return the modules outside the project that decide what this entry does, by the key that names them."""
+        """Return the modules outside the project that this component runs, by the key that names them."""
         own = type(self).__module__
         return {} if is_of_the_project(own) else {"name": own}
 
@@ -27,7 +28,15 @@ ComponentT = TypeVar("ComponentT", bound=Component)
 
 
 def import_object(path: str, what: str) -> Any:
-    """Import "module:attribute"; a ValueError says what was looked for where it is not there."""
+    """Import `module:attribute`.
+
+    Args:
+        path: what to import.
+        what: the recipe's key, for the errors.
+
+    Raises:
+        ValueError: The path has another form, the module cannot be imported, or it lacks the attribute.
+    """
     module_name, separator, attribute = path.partition(":")
     if not separator or not module_name or not attribute:
         raise ValueError(f"{what} is {path!r}: it must have the form module:name")
@@ -36,7 +45,7 @@ def import_object(path: str, what: str) -> Any:
             module = importlib.import_module(module_name)
     except ValueError as error:
         cause = error.__cause__
-        # The module itself, or a package that it lies in: else it is there, and something that it imports is not.
+        # Only if the module itself or a package around it is missing. Otherwise something that it imports is missing.
         if isinstance(cause, ModuleNotFoundError) and f"{module_name}.".startswith(f"{cause.name}."):
             raise ValueError(f"{what} is {path!r}: there is no module {cause.name!r} to import") from cause
         raise
@@ -46,7 +55,17 @@ def import_object(path: str, what: str) -> Any:
 
 
 def component_class(registry: Registry, name: str, what: str, kind: type[Component] | None = None) -> type[Component]:
-    """Return the class that a recipe names: one of the registry or, if there is a `kind`, "module:Class" of that kind."""
+    """Return the class that a recipe names.
+
+    Args:
+        registry: the known names.
+        name: one of them or, if `kind` is given, `module:Class`.
+        what: the table's name, for the errors.
+        kind: the abstract class that a class from outside the registry must be derived from. None: only the registry's.
+
+    Raises:
+        ValueError: The name stands for no such class.
+    """
     if name in registry:
         return import_object(registry[name], f"{what}.name")
     if kind is None or ":" not in name:
@@ -61,10 +80,16 @@ def component_class(registry: Registry, name: str, what: str, kind: type[Compone
 
 
 def build(registry: Registry, table: dict[str, Any], what: str, kind: type[Component] | None = None) -> Any:
-    """Make the entry that `table` names from the table's other keys. `what` is the table's name, for the errors.
+    """Build the component that `table` names from the table's other keys.
 
-    `kind`: what a class from outside the registry must be; none: the registry's are all that there are.
-    ValueError: the name stands for no such class, or a key is unknown, of the wrong type or out of range.
+    Args:
+        registry: the known names.
+        table: `name` and the component's keys.
+        what: the table's name, for the errors.
+        kind: the abstract class that a class from outside the registry must be derived from. None: only the registry's.
+
+    Raises:
+        ValueError: The name stands for no such class, or a key is unknown, of the wrong type or out of range.
     """
     keys = {key: value for key, value in table.items() if key != "name"}
     cls = component_class(registry, table["name"], what, kind)
@@ -75,12 +100,15 @@ def build(registry: Registry, table: dict[str, Any], what: str, kind: type[Compo
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """One line for each fault pydantic found in making `model`: the key, what came, what is allowed."""
+    """Return one line for pydantic's errors about `model`: for each the key, its value, and what is allowed."""
     lines = []
     for fault in error.errors():
         place, message = fault["loc"], fault["msg"].removeprefix("Value error, ")
-        key = prefix + ".".join(str(part) for part in place)
-        if fault["type"] == "extra_forbidden":
+        key, value = prefix + ".".join(str(part) for part in place), fault["input"]
+        unknown = fault["type"] == "extra_forbidden"
+        if renamed := renamed_key(key, value) if unknown else renamed_value(key, value):
+            lines.append(renamed)
+        elif unknown:
             known = _keys_at(model, place[:-1])
             near = difflib.get_close_matches(str(place[-1]), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -90,14 +118,14 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         elif fault["type"] == "value_error" and not place:
             lines.append(f"{prefix}{message}")
         elif fault["type"] in ("model_type", "dict_type"):
-            lines.append(f"{key} is {fault['input']!r}: it must be a table, [{key}] and its keys below")
+            lines.append(f"{key} is {value!r}: it must be a table, [{key}] and its keys below")
         else:
-            lines.append(f"{key} is {fault['input']!r}: {message[0].lower() + message[1:]}")
+            lines.append(f"{key} is {value!r}: {message[0].lower() + message[1:]}")
     return "; ".join(lines)
 
 
 def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """The keys of the table at `place` inside `model`'s; numbers are positions in a list of tables."""
+    """Return the keys of the table at `place` inside `model`; numbers are positions in a list of tables."""
     for part in place:
         if isinstance(part, str):
             model = next(models_in(model.model_fields[part].annotation))
@@ -106,6 +134,7 @@ def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the models in a type, such as the one in `tuple[Model, ...] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):

@@ -1,6 +1,4 @@
-"""Which reward workers score which rewards: a pool of `[reward_workers]`, one for each reward with workers of its own, and
-one of the scorers that are only looked at.
-"""
+"""Pools of reward workers: the shared one of `[reward_workers]`, those of single rewards, and the scorers'."""
 
 from dataclasses import dataclass
 
@@ -13,7 +11,7 @@ SCORERS = "evaluation.workers"
 
 @dataclass(frozen=True)
 class RewardPool:
-    """Workers that are all alike: they hold the same rewards."""
+    """Pool of reward workers that all hold the same rewards."""
 
     name: str  # SHARED, SHARED.<reward>, or SCORERS
     rewards: tuple[str, ...]
@@ -21,12 +19,12 @@ class RewardPool:
 
     @property
     def trains(self) -> bool:
-        """Whether what is learned from is scored here."""
+        """Return whether this pool scores training images."""
         return self.name != SCORERS
 
 
 def reward_pools(recipe: Recipe) -> tuple[RewardPool, ...]:
-    """The pools that score what is learned from; the shared one first, unless every reward has workers of its own."""
+    """Return the pools that score training images: first the shared one, unless every reward has its own."""
     shared = tuple(table.called for table in recipe.all_rewards if table.workers is None)
     pools = [RewardPool(SHARED, shared, recipe.reward_workers)] if shared else []
     own = [(table.called, table.workers) for table in recipe.all_rewards if table.workers is not None]
@@ -34,14 +32,14 @@ def reward_pools(recipe: Recipe) -> tuple[RewardPool, ...]:
 
 
 def all_pools(recipe: Recipe) -> tuple[RewardPool, ...]:
-    """Those, and that of the scorers where there are any to be asked while it trains."""
+    """Return the pools for training images and, if scorers run during training, theirs."""
     table = recipe.evaluation
     scorers = tuple(scorer.called for scorer in table.scorers)
     return (*reward_pools(recipe), *([RewardPool(SCORERS, scorers, table.workers)] if table.every and scorers else []))
 
 
 def refused(roles: dict[str, ElasticTable], role: str, count: int) -> str | None:
-    """Why there cannot be `count` of a role, in words; None: there can."""
+    """Return why a role cannot have `count` actors, or None if it can."""
     if role not in roles:
         return f"this run has no {role}: it has {', '.join(roles)}"
     table = roles[role]
@@ -52,5 +50,5 @@ def refused(roles: dict[str, ElasticTable], role: str, count: int) -> str | None
 
 
 def elastic_roles(recipe: Recipe) -> dict[str, ElasticTable]:
-    """What `ddpo scale` may change in number, by name."""
+    """Return the tables of the roles whose number `ddpo scale` may change, by name."""
     return {"samplers": recipe.samplers, **{pool.name: pool.table for pool in all_pools(recipe)}}

@@ -1,4 +1,7 @@
-"""The tables of a recipe: their keys, typed and bounded, each checked by itself (no torch)."""
+"""The tables of a recipe: their keys with type, bounds, default and meaning, each table checked by itself (no torch).
+
+`ddpo config`, docs/configuration.md and the JSON schema are made from the attribute docstrings below.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -13,74 +16,86 @@ RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory", "bundle")
 
 
 class Table(Bounded):
-    """A table of the recipe: its keys are known, typed and bounded."""
+    """Table of the recipe whose keys are known, typed and bounded."""
 
 
 class ComponentTable(Bounded):
-    """A table that names a choice in a registry. Its other keys belong to the class chosen, which checks them itself."""
+    """Table that names a component of a registry. Its other keys belong to the component, which checks them itself."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
     name: str
+    """Name of a component in the registry, or `module:Class` with a class of your own."""
 
     def table(self) -> dict[str, Any]:
-        """The name and the chosen class's own keys, as `registry.build` takes them."""
+        """Return the name and the component's own keys, as `registry.build` takes them."""
         return {"name": self.name, **(self.model_extra or {})}
 
 
 class PolicyTable(ComponentTable):
-    """The model family."""
+    """Model family and the keys of its policy."""
 
 
 class AlgorithmTable(ComponentTable):
-    """The algorithm."""
+    """Algorithm and its hyperparameters."""
 
 
 class TrackerTable(ComponentTable):
-    """One tracker."""
+    """Tracker: a destination of metrics. `jsonl`, `terminal` and `ray` are always on."""
 
 
 class PromptsTable(ComponentTable):
-    images_per_prompt: int = Field(default=1, ge=1)  # a group; 1: every image samples its prompt
+    """Source of the prompts, and the number of images sampled for each."""
+
+    images_per_prompt: int = Field(default=1, ge=1)
+    """Images sampled for each prompt of a round: the group size. With 1, every image samples its own prompt."""
 
 
 class SamplingTable(Table):
+    """Denoising steps, guidance and noise of sampling, and the transitions that are trained on."""
+
     num_steps: int = Field(default=50, ge=2, le=1000)
-    guidance_scale: float = Field(default=5.0, ge=0)  # up to 1: one forward pass instead of two; FLUX is told it
-    negative_prompt: str | None = None  # what guidance leads away from; none: as diffusers has it without one
-    # DDIM's η, or flow matching's noise level a; 0 would leave no noise, so no action and no log_prob.
+    """Denoising steps per image."""
+    guidance_scale: float = Field(default=5.0, ge=0)
+    """Scale of classifier-free guidance. Up to 1 the network runs once a step, not twice. For FLUX it is an input."""
+    negative_prompt: str | None = None
+    """Prompt that guidance leads away from. By default the empty one of diffusers."""
     eta: float = Field(default=1.0, gt=0, le=1)
-    batch_size: int = Field(default=8, ge=1)  # images a task
-    batches_per_round: int = Field(default=4, ge=1)  # tasks a round
-    timestep_fraction: float = Field(
-        default=1.0, gt=0, le=1
-    )  # of an image's steps, sampled from its seed, that are learned from
-    skip_last_steps: int = Field(default=0, ge=0)  # not learned from: the nearly clean ones are ill-conditioned
-    # So many neighbouring steps are sampled with noise and learned from, the others without; none: all steps have noise.
+    """Noise of a step: DDIM's η, or the noise level a of a flow-matching SDE. Without noise there is no log-prob."""
+    batch_size: int = Field(default=8, ge=1)
+    """Images per task: one call of a sampler."""
+    batches_per_round: int = Field(default=4, ge=1)
+    """Tasks per round. A round has `batch_size` × `batches_per_round` images."""
+    timestep_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Fraction of an image's steps that are trained on. They are sampled from the image's seed."""
+    skip_last_steps: int = Field(default=0, ge=0)
+    """Last steps that are not trained on. The nearly clean ones are ill-conditioned."""
     sde_window: int | None = Field(default=None, ge=1)
-    sde_window_order: Literal["random", "sliding"] = (
-        "random"  # where it stands: re-sampled, or one step later each time
-    )
-    sde_window_rounds: int = Field(default=1, ge=1)  # for which it stays where it is
-    latents_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # how a path is stored, and so scored
+    """Consecutive steps that are stochastic and trained on; others are deterministic. By default all are stochastic."""
+    sde_window_order: Literal["random", "sliding"] = "random"
+    """Position of the window: sampled at random (`random`), or one step later at each move (`sliding`)."""
+    sde_window_rounds: int = Field(default=1, ge=1)
+    """Rounds between two moves of the window."""
+    latents_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Dtype in which a trajectory's latents are stored. Log-probs are computed from the rounded latents."""
 
     @property
     def is_guided(self) -> bool:
-        """Whether classifier-free guidance runs the network with and without the prompt, as diffusers decides it."""
+        """Return whether guidance runs the network with and without the prompt, by the same rule as diffusers."""
         return self.guidance_scale > 1
 
     def trained_steps(self, stochastic_steps: int) -> int:
-        """How many of an image's steps with noise are kept and learned from; at least one."""
+        """Return how many of an image's stochastic steps are trained on; at least one."""
         if self.sde_window is not None:
             return self.sde_window
         return max(1, round(self.timestep_fraction * (stochastic_steps - self.skip_last_steps)))
 
     @model_validator(mode="after")
     def _window_fits(self) -> "SamplingTable":
+        """Refuse a window beside a fraction of steps, or longer than the steps."""
         if self.sde_window is not None and self.timestep_fraction != 1:
             raise ValueError(
-                f"sde_window is {self.sde_window} and timestep_fraction {self.timestep_fraction}: a recipe learns either from a "
-                "window of steps, "
-                "the same for a round, or from a fraction of them, each image's own"
+                f"sde_window is {self.sde_window} and timestep_fraction {self.timestep_fraction}: a recipe learns either "
+                "from a window of steps, the same for a round, or from a fraction of them, each image's own"
             )
         if self.sde_window is not None and self.sde_window > self.num_steps - self.skip_last_steps:
             raise ValueError(
@@ -99,12 +114,16 @@ class SamplingTable(Table):
 
 
 class RoleTable(Table):
-    """What one actor of a role asks of the cluster."""
+    """Resources that one actor of a role asks the cluster for."""
 
     num_cpus: float = Field(default=1, ge=0, le=MOST_ACTORS)
+    """CPU cores of each actor, as Ray counts them."""
     num_gpus: float = Field(default=0, ge=0, le=MOST_ACTORS)
+    """GPUs of each actor: a fraction of one, or a whole number. With 0, the actor computes on the CPU."""
     resources: dict[str, float] = {}
+    """Custom resources of Ray that each actor needs, by name."""
     accelerator_type: str | None = None
+    """GPU type that the node must have, as Ray names it (`A100`, `H100`, …). By default any."""
 
     @field_validator("num_gpus", mode="after")
     @classmethod
@@ -130,13 +149,14 @@ class RoleTable(Table):
 
 
 class ElasticTable(RoleTable):
-    """A role whose number may change while the run goes on."""
+    """Resources and number of a role whose number may change during a run."""
 
-    count: int = Field(default=1, ge=1, le=MOST_ACTORS)  # at the start
-    min: int = Field(
-        default=1, ge=1, le=MOST_ACTORS
-    )  # so many must be loaded before the run starts; the others join it
-    max: int | None = Field(default=None, ge=1)  # `ddpo scale` goes no higher; none: no limit
+    count: int = Field(default=1, ge=1, le=MOST_ACTORS)
+    """Actors at the start of the run."""
+    min: int = Field(default=1, ge=1, le=MOST_ACTORS)
+    """Actors that must be loaded before the run starts. The others join it later. `ddpo scale` goes no lower."""
+    max: int | None = Field(default=None, ge=1)
+    """Most actors that `ddpo scale` accepts. By default there is no limit."""
 
     @model_validator(mode="after")
     def _count_lies_between(self) -> "ElasticTable":
@@ -146,162 +166,234 @@ class ElasticTable(RoleTable):
 
 
 class SamplersTable(ElasticTable):
-    straggler_factor: float = Field(
-        default=4.0, gt=1
-    )  # × its peers' time: then a task is sampled a second time elsewhere
+    """Samplers: the actors that generate images."""
+
+    straggler_factor: float = Field(default=4.0, gt=1)
+    """Multiple of the median task time after which a task is sampled a second time on another sampler."""
 
 
 class RewardPoolTable(ElasticTable):
-    """Reward workers that are all alike."""
+    """Pool of reward workers that are all alike."""
 
-    batch_size: int = Field(default=64, ge=1)  # images a scoring batch, cut from a task in order
-    timeout_seconds: float = Field(default=600.0, gt=0)  # for one scoring batch
-    attempts: int = Field(default=3, ge=1)  # at a scoring batch that fails, before it is halved to find the image
-    cache: int = Field(default=0, ge=0)  # scores a worker remembers by image; of rewards independent of their batch
+    batch_size: int = Field(default=64, ge=1)
+    """Images per scoring batch. Batches are cut from a task in order."""
+    timeout_seconds: float = Field(default=600.0, gt=0)
+    """Seconds that one scoring batch may take."""
+    attempts: int = Field(default=3, ge=1)
+    """Attempts at a scoring batch that fails. After them the batch is halved until the failing image is found."""
+    cache: int = Field(default=0, ge=0)
+    """Scores that a worker caches by image, for rewards that do not depend on the rest of the batch. 0: no cache."""
 
 
 class RewardTable(ComponentTable):
-    # What it is called in metrics and rows; none: its name.
+    """Reward that is trained on, or scorer that is only evaluated."""
+
     label: str | None = Field(default=None, pattern=r"^\w[\w-]*$")
+    """Name of the reward in metrics and rows. By default its `name`. Two rewards of one name need labels."""
     weight: float = 1.0
-    floor: float | None = None  # images below it rank under all others, whatever the other rewards say
-    workers: RewardPoolTable | None = None  # of its own; none: those of [reward_workers]
+    """Factor of this reward in the aggregation. With a negative weight, a lower score is better."""
+    floor: float | None = None
+    """Lowest acceptable score. Images below it rank under all others, whatever the other rewards say."""
+    workers: RewardPoolTable | None = None
+    """Reward workers of this reward alone. By default those of `[reward_workers]` score it."""
 
     @property
     def called(self) -> str:
-        """The label, else the name."""
+        """Return the label, else the name."""
         return self.label or self.name
 
 
 class AggregationTable(Table):
-    # Of several rewards: as they are; each less its mean over its deviation; advantages of each; win rates in a group.
+    """Aggregation of several rewards into one learning signal."""
+
     kind: Literal["sum", "z_score", "advantages", "win_rate"] = "sum"
+    """Weighted sum of the rewards (`sum`), their z-scores, their advantages (GDPO) or their win rates in a group."""
 
 
 class RewardWorkersTable(RewardPoolTable):
-    """Those of all rewards that have none of their own; and of the whole run."""
+    """Pool of reward workers that scores all rewards without workers of their own."""
 
-    max_dropped: int = Field(default=32, ge=0)  # images of the whole run; one more ends it
+    max_dropped: int = Field(default=32, ge=0)
+    """Images of the whole run that may be dropped because they cannot be scored. One more ends the run."""
 
 
 class LearnerTable(RoleTable):
-    batch_size: int = Field(ge=1)  # images that enter an optimizer step at once
+    """Optimizer, batch sizes and ranks of the learner."""
+
+    batch_size: int = Field(ge=1)
+    """Images per gradient accumulation step. An optimizer step has `batch_size` × `gradient_accumulation_steps`."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    # Transitions a forward pass: memory and speed, not mathematics; "auto": the most that the device holds, found at the start.
-    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"]
+    """Batches whose gradients are accumulated before an optimizer step."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Transitions per forward pass. It changes memory and speed, not the mathematics.
+
+    `auto`: the largest number that fits on the device, found at the start.
+    """
     inner_epochs: int = Field(default=1, ge=1)
-    parts_per_round: int = Field(
-        default=1, ge=1
-    )  # learned from in task order, each while the tasks after it are sampled
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # in 8 bits a quarter of the memory; needs bitsandbytes
+    """Passes over the images of a round."""
+    parts_per_round: int = Field(default=1, ge=1)
+    """Parts of a round that are learned from in task order, each while later tasks are still being sampled."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps the optimizer state in 8 bits, a quarter of the memory. It needs bitsandbytes."""
     learning_rate: float = Field(default=3e-4, gt=0)
+    """Learning rate of AdamW."""
     weight_decay: float = Field(default=1e-4, ge=0)
+    """Weight decay of AdamW."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Term added to AdamW's denominator."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    # Of a step, from the policy that sampled: then no more inner epochs.
+    """Norm to which gradients are clipped."""
     max_kl_nats: float | None = Field(default=None, gt=0)
-    # How far sampler's and learner's log_prob may lie apart under the same weights; none: 1e-4 in float32, else 1e-2.
+    """KL in nats per step from the sampling policy above which no more inner epochs are run. By default no limit."""
     log_prob_tolerance: float | None = Field(default=None, gt=0)
-    # Processes that share every optimizer step; each has this table's resources.
+    """Largest accepted |sampler's − learner's log-prob| under equal weights. By default 1e-4 in float32, else 1e-2."""
     world_size: int = Field(default=1, ge=1, le=MOST_ACTORS)
-    shard_optimizer_state: bool = (
-        False  # each keeps a part of its state, and sends the others the weights that it has moved
-    )
+    """Ranks: processes that share every optimizer step. Each has the resources of this table."""
+    shard_optimizer_state: bool = False
+    """Shard the optimizer state: each rank updates a part of the weights and broadcasts it to the others."""
 
     @property
     def images_per_step(self) -> int:
-        """Images an optimizer step learns from."""
+        """Return the images per optimizer step."""
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
     def images_per_rank(self) -> int:
-        """Of these, a rank's own."""
+        """Return the images of an optimizer step that one rank computes."""
         return self.images_per_step // self.world_size
 
 
 class RuntimeTable(Table):
+    """Device, threads, determinism and limits of every process."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(default=1, ge=1, le=1024)  # of torch, in every process that computes
+    """Device of the actors. `auto`: the GPU where the actor has one, else the CPU."""
+    threads: int = Field(default=1, ge=1, le=1024)
+    """Threads of torch in every process that computes."""
     deterministic: bool = True
-    tf32: bool = False  # GPUs compute float32's convolutions and matrix products in TF32: faster, 10 bits of mantissa
-    ready_seconds: float = Field(default=600.0, gt=0)  # until an actor has its place and has loaded its model
-    watchdog_seconds: float = Field(default=1800.0, gt=0)  # without anything done: the run ends with a dump
-    max_restarts: int = Field(default=100, ge=0)  # of actors, before a round is done
+    """Use deterministic kernels only, so that a run can be repeated bit by bit."""
+    tf32: bool = False
+    """Let GPUs compute float32 convolutions and matrix products in TF32: faster, with 10 bits of mantissa."""
+    ready_seconds: float = Field(default=600.0, gt=0)
+    """Seconds in which an actor must be placed and have loaded its model."""
+    watchdog_seconds: float = Field(default=1800.0, gt=0)
+    """Seconds without any progress after which the run ends and writes the stacks of its processes."""
+    max_restarts: int = Field(default=100, ge=0)
+    """Actor restarts that are allowed between two completed rounds."""
 
 
 class RolloutsTable(Table):
-    keep: bool = True  # the ledger: a parquet row an image
-    images_every: int = Field(default=0, ge=0)  # rounds whose rows hold their image; 0: none does
+    """Ledger: a parquet file per round with a row per image."""
+
+    keep: bool = True
+    """Write the ledger. `ddpo replay` needs it."""
+    images_every: int = Field(default=0, ge=0)
+    """Rounds between two whose rows hold the images too. 0: no rows hold images."""
 
 
 class MediaTable(Table):
-    """What wandb and TensorBoard are shown of rounds, beside their metrics."""
+    """Images and tables of rounds for wandb and TensorBoard, beside their metrics."""
 
-    every: int = Field(default=10, ge=0)  # rounds between two that are shown; the last one is too; 0: none is
-    images: int = Field(default=8, ge=0)  # of such a round, the first ones
+    every: int = Field(default=10, ge=0)
+    """Rounds between two that are shown. The last round is always shown. 0: no round is shown."""
+    images: int = Field(default=8, ge=0)
+    """Images of such a round that are shown: the first ones."""
 
     def is_due(self, round: int, rounds: int) -> bool:
-        """Whether this round is shown, in a run of so many."""
+        """Return whether this round of a run of `rounds` is shown."""
         return self.every > 0 and (round % self.every == 0 or round == rounds - 1)
 
 
 class CheckpointTable(Table):
-    every: int = Field(default=10, ge=1)  # rounds
+    """Checkpoints of the learner, which `--resume auto` continues from."""
+
+    every: int = Field(default=10, ge=1)
+    """Rounds between two checkpoints."""
     keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
 
 
 class EvaluationTable(Table):
-    every: int = Field(default=0, ge=0)  # rounds between two evaluations while it trains; 0: only in the report
-    prompts: tuple[str, ...] = ()  # none: those that the prompt source leaves out, else all of it, in order
+    """Held-out images: their prompts, seeds, scorers, and when they are sampled during training."""
+
+    every: int = Field(default=0, ge=0)
+    """Rounds between two evaluations during training. The last round is always evaluated. 0: only in the report."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to evaluate. By default those that the prompt source holds out, else all of its prompts, in order."""
     images: int = Field(default=64, ge=2, le=MOST_IMAGES)
+    """Images per evaluation. They are distributed over the prompts in order."""
     batch_size: int = Field(default=16, ge=1)
+    """Images per evaluation task."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    split: Literal["evaluation", "tuning"] = "evaluation"  # choose a recipe's numbers on "tuning" images only
-    scorers: tuple[RewardTable, ...] = ()  # looked at beside the reward, never trained on
-    workers: RewardPoolTable = RewardPoolTable()  # that hold the scorers while it trains
-    average_decay: float | None = Field(
-        default=None, gt=0, lt=1
-    )  # of the versions' moving average, sampled with as well
-    saved_images: int = Field(default=8, ge=0)  # of each evaluation that are kept, the first ones
+    """Seed of the held-out images."""
+    split: Literal["evaluation", "tuning"] = "evaluation"
+    """Set of held-out seeds. Choose hyperparameters on `tuning` only, so that `evaluation` stays unseen."""
+    scorers: tuple[RewardTable, ...] = ()
+    """Rewards that are evaluated and never trained on."""
+    workers: RewardPoolTable = RewardPoolTable()
+    """Reward workers that hold the scorers during training."""
+    average_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of a moving average of the weights that is evaluated too. By default there is none."""
+    saved_images: int = Field(default=8, ge=0)
+    """Images of each evaluation that are kept in the run's folder: the first ones."""
 
     def is_due(self, policy_version: int, rounds: int) -> bool:
-        """Whether this version is evaluated in a run of so many rounds: every so often, and at the end."""
+        """Return whether this version is evaluated in a run of `rounds`: every so often, and at the end."""
         return self.every > 0 and (policy_version % self.every == 0 or policy_version == rounds)
 
 
 class GuardTable(Table):
-    """From where on an evaluation's findings are an alarm: the reward may be fooled. Shares are of the pretrained model's."""
+    """Guard: thresholds beyond which an evaluation raises an alarm, because the reward may be over-optimized."""
 
-    scorer_fall: float = Field(default=0.5, gt=0)  # of a scorer's mean, in standard deviations of its scores before
-    certainty: float = Field(default=3.0, ge=0)  # and in paired standard errors
-    dark_share: float = Field(default=0.5, ge=0, le=1)  # of pixels that are nearly black, over the pretrained model's
-    sharpness: float = Field(default=0.1, ge=0)  # share that must be left; 0: not watched, so with the next two
+    scorer_fall: float = Field(default=0.5, gt=0)
+    """Fall of a scorer's mean, in standard deviations of the pretrained model's scores, that raises an alarm."""
+    certainty: float = Field(default=3.0, ge=0)
+    """Fall in paired standard errors that is needed besides."""
+    dark_share: float = Field(default=0.5, ge=0, le=1)
+    """Increase of the share of nearly black pixels over the pretrained model's that raises an alarm."""
+    sharpness: float = Field(default=0.1, ge=0)
+    """Share of the pretrained model's sharpness below which an alarm is raised. 0: not monitored."""
     entropy: float = Field(default=0.5, ge=0)
-    diversity: float = Field(default=0.25, ge=0)  # between images of one prompt
-    max_kl_nats: float | None = Field(default=None, gt=0)  # of a step, to the pretrained model; none: not watched
-    patience: int = Field(default=1, ge=1)  # evaluations in a row with an alarm, before on_alarm is done
-    # Go on with a warning; end the run; or end it with the best version's weights in place of the last.
+    """Share of the pretrained model's grey-level entropy below which an alarm is raised. 0: not monitored."""
+    diversity: float = Field(default=0.25, ge=0)
+    """Share of the pretrained model's diversity within a prompt below which an alarm is raised. 0: not monitored."""
+    max_kl_nats: float | None = Field(default=None, gt=0)
+    """KL in nats per step to the pretrained model above which an alarm is raised. By default not monitored."""
+    patience: int = Field(default=1, ge=1)
+    """Consecutive evaluations with an alarm before `on_alarm` takes effect."""
     on_alarm: Literal["continue", "stop", "roll_back"] = "continue"
-    best_by: str = "reward"  # whose mean over the evaluation tells the best version: "reward", a reward, or a scorer
+    """Warn and continue, stop the run, or stop it and restore the best version's weights (`roll_back`)."""
+    best_by: str = "reward"
+    """Score whose mean over an evaluation tells the best version: `reward`, one of the rewards, or a scorer."""
 
 
 class StartFromTable(Table):
-    """An earlier run whose weights this one starts from, as `ddpo train RECIPE --from RUN[@ROUND]` fills it in."""
+    """Earlier run whose weights this run starts from. `ddpo train RECIPE --from RUN[@ROUND]` fills it in."""
 
-    run: str = Field(min_length=1)  # its folder
-    round: Annotated[int, Field(ge=1)] | Literal["best"] | None = None  # so many rounds done; none: its last weights
-    fingerprint: str | None = None  # of these weights; filled in when the run begins
+    run: str = Field(min_length=1)
+    """Folder of the earlier run."""
+    round: Annotated[int, Field(ge=1)] | Literal["best"] | None = None
+    """Rounds that the weights were trained on, or `best`. By default the run's last weights."""
+    fingerprint: str | None = None
+    """Fingerprint of these weights. It is filled in at the start of the run."""
 
 
 class PushTable(Table):
-    """Whether the weights are published on the Hugging Face hub when the run has ended, and how; `ddpo push` goes by it too."""
+    """Upload of the trained weights to the Hugging Face hub, at the end of the run or by `ddpo push`."""
 
-    repo: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")  # owner/name; none: nothing is published
+    repo: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository, `owner/name`. By default nothing is uploaded."""
     private: bool = False
-    revision: str | None = Field(default=None, min_length=1)  # a branch, made where it is not there; none: main
-    version: Literal["last", "best"] = "last"  # the run's own weights, or those under best/
-    license: str | None = Field(default=None, min_length=1)  # none: that of policy.model, where it is known
-    # Its hub name, where policy.model is a folder.
+    """Create the repository as a private one."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Branch, created if it does not exist. By default `main`."""
+    version: Literal["last", "best"] = "last"
+    """Weights to upload: the run's last ones, or those under `best/`."""
+    license: str | None = Field(default=None, min_length=1)
+    """License on the model card. By default that of `policy.model`, if it is known."""
     base_model: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Hub name of the pretrained model on the model card, if `policy.model` is a folder."""

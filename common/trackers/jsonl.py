@@ -31,7 +31,7 @@ class JsonlFile(LiveTracker):
 
 
 class Jsonl(Tracker):
-    """A tracker without keys, because the file's path is fixed."""
+    """Metrics as a JSON object per round in `metrics.jsonl` of the run's folder. It has no keys."""
 
     def check(self) -> None:
         """Accept any environment."""

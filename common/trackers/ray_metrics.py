@@ -115,7 +115,7 @@ class NothingExported(LiveTracker):
 
 
 class RayMetrics(Tracker):
-    """A tracker without keys. Its tags are the run's name, role and index."""
+    """Metrics in Ray, for Prometheus and Grafana, tagged with the run's name, role and index. It has no keys."""
 
     def check(self) -> None:
         require_package(NAME, "ray")

@@ -66,7 +66,7 @@ class EventFiles(LiveTracker):
 
 
 class TensorboardFiles(Tracker):
-    """A tracker without keys, because the folder is fixed."""
+    """TensorBoard event files in the run's folder. It has no keys."""
 
     def check(self) -> None:
         require_package("tensorboard", "tensorboard")

@@ -66,7 +66,7 @@ class PlainLines(LiveTracker):
 
 
 class Terminal(Tracker):
-    """A tracker without keys. It shows a bar if standard output is a terminal, otherwise lines."""
+    """Progress bar on a terminal, plain lines in a file or a job's log. It has no keys."""
 
     def check(self) -> None:
         require_package("terminal", "rich")

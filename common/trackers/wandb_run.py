@@ -92,12 +92,16 @@ class OpenRun(LiveTracker):
 
 
 class WandbRun(Tracker):
-    """A tracker that never prompts for a login. A resumed run continues the wandb run whose id is in its checkpoint."""
+    """Weights & Biases. It never asks for a login. A resumed run resumes the wandb run of its checkpoint."""
 
     project: str = "ray-ddpo"
+    """Project of wandb."""
     entity: str | None = None
+    """User or team of wandb. By default that of the login."""
     group: str | None = None
+    """Group of runs in wandb. By default none."""
     tags: tuple[str, ...] = ()
+    """Tags of the run in wandb."""
 
     def check(self) -> None:
         require_package(NAME, "wandb")

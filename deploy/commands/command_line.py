@@ -1,15 +1,43 @@
-"""What can be typed after `ddpo`: verbs, their options, and the recipe's keys that some of them take besides."""
+"""Command line of `ddpo`: its verbs, their options, and overrides of the recipe's keys.
+
+argparse, not typer: click takes the override in `ddpo sample … cat --sampling.num_steps 5` for two more prompts.
+"""
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Any
 
 OVERRIDABLE = ("train", "plan", "doctor", "report", "evaluate", "sample", "replay", "serve-reward", "push")
+RECIPE_HELP = "a TOML file, or the name of a shipped recipe, such as demo or tiny/grpo"
+# Sections of a recipe, written down here so that `ddpo train --help` need not import the recipe's tables.
+SECTIONS = (
+    *(
+        "start_from",
+        "policy",
+        "prompts",
+        "sampling",
+        "samplers",
+        "reward",
+        "aggregation",
+        "reward_workers",
+        "algorithm",
+    ),
+    *("learner", "runtime", "checkpoint", "rollouts", "evaluation", "guard", "push", "media", "trackers"),
+)
 
 
 def read(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """What was typed; `overrides` are the recipe's keys in it. SystemExit: it is no command."""
+    """Parse a command line; `overrides` are the recipe's keys in it.
+
+    Raises:
+        SystemExit: It is no command.
+    """
     reader = parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+        import argcomplete
+
+        argcomplete.autocomplete(reader)
     options, rest = reader.parse_known_args(arguments)
     if rest and options.verb not in OVERRIDABLE:
         reader.error(f"ddpo {options.verb} does not know {rest}")
@@ -18,52 +46,68 @@ def read(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _overrides(rest: list[str]) -> list[str]:
-    """`--key=value` and `--key value` alike."""
+    """Split `--key=value` into `--key` and `value`."""
     parts = []
     for word in rest:
         parts += word.split("=", 1) if word.startswith("--") and "=" in word else [word]
     return parts
 
 
+def _add_recipe(verb: argparse.ArgumentParser, name: str = "recipe") -> None:
+    """Add an argument for a recipe, which shells complete to shipped names and TOML files."""
+    recipe: Any = verb.add_argument(name, help=RECIPE_HELP)
+    recipe.completer = _recipes
+
+
+def _recipes(prefix: str, **_: Any) -> list[str]:
+    """Return shipped recipes and TOML files that complete a prefix."""
+    from argcomplete.completers import FilesCompleter
+
+    from ray_ddpo.common.recipe.shipped import shipped_recipes
+
+    return [*(name for name in shipped_recipes() if name.startswith(prefix)), *FilesCompleter(["toml"])(prefix)]
+
+
+def _sections(prefix: str, **_: Any) -> list[str]:
+    """Return sections, and components of a section whose dot is typed, that complete a prefix."""
+    section, dot, _rest = prefix.partition(".")
+    if not dot:
+        return [name for name in SECTIONS if name.startswith(prefix)]
+    from ray_ddpo.deploy.commands.config import registry_of
+
+    names = (registry_of(section) or {}) if section in SECTIONS else {}
+    return [found for name in names if (found := f"{section}.{name}").startswith(prefix)]
+
+
 def parser() -> argparse.ArgumentParser:
-    """Every verb with its options."""
+    """Return the parser of all verbs with their options."""
     parser = argparse.ArgumentParser(
-        prog="ddpo", description="Fine-tune diffusion models by reinforcement learning on Ray."
+        prog="ddpo",
+        description="Fine-tune diffusion models by reinforcement learning on Ray.",
+        epilog='Complete verbs and recipes in bash or zsh: eval "$(register-python-argcomplete ddpo)"',
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    verb = verbs.add_parser("train", help="run a recipe", epilog="--section.key VALUE changes any key of the recipe")
-    verb.add_argument("recipe", help="a TOML file, such as deploy/recipes/demo.toml")
-    verb.add_argument("--resume", choices=["auto"], help="go on from the run's newest checkpoint, if it has one")
-    from_help = "begin with the weights of an earlier run: its last, those after ROUND, or those under best/ (RUN@best)"
-    verb.add_argument("--from", dest="start_from", metavar="RUN[@ROUND]", help=from_help)
-    verb.add_argument("--serial", action="store_true", help="one process, without Ray, for debugging")
-
-    verb = verbs.add_parser("plan", help="print the sizes that follow from a recipe")
-    verb.add_argument("recipe")
-
-    verb = verbs.add_parser("doctor", help="say what would go wrong with a recipe here, before it does")
-    verb.add_argument("recipe")
-
-    _add_of_living_runs(verbs)
+    _add_recipe_verbs(verbs)
+    _add_scale_and_status(verbs)
 
     verb = verbs.add_parser("sample", help="sample images with a run's weights")
     verb.add_argument("--lora", required=True, metavar="RUN_OR_PATH", help="a run's folder, or any LoRA file or folder")
-    verb.add_argument("--recipe", help="whose model and sampling to use; by default the run's own")
-    verb.add_argument("--output", default="samples", help="the folder for the PNGs")
-    verb.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next")
+    verb.add_argument("--recipe", help="recipe whose model and sampling to use; by default the run's own")
+    verb.add_argument("--output", metavar="FOLDER", help="folder for the PNGs; by default samples in the run's folder")
+    verb.add_argument(
+        "--seed", type=int, default=0, help="seed of the first image; each further image has the next one"
+    )
     verb.add_argument("prompts", nargs="+", metavar="PROMPT")
 
-    verb = verbs.add_parser(
-        "report", help="write report.html, before/after images, the reward's curve and summary.json"
-    )
+    verb = verbs.add_parser("report", help="write report.html, before/after images, the reward curve and summary.json")
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
 
     _add_evaluate(verbs)
 
-    verb = verbs.add_parser("replay", help="sample a round again and compare it with the ledger, image by image")
+    verb = verbs.add_parser("replay", help="re-sample a round and compare it with the ledger, image by image")
     verb.add_argument("replayed", metavar="RUN", help="a run's folder")
-    verb.add_argument("--round", type=int, required=True, help="counted from 0")
+    verb.add_argument("--round", type=int, required=True, help="index of the round, from 0")
     _add_export(verbs)
     _add_push(verbs)
     _add_serve_reward(verbs)
@@ -72,86 +116,126 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_of_living_runs(verbs: Any) -> None:
-    verb = verbs.add_parser("scale", help="give a living run another number of samplers or reward workers")
+def _add_recipe_verbs(verbs: Any) -> None:
+    """Add the verbs that take a recipe, and the one that explains its keys."""
+    epilog = (
+        "--section.key VALUE overrides any key of the recipe, such as --learner.learning_rate 1e-4 or --rounds 20. "
+        f"Sections: {', '.join(SECTIONS)}. `ddpo config` explains them, `ddpo config SECTION` prints the keys of one "
+        "with type, default, bounds and meaning, `ddpo config algorithm.grpo` those of a component."
+    )
+    verb = verbs.add_parser("train", help="run a recipe", epilog=epilog)
+    _add_recipe(verb)
+    verb.add_argument("--resume", choices=["auto"], help="resume from the run's newest checkpoint, if it has one")
+    from_help = "start from the weights of an earlier run: its last, those after ROUND, or those under best/ (RUN@best)"
+    verb.add_argument("--from", dest="start_from", metavar="RUN[@ROUND]", help=from_help)
+    verb.add_argument("--serial", action="store_true", help="one process, without Ray, for debugging")
+
+    verb = verbs.add_parser("plan", help="print the batch sizes and the memory of a recipe")
+    _add_recipe(verb)
+
+    verb = verbs.add_parser("doctor", help="check what would go wrong with a recipe on this machine")
+    _add_recipe(verb)
+
+    verb = verbs.add_parser("config", help="explain the keys of a recipe: type, default, bounds, meaning")
+    section_help = (
+        "such as sampling; algorithm.grpo or reward.module:Class for a component's keys; by default an overview"
+    )
+    section: Any = verb.add_argument("section", nargs="?", metavar="SECTION", help=section_help)
+    section.completer = _sections
+
+
+def _add_scale_and_status(verbs: Any) -> None:
+    """Add the verbs for active runs."""
+    verb = verbs.add_parser("scale", help="change the number of samplers or reward workers of an active run")
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
     verb.add_argument("--samplers", type=int, metavar="N")
-    workers = "of [reward_workers], or NAME=N for a reward with workers of its own; may be given several times"
+    workers = "number for [reward_workers], or NAME=N for a reward with its own workers; may be given several times"
     verb.add_argument("--reward-workers", action="append", default=[], metavar="N", help=workers)
 
-    verb = verbs.add_parser("status", help="say how a run stands, from any shell that sees its folder")
+    verb = verbs.add_parser("status", help="print a run's progress, from any shell that sees its folder")
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
-    verb.add_argument("--json", action="store_true", help="as one JSON object")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_evaluate(verbs: Any) -> None:
+    """Add the verb that compares weights."""
     verb = verbs.add_parser(
         "evaluate",
         help="compare weights on the same held-out images, with each other or with the pretrained model",
-        epilog="--section.key VALUE changes any key of the recipe, such as evaluation.images and evaluation.prompts",
+        epilog="--section.key VALUE overrides any key of the recipe, such as evaluation.images and evaluation.prompts",
     )
     verb.add_argument(
         "weights", nargs="+", metavar="WEIGHTS", help="a run's folder, its best/, or a LoRA file or folder"
     )
     verb.add_argument("--against", default="pretrained", metavar="WEIGHTS", help="by default the %(default)s model")
-    verb.add_argument("--recipe", help="whose model, prompts, rewards and scorers to use; by default the first run's")
-    verb.add_argument(
-        "--output", metavar="FOLDER", help="without an earlier result; by default evaluation, evaluation-2, …"
-    )
+    recipe_help = "recipe whose model, prompts, rewards and scorers to use; by default the first run's"
+    verb.add_argument("--recipe", help=recipe_help)
+    output_help = "folder without an earlier result; by default evaluation, evaluation-2, … in the first run's folder"
+    verb.add_argument("--output", metavar="FOLDER", help=output_help)
 
 
 def _add_export(verbs: Any) -> None:
-    verb = verbs.add_parser("export", help="write a run's LoRA in the form that other programs read")
-    verb.add_argument("exported", metavar="RUN_OR_PATH", help="a run's folder, its best/, or a LoRA of ours")
-    verb.add_argument("output", metavar="FILE", help="a .safetensors file that is not there yet")
-    verb.add_argument("--format", choices=["kohya"], default="kohya", help="whose names; by default %(default)s")
+    verb = verbs.add_parser("export", help="write a run's LoRA in a format that other programs read")
+    verb.add_argument("exported", metavar="RUN_OR_PATH", help="a run's folder, its best/, or a LoRA of this program")
+    verb.add_argument("output", metavar="FILE", help="a .safetensors file that does not exist yet")
+    verb.add_argument(
+        "--format", choices=["kohya"], default="kohya", help="format of the names; by default %(default)s"
+    )
 
 
 def _add_push(verbs: Any) -> None:
+    """Add the verb that uploads weights."""
     verb = verbs.add_parser("push", help="publish a run's weights with a model card on the Hugging Face hub")
     verb.add_argument("pushed", metavar="RUN", help="a run's folder")
     verb.add_argument("repo", metavar="REPO", help="owner/name on the hub; the token is in HF_TOKEN")
-    verb.add_argument(
-        "--dry-run", metavar="FOLDER", help="write what would be uploaded there, without network or token"
-    )
-    verb.add_argument("--private", action="store_true", help="for who may read the repository alone")
-    verb.add_argument("--revision", metavar="BRANCH", help="made where it is not there; by default main")
-    verb.add_argument("--version", choices=["last", "best"], help="the run's own weights, or those under best/")
+    verb.add_argument("--dry-run", metavar="FOLDER", help="write the files to this folder instead of uploading them")
+    verb.add_argument("--private", action="store_true", help="create the repository as a private one")
+    verb.add_argument("--revision", metavar="BRANCH", help="branch, created if it does not exist; by default main")
+    verb.add_argument("--version", choices=["last", "best"], help="the run's last weights, or those under best/")
 
 
 def _add_serve_reward(verbs: Any) -> None:
-    verb = verbs.add_parser("serve-reward", help="score images for others: a recipe's reward over HTTP")
-    verb.add_argument("recipe")
-    verb.add_argument("--reward", metavar="NAME", help="which of the recipe's rewards; needed where it has several")
-    verb.add_argument("--host", default="127.0.0.1", help="the address to listen at; by default %(default)s")
-    verb.add_argument("--port", type=int, default=8000, help="0: any that is free; by default %(default)s")
-    verb.add_argument("--token-variable", metavar="NAME", help="of the environment variable with the token to ask for")
+    """Add the verb of the reward service."""
+    verb = verbs.add_parser("serve-reward", help="serve a recipe's reward over HTTP")
+    _add_recipe(verb)
+    verb.add_argument("--reward", metavar="NAME", help="one of the recipe's rewards; needed if it has several")
+    verb.add_argument("--host", default="127.0.0.1", help="address to listen at; by default %(default)s")
+    verb.add_argument("--port", type=int, default=8000, help="0: any free port; by default %(default)s")
+    verb.add_argument(
+        "--token-variable", metavar="NAME", help="environment variable with the token that clients must send"
+    )
 
 
 def _add_migrate(verbs: Any) -> None:
+    """Add the verb that converts a TRL configuration."""
     verb = verbs.add_parser("migrate", help="turn the DDPOConfig of a run in TRL into a recipe")
-    verb.add_argument("config", help="its fields as a JSON object; what is missing has TRL's default")
-    verb.add_argument("--processes", type=int, default=1, metavar="N", help="that accelerate had")
+    verb.add_argument("config", help="its fields as a JSON object; a missing field has TRL's default")
+    verb.add_argument("--processes", type=int, default=1, metavar="N", help="number of processes of accelerate")
     verb.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="by default %(default)s")
     verb.add_argument("--reward", default="aesthetic", help="a name, or module:function; by default %(default)s")
-    verb.add_argument("--output", metavar="FILE", help="where to write the recipe; by default it is printed")
+    verb.add_argument("--output", metavar="FILE", help="file of the recipe; by default it is printed")
 
 
 def _add_fit_aesthetic(verbs: Any) -> None:
+    """Add the verb that fits an aesthetic head."""
     verb = verbs.add_parser("fit-aesthetic", help="fit an aesthetic head on rated images")
-    verb.add_argument("images", help="the folder that the table's paths begin at")
+    verb.add_argument("images", help="folder that the table's paths are relative to")
     verb.add_argument("table", help="csv, parquet, AVA.txt, or json of vote histograms: docs/aesthetic.md")
-    verb.add_argument("--output", required=True, metavar="FOLDER", help="goes on with the embeddings that are there")
+    verb.add_argument(
+        "--output", required=True, metavar="FOLDER", help="folder of the head; embeddings in it are used again"
+    )
     verb.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub name; %(default)s")
     verb.add_argument("--head", choices=["linear", "mlp", "mlp-relu"], default="linear", help="by default %(default)s")
-    verb.add_argument("--format", choices=["csv", "parquet", "ava", "json"], help="by default as the table looks")
-    verb.add_argument("--split-file", metavar="FILE", help="the test images: a path or an id a line")
-    verb.add_argument("--validation", type=float, default=0.1, help="share; by default %(default)s")
-    verb.add_argument("--test", type=float, default=0.1, help="share, without --split-file; by default %(default)s")
-    verb.add_argument("--seed", type=int, default=0, help="of the split and of the MLP's training")
-    verb.add_argument("--epochs", type=int, default=50, help="of the MLP; by default %(default)s")
-    verb.add_argument("--batch-size", type=int, default=256, help="of the MLP's training; by default %(default)s")
-    verb.add_argument("--embedding-batch-size", type=int, default=32, help="of CLIP; by default %(default)s")
-    verb.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="of CLIP")
+    verb.add_argument("--format", choices=["csv", "parquet", "ava", "json"], help="by default detected")
+    verb.add_argument("--split-file", metavar="FILE", help="test images: a path or an id per line")
+    verb.add_argument("--validation", type=float, default=0.1, help="fraction; by default %(default)s")
+    verb.add_argument("--test", type=float, default=0.1, help="fraction, without --split-file; by default %(default)s")
+    verb.add_argument("--seed", type=int, default=0, help="seed of the split and of the MLP's training")
+    verb.add_argument("--epochs", type=int, default=50, help="epochs of the MLP; by default %(default)s")
+    verb.add_argument("--batch-size", type=int, default=256, help="batch size of the MLP; by default %(default)s")
+    verb.add_argument("--embedding-batch-size", type=int, default=32, help="batch size of CLIP; by default %(default)s")
+    verb.add_argument(
+        "--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto", help="dtype of CLIP"
+    )
     verb.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    verb.add_argument("--threads", type=int, default=1, help="of torch; by default %(default)s")
+    verb.add_argument("--threads", type=int, default=1, help="threads of torch; by default %(default)s")

@@ -20,7 +20,12 @@ from ray_ddpo.deploy.commands.report.images import COLUMNS, rows_image
 from ray_ddpo.deploy.commands.report.scores import headline, share_kept
 from ray_ddpo.deploy.commands.settings import differing_settings, kept_settings, settings_in_words
 from ray_ddpo.deploy.commands.weights.given_base import check_given
-from ray_ddpo.deploy.commands.weights.given_weights import load_policy, recipe_of, refuse_output_file
+from ray_ddpo.deploy.commands.weights.given_weights import (
+    default_output,
+    load_policy,
+    recipe_of,
+    refuse_output_file,
+)
 from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.deploy.evaluation.eval_log import images_table
@@ -38,7 +43,7 @@ class EvaluateRequest:
     weights: tuple[str, ...]  # each a run's folder, its best/, or a LoRA's file or folder
     against: str  # the baseline: weights like these, or PRETRAINED
     recipe: str | None  # None: the recipe of the first run among the weights
-    output: str | None  # None: a new folder
+    output: str | None  # None: a new folder in the first run's
 
 
 def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
@@ -52,7 +57,7 @@ def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
     if twice:
         raise ValueError(f"{twice} is named twice: weights are compared with others")
     given = [location for location in named if location != PRETRAINED]
-    recipe, output = recipe_of(given, request.recipe, overrides), _output(request.output)
+    recipe, output = recipe_of(given, request.recipe, overrides), _output(request.output, given)
     parts = build_components(recipe)
     found = _results(parts, named, lambda base: check_given(given, request.recipe, base, overrides))
     baseline = found[request.against]
@@ -72,15 +77,16 @@ def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
     return "\n".join([*lines, *(f"  {output / name}" for name in (IMAGES, ROWS, STATS))])
 
 
-def _output(asked: str | None) -> Path:
-    """Return an output folder without an earlier result.
+def _output(asked: str | None, weights: list[str]) -> Path:
+    """Return a folder without an earlier result: the one asked for, else a new one in the run's folder.
 
     Raises:
         ValueError: the requested folder holds a result, or is a file.
     """
     if asked is None:
-        candidates = itertools.chain([Path(OUTPUT)], (Path(f"{OUTPUT}-{count}") for count in itertools.count(2)))
-        return next(folder for folder in candidates if not _is_taken(folder))
+        first = default_output(weights, OUTPUT)
+        others = (first.with_name(f"{OUTPUT}-{count}") for count in itertools.count(2))
+        return next(folder for folder in itertools.chain([first], others) if not _is_taken(folder))
     if _is_taken(Path(asked)):
         raise ValueError(f"--output is {asked!r}, which has the result of an earlier evaluation: give another folder")
     refuse_output_file(Path(asked))

@@ -12,36 +12,43 @@ from ray_ddpo.common.diffusion.rollout import evaluation_window, sample_trajecto
 from ray_ddpo.common.run_storage.run_folder import weights_here
 from ray_ddpo.deploy.commands.settings import differing_settings
 from ray_ddpo.deploy.commands.weights.given_base import check_given
-from ray_ddpo.deploy.commands.weights.given_weights import load_policy, recipe_of, refuse_output_file
+from ray_ddpo.deploy.commands.weights.given_weights import (
+    default_output,
+    load_policy,
+    recipe_of,
+    refuse_output_file,
+)
 from ray_ddpo.deploy.driver.components import build_components
+
+OUTPUT = "samples"  # default folder, in the run's
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Prompts, weights and output folder of `ddpo sample`."""
+    """Prompts to sample, weights to use, and the folder for the images."""
 
     weights: str  # a run's folder, or a LoRA's file or folder
     recipe: str | None
     prompts: tuple[str, ...]
     seed: int
-    output: str
+    output: str | None  # None: `samples` in the run's folder
 
 
 def sample(request: SampleRequest, overrides: list[str]) -> Iterator[Path]:
-    """Sample one image a prompt, and yield the paths as the images are written.
+    """Sample one image per prompt and yield the path of each as it is written.
 
     Raises:
-        ValueError: the weights or the recipe are missing.
+        ValueError: There are no weights or there is no recipe.
     """
     recipe = recipe_of([request.weights], request.recipe, overrides)
-    refuse_output_file(Path(request.output))
+    output = Path(request.output) if request.output else default_output([request.weights], OUTPUT)
+    refuse_output_file(output)
     with weights_here(request.weights) as path:
         policy = load_policy(recipe, path)
     parts = build_components(recipe)
     check_given([request.weights], request.recipe, parts.policy.loaded_base("sampler"), overrides)
     for line in differing_settings([request.weights], parts.resolved()):
         print(line, file=sys.stderr, flush=True)
-    output = Path(request.output)
     output.mkdir(parents=True, exist_ok=True)
     for index, prompt in enumerate(request.prompts):
         trajectory = sample_trajectories(

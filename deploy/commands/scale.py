@@ -1,4 +1,4 @@
-"""ddpo scale: ask a living run for another number of samplers or reward workers, from any shell that sees its folder."""
+"""ddpo scale: request another number of samplers or reward workers of an active run, through its folder."""
 
 from ray_ddpo.common.recipe.reward_pools import SHARED, elastic_roles, refused
 from ray_ddpo.common.run_storage.lease import runs_it
@@ -6,9 +6,17 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 
 
 def scale(run: str, wanted: dict[str, int]) -> str:
-    """Write what is wanted, by role, where the run's driver looks about once a second; what was asked, in words.
+    """Write the wanted numbers into the run's folder, which the driver reads about once a second.
 
-    ValueError: no run there, none alive, no such role, or a number outside its recipe's min … max.
+    Args:
+        run: the run's folder.
+        wanted: number of actors by role.
+
+    Returns:
+        The request in words.
+
+    Raises:
+        ValueError: The run does not exist, is not active, has no such role, or does not allow the number.
     """
     folder = RunFolder(run)
     recipe = folder.load_recipe([])
@@ -25,7 +33,7 @@ def scale(run: str, wanted: dict[str, int]) -> str:
 
 
 def counts_of(words: list[str]) -> dict[str, int]:
-    """How many reward workers are asked for, by pool: "2" of the shared one, "aesthetic=2" of that reward's own."""
+    """Return the wanted number of reward workers by pool: "2" is the shared pool, "aesthetic=2" that reward's own."""
     counts = {}
     for word in words:
         name, _, number = word.rpartition("=")

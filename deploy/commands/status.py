@@ -1,4 +1,4 @@
-"""ddpo status: how a run stands, from its folder alone, wherever that lies and whoever runs it."""
+"""ddpo status: print the progress of a run, read from its folder alone, local or remote."""
 
 from typing import Any
 
@@ -19,9 +19,12 @@ SHOWN = {
 
 
 def status(run: str) -> dict[str, Any]:
-    """What is known of a run: who runs it, rounds done of how many, its last round's metrics, its newest checkpoint.
+    """Return the state of a run: its process, completed rounds, last metrics and newest checkpoint.
 
-    `images_dropped` and `actor_restarts` are sums over the rounds in metrics.jsonl. ValueError: no run there.
+    `images_dropped` and `actor_restarts` are sums over the rounds in metrics.jsonl.
+
+    Raises:
+        ValueError: There is no run.
     """
     folder = RunFolder(run)
     recipe = folder.load_recipe([])
@@ -41,11 +44,11 @@ def status(run: str) -> dict[str, Any]:
 
 
 def in_words(known: dict[str, Any]) -> str:
-    """`status`, a line each."""
+    """Return the result of `status` as lines of text."""
     done = known["rounds_done"] == known["rounds"]
     ended = known["ended_by_guard"]
-    nobody = "done" if done else "ended by the guard" if ended else "nobody runs it; --resume auto goes on with it"
-    whose = f"run by {known['run_by']}" if known["run_by"] else nobody
+    inactive = "done" if done else "ended by the guard" if ended else "no process runs it; --resume auto resumes it"
+    whose = f"run by {known['run_by']}" if known["run_by"] else inactive
     lines = {
         "rounds": f"{known['rounds_done']} of {known['rounds']}",
         "checkpoint": known["checkpoint"] or "none yet",
@@ -61,7 +64,7 @@ def in_words(known: dict[str, Any]) -> str:
 
 
 def _rounds(folder: RunFolder) -> list[dict[str, float]]:
-    """Of metrics.jsonl; a line that is just being written is left out."""
+    """Return the rounds of metrics.jsonl without a line that is still being written."""
     try:
         return read_json_lines(folder.storage, folder.metrics, ("images_dropped",))
     except FileNotFoundError:

@@ -18,12 +18,16 @@ from ray_ddpo.learner.algorithms.advantages import (
 
 
 class AdvantageSettings(Component):
-    """How to compute advantages: by running statistics per prompt (DDPO), by those of the round, or by group (GRPO)."""
+    """Baseline and scale of advantages: running statistics per prompt, the whole round, or a group (GRPO)."""
 
     kind: Literal["per_prompt", "round", "group"] = "per_prompt"
-    buffer_size: int = Field(default=32, ge=1)  # rewards kept a prompt
-    min_count: int = Field(default=16, ge=1)  # with fewer, the whole round's mean and deviation
-    group_deviation: Literal["group", "round"] = "group"  # by whose deviation a group's distances are divided
+    """Rewards that an image is compared with: the prompt's last ones, the round's, or its group's."""
+    buffer_size: int = Field(default=32, ge=1)
+    """Last rewards of each prompt that `per_prompt` keeps."""
+    min_count: int = Field(default=16, ge=1)
+    """Rewards of a prompt below which `per_prompt` uses the mean and deviation of the whole round."""
+    group_deviation: Literal["group", "round"] = "group"
+    """Standard deviation that `group` divides by: the group's own, or the round's."""
 
     @model_validator(mode="after")
     def _buffer_holds_min_count(self) -> "AdvantageSettings":

@@ -4,4 +4,4 @@ from ray_ddpo.learner.algorithms.policy_gradient import ClippedPolicyGradient
 
 
 class DDPOImportanceSampling(ClippedPolicyGradient):
-    """DDPO-IS with the defaults of ddpo-pytorch: per-prompt advantages, clip range 1e-4."""
+    """DDPO with importance sampling: by default per-prompt advantages, clip range 1e-4, as in ddpo-pytorch and TRL."""

@@ -12,7 +12,7 @@ from ray_ddpo.learner.algorithms.policy_gradient import PolicyGradient
 
 
 class DDPOScoreFunction(PolicyGradient):
-    """DDPO-SF. Without a ratio it must train on-policy: one optimizer step a round, and no lag."""
+    """DDPO with the score-function estimator. It has no ratio, so it needs on-policy data: one optimizer step, no lag."""
 
     def check(self, recipe: Recipe) -> None:
         super().check(recipe)

@@ -15,18 +15,24 @@ from ray_ddpo.learner.algorithms.losses import negative_aware_terms, squared_err
 
 
 class DiffusionNFT(ForwardProcess):
-    """DiffusionNFT. An image's optimality r in 0 … 1 weights a loss towards the image, and 1 − r a loss away from it.
+    """DiffusionNFT: the loss pulls the policy towards an image by r and away by 1 − r; r in 0 … 1 is its optimality.
 
     Samplers use a moving average of the trained weights, whose decay grows with the policy version:
     min(average_decay_max, average_decay_growth · version).
     """
 
     advantages: AdvantageSettings = AdvantageSettings(kind="group", group_deviation="round")
-    advantage_clip: float = Field(default=5.0, gt=0)  # at which r is 0 or 1; the loss is multiplied by it
-    beta: float = Field(default=1.0, gt=0)  # how far the positive and negative policies stand from the one that sampled
-    kl_coef: float = Field(default=0.0, ge=0)  # × mean ‖v − v_pretrained‖²; the authors' is 1e-4
+    """Advantages from which r is computed."""
+    advantage_clip: float = Field(default=5.0, gt=0)
+    """Advantage at which r is 0 or 1. The loss is multiplied by it."""
+    beta: float = Field(default=1.0, gt=0)
+    """Distance of the implicit positive and negative policies from the sampling policy."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Coefficient of mean ‖v − v_pretrained‖². The authors use 1e-4."""
     average_decay_growth: float = Field(default=0.001, ge=0)
+    """Increase of the moving average's decay per policy version."""
     average_decay_max: float = Field(default=0.5, ge=0, lt=1)
+    """Largest decay of the moving average."""
 
     def check(self, recipe: Recipe) -> None:
         super().check(recipe)

@@ -6,6 +6,7 @@ from ray_ddpo.learner.algorithms.policy_gradient import ClippedPolicyGradient
 
 
 class DPOK(ClippedPolicyGradient):
-    """DPOK. The pretrained model is the same network with its adapters disabled, so no copy is needed."""
+    """DPOK: clipped policy gradient with a KL penalty. The reference is the network with its adapters switched off."""
 
     kl_coef: float = Field(default=0.01, ge=0)
+    """Coefficient of the KL to the pretrained model, on the scale of log-probs: mean over latent elements."""

@@ -15,7 +15,8 @@ from ray_ddpo.learner.algorithms.losses import sum_of
 class ForwardProcess(Algorithm, ABC):
     """A loss on the network's predictions for noised images, guided as in sampling. Any lag is equally valid."""
 
-    noised_samples: int = Field(default=1, ge=1)  # of each image in an inner epoch, each to a timestep of its own
+    noised_samples: int = Field(default=1, ge=1)
+    """Noised samples of each image per inner epoch, each at a timestep of its own."""
 
     @property
     def noised_samples_per_image(self) -> int:

@@ -5,6 +5,7 @@ from ray_ddpo.learner.algorithms.policy_gradient import ClippedPolicyGradient
 
 
 class GRPO(ClippedPolicyGradient):
-    """GRPO. A group is the `prompts.images_per_prompt` images of one prompt in a round. `kl_coef` 0: no KL."""
+    """GRPO. A group is the `prompts.images_per_prompt` images of one prompt in one round. `kl_coef` 0 omits the KL."""
 
     advantages: AdvantageSettings = AdvantageSettings(kind="group")
+    """Computation of advantages from rewards: by default within a group."""

@@ -24,14 +24,17 @@ CLIP_RANGE = 1e-4  # the lineage's, on the mean scale
 
 
 class OffPolicySettings(Component):
-    """Off-policy corrections (`learner/algorithms/off_policy.py`). By default only the ratio is used."""
+    """Off-policy corrections for lag (`learner/algorithms/off_policy.py`); by default none but the ratio."""
 
-    ratio: Literal["behavior", "proximal"] = (
-        "behavior"  # against the policy that sampled, or that at the update's start
-    )
-    # Weigh pairs by π_prox / π_behavior, its logarithm held within ± this on the scale of log_prob; none: by 1.
+    ratio: Literal["behavior", "proximal"] = "behavior"
+    """Denominator of the ratio: the policy that sampled (`behavior`), or the one before this update (`proximal`)."""
     importance_weight: float | None = Field(default=None, gt=0)
-    max_drift_nats: float | None = Field(default=None, gt=0)  # of a step's mean; a pair beyond is left out
+    """Bound of |log(π_prox / π_behavior)|, by which transitions are weighted, on the scale of log-probs.
+
+    By default all weights are 1.
+    """
+    max_drift_nats: float | None = Field(default=None, gt=0)
+    """KL in nats to the sampling policy above which a transition is masked. By default none is."""
 
     @model_validator(mode="after")
     def _weight_belongs_to_the_proximal_ratio(self) -> "OffPolicySettings":
@@ -44,11 +47,14 @@ class OffPolicySettings(Component):
 
 
 class PolicyGradient(Algorithm, ABC):
-    """An algorithm on the log-probs of sampled steps, with clipped advantages."""
+    """Policy gradient on the log-probs of the sampled steps, with clipped advantages."""
 
     advantages: AdvantageSettings = AdvantageSettings()
+    """Computation of advantages from rewards."""
     advantage_clip: float = Field(default=5.0, gt=0)
-    step_weights: tuple[float, ...] = ()  # of the loss, one a step of the path; none: all 1
+    """Absolute value at which advantages are clipped."""
+    step_weights: tuple[float, ...] = ()
+    """Weights of the loss, one per denoising step. By default all 1."""
 
     def check(self, recipe: Recipe) -> None:
         super().check(recipe)
@@ -91,17 +97,22 @@ class PolicyGradient(Algorithm, ABC):
 
 
 class ClippedPolicyGradient(PolicyGradient, ABC):
-    """PPO's clipped surrogate on every denoising step, with off-policy corrections and a KL to the pretrained model.
+    """PPO's clipped surrogate on every denoising step, with optional off-policy corrections and KL penalty.
 
-    `clip_range` and `kl_coef` are on the scale of `log_prob`, the mean over latent elements. `clip_nats` and
-    `kl_coef_nats` are on the scale of a step, so independent of the resolution.
+    `clip_range` and `kl_coef` are on the scale of log-probs, the mean over latent elements. `clip_nats` and
+    `kl_coef_nats` are on the scale of a whole step, so that one number fits every resolution.
     """
 
-    clip_range: float | None = Field(default=None, gt=0)  # neither this nor clip_nats: CLIP_RANGE
+    clip_range: float | None = Field(default=None, gt=0)
+    """Clip range of the ratio, as a mean over latent elements. By default 1e-4, unless `clip_nats` is given."""
     clip_nats: float | None = Field(default=None, gt=0)
+    """Clip range in nats per denoising step. Give this or `clip_range`."""
     kl_coef: float = Field(default=0.0, ge=0)
+    """Coefficient of the KL to the pretrained model, as a mean over latent elements."""
     kl_coef_nats: float = Field(default=0.0, ge=0)
+    """Coefficient of the KL to the pretrained model, in nats per denoising step. Give this or `kl_coef`."""
     off_policy: OffPolicySettings = OffPolicySettings()
+    """Off-policy corrections for transitions that an older policy sampled."""
 
     @model_validator(mode="after")
     def _one_scale_each(self) -> "ClippedPolicyGradient":

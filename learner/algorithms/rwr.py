@@ -14,10 +14,12 @@ from ray_ddpo.learner.algorithms.losses import squared_error
 
 
 class RewardWeightedRegression(ForwardProcess):
-    """RWR. Weights ∝ exp(inverse_temperature · reward), with mean 1 over the round or over a prompt's images in it."""
+    """Reward-weighted regression: an image's weight is ∝ exp(inverse_temperature · reward), with mean 1."""
 
     inverse_temperature: float = Field(default=0.2, gt=0)
+    """Factor of the reward in the exponent."""
     over: Literal["round", "prompt"] = "round"
+    """Images over which weights have mean 1: the whole round, or those of one prompt in it."""
 
     def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int

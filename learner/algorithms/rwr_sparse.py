@@ -12,15 +12,18 @@ from ray_ddpo.learner.algorithms.losses import squared_error
 
 
 class SparseRewardWeightedRegression(ForwardProcess):
-    """RWR-sparse. Images have weight 1 if their reward is at or above a percentile of their prompt's last rewards.
+    """Sparse reward-weighted regression: trains on the images at or above a percentile of their prompt's last rewards.
 
-    If a prompt has fewer than `min_count` rewards, the percentile is that of the round. Images of weight 0 enter no
-    optimizer step. If the others are no multiple of a step's images, the last step has the remainder too.
+    The last rewards include this round's. All other images enter no optimizer step.
+    If the selected images are no multiple of an optimizer step's, the last step has the remainder as well.
     """
 
     percentile: float = Field(default=90.0, ge=0, lt=100)
-    buffer_size: int = Field(default=256, ge=1)  # rewards kept a prompt
+    """Percentile of the prompt's last rewards that an image must reach."""
+    buffer_size: int = Field(default=256, ge=1)
+    """Last rewards that are kept for each prompt."""
     min_count: int = Field(default=16, ge=1)
+    """Rewards of a prompt below which its images are compared with the whole round."""
 
     @property
     def trained_fraction(self) -> float:

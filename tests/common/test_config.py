@@ -52,20 +52,20 @@ def changed(tables: dict, place: str, value: object) -> dict:
     )
 
 
-def test_a_file_is_read_with_defaults_for_what_it_leaves_out(path: Path) -> None:
+def test_a_recipe_file_gets_defaults_for_missing_keys(path: Path) -> None:
     recipe = Recipe.load(path)
     assert (recipe.name, recipe.rounds, recipe.sampling.num_steps) == ("demo", 3, 10)
     assert (recipe.seed, recipe.max_policy_lag, recipe.output_dir, recipe.sampling.eta) == (0, 0, "runs", 1.0)
     assert recipe.images_per_round == 8 and recipe.learner.images_per_step == 4
 
 
-def test_a_rooms_table_keeps_the_keys_of_the_class_it_names(path: Path) -> None:
+def test_a_component_table_keeps_the_keys_of_its_component(path: Path) -> None:
     recipe = Recipe.load(path)
     assert recipe.policy.table() == {"name": "stable_diffusion", "model": "tiny_animals", "lora": {"rank": 4}}
     assert recipe.trackers[1].table() == {"name": "wandb", "project": "cats"}
 
 
-def test_a_rewards_weight_is_the_recipes_key_and_not_its_classs(path: Path) -> None:
+def test_the_weight_of_a_reward_is_a_key_of_the_table_not_of_the_component(path: Path) -> None:
     recipe = Recipe.load(path, ["--reward.weight", "0.5"])
     assert recipe.reward.weight == 0.5
     assert recipe.reward.table() == {"name": "aesthetic", "dtype": "float32"}
@@ -110,7 +110,7 @@ def test_a_recipe_cannot_be_changed(recipe: Recipe) -> None:
         ("evaluation.images", 1, "evaluation.images is 1: input should be greater than or equal to 2"),
     ],
 )
-def test_a_value_out_of_range_is_named_with_what_came_and_what_is_allowed(
+def test_a_value_out_of_range_is_refused_with_the_value_and_the_bounds(
     tables: dict, place: str, value: object, message: str
 ) -> None:
     with pytest.raises(ValueError) as error:
@@ -121,31 +121,31 @@ def test_a_value_out_of_range_is_named_with_what_came_and_what_is_allowed(
 @pytest.mark.parametrize(
     ("place", "expected"),
     [
-        ("round", "round is not a key that is known: the keys here are ['algorithm', "),
+        ("round", "round is not a key that is known: the keys here are ['aggregation', 'algorithm', "),
         ("checkpoint.evry", "checkpoint.evry is not a key that is known: the keys here are ['every', 'keep']"),
         ("samplers.gpus", "samplers.gpus is not a key that is known: the keys here are ['accelerator_type', 'count', "),
     ],
 )
-def test_an_unknown_key_is_named_with_the_keys_there_are(tables: dict, place: str, expected: str) -> None:
+def test_an_unknown_key_is_refused_with_the_known_keys(tables: dict, place: str, expected: str) -> None:
     with pytest.raises(ValueError) as error:
         Recipe.parse(changed(tables, place, 1))
     assert str(error.value).startswith(f"the recipe cannot be used: {expected}")
 
 
 @pytest.mark.parametrize("key", ["name", "rounds", "policy", "prompts", "sampling", "algorithm", "learner"])
-def test_what_a_recipe_cannot_do_without_is_named_where_it_is_missing(tables: dict, key: str) -> None:
+def test_a_missing_required_key_is_named(tables: dict, key: str) -> None:
     del tables[key]
     with pytest.raises(ValueError, match=f"^the recipe cannot be used: {key} is missing$"):
         Recipe.parse(tables)
 
 
-def test_a_rooms_table_must_name_its_choice(tables: dict) -> None:
+def test_a_component_table_needs_a_name(tables: dict) -> None:
     tables["policy"].pop("name")
     with pytest.raises(ValueError, match="policy.name is missing"):
         Recipe.parse(tables)
 
 
-def test_one_reward_or_several_but_not_both_and_not_none(tables: dict) -> None:
+def test_a_recipe_has_either_one_reward_or_several(tables: dict) -> None:
     both = {**tables, "rewards": [{"name": "aesthetic"}]}
     none = {key: value for key, value in tables.items() if key != "reward"}
     empty = {**tables, "reward": []}
@@ -166,7 +166,7 @@ def test_one_reward_or_several_but_not_both_and_not_none(tables: dict) -> None:
     assert [reward.name for reward in Recipe.parse(tables).all_rewards] == ["jpeg_compressibility"]
 
 
-def test_rewards_of_one_name_need_labels_and_scorers_do_too(tables: dict) -> None:
+def test_rewards_and_scorers_of_one_name_need_labels(tables: dict) -> None:
     del tables["reward"]
     first, second = {"name": "aesthetic", "label": "taste"}, {"name": "aesthetic", "clip": "owner/other"}
     recipe = Recipe.parse({**tables, "rewards": [first, second]})
@@ -202,7 +202,7 @@ def test_rewards_of_one_name_need_labels_and_scorers_do_too(tables: dict) -> Non
         ),
     ],
 )
-def test_batches_that_do_not_fit_together_are_refused_with_both_numbers(
+def test_batch_sizes_that_do_not_divide_are_refused_with_both_numbers(
     tables: dict, place: str, value: int, message: str
 ) -> None:
     with pytest.raises(ValueError) as error:
@@ -210,8 +210,8 @@ def test_batches_that_do_not_fit_together_are_refused_with_both_numbers(
     assert str(error.value) == f"the recipe cannot be used: {message}"
 
 
-def test_a_missing_file_is_named_with_where_recipes_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no recipe at .*demo.toml: .*deploy/recipes"):
+def test_a_missing_file_is_refused_with_the_near_shipped_recipes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no recipe at .*demo.toml: .*shipped recipe; did you mean demo"):
         Recipe.load(tmp_path / "demo.toml")
 
 
@@ -224,7 +224,7 @@ def test_a_file_that_is_not_toml_is_named_with_the_line(tmp_path: Path) -> None:
         Recipe.load(tmp_path / "demo.toml")
 
 
-def test_a_byte_order_mark_and_line_ends_of_windows_change_nothing(path: Path) -> None:
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(path: Path) -> None:
     plain = Recipe.load(path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert Recipe.load(path) == plain
@@ -253,21 +253,24 @@ def test_an_override_may_give_a_whole_list_of_tables(path: Path) -> None:
     assert [tracker.name for tracker in recipe.trackers] == ["terminal"]
 
 
-def test_a_run_lies_in_its_output_folder_by_its_name(recipe: Recipe) -> None:
+def test_the_run_path_is_output_dir_and_name(recipe: Recipe) -> None:
     assert recipe.run_path() == f"{recipe.output_dir}/tiny"
 
 
-def test_a_relative_output_folder_inside_a_submitted_job_is_refused_with_what_to_do(
-    tables: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_output_dir_in_a_submitted_job_is_refused(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(ValueError, match="output_dir is 'runs', .*throw-away copy.*give --output_dir an absolute path"):
         Recipe.parse({**tables, "output_dir": "runs"}).run_path()
     assert Recipe.parse({**tables, "output_dir": "/shared/runs"}).run_path() == "/shared/runs/tiny"
 
 
-def test_an_optimizer_steps_images_are_divided_among_the_learners_ranks_or_the_recipe_is_refused(path: Path) -> None:
+def test_world_size_must_divide_the_images_of_an_optimizer_step(path: Path) -> None:
     recipe = Recipe.load(path, ["--learner.world_size", "2"])
     assert (recipe.learner.images_per_step, recipe.learner.images_per_rank) == (4, 2)
     with pytest.raises(ValueError, match="accumulation_steps = 4 images, which learner.world_size = 3 does not divide"):
         Recipe.load(path, ["--learner.world_size", "3"])
+
+
+def test_micro_batch_size_is_auto_by_default(tables: dict) -> None:
+    learner = {key: value for key, value in tables["learner"].items() if key != "micro_batch_size"}
+    assert Recipe.parse({**tables, "learner": learner}).learner.micro_batch_size == "auto"

@@ -39,7 +39,7 @@ def test_a_value_is_read_as_toml_and_else_as_text(text: str, value: object) -> N
     assert with_overrides({}, ["--section.key", text]) == {"section": {"key": value}}
 
 
-def test_overrides_leave_the_tables_they_are_laid_over_as_they_were() -> None:
+def test_overrides_leave_the_given_tables_unchanged() -> None:
     tables = {"learner": {"batch_size": 4}, "trackers": [{"name": "jsonl"}]}
     with_overrides(tables, ["--learner.batch_size", "8", "--trackers.0.name", "wandb"])
     assert tables == {"learner": {"batch_size": 4}, "trackers": [{"name": "jsonl"}]}

@@ -49,7 +49,7 @@ def test_an_entry_cannot_be_changed_and_travels_in_bytes() -> None:
     assert pickle.loads(pickle.dumps(entry)) == entry
 
 
-def test_building_leaves_the_table_as_it_was() -> None:
+def test_building_leaves_the_table_unchanged() -> None:
     table = {"name": "cooked", "clip_range": 2e-4}
     build(REGISTRY, table, "algorithm")
     assert table == {"name": "cooked", "clip_range": 2e-4}
@@ -70,18 +70,18 @@ def test_building_leaves_the_table_as_it_was() -> None:
         ({"inners": [{}, {"x": 2}]}, "algorithm.inners.1.x is not a key that is known: the keys here are ['rank']"),
     ],
 )
-def test_a_fault_names_the_key_what_came_and_what_is_allowed(keys: dict, message: str) -> None:
+def test_an_error_names_the_key_its_value_and_what_is_allowed(keys: dict, message: str) -> None:
     with pytest.raises(ValueError) as error:
         build(REGISTRY, {"name": "cooked", **keys}, "algorithm")
     assert str(error.value).startswith(message)
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     with pytest.raises(ValueError, match=r"algorithm\.clip_range is -1.*; algorithm\.inner\.rank is 0"):
         build(REGISTRY, {"name": "cooked", "clip_range": -1, "inner": {"rank": 0}}, "algorithm")
 
 
-def test_an_entry_without_keys_says_that_it_has_only_its_name() -> None:
+def test_a_component_without_keys_has_only_its_name() -> None:
     with pytest.raises(ValueError, match=r"reward\.x is not a key that is known: the keys here are \['name'\]"):
         build(REGISTRY, {"name": "plain", "x": 1}, "reward")
 
@@ -95,7 +95,7 @@ def test_a_missing_key_is_named() -> None:
     assert explain(error.value, Needy, "prompts.") == "prompts.path is missing"
 
 
-def test_an_unknown_name_is_answered_with_the_rooms_names() -> None:
+def test_an_unknown_name_is_refused_with_the_names_of_the_registry() -> None:
     with pytest.raises(ValueError, match=r"reward.name is 'rwa': it must be one of \['cooked', 'lost', 'plain'\]"):
         build(REGISTRY, {"name": "rwa"}, "reward")
 
@@ -113,7 +113,7 @@ class Fried(Raw):
     def cook(self) -> None: ...
 
 
-def test_a_class_from_outside_the_room_is_named_by_its_module_where_there_is_a_kind() -> None:
+def test_a_class_outside_the_registry_is_named_module_and_class_if_kind_is_given() -> None:
     assert build(REGISTRY, {"name": f"{PLACE}:Fried", "heat": 4}, "policy", Raw) == Fried(heat=4)
     with pytest.raises(ValueError, match=r"policy.heat is 'x': input should be a valid integer"):
         build(REGISTRY, {"name": f"{PLACE}:Fried", "heat": "x"}, "policy", Raw)
@@ -130,13 +130,13 @@ def test_a_class_from_outside_the_room_is_named_by_its_module_where_there_is_a_k
         (f"{PLACE}:Raw", "it lacks ['cook']"),
     ],
 )
-def test_what_is_no_class_of_the_kind_is_named_with_the_reason(name: str, message: str) -> None:
+def test_a_class_of_another_kind_is_refused_with_the_reason(name: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
         build(REGISTRY, {"name": name}, "policy", Raw)
     assert str(error.value).startswith(f"policy.name is {name!r}: {message}")
 
 
-def test_without_a_kind_there_is_nothing_outside_the_room() -> None:
+def test_without_a_kind_only_names_of_the_registry_are_accepted() -> None:
     with pytest.raises(
         ValueError, match=r"is 'cooked_for_tests:Fried': it must be one of \['cooked', 'lost', 'plain'\]$"
     ):
@@ -154,7 +154,7 @@ def test_without_a_kind_there_is_nothing_outside_the_room() -> None:
         ("json:no_such_name", "module 'json' has no 'no_such_name'"),
     ],
 )
-def test_an_object_that_cannot_be_imported_is_named_with_the_reason(path: str, message: str) -> None:
+def test_an_object_that_cannot_be_imported_is_refused_with_the_reason(path: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
         import_object(path, "reward.path")
     assert str(error.value) == f"reward.path is {path!r}: {message}"

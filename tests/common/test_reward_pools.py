@@ -22,7 +22,7 @@ def test_rewards_share_workers_unless_they_have_their_own(tables: dict) -> None:
     assert counts == {"samplers": 1, "reward_workers": 2, "reward_workers.aesthetic": 3}
 
 
-def test_there_is_no_shared_pool_where_every_reward_has_its_own(tables: dict) -> None:
+def test_there_is_no_shared_pool_if_every_reward_has_its_own(tables: dict) -> None:
     recipe = with_rewards(tables, {"name": "aesthetic", "workers": {}})
     assert [pool.name for pool in reward_pools(recipe)] == ["reward_workers.aesthetic"]
 
@@ -40,7 +40,7 @@ def test_an_unknown_key_of_a_rewards_own_workers_is_named(tables: dict) -> None:
         with_rewards(tables, {"name": "aesthetic", "workers": {"nmu_gpus": 1}})
 
 
-def test_scorers_have_workers_of_their_own_where_they_are_asked_while_it_trains(tables: dict) -> None:
+def test_scorers_have_their_own_pool_if_they_are_evaluated_during_training(tables: dict) -> None:
     scorers = {"scorers": [{"name": "brightness"}], "workers": {"count": 2}}
     in_the_report_only = Recipe.parse({**tables, "evaluation": scorers})
     assert [pool.name for pool in all_pools(in_the_report_only)] == ["reward_workers"]

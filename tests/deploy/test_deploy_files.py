@@ -230,10 +230,10 @@ def test_the_sizes_in_the_readme_are_those_of_the_plan() -> None:
             re.split(r"  +", line, maxsplit=1)
             for line in plan(Recipe.load(ROOT / "deploy" / "recipes" / name)).splitlines()
         )
-        learner, pair = lines["learner's memory"].removesuffix(" a pair").split(" at the most, of it ")
-        under_way = lines["a trajectory"].split(", ")[1].removesuffix(" under way")
-        expected = [learner, pair, lines["a sampler's memory"].split(" at the most")[0]]
-        expected += [lines["a reward worker's memory"], under_way, lines["a broadcast"].split(" to ")[0]]
+        learner, pair = lines["learner memory"].removesuffix(" of it per transition").split(" at most, ")
+        under_way = lines["trajectory"].split(", ")[1].removesuffix(" in flight")
+        expected = [learner, pair, lines["sampler memory"].split(" at most")[0]]
+        expected += [lines["reward worker memory"], under_way, lines["weight broadcast"].split(" to ")[0]]
         assert cells.split(" | ") == expected
 
 

@@ -21,7 +21,7 @@ def run(tables: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(recipe.run_path())
 
 
-def test_settings_are_printed_and_kept_and_differing_ones_pointed_out(
+def test_settings_are_printed_and_kept_and_differences_are_reported(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     capsys.readouterr()
@@ -33,26 +33,26 @@ def test_settings_are_printed_and_kept_and_differing_ones_pointed_out(
         f"sampling.num_steps is 6 here, and was 4 in the training of {run}",
     ]
     assert all(line in printed.splitlines() for line in lines)
-    first = json.loads(Path("evaluation/evaluation.json").read_text())
+    first = json.loads((run / "evaluation/evaluation.json").read_text())
     assert first["differs_from_training"] == lines
     settings = first["settings"]
     assert (settings["sampling.num_steps"], settings["sampling.guidance_scale"]) == (6, 1.0)
     assert (settings["width"], settings["height"], settings["policy.dtype"]) == (16, 16, "float32")
     assert settings["evaluation.seed"] == 7 and len(settings["seeds"]) == settings["images"] == 2
 
-    kept = Path("evaluation/evaluation.json").read_bytes()
+    kept = (run / "evaluation/evaluation.json").read_bytes()
     assert cli.main(["evaluate", str(run)]) == 0
     printed = capsys.readouterr().out
-    assert "in the training of" not in printed and "evaluation-2/evaluation.json" in printed
-    assert json.loads(Path("evaluation-2/evaluation.json").read_text())["differs_from_training"] == []
-    assert Path("evaluation/evaluation.json").read_bytes() == kept
+    assert "in the training of" not in printed and str(run / "evaluation-2/evaluation.json") in printed
+    assert json.loads((run / "evaluation-2/evaluation.json").read_text())["differs_from_training"] == []
+    assert (run / "evaluation/evaluation.json").read_bytes() == kept
 
-    code = cli.main(["evaluate", str(run), "--output", "evaluation", *STEPS])
+    code = cli.main(["evaluate", str(run), "--output", str(run / "evaluation"), *STEPS])
     assert_documented("an evaluation is written into a folder with another one", code, capsys.readouterr().err)
-    assert Path("evaluation/evaluation.json").read_bytes() == kept
+    assert (run / "evaluation/evaluation.json").read_bytes() == kept
 
 
-def test_report_and_sample_point_out_differing_settings_too(run: Path, capsys: pytest.CaptureFixture) -> None:
+def test_report_and_sample_report_differing_settings_too(run: Path, capsys: pytest.CaptureFixture) -> None:
     differs = f"sampling.num_steps is 6 here, and was 4 in the training of {run}"
     capsys.readouterr()
     assert cli.main(["report", str(run), *STEPS]) == 0
@@ -63,4 +63,4 @@ def test_report_and_sample_point_out_differing_settings_too(run: Path, capsys: p
     assert differs.replace(str(run), f"{run}/lora") in capsys.readouterr().err.splitlines()
     assert cli.main(["sample", "--lora", str(run), "fox"]) == 0
     said = capsys.readouterr().err
-    assert "in the training of" not in said and "samples/000-fox-seed0.png was there and is replaced" in said
+    assert "in the training of" not in said and f"{run}/samples/000-fox-seed0.png was there and is replaced" in said

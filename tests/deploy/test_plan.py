@@ -20,7 +20,7 @@ from ray_ddpo.learner.learner import Learner
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 
 
-def test_the_plan_of_a_small_recipe_is_what_its_parts_are(recipe: Recipe) -> None:
+def test_the_plan_of_a_small_recipe_matches_its_components(recipe: Recipe) -> None:
     numbers = plan_of(recipe)
     parts = build_components(recipe)
     learner = Learner(parts.policy, parts.algorithm, recipe)
@@ -45,7 +45,7 @@ def test_a_trajectory_is_as_large_as_planned(recipe: Recipe) -> None:
 
 
 @pytest.mark.thorough
-def test_stable_diffusion_1_5_has_the_numbers_of_the_lineage() -> None:
+def test_stable_diffusion_1_5_has_the_numbers_of_ddpo_pytorch() -> None:
     numbers = plan_of(Recipe.load(RECIPES / "sd15_aesthetic.toml"))
     assert numbers.sizes.network_parameters == 859_520_964
     assert numbers.sizes.trained_parameters == 797_184  # LoRA 4 on the attention's projections
@@ -67,7 +67,7 @@ def test_the_single_gpu_recipe_fits_the_gpu_it_names() -> None:
 
 
 @pytest.mark.thorough
-def test_for_a_gpu_the_plan_says_what_fits_on_which() -> None:
+def test_a_plan_for_gpus_prints_what_fits_on_each_size() -> None:
     recipe = Recipe.load(RECIPES / "sd15_aesthetic.toml")
     numbers = plan_of(recipe)
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in plan(recipe).splitlines())
@@ -83,11 +83,11 @@ def test_for_a_gpu_the_plan_says_what_fits_on_which() -> None:
     assert largest_micro_batch(plan_of(recipe.model_copy(update={"policy": policy})), 8) > 3 * alone[0]
 
 
-def test_without_a_gpu_there_is_no_such_table(recipe: Recipe) -> None:
-    assert "GPU of so many GB" not in plan(recipe)
+def test_a_plan_for_cpus_has_no_table_of_gpus(recipe: Recipe) -> None:
+    assert "GPU memory in GB" not in plan(recipe)
 
 
-def test_a_micro_batch_that_is_to_be_found_is_planned_with_the_least(tables: dict) -> None:
+def test_an_auto_micro_batch_is_planned_as_one_transition(tables: dict) -> None:
     recipe = Recipe.parse({**tables, "learner": {**tables["learner"], "micro_batch_size": "auto"}})
     numbers, text = plan_of(recipe), plan(recipe)
     assert numbers.learner_bytes == numbers.sizes.learner.of(1) + numbers.conditioning_bytes
@@ -101,12 +101,12 @@ def test_rewards_with_workers_of_their_own_are_counted_with_them(tables: dict) -
     recipe = Recipe.parse({**one_reward, "rewards": rewards, "reward_workers": {"count": 2}})
     text, numbers = plan(recipe), plan_of(recipe)
     assert numbers.reward_worker_bytes == {"reward_workers": 0, "reward_workers.aesthetic": 2 * 303_966_208}
-    assert "a reward worker's memory (aesthetic)" in text and "1 samplers, 5 reward workers" in text
+    assert "reward worker memory (aesthetic)" in text and "1 samplers, 5 reward workers" in text
     assert "0.75 = learner 0 + samplers 0 + reward workers 0.75" in text
 
 
 @pytest.mark.thorough
-def test_of_a_learner_of_several_ranks_each_has_its_share_its_memory_and_its_gpu() -> None:
+def test_each_of_several_ranks_has_its_share_memory_and_gpu() -> None:
     options = ["--learner.world_size", "2", "--learner.num_gpus", "1", "--learner.batch_size", "6"]
     one, two = (Recipe.load(RECIPES / "sd15_aesthetic.toml", options[first:]) for first in (2, 0))
     text, numbers, before = plan(two), plan_of(two), plan_of(one)
@@ -116,18 +116,18 @@ def test_of_a_learner_of_several_ranks_each_has_its_share_its_memory_and_its_gpu
     assert numbers.reduced_bytes == 4 * 797_184 == numbers.learner_bytes - before.learner_bytes
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
     images, pairs = numbers.images_per_step, numbers.pairs_per_step
-    shares = f"{images // 2} of {images} images, {pairs // 2} of {pairs} pairs an optimizer step"
-    assert lines["each of the learner's ranks takes"] == shares
-    assert lines["ranks sum up"] == "3.19 MB of gradients an optimizer step, among 2"
-    assert lines["GPUs asked for"].startswith("2.5 = learner ranks 2 + samplers 0.3")
-    assert "a learner rank's memory" in lines and ": 2 learner ranks, 1 samplers" in lines["memory in all"]
+    shares = f"{images // 2} of {images} images, {pairs // 2} of {pairs} transitions per optimizer step"
+    assert lines["each learner rank"] == shares
+    assert lines["gradient all-reduce"] == "3.19 MB per optimizer step, among 2 ranks"
+    assert lines["requested GPUs"].startswith("2.5 = learner ranks 2 + samplers 0.3")
+    assert "learner rank memory" in lines and ": 2 learner ranks, 1 samplers" in lines["total memory"]
     assert "all roles on one: micro-batch" not in lines and "all roles on one: micro-batch" in plan(one)
     assert "ranks" not in plan(one)
-    assert lines["optimizer's state"] == "6.38 MB of adamw"
+    assert lines["optimizer state"] == "6.38 MB of adamw"
 
 
 @pytest.mark.thorough
-def test_a_divided_optimizer_state_is_a_ranks_part_of_its_memory_and_whole_in_a_checkpoint() -> None:
+def test_a_rank_holds_its_shard_of_the_optimizer_state_a_checkpoint_all_of_it() -> None:
     options = [
         "--policy.train",
         "full",
@@ -145,8 +145,8 @@ def test_a_divided_optimizer_state_is_a_ranks_part_of_its_memory_and_whole_in_a_
     assert after.optimizer_bytes == before.optimizer_bytes == 8 * 859_520_964
     assert before.learner_bytes - after.learner_bytes == 4 * 859_520_964
     assert (
-        "6.88 GB of adamw, 3.44 GB a rank" in plan(divided)
-        and "a rank" not in plan(whole).split("of adamw")[1].splitlines()[0]
+        "6.88 GB of adamw, 3.44 GB per rank" in plan(divided)
+        and "per rank" not in plan(whole).split("of adamw")[1].splitlines()[0]
     )
 
 
@@ -157,7 +157,7 @@ def test_the_command_prints_the_arithmetic(capsys: pytest.CaptureFixture) -> Non
     assert "128 = 16 images × 8 of 15 steps, in micro-batches of 32" in printed
 
 
-def test_neighbouring_steps_share_their_latents_also_where_the_last_are_left_out(recipe: Recipe) -> None:
+def test_consecutive_steps_share_latents_also_if_the_last_steps_are_skipped(recipe: Recipe) -> None:
     whole = plan_of(recipe)
     sampling = recipe.sampling.model_copy(update={"skip_last_steps": 1})
     learner = recipe.learner.model_copy(update={"micro_batch_size": 4})
@@ -166,7 +166,7 @@ def test_neighbouring_steps_share_their_latents_also_where_the_last_are_left_out
     assert whole.trajectory_bytes - early.trajectory_bytes == channels * height * width * 4 + 12
 
 
-def test_of_a_window_only_its_latents_travel(recipe: Recipe) -> None:
+def test_only_the_latents_of_an_sde_window_are_transferred(recipe: Recipe) -> None:
     sampling = recipe.sampling.model_copy(update={"sde_window": 2})
     windowed = plan_of(recipe.model_copy(update={"sampling": sampling}))
     channels, height, width = windowed.sizes.latent_shape
@@ -175,10 +175,10 @@ def test_of_a_window_only_its_latents_travel(recipe: Recipe) -> None:
     assert saved == 2 * (channels * height * width * 4 + 12)
 
 
-def test_of_finished_images_the_noisings_are_counted(capsys: pytest.CaptureFixture) -> None:
+def test_noised_samples_of_finished_images_are_counted(capsys: pytest.CaptureFixture) -> None:
     options = ["--algorithm", '{name = "rwr", noised_samples = 4}', "--sampling.timestep_fraction", "0.1"]
     assert cli.main(["plan", str(RECIPES / "demo.toml"), *options]) == 0
-    assert "64 = 16 images × 4 noised_samples, in micro-batches of 32" in capsys.readouterr().out
+    assert "64 = 16 images × 4 noised samples, in micro-batches of 32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_of_finished_images_the_noisings_are_counted(capsys: pytest.CaptureFixtu
         (["--algorithm.clip_nats", "1"], "clip_range is 0.004 and clip_nats 1.0: give one of the two"),
     ],
 )
-def test_an_algorithm_that_does_not_go_with_the_rest_is_refused_at_once(
+def test_an_algorithm_that_does_not_fit_the_recipe_is_refused(
     options: list[str], text: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert cli.main(["plan", str(RECIPES / "demo.toml"), *options]) == 2
@@ -226,7 +226,7 @@ def test_ddpo_pytorchs_recipe_has_four_updates_of_64_images_a_round() -> None:
     assert (numbers.images, numbers.images_per_step, numbers.optimizer_steps) == (256, 64, 4)
 
 
-def test_the_copy_of_the_network_that_checks_log_probs_is_counted_if_numerics_differ(tables: dict) -> None:
+def test_the_copy_of_the_network_is_counted_if_numerics_differ(tables: dict) -> None:
     own = {"algorithm": {**tables["algorithm"], "off_policy": {"ratio": "proximal"}}}
     alike, half, merged = (
         Recipe.parse({**tables, **own, "policy": {**tables["policy"], **keys}})

@@ -15,7 +15,7 @@ from ray_ddpo.deploy.commands.status import in_words, status
 from ray_ddpo.train import train
 
 
-def test_a_run_before_its_first_round_and_while_a_process_holds_it(tables: dict) -> None:
+def test_status_of_a_run_before_its_first_round_and_while_it_is_active(tables: dict) -> None:
     recipe = Recipe.parse(tables)
     folder = RunFolder(recipe.run_path())
     folder.create()
@@ -25,10 +25,10 @@ def test_a_run_before_its_first_round_and_while_a_process_holds_it(tables: dict)
         assert known["run_by"].startswith("process ")
         assert (known["rounds_done"], known["rounds"], known["checkpoint"], known["last_round"]) == (0, 2, None, {})
         assert "run by process" in in_words(known) and "none yet" in in_words(known)
-    assert "nobody runs it" in in_words(status(recipe.run_path()))
+    assert "no process runs it" in in_words(status(recipe.run_path()))
 
 
-def test_a_run_that_is_done_says_so_with_its_last_rounds_figures(tables: dict, capsys: pytest.CaptureFixture) -> None:
+def test_status_of_a_finished_run_has_the_stats_of_its_last_round(tables: dict, capsys: pytest.CaptureFixture) -> None:
     recipe = Recipe.parse(tables)
     last = train(recipe, serial=True)
     capsys.readouterr()
@@ -41,7 +41,7 @@ def test_a_run_that_is_done_says_so_with_its_last_rounds_figures(tables: dict, c
     assert "done" in text and "2 of 2" in text and f"{last['reward/mean']:.4g}" in text and "%" in text
 
 
-def test_restarts_and_what_was_set_aside_are_summed_and_a_line_half_written_is_left_out(tables: dict) -> None:
+def test_restarts_and_dropped_images_are_summed_without_a_half_written_line(tables: dict) -> None:
     recipe = Recipe.parse(tables)
     folder = RunFolder(recipe.run_path())
     folder.create()
@@ -55,12 +55,12 @@ def test_restarts_and_what_was_set_aside_are_summed_and_a_line_half_written_is_l
     assert known["last_round"]["samplers/alive"] == 4
 
 
-def test_what_is_no_run_is_the_users_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["status", str(tmp_path)]) == 2
     assert "is no run's folder: it has no recipe.toml" in capsys.readouterr().err
 
 
-def test_it_starts_without_torch_and_ray() -> None:
-    code = "import sys, deploy.commands.status; print(sorted({'torch', 'ray'} & set(sys.modules)))"
+def test_status_starts_without_torch_and_ray() -> None:
+    code = "import sys, ray_ddpo.deploy.commands.status; print(sorted({'torch', 'ray'} & set(sys.modules)))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said == "[]\n"

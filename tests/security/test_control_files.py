@@ -61,7 +61,7 @@ def test_status_says_how_a_run_stands_beside_any_lease(folder: RunFolder, capsys
     for text in NO_OWNER:
         folder.storage.write("lease.json", text)
         assert cli.main(["status", folder.location]) == 0
-        assert "nobody runs it" in capsys.readouterr().out
+        assert "no process runs it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

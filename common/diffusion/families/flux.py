@@ -107,7 +107,7 @@ class FluxPolicy(DiffusersPolicy):
 
 
 class Flux(DiffusersConfig):
-    """Keys of the FLUX family. Guidance costs nothing, because it is distilled into the network."""
+    """FLUX.1. Guidance is distilled, so that it needs no second forward pass."""
 
     pipeline_class: ClassVar[str] = "FluxPipeline"
     takes_negative_prompt: ClassVar[bool] = False  # the guidance scale is an input of the network
@@ -129,7 +129,9 @@ class Flux(DiffusersConfig):
             *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         ),
     )
-    max_sequence_length: int = Field(default=512, ge=1, le=512)  # tokens of a prompt that T5 reads
+    """LoRA adapters that are trained. By default rank 32 on the attention of both streams."""
+    max_sequence_length: int = Field(default=512, ge=1, le=512)
+    """Tokens of a prompt that T5 reads."""
 
     @property
     def text_parts(self) -> dict[str, tuple[str, str]]:

@@ -85,7 +85,7 @@ class SD3Policy(DiffusersPolicy):
 
 
 class SD3(DiffusersConfig):
-    """Keys of the Stable Diffusion 3 family. Its third text encoder is a T5 of 9.5 GB in half precision."""
+    """Stable Diffusion 3 and 3.5."""
 
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
     network_name: ClassVar[str] = "transformer"
@@ -106,8 +106,11 @@ class SD3(DiffusersConfig):
             *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         ),
     )
-    max_sequence_length: int = Field(default=256, ge=1, le=512)  # tokens of a prompt that T5 reads
-    t5: bool = True  # false: T5 is left out, and zeros stand in its place
+    """LoRA adapters that are trained. By default rank 32 on the attention of both streams."""
+    max_sequence_length: int = Field(default=256, ge=1, le=512)
+    """Tokens of a prompt that T5 reads."""
+    t5: bool = True
+    """Load the third text encoder, a T5 of 9.5 GB in half precision. If false, zeros take the place of its output."""
 
     @property
     def text_parts(self) -> dict[str, tuple[str, str]]:

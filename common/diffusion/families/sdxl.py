@@ -83,7 +83,7 @@ class SDXLPolicy(DiffusersPolicy):
 
 
 class SDXL(DiffusersConfig):
-    """Keys of the SDXL family: those of every diffusers pipeline."""
+    """Stable Diffusion XL."""
 
     pipeline_class: ClassVar[str] = "StableDiffusionXLPipeline"
     network_name: ClassVar[str] = "unet"

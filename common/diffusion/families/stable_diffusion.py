@@ -59,7 +59,7 @@ class StableDiffusionPolicy(DiffusersPolicy):
 
 
 class StableDiffusion(DiffusersConfig):
-    """Keys of the Stable Diffusion family: those of every diffusers pipeline."""
+    """Stable Diffusion 1.x and 2.x, and the embedded model `tiny_animals`."""
 
     pipeline_class: ClassVar[str] = "StableDiffusionPipeline"
     network_name: ClassVar[str] = "unet"

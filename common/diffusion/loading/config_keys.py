@@ -76,7 +76,7 @@ def check_keys(config: "DiffusersConfig", pipeline: Any = None) -> None:
     """
     if config.pipeline_class not in PIPELINES:  # a user's own family checks its keys itself
         return
-    parts = _loaded(pipeline) if pipeline is not None else _files(config)
+    parts = _loaded(pipeline) if pipeline is not None else configuration_files(config)
     try:
         for fault in _faults(config, parts):
             raise ValueError(fault)
@@ -88,7 +88,7 @@ def check_keys(config: "DiffusersConfig", pipeline: Any = None) -> None:
 
 def check_steps(config: "DiffusersConfig", sampling: SamplingTable) -> None:
     """Raise ValueError if the schedule in a UNet's folder has no such steps, as far as files tell."""
-    parts = _files(config)
+    parts = configuration_files(config)
     if config.pipeline_class in PIPELINES and config.pipeline_class not in FLOW_PIPELINES and "scheduler" in parts:
         from ray_ddpo.common.diffusion.schedulers.ddim import ddim_table
 
@@ -101,8 +101,8 @@ def text_tokens(config: "DiffusersConfig", text: Mapping[str, Any]) -> int:
     return length or text.get("max_position_embeddings", DEFAULTS["text_encoder"]["max_position_embeddings"])
 
 
-def _files(config: "DiffusersConfig") -> Components:
-    """Read the keys of every part from the model's folder; empty if the model is not a folder."""
+def configuration_files(config: "DiffusersConfig") -> Components:
+    """Return the keys of each part's configuration file in a model's folder; empty if the model is in no folder."""
     folder = config.folder()
     if not folder.is_dir():
         return {}

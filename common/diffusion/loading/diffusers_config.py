@@ -1,5 +1,6 @@
 """The keys of `[policy]` that all families of diffusers pipelines share: how a pipeline is found, counted and loaded."""
 
+import json
 import os
 from abc import abstractmethod
 from pathlib import Path
@@ -10,13 +11,14 @@ from pydantic import Field
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
 from ray_ddpo.common.diffusion.image_size import SizedConfig
-from ray_ddpo.common.diffusion.loading.config_keys import check_keys, check_steps
+from ray_ddpo.common.diffusion.loading.config_keys import check_keys, check_steps, configuration_files
 from ray_ddpo.common.diffusion.loading.library_errors import names_the_model, try_once
 from ray_ddpo.common.diffusion.loading.model_files import check_model, files_by_role, source_of
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs, model_sizes, read_config
 from ray_ddpo.common.diffusion.loading.pipeline import load_pipeline
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
+from ray_ddpo.common.diffusion.memory.sizes_cache import cached_sizes
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, Role, quiet_libraries
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -24,7 +26,7 @@ from ray_ddpo.common.trajectory import DTYPES
 
 
 class DiffusersConfig(SizedConfig):
-    """`model`: a folder in diffusers' format, a single file, a hub name, or a model that ships with the project."""
+    """Policy of a diffusers pipeline. `model` is a folder in its format, a single file, a hub name or an embedded model."""
 
     pipeline_class: ClassVar[str]  # of diffusers
     network_name: ClassVar[str]  # of the part that is trained
@@ -37,12 +39,18 @@ class DiffusersConfig(SizedConfig):
     takes_negative_prompt: ClassVar[bool] = True
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
-    variant: str | None = Field(default=None, pattern=r"[A-Za-z0-9_-]+")  # of the weights' files, such as fp16
-    single_file_config: str | None = None  # where the configurations of a single file are: a folder or a hub name
+    variant: str | None = Field(default=None, pattern=r"[A-Za-z0-9_-]+")
+    """Variant of the weight files, such as `fp16`. By default the files without one."""
+    single_file_config: str | None = None
+    """Folder or hub name with the configurations of a single-file `model`. By default they follow from the file."""
     lora: LoraSettings = LoraSettings()
-    vae_slicing: bool = False  # the decoder takes an image after the other
-    vae_tiling: bool = False  # and each in tiles: less memory, and seams that can hardly be seen
-    offload: bool = False  # text encoders and decoder wait in the host's memory while they have nothing to do
+    """LoRA adapters that are trained."""
+    vae_slicing: bool = False
+    """Decode one image at a time: less memory."""
+    vae_tiling: bool = False
+    """Decode each image in tiles: less memory, with seams that can hardly be seen."""
+    offload: bool = False
+    """Keep text encoders and decoder in the host's memory while they are idle: less GPU memory."""
 
     @property
     @abstractmethod
@@ -125,9 +133,17 @@ class DiffusersConfig(SizedConfig):
     @names_the_model
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
         self.check()
-        check_steps(self, sampling)
         configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
-        return model_sizes(self, configs, sampling, device)
+
+        def count() -> PolicySizes:
+            check_steps(self, sampling)
+            return model_sizes(self, configs, sampling, device)
+
+        if self.user_modules():  # a user's code may change between two calls
+            return count()
+        files = json.dumps([configs, configuration_files(self)], sort_keys=True, default=dict)
+        key = [type(self).__qualname__, self.model_dump_json(), files, sampling.model_dump_json(), device]
+        return cached_sizes("\n".join(key), count)
 
     @names_the_model
     def load(self, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:

@@ -27,14 +27,16 @@ ADAPTER = "default"  # PEFT's name for the trained adapter
 
 
 class LoraSettings(Component):
-    """The lineage's adapter: rank 4, alpha 4, on the attention's projections."""
+    """LoRA adapters: by default rank 4 and alpha 4 on the attention's projections, as in ddpo-pytorch."""
 
     rank: int = Field(default=4, ge=1, le=4096)
+    """Rank of the adapters."""
     alpha: int = Field(default=4, ge=1)
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    path: str | None = Field(
-        default=None, min_length=1
-    )  # a LoRA that training begins from: rank, alpha and target modules are that file's
+    """Endings of the names of the layers that get adapters."""
+    path: str | None = Field(default=None, min_length=1)
+    """LoRA file or folder that training starts from. Rank, alpha and target modules are then those of the file."""
 
     @model_serializer(mode="wrap")
     def _without_what_the_file_says(self, handler: Callable[[Any], Any]) -> dict[str, Any]:

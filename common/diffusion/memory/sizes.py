@@ -1,9 +1,10 @@
 """A model's size and the memory of its work, without loading it."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import ConfigDict
 from torch import nn
 
 from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes
@@ -22,6 +23,8 @@ def usable_bytes(memory: float | int, processes: int = 1) -> float:
 @dataclass(frozen=True)
 class PolicySizes:
     """What `ddpo plan` needs. Bytes are for the recipe's dtype, and peaks of allocated memory."""
+
+    __pydantic_config__: ClassVar = ConfigDict(arbitrary_types_allowed=True)  # for `sizes_cache`: torch's dtypes
 
     latent_shape: tuple[int, int, int]
     stochastic_steps: int  # per trajectory

@@ -1,1 +1,1 @@
-"""ddpo plan: the sizes and the memory that follow from a recipe."""
+"""ddpo plan: batch sizes, data volumes and memory of a recipe."""

@@ -1,4 +1,4 @@
-"""What of a recipe fits on which GPU: predicted peaks against the sizes that GPUs are sold with."""
+"""Largest micro-batch and task of a recipe that fit on GPUs of usual sizes, from predicted peaks."""
 
 from ray_ddpo.common.diffusion.memory.sizes import largest_divisor, usable_bytes
 from ray_ddpo.common.recipe.recipe import Recipe
@@ -9,15 +9,15 @@ GIGABYTES = (8, 12, 16, 24, 40, 80)
 
 
 def gpu_rows(recipe: Recipe, numbers: Plan) -> list[tuple[str, str]]:
-    """Rows of the plan: by a GPU's gigabytes, the largest micro-batch and task that fit; none where no GPU is asked for."""
+    """Return rows of the plan: the largest micro-batch and task by GPU memory. Empty if the recipe uses no GPU."""
     if device_of(recipe) == "cpu":
         return []
     rows = {
-        "a GPU of so many GB": [f"{size}" for size in GIGABYTES],
+        "GPU memory in GB": [f"{size}" for size in GIGABYTES],
         "learner alone: micro-batch": [_or_none(largest_micro_batch(numbers, size)) for size in GIGABYTES],
-        "sampler alone: images a task": [_or_none(largest_task(numbers, size)) for size in GIGABYTES],
+        "sampler alone: images per task": [_or_none(largest_task(numbers, size)) for size in GIGABYTES],
     }
-    if numbers.ranks == 1:  # several have a GPU each
+    if numbers.ranks == 1:  # several ranks have a GPU each
         beside = _beside_learner(recipe, numbers)
         together = [_or_none(largest_micro_batch(numbers, size, *beside)) for size in GIGABYTES]
         rows["all roles on one: micro-batch"] = together
@@ -29,7 +29,7 @@ def _or_none(count: int) -> str:
 
 
 def _beside_learner(recipe: Recipe, numbers: Plan) -> tuple[int, int]:
-    """Processes on the GPU, and bytes of those that are not the learner."""
+    """Return the number of processes on a shared GPU, and the bytes of all but the learner."""
     pools = [pool for pool in all_pools(recipe) if pool.table.num_gpus]
     scoring = sum(numbers.reward_worker_bytes[pool.name] * pool.table.count for pool in pools)
     samplers = recipe.samplers.count
@@ -37,11 +37,21 @@ def _beside_learner(recipe: Recipe, numbers: Plan) -> tuple[int, int]:
 
 
 def largest_micro_batch(numbers: Plan, gigabytes: int, processes: int = 1, others: int = 0) -> int:
-    """The largest divisor of a rank's pairs of an optimizer step that fits on a GPU, beside other bytes; 0: not one pair."""
+    """Return the largest micro-batch that fits on a GPU: a divisor of a rank's transitions per optimizer step.
+
+    Args:
+        numbers: the plan.
+        gigabytes: memory of the GPU.
+        processes: number of processes on the GPU.
+        others: bytes of all processes but the learner.
+
+    Returns:
+        The micro-batch size, or 0 if not even one transition fits.
+    """
     free = usable_bytes(gigabytes * 2**30, processes) - others - numbers.conditioning_bytes - numbers.reduced_bytes
     return largest_divisor(numbers.pairs_per_rank, numbers.sizes.learner.largest(free))
 
 
 def largest_task(numbers: Plan, gigabytes: int) -> int:
-    """The most images a task that a sampler alone on a GPU samples; 0: not one."""
+    """Return the largest task, in images, of a sampler that has a GPU to itself; 0 if not even one image fits."""
     return numbers.sizes.largest_batch(usable_bytes(gigabytes * 2**30))

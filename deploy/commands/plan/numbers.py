@@ -1,4 +1,4 @@
-"""The numbers that follow from a recipe, before anything runs."""
+"""Batch sizes, data volumes and predicted memory of a recipe, computed before anything runs."""
 
 from dataclasses import dataclass
 
@@ -16,57 +16,61 @@ from ray_ddpo.learner.weight_check import computes_as_samplers
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of one round, and bytes: the most that tensors take at once. Not counted is the libraries' own memory."""
+    """Numbers of one round, and peak bytes of tensors. The libraries' own memory is not included."""
 
     images: int
-    images_learned_from: int  # about so many, where the algorithm leaves the others out
+    images_learned_from: int  # an estimate if the algorithm selects images
     tasks: int
-    optimizer_steps: int  # a round
+    optimizer_steps: int  # per round
     images_per_step: int
-    pairs_per_step: int  # transitions, or noised_samples of finished images
-    micro_batch_size: int  # where it is found at the start, the least
-    forward_passes: int  # of the learner, a round, of all its ranks together
-    trajectory_bytes: int  # one image's, as it travels
-    round_bytes: int  # all trajectories under way at once
-    broadcast_bytes: int  # one policy version
-    optimizer_bytes: int  # its state, as a checkpoint has it
+    pairs_per_step: int  # transitions, or noised samples of finished images, per optimizer step
+    micro_batch_size: int  # 1 if it is found at the start
+    forward_passes: int  # of all learner ranks together, per round
+    trajectory_bytes: int  # of one image, as it is transferred
+    round_bytes: int  # of all trajectories in flight
+    broadcast_bytes: int  # of one policy version
+    optimizer_bytes: int  # of the optimizer state in a checkpoint
     conditioning_bytes: int  # of a round's prompts, on the learner's device
-    learner_bytes: int
+    learner_bytes: int  # of one rank
     sampler_bytes: int
-    reward_worker_bytes: dict[str, int]  # by pool, of one worker
+    reward_worker_bytes: dict[str, int]  # of one worker, by pool
     sizes: PolicySizes
-    forward_process: bool  # learned from are finished images, noised again
-    ranks: int = 1  # of the learner, each with `learner_bytes`
-    reduced_bytes: int = 0  # of a rank, once more for its gradients where several ranks sum them up
+    forward_process: bool  # the algorithm adds noise to finished images
+    ranks: int = 1
+    reduced_bytes: int = 0  # of a rank's buffer for the all-reduce of gradients
     copy_bytes: int = (
-        0  # of a rank, in its host's memory: the second copy of the network that checks samplers' log-probs
+        0  # of a rank's second copy of the network, in the host's memory, which checks samplers' log-probs
     )
 
     @property
     def pairs_per_rank(self) -> int:
-        """Of an optimizer step."""
+        """Return a rank's transitions per optimizer step."""
         return self.pairs_per_step // self.ranks
 
 
 def plan_of(recipe: Recipe) -> Plan:
-    """All numbers of a recipe. ValueError: the recipe or its model cannot be used."""
+    """Return the plan of a recipe.
+
+    Raises:
+        ValueError: The recipe or its model cannot be used.
+    """
     return plan_of_parts(build_components(recipe))
 
 
 def plan_of_parts(parts: Components) -> Plan:
-    """The same of a recipe's parts, whether or not all that they need is there."""
+    """Return the plan of a recipe's components, even if the files that they need are missing."""
     recipe, policy = parts.recipe, parts.policy
     sampling, learner = recipe.sampling, recipe.learner
     sizes = with_rank_optimizer_state(learner, call_if_own(policy, POLICIES, "sizes", sampling, device_of(recipe)))
     channels, height, width = sizes.latent_shape
     latent_bytes = channels * height * width * DTYPES[sampling.latents_dtype].itemsize
     kept = sampling.trained_steps(sizes.stochastic_steps)
-    # Neighbouring steps share what leaves one and enters the next; steps drawn by themselves travel with both.
+    # Consecutive steps share the latents between them. Steps sampled singly are transferred with both latents.
     latents = kept + 2 if sampling.timestep_fraction == 1 else 2 * kept + 1
     trajectory = latents * latent_bytes + kept * 12 + sizes.conditioning_bytes
     pairs = learner.images_per_step * parts.algorithm.transitions_per_image(recipe, sizes.stochastic_steps)
     learned_from = round(recipe.images_per_round * parts.algorithm.trained_fraction)
-    steps = max(1, learned_from // learner.images_per_step) * learner.inner_epochs  # the last one has what is left over
+    steps = max(1, learned_from // learner.images_per_step) * learner.inner_epochs  # the last step takes the remainder
     micro_batch = 1 if learner.micro_batch_size == "auto" else learner.micro_batch_size
     conditioning = recipe.images_per_round * sizes.conditioning_bytes
     reduced = buffer_bytes(sizes.trained_parameters, learner.world_size)
@@ -100,10 +104,13 @@ def plan_of_parts(parts: Components) -> Plan:
 
 
 def learner_peak(recipe: Recipe, sizes: PolicySizes, micro_batch: int, copy: int) -> int:
-    """Return the most bytes that a rank's tensors take on its device: while it learns, or while it checks a round.
+    """Return the peak bytes of a rank's tensors on its device, while it learns or while it checks a round.
 
     Args:
-        copy: bytes of the network's second copy, which lies in the host's memory unless a round is checked. 0: there is none.
+        recipe: the recipe.
+        sizes: sizes of its policy.
+        micro_batch: transitions per forward pass.
+        copy: bytes of the network's second copy, which is in the host's memory except during checks. 0: no copy.
     """
     learning = sizes.learner.of(micro_batch)
     if not copy:
@@ -113,12 +120,12 @@ def learner_peak(recipe: Recipe, sizes: PolicySizes, micro_batch: int, copy: int
 
 
 def device_of(recipe: Recipe) -> DeviceKind:
-    """Where the policy computes: on a GPU if one is asked for."""
+    """Return where the policy computes: on a GPU if the recipe asks for one."""
     return "cuda" if recipe.learner.num_gpus or recipe.samplers.num_gpus else "cpu"
 
 
 def in_bytes(count: int) -> str:
-    """A number of bytes in the unit that suits it."""
+    """Return a number of bytes with a suitable unit."""
     return (
         f"{count / 1e9:.2f} GB"
         if count >= 1e9

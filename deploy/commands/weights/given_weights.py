@@ -52,6 +52,15 @@ def refuse_recipe(place: Path | None) -> None:
     raise ValueError(f"{place} is a recipe, and weights are needed: name it with --recipe, beside a run or a LoRA")
 
 
+def default_output(weights: Sequence[str], name: str) -> Path:
+    """Return the folder `name` of the first run that some of the weights lie in.
+
+    It is in the current folder if they lie in no run, or if the run is in an object store.
+    """
+    folders = (run.storage.local_path for run in map(run_of, weights) if run)
+    return next((folder / name for folder in folders if folder), Path(name))
+
+
 def refuse_output_file(output: Path) -> None:
     """Raise ValueError if `--output` is a file or inside one, before models are loaded."""
     taken = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
