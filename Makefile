@@ -1,16 +1,16 @@
-# Each target makes the virtual environment it needs, once, and uses it again.
+# Each target creates the virtual environment that it needs, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TRL_VENV := .venv-parity
-# In the order that tests/conftest.py gives them.
+# tests/conftest.py sorts the tests: files that take minutes come first.
 TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 QUICK := not system and not thorough and not same_bits and not parity and not compiled and not eight_bit
-# Ray switches token authentication on by itself; both sides of a cluster must agree, so it is said here.
+# Both sides of a Ray cluster must agree on token authentication.
 export RAY_AUTH_MODE ?= token
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families configuration pretrain clean
+.PHONY: demo test test-kernels rounding test-system test-thorough eight-bit oldest compiled same-bits parity check bench demo-seeds lag-study algorithm-study three-steps animal-reward guard held-out window overlap broadcast whole-network rewards-bench soak chaos scale bench-trl bench-target bench-gpu bench-gpu-families size-check configuration pretrain site verification clean
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
@@ -26,17 +26,17 @@ test-system: $(VENV)/installed
 test-thorough: $(VENV)/installed
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m thorough tests
 
-# Tests again with other kernels of the processor: make test-kernels KERNELS=ONEDNN_MAX_CPU_ISA=AVX2; of all of them: PART=tests
+# Repeat tests with other CPU kernels: make test-kernels KERNELS=ONEDNN_MAX_CPU_ISA=AVX2. PART=tests repeats all of them.
 PART ?= tests/common/diffusion tests/learner tests/actors tests/contracts
 test-kernels: $(VENV)/installed
 	env $(KERNELS) $(BIN)/python -m pytest $(TWO_AT_ONCE) -m "$(QUICK)" $(PART)
 
-# The library lies in a folder of its own: peft imports it in every process, 1.7 s each, where it can.
+# bitsandbytes is installed apart, because peft imports it in every process if it can, which takes 1.7 s.
 eight-bit: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --constraint constraints.txt --target .venv-8bit bitsandbytes
 	PYTHONPATH=.venv-8bit $(BIN)/python -m pytest -m eight_bit tests/learner
 
-# The oldest transformers that pyproject.toml allows, with what it needs, in a folder of its own.
+# The oldest transformers that pyproject.toml allows, with its dependencies, installed apart.
 oldest: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv-oldest "transformers==5.6.0" "huggingface_hub==1.33.0" "tokenizers==0.22.2"
 	PYTHONPATH=.venv-oldest $(BIN)/python -m pytest tests/common/diffusion/test_policy_families.py tests/common/diffusion/test_model_folders.py tests/common/diffusion/test_model_folders_refused.py tests/common/diffusion/test_single_file.py tests/common/test_tiny_animals.py tests/common/test_clip_towers.py tests/common/test_pretrained.py
@@ -84,14 +84,14 @@ bench-trl: $(VENV)/installed $(TRL_VENV)/installed
 bench-target: $(VENV)/installed $(TRL_VENV)/installed
 	$(BIN)/python -m benchmarks.target --chart docs/against_trl.png
 
-# On a machine with a GPU; TRL's environment is made with that machine's torch.
+# Needs a GPU. TRL's environment uses the machine's torch.
 bench-gpu: $(VENV)/installed $(TRL_VENV)/installed
 	$(BIN)/python -m benchmarks.gpu --trl-python $(TRL_VENV)/bin/python
 
 bench-gpu-families: $(VENV)/installed
 	$(BIN)/python -m benchmarks.gpu_families
 
-# How far a bfloat16 sampler and a float32 learner lie apart, with every choice of a processor's kernels.
+# The difference between a bfloat16 sampler and a float32 learner under each choice of CPU kernels.
 rounding: $(VENV)/installed
 	$(BIN)/python -m benchmarks.rounding
 
@@ -99,7 +99,7 @@ soak: $(VENV)/installed
 	rm -rf runs/soak
 	$(BIN)/python -m benchmarks.soak --minutes 20
 
-# SEED=7 makes the schedules of that seed again; else it is sampled, and printed.
+# SEED=7 repeats the schedules of that seed. Without SEED a random seed is used and printed.
 chaos: $(VENV)/installed
 	$(BIN)/python -m benchmarks.chaos $(if $(SEED),--seed $(SEED))
 
@@ -143,6 +143,17 @@ configuration: $(VENV)/installed
 pretrain: $(VENV)/installed
 	$(BIN)/python -m ray_ddpo.learner.pretraining.pretrain --output common/tiny_animals
 
+# Stable Diffusion 1.5's architecture at 512 × 512 with random weights: two rounds through Ray, checkpoint, evaluation, report.
+size-check: $(VENV)/installed
+	$(BIN)/python -m benchmarks.size_check --output runs/size-check
+
+# docs/verification.md, from benchmarks/verification.toml and the recipes.
+verification: $(VENV)/installed
+	$(BIN)/python -m benchmarks.verification
+
+site: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
@@ -154,4 +165,4 @@ $(TRL_VENV)/installed: tests/parity/requirements.txt constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) .venv-oldest runs
+	rm -rf $(VENV) $(TRL_VENV) .venv-oldest runs site

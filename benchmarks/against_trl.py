@@ -1,7 +1,7 @@
-"""make bench-trl: rounds of the program beside rounds of TRL's DDPOTrainer, same model, recipe and number of images.
+"""make bench-trl: time rounds of the program and of TRL's DDPOTrainer on the same model, recipe and number of images.
 
-Each side is a process of its own, and they take turns: while one makes a round, the others sleep. Every measurement is a row of
-the CSV as soon as it is there; `--table` prints what the CSV has.
+Each side runs in a separate process. The processes take turns: while one computes a round, the others sleep. Every
+measurement is appended to the CSV at once; `--table` prints the CSV as a table.
 """
 
 import argparse
@@ -36,13 +36,13 @@ SAME = {  # for both sides
     "algorithm.advantages.min_count": "16",
     "learner.batch_size": "8",
     "learner.learning_rate": "3e-4",
-    "learner.micro_batch_size": "32",  # transitions, of ours alone: TRL's forward pass is that of train_batch_size
+    "learner.micro_batch_size": "32",  # transitions, for our side only: train_batch_size decides TRL's forward pass
     "runtime.threads": str(THREADS),
 }
 SETTINGS: dict[str, dict[str, str]] = {
     "float32, eager": {},
     "float32, compiled": {"policy.compile": "both"},
-    # As `ddpo doctor` wants it: in bfloat16 the last but one step lies beyond the learner's tolerance.
+    # As `ddpo doctor` recommends: in bfloat16 the last but one step exceeds the learner's tolerance.
     "bfloat16 compiled sampler": {
         "policy.compile": "both",
         "policy.sampler_dtype": "bfloat16",
@@ -58,13 +58,13 @@ Row = dict[str, Any]
 
 
 def words(*tables: dict[str, str]) -> list[str]:
-    """Overrides as a command line has them; later tables go over earlier ones."""
+    """Return overrides as command-line words. Later tables replace values of earlier ones."""
     joined = {key: value for table in tables for key, value in table.items()}
     return [word for key, value in joined.items() for word in (f"--{key}", value)]
 
 
 def trl_job(parts: Components) -> dict[str, Any]:
-    """The same rounds for TRL: its model's folder, its keys, our prompts."""
+    """Return the job for TRL's process: the model's folder, TRL's keys and our prompts."""
     recipe, device = parts.recipe, parts.recipe.runtime.device
     return {
         "model": str(EMBEDDED_MODELS.get(parts.policy.model, parts.policy.model)),
@@ -76,7 +76,7 @@ def trl_job(parts: Components) -> dict[str, Any]:
 
 
 def measured(settings: list[str], repeats: int, same: dict[str, str], folder: Path) -> Iterator[Row]:
-    """Rows as they come; repeat 0 is the first round, with whatever is compiled then."""
+    """Yield rows as they are measured. Repeat 0 is the first round, which includes compilation."""
     job = trl_job(build_components(Recipe.load(RECIPE, words(same))))
     with ExitStack() as open_sides:
         sides = {TRL: open_sides.enter_context(trl_process(job, folder))}
@@ -93,9 +93,10 @@ def measured(settings: list[str], repeats: int, same: dict[str, str], folder: Pa
 
 
 def one_round(side: RoundProcess, bare: bool, first: bool = False) -> Row:
-    """A round; of our sides with the bare loop's mean of right before and right after it, for machines drift.
+    """Measure one round. For our sides, add the mean of the bare loop's times right before and right after the round.
 
-    Only after the first one: what is compiled is to be compiled in the round.
+    The two bare measurements cancel drift of the machine's speed. They start after the first round, because compilation
+    belongs to the first round.
     """
     alone = [side.ask(bare=True)] if bare and not first else []
     row = side.ask()
@@ -106,12 +107,12 @@ def one_round(side: RoundProcess, bare: bool, first: bool = False) -> Row:
 
 
 def spelled(versions: dict[str, str]) -> str:
-    """Libraries with their versions."""
+    """Return the libraries with their versions as text."""
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def write_rows(rows: Iterator[Row], path: Path) -> None:
-    """To the CSV and to standard error, each as it comes."""
+    """Append each row to the CSV and print it to standard error as it arrives."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
@@ -124,7 +125,7 @@ def write_rows(rows: Iterator[Row], path: Path) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What is there already, numbers as numbers."""
+    """Read the CSV's rows, with numbers as floats."""
     with path.open(newline="") as file:
         texts = list(csv.DictReader(file))
     plain = ("side", "machine", "versions")
@@ -132,7 +133,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """A line a side, in markdown: medians of all rounds but the first, and medians of the ratios within a repeat."""
+    """Return a Markdown table of the sides: medians over all rounds but the first, and of paired ratios."""
     lines = [
         "| | sampling | learning | round | TRL's / this: sampling | learning | round | bare / this: sampling | learning "
         "| first round | peak memory |",
@@ -154,19 +155,22 @@ def table(rows: list[Row]) -> str:
 
 
 def counted(rows: list[Row], side: str) -> list[Row]:
-    """A side's rows without its first round, in order."""
+    """Return a side's rows without its first round, in order."""
     return [row for row in rows if row["side"] == side and row["repeat"]]
 
 
 def ratio(theirs: list[Row], ours: list[Row], of_theirs: str, of_ours: str) -> str:
-    """Median of the ratios of the same repeat, which other load on the machine meets alike; a dash where there is none."""
+    """Return the median ratio over rows of the same repeat, or a dash if there is none.
+
+    Rows of one repeat share the other load on the machine.
+    """
     pairs = [(first.get(of_theirs), second[of_ours]) for first, second in zip(theirs, ours, strict=False)]
     known = [first / second for first, second in pairs if first is not None]
     return f"{median(known):.2f}" if known else "–"
 
 
 def caption(rows: list[Row]) -> str:
-    """What the figures belong to."""
+    """Return the machine, the number of rounds and the library versions of the measurements."""
     repeats = int(max(row["repeat"] for row in rows))
     versions = {row["side"]: row["versions"] for row in rows}
     return (
@@ -175,7 +179,7 @@ def caption(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Measure, unless the table alone is asked for, and print it; what is not an option here goes to both sides' recipe."""
+    """Measure unless only the table is requested, and print the table. Unknown options override both sides' recipe."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=REPEATS)

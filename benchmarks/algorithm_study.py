@@ -1,7 +1,7 @@
-"""make algorithm-study: every algorithm on the embedded model by its small recipe, three run seeds each.
+"""make algorithm-study: train the embedded model with every algorithm's small recipe, three run seeds each.
 
-`--list` prints the runs, `--run` makes those that the results do not have yet, `--chart` draws them, writes the CSV and prints a
-table, with what `algorithm_study_costs.py` has measured.
+`--list` prints the runs. `--run` makes the missing ones. `--chart` plots them, writes the CSV and prints a table that
+includes the costs measured by `algorithm_study_costs.py`.
 """
 
 import csv
@@ -16,13 +16,13 @@ from benchmarks.lag_study_chart import by_setting, curve, draw_setting, share
 from benchmarks.study import StudyRun, list_or_make, read_results, study_parser
 from ray_ddpo.common.recipe.recipe import Recipe
 
-SEEDS = (20, 21, 22)  # the recipes' numbers were chosen with others
+SEEDS = (20, 21, 22)  # other seeds served to choose the recipes' numbers
 ALGORITHMS = ("ddpo_is", "ddpo_sf", "dpok", "grpo", "rwr", "rwr_sparse", "diffusion_nft", "window")
 Results = list[dict[str, Any]]
 
 
 def run_of(name: str, seed: int) -> StudyRun:
-    """The recipe as it ships, on one thread."""
+    """Return the shipped recipe on one thread."""
     path = f"deploy/recipes/tiny/{name}.toml"
     recipe = Recipe.load(path)
     facts = {"round_images": recipe.images_per_round, "tasks": recipe.sampling.batches_per_round, "lag": 0}
@@ -30,12 +30,12 @@ def run_of(name: str, seed: int) -> StudyRun:
 
 
 def all_runs() -> list[StudyRun]:
-    """The whole study in its order: every algorithm once before the next seed begins."""
+    """Return all runs in order: every algorithm once before the next seed."""
     return [run_of(name, seed) for seed in SEEDS for name in ALGORITHMS]
 
 
 def draw_chart(results: Results, path: Path, costs: dict[str, float]) -> None:
-    """On the left what an image teaches, on the right what a second does."""
+    """Plot the reward against images sampled (left) and against time (right)."""
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.5))
@@ -43,7 +43,7 @@ def draw_chart(results: Results, path: Path, costs: dict[str, float]) -> None:
         color = plt.get_cmap("tab10")(index % 10)
         draw_setting(left, name, runs, 1.0, color)
         draw_setting(right, name, runs, costs[name], color)
-    left.set_xlabel("images drawn")
+    left.set_xlabel("images sampled")
     right.set_xlabel("seconds of one process on one thread, by what an image costs under each algorithm")
     for axis in (left, right):
         axis.set_ylabel("reward of the images that were learned from")
@@ -56,7 +56,7 @@ def draw_chart(results: Results, path: Path, costs: dict[str, float]) -> None:
 
 
 def write_csv(results: Results, path: Path, costs: dict[str, float]) -> None:
-    """A row a point of the chart's curves."""
+    """Write one row per point of the chart's curves."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("algorithm", "seed", "images", "seconds", "reward"))
@@ -67,7 +67,7 @@ def write_csv(results: Results, path: Path, costs: dict[str, float]) -> None:
 
 
 def table(results: Results, costs: dict[str, float]) -> str:
-    """A line an algorithm, in markdown: what its runs changed on held-out images, and in how many standard errors."""
+    """Return a Markdown table of the algorithms: change on held-out images, in paired standard errors."""
     lines = [
         "| recipe | images | change of the reward on held-out images | mean | fewest paired standard errors "
         "| still named | clipped | seconds an image |",
@@ -88,7 +88,7 @@ def table(results: Results, costs: dict[str, float]) -> str:
 
 
 def main() -> int:
-    """One of the three."""
+    """List the runs, make them, or plot them."""
     options = study_parser(__doc__, "algorithm_study").parse_args()
     if not options.chart:
         return list_or_make(options, all_runs())

@@ -1,6 +1,6 @@
-"""What an image costs under each algorithm: rounds of 64 images drawn, scored and learned from in turn, in one run.
+"""Measure the cost of an image under each algorithm: rounds of 64 images, interleaved in one process.
 
-The study's own runs stand beside each other and beside other programs, so their clocks cannot be compared.
+The study's own runs share the machine with each other and with other programs, so their clocks cannot be compared.
 """
 
 import argparse
@@ -26,7 +26,7 @@ COSTS = Path("docs/algorithm_study_costs.json")
 
 @dataclass
 class Rounds:
-    """A recipe's rounds, one after the other, in this process."""
+    """Sequential rounds of one recipe in this process."""
 
     parts: Components
     sampler: Sampler
@@ -37,7 +37,7 @@ class Rounds:
 
     @classmethod
     def of(cls, path: str) -> "Rounds":
-        """Of a recipe, at 64 images a round, or at its own number where that is less."""
+        """Load a recipe and limit its rounds to 64 images."""
         parts = build_components(Recipe.load(path, ["--runtime.threads", "1"]))
         if parts.recipe.images_per_round > ROUND_IMAGES:
             tasks = ROUND_IMAGES // parts.recipe.sampling.batch_size
@@ -53,10 +53,10 @@ class Rounds:
         )
 
     def next_round(self) -> None:
-        """prompts → sampler → reward → advantages → learner → weights."""
+        """Run one round: prompts → sampler → reward → advantages → learner → weights."""
         weights, rollouts = self.learner.weights()[-1], []
         for task in round_tasks(self.parts.recipe, self.round, self.parts.prompts.load()):
-            report, trajectory, images = self.sampler.draw(task, weights)
+            report, trajectory, images = self.sampler.sample(task, weights)
             assert report is not None and images is not None
             rollouts.append(Rollout(report, self.worker.score(images), trajectory, None))
         batch = self.buffer.train_batch(rollouts)
@@ -64,14 +64,14 @@ class Rounds:
         self.round += 1
 
     def seconds_per_image(self) -> float:
-        """Of as many rounds as have 64 images."""
+        """Time enough rounds for 64 images and return seconds per image."""
         count = max(1, ROUND_IMAGES // self.parts.recipe.images_per_round)
         taken = sum(seconds(self.next_round) for _ in range(count))
         return taken / (count * self.parts.recipe.images_per_round)
 
 
 def measure(recipes: dict[str, str], path: Path, repeats: int = REPEATS) -> dict[str, float]:
-    """Seconds an image by name, medians of interleaved repeats after one that does not count; kept at `path`."""
+    """Return seconds per image by name, medians of interleaved repeats after a warm-up. Write them to `path`."""
     prepared = {name: Rounds.of(recipe) for name, recipe in recipes.items()}
     taken: dict[str, list[float]] = {name: [] for name in recipes}
     for each in prepared.values():
@@ -85,12 +85,12 @@ def measure(recipes: dict[str, str], path: Path, repeats: int = REPEATS) -> dict
 
 
 def read_costs(path: Path) -> dict[str, float]:
-    """By algorithm."""
+    """Return the measured costs by algorithm."""
     return json.loads(path.read_text())["seconds an image"]
 
 
 def main() -> None:
-    """Measure, and print what came of it."""
+    """Measure and print the costs."""
     from benchmarks.algorithm_study import all_runs
 
     parser = argparse.ArgumentParser(description=__doc__)

@@ -1,4 +1,4 @@
-"""make broadcast: weights from the driver to 16 actors on 4 nodes: milliseconds, and how often each node fetched them."""
+"""make broadcast: time weights from the driver to 16 actors on 4 nodes; count each node's transfers."""
 
 import argparse
 import time
@@ -26,7 +26,7 @@ STORE_BYTES = 400_000_000
 
 @dataclass(frozen=True)
 class Arrival:
-    """When an actor had read a version, by this machine's clock."""
+    """The time at which an actor had read a version, by this machine's clock."""
 
     node: str
     began: float
@@ -35,7 +35,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What one version took, in milliseconds from before it was put into the driver's store."""
+    """Times of one version in milliseconds, from before the driver put the version into its store."""
 
     put: float
     last_node: float  # until the first actor of every node had it in its hands
@@ -45,7 +45,7 @@ class Broadcast:
 
 
 class Reader:
-    """Takes weights as a sampler does, and reads every number once."""
+    """An actor that takes weights as a sampler does and reads every number once."""
 
     def ready(self) -> str:
         return ray.get_runtime_context().get_node_id()
@@ -58,7 +58,7 @@ class Reader:
 
 @contextmanager
 def readers(nodes: int, actors_per_node: int) -> Iterator[list[Any]]:
-    """Actors, so many on each of so many nodes, and none where the driver is."""
+    """Yield `actors_per_node` actors on each node but the driver's."""
     with local_nodes() as cluster:
         for _ in range(nodes):
             cluster.add_node(num_cpus=actors_per_node, object_store_memory=STORE_BYTES)
@@ -74,7 +74,7 @@ def readers(nodes: int, actors_per_node: int) -> Iterator[list[Any]]:
 
 
 def stored_bytes() -> dict[str, int]:
-    """What the store of each node has taken in since it was started, by node."""
+    """Return, by node, the bytes that each node's object store has received since its start."""
     taken = {}
     for node in ray.nodes():
         stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
@@ -83,7 +83,7 @@ def stored_bytes() -> dict[str, int]:
 
 
 def broadcast(actors: list[Any], weights: PolicyWeights) -> Broadcast:
-    """Publish a version as the driver does: once into its store, and by reference to everybody."""
+    """Publish a version as the driver does: once into its store, then by reference to all actors."""
     before = stored_bytes()
     started = time.time()
     reference = ray.put(weights)
@@ -96,7 +96,7 @@ def broadcast(actors: list[Any], weights: PolicyWeights) -> Broadcast:
 
 
 def summary(start: tuple[float, float], arrivals: list[Arrival], copies: list[float]) -> Broadcast:
-    """Milliseconds, from when it began and was put, and who had it when."""
+    """Convert start, put and arrival times into milliseconds."""
     began, put = start
     by_node: dict[str, list[Arrival]] = defaultdict(list)
     for arrival in arrivals:
@@ -112,7 +112,7 @@ def summary(start: tuple[float, float], arrivals: list[Arrival], copies: list[fl
 
 
 def row(megabytes: int, measured: list[Broadcast]) -> str:
-    """One line: medians, and the slowest version."""
+    """Return one table line: medians, and the slowest version."""
     last = [each.last_actor for each in measured]
     figures = [median(getattr(each, name) for each in measured) for name in ("put", "last_node", "later_on_a_node")]
     copies = [copy for each in measured for copy in each.copies]

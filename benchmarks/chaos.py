@@ -1,4 +1,4 @@
-"""make chaos: thirty runs, in each of which a process is killed or suspended at a random moment; what came of them."""
+"""make chaos: run thirty trainings, kill or suspend a process of each at a random moment, and print the outcomes."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""make demo-seeds: the demo with several run seeds, a line each, and the worst of them.
+"""make demo-seeds: train the demo with several run seeds and print one line per seed and the worst change.
 
 `--image docs/before_after.png` writes a small copy of the first seed's comparison for the front page.
 Numbers of a recipe are chosen with other seeds and other images: `--seeds 10 11 --evaluation.split tuning …`.
@@ -27,7 +27,7 @@ def run(recipe: str, seed: int, folder: Path, overrides: list[str]) -> dict:
 
 
 def line(seed: int, figures: dict) -> tuple[float, str]:
-    """The relative change of the reward, and the seed's row of the table."""
+    """Return the relative change of the reward, and the seed's row of the table."""
     change = figures["reward_after"] - figures["reward_before"]
     share = change / abs(figures["reward_before"])
     errors = change / figures["paired_standard_error"]
@@ -39,7 +39,7 @@ def line(seed: int, figures: dict) -> tuple[float, str]:
 
 
 def main() -> None:
-    """Print the table; what is not an option here goes to the recipe."""
+    """Print the table. Unknown options override the recipe."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

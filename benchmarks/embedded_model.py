@@ -1,4 +1,4 @@
-"""make bench: sampling, scoring and learning on the embedded model, each beside a bare loop over the same network."""
+"""make bench: time sampling, scoring and learning on the embedded model beside a bare loop over the same network."""
 
 import tempfile
 from collections.abc import Callable
@@ -29,7 +29,7 @@ TASKS = 4  # of a sampler, one after the other
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: seconds of the bare loop and of ours for the same work, an image or a transition each."""
+    """One line of the table: seconds per image or transition of the bare loop and of the program for the same work."""
 
     what: str
     unit: str
@@ -45,14 +45,14 @@ class Row:
 
 
 def interleaved(bare: Callable[[], object], ours: Callable[[], object]) -> tuple[list[float], list[float]]:
-    """Both in turn, after one of each that does not count."""
+    """Time both functions in turn, after a warm-up of each."""
     bare(), ours()
     pairs = [(seconds(bare), seconds(ours)) for _ in range(REPEATS)]
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def sampling(parts: Components, sampler: Sampler, learner: Learner) -> Row:
-    """A task against T forward passes of the network with both branches of guidance."""
+    """Time a task and T forward passes of the network with both guidance branches."""
     recipe = parts.recipe
     task = round_tasks(recipe, 0, parts.prompts.load())[0]
     policy = sampler._policy
@@ -68,7 +68,7 @@ def sampling(parts: Components, sampler: Sampler, learner: Learner) -> Row:
 
 
 def learning(parts: Components, sampler: Sampler, learner: Learner) -> Row:
-    """A round against forward and backward passes over as many transitions in the same micro-batches."""
+    """Time a round and forward and backward passes over as many transitions in the same micro-batches."""
     recipe = parts.recipe
     tasks = round_tasks(recipe, 0, parts.prompts.load())
     micro_batch = recipe.learner.micro_batch_size
@@ -104,7 +104,7 @@ def learning(parts: Components, sampler: Sampler, learner: Learner) -> Row:
 
 
 def scoring(parts: Components, sampler: Sampler, learner: Learner) -> Row:
-    """A task's images through the reward worker against the reward's own function."""
+    """Time a task's images through the reward worker and through the reward's own function."""
     task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
     images = sampler.sample(task, learner.weights()[-1])[2]
     worker = RewardWorker(parts.rewards, parts.recipe.reward_workers, parts.recipe.runtime)
@@ -115,7 +115,7 @@ def scoring(parts: Components, sampler: Sampler, learner: Learner) -> Row:
 
 
 def decoding_beside(parts: Components, sampler: Sampler) -> str:
-    """Tasks one after the other against each decoded and hashed in a thread while the next one's steps are sampled."""
+    """Time sequential tasks and tasks that are decoded and hashed in a thread while the next one is sampled."""
     recipe, policy = parts.recipe, sampler._policy
     task = round_tasks(recipe, 0, parts.prompts.load())[0]
     prompts, seeds = [prompt.text for prompt in task.prompts], list(task.seeds)
@@ -147,7 +147,7 @@ def decoding_beside(parts: Components, sampler: Sampler) -> str:
 
 
 def network_inputs(sampler: Sampler, rows: int) -> tuple[torch.Tensor, ...]:
-    """Inputs of one guided forward pass: two branches a row."""
+    """Return the inputs of one guided forward pass: two branches per row."""
     policy = sampler._policy
     embeddings = policy.encode([""])["prompt_embeds"]
     latents = torch.randn(2 * rows, *policy.latent_shape)
@@ -155,7 +155,7 @@ def network_inputs(sampler: Sampler, rows: int) -> tuple[torch.Tensor, ...]:
 
 
 def ray_rounds() -> str:
-    """A round on Ray at lag 1, where both sides work at once, against the sum of what its parts took there."""
+    """Time rounds on Ray at lag 1, where both sides overlap, and the sum of the times of their parts."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = ["--name", "bench", "--output_dir", folder, "--rounds", "5", "--max_policy_lag", "1"]
         metrics = run_training(Recipe.load(RECIPE, [*overrides, "--runtime.threads", "1"]))

@@ -1,8 +1,8 @@
-"""make bench-gpu: a Stable Diffusion 1.5 with random weights on one GPU, beside TRL and beside what the GPU can do.
+"""make bench-gpu: measure Stable Diffusion 1.5 with random weights on one GPU, beside TRL and the GPU's own limits.
 
-Needs no network and no Ray: `python -m benchmarks.gpu`. TRL runs in the Python that --trl-python names. Each section is
-written to the folder when it is done; what is still at work after --seconds is ended. `--only` chooses sections, so that what is
-missing can be measured later. `--tiny --device cpu` goes the same way anywhere.
+Needs neither network nor Ray: `python -m benchmarks.gpu`. TRL runs in the Python that `--trl-python` names.
+Each section is written to the folder as soon as it ends; sections that still run after `--seconds` are stopped.
+`--only` chooses sections, so that missing ones can be measured later. `--tiny --device cpu` runs the same code anywhere.
 """
 
 import argparse
@@ -45,7 +45,7 @@ OURS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured, and where it is written."""
+    """The benchmark's model, sizes and output folder."""
 
     folder: Path
     model: Path
@@ -58,11 +58,11 @@ class Job:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Return the seconds that are left."""
         return max(1.0, self.ends - time.monotonic())
 
     def recipe(self, *overrides: str) -> list[str]:
-        """Overrides of `RECIPE`: this model, a round of so many images, one optimizer step on all of them."""
+        """Return overrides of `RECIPE`: this model, and one optimizer step on all images of a round."""
         size, micro_batch = (4, 2) if self.tiny else SIZES
         values = {
             "policy.model": str(self.model),
@@ -80,14 +80,14 @@ class Job:
         return [word for key, value in values.items() for word in (f"--{key}", str(value))] + list(overrides)
 
     def write(self, section: str, found: Any) -> None:
-        """Keep what a section found."""
+        """Append the result of a section to the answers."""
         with (self.folder / "results.jsonl").open("a") as file:
             file.write(json.dumps({"section": section, "found": found}) + "\n")
         print(f"[{time.strftime('%H:%M:%S')}] {section}: {json.dumps(found)[:600]}", flush=True)
 
 
 def device_section(job: Job) -> dict[str, Any]:
-    """What the device can do, and what a row of the network asks for."""
+    """Measure the device's matrix and copy rates, and count the operations of one row of the network."""
     side, numbers = (8192, 2**29) if job.device == "cuda" else (512, 2**22)
     left, right = (torch.randn(side, side, device=job.device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randn(numbers, device=job.device, dtype=torch.bfloat16)
@@ -99,7 +99,7 @@ def device_section(job: Job) -> dict[str, Any]:
 
 
 def trl_section(job: Job, sizes: tuple[int, int]) -> dict[str, Any]:
-    """Two rounds of TRL; the first is not counted."""
+    """Time two rounds of TRL and report the second."""
     sampled, trained = (4, 2) if job.tiny else sizes
     parts = components_of(Recipe.load(RECIPE, job.recipe()))
     batches = max(1, job.images // (2 * sampled))
@@ -123,7 +123,7 @@ def trl_section(job: Job, sizes: tuple[int, int]) -> dict[str, Any]:
 
 
 def our_section(job: Job, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Two rounds of ours, and the bare loop; the first is not counted."""
+    """Time two rounds of the program, report the second, and time the bare loop."""
     path = job.folder / f"{name.replace(',', '').replace(' ', '_')}.json"
     path.write_text(json.dumps({"recipe": RECIPE, "overrides": job.recipe(*overrides)}), encoding="utf-8")
     process = RoundProcess([sys.executable, "-m", "benchmarks.our_rounds", str(path)], path.with_suffix(".log"))
@@ -131,6 +131,7 @@ def our_section(job: Job, name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def _rounds(job: Job, process: RoundProcess, images: int, bare: bool) -> dict[str, Any]:
+    """Ask a process for two rounds, and optionally the bare loop. Kill the process at the deadline."""
     ending = threading.Timer(job.left, process.kill)
     ending.start()
     try:
@@ -144,12 +145,12 @@ def _rounds(job: Job, process: RoundProcess, images: int, bare: bool) -> dict[st
 
 
 def process_section(job: Job, module: str, *arguments: str) -> None:
-    """A section that is a program of its own; it writes its answers itself."""
+    """Run a section that is a separate program and writes its own answers."""
     subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *arguments], check=True, timeout=job.left)
 
 
 def sections(job: Job) -> dict[str, Callable[[], Any]]:
-    """All of them, the most asked for first."""
+    """Return all sections by name, the most important first."""
     answers, device = job.folder / "variants.jsonl", ["--device", job.device]
     tiny = ["--tiny"] if job.tiny else []
     ours = {name: lambda name=name, words=words: our_section(job, name, words) for name, words in OURS.items()}
@@ -171,7 +172,7 @@ def sections(job: Job) -> dict[str, Callable[[], Any]]:
 
 
 def main() -> None:
-    """Make the model, measure, print the tables."""
+    """Make the model, measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--trl-python", default=sys.executable)
@@ -202,7 +203,7 @@ def main() -> None:
             ValueError,
             OSError,
             subprocess.SubprocessError,
-        ) as error:  # the others are still worth having
+        ) as error:  # the other sections are still useful
             print(f"{name} failed: {error}", flush=True)
             continue
         if found is not None:

@@ -1,7 +1,7 @@
-"""make bench-gpu-families: a round of SDXL and one of SD3.5 medium with random weights on one GPU: images a second, memory.
+"""make bench-gpu-families: measure a round of SDXL and of SD 3.5 medium with random weights on one GPU.
 
-Needs no network and no Ray: `python -m benchmarks.gpu_families`. The architectures are the published ones; T5 is left out
-(`policy.t5 = false`). `--tiny --device cpu` goes the same way anywhere.
+Needs neither network nor Ray: `python -m benchmarks.gpu_families`. The architectures are the published ones without T5
+(`policy.t5 = false`). `--tiny --device cpu` runs the same code anywhere.
 """
 
 import argparse
@@ -28,7 +28,7 @@ COLUMNS = ("family", "images", "steps", "sampling s", "learning s", "images/s", 
 
 
 def save_random_family(folder: Path, config: DiffusersConfig) -> Path:
-    """The pipeline that the recipe names, with random weights in the recipe's dtype. Equal calls give equal weights."""
+    """Save the recipe's pipeline with random weights in the recipe's dtype. Equal calls give equal weights."""
     quiet_libraries()
     import diffusers
 
@@ -39,7 +39,7 @@ def save_random_family(folder: Path, config: DiffusersConfig) -> Path:
     )
     for seed, part in enumerate(parts.values()):
         fill(part.to(config.loaded_dtype).to_empty(device="cpu"), seed)
-        for buffer in part.buffers():  # tables of positions; those that a file does not keep are made again
+        for buffer in part.buffers():  # position tables; buffers that are not saved are re-computed at load
             buffer.zero_()
     absent = {part: None for part, value in config.loading.items() if value is None}
     length = configs["text_encoder"]["max_position_embeddings"]
@@ -55,7 +55,7 @@ def save_random_family(folder: Path, config: DiffusersConfig) -> Path:
 
 
 def overrides_of(family: str, model: Path, options: argparse.Namespace) -> list[str]:
-    """Of the family's recipe: this model, two tasks a round, one optimizer step on all of their images."""
+    """Return overrides of the family's recipe: this model, two tasks a round, one optimizer step on all images."""
     batch = 2 if options.tiny else 4
     values: dict[str, Any] = {
         "max_policy_lag": 0,
@@ -80,7 +80,7 @@ def overrides_of(family: str, model: Path, options: argparse.Namespace) -> list[
 
 
 def measured(family: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A second round, and what the plan says of the memory of sampler and learner in one process."""
+    """Time a second round, and add the plan's memory for sampler and learner in one process."""
     recipe_path = f"deploy/recipes/{RECIPES[family]}"
     model = options.folder / family
     recipe = Recipe.load(recipe_path, overrides_of(family, model, options))
@@ -106,7 +106,7 @@ def measured(family: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and print a table; each row is kept as soon as it is there."""
+    """Measure and print a table. Each row is stored as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu_families"))

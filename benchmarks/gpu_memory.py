@@ -1,9 +1,9 @@
-"""What runs on a GPU of which size: a learner's largest micro-batch and a sampler's largest task, measured beside the plan.
+"""Measure which batches fit on a GPU of which size: the learner's largest micro-batch and the sampler's largest task.
 
     python -m benchmarks.gpu_memory --out FOLDER
 
-A GPU of N GB is this one with torch's allocator limited to N GiB less what CUDA takes beside it. With `--tiny --device cpu`
-a model of a few kilobytes is counted operation by operation instead, and GB are of that order.
+A GPU of N GB is this GPU with torch's allocator limited to N GiB minus the memory that CUDA takes beside it. With
+`--tiny --device cpu`, a model of a few kilobytes is counted operation by operation, and the limits shrink accordingly.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from ray_ddpo.learner.optimization.micro_batch import StepTrial
 GIGABYTES = (8, 12, 16, 24, 40, 80)
 TINY_GIGABYTES = (0.008, 0.016)
 SAMPLING = SamplingTable(num_steps=2)
-# Of a decoder's image 31 times 256 · 512² numbers are the last that 32 bits count; the learner's is for the time it takes.
+# Sampler: 31 decoded images of 256 · 512² numbers are the most that 32-bit indices allow. Learner: to limit time.
 MOST = {"learner": 40, "learner, checkpointing": 64, "sampler": 31}
 BISECTIONS = 3  # after the planned batch
 
 
 @dataclass(frozen=True)
 class Row:
-    """One role on a GPU of one size: the largest batch that ran under the limit, and the plan's word on it."""
+    """One role on a GPU of one size: the largest batch that ran under the limit, and the planned one."""
 
     gigabytes: float
     role: str
@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Subject:
-    """A role's work on the device, and what is predicted of it."""
+    """A role's work on the device and its predicted memory."""
 
     role: str
     peak: Callable[[int], float]  # bytes allocated at the most by a batch; infinite where memory ran out
@@ -63,7 +63,7 @@ class Subject:
 
 
 def main() -> None:
-    """Measure, print the table as markdown and write it as CSV."""
+    """Measure, print the table as Markdown, and write the rows as CSV."""
     arguments = _arguments()
     device = settle(RuntimeTable(device=arguments.device, threads=arguments.threads))
     sizes = arguments.gigabytes or (TINY_GIGABYTES if arguments.tiny else GIGABYTES)
@@ -86,6 +86,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for gpu_memory.csv and gpu_memory.md")
     parser.add_argument("--model", help="a pipeline's folder; none: one of random weights is made")
@@ -99,7 +100,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _subjects(model: str, dtype: str, device: str) -> Iterator[Subject]:
-    """One after the other, each alone on the device: what came before is let go."""
+    """Yield each role with a fresh policy. The previous policy is freed first."""
     for role, checkpointing in (("learner", False), ("sampler", False), ("learner, checkpointing", True)):
         config = StableDiffusion.model_validate(
             {"model": model, "dtype": dtype, "gradient_checkpointing": checkpointing}
@@ -117,6 +118,8 @@ def _subjects(model: str, dtype: str, device: str) -> Iterator[Subject]:
 
 
 def _sampler(policy: Any, sizes: PolicySizes) -> Subject:
+    """Return the sampler's subject: sampling and decoding a task."""
+
     def task(images: int) -> None:
         trajectory = sample_trajectories(policy, ["a cat"] * images, list(range(images)), SAMPLING)
         policy.decode(trajectory.final_latents)
@@ -137,7 +140,7 @@ def _empty(device: str) -> None:
 
 
 def _measured(subject: Subject, gigabytes: float, device: str) -> Row:
-    """The planned batch, then halfway between what ran and what is too much, a few times."""
+    """Try the planned batch, then bisect a few times between the largest that ran and the smallest that failed."""
     start, limit = time.perf_counter(), _limit(gigabytes, device)
     most = MOST[subject.role]
     planned = subject.largest((1 - LEFT_FREE) * limit)
@@ -162,7 +165,7 @@ def _measured(subject: Subject, gigabytes: float, device: str) -> Row:
 
 
 def _limit(gigabytes: float, device: str) -> float:
-    """Bytes that the allocator may have, and torch told so; counted on a CPU, the reader of the counter keeps to them."""
+    """Limit the allocator and return the limit in bytes. On a CPU the caller enforces the limit."""
     if device == "cpu":
         return gigabytes * 2**30
     free, total = torch.cuda.mem_get_info()
@@ -179,6 +182,7 @@ def _write_csv(path: Path, rows: list[Row]) -> None:
 
 
 def _markdown(rows: list[Row]) -> str:
+    """Return the rows as a Markdown table."""
     lines = [
         "| GPU | role | planned batch | largest that ran | allocated | reserved | predicted | error |",
         "|---|---|---|---|---|---|---|---|",

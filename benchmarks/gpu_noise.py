@@ -1,6 +1,6 @@
-"""How far sampler's and learner's log-probs lie apart on this device, in each way that both could be run.
+"""Measure the difference between sampler's and learner's log-probs on this device for each way of running both.
 
-Usage: python -m benchmarks.gpu_noise RECIPE ANSWERS.jsonl [--override value …]; a line for each way, as it is done.
+Usage: python -m benchmarks.gpu_noise RECIPE ANSWERS.jsonl [--override value …]. Each way appends one line.
 """
 
 import json

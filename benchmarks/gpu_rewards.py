@@ -1,4 +1,4 @@
-"""PageImages a second of the aesthetic reward on a device: CLIP of ViT-L/14's shape with random weights, images of 512 pixels.
+"""Measure images per second of the aesthetic reward: CLIP ViT-L/14's shape with random weights, images of 512 pixels.
 
 Usage: python -m benchmarks.gpu_rewards ANSWERS.jsonl [--device cuda] [--tiny].
 """
@@ -20,7 +20,7 @@ REPEATS = 5
 
 
 def main() -> None:
-    """A line for each batch size."""
+    """Write one line per batch size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("answers", type=Path)
     parser.add_argument("--device", default="cuda")

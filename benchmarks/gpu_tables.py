@@ -1,4 +1,4 @@
-"""The tables of the GPU benchmark, from what its sections have written."""
+"""Format the GPU benchmark's tables from the answers of its sections."""
 
 import json
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ PUBLISHED = 4.5  # A100-seconds an image, all in (ddpo-pytorch's README: LoRA, 8
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """A file of JSON lines; nothing where it is not there."""
+    """Return the objects of a JSON-lines file, or an empty list if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def markdown(folder: Path) -> str:
-    """All tables that there is something for."""
+    """Return all tables that have data."""
     results = {each["section"]: each["found"] for each in lines_of(folder / "results.jsonl")}
     device = results.get("device")
     if device is None:
@@ -42,7 +42,7 @@ def _limits(device: dict[str, Any]) -> Iterator[str]:
 
 
 def _rounds(rounds: dict[str, dict[str, Any]], device: dict[str, Any]) -> Iterator[str]:
-    """Of each side: what an image costs, how much of the matrix rate that is, and how near the bare loop."""
+    """Yield the table of sides: seconds per image, share of the matrix rate, and ratio to the bare loop."""
     yield (
         "| side | sampling s/image | learning s/image | round s/image | first round | peak GB | "
         "sampling, learning: share of matrix rate | bare loop / ours |"
@@ -68,6 +68,8 @@ def _rounds(rounds: dict[str, dict[str, Any]], device: dict[str, Any]) -> Iterat
 
 
 def _ratios(rounds: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield the speed of each of our sides relative to each of TRL's, and GPU-seconds per image."""
+
     def cost(name: str, part: str) -> float:
         return rounds[name]["round"][part] / rounds[name]["images"]
 
@@ -85,6 +87,7 @@ def _ratios(rounds: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _variants(found: list[dict[str, Any]], device: dict[str, Any]) -> list[str]:
+    """Return the table of variants with their speed relative to the unchanged network."""
     if not found:
         return []
     rows = [

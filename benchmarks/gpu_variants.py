@@ -1,6 +1,6 @@
-"""The network alone, forward and with its backward pass, in each way that it could be run: what every optimization is worth.
+"""Time the network alone, forward and with its backward pass, in each variant, to find the gain of each optimization.
 
-Usage: python -m benchmarks.gpu_variants RECIPE ANSWERS.jsonl [--override value …]; a line for each variant, as it is done.
+Usage: python -m benchmarks.gpu_variants RECIPE ANSWERS.jsonl [--override value …]. Each variant appends one line.
 """
 
 import json
@@ -28,7 +28,7 @@ Setting = Callable[[Any], Any]  # a policy -> a context in which it is run
 
 @contextmanager
 def not_deterministic(policy: Any) -> Iterator[None]:
-    """As `runtime.deterministic = false` leaves torch."""
+    """Allow non-deterministic kernels, as `runtime.deterministic = false` does."""
     torch.use_deterministic_algorithms(False)
     try:
         yield
@@ -38,7 +38,7 @@ def not_deterministic(policy: Any) -> Iterator[None]:
 
 @contextmanager
 def kernels_by_trial(policy: Any) -> Iterator[None]:
-    """cuDNN tries its kernels and takes the fastest: which one that is may differ from process to process."""
+    """Let cuDNN time its kernels and take the fastest. The choice may differ between processes."""
     torch.backends.cudnn.benchmark = True
     try:
         with not_deterministic(policy):
@@ -49,7 +49,7 @@ def kernels_by_trial(policy: Any) -> Iterator[None]:
 
 @contextmanager
 def contiguous(policy: Any) -> Iterator[None]:
-    """Channels first, torch's own layout."""
+    """Use channels-first memory format, torch's default."""
     policy.network.to(memory_format=torch.contiguous_format)
     try:
         yield
@@ -59,7 +59,7 @@ def contiguous(policy: Any) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(policy: Any) -> Iterator[None]:
-    """Activations are computed again in the backward pass."""
+    """Re-compute activations in the backward pass."""
     policy.network.enable_gradient_checkpointing()
     try:
         yield
@@ -69,7 +69,7 @@ def checkpointed(policy: Any) -> Iterator[None]:
 
 @contextmanager
 def filled_first(policy: Any) -> Iterator[None]:
-    """Every new tensor is filled before it is written, as torch does by itself where it is deterministic."""
+    """Fill every new tensor before its first write, as torch does in deterministic mode."""
     deterministic: Any = torch.utils.deterministic
     deterministic.fill_uninitialized_memory = True
     try:
@@ -79,22 +79,22 @@ def filled_first(policy: Any) -> Iterator[None]:
 
 
 def autocast_around(policy: Any) -> Any:
-    """Norms in float32, and their activations twice as wide."""
+    """Run the network under autocast: norms in float32, and activations twice as wide."""
     return autocast(policy.device, policy.dtype)
 
 
 def plain(policy: Any) -> Any:
-    """As the recipe has it."""
+    """Run the network as the recipe says."""
     return nullcontext()
 
 
 def cudnn_attention(policy: Any) -> Any:
-    """cuDNN's fused attention before the others."""
+    """Prefer cuDNN's fused attention."""
     return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *OTHERS], set_priority=True)
 
 
 def unfused_attention(policy: Any) -> Any:
-    """Attention's matrix of weights in memory."""
+    """Compute attention with its weight matrix in memory."""
     return sdpa_kernel([SDPBackend.MATH])
 
 
@@ -121,14 +121,14 @@ BACKWARD: dict[str, Setting] = {
 
 
 def inputs_of(policy: Any, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """A batch for the network: so many rows of latents, steps and prompts."""
+    """Return a batch of latents, timesteps and prompt embeddings for the network."""
     steps = torch.randint(0, policy.num_train_timesteps, (rows,), device=policy.device)
     embeds = torch.randn(rows, 77, policy.network.config.cross_attention_dim, device=policy.device)
     return torch.randn(rows, *policy.latent_shape, device=policy.device), steps, {"prompt_embeds": embeds}
 
 
 class Variants:
-    """Times one policy in its variants and writes each down when it is done."""
+    """A timer for variants of one policy, which writes down each result at once."""
 
     def __init__(self, parts: Components, answers: Path) -> None:
         self._parts, self._answers = parts, answers
@@ -160,6 +160,7 @@ class Variants:
     def _timed(
         self, passes: str, policy: Any, settings: dict[str, Setting], job: tuple[int, Callable[[], None]], what: str
     ) -> None:
+        """Time `job` in each setting and append its seconds and peak memory to the answers."""
         rows, work = job
         for name, setting in settings.items():
             if self._device == "cuda":
@@ -176,7 +177,7 @@ class Variants:
 
 
 def main(recipe: str, answers: str, overrides: list[str]) -> None:
-    """All variants, those that are not compiled first."""
+    """Time all variants, uncompiled ones first."""
     parts = components_of(Recipe.load(recipe, overrides))
     variants = Variants(parts, Path(answers))
     policy, merged = variants.policy(), variants.policy()

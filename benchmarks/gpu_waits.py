@@ -1,6 +1,6 @@
-"""Where the host waits for the GPU while a round is sampled and learned from: inside a micro-batch it should nowhere.
+"""List the places where the host waits for the GPU during a round. There should be none inside a micro-batch.
 
-Usage: python -m benchmarks.gpu_waits RECIPE ANSWERS.jsonl [--override value …]; a line for each place that waited.
+Usage: python -m benchmarks.gpu_waits RECIPE ANSWERS.jsonl [--override value …]. Each place appends one line.
 """
 
 import json
@@ -23,7 +23,7 @@ SHORTER = ["--sampling.num_steps", "4"]
 
 
 def main(recipe: str, answers: str, overrides: list[str]) -> None:
-    """The second round, for in the first one memory is taken from the device and pinned."""
+    """Watch the second round. The first one allocates and pins memory."""
     parts = components_of(Recipe.load(recipe, [*overrides, *SHORTER]))
     sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
     learner = Learner(parts.policy, parts.algorithm, parts.recipe)

@@ -1,4 +1,4 @@
-"""What versions of the adapters are worth on held-out images, whoever trained them, all sampled in one way."""
+"""Evaluate versions of the adapters of either side on held-out images, all sampled in the same way."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ from ray_ddpo.deploy.driver.components import build_components
 
 @dataclass(frozen=True)
 class Worth:
-    """Means over the held-out images."""
+    """Mean scores over the held-out images."""
 
     reward: float
-    top1: float  # share of the images in which the classifier names the animal that was asked for
+    top1: float  # share of the images in which the classifier recognizes the prompt's animal
 
 
-class HeldOut:
-    """The recipe's evaluation set, same prompts and noise for every version; the recipe has a scorer `animal_classifier`."""
+class Evaluator:
+    """The recipe's evaluation set with fixed prompts and noise. The recipe has a scorer `animal_classifier`."""
 
     def __init__(self, recipe: Recipe) -> None:
         parts, device = build_components(recipe), settle(recipe.runtime)
@@ -33,7 +33,10 @@ class HeldOut:
         self._classifier = parts.scorers["animal_classifier"].load(device)
 
     def worth(self, arrays: dict[str, np.ndarray] | None) -> Worth:
-        """Of these adapters, by their names in the network; of none, and so of the pretrained model, before any other."""
+        """Return the scores of these adapters, keyed by their names in the network.
+
+        None means the pretrained model. Ask for it first: adapters stay in the network.
+        """
         if arrays is not None:
             names = trained_parameters(self._policy.network)
             load_weights(self._policy.network, pack(0, {name: arrays[name] for name in names}))

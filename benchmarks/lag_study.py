@@ -1,6 +1,6 @@
-"""make lag-study: what a lagging policy costs, and what makes up for it, in runs of `tiny/jpeg.toml` that differ in nothing else.
+"""make lag-study: measure the cost of policy lag and the gain of its corrections in runs of `tiny/jpeg.toml`.
 
-`--list` prints the runs, `--run` makes those that the results do not have yet, `--chart` draws them and prints a table.
+`--list` prints the runs. `--run` makes the missing ones. `--chart` plots them and prints a table.
 """
 
 import sys
@@ -22,11 +22,11 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "weight": {"off_policy.ratio": "proximal", "off_policy.importance_weight": 4e-3},  # as wide as the clip
     "mask": {"off_policy.max_drift_nats": 4.0},  # the clip range in nats
     "wide_clip": {"clip_range": 8e-3},
-    "parts": {},  # learned from in four parts, each while the next is drawn
+    "parts": {},  # trained on in four parts, each while the next one is sampled
 }
 PARTS = {"parts": 4}
 COSTED = ("plain", *MORE_WORK)  # whose updates are timed side by side
-# What tells most comes first; each line is made with every seed before the next begins.
+# The most informative settings come first. Each tier runs with every seed before the next one starts.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("large-lag0-plain", "large-lag1-plain", "large-lag2-plain", "large-lag0-parts"),
     ("small-lag0-plain", "small-lag1-plain", "small-lag2-plain"),
@@ -37,13 +37,13 @@ TIERS: tuple[tuple[str, ...], ...] = (
 
 
 def setting_parts(setting: str) -> tuple[str, int, str]:
-    """Round size, lag and correction."""
+    """Return round size, lag and correction of a setting's name."""
     size, lag, correction = setting.split("-")
     return size, int(lag.removeprefix("lag")), correction
 
 
 def run_of(setting: str, seed: int, images: int) -> StudyRun:
-    """What differs from `tiny/jpeg.toml`, and so one run."""
+    """Return a run: `tiny/jpeg.toml` with the overrides of this setting."""
     size, lag, correction = setting_parts(setting)
     changes = {
         "max_policy_lag": lag,
@@ -66,14 +66,14 @@ def run_of(setting: str, seed: int, images: int) -> StudyRun:
 
 
 def all_runs(images: int) -> list[StudyRun]:
-    """The whole study in its order."""
+    """Return all runs of the study in order."""
     return [run_of(setting, seed, images) for tier in TIERS for seed in SEEDS for setting in tier]
 
 
 def main() -> int:
-    """One of the three."""
+    """List the runs, make them, or plot them."""
     parser = study_parser(__doc__, "lag_study")
-    parser.add_argument("--images", type=int, default=IMAGES, help="images drawn in each run")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images sampled in each run")
     parser.add_argument("--samplers", type=int, default=1, help="of the chart's wall-clock")
     parser.add_argument("--costs", type=Path, default=Path("docs/lag_study_costs.json"))
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The lag study's chart and table: reward against images drawn, and against the time that a round would take."""
+"""Plot and tabulate the lag study: reward against images sampled, and against the wall-clock time of a round."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 Results = list[dict[str, Any]]
-MORE_WORK = ("proximal", "weight", "mask")  # corrections that cost passes of their own
-WINDOW = 64  # images that a point of a curve is the mean of, whatever the round's size
+MORE_WORK = ("proximal", "weight", "mask")  # corrections that need extra passes
+WINDOW = 64  # images per point of a curve, for any size of round
 PANELS = (
     ("large rounds as they are: 64 images, 4 optimizer steps", ("large-*-plain", "large-lag0-parts")),
     ("smaller rounds as they are: 32 images, 2 steps; 16 images, 1 step", ("middle-*-plain", "small-*-plain")),
@@ -18,15 +18,15 @@ PANELS = (
 
 
 def round_seconds(sample: float, score: float, update: float, lag: int, shape: tuple[int, int, int]) -> float:
-    """Wall-clock of a round with N samplers and one reward worker, each on cores of its own, and nothing lost between.
+    """Return the wall-clock time of a round with N samplers and one reward worker on separate cores, without overhead.
 
-    `shape` is (N, tasks a round, parts it is learned from in); a task is scored while the next are drawn.
+    `shape` is (N, tasks per round, parts per round). A task is scored while the next ones are sampled.
     """
     samplers, tasks, parts = shape
     if lag == 0 and parts > 1:
         done = 0.0
         for last in range(tasks // parts, tasks + 1, tasks // parts):
-            waves = -(-last // samplers)  # a sampler draws a whole task, alone
+            waves = -(-last // samplers)  # tasks are indivisible, so samplers work in waves
             done = max(done, (waves * sample + score) / tasks) + update / parts
         return done
     in_step = sample / samplers + score / tasks + update
@@ -34,10 +34,11 @@ def round_seconds(sample: float, score: float, update: float, lag: int, shape: t
 
 
 def paces(results: Results, costs: dict[str, float]) -> dict[str, tuple[float, float, float]]:
-    """By correction, the median seconds that an image's drawing, scoring and learning took on one thread.
+    """Return, by correction, the median seconds of sampling, scoring and learning per image on one thread.
 
-    An image's work is the same in every run, but for the passes that a correction adds to learning. So all runs share the
-    medians: what else the machine did while one of them was made favours none. What passes add is `costs`, from one run.
+    The work per image is the same in every run, except for the passes that a correction adds to learning. All runs
+    therefore share the medians, so that other load on the machine favours none. `costs` holds the cost of added passes,
+    measured in one process.
     """
     sample, score = (_median(results, part) for part in ("sample", "score"))
     learn = _median([each for each in results if each["correction"] not in MORE_WORK] or results, "learn")
@@ -53,14 +54,14 @@ def _seconds_per_image(result: dict[str, Any], part: str) -> np.ndarray:
 
 
 def seconds_an_image(result: dict[str, Any], pace: tuple[float, float, float], samplers: int) -> float:
-    """What an image of this run's schedule takes, where drawing, scoring and learning one take as long as `pace` says."""
+    """Return the seconds per image of this run's schedule, given `pace` seconds of sampling, scoring and learning."""
     sample, score, learn = (seconds * result["round_images"] for seconds in pace)
     shape = (samplers, result["tasks"], result.get("parts", 1))
     return round_seconds(sample, score, learn, result["lag"], shape) / result["round_images"]
 
 
 def curve(result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """PageImages drawn, and the mean reward of the last `WINDOW` of them."""
+    """Return the number of images sampled and the mean reward of the last `WINDOW` of them."""
     size = result["round_images"]
     rewards = np.array([metrics["reward/mean"] for metrics in result["rounds"]])
     width = max(1, WINDOW // size)
@@ -69,7 +70,7 @@ def curve(result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_setting(results: Results) -> dict[str, Results]:
-    """Runs that differ in their seed alone, in the order of the results."""
+    """Group runs that differ only in their seed, in the order of the results."""
     groups: dict[str, Results] = defaultdict(list)
     for result in results:
         groups[result["setting"]].append(result)
@@ -77,7 +78,7 @@ def by_setting(results: Results) -> dict[str, Results]:
 
 
 def draw_chart(results: Results, path: Path, samplers: int, costs: dict[str, float]) -> None:
-    """A row a question: on the left what an image teaches, on the right what a second does."""
+    """Plot one row per question: reward against images (left) and against seconds (right)."""
     from fnmatch import fnmatch
 
     from matplotlib import pyplot as plt
@@ -93,7 +94,7 @@ def draw_chart(results: Results, path: Path, samplers: int, costs: dict[str, flo
             seconds = seconds_an_image(first, pace[first["correction"]], samplers)
             draw_setting(right, name, groups[name], seconds, color)
         left.set_title(title, fontsize=10)
-        left.set_xlabel("images drawn")
+        left.set_xlabel("images sampled")
         right.set_xlabel(
             f"seconds, by the schedule's formula from an image's median times on one thread\n"
             f"({samplers} sampler{'s' * (samplers > 1)}, reward worker and learner stand in on cores of their own)"
@@ -111,7 +112,7 @@ def draw_chart(results: Results, path: Path, samplers: int, costs: dict[str, flo
 
 
 def draw_setting(axis: Any, name: str, runs: Results, scale: float, color: Any) -> None:
-    """One line with its band; the horizontal axis is images times `scale`."""
+    """Plot one line with its band. The horizontal axis is images times `scale`."""
     curves = [curve(run) for run in runs]
     length = min(len(means) for _, means in curves)
     images, means = curves[0][0][:length] * scale, np.stack([values[:length] for _, values in curves])
@@ -121,8 +122,10 @@ def draw_setting(axis: Any, name: str, runs: Results, scale: float, color: Any) 
 
 
 def table(results: Results, samplers: int, costs: dict[str, float]) -> str:
-    """A line a setting, in markdown: seed by seed the change on held-out images, and the share of the animals named before
-    that are still named; and what an image takes.
+    """Return a Markdown table with one line per setting.
+
+    The columns hold, by seed, the change on held-out images and the share of animals that are still named, and seconds
+    per image.
     """
     lines = [
         "| setting | change of the reward on held-out images | mean | still named | clipped | masked | seconds an image |",
@@ -145,6 +148,6 @@ def table(results: Results, samplers: int, costs: dict[str, float]) -> str:
 
 
 def share(runs: Results, key: str) -> str:
-    """The mean of a share over all rounds, where the runs have it."""
+    """Return the mean of a share over all rounds of the runs that have it."""
     values = [metrics[key] for run in runs for metrics in run["rounds"] if key in metrics]
     return f"{100 * np.mean(values):.0f} %" if values else "–"

@@ -1,4 +1,4 @@
-"""What each correction adds to a round's update: the same round learned from with each in turn, in one run."""
+"""Measure what each correction adds to a round's update: the same round under each correction, in one process."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ REPEATS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Lagging:
-    """A learner a version ahead of the round that it is about to learn from."""
+    """A learner one version ahead of the round that it is about to train on."""
 
     learner: Learner
     state: LearnerState
@@ -30,41 +30,41 @@ class Lagging:
     trajectories: tuple[Trajectory, ...]
 
     def update_seconds(self) -> float:
-        """Of the round's update, from the same state each time."""
+        """Time the round's update, always from the same state."""
         self.learner.load_state(self.state)
         return seconds(lambda: self.learner.update(self.batch, *self.trajectories))
 
 
-def drawn_round(
+def sampled_round(
     sampler: Sampler, learner: Learner, recipe: Recipe, round: int
 ) -> tuple[TrainBatch, tuple[Trajectory, ...]]:
-    """A round with the oldest version that the learner keeps, and advantages that any will do for."""
+    """Sample a round with the oldest version that the learner keeps. Its advantages are random."""
     weights = learner.weights()[0]
     tasks = round_tasks(recipe, round, build_components(recipe).prompts.load())
-    drawn = [sampler.draw(task, weights)[:2] for task in tasks]
+    sampled = [sampler.sample(task, weights)[:2] for task in tasks]
     advantages = np.random.default_rng(round).standard_normal(recipe.images_per_round)
-    return TrainBatch(round, tuple(report for report, _ in drawn), advantages), tuple(path for _, path in drawn)
+    return TrainBatch(round, tuple(report for report, _ in sampled), advantages), tuple(path for _, path in sampled)
 
 
 def lagging(run: StudyRun) -> Lagging:
-    """Made by one update at lag 1, on a round drawn for it."""
+    """Return a learner after one update at lag 1, with the next round sampled for it."""
     parts = build_components(Recipe.load(run.recipe, list(run.overrides)))
     recipe = parts.recipe
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
     learner = Learner(parts.policy, parts.algorithm, recipe)
-    batch, trajectories = drawn_round(sampler, learner, recipe, 0)
+    batch, trajectories = sampled_round(sampler, learner, recipe, 0)
     _, state = learner.update(batch, *trajectories)
-    return Lagging(learner, state, *drawn_round(sampler, learner, recipe, 1))
+    return Lagging(learner, state, *sampled_round(sampler, learner, recipe, 1))
 
 
 def measure(runs: dict[str, StudyRun], path: Path) -> dict[str, float]:
-    """Each correction's update over the plain one, medians of interleaved repeats; kept at `path`."""
+    """Return update times relative to the plain one, medians of interleaved repeats. Write them to `path`."""
     prepared = {name: lagging(run) for name, run in runs.items()}
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(REPEATS + 1):
         for name, each in prepared.items():
             time = each.update_seconds()
-            if repeat:  # the first does not count
+            if repeat:  # the first repeat is a warm-up
                 taken[name].append(time)
     costs = {name: round(median(times) / median(taken["plain"]), 3) for name, times in taken.items()}
     path.write_text(json.dumps({"update over the plain one": costs, "machine": machine()}, indent=1) + "\n")
@@ -72,5 +72,5 @@ def measure(runs: dict[str, StudyRun], path: Path) -> dict[str, float]:
 
 
 def read_costs(path: Path) -> dict[str, float]:
-    """By correction; one that adds no pass is not there."""
+    """Return the relative costs by correction. Corrections without an extra pass are absent."""
     return json.loads(path.read_text())["update over the plain one"] if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Memory of processes over time: samples, how fast it grows, and a chart."""
+"""Sample the memory of processes over time, fit its growth, and plot both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class Sample:
     pid: int
     seconds: float  # since the soak began
     resident: float  # MB
-    private: float  # MB: resident without the pages that it shares with the object store and other processes
+    private: float  # MB: resident without pages shared with the object store and other processes
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that befell the run."""
+    """A disturbance of the run."""
 
     kind: str  # of MARKS
     seconds: float
@@ -37,7 +37,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Growth:
-    """One process's line of least squares."""
+    """The least-squares line of one process."""
 
     role: str
     pid: int
@@ -50,7 +50,7 @@ class Growth:
 
 
 def sample(role: str, process: psutil.Process, seconds: float) -> Sample | None:
-    """Look at a process; nothing where it has just ended."""
+    """Return a process's memory, or None if the process has just ended."""
     try:
         memory = process.memory_info()
     except psutil.NoSuchProcess:
@@ -59,7 +59,7 @@ def sample(role: str, process: psutil.Process, seconds: float) -> Sample | None:
 
 
 def growths(samples: list[Sample]) -> list[Growth]:
-    """A line for every process that lived long enough, in order of time."""
+    """Fit a line for every process that lived long enough, in order of time."""
     found = []
     for role, pid in dict.fromkeys((each.role, each.pid) for each in samples):
         own = [each for each in samples if (each.role, each.pid) == (role, pid)]
@@ -81,7 +81,7 @@ def _growth(own: list[Sample]) -> Growth:
 
 
 def chart(path: Path, title: str, samples: list[Sample], events: list[Event]) -> None:
-    """A panel a role: resident and private memory, the lines of least squares, and marks where something befell the run."""
+    """Plot one panel per role: resident and private memory, least-squares lines, and marks for disturbances."""
     from matplotlib.figure import Figure
 
     roles = list(dict.fromkeys(each.role for each in samples))
@@ -96,6 +96,7 @@ def chart(path: Path, title: str, samples: list[Sample], events: list[Event]) ->
 
 
 def _panel(panel: Any, role: str, samples: list[Sample], events: list[Event]) -> None:
+    """Plot the processes of one role and the marks of disturbances."""
     for kind, colour in MARKS.items():
         for event in (event for event in events if event.kind == kind):
             width, alpha = (1.5, 1.0) if kind == "driver" else (0.7, 0.5)
@@ -124,6 +125,6 @@ def _name(kind: str) -> str:
 
 
 def _once(panel: Any) -> tuple[list[Any], list[str]]:
-    """Handles and labels for a legend that names each thing once."""
+    """Return handles and labels for a legend that names each thing once."""
     named = {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     return list(named.values()), list(named)

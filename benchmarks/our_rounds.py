@@ -1,6 +1,6 @@
-"""The program, one round for each line that comes in, beside a bare loop over the same network; see `round_process.py`.
+"""Run the program for the comparison: one round, or the bare loop, for each input line. See `round_process.py`.
 
-Usage: python -m benchmarks.our_rounds JOB.json. The job: "recipe" (its path) and "overrides".
+Usage: python -m benchmarks.our_rounds JOB.json. The job has "recipe" (a path) and "overrides".
 """
 
 import json
@@ -42,18 +42,18 @@ class OurRounds:
         self._cuda = self._sampler._policy.device.startswith("cuda")
 
     def now(self) -> float:
-        """The clock, when the device has done what it was given."""
+        """Return the clock after the device has finished its work."""
         if self._cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def round(self) -> dict[str, float]:
-        """prompts → sampler → reward → advantages → learner → weights."""
-        weights, sampled, rollouts, started = self._learner.weights()[-1], [], [], self.now()
+        """Run one round: prompts → sampler → reward → advantages → learner → weights."""
+        weights, results, rollouts, started = self._learner.weights()[-1], [], [], self.now()
         for task in round_tasks(self._recipe, self._next, self._parts.prompts.load()):
-            sampled.append(self._sampler.sample(task, weights))
+            results.append(self._sampler.sample(task, weights))
         sampled = self.now()
-        for report, trajectory, images in sampled:
+        for report, trajectory, images in results:
             rollouts.append(Rollout(report, self._worker.score(images), trajectory, None))
         scored = self.now()
         batch = self._buffer.train_batch(rollouts)
@@ -65,12 +65,12 @@ class OurRounds:
         return {**times, "round": ended - started, "reward": float(rewards.mean())}
 
     def bare(self) -> dict[str, float]:
-        """Seconds that the network alone takes for a round's rows in the same batches, reckoned from a task's share of them."""
+        """Return the network's seconds for a round's rows in the same batches, extrapolated from one task."""
         sampling, tasks = self._recipe.sampling, self._recipe.sampling.batches_per_round
         policy, learning = self._sampler._policy, self._learner._policy
         inputs = self._inputs(sampling.batch_size)
         with torch.no_grad():
-            policy._predict(*inputs)  # not counted: others had the caches until now
+            policy._predict(*inputs)  # warm-up: other processes used the caches until now
             started = self.now()
             for _ in range(sampling.num_steps):
                 policy._predict(*inputs)
@@ -91,11 +91,11 @@ class OurRounds:
             learned += (1 - self._recipe.learner.images_per_step / self._recipe.images_per_round) * (self.now() - begun)
         for parameter in trained_parameters(learning.network).values():
             parameter.grad = None
-        whole = rows / (rows // size * size)  # what no full micro-batch is left of
+        whole = rows / (rows // size * size)  # extrapolate to the rows of the last, partial micro-batch
         return {"sampling": tasks * (sampled - started), "learning": tasks * whole * learned}
 
     def _inputs(self, images: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Of a forward pass for so many images, with both branches of guidance where there is guidance."""
+        """Return the network's inputs for this many images, with both branches if guidance is on."""
         policy = self._sampler._policy
         rows = policy.branches * images
         latents = torch.randn(rows, *policy.latent_shape, device=policy.device)
@@ -104,18 +104,18 @@ class OurRounds:
         return latents, timesteps, {"prompt_embeds": embeddings.repeat(rows, 1, 1)}
 
     def save(self, path: str) -> None:
-        """The newest weights by their names in the network."""
+        """Save the newest weights by their names in the network."""
         save_file(self._learner.weights()[-1].arrays(), path)
 
     def peak_bytes(self) -> int:
-        """The most that was held: of the GPU's memory, or resident in this process; sampler and learner together."""
+        """Return the peak memory of sampler and learner together: on the GPU, or resident in this process."""
         if self._cuda:
             return torch.cuda.max_memory_allocated()
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def answer(rounds: OurRounds, asked: dict[str, Any]) -> dict[str, float]:
-    """What one line asks for."""
+    """Run the work that one input line asks for."""
     if asked.get("bare"):
         return rounds.bare()
     result = rounds.round()
@@ -125,7 +125,7 @@ def answer(rounds: OurRounds, asked: dict[str, Any]) -> dict[str, float]:
 
 
 def main(path: Path) -> None:
-    """Load, say so, and answer."""
+    """Load, report readiness, and answer each line."""
     # What libraries print must not come between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""make overlap: seconds a round against the ideal, by lag and in parts; how much of scoring is hidden; scaling."""
+"""make overlap: compare seconds per round with the ideal by lag and by parts, hidden scoring time, and scaling."""
 
 import argparse
 import dataclasses
@@ -37,13 +37,13 @@ MODEL_TASKS = 2
 
 
 def scaled(samplers: int) -> Proportion:
-    """Two tasks a sampler and round, whatever their number."""
+    """Return a proportion with two tasks per sampler and round."""
     tasks = 2 * samplers
     return Proportion(f"{samplers}", samplers, max(1, samplers // 8), tasks, sample=1.0, score=0.05, update=0.5)
 
 
 def proportions(rounds: int) -> None:
-    """The table of stand-ins at each lag."""
+    """Print the table of stand-ins at each lag."""
     print(
         "\n| proportion | S/N | R/M | U | lag | ideal | measured | measured / ideal |\n|---|---|---|---|---|---|---|---|"
     )
@@ -56,7 +56,7 @@ def proportions(rounds: int) -> None:
 
 
 def in_parts(rounds: int) -> None:
-    """The table of rounds that are learned from in parts, at lag 0."""
+    """Print the table of rounds that are trained on in parts, at lag 0."""
     print("\n| proportion | S/N | R/M | U | parts | ideal in one part | ideal | measured | measured / ideal |")
     print("|---|---|---|---|---|---|---|---|---|")
     for proportion in PARTS:
@@ -68,7 +68,7 @@ def in_parts(rounds: int) -> None:
 
 
 def rewards(rounds: int) -> None:
-    """The table of how much of scoring is hidden behind sampling and learning: rounds with rewards of some speeds."""
+    """Print how much scoring is hidden behind sampling and learning, for rewards of several speeds."""
     print(
         "\n| scoring a task | R/M | lag | round | round if scoring took no time | hidden |\n|---|---|---|---|---|---|"
     )
@@ -83,7 +83,7 @@ def rewards(rounds: int) -> None:
 
 
 def scaling(counts: tuple[int, ...], rounds: int) -> None:
-    """The table of more and more stand-in samplers, at lag 1."""
+    """Print the table of growing numbers of stand-in samplers, at lag 1."""
     print("\n| samplers | tasks a round | images/s | efficiency | seconds a round (ideal) | cores of the driver |")
     print("|---|---|---|---|---|---|")
     one = 0.0
@@ -98,7 +98,7 @@ def scaling(counts: tuple[int, ...], rounds: int) -> None:
 
 
 def embedded_model(rounds: int) -> None:
-    """The table of the real model, with S, R and U as the run itself measured them at that lag."""
+    """Print the table of the real model, with S, R and U as that run measured them."""
     print("\n| lag | S | R | U | ideal | seconds/round | measured / ideal |\n|---|---|---|---|---|---|---|")
     for lag in LAGS:
         with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +112,7 @@ def embedded_model(rounds: int) -> None:
 
 
 def model_row(lag: int, metrics: list[dict[str, float]]) -> str:
-    """One line: means over the rounds after the first lag + 1, and without the last lag, beside which less is sampled."""
+    """Return one line of means over steady rounds: without the first lag + 1 and the last lag rounds."""
     steady = metrics[lag + 1 : len(metrics) - lag]
     parts = ("sample", "score", "learn", "round")
     sample, score, learn, measured = (mean(each[f"seconds/{part}"] for each in steady) for part in parts)

@@ -1,4 +1,4 @@
-"""A Stable Diffusion of a published architecture with random weights in diffusers' format: its work without its files."""
+"""Save a Stable Diffusion with a published architecture and random weights in diffusers' format, for benchmarks."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from ray_ddpo.common.diffusion.policy import quiet_libraries
 from tests.tiny_pipeline import tiny_tokenizer
 
 Scale = Literal["sd15", "tiny"]
-# The same kinds of blocks as SD 1.5's, a few thousand times smaller: images of 16 pixels a side.
+# The same kinds of blocks as SD 1.5's, some thousand times smaller, for images of 16 × 16 pixels.
 TINY: dict[str, dict[str, Any]] = {
     "unet": {
         "_class_name": "UNet2DConditionModel",
@@ -55,7 +55,7 @@ SCHEDULER = {
 
 
 def save_random_pipeline(folder: Path, scale: Scale = "sd15", dtype: torch.dtype = torch.float16) -> Path:
-    """Write the pipeline: SD 1.5's shapes take 2 GB in half precision. Equal calls give equal weights."""
+    """Save the pipeline. SD 1.5's shapes take 2 GB in half precision. Equal calls give equal weights."""
     quiet_libraries()
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -76,9 +76,12 @@ def save_random_pipeline(folder: Path, scale: Scale = "sd15", dtype: torch.dtype
 
 
 def fill(part: nn.Module, seed: int) -> None:
-    """Gains of about 1, so that half precision overflows nowhere; each parameter by a generator and a thread of its own."""
+    """Fill a module with random weights of gain 1, so that half precision does not overflow.
 
-    @torch.no_grad()  # here, for each thread has its own mode
+    Each parameter has its own generator, so that threads do not change the result.
+    """
+
+    @torch.no_grad()  # here, because grad mode is per thread
     def filled(numbered: tuple[int, tuple[str, nn.Parameter]]) -> None:
         index, (name, parameter) = numbered
         if parameter.ndim == 1:  # biases, and the scales of norms

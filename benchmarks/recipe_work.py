@@ -1,6 +1,6 @@
-"""How many floating-point operations a recipe's networks take for an image, counted on torch's meta device; none is run.
+"""Count the floating-point operations of a recipe's networks per image on torch's meta device, without running them.
 
-`python -m benchmarks.recipe_work` prints docs/model_families.md's figures.
+`python -m benchmarks.recipe_work` prints the numbers of docs/model_families.md.
 """
 
 import sys
@@ -21,7 +21,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.deploy.driver.components import Components, build_components
 
-RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
+RECIPES = Path(__file__).parents[1] / "deploy" / "recipes"
 NAMES = (
     "sd15_aesthetic",
     "families/sd21_aesthetic",
@@ -31,20 +31,20 @@ NAMES = (
     "families/sd35_medium_window",
     "families/flux_dev_pickscore",
 )
-FLOPS_A_SECOND = 1e14  # what Stable Diffusion 1.5 came to on an H100 (docs/performance.md)
+FLOPS_A_SECOND = 1e14  # Stable Diffusion 1.5's rate on an H100 (docs/performance.md)
 
 
 @dataclass(frozen=True)
 class RowWork:
-    """Operations that the network takes for a row of its batch."""
+    """Operations of the network for one row of its batch."""
 
     forward: int
-    both: int  # forward and backward, as the recipe's adapters or the whole network need it
-    recomputed: int  # in the backward pass, where activations are not kept: about one more forward pass
+    both: int  # forward and backward, for adapters or full fine-tuning, as the recipe says
+    recomputed: int  # by gradient checkpointing in the backward pass: about one forward pass
 
 
 def row_work(config: DiffusersConfig, sampling: SamplingTable) -> RowWork:
-    """Count a forward pass, and one with the backward pass."""
+    """Count a forward pass, and a forward and backward pass."""
     quiet_libraries()
     import diffusers
 
@@ -69,7 +69,7 @@ def row_work(config: DiffusersConfig, sampling: SamplingTable) -> RowWork:
 
 
 def image_work(parts: Components) -> float:
-    """Return the operations for an image: its sampling, its learning, and the KL's passes. Not its decoding and scores."""
+    """Return the operations per image: sampling, learning and the KL's passes, without decoding and scoring."""
     config: Any = parts.policy
     recipe, algorithm = parts.recipe, parts.algorithm
     assert not algorithm.needs_proximal_log_probs and not algorithm.needs_behavior_means, "these passes are not counted"

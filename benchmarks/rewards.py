@@ -1,4 +1,4 @@
-"""make rewards-bench: images a second of each reward that runs without a hub; CLIP's with the true shape, random weights."""
+"""make rewards-bench: images per second of each reward without a download. CLIP has random weights."""
 
 import argparse
 import tempfile
@@ -56,7 +56,7 @@ class Case:
 
 
 def save_vit_l_14(folder: Path) -> Path:
-    """A CLIP of ViT-L/14's shape with random weights; its vocabulary is small, which costs no time."""
+    """Save a CLIP of ViT-L/14's shape with random weights. Its small vocabulary does not change the time."""
     from transformers import CLIPConfig, CLIPModel
 
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -74,7 +74,7 @@ def save_vit_l_14(folder: Path) -> Path:
 
 
 def cases(names: list[str], folder: Path) -> Iterator[Case]:
-    """Each reward, loaded once, on each of its batches."""
+    """Yield each reward, loaded once, on each of its batches."""
     keys: dict[str, dict[str, str]] = {}
     if set(names) & set(CLIPS):
         clip = str(save_vit_l_14(folder / "clip"))
@@ -87,13 +87,13 @@ def cases(names: list[str], folder: Path) -> Iterator[Case]:
 
 
 def interleaved(runs: list[Callable[[], Any]], repeats: int) -> list[float]:
-    """The median seconds of each, all of them in turn, after one turn that does not count."""
+    """Return the median seconds of each case. The cases take turns, after one warm-up turn."""
     turns = [[seconds(run) for run in runs] for _ in range(repeats + 1)]
     return [median(times) for times in zip(*turns[1:], strict=True)]
 
 
 def table(measured: list[tuple[Case, float]]) -> Iterator[str]:
-    """A line for each reward: images a second at each size."""
+    """Return a table with one line per reward: images per second at each size."""
     sides = sorted({case.side for case, _ in measured})
     yield f"| reward | {' | '.join(f'{side}×{side}' for side in sides)} |"
     yield f"|---|{'---|' * len(sides)}"

@@ -1,9 +1,9 @@
-"""A side of a comparison as a process of its own: it makes a round for each line that it is given, and sleeps in between.
+"""Run one side of a comparison in a separate process that computes a round for each input line and sleeps in between.
 
-It is told one JSON object a line and answers with one. When it has loaded: {"ready": true, "versions": {…}}. Then, for each
-{"save": PATH or absent}, a round, and afterwards its weights in PATH: {"sampling", "scoring", "learning", "round": seconds,
-"reward": mean of its images, "peak_bytes"}. The program's side (`our_rounds.py`) also knows {"bare": true}. At the end of its
-input it ends.
+Input and output are one JSON object a line. After loading, the process prints {"ready": true, "versions": {…}}.
+For each {"save": PATH or absent} it runs a round, saves its weights in PATH, and prints {"sampling", "scoring",
+"learning", "round": seconds, "reward": mean of its images, "peak_bytes"}. The program's side (`our_rounds.py`) also accepts
+{"bare": true}. The process ends at the end of its input.
 """
 
 import json
@@ -23,11 +23,11 @@ SCRIPTS = Path(__file__).parent
 
 
 class RoundProcess:
-    """One such process; it is silent but for its answers, and its log says the rest."""
+    """One side's process. Its standard output holds answers only; everything else is in its log."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         compiled = log.with_name(f"{log.stem}-compiled").absolute()
-        shutil.rmtree(compiled, ignore_errors=True)  # what an earlier run has compiled would be free otherwise
+        shutil.rmtree(compiled, ignore_errors=True)  # otherwise an earlier run's compilation would be free
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
         with log.open("w") as errors:
             self._process = subprocess.Popen(
@@ -42,7 +42,11 @@ class RoundProcess:
         self._log = log
 
     def answer(self) -> Answer:
-        """The next one. RuntimeError: the process has ended instead."""
+        """Return the next answer.
+
+        Raises:
+            RuntimeError: The process ended instead.
+        """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -52,18 +56,18 @@ class RoundProcess:
         return json.loads(line)
 
     def ask(self, **asked: Any) -> Answer:
-        """Say something and wait for what comes back."""
+        """Send a request and return its answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         return self.answer()
 
     def kill(self) -> None:
-        """End it at once, whatever it does; who waits for its answer is told."""
+        """Kill the process. A pending `answer` then raises an error."""
         self._process.kill()
 
     def close(self) -> None:
-        """Let it end: by the end of its input, or where it does not listen, by force."""
+        """Close the input and wait for the end. Kill the process after 30 seconds."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -74,7 +78,7 @@ class RoundProcess:
 
 @contextmanager
 def trl_process(job: dict[str, Any], folder: Path, name: str = "trl") -> Iterator[RoundProcess]:
-    """TRL on a job that `trl_rounds.py` describes, not yet asked whether it is ready."""
+    """Start TRL on a job that `trl_rounds.py` describes, without waiting until TRL is ready."""
     assert PYTHON.is_file(), f"TRL lives in {PYTHON.parents[1]}, which `make bench-trl` makes"
     with _process(PYTHON, "trl_rounds.py", job, folder / name) as process:
         yield process
@@ -82,7 +86,7 @@ def trl_process(job: dict[str, Any], folder: Path, name: str = "trl") -> Iterato
 
 @contextmanager
 def our_process(recipe: str, overrides: list[str], folder: Path, name: str) -> Iterator[RoundProcess]:
-    """The program on a recipe, not yet asked whether it is ready."""
+    """Start the program on a recipe, without waiting until the program is ready."""
     job = {"recipe": recipe, "overrides": overrides}
     with _process(Path(sys.executable), "our_rounds.py", job, folder / name) as process:
         yield process
@@ -90,6 +94,7 @@ def our_process(recipe: str, overrides: list[str], folder: Path, name: str) -> I
 
 @contextmanager
 def _process(python: Path, script: str, job: dict[str, Any], place: Path) -> Iterator[RoundProcess]:
+    """Write the job, start its script, and close the process afterwards."""
     place.parent.mkdir(parents=True, exist_ok=True)
     path = place.with_name(f"{place.name}.json")
     path.write_text(json.dumps(job, indent=1), encoding="utf-8")

@@ -1,7 +1,8 @@
-"""Print how far bfloat16 samplers and a float32 learner lie apart under each choice of a processor's kernels.
+"""Print the difference between bfloat16 samplers and a float32 learner under each choice of a processor's kernels.
 
-Every choice is a process of its own, since libraries read these variables once. The embedded model is sampled in bfloat16, and
-one batch of its transitions is scored again: as the sampler computes, where the bits must be equal, and in float32.
+Each choice runs in a separate process, because libraries read these variables once. The embedded model is sampled in
+bfloat16. One batch of its transitions is then scored twice: in the sampler's numerics, where the bits must be equal,
+and in float32.
 """
 
 import json

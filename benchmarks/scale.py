@@ -1,4 +1,4 @@
-"""make scale: what a round costs the system itself, against its sizes; one is varied at a time, and lines are fitted."""
+"""make scale: measure the overhead of a round as one size varies at a time, and fit lines."""
 
 import argparse
 import csv
@@ -36,7 +36,7 @@ SHORT = {
 
 
 def measured(axis: str, setting: Setting, rounds: int) -> Measured:
-    """A setting in a process of its own, whose memory has seen no other."""
+    """Measure a setting in a fresh process."""
     asked = json.dumps({"setting": dataclasses.asdict(setting), "rounds": rounds})
     command = [sys.executable, "-m", "benchmarks.scale_run"]
     done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=SECONDS_A_SETTING)
@@ -46,7 +46,7 @@ def measured(axis: str, setting: Setting, rounds: int) -> Measured:
 
 
 def write(folder: Path, found: list[Measured]) -> None:
-    """`scale.csv`: a line a setting, each with the machine that it was measured on."""
+    """Write `scale.csv`: one line per setting, with the machine that measured it."""
     where = {"machine": machine(), **{name: version(name) for name in ("ray", "numpy", "torch")}}
     rows: list[dict[str, Any]] = [{**each.row, **where} for each in found]
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def write(folder: Path, found: list[Measured]) -> None:
 
 
 def main() -> None:
-    """Print the tables, write them and the chart."""
+    """Print the tables, and write tables and chart."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))

@@ -1,4 +1,4 @@
-"""The scale benchmark's arithmetic: lines of least squares through what was measured, its tables, and its chart."""
+"""Fit least-squares lines through the scale benchmark's measurements; format its tables and chart."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -30,19 +30,19 @@ ON_PAPER = (
 
 @dataclass(frozen=True)
 class Cost:
-    """What a round of a setting took, means over the rounds measured."""
+    """Cost of a round in one setting, as means over the measured rounds."""
 
-    seconds: float  # a round, beyond what its samplers take if none is ever idle
+    seconds: float  # per round, minus the time of samplers that are never idle
     driver_cpu: float  # seconds of the driver's process, Ray's threads in it included
-    driver_python: float  # of these, of its own thread
+    driver_python: float  # of these, in the thread that runs Python
     cluster_cpu: float  # seconds of Ray's own processes: GCS, raylet, agents
     driver_peak: float  # MB: the highest resident memory over that before the first round
-    stored: float  # MB a round that the object store took in
+    stored: float  # MB per round written to the object store
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A setting on an axis, and what it cost."""
+    """A setting on an axis, and its cost."""
 
     axis: str
     setting: Setting
@@ -50,25 +50,25 @@ class Measured:
 
     @classmethod
     def of(cls, axis: str, setting: Setting, cost: dict[str, float]) -> "Measured":
-        """From what the measuring process printed."""
+        """Build from the measuring process's output."""
         return cls(axis, setting, Cost(**cost))
 
     @property
     def value(self) -> int:
-        """What was varied."""
+        """Return the value of the varied size."""
         return getattr(self.setting, self.axis)
 
     @property
     def row(self) -> dict[str, Any]:
-        """As the CSV has it."""
+        """Return the CSV's row."""
         own = {"axis": self.axis, "value": self.value}
         return {**own, **dataclasses.asdict(self.setting), "tasks": self.setting.tasks, **dataclasses.asdict(self.cost)}
 
 
 def least_squares(sizes: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """Costs a unit of each column of `sizes`, none below 0; every measurement weighs by its share and not by its size.
+    """Return non-negative costs per unit of each column of `sizes`, fitted on relative errors.
 
-    A cost that would be negative is noise about 0: its column is left out, the most negative first.
+    A negative cost is noise about 0. Drop such columns, the most negative first.
     """
     shares = sizes / np.maximum(costs, 1e-9)[:, None]
     lengths = np.linalg.norm(shares, axis=0)
@@ -84,19 +84,19 @@ def least_squares(sizes: np.ndarray, costs: np.ndarray) -> np.ndarray:
 
 
 def fitted(found: list[Measured]) -> dict[str, dict[str, float]]:
-    """For each of FITTED: the cost a round, a task, an image … of all settings as one."""
+    """Return, for each name in FITTED, the cost per round, task, image …, fitted over all settings."""
     sizes = np.array([[size(each.setting) for size in SIZES.values()] for each in found], float)
     costs = {name: np.array([getattr(each.cost, name) for each in found]) for name in FITTED}
     return {name: dict(zip(SIZES, least_squares(sizes, values), strict=True)) for name, values in costs.items()}
 
 
 def on_paper(costs: dict[str, dict[str, float]], setting: Setting) -> dict[str, float]:
-    """What the lines say of a setting."""
+    """Return the fitted costs of a setting."""
     return {name: sum(a_unit[size] * SIZES[size](setting) for size in SIZES) for name, a_unit in costs.items()}
 
 
 def table(found: list[Measured]) -> str:
-    """All settings, as Markdown."""
+    """Return all settings as a Markdown table."""
     heads = ("varied", "", "tasks", "seconds a round", "driver, CPU s", "µs a task", "Ray's processes, CPU s")
     heads = (*heads, "driver's peak, MB", "stored, MB")
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
@@ -109,7 +109,7 @@ def table(found: list[Measured]) -> str:
 
 
 def costs_table(costs: dict[str, dict[str, float]]) -> str:
-    """The fitted costs, as Markdown."""
+    """Return the fitted costs as a Markdown table."""
     lines = ["| a | driver, CPU | Ray's processes, CPU | driver's memory |", "|---|---|---|---|"]
     for size in SIZES:
         driver, cluster, memory = (costs[name][size] for name in FITTED)
@@ -118,7 +118,7 @@ def costs_table(costs: dict[str, dict[str, float]]) -> str:
 
 
 def on_paper_table(costs: dict[str, dict[str, float]]) -> str:
-    """What the lines say of rounds that are larger, as Markdown."""
+    """Return the fitted costs of larger rounds as a Markdown table."""
     lines = ["| images | images a task | samplers | driver, CPU s | Ray's processes, CPU s | driver's memory, GB |"]
     lines.append("|---|---|---|---|---|---|")
     for setting in ON_PAPER:
@@ -129,7 +129,7 @@ def on_paper_table(costs: dict[str, dict[str, float]]) -> str:
 
 
 def chart(path: Path, title: str, found: list[Measured]) -> None:
-    """A panel an axis."""
+    """Plot one panel per axis."""
     from matplotlib.figure import Figure
 
     axes = list(dict.fromkeys(each.axis for each in found))

@@ -1,4 +1,4 @@
-"""One setting of the scale benchmark: the driver's own loop, ledger, metrics and checkpoint, with actors that only stand in."""
+"""Measure one setting of the scale benchmark: the driver's real loop and files with stand-in actors."""
 
 import dataclasses
 import functools
@@ -42,30 +42,30 @@ WARM_UP = 1  # rounds: connections are made, caches filled
 
 
 class LearnerStandIn:
-    """Learns nothing, and publishes weights of a set size."""
+    """A learner that learns nothing and publishes weights of a given size."""
 
     def __init__(self, setting: Setting) -> None:
         self._buffer = np.zeros(setting.weight_bytes // 4, np.float32)
         self._published = pack(0, {"stand_in": self._buffer})
 
     def ready(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     def stacks(self) -> str:
-        """Nothing to tell."""
+        """Return a placeholder for the stack traces."""
         return "a stand-in"
 
     def weights(self) -> tuple[PolicyWeights, ...]:
-        """The one version that is asked for at lag 0."""
+        """Return the only version that is requested at lag 0."""
         return (self._published,)
 
     def state(self) -> LearnerState:
-        """Without an optimizer's."""
+        """Return a state without optimizer state."""
         return LearnerState(self._published.policy_version, (self._published,), {}, {})
 
     def update(self, batch: TrainBatch, *trajectories: np.ndarray) -> tuple[dict[str, float], LearnerState]:
-        """The next version."""
+        """Publish the next version."""
         assert len(trajectories) == len(batch.reports)
         version = self._published.policy_version + 1
         self._published = dataclasses.replace(self._published, policy_version=version)
@@ -73,7 +73,7 @@ class LearnerStandIn:
 
 
 class Meter:
-    """Stands where `Supervision` does: the driver checks it after every round."""
+    """A replacement for `Supervision`, which the driver calls after every round."""
 
     def __init__(self) -> None:
         self.rounds: list[tuple[float, float, float, float, float]] = []
@@ -85,18 +85,18 @@ class Meter:
         self.check()
 
     def check(self) -> None:
-        """Note the clocks."""
+        """Record the clocks."""
         cluster = sum(_cpu_seconds(child) for child in self._cluster if child.is_running())
         stored = float(sum(stored_bytes().values()))
         own = _cpu_seconds(self._driver)
         self.rounds.append((time.monotonic(), own, time.thread_time(), cluster, stored))
 
     def cost(self, setting: Setting) -> Cost:
-        """Means over the rounds after the first."""
+        """Return means over the rounds after the first."""
         first, last = np.array(self.rounds[WARM_UP]), np.array(self.rounds[-1])
         seconds, cpu, python, cluster, stored = (last - first) / (len(self.rounds) - 1 - WARM_UP)
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._resident
-        return Cost(seconds - setting.drawing_seconds, cpu, python, cluster, peak / 1e6, stored / 1e6)
+        return Cost(seconds - setting.sampling_seconds, cpu, python, cluster, peak / 1e6, stored / 1e6)
 
 
 def _cpu_seconds(process: psutil.Process) -> float:
@@ -105,7 +105,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def recipe_of(setting: Setting, folder: str, rounds: int) -> Recipe:
-    """A recipe whose rounds have the setting's sizes."""
+    """Return a recipe whose rounds have the setting's sizes."""
     return Recipe.parse(
         {
             "name": "scale",
@@ -124,7 +124,7 @@ def recipe_of(setting: Setting, folder: str, rounds: int) -> Recipe:
 
 
 def measured(setting: Setting, rounds: int) -> Cost:
-    """Start the stand-ins on a cluster of their own, let `train.run_rounds` do its rounds, end them."""
+    """Start the stand-ins on a new cluster, run `train.run_rounds`, and stop them."""
     with tempfile.TemporaryDirectory() as folder, local_ray():
         parts = build_components(recipe_of(setting, folder, WARM_UP + rounds))
         workers = _workers(parts, setting)
@@ -141,6 +141,7 @@ def measured(setting: Setting, rounds: int) -> Cost:
 
 
 def _workers(parts: Components, setting: Setting) -> Workers:
+    """Start the stand-in actors and wrap them in the driver's worker pools, stream and learner group."""
     recipe, budget = parts.recipe, RestartBudget(0)
     options: dict[str, Any] = {"num_cpus": CPUS_OF_A_SLEEPER, "concurrency_groups": {"health": 1}}
     host = ray.remote(**options)(SamplerHost).options(max_concurrency=100_000)
@@ -163,7 +164,7 @@ def _workers(parts: Components, setting: Setting) -> Workers:
 
 
 def main() -> None:
-    """Measure the setting that standard input has as JSON: {"setting": {…}, "rounds": N}; its cost as JSON."""
+    """Measure the setting given on standard input as JSON ({"setting": {…}, "rounds": N}). Print its cost as JSON."""
     asked = json.load(sys.stdin)
     with redirect_stdout(sys.stderr):
         cost = measured(Setting(**asked["setting"]), asked["rounds"])

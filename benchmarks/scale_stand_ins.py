@@ -1,4 +1,4 @@
-"""Stand-ins for the scale benchmark: they answer at once, with as many bytes as real actors; several may share a process."""
+"""Stand-ins for the scale benchmark. They answer at once with as many bytes as real actors."""
 
 import asyncio
 from collections import defaultdict
@@ -17,7 +17,7 @@ LATENT_BYTES = 2  # float16
 
 @dataclass(frozen=True)
 class Setting:
-    """One round's sizes. Fields that are varied one at a time have the size that they keep meanwhile."""
+    """The sizes of one round. A field that is not varied keeps its default."""
 
     images: int = 512  # a round
     images_per_task: int = 8
@@ -31,23 +31,23 @@ class Setting:
 
     @property
     def tasks(self) -> int:
-        """A round's."""
+        """Return the number of tasks per round."""
         return self.images // self.images_per_task
 
     @property
     def trajectory_bytes(self) -> int:
-        """An image's path: the latents that enter the first step, and those that leave each."""
+        """Return the bytes of an image's trajectory: the initial latents, and those after each step."""
         side = self.pixels // PIXELS_A_LATENT
         return (self.steps + 1) * LATENT_CHANNELS * side * side * LATENT_BYTES
 
     @property
     def image_bytes(self) -> int:
-        """An image's pixels."""
+        """Return the bytes of an image's pixels."""
         return 3 * self.pixels * self.pixels
 
     @property
-    def drawing_seconds(self) -> float:
-        """How long all samplers together take for a round, if none is ever idle."""
+    def sampling_seconds(self) -> float:
+        """Return the time of a round's sampling if no sampler is ever idle."""
         speeds = [1 / self._slowness(sampler) for sampler in range(self.samplers)]
         return self.busy_seconds * self.samplers / sum(speeds)
 
@@ -55,13 +55,13 @@ class Setting:
         return (0.75, 1.5)[sampler % 2] if self.uneven else 1.0
 
     def task_seconds(self, sampler: int) -> float:
-        """How long a sampler sleeps over a task."""
+        """Return the seconds that a sampler sleeps for a task."""
         return self._slowness(sampler) * self.busy_seconds * self.samplers / self.tasks
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a driver reads of a TaskReport, with its fields."""
+    """A TaskReport with the fields that the driver reads."""
 
     task: Task
     fingerprint: str
@@ -76,7 +76,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a driver reads of Scores, with its fields."""
+    """Scores with the fields that the driver reads."""
 
     rewards: dict[str, np.ndarray]
     seconds: float
@@ -85,7 +85,7 @@ class Scored:
 
 
 class SamplerHost:
-    """A process of samplers: each of them has one task in hand at a time, in the order in which it was asked."""
+    """A process of samplers. Each works on one task at a time, in the order of the calls."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
@@ -93,21 +93,21 @@ class SamplerHost:
         self._forgotten: set[Place] = set()
 
     async def ready(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     async def stacks(self) -> str:
-        """Nothing to tell."""
+        """Return a placeholder for the stack traces."""
         return "a stand-in"
 
     async def forget(self, place: Place) -> None:
-        """As a sampler does."""
+        """Skip this task when its turn comes, as a sampler does."""
         self._forgotten.add(place)
 
     async def sample(
         self, sampler: int, task: Task, weights: PolicyWeights, care: object = None, note: object = None
     ) -> tuple[Sampled, np.ndarray, np.ndarray] | tuple[None, None, None]:
-        """A trajectory and images of the right size."""
+        """Return a trajectory and images of the right size."""
         async with self._hands[sampler]:
             if task.place in self._forgotten:
                 self._forgotten.remove(task.place)
@@ -124,7 +124,7 @@ class SamplerHost:
 
 
 class SamplerHandle:
-    """A sampler of a host, called as an actor of its own is."""
+    """A sampler of a host with the interface of a separate actor."""
 
     def __init__(self, host: Any, sampler: int) -> None:
         self.ready, self.stacks, self.forget = host.ready, host.stacks, host.forget
@@ -146,20 +146,20 @@ class _Numbered:
 
 
 class ScorerStandIn:
-    """Scores by the seeds of nothing: a fixed ramp, so that rewards differ."""
+    """A reward worker whose scores are a fixed ramp, so that rewards differ."""
 
     def ready(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     def stacks(self) -> str:
-        """Nothing to tell."""
+        """Return a placeholder for the stack traces."""
         return "a stand-in"
 
     def score(self, images: np.ndarray, first: int = 0, last: int | None = None, note: object = None) -> Scored:
-        """A number an image."""
+        """Return one number per image."""
         return Scored({"stand_in": np.arange(len(images), dtype=np.float32)[first:last]}, 0.0, {})
 
     def score_together(self, cuts: tuple[tuple[int, int], ...], *images: np.ndarray) -> list[Scored]:
-        """The same for several tasks."""
+        """Score several tasks."""
         return [self.score(batch, *cut) for cut, batch in zip(cuts, images, strict=True)]

@@ -1,4 +1,4 @@
-"""make soak: a run on Ray for many minutes with kills, scaling and a resume; what was lost of it, and its memory."""
+"""make soak: run on Ray for many minutes with kills, scaling and a resume; report losses and memory."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ STARTING_SECONDS = 300.0
 
 
 def soak_recipe(folder: Path, model: Path, lag: int) -> Recipe:
-    """Rounds as small as they can be, so that there are many; dead actors are replaced as often as it takes."""
+    """Return a recipe with the smallest possible rounds, so that there are many. Dead actors are always replaced."""
     elastic = {role: {"count": 2, "min": 1, "max": most} for role, most in MOST_WORKERS.items()}
     return Recipe.parse(
         {
@@ -48,7 +48,7 @@ def soak_recipe(folder: Path, model: Path, lag: int) -> Recipe:
 
 @dataclass
 class Soak:
-    """A run under way: looked at once a second, and disturbed at random moments."""
+    """A run in progress, sampled once a second and disturbed at random moments."""
 
     recipe: Recipe
     folder: Path
@@ -65,11 +65,11 @@ class Soak:
         return Path(self.recipe.run_path())
 
     def now(self) -> float:
-        """Seconds since the soak began."""
+        """Return the seconds since the soak began."""
         return time.monotonic() - self.started
 
     def start(self, *options: str) -> Driver:
-        """Start a driver, and wait until it has done a round."""
+        """Start a driver and wait until it has finished a round."""
         self.started = self.started or time.monotonic()
         driver = Driver(self.recipe, self.folder, *options)
         seen = [rounds_done(self.run)]
@@ -82,7 +82,7 @@ class Soak:
         return driver
 
     def disturb(self, driver: Driver, until: float) -> None:
-        """Kill and scale at random until then."""
+        """Kill and scale at random until the given time."""
         due = {self._kill: self._pause(self.seconds_between_kills)}
         due |= {self._scale: self._pause(self.seconds_between_scalings)}
         while self.now() < until:
@@ -123,7 +123,7 @@ class Soak:
         print(f"{self.now():7.1f} s, round {self.rounds[-1][1]}: {kind}, {what}", flush=True)
 
     def end(self, driver: Driver, number: signal.Signals) -> None:
-        """Send a signal, and see that all processes go."""
+        """Send a signal and check that all processes end."""
         family = driver.family()
         driver.process.send_signal(number)
         self._note("driver", f"sent {number.name}")
@@ -135,11 +135,11 @@ class Soak:
 
 
 class Lost(Exception):
-    """Something of the run is not there, or is there that must not be."""
+    """The run lost something, or left something behind."""
 
 
 def of_role(family: list[psutil.Process], *titles: str) -> list[psutil.Process]:
-    """Of a driver's processes the living ones with such a title. Other runs on this machine are not touched."""
+    """Return the living processes of a driver with such a title. Other runs on this machine are not touched."""
     found = []
     for process in family:
         try:
@@ -151,7 +151,11 @@ def of_role(family: list[psutil.Process], *titles: str) -> list[psutil.Process]:
 
 
 def gone(family: list[psutil.Process]) -> None:
-    """Lost: a process of an ended driver is still there."""
+    """Wait until the processes of an ended driver are gone.
+
+    Raises:
+        Lost: A process is still there.
+    """
     try:
         wait_until_gone(family)
     except TimeoutError as error:
@@ -159,7 +163,7 @@ def gone(family: list[psutil.Process]) -> None:
 
 
 def soak(soaked: Soak, seconds: float) -> None:
-    """The first half ends with a SIGKILL of the driver, the second with a SIGTERM."""
+    """Run two halves. Kill the driver with SIGKILL after the first and end it with SIGTERM after the second."""
     for until, options, number in (
         (seconds / 2, [], signal.SIGKILL),
         (seconds, ["--resume", "auto"], signal.SIGTERM),
@@ -173,7 +177,7 @@ def soak(soaked: Soak, seconds: float) -> None:
 
 
 def finish(soaked: Soak) -> tuple[str, str, int]:
-    """Let the run end by itself; its fingerprint, that of a calm run of one process, and their rounds."""
+    """Let the run end. Return its fingerprint, that of an undisturbed serial run, and the number of rounds."""
     rounds = rounds_done(soaked.run) + LAST_ROUNDS
     recipe = soaked.recipe.model_copy(update={"rounds": rounds})
     driver = Driver(recipe, soaked.folder, "--resume", "auto")
@@ -188,7 +192,7 @@ def finish(soaked: Soak) -> tuple[str, str, int]:
 
 
 def losses(rounds: int, logged: list[int], fingerprints: tuple[str, str]) -> list[str]:
-    """What was lost, a line each."""
+    """Return one line for each loss."""
     found = []
     missing = sorted(set(range(rounds)) - set(logged))
     twice = sorted({round for round in logged if logged.count(round) > 1})
@@ -200,12 +204,12 @@ def losses(rounds: int, logged: list[int], fingerprints: tuple[str, str]) -> lis
 
 
 def logged_rounds(run: Path) -> list[int]:
-    """The rounds in metrics.jsonl, as they stand there."""
+    """Return the rounds in metrics.jsonl in the order of the file."""
     return [int(json.loads(line)["round"]) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def figures(soaked: Soak) -> dict[str, object]:
-    """What the run went through, and how its memory grew."""
+    """Return the run's disturbances and the growth of its memory."""
     kinds = [event.kind for event in soaked.events]
     return {
         "machine": machine(),
@@ -217,7 +221,7 @@ def figures(soaked: Soak) -> dict[str, object]:
 
 
 def outcome(soaked: Soak, seconds: float) -> dict[str, object]:
-    """Soak and compare; what was lost stands under `lost`."""
+    """Soak and compare. Losses are listed under `lost`."""
     try:
         soak(soaked, seconds)
         found = figures(soaked)
@@ -229,7 +233,7 @@ def outcome(soaked: Soak, seconds: float) -> dict[str, object]:
 
 
 def main() -> int:
-    """Print the figures, write them and the chart; 1 where something was lost."""
+    """Print the results, write results and chart, and return 1 after a loss."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seconds-between-kills", type=float, default=15.0)
@@ -239,7 +243,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
     options = parser.parse_args()
     folder = options.folder.absolute()
-    folder.mkdir(parents=True)  # an error where an earlier soak lies there
+    folder.mkdir(parents=True)  # fails if an earlier soak left the folder
     recipe = soak_recipe(folder, save_tiny_pipeline(folder / "model"), options.lag)
     pauses = options.seconds_between_kills, options.seconds_between_scalings
     soaked = Soak(recipe, folder, *pauses, random.Random(options.seed))

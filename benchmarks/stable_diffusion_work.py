@@ -1,4 +1,4 @@
-"""How many floating-point operations a row of the network takes, counted on torch's meta device."""
+"""Count the floating-point operations of one row of the network on torch's meta device."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
 
 
 def work_of_a_row(config: StableDiffusion) -> dict[str, float]:
-    """Of a forward pass, and of one with the backward pass that adapters need: no gradients of the frozen weights."""
+    """Count a forward pass, and a forward and backward pass for adapters only, without gradients of frozen weights."""
     from diffusers import UNet2DConditionModel
 
     from ray_ddpo.common.diffusion.lora.start import make_trainable

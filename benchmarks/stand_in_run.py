@@ -1,4 +1,4 @@
-"""Rounds of stand-ins on the real stream, pools, learner group and schedule; and the ideal that they are held against."""
+"""Run rounds of stand-ins on the real stream, pools, learner group and schedule; compute the ideal."""
 
 import heapq
 import shutil
@@ -31,7 +31,7 @@ CPUS_OF_A_SLEEPER = 0.01
 
 @dataclass(frozen=True)
 class Proportion:
-    """How long each side of a round takes, and how many there are."""
+    """Durations of a round's sides, and the numbers of workers and tasks."""
 
     name: str
     samplers: int
@@ -44,21 +44,21 @@ class Proportion:
 
     @property
     def sampling(self) -> float:
-        """S/N: tasks are whole, so the samplers take them in waves."""
+        """Return S/N. Tasks are indivisible, so the samplers work in waves."""
         return -(-self.tasks // self.samplers) * self.sample
 
     @property
     def scoring(self) -> float:
-        """R/M."""
+        """Return R/M."""
         return self.tasks * self.score / self.reward_workers
 
     @property
     def tail(self) -> float:
-        """r: scoring that is left when the last task is sampled."""
+        """Return r: the scoring time that is left after the last task is sampled."""
         return max(self._scored()) - self.sampling
 
     def _scored(self) -> list[float]:
-        """When each task is scored: the first worker that is free takes the next task."""
+        """Return when each task is scored. The first free worker takes the next task."""
         workers, scored = [0.0] * self.reward_workers, []
         for task in range(self.tasks):
             sampled = (task // self.samplers + 1) * self.sample
@@ -67,13 +67,13 @@ class Proportion:
         return scored
 
     def ideal(self, max_policy_lag: int) -> float:
-        """Seconds a round."""
+        """Return the ideal seconds per round."""
         if self.parts > 1:
             return self._ideal_in_parts()
         return ideal_seconds((self.sampling, self.scoring, self.update), self.tail, max_policy_lag)
 
     def _ideal_in_parts(self) -> float:
-        """In step: a part is learned from when its tasks are there, and when the part before it is done."""
+        """Return the ideal in parts at lag 0. A part starts when its tasks are scored and the previous part ended."""
         done, size = 0.0, self.tasks // self.parts
         there = self._scored()
         for first in range(0, self.tasks, size):
@@ -82,7 +82,10 @@ class Proportion:
 
 
 def ideal_seconds(sides: tuple[float, float, float], tail: float, max_policy_lag: int) -> float:
-    """A round's ideal from S/N, R/M and U: the slowest side, or the way of one round through all, shared by those under way."""
+    """Return the ideal time of a round from S/N, R/M and U.
+
+    The ideal is the slowest side, or one round's way through all sides divided by the rounds in flight.
+    """
     sampling, _, update = sides
     through = sampling + tail + update
     return through if max_policy_lag == 0 else max(*sides, through / (max_policy_lag + 1))
@@ -90,7 +93,7 @@ def ideal_seconds(sides: tuple[float, float, float], tail: float, max_policy_lag
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run of stand-ins took."""
+    """Times of a run of stand-ins."""
 
     seconds: float  # a round
     images_per_second: float
@@ -99,7 +102,7 @@ class Measured:
 
 @contextmanager
 def local_ray(num_cpus: int = 4) -> Iterator[None]:
-    """A cluster of its own. Its folder is short, because a socket's path may have 107 bytes."""
+    """Start a new cluster. Its folder has a short path, because a socket's path is limited to 107 bytes."""
     folder = tempfile.mkdtemp(prefix="b", dir="/tmp")
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
     try:
@@ -110,7 +113,7 @@ def local_ray(num_cpus: int = 4) -> Iterator[None]:
 
 
 class StandInRun:
-    """The driver's loop as in train.py, without advantages and checkpoints, on stand-ins. It never runs out of rounds."""
+    """The driver's loop on stand-ins, without advantages and checkpoints and without a last round."""
 
     def __init__(self, proportion: Proportion, max_policy_lag: int) -> None:
         self._lag = max_policy_lag
@@ -164,14 +167,14 @@ class StandInRun:
         return TrainBatch(round, reports, nothing, part=part, parts=self._recipe.learner.parts_per_round), rollouts
 
     def close(self) -> None:
-        """End the actors."""
+        """Stop the actors."""
         self._learner.close()
         for pool in self._pools.all:
             pool.close()
 
 
 def run(proportion: Proportion, max_policy_lag: int, warm_up: int, rounds: int) -> Measured:
-    """Start the stand-ins, measure, end them."""
+    """Start the stand-ins, measure, and stop them."""
     stand_ins = StandInRun(proportion, max_policy_lag)
     try:
         return stand_ins.measure(warm_up, rounds)
@@ -185,6 +188,7 @@ def _maker(cls: type, *arguments: Any) -> Callable[[int], Any]:
 
 
 def _recipe(proportion: Proportion, max_policy_lag: int) -> Recipe:
+    """Return a recipe with the sizes of this proportion."""
     return Recipe.parse(
         {
             "name": "stand-ins",

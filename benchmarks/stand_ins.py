@@ -1,4 +1,4 @@
-"""Stand-ins for the three actors: they sleep a set time where the real ones compute, and import no torch."""
+"""Stand-ins for the three actors. They sleep for a set time instead of computing, and import no torch."""
 
 import time
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from ray_ddpo.common.schedule import Place, Task
 from ray_ddpo.common.trajectory import TrainBatch
 
-# Past the size up to which Ray sends an answer inside its reply: so it takes the way of real trajectories and images.
+# Too large for Ray to inline in a reply, so the result takes the same way as real trajectories and images.
 HEAVY_BYTES = 200_000
 
 
 @dataclass(frozen=True)
 class StandInReport:
-    """What a driver reads of a TaskReport."""
+    """A TaskReport with the fields that the driver reads."""
 
     task: Task
     fingerprint: str
@@ -26,7 +26,7 @@ class StandInReport:
 
 @dataclass(frozen=True)
 class StandInScores:
-    """What a driver reads of Scores."""
+    """Scores with the fields that the driver reads."""
 
     rewards: dict[str, np.ndarray]
     seconds: float
@@ -36,14 +36,14 @@ class StandInScores:
 
 @dataclass(frozen=True)
 class StandInState:
-    """What a driver reads of a LearnerState."""
+    """A LearnerState with the fields that the driver reads."""
 
     policy_version: int
     weights: tuple[PolicyWeights, ...]
 
 
 class StandInSampler:
-    """Takes a set time for a task."""
+    """A sampler that takes a set time per task."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -71,7 +71,7 @@ class StandInSampler:
 
 
 class StandInRewardWorker:
-    """Takes a set time for the images of a task."""
+    """A reward worker that takes a set time per task."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -89,7 +89,7 @@ class StandInRewardWorker:
 
 
 class StandInLearner:
-    """Takes a set time for a round, in parts of equal time, and publishes weights of a set size."""
+    """A learner that takes a set time per round, in equal parts, and publishes weights of a set size."""
 
     def __init__(self, seconds: float, versions_kept: int, weight_bytes: int) -> None:
         self._seconds = seconds

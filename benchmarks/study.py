@@ -1,4 +1,4 @@
-"""What studies share: runs of recipes that differ in little, made one after the other or side by side; a line of results each."""
+"""Shared parts of studies: runs of similar recipes, sequential or parallel, with one line of results each."""
 
 import argparse
 import fnmatch
@@ -20,7 +20,7 @@ ALSO_KEPT = ("ratio/max_abs_log", "masked_fraction", "importance_weight/mean", "
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run: a recipe with overrides and a run seed, and what its line says of it besides."""
+    """One run: a recipe with overrides and a run seed, and further facts for its line of results."""
 
     setting: str
     seed: int
@@ -35,12 +35,12 @@ class StudyRun:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """What is there already, a line a run."""
+    """Read the existing results, one line per run."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def make(run: StudyRun, folder: Path) -> dict[str, Any]:
-    """Train and report in processes of their own, going on where an earlier attempt stopped; the run's line."""
+    """Train and report in separate processes, resuming an earlier attempt. Return the run's line."""
     placed = ["--seed", str(run.seed), "--name", run.name, "--output_dir", str(folder)]
     train = ["train", run.recipe, "--serial", "--resume", "auto", *placed, *run.overrides]
     with (folder / f"{run.name}.log").open("a") as log:
@@ -62,13 +62,13 @@ def make(run: StudyRun, folder: Path) -> dict[str, Any]:
 
 
 def shortened(metrics: dict[str, float | None]) -> dict[str, float]:
-    """What studies look at of a round, to five digits."""
+    """Return the metrics of a round that studies use, with five digits."""
     kept = {key: metrics[key] for key in (*KEPT, *ALSO_KEPT) if key in metrics}
     return {key: float(f"{value:.5g}") for key, value in kept.items() if value is not None}
 
 
 def make_all(runs: list[StudyRun], folder: Path, results: Path, jobs: int) -> int:
-    """Make runs side by side and add each one's line as it ends; how many failed."""
+    """Make runs in parallel and append each line as its run ends. Return the number of failures."""
     lock, failed = threading.Lock(), []
 
     def one(run: StudyRun) -> None:
@@ -89,7 +89,7 @@ def make_all(runs: list[StudyRun], folder: Path, results: Path, jobs: int) -> in
 
 
 def study_parser(description: str | None, name: str) -> argparse.ArgumentParser:
-    """The command line of a study whose results are docs/<name>.jsonl and docs/<name>.png."""
+    """Return the command line of a study whose results are docs/<name>.jsonl and docs/<name>.png."""
     parser = argparse.ArgumentParser(description=description)
     what = parser.add_mutually_exclusive_group(required=True)
     for verb in ("list", "run", "chart"):
@@ -103,7 +103,7 @@ def study_parser(description: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def list_or_make(options: argparse.Namespace, runs: list[StudyRun]) -> int:
-    """Print the runs that were asked for, or make those of them that the results do not have; how many failed."""
+    """Print the requested runs, or make the missing ones. Return the number of failures."""
     runs = [run for run in runs if fnmatch.fnmatch(run.name, options.only + "*")]
     results = read_results(options.results)
     done = {(result["setting"], result["seed"], result["images"]) for result in results}

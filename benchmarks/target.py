@@ -1,7 +1,7 @@
-"""make bench-target: minutes of training until held-out images are as good as TRL's are at its end, for TRL and the program.
+"""make bench-target: minutes of training until held-out images are as good as TRL's are at its end.
 
-Both sides train alone on the machine, one after the other. Their clocks run from the loaded model on, over everything that the
-training process does, compilation included; versions are sampled and scored afterwards. `--stage` makes one part of it again.
+Each side trains alone on the machine. The clock starts with the loaded model and includes everything that the training
+process does, compilation too. Versions are sampled and scored afterwards. `--stage` repeats one part.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from benchmarks.against_trl import FOLDER, TRL, trl_job, words
 from benchmarks.embedded_model import RECIPE
-from benchmarks.held_out import HeldOut
+from benchmarks.held_out import Evaluator
 from benchmarks.round_process import trl_process
 from benchmarks.target_results import OURS, Point, draw_chart, read_points, table, write_points
 from benchmarks.timing import machine
@@ -33,11 +33,11 @@ FAST = "deploy/recipes/tiny/fast.toml"
 SEEDS = (0, 1, 2)
 TUNING = ("--seeds", "10", "--evaluation.split", "tuning")  # by which numbers are chosen
 TRL_ROUNDS = 8
-TRL_KEYS = {  # `tiny/jpeg.toml` in TRL's form: learned from all steps, each prompt against its own past
+TRL_KEYS = {  # `tiny/jpeg.toml` in TRL's form: all steps, statistics per prompt
     "sampling.timestep_fraction": "1.0",
     "sampling.skip_last_steps": "0",
-    "learner.learning_rate": "1e-2",  # of 4e-3, 6e-3 and 1e-2 its best
-    "learner.micro_batch_size": "16",  # as train_batch_size, which decides it with TRL
+    "learner.learning_rate": "1e-2",  # TRL's best of 4e-3, 6e-3 and 1e-2
+    "learner.micro_batch_size": "16",  # equal to TRL's train_batch_size
     "rounds": str(TRL_ROUNDS),
 }
 HELD_OUT = {"evaluation.images": "90"}  # sampled as TRL samples: all 15 steps with noise
@@ -46,7 +46,7 @@ VERSIONS_APART = 2  # between two that are evaluated, but for the one before the
 
 @dataclass(frozen=True)
 class Version:
-    """A version that one side has trained; `seconds` on its clock."""
+    """A version that one side has trained; `seconds` is the time on the side's clock."""
 
     side: str
     seed: int
@@ -55,19 +55,19 @@ class Version:
     file: Path  # TRL's adapters, or our checkpoint
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The adapters by their names in the network."""
+        """Return the adapters by their names in the network."""
         if self.side == TRL:
             return load_file(self.file)
         return load_weights(RunFolder(self.file).storage)[-1].arrays()
 
 
 def trl_recipe(seed: int, overrides: list[str]) -> Recipe:
-    """What TRL is given, as a recipe."""
+    """Return TRL's configuration as a recipe."""
     return Recipe.load(RECIPE, [*words(TRL_KEYS), "--seed", str(seed), *overrides])
 
 
 def train_trl(seed: int, folder: Path, overrides: list[str]) -> None:
-    """TRL's rounds; each version's adapters, and when it was there."""
+    """Run TRL's rounds. Save each version's adapters and time."""
     place, recipe, times = folder / f"trl-seed{seed}", trl_recipe(seed, overrides), []
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -82,7 +82,7 @@ def train_trl(seed: int, folder: Path, overrides: list[str]) -> None:
 
 
 def train_ours(seed: int, folder: Path, overrides: list[str]) -> None:
-    """`ddpo train` as a user would run it, with a checkpoint each round."""
+    """Run `ddpo train` as a user would, with a checkpoint each round."""
     place = folder / f"ours-seed{seed}"
     shutil.rmtree(place, ignore_errors=True)
     kept = {"checkpoint.every": "1", "checkpoint.keep": "1000", "seed": str(seed), "output_dir": str(folder)}
@@ -96,7 +96,7 @@ def train_ours(seed: int, folder: Path, overrides: list[str]) -> None:
         *words(kept, {"name": place.name}),
         *overrides,
     ]
-    # What an earlier run has compiled would be free otherwise.
+    # Otherwise an earlier run's compilation would be free.
     shutil.rmtree(folder / "compiled", ignore_errors=True)
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str((folder / "compiled").absolute())}
     subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
@@ -104,7 +104,7 @@ def train_ours(seed: int, folder: Path, overrides: list[str]) -> None:
 
 
 def versions(side: str, seed: int, folder: Path) -> list[Version]:
-    """What a side has trained, oldest first."""
+    """Return the versions of a side, oldest first."""
     if side == TRL:
         place = folder / f"trl-seed{seed}"
         times = enumerate(json.loads((place / "times.json").read_text()), 1)
@@ -119,8 +119,11 @@ def versions(side: str, seed: int, folder: Path) -> list[Version]:
 
 
 def evaluate(seeds: list[int], folder: Path, overrides: list[str]) -> Iterator[Point]:
-    """Every second version up to the last, TRL's first, which set the target; and of each side the one before it got there."""
-    held_out = HeldOut(trl_recipe(0, [*words(HELD_OUT), *overrides]))
+    """Evaluate every second version and the last, and on each side the version before the target was reached.
+
+    TRL comes first, because its last version sets the target.
+    """
+    held_out = Evaluator(trl_recipe(0, [*words(HELD_OUT), *overrides]))
     before = held_out.worth(None)
     for seed in seeds:
         target = None
@@ -136,8 +139,8 @@ def evaluate(seeds: list[int], folder: Path, overrides: list[str]) -> Iterator[P
                 yield point_of(of_side[reached - 2], held_out)
 
 
-def point_of(version: Version, held_out: HeldOut) -> Point:
-    """The version's place on the chart."""
+def point_of(version: Version, held_out: Evaluator) -> Point:
+    """Return the version's point on the chart."""
     worth = held_out.worth(version.arrays())
     point = Point(version.side, version.seed, version.round, version.seconds, worth.reward, worth.top1)
     say(f"{version.side}, seed {version.seed}, round {version.round}: {worth.reward:.3f}, top1 {worth.top1:.2f}")
@@ -145,12 +148,12 @@ def point_of(version: Version, held_out: HeldOut) -> Point:
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Print progress."""
     print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Train, evaluate, print; what is not an option here goes to the recipe of the side that is trained, or evaluated."""
+    """Train, evaluate and print. Unknown options override the recipe of the side that is trained or evaluated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stage", choices=("all", "trl", "ours", "evaluate", "table"), default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))

@@ -1,4 +1,4 @@
-"""The results of `target.py`: their file, when a side reached the target, the table and the chart."""
+"""Results of `target.py`: their file, when a side reached the target, the table and the chart."""
 
 import csv
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Point:
-    """A version on held-out images, and when it was there."""
+    """A version's scores on held-out images, and its time."""
 
     side: str
     seed: int
@@ -24,7 +24,7 @@ class Point:
 
 
 def write_points(points: Iterable[Point], path: Path, machine: str) -> None:
-    """Each as it comes."""
+    """Append each point as it arrives."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*(field.name for field in fields(Point)), "machine"], lineterminator="\n")
         writer.writeheader()
@@ -34,7 +34,7 @@ def write_points(points: Iterable[Point], path: Path, machine: str) -> None:
 
 
 def read_points(path: Path) -> tuple[list[Point], str]:
-    """The points, and what machine they belong to."""
+    """Return the points, and the machine that produced them."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     points = [
@@ -50,17 +50,17 @@ def read_points(path: Path) -> tuple[list[Point], str]:
 
 
 def curve(points: list[Point], side: str, seed: int) -> list[Point]:
-    """One training, in order."""
+    """Return the points of one training in order."""
     return sorted((each for each in points if (each.side, each.seed) == (side, seed)), key=lambda each: each.round)
 
 
 def first_past(curve: list[Point], target: float) -> Point | None:
-    """The first version at or past the target."""
+    """Return the first version at or past the target."""
     return next((point for point in curve if point.reward >= target), None)
 
 
 def table(points: list[Point]) -> str:
-    """A line a seed, in markdown, and the median of their ratios."""
+    """Return a Markdown table with one line per seed, and the median of the ratios."""
     lines = [
         "| seed | reward before | target | TRL | ours | TRL / ours |",
         "|---|---|---|---|---|---|",
@@ -82,14 +82,14 @@ def table(points: list[Point]) -> str:
 
 
 def spelled(point: Point | None) -> str:
-    """A cell: when, after how many rounds, and how many animals are still named."""
+    """Return a cell: minutes, rounds, and the share of animals that are still named."""
     if point is None:
         return "not reached"
     return f"{point.seconds / 60:.2f} min, round {point.round}, named {point.top1:.2f}"
 
 
 def draw_chart(points: list[Point], path: Path) -> None:
-    """Held-out reward against minutes of training, a line a seed."""
+    """Plot held-out reward against minutes of training, one line per seed."""
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 5.5))

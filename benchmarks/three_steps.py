@@ -1,7 +1,7 @@
-"""make three-steps: a pretrained diffusion model, a head fitted on rated images of it, and DDPO against that head.
+"""make three-steps: sample a pretrained model, fit a head on rated images, and train against that head.
 
-The taste is a known one, for warm colours, so what is learned can be held against it: people are stood in for by votes about
-it with noise. CLIP has random weights, in which colours can still be told apart.
+The ratings come from a known taste, warm colours, so the result can be compared with the truth. Simulated voters rate
+with noise. CLIP has random weights, which still distinguish colours.
 """
 
 import argparse
@@ -31,17 +31,17 @@ IMAGES, BATCH = 405, 15  # nine of each animal
 SCORERS = (
     '[{name = "function", path = "benchmarks.three_steps:warmth_of"}, {name = "animal_classifier", measure = "top1"}]'
 )
-VOTERS, SPREAD = 20, 1.5  # people an image, and how far they lie apart
+VOTERS, SPREAD = 20, 1.5  # voters per image, and their deviation
 IMAGE_WIDTH = 1000  # of the before/after image for the documentation
 
 
 def warmth_of(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Float[np.ndarray, "B"]:
-    """The true taste, as a scorer that is looked at and never trained on."""
+    """Return the true taste of each image, as a scorer that is not trained on."""
     return np.array([warmth(image) for image in images], dtype=np.float32)
 
 
 def sample_images(folder: Path, recipe: Recipe) -> list[Path]:
-    """Step 1: images of the pretrained model; its new adapters change nothing."""
+    """Sample images of the pretrained model. New adapters do not change its output."""
     parts = build_components(recipe)
     policy = parts.policy.load(settle(recipe.runtime), recipe.sampling, "sampler")
     animals, paths = parts.prompts.listed(), []
@@ -58,7 +58,7 @@ def sample_images(folder: Path, recipe: Recipe) -> list[Path]:
 
 
 def vote(tastes: Float[np.ndarray, "N"], seed: int) -> Int[np.ndarray, "N 10"]:
-    """Counts of the ratings 1 … 10 by people who agree about the order, and each has a mood."""
+    """Return counts of the ratings 1 … 10 by voters who agree about the order and differ by noise."""
     generator = np.random.default_rng(seed)
     wanted = 5.5 + 1.5 * (tastes - tastes.mean()) / tastes.std()
     votes = generator.normal(wanted[:, None], SPREAD, (len(tastes), VOTERS)).round().clip(1, 10).astype(int)
@@ -66,21 +66,21 @@ def vote(tastes: Float[np.ndarray, "N"], seed: int) -> Int[np.ndarray, "N 10"]:
 
 
 def rate(paths: list[Path], table: Path, seed: int) -> None:
-    """The table of rated images: their paths, and how many people gave which rating."""
+    """Write the table of rated images: paths, and votes per rating."""
     votes = vote(np.array([warmth(np.asarray(Image.open(path))) for path in paths]), seed)
     counts = {f"votes_{rating}": votes[:, rating - 1].tolist() for rating in range(1, 11)}
     write_csv(table, {"path": [path.name for path in paths], **counts})
 
 
 def ddpo(*words: str) -> None:
-    """A command as it is typed, in a process of its own."""
+    """Run a ddpo command in a separate process."""
     print(f"\n$ ddpo {' '.join(words)}", flush=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-m", "ray_ddpo", *words], check=True, env=environment)
 
 
 def table(summary: dict[str, Any], fitted: dict[str, Any], seconds: dict[str, float]) -> str:
-    """What came of it, in markdown."""
+    """Return the results as Markdown."""
     test, scorers = fitted["splits"]["test"], summary["scorers"]
     gain = summary["reward_after"] - summary["reward_before"]
     warm, animal = scorers["function"], scorers["animal_classifier"]
@@ -103,7 +103,7 @@ def table(summary: dict[str, Any], fitted: dict[str, Any], seconds: dict[str, fl
 
 
 def main() -> None:
-    """All three steps; what is not an option here goes to the recipe."""
+    """Run all three steps. Unknown options override the recipe."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/three-steps"))
     parser.add_argument("--seed", type=int, default=0)

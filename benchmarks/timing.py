@@ -1,4 +1,4 @@
-"""Timing in turn, and what figures belong to: the machine, the day, the commit."""
+"""Interleaved timing, and the machine, date and commit that measurements belong to."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ import torch
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long `work` takes, and what it has left to a GPU."""
+    """Return the duration of `work`, including the work that it queued on a GPU."""
     start = time.perf_counter()
     work()
     wait()
@@ -21,20 +21,20 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def wait() -> None:
-    """Until the GPU has done all that it was given; at once where there is none."""
+    """Wait until the GPU has finished its work. Return at once if there is none."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def median_seconds(work: Callable[[], Any], repeats: int) -> float:
-    """The median of so many, after one that does not count."""
+    """Return the median duration of `repeats` calls, after a warm-up call."""
     work()
     wait()
     return median(seconds(work) for _ in range(repeats))
 
 
 def machine() -> str:
-    """What the figures belong to."""
+    """Return date, commit, hardware and torch version of the measurements."""
     commit = ""
     if shutil.which("git"):  # a benchmark machine may have a copy of the files alone
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()

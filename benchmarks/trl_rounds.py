@@ -1,8 +1,8 @@
-"""TRL's own DDPO, one round for each line that comes in: run in TRL's environment, it imports nothing of this project.
+"""Run TRL's own DDPO, one round for each input line. It runs in TRL's environment and imports nothing of this project.
 
-Usage: python trl_rounds.py JOB.json. The job: "model" (a folder in diffusers' format), "config" (keys of DDPOConfig), "prompts"
-to sample from, "device" ("cpu" or "cuda"), "threads" of torch. What goes in and out is said in `round_process.py`.
-Nothing of TRL is replaced; its methods are timed from outside.
+Usage: python trl_rounds.py JOB.json. The job has "model" (a folder in diffusers' format), "config" (keys of
+DDPOConfig), "prompts" to sample from, "device" ("cpu" or "cuda") and "threads" of torch.
+`round_process.py` describes input and output. No code of TRL is replaced; its methods are timed from outside.
 """
 
 import io
@@ -29,20 +29,20 @@ LIBRARIES = ("trl", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 class TimedTrainer(DDPOTrainer):
-    """TRL's trainer in every method, with a clock beside it."""
+    """TRL's trainer with a clock around its methods."""
 
     seconds: dict[str, float]
     reward: float  # mean of the round's images
 
     def round(self, index: int) -> dict[str, float]:
-        """One epoch of TRL: sampled, scored and learned from."""
+        """Run one epoch of TRL: sampling, scoring and learning."""
         self.seconds = {"sampling": 0.0, "scoring": 0.0, "learning": 0.0}
         started = self.now()
         self.step(index, index)
         return {**self.seconds, "round": self.now() - started, "reward": self.reward}
 
     def now(self) -> float:
-        """The clock, when the device has done what it was given."""
+        """Return the clock after the device has finished its work."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -67,21 +67,21 @@ class TimedTrainer(DDPOTrainer):
         return result
 
     def save(self, path: Path) -> None:
-        """The adapters under the network's own names, which are those of the program."""
+        """Save the adapters under the network's own names, which are those of the program."""
         named = self.accelerator.unwrap_model(self.sd_pipeline.unet).named_parameters()
         save_file(
             {name: value.detach().float().cpu().contiguous() for name, value in named if value.requires_grad}, path
         )
 
     def peak_bytes(self) -> int:
-        """The most that was held: of the GPU's memory, or resident in this process."""
+        """Return the peak memory: on the GPU, or resident in this process."""
         if self.accelerator.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def compressibility(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[torch.Tensor, dict]:
-    """Minus the size of each image's JPEG file in kilobytes."""
+    """Return minus the size of each image's JPEG file in kilobytes."""
     pixels = (images.detach().float().cpu().numpy() * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     sizes = []
     for image in pixels:
@@ -92,10 +92,8 @@ def compressibility(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[
 
 
 def trainer_of(job: dict[str, Any]) -> TimedTrainer:
-    """TRL's trainer for the job."""
-    PartialState(
-        cpu=job["device"] == "cpu"
-    )  # without it TRL's pipeline dies of its own warning that there is no LoRA yet
+    """Return TRL's trainer for the job."""
+    PartialState(cpu=job["device"] == "cpu")  # otherwise TRL's pipeline fails on its warning about a missing LoRA
     config = DDPOConfig(save_freq=10**6, accelerator_kwargs={"cpu": job["device"] == "cpu"}, **job["config"])
     torch.manual_seed(config.seed)  # TRL seeds itself only after the adapters have their first values
     chosen = random.Random(config.seed)
@@ -104,7 +102,7 @@ def trainer_of(job: dict[str, Any]) -> TimedTrainer:
 
 
 def main(path: Path) -> None:
-    """Load, say so, and answer."""
+    """Load, report readiness, and answer each line."""
     # What libraries print must not come between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

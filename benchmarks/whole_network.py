@@ -1,4 +1,4 @@
-"""make whole-network: what reading, averaging, shipping and saving the weights of a whole network take in memory and time."""
+"""make whole-network: measure memory and time of reading, averaging, loading and saving all weights of a network."""
 
 import argparse
 import subprocess
@@ -27,13 +27,13 @@ STEPS = ("read", "average", "load", "save", "find and read again")
 
 
 def network_of(millions: int) -> nn.Module:
-    """Parameters of noise, as many as asked for."""
+    """Return a network of this many million random parameters."""
     layers = millions * 1_000_000 // LAYER
     return nn.ParameterList([nn.Parameter(torch.randn(LAYER)) for _ in range(layers)])
 
 
 def work_of(step: str, network: nn.Module, folder: Storage, shard_bytes: int) -> Callable[[], Any]:
-    """What is measured, with all that it needs made ready before."""
+    """Prepare a step and return the function to measure."""
     if step == "read":
         return lambda: read_weights(network, 1)
     weights = read_weights(network, 1)
@@ -42,12 +42,14 @@ def work_of(step: str, network: nn.Module, folder: Storage, shard_bytes: int) ->
         return lambda: averaged(weights, other, 0.9)
     if step == "load":
         return lambda: load_weights(network, weights)
-    moments = {f"{name}/{key}": np.array(array) for name, array in weights.arrays().items() for key in ("m", "v")}
-    state = Checkpoint(1, LearnerState(1, (weights,), moments, {}), {})
+    optimizer_state = {
+        f"{name}/{key}": np.array(array) for name, array in weights.arrays().items() for key in ("m", "v")
+    }
+    state = Checkpoint(1, LearnerState(1, (weights,), optimizer_state, {}), {})
     if step == "save":
         return lambda: save_checkpoint(folder, state, 1, shard_bytes)
     save_checkpoint(folder, state, 1, shard_bytes)
-    del state, moments, weights
+    del state, optimizer_state, weights
     return lambda: load_checkpoint(_there(folder))
 
 
@@ -58,7 +60,7 @@ def _there(folder: Storage) -> Storage:
 
 
 def measure(step: str, millions: int, shard_bytes: int) -> None:
-    """One step in this process: print what it took beyond what was there, over the bytes of the weights, and seconds."""
+    """Run one step. Print its memory beyond the start relative to the bytes of the weights, and its seconds."""
     with tempfile.TemporaryDirectory() as scratch:
         network = network_of(millions)
         work = work_of(step, network, Storage(scratch), shard_bytes)

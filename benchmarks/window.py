@@ -1,4 +1,4 @@
-"""make window: images a second of a whole round, sampled and learned from: all steps, a fraction, windows of 4, 3 and 2."""
+"""make window: images per second of a round that trains on all steps, a fraction, or SDE windows of 4, 3 and 2."""
 
 import dataclasses
 from statistics import median
@@ -28,14 +28,14 @@ SETTINGS: dict[str, list[str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """Both sides of one setting, and a round of one task."""
+    """Sampler and learner of one setting, and a round of one task."""
 
     parts: Components
     sampler: Sampler
     learner: Learner
 
     def times(self) -> tuple[float, float]:
-        """Seconds of sampling and of learning, of a task each; the next call goes on from the weights of this one."""
+        """Return seconds of sampling and learning for a task. The next call starts from the weights of this one."""
         weights = self.learner.weights()[-1]
         (task,) = round_tasks(self.parts.recipe, weights.policy_version, self.parts.prompts.load())
         sampled = []
@@ -55,7 +55,7 @@ def round_of(overrides: list[str]) -> Round:
 
 
 def main() -> None:
-    """All settings in turn, after one round each that does not count; print the table."""
+    """Time all settings in turn, after a warm-up round each, and print the table."""
     rounds = {name: round_of(overrides) for name, overrides in SETTINGS.items()}
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in rounds}
     for repeat in range(REPEATS + 1):

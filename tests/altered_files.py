@@ -1,4 +1,4 @@
-"""Files that are others for a while, with the size and the time of change that they had."""
+"""Change files temporarily while keeping their size and modification time."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 @contextmanager
 def altered(file: Path) -> Iterator[None]:
-    """One number of a safetensors file is 0.5 more, or one letter of a text another; afterwards all is as it was."""
+    """Add 0.5 to one number of a safetensors file, or change one letter of a text. Restore the file afterwards."""
     before, times = file.read_bytes(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
     if file.suffix == ".safetensors":
         _add_a_half(file)
@@ -36,6 +36,6 @@ def _add_a_half(file: Path) -> None:
 
 
 def _another_letter(text: bytes) -> bytes:
-    """A space for a line's end, or a lower-case letter in a comment or prompt: it still reads."""
+    """Return the text with a space for a line's end, or another lower-case letter in a comment or prompt."""
     place = text.rindex(b"z")
     return text[:place] + b"y" + text[place + 1 :]

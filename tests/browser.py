@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over its own protocol: pages opened, looked at, clicked and printed."""
+"""Control a headless Chromium over its DevTools protocol: open, inspect, click and print pages."""
 
 import asyncio
 import base64
@@ -25,7 +25,7 @@ END_SECONDS = 20
 
 
 class Page:
-    """One tab. What went wrong in it, and what it asked of the network, is kept."""
+    """One tab. It records console messages and network requests."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._loop, self._socket, self._sent = loop, socket, 0
@@ -34,15 +34,15 @@ class Page:
         self.requests: list[str] = []
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the protocol, and its result."""
+        """Send one command of the protocol and return its result."""
         return self._loop.run_until_complete(asyncio.wait_for(self._call(method, parameters), START_SECONDS))
 
     def open(self, path: Path) -> None:
-        """Load a file and wait until it is there."""
+        """Load a file and wait until it is complete."""
         self.visit(path.as_uri())
 
     def visit(self, url: str) -> None:
-        """Load an address and wait until it is there."""
+        """Load an address and wait until it is complete."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Page.navigate", url=url)
@@ -50,32 +50,32 @@ class Page:
         self.wait_for(f"document.readyState + location.protocol === {'complete' + protocol!r}", url)
 
     def wait_for(self, condition: str, what: str) -> None:
-        """Until a JavaScript expression is true."""
+        """Wait until a JavaScript expression is true."""
         deadline = time.monotonic() + START_SECONDS
         while not self.evaluate(condition):
             assert time.monotonic() < deadline, f"{what} did not come in {START_SECONDS} s"
             time.sleep(0.05)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def resize(self, width: int, height: int) -> None:
-        """A screen of so many pixels; a narrow one is a phone."""
+        """Set the screen's size in pixels. Widths below 600 emulate a phone."""
         self.width = width
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
 
     def set_dark(self, dark: bool) -> None:
-        """What the system asks for."""
+        """Set the system's preference for a dark or light scheme."""
         feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[feature])
 
     def click(self, selector: str, at: tuple[float, float] = (0.5, 0.5)) -> None:
-        """Press and release the mouse on an element, at a place given in shares of its width and height."""
+        """Click on an element, at a position given as fractions of its width and height."""
         box = self.evaluate(
             f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
             " const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; })()"
@@ -85,11 +85,11 @@ class Page:
             self.call("Input.dispatchMouseEvent", type=kind, buttons=buttons, **place)
 
     def screenshot(self) -> bytes:
-        """The whole page as PNG."""
+        """Return the full page as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
     def printed(self) -> bytes:
-        """The page as PDF."""
+        """Return the page as PDF."""
         return base64.b64decode(self.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)["data"])
 
     async def _call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Page:
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Page]:
-    """A Chromium of its own with one empty tab, ended afterwards; `profile` is a folder that it may fill."""
+    """Start a Chromium with one empty tab and end it afterwards. `profile` is a folder for its files."""
     assert CHROMIUM is not None, "there is no Chromium here: apt-get install chromium"
     flags = ["--headless=new", "--remote-debugging-port=0", f"--user-data-dir={profile}", "--disable-gpu"]
     flags += ["--no-first-run", "--disable-background-networking", "--hide-scrollbars"]
@@ -133,7 +133,7 @@ def browser(profile: Path) -> Iterator[Page]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """It and all that it has started, which else would write into the profile while that is being removed."""
+    """End the browser and its child processes, which would otherwise write into the profile during its removal."""
     family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.terminate()
     _, left = psutil.wait_procs(family, timeout=END_SECONDS)

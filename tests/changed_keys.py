@@ -1,4 +1,4 @@
-"""Models with one configuration key changed, and what plain diffusers makes of them: the expected side of honoured keys."""
+"""Models with one configuration key changed, and plain diffusers' results with them as expected values."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def config_file(model: Path, part: str) -> Path:
 
 
 def changed_model(model: Path, changes: Iterable[Change], folder: Path) -> Path:
-    """Write a copy with keys changed, and with random weights of the shapes that follow, where a library makes such a part."""
+    """Write a copy with keys changed. Parts whose shapes follow from the keys get random weights."""
     shutil.copytree(model, folder, copy_function=lambda a, b: Path(b).hardlink_to(a))
     by_part: dict[str, list[Change]] = {}
     for change in changes:
@@ -80,7 +80,7 @@ def changed_model(model: Path, changes: Iterable[Change], folder: Path) -> Path:
 
 
 def _write_weights(model: Path, part: str, keys: dict[str, Any]) -> None:
-    """Give the part random weights of such a configuration; leave the old ones where the library makes none of it."""
+    """Write random weights for the part's configuration. Keep the old ones if the library cannot build such a part."""
     import diffusers
     import transformers
 
@@ -104,7 +104,7 @@ def _write_weights(model: Path, part: str, keys: dict[str, Any]) -> None:
 
 
 def plain_pipeline(name: str, model: Path) -> Any:
-    """Load the folder with diffusers alone; of another scheduler for UNets its DDIM is made, which is told of no clipping."""
+    """Load the folder with diffusers alone. Schedulers for UNets become DDIM without clipping."""
     import diffusers
 
     keys = {"safety_checker": None} if name == "stable_diffusion" else {}
@@ -138,7 +138,11 @@ def plainly_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) ->
 
 
 def ours_drawn(name: str, model: Path, eta: float, num_steps: int = STEPS) -> Sampled:
-    """Sample with the program. ValueError: the model is refused."""
+    """Sample with the program.
+
+    Raises:
+        ValueError: The model is refused.
+    """
     sampling = SamplingTable(num_steps=num_steps, guidance_scale=SCALE, eta=eta or 1.0)
     policy = config_of(name, model).load("cpu", sampling, "sampler")
     window = range(num_steps) if name in UNETS and eta else range(0)
@@ -152,12 +156,12 @@ def network_of(name: str) -> str:
 
 
 def config_of(name: str, model: Path) -> DiffusersConfig:
-    """Build the family's configuration; without adapters, which only cost time here."""
+    """Build the family's configuration without adapters, which only cost time here."""
     return build(POLICIES, policy_table(name, model, train="full"), "policy")
 
 
 def assert_same(ours: Sampled, plain: Sampled) -> None:
-    """Latents agree within float32's rounding on both ways; an image may be pushed over a rounding edge here and there."""
+    """Check that latents agree within float32's rounding and that few pixels differ by one rounding step."""
     assert ours.latents.shape == plain.latents.shape
     scale = float(plain.latents.abs().max())
     torch.testing.assert_close(ours.latents, plain.latents, rtol=1e-3, atol=1e-3 * max(scale, 1.0))

@@ -1,4 +1,4 @@
-"""What all tests share: a tiny pipeline, a small recipe on it, and quiet libraries."""
+"""Fixtures of all tests: a tiny pipeline, a small recipe on it, and quiet libraries."""
 
 import logging
 import os
@@ -43,7 +43,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_tables(model: Path, folder: Path) -> dict:
-    """A recipe on a tiny pipeline that runs in seconds: 2 rounds of 2 tasks of 4 images, 4 steps."""
+    """Return a recipe on a tiny pipeline that runs in seconds: 2 rounds of 2 tasks of 4 images, 4 steps."""
     return {
         "name": "tiny",
         "output_dir": str(folder / "runs"),
@@ -59,7 +59,7 @@ def small_tables(model: Path, folder: Path) -> dict:
 
 @pytest.fixture
 def tables(tiny_model: Path, tmp_path: Path) -> dict:
-    """The small recipe."""
+    """Return the small recipe."""
     return small_tables(tiny_model, tmp_path)
 
 
@@ -70,7 +70,7 @@ def recipe(tables: dict) -> Recipe:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """A real S3 server on this machine."""
+    """Serve S3 on this machine."""
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server.start()
@@ -81,7 +81,7 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URI of a new bucket; the environment says how to reach it."""
+    """Return the URI of a new bucket. The environment holds the server's address."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing-key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)

@@ -1,4 +1,4 @@
-"""Stable Diffusion whose decoder ends its process over one image: that whose latents have the mean in `killer.txt`."""
+"""A Stable Diffusion whose decoder ends its process at the image whose latents have the mean in `killer.txt`."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ FILE = "killer.txt"
 
 
 class DeadlyPolicy(StableDiffusionPolicy):
-    """Its `killer` is set when it is made."""
+    """A policy with the mean of the fatal latents in `killer`."""
 
     killer: float
 
@@ -25,7 +25,7 @@ class DeadlyPolicy(StableDiffusionPolicy):
 
 
 class Deadly(StableDiffusion):
-    """Beside the model lies the mean."""
+    """The configuration; the fatal mean is in a file beside the model."""
 
     def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> DeadlyPolicy:
         policy = super().make_policy(pipeline, device, sampling, role)

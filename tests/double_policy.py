@@ -1,4 +1,4 @@
-"""The tiny network as a policy that computes in float64 throughout, so that what is left of a difference is a mistake."""
+"""The tiny network as a policy that computes in float64 throughout, so that any remaining difference is a mistake."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ STD = 0.3
 
 
 class DoublePolicy(Policy):
-    """Steps of its own, for those of diffusion are in float32: a little of what the network predicts, and noise."""
+    """A policy with simple steps in float64, because diffusion's own steps compute in float32."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -69,7 +69,7 @@ class DoublePolicy(Policy):
 
 
 class Double(PolicyConfig):
-    """`model`: the folder of a tiny pipeline."""
+    """The configuration; `model` is the folder of a tiny pipeline."""
 
     def check(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""A model family and a reward that talk, and that fail or die once or always, as a user's might."""
+"""A model family and a reward that print, and that fail or die once or always, as a user's might."""
 
 import logging
 import os
@@ -17,9 +17,11 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 
 
 class OwnPolicy(StableDiffusion):
-    """Says who loads it. `fails` says what happens to a role then, if not a file of the role's name lies in `once`.
+    """A policy that prints which role loads it and fails as configured.
 
-    `poisons`: the number of the gradient of the learner that has a NaN in it, if no file `poisoned` lies in `once`.
+    Args:
+    fails: The failure of a role at loading, unless a file of the role's name exists in `once`.
+    poisons: The number of the learner's gradient that gets a NaN, unless the file `poisoned` exists in `once`.
     """
 
     fails: dict[str, str] = {}
@@ -38,7 +40,7 @@ class OwnPolicy(StableDiffusion):
 
 
 def _poison(network: torch.nn.Module, which: int, marker: Path) -> None:
-    """Put a NaN into one gradient: that of the first parameter, the `which`-th time, in the first process to come there."""
+    """Put a NaN into the first parameter's `which`-th gradient, in the first process that computes it."""
     calls: list[int] = []
 
     def poisoned(gradient: torch.Tensor) -> torch.Tensor:
@@ -53,7 +55,7 @@ def _poison(network: torch.nn.Module, which: int, marker: Path) -> None:
 
 
 def _first(marker: Path) -> bool:
-    """Return whether the file is not there yet; then make it, so that of all processes one is the first."""
+    """Create the file and return True if it does not exist yet. Of several processes one is the first."""
     try:
         marker.touch(exist_ok=False)
     except FileExistsError:

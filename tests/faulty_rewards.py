@@ -1,4 +1,4 @@
-"""Rewards that go wrong as a user's might: once, for one kind of image, or for ever. Prompts tell them when."""
+"""Rewards that fail as a user's might: once, for one kind of image, or always. Prompts tell them when."""
 
 import os
 import time
@@ -13,7 +13,7 @@ Metadata = list[dict[str, Any]]
 
 
 def _first_time(prompts: list[str]) -> bool:
-    """Whether a prompt is the path of a file that is not there yet; then it is, so that the next attempt goes well."""
+    """Return True and create the file if a prompt is the path of a file that does not exist yet."""
     for prompt in prompts:
         if prompt.startswith("/") and not Path(prompt).exists():
             Path(prompt).touch()
@@ -100,7 +100,7 @@ _batches: list[int] = []
 
 
 def raises_for_one_prompt(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
-    """Cannot read the image of one prompt."""
+    """Raise at the image of one prompt."""
     if "cat" in prompts:
         raise RuntimeError("it is a cat")
     return images.mean(axis=(1, 2, 3))

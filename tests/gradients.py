@@ -1,4 +1,4 @@
-"""The gradient of one update of the learner, and what the slow reference needs to work it out again."""
+"""Return the gradient of one update of the learner, and the inputs with which the slow reference re-computes it."""
 
 import math
 from pathlib import Path
@@ -33,7 +33,7 @@ def relative_error(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray
 
 
 def updated(tables: dict, sampled: SampledRound | None = None, **values: object) -> Learner:
-    """A learner after one update on the round given, else on one sampled for it."""
+    """Return a learner after one update on the given round, or on one sampled for it."""
     parts = parts_with(tables, **{**ONE_STEP, **values})
     learner = learner_of(parts)
     sampled = sampled or sample_round(parts, learner.weights()[-1])
@@ -42,7 +42,7 @@ def updated(tables: dict, sampled: SampledRound | None = None, **values: object)
 
 
 def reference_network(model: Path, weights: PolicyWeights) -> torch.nn.Module:
-    """The UNet straight from diffusers and peft, with these adapters, in float64."""
+    """Return the UNet from diffusers and peft with these adapters, in float64."""
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig
 
@@ -54,7 +54,7 @@ def reference_network(model: Path, weights: PolicyWeights) -> torch.nn.Module:
 
 
 def reference_paths(sampled: SampledRound, model: Path) -> list[reference.ImagePath]:
-    """The round's images, one by one, with embeddings made again from their prompts."""
+    """Return the round's images one by one, with embeddings re-computed from their prompts."""
     (trajectory,), (report,) = sampled.trajectories, sampled.batch.reports  # of one task
     paths = []
     for row, prompt in enumerate(report.task.prompts):

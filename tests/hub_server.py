@@ -1,4 +1,4 @@
-"""A model hub on a real socket: the endpoints that the hub's own client calls to publish and to read, with what it was given."""
+"""A model hub on a real socket: the endpoints that the hub's own client uses to publish and to read."""
 
 import base64
 import hashlib
@@ -24,7 +24,7 @@ TEXTS = {"license": str, "library_name": str, "pipeline_tag": str, "base_model":
 
 @dataclass
 class Repository:
-    """Branches with the files on them."""
+    """Branches with their files."""
 
     private: bool
     branches: dict[str, Tree] = field(default_factory=lambda: {"main": {".gitattributes": b""}})
@@ -33,7 +33,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """Who may do what, what there is, and what was asked."""
+    """Users with their rights, repositories, and a log of requests."""
 
     tokens: dict[str, dict[str, Any]]  # what whoami-v2 answers to each
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -44,13 +44,13 @@ class Hub:
     asked: list[tuple[str, str]] = field(default_factory=list)
 
     def files(self, repository: str, branch: str = "main") -> Tree:
-        """What a branch holds, without what the hub puts there itself."""
+        """Return the files of a branch without those that the hub adds itself."""
         tree = self.repositories[repository].branches[branch]
         return {place: data for place, data in tree.items() if place != ".gitattributes"}
 
 
 class Refused(Exception):
-    """The answer is an error."""
+    """An error response."""
 
     def __init__(self, status: int, says: str, **more: Any) -> None:
         super().__init__(says)
@@ -58,14 +58,14 @@ class Refused(Exception):
 
 
 def user(name: str, role: str = "write", orgs: dict[str, str] | None = None) -> dict[str, Any]:
-    """What whoami-v2 says of a token."""
+    """Return whoami-v2's answer for a token."""
     member_of = [{"name": org, "roleInOrg": in_org} for org, in_org in (orgs or {}).items()]
     return {"name": name, "orgs": member_of, "auth": {"accessToken": {"role": role}}}
 
 
 @contextmanager
 def hub(tokens: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Hub]]:
-    """Its URL, and what it holds."""
+    """Serve a hub. Return its URL and its contents."""
     held = Hub(tokens)
     handler = type("Handler", (Handler,), {"hub": held, "lock": threading.Lock()})
     with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as url:
@@ -73,7 +73,7 @@ def hub(tokens: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Hub]]:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers one request after the other."""
+    """A handler that answers one request after the other."""
 
     hub: Hub
     lock: threading.Lock
@@ -112,7 +112,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Not into the tests' output."""
+        """Keep requests out of the tests' output."""
 
     def who(self) -> dict[str, Any]:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -127,7 +127,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(403, f"You don't have the rights to write in {namespace}")
 
     def writer(self, repository: str) -> Repository:
-        """The repository, for who may write in it."""
+        """Return the repository if the user may write to it."""
         self.may_write(repository)
         if repository not in self.hub.repositories:
             raise Refused(404, "Repository not found")
@@ -143,7 +143,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def commit_of(branch: str) -> str:
-    """The newest commit of a branch; this hub knows no other."""
+    """Return the newest commit of a branch. This hub knows no other."""
     return hashlib.sha1(branch.encode()).hexdigest()
 
 
@@ -159,7 +159,7 @@ def _create(handler: Handler, body: bytes) -> Any:
 
 
 def _validate(handler: Handler, body: bytes) -> Any:
-    """The card's metadata, as far as this hub knows what may stand there."""
+    """Check the card's metadata, as far as this hub knows the rules."""
     text = json.loads(body)["content"]
     match = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
     data = yaml.safe_load(match[1]) if match else None

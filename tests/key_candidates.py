@@ -1,4 +1,4 @@
-"""What each configuration key of each part is changed to in tests: another value that diffusers accepts, or nearly."""
+"""Other values of each configuration key of each part for tests: values that diffusers accepts, or nearly."""
 
 from typing import Any
 

@@ -39,7 +39,7 @@ def load(name: str, model: Path, **keys: Any) -> DiffusersPolicy:
 
 
 def refusal(name: str, model: Path, role: Any = "sampler", **keys: Any) -> str:
-    """What is said where the model is loaded."""
+    """Return the error of loading the model."""
     with pytest.raises(ValueError) as error:
         config_of(name, model, **keys).load("cpu", SAMPLING, role)
     assert "\n" not in str(error.value) and "the hub does not answer" not in str(error.value)
@@ -47,7 +47,7 @@ def refusal(name: str, model: Path, role: Any = "sampler", **keys: Any) -> str:
 
 
 def early_refusal(name: str, model: Path, **keys: Any) -> str:
-    """What is said by `ddpo plan`, before anything is loaded."""
+    """Return the error of `ddpo plan`, which loads nothing."""
     with pytest.raises(ValueError) as error:
         config_of(name, model, **keys).sizes(SAMPLING)
     assert str(error.value) == refusal(name, model, **keys)
@@ -55,7 +55,7 @@ def early_refusal(name: str, model: Path, **keys: Any) -> str:
 
 
 def assert_same_as_diffusers(policy: DiffusersPolicy, model: Path, **keys: Any) -> None:
-    """Compare every part's weights bit for bit with those of the plain pipeline of the same files, and the embeddings."""
+    """Compare every part's weights, bit for bit, and the embeddings with those of the plain pipeline."""
     logging.set_verbosity_error()
     absent = {"safety_checker": None} if type(policy).__name__ == "StableDiffusionPolicy" else {}
     pipeline_class: Any = getattr(diffusers, policy.config.pipeline_class)

@@ -1,8 +1,8 @@
-"""What a run logs, for tests of what is made of it."""
+"""Metrics of a round, for tests of their readers."""
 
 
 def logged(round: int, **changes: float) -> dict[str, float]:
-    """The metrics of a round, as far as a report reads them."""
+    """Return the metrics of a round that a report reads."""
     parts = {f"seconds/{part}": 2.0 for part in ("sample", "score", "learn", "round", "wait")}
     idle = {f"idle/{role}": 0.25 for role in ("sampler", "reward_worker", "learner")}
     rewards = {"reward/mean": 1.0 + round, "reward/std": 0.5, "kl_nats": 0.01}

@@ -1,4 +1,4 @@
-"""LoRA files in the forms that the world has them, for the small models of each family, with random numbers."""
+"""LoRA files with random numbers in the formats in circulation, for the small models of each family."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def part_name(family: str) -> str:
 def pairs(
     module: nn.Module, ends: tuple[str, ...] = ENDS, rank: Callable[[int], int] = lambda index: 4
 ) -> dict[str, TransitionIndex]:
-    """Both matrices of an adapter on each layer whose name ends so; `rank` is given the layer's place."""
+    """Return both matrices of an adapter for each layer whose name has this ending. `rank` gets the layer's index."""
     generator, found = torch.Generator().manual_seed(5), {}
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     for index, (name, layer) in enumerate((name, layer) for name, layer in layers if f".{name}".endswith(ends)):
@@ -56,7 +56,7 @@ def mixed_ranks(pipeline: Any, family: str, folder: Path) -> Path:
 
 
 def patterns(pipeline: Any, family: str, folder: Path) -> Path:
-    """Rank 4 and alpha 6, but another rank and alpha of some layers, said in the header."""
+    """Return adapters of rank 4 and alpha 6 with exceptions for some layers, listed in the header."""
     part, network = part_name(family), getattr(pipeline, part_name(family))
     found = pairs(network, rank=lambda index: 2 if index % 3 == 0 else 4)
     others = [name for index, name in enumerate(found) if index % 3 == 0]
@@ -71,7 +71,7 @@ def patterns(pipeline: Any, family: str, folder: Path) -> Path:
 
 
 def dora(pipeline: Any, family: str, folder: Path) -> Path:
-    """As diffusers' own training script saves one."""
+    """Return a DoRA as diffusers' training script saves it."""
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
     part = part_name(family)
@@ -89,7 +89,7 @@ def dora(pipeline: Any, family: str, folder: Path) -> Path:
 
 
 def peft_folder(pipeline: Any, family: str, folder: Path) -> Path:
-    """As PEFT's `save_pretrained` writes it: rank-stabilized, with a pattern."""
+    """Write a folder as PEFT's `save_pretrained` does: rank-stabilized, with a rank pattern."""
     from peft import LoraConfig, get_peft_model
 
     part = part_name(family)
@@ -114,7 +114,7 @@ def kohya_names(found: dict[str, TransitionIndex], prefix: str, alpha: float) ->
 
 
 def kohya(pipeline: Any, family: str, folder: Path) -> Path:
-    """With an alpha that is not the rank, and text encoders."""
+    """Return kohya's format with an alpha that differs from the rank, and with text encoders."""
     tensors = kohya_names(pairs(pipeline.unet), "lora_unet_", 3.0)
     first = "lora_te1_" if family == "sdxl" else "lora_te_"
     tensors |= kohya_names(_of_encoder(pipeline.text_encoder), f"{first}text_model_", 2.0)
@@ -129,13 +129,13 @@ def _of_encoder(encoder: nn.Module) -> dict[str, TransitionIndex]:
 
 
 def kohya_sgm(pipeline: Any, family: str, folder: Path) -> Path:
-    """As kohya's script names SDXL's own blocks: the second block on the way down."""
+    """Return kohya's names of SDXL's original blocks: the second block on the way down."""
     found = pairs(pipeline.unet.down_blocks[1].attentions[0])
     return saved(kohya_names(found, "lora_unet_input_blocks_3_1_", 1.0), folder)
 
 
 def kohya_double_blocks(pipeline: Any, family: str, folder: Path) -> Path:
-    """As kohya's script names FLUX's own blocks, where one layer makes query, key and value."""
+    """Return kohya's names of FLUX's original blocks, in which one layer computes query, key and value."""
     block = pipeline.transformer.transformer_blocks[0].attn
     projection = pairs(block, (".to_out.0",))["to_out.0"]
     width, generator = block.to_q.in_features, torch.Generator().manual_seed(7)
@@ -148,7 +148,7 @@ def kohya_double_blocks(pipeline: Any, family: str, folder: Path) -> Path:
 
 
 def old_names(pipeline: Any, family: str, folder: Path) -> Path:
-    """As diffusers wrote attention processors in 2023, with the text encoder's part."""
+    """Return diffusers' names of 2023 (attention processors), with the text encoder's part."""
     tensors = {}
     for name, (down, up) in pairs(pipeline.unet, ("to_q", "to_v", "to_out.0")).items():
         block, _, layer = name.removesuffix(".0").rpartition(".")

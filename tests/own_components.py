@@ -16,7 +16,7 @@ from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
 
 
 class FloatImages(Shapes):
-    """Decodes to floats."""
+    """A policy that decodes to floats."""
 
     def load(self, device: str, sampling: SamplingTable, role: Role) -> Policy:
         policy: Any = super().load(device, sampling, role)
@@ -25,7 +25,7 @@ class FloatImages(Shapes):
 
 
 class ForgetsWeights(Shapes):
-    """Reads no weights back."""
+    """A policy that does not load weights."""
 
     def load(self, device: str, sampling: SamplingTable, role: Role) -> Policy:
         policy: Any = super().load(device, sampling, role)
@@ -34,7 +34,7 @@ class ForgetsWeights(Shapes):
 
 
 class Cats(PromptSource):
-    """Draws cats."""
+    """A prompt source that returns cats."""
 
     def listed(self) -> None:
         return None
@@ -44,28 +44,28 @@ class Cats(PromptSource):
 
 
 class OnlyTexts(Cats):
-    """Draws no `Prompt`."""
+    """A prompt source that returns no `Prompt`."""
 
     def load(self) -> Any:
         return lambda generator: "a cat"
 
 
 class LosesGradients(DDPOImportanceSampling):
-    """Its loss leads nowhere."""
+    """An algorithm whose loss has no gradient."""
 
     def compute_loss(self, policy: Any, batch: Any) -> TransitionLoss:
         return TransitionLoss(torch.zeros(len(batch.latents)))
 
 
 class OneForAll(DDPOImportanceSampling):
-    """Gives all images one number."""
+    """A reward that returns one number for all images."""
 
     def compute_advantages(self, statistics: Any, prompts: list[str], rewards: Any, images_per_prompt: int) -> Any:
         return statistics, np.mean(rewards)
 
 
 class Quiet(Tracker):
-    """Returns no tracker that is live."""
+    """A tracker whose `start` returns no live tracker."""
 
     def check(self) -> None:
         pass
@@ -75,21 +75,21 @@ class Quiet(Tracker):
 
 
 class Unreachable(Quiet):
-    """Has no service."""
+    """A tracker without its service."""
 
     def start(self, run: RunInfo) -> LiveTracker:
         raise ConnectionError("no route to\nthe service")
 
 
 class Column(Reward):
-    """Returns a column."""
+    """A reward that returns a column."""
 
     def load(self, device: str) -> LoadedReward:
         return lambda images, prompts, metadata: np.zeros((len(images), 1))
 
 
 class NeedsLargeImages(Reward):
-    """Raises at images that are smaller than its own."""
+    """A reward that raises at images smaller than its own."""
 
     def load(self, device: str) -> LoadedReward:
         def score(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:

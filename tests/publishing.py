@@ -1,4 +1,4 @@
-"""What the tests of publishing share: who may do what on their hub, a run that asks to be published, and an environment."""
+"""Shared parts of the publishing tests: users of a hub, a run that asks to be published, and an environment."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ EVALUATION = {"every": 1, "prompts": ["cat", "dog"], "images": 4, "batch_size": 
 
 
 def recipe_file(folder: Path, model: Path, **changes: object) -> Path:
-    """A run of two short rounds on the tiny pipeline; its policy is soon further off than the guard allows."""
+    """Write a recipe of two short rounds on the tiny pipeline, whose policy soon exceeds the guard's KL."""
     tables: dict = {
         "name": "tiny",
         "output_dir": str(folder / "runs"),

@@ -1,4 +1,4 @@
-"""Learners of several ranks as processes of this machine, each case after the other; and what each arrives at."""
+"""Run learners of several ranks as processes of this machine, one case after the other, and return their results."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ KILLED = 9
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe's tables, and what is done with a learner of it."""
+    """A recipe's tables, and the work of a learner of that recipe."""
 
     tables: dict[str, Any]
     deed: str = "learn"
@@ -43,7 +43,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """Of one rank."""
+    """The results of one rank."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)  # a round each
     steps: list[str] = field(default_factory=list)  # the weights after every optimizer step, as fingerprints
@@ -56,21 +56,21 @@ class Outcome:
 
 
 def with_changes(tables: dict, changes: dict) -> dict:
-    """The tables with those keys of theirs changed that `changes` has."""
+    """Return the tables with the changed keys of `changes`."""
     for key, value in changes.items():
         tables = {**tables, key: {**tables.get(key, {}), **value} if isinstance(value, dict) else value}
     return tables
 
 
 def parts_of_case(case: Case) -> Components:
-    """The case's parts; with another policy where it is to compute in float64."""
+    """Return the case's components, with a float64 policy if the case asks for one."""
     parts = parts_with(case.tables)
     policy = Double(model=parts.policy.model, train=parts.policy.train)
     return dataclasses.replace(parts, policy=policy) if case.double else parts
 
 
 def watched(learner: Learner, outcome: Outcome) -> Learner:
-    """The learner, that notes its weights after every optimizer step."""
+    """Return the learner with a hook that records its weights after every optimizer step."""
     parameters = learner._parameters
 
     def note(*_: object) -> None:
@@ -82,7 +82,7 @@ def watched(learner: Learner, outcome: Outcome) -> Learner:
 
 
 def sampled_for(learner: Learner, parts: Components, round_index: int, dropped: tuple[int, ...]) -> SampledRound:
-    """A round as the algorithm sees it, the same on every rank."""
+    """Return a round as the algorithm sees it, equal on every rank."""
     sampled = sample_round(parts, learner.weights()[0 if parts.recipe.max_policy_lag else -1], round_index)
     rewards = np.random.default_rng(round_index).normal(size=len(sampled.batch.advantages))
     prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
@@ -209,7 +209,7 @@ def _read(folder: Path, name: str, rank: int) -> Outcome:
 
 
 def main(folder: Path, count: int, rank: int) -> None:
-    """One rank's process."""
+    """Run one rank's process."""
     torch.set_num_threads(1)
     for name, (inputs, rendezvous) in json.loads((folder / "cases.json").read_text()).items():
         case = Case(**{**inputs, "dropped": tuple(inputs["dropped"])})

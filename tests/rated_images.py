@@ -1,4 +1,4 @@
-"""PageImages that differ in colour and pattern, with a rating that is a known function of their pixels."""
+"""Images that differ in colour and pattern, with a rating that is a known function of their pixels."""
 
 import csv
 from pathlib import Path
@@ -8,17 +8,17 @@ from PIL import Image
 
 
 def warmth(pixels: np.ndarray) -> float:
-    """How much redder than blue an image is on the average: -1 … 1."""
+    """Return how much redder than blue an image is on average: -1 … 1."""
     return float((pixels[..., 0].astype(float) - pixels[..., 2]).mean() / 255)
 
 
 def warmth_rating(pixels: np.ndarray) -> float:
-    """1 … 10, 5.5 for grey."""
+    """Return a rating from 1 to 10; grey has 5.5."""
     return 5.5 + 4.5 * warmth(pixels)
 
 
 def save_images(folder: Path, count: int, seed: int = 0) -> dict[str, float]:
-    """Write PNGs of several sizes, patterned in two colours; their ratings by path."""
+    """Write PNGs of several sizes, patterned in two colours. Return their ratings by path."""
     folder.mkdir(parents=True, exist_ok=True)
     generator, ratings = np.random.default_rng(seed), {}
     for number in range(count):
@@ -34,12 +34,12 @@ def save_images(folder: Path, count: int, seed: int = 0) -> dict[str, float]:
 
 
 def write_csv(path: Path, columns: dict[str, list]) -> Path:
-    """A table with a header."""
+    """Write a table with a header."""
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([list(columns), *zip(*columns.values(), strict=True)])
     return path
 
 
 def write_ratings(path: Path, ratings: dict[str, float]) -> Path:
-    """The table that goes with `save_images`."""
+    """Write the table that goes with `save_images`."""
     return write_csv(path, {"path": list(ratings), "rating": list(ratings.values())})

@@ -1,4 +1,4 @@
-"""An object store that can be told to refuse: a relay in front of a real one, which answers with a status or not at all."""
+"""A relay in front of a real object store that can refuse requests: it answers with a status, or not at all."""
 
 import contextlib
 import socket
@@ -13,7 +13,7 @@ HEADERS_END = b"\r\n\r\n"
 
 
 class RefusingStore:
-    """Relays bytes in both directions; while `status` is set, it answers every request with that."""
+    """A relay of bytes in both directions. While `status` is set, every request gets that status."""
 
     def __init__(self, endpoint: str) -> None:
         self.refused = 0
@@ -75,7 +75,7 @@ class RefusingStore:
             self._open -= {client, server}
 
     def hang_up(self) -> None:
-        """Listen no longer: connections are refused."""
+        """Stop listening, so that connections are refused."""
         self._server.shutdown()
         self._server.server_close()
         self.status = self.status  # closes what is open
@@ -95,7 +95,7 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 
 @contextmanager
 def refusing_store(endpoint: str) -> Iterator[RefusingStore]:
-    """A relay in front of the store at `endpoint`."""
+    """Start a relay in front of the store at `endpoint`."""
     store = RefusingStore(endpoint)
     try:
         yield store

@@ -1,4 +1,4 @@
-"""Reward services on real sockets: the shipped one around any reward, and one that answers what it is told to."""
+"""Reward services on real sockets: the shipped one around any reward, and a scripted one."""
 
 import http.server
 import threading
@@ -15,7 +15,7 @@ from ray_ddpo.deploy.reward_service import MAX_REQUEST_BYTES, RewardServer
 
 @contextmanager
 def running(server: http.server.HTTPServer) -> Iterator[str]:
-    """Serve in a thread; the service's URL."""
+    """Serve in a thread and return the service's URL."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -30,7 +30,7 @@ def running(server: http.server.HTTPServer) -> Iterator[str]:
 def serving(
     reward: Reward, token: str | None = None, port: int = 0, max_bytes: int = MAX_REQUEST_BYTES, name: str = "served"
 ) -> Iterator[str]:
-    """The shipped service around a reward."""
+    """Run the shipped service around a reward."""
     worker = RewardWorker({name: reward}, RewardPoolTable(), RuntimeTable(device="cpu"))
     with running(RewardServer(("127.0.0.1", port), worker, token, max_bytes)) as url:
         yield url
@@ -38,7 +38,7 @@ def serving(
 
 @dataclass
 class Request:
-    """What a scripted service was asked."""
+    """A request to a scripted service."""
 
     path: str
     headers: Message
@@ -50,7 +50,7 @@ Answer = tuple[int, bytes, dict[str, str]] | Callable[["Scripted"], None]
 
 @dataclass
 class Script:
-    """Answers in order, the last one again and again; a function gets the handler and writes to its socket itself."""
+    """Answers in order, of which the last repeats. A function gets the handler and writes to its socket itself."""
 
     answers: list[Answer]
     asked: list[Request] = field(default_factory=list)
@@ -77,12 +77,12 @@ class Scripted(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = _answer
 
     def log_message(self, *_: object) -> None:
-        """Not into the tests' output."""
+        """Keep requests out of the tests' output."""
 
 
 @contextmanager
 def scripted(*answers: Answer) -> Iterator[tuple[str, Script]]:
-    """A service that gives these answers: its URL, and what it was asked so far."""
+    """Run a service with these answers. Return its URL and its requests so far."""
     script = Script(list(answers))
     handler = type("Handler", (Scripted,), {"script": script})
     with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as url:

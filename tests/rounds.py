@@ -22,32 +22,32 @@ from ray_ddpo.learner.process_group import ProcessGroup
 
 @dataclass(frozen=True)
 class SampledRound:
-    """What the learner is given of a round."""
+    """A round as the learner receives it."""
 
     batch: TrainBatch
     trajectories: tuple[Trajectory, ...]
 
     def with_reports(self, **changes: Any) -> TrainBatch:
-        """The batch with every report changed."""
+        """Return the batch with every report changed."""
         reports = tuple(dataclasses.replace(report, **changes) for report in self.batch.reports)
         return dataclasses.replace(self.batch, reports=reports)
 
 
 def parts_with(tables: dict, **values: Any) -> Components:
-    """The recipe's parts, after overrides such as learner__batch_size=2."""
+    """Return the recipe's components after overrides such as learner__batch_size=2."""
     overrides = [(f"--{key.replace('__', '.')}", str(value)) for key, value in values.items()]
     return build_components(Recipe.parse(with_overrides(tables, [word for pair in overrides for word in pair])))
 
 
 def learner_of(parts: Components, ranks: ProcessGroup | None = None) -> Learner:
-    """A learner whose adapters already do something, still at version 0."""
+    """Return a learner with non-zero adapters, still at version 0."""
     learner = Learner(parts.policy, parts.algorithm, parts.recipe, ranks)
     learner.load_state(LearnerState(0, (moved(learner.weights()[-1]),), {}, {}))
     return learner
 
 
 def moved(weights: PolicyWeights, seed: int = 1) -> PolicyWeights:
-    """The weights with noise on every number: a fresh adapter would have no gradient in half of its matrices."""
+    """Return the weights with noise on every number. A fresh adapter has no gradient in half of its matrices."""
     generator = np.random.default_rng(seed)
     arrays = {
         name: array + 0.05 * generator.standard_normal(array.shape, np.float32)
@@ -57,7 +57,7 @@ def moved(weights: PolicyWeights, seed: int = 1) -> PolicyWeights:
 
 
 def sample_round(parts: Components, weights: PolicyWeights, round_index: int = 0) -> SampledRound:
-    """Sample a round's tasks; its advantages are normal noise, the first two far outside the usual."""
+    """Sample a round's tasks. Its advantages are normal noise, except for two extreme ones at the start."""
     sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
     sampled = [
         sampler.sample(task, weights)[:2] for task in round_tasks(parts.recipe, round_index, parts.prompts.load())
@@ -69,7 +69,7 @@ def sample_round(parts: Components, weights: PolicyWeights, round_index: int = 0
 
 
 def stale(sampled: SampledRound, shifts: list[float], seed: int = 0) -> SampledRound:
-    """The round as if the policy had moved since: every old log-prob is moved by one of `shifts`, sampled at random."""
+    """Return the round with every old log-prob moved by a random element of `shifts`, as after policy updates."""
     generator = torch.Generator().manual_seed(seed)
     trajectories = []
     for trajectory in sampled.trajectories:
@@ -80,7 +80,7 @@ def stale(sampled: SampledRound, shifts: list[float], seed: int = 0) -> SampledR
 
 
 def begun_run(tables: dict) -> RunFolder:
-    """The folder of a run with a recipe and no round yet; it may have one to four samplers."""
+    """Create the folder of a run with a recipe and no round yet, for one to four samplers."""
     parts = parts_with({**tables, "samplers": {"count": 1, "max": 4}})
     folder = RunFolder(parts.recipe.run_path())
     folder.create()

@@ -1,4 +1,4 @@
-"""A small run with TensorBoard, and what it shows, for tests of what is shown of rounds."""
+"""A small run with TensorBoard and its media, for tests of round media."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from ray_ddpo.train import run_training
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Of the weights in the last checkpoint."""
+    """Return the fingerprint of the weights in the last checkpoint."""
     newest = newest_checkpoint(RunFolder(recipe.run_path()).checkpoints)
     assert newest is not None
     return load_checkpoint(newest).learner.trained.fingerprint
 
 
 def shown_in(recipe: Recipe) -> dict:
-    """The images, by round and place, and the counts of log-ratios, by round."""
+    """Return the images by round and index, and the counts of log-ratios by round."""
     events = EventAccumulator(
         str(Path(recipe.run_path()) / "tensorboard"), size_guidance={"histograms": 0, "images": 0}
     )
@@ -38,7 +38,7 @@ def shown_in(recipe: Recipe) -> dict:
 
 
 def run(tables: dict, name: str, serial: bool, **changes: object) -> Recipe:
-    """Four rounds, three of them shown; the recipe."""
+    """Run four rounds, three of them with media, and return the recipe."""
     own = {"name": name, "rounds": 4, "media": {"every": 2, "images": 5}, "rollouts": {"images_every": 1}}
     recipe = Recipe.parse({**tables, **own, "trackers": [{"name": "tensorboard"}], **changes})
     run_training(recipe, serial=serial)

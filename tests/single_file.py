@@ -1,4 +1,4 @@
-"""Write a tiny Stable Diffusion as one file, with the names that Stability's own code has and that Civitai's files have."""
+"""Write a tiny Stable Diffusion as one file, under the names of Stability's code and of Civitai's files."""
 
 import re
 from pathlib import Path
@@ -39,7 +39,7 @@ IN_DECODER = {
 
 
 def unet_name(name: str, layers: int, with_attention: set[int]) -> str:
-    """Return the name of a weight of diffusers' UNet in Stability's code; `with_attention`: the up blocks that have some."""
+    """Return the name of a UNet's weight in Stability's code. `with_attention` lists up blocks with attention."""
     for ours, theirs in OUTSIDE.items():
         if name.startswith(f"{ours}."):
             name = theirs + name.removeprefix(ours)

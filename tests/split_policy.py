@@ -1,4 +1,4 @@
-"""A model family as it is on a cluster whose machines have different files under one path."""
+"""A model family on a cluster whose machines have different files under one path."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 
 
 class OnTwoMachines(StableDiffusion):
-    """The learner reads the files at `model`, and samplers those at `elsewhere`."""
+    """A configuration whose learner reads the files at `model` and whose samplers read those at `elsewhere`."""
 
     elsewhere: str
 

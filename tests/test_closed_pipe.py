@@ -1,4 +1,4 @@
-"""`ddpo … | head -1`: a reader that has seen enough ends the program quietly, whatever the verb."""
+"""Test `ddpo … | head -1`: every verb ends quietly when its reader closes the pipe."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ QUIET = (0, cli.NOBODY_READS)
 
 
 def unread(folder: Path, *words: str, stderr_too: bool = False) -> tuple[int, str]:
-    """The exit code of `ddpo` when nobody reads what it prints, and what it complains of."""
+    """Run `ddpo` with a closed reader. Return its exit code and standard error."""
     command = [sys.executable, "-m", "ray_ddpo", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     errors = subprocess.STDOUT if stderr_too else subprocess.PIPE

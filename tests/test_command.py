@@ -32,9 +32,7 @@ def test_threads_of_the_users_code_do_not_keep_the_program_alive() -> None:
     assert "ends without waiting any longer for the threads ['my endless thread']" in ended.stderr
 
 
-def test_an_interrupt_in_the_first_instant_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_an_early_interrupt_prints_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def interrupted(arguments: object) -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""The example of a model family from outside, docs/digits: what its parts promise, and its page's commands as they stand."""
+"""Test the example family docs/digits: its parts, and its page's commands as they stand."""
 
 import json
 import os
@@ -38,23 +38,23 @@ WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 @pytest.mark.parametrize(("prompt", "digit"), [("seven", 7), ("a 3", 3), ("The digit Nine.", 9), ("0", 0)])
-def test_a_prompt_names_its_digit_as_a_word_or_a_figure(prompt: str, digit: int) -> None:
+def test_a_prompt_names_its_digit_as_a_word_or_a_numeral(prompt: str, digit: int) -> None:
     assert digit_of(prompt) == digit
 
 
 @pytest.mark.parametrize(("prompt", "named"), [("a cat", 0), ("", 0), ("one or two", 2), ("12", 2)])
-def test_a_prompt_that_names_not_one_digit_is_refused(prompt: str, named: int) -> None:
+def test_a_prompt_without_exactly_one_digit_is_refused(prompt: str, named: int) -> None:
     with pytest.raises(ValueError, match=f"the prompt {prompt!r} names {named} digits: it must name one"):
         digit_of(prompt)
 
 
-def test_pictures_are_squares_of_white_on_black() -> None:
+def test_images_are_white_on_black_squares() -> None:
     images = images_of(torch.tensor([[[[-1.0, 1.0], [0.0, 9.0]]]]), zoom=2)
     assert images[0, :, :, 0].tolist() == [[0, 0, 255, 255]] * 2 + [[128, 128, 255, 255]] * 2
     assert torch.equal(images[..., 0], images[..., 2])
 
 
-def test_printed_digits_are_read_as_what_they_are_and_have_their_ink() -> None:
+def test_printed_digits_are_recognized_and_have_their_ink() -> None:
     printed = torch.from_numpy(np.stack([rendered(digit, FONTS[2], 14, 5, (0.5, 0)) for digit in range(10)]))
     images = images_of(printed.unsqueeze(1), zoom=4).numpy()
     assert digit_rewards.reads(images, WORDS, []).tolist() == [1] * 10
@@ -64,7 +64,7 @@ def test_printed_digits_are_read_as_what_they_are_and_have_their_ink() -> None:
     assert digit_rewards.ink(half, ["one"], [{}]).tolist() == [0.5]
 
 
-def test_what_is_descended_on_is_nothing_where_the_network_knows_the_velocity() -> None:
+def test_the_pretraining_loss_is_zero_at_the_true_velocity() -> None:
     clean = torch.zeros(2, 1, SIZE, SIZE)  # x_σ = σ ε, so that ε − x0 = x_σ / σ
     assert flow_matching_loss(lambda x, t, digit: x / (t / 1000).view(-1, 1, 1, 1), clean, torch.zeros(2, 10)) < 1e-6  # type: ignore[arg-type]
     assert flow_matching_loss(lambda x, t, digit: 0 * x, clean, torch.zeros(2, 10)) > 0.5  # type: ignore[arg-type]
@@ -73,12 +73,12 @@ def test_what_is_descended_on_is_nothing_where_the_network_knows_the_velocity() 
 @pytest.mark.parametrize(
     "keys", [{"dtype": "float16"}, {"sampler_dtype": "bfloat16"}, {"gradient_checkpointing": True}]
 )
-def test_what_so_small_a_network_has_no_use_for_is_refused(keys: dict, tmp_path: Path) -> None:
+def test_keys_that_the_small_network_does_not_support_are_refused(keys: dict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="are for large networks"):
         Digits(model=str(save_tiny_digits(tmp_path)), **keys).check()
 
 
-def test_a_samplers_and_a_learners_peaks_are_predicted(tmp_path: Path) -> None:
+def test_peak_memory_of_sampler_and_learner_is_predicted(tmp_path: Path) -> None:
     DigitTransformer().save_pretrained(tmp_path)
     config = Digits(model=str(tmp_path))
     sizes, policy = config.sizes(SAMPLING, "cpu"), config.load("cpu", SAMPLING, "sampler")
@@ -107,7 +107,7 @@ def at_any_depth(block: str, source: str) -> bool:
     return any(textwrap.indent(block, " " * depth) in source for depth in (0, 4, 8))
 
 
-def test_what_the_page_quotes_stands_in_the_example() -> None:
+def test_the_pages_quotes_are_in_the_example() -> None:
     section = PAGE.read_text().partition("## A model family")[2].partition("\n## ")[0]
     quoted = [block for block in blocks(PAGE, "python") if block in section]
     sources = [path.read_text() for folder in (EXAMPLE, ROOT / "docs" / "shapes") for path in folder.glob("*.py")]
@@ -121,7 +121,7 @@ def test_what_the_page_quotes_stands_in_the_example() -> None:
 
 @pytest.fixture
 def beside_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the folder, as the place where commands are typed."""
+    """Return a copy of the folder in which commands are run."""
     for file in (file for file in EXAMPLE.iterdir() if file.is_file()):
         shutil.copy(file, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -156,7 +156,7 @@ def test_the_example_is_pretrained_trained_reported_and_sampled(
 
 
 @pytest.mark.thorough
-def test_the_pages_commands_run_as_they_stand_and_ink_is_learned(beside_the_example: Path) -> None:
+def test_the_pages_commands_run_as_they_stand_and_ink_increases(beside_the_example: Path) -> None:
     (block,) = [block for block in blocks(PAGE, "bash") if block.startswith("cd docs/digits\n")]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     alone = "ddpo train digits.toml --serial --name alone"

@@ -1,10 +1,11 @@
-"""What the documentation says can be typed is typed here, and its examples run."""
+"""Run the commands and examples of the documentation as they stand."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import tomli_w
 
 from ray_ddpo.actors.rewards.reward import Reward
+from ray_ddpo.cli import RUN
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.deploy.driver.components import build_components
 from tests.rated_images import save_images, write_ratings
@@ -19,29 +21,48 @@ from tests.tiny_clip import save_tiny_clip
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Blocks for an example's folder, for a GPU and for a new environment.
+ELSEWHERE = ("cd ", "# On a ", "python3 -m venv")
 
 
 def blocks(page: Path, language: str) -> list[str]:
+    """Return the code blocks of a language on a page."""
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def commands(verb: str) -> list[str]:
-    """Those that are typed at the root; the example's, in a folder of its own, are run by tests/test_digits.py."""
-    at_root = [block for page in PAGES for block in blocks(page, "bash") if not block.startswith("cd ")]
-    lines = [line for block in at_root for line in block.splitlines()]
-    found = [line.partition("  #")[0].strip() for line in lines if line.startswith(verb)]
-    return list(dict.fromkeys(found))  # what two pages name is run once
+def commands(verb: str, elsewhere: bool = False) -> list[str]:
+    """Return the documented commands that begin with `verb`, each once.
+
+    Args:
+        verb: The program's name with a space, such as "ddpo ".
+        elsewhere: Include the blocks that cannot run here: tests/test_digits.py runs an example's in its folder.
+    """
+    found = [block for page in PAGES for block in blocks(page, "bash") if elsewhere or not block.startswith(ELSEWHERE)]
+    lines = [line for block in found for line in block.splitlines()]
+    return list(dict.fromkeys(line.partition("  #")[0].strip() for line in lines if line.startswith(verb)))
 
 
-def test_the_documentation_has_commands_to_run() -> None:
+def small_recipe(path: Path) -> str:
+    """Return a recipe with one round and few images and steps, so that documented commands take seconds."""
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    tables["rounds"] = min(tables["rounds"], 2)
+    tables["sampling"]["num_steps"] = 6
+    tables["sampling"]["batches_per_round"] = 1
+    tables["learner"]["batch_size"] = tables["sampling"]["batch_size"]
+    tables["learner"]["micro_batch_size"] = "auto"
+    tables.setdefault("evaluation", {})["images"] = 9
+    return tomli_w.dumps(tables)
+
+
+def test_the_documentation_has_commands() -> None:
     assert len(commands("ddpo ")) >= 4 and commands("make ")
 
 
-def test_every_make_target_that_is_named_exists() -> None:
+def test_every_documented_make_target_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = {word for page in PAGES for word in re.findall(r"make ([a-z-]+)`", page.read_text())}
     targets |= {command.split()[1] for command in commands("make ")}
-    assert {"demo", "test", "check", "test-system"} <= targets
+    assert {"site", "test", "check", "test-system"} <= targets
     assert [target for target in targets if f"\n{target}:" not in makefile] == []
 
 
@@ -49,20 +70,21 @@ RECIPES = ROOT / "deploy" / "recipes"
 
 
 @pytest.mark.parametrize("recipe", sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml")))
-def test_every_recipe_is_checked_and_named_in_the_readme_or_on_a_page_of_recipes(recipe: str) -> None:
+def test_every_recipe_is_valid_and_documented(recipe: str) -> None:
     build_components(Recipe.load(RECIPES / recipe))
     of_recipes = ("algorithms", "aesthetic", "evaluation", "full_fine_tuning", "model_families", "rewards")
     pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in of_recipes)]
-    assert f"`{recipe}`" in "".join(page.read_text() for page in pages)
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    assert f"`{recipe}`" in text or f"`{recipe.removesuffix('.toml')}`" in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_file_that_is_linked_exists(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+def test_every_linked_file_exists(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_the_example_rewards_score_pictures(tmp_path: Path) -> None:
+def test_the_example_rewards_score_images(tmp_path: Path) -> None:
     function, entry = [
         block
         for block in blocks(ROOT / "docs" / "extending.md", "python")
@@ -78,25 +100,32 @@ def test_the_example_rewards_score_pictures(tmp_path: Path) -> None:
     assert reward.load("cpu")(images, ["a", "b"], [{}, {}]).tolist() == [0, 2]
 
 
+def test_documented_commands_are_known_and_name_shipped_recipes() -> None:
+    shipped = {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.toml")}
+    for command in commands("ddpo ", elsewhere=True):
+        _, verb, *words = command.split()
+        assert verb in RUN or verb == "config", command
+        if verb in ("train", "plan", "doctor") and not words[0].endswith(".toml"):
+            assert words[0] in shipped, command
+
+
 @pytest.mark.thorough
-def test_the_readmes_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "deploy" / "recipes", tmp_path / "deploy" / "recipes")
+def test_documented_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
+    shutil.copytree(RECIPES, tmp_path / "deploy" / "recipes")
     demo = tmp_path / "deploy" / "recipes" / "demo.toml"
-    # The commands are run as they stand, on a part of the images: all take minutes.
-    text = demo.read_text()
-    for sizes in (("images = 135", "images = 9"), ("batches_per_round = 4", "batches_per_round = 1")):
-        assert text.count(sizes[0]) == 1
-        text = text.replace(*sizes)
-    demo.write_text(text)
+    demo.write_text(small_recipe(RECIPES / "demo.toml"))
     write_ratings(tmp_path / "ratings.csv", save_images(tmp_path / "images", 100))
     save_tiny_clip(tmp_path / "clip")
     (tmp_path / "config.json").write_text(blocks(ROOT / "docs" / "coming_from_trl.md", "json")[0])
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for command in commands("ddpo "):
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run_of_the_pages = "ddpo train demo --rounds 2 --name quick"
+    for command in [run_of_the_pages, *commands("ddpo ")]:
+        # The demo takes minutes: its name stands for the small recipe here.
+        typed = re.sub(r"^(ddpo (?:train|plan|doctor)) demo\b", r"\1 deploy/recipes/demo.toml", command)
+        done = subprocess.run(typed, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    assert (tmp_path / "runs/quick/report/before_after.png").stat().st_size > 10_000
-    assert len(list((tmp_path / "runs/quick/samples").glob("*.png"))) == 2
+    assert (tmp_path / "runs/demo/report/before_after.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "runs/demo/samples").glob("*.png"))) == 2
 
 
 @pytest.mark.thorough

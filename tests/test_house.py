@@ -35,7 +35,7 @@ def test_a_component_imports_no_other_component_of_its_registry(registry: dict[s
     )
 
 
-def test_no_file_outside_the_algorithms_asks_which_algorithm_it_is() -> None:
+def test_no_file_outside_the_algorithms_compares_algorithm_names() -> None:
     found = []
     for path in SOURCES:
         place = path.relative_to(ROOT).as_posix()
@@ -49,7 +49,7 @@ def test_no_file_outside_the_algorithms_asks_which_algorithm_it_is() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_files_and_functions_are_short_and_files_say_what_they_are_for(path: Path) -> None:
+def test_files_and_functions_are_short_and_files_have_docstrings(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
     assert ast.get_docstring(tree), "the file does not say what it is for"

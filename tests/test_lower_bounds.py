@@ -1,4 +1,4 @@
-"""The lower bounds of pyproject.toml are versions that tests ran with: those of constraints.txt, or of `make oldest`."""
+"""The lower bounds of pyproject.toml are tested versions: those of constraints.txt, or of `make oldest`."""
 
 import re
 import tomllib
@@ -10,7 +10,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 
 
-def test_every_lower_bound_is_a_version_that_tests_ran_with() -> None:
+def test_every_lower_bound_is_a_tested_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [text for texts in project["optional-dependencies"].values() for text in texts]
     lines = (ROOT / "constraints.txt").read_text().splitlines()

@@ -24,7 +24,7 @@ class Row:
     on_ray: str
 
     def describes(self, name: str) -> bool:
-        """Whether `name` is this metric, with anything in the place of each `<part>`."""
+        """Return True if `name` is this metric, with any text in the place of each `<part>`."""
         parts = re.split(r"<\w+>", self.metric)
         return re.fullmatch(".+".join(re.escape(part) for part in parts), name) is not None
 
@@ -37,7 +37,7 @@ def rows() -> list[Row]:
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> set[str]:
-    """The names that a small run in one process logs."""
+    """Return the names that a small serial run logs."""
     tables = {
         "name": "tiny",
         "output_dir": str(tmp_path_factory.mktemp("runs")),
@@ -55,25 +55,25 @@ def logged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> set[st
     return set(json.loads((Path(recipe.run_path()) / "metrics.jsonl").read_text()))
 
 
-def test_every_metric_that_is_logged_has_one_row(logged: set[str]) -> None:
+def test_every_logged_metric_has_one_row(logged: set[str]) -> None:
     found = {name: [row.metric for row in rows() if row.describes(name)] for name in logged}
     assert {name: metrics for name, metrics in found.items() if len(metrics) != 1} == {}
 
 
-def test_what_an_evaluation_finds_is_logged(logged: set[str]) -> None:
+def test_evaluation_metrics_are_logged(logged: set[str]) -> None:
     expected = [row for row in rows() if row.logged == "only when an evaluation is read"]
     assert len(expected) == 8 and "evaluation/brightness/average_mean" in logged
     assert [row.metric for row in expected if not any(row.describes(name) for name in logged)] == []
 
 
-def test_every_metric_that_is_said_to_be_there_in_every_round_is(logged: set[str]) -> None:
+def test_metrics_documented_for_every_round_are_logged_in_every_round(logged: set[str]) -> None:
     expected = [row for row in rows() if row.logged == "every round"]
     assert len(expected) > 30
     assert [row.metric for row in expected if not any(row.describes(name) for name in logged)] == []
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.metric)
-def test_a_row_says_meaning_unit_and_when_it_is_logged(row: Row) -> None:
+def test_a_row_has_meaning_unit_and_time_of_logging(row: Row) -> None:
     assert row.meaning and row.unit
     assert row.logged == "every round" or row.logged.startswith("only when ")
 

@@ -24,7 +24,7 @@ def with_own(tables: dict, **own: dict[str, Any]) -> Recipe:
     return Recipe.parse(tables | own)
 
 
-def test_prompts_of_a_users_own_source_are_drawn_twice_and_alike(tables: dict) -> None:
+def test_a_users_prompt_source_is_sampled_twice_with_equal_results(tables: dict) -> None:
     parts = build_components(with_own(tables, prompts={"name": "tests.own_components:Cats"}))
     first, second = trial_prompts(parts)
     assert first.text.startswith("cat number") and trial_prompts(parts) == (first, second)
@@ -47,7 +47,7 @@ def test_prompts_of_a_users_own_source_are_drawn_twice_and_alike(tables: dict) -
         ),
     ],
 )
-def test_what_draws_no_prompts_is_refused(table: dict, message: str, tables: dict) -> None:
+def test_a_source_without_prompts_is_refused(table: dict, message: str, tables: dict) -> None:
     with pytest.raises(ValueError) as error:
         trial_prompts(build_components(with_own(tables, prompts=table)))
     assert str(error.value).startswith(message)
@@ -117,5 +117,5 @@ def test_a_reward_of_another_shape_is_refused_before_the_first_round(tables: dic
         worker(build_reward(function))
 
 
-def test_a_reward_that_raises_at_made_up_images_is_left_to_the_first_batch() -> None:
+def test_a_reward_that_raises_at_synthetic_images_is_tried_on_the_first_batch() -> None:
     assert worker(NeedsLargeImages()).names == ("mine",)

@@ -1,4 +1,4 @@
-"""docs/rewards.md and the registry are compared both ways; examples, messages and defaults of its pages are the program's."""
+"""The pages on rewards agree with the registry, and with the program's messages and defaults."""
 
 import re
 import tomllib
@@ -24,7 +24,7 @@ ELSEWHERE = {"function": "extending.md", "http": "reward_service.md", "vlm_align
 
 
 def rows() -> dict[str, list[str]]:
-    """The cells of the first table, by the reward's name."""
+    """Return the cells of the first table by the reward's name."""
     table = PAGE[PAGE.index("| name |") :].partition("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     return {name.strip("`"): rest for name, *rest in cells}
@@ -40,7 +40,7 @@ def test_every_reward_has_a_row_and_every_row_is_a_reward() -> None:
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_a_row_says_what_the_entry_says(name: str) -> None:
+def test_a_row_agrees_with_the_reward_class(name: str) -> None:
     reward, (_, weights, _, memory, same_bits) = entry(name), rows()[name]
     assert same_bits.partition(",")[0] == ("yes" if reward.independent_of_batch else "no")
     for needed in reward.needs():
@@ -51,7 +51,7 @@ def test_a_row_says_what_the_entry_says(name: str) -> None:
         assert memory == f"{reward.memory_bytes / 1e9:.2f} / {full / 1e9:.2f} GB"
 
 
-def test_the_examples_are_accepted_and_show_every_reward_that_takes_keys_of_its_own() -> None:
+def test_the_examples_are_valid_and_cover_every_reward_with_keys() -> None:
     shown = set()
     for example in EXAMPLES:
         tables = tomllib.loads(example)
@@ -68,7 +68,7 @@ def example(page: Path) -> object:
     return build(REWARDS, tomllib.loads(text)["reward"], "reward")
 
 
-def test_the_example_of_a_service_is_a_reward_and_says_the_defaults() -> None:
+def test_the_service_example_is_valid_and_shows_the_defaults() -> None:
     shown = example(SERVICE)
     assert isinstance(shown, Http)
     plain = Http(url=shown.url)
@@ -76,7 +76,7 @@ def test_the_example_of_a_service_is_a_reward_and_says_the_defaults() -> None:
     assert shown == plain.model_copy(update=changed)
 
 
-def test_the_messages_on_the_page_are_messages_of_the_protocol() -> None:
+def test_the_pages_messages_are_valid_in_the_protocol() -> None:
     texts = blocks(SERVICE, "json")
     kinds = (ScoreRequest, ScoreReply, Health, Fault)
     assert len(texts) == len(kinds)
@@ -84,5 +84,5 @@ def test_the_messages_on_the_page_are_messages_of_the_protocol() -> None:
         kind.model_validate_json(text)
 
 
-def test_the_example_of_vlm_alignment_says_the_defaults() -> None:
+def test_the_vlm_alignment_example_shows_the_defaults() -> None:
     assert example(VLM) == VlmAlignment()

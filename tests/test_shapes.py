@@ -1,4 +1,4 @@
-"""The example of a plain network with class labels, docs/shapes: every command on it, in a folder outside the project."""
+"""Test docs/shapes, a plain network with class labels: every command, in a folder outside the project."""
 
 import json
 import os
@@ -37,17 +37,17 @@ print("codes", json.dumps(codes))
 """
 
 
-def test_the_family_takes_at_most_100_lines_beyond_its_network() -> None:
+def test_the_family_has_at_most_100_lines_beyond_its_network() -> None:
     assert len((EXAMPLE / "shapes.py").read_text().splitlines()) <= 100
 
 
-def test_each_class_has_its_own_drawing_and_is_learned() -> None:
+def test_each_class_has_one_shape_and_is_learned() -> None:
     images = rendered(torch.arange(len(CLASSES)))
     assert images.shape == (4, 3, 16, 16) and images.min() == -1 and images.max() > -0.5
     assert len(pretrain(steps=1).state_dict()) == 17
 
 
-def test_its_sizes_are_counted_without_weights(tmp_path: Path) -> None:
+def test_sizes_are_counted_without_weights(tmp_path: Path) -> None:
     config: PolicyConfig = Shapes(model=str(save_tiny_shapes(tmp_path)))
     sizes, policy = config.sizes(SAMPLING, "cpu"), config.load("cpu", SAMPLING, "sampler")
     assert sizes.conditioning_dtypes == {"label": torch.int64, "negative_label": torch.int64}
@@ -75,7 +75,7 @@ def train(name: str, kind: str, *options: str) -> list[str]:
 
 
 @pytest.mark.system
-def test_a_plain_network_with_labels_goes_through_every_verb_with_the_same_bits(folder: Path) -> None:
+def test_a_plain_network_with_labels_runs_every_verb_with_the_same_bits(folder: Path) -> None:
     runs = [name for kind in ("lora", "full") for name in (kind, f"{kind}-alone")]
     verbs = [
         verb

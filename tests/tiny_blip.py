@@ -18,7 +18,7 @@ HEAD = {
 def image_reward_shapes(
     image_width: int = 64, text_width: int = 128, blocks: tuple[int, int] = (2, 2), patch: int = 8, words: int = 15
 ) -> dict[str, tuple[int, ...]]:
-    """Every weight that ImageReward's checkpoint must have, by its name there; `blocks` of the image and text tower."""
+    """Return every weight of ImageReward's checkpoint by its name, with `blocks` in the image and text tower."""
     side = SIDE if patch == 8 else 224
     shapes: dict[str, tuple[int, ...]] = {
         "blip.visual_encoder.cls_token": (1, 1, image_width),
@@ -63,7 +63,7 @@ def image_reward_shapes(
 
 
 def tiny_image_reward_state(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights; those of the head are scaled so that scores are near 1."""
+    """Return random weights. The head's are scaled so that scores are near 1."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in image_reward_shapes().items():
@@ -73,7 +73,7 @@ def tiny_image_reward_state(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def save_tiny_image_reward(path: Path, seed: int = 0) -> Path:
-    """Write a checkpoint as the hub has it: named weights, some of which the score does not need."""
+    """Write a checkpoint as on the hub: named weights, some of which the score does not need."""
     unused = {
         "blip.vision_proj.weight": torch.zeros(2, 64),
         "blip.text_encoder.embeddings.position_ids": torch.arange(512)[None],
@@ -83,7 +83,7 @@ def save_tiny_image_reward(path: Path, seed: int = 0) -> Path:
 
 
 def save_tiny_bert_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer that splits as BERT's does, and knows few words."""
+    """Write a tokenizer that splits as BERT's does and knows few words."""
     from transformers import BertTokenizer
 
     vocabulary = {word: number for number, word in enumerate(WORDS)}

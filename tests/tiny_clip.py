@@ -19,7 +19,7 @@ SMALL = {
 
 
 def vocabulary() -> dict[str, int]:
-    """CLIP's in small: every byte, every byte as the end of a word, what is merged, and the two ends of a text."""
+    """Return a small version of CLIP's vocabulary: bytes, bytes at word ends, merges, and both ends of a text."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
@@ -28,7 +28,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def save_tiny_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer that splits as CLIP's does, and knows few words."""
+    """Write a tokenizer that splits as CLIP's does and knows few words."""
     from transformers import CLIPTokenizer
 
     CLIPTokenizer(vocab=vocabulary(), merges=MERGES, model_max_length=77).save_pretrained(folder)
@@ -36,7 +36,7 @@ def save_tiny_tokenizer(folder: Path) -> Path:
 
 
 def save_tiny_clip(folder: Path, seed: int = 0) -> Path:
-    """Write a whole CLIP, image and text tower and tokenizer, as the hub has it."""
+    """Write a complete CLIP as on the hub: image tower, text tower and tokenizer."""
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(seed)
@@ -67,7 +67,7 @@ class ViT:
 
 
 def open_clip_shapes(vit: ViT = ViT()) -> dict[str, tuple[int, ...]]:  # noqa: B008 (it is frozen)
-    """Every weight that open_clip's model of these sizes has, by its name there."""
+    """Return every weight of open_clip's model of these sizes by its name."""
     shapes: dict[str, tuple[int, ...]] = {
         "logit_scale": (),
         "positional_embedding": (77, vit.text_width),
@@ -108,14 +108,14 @@ def _block(name: str, width: int) -> dict[str, tuple[int, ...]]:
 
 
 def tiny_open_clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights of the small one."""
+    """Return random weights of the small model."""
     generator = torch.Generator().manual_seed(seed)
     state = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in open_clip_shapes().items()}
     return state | {"logit_scale": torch.tensor(4.6)}
 
 
 def save_tiny_open_clip(path: Path, seed: int = 0) -> Path:
-    """Write a checkpoint as HPS v2 has it: a state dict in a dict, of weights only."""
+    """Write a checkpoint in HPS v2's format: a state dict inside a dict, of weights only."""
     torch.save({"state_dict": tiny_open_clip_state(seed)}, path)
     return path
 

@@ -31,7 +31,7 @@ FLOW_AUTOENCODER = AUTOENCODER | {
 
 
 def save_tiny_sdxl(folder: Path, seed: int = 0, **scheduler: object) -> Path:
-    """Write it; `scheduler` changes the configuration of what SDXL was published with."""
+    """Write the pipeline. `scheduler` changes the published configuration."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     torch.manual_seed(seed)
@@ -64,7 +64,7 @@ def save_tiny_sdxl(folder: Path, seed: int = 0, **scheduler: object) -> Path:
 
 
 def save_tiny_sd3(folder: Path, seed: int = 0, **scheduler: object) -> Path:
-    """Write it; `scheduler` changes its configuration."""
+    """Write the pipeline. `scheduler` changes its configuration."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
@@ -104,7 +104,7 @@ def save_tiny_sd3(folder: Path, seed: int = 0, **scheduler: object) -> Path:
 
 
 def save_tiny_flux(folder: Path, seed: int = 0, **scheduler: object) -> Path:
-    """Write it; `scheduler` changes its configuration, which shifts its noise levels with the image's size."""
+    """Write the pipeline. `scheduler` changes its configuration, which shifts noise levels with the image's size."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     torch.manual_seed(seed)
@@ -155,7 +155,7 @@ def save_tiny_shapes(folder: Path, seed: int = 0) -> Path:
 
 
 def tiny_t5_tokenizer(max_length: int = 12) -> Any:
-    """Letters are its tokens."""
+    """Return a tokenizer whose tokens are letters."""
     from transformers import T5TokenizerFast
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -215,5 +215,5 @@ KEYS: dict[str, dict[str, Any]] = {  # of `[policy]`, that such a small model ne
 
 
 def policy_table(name: str, model: Path, **keys: Any) -> dict[str, Any]:
-    """The recipe's `[policy]` for a family's small model."""
+    """Return the recipe's `[policy]` for a family's small model."""
     return {"name": name, "model": str(model), **KEYS.get(name, {}), **keys}

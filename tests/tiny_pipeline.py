@@ -7,7 +7,7 @@ import torch
 
 
 def save_tiny_pipeline(folder: Path, seed: int = 0, **scheduler: object) -> Path:
-    """Write the pipeline; `scheduler` changes its DDIM configuration."""
+    """Write the pipeline. `scheduler` changes its DDIM configuration."""
     from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -56,7 +56,7 @@ def save_tiny_pipeline(folder: Path, seed: int = 0, **scheduler: object) -> Path
 
 
 def tiny_tokenizer(max_length: int = 8) -> Any:
-    """Letters are its tokens: 514 in all."""
+    """Return a tokenizer whose tokens are letters, 514 in all."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 

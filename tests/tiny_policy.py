@@ -1,4 +1,4 @@
-"""The tiny pipeline as a policy, with adapters that already do something."""
+"""The tiny pipeline as a policy with non-zero adapters."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ SAMPLING = SamplingTable(num_steps=4, guidance_scale=3.0)
 def tiny_policy(
     model: Path, role: Role = "sampler", sampling: SamplingTable = SAMPLING, **keys: Any
 ) -> StableDiffusionPolicy:
-    """Load it; `keys` are those of the recipe's `[policy]`. Equal calls give equal adapters."""
+    """Load the policy. `keys` are those of the recipe's `[policy]`. Equal calls give equal adapters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         policy = StableDiffusion(model=str(model), **keys).load("cpu", sampling, role)
@@ -27,14 +27,14 @@ def tiny_policy(
 
 @torch.no_grad()
 def scatter(network: torch.nn.Module, deviation: float = 0.05, seed: int = 1) -> None:
-    """Move every trained parameter, for an adapter fresh from its start changes nothing."""
+    """Move every trained parameter, because a fresh adapter changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in trained_parameters(network).values():
         parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=deviation)
 
 
 def pair_step(policy: StableDiffusionPolicy, pairs: int) -> Callable[[], None]:
-    """What gives the trained parameters a gradient from made-up pairs, the same at each call."""
+    """Return a function that gives the trained parameters a gradient from fixed random transitions."""
     generator = torch.Generator().manual_seed(2)
     latents, next_latents = torch.randn(2, pairs, *policy.latent_shape, generator=generator)
     text = policy.network.config.cross_attention_dim

@@ -1,4 +1,4 @@
-"""A small vision-language model and a small text encoder with random weights, as folders that the hub could have given."""
+"""A small vision-language model and a small text encoder with random weights, as folders in the hub's format."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ SIDE, PATCH = 32, 8
 
 
 def tiny_tokenizer(template: str | None = None) -> Any:
-    """One token a word, without regard to case and punctuation. `template`: where special tokens stand around a text."""
+    """Return a tokenizer with one token per word, ignoring case and punctuation. `template` places special tokens."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

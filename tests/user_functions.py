@@ -1,4 +1,4 @@
-"""Functions as a user would write them, for the entries that take `module:function`."""
+"""Functions as a user would write them, for components that take `module:function`."""
 
 from typing import Any
 

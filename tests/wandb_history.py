@@ -1,4 +1,4 @@
-"""What wandb has kept of a run on disk, read back as wandb would sync it."""
+"""Read what wandb stored of a run on disk, as wandb would sync it."""
 
 import json
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from ray_ddpo.common.trackers.wandb_run import records
 
 
 def starts(run: Path) -> list[Path]:
-    """The files of all starts, the oldest first."""
+    """Return the files of all starts, oldest first."""
     return sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
 
 
 def history(run: Path) -> list[dict[str, Any]]:
-    """The rows of all starts, in the order of writing; a nested key's parts are joined by /."""
+    """Return the rows of all starts in the order of writing. Parts of a nested key are joined by /."""
     found = []
     for record in _records(run):
         items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
@@ -32,13 +32,13 @@ def _records(run: Path) -> Iterator[Record]:
 
 
 def pixels_of(run: Path, name: str) -> np.ndarray:
-    """An image's, by its path or by the name that its row gives it."""
+    """Return an image's pixels, by its path or by the name in its row."""
     (file,) = [Path(name)] if name.startswith("/") else run.glob(f"wandb/offline-run-*/files/{name}")
     return np.asarray(Image.open(file))
 
 
 def tables_of(run: Path, key: str) -> list[dict[str, Any]]:
-    """The tables of a key as wandb's JSON; an image's `path` is that of its file."""
+    """Return the tables of a key as wandb's JSON. An image's `path` is that of its file."""
     found = []
     for artifact in (record.artifact for record in _records(run)):
         files = {content.path: content.local_path for content in artifact.manifest.contents}

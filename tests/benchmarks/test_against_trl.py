@@ -1,4 +1,4 @@
-"""The comparison with TRL: its tables by hand, what each side is told, and, in TRL's environment, rounds of both."""
+"""The comparison with TRL: tables by hand, each side's input, and rounds of both sides in TRL's environment."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def row(side: str, repeat: int, scale: float, **more: float) -> dict:
     return {"side": side, "repeat": repeat, **times, **more, **facts}
 
 
-def test_the_table_leaves_the_first_round_out_and_takes_ratios_within_a_repeat(tmp_path: Path) -> None:
+def test_the_table_excludes_the_first_round_and_pairs_ratios_by_repeat(tmp_path: Path) -> None:
     ours = [
         row("a, b", repeat, scale, bare_sampling=1.0, bare_learning=4.0) for repeat, scale in enumerate((9, 1, 2, 1))
     ]
@@ -40,7 +40,7 @@ def test_the_table_leaves_the_first_round_out_and_takes_ratios_within_a_repeat(t
     assert "medians of 3 interleaved rounds" in caption(again)
 
 
-def test_trl_is_told_the_same_rounds() -> None:
+def test_trl_gets_the_same_rounds() -> None:
     parts = build_components(Recipe.load(RECIPE, [*words(SAME, {"rounds": "3"}), "--seed", "4"]))
     job = trl_job(parts)
     config, sampling = job["config"], parts.recipe.sampling
@@ -54,7 +54,7 @@ def test_trl_is_told_the_same_rounds() -> None:
     assert sampling.trained_steps(sampling.num_steps) == 20 and job["device"] == "cpu"  # TRL learns from all of them
 
 
-def test_both_sides_of_the_target_train_the_same_model_on_as_many_pictures_of_the_same_reward_a_round() -> None:
+def test_both_sides_train_one_model_on_equally_many_images_and_one_reward() -> None:
     ours, theirs = build_components(Recipe.load(FAST)), build_components(trl_recipe(0, []))
     assert ours.recipe.images_per_round == theirs.recipe.images_per_round == 64
     assert TRL_KEYS["rounds"] == str(theirs.recipe.rounds)
@@ -74,7 +74,7 @@ CURVES = [
 ]
 
 
-def test_the_target_is_trls_end_and_the_first_version_past_it_counts(tmp_path: Path) -> None:
+def test_the_target_is_trls_last_reward_and_the_first_version_past_it_counts(tmp_path: Path) -> None:
     write_points(reversed(CURVES), tmp_path / "points.csv", "2 cores")
     points, machine = read_points(tmp_path / "points.csv")
     assert machine == "2 cores" and sorted(map(str, points)) == sorted(map(str, CURVES))
@@ -91,7 +91,7 @@ def test_the_target_is_trls_end_and_the_first_version_past_it_counts(tmp_path: P
 
 @pytest.fixture
 def small(tables: dict, tmp_path: Path) -> str:
-    """The path of the tiny recipe, with what an evaluation needs."""
+    """Return the path of the tiny recipe with an evaluation."""
     scorer = {"name": "animal_classifier", "measure": "top1"}
     tables = {**tables, "evaluation": {"images": 3, "scorers": [scorer]}, "checkpoint": {"every": 1, "keep": 9}}
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
@@ -99,7 +99,7 @@ def small(tables: dict, tmp_path: Path) -> str:
 
 
 @pytest.mark.thorough
-def test_our_side_makes_rounds_that_are_those_of_the_command(small: str, tmp_path: Path) -> None:
+def test_our_side_runs_the_same_rounds_as_the_command(small: str, tmp_path: Path) -> None:
     with our_process(small, [], tmp_path, "ours") as process:
         assert set(process.answer()["versions"]) >= {"torch", "diffusers"}
         one_round(process, bare=True)
@@ -121,7 +121,7 @@ def same_arrays(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> 
 
 
 @pytest.mark.parity
-def test_both_sides_make_rounds_and_their_adapters_are_drawn_with(
+def test_both_sides_run_rounds_and_their_adapters_sample_images(
     small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "trl-seed0"
@@ -143,7 +143,7 @@ def test_both_sides_make_rounds_and_their_adapters_are_drawn_with(
     assert next(point.seconds for point in points if (point.side, point.round) == (TRL, 2)) == 3.0
 
 
-def test_a_side_that_dies_says_why(small: str, tmp_path: Path) -> None:
+def test_a_side_that_dies_reports_its_error(small: str, tmp_path: Path) -> None:
     with (
         our_process(small, ["--rounds", "0"], tmp_path, "ours") as process,
         pytest.raises(RuntimeError, match="rounds"),

@@ -1,4 +1,4 @@
-"""The algorithm study: which runs it has, how results become a table, and that every algorithm is in it."""
+"""The algorithm study: its runs, its table, and that every algorithm is included."""
 
 import csv
 from pathlib import Path
@@ -31,7 +31,7 @@ def result(setting: str, seed: int, rewards: list[float]) -> dict:
     }
 
 
-def test_every_algorithm_of_the_room_is_in_it_with_three_seeds_at_as_many_pictures() -> None:
+def test_every_algorithm_is_studied_with_three_seeds_and_equally_many_images() -> None:
     runs = all_runs()
     assert len(runs) == len({run.name for run in runs}) and {run.seed for run in runs} == set(SEEDS) and len(SEEDS) >= 3
     recipes = {run.setting: build_components(Recipe.load(run.recipe, list(run.overrides))).recipe for run in runs}
@@ -56,7 +56,7 @@ def test_table_csv_and_chart_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_a_picture_costs_more_where_the_same_pictures_are_learned_from_more_often(tables: dict, tmp_path: Path) -> None:
+def test_an_image_costs_more_with_more_inner_epochs(tables: dict, tmp_path: Path) -> None:
     tables["sampling"] |= {"batches_per_round": 1}
     recipes = {}
     for name, epochs in (("once", 1), ("often", 6)):

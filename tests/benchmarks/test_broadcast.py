@@ -1,11 +1,11 @@
-"""A broadcast's figures from who had the weights when, by hand."""
+"""A broadcast's times from arrival times, by hand."""
 
 import pytest
 
 from benchmarks.broadcast import Arrival, summary
 
 
-def test_a_broadcasts_milliseconds() -> None:
+def test_broadcast_milliseconds_by_hand() -> None:
     arrivals = [
         Arrival("a", 10.02, 10.03),
         Arrival("a", 10.04, 10.05),

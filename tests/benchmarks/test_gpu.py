@@ -1,4 +1,4 @@
-"""The GPU benchmark: its tables by hand, and its way through on a CPU, where Ray cannot be imported."""
+"""The GPU benchmark: its tables by hand, and a complete run on a CPU where Ray cannot be imported."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def round_of(sampling: float, learning: float, images: int, bare: dict[str, floa
     return {"steps": 50, "images": images, "first": {"round": 7.0}, "round": times, "bare": bare}
 
 
-def test_costs_shares_and_ratios_are_those_worked_out_by_hand(tmp_path: Path) -> None:
+def test_costs_shares_and_ratios_by_hand(tmp_path: Path) -> None:
     found = {
         "device": DEVICE,
         "ours, eager": round_of(8.0, 12.0, 16, {"sampling": 7.2, "learning": 9.0}),

@@ -1,4 +1,4 @@
-"""The benchmark of other families goes its whole way in its small form, and its random pipelines load and sample."""
+"""The benchmark of other families runs in its small form, and its random pipelines load and sample."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from tests.tiny_families import MAKERS, policy_table
 
 
 @pytest.mark.thorough
-def test_a_round_of_each_family_is_measured_in_the_small_form(tmp_path: Path) -> None:
+def test_a_round_of_each_family_is_measured_with_tiny_models(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -35,8 +35,8 @@ def test_a_round_of_each_family_is_measured_in_the_small_form(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
-def test_a_pipeline_of_random_weights_draws_pictures(family: str, tmp_path: Path) -> None:
-    """From the configuration files of a small one, where the benchmark has those of the published."""
+def test_a_pipeline_of_random_weights_samples_images(family: str, tmp_path: Path) -> None:
+    """Use the configuration files of a small model in place of the published ones."""
     keys = {"t5": False} if family == "sd3" else {}
     config: DiffusersConfig = build(
         POLICIES, policy_table(family, MAKERS[family](tmp_path / "small"), **keys), "policy"

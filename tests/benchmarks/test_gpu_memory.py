@@ -1,4 +1,4 @@
-"""The memory table without a GPU: a tiny model's work is counted operation by operation, and the plan said as much."""
+"""The memory table without a GPU: the counted bytes of a tiny model's work agree with the plan."""
 
 import csv
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.thorough
-def test_what_the_plan_lets_onto_a_device_runs_there_and_takes_what_it_said(tmp_path: Path) -> None:
+def test_planned_batches_run_and_take_the_predicted_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_memory", "--tiny", "--device", "cpu", "--dtype", "float32"]
     subprocess.run([*command, "--threads", "1", "--out", str(tmp_path)], check=True, timeout=300)
     with (tmp_path / "gpu_memory.csv").open() as file:

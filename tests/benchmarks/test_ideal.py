@@ -1,4 +1,4 @@
-"""The ideal that overlap is held against, by hand; and stand-ins that do what the real actors do."""
+"""The ideal round of the overlap benchmark by hand, and stand-ins with the real actors' interface."""
 
 import inspect
 
@@ -26,13 +26,13 @@ def test_without_lag_one_side_waits_for_the_other() -> None:
         ((2.0, 0.5, 2.0), 2, 2.0),
     ],
 )
-def test_with_lag_the_slowest_side_decides_or_the_way_through_all(
+def test_with_lag_the_slowest_side_or_the_latency_decides(
     sides: tuple[float, float, float], lag: int, seconds: float
 ) -> None:
     assert ideal_seconds(sides, 0.1, lag) == pytest.approx(seconds)
 
 
-def test_tasks_are_whole() -> None:
+def test_tasks_are_indivisible() -> None:
     assert Proportion("", samplers=4, reward_workers=1, tasks=9, sample=0.5, score=0, update=0).sampling == 1.5
 
 
@@ -44,12 +44,12 @@ def test_tasks_are_whole() -> None:
         (1, 1.0, 3.0),  # at 1, 2, 3, 4 s; sampled after 1 s: 1 + 4 × 1 − 2
     ],
 )
-def test_what_scoring_is_left_when_the_last_task_is_drawn(reward_workers: int, score: float, tail: float) -> None:
+def test_remaining_scoring_after_the_last_task_is_sampled(reward_workers: int, score: float, tail: float) -> None:
     proportion = Proportion("", 2, reward_workers, tasks=4, sample=1.0, score=score, update=0)
     assert proportion.tail == pytest.approx(tail)
 
 
-def test_every_side_and_the_way_through_all_is_what_decides_somewhere() -> None:
+def test_each_side_and_the_latency_decide_in_some_setting() -> None:
     deciding = set()
     for proportion in PROPORTIONS:
         sides = {"sampling": proportion.sampling, "scoring": proportion.scoring, "learning": proportion.update}
@@ -58,7 +58,7 @@ def test_every_side_and_the_way_through_all_is_what_decides_somewhere() -> None:
     assert deciding == {"sampling", "scoring", "learning", "the way through all"}
 
 
-def test_the_models_row_leaves_out_the_rounds_that_have_less_beside_them() -> None:
+def test_the_models_row_excludes_rounds_without_overlap() -> None:
     metrics = [
         {"seconds/sample": 2.0, "seconds/score": 0.2, "seconds/learn": 1.0, "seconds/round": seconds}
         for seconds in (9.0, 9.0, 2.0, 2.4, 9.0)
@@ -74,7 +74,7 @@ def test_the_models_row_leaves_out_the_rounds_that_have_less_beside_them() -> No
         (StandInLearner, Learner, ("stacks", "weights", "state", "load_state", "begin", "update")),
     ],
 )
-def test_a_stand_in_is_called_like_the_real_one(stand_in: type, real: type, methods: tuple[str, ...]) -> None:
+def test_a_stand_in_has_the_real_actors_signature(stand_in: type, real: type, methods: tuple[str, ...]) -> None:
     for method in methods:
         ours, theirs = (inspect.signature(getattr(each, method)).parameters for each in (stand_in, real))
         # Ray adds a parameter of its own to the methods of a class that was made an actor in this process.

@@ -1,4 +1,4 @@
-"""The lag study: its list is what it says it is, its clock is the schedule's formula, and made runs are not made again."""
+"""The lag study: its list of runs, its clock, and that existing runs are not repeated."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def result(setting: str, seed: int, round_images: int, rewards: list[float]) -> 
     }
 
 
-def test_there_are_at_most_sixty_runs_and_each_is_a_recipe_that_draws_as_many_pictures() -> None:
+def test_at_most_sixty_runs_sample_equally_many_images() -> None:
     runs = all_runs(IMAGES)
     assert len(runs) == len({run.name for run in runs}) <= 60
     for run in runs:
@@ -46,7 +46,7 @@ def test_there_are_at_most_sixty_runs_and_each_is_a_recipe_that_draws_as_many_pi
         assert recipe.max_policy_lag == setting_parts(run.setting)[1]
 
 
-def test_every_setting_has_all_seeds_before_a_later_tier_begins() -> None:
+def test_a_tier_runs_with_all_seeds_before_the_next_tier() -> None:
     runs = all_runs(IMAGES)
     first = [run.setting for run in runs[:4]]
     assert first == ["large-lag0-plain", "large-lag1-plain", "large-lag2-plain", "large-lag0-parts"]
@@ -82,7 +82,7 @@ def test_a_round_in_parts_by_hand(samplers: int, parts: int, seconds: float) -> 
     assert round_seconds(8, 1, 6, 0, (samplers, 4, parts)) == pytest.approx(seconds)
 
 
-def test_all_runs_share_what_a_picture_takes_but_for_what_a_correction_adds() -> None:
+def test_all_runs_share_the_time_per_image_except_for_corrections() -> None:
     quiet, loaded = (result("large-lag0-plain", 0, 64, [1.0] * 3) for _ in range(2))
     loaded["rounds"] = [{**metrics, "seconds/learn": 60.0} for metrics in loaded["rounds"][:1]]
     in_parts, masked = result("large-lag0-parts", 0, 64, [1.0]), result("large-lag1-mask", 0, 64, [1.0])
@@ -92,18 +92,18 @@ def test_all_runs_share_what_a_picture_takes_but_for_what_a_correction_adds() ->
     assert paces([quiet, loaded, in_parts, masked], {"plain": 1.0, "mask": 1.5}) == expected
 
 
-def test_at_lag_one_a_round_takes_at_least_half_of_one_in_step() -> None:
+def test_at_lag_one_a_round_takes_at_least_half_the_time_of_lag_zero() -> None:
     assert round_seconds(5, 4, 5, 1, (1, 1, 1)) == pytest.approx(7)  # (5 + 4 + 5) / 2 is more than any part
 
 
-def test_a_curve_is_the_mean_of_the_last_sixty_four_pictures() -> None:
+def test_a_curve_is_the_mean_of_the_last_sixty_four_images() -> None:
     images, means = curve(result("small-lag0-plain", 10, 16, [1, 2, 3, 4, 5, 6]))
     assert images.tolist() == [64, 80, 96] and means.tolist() == [2.5, 3.5, 4.5]
     images, means = curve(result("large-lag0-plain", 10, 64, [1, 2]))
     assert images.tolist() == [64, 128] and means.tolist() == [1, 2]
 
 
-def test_the_tables_line_by_hand() -> None:
+def test_a_table_line_by_hand() -> None:
     runs = [result("large-lag0-plain", seed, 64, [1.0, 2.0]) for seed in (0, 1)]
     line = table(runs, 1, {}).splitlines()[2]
     seconds = (8 + 1 / 4 + 6) / 64
@@ -119,7 +119,7 @@ def study(tmp_path: Path, *words: str) -> str:
 
 
 @pytest.mark.thorough
-def test_what_the_results_have_is_listed_as_done_not_made_again_and_drawn(tmp_path: Path) -> None:
+def test_existing_results_are_listed_kept_and_plotted(tmp_path: Path) -> None:
     runs = [result("large-lag1-plain", seed, 64, [-2.5] * 12) for seed in SEEDS]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     (tmp_path / "costs.json").write_text(json.dumps({"update over the plain one": {"plain": 1.0}}))
@@ -134,7 +134,7 @@ def test_what_the_results_have_is_listed_as_done_not_made_again_and_drawn(tmp_pa
 
 
 @pytest.mark.thorough
-def test_a_number_of_pictures_that_makes_no_whole_rounds_is_refused(tmp_path: Path) -> None:
+def test_images_that_do_not_fill_rounds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as refused:
         study(tmp_path, "--list", "--images", "100")
     assert "--images is 100: it must be a multiple of 64" in refused.value.stderr

@@ -1,4 +1,4 @@
-"""The pipeline of random weights is one: it loads, samples and learns in half precision, and is always the same."""
+"""The pipeline of random weights loads, samples and learns in half precision, and is reproducible."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ SAMPLING = SamplingTable(num_steps=2)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_it_draws_pictures_that_are_neither_flat_nor_overflown(dtype: str, tmp_path: Path) -> None:
+def test_sampled_images_are_neither_flat_nor_overflowed(dtype: str, tmp_path: Path) -> None:
     model = save_random_pipeline(tmp_path / "model", "tiny")
     policy = StableDiffusion(model=str(model), dtype=dtype).load("cpu", SAMPLING, "sampler")
     trajectory = sample_trajectories(policy, ["a cat", "a cat with a very long name"], [1, 2], SAMPLING)

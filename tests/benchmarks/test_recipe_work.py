@@ -1,4 +1,4 @@
-"""Counted operations: those of the formula of FLUX's layers, and the figures that the documentation has of each recipe."""
+"""Counted operations agree with the formula of FLUX's layers and with the documentation's numbers."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ WIDTH, TEXT, IMAGE, DOUBLE, SINGLE = 3072, 512, 1024, 19, 38  # FLUX.1-dev at 51
 
 
 def flux_forward(rank: int) -> int:
-    """Return the operations of a row by the layers' sizes: two for each weight that a token meets; attention beside them."""
+    """Return the operations of one row from the layers' sizes: two per weight and token, plus attention."""
     tokens, width = TEXT + IMAGE, WIDTH
     layer = 12 * width**2 * tokens  # attention 4 and feed-forward 8 in a double layer, fused ones in a single one
     adapters = rank * width * tokens * (DOUBLE * (4 * 2 + 2 * 5) + SINGLE * 3 * 2)
@@ -26,8 +26,8 @@ def flux_forward(rank: int) -> int:
 
 
 @pytest.mark.thorough
-def test_flux_takes_the_operations_that_the_sizes_of_its_layers_say() -> None:
-    """With twelve billion parameters on the meta device, a quarter of a minute."""
+def test_flux_operations_follow_from_its_layer_sizes() -> None:
+    """Count twelve billion parameters on the meta device, which takes a quarter of a minute."""
     parts = build_components(Recipe.load(RECIPES / "families" / "flux_dev_pickscore.toml", []))
     assert isinstance(parts.policy, Flux)
     row = row_work(parts.policy, parts.recipe.sampling)
@@ -37,7 +37,7 @@ def test_flux_takes_the_operations_that_the_sizes_of_its_layers_say() -> None:
 
 
 def figures_of(name: str) -> tuple[str, str]:
-    """Return what the page's table says of a recipe: TFLOP an image, GPU-hours."""
+    """Return the page's numbers of a recipe: TFLOP per image, and GPU-hours."""
     found = re.search(rf"^\| `{name}\.toml` \|[^|]*\|[^|]*\| ([^|]*) \| ([^|]*) \|$", PAGE, re.MULTILINE)
     assert found, f"{name} has no row"
     return found[1], found[2]
@@ -45,7 +45,7 @@ def figures_of(name: str) -> tuple[str, str]:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["sd15_aesthetic", "families/sd35_medium_pickscore", "families/flux_dev_pickscore"])
-def test_the_page_has_the_operations_that_were_counted(name: str) -> None:
+def test_the_page_shows_the_counted_operations(name: str) -> None:
     recipe = Recipe.load(RECIPES / f"{name}.toml", [])
     flops = image_work(build_components(recipe))
     hours = flops * recipe.images_per_round * recipe.rounds / FLOPS_A_SECOND / 3600

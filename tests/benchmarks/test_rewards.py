@@ -1,4 +1,4 @@
-"""The benchmark of rewards: rates by hand, and what it runs is what the room has."""
+"""The benchmark of rewards: rates by hand, and its cases are registered rewards."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_a_rate_is_the_batch_over_the_seconds() -> None:
     assert list(table(measured))[2:] == ["| `a` | 32 | 2 |", "| `b` | – | 4,000 |"]
 
 
-def test_the_first_turn_does_not_count_and_the_others_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_turn_is_a_warm_up_and_the_others_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 100.0, 1.0, 20.0, 3.0, 40.0, 2.0, 30.0])
     monkeypatch.setattr(rewards, "seconds", lambda run: (run(), next(clock))[1])
     called: list[str] = []
@@ -31,7 +31,7 @@ def test_the_first_turn_does_not_count_and_the_others_are_interleaved(monkeypatc
     assert called == ["a", "b"] * 4
 
 
-def test_what_is_measured_is_in_the_room_and_runs(tmp_path: Path) -> None:
+def test_measured_rewards_are_registered_and_run(tmp_path: Path) -> None:
     assert set(LIGHT + CLIPS) <= set(REWARDS)
     found = list(cases(["brightness"], tmp_path))
     assert [(case.side, case.batch) for case in found] == [(64, 16), (512, 16)]

@@ -1,4 +1,4 @@
-"""The benchmark of rounding: computed alike, bits are equal; computed in another dtype, they are not."""
+"""The benchmark of rounding: equal numerics give equal bits, another dtype does not."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from benchmarks.rounding import measured
 
 
 @pytest.mark.thorough
-def test_like_compared_with_like_is_exact_whatever_the_processor(tmp_path: Path) -> None:
+def test_equal_numerics_give_equal_log_probs_on_any_processor(tmp_path: Path) -> None:
     found = measured(tmp_path)
     assert found["alike"] == 0.0
     assert isinstance(found["apart"], float) and found["apart"] > 0.0

@@ -1,4 +1,4 @@
-"""The three steps' parts: voters agree with the taste that they stand for, and the table is right by hand."""
+"""Parts of the three steps: voters agree with their taste, and the table is correct by hand."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ray_ddpo.learner.aesthetic_head.table import read_table
 from tests.rated_images import save_images, warmth
 
 
-def test_voters_are_counted_whole_agree_with_the_taste_and_follow_their_seed() -> None:
+def test_votes_are_whole_follow_the_taste_and_depend_on_the_seed() -> None:
     tastes = np.random.default_rng(0).normal(size=300)
     votes = vote(tastes, 0)
     assert votes.shape == (300, 10) and (votes.sum(1) == VOTERS).all()
@@ -24,7 +24,7 @@ def test_voters_are_counted_whole_agree_with_the_taste_and_follow_their_seed() -
     assert np.array_equal(vote(tastes, 0), votes) and not np.array_equal(vote(tastes, 1), votes)
 
 
-def test_the_table_of_votes_is_one_that_the_command_reads(tmp_path: Path) -> None:
+def test_the_command_reads_the_table_of_votes(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in save_images(tmp_path, 30)]
     rate(paths, tmp_path / "ratings.csv", 0)
     images = read_table(tmp_path / "ratings.csv")
@@ -33,7 +33,7 @@ def test_the_table_of_votes_is_one_that_the_command_reads(tmp_path: Path) -> Non
     assert (spearman(images.ratings, tastes) or 0) > 0.9
 
 
-def test_the_recipe_takes_the_scorers_and_the_head_by_override() -> None:
+def test_the_recipe_accepts_scorers_and_head_as_overrides() -> None:
     overrides = ["--evaluation.scorers", SCORERS, "--reward.clip", "a/clip", "--reward.head", "a/head.safetensors"]
     recipe = build_components(Recipe.load(RECIPE, overrides)).recipe
     assert [scorer.name for scorer in recipe.evaluation.scorers] == ["function", "animal_classifier"]
@@ -42,7 +42,7 @@ def test_the_recipe_takes_the_scorers_and_the_head_by_override() -> None:
     assert warmth_of(np.stack([red, blue]), ["a", "b"], [{}, {}]) == pytest.approx([1, -0.2])
 
 
-def test_table_and_small_picture_by_hand(tmp_path: Path) -> None:
+def test_table_and_small_image_by_hand(tmp_path: Path) -> None:
     test = {"images": 40, "srcc": 0.8, "plcc": 0.7, "mse": 0.5, "mse_of_mean": 2.0}
     scorers = {"function": {"before": 0.05, "after": 0.2}, "animal_classifier": {"before": 0.9, "after": 0.8}}
     summary = {
