@@ -280,8 +280,8 @@ def _refuse_what_cannot_travel(parts: Components) -> None:
                 cloudpickle.dumps(component)
         except ValueError as error:
             raise ValueError(
-                f"{what} cannot be sent to other processes ({error}): train in one process with --serial, or make what it "
-                "holds inside of it, at its first call"
+                f"{what} cannot be sent to other processes ({error}): train in one process with --serial, move its "
+                "class into a module, or make what it holds at its first call"
             ) from error
 
 

@@ -1,24 +1,20 @@
-"""Functions and classes of a script travel to Ray's processes by value, and train the same bits as named ones in one process."""
+"""A script's own function travels to Ray's processes by value, and trains the same bits as a named one in one process."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ray_ddpo import ClippedPolicyGradient, Prompt, PromptSource, Recipe, Tracker, train
-from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
+from ray_ddpo import Prompt, PromptSource, Recipe, Tracker, train
 from tests.test_api import fingerprint, one_round
-from tests.whole_components import LiveRounds
+from tests.whole_components import RLOO, Family, LiveRounds
 
 pytestmark = pytest.mark.system
 OWN = "tests.whole_components"
 
 
 def components_of_a_script(model: Path) -> dict[str, Any]:
-    """Components whose classes no other process can import, because they are defined inside of a function."""
-
-    class MyFamily(StableDiffusion):
-        pass
+    """Return components of which the reward, the prompts and the tracker are of code that no other process can import."""
 
     class MyCats(PromptSource):
         def listed(self) -> list[str]:
@@ -26,12 +22,6 @@ def components_of_a_script(model: Path) -> dict[str, Any]:
 
         def load(self) -> Any:
             return lambda generator: Prompt(f"cat number {generator.integers(3)}")
-
-    class MyRLOO(ClippedPolicyGradient):
-        def worth(self, statistics: Any, prompts: list[str], rewards: Any, images_per_prompt: int) -> Any:
-            groups = rewards.reshape(-1, images_per_prompt)
-            others = (groups.sum(1, keepdims=True) - groups) / max(images_per_prompt - 1, 1)
-            return statistics, (groups - others).ravel()
 
     class MyRounds(Tracker):
         def check(self) -> None:
@@ -42,10 +32,10 @@ def components_of_a_script(model: Path) -> dict[str, Any]:
 
     level = 255
     return {
-        "policy": MyFamily(model=str(model)),
+        "policy": Family(model=str(model)),
         "prompts": MyCats(),
         "reward": lambda images, prompts, metadata: images[..., 0].mean(axis=(1, 2)) / level,
-        "algorithm": MyRLOO(clip_range=1e-3),
+        "algorithm": RLOO(clip_range=1e-3),
         "trackers": [MyRounds()],
     }
 
