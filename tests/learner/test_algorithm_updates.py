@@ -100,11 +100,11 @@ def test_old_predictions_are_those_of_the_weights_that_sampled(tables: dict) -> 
     parts = parts_with({**tables, "algorithm": algorithm}, **keys, **ONE_STEP)
     learner = learner_of(parts)
     learn(learner, parts, 0)
-    sampled, present = learner.weights()[0], learner.state().trained
-    sampled = with_advantages(sample_round(parts, sampled, 1), parts)
+    behavior, present = learner.weights()[0], learner.state().trained
+    sampled = with_advantages(sample_round(parts, behavior, 1), parts)
     policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
-    pairs = learner._pairs_of(sampled.batch, _transitions(sampled))
-    load_weights(policy.network, sampled)
+    pairs = learner._training_items(sampled.batch, _transitions(sampled))
+    load_weights(policy.network, behavior)
     every = pairs.indices_of(np.arange(4))
     with torch.no_grad():
         old = [_denoise(policy, pairs.batch([pair]))[0] for pair in every]
@@ -176,7 +176,7 @@ def test_only_the_images_that_count_enter_the_sparse_steps(tables: dict) -> None
     learner = learner_of(parts)
     sampled = sample_round(parts, learner.weights()[-1])
     batch = dataclasses.replace(sampled.batch, advantages=np.array([1.0, 0, 0, 1, 1, 0, 1, 1]), dropped=())
-    steps = learner._optimizer_steps_of(batch, learner._pairs_of(batch, _transitions(sampled)), 0)
+    steps = learner._optimizer_steps_of(batch, learner._training_items(batch, _transitions(sampled)), 0)
     assert [len(step) for step in steps] == [5]  # four make a step, and what is left over joins it
     assert {image for step in steps for image, _ in step} == {0, 3, 4, 6, 7}
     metrics, _ = learner.update(batch, *sampled.trajectories)

@@ -72,8 +72,8 @@ def test_references_are_of_the_updates_start_and_of_the_behavior_policy(
     values = {"max_policy_lag": lag, "learner__inner_epochs": inner_epochs}
     parts = dataclasses.replace(parts_with(tables, **values), algorithm=Watching())
     learner, sampled = lagging(parts)
-    sampled, start = learner.weights()[0], learner.weights()[-1]
-    assert (sampled.fingerprint == start.fingerprint) == (lag == 0)
+    behavior, start = learner.weights()[0], learner.weights()[-1]
+    assert (behavior.fingerprint == start.fingerprint) == (lag == 0)
     SEEN.clear()
     learner.update(sampled.batch, *sampled.trajectories)
     assert len(SEEN) == 2 * 2 * inner_epochs  # two optimizer steps of two micro-batches
@@ -87,7 +87,7 @@ def test_references_are_of_the_updates_start_and_of_the_behavior_policy(
             torch.testing.assert_close(batch.proximal_log_probs, expected, rtol=0, atol=0)
         if batch.behavior_means is not None:
             torch.testing.assert_close(
-                batch.behavior_means, transition_under(parts, sampled, batch).mean, rtol=0, atol=0
+                batch.behavior_means, transition_under(parts, behavior, batch).mean, rtol=0, atol=0
             )
     assert all(batch.proximal_log_probs is not None and batch.behavior_means is not None for batch in SEEN[2:])
 
@@ -169,13 +169,13 @@ def test_the_gradient_is_that_of_the_decoupled_loss_over_unmasked_transitions(ta
     tables = {**tables, "algorithm": {"name": "ddpo_is", "clip_range": CLIP, "off_policy": off_policy}}
     parts = parts_with(tables, max_policy_lag=1, **ONE_STEP)
     learner, sampled = lagging(parts)
-    sampled, start = learner.weights()
+    behavior, start = learner.weights()
     policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
     transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
     pairs = transitions.indices_of(np.arange(4))
     load_weights(policy.network, start)
     old = {}
-    with torch.no_grad(), temporary_weights(policy.network, sampled, start):
+    with torch.no_grad(), temporary_weights(policy.network, behavior, start):
         for pair in pairs:
             batch = transitions.batch([pair])
             old[pair] = policy.transition(batch.latents, batch.steps, batch.conditioning).mean.numpy()
@@ -209,8 +209,8 @@ def test_weights_that_are_not_the_present_ones_are_given_back_to_the_last_bit(ta
     learner, sampled = lagging(parts)
     batch, steps = sampled.batch, [[(0, 0), (1, 0)]]
     transitions = round_transitions(sampled.trajectories, batch.advantages, "cpu")
-    sampled, present = learner.weights()
-    update = Update(transitions, [steps], sampled, present)
+    behavior, present = learner.weights()
+    update = Update(transitions, [steps], behavior, present)
     references = references_of(learner._algorithm, learner._policy, update, 8)
     arrays = {name: value.detach().numpy() for name, value in learner._parameters.items()}
     assert set(references.behavior_means) == {(0, 0), (1, 0)} and not references.proximal_log_probs

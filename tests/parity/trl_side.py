@@ -74,12 +74,12 @@ class WatchedTrainer(DDPOTrainer):
         return given
 
     def _generate_samples(self, iterations: int, batch_size: int) -> Any:
-        samples, images = super()._generate_samples(iterations, batch_size)
+        samples, scored = super()._generate_samples(iterations, batch_size)
         paths = [torch.cat([batch["latents"], batch["next_latents"][:, -1:]], dim=1) for batch in samples]
         self.note("latents", torch.cat(paths))
         self.note("log_probs", torch.cat([batch["log_probs"] for batch in samples]))
-        self.note("images", torch.cat([images for images, _, _ in images]))
-        return samples, images
+        self.note("images", torch.cat([images for images, _, _ in scored]))
+        return samples, scored
 
     def _train_batched_samples(self, inner_epoch: int, epoch: int, global_step: int, batched_samples: list) -> int:
         advantages = torch.cat([batch["advantages"] for batch in batched_samples])
