@@ -21,7 +21,11 @@ cli.command()
 
 
 def python(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        **({"RAY_DDPO_CACHE": str(folder / "cache")} if folder else {}),
+    }
     command = [sys.executable, *words]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
 

@@ -145,7 +145,7 @@ def test_the_example_is_pretrained_trained_reported_and_sampled(
         ["push", str(run), "zoo/digits", "--dry-run", "published", "--push.license", "mit"],
     ):
         assert cli.main(command) == 0, command
-    assert "ddpo sample samples with these weights" in Path("published/README.md").read_text()
+    assert "use ddpo sample for these weights" in Path("published/README.md").read_text()
     assert "reads" in json.loads((run / "report" / "summary.json").read_text())["scorers"]
     assert cli.main(["sample", "--lora", str(run), "seven", "a 3"]) == 0
     assert len(list((run / "samples").glob("*.png"))) == 2

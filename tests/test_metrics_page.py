@@ -9,6 +9,7 @@ import pytest
 
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trackers.ray_metrics import RaySeries, series_of
+from ray_ddpo.train import run_training
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 

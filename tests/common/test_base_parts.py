@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ray_ddpo.actors.rewards.aesthetic import Aesthetic
+from ray_ddpo.actors.rewards.function import FunctionReward
 from ray_ddpo.common.base_parts import BasePart, LoadedBase, entry_base
 from ray_ddpo.common.diffusion.families.stable_diffusion import StableDiffusion
 from ray_ddpo.common.model_files.model_hub import Weights
@@ -87,7 +88,7 @@ def test_a_rewards_files_and_a_prompt_file_have_the_key_that_names_them(model: P
 
 def test_any_files_of_a_users_own_weights_are_read_by_their_patterns(tmp_path: Path) -> None:
     (tmp_path / "net.pt").write_bytes(b"1")
-    reward = Function(path="tests.user_functions:brightness")
+    reward = FunctionReward(path="tests.user_functions:brightness")
     found = entry_base(reward, "reward", (Weights(str(tmp_path), ("*.pt",), "reward.model"),))
     assert found["reward.model"].path == str(tmp_path / "net.pt")
 
@@ -105,7 +106,7 @@ def test_a_users_module_has_the_modules_that_it_imports_with_it(
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert sorted(user_sources("mine.score")) == ["beside_mine", "mine", "mine.parts", "mine.score"]
     assert user_sources("numpy") == user_sources("ray_ddpo.actors.sampler") == user_sources("nowhere_at_all") == {}
-    reward = Function(path="mine.score:f")
+    reward = FunctionReward(path="mine.score:f")
     assert sorted(entry_base(reward, "reward", label="function")) == [
         "reward.path of function",
         "reward.path of function/beside_mine",

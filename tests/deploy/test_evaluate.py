@@ -14,6 +14,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.png import from_png
 from ray_ddpo.deploy.commands.evaluate import changes, in_words
 from ray_ddpo.deploy.evaluation.eval_result import EvalResult
+from ray_ddpo.train import run_training
 
 IMAGES = {"images": 6, "batch_size": 4}
 

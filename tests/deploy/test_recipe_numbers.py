@@ -74,7 +74,7 @@ def accepted(tables: dict[str, Any], place: Place, value: Any) -> Recipe | None:
     except ValueError as error:
         text, key = str(error), ".".join(place)
         assert "\n" not in text and type(error) is ValueError, text
-        named = key in text or place[-1] in text or "noise = " in text  # the last: of several keys, their product
+        named = key in text or place[-1] in text or "steps = " in text  # the last: of several keys, their product
         assert named, f"{key} = {value!r} is refused without its name: {text}"
         return None
     return recipe

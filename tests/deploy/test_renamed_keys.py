@@ -11,7 +11,7 @@ SERVICE = ["--reward.name", "http", "--reward.url", "http://127.0.0.1:1"]
 
 def load(key: str, value: str) -> None:
     """Check a shipped recipe in which `key` is `value`."""
-    shipped = "tiny/rwr" if key == "algorithm.noisings" else "demo"
+    shipped = "tiny/rwr" if key == "algorithm.noisings" else "tiny/jpeg"
     components_of(Recipe.load(shipped, [*(SERVICE if key.startswith("reward.") else []), f"--{key}", value]))
 
 
@@ -38,7 +38,7 @@ def test_an_old_value_is_refused_with_the_new_one(key: str, old: str) -> None:
 @pytest.mark.parametrize("new", sorted(RENAMED.values()))
 def test_every_new_name_is_a_key(new: str) -> None:
     with pytest.raises(ValueError) as error:
-        shipped = "tiny/rwr" if new == "algorithm.noised_samples" else "demo"
+        shipped = "tiny/rwr" if new == "algorithm.noised_samples" else "tiny/jpeg"
         components_of(Recipe.load(shipped, [*(SERVICE if new.startswith("reward.") else []), f"--{new}", "{}"]))
         raise ValueError("")  # an empty table is accepted as one
     assert "is not a key" not in str(error.value) and "is called" not in str(error.value)

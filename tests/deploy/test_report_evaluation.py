@@ -16,6 +16,7 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.report.evaluation import evaluation_section, guard_sentences
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.deploy.evaluation.eval_result import EvalResult
+from ray_ddpo.train import run_training
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.report.numbers import number
 from ray_ddpo.deploy.commands.report.report import summary
 from ray_ddpo.deploy.evaluation.eval_result import EvalComparison
+from ray_ddpo.train import run_training
 from tests.conftest import SECRET
 
 

@@ -71,7 +71,7 @@ def test_a_run_is_submitted_from_the_root_with_its_name_a_grace_and_resume(recor
     assert re.fullmatch(r"demo-\d{8}-\d{6}", submitted.option("--submission-id"))
     assert metadata_of(submitted) == {
         "job_name": "demo",
-        "rounds": "12",
+        "rounds": "28",
         "folder": "s3://bucket/runs/demo",
         "report": "s3://bucket/runs/demo/report/report.html",
     }

@@ -53,7 +53,7 @@ def test_no_rounding_ends_a_run_and_weights_that_did_not_arrive_do(lag: int, tab
         claimed = learner.weights()[0]
         sampled = sample_round(parts, claimed, round_index)
         wrong = sample_round(parts, moved(claimed, seed=2), round_index)
-        with pytest.raises(WeightsDidNotArrive, match="when computed as the sampler computes"):
+        with pytest.raises(WeightsDidNotArrive, match="in the sampler's numerics"):
             learner.update(wrong.with_reports(fingerprint=claimed.fingerprint), *wrong.trajectories)
         learner.update(sampled.batch, *sampled.trajectories)
 

@@ -8,6 +8,7 @@ from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.commands.weights.run_weights import run_weights
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
+from ray_ddpo.train import run_training
 
 pytestmark = pytest.mark.thorough
 GUARD = Path(__file__).parents[2] / "deploy" / "recipes" / "tiny" / "guard.toml"

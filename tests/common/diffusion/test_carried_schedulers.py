@@ -226,7 +226,7 @@ REFUSED: dict[str, tuple[bool, dict[str, Any]]] = {
         {"_class_name": "EulerDiscreteScheduler", **BETAS, "timestep_type": "continuous"},
     ),
     "a scheduler that clips or thresholds": (False, {"_class_name": "DDIMScheduler", **BETAS, "thresholding": True}),
-    "a scheduler that clips unless told otherwise, and is not told": (
+    "a scheduler that clips by default, without the key": (
         False,
         {"_class_name": "DDPMScheduler", **BETAS},
     ),

@@ -256,7 +256,7 @@ def test_outside_the_window_steps_are_diffusers_deterministic_steps(policy: Stab
 
 def test_evaluation_images_are_deterministic_if_the_recipe_has_a_window(policy: StableDiffusionPolicy) -> None:
     assert evaluation_window(SAMPLING) is None
-    window = evaluation_window(sampling(window=2))
+    window = evaluation_window(sampling(sde_window=2))
     sampled = sample_trajectories(policy, PROMPTS, SEEDS, SAMPLING, window)
     assert sampled.steps.shape == (4, 0) and sampled.latents.shape[:2] == (4, 0)
     other_noise = sample_trajectories(policy, PROMPTS, [seed + 100 for seed in SEEDS], SAMPLING, window)
@@ -265,7 +265,7 @@ def test_evaluation_images_are_deterministic_if_the_recipe_has_a_window(policy: 
 
 def test_a_window_that_can_cover_a_deterministic_step_is_refused(tmp_path: Path) -> None:
     policy = tiny_policy(save_tiny_pipeline(tmp_path, set_alpha_to_one=True))
-    with pytest.raises(ValueError, match=r"stand on the steps \[3\], .* with skip_last_steps = 1"):
-        refuse_window_without_noise(policy, sampling(window=2))
-    refuse_window_without_noise(policy, sampling(window=2, skip_last_steps=1))
+    with pytest.raises(ValueError, match=r"can cover the steps \[3\], .* with skip_last_steps = 1"):
+        refuse_window_without_noise(policy, sampling(sde_window=2))
+    refuse_window_without_noise(policy, sampling(sde_window=2, skip_last_steps=1))
     refuse_window_without_noise(policy, sampling())
