@@ -33,7 +33,7 @@ def said(capsys: pytest.CaptureFixture, *arguments: object) -> str:
         (("--learner.learning_rate", "-1"), ["learner.learning_rate is -1", "greater than 0"]),
         (("--sampling.eta", "0"), ["sampling.eta is 0", "greater than 0"]),
         (("--sampling.batch_size", "3"), ["= 6 images", "learner.batch_size × gradient_accumulation_steps = 4"]),
-        (("--learner.micro_batch_size", "5"), ["= 16 pairs", "micro_batch_size = 5"]),
+        (("--learner.micro_batch_size", "5"), ["= 16 transitions", "micro_batch_size = 5"]),
         (("--learner.world_size", "3"), ["= 4 images", "learner.world_size = 3 does not divide"]),
         (
             ("--learner.world_size", "4"),
