@@ -119,7 +119,7 @@ def test_documented_ddpo_commands_run_as_they_stand(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(blocks(ROOT / "docs" / "coming_from_trl.md", "json")[0])
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     run_of_the_pages = "ddpo train demo --rounds 2 --name quick"
-    for command in [run_of_the_pages, *commands("ddpo ")]:
+    for command in dict.fromkeys([run_of_the_pages, *commands("ddpo ")]):
         # The demo takes minutes: its name stands for the small recipe here.
         typed = re.sub(r"^(ddpo (?:train|plan|doctor)) demo\b", r"\1 deploy/recipes/demo.toml", command)
         done = subprocess.run(typed, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
