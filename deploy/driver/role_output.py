@@ -198,7 +198,9 @@ class DeathLines:
             cause = self._output.last_words(label, LAST_WORDS_SECONDS) or unknown
         ended = "was ended" if death.by_driver else "died"
         at = f" {death.at}" if death.at else ""
-        print(f"{label} {ended}{at}: {cause}; {then}", file=sys.stderr, flush=True)
+        # One write with its newline: print() makes two, between which another thread's line can stand.
+        sys.stderr.write(f"{label} {ended}{at}: {cause}; {then}\n")
+        sys.stderr.flush()
 
     def close(self) -> None:
         """Wait until all lines are printed."""
