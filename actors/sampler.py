@@ -2,7 +2,6 @@
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,6 +17,7 @@ from ray_ddpo.common.diffusion.prompt_lengths import cut_prompts_in_words
 from ray_ddpo.common.diffusion.rollout import refuse_window_without_noise, sample_trajectories
 from ray_ddpo.common.machine import this_machine
 from ray_ddpo.common.policy_weights import PolicyWeights
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.tables import RuntimeTable, SamplingTable
 from ray_ddpo.common.runtime import python_stacks, settle
@@ -48,7 +48,7 @@ class Sampler:
         tried = try_sampling(policy, self._policy, [prompt.text for prompt in tried_on])
         self._image_size = self._policy.image_size() or tried
         if cut := cut_prompts_in_words(self._policy.text_readers(), checked, sampling):
-            print(cut, file=sys.stderr, flush=True)
+            print_line(cut)
         refuse_window_without_noise(self._policy, sampling)
         if policy.is_compiled("sampler"):
             self._policy.compile(sampling.batch_size)

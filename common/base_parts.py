@@ -109,7 +109,7 @@ def _fingerprinted(parts: dict[str, list[Path]]) -> Base:
     """Fingerprint every part that has files."""
     host = socket.gethostname()
     with ThreadPoolExecutor(READERS) as pool:  # hashlib releases the GIL
-        digests = dict(zip(parts, pool.map(_fingerprint, parts.values()), strict=True))
+        digests = dict(zip(parts, pool.map(fingerprint, parts.values()), strict=True))
     return {
         name: BasePart(path=str(paths[0] if len(paths) == 1 else paths[0].parent), host=host, sha256=digests[name])
         for name, paths in parts.items()
@@ -117,7 +117,7 @@ def _fingerprinted(parts: dict[str, list[Path]]) -> Base:
     }
 
 
-def _fingerprint(paths: list[Path]) -> str:
+def fingerprint(paths: list[Path]) -> str:
     """Return a single file's SHA-256, as sha256sum prints it; of several files, that of their names and digests."""
     digests = {}
     for path in paths:

@@ -11,13 +11,7 @@ from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trackers.tracker import Metrics, Tracker
 from ray_ddpo.deploy.driver.cluster import stopping_what_it_started
-from ray_ddpo.handed_over import (
-    PromptsArgument,
-    RewardArgument,
-    components_given,
-    pipeline_folder,
-    with_components,
-)
+from ray_ddpo.handed_over import PromptsArgument, RewardArgument, components_given, with_components
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.run import Run
 from ray_ddpo.train import run_training
@@ -67,19 +61,10 @@ def train(
         Stopped: a signal came, or the storage or the cluster failed. The last checkpoint has what was learned.
     """
     with _errors_in_python():
-        if policy is not None and pipeline is not None:
-            raise ValueError("policy= and pipeline= are both given: a policy's model is its own, so give one of them")
+        parts = {"policy": policy, "algorithm": algorithm, "trackers": trackers, "on_round": on_round}
+        given = components_given(reward=reward, prompts=prompts, **parts)
         chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        given = components_given(
-            reward=reward,
-            prompts=prompts,
-            policy=policy,
-            algorithm=algorithm,
-            trackers=trackers,
-            on_round=on_round,
-        )
-        model = None if pipeline is None else pipeline_folder(pipeline, chosen)
-        chosen = with_components(chosen, given, model)
+        chosen = with_components(chosen, given, pipeline)
         place = chosen.run_path() if "://" in chosen.output_dir else Path(chosen.run_path()).absolute()
         with stopping_what_it_started():
             run_training(chosen, resume=resume, serial=serial, given=given)

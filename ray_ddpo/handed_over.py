@@ -1,6 +1,5 @@
 """Python objects in the place of a recipe's tables: rewards, prompts, algorithms, trackers, families and pipelines."""
 
-import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.actors.rewards.contract import check_signature
 from ray_ddpo.actors.rewards.function import FunctionReward
 from ray_ddpo.actors.rewards.reward import Reward
+from ray_ddpo.common.base_parts import fingerprint
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.prompts import PROMPTS, PromptFunction, PromptSource, Texts
@@ -63,15 +63,22 @@ def components_given(
     )
 
 
-def with_components(recipe: Recipe, given: Given, model: str | None = None) -> Recipe:
+def with_components(recipe: Recipe, given: Given, pipeline: Any = None) -> Recipe:
     """Return the recipe with tables that say what was handed over, as far as a file can.
 
     Args:
-        model: takes the place of `policy.model`.
+        recipe: the recipe.
+        given: components in the place of tables.
+        pipeline: a live pipeline or its folder, in the place of `policy.model`.
+
+    Raises:
+        ValueError: a policy and a pipeline are given, or the pipeline cannot be used.
     """
+    if given.policy is not None and pipeline is not None:
+        raise ValueError("policy= and pipeline= are both given: a policy's model is its own, so give one of them")
     tables = recipe.model_dump()
-    if model is not None:
-        tables["policy"] = {**tables["policy"], "model": model}
+    if pipeline is not None:
+        tables["policy"] = {**tables["policy"], "model": _pipeline_folder(pipeline, recipe)}
     if given.policy is not None:
         tables["policy"] = _table(given.policy, POLICIES)
     if given.algorithm is not None:
@@ -89,7 +96,7 @@ def with_components(recipe: Recipe, given: Given, model: str | None = None) -> R
     return Recipe.parse(tables, recipe.name)
 
 
-def pipeline_folder(pipeline: Any, recipe: Recipe) -> str:
+def _pipeline_folder(pipeline: Any, recipe: Recipe) -> str:
     """Return the folder of a pipeline, which is saved in the run's folder if it is a live one of diffusers.
 
     Raises:
@@ -133,7 +140,7 @@ def pipeline_folder(pipeline: Any, recipe: Recipe) -> str:
 def _weights(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of weights, by its place below the folder."""
     files = sorted(folder.rglob("*.safetensors"))
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {str(file.relative_to(folder)): fingerprint([file]) for file in files}
 
 
 def _check_kind(argument: str, value: Any, kind: type[Component]) -> None:

@@ -84,12 +84,10 @@ class Run:
         given, again = self._given, components_given(reward=reward, prompts=prompts)
         if reward is not None:
             names = [table.called for table in self._folder.load_recipe([]).all_rewards]
-            one = len(names) == 1 and not isinstance(
-                reward, Mapping
-            )  # then it is the run's, whatever it is called by now
-            given = replace(
-                given, rewards=dict(zip(names, again.rewards.values(), strict=True)) if one else again.rewards
-            )
+            # A single reward is the run's, even if the function has another name by now.
+            is_single = len(names) == 1 and not isinstance(reward, Mapping)
+            rewards = dict(zip(names, again.rewards.values(), strict=True)) if is_single else again.rewards
+            given = replace(given, rewards=rewards)
         if prompts is not None:
             given = replace(given, prompts=again.prompts)
         return report(self.folder, [], given)

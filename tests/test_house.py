@@ -14,7 +14,10 @@ from ray_ddpo.learner.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("common", "actors", "learner", "deploy", "benchmarks", "tests", "docs")
-SOURCES = [ROOT / "ray_ddpo" / "train.py", *(path for name in FOLDERS for path in sorted((ROOT / name).rglob("*.py")))]
+SOURCES = [
+    *sorted((ROOT / "ray_ddpo").glob("*.py")),
+    *(path for name in FOLDERS for path in sorted((ROOT / name).rglob("*.py"))),
+]
 LONGEST = {"ray_ddpo/train.py": 120}  # the driver is one page
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 50

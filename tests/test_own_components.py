@@ -35,7 +35,7 @@ def test_a_users_prompt_source_is_sampled_twice_with_equal_results(tables: dict)
     [
         (
             {"name": "tests.own_components:OnlyTexts"},
-            "what OnlyTexts.load returned sampled 'a cat': expected a common.prompts.Prompt",
+            "what OnlyTexts.load returned sampled 'a cat': expected a ray_ddpo.Prompt",
         ),
         (
             {"name": "function", "path": "tests.user_functions:no_prompt"},

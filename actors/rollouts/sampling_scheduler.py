@@ -108,7 +108,7 @@ class SamplingScheduler:
 
     def move(self, now: float) -> None:
         """Assign queued tasks, then let idle samplers take over tasks that wait on slow samplers."""
-        self._suspect_overdue(now)
+        self._suspect_stragglers(now)
         while self._training_tasks_queued() and (sampler := self._samplers.free()):
             self._give_next(sampler, now)
         # Never queue evaluation tasks ahead on a sampler, so that training waits for at most one.
@@ -157,7 +157,7 @@ class SamplingScheduler:
             heapq.heappush(self._behind, attempt.task.place)
         return attempt
 
-    def _suspect_overdue(self, now: float) -> None:
+    def _suspect_stragglers(self, now: float) -> None:
         """Mark stragglers as suspect, and queue their tasks again."""
         for sampler in self._samplers.loaded:
             if not sampler.calls or sampler.suspect:
@@ -166,7 +166,7 @@ class SamplingScheduler:
             if self._stragglers.is_straggler(now - sampler.head_since, images):
                 sampler.suspect = True
                 for call in sampler.calls:
-                    self._again(self._attempts[call].task, "overdue")
+                    self._again(self._attempts[call].task, "straggler")
 
     def _again(self, task: Task, reason: str) -> None:
         attempts = self._by_task.get(task.place, {}).values()

@@ -1,6 +1,5 @@
 """RolloutStream: sample and score tasks. The interface, and its implementation in one process."""
 
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from ray_ddpo.actors.rollouts.scoring_job import ScoringJob
 from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.common.metrics.round_metrics import StreamReport
 from ray_ddpo.common.policy_weights import PolicyWeights
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.schedule import Place, Stream, Task
 from ray_ddpo.common.trajectory import ImageBatch, Rollout, Scores, TaskReport, merged_scores
@@ -164,5 +164,5 @@ def report_dropped(rollouts: list[Rollout]) -> list[Rollout]:
         task = rollout.report.task
         for row, reason in rollout.scores.dropped.items():
             which = f"{task.title}, image {row} (seed {task.seeds[row]}, prompt {task.prompts[row].text!r})"
-            print(f"{which} is dropped: {reason}", file=sys.stderr, flush=True)
+            print_line(f"{which} is dropped: {reason}")
     return rollouts

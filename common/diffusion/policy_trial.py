@@ -45,9 +45,7 @@ def _loaded(config: PolicyConfig, device: str, sampling: SamplingTable, role: Ro
     if not is_users_own(config, POLICIES):
         return config.load(device, sampling, role)
     policy, name = call(config, "load", device, sampling, role), f"{type(config).__name__}.load"
-    refuse_unless(
-        isinstance(policy, Policy), f"{name} returned {described(policy)}", "a Policy of common.diffusion.policy"
-    )
+    refuse_unless(isinstance(policy, Policy), f"{name} returned {described(policy)}", "a ray_ddpo.Policy")
     lacking = [field for field in Policy.__annotations__ if not hasattr(policy, field)]
     refuse_unless(
         not lacking, f"{name} returned a {type(policy).__name__} without {', '.join(lacking)}", "all fields of Policy"

@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import psutil
 from pydantic import BaseModel, Field, ValidationError
 
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage
 
@@ -92,7 +92,7 @@ class Lease:
         try:
             self._remove()
         except OSError as error:  # a later start sees that this process is gone
-            print(f"the lease of {self._storage.location} cannot be removed: {error}", file=sys.stderr, flush=True)
+            print_line(f"the lease of {self._storage.location} cannot be removed: {error}")
 
     def check(self, failed: bool) -> None:
         """Raise LeaseLost if another process holds the lease now.
@@ -148,9 +148,7 @@ class Lease:
             return
         if owner and _lives(owner):
             self._refuse(owner)
-        print(
-            f"taking over {self._storage.location} from {_who(owner)}, which ended without closing it", file=sys.stderr
-        )
+        print_line(f"taking over {self._storage.location} from {_who(owner)}, which ended without closing it")
         self._storage.remove(LEASE)
 
     def _refuse(self, owner: dict[str, Any]) -> None:
@@ -179,10 +177,10 @@ class Lease:
             except OSError as error:
                 # Full disk or network failure. If the lease cannot be read for a minute, another start may have it.
                 self._lost = time.time() - self._seen > LEASE_SECONDS
-                print(f"the lease cannot be renewed: {error}", file=sys.stderr, flush=True)
+                print_line(f"the lease cannot be renewed: {error}")
         if self._lost:
             text = f"the lease of {self._storage.location} is lost: this run must write nothing more there"
-            print(text, file=sys.stderr, flush=True)
+            print_line(text)
 
 
 @contextmanager

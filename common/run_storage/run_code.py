@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.recipe.registry import Component
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.user_code.sources import user_sources
@@ -45,9 +46,7 @@ def find_code(run: Storage) -> None:
         path = scratch / FOLDER
     sys.path.append(str(path))
     importlib.invalidate_caches()
-    print(
-        f"{', '.join(missing)} cannot be imported here: the run's own copy is used, {path}", file=sys.stderr, flush=True
-    )
+    print_line(f"{', '.join(missing)} cannot be imported here: the run's own copy is used, {path}")
 
 
 def _is_importable(module: str) -> bool:

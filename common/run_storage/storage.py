@@ -4,7 +4,6 @@ import copy
 import errno
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from urllib.request import url2pathname
 
 from safetensors import SafetensorError
 
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.run_storage.filesystems import UNFINISHED, Files, LocalFiles, RemoteFiles
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ class Storage:
                 if failed.permanent or self.local_path is not None or time.monotonic() + pause > deadline:
                     raise failed from error
                 if pause == FIRST_PAUSE_SECONDS:
-                    print(f"{failed}; retrying for {self.patience_seconds:g} s", file=sys.stderr, flush=True)
+                    print_line(f"{failed}; retrying for {self.patience_seconds:g} s")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 

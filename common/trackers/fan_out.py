@@ -1,8 +1,8 @@
 """All trackers of a run as one. A tracker that fails during the run is left out, and the run continues."""
 
-import sys
 from collections.abc import Callable
 
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.trackers import TRACKERS
 from ray_ddpo.common.trackers.media import Media
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
@@ -84,9 +84,7 @@ def _started(tracker: Tracker, run: RunInfo) -> LiveTracker:
     live = call_if_own(tracker, TRACKERS, "start", run)
     if not isinstance(live, LiveTracker):
         name = type(tracker).__name__
-        raise ValueError(
-            f"{name}.start returned {type(live).__name__}: expected a LiveTracker of common.trackers.tracker"
-        )
+        raise ValueError(f"{name}.start returned {type(live).__name__}: expected a ray_ddpo.LiveTracker")
     return live
 
 
@@ -96,10 +94,6 @@ def _went_well(name: str, live: LiveTracker, call: Callable[[LiveTracker], None]
         call(live)
     # A run of many hours must not end because a disk is full, a service is down or a tracker has a bug.
     except Exception as error:  # noqa: BLE001
-        print(
-            f"tracker {name} failed and is left out from here on: {type(error).__name__}: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print_line(f"tracker {name} failed and is left out from here on: {type(error).__name__}: {error}")
         return False
     return True

@@ -2,10 +2,10 @@
 
 import math
 import re
-import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -126,5 +126,5 @@ class RayMetrics(Tracker):
         if ray.is_initialized():
             return ExportedMetrics(run.name)
         if any(table["name"] == NAME for table in run.recipe.get("trackers", ())):  # the recipe asks for it
-            print("tracker ray: this run is on no Ray cluster, so its metrics are not exported to Ray", file=sys.stderr)
+            print_line("tracker ray: this run is on no Ray cluster, so its metrics are not exported to Ray")
         return NothingExported()

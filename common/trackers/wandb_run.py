@@ -7,7 +7,6 @@ import json
 import math
 import os
 import struct
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import numpy as np
 import PIL.Image
 
 from ray_ddpo.common.model_files.model_hub import first_line, server_answers
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.run_storage.reading import read_json_lines
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage
@@ -122,7 +122,7 @@ class WandbRun(Tracker):
             opened = self._open(run, identity, mode)
         if why:
             later = f"wandb sync {run.folder}/{FOLDER}/offline-run-*"
-            print(f"tracker wandb: {why}, so the run is kept offline; send it later with: {later}", file=sys.stderr)
+            print_line(f"tracker wandb: {why}, so the run is kept offline; send it later with: {later}")
         return opened
 
     def _open(self, run: RunInfo, identity: str, mode: Mode) -> OpenRun:

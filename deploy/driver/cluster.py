@@ -13,6 +13,7 @@ import ray
 from ray_ddpo.common.model_files.model_hub import first_line
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import elastic_roles
+from ray_ddpo.deploy.driver.supervision import Stopped
 
 PROBE_SECONDS = 5.0
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # limit of the operating system for a socket's path
@@ -29,14 +30,14 @@ def attaches() -> bool:
 @contextmanager
 def stopping_what_it_started() -> Iterator[None]:
     """Leave Ray as it was: disconnect from a cluster that the body has started or joined when the body ends."""
-    before = ray.is_initialized()
+    stays = ray.is_initialized()
     try:
         yield
-    except Exception as error:
-        before = before or getattr(error, "cluster_is_lost", False)  # Ray's shutdown could hang
+    except Stopped as stopped:
+        stays = stays or stopped.cluster_is_lost  # Ray's shutdown could hang
         raise
     finally:
-        if not before and ray.is_initialized():
+        if not stays and ray.is_initialized():
             ray.shutdown()
 
 

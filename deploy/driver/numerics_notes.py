@@ -1,11 +1,11 @@
 """Report in one line if the roles of a run compute differently: other machines, rounding or batch sizes."""
 
-import sys
 from collections.abc import Iterable, Mapping
 
 import torch
 
 from ray_ddpo.common.machine import Machine
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.trajectory import Rollout
 from ray_ddpo.deploy.driver.components import Components
 
@@ -59,7 +59,7 @@ class NumericsNotes:
 
 
 def _say(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    print_line(f"note: {text}")
 
 
 def rows_note(parts: Components) -> str | None:

@@ -1,7 +1,6 @@
 """RunProgress: the rounds that a run has trained on, and how many of them are checkpointed."""
 
 import dataclasses
-import sys
 import time
 from collections import deque
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from ray_ddpo.common.base_parts import Base, as_tables
 from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.metrics.diagnoses import CollapseWatch, bottleneck
 from ray_ddpo.common.metrics.round_metrics import RoundClock, memory_now, reward_metrics, round_metrics
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.recipe.reward_pools import reward_pools
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
@@ -114,7 +114,7 @@ class RunProgress:
             self.metrics.append(metrics)
             self._trackers.log(metrics)
         if says := self.collapse.add(batch.round, metrics["reward/mean"], metrics["reward/std"]):
-            print(says, file=sys.stderr, flush=True)
+            print_line(says)
         due = self.rounds_done % recipe.checkpoint.every == 0 or self.rounds_done == recipe.rounds
         self._settle(due or self.evaluating.is_over or self._failed_rounds > 0)
 
@@ -134,7 +134,7 @@ class RunProgress:
             if over or error.permanent or self._failed_rounds == FAILED_ROUNDS:
                 raise
             text = f"not saved: {error}; it is tried again after the next round"
-            print(text, file=sys.stderr, flush=True)
+            print_line(text)
         else:
             self._failed_rounds = 0
 

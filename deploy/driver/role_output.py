@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from typing import Any, TextIO
 
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.process_deaths import Death, cause_of
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.user_code.frames import is_users
@@ -136,7 +137,7 @@ class RoleOutput:
 
     def _print(self, line: str, terminal: TextIO) -> None:
         try:
-            print(line, file=terminal, flush=True)
+            print_line(line, terminal)
         except BrokenPipeError:  # the terminal was closed; the driver's main thread handles that
             self._is_read = False
 
@@ -165,7 +166,7 @@ class RoleOutput:
                 self._logs.append(f"{label}.log", "".join(f"{line}\n" for line in lines).encode())
         except OSError as error:  # not worth ending a run
             self._is_kept = False
-            print(f"what roles print is no longer kept in {self._logs.location}: {error}", file=sys.stderr, flush=True)
+            print_line(f"what roles print is no longer kept in {self._logs.location}: {error}")
 
     def close(self) -> None:
         """Wait for lines that are still on their way, and write them."""
@@ -198,9 +199,7 @@ class DeathLines:
             cause = self._output.last_words(label, LAST_WORDS_SECONDS) or unknown
         ended = "was ended" if death.by_driver else "died"
         at = f" {death.at}" if death.at else ""
-        # One write with its newline: print() makes two, between which another thread's line can stand.
-        sys.stderr.write(f"{label} {ended}{at}: {cause}; {then}\n")
-        sys.stderr.flush()
+        print_line(f"{label} {ended}{at}: {cause}; {then}")
 
     def close(self) -> None:
         """Wait until all lines are printed."""

@@ -1,11 +1,11 @@
 """Find where a run starts: from scratch, from its newest checkpoint or from an earlier run's weights; compare its files."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ray_ddpo.common.base_parts import MODEL_KEYS, Base, LoadedBase, differing_parts, entry_base, text_part
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.recipe.tables import StartFromTable
 from ray_ddpo.common.run_storage.run_code import save_code
 from ray_ddpo.common.run_storage.run_folder import BASE_FILE, RunFolder
@@ -80,7 +80,7 @@ def _refuse_damaged_checkpoints(folder: RunFolder) -> None:
             f"the run in {folder.location} has no whole checkpoint, {', '.join(damaged)} is damaged: restore it, or remove "
             f"{folder.checkpoints.location} to begin again"
         )
-    print(f"the run in {folder.location} has no checkpoint yet: it begins again", file=sys.stderr, flush=True)
+    print_line(f"the run in {folder.location} has no checkpoint yet: it begins again")
 
 
 def _resumed(folder: RunFolder, parts: Components, resume: bool) -> Start:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import elastic_roles, refused
 from ray_ddpo.common.run_storage.lease import Lease, LeaseLost
@@ -111,7 +112,7 @@ class Supervision:
         self._loss = f"the Ray cluster is lost: {what}"
         self._is_lost.set()
         if not self._is_stopping.wait(LOSS_SECONDS):
-            print(f"ddpo train: {self._loss}; resume with --resume auto", file=sys.stderr, flush=True)
+            print_line(f"ddpo train: {self._loss}; resume with --resume auto")
             self._lease.let_go()
             leave(1)
 
@@ -155,14 +156,14 @@ class Supervision:
         if wrong:
             refusal = f"what was asked is not done: {'; '.join(wrong)}"
             if refusal != self._refusal:  # found again at every poll, but printed once
-                print(refusal, file=sys.stderr, flush=True)
+                print_line(refusal)
                 self._refusal = refusal
             return
         for role, scale in self.on_scale.items():
             table = tables[role]
             count = asked.get(role, self._asked.get(role, table.count))
             if count != self._asked.get(role, table.count):
-                print(f"{role}: {self._asked.get(role, table.count)} → {count}, as asked", file=sys.stderr, flush=True)
+                print_line(f"{role}: {self._asked.get(role, table.count)} → {count}, as asked")
                 scale(count)
                 self._asked[role] = count
 

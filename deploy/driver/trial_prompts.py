@@ -31,7 +31,7 @@ def trial_prompts(parts: Components) -> tuple[Prompt, ...]:
             sampled: list[Any] = [sample(generator) for _ in range(TRIED)]
     for prompt in sampled:
         if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
-            raise ValueError(f"what {name} returned sampled {prompt!r}: expected a common.prompts.Prompt with a text")
+            raise ValueError(f"what {name} returned sampled {prompt!r}: expected a ray_ddpo.Prompt with a text")
     return tuple(sampled)
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.metrics.statistics import paired_change
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.tables import RewardTable
@@ -58,7 +58,7 @@ class EvalProgress:
         self._label = label
         self._images = images
         self._printed = time.monotonic()
-        print(f"{label}: samples {images} images", file=sys.stderr, flush=True)
+        print_line(f"{label}: samples {images} images")
 
     def sampled(self, images: int) -> None:
         """Report the number of images sampled so far."""
@@ -66,7 +66,7 @@ class EvalProgress:
         if done or time.monotonic() - self._printed > PROGRESS_SECONDS:
             self._printed = time.monotonic()
             scores = ", scores them" if done else ""
-            print(f"{self._label}: {images} of {self._images} images sampled{scores}", file=sys.stderr, flush=True)
+            print_line(f"{self._label}: {images} of {self._images} images sampled{scores}")
 
 
 class EvalScorer:

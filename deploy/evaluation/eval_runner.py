@@ -5,7 +5,6 @@ therefore decides alike for any number of samplers and after any resume.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from ray_ddpo.actors.evaluation.eval_set import build_eval_set
 from ray_ddpo.actors.evaluation.image_summary import image_summary
 from ray_ddpo.actors.rollouts.stream import RolloutStream
 from ray_ddpo.common.policy_weights import PolicyWeights, averaged
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.recipe.tables import GuardTable
 from ray_ddpo.common.run_storage.run_folder import BEST, GUARD, WEIGHTS, RunFolder
 from ray_ddpo.common.schedule import Stream, Task, last_startable_round
@@ -86,9 +86,7 @@ class EvalRunner:
         state = checkpoint.evaluation if checkpoint else EvaluationState()
         known = [each for each in self._log.entries() if each["policy_version"] <= rounds_done]
         if any(each["set"] != self._identity for each in known):
-            print(
-                "evaluation: images or scorers differ from before: evaluations start again", file=sys.stderr, flush=True
-            )
+            print_line("evaluation: images or scorers differ from before: evaluations start again")
             known = []
         self._log.keep(known)
         self._judged = [judged_from_log(each, self._log.scores(each["policy_version"])) for each in known]
@@ -151,7 +149,7 @@ class EvalRunner:
             ended["weights_of"] = self._best.roll_back()
             says += f"; its weights are those of version {ended['weights_of']}"
         self._folder.storage.write(GUARD, json.dumps(ended, indent=1).encode())
-        print(says, file=sys.stderr, flush=True)
+        print_line(says)
 
     def _submit_tasks(self, pending: _PendingVersion) -> None:
         for variant, tasks in pending.tasks.items():
@@ -182,7 +180,7 @@ class EvalRunner:
         judged, entry = judge(self._parts.recipe, pending.version, variants, summary, base)
         self._judged.append(judged)
         for alarm in judged.alarms:
-            print(f"guard: version {judged.policy_version}: {alarm.says}", file=sys.stderr, flush=True)
+            print_line(f"guard: version {judged.policy_version}: {alarm.says}")
         self._best.consider(self._judged, pending.version.current)
         entry |= {"set": self._identity, "best_version": self._best.policy_version}
         self._log.write(entry, variants, self._table.saved_images)

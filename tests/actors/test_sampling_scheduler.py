@@ -53,7 +53,7 @@ class Driver:
             sampler = held[number % len(held)]
             sampler.suspect = True
             for call in sampler.calls:
-                self.sampling._again(self.sampling._attempts[call].task, "overdue")
+                self.sampling._again(self.sampling._attempts[call].task, "straggler")
         elif what in ("answer", "die", "forgotten") and held:
             self.end(held[number % len(held)].calls[0], what)
         self.sampling.move(0.0)

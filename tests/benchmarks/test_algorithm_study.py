@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from benchmarks.algorithm_study import ALGORITHMS as STUDIED
 from benchmarks.algorithm_study import SEEDS, all_runs, draw_chart, table, write_csv
-from benchmarks.algorithm_study_costs import measure, read_costs
+from benchmarks.algorithm_study_costs import COSTS, measure, read_costs
+from benchmarks.study import read_results
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import without_none
 from ray_ddpo.deploy.driver.components import build_components
@@ -65,3 +67,12 @@ def test_an_image_costs_more_with_more_inner_epochs(tables: dict, tmp_path: Path
         Path(recipes[name]).write_text(tomli_w.dumps(without_none({**tables, "learner": learner})))
     costs = measure(recipes, tmp_path / "costs.json", repeats=1)
     assert costs == read_costs(tmp_path / "costs.json") and costs["often"] > costs["once"] > 0
+
+
+def test_the_committed_results_give_the_figures_of_the_page() -> None:
+    rows = table(read_results(Path("docs/algorithm_study.jsonl")), read_costs(COSTS)).splitlines()[2:]
+    page = Path("docs/algorithms.md").read_text()
+    assert {row.split(" | ")[0].strip("| `") for row in rows} == set(STUDIED)
+    for row in rows:
+        name, _, changes, mean, *_ = row.split(" | ")
+        assert f"{name} | {changes} | {mean} |" in page, row

@@ -118,7 +118,7 @@ NO_DATA = {
     "ray_ddpo_masked_fraction": "this algorithm leaves no pair out",
     "ray_memory_manager_worker_eviction_total": "nothing ran out of memory",
     "ray_node_manager_unexpected_worker_failure_total": "no process died of a node that lived",
-    "ray_ddpo_images_set_aside_total": "every image could be scored",
+    "ray_ddpo_images_dropped_total": "every image could be scored",
 }
 
 

@@ -139,6 +139,6 @@ def test_a_stragglers_task_is_sampled_a_second_time_elsewhere(tables: dict, clus
 
     with beside(at_round(run, 3, stop)):
         fingerprint = final_fingerprint(recipe)
-    assert total(recipe, "retries/overdue") >= 1
+    assert total(recipe, "retries/straggler") >= 1
     wait_until(lambda: not alive(stopped), "the end of the suspended sampler")
     assert fingerprint == final_fingerprint(Recipe.parse({**tables, "name": "calm"}), serial=True)

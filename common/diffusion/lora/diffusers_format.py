@@ -1,7 +1,6 @@
 """LoRA files in every format that diffusers reads, loaded by diffusers. What it would ignore is an error here."""
 
 import json
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ray_ddpo.common.diffusion.lora.files import PEFT_CONFIG, LoraFile, refuse_settings
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.reading import reading
 
 # What diffusers and PEFT raise on files in another format.
@@ -256,11 +256,9 @@ def _report_alphas(file: LoraFile, network: nn.Module, converted: _Converted, pa
     layers: list[Any] = [each for each in network.modules() if isinstance(getattr(each, "lora_alpha", None), dict)]
     applied = {float(alpha) for layer in layers for alpha in layer.lora_alpha.values()}
     if len(given) > 1 and applied != given:
-        print(
+        print_line(
             f"the LoRA {file.path} has an alpha of {' and '.join(f'{each:g}' for each in sorted(given))} on different "
-            f"layers, of which diffusers applies {' and '.join(f'{each:g}' for each in sorted(applied))} to all",
-            file=sys.stderr,
-            flush=True,
+            f"layers, of which diffusers applies {' and '.join(f'{each:g}' for each in sorted(applied))} to all"
         )
 
 
