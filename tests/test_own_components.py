@@ -91,7 +91,7 @@ def test_the_doctor_tries_a_family_as_sampler_and_as_learner(tables: dict, tmp_p
 @pytest.mark.parametrize(
     ("tracker", "message"),
     [
-        (Quiet(), "Quiet.start returned NoneType: expected a LiveTracker"),
+        (Quiet(), "Quiet.start returned NoneType: expected a ray_ddpo.LiveTracker"),
         (
             Unreachable(),
             f"Unreachable.start raised ConnectionError: no route to the service ({own_components.__file__}:",

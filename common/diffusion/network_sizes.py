@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.lora.adapters import base_weight_bytes, trained_parameters
-from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.memory.live_bytes import line_through, peak_bytes
 from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
-from ray_ddpo.common.diffusion.memory.network_memory import Inputs, NetworkMemory
-from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes, count_parameters, parameter_bytes
+from ray_ddpo.common.diffusion.memory.network_counts import count_network
+from ray_ddpo.common.diffusion.memory.network_memory import Inputs
+from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.trajectory import DTYPES
@@ -36,17 +35,8 @@ def network_sizes(
         device: the device whose memory is counted.
         decode: makes images from latents, without a network.
     """
-    parameters = count_parameters(network)
-    make_trainable(network, config.train, getattr(config, "lora"))  # noqa: B009  each family gives its own default
-    trained = sum(parameter.numel() for parameter in trained_parameters(network).values())
-    memory = NetworkMemory(network, inputs, config.dtype_of("learner"), device)
-    # Gradient and AdamW's two optimizer states, in float32, per trained parameter.
-    held = parameter_bytes(network) + 3 * 4 * trained + library_bytes(device)
-    learner = memory.learning(config.gradient_checkpointing).plus(held)
-    if config.train == "lora":
-        memory.change_dtype(config.dtype_of("sampler"))
-    network_bytes = parameter_bytes(network) + (base_weight_bytes(network) if config.merge_adapters else 0)
-    held = network_bytes + library_bytes(device)
+    counts = count_network(config, network, inputs, device)
+    held = counts.network_bytes + library_bytes(device)
     trajectory = DTYPES[sampling.latents_dtype].itemsize * (sampling.num_steps + 1) * math.prod(inputs.latent_shape)
 
     def decoded(images: int) -> int:
@@ -59,12 +49,12 @@ def network_sizes(
         stochastic_steps=config.stochastic_steps(sampling),
         conditioning_shape=shapes | {f"negative_{name}": shape for name, shape in shapes.items()},
         conditioning_bytes=sum(row_bytes),
-        network_parameters=parameters,
-        trained_parameters=trained,
-        learner=learner,
-        sampling=memory.sampling().plus(held, 3 * trajectory),
+        network_parameters=counts.parameters,
+        trained_parameters=counts.trained,
+        learner=counts.learner,
+        sampling=counts.sampler.sampling().plus(held, 3 * trajectory),
         decoding=line_through(decoded, 1, 2).plus(held, trajectory),
         encoding_bytes=held,
         conditioning_dtypes=dtypes | {f"negative_{name}": dtype for name, dtype in dtypes.items()},
-        network_bytes=network_bytes,
+        network_bytes=counts.network_bytes,
     )

@@ -108,5 +108,5 @@ def test_another_number_of_ranks_is_another_run(tables: dict, cluster: None) -> 
 @pytest.mark.system
 def test_a_role_larger_than_the_cluster_is_refused_at_once(tables: dict, cluster: None) -> None:
     learner = {**tables["learner"], "world_size": 2, "num_cpus": 5}
-    with pytest.raises(ValueError, match="learner: its 2 ranks ask for {'CPU': 10"):
+    with pytest.raises(ValueError, match="learner: its 2 ranks ask for CPU 10, and the whole cluster has CPU"):
         run_training(Recipe.parse({**tables, "name": "large", "learner": learner}))

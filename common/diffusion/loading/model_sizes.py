@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ray_ddpo.common.diffusion.loading.model_index import about_model, read_object
-from ray_ddpo.common.diffusion.lora.adapters import base_weight_bytes, trained_parameters
-from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
-from ray_ddpo.common.diffusion.memory.network_memory import Inputs, NetworkMemory
-from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes, count_parameters, parameter_bytes
+from ray_ddpo.common.diffusion.memory.network_counts import count_network
+from ray_ddpo.common.diffusion.memory.network_memory import Inputs
+from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes, parameter_bytes
 from ray_ddpo.common.diffusion.policy import quiet_libraries
 from ray_ddpo.common.model_files.model_hub import file_from_hub
 from ray_ddpo.common.recipe.tables import SamplingTable
@@ -82,20 +81,10 @@ def _counted(work: _Work) -> PolicySizes:
         part.to(config.loaded_dtype)
     network, vae = parts.pop(config.network_name), parts.pop("vae")
     config.set_up_decoder(vae)
-    network_parameters = count_parameters(network)
-    make_trainable(network, config.train, config.lora)
-    trained = sum(parameter.numel() for parameter in trained_parameters(network).values())
     shapes, latent_shape = config.conditioning_shapes(configs), config.latent_shape(dict(network.config))
     inputs = Inputs(config.network_call(sampling), latent_shape, shapes, config.branches(sampling))
-    memory = NetworkMemory(network, inputs, config.dtype_of("learner"), device)
-    # Gradient and AdamW's two optimizer states, in float32, per trained parameter.
-    learning = parameter_bytes(network) + 3 * 4 * trained + library_bytes(device)
-    learner = memory.learning(config.gradient_checkpointing).plus(learning)
-    if config.train == "lora":
-        memory.change_dtype(config.dtype_of("sampler"))
-    # Merging adapters keeps a copy of the base weights.
-    network_bytes = parameter_bytes(network) + (base_weight_bytes(network) if config.merge_adapters else 0)
-    held = network_bytes + library_bytes(device)
+    counts = count_network(config, network, inputs, device)
+    held = counts.network_bytes + library_bytes(device)
     encoders, decoder = sum(parameter_bytes(part) for part in parts.values()), parameter_bytes(vae)
     offloaded = config.offload and device == "cuda"
     text_bytes = sum(math.prod(shape) for shape in shapes.values()) * config.loaded_dtype.itemsize
@@ -104,13 +93,13 @@ def _counted(work: _Work) -> PolicySizes:
         stochastic_steps=config.stochastic_steps(sampling),
         conditioning_shape=config.with_negative(shapes),
         conditioning_bytes=text_bytes,
-        network_parameters=network_parameters,
-        trained_parameters=trained,
-        learner=learner,
-        sampling=memory.sampling().plus(held + (0 if offloaded else encoders + decoder)),
-        decoding=memory.decoding(vae).plus(held + decoder + (0 if offloaded else encoders)),
+        network_parameters=counts.parameters,
+        trained_parameters=counts.trained,
+        learner=counts.learner,
+        sampling=counts.sampler.sampling().plus(held + (0 if offloaded else encoders + decoder)),
+        decoding=counts.sampler.decoding(vae).plus(held + decoder + (0 if offloaded else encoders)),
         encoding_bytes=held + encoders + (0 if offloaded else decoder),
-        network_bytes=network_bytes,
+        network_bytes=counts.network_bytes,
     )
 
 
