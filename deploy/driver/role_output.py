@@ -117,27 +117,27 @@ class RoleOutput:
             return
         with self._changed:
             for line in data["lines"]:
-                self._take_line(line, process, sys.stderr if data["is_err"] else sys.stdout)
+                self._take_line(line, process, to_stdout=not data["is_err"])
             self._came = time.monotonic()
             if self._logs.local_path or self._came - self._written > REMOTE_SECONDS:
                 self._write()
             self._changed.notify_all()
 
-    def _take_line(self, line: str, process: tuple[str, Any], terminal: TextIO) -> None:
+    def _take_line(self, line: str, process: tuple[str, Any], to_stdout: bool) -> None:
         """Print a marked line, and keep every line for the log file of its role."""
         if marked := MARKED.fullmatch(line):
             label, kind, text = marked.groups()
             self._labels[process] = label
             if kind == " " and self._is_read:
-                self._print(line, terminal)
+                self._print(line, to_stdout)
         else:
             label, text = self._labels.get(process, OTHERS), line
         self._note_end(label, text)
         self._unwritten[label].append(text)
 
-    def _print(self, line: str, terminal: TextIO) -> None:
+    def _print(self, line: str, to_stdout: bool) -> None:
         try:
-            print_line(line, terminal)
+            print_line(line, to_stdout)
         except BrokenPipeError:  # the terminal was closed; the driver's main thread handles that
             self._is_read = False
 

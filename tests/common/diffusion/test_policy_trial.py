@@ -220,7 +220,7 @@ def test_a_mistake_in_learning_or_files_is_named_with_what_was_expected(
 def test_what_load_raises_or_returns_is_named_too(model: str) -> None:
     for result, message in (
         (lambda self, *arguments: raises(self), f"MyShapes.load raised KeyError: 'middle' ({__file__}:"),
-        (lambda self, *arguments: None, "MyShapes.load returned None: expected a Policy"),
+        (lambda self, *arguments: None, "MyShapes.load returned None: expected a ray_ddpo.Policy"),
     ):
         with pytest.raises(ValueError) as error:
             load_checked(type("MyShapes", (MyShapes,), {"made": result})(model=model), "cpu", SAMPLING, "sampler")
