@@ -64,12 +64,14 @@ class LearnerStandIn:
         """Return a state without optimizer state."""
         return LearnerState(self._published.policy_version, (self._published,), {}, {})
 
-    def update(self, batch: TrainBatch, *trajectories: np.ndarray) -> tuple[dict[str, float], LearnerState]:
+    def lead(
+        self, batch: TrainBatch, *trajectories: np.ndarray
+    ) -> tuple[dict[str, float], PolicyWeights, LearnerState]:
         """Publish the next version."""
         assert len(trajectories) == len(batch.reports)
         version = self._published.policy_version + 1
         self._published = dataclasses.replace(self._published, policy_version=version)
-        return {"seconds/learn": 0.0}, self.state()
+        return {"seconds/learn": 0.0}, self._published, dataclasses.replace(self.state(), weights=())
 
 
 class Meter:
@@ -153,11 +155,10 @@ def _workers(parts: Components, setting: Setting) -> Workers:
     scorers = WorkerPool("reward_workers", "reward_worker", lambda index: scorer.remote(), REWARD_WORKERS, budget)
     scoring = ScoringPool(scorers, ("stand_in",), recipe.reward_workers, independent=True)
     pools = Pools(samplers, (scoring,), budget)
-    stream = RayRolloutStream(pools, StreamSettings(recipe.runtime, 1, 1e9, check=lambda: None))
+    stream = RayRolloutStream(pools, StreamSettings(recipe.runtime, 1e9, check=lambda: None))
     make = functools.partial(ray.remote(**options)(LearnerStandIn).remote, setting)
-    learner = RayLearnerGroup(
-        [make()], lambda: [make()], stream.work_until, lambda death: budget.spend("learner", death.reason)
-    )
+    on_death = lambda death: budget.spend("learner", death.reason)  # noqa: E731
+    learner = RayLearnerGroup([make()], lambda: [make()], stream.keep_busy_until_ready, on_death, 0)
     stream.wait_until_loaded({"samplers": setting.samplers, "reward_workers": REWARD_WORKERS})
     learner.wait_until_loaded()
     return Workers(stream, learner)

@@ -18,9 +18,11 @@ from ray_ddpo.actors.rollouts.ray_stream import Pools, RayRolloutStream
 from ray_ddpo.actors.rollouts.scoring_scheduler import ScoringPool
 from ray_ddpo.actors.rollouts.stream import StreamSettings
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
+from ray_ddpo.common.policy_versions import last_startable_round
+from ray_ddpo.common.policy_weights import weights_of
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.schedule import last_startable_round, round_parts, round_tasks
+from ray_ddpo.common.schedule import round_parts, round_tasks
 from ray_ddpo.common.trajectory import Rollout, TrainBatch
 from ray_ddpo.learner.ray_learner_group import RayLearnerGroup
 
@@ -126,35 +128,34 @@ class StandInRun:
             (ScoringPool(scorers, ("stand_in",), self._recipe.reward_workers, independent=False),),
             budget,
         )
-        settings = StreamSettings(self._recipe.runtime, max_policy_lag + 1, 4.0, check=lambda: None)
+        settings = StreamSettings(self._recipe.runtime, 4.0, check=lambda: None)
         self._stream = RayRolloutStream(self._pools, settings)
-        make = _maker(StandInLearner, proportion.update, max_policy_lag + 1, WEIGHT_BYTES)
+        make = _maker(StandInLearner, proportion.update, max_policy_lag, WEIGHT_BYTES)
         self._learner = RayLearnerGroup(
             [make(0)],
             lambda: [make(1)],
-            self._stream.work_until,
+            self._stream.keep_busy_until_ready,
             lambda death: budget.spend("learner", death.reason),
+            max_policy_lag,
         )
         self._stream.wait_until_loaded({"samplers": proportion.samplers, "reward_workers": proportion.reward_workers})
         self._learner.wait_until_loaded()
 
     def measure(self, warm_up: int, rounds: int) -> Measured:
         """Run, and measure after the first rounds."""
-        (weights,) = self._learner.weights()
-        self._stream.publish(weights)
         submitted, process = 0, psutil.Process()
         started = busy = 0.0
         for round in range(warm_up + rounds):
             if round == warm_up:
                 started, busy = time.monotonic(), _cpu_seconds(process)
             while submitted <= last_startable_round(round, self._lag):
-                self._stream.submit(round_tasks(self._recipe, submitted, lambda generator: Prompt("nothing")))
+                tasks = round_tasks(self._recipe, submitted, lambda generator: Prompt("nothing"))
+                self._stream.submit(tasks, weights_of(self._learner.weights(), tasks[0].policy_version))
                 submitted += 1
             *begun, last = enumerate(round_parts(self._recipe))
             for part, tasks in begun:
                 self._learner.begin(*self._collected(round, part, tasks))
-            _, state = self._learner.update(*self._collected(round, *last))
-            self._stream.publish(state.weights[-1])
+            self._learner.update(*self._collected(round, *last))
             self._stream.report()
         seconds = time.monotonic() - started
         images = rounds * self._recipe.images_per_round

@@ -1,10 +1,11 @@
 """Stand-ins for the three actors. They sleep for a set time instead of computing, and import no torch."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ray_ddpo.common.policy_versions import kept_versions
 from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from ray_ddpo.common.schedule import Place, Task
 from ray_ddpo.common.trajectory import TrainBatch
@@ -91,9 +92,9 @@ class StandInRewardWorker:
 class StandInLearner:
     """A learner that takes a set time per round, in equal parts, and publishes weights of a set size."""
 
-    def __init__(self, seconds: float, versions_kept: int, weight_bytes: int) -> None:
+    def __init__(self, seconds: float, max_policy_lag: int, weight_bytes: int) -> None:
         self._seconds = seconds
-        self._versions_kept = versions_kept
+        self._max_policy_lag = max_policy_lag
         self._buffer = np.zeros(weight_bytes // 4, np.float32)
         self._published = (self._weights(0),)
 
@@ -112,8 +113,8 @@ class StandInLearner:
     def state(self) -> StandInState:
         return StandInState(self._published[-1].policy_version, self._published)
 
-    def load_state(self, state: StandInState) -> None:
-        self._published = state.weights
+    def load_state(self, state: StandInState, *weights: PolicyWeights) -> None:
+        self._published = weights or state.weights
 
     def begin(self, batch: TrainBatch, *trajectories: np.ndarray) -> None:
         self._refuse_others(batch, trajectories)
@@ -124,11 +125,13 @@ class StandInLearner:
         assert all(known[report.task.policy_version] == report.fingerprint for report in batch.reports)
         assert len(trajectories) == len(batch.reports)
 
-    def update(self, batch: TrainBatch, *trajectories: np.ndarray) -> tuple[dict[str, float], StandInState]:
+    def lead(
+        self, batch: TrainBatch, *trajectories: np.ndarray
+    ) -> tuple[dict[str, float], PolicyWeights, StandInState]:
         started = time.perf_counter()
         self._refuse_others(batch, trajectories)
         weights = self._weights(self._published[-1].policy_version + 1)
-        self._published = (*self._published, weights)[-self._versions_kept :]
+        self._published = kept_versions((*self._published, weights), self._max_policy_lag)
         seconds = self._seconds / batch.parts
         time.sleep(max(0.0, seconds - (time.perf_counter() - started)))  # what is done above is part of the time
-        return {"seconds/learn": self._seconds}, StandInState(weights.policy_version, self._published)
+        return {"seconds/learn": self._seconds}, weights, replace(self.state(), weights=())

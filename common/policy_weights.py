@@ -1,10 +1,11 @@
-"""PolicyWeights: what the learner publishes and samplers load, as one flat buffer with its fingerprint."""
+"""PolicyWeights: the weights that the learner publishes and samplers load, one flat buffer with its fingerprint."""
 
 import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -38,6 +39,18 @@ class PolicyWeights:
             views[name] = self.buffer[start : start + size].reshape(shape)
             start += size
         return views
+
+
+@dataclass(frozen=True)
+class StoredWeights(PolicyWeights):
+    """Weights in Ray's object store, as the driver holds them: `buffer` is a view of the shared memory, not a copy."""
+
+    reference: Any  # to the same object; tasks carry the reference, so that samplers read the learner's own object
+
+
+def weights_of(kept: Sequence[PolicyWeights], policy_version: int) -> PolicyWeights:
+    """Return the weights of a version that must be among those `kept`."""
+    return next(weights for weights in kept if weights.policy_version == policy_version)
 
 
 def fingerprint(buffer: np.ndarray, manifest: Manifest) -> str:

@@ -5,6 +5,7 @@ from enum import IntEnum
 
 import numpy as np
 
+from ray_ddpo.common.policy_versions import policy_version
 from ray_ddpo.common.prompts import Prompt, SamplePrompt
 from ray_ddpo.common.recipe.recipe import Recipe
 
@@ -64,16 +65,6 @@ def image_seed(run_seed: int, stream: Stream, round_index: int, image: int) -> i
     """Return an image's seed, 0 … 2**63 − 1: a hash of its position in the run, with the stream in the lowest bits."""
     word = np.random.SeedSequence([run_seed, int(stream), round_index, image]).generate_state(1, np.uint64)[0]
     return int(word) >> 1 & ~0b11 | int(stream)
-
-
-def policy_version(round_index: int, max_policy_lag: int) -> int:
-    """Return the version that a round is sampled with: `max_policy_lag` behind, but not below the first."""
-    return max(0, round_index - max_policy_lag)
-
-
-def last_startable_round(version: int, max_policy_lag: int) -> int:
-    """Return the last round whose tasks may start once `version` is published. This is the back-pressure."""
-    return version + max_policy_lag
 
 
 def sde_window_of_round(recipe: Recipe, round_index: int) -> range | None:

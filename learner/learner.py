@@ -1,6 +1,7 @@
 """Learner: owns policy and optimizer, and turns a round's trajectories and advantages into new weights and metrics."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from ray_ddpo.common.diffusion.lora.adapters import load_weights, read_weights, 
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.policy_trial import load_checked
 from ray_ddpo.common.machine import this_machine
-from ray_ddpo.common.policy_weights import PolicyWeights, averaged
+from ray_ddpo.common.policy_versions import kept_versions
+from ray_ddpo.common.policy_weights import PolicyWeights, averaged, weights_of
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage, local_folder
@@ -126,7 +128,7 @@ class Learner:
         return self._base
 
     def weights(self) -> tuple[PolicyWeights, ...]:
-        """Return the versions that tasks may still ask samplers for, the newest last."""
+        """Return the versions that rounds may still be sampled with, the newest last."""
         return self._published
 
     def update(self, batch: TrainBatch, *trajectories: Trajectory) -> tuple[dict[str, float], LearnerState]:
@@ -137,10 +139,21 @@ class Learner:
 
         Raises:
             RuntimeError: a trajectory was not sampled with the weights of its version, by its report or by its
-                log-probs
-                (WeightsDidNotArrive). The learner is then in the same state as before this call.
+                log-probs (WeightsDidNotArrive). The learner is then in the same state as before this call.
         """
         return self._learn_last_part(batch, trajectories), self.state()
+
+    def lead(
+        self, batch: TrainBatch, *trajectories: Trajectory
+    ) -> tuple[dict[str, float], PolicyWeights, LearnerState]:
+        """Train on a round, or on its last part, on rank 0 on Ray, like `update`.
+
+        Returns:
+            The round's metrics, the new version's weights, and the rest of the state without published weights. Each is
+            an object of its own in Ray's store: samplers read the weights alone, and earlier versions are not sent again.
+        """
+        metrics, state = self.update(batch, *trajectories)
+        return metrics, state.weights[-1], replace(state, weights=())
 
     def follow(self, batch: TrainBatch, *trajectories: Trajectory) -> tuple[str, dict[str, np.ndarray]]:
         """Train on a round, or on its last part, on a rank other than 0, whose metrics are not needed.
@@ -161,7 +174,7 @@ class Learner:
         self._version, self._trained = self._version + 1, trained
         decay = self._algorithm.average_decay(self._version)
         published = self._trained if decay is None else averaged(self._published[-1], self._trained, decay)
-        self._published = (*self._published, published)[-(self._recipe.max_policy_lag + 1) :]
+        self._published = kept_versions((*self._published, published), self._recipe.max_policy_lag)
         metrics, self._metrics = self._metrics, self._no_metrics()
         metrics.gather(self._process_group)
         self._log_ratios = metrics.log_ratios()
@@ -228,7 +241,7 @@ class Learner:
         (version,) = {
             report.task.policy_version for report in batch.reports
         }  # the schedule gives a round a single version
-        return next(weights for weights in self._published if weights.policy_version == version)
+        return weights_of(self._published, version)
 
     def _training_items(self, batch: TrainBatch, transitions: RoundTransitions) -> TrainingItems:
         """Return the algorithm's training items: the sampled transitions, or the finished images with noise added."""
@@ -286,12 +299,16 @@ class Learner:
         state = (self._version, self._published, optimizer, self._scaler.state_dict(), own)
         return LearnerState(*state, self._micro_batch_size, self._machine)
 
-    def load_state(self, state: LearnerState) -> None:
+    def load_state(self, state: LearnerState, *weights: PolicyWeights) -> None:
         """Resume from `state`, and discard the parts of a round that were begun.
+
+        Args:
+            weights: the published versions, if they are not in `state`.
 
         Raises:
             ValueError: the state belongs to another network.
         """
+        state = replace(state, weights=weights or state.weights)
         load_weights(self._policy.network, state.trained)
         load_optimizer_arrays(self._optimizer, self._owned, state.optimizer)
         self._metrics, self._log_ratios = self._no_metrics(), None

@@ -13,7 +13,8 @@ from ray_ddpo.common.trajectory import Rollout, TrainBatch
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner import Learner
 
-# Keeps samplers and reward workers busy until one of some references is ready. The flag: a model is being loaded.
+# Blocks until one of some references is ready, and keeps samplers and reward workers busy meanwhile
+# (`RayRolloutStream.keep_busy_until_ready`). The flag: a model is being loaded.
 Wait = Callable[[tuple[Any, ...], bool], None]
 Learned = tuple[dict[str, float], LearnerState]
 
@@ -42,7 +43,7 @@ class LearnerGroup(ABC):
 
     @abstractmethod
     def weights(self) -> tuple[PolicyWeights, ...]:
-        """Return the versions that tasks may ask samplers for, the newest last."""
+        """Return the versions that rounds may still be sampled with, the newest last."""
 
     @abstractmethod
     def log_ratios(self) -> Float[np.ndarray, "N"]:
@@ -51,6 +52,10 @@ class LearnerGroup(ABC):
     @abstractmethod
     def load_state(self, state: LearnerState) -> None:
         """Resume from `state`."""
+
+    @abstractmethod
+    def restore_last_round(self) -> None:
+        """Go back to the state after the last completed round, and discard what was trained since."""
 
     @abstractmethod
     def check_folder(self, folder: str, token: str) -> None:
@@ -82,12 +87,15 @@ class SerialLearnerGroup(LearnerGroup):
 
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
+        self._state: LearnerState | None = None  # after the last completed round
 
     def begin(self, batch: TrainBatch, rollouts: list[Rollout]) -> None:
         self._learner.begin(batch, *(rollout.trajectory for rollout in rollouts))
 
     def update(self, batch: TrainBatch, rollouts: list[Rollout]) -> Learned:
-        return self._learner.update(batch, *(rollout.trajectory for rollout in rollouts))
+        learned = self._learner.update(batch, *(rollout.trajectory for rollout in rollouts))
+        self._state = learned[1]
+        return learned
 
     def weights(self) -> tuple[PolicyWeights, ...]:
         return self._learner.weights()
@@ -96,7 +104,12 @@ class SerialLearnerGroup(LearnerGroup):
         return self._learner.log_ratios()
 
     def load_state(self, state: LearnerState) -> None:
+        self._state = state
         self._learner.load_state(state)
+
+    def restore_last_round(self) -> None:
+        assert self._state is not None, "no round is completed, and no state was loaded"
+        self._learner.load_state(self._state)
 
     def check_folder(self, folder: str, token: str) -> None:
         self._learner.check_folder(folder, token)

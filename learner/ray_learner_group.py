@@ -1,6 +1,21 @@
-"""RayLearnerGroup: the learner on Ray actors, one a rank, restarted from the last completed round if a rank dies."""
+"""RayLearnerGroup: the learner on Ray actors, one a rank, restarted from the last completed round if a rank dies.
+
+**Where the state is.** After each round a rank returns its state as objects in Ray's store: the new version's weights,
+and optimizer state and the rest. The driver maps these objects into its memory (`ray.get` of numpy arrays makes no
+copy) and reads no number of them except to write a checkpoint. So its heap does not grow with the network. Tasks
+carry references to the weights' objects (`StoredWeights`). Samplers therefore read the object that the learner wrote,
+and the driver does not store the weights again.
+
+**Why the driver does not keep references alone.** An object outlives the actor that returned it, but not the actor's
+node. With references alone the death of the learner's node would lose every round since the last checkpoint. So would
+the loss of the cluster, after which the last round is committed from the mapped memory, and SIGTERM leaves no time to
+fetch gigabytes. A mapped object has a copy on the driver's node, which cannot be evicted while it is mapped. So a round
+counts as completed once its state has arrived there. If learner and driver share a node, nothing is copied. Otherwise
+each round sends the new version and the optimizer state over the network once.
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +25,8 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.machine import Machine
-from ray_ddpo.common.policy_weights import PolicyWeights
+from ray_ddpo.common.policy_versions import kept_versions
+from ray_ddpo.common.policy_weights import PolicyWeights, StoredWeights
 from ray_ddpo.common.process_deaths import LOADING, Death
 from ray_ddpo.common.role_loading import RoleNotStarted
 from ray_ddpo.common.trajectory import Rollout, Scored, TrainBatch
@@ -25,12 +41,18 @@ STACKS_SECONDS = 5.0
 class RayLearnerGroup(LearnerGroup):
     """The learner's ranks, one or several, each on a Ray actor. Trajectories go to them by reference.
 
-    After each update the driver gets rank 0's state and the optimizer state of the other ranks. If a rank dies, all
-    ranks are restarted from the last completed round, because the others deadlock in the next collective.
+    After each update the driver gets rank 0's state and the optimizer state of the other ranks, as views of Ray's
+    store. If a rank dies, all ranks are restarted from the last completed round, because the others deadlock in the
+    next collective.
     """
 
     def __init__(
-        self, actors: list[Any], make: Callable[[], list[Any]], wait: Wait, on_death: Callable[[Death], None]
+        self,
+        actors: list[Any],
+        make: Callable[[], list[Any]],
+        wait: Wait,
+        on_death: Callable[[Death], None],
+        max_policy_lag: int,
     ) -> None:
         """Take over the ranks' actors.
 
@@ -39,6 +61,7 @@ class RayLearnerGroup(LearnerGroup):
             make: starts new actors in their place.
             wait: blocks until one of some references is ready.
             on_death: reports and counts a death, and may refuse a restart by raising.
+            max_policy_lag: of the recipe; decides which versions are kept.
         """
         self._actors = actors
         self._ended = 0  # number of actors before the current ones
@@ -46,10 +69,11 @@ class RayLearnerGroup(LearnerGroup):
         self._make = make
         self._wait = wait
         self._on_death = on_death
+        self._max_policy_lag = max_policy_lag
         # A callback that compares the ranks' loaded files, given the rank's name and their fingerprints. May raise.
         self.on_loaded: Callable[[str, Base], None] = lambda who, loaded: None
         self._rendezvous: Rendezvous | None = None  # must outlive the ranks
-        self._state: LearnerState | None = None  # after the last completed round
+        self._state: LearnerState | None = None  # after the last completed round, with StoredWeights
         self._begun: list[Scored] = []  # parts of the current round
         self._beginning: list[Any] = []  # references to their results
 
@@ -60,7 +84,7 @@ class RayLearnerGroup(LearnerGroup):
             RoleNotStarted: the constructor of an actor raised an error.
         """
         self._load_and_join()
-        self._state = self._call("state")
+        self._state = _with_stored_weights(self._call("state"))
 
     def _load_and_join(self) -> None:
         """Wait until the ranks are loaded, compare what they loaded, and let them join at a rendezvous."""
@@ -131,7 +155,7 @@ class RayLearnerGroup(LearnerGroup):
         self._actors = self._make()
         self._load_and_join()
         if self._state is not None:
-            self._call("load_state", ray.put(self._state), on_all_ranks=True)
+            self.restore_last_round()
 
     def begin(self, batch: TrainBatch, rollouts: list[Rollout]) -> None:
         self._begun.append((batch, rollouts))
@@ -165,15 +189,18 @@ class RayLearnerGroup(LearnerGroup):
         """
         first, *others = self._actors
         count, self._at = len(self._actors), f"at round {batch.round}"
-        update = first.update.options(num_returns=2, name=title_of(batch, 0, count))
-        metrics, state = update.remote(batch, *trajectories)
+        lead = first.lead.options(num_returns=3, name=title_of(batch, 0, count))
+        metrics, weights, state = lead.remote(batch, *trajectories)
         followed = [
             actor.follow.options(num_returns=2, name=title_of(batch, rank, count)).remote(batch, *trajectories)
             for rank, actor in enumerate(others, start=1)
         ]
         self._answers(self._beginning)  # first, because a rank refuses a part after one that failed
         found, *fingerprints = self._answers([metrics, *(fingerprint for fingerprint, _ in followed)])
-        learned: LearnerState = ray.get(state)
+        assert self._state is not None, "the ranks are loaded"
+        published = kept_versions((*self._state.weights, _stored_at(weights)), self._max_policy_lag)
+        of_rank_0: LearnerState = ray.get(state)
+        learned = replace(of_rank_0, weights=published)
         if not followed:
             return found, learned
         complete = learned.with_optimizer_state(ray.get([shard for _, shard in followed]))
@@ -197,23 +224,30 @@ class RayLearnerGroup(LearnerGroup):
         if len(self._actors) > 1:  # ranks that have their trajectories wait for the one that has not
             self._start_again()
         elif begun:
-            self._call("load_state", self._state)
+            self.restore_last_round()
 
     def weights(self) -> tuple[PolicyWeights, ...]:
-        return self._call("weights")
+        assert self._state is not None, "the ranks are loaded"
+        return self._state.weights
 
     def log_ratios(self) -> Float[np.ndarray, "N"]:
         return self._call("log_ratios")
 
     def load_state(self, state: LearnerState) -> None:
-        self._state = state
-        self._call("load_state", ray.put(state), on_all_ranks=True)
+        self._state = _with_stored_weights(state)
+        self.restore_last_round()
+
+    def restore_last_round(self) -> None:
+        assert self._state is not None, "the ranks are loaded"
+        weights = [each.reference for each in self._state.weights if isinstance(each, StoredWeights)]
+        self._call("load_state", ray.put(replace(self._state, weights=())), *weights, on_all_ranks=True)
 
     def check_folder(self, folder: str, token: str) -> None:
         self._call("check_folder", folder, token)
 
     def save_policy(self, folder: str, weights: PolicyWeights | None = None) -> str:
-        return self._call("save_policy", folder, weights)
+        given = weights.reference if isinstance(weights, StoredWeights) else weights
+        return self._call("save_policy", folder, given)
 
     def machine(self) -> Machine | None:
         return self._state.machine if self._state else None
@@ -227,6 +261,17 @@ class RayLearnerGroup(LearnerGroup):
     def close(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
+
+
+def _with_stored_weights(state: LearnerState) -> LearnerState:
+    """Put the weights of a state into Ray's store, each version once."""
+    return replace(state, weights=tuple(_stored_at(ray.put(weights)) for weights in state.weights))
+
+
+def _stored_at(reference: Any) -> StoredWeights:
+    """Map weights in Ray's store into this process's memory."""
+    weights: PolicyWeights = ray.get(reference)
+    return StoredWeights(weights.policy_version, weights.buffer, weights.manifest, weights.fingerprint, reference)
 
 
 def _stack(reference: Any) -> str:

@@ -5,11 +5,13 @@ import time
 from ray_ddpo.actors.rollouts.inquiry import RewardFailed
 from ray_ddpo.actors.rollouts.ray_stream import StallError
 from ray_ddpo.common.metrics.round_metrics import RoundClock
+from ray_ddpo.common.policy_versions import last_startable_round
+from ray_ddpo.common.policy_weights import weights_of
 from ray_ddpo.common.prompts import SamplePrompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.lease import Lease
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.common.schedule import last_startable_round, round_parts, round_tasks
+from ray_ddpo.common.schedule import round_parts, round_tasks
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.tracker import RunInfo
 from ray_ddpo.common.trajectory import Scored
@@ -56,6 +58,7 @@ def run_training(
                 workers.learner.load_state(checkpoint.learner)
             evaluating.begin(pretrained, checkpoint)
             progress.begin(workers.learner.machine(), checkpoint.learner.machine if checkpoint else None)
+            del start, checkpoint, pretrained  # or the driver's heap would hold the loaded state until the run's end
             supervision.saved = lambda: progress.last_checkpoint
             run_rounds(parts, workers, progress, supervision)
             workers.learner.save_policy(folder.location)
@@ -73,8 +76,6 @@ def run_training(
 def run_rounds(parts: Components, workers: Workers, progress: RunProgress, supervision: Supervision) -> None:
     """Data goes one way round: prompts → sampler → reward → advantages → learner → weights → sampler."""
     recipe, stream, sample = parts.recipe, workers.stream, parts.prompts.load()
-    for weights in workers.learner.weights():
-        stream.publish(weights)
     submitted = progress.rounds_done
     try:
         for round in range(progress.rounds_done, recipe.rounds):
@@ -82,7 +83,7 @@ def run_rounds(parts: Components, workers: Workers, progress: RunProgress, super
                 break
             started = time.monotonic()
             while submitted <= min(last_startable_round(round, recipe.max_policy_lag), recipe.rounds - 1):
-                stream.submit(round_tasks(recipe, submitted, sample))  # prompts → sampler
+                submit_round(parts, workers, submitted, sample)  # prompts and weights → sampler
                 submitted += 1
             progress.evaluating.submit(round)  # held-out prompts → sampler, behind them
             scored: list[Scored] = []
@@ -93,7 +94,6 @@ def run_rounds(parts: Components, workers: Workers, progress: RunProgress, super
                     workers.learner.begin(*scored[-1])
             collected = time.monotonic()
             learned, state = learn(parts, workers, scored, sample)  # trajectories → learner
-            stream.publish(state.weights[-1])  # weights → sampler
             progress.learned(state, learned)
             progress.write(scored, learned, RoundClock(started, collected, time.monotonic()), workers)
             supervision.check()
@@ -106,6 +106,12 @@ def run_rounds(parts: Components, workers: Workers, progress: RunProgress, super
         raise
 
 
+def submit_round(parts: Components, workers: Workers, round: int, sample: SamplePrompt) -> None:
+    """Submit a round's tasks with the weights of the version that they are sampled with."""
+    tasks = round_tasks(parts.recipe, round, sample)
+    workers.stream.submit(tasks, weights_of(workers.learner.weights(), tasks[0].policy_version))
+
+
 def learn(parts: Components, workers: Workers, scored: list[Scored], sample: SamplePrompt) -> Learned:
     """Learn from a round while others are sampled; trajectories that were lost with their node are re-sampled first."""
     while True:
@@ -113,7 +119,7 @@ def learn(parts: Components, workers: Workers, scored: list[Scored], sample: Sam
             return workers.learner.update(*scored[-1])
         except TrajectoriesLost:
             round = scored[-1][0].round
-            workers.stream.submit(round_tasks(parts.recipe, round, sample))
+            submit_round(parts, workers, round, sample)
             again = [workers.stream.collect(round, tasks) for tasks in round_parts(parts.recipe)]
             scored = [(batch, rollouts) for (batch, _), rollouts in zip(scored, again, strict=True)]
             for part in scored[:-1]:

@@ -14,7 +14,7 @@ from ray_ddpo.actors.rollouts.stragglers import StragglerDetector
 from ray_ddpo.actors.rollouts.stream import RolloutStream, StreamSettings, report_dropped
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.metrics.round_metrics import StreamReport
-from ray_ddpo.common.policy_weights import PolicyWeights
+from ray_ddpo.common.policy_weights import PolicyWeights, StoredWeights
 from ray_ddpo.common.schedule import Place, Stream, Task
 from ray_ddpo.common.trajectory import ImageBatch, Rollout
 
@@ -49,27 +49,15 @@ class RayRolloutStream(RolloutStream):
         self._retries: dict[str, int] = {}
         self._sampling = SamplingScheduler(pools.samplers, StragglerDetector(settings.straggler_factor), self._retries)
         self._scoring = ScoringPools(pools.scoring, self._retries)
-        self._fingerprints: dict[int, str] = {}  # of the published versions
         self._done: dict[Place, Rollout] = {}
         self._evaluation_seconds = 0.0  # seconds of sampling since the last report
         self._moved = time.monotonic()
 
-    def publish(self, weights: PolicyWeights) -> None:
-        self._sampling.publish(weights.policy_version, ray.put(weights), self._settings.versions_kept)
-        self._fingerprints[weights.policy_version] = weights.fingerprint
-        for version in [each for each in self._fingerprints if self._sampling.published(each) is None]:
-            del self._fingerprints[version]
-
-    def _reference(self, weights: PolicyWeights) -> Any:
-        """Return a reference to the weights: the published one if equal, so that nodes do not fetch them again."""
-        if self._fingerprints.get(weights.policy_version) == weights.fingerprint:
-            return self._sampling.published(weights.policy_version)
-        return ray.put(weights)
-
-    def submit(self, tasks: list[Task], weights: PolicyWeights | None = None) -> None:
-        given = None if weights is None else self._reference(weights)
+    def submit(self, tasks: list[Task], weights: PolicyWeights) -> None:
+        # Each node fetches an object once, so tasks of one version must carry a reference to the same object.
+        reference = weights.reference if isinstance(weights, StoredWeights) else ray.put(weights)
         for task in tasks:
-            self._sampling.submit(task, given)
+            self._sampling.submit(task, reference)
         self._sampling.move(time.monotonic())
 
     def collect(self, round_index: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
@@ -80,7 +68,18 @@ class RayRolloutStream(RolloutStream):
                 self._wait((), f"round {round_index} waits for its {stream.name.lower()} rollouts")
         return report_dropped([self._done.pop(place) for place in places])
 
-    def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
+    def keep_busy_until_ready(self, pending: tuple[Any, ...], loading: bool = False) -> None:
+        """Block until a call of the learner finishes, and keep samplers and reward workers busy meanwhile.
+
+        The driver has one thread. While it only waited for the learner, nobody would pass sampled images to the reward
+        workers or give the next task to a sampler: at a lag above 0 sampling would not overlap with learning. Nobody
+        would notice dead workers, deadlines, signals or `ddpo scale` either. So waiting for the learner means to
+        process the stream's own calls until the learner's call is ready.
+
+        Args:
+            pending: references of the learner's calls. The method returns when one of them is ready.
+            loading: the calls load a model first, which may take runtime.ready_seconds.
+        """
         self._moved = time.monotonic()
         seconds = self._settings.runtime.ready_seconds if loading else None
         while pending and not ray.wait(list(pending), num_returns=1, timeout=0, fetch_local=False)[0]:

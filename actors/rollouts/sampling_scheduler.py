@@ -62,7 +62,6 @@ class SamplingScheduler:
         self._stragglers = stragglers
         self._retries = retries  # by reason; the stream reports them
         self._names = CallNames()
-        self._weights: dict[int, Any] = {}
         self._queue: list[Place] = []
         self._queued: set[Place] = set()  # the same tasks
         self._num_queued_training = 0  # training tasks among them
@@ -73,23 +72,9 @@ class SamplingScheduler:
         self._whereabouts = Whereabouts()
         self._behind: list[Place] = []  # a heap: tasks that wait behind another one on a sampler, or did once
 
-    def publish(self, policy_version: int, weights: Any, versions_kept: int) -> None:
-        """Make a version's weights, by reference, available to tasks, and forget versions that no task can ask for."""
-        self._weights[policy_version] = weights
-        for version in [version for version in self._weights if version <= policy_version - versions_kept]:
-            del self._weights[version]
-
-    def published(self, policy_version: int) -> Any:
-        """Return the reference to a version's weights, or None if the version is not kept."""
-        return self._weights.get(policy_version)
-
-    def submit(self, task: Task, weights: Any = None) -> None:
-        """Queue a task.
-
-        Args:
-            weights: a reference to the weights. None: those of the task's version, which must have been published.
-        """
-        self._open[task.place] = TaskRequest(task, self._weights[task.policy_version] if weights is None else weights)
+    def submit(self, task: Task, weights: Any) -> None:
+        """Queue a task, with a reference to the weights of its version."""
+        self._open[task.place] = TaskRequest(task, weights)
         self._enqueue(task)
 
     def _enqueue(self, task: Task) -> None:

@@ -4,7 +4,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rewards.failure import ScoringFailed
@@ -26,31 +25,14 @@ class RolloutStream(ABC):
     """Samples and scores tasks. The rollouts of a round are returned in task order."""
 
     @abstractmethod
-    def publish(self, weights: PolicyWeights) -> None:
-        """Make a policy version available to tasks."""
-
-    @abstractmethod
-    def submit(self, tasks: list[Task], weights: PolicyWeights | None = None) -> None:
-        """Queue tasks.
-
-        Args:
-            weights: None: those of the tasks' policy version, which must have been published.
-        """
+    def submit(self, tasks: list[Task], weights: PolicyWeights) -> None:
+        """Queue tasks of one policy version, with its weights."""
 
     @abstractmethod
     def collect(self, round_index: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
         """Wait until these tasks of a round are scored, and return their rollouts in task order, each only once.
 
         Errors of workers are raised here.
-        """
-
-    @abstractmethod
-    def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
-        """Keep samplers and reward workers busy until a call of the learner finishes.
-
-        Args:
-            pending: references of the learner's calls. The method returns when one of them is ready.
-            loading: the calls load a model first, which may take runtime.ready_seconds.
         """
 
     @abstractmethod
@@ -67,7 +49,6 @@ class StreamSettings:
     """Settings of both streams from recipe and driver."""
 
     runtime: RuntimeTable
-    versions_kept: int
     straggler_factor: float
     check: Check
 
@@ -89,29 +70,22 @@ class SerialRolloutStream(RolloutStream):
         self._pools = pools
         self._controls = [Control() for _ in pools]
         self._settings = settings
-        self._weights: dict[int, PolicyWeights] = {}
-        self._tasks: dict[Place, tuple[Task, PolicyWeights | None]] = {}
+        self._tasks: dict[Place, tuple[Task, PolicyWeights]] = {}
         self._retries: dict[str, int] = {}
         self._reported = time.monotonic()
         self._evaluation_seconds = 0.0  # seconds of sampling since the last report
 
-    def publish(self, weights: PolicyWeights) -> None:
-        self._weights[weights.policy_version] = weights
-        oldest = weights.policy_version - self._settings.versions_kept
-        for version in [version for version in self._weights if version <= oldest]:
-            del self._weights[version]
-
-    def submit(self, tasks: list[Task], weights: PolicyWeights | None = None) -> None:
+    def submit(self, tasks: list[Task], weights: PolicyWeights) -> None:
         self._tasks |= {task.place: (task, weights) for task in tasks}
 
     def collect(self, round_index: int, tasks: range, stream: Stream = Stream.TRAINING) -> list[Rollout]:
         places = [(round_index, int(stream), index) for index in tasks]
         return report_dropped([self._rollout(*self._tasks.pop(place)) for place in places])
 
-    def _rollout(self, task: Task, weights: PolicyWeights | None) -> Rollout:
+    def _rollout(self, task: Task, weights: PolicyWeights) -> Rollout:
         """Sample and score a task."""
         self._settings.check()
-        report, trajectory, images = self._sampler.sample(task, weights or self._weights[task.policy_version])
+        report, trajectory, images = self._sampler.sample(task, weights)
         assert report is not None and images is not None, "this sampler is never asked to forget a task"
         asked = [number for number, pool in enumerate(self._pools) if pool.trains or not task.trains]
         scores = merged_scores([self._scores(number, report, images) for number in asked])
@@ -142,9 +116,6 @@ class SerialRolloutStream(RolloutStream):
 
     def _count(self, reason: str) -> None:
         self._retries[reason] = self._retries.get(reason, 0) + 1
-
-    def work_until(self, pending: tuple[Any, ...], loading: bool = False) -> None:
-        assert not pending, "in one process nothing is pending"
 
     def images(self, rollout: Rollout) -> ImageBatch | None:
         return rollout.images

@@ -8,6 +8,7 @@ import psutil
 from jaxtyping import Float
 
 from ray_ddpo.common.metrics.statistics import rows_by_name
+from ray_ddpo.common.policy_versions import lag_of, version_after
 from ray_ddpo.common.trajectory import Rollout, TrainBatch
 
 MOST_PROMPTS = 1000  # with one metric each per round; trackers keep every name, the driver the last rounds' metrics
@@ -66,9 +67,9 @@ def round_metrics(
     images = sum(len(rollout.report.task.seeds) for rollout in rollouts)
     return {
         "round": float(round_index),
-        "policy_version": float(round_index + 1),
+        "policy_version": float(version_after(round_index)),
         **learned,
-        "lag/max": float(round_index - min(rollout.report.task.policy_version for rollout in rollouts)),
+        "lag/max": float(max(lag_of(round_index, rollout.report.task.policy_version) for rollout in rollouts)),
         "seconds/sample": sampling,
         "seconds/score": scoring,
         "seconds/wait": clock.collected - clock.started,

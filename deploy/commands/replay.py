@@ -6,7 +6,7 @@ from typing import Any
 from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.actors.task_care import Care
 from ray_ddpo.common.base_parts import BASE
-from ray_ddpo.common.policy_weights import PolicyWeights
+from ray_ddpo.common.policy_weights import PolicyWeights, weights_of
 from ray_ddpo.common.prompts import Prompt, metadata_as_json
 from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
@@ -87,7 +87,7 @@ def kept_weights(checkpoints: Storage, round_index: int, version: int) -> Policy
     intact = list(intact_checkpoints(checkpoints))
     for checkpoint in intact:
         if version in policy_versions(checkpoint):
-            return next(weights for weights in load_weights(checkpoint) if weights.policy_version == version)
+            return weights_of(load_weights(checkpoint), version)
     held = {checkpoint.name: policy_versions(checkpoint) for checkpoint in intact}
     there = [f"{name} has {versions}" for name, versions in held.items()] or ["there are none"]
     there += [f"{name} is damaged" for name in damaged_checkpoints(checkpoints)]

@@ -57,7 +57,7 @@ class RunProgress:
         about = {"base": as_tables(base), "start_from": started}
         self._ledger = Ledger(folder.storage, recipe.rollouts, about, folder.unwritten)
         self._done: Checkpoint | None = None  # after the last complete round of this start
-        self._resumed_from = checkpoint
+        self._starts_trained = checkpoint is not None
         self.buffer = RoundBuffer(
             parts.algorithm,
             parts.aggregation,
@@ -140,8 +140,8 @@ class RunProgress:
 
     def save_good(self, workers: Workers) -> None:
         """Write the weights of the last complete round for diffusers; the learner's come from a failed round."""
-        if last := self._done or self._resumed_from:
-            workers.learner.load_state(last.learner)
+        if self._done or self._starts_trained:
+            workers.learner.restore_last_round()
             workers.learner.save_policy(self._location)
 
     @property

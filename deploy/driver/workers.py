@@ -129,7 +129,9 @@ def ray_workers(parts: Components, supervision: Supervision, base: LoadedBase) -
         pool.on_loaded = base.take
     stream = RayRolloutStream(pools, _settings(recipe, supervision))
     on_death = functools.partial(_learner_died, budget, lines)
-    learner = RayLearnerGroup(learner_actors, make_learner, stream.work_until, on_death)
+    learner = RayLearnerGroup(
+        learner_actors, make_learner, stream.keep_busy_until_ready, on_death, recipe.max_policy_lag
+    )
     learner.on_loaded = base.take
     workers = Workers(stream, learner, pools.all, (lines, output), supervision)
     with contextlib.ExitStack() as unless_loaded:
@@ -188,12 +190,7 @@ def _reporting(lines: DeathLines, name: str, pool: WorkerPool) -> WorkerPool:
 
 
 def _settings(recipe: Recipe, supervision: Supervision) -> StreamSettings:
-    return StreamSettings(
-        recipe.runtime,
-        recipe.max_policy_lag + 1,
-        recipe.samplers.straggler_factor,
-        supervision.check,
-    )
+    return StreamSettings(recipe.runtime, recipe.samplers.straggler_factor, supervision.check)
 
 
 def connect(recipe: Recipe, output: RoleOutput) -> None:

@@ -13,11 +13,12 @@ from jaxtyping import Float, UInt8
 from ray_ddpo.actors.evaluation.eval_set import build_eval_set
 from ray_ddpo.actors.evaluation.image_summary import image_summary
 from ray_ddpo.actors.rollouts.stream import RolloutStream
+from ray_ddpo.common.policy_versions import evaluation_round
 from ray_ddpo.common.policy_weights import PolicyWeights, averaged
 from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.recipe.tables import GuardTable
 from ray_ddpo.common.run_storage.run_folder import BEST, GUARD, WEIGHTS, RunFolder
-from ray_ddpo.common.schedule import Stream, Task, last_startable_round
+from ray_ddpo.common.schedule import Stream, Task
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.media import CaptionedImage, Cell, Media, ShownTable
 from ray_ddpo.deploy.driver.components import Components
@@ -61,6 +62,7 @@ class EvalRunner:
         self._parts = parts
         self._table = parts.recipe.evaluation
         self._stream: RolloutStream = workers.stream
+        self._learner = workers.learner
         self._chosen = build_eval_set(self._table, parts.prompts)
         self._identity = eval_identity(parts.recipe, self._chosen)
         self._folder = folder
@@ -82,7 +84,6 @@ class EvalRunner:
         if not self._table.every:
             return
         rounds_done = checkpoint.rounds_done if checkpoint else 0
-        newest = checkpoint.learner.weights[-1] if checkpoint else pretrained
         state = checkpoint.evaluation if checkpoint else EvaluationState()
         known = [each for each in self._log.entries() if each["policy_version"] <= rounds_done]
         if any(each["set"] != self._identity for each in known):
@@ -90,6 +91,7 @@ class EvalRunner:
             known = []
         self._log.keep(known)
         self._judged = [judged_from_log(each, self._log.scores(each["policy_version"])) for each in known]
+        newest = self._learner.weights()[-1]
         self._average = (state.average or newest) if self._table.average_decay else None
         done = {judged.policy_version for judged in self._judged}
         due = {} if 0 in done else {0: Evaluated(pretrained)}
@@ -121,7 +123,7 @@ class EvalRunner:
         """Submit the versions that are due to the samplers, behind the rounds in flight."""
         lag = self._parts.recipe.max_policy_lag
         for version in self._waiting:
-            round_index = max(rounds_done, last_startable_round(version.policy_version, lag))
+            round_index = evaluation_round(version.policy_version, lag, rounds_done)
             earlier = [each for each in self._pending if each.round_index == round_index]
             first = sum(len(tasks) for each in earlier for tasks in each.tasks.values())
             tasks = {}

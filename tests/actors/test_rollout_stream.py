@@ -22,13 +22,13 @@ def parts(tables: dict) -> Components:
     return parts_with(tables, max_policy_lag=1, sampling__batch_size=2, sampling__batches_per_round=2)
 
 
-def stream_of(parts: Components, versions_kept: int = 2) -> SerialRolloutStream:
+def stream_of(parts: Components) -> SerialRolloutStream:
     recipe = parts.recipe
     pools = tuple(
         SerialPool(RewardWorker(parts.rewards_of(pool), pool.table, recipe.runtime), pool.table)
         for pool in reward_pools(recipe)
     )
-    settings = StreamSettings(recipe.runtime, versions_kept, 4.0, lambda: None)
+    settings = StreamSettings(recipe.runtime, 4.0, lambda: None)
     return SerialRolloutStream(Sampler(parts.policy, recipe.sampling, recipe.runtime), pools, settings)
 
 
@@ -47,8 +47,7 @@ def tasks_of(parts: Components, round_index: int) -> list[Task]:
 
 def test_a_round_is_returned_in_task_order_with_scores_and_images(parts: Components) -> None:
     stream, weights = stream_of(parts), versions(parts, 1)
-    stream.publish(weights[0])
-    stream.submit(tasks_of(parts, 0))
+    stream.submit(tasks_of(parts, 0), weights[0])
     rollouts = collected(stream, 0)
     assert [rollout.report.task for rollout in rollouts] == tasks_of(parts, 0)
     for rollout in rollouts:
@@ -57,14 +56,12 @@ def test_a_round_is_returned_in_task_order_with_scores_and_images(parts: Compone
         assert np.array_equal(scores, -jpeg_kilobytes(rollout.images.pixels))
 
 
-def test_tasks_are_sampled_with_their_version_even_if_a_newer_one_is_published(parts: Components) -> None:
+def test_tasks_are_sampled_with_their_version_even_if_newer_tasks_are_queued(parts: Components) -> None:
     stream, weights = stream_of(parts), versions(parts, 2)
-    stream.publish(weights[0])
-    stream.submit(tasks_of(parts, 0))
-    stream.submit(tasks_of(parts, 1))
+    stream.submit(tasks_of(parts, 0), weights[0])
+    stream.submit(tasks_of(parts, 1), weights[0])
     collected(stream, 0)
-    stream.publish(weights[1])
-    stream.submit(tasks_of(parts, 2))
+    stream.submit(tasks_of(parts, 2), weights[1])
     assert {rollout.report.fingerprint for rollout in collected(stream, 1)} == {weights[0].fingerprint}
     assert {rollout.report.fingerprint for rollout in collected(stream, 2)} == {weights[1].fingerprint}
 
@@ -74,23 +71,7 @@ def test_the_round_is_the_same_whatever_was_sampled_before_it(parts: Components)
     paths = []
     for rounds in ([1], [0, 1]):
         stream = stream_of(parts)
-        stream.publish(weights[0])
         for round_index in rounds:
-            stream.submit(tasks_of(parts, round_index))
+            stream.submit(tasks_of(parts, round_index), weights[0])
         paths.append([collected(stream, round_index) for round_index in rounds][-1][1].trajectory.next_latents)
     assert torch.equal(paths[0], paths[1])
-
-
-@pytest.mark.parametrize("versions_kept", [1, 2])
-def test_as_many_versions_are_kept_as_tasks_may_ask_for(versions_kept: int, parts: Components) -> None:
-    stream = stream_of(parts, versions_kept)
-    for weights in versions(parts, 4):
-        stream.publish(weights)
-    assert list(stream._weights) == list(range(4 - versions_kept, 4))
-
-
-def test_in_one_process_nothing_is_pending(parts: Components) -> None:
-    stream = stream_of(parts)
-    stream.work_until(())
-    with pytest.raises(AssertionError, match="nothing is pending"):
-        stream.work_until(("a reference",))

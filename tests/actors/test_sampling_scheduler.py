@@ -33,7 +33,6 @@ class Driver:
         self.answers = answers
         self.pool = WorkerPool("samplers", "sampler", lambda index: Actor(), 3, RestartBudget(10**6))
         self.sampling = SamplingScheduler(self.pool, StragglerDetector(4.0), {})
-        self.sampling.publish(0, "weights", 1)
         self.submitted = 0
         self.sampled: list[Place] = []
         self.load()
@@ -47,7 +46,8 @@ class Driver:
         held = [sampler for sampler in self.pool.loaded if sampler.calls]
         if what == "submit":
             stream = Stream.EVALUATION if number % 4 == 0 else Stream.TRAINING
-            self.sampling.submit(Task(number % 3, self.submitted, 0, (Prompt("a cat"),), (1,), stream=stream))
+            task = Task(number % 3, self.submitted, 0, (Prompt("a cat"),), (1,), stream=stream)
+            self.sampling.submit(task, "weights")
             self.submitted += 1
         elif what == "slow" and held:
             sampler = held[number % len(held)]

@@ -71,7 +71,7 @@ def test_the_models_row_excludes_rounds_without_overlap() -> None:
     [
         (StandInSampler, Sampler, ("ready", "stacks", "forget", "sample")),
         (StandInRewardWorker, RewardWorker, ("ready", "stacks", "score")),
-        (StandInLearner, Learner, ("stacks", "weights", "state", "load_state", "begin", "update")),
+        (StandInLearner, Learner, ("stacks", "weights", "state", "load_state", "begin", "lead")),
     ],
 )
 def test_a_stand_in_has_the_real_actors_signature(stand_in: type, real: type, methods: tuple[str, ...]) -> None:

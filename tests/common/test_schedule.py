@@ -17,8 +17,6 @@ from ray_ddpo.common.schedule import (
     Stream,
     Task,
     image_seed,
-    last_startable_round,
-    policy_version,
     round_tasks,
     sde_window_of_round,
     transition_order,
@@ -133,27 +131,11 @@ def test_a_tasks_title_says_what_it_is_for() -> None:
     assert looked_at.title == "evaluation of version 11, task 3"
 
 
-def test_versions_by_hand() -> None:
-    assert [policy_version(round_index, max_policy_lag=0) for round_index in range(4)] == [0, 1, 2, 3]
-    assert [policy_version(round_index, max_policy_lag=1) for round_index in range(4)] == [0, 0, 1, 2]
-
-
 @pytest.mark.parametrize("lag", [0, 1])
 def test_the_tasks_of_a_round_are_sampled_with_its_version(tables: dict, lag: int) -> None:
     for round_index in range(3):
         tasks = round_tasks(recipe_with(tables, max_policy_lag=lag), round_index, numbered)
         assert {task.policy_version for task in tasks} == {max(0, round_index - lag)}
-
-
-@given(version=rounds, round_index=rounds, lag=st.integers(0, 3))
-def test_a_round_may_start_exactly_when_its_version_is_published(version: int, round_index: int, lag: int) -> None:
-    assert (round_index <= last_startable_round(version, lag)) == (policy_version(round_index, lag) <= version)
-
-
-@given(version=rounds, lag=st.integers(0, 3))
-def test_at_most_one_round_more_than_the_lag_is_in_flight(version: int, lag: int) -> None:
-    # Version v has learned from rounds 0 … v - 1.
-    assert last_startable_round(version, lag) - version + 1 == lag + 1
 
 
 @given(run_seed=seeds, round_index=rounds, inner_epoch=st.integers(0, 9), count=st.integers(1, 200))

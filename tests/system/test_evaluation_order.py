@@ -21,6 +21,7 @@ from ray_ddpo.common.trajectory import ImageBatch, Scores, TaskReport
 pytestmark = pytest.mark.thorough
 
 SECONDS = 0.3  # a task
+WEIGHTS = pack(0, {"a": np.zeros(1)})
 
 
 class Sleeper:
@@ -44,15 +45,14 @@ def tasks(round_index: int, count: int, stream: Stream) -> list[Task]:
 
 @pytest.fixture
 def stream(cluster: None) -> Iterator[RayRolloutStream]:
-    """One sampler, one reward worker, version 0."""
+    """One sampler and one reward worker."""
     remote, budget = ray.remote(num_cpus=0.01)(Sleeper), RestartBudget(0)
     samplers, workers = (
         WorkerPool(name, name, lambda number: remote.remote(), 1, budget) for name in ("sampler", "reward_worker")
     )
     pools = Pools(samplers, (ScoringPool(workers, ("nothing",), RewardPoolTable(), independent=False),), budget)
-    stream = RayRolloutStream(pools, StreamSettings(RuntimeTable(), 1, 100.0, check=lambda: None))
+    stream = RayRolloutStream(pools, StreamSettings(RuntimeTable(), 100.0, check=lambda: None))
     stream.wait_until_loaded({"sampler": 1, "reward_worker": 1})
-    stream.publish(pack(0, {"a": np.zeros(1)}))
     yield stream
     for pool in pools.all:
         pool.close()
@@ -77,9 +77,9 @@ def test_a_round_waits_for_one_task_of_an_evaluation_at_most(
     stream: RayRolloutStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = sampled_in_order(stream, monkeypatch)
-    stream.submit(tasks(1, 4, Stream.EVALUATION))  # nothing else to do: the sampler begins with them
-    stream.submit(tasks(1, 3, Stream.TRAINING))
-    stream.submit(tasks(2, 2, Stream.TRAINING))
+    stream.submit(tasks(1, 4, Stream.EVALUATION), WEIGHTS)  # nothing else to do: the sampler begins with them
+    stream.submit(tasks(1, 3, Stream.TRAINING), WEIGHTS)
+    stream.submit(tasks(2, 2, Stream.TRAINING), WEIGHTS)
     stream.collect(1, range(3))
     assert order[:4] == [("EVALUATION", 1), *[("TRAINING", 1)] * 3]
     stream.collect(1, range(4), Stream.EVALUATION)

@@ -129,7 +129,7 @@ def test_a_sampler_that_never_answers_ends_the_run_with_a_dump_within_the_deadli
 
 @pytest.mark.system
 def test_a_stragglers_task_is_sampled_a_second_time_elsewhere(tables: dict, cluster: None) -> None:
-    tables |= {"rounds": 8, "samplers": {"count": 2}, "name": "overdue"}
+    tables |= {"rounds": 8, "samplers": {"count": 2}, "name": "straggler"}
     recipe = Recipe.parse(tables)
     run, stopped = Path(recipe.run_path()), []
 

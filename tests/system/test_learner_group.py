@@ -1,5 +1,6 @@
 """The learner's ranks as the driver sees them: repaired failures, raised failures, and no endless waits."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 from torch.distributed import DistBackendError
 
-from ray_ddpo.common.policy_weights import pack
+from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from ray_ddpo.common.process_deaths import Death
 from ray_ddpo.common.trajectory import TrainBatch
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
@@ -53,12 +54,13 @@ class Rank:
     def state(self) -> LearnerState:
         return state_with(0.0)
 
-    def load_state(self, state: LearnerState) -> None:
-        self._loaded = float(state.trained.buffer[0])
+    def load_state(self, state: LearnerState, *weights: PolicyWeights) -> None:
+        self._loaded = float(weights[-1].buffer[0])
 
-    def update(self, batch: TrainBatch) -> tuple[dict[str, float], LearnerState]:
+    def lead(self, batch: TrainBatch) -> tuple[dict[str, float], PolicyWeights, LearnerState]:
         self._meet_fate()
-        return {"rank": float(self._rank)}, state_with(self._loaded + 1)
+        state = state_with(self._loaded + 1)
+        return {"rank": float(self._rank)}, state.weights[-1], dataclasses.replace(state, weights=())
 
     def follow(self, batch: TrainBatch) -> tuple[str, dict[str, np.ndarray]]:
         self._meet_fate()
@@ -109,7 +111,7 @@ def group_of(cluster: None, left: list[list[Any]]) -> Any:
         assert ray.wait(list(references), num_returns=1, timeout=60)[0], "waits in vain"
 
     def group(*fates: str) -> tuple[RayLearnerGroup, list[list[Any]], list[Death]]:
-        ranks = RayLearnerGroup(make((fates[0], fates[1])), make, wait, deaths.append)
+        ranks = RayLearnerGroup(make((fates[0], fates[1])), make, wait, deaths.append, 0)
         ranks.wait_until_loaded()
         return ranks, made, deaths
 

@@ -17,6 +17,7 @@ from ray_ddpo.actors.reward_worker import RewardWorker
 from ray_ddpo.actors.rewards.reward import Reward
 from ray_ddpo.common.model_files.model_hub import Weights, first_line, hub_answers, is_hub_name, missing_files
 from ray_ddpo.common.package_versions import VERSIONED
+from ray_ddpo.common.policy_versions import num_kept
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import elastic_roles
@@ -149,7 +150,7 @@ def _probe(folder: RunFolder) -> None:
 
 def checkpoint_bytes(recipe: Recipe, numbers: Plan) -> int:
     """Return a checkpoint's size: max_policy_lag + 1 versions of the weights, moving average, optimizer state."""
-    versions = recipe.max_policy_lag + 1 + (recipe.evaluation.average_decay is not None)
+    versions = num_kept(recipe.max_policy_lag) + (recipe.evaluation.average_decay is not None)
     return numbers.broadcast_bytes * versions + numbers.optimizer_bytes
 
 

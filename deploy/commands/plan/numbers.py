@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
+from ray_ddpo.common.policy_versions import num_kept
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import all_pools
 from ray_ddpo.common.trajectory import DTYPES
@@ -85,7 +86,7 @@ def plan_of_parts(parts: Components) -> Plan:
         micro_batch_size=micro_batch,
         forward_passes=steps * pairs // micro_batch,
         trajectory_bytes=trajectory,
-        round_bytes=trajectory * recipe.images_per_round * (recipe.max_policy_lag + 1),
+        round_bytes=trajectory * recipe.images_per_round * num_kept(recipe.max_policy_lag),
         broadcast_bytes=4 * sizes.trained_parameters,
         optimizer_bytes=optimizer_state_bytes(learner, sizes),
         conditioning_bytes=conditioning,
