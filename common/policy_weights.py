@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -39,13 +38,6 @@ class PolicyWeights:
             views[name] = self.buffer[start : start + size].reshape(shape)
             start += size
         return views
-
-
-@dataclass(frozen=True)
-class StoredWeights(PolicyWeights):
-    """Weights in Ray's object store, as the driver holds them: `buffer` is a view of the shared memory, not a copy."""
-
-    reference: Any  # to the same object; tasks carry the reference, so that samplers read the learner's own object
 
 
 def weights_of(kept: Sequence[PolicyWeights], policy_version: int) -> PolicyWeights:

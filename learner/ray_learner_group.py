@@ -26,9 +26,10 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.policy_versions import kept_versions
-from ray_ddpo.common.policy_weights import PolicyWeights, StoredWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.process_deaths import LOADING, Death
 from ray_ddpo.common.role_loading import RoleNotStarted
+from ray_ddpo.common.stored_weights import reference_to, stored_at
 from ray_ddpo.common.trajectory import Rollout, Scored, TrainBatch
 from ray_ddpo.learner.call_names import title_of
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
@@ -198,7 +199,7 @@ class RayLearnerGroup(LearnerGroup):
         self._answers(self._beginning)  # first, because a rank refuses a part after one that failed
         found, *fingerprints = self._answers([metrics, *(fingerprint for fingerprint, _ in followed)])
         assert self._state is not None, "the ranks are loaded"
-        published = kept_versions((*self._state.weights, _stored_at(weights)), self._max_policy_lag)
+        published = kept_versions((*self._state.weights, stored_at(weights)), self._max_policy_lag)
         of_rank_0: LearnerState = ray.get(state)
         learned = replace(of_rank_0, weights=published)
         if not followed:
@@ -239,15 +240,14 @@ class RayLearnerGroup(LearnerGroup):
 
     def restore_last_round(self) -> None:
         assert self._state is not None, "the ranks are loaded"
-        weights = [each.reference for each in self._state.weights if isinstance(each, StoredWeights)]
+        weights = map(reference_to, self._state.weights)
         self._call("load_state", ray.put(replace(self._state, weights=())), *weights, on_all_ranks=True)
 
     def check_folder(self, folder: str, token: str) -> None:
         self._call("check_folder", folder, token)
 
     def save_policy(self, folder: str, weights: PolicyWeights | None = None) -> str:
-        given = weights.reference if isinstance(weights, StoredWeights) else weights
-        return self._call("save_policy", folder, given)
+        return self._call("save_policy", folder, weights and reference_to(weights))
 
     def machine(self) -> Machine | None:
         return self._state.machine if self._state else None
@@ -265,13 +265,7 @@ class RayLearnerGroup(LearnerGroup):
 
 def _with_stored_weights(state: LearnerState) -> LearnerState:
     """Put the weights of a state into Ray's store, each version once."""
-    return replace(state, weights=tuple(_stored_at(ray.put(weights)) for weights in state.weights))
-
-
-def _stored_at(reference: Any) -> StoredWeights:
-    """Map weights in Ray's store into this process's memory."""
-    weights: PolicyWeights = ray.get(reference)
-    return StoredWeights(weights.policy_version, weights.buffer, weights.manifest, weights.fingerprint, reference)
+    return replace(state, weights=tuple(stored_at(reference_to(weights)) for weights in state.weights))
 
 
 def _stack(reference: Any) -> str:

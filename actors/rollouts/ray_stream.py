@@ -14,8 +14,9 @@ from ray_ddpo.actors.rollouts.stragglers import StragglerDetector
 from ray_ddpo.actors.rollouts.stream import RolloutStream, StreamSettings, report_dropped
 from ray_ddpo.actors.rollouts.worker_pool import RestartBudget, WorkerPool
 from ray_ddpo.common.metrics.round_metrics import StreamReport
-from ray_ddpo.common.policy_weights import PolicyWeights, StoredWeights
+from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.schedule import Place, Stream, Task
+from ray_ddpo.common.stored_weights import reference_to
 from ray_ddpo.common.trajectory import ImageBatch, Rollout
 
 POLL_SECONDS = 0.5  # the longest delay until deadlines, signals and `ddpo scale` are noticed
@@ -54,8 +55,7 @@ class RayRolloutStream(RolloutStream):
         self._moved = time.monotonic()
 
     def submit(self, tasks: list[Task], weights: PolicyWeights) -> None:
-        # Each node fetches an object once, so tasks of one version must carry a reference to the same object.
-        reference = weights.reference if isinstance(weights, StoredWeights) else ray.put(weights)
+        reference = reference_to(weights)
         for task in tasks:
             self._sampling.submit(task, reference)
         self._sampling.move(time.monotonic())

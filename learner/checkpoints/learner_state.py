@@ -14,7 +14,7 @@ class LearnerState:
     """The published weights, the trained weights, the optimizer state, and the gradient scaler."""
 
     policy_version: int
-    weights: tuple[PolicyWeights, ...]  # the last max_policy_lag + 1 published versions, the newest last
+    weights: tuple[PolicyWeights, ...]  # the published versions that `kept_versions` keeps, the newest last
     optimizer: dict[str, np.ndarray]  # by "<parameter>/<AdamW's key>"; if sharded, one rank's shard
     scaler: dict[str, int | float]  # of float16's gradient scaler; empty otherwise
     own_weights: PolicyWeights | None = None  # the trained weights, if samplers use an average of versions
