@@ -97,7 +97,7 @@ class Update:
 def precomputed_columns(algorithm: Algorithm, policy: Policy, update: Update, micro_batch_size: int) -> Columns:
     """Precompute the columns that the algorithm asks for, in the update's own micro-batches, so to the same bits."""
     same = update.sampled_with.fingerprint == update.present.fingerprint
-    asked = algorithm.columns
+    asked = set(algorithm.columns)
     columns: dict[Column, OutputColumn] = {}
 
     def compute(name: Column, own_pass_will_do: bool, output: Callable[[Policy, Batch], Tensor]) -> None:

@@ -87,14 +87,11 @@ class RoundTransitions:
             name: the trajectories' field.
             positions: the second axis of that field, if it has one.
         """
-        tasks, rows = self.task[images], self.row[images]
-        index = (rows,) if positions is None else (rows, positions)
+        axes = [self.task[images], self.row[images], *([] if positions is None else [positions])]
         columns = [getattr(trajectory, name) for trajectory in self.trajectories]
-        found = columns[0].new_empty(len(images), *columns[0].shape[len(index) :])
-        for task in tasks.unique().tolist():
-            chosen = (tasks == task).nonzero().squeeze(1)
-            found[chosen] = columns[task][tuple(axis[chosen] for axis in index)]
-        return to_device(found, self.device)
+        # Copies each latent once. Advanced indexing trajectory by trajectory would copy twice, to restore the order.
+        latents = [columns[task][tuple(index)] for task, *index in torch.stack(axes, 1).tolist()]
+        return to_device(torch.stack(latents), self.device)
 
 
 def round_transitions(
