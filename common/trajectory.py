@@ -185,7 +185,7 @@ class TrainBatch:
 
     round: int
     reports: tuple[TaskReport, ...]
-    advantages: Float[np.ndarray, "N"]  # from `Algorithm.compute_advantages`: an advantage, or RWR's weight
+    advantages: Float[np.ndarray, "N"]  # the learning signal: an advantage, or RWR's weight
     dropped: tuple[int, ...] = ()  # images, in task order, that are not trained on: their advantage is NaN
     part: int = 0
     parts: int = 1  # of the round, of equal size

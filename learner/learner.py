@@ -265,7 +265,7 @@ class Learner:
             self._steps.add(result, len(indices))
             self._metrics.add_micro_batch(result, known.steps if isinstance(known, TransitionBatch) else None)
         # Only if all images of the step have the same advantage, the gradient may be exactly 0.
-        may_be_zero = len(np.unique(advantages[indices[:, 0]])) == 1
+        may_be_zero = len(np.unique(advantages[indices[:, 0].numpy()])) == 1
         norm = self._steps.apply(len(indices), len(own), may_be_zero)
         if norm is None:
             self._metrics.skip_optimizer_step()
