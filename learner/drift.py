@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from ray_ddpo.common.diffusion.compiled import graph_of_learning
 from ray_ddpo.common.diffusion.lora.adapters import reference_policy
@@ -12,12 +10,12 @@ from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.trajectory import TransitionBatch
 from ray_ddpo.learner.algorithms.losses import gaussian_kl
 from ray_ddpo.learner.process_group import ProcessGroup
-from ray_ddpo.learner.round_data.transitions import RoundTransitions, indices_of, micro_batches
+from ray_ddpo.learner.round_data.transitions import Indices, RoundTransitions, indices_of, micro_batches
 from ray_ddpo.learner.update_metrics import Divergence
 
 
 def kl_subset(
-    transitions: RoundTransitions, steps: list[Int[Tensor, "B 2"]], size: int, process_group: ProcessGroup
+    transitions: RoundTransitions, steps: list[Indices], size: int, process_group: ProcessGroup
 ) -> Iterator[TransitionBatch]:
     """Select enough images to fill one micro-batch of `size` (at least one) for a KL estimate. Yield this rank's share.
 

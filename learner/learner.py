@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from ray_ddpo.common.base_parts import Base, entry_base
 from ray_ddpo.common.diffusion.lora.adapters import load_weights, read_weights, trained_parameters
@@ -30,6 +30,7 @@ from ray_ddpo.learner.process_group import ProcessGroup
 from ray_ddpo.learner.round_data.noised_samples import NoisedSamples
 from ray_ddpo.learner.round_data.reference_passes import Columns, Items, Update, precomputed_columns, with_columns
 from ray_ddpo.learner.round_data.transitions import (
+    Indices,
     RoundTransitions,
     micro_batches,
     optimizer_steps,
@@ -206,7 +207,7 @@ class Learner:
                 self._metrics.set_reference_kl(reference_kl(self._policy, some, self._process_group))
         self._metrics.end_part(time.perf_counter() - start, arrival)
 
-    def _kl_budget_spent(self, transitions: RoundTransitions, steps: list[Int[torch.Tensor, "B 2"]]) -> bool:
+    def _kl_budget_spent(self, transitions: RoundTransitions, steps: list[Indices]) -> bool:
         """Return whether the KL to the behavior policy is above `learner.max_kl_nats`, so that inner epochs end."""
         budget = self._settings.max_kl_nats
         if budget is None:
@@ -241,7 +242,7 @@ class Learner:
         seeds = tuple(seed for report in batch.reports for seed in report.task.seeds)
         return NoisedSamples(transitions, seeds, per_image, self._policy.num_train_timesteps)
 
-    def _optimizer_steps_of(self, batch: TrainBatch, items: Items, inner_epoch: int) -> list[Int[torch.Tensor, "B 2"]]:
+    def _optimizer_steps_of(self, batch: TrainBatch, items: Items, inner_epoch: int) -> list[Indices]:
         """Return the indices of each optimizer step of an inner epoch."""
         part = (batch.part, batch.parts)
         order = transition_order(self._recipe.seed, batch.round, inner_epoch, items.num_images, part)
@@ -252,7 +253,7 @@ class Learner:
     def _optimizer_step(
         self,
         items: Items,
-        indices: Int[torch.Tensor, "B 2"],
+        indices: Indices,
         columns: Columns,
         advantages: Float[np.ndarray, "N"],
     ) -> None:
@@ -272,7 +273,7 @@ class Learner:
         else:
             self._metrics.end_optimizer_step(norm)
 
-    def _divergence(self, transitions: RoundTransitions, steps: list[Int[torch.Tensor, "B 2"]]) -> Divergence:
+    def _divergence(self, transitions: RoundTransitions, steps: list[Indices]) -> Divergence:
         some = kl_subset(transitions, steps, self._micro_batch_size, self._process_group)
         return divergence(self._policy, some, self._process_group, self._compiles)
 

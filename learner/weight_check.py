@@ -12,7 +12,7 @@ from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import TaskReport, TrainBatch
-from ray_ddpo.learner.round_data.transitions import RoundTransitions
+from ray_ddpo.learner.round_data.transitions import Indices, RoundTransitions
 from ray_ddpo.learner.temporary_weights import temporary_weights
 
 NUM_TASKS = 8  # the fewest tasks of a round to check, since each may come from another sampler
@@ -58,7 +58,7 @@ def refuse_mismatch(report: TaskReport, published: tuple[PolicyWeights, ...], pa
         raise RuntimeError(f"{title}: its sampler bound {report.num_loaded_params} of {parameters} parameters")
 
 
-def rows_to_check(transitions: RoundTransitions, dropped: tuple[int, ...], rows: int) -> list[Int[Tensor, "B 2"]]:
+def rows_to_check(transitions: RoundTransitions, dropped: tuple[int, ...], rows: int) -> list[Indices]:
     """Return batches of transitions to check, taken from all tasks in turn, beginning at different steps.
 
     Each transition is in the row that its image had in the sampler's batch, because kernels may round by row.

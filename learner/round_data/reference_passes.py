@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.compiled import graph_of_learning
@@ -18,12 +18,11 @@ from ray_ddpo.common.trajectory import Column, NoisedBatch, TransitionBatch
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.learner.process_group import ProcessGroup
 from ray_ddpo.learner.round_data.noised_samples import NoisedSamples
-from ray_ddpo.learner.round_data.transitions import RoundTransitions, micro_batches
+from ray_ddpo.learner.round_data.transitions import Indices, RoundTransitions, micro_batches
 from ray_ddpo.learner.temporary_weights import temporary_weights
 
 Batch = TransitionBatch | NoisedBatch
 Items = RoundTransitions | NoisedSamples
-Indices = Int[Tensor, "B 2"]
 
 
 class OutputColumn:

@@ -11,8 +11,11 @@ from ray_ddpo.common.diffusion.policy import Conditioning, select_rows
 from ray_ddpo.common.runtime import to_device
 from ray_ddpo.common.trajectory import Trajectory, TransitionBatch
 
+# The (image, step) indices of training items. The axis is anonymous, because lists hold indices of different lengths.
+Indices = Int[Tensor, "_ 2"]
 
-def indices_of(images: Int[Tensor, "N"], positions: range) -> Int[Tensor, "B 2"]:
+
+def indices_of(images: Int[Tensor, "N"], positions: range) -> Indices:
     """Return the (image, step) indices of these images, position by position.
 
     Args:
@@ -24,7 +27,7 @@ def indices_of(images: Int[Tensor, "N"], positions: range) -> Int[Tensor, "B 2"]
 
 def optimizer_steps(
     order: Int[np.ndarray, "N"], size: int, dropped: tuple[int, ...], positions: range
-) -> list[Int[Tensor, "B 2"]]:
+) -> list[Indices]:
     """Return the indices of each optimizer step: of `size` images in `order`, without dropped images.
 
     A dropped image does not move another one to a different step. A remainder of fewer than `size` images joins the
@@ -34,7 +37,7 @@ def optimizer_steps(
     return [indices_of(torch.from_numpy(images[~np.isin(images, dropped)]), positions) for images in cut]
 
 
-def micro_batches(indices: Int[Tensor, "N 2"], size: int) -> tuple[Int[Tensor, "B 2"], ...]:
+def micro_batches(indices: Indices, size: int) -> tuple[Indices, ...]:
     """Cut `indices` into micro-batches of `size`; the last is smaller only if images of the step are dropped."""
     return indices.split(size) if len(indices) else ()
 
