@@ -83,7 +83,9 @@ class OurRounds:
         for _ in range(rows // size):
             learning._predict(*inputs).square().mean().backward()
         learned = self.now() - begun
-        if self._parts.algorithm.needs_proximal_log_probs:  # one more pass over all optimizer steps but the first
+        if (
+            "proximal_log_probs" in self._parts.algorithm.columns
+        ):  # one more pass over all optimizer steps but the first
             begun = self.now()
             with torch.no_grad():
                 for _ in range(rows // size):

@@ -72,12 +72,12 @@ def image_work(parts: Components) -> float:
     """Return the operations per image: sampling, learning and the KL's passes, without decoding and scoring."""
     config: Any = parts.policy
     recipe, algorithm = parts.recipe, parts.algorithm
-    assert not algorithm.needs_proximal_log_probs and not algorithm.needs_behavior_means, "these passes are not counted"
+    assert algorithm.columns <= {"reference_means"}, "these passes are not counted"
     row = row_work(config, recipe.sampling)
     pairs = (
         algorithm.transitions_per_image(recipe, config.stochastic_steps(recipe.sampling)) * recipe.learner.inner_epochs
     )
-    of_pair = row.both + row.recomputed + (row.forward if algorithm.needs_reference_means else 0)
+    of_pair = row.both + row.recomputed + (row.forward if "reference_means" in algorithm.columns else 0)
     return config.branches(recipe.sampling) * (recipe.sampling.num_steps * row.forward + pairs * of_pair)
 
 

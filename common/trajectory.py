@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -185,7 +185,7 @@ class TrainBatch:
 
     round: int
     reports: tuple[TaskReport, ...]
-    advantages: Float[np.ndarray, "N"]  # from `Algorithm.compute_advantages`: an advantage, or RWR's weight
+    advantages: Float[np.ndarray, "N"]  # the learning signal: an advantage, or RWR's weight
     dropped: tuple[int, ...] = ()  # images, in task order, that are not trained on: their advantage is NaN
     part: int = 0
     parts: int = 1  # of the round, of equal size
@@ -211,11 +211,15 @@ def whole_round(parts: list[TrainBatch]) -> TrainBatch:
     return TrainBatch(parts[0].round, reports, advantages, dropped, aggregated_rewards=aggregated_rewards)
 
 
+# The columns of a batch that an algorithm asks for by name: outputs under other weights than the current ones.
+Column = Literal["proximal_log_probs", "behavior_means", "reference_means", "old_predictions", "reference_predictions"]
+
+
 @dataclass(frozen=True)
 class TransitionBatch:
     """B transitions on the device, with any mix of images and steps, as input of a policy-gradient loss.
 
-    The last three fields are set if the algorithm needs them. None means that the current pass has those weights.
+    The last three fields are set if the algorithm asks for them. None means that the current pass has those weights.
     """
 
     conditioning: dict[str, Tensor]  # one row per transition
@@ -231,12 +235,15 @@ class TransitionBatch:
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """B noised samples of final images, on the device, as input of a forward-process loss."""
+    """B noised samples of final images, on the device, as input of a forward-process loss.
+
+    The last two fields are set if the algorithm asks for them. None means that the current pass has those weights.
+    """
 
     conditioning: dict[str, Tensor]  # one row per noised sample
     timesteps: Int[Tensor, "B"]  # the model's own
     clean_latents: Float[Tensor, "B C H W"]
     noise: Float[Tensor, "B C H W"]
     weights: Float[Tensor, "B"]
-    old_predictions: Float[Tensor, "B C H W"] | None = None  # under the sampling policy; None: the current pass
+    old_predictions: Float[Tensor, "B C H W"] | None = None  # under the sampling policy
     reference_predictions: Float[Tensor, "B C H W"] | None = None  # under the pretrained model

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from ray_ddpo.common.diffusion.compiled import graph_of_learning
@@ -11,13 +10,12 @@ from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.trajectory import TransitionBatch
 from ray_ddpo.learner.algorithms.losses import gaussian_kl
 from ray_ddpo.learner.process_group import ProcessGroup
-from ray_ddpo.learner.round_data.transitions import RoundTransitions
-from ray_ddpo.learner.round_data.transitions_index import TransitionIndex, micro_batches
+from ray_ddpo.learner.round_data.transitions import Indices, RoundTransitions, indices_of, micro_batches
 from ray_ddpo.learner.update_metrics import Divergence
 
 
 def kl_subset(
-    transitions: RoundTransitions, steps: list[list[TransitionIndex]], size: int, process_group: ProcessGroup
+    transitions: RoundTransitions, steps: list[Indices], size: int, process_group: ProcessGroup
 ) -> Iterator[TransitionBatch]:
     """Select enough images to fill one micro-batch of `size` (at least one) for a KL estimate. Yield this rank's share.
 
@@ -26,8 +24,10 @@ def kl_subset(
     Args:
         steps: the indices of each optimizer step, from whose images the subset is taken.
     """
-    images = list(dict.fromkeys(image for indices in steps for image, _ in indices))
-    indices = transitions.indices_of(np.array(images[: max(1, size // transitions.num_trained_steps)]))
+    positions = transitions.positions(0)
+    images = list(dict.fromkeys(image for indices in steps for image in indices[:, 0].tolist()))
+    subset = torch.tensor(images[: max(1, size // len(positions))], dtype=torch.int64)
+    indices = indices_of(subset, positions)
     return (transitions.batch(part) for part in micro_batches(process_group.share(indices), size))
 
 

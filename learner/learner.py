@@ -30,9 +30,14 @@ from ray_ddpo.learner.optimization.optimizer_steps import OptimizerSteps, refuse
 from ray_ddpo.learner.optimization.sharded_optimizer import ShardedOptimizer
 from ray_ddpo.learner.process_group import ProcessGroup
 from ray_ddpo.learner.round_data.noised_samples import NoisedSamples
-from ray_ddpo.learner.round_data.reference_passes import References, Update, references_of
-from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
-from ray_ddpo.learner.round_data.transitions_index import TrainingItems, TransitionIndex, micro_batches
+from ray_ddpo.learner.round_data.reference_passes import Columns, Items, Update, precomputed_columns, with_columns
+from ray_ddpo.learner.round_data.transitions import (
+    Indices,
+    RoundTransitions,
+    micro_batches,
+    optimizer_steps,
+    round_transitions,
+)
 from ray_ddpo.learner.temporary_weights import temporary_weights
 from ray_ddpo.learner.update_metrics import Divergence, UpdateMetrics
 from ray_ddpo.learner.weight_check import Arrival, ArrivalCheck, refuse_mismatch
@@ -200,12 +205,11 @@ class Learner:
         arrival = self._check_arrival(batch, transitions, present)
         items = self._training_items(batch, transitions)
         epochs = [self._optimizer_steps_of(batch, items, epoch) for epoch in range(self._settings.inner_epochs)]
-        share = (self._process_group.rank, self._process_group.world_size)
-        update = Update(items, epochs, self._sampled_with(batch), present, share, self._compiles)
-        references = references_of(self._algorithm, self._policy, update, self._micro_batch_size)
+        update = Update(items, epochs, self._sampled_with(batch), present, self._process_group, self._compiles)
+        columns = precomputed_columns(self._algorithm, self._policy, update, self._micro_batch_size)
         for steps in epochs:
             for step in steps:
-                self._optimizer_step(items, step, references, batch.advantages)
+                self._optimizer_step(items, step, columns, batch.advantages)
             if self._kl_budget_spent(transitions, steps):
                 break
         self._steps.check(batch, self._metrics.optimizer_steps)
@@ -216,7 +220,7 @@ class Learner:
                 self._metrics.set_reference_kl(reference_kl(self._policy, some, self._process_group))
         self._metrics.end_part(time.perf_counter() - start, arrival)
 
-    def _kl_budget_spent(self, transitions: RoundTransitions, steps: list[list[TransitionIndex]]) -> bool:
+    def _kl_budget_spent(self, transitions: RoundTransitions, steps: list[Indices]) -> bool:
         """Return whether the KL to the behavior policy is above `learner.max_kl_nats`, so that inner epochs end."""
         budget = self._settings.max_kl_nats
         if budget is None:
@@ -243,7 +247,7 @@ class Learner:
         }  # the schedule gives a round a single version
         return weights_of(self._published, version)
 
-    def _training_items(self, batch: TrainBatch, transitions: RoundTransitions) -> TrainingItems:
+    def _training_items(self, batch: TrainBatch, transitions: RoundTransitions) -> Items:
         """Return the algorithm's training items: the sampled transitions, or the finished images with noise added."""
         per_image = self._algorithm.noised_samples_per_image
         if per_image is None:
@@ -251,39 +255,38 @@ class Learner:
         seeds = tuple(seed for report in batch.reports for seed in report.task.seeds)
         return NoisedSamples(transitions, seeds, per_image, self._policy.num_train_timesteps)
 
-    def _optimizer_steps_of(
-        self, batch: TrainBatch, items: TrainingItems, inner_epoch: int
-    ) -> list[list[TransitionIndex]]:
+    def _optimizer_steps_of(self, batch: TrainBatch, items: Items, inner_epoch: int) -> list[Indices]:
         """Return the indices of each optimizer step of an inner epoch."""
         part = (batch.part, batch.parts)
         order = transition_order(self._recipe.seed, batch.round, inner_epoch, items.num_images, part)
-        order = order[self._algorithm.trained_images(batch.advantages)[order]]
-        return items.optimizer_steps(order, self._settings.images_per_step, batch.dropped, inner_epoch)
+        if self._algorithm.trained_fraction < 1:
+            order = order[batch.advantages[order] != 0]
+        return optimizer_steps(order, self._settings.images_per_step, batch.dropped, items.positions(inner_epoch))
 
     def _optimizer_step(
         self,
-        items: TrainingItems,
-        indices: list[TransitionIndex],
-        references: References,
+        items: Items,
+        indices: Indices,
+        columns: Columns,
         advantages: Float[np.ndarray, "N"],
     ) -> None:
         """Accumulate the gradients of this rank's micro-batches, and apply the step."""
         self._steps.begin()
         own = self._process_group.share(indices)
         for micro_batch in micro_batches(own, self._micro_batch_size):
-            known = references.added_to(items.batch(micro_batch), micro_batch)
+            known = with_columns(items.batch(micro_batch), columns, micro_batch, self._device)
             result = self._algorithm.compute_loss(self._policy, known)
             self._steps.add(result, len(indices))
             self._metrics.add_micro_batch(result, known.steps if isinstance(known, TransitionBatch) else None)
         # Only if all images of the step have the same advantage, the gradient may be exactly 0.
-        may_be_zero = len({advantages[image] for image, _ in indices}) == 1
+        may_be_zero = len(np.unique(advantages[indices[:, 0].numpy()])) == 1
         norm = self._steps.apply(len(indices), len(own), may_be_zero)
         if norm is None:
             self._metrics.skip_optimizer_step()
         else:
             self._metrics.end_optimizer_step(norm)
 
-    def _divergence(self, transitions: RoundTransitions, steps: list[list[TransitionIndex]]) -> Divergence:
+    def _divergence(self, transitions: RoundTransitions, steps: list[Indices]) -> Divergence:
         some = kl_subset(transitions, steps, self._micro_batch_size, self._process_group)
         return divergence(self._policy, some, self._process_group, self._compiles)
 

@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.learner.round_data.transitions_index import TransitionIndex, share_of
 
 # The integer dtype to view an element's bits as, by the element's size in bytes.
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -113,9 +112,19 @@ class ProcessGroup:
             )
         self._device = device if backend == "nccl" else "cpu"
 
-    def share(self, indices: list[TransitionIndex]) -> list[TransitionIndex]:
-        """Return this rank's share of an optimizer step's transitions. Not a collective."""
-        return share_of(indices, self.rank, self.world_size)
+    def share(self, indices: Int[Tensor, "B 2"]) -> Int[Tensor, "M 2"]:
+        """Return this rank's share of an optimizer step: all items of every `world_size`-th image. Not a collective.
+
+        All ranks have equally many images, unless images are dropped and `world_size` does not divide the rest. Then
+        some ranks have one more.
+
+        Args:
+            indices: (image, step) indices.
+        """
+        if self.world_size == 1:
+            return indices
+        own = list(dict.fromkeys(indices[:, 0].tolist()))[self.rank :: self.world_size]
+        return indices[torch.isin(indices[:, 0], torch.tensor(own, dtype=torch.int64))]
 
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum every gradient over all ranks, a missing one as 0, to the same bits on each."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
@@ -12,7 +12,7 @@ from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import TaskReport, TrainBatch
-from ray_ddpo.learner.round_data.transitions import RoundTransitions, TransitionIndex
+from ray_ddpo.learner.round_data.transitions import Indices, RoundTransitions
 from ray_ddpo.learner.temporary_weights import temporary_weights
 
 NUM_TASKS = 8  # the fewest tasks of a round to check, since each may come from another sampler
@@ -58,9 +58,7 @@ def refuse_mismatch(report: TaskReport, published: tuple[PolicyWeights, ...], pa
         raise RuntimeError(f"{title}: its sampler bound {report.num_loaded_params} of {parameters} parameters")
 
 
-def rows_to_check(
-    transitions: RoundTransitions, dropped: tuple[int, ...], rows: int
-) -> list[list[TransitionIndex | None]]:
+def rows_to_check(transitions: RoundTransitions, dropped: tuple[int, ...], rows: int) -> list[Indices]:
     """Return batches of transitions to check, taken from all tasks in turn, beginning at different steps.
 
     Each transition is in the row that its image had in the sampler's batch, because kernels may round by row.
@@ -69,32 +67,34 @@ def rows_to_check(
         rows: images of a sampler's batch.
 
     Returns:
-        Enough batches to check NUM_TASKS tasks, if the round has so many. None in a row: there is nothing to check.
+        The (image, step) indices of enough batches to check NUM_TASKS tasks, if the round has so many. The index is
+        (−1, −1) in a row that has nothing to check. A batch of such rows alone is left out.
     """
-    numbers = {task_and_row: image for image, task_and_row in enumerate(transitions.images) if image not in dropped}
-    tasks, num_steps = len(transitions.trajectories), transitions.num_trained_steps
-    batches: list[list[TransitionIndex | None]] = []
+    places = zip(transitions.task.tolist(), transitions.row.tolist(), strict=True)
+    numbers = {place: image for image, place in enumerate(places) if image not in dropped}
+    tasks, num_steps = len(transitions.trajectories), len(transitions.positions(0))
+    batches = []
     for start in range(0, min(tasks, NUM_TASKS), rows):
-        batch: list[TransitionIndex | None] = []
+        batch = torch.full((rows, 2), -1)
         for row in range(rows):
             turn = start + row
             in_turn = ((turn + further) % tasks for further in range(tasks))
             task = next((task for task in in_turn if (task, row) in numbers), None)
-            batch.append(None if task is None else (numbers[task, row], (turn // tasks + task) % num_steps))
-        batches.append(batch)
+            if task is not None:
+                batch[row] = torch.tensor([numbers[task, row], (turn // tasks + task) % num_steps])
+        if (batch >= 0).any():
+            batches.append(batch)
     return batches
 
 
 @torch.no_grad()
-def log_prob_differences(
-    policy: Policy, transitions: RoundTransitions, rows: list[TransitionIndex | None]
-) -> Float[Tensor, "B"]:
+def log_prob_differences(policy: Policy, transitions: RoundTransitions, rows: Int[Tensor, "B 2"]) -> Float[Tensor, "B"]:
     """Return |log_prob − old_log_prob| of each row: infinity if it is NaN, and 0 if the row has no transition."""
-    filling = next(index for index in rows if index is not None)
-    batch = transitions.batch([index or filling for index in rows])
+    there = rows[:, 0] >= 0
+    batch = transitions.batch(torch.where(there.unsqueeze(1), rows, rows[there][0]))
     log_prob = policy.transition(batch.latents, batch.steps, batch.conditioning).log_prob(batch.next_latents)
-    there = torch.tensor([index is not None for index in rows], device=log_prob.device)
-    return (log_prob - batch.old_log_probs).abs().nan_to_num(nan=torch.inf).where(there, 0.0)
+    difference = (log_prob - batch.old_log_probs).abs().nan_to_num(nan=torch.inf)
+    return difference.where(there.to(log_prob.device), 0.0)
 
 
 @final
@@ -142,7 +142,6 @@ class ArrivalCheck:
         """
         _refuse_unnumbered(batch, transitions)
         batches = rows_to_check(transitions, batch.dropped, self._rows)
-        batches = [rows for rows in batches if any(rows)]
         rounding = None
         with temporary_weights(self._policy.network, wanted, present):
             found = [log_prob_differences(self._policy, transitions, rows) for rows in batches]
@@ -153,19 +152,19 @@ class ArrivalCheck:
             found = [log_prob_differences(self._copy, transitions, rows) for rows in batches]
             self._move_copy("cpu")
         for rows, differences in zip(batches, found, strict=True):
-            for index, difference in zip(rows, differences.tolist(), strict=True):
-                if index is not None:
-                    self._refuse(batch.reports[transitions.images[index[0]][0]], index, difference, here)
+            for (image, step), difference in zip(rows.tolist(), differences.tolist(), strict=True):
+                if image >= 0:
+                    self._refuse(batch.reports[int(transitions.task[image])], step, difference, here)
         return Arrival(max((float(each.max()) for each in found), default=0.0), rounding)
 
-    def _refuse(self, report: TaskReport, index: TransitionIndex, difference: float, here: Machine) -> None:
+    def _refuse(self, report: TaskReport, step: int, difference: float, here: Machine) -> None:
         """Raise WeightsDidNotArrive if a difference is above the tolerance, unless the machines are not comparable."""
         comparable = report.machine is None or report.machine.computes_like(here)
         if difference <= self._tolerance or (not comparable and difference < torch.inf):
             return
         raise WeightsDidNotArrive(
             f"task {report.task.index} says that it was sampled with version {report.task.policy_version}, and at its "
-            f"trained step {index[1]} the log_prob differs by {difference:.2g} from that of these weights in the "
+            f"trained step {step} the log_prob differs by {difference:.2g} from that of these weights in the "
             f"sampler's numerics, over the tolerance of {self._tolerance:.2g}: it was sampled with other weights, or "
             "the sampler's machine computes wrongly"
         )
@@ -179,8 +178,10 @@ class ArrivalCheck:
 
 def _refuse_unnumbered(batch: TrainBatch, transitions: RoundTransitions) -> None:
     """Raise WeightsDidNotArrive if a log-prob of the round is not finite."""
-    for image, (task, row) in enumerate(transitions.images):
-        if image not in batch.dropped and not transitions.trajectories[task].log_probs[row].isfinite().all():
+    broken = (~transitions.log_probs.isfinite().all(1)).nonzero().flatten().tolist()
+    for image in broken:
+        if image not in batch.dropped:
+            task, row = int(transitions.task[image]), int(transitions.row[image])
             raise WeightsDidNotArrive(
                 f"task {task} says that it was sampled with version {batch.reports[task].task.policy_version}, and a "
                 f"log_prob of image {row} is no finite number: its network does not compute"

@@ -13,6 +13,7 @@ from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.trackers.tracker import LiveTracker, RunInfo, Tracker
 from ray_ddpo.learner.algorithms.algorithm import TransitionLoss
 from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
+from ray_ddpo.learner.algorithms.rwr import RewardWeightedRegression
 
 
 class FloatImages(Shapes):
@@ -62,6 +63,22 @@ class OneForAll(DDPOImportanceSampling):
 
     def compute_advantages(self, statistics: Any, prompts: list[str], rewards: Any, images_per_prompt: int) -> Any:
         return statistics, np.mean(rewards)
+
+
+class Misspelt(DDPOImportanceSampling):
+    """An algorithm that asks for a column that no batch has."""
+
+    @property
+    def columns(self) -> Any:
+        return {"reference_mean"}
+
+
+class OfTransitions(RewardWeightedRegression):
+    """An algorithm on noised samples that asks for a column of transitions."""
+
+    @property
+    def columns(self) -> Any:
+        return {"behavior_means"}
 
 
 class Quiet(Tracker):

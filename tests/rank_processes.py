@@ -87,6 +87,7 @@ def sampled_for(learner: Learner, parts: Components, round_index: int, dropped: 
     rewards = np.random.default_rng(round_index).normal(size=len(sampled.batch.advantages))
     prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
     _, advantages = parts.algorithm.compute_advantages({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
+    advantages = parts.algorithm.from_advantages(advantages)
     advantages[list(dropped)] = np.nan
     batch = dataclasses.replace(sampled.batch, advantages=advantages, dropped=dropped)
     return SampledRound(batch, sampled.trajectories)

@@ -12,7 +12,7 @@ from ray_ddpo.common.recipe.tables import RewardWorkersTable, RuntimeTable
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.tracker import RunInfo
 from ray_ddpo.deploy.commands.doctor.ratio_measurement import sample_some, score_again
-from ray_ddpo.deploy.driver.components import build_components, build_reward
+from ray_ddpo.deploy.driver.components import build_components, build_reward, components_of
 from ray_ddpo.deploy.driver.trial_prompts import trial_prompts
 from ray_ddpo.learner.learner import Learner
 from tests import own_components
@@ -51,6 +51,27 @@ def test_a_source_without_prompts_is_refused(table: dict, message: str, tables: 
     with pytest.raises(ValueError) as error:
         trial_prompts(build_components(with_own(tables, prompts=table)))
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "Misspelt",
+            "Misspelt.columns has ['reference_mean']: the columns of a TransitionBatch are ['proximal_log_probs', "
+            "'behavior_means', 'reference_means']",
+        ),
+        (
+            "OfTransitions",
+            "OfTransitions.columns has ['behavior_means']: the columns of a NoisedBatch are ['old_predictions', "
+            "'reference_predictions']",
+        ),
+    ],
+)
+def test_an_unknown_column_is_refused_with_the_known_ones(name: str, message: str, tables: dict) -> None:
+    with pytest.raises(ValueError) as error:
+        components_of(with_own(tables, algorithm={"name": f"tests.own_components:{name}"}))
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ class RLOO(ClippedPolicyGradient):
 
     scale: float = 1.0
 
-    def worth(self, statistics: Any, prompts: list[str], rewards: np.ndarray, images_per_prompt: int) -> Any:
+    def compute_advantages(
+        self, statistics: Any, prompts: list[str], rewards: np.ndarray, images_per_prompt: int
+    ) -> Any:
         groups = rewards.reshape(-1, images_per_prompt)
         others = (groups.sum(1, keepdims=True) - groups) / max(images_per_prompt - 1, 1)
         return statistics, (self.scale * (groups - others)).ravel()

@@ -105,12 +105,12 @@ def components_of(recipe: Recipe, given: Given = NOTHING_GIVEN) -> Components:
         ValueError: a name or key is not known, or the algorithm does not go with the rest.
     """
     algorithm: Algorithm = given.algorithm or build(ALGORITHMS, recipe.algorithm.table(), "algorithm", Algorithm)
-    algorithm.check(recipe)
+    policy: PolicyConfig = given.policy or build(POLICIES, recipe.policy.table(), "policy", PolicyConfig)
+    algorithm.check_columns(recipe)
+    algorithm.check(recipe, policy)
     aggregation = RewardAggregation.of(recipe)
     aggregation.check(algorithm)
-    policy: PolicyConfig = given.policy or build(POLICIES, recipe.policy.table(), "policy", PolicyConfig)
     policy.check_sampling(recipe.sampling)
-    algorithm.check_policy(policy)
     algorithm.check_micro_batches(recipe, policy.stochastic_steps(recipe.sampling))
     trackers = {name: build(TRACKERS, {"name": name}, "trackers") for name in ("jsonl", "terminal", "ray")}
     for table in recipe.trackers:

@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.transition import Transition
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.trajectory import TransitionBatch
@@ -14,8 +15,8 @@ from ray_ddpo.learner.algorithms.policy_gradient import PolicyGradient
 class DDPOScoreFunction(PolicyGradient):
     """DDPO with the score-function estimator. It has no ratio, so it needs on-policy data: one optimizer step, no lag."""
 
-    def check(self, recipe: Recipe) -> None:
-        super().check(recipe)
+    def check(self, recipe: Recipe, policy: PolicyConfig) -> None:
+        super().check(recipe, policy)
         steps = recipe.images_per_round // recipe.learner.images_per_step * recipe.learner.inner_epochs
         if steps != 1 or recipe.max_policy_lag:
             raise ValueError(

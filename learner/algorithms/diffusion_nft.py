@@ -5,9 +5,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import column
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.trajectory import NoisedBatch
+from ray_ddpo.common.trajectory import Column, NoisedBatch
 from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
 from ray_ddpo.learner.algorithms.advantages import PromptStatistics, optimality
 from ray_ddpo.learner.algorithms.forward_process import ForwardProcess
@@ -34,30 +35,15 @@ class DiffusionNFT(ForwardProcess):
     average_decay_max: float = Field(default=0.5, ge=0, lt=1)
     """Largest decay of the moving average."""
 
-    def check(self, recipe: Recipe) -> None:
-        super().check(recipe)
+    def check(self, recipe: Recipe, policy: PolicyConfig) -> None:
         self.advantages.check(recipe)
-        if self.kl_coef and recipe.policy.table().get("train") == "full":
-            raise ValueError(
-                f"algorithm.kl_coef is {self.kl_coef} and policy.train 'full': the pretrained model is the network "
-                "with its "
-                'adapters switched off, so a KL to it needs policy.train = "lora"'
-            )
 
     @property
-    def needs_old_predictions(self) -> bool:
-        return True
-
-    @property
-    def needs_reference_predictions(self) -> bool:
-        return self.kl_coef > 0
+    def columns(self) -> set[Column]:
+        return {"old_predictions", "reference_predictions"} if self.kl_coef > 0 else {"old_predictions"}
 
     def average_decay(self, policy_version: int) -> float:
         return min(self.average_decay_max, self.average_decay_growth * policy_version)
-
-    @property
-    def advantage_settings(self) -> AdvantageSettings:
-        return self.advantages
 
     def from_advantages(self, advantages: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
         return optimality(advantages, self.advantage_clip)
@@ -65,8 +51,7 @@ class DiffusionNFT(ForwardProcess):
     def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
     ) -> tuple[PromptStatistics, Float[np.ndarray, "N"]]:
-        statistics, advantages = self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)
-        return statistics, self.from_advantages(advantages)
+        return self.advantages.advantages(statistics, prompts, rewards, images_per_prompt)
 
     def noised_terms(
         self,

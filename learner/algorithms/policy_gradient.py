@@ -13,7 +13,7 @@ from ray_ddpo.common.diffusion.policy import Policy, PolicyConfig
 from ray_ddpo.common.diffusion.transition import Transition
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import Component
-from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
+from ray_ddpo.common.trajectory import Column, NoisedBatch, TransitionBatch
 from ray_ddpo.learner.algorithms.advantage_settings import AdvantageSettings
 from ray_ddpo.learner.algorithms.advantages import PromptStatistics
 from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss
@@ -56,8 +56,7 @@ class PolicyGradient(Algorithm, ABC):
     step_weights: tuple[float, ...] = ()
     """Weights of the loss, one per denoising step. By default all 1."""
 
-    def check(self, recipe: Recipe) -> None:
-        super().check(recipe)
+    def check(self, recipe: Recipe, policy: PolicyConfig) -> None:
         self.advantages.check(recipe)
         count, steps = len(self.step_weights), recipe.sampling.num_steps
         if self.step_weights and (count != steps or min(self.step_weights) < 0 or not any(self.step_weights)):
@@ -66,10 +65,6 @@ class PolicyGradient(Algorithm, ABC):
                 f"{max(self.step_weights)}: it must have sampling.num_steps = {steps} of them, none below 0 and not "
                 "all of them 0"
             )
-
-    @property
-    def advantage_settings(self) -> AdvantageSettings:
-        return self.advantages
 
     def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int
@@ -122,16 +117,8 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
             raise ValueError(f"kl_coef is {self.kl_coef} and kl_coef_nats {self.kl_coef_nats}: give one of the two")
         return self
 
-    def check(self, recipe: Recipe) -> None:
-        super().check(recipe)
-        if self.needs_reference_means and recipe.policy.table().get("train") == "full":
-            raise ValueError(
-                f"algorithm.kl_coef is {self.kl_coef or self.kl_coef_nats} and policy.train 'full': the pretrained "
-                "model is "
-                'the network with its adapters switched off, so a KL to it needs policy.train = "lora"'
-            )
-
-    def check_policy(self, policy: PolicyConfig) -> None:
+    def check(self, recipe: Recipe, policy: PolicyConfig) -> None:
+        super().check(recipe, policy)
         if policy.numerics_differ and self.off_policy.ratio == "behavior":
             raise ValueError(
                 f"policy.dtype is {policy.dtype!r}, sampler_dtype {policy.sampler_dtype!r}, compile {policy.compile!r} "
@@ -146,16 +133,13 @@ class ClippedPolicyGradient(PolicyGradient, ABC):
         return self.clip_nats / latent_elements if self.clip_nats is not None else self.clip_range or CLIP_RANGE
 
     @property
-    def needs_proximal_log_probs(self) -> bool:
-        return self.off_policy.ratio == "proximal"
-
-    @property
-    def needs_behavior_means(self) -> bool:
-        return self.off_policy.max_drift_nats is not None
-
-    @property
-    def needs_reference_means(self) -> bool:
-        return self.kl_coef > 0 or self.kl_coef_nats > 0
+    def columns(self) -> set[Column]:
+        wanted: dict[Column, bool] = {
+            "proximal_log_probs": self.off_policy.ratio == "proximal",
+            "behavior_means": self.off_policy.max_drift_nats is not None,
+            "reference_means": self.kl_coef > 0 or self.kl_coef_nats > 0,
+        }
+        return {name for name, is_wanted in wanted.items() if is_wanted}
 
     def transition_loss(
         self, transition: Transition, batch: TransitionBatch, advantages: Float[Tensor, "B"]

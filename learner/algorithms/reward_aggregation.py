@@ -59,7 +59,7 @@ class RewardAggregation:
         Raises:
             ValueError: per-reward advantages are to be summed, and the algorithm has no advantages.
         """
-        if self.join == "advantages" and algorithm.advantage_settings is None:
+        if self.join == "advantages" and "advantages" not in type(algorithm).model_fields:
             raise ValueError(
                 f"aggregation.kind is 'advantages', and {type(algorithm).__name__} makes weights of rewards and no "
                 "advantages: join with 'sum', 'z_score' or 'win_rate', or take an algorithm with "
@@ -77,19 +77,17 @@ class RewardAggregation:
         of_joined, advantages = algorithm.compute_advantages(
             statistics.get(JOINED, {}), prompts, joined, images_per_prompt
         )
-        return {JOINED: of_joined}, AggregatedAdvantages(advantages, {name: parts[name] for name in self.compared})
+        parts = {name: parts[name] for name in self.compared}
+        return {JOINED: of_joined}, AggregatedAdvantages(algorithm.from_advantages(advantages), parts)
 
     def _decoupled(
         self, algorithm: Algorithm, statistics: Statistics, prompts: list[str], rewards: Rewards, images_per_prompt: int
     ) -> tuple[Statistics, AggregatedAdvantages]:
         """Sum the advantages of each reward, and normalize the sum over the round (GDPO, arXiv 2601.05242)."""
-        assert algorithm.advantage_settings is not None, "such an algorithm is refused when the recipe is checked"
         extended, parts = {}, {}
         for name, values in rewards.items():
             of_reward = statistics.get(name, {})
-            extended[name], parts[name] = algorithm.advantage_settings.advantages(
-                of_reward, prompts, values, images_per_prompt
-            )
+            extended[name], parts[name] = algorithm.compute_advantages(of_reward, prompts, values, images_per_prompt)
         joined = round_advantages(self._with_floors(self._weighted(parts), rewards))
         return extended, AggregatedAdvantages(algorithm.from_advantages(joined), parts)
 

@@ -1,7 +1,7 @@
 """RWR-sparse: reward-weighted regression with weights 0 and 1, so on the best images alone (DDPO, section 4.2)."""
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -28,9 +28,6 @@ class SparseRewardWeightedRegression(ForwardProcess):
     @property
     def trained_fraction(self) -> float:
         return 1 - self.percentile / 100
-
-    def trained_images(self, advantages: Float[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
-        return advantages != 0
 
     def compute_advantages(
         self, statistics: PromptStatistics, prompts: list[str], rewards: Float[np.ndarray, "N"], images_per_prompt: int

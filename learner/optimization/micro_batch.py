@@ -129,28 +129,15 @@ class StepTrial:
 def made_up_batch(policy: Policy, algorithm: Algorithm, sizes: PolicySizes, rows: int) -> TransitionBatch | NoisedBatch:
     """Return a batch of zeros with all inputs that the algorithm needs."""
 
-    def latents(wanted: bool = True) -> Tensor | None:
-        return torch.zeros(rows, *policy.latent_shape, device=policy.device) if wanted else None
+    def latents() -> Tensor:
+        return torch.zeros(rows, *policy.latent_shape, device=policy.device)
 
     def numbers(value: float) -> Tensor:
         return torch.full((rows,), value, device=policy.device)
 
     conditioning = synthetic_conditioning(sizes.conditioning_shape, sizes.conditioning_dtypes, rows, policy.device)
     steps = torch.full((rows,), policy.stochastic_steps[0], device=policy.device)
-    entering, leaving = latents(), latents()
-    assert entering is not None and leaving is not None
+    columns = {name: numbers(0.0) if name == "proximal_log_probs" else latents() for name in algorithm.columns}
     if algorithm.noised_samples_per_image is not None:
-        old = latents(algorithm.needs_old_predictions)
-        pretrained = latents(algorithm.needs_reference_predictions)
-        return NoisedBatch(conditioning, steps, entering, leaving, numbers(1.0), old, pretrained)
-    return TransitionBatch(
-        conditioning,
-        steps,
-        entering,
-        leaving,
-        numbers(0.0),
-        numbers(1.0),
-        numbers(0.0) if algorithm.needs_proximal_log_probs else None,
-        latents(algorithm.needs_behavior_means),
-        latents(algorithm.needs_reference_means),
-    )
+        return NoisedBatch(conditioning, steps, latents(), latents(), numbers(1.0), **columns)
+    return TransitionBatch(conditioning, steps, latents(), latents(), numbers(0.0), numbers(1.0), **columns)

@@ -4,20 +4,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.policy import select_rows
 from ray_ddpo.common.runtime import to_device
 from ray_ddpo.common.trajectory import NoisedBatch
 from ray_ddpo.learner.round_data.transitions import RoundTransitions
-from ray_ddpo.learner.round_data.transitions_index import TrainingItems, TransitionIndex
 
 _NOISING = 7  # hashed with an image's seed, so that this noise differs from every other stream
 
 
 @dataclass(frozen=True)
-class NoisedSamples(TrainingItems):
+class NoisedSamples:
     """The noised samples of a round.
 
     Timestep and noise are a function of the image's seed and the sample's position, computed on the CPU.
@@ -30,23 +29,25 @@ class NoisedSamples(TrainingItems):
 
     @property
     def num_images(self) -> int:
-        return self.transitions.num_images
+        """The number of images of the round, or of its part."""
+        return len(self.seeds)
 
     def positions(self, inner_epoch: int) -> range:
+        """Return the numbers of an image's samples in an inner epoch. No two inner epochs have the same ones."""
         return range(inner_epoch * self.per_image, (inner_epoch + 1) * self.per_image)
 
-    def batch(self, indices: list[TransitionIndex]) -> NoisedBatch:
-        of, device = self.transitions, self.transitions.device
-        index = to_device(torch.tensor([image for image, _ in indices]), device)
-        rows = [of.images[image] for image, _ in indices]
-        clean = torch.stack([of.trajectories[trajectory].final_latents[row] for trajectory, row in rows])
-        sampled = [self._timestep_and_noise(image, position, clean.shape[1:]) for image, position in indices]
+    def batch(self, indices: Int[Tensor, "B 2"]) -> NoisedBatch:
+        """Return the noised samples at these indices on the device, one row each."""
+        of = self.transitions
+        images = to_device(indices[:, 0], of.device)
+        clean = of.gather("final_latents", indices[:, 0])
+        sampled = [self._timestep_and_noise(image, position, clean.shape[1:]) for image, position in indices.tolist()]
         return NoisedBatch(
-            select_rows(of.conditioning, of.prompt_rows[index]),
-            to_device(torch.tensor([timestep for timestep, _ in sampled]), device),
-            to_device(clean, device),
-            to_device(torch.stack([noise for _, noise in sampled]), device),
-            of.advantages[index],
+            select_rows(of.conditioning, of.prompt_rows[images]),
+            to_device(torch.tensor([timestep for timestep, _ in sampled]), of.device),
+            clean,
+            to_device(torch.stack([noise for _, noise in sampled]), of.device),
+            of.advantages[images],
         )
 
     def _timestep_and_noise(self, image: int, position: int, shape: torch.Size) -> tuple[int, Float[Tensor, "C H W"]]:

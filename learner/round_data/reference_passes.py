@@ -1,11 +1,12 @@
 """Precompute proximal, behavior and reference outputs before the round's first optimizer step."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.compiled import graph_of_learning
@@ -13,57 +14,68 @@ from ray_ddpo.common.diffusion.lora.adapters import reference_policy
 from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.common.runtime import to_device
-from ray_ddpo.common.trajectory import NoisedBatch, TransitionBatch
+from ray_ddpo.common.trajectory import Column, NoisedBatch, TransitionBatch
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
-from ray_ddpo.learner.round_data.transitions_index import TrainingItems, TransitionIndex, micro_batches, share_of
+from ray_ddpo.learner.process_group import ProcessGroup
+from ray_ddpo.learner.round_data.noised_samples import NoisedSamples
+from ray_ddpo.learner.round_data.transitions import Indices, RoundTransitions, micro_batches
 from ray_ddpo.learner.temporary_weights import temporary_weights
 
-PerTransition = dict[TransitionIndex, Tensor]
 Batch = TransitionBatch | NoisedBatch
+Items = RoundTransitions | NoisedSamples
 
 
-@dataclass(frozen=True)
-class References:
-    """The precomputed outputs that the algorithm needs, by index.
+class OutputColumn:
+    """A column of outputs under other weights, one for each item of a round.
 
-    An index is missing if the transition's own forward pass is under the very same weights. The last four are in the
-    host's memory, because they are as large as the latents.
+    Rows that are not computed are not written either, so the operating system gives them no memory.
     """
 
-    proximal_log_probs: PerTransition = field(default_factory=dict)
-    behavior_means: PerTransition = field(default_factory=dict)
-    reference_means: PerTransition = field(default_factory=dict)
-    old_predictions: PerTransition = field(default_factory=dict)
-    reference_predictions: PerTransition = field(default_factory=dict)
+    def __init__(self, num_images: int, num_positions: int) -> None:
+        self.computed: Bool[Tensor, "N W"] = torch.zeros(num_images, num_positions, dtype=torch.bool)
+        self.values: Float[Tensor, "N W ..."] = torch.empty(0)
 
-    def added_to(self, batch: Batch, indices: list[TransitionIndex]) -> Batch:
-        """Return the batch of these indices with its precomputed outputs."""
-        known = {field.name: _rows(getattr(self, field.name), indices, batch) for field in _FIELDS}
-        return dataclasses.replace(batch, **{name: rows for name, rows in known.items() if rows is not None})
+    def fill(self, indices: Indices, outputs: Float[Tensor, "B ..."]) -> None:
+        """Write the rows of a micro-batch. The column is on the device of the first outputs."""
+        if not self.computed.any():
+            self.values = outputs.new_empty(*self.computed.shape, *outputs.shape[1:])
+        self.values[self._index(indices)] = outputs
+        self.computed[indices.unbind(1)] = True
+
+    def rows(self, indices: Indices) -> Float[Tensor, "B ..."] | None:
+        """Return the rows of a micro-batch. None: its own forward pass is under the very same weights."""
+        return self.values[self._index(indices)] if self.computed[tuple(indices[0])] else None
+
+    def _index(self, indices: Indices) -> tuple[Tensor, ...]:
+        return to_device(indices, str(self.values.device)).unbind(1)
 
 
-_FIELDS = dataclasses.fields(References)
+Columns = Mapping[Column, OutputColumn]
 
 
-def _rows(known: PerTransition, indices: list[TransitionIndex], batch: Batch) -> Tensor | None:
-    if indices[0] not in known:
-        return None
-    device = next(iter(batch.conditioning.values())).device
-    return to_device(torch.stack([known[index] for index in indices]), str(device))
+def with_columns(batch: Batch, columns: Columns, indices: Indices, device: str) -> Batch:
+    """Return the batch of these indices with its precomputed columns."""
+    rows = {name: column.rows(indices) for name, column in columns.items()}
+    there = {name: to_device(values, device) for name, values in rows.items() if values is not None}
+    return dataclasses.replace(batch, **there)
 
 
 @dataclass(frozen=True)
 class Update:
     """The plan of a round's update: the indices of each optimizer step, and the weights before and behind it."""
 
-    items: TrainingItems
-    epochs: list[list[list[TransitionIndex]]]  # by inner epoch and optimizer step
+    items: Items
+    epochs: list[list[Indices]]  # by inner epoch and optimizer step
     sampled_with: PolicyWeights  # the behavior policy's
     present: PolicyWeights  # at the start of the update
-    share: tuple[int, int] = (0, 1)  # rank and world size: each rank precomputes its own share only
+    process_group: ProcessGroup = field(default_factory=ProcessGroup)  # each rank precomputes its own share only
     is_compiled: bool = False  # the learner's network
 
-    def steps(self, own_pass_will_do: bool) -> list[list[TransitionIndex]]:
+    def column(self) -> OutputColumn:
+        """Return an empty column of the items of all inner epochs."""
+        return OutputColumn(self.items.num_images, self.items.positions(len(self.epochs) - 1).stop)
+
+    def steps(self, own_pass_will_do: bool) -> list[Indices]:
         """Return this rank's indices to precompute, by optimizer step, each index once.
 
         Args:
@@ -71,54 +83,58 @@ class Update:
                 question. Ignored if the items of that step come again in a later inner epoch.
         """
         again = len(self.epochs) > 1 and self.items.positions(1) == self.items.positions(0)
-        steps = [indices for epoch in self.epochs for indices in epoch if indices]
-        asked, taken = [], set()
+        steps = [indices for epoch in self.epochs for indices in epoch if len(indices)]
+        asked, taken = [], self.column().computed
         for indices in steps[1:] if own_pass_will_do and not again else steps:
             # With several ranks, a rank may get in a later epoch what was another's in the first.
-            asked.append([index for index in share_of(indices, *self.share) if index not in taken])
-            taken.update(asked[-1])
-        return [indices for indices in asked if indices]
+            own = self.process_group.share(indices)
+            asked.append(own[~taken[own.unbind(1)]])
+            taken[own.unbind(1)] = True
+        return [indices for indices in asked if len(indices)]
 
 
-def references_of(algorithm: Algorithm, policy: Policy, update: Update, micro_batch_size: int) -> References:
-    """Precompute the outputs that the algorithm needs, in the update's own micro-batches, so to the same bits."""
+def precomputed_columns(algorithm: Algorithm, policy: Policy, update: Update, micro_batch_size: int) -> Columns:
+    """Precompute the columns that the algorithm asks for, in the update's own micro-batches, so to the same bits."""
     same = update.sampled_with.fingerprint == update.present.fingerprint
+    asked = set(algorithm.columns)
+    columns: dict[Column, OutputColumn] = {}
 
-    def computed(wanted: bool, own_pass_will_do: bool, output: Callable[[Policy, Batch], Tensor]) -> PerTransition:
-        steps = update.steps(own_pass_will_do) if wanted else []
-        batches = (part for indices in steps for part in micro_batches(indices, micro_batch_size))
-        return _outputs(policy, update.items, batches, output, update.is_compiled)
+    def compute(name: Column, own_pass_will_do: bool, output: Callable[[Policy, Batch], Tensor]) -> None:
+        if name in asked:
+            steps = update.steps(own_pass_will_do)
+            batches = [part for indices in steps for part in micro_batches(indices, micro_batch_size)]
+            columns[name] = _filled(update.column(), policy, update.items, batches, output, update.is_compiled)
 
-    proximal = computed(algorithm.needs_proximal_log_probs, True, _log_prob)
-    needs_old = algorithm.needs_behavior_means or algorithm.needs_old_predictions
+    compute("proximal_log_probs", True, _log_prob)
+    needs_old = asked & {"behavior_means", "old_predictions"}
     with temporary_weights(policy.network, update.sampled_with, update.present) if needs_old else nullcontext():
-        behavior = computed(algorithm.needs_behavior_means, same, _mean)
-        old = computed(algorithm.needs_old_predictions, same, _prediction)
-    needs_reference = algorithm.needs_reference_means or algorithm.needs_reference_predictions
+        compute("behavior_means", same, _mean)
+        compute("old_predictions", same, _prediction)
+    needs_reference = asked & {"reference_means", "reference_predictions"}
     with reference_policy(policy.network) if needs_reference else nullcontext():
-        reference = computed(algorithm.needs_reference_means, False, _mean)
-        pretrained = computed(algorithm.needs_reference_predictions, False, _prediction)
-    return References(proximal, behavior, reference, old, pretrained)
+        compute("reference_means", False, _mean)
+        compute("reference_predictions", False, _prediction)
+    return columns
 
 
-def log_probs_under(policy: Policy, items: TrainingItems, batches: Iterable[list[TransitionIndex]]) -> PerTransition:
+def log_probs_under(policy: Policy, transitions: RoundTransitions, batches: Iterable[Indices]) -> Float[Tensor, "N W"]:
     """Compute each transition's log-prob under the policy's current weights, batch by batch."""
-    return _outputs(policy, items, batches, _log_prob)
+    return _filled(OutputColumn(*transitions.steps.shape), policy, transitions, batches, _log_prob).values
 
 
-def _outputs(
+def _filled(
+    column: OutputColumn,
     policy: Policy,
-    items: TrainingItems,
-    batches: Iterable[list[TransitionIndex]],
+    items: Items,
+    batches: Iterable[Indices],
     output: Callable[[Policy, Batch], Tensor],
     is_compiled: bool = False,
-) -> PerTransition:
-    """Compute `output` of the items of each batch, without gradient."""
-    found: PerTransition = {}
+) -> OutputColumn:
+    """Fill the column with `output` of each batch, without gradient."""
     with graph_of_learning(is_compiled):
-        for part in batches:
-            found |= zip(part, output(policy, items.batch(part)).detach().unbind(), strict=True)
-    return found
+        for indices in batches:
+            column.fill(indices, output(policy, items.batch(indices)).detach())
+    return column
 
 
 def _log_prob(policy: Policy, batch: Batch) -> Tensor:

@@ -66,7 +66,7 @@ def batch(algorithm: Algorithm, batches: dict[str, Batch]) -> Batch:
     if algorithm.noised_samples_per_image:
         return batches["noised"]
     path = batches["path"]
-    return path if algorithm.needs_reference_means else dataclasses.replace(path, reference_means=None)
+    return path if "reference_means" in algorithm.columns else dataclasses.replace(path, reference_means=None)
 
 
 def rows_of(batch: Batch, index: torch.Tensor) -> Batch:

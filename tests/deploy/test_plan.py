@@ -192,7 +192,10 @@ def test_noised_samples_of_finished_images_are_counted(capsys: pytest.CaptureFix
         ),
         (["--algorithm", '{name = "ddpo_sf"}'], "4 optimizer steps a round and max_policy_lag = 0: give .* = 64"),
         (["--algorithm.step_weights", "[1.0, 0.0]"], "step_weights has 2 numbers .* sampling.num_steps = 15 of them"),
-        (["--algorithm.kl_coef", "0.1", "--policy.train", "full"], "kl_coef is 0.1 and policy.train 'full'"),
+        (
+            ["--algorithm.kl_coef", "0.1", "--policy.train", "full"],
+            "policy.train is 'full' and .* needs reference_means, as it does if kl_coef is above 0",
+        ),
         (["--algorithm.clip_nats", "1"], "clip_range is 0.004 and clip_nats 1.0: give one of the two"),
     ],
 )

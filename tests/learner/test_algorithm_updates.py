@@ -15,7 +15,7 @@ from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner import Learner
-from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
+from ray_ddpo.learner.round_data.transitions import RoundTransitions, indices_of, round_transitions
 from tests.gradients import ONE_STEP, gradient_of, relative_error
 from tests.rounds import SampledRound, learner_of, parts_with, sample_round
 
@@ -31,7 +31,8 @@ def with_advantages(sampled: SampledRound, parts: Components) -> SampledRound:
     rewards = np.random.default_rng(sampled.batch.round).normal(size=len(sampled.batch.advantages))
     prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
     _, advantages = parts.algorithm.compute_advantages({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
-    return SampledRound(dataclasses.replace(sampled.batch, advantages=advantages), sampled.trajectories)
+    batch = dataclasses.replace(sampled.batch, advantages=parts.algorithm.from_advantages(advantages))
+    return SampledRound(batch, sampled.trajectories)
 
 
 def learn(learner: Learner, parts: Components, round_index: int) -> tuple[dict[str, float], LearnerState]:
@@ -105,18 +106,17 @@ def test_old_predictions_are_those_of_the_weights_that_sampled(tables: dict) -> 
     policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
     pairs = learner._training_items(sampled.batch, _transitions(sampled))
     load_weights(policy.network, behavior)
-    every = pairs.indices_of(np.arange(4))
+    batches = [pairs.batch(index[None]) for index in indices_of(torch.arange(4), pairs.positions(0))]
     with torch.no_grad():
-        old = [_denoise(policy, pairs.batch([pair]))[0] for pair in every]
+        old = [_denoise(policy, batch)[0] for batch in batches]
     load_weights(policy.network, present)
     loss = torch.zeros(())
-    for pair, before in zip(every, old, strict=True):
-        batch = pairs.batch([pair])
+    for batch, before in zip(batches, old, strict=True):
         predicted, target = _denoise(policy, batch)
         r = float(batch.weights)
         for share, branch in ((r, predicted), (1 - r, 2 * before - predicted)):  # β = 1
             error = branch - target
-            loss = loss + 5 * share * error.square().mean() / error.detach().abs().mean() / len(every)
+            loss = loss + 5 * share * error.square().mean() / error.detach().abs().mean() / len(batches)
     loss.backward()
     expected = {name: value.grad.numpy() for name, value in trained_parameters(policy.network).items()}
     metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
@@ -145,7 +145,7 @@ def test_a_fresh_adapter_has_no_kl_to_the_pretrained_model(tables: dict) -> None
         "cpu", parts.recipe.sampling, "learner"
     )  # adapters fresh from their start change nothing
     transitions = _transitions(sampled)
-    batch = transitions.batch(transitions.indices_of(np.arange(4)))
+    batch = transitions.batch(indices_of(torch.arange(4), transitions.positions(0)))
     with torch.no_grad():
         pretrained = policy.transition(batch.latents, batch.steps, batch.conditioning)
         load_weights(policy.network, learner.weights()[-1])
@@ -178,7 +178,7 @@ def test_only_the_images_that_count_enter_the_sparse_steps(tables: dict) -> None
     batch = dataclasses.replace(sampled.batch, advantages=np.array([1.0, 0, 0, 1, 1, 0, 1, 1]), dropped=())
     steps = learner._optimizer_steps_of(batch, learner._training_items(batch, _transitions(sampled)), 0)
     assert [len(step) for step in steps] == [5]  # four make a step, and what is left over joins it
-    assert {image for step in steps for image, _ in step} == {0, 3, 4, 6, 7}
+    assert {image for step in steps for image, _ in step.tolist()} == {0, 3, 4, 6, 7}
     metrics, _ = learner.update(batch, *sampled.trajectories)
     assert metrics["optimizer_steps"] == 1 and "ratio/mean" not in metrics and np.isfinite(metrics["kl_nats"])
 

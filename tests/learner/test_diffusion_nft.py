@@ -112,7 +112,8 @@ def test_on_a_unet_errors_are_measured_in_what_it_predicts(tiny_model: Path) -> 
 def test_default_advantages_are_the_authors() -> None:
     """Advantages are (reward − mean of the prompt's images) / std of the round (PerPromptStatTracker)."""
     rewards, prompts = np.array([1.0, 4.0, 2.0, 2.5, -3.0, 0.5]), ["a", "a", "b", "b", "c", "c"]
-    _, found = DiffusionNFT().compute_advantages({}, prompts, rewards, 2)
+    algorithm = DiffusionNFT()
+    found = algorithm.from_advantages(algorithm.compute_advantages({}, prompts, rewards, 2)[1])
     means = np.repeat(rewards.reshape(3, 2).mean(1), 2)
     advantages = (rewards - means) / (rewards.std() + 1e-4)
     np.testing.assert_allclose(found, np.clip(advantages / 5 / 2 + 0.5, 0, 1), rtol=1e-12)

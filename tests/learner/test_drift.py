@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from ray_ddpo.learner.drift import kl_subset
 from ray_ddpo.learner.process_group import ProcessGroup
-from ray_ddpo.learner.round_data.transitions import round_transitions
+from ray_ddpo.learner.round_data.transitions import indices_of, optimizer_steps, round_transitions
 from tests.rounds import learner_of, parts_with, sample_round
 
 
@@ -20,10 +21,9 @@ def test_the_subset_has_full_images_that_fill_at_most_one_batch(
     sampled = sample_round(parts, learner_of(parts).weights()[0], 0)
     transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
     order = np.array([3, 1, 2, 0])
-    steps = transitions.optimizer_steps(order, 2, ())
+    steps = optimizer_steps(order, 2, (), transitions.positions(0))
     looked_at = list(kl_subset(transitions, steps, size, ProcessGroup()))
     assert [len(batch.steps) for batch in looked_at] == batches
     seen = sorted(float(latents.sum()) for batch in looked_at for latents in batch.latents)
-    assert seen == sorted(
-        float(transitions.batch([index]).latents.sum()) for index in transitions.indices_of(order[:images])
-    )
+    indices = indices_of(torch.from_numpy(order[:images]), transitions.positions(0))
+    assert seen == sorted(float(transitions.batch(index[None]).latents.sum()) for index in indices)

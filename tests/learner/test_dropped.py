@@ -11,7 +11,7 @@ import torch
 from ray_ddpo.common.diffusion.lora.adapters import load_weights, read_weights, trained_parameters
 from ray_ddpo.common.schedule import transition_order
 from ray_ddpo.deploy.driver.components import Components
-from ray_ddpo.learner.round_data.transitions import round_transitions
+from ray_ddpo.learner.round_data.transitions import indices_of, round_transitions
 from tests.gradients import ONE_STEP, gradient_of, model_alphas, reference_network, reference_paths, relative_error
 from tests.reference import ddpo_reference as reference
 from tests.rounds import SampledRound, learner_of, parts_with, sample_round
@@ -34,9 +34,10 @@ def plain_update(parts: Components, sampled: SampledRound) -> str:
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learner.learning_rate, weight_decay=1e-4, fused=True)
     transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
     for inner_epoch in range(recipe.learner.inner_epochs):
-        order = transition_order(recipe.seed, 0, inner_epoch, len(transitions.images))
+        order = transition_order(recipe.seed, 0, inner_epoch, transitions.num_images)
         for first in range(0, len(order), recipe.learner.images_per_step):
-            pairs = transitions.indices_of(order[first : first + recipe.learner.images_per_step])
+            images = torch.from_numpy(order[first : first + recipe.learner.images_per_step])
+            pairs = indices_of(images, transitions.positions(inner_epoch))
             optimizer.zero_grad()
             for start in range(0, len(pairs), recipe.learner.micro_batch_size):
                 micro_batch = transitions.batch(pairs[start : start + recipe.learner.micro_batch_size])

@@ -6,7 +6,7 @@ import torch
 
 from ray_ddpo.common.trajectory import Trajectory
 from ray_ddpo.learner.round_data.noised_samples import NoisedSamples
-from ray_ddpo.learner.round_data.transitions import round_transitions
+from ray_ddpo.learner.round_data.transitions import indices_of, round_transitions
 
 SEEDS = (101, 102, 103, 104)
 
@@ -33,28 +33,29 @@ def noised_samples(per_image: int = 2) -> NoisedSamples:
 
 
 def test_each_row_is_the_requested_image_with_its_weight_and_its_prompt() -> None:
-    batch = noised_samples().batch([(3, 0), (1, 1)])
+    batch = noised_samples().batch(torch.tensor([(3, 0), (1, 1)]))
     assert batch.clean_latents[:, 0, 0, 0].tolist() == [3, 1] and batch.weights.tolist() == [0.25, 1.0]
     assert batch.conditioning["prompt_embeds"][:, 0, 0].tolist() == [1003, 1001]
     assert batch.old_predictions is None
 
 
 def test_a_noised_sample_does_not_depend_on_its_batch() -> None:
-    together, alone = noised_samples().batch([(0, 0), (2, 1), (2, 0)]), noised_samples().batch([(2, 1)])
+    indices = torch.tensor([(0, 0), (2, 1), (2, 0)])
+    together, alone = noised_samples().batch(indices), noised_samples().batch(indices[1:2])
     assert torch.equal(together.noise[1:2], alone.noise) and together.timesteps[1] == alone.timesteps[0]
 
 
 def test_every_image_position_and_inner_epoch_has_its_noised_sample() -> None:
     source = noised_samples(per_image=3)
     assert [list(source.positions(epoch)) for epoch in range(2)] == [[0, 1, 2], [3, 4, 5]]
-    pairs = [pair for epoch in range(2) for pair in source.indices_of(np.arange(4), epoch)]
-    noise = source.batch(pairs).noise.flatten(1)
-    assert len(pairs) == 24 and len({tuple(row) for row in noise.tolist()}) == 24
+    indices = torch.cat([indices_of(torch.arange(4), source.positions(epoch)) for epoch in range(2)])
+    noise = source.batch(indices).noise.flatten(1)
+    assert len(indices) == 24 and len({tuple(row) for row in noise.tolist()}) == 24
 
 
 def test_timesteps_go_evenly_over_the_models_own_and_noise_is_standard_normal() -> None:
     source = noised_samples(per_image=2000)
-    batch = source.batch(source.indices_of(np.arange(4)))
+    batch = source.batch(indices_of(torch.arange(4), source.positions(0)))
     timesteps, noise = batch.timesteps.double(), batch.noise.double()
     assert timesteps.min() >= 0 and timesteps.max() <= 999
     # standard errors: 289 / √8000 = 3.2 of the mean; of normal noise 1 / √32000 = 0.006

@@ -10,14 +10,13 @@ import torch
 from ray_ddpo.common.diffusion.lora.adapters import load_weights, trained_parameters
 from ray_ddpo.common.diffusion.policy import Policy
 from ray_ddpo.common.policy_weights import PolicyWeights, pack
-from ray_ddpo.common.trajectory import TransitionBatch
+from ray_ddpo.common.trajectory import Column, TransitionBatch
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.algorithms.algorithm import Algorithm, TransitionLoss
 from ray_ddpo.learner.algorithms.ddpo_is import DDPOImportanceSampling
 from ray_ddpo.learner.learner import Learner
-from ray_ddpo.learner.round_data.reference_passes import Update, references_of
-from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
-from ray_ddpo.learner.round_data.transitions_index import TransitionIndex
+from ray_ddpo.learner.round_data.reference_passes import Update, precomputed_columns
+from ray_ddpo.learner.round_data.transitions import indices_of, round_transitions
 from ray_ddpo.learner.temporary_weights import temporary_weights
 from tests.gradients import ONE_STEP, gradient_of, relative_error
 from tests.reference import ddpo_reference as reference
@@ -27,7 +26,7 @@ SEEN: list[TransitionBatch] = []
 
 
 class Watching(Algorithm):
-    """DDPO-IS that asks for all references and keeps what it was given."""
+    """DDPO-IS that asks for proximal and behavior columns and keeps its batches."""
 
     inner: DDPOImportanceSampling = DDPOImportanceSampling(clip_range=1e-3)
 
@@ -35,12 +34,8 @@ class Watching(Algorithm):
         return self.inner.compute_advantages(statistics, prompts, rewards, images_per_prompt)
 
     @property
-    def needs_proximal_log_probs(self) -> bool:
-        return True
-
-    @property
-    def needs_behavior_means(self) -> bool:
-        return True
+    def columns(self) -> set[Column]:
+        return {"proximal_log_probs", "behavior_means"}
 
     def compute_loss(self, policy: Policy, batch: TransitionBatch) -> TransitionLoss:
         if torch.is_grad_enabled():
@@ -150,13 +145,10 @@ def test_where_everything_is_masked_no_step_is_taken(tables: dict) -> None:
 BAND, CLIP, LIMIT = 2e-4, 2e-4, 0.05
 
 
-def slow_loss(
-    policy: Policy, old: dict[TransitionIndex, np.ndarray], pair: TransitionIndex, transitions: RoundTransitions
-) -> tuple[torch.Tensor, bool]:
+def slow_loss(policy: Policy, behavior_mean: np.ndarray, batch: TransitionBatch) -> tuple[torch.Tensor, bool]:
     """Return a transition's loss by the formula, from the behavior policy's mean; and whether it is unmasked."""
-    batch = transitions.batch([pair])
     transition = policy.transition(batch.latents, batch.steps, batch.conditioning)
-    drift = reference.gaussian_kl(transition.mean.detach().numpy(), old[pair], float(transition.std))
+    drift = reference.gaussian_kl(transition.mean.detach().numpy(), behavior_mean, float(transition.std))
     log_prob = transition.log_prob(batch.next_latents)
     # One optimizer step: the proximal policy is the present one, so the ratio is 1 and its gradient that of log_prob.
     weight = math.exp(min(max(float(log_prob.detach() - batch.old_log_probs), -BAND), BAND))
@@ -172,16 +164,13 @@ def test_the_gradient_is_that_of_the_decoupled_loss_over_unmasked_transitions(ta
     behavior, start = learner.weights()
     policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
     transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
-    pairs = transitions.indices_of(np.arange(4))
+    batches = [transitions.batch(index[None]) for index in indices_of(torch.arange(4), transitions.positions(0))]
     load_weights(policy.network, start)
-    old = {}
     with torch.no_grad(), temporary_weights(policy.network, behavior, start):
-        for pair in pairs:
-            batch = transitions.batch([pair])
-            old[pair] = policy.transition(batch.latents, batch.steps, batch.conditioning).mean.numpy()
-    results = [slow_loss(policy, old, pair, transitions) for pair in pairs]
+        means = [policy.transition(each.latents, each.steps, each.conditioning).mean.numpy() for each in batches]
+    results = [slow_loss(policy, mean, batch) for mean, batch in zip(means, batches, strict=True)]
     left = [loss for loss, is_left in results if is_left]
-    assert 4 <= len(left) <= len(pairs) - 4  # the mask has something to do
+    assert 4 <= len(left) <= len(batches) - 4  # the mask has something to do
     (torch.stack(left).sum() / len(left)).backward()
     expected = {name: value.grad.numpy() for name, value in trained_parameters(policy.network).items()}
 
@@ -189,7 +178,7 @@ def test_the_gradient_is_that_of_the_decoupled_loss_over_unmasked_transitions(ta
     error = relative_error(gradient_of(learner), expected)
     print(f"relative error {error:.1e}, masked {metrics['masked_fraction']:.2f}")
     assert error < 1e-4
-    assert metrics["masked_fraction"] == pytest.approx(1 - len(left) / len(pairs))
+    assert metrics["masked_fraction"] == pytest.approx(1 - len(left) / len(batches))
 
 
 def test_a_learner_that_resumes_from_a_state_arrives_at_the_same_bits(tables: dict) -> None:
@@ -207,11 +196,12 @@ def test_weights_that_are_not_the_present_ones_are_given_back_to_the_last_bit(ta
     off_policy = {"max_drift_nats": 1e9}
     parts = parts_with({**tables, "algorithm": {**tables["algorithm"], "off_policy": off_policy}}, max_policy_lag=1)
     learner, sampled = lagging(parts)
-    batch, steps = sampled.batch, [[(0, 0), (1, 0)]]
+    batch, steps = sampled.batch, [torch.tensor([(0, 0), (1, 0)])]
     transitions = round_transitions(sampled.trajectories, batch.advantages, "cpu")
     behavior, present = learner.weights()
     update = Update(transitions, [steps], behavior, present)
-    references = references_of(learner._algorithm, learner._policy, update, 8)
+    columns = precomputed_columns(learner._algorithm, learner._policy, update, 8)
     arrays = {name: value.detach().numpy() for name, value in learner._parameters.items()}
-    assert set(references.behavior_means) == {(0, 0), (1, 0)} and not references.proximal_log_probs
+    assert set(columns) == {"behavior_means"}
+    assert columns["behavior_means"].computed.nonzero().tolist() == [[0, 0], [1, 0]]
     assert pack(1, arrays).fingerprint == learner.weights()[-1].fingerprint

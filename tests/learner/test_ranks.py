@@ -14,8 +14,7 @@ from ray_ddpo.common.trajectory import TrainBatch
 from ray_ddpo.learner.call_names import title_of
 from ray_ddpo.learner.process_group import ProcessGroup, process_groups
 from ray_ddpo.learner.round_data.reference_passes import Update
-from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
-from ray_ddpo.learner.round_data.transitions_index import share_of
+from ray_ddpo.learner.round_data.transitions import RoundTransitions, indices_of, round_transitions
 from tests.conftest import small_tables
 from tests.gradients import relative_error
 from tests.rank_processes import Case, Outcome, learn, run_in_ranks, with_changes
@@ -168,18 +167,18 @@ def test_a_rank_whose_peer_is_gone_reports_it_and_does_not_wait_for_ever(outcome
 
 
 def test_a_rank_takes_every_other_image_with_all_of_its_steps() -> None:
-    indices = [(image, step) for step in (0, 1) for image in (7, 3, 9, 4)]
-    assert share_of(indices, 0, 1) is indices
-    assert share_of(indices, 0, 2) == [(7, 0), (9, 0), (7, 1), (9, 1)]
-    assert share_of(indices, 1, 2) == [(3, 0), (4, 0), (3, 1), (4, 1)]
-    assert share_of(indices[:3], 2, 4) == [(9, 0)] and share_of(indices[:3], 3, 4) == []
+    indices = indices_of(torch.tensor([7, 3, 9, 4]), range(2))
+    assert ProcessGroup().share(indices) is indices
+    assert ProcessGroup(0, 2).share(indices).tolist() == [[7, 0], [9, 0], [7, 1], [9, 1]]
+    assert ProcessGroup(1, 2).share(indices).tolist() == [[3, 0], [4, 0], [3, 1], [4, 1]]
+    assert [ProcessGroup(rank, 4).share(indices[:3]).tolist() for rank in (2, 3)] == [[[9, 0]], []]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_all_shares_together_are_the_optimizer_step(count: int) -> None:
-    indices = [(image, step) for step in range(3) for image in (5, 1, 4, 2)]
-    shares = [share_of(indices, rank, count) for rank in range(count)]
-    assert sorted(index for share in shares for index in share) == sorted(indices)
+    indices = indices_of(torch.tensor([5, 1, 4, 2]), range(3))
+    shares = [ProcessGroup(rank, count).share(indices) for rank in range(count)]
+    assert sorted(torch.cat(shares).tolist()) == sorted(indices.tolist())
     assert max(map(len, shares)) - min(map(len, shares)) <= 3, "one image more, at the most"
 
 
@@ -192,7 +191,9 @@ def transitions(small: dict) -> RoundTransitions:
 
 def _asked(items: RoundTransitions, epochs: list, share: tuple[int, int], own_pass_will_do: bool) -> list:
     weights = pack(0, {"weight": np.zeros(1, np.float32)})
-    return Update(items, epochs, weights, weights, share).steps(own_pass_will_do)
+    tensors = [[torch.tensor(step) for step in epoch] for epoch in epochs]
+    steps = Update(items, tensors, weights, weights, ProcessGroup(*share)).steps(own_pass_will_do)
+    return [[tuple(index) for index in step.tolist()] for step in steps]
 
 
 def test_references_are_of_a_ranks_share_but_for_the_first_step_of_all_ranks(

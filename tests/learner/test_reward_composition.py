@@ -102,6 +102,16 @@ def test_gdpo_keeps_statistics_of_each_reward_over_rounds() -> None:
     assert found.parts["a"] == pytest.approx(np.array([0.0, 1.0]) / 0.5**0.5, abs=1e-5)
 
 
+def test_gdpo_sums_the_advantages_that_an_algorithm_of_ones_own_computes() -> None:
+    class Ranks(DDPOImportanceSampling):
+        def compute_advantages(self, statistics, prompts, rewards, images_per_prompt):
+            return statistics, rewards.argsort().argsort().astype(float)
+
+    rewards = {"a": [0.0, 5.0, 9.0], "b": [1.0, 2.0, 3.0]}
+    found = joined(RewardAggregation({"a": 1.0, "b": 1.0}, "advantages"), rewards, Ranks(), 1)
+    assert found.parts["a"].tolist() == found.parts["b"].tolist() == [0, 1, 2]
+
+
 def test_aggregated_rewards_have_one_ring_a_prompt_however_many_rewards() -> None:
     aggregation = RewardAggregation({"a": 1.0, "b": 1.0})
     algorithm = DDPOImportanceSampling(advantages=AdvantageSettings(min_count=1))

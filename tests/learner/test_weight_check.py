@@ -176,10 +176,15 @@ def transitions(tables: dict) -> RoundTransitions:
     return round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
 
 
+def _rows(transitions: RoundTransitions, dropped: tuple[int, ...], rows: int) -> list:
+    return [batch.tolist() for batch in rows_to_check(transitions, dropped, rows)]
+
+
 def test_each_transition_is_checked_in_its_row_and_the_tasks_take_turns(transitions: RoundTransitions) -> None:
-    assert rows_to_check(transitions, (), 4) == [[(0, 0), (5, 1), (2, 1), (7, 2)]]
-    assert rows_to_check(transitions, (0, 5), 4) == [[(4, 1), (1, 0), (2, 1), (7, 2)]]
-    assert rows_to_check(transitions, (0, 4), 4) == [[None, (5, 1), (2, 1), (7, 2)]]
+    assert _rows(transitions, (), 4) == [[[0, 0], [5, 1], [2, 1], [7, 2]]]
+    assert _rows(transitions, (0, 5), 4) == [[[4, 1], [1, 0], [2, 1], [7, 2]]]
+    assert _rows(transitions, (0, 4), 4) == [[[-1, -1], [5, 1], [2, 1], [7, 2]]]
+    assert _rows(transitions, tuple(range(8)), 4) == []
 
 
 def test_a_round_of_small_batches_has_eight_of_its_tasks_checked(transitions: RoundTransitions) -> None:
@@ -189,8 +194,7 @@ def test_a_round_of_small_batches_has_eight_of_its_tasks_checked(transitions: Ro
         for row in range(4)
     )
     many = round_transitions(halves, np.zeros(8), "cpu")
-    rows = rows_to_check(many, (), 1)
-    assert [pair[0] for (pair,) in rows if pair] == list(range(8))
+    assert [image for ((image, _),) in _rows(many, (), 1)] == list(range(8))
 
 
 def test_a_row_without_a_transition_has_difference_0_and_dropped_rows_no_check(tables: dict) -> None:

@@ -27,8 +27,7 @@ from ray_ddpo.deploy.driver.trial_prompts import checked_prompts, trial_prompts
 from ray_ddpo.learner.learning_trial import try_learning
 from ray_ddpo.learner.optimization.micro_batch import micro_batch_size
 from ray_ddpo.learner.round_data.reference_passes import log_probs_under
-from ray_ddpo.learner.round_data.transitions import RoundTransitions, round_transitions
-from ray_ddpo.learner.round_data.transitions_index import micro_batches
+from ray_ddpo.learner.round_data.transitions import RoundTransitions, indices_of, micro_batches, round_transitions
 
 TRAINED = 0.02  # standard deviation of the noise added to a merged adapter's weights
 IMAGES = 4  # of the run's first task; with all trained steps, hundreds of transitions
@@ -154,11 +153,8 @@ def _compared(name: str, kind: Kind, path: Trajectory, log_probs: torch.Tensor) 
 
 def _in_batches(policy: Policy, recipe: Recipe, transitions: RoundTransitions, size: int) -> torch.Tensor:
     """Return log-probs [N, W], computed in the learner's order of images and steps."""
-    images = transition_order(recipe.seed, 0, 0, len(transitions.images))
-    pairs = transitions.indices_of(images)
-    found = log_probs_under(policy, transitions, micro_batches(pairs, size))
-    rows = [[found[image, place] for place in range(transitions.num_trained_steps)] for image in range(len(images))]
-    return torch.stack([torch.stack(row) for row in rows])
+    images = torch.from_numpy(transition_order(recipe.seed, 0, 0, transitions.num_images))
+    return log_probs_under(policy, transitions, micro_batches(indices_of(images, transitions.positions(0)), size))
 
 
 def _first_image(path: Trajectory) -> Trajectory:

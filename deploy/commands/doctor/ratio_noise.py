@@ -67,7 +67,7 @@ def clip_range(algorithm: Algorithm, latent_elements: int) -> float | None:
     Returns:
         None if the algorithm does not clip, or if its ratio is to the learner's own log-probs without such noise.
     """
-    if not isinstance(algorithm, ClippedPolicyGradient) or algorithm.needs_proximal_log_probs:
+    if not isinstance(algorithm, ClippedPolicyGradient) or "proximal_log_probs" in algorithm.columns:
         return None
     return algorithm.clip(latent_elements)
 
