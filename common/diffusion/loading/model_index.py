@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ray_ddpo.common.diffusion import POLICIES
-from ray_ddpo.common.diffusion.loading.part_files import PartNotThere
 from ray_ddpo.common.model_files.file_faults import DamagedFile, check_file
 
 if TYPE_CHECKING:
@@ -35,6 +34,10 @@ MODEL_TYPES = {  # text encoder class → allowed model_type; a full CLIP contai
     "CLIPTextModelWithProjection": ("clip_text_model", "clip"),
     "T5EncoderModel": ("t5",),
 }
+
+
+class PartNotThere(ValueError):
+    """A part, or one of its files, is missing from a model's folder. The text says which, and what is there."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,12 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_class(folder: Path, part: str) -> str:
     """Return the class of a part, as named in the index of a checked folder."""
     return read_object(folder / INDEX)[part][1]
+
+
+def conversion(config: "DiffusersConfig", load: str) -> str:
+    """Return the command that writes a model in diffusers' format with safetensors, and what to do with the result."""
+    program = f"from diffusers import {config.pipeline_class} as P; P.{load}.save_pretrained('MODEL')"
+    return f'`python -c "{program}"`, and set policy.model to the folder MODEL'
 
 
 def _check_pipeline(config: "DiffusersConfig", index: dict[str, Any]) -> None:
