@@ -31,6 +31,7 @@ LARGEST_SIDE = 16_384
 class DiffusersConfig(PolicyConfig):
     """Policy of a diffusers pipeline. `model` is a folder in its format, a single file, a hub name or an embedded model."""
 
+    policy_class: ClassVar[type[DiffusersPolicy]]
     pipeline_class: ClassVar[str]  # of diffusers
     network_name: ClassVar[str]  # of the part that is trained
     network_class: ClassVar[str]
@@ -88,9 +89,9 @@ class DiffusersConfig(PolicyConfig):
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one prompt's row by name, from the parts' configurations; no negative tensors."""
 
-    @abstractmethod
     def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:
         """Return the family's policy for a loaded pipeline."""
+        return self.policy_class(self, pipeline, device, sampling, role)
 
     def branches(self, sampling: SamplingTable) -> int:
         """Return the network's rows per image: 2 with classifier-free guidance, else 1."""
