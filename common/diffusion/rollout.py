@@ -27,10 +27,7 @@ def image_noise(seeds: list[int], shape: tuple[int, ...]) -> Iterator[Float[Tens
 
 
 def trained_steps(candidates: list[int], count: int, seeds: list[int]) -> Int[Tensor, "B W"]:
-    """Choose `count` of the candidate steps for each image, in ascending order.
-
-    The choice depends on the image's seed only.
-    """
+    """Choose `count` of the candidate steps for each image, in ascending order, by the image's seed only."""
     if count == len(candidates):
         return torch.tensor(candidates, dtype=torch.long).expand(len(seeds), count)
     chosen = [np.random.default_rng([seed, _TRAINED_STEPS]).permutation(candidates)[:count] for seed in seeds]

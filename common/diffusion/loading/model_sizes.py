@@ -11,8 +11,7 @@ import torch
 
 from ray_ddpo.common.diffusion.loading.model_index import about_model, read_object
 from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
-from ray_ddpo.common.diffusion.memory.network_counts import count_network
-from ray_ddpo.common.diffusion.memory.network_memory import Inputs
+from ray_ddpo.common.diffusion.memory.network_memory import Inputs, count_network
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes, parameter_bytes
 from ray_ddpo.common.diffusion.policy import quiet_libraries
 from ray_ddpo.common.model_files.model_hub import file_from_hub

@@ -18,9 +18,7 @@ from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.named_files import Weights
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
-EXACT_NAME = (
-    "trained_adapter.safetensors"  # a second file, written if folding alpha / rank into the weights rounds them
-)
+EXACT_NAME = "trained_adapter.safetensors"  # a second file, for alpha / rank that cannot be folded in without rounding
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # the header's key in which diffusers looks for rank and alpha
 TRAINED = "trained_adapter_metadata"  # the header's key for rank and alpha in training
@@ -103,10 +101,7 @@ def lora_file(path: Path) -> Path:
 
 
 def save_with_header(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
-    """Write a safetensors file with deterministic bytes.
-
-    The library itself writes a header's settings in random order.
-    """
+    """Write a safetensors file with deterministic bytes. The library writes a header's settings in random order."""
     save_file(tensors, path, header)
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
@@ -158,9 +153,8 @@ def read_lora_file(path: Path) -> LoraFile:
         for key, value in settings.items():
             is_number = isinstance(value, int | float) and bool(value) and math.isfinite(value)
             if key.rpartition(".")[2] in ("r", "lora_alpha") and not is_number:
-                raise ValueError(
-                    f"the LoRA {file} has {key} = {value!r} in its header: it must be a number other than 0"
-                )
+                said = f"{key} = {value!r} in its header: it must be a number other than 0"
+                raise ValueError(f"the LoRA {file} has {said}")
     return LoraFile(file, tensors, metadata, trained, header.get(NETWORK, ""))
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.lora.adapters import module_of
+from ray_ddpo.common.diffusion.lora.adapters import module_of, scaled
 from ray_ddpo.common.diffusion.lora.diffusers_format import NOT_READ
 from ray_ddpo.common.diffusion.lora.files import LoraFile
 
@@ -23,8 +23,7 @@ def save_kohya(file: LoraFile, path: Path) -> None:
     """Write the tensors of one of this program's files with kohya's names, so that they act at strength 1.
 
     With one rank, each layer's alpha is the rank. With several, no alpha is written: diffusers would apply the most
-    frequent
-    alpha to all layers, and without alphas every program uses each layer's own rank.
+    frequent alpha to all layers, and without alphas every program uses each layer's own rank.
 
     Raises:
         ValueError: Another program wrote the file, or a layer has no such name.
@@ -39,7 +38,8 @@ def save_kohya(file: LoraFile, path: Path) -> None:
             f"the LoRA {file.path} is for {kind or 'a network that the file does not name'}: kohya's names are written "
             f"for {' and '.join(READERS)} only; diffusers and ComfyUI read the file as it is"
         )
-    wanted = _at_full_strength(file)
+    scales = {module: file.scale(module.removeprefix(f"{file.part}.")) for module in map(module_of, file.tensors)}
+    wanted = scaled(file.tensors, scales)
     if file.part == "unet":
         renamed = convert_state_dict_to_kohya(wanted)
         tensors = {name: value.float().contiguous() for name, value in renamed.items()}  # alphas as kohya's scripts do
@@ -51,14 +51,6 @@ def save_kohya(file: LoraFile, path: Path) -> None:
         tensors = {name: value for name, value in tensors.items() if not name.endswith(ALPHA)}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
-
-
-def _at_full_strength(file: LoraFile) -> dict[str, Tensor]:
-    """Return the tensors with the header's factor multiplied in."""
-    scales = {module: file.scale(module.removeprefix(f"{file.part}.")) for module in map(module_of, file.tensors)}
-    return {
-        name: value * scales[module_of(name)] if ".lora_B" in name else value for name, value in file.tensors.items()
-    }
 
 
 def _refuse_what_is_read_otherwise(
@@ -153,9 +145,5 @@ def _as_one(layers: dict[str, Adapter], parts: dict[str, int]) -> Adapter:
 
 
 def _with_alpha(name: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
-    alpha = torch.tensor(float(down.shape[0]))
-    return {
-        f"{name}.lora_down.weight": down.contiguous(),
-        f"{name}.lora_up.weight": up.contiguous(),
-        f"{name}.alpha": alpha,
-    }
+    weights = {"lora_down.weight": down.contiguous(), "lora_up.weight": up.contiguous()}
+    return {f"{name}.{kind}": value for kind, value in {**weights, "alpha": torch.tensor(float(len(down)))}.items()}
