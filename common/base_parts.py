@@ -92,17 +92,15 @@ def _by_folder(weights: Weights) -> dict[str, list[Path]]:
     """Group the files by folder below the source. Each folder is a part; files directly in the source are one part."""
     found: dict[str, list[Path]] = {}
     for file, path in files_here(weights).items():
-        folder, _, _ = file.rpartition("/")
-        found.setdefault(f"/{folder}" if folder else "", []).append(path)
-    return {below: _without_variants(paths) for below, paths in found.items()}
-
-
-def _without_variants(paths: list[Path]) -> list[Path]:
-    """Leave out variants if the usual files are there. They are not loaded then, and may be added at any time."""
-    weights = [path for path in paths if path.suffix in (".safetensors", ".bin")]
-    usual = [path for path in weights if not VARIANT.fullmatch(path.name)]
-    unread = set(weights) - set(usual) if usual else set()
-    return [path for path in paths if path not in unread and ".index." not in path.name]
+        if ".index." not in path.name:
+            folder, _, _ = file.rpartition("/")
+            found.setdefault(f"/{folder}" if folder else "", []).append(path)
+    for below, paths in found.items():
+        variants = [path for path in paths if VARIANT.fullmatch(path.name)]
+        # Beside the usual files, variants are not loaded, and may be added at any time.
+        if any(path.suffix in (".safetensors", ".bin") and path not in variants for path in paths):
+            found[below] = [path for path in paths if path not in variants]
+    return found
 
 
 def _fingerprinted(parts: dict[str, list[Path]]) -> Base:

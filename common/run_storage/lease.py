@@ -73,10 +73,10 @@ class Lease:
             try:
                 self._write(self._storage.create)
             except FileExistsError:
-                self._refuse(self._owner() or {})
+                self._refuse(_owner_of(self._storage) or {})
         if not alone:
             time.sleep(SETTLE_SECONDS)
-            owner = self._owner() or {}
+            owner = _owner_of(self._storage) or {}
             if owner.get("token") != self._token:
                 self._refuse(owner)
         self._storage.sweep()
@@ -115,7 +115,7 @@ class Lease:
 
     def _remove(self) -> None:
         with _alone_in(self._storage):
-            if (self._owner() or {}).get("token") == self._token:
+            if (_owner_of(self._storage) or {}).get("token") == self._token:
                 self._storage.remove(LEASE)
 
     def _write(self, write: Callable[[str, bytes], None]) -> None:
@@ -124,26 +124,12 @@ class Lease:
         write(LEASE, json.dumps({**process, "time": now, "token": self._token}).encode())
         self._renewed = now
 
-    def _owner(self) -> dict[str, Any] | None:
-        """Return the lease's contents; None if there is no lease.
-
-        Contents are empty if they are unreadable, as in a lease just created.
-        """
-        try:
-            return _read_owner(self._storage.read(LEASE))
-        except FileNotFoundError:
-            return None
-
     def _remove_left_behind(self) -> None:
-        """Remove a dead owner's lease.
-
-        Raises:
-            ValueError: The owner is alive.
-        """
-        owner = self._owner()
+        """Remove a dead owner's lease. Raise ValueError if the owner is alive."""
+        owner = _owner_of(self._storage)
         if owner == {}:
             time.sleep(SETTLE_SECONDS)  # its owner may be about to write
-            owner = self._owner()
+            owner = _owner_of(self._storage)
         if owner is None:
             return
         if owner and _lives(owner):
@@ -169,7 +155,7 @@ class Lease:
                 return
             try:
                 with _alone_in(self._storage):
-                    owner = self._owner()
+                    owner = _owner_of(self._storage)
                     self._lost = owner is None or owner.get("token") != self._token
                     self._seen = time.time()
                     if not self._lost:
@@ -179,16 +165,12 @@ class Lease:
                 self._lost = time.time() - self._seen > LEASE_SECONDS
                 print_line(f"the lease cannot be renewed: {error}")
         if self._lost:
-            text = f"the lease of {self._storage.location} is lost: this run must write nothing more there"
-            print_line(text)
+            print_line(f"the lease of {self._storage.location} is lost: this run must write nothing more there")
 
 
 @contextmanager
 def _alone_in(storage: Storage) -> Iterator[bool]:
-    """Lock the folder against other processes on this disk for the duration of the body.
-
-    Yield whether that succeeded.
-    """
+    """Lock the folder against other processes on this disk for the body. Yield whether that succeeded."""
     if storage.local_path is None:
         yield False
         return
@@ -204,9 +186,12 @@ def _alone_in(storage: Storage) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _read_owner(text: bytes) -> dict[str, Any]:
+def _owner_of(storage: Storage) -> dict[str, Any] | None:
+    """Return the lease's contents; None if there is no lease, empty if it is unreadable, as one just created."""
     try:
-        return Owner.model_validate_json(text).model_dump(exclude_none=True)
+        return Owner.model_validate_json(storage.read(LEASE)).model_dump(exclude_none=True)
+    except FileNotFoundError:
+        return None
     except ValidationError:
         return {}
 
@@ -229,8 +214,5 @@ def _lives(owner: dict[str, Any]) -> bool:
 
 def runs_it(folder: RunFolder) -> str | None:
     """Describe the process that works on this run; None if there is none."""
-    try:
-        owner = _read_owner(folder.storage.read(LEASE))
-    except FileNotFoundError:
-        return None
+    owner = _owner_of(folder.storage)
     return _who(owner) if owner and _lives(owner) else None

@@ -120,10 +120,7 @@ class RunFolder:
 
     @contextmanager
     def token(self) -> Iterator[str]:
-        """Put a random token into the run folder for the duration of the body.
-
-        Processes on other nodes read the token to verify that they see the same folder.
-        """
+        """Put a random token into the run folder for the body. Other nodes verify that they see the same folder."""
         token = secrets.token_hex(8)
         self.storage.write(TOKEN, token.encode())
         try:

@@ -39,7 +39,8 @@ def cached_sizes(key: str, count: Callable[[], PolicySizes]) -> PolicySizes:
     """
     if not _enabled.get():
         return count()
-    path = _folder() / f"{_digest(key)}.json"
+    folder = Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/ray_ddpo").expanduser()
+    path = folder / "sizes" / f"{_digest(key)}.json"
     with suppress(OSError, ValidationError):  # a missing or damaged file is written again
         return SIZES.validate_json(path.read_bytes())
     sizes = count()
@@ -49,12 +50,6 @@ def cached_sizes(key: str, count: Callable[[], PolicySizes]) -> PolicySizes:
         part.write_bytes(SIZES.dump_json(sizes))
         part.replace(path)
     return sizes
-
-
-def _folder() -> Path:
-    """Return the folder of the cache: that of the environment variable, else one in the user's cache folder."""
-    given = os.environ.get(FOLDER_VARIABLE)
-    return Path(given or "~/.cache/ray_ddpo").expanduser() / "sizes"
 
 
 def _digest(key: str) -> str:
