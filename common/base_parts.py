@@ -43,11 +43,7 @@ BASE = TypeAdapter(Base)
 
 
 def read_base(data: bytes, where: str) -> Base:
-    """Parse the fingerprints that a run has stored.
-
-    Raises:
-        ValueError: The data is something else.
-    """
+    """Parse the fingerprints that a run has stored. Raise ValueError if the data is something else."""
     try:
         return BASE.validate_json(data)
     except ValidationError as error:
@@ -65,11 +61,7 @@ def as_tables(base: Mapping[str, BasePart]) -> dict[str, Any]:
 def entry_base(entry: Component, table: str, files: Iterable[Weights] = (), label: str = "") -> Base:
     """Fingerprint the files that a component reads and the user's modules that it is made of.
 
-    Args:
-        entry: the component.
-        table: its table in the recipe.
-        files: the files that it reads.
-        label: which of several rewards it is.
+    The parts are named after its table in the recipe and, if it is one of several rewards, its label.
     """
     suffix = f" of {label}" if label else ""
     parts: dict[str, list[Path]] = {}
@@ -140,18 +132,10 @@ def differing_parts(before: Mapping[str, BasePart], now: Mapping[str, BasePart])
 
 
 class LoadedBase:
-    """The fingerprints that a run's roles have reported.
-
-    Each report is compared with the others and with earlier starts.
-    """
+    """The fingerprints that a run's roles have reported, compared with one another and with earlier starts."""
 
     def __init__(self, before: Base | None = None, refuse: Callable[[dict[str, str]], str] | None = None) -> None:
-        """Start with the stored fingerprints.
-
-        Args:
-            before: the fingerprints of earlier starts.
-            refuse: makes the error message if parts differ from `before`. It takes their descriptions.
-        """
+        """Start with the fingerprints of earlier starts. `refuse` words the error about differing parts."""
         self._before = before or {}
         self._refuse = refuse
         self._now: Base = {}

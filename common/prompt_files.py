@@ -94,10 +94,7 @@ class PromptFile:
             yield where, self._checked(row[column], where), {name: row[name] for name in row if name != column}
 
     def _column(self, columns: list[str], has_header: bool) -> str:
-        """Return the prompts' column.
-
-        A table's only column must have a known name too, because the header may be missing.
-        """
+        """Return the prompts' column. Even an only one must have a known name in CSV, where the header may be missing."""
         if self.column is not None:
             if self.column not in columns:
                 raise self.fault(f"prompts.column is {self.column!r}, and its columns are {columns}")
@@ -118,11 +115,7 @@ class PromptFile:
         return text
 
     def text(self) -> str:
-        """Return the file's text, without a byte order mark and with \\n at the end of every line.
-
-        Raises:
-            ValueError: The file is not UTF-8.
-        """
+        """Return the file's text, with \\n after every line. Raise ValueError if it is not UTF-8."""
         with reading(f"{self.key} is {str(self.path)!r}: the file"):
             data = self.path.read_bytes()
         advice = "save the file as UTF-8"
@@ -140,11 +133,7 @@ class PromptFile:
         return io.StringIO(text, newline=None).read()
 
     def parsed(self, text: str, where: str = "") -> Any:
-        """Return the JSON value in `text`.
-
-        Raises:
-            ValueError: There is none, or a key appears twice in an object.
-        """
+        """Return the JSON value in `text`. Raise ValueError if there is none, or if an object has a key twice."""
         try:
             return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:

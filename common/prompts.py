@@ -259,11 +259,7 @@ class PromptFunction(PromptSource):
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> "PromptFunction":
-        """Make the prompt source of a Python function. If its module can be imported, only its path is kept.
-
-        Raises:
-            ValueError: the function takes no generator.
-        """
+        """Make a function's prompt source, by path if it can be imported. Raise ValueError if it takes no generator."""
         try:
             inspect.signature(function).bind(None)
         except TypeError:

@@ -126,13 +126,7 @@ def transition_order(
     """Return the order in which an inner epoch takes the `count` images of a part of a round.
 
     A part's images keep their relative order in the full round. The order depends on the position in the run only.
-
-    Args:
-        run_seed: the run's seed.
-        round_index: the round.
-        inner_epoch: the inner epoch.
-        count: the part's number of images.
-        place: (part, number of parts).
+    `place` is (part, number of parts).
     """
     part, parts = place
     order = np.random.default_rng([run_seed, _ORDER, round_index, inner_epoch]).permutation(count * parts)

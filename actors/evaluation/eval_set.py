@@ -27,13 +27,9 @@ class EvalSet:
         return -(-len(self.seeds) // self.batch_size)
 
     def tasks(self, policy_version: int, round_index: int, first: int, sampling: SamplingTable) -> list[Task]:
-        """Return the tasks that sample this set under one policy version.
+        """Return the tasks that sample this set under one policy version, numbered from `first`.
 
-        Args:
-            policy_version: the version to sample with.
-            round_index: samplers take the tasks after the training tasks of this round.
-            first: the number of the first task; the others follow.
-            sampling: decides which steps are stochastic.
+        Samplers take them after the training tasks of round `round_index`.
         """
         window = evaluation_window(sampling)
         starts = range(0, len(self.seeds), self.batch_size)
@@ -69,11 +65,7 @@ def sample_eval_images(
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """Sample the images of a set under the policy's current weights.
 
-    Args:
-        policy: with the weights.
-        chosen: the set.
-        sampling: of the recipe.
-        on_sampled: called after each batch with the number of images sampled so far.
+    After each batch, `on_sampled` is called with the number of images sampled so far.
     """
     images = []
     for start in range(0, len(chosen.seeds), chosen.batch_size):
@@ -86,11 +78,7 @@ def sample_eval_images(
 
 
 def decoded(policy: Policy, trajectory: Trajectory, prompts: list[str]) -> UInt8[np.ndarray, "B H W 3"]:
-    """Decode the final latents of trajectories to images.
-
-    Raises:
-        ValueError: latents or pixels of an image are NaN or infinite.
-    """
+    """Decode the final latents of trajectories. Raise ValueError if latents or pixels are NaN or infinite."""
     pixels = policy.decode(trajectory.final_latents).cpu().numpy()
     if rows := policy.not_finite:
         raise ValueError(

@@ -15,12 +15,7 @@ DIVERSITY_EDGE = 16  # pixels: images are compared by composition and color, not
 def image_summary(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> dict[str, float]:
     """Compute the mean of each statistic over the images, and their diversity within a prompt.
 
-    Args:
-        pixels: the images; there may be none.
-        prompts: one an image, to group the images by.
-
-    Returns:
-        A value a statistic. Diversity is NaN if no prompt has two images. Without images, every value is NaN.
+    Diversity is NaN if no prompt has two images. Without images, every value is NaN.
     """
     statistics = {"dark_share": DarkShare(), "sharpness": Sharpness(), "entropy": Entropy()}
     if not len(pixels):

@@ -28,12 +28,8 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # as diffusers calls a net
 def save_trained(network: Any, train: str, lora: LoraSettings, folder: Path, part: str) -> Path:
     """Write the trained weights into a run's folder. Return the path that diffusers loads.
 
-    Args:
-        network: any module. If it is not diffusers' `ModelMixin`, its state dict goes into one safetensors file.
-        train: "lora" or "full".
-        lora: the adapter's settings.
-        folder: the run's folder.
-        part: the network's name in its pipeline.
+    If the network is not diffusers' `ModelMixin`, its state dict goes into one safetensors file. `part` is the
+    network's name in its pipeline.
     """
     if part not in TRAINED_PARTS:
         raise ValueError(f"save_trained was given the part {part!r}: it must be one of {list(TRAINED_PARTS)}")
@@ -125,7 +121,7 @@ def _state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _load_state(network: nn.Module, file: Path) -> None:
-    """Load every tensor of the network from a file of `_state`. Raise ValueError if there is none, or it does not fit."""
+    """Load every tensor of the network from a file of `_state`. Raise ValueError if that is missing or does not fit."""
     if not file.is_file():
         raise ValueError(f"{file.parent} has no {file.name}: it holds no trained network")
     with reading(file):

@@ -55,11 +55,7 @@ def affine_map(layers: tuple[Layer, ...]) -> Layer:
 
 
 def read_head(path: str | Path) -> AestheticHead:
-    """Read a head from its weights, in float32.
-
-    Raises:
-        ValueError: The file is missing or unreadable, or has no published layout.
-    """
+    """Read a head, in float32. Raise ValueError if the file is missing or unreadable, or has no published layout."""
     weights = read_weight_file(path, "the aesthetic head")
     layers = layers_in_order(weights)
     if layers is None:

@@ -14,25 +14,15 @@ def recall(
 ) -> Float[Tensor, ""]:
     """Return the mean over the reference's tokens of the best cosine with a candidate's token (the paper's section 3).
 
-    No idf weights and no rescaling.
-
-    Args:
-        reference: embeddings of the reference's tokens.
-        candidate: embeddings of the candidate's tokens.
-        counts: which tokens to average over. As in the paper's code, the special tokens that open and close a text do
-            not
-            count, but can be matched.
+    No idf weights and no rescaling. Only tokens that count are averaged over. As in the paper's code, the special
+    tokens that open and close a text do not count, but can be matched.
     """
     cosines = torch.nn.functional.normalize(reference, dim=-1) @ torch.nn.functional.normalize(candidate, dim=-1).T
     return cosines.amax(dim=1)[counts].mean()
 
 
 class BertScore:
-    """A text encoder whose embeddings at one layer are compared.
-
-    Raises:
-        ValueError: It has no such layer.
-    """
+    """A text encoder whose embeddings at one layer are compared."""
 
     def __init__(self, model: Any, tokenizer: Any, layer: int) -> None:
         layers = model.config.num_hidden_layers
@@ -68,11 +58,7 @@ class BertScore:
 
 
 def load_bert_score(source: str, layer: int, device: str, missing: str) -> BertScore:
-    """Load the encoder from a folder or a hub name, in float32.
-
-    Raises:
-        ValueError: `missing`, and why.
-    """
+    """Load the encoder in float32. Raise ValueError, which begins with `missing`, if that is not possible."""
     from transformers import AutoModel, AutoTokenizer
 
     def read(where: Any, local_files_only: bool) -> tuple[Any, Any, Any]:

@@ -28,12 +28,7 @@ def bottleneck(
 ) -> str:
     """Describe the bottleneck in one sentence, from the mean over the last half of `rounds`.
 
-    Args:
-        rounds: metrics of rounds.
-        max_policy_lag: of the recipe.
-        samplers: their number.
-        reward_workers: their number.
-        can_overlap: False if the roles share too few cores to work at the same time.
+    If not `can_overlap`, the roles share too few cores to work at the same time.
     """
     if not rounds:
         return "no round was done, so there is no bottleneck to name"

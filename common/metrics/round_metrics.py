@@ -91,12 +91,7 @@ def reward_metrics(
 ) -> dict[str, float]:
     """Return statistics of a full round's rewards and advantages, without dropped images.
 
-    Args:
-        batch: the round's advantages.
-        rollouts: its rollouts.
-        weights: each reward's weight, by name.
-        floors: each reward's floor, by name, if it has one.
-        images_per_prompt: the size of a group.
+    Weights and floors are those of each reward, by name.
     """
     prompts = [prompt.text for rollout in rollouts for prompt in rollout.report.task.prompts]
     kept = np.setdiff1d(np.arange(len(prompts)), batch.dropped)

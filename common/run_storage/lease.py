@@ -63,11 +63,7 @@ class Lease:
         return self._lost
 
     def __enter__(self) -> "Lease":
-        """Acquire the lease.
-
-        Raises:
-            ValueError: The folder belongs to a live run.
-        """
+        """Acquire the lease. Raise ValueError if the folder belongs to a live run."""
         with _alone_in(self._storage) as alone:
             self._remove_left_behind()
             try:
@@ -97,10 +93,7 @@ class Lease:
     def check(self, failed: bool) -> None:
         """Raise LeaseLost if another process holds the lease now.
 
-        The lease is read again if the last renewal is old, as after a suspension of the process.
-
-        Args:
-            failed: whether a write was refused, which may be the other process's doing.
+        The lease is read again if a write has `failed`, or if the last renewal is old, as after a suspension.
         """
         if failed or time.time() - self._renewed > 2 * RENEWAL_SECONDS:
             self._renew()

@@ -78,14 +78,7 @@ class Ledger:
         weights: dict[str, float],
         images: list[UInt8[np.ndarray, "B H W 3"]] | None = None,
     ) -> None:
-        """Write a round's rows, if the recipe keeps rollouts.
-
-        Args:
-            batch: the round's advantages.
-            rollouts: its rollouts.
-            weights: each reward's weight, by name.
-            images: each task's images, if they are stored.
-        """
+        """Write a round's rows, if the recipe keeps them, with images and each reward's weight by name."""
         if not self._table.keep:
             return
         columns = {**_sampling_columns([each.report for each in rollouts]), **_reward_columns(rollouts, weights)}
@@ -136,11 +129,7 @@ class Ledger:
         return table.add_column(0, "round", pa.array([round_index] * len(table), pa.int32()))
 
     def about(self, round_index: int) -> dict[str, Any]:
-        """Return the facts about all rows of a round's file.
-
-        Raises:
-            ValueError: The ledger lacks the round.
-        """
+        """Return the facts about all rows of a round's file. Raise ValueError if the ledger lacks the round."""
         return json.loads((self.read(round_index).schema.metadata or {}).get(ABOUT.encode(), b"{}"))
 
 

@@ -27,9 +27,7 @@ NOT_MADE = "its parts cannot be made as their config.json say"
 
 @contextmanager
 def library_errors(model: str | None, what: str, keys: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Raise ValueError with `what` and the library's message if a library raises.
-
-    The project's own errors pass unchanged.
+    """Raise ValueError with `what` and the library's message if a library raises. The project's own errors pass.
 
     Args:
         model: named at the beginning of the error; if None, a caller adds the name.
@@ -86,11 +84,7 @@ def _check_tokens(policy: "DiffusersPolicy") -> None:
 
 @torch.no_grad()
 def try_once(policy: "DiffusersPolicy") -> None:
-    """Take one row from a prompt to an image, so that keys that do not fit together fail before the first round.
-
-    Raises:
-        ValueError: A part cannot process what the others give it.
-    """
+    """Take one row from a prompt to an image. Raise ValueError if a part cannot process what the others give it."""
     model, config = policy.config.model, policy.config
     text = ", ".join(f"{part}/config.json" for part in config.text_parts)
     _check_tokens(policy)

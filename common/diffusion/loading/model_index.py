@@ -88,12 +88,7 @@ def about_folder(config: "DiffusersConfig") -> AbstractContextManager[None]:
 
 
 def check_folder(config: "DiffusersConfig", folder: Path, role: str = "sampler") -> None:
-    """Check a folder's index, and that the files of a role's parts agree with it.
-
-    Raises:
-        PartNotThere: A part that the role loads is missing.
-        ValueError: The recipe's family does not train such a model.
-    """
+    """Raise ValueError if the family does not train such a model, or if a role's files do not agree with the index."""
     index = read_object(folder / INDEX)
     _check_pipeline(config, index)
     named = {part: _class_of(config, part, index.get(part), known) for part, known in known_parts(config).items()}
@@ -106,11 +101,7 @@ def check_folder(config: "DiffusersConfig", folder: Path, role: str = "sampler")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in one of the model's JSON files.
-
-    Raises:
-        ValueError: The file is missing or damaged.
-    """
+    """Return the object in one of the model's JSON files. Raise ValueError if the file is missing or damaged."""
     if not path.is_file():
         raise PartNotThere(f"there is no {path.name} in {path.parent}")
     check_file(path)

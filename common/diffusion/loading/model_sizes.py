@@ -25,11 +25,7 @@ Configs = dict[str, dict[str, Any]]  # part name → its configuration
 
 
 def read_config(model: str, folder: Path, published: dict[str, Configs], part: str) -> dict[str, Any]:
-    """Return one part's configuration.
-
-    Raises:
-        ValueError: It is neither in a folder, nor known here, nor available from the hub.
-    """
+    """Return one part's configuration, from a folder, from the architectures known here, or from the hub."""
     if folder.is_dir():
         with about_model(model):
             found = read_object(folder / part / "config.json")

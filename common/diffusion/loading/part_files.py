@@ -1,4 +1,4 @@
-"""Load one part of a pipeline from the files that diffusers and transformers choose, checked against its loading report."""
+"""Load one part of a pipeline from the files that its library chooses, and check it against the loading report."""
 
 import json
 import re
@@ -44,13 +44,7 @@ class PartWeights:
 
 
 def weights_of(folder: Path, part: str, library: str, wanted: str | None) -> PartWeights:
-    """Return the weights that `library` loads a part from.
-
-    Args:
-        folder: the model's folder, with one folder per part.
-        part: the part's name.
-        library: diffusers or transformers.
-        wanted: the recipe's variant. As in diffusers, a part without it is loaded from its usual files.
+    """Return the weights that `library` loads a part from. As in diffusers, a part may lack the `wanted` variant.
 
     Raises:
         PartNotThere: The files are missing, or there are several variants and none is requested.
@@ -122,11 +116,7 @@ def text_files(folder: Path, part: str) -> list[str]:
 
 
 def load_part(config: "DiffusersConfig", folder: Path, part: str, weights: PartWeights) -> Any:
-    """Return a network, decoder or text encoder.
-
-    Raises:
-        ValueError: Its file lacks a weight, or has a weight that does not fit.
-    """
+    """Return a network, decoder or text encoder. Raise ValueError if a weight is missing or does not fit."""
     import diffusers
     import transformers
 

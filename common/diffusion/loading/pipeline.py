@@ -48,11 +48,7 @@ def source_of(config: "DiffusersConfig") -> str:
 
 
 def check_model(config: "DiffusersConfig", role: str) -> None:
-    """Check everything about the model that can be told without loading it.
-
-    Raises:
-        ValueError: A role cannot load the model.
-    """
+    """Raise ValueError if it can be told without loading the model that a role cannot load it."""
     is_a_file, folder, source = names_a_file(config.model), config.folder(), source_of(config)
     if is_a_file:
         check_single_file(config)
@@ -81,10 +77,7 @@ def check_model(config: "DiffusersConfig", role: str) -> None:
 def files_by_role(config: "DiffusersConfig", role: str, texts: bool = True) -> tuple[Weights, ...]:
     """Return the files that a role reads: by name if the model is on this machine, otherwise by patterns.
 
-    Args:
-        config: the model family's keys.
-        role: the role that reads them.
-        texts: whether to include configurations and vocabularies.
+    Configurations and vocabularies are among them if `texts`.
     """
     if names_a_file(config.model):
         return single_file(config, role)
@@ -148,11 +141,7 @@ def _downloaded(config: "DiffusersConfig", pipeline_class: Any, role: str, unuse
 
 
 def part_weights(config: "DiffusersConfig", folder: Path, role: str) -> dict[str, PartWeights]:
-    """Return the weights of each part that a role loads.
-
-    Raises:
-        ValueError: They are missing.
-    """
+    """Return the weights of each part that a role loads. Raise ValueError if they are missing."""
     models = {part: known for part, known in known_parts(config, role).items() if known.kind == "model"}
     try:
         found = {part: weights_of(folder, part, known.library, config.variant) for part, known in models.items()}

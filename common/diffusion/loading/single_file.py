@@ -49,11 +49,7 @@ def file_path(model: str) -> Path:
 
 
 def check_single_file(config: "DiffusersConfig") -> None:
-    """Check everything about a single file that its name and header tell.
-
-    Raises:
-        ValueError: The file cannot be loaded.
-    """
+    """Raise ValueError if a single file's name or header tells that it cannot be loaded."""
     path, example = file_path(config.model), next(iter(config.published), "the model's repository")
     command = conversion(config, f"from_single_file('{config.model}')")
     convert = f"convert it where the hub can be reached, with {command}"
@@ -103,11 +99,7 @@ def _check_kind(config: "DiffusersConfig", names: dict[str, Any]) -> None:
 
 
 def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, absent: dict[str, None]) -> Any:
-    """Return the pipeline of a single file with the parts that `role` needs.
-
-    Raises:
-        ValueError: A weight is missing.
-    """
+    """Return a single file's pipeline with the parts that `role` needs. Raise ValueError if a weight is missing."""
     path, folder = file_path(config.model), _config_folder(config)
     with about_folder(config):
         check_folder(config, folder, role)

@@ -149,13 +149,8 @@ def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = 
     """Write the adapter as the file that diffusers' `load_lora_weights` reads. Equal weights give equal bytes.
 
     alpha / rank is folded into the weights, so that a program that ignores the header applies the same strength.
-    If folding rounds the weights, they are also written as trained, into a second file.
-
-    Args:
-        network: the network with the adapter.
-        lora: the adapter's settings, from which the target modules are written.
-        folder: where the file is written.
-        part: the network's name in its pipeline.
+    If folding rounds the weights, they are also written as trained, into a second file. `part` is the network's name in
+    its pipeline.
     """
     from peft import get_peft_model_state_dict
 
@@ -218,16 +213,12 @@ def read_lora_settings(path: Path) -> LoraSettings | None:
 
 
 def load_lora(network: nn.Module, path: Path) -> None:
-    """Load a LoRA file into the network's own adapter, not as a second one. Raise ValueError if the file does not fit."""
+    """Load a LoRA file into the network's own adapter, not as a second. Raise ValueError if the file does not fit."""
     load_lora_file(network, read_lora_file(path))
 
 
 def load_lora_file(network: nn.Module, file: LoraFile) -> None:
-    """Load one of this program's files into the network's own adapter, at the strength that the file gives.
-
-    Raises:
-        ValueError: The file does not fit name by name.
-    """
+    """Load one of this program's files into the network's own adapter, at the strength that the file gives."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(network).items()}

@@ -113,11 +113,7 @@ def save_with_header(tensors: dict[str, Tensor], path: Path, header: dict[str, s
 
 
 def files_of_lora(path: str) -> Weights:
-    """Return the files at `policy.lora.path`, to be fingerprinted.
-
-    Raises:
-        ValueError: There are none, or they are pickled.
-    """
+    """Return the files at `policy.lora.path`, to be fingerprinted. Raise ValueError if there are none."""
     try:
         file = lora_file(Path(path).expanduser())
     except ValueError as error:

@@ -56,10 +56,7 @@ def save_kohya(file: LoraFile, path: Path) -> None:
 def _refuse_what_is_read_otherwise(
     file: LoraFile, tensors: dict[str, Tensor], wanted: dict[str, Tensor], reader: str
 ) -> None:
-    """Raise ValueError if diffusers does not read the same weights back.
-
-    Kohya's names have underscores instead of dots.
-    """
+    """Raise ValueError if diffusers does not read the same weights back from kohya's names."""
     from diffusers.loaders import lora_pipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 

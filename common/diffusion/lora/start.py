@@ -122,12 +122,9 @@ MOST_LISTED = 12  # names in an error; a large network has hundreds of layers
 
 
 def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
-    """Refuse target modules that name no layer of the network, or a layer that cannot be adapted.
+    """Raise ValueError if a target module names no layer of the network, or a layer that cannot be adapted.
 
     PEFT ignores names that it does not find: a misspelt name among several would silently leave its layers untrained.
-
-    Raises:
-        ValueError: A target names no such layer, or the network has none.
     """
     said, layers = f"policy.lora.target_modules is {list(targets)}", dict(_adaptable(network))
     if not layers:

@@ -22,10 +22,7 @@ CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_b
 
 
 class LikeDevice(TorchFunctionMode):
-    """Run a network on the meta device as on `device`.
-
-    Autocast goes to `dtype` unless that is float32, and attention is fused.
-    """
+    """Run a network on the meta device as on `device`: with autocast to `dtype`, and with fused attention."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         super().__init__()

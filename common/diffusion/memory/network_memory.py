@@ -156,14 +156,7 @@ class NetworkCounts:
 
 
 def count_network(config: Any, network: Any, inputs: Inputs, device: DeviceKind) -> NetworkCounts:
-    """Make a network trainable and count it.
-
-    Args:
-        config: the family's keys, with its adapter's keys under `lora`.
-        network: on the meta device, as constructed.
-        inputs: what the network is called with.
-        device: the device whose memory is counted.
-    """
+    """Make a network on the meta device trainable and count it. `config` has the family's keys."""
     parameters = count_parameters(network)
     make_trainable(network, config.train, config.lora)
     trained = sum(parameter.numel() for parameter in trained_parameters(network).values())

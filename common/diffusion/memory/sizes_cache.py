@@ -1,4 +1,4 @@
-"""Cache of counted sizes on disk, so that a second `ddpo plan` of a model need not import diffusers, which takes seconds."""
+"""Cache of counted sizes on disk, so that a second `ddpo plan` of a model does not import diffusers (seconds)."""
 
 import hashlib
 import importlib.metadata
@@ -33,9 +33,7 @@ def sizes_cache() -> Iterator[None]:
 def cached_sizes(key: str, count: Callable[[], PolicySizes]) -> PolicySizes:
     """Return cached sizes, or count them and write them to the cache.
 
-    Args:
-        key: everything that decides the sizes, but libraries and code of this program.
-        count: computes the sizes.
+    The key has everything that decides the sizes, but libraries and code of this program.
     """
     if not _enabled.get():
         return count()

@@ -114,20 +114,13 @@ def flow_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_scheduler(index: Mapping[str, Any], config: Mapping[str, Any], flow: bool) -> None:
-    """Check a folder's files, where `model_index.json` names the class that diffusers makes from the configuration.
-
-    Raises:
-        ValueError: The schedule cannot be represented exactly.
-    """
+    """Raise ValueError if a schedule cannot be represented exactly, in any class that diffusers makes from a folder."""
     for read in as_loaded(index, config):
         (flow_config if flow else ddim_config)(read)
 
 
 def as_loaded(index: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a folder's scheduler configuration for each class that it may be loaded as.
-
-    These are the class that model_index.json names, and the class in the scheduler's own file.
-    """
+    """Return a folder's scheduler configuration for each class that it may be loaded as: the index's and the file's."""
     named = (index.get("scheduler") or [None, None])[1]
     classes = dict.fromkeys(name for name in (named, config.get("_class_name")) if name)
     read = [{**config, "_class_name": name} for name in classes] or [dict(config)]

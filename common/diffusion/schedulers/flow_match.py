@@ -31,10 +31,7 @@ class FlowMatchTable(DenoisingSteps):
         return len(self.training_sigmas)
 
     def diffusion(self) -> Float[Tensor, "T"]:
-        """Return s = √(σ / (1 − σ′)) · a (Flow-GRPO, section 4.2).
-
-        σ′ is σ, except at σ = 1, where σ′ is the second σ of the schedule.
-        """
+        """Return s = √(σ / (1 − σ′)) · a (Flow-GRPO, section 4.2); σ′ is σ or, at σ = 1, the schedule's second σ."""
         # A shifted σ may differ from 1 by a rounding error, in either direction.
         finite = torch.where(self.sigmas > 1 - 1e-5, self.next_sigmas[0], self.sigmas)
         return (self.sigmas / (1 - finite)).sqrt() * self.noise_level
