@@ -33,11 +33,10 @@ class BertScore:
 
     def recall(self, candidates: list[str], references: list[str]) -> Float[Tensor, "B"]:
         """Return the recall of each reference by its candidate; 0 for an empty candidate. Long texts are truncated."""
-        pairs = zip(self._embed(references), self._embed(candidates), strict=True)
-        recalls = [
-            recall(reference, candidate, counts) if own.any() else torch.zeros((), device=reference.device)
-            for (reference, counts), (candidate, own) in pairs
-        ]
+        recalls = []
+        for (reference, counts), (candidate, own) in zip(self._embed(references), self._embed(candidates), strict=True):
+            empty = torch.zeros((), device=reference.device)
+            recalls.append(recall(reference, candidate, counts) if own.any() else empty)
         return torch.stack(recalls)
 
     @torch.no_grad()
@@ -74,9 +73,7 @@ def load_bert_score(source: str, layer: int, device: str, missing: str) -> BertS
         return model, loading, tokenizer
 
     model, loading, tokenizer = read_pretrained(source, read, missing)
-    lacking = sorted(
-        name for name in loading["missing_keys"] if "pooler" not in name
-    )  # the pooler comes after all layers and is not used
-    if lacking:
+    # The pooler comes after all layers and is not used.
+    if lacking := sorted(name for name in loading["missing_keys"] if "pooler" not in name):
         raise ValueError(f"{missing} (weights are missing: {lacking[0]} and others)")
     return BertScore(model.to(device).eval().requires_grad_(False), tokenizer, layer)

@@ -103,9 +103,8 @@ class SamplingTable(Table):
                 f"{self.skip_last_steps}"
             )
         if self.skip_last_steps >= self.num_steps - 1:
-            raise ValueError(
-                f"skip_last_steps {self.skip_last_steps} of num_steps {self.num_steps} leaves too few to learn from"
-            )
+            said = f"skip_last_steps {self.skip_last_steps} of num_steps {self.num_steps}"
+            raise ValueError(f"{said} leaves too few to learn from")
         return self
 
 

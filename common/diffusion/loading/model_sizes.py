@@ -1,9 +1,8 @@
 """The sizes of a diffusers model, from its configuration files. Nothing is loaded."""
 
-import functools
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 
 Configs = dict[str, dict[str, Any]]  # part name → its configuration
+_counted: dict[tuple[str, str, bool, str], PolicySizes] = {}  # by class and keys, configurations, guidance and device
 
 
 def read_config(model: str, folder: Path, published: dict[str, Configs], part: str) -> dict[str, Any]:
@@ -42,9 +42,12 @@ def model_sizes(
 ) -> PolicySizes:
     """Build every part on the meta device and count. `configs` has one configuration per part."""
     # Guidance scale and number of steps do not change a step's memory, so count once and cache.
-    alike = SamplingTable(guidance_scale=2.0 if sampling.is_guided else 1.0)
     keys = f"{type(config).__module__}:{type(config).__qualname__} {config.model_dump_json()}"
-    sizes = _counted(_Work(config, keys, json.dumps(configs, sort_keys=True), alike, device))
+    key = (keys, json.dumps(configs, sort_keys=True), sampling.is_guided, device)
+    if key not in _counted:
+        alike = SamplingTable(guidance_scale=2.0 if sampling.is_guided else 1.0)
+        _counted[key] = _count(config, json.loads(key[1]), alike, device)
+    sizes = _counted[key]
     trajectory = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # elements per image
     stored = DTYPES[sampling.latents_dtype].itemsize
     return replace(
@@ -55,22 +58,9 @@ def model_sizes(
     )
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The arguments of a cached count."""
-
-    config: "DiffusersConfig" = field(compare=False)  # a user's own family may have unhashable keys
-    keys: str  # the configuration's class and keys, as text
-    files: str  # the parts' configurations, as JSON
-    sampling: SamplingTable
-    device: DeviceKind
-
-
-@functools.lru_cache(maxsize=16)
-def _counted(work: _Work) -> PolicySizes:
+def _count(config: "DiffusersConfig", configs: Configs, sampling: SamplingTable, device: DeviceKind) -> PolicySizes:
     """Count parameters and predict peak memory of every kind of work."""
     quiet_libraries()
-    config, sampling, device, configs = work.config, work.sampling, work.device, json.loads(work.files)
     parts = meta_parts(config, configs)
     for part in parts.values():
         part.to(config.loaded_dtype)

@@ -31,7 +31,6 @@ from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS
 from ray_ddpo.common.model_files.file_faults import check_file
 from ray_ddpo.common.model_files.model_hub import (
     Weights,
-    errors_only,
     first_line,
     folder_here,
     is_hub_name,
@@ -103,19 +102,16 @@ def load_pipeline(config: "DiffusersConfig", role: str) -> Any:
     pipeline_class: Any = getattr(diffusers, config.pipeline_class)
     modules, _ = pipeline_class._get_signature_keys(pipeline_class)
     unused = dict.fromkeys(sorted(set(modules) - set(known_parts(config, role))))  # `from_pretrained` leaves out None
-    with errors_only():  # the libraries warn about each unneeded weight, such as a CLIP's image tower
-        try:
-            if names_a_file(config.model):
-                return load_single_file(config, pipeline_class, role, unused)
-            folder = config.folder()
-            if not folder.exists():
-                folder = _downloaded(config, pipeline_class, role, unused)
-            with about_model(config.model):
-                return _load_folder(config, pipeline_class, folder, role, unused)
-        except OSError as error:
-            raise ValueError(
-                f"policy.model is {config.model!r}, which cannot be loaded ({first_line(error)})"
-            ) from error
+    try:
+        if names_a_file(config.model):
+            return load_single_file(config, pipeline_class, role, unused)
+        folder = config.folder()
+        if not folder.exists():
+            folder = _downloaded(config, pipeline_class, role, unused)
+        with about_model(config.model):
+            return _load_folder(config, pipeline_class, folder, role, unused)
+    except OSError as error:
+        raise ValueError(f"policy.model is {config.model!r}, which cannot be loaded ({first_line(error)})") from error
 
 
 def _downloaded(config: "DiffusersConfig", pipeline_class: Any, role: str, unused: dict[str, None]) -> Path:

@@ -117,8 +117,13 @@ def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, 
             str(path), config=str(folder), local_files_only=True, dtype=config.loaded_dtype, **given
         )
         for part in models:
-            _check_complete(part, getattr(pipeline, part))
-            refuse_not_finite(f"{path}, its {part}", getattr(pipeline, part).state_dict())
+            model = getattr(pipeline, part)
+            tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            # diffusers leaves weights that the file lacks on the meta device.
+            if missing := sorted(name for name, tensor in tensors.items() if tensor.is_meta):
+                fault = f"weights are missing: {missing[0]}, {len(missing)} in all"
+                raise ValueError(f"its {part} cannot be loaded ({fault})")
+            refuse_not_finite(f"{path}, its {part}", model.state_dict())
         return pipeline
 
 
@@ -145,14 +150,6 @@ def _check_names(folder: Path, part: str, names: dict[str, Any]) -> None:
     missing = expected.keys() - found.keys()
     if fault := weights_fault({"missing_keys": missing, "unexpected_keys": (), "mismatched_keys": misfits}):
         raise ValueError(f"its {part}, {with_article(name)}, cannot be loaded ({fault})")
-
-
-def _check_complete(part: str, model: Any) -> None:
-    """Raise ValueError if a tensor is still on the meta device, where diffusers leaves weights that the file lacks."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    missing = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
-    if missing:
-        raise ValueError(f"its {part} cannot be loaded (weights are missing: {missing[0]}, {len(missing)} in all)")
 
 
 def _config_folder(config: "DiffusersConfig") -> Path:

@@ -235,7 +235,6 @@ def load_lora_file(network: nn.Module, file: LoraFile) -> None:
 
 def trained_tensors(file: LoraFile) -> dict[str, Tensor]:
     """Return the tensors of one of this program's files as they were trained, without alpha / rank folded in."""
-    modules = {module_of(name) for name in file.tensors}
-    names = {module: module.removeprefix(f"{file.part}.") for module in modules}
-    scales = {module: file.scale(name) / file.trained_scale(name) for module, name in names.items()}
+    names = {module: module.removeprefix(f"{file.part}.") for module in map(module_of, file.tensors)}
+    scales = {module: file.scale(name) / file.scale(name, trained=True) for module, name in names.items()}
     return scaled(file.tensors, scales)

@@ -60,13 +60,17 @@ class LoraFile:
         """Return rank, alpha, target modules and patterns of one of this program's files, as in training."""
         return {name.removeprefix(f"{self.part}."): value for name, value in (self.trained or self.metadata).items()}
 
-    def scale(self, module: str) -> float:
-        """Return the header's factor for a module's adapter; 1 if there is none, as in every other program."""
-        return scale_of(self.metadata, self.part, module)
+    def scale(self, module: str, trained: bool = False) -> float:
+        """Return a module's alpha / rank, as PEFT finds it in the header, or as in training; 1 if there is none."""
+        from peft.utils.other import get_pattern_key
 
-    def trained_scale(self, module: str) -> float:
-        """Return the factor of the module's adapter in training."""
-        return scale_of(self.trained or self.metadata, self.part, module)
+        settings = (self.trained or self.metadata) if trained else self.metadata
+        values = {name.removeprefix(f"{self.part}."): value for name, value in settings.items()}
+        if not {"r", "lora_alpha"} <= values.keys():
+            return 1.0
+        ranks, alphas = values.get("rank_pattern", {}), values.get("alpha_pattern", {})
+        rank = ranks.get(get_pattern_key(list(ranks), module), values["r"])
+        return alphas.get(get_pattern_key(list(alphas), module), values["lora_alpha"]) / rank
 
     def named(self) -> dict[str, Tensor]:
         """Return the tensors by their names in the network."""
@@ -172,15 +176,3 @@ def refuse_settings(path: Path, metadata: Mapping[str, Any], part: str) -> None:
             f"the LoRA {path} has modules_to_save = {kept!r}: full layers next to the adapters, which diffusers does "
             "not load"
         )
-
-
-def scale_of(settings: Mapping[str, Any], part: str | None, module: str) -> float:
-    """Return alpha / rank of a module, as PEFT finds them in a file's settings; 1 if there are none."""
-    from peft.utils.other import get_pattern_key
-
-    values = {name.removeprefix(f"{part}."): value for name, value in settings.items()}
-    if not {"r", "lora_alpha"} <= values.keys():
-        return 1.0
-    ranks, alphas = values.get("rank_pattern", {}), values.get("alpha_pattern", {})
-    rank = ranks.get(get_pattern_key(list(ranks), module), values["r"])
-    return alphas.get(get_pattern_key(list(alphas), module), values["lora_alpha"]) / rank
