@@ -234,23 +234,20 @@ def _of_columns(file: PromptFile, columns: dict[str, Any]) -> list[dict[str, Any
 
 
 def _table_rows(file: PromptFile, separator: str) -> Iterator[Entry]:
-    rows = _split_rows(file, separator)
-    _, header = next(rows, ("", []))
-    _refuse_twice(file, header)
-    for where, row in rows:
-        if len(row) != len(header):
-            raise file.fault(f"it has {len(row)} columns, and the header {len(header)}: {header}", where)
-        yield where, dict(zip(header, row, strict=True))
-
-
-def _split_rows(file: PromptFile, separator: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each row's place and its cells. Empty lines are skipped."""
-    reader, where = csv.reader(io.StringIO(file.text()), delimiter=separator, strict=True), ""
+    """Yield the rows of a CSV or TSV file as objects of its header's columns. Empty lines are skipped."""
+    reader = csv.reader(io.StringIO(file.text()), delimiter=separator, strict=True)
+    header, where = [], ""
     try:
         while True:
             where = f"line {reader.line_num + 1}"
-            if row := next(reader):
-                yield where, row
+            row = next(reader)
+            if row and not header:
+                header = row
+                _refuse_twice(file, header)
+            elif row and len(row) != len(header):
+                raise file.fault(f"it has {len(row)} columns, and the header {len(header)}: {header}", where)
+            elif row:
+                yield where, dict(zip(header, row, strict=True))
     except StopIteration:
         return
     except csv.Error as error:

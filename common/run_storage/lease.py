@@ -50,17 +50,12 @@ class Lease:
         self._folder = folder
         self._storage = folder.storage.with_patience(0.0)
         self._token = secrets.token_hex(8)
-        self._lost = False
+        self.lost = False  # another start may have taken over the folder, so that nothing may be written there
         self._renewed = 0.0
         self._seen = 0.0  # when the lease was last read and still this process's
         self._renewing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
-
-    @property
-    def lost(self) -> bool:
-        """Return whether another start may have taken over the folder. Then nothing may be written there."""
-        return self._lost
 
     def __enter__(self) -> "Lease":
         """Acquire the lease. Raise ValueError if the folder belongs to a live run."""
@@ -97,7 +92,7 @@ class Lease:
         """
         if failed or time.time() - self._renewed > 2 * RENEWAL_SECONDS:
             self._renew()
-        if self._lost:
+        if self.lost:
             raise LeaseLost(self._storage.location)
 
     def let_go(self) -> None:
@@ -138,26 +133,26 @@ class Lease:
         )
 
     def _keep_renewing(self) -> None:
-        while not self._lost and not self._stop.wait(RENEWAL_SECONDS):
+        while not self.lost and not self._stop.wait(RENEWAL_SECONDS):
             self._renew()
 
     def _renew(self) -> None:
         """Renew the lease, or find that it is lost."""
         with self._renewing:
-            if self._lost or self._stop.is_set():
+            if self.lost or self._stop.is_set():
                 return
             try:
                 with _alone_in(self._storage):
                     owner = _owner_of(self._storage)
-                    self._lost = owner is None or owner.get("token") != self._token
+                    self.lost = owner is None or owner.get("token") != self._token
                     self._seen = time.time()
-                    if not self._lost:
+                    if not self.lost:
                         self._write(self._storage.write)
             except OSError as error:
                 # Full disk or network failure. If the lease cannot be read for a minute, another start may have it.
-                self._lost = time.time() - self._seen > LEASE_SECONDS
+                self.lost = time.time() - self._seen > LEASE_SECONDS
                 print_line(f"the lease cannot be renewed: {error}")
-        if self._lost:
+        if self.lost:
             print_line(f"the lease of {self._storage.location} is lost: this run must write nothing more there")
 
 
