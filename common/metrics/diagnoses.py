@@ -88,8 +88,10 @@ def _slow_learner(busy: dict[str, float], times: RoundSeconds, samplers: int) ->
 
 def _too_few_workers(role: str, busy: dict[str, float], times: RoundSeconds, samplers: int, reward_workers: int) -> str:
     """Describe samplers or reward workers that the learner waits for, and the effect of one more."""
-    count = (samplers if role == "samplers" else reward_workers) + 1
-    ideal = times.longest_phase(*((count, reward_workers) if role == "samplers" else (samplers, count)))
+    if role == "samplers":
+        count, ideal = samplers + 1, times.longest_phase(samplers + 1, reward_workers)
+    else:
+        count, ideal = reward_workers + 1, times.longest_phase(samplers, reward_workers + 1)
     return (
         f"learner idle {_percent(1 - busy['learner'])}: add a {role.removesuffix('s')} "
         f"({role} are busy {_percent(busy[role])} of the time); "

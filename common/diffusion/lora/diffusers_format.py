@@ -211,14 +211,15 @@ def _refuse_what_does_not_fit(file: LoraFile, module: nn.Module, part: str, stat
     wrong = []
     for name, value in state.items():
         layer, _, kind = name.partition(".lora_")
-        weight = layers.get(layer)
+        weight: Any = layers.get(layer)
         kind = f"lora_{kind}".removesuffix(".weight") if "magnitude" in kind else f"lora_{kind}"
         paired = {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"} <= state.keys()
-        if kind not in KINDS or not paired or weight is None:
-            wrong.append(f"{part}.{name}")
-        elif kind == "lora_A.weight":
-            wrong += [f"{part}.{name}"] if value.shape[1:] != weight.shape[1:] else []
-        elif "magnitude" not in kind and value.shape[0] != weight.shape[0]:
+        fits = kind in KINDS and paired and weight is not None
+        if fits and kind == "lora_A.weight":
+            fits = value.shape[1:] == weight.shape[1:]
+        elif fits and "magnitude" not in kind:
+            fits = value.shape[0] == weight.shape[0]
+        if not fits:
             wrong.append(f"{part}.{name}")
     if wrong:
         raise ValueError(_misfit(file, wrong, f"have no layer of that name and shape in {type(module).__name__}"))

@@ -142,5 +142,8 @@ def _as_one(layers: dict[str, Adapter], parts: dict[str, int]) -> Adapter:
 
 
 def _with_alpha(name: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
-    weights = {"lora_down.weight": down.contiguous(), "lora_up.weight": up.contiguous()}
-    return {f"{name}.{kind}": value for kind, value in {**weights, "alpha": torch.tensor(float(len(down)))}.items()}
+    return {
+        f"{name}.lora_down.weight": down.contiguous(),
+        f"{name}.lora_up.weight": up.contiguous(),
+        f"{name}.alpha": torch.tensor(float(len(down))),
+    }
