@@ -43,11 +43,7 @@ BASE = TypeAdapter(Base)
 
 
 def read_base(data: bytes, where: str) -> Base:
-    """Parse the fingerprints that a run has stored.
-
-    Raises:
-        ValueError: The data is something else.
-    """
+    """Parse the fingerprints that a run has stored. Raise ValueError if the data is something else."""
     try:
         return BASE.validate_json(data)
     except ValidationError as error:
@@ -65,11 +61,7 @@ def as_tables(base: Mapping[str, BasePart]) -> dict[str, Any]:
 def entry_base(entry: Component, table: str, files: Iterable[Weights] = (), label: str = "") -> Base:
     """Fingerprint the files that a component reads and the user's modules that it is made of.
 
-    Args:
-        entry: the component.
-        table: its table in the recipe.
-        files: the files that it reads.
-        label: which of several rewards it is.
+    The parts are named after its table in the recipe and, if it is one of several rewards, its label.
     """
     suffix = f" of {label}" if label else ""
     parts: dict[str, list[Path]] = {}
@@ -92,17 +84,15 @@ def _by_folder(weights: Weights) -> dict[str, list[Path]]:
     """Group the files by folder below the source. Each folder is a part; files directly in the source are one part."""
     found: dict[str, list[Path]] = {}
     for file, path in files_here(weights).items():
-        folder, _, _ = file.rpartition("/")
-        found.setdefault(f"/{folder}" if folder else "", []).append(path)
-    return {below: _without_variants(paths) for below, paths in found.items()}
-
-
-def _without_variants(paths: list[Path]) -> list[Path]:
-    """Leave out variants if the usual files are there. They are not loaded then, and may be added at any time."""
-    weights = [path for path in paths if path.suffix in (".safetensors", ".bin")]
-    usual = [path for path in weights if not VARIANT.fullmatch(path.name)]
-    unread = set(weights) - set(usual) if usual else set()
-    return [path for path in paths if path not in unread and ".index." not in path.name]
+        if ".index." not in path.name:
+            folder, _, _ = file.rpartition("/")
+            found.setdefault(f"/{folder}" if folder else "", []).append(path)
+    for below, paths in found.items():
+        variants = [path for path in paths if VARIANT.fullmatch(path.name)]
+        # Beside the usual files, variants are not loaded, and may be added at any time.
+        if any(path.suffix in (".safetensors", ".bin") and path not in variants for path in paths):
+            found[below] = [path for path in paths if path not in variants]
+    return found
 
 
 def _fingerprinted(parts: dict[str, list[Path]]) -> Base:
@@ -142,18 +132,10 @@ def differing_parts(before: Mapping[str, BasePart], now: Mapping[str, BasePart])
 
 
 class LoadedBase:
-    """The fingerprints that a run's roles have reported.
-
-    Each report is compared with the others and with earlier starts.
-    """
+    """The fingerprints that a run's roles have reported, compared with one another and with earlier starts."""
 
     def __init__(self, before: Base | None = None, refuse: Callable[[dict[str, str]], str] | None = None) -> None:
-        """Start with the stored fingerprints.
-
-        Args:
-            before: the fingerprints of earlier starts.
-            refuse: makes the error message if parts differ from `before`. It takes their descriptions.
-        """
+        """Start with the fingerprints of earlier starts. `refuse` words the error about differing parts."""
         self._before = before or {}
         self._refuse = refuse
         self._now: Base = {}

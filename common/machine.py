@@ -28,10 +28,7 @@ class Machine:
         return ", ".join(part for part in (self.gpu, self.processor, self.versions) if part)
 
     def computes_like(self, other: "Machine") -> bool:
-        """Return whether a network gives the same bits on both machines.
-
-        If there is a GPU, the processor does not matter.
-        """
+        """Return whether a network gives the same bits on both. If there is a GPU, the processor does not matter."""
         device = self.gpu == other.gpu and (bool(self.gpu) or self.processor == other.processor)
         return device and self.versions == other.versions
 

@@ -94,10 +94,7 @@ class PromptFile:
             yield where, self._checked(row[column], where), {name: row[name] for name in row if name != column}
 
     def _column(self, columns: list[str], has_header: bool) -> str:
-        """Return the prompts' column.
-
-        A table's only column must have a known name too, because the header may be missing.
-        """
+        """Return the prompts' column. Even an only one must have a known name in CSV, where the header may be missing."""
         if self.column is not None:
             if self.column not in columns:
                 raise self.fault(f"prompts.column is {self.column!r}, and its columns are {columns}")
@@ -118,11 +115,7 @@ class PromptFile:
         return text
 
     def text(self) -> str:
-        """Return the file's text, without a byte order mark and with \\n at the end of every line.
-
-        Raises:
-            ValueError: The file is not UTF-8.
-        """
+        """Return the file's text, with \\n after every line. Raise ValueError if it is not UTF-8."""
         with reading(f"{self.key} is {str(self.path)!r}: the file"):
             data = self.path.read_bytes()
         advice = "save the file as UTF-8"
@@ -140,11 +133,7 @@ class PromptFile:
         return io.StringIO(text, newline=None).read()
 
     def parsed(self, text: str, where: str = "") -> Any:
-        """Return the JSON value in `text`.
-
-        Raises:
-            ValueError: There is none, or a key appears twice in an object.
-        """
+        """Return the JSON value in `text`. Raise ValueError if there is none, or if an object has a key twice."""
         try:
             return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
@@ -245,23 +234,20 @@ def _of_columns(file: PromptFile, columns: dict[str, Any]) -> list[dict[str, Any
 
 
 def _table_rows(file: PromptFile, separator: str) -> Iterator[Entry]:
-    rows = _split_rows(file, separator)
-    _, header = next(rows, ("", []))
-    _refuse_twice(file, header)
-    for where, row in rows:
-        if len(row) != len(header):
-            raise file.fault(f"it has {len(row)} columns, and the header {len(header)}: {header}", where)
-        yield where, dict(zip(header, row, strict=True))
-
-
-def _split_rows(file: PromptFile, separator: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each row's place and its cells. Empty lines are skipped."""
-    reader, where = csv.reader(io.StringIO(file.text()), delimiter=separator, strict=True), ""
+    """Yield the rows of a CSV or TSV file as objects of its header's columns. Empty lines are skipped."""
+    reader = csv.reader(io.StringIO(file.text()), delimiter=separator, strict=True)
+    header, where = [], ""
     try:
         while True:
             where = f"line {reader.line_num + 1}"
-            if row := next(reader):
-                yield where, row
+            row = next(reader)
+            if row and not header:
+                header = row
+                _refuse_twice(file, header)
+            elif row and len(row) != len(header):
+                raise file.fault(f"it has {len(row)} columns, and the header {len(header)}: {header}", where)
+            elif row:
+                yield where, dict(zip(header, row, strict=True))
     except StopIteration:
         return
     except csv.Error as error:

@@ -64,11 +64,7 @@ def _check_text(text: str, what: str) -> None:
 
 
 def _json_value(value: Any, place: str) -> Any:
-    """Return the value as JSON gives it back: tuples as lists, numpy's numbers as Python's.
-
-    Raises:
-        ValueError: JSON cannot represent the value.
-    """
+    """Return the value as JSON gives it back: tuples as lists, numpy's numbers as Python's. Else raise ValueError."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, dict):
@@ -122,14 +118,9 @@ class PromptSource(Component, ABC):
 
 
 def _without(prompts: list[Prompt], left_out: tuple[str, ...]) -> list[Prompt]:
-    """Return the prompts that are not left out.
-
-    Raises:
-        ValueError: A prompt to leave out does not exist, or none would remain.
-    """
+    """Return the prompts that are not left out. Raise ValueError if one does not exist, or if none would remain."""
     texts = {prompt.text for prompt in prompts}
-    unknown = [prompt for prompt in left_out if prompt not in texts]
-    if unknown:
+    if unknown := [prompt for prompt in left_out if prompt not in texts]:
         raise ValueError(
             f"prompts.leave_out has {unknown}, which is not among the {len(prompts)} prompts of the source"
         )
@@ -137,14 +128,6 @@ def _without(prompts: list[Prompt], left_out: tuple[str, ...]) -> list[Prompt]:
     if not remaining:
         raise ValueError(f"prompts.leave_out has all {len(prompts)} prompts of the source: there is nothing to sample")
     return remaining
-
-
-def _texts(prompts: list[Prompt]) -> list[str]:
-    return [prompt.text for prompt in prompts]
-
-
-def _sampler_of(prompts: list[Prompt]) -> SamplePrompt:
-    return lambda generator: prompts[int(generator.integers(len(prompts)))]
 
 
 def _rows_of(text: str, prompts: list[Prompt]) -> list[Prompt]:
@@ -171,39 +154,45 @@ def read_prompts(file: PromptFile) -> list[Prompt]:
     return prompts
 
 
-class Animals(PromptSource):
+class PromptList(PromptSource):
+    """Source that samples from a list of prompts."""
+
+    @abstractmethod
+    def sampled(self) -> list[Prompt]:
+        """Return the prompts that are sampled in training, in order."""
+
+    def listed(self) -> list[str]:
+        return [prompt.text for prompt in self.sampled()]
+
+    def load(self) -> SamplePrompt:
+        prompts = self.sampled()
+        return lambda generator: prompts[int(generator.integers(len(prompts)))]
+
+
+class Animals(PromptList):
     """The 45 animals of the DDPO paper (section 6), by their names alone."""
 
     leave_out: tuple[str, ...] = ()
     """Prompts that are held out: never sampled in training, used for evaluation."""
 
-    def _prompts(self) -> list[Prompt]:
+    def sampled(self) -> list[Prompt]:
         return _without(read_prompts(PromptFile(PROMPT_LISTS / "animals.txt", "prompts.path")), self.leave_out)
-
-    def listed(self) -> list[str]:
-        return _texts(self._prompts())
 
     def held_out(self) -> list[str]:
         return list(self.leave_out)
 
-    def load(self) -> SamplePrompt:
-        return _sampler_of(self._prompts())
 
-
-class Texts(PromptSource):
+class Texts(PromptList):
     """A few prompts, in the recipe itself."""
 
     texts: tuple[str, ...] = Field(min_length=1)
     """The prompts."""
 
-    def listed(self) -> list[str]:
-        return list(self.texts)
-
-    def load(self) -> SamplePrompt:
-        return _sampler_of([Prompt(text) for text in self.texts])
+    def sampled(self) -> list[Prompt]:
+        return [Prompt(text) for text in self.texts]
 
 
-class File(PromptSource):
+class File(PromptList):
     """File of prompts: text with one per line, JSONL, JSON, CSV, TSV or parquet. Further columns are metadata."""
 
     path: str
@@ -238,20 +227,17 @@ class File(PromptSource):
         return self._read(self.path, "prompts.path")
 
     def _held_out(self) -> list[Prompt]:
-        """Return the prompts that are never sampled, each with its metadata.
-
-        A prompt with several rows appears with each.
-        """
+        """Return the prompts that are never sampled, each with its metadata; a prompt with several rows, with each."""
         if self.held_out_path is not None:
             return self._read(self.held_out_path, "prompts.held_out_path")
         every = self._all() if self.leave_out else []
         return [prompt for text in dict.fromkeys(self.leave_out) for prompt in _rows_of(text, every)]
 
-    def listed(self) -> list[str]:
-        return _texts(_without(self._all(), self.leave_out))
+    def sampled(self) -> list[Prompt]:
+        return _without(self._all(), self.leave_out)
 
     def held_out(self) -> list[str]:
-        return _texts(self._held_out())
+        return [prompt.text for prompt in self._held_out()]
 
     def evaluated(self, texts: Sequence[str] = ()) -> list[Prompt]:
         held_out, every = self._held_out(), self._all()
@@ -259,9 +245,6 @@ class File(PromptSource):
             return held_out or every
         found = [_rows_of(text, held_out) or _rows_of(text, every) or [Prompt(text)] for text in texts]
         return [prompt for rows in found for prompt in rows]
-
-    def load(self) -> SamplePrompt:
-        return _sampler_of(_without(self._all(), self.leave_out))
 
 
 class PromptFunction(PromptSource):
@@ -276,11 +259,7 @@ class PromptFunction(PromptSource):
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> "PromptFunction":
-        """Make the prompt source of a Python function. If its module can be imported, only its path is kept.
-
-        Raises:
-            ValueError: the function takes no generator.
-        """
+        """Make a function's prompt source, by path if it can be imported. Raise ValueError if it takes no generator."""
         try:
             inspect.signature(function).bind(None)
         except TypeError:

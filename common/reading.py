@@ -33,11 +33,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def parquet_table(data: bytes, path: str, columns: tuple[str, ...] = ()) -> "pa.Table":
-    """Return the table in a parquet file's bytes.
-
-    Raises:
-        ValueError: There is none, or it lacks one of `columns`.
-    """
+    """Return the table in a parquet file's bytes. Raise ValueError if there is none, or if a column is missing."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -48,11 +44,7 @@ def parquet_table(data: bytes, path: str, columns: tuple[str, ...] = ()) -> "pa.
 
 
 def object_in(text: str | bytes, keys: tuple[str, ...]) -> Object:
-    """Return the JSON object in a text.
-
-    Raises:
-        ValueError: There is none, or it lacks one of `keys`.
-    """
+    """Return the JSON object in a text. Raise ValueError if there is none, or if a key is missing."""
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(f"it must be a JSON object, and is {str(value)[:40]!r}")

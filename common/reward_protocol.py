@@ -15,6 +15,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ray_ddpo.common.run_storage.png import png
+
 SCORE_PATH, HEALTH_PATH = "/v1/score", "/v1/health"
 
 
@@ -59,9 +61,7 @@ class Fault(Message):
 
 def to_png(image: UInt8[np.ndarray, "H W 3"]) -> str:
     """Encode an image losslessly as a PNG file in base64."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, format="PNG", compress_level=1)  # the default level takes five times as long
-    return base64.b64encode(file.getvalue()).decode("ascii")
+    return base64.b64encode(png(image, compress_level=1)).decode("ascii")  # the default level takes five times as long
 
 
 def from_png(text: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:

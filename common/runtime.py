@@ -42,10 +42,7 @@ def settle(runtime: RuntimeTable) -> str:
 
 
 def to_device(tensor: Tensor, device: str) -> Tensor:
-    """Copy a tensor to a device without blocking the host.
-
-    A copy from pageable memory would wait for the GPU's queue.
-    """
+    """Copy a tensor without blocking the host. A copy from pageable memory would wait for the GPU's queue."""
     if tensor.device.type == "cpu" and device.startswith("cuda"):
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -85,24 +85,14 @@ def sde_window_of_round(recipe: Recipe, round_index: int) -> range | None:
 
 def round_tasks(recipe: Recipe, round_index: int, sample: SamplePrompt) -> list[Task]:
     """Return all tasks of a round, in order: a pure function of recipe and round, if `sample` is pure."""
-    group = recipe.prompts.images_per_prompt
-    groups = range(-(-recipe.images_per_round // group))
+    group, size, images = recipe.prompts.images_per_prompt, recipe.sampling.batch_size, range(recipe.images_per_round)
+    groups = range(-(-len(images) // group))
     group_prompts = [sample(np.random.default_rng([recipe.seed, _PROMPTS, round_index, number])) for number in groups]
-    prompts = [group_prompts[image // group] for image in range(recipe.images_per_round)]
-    seeds = [image_seed(recipe.seed, Stream.TRAINING, round_index, image) for image in range(recipe.images_per_round)]
-    size = recipe.sampling.batch_size
+    prompts = tuple(group_prompts[image // group] for image in images)
+    seeds = tuple(image_seed(recipe.seed, Stream.TRAINING, round_index, image) for image in images)
     version, window = policy_version(round_index, recipe.max_policy_lag), sde_window_of_round(recipe, round_index)
-    return [
-        Task(
-            round_index,
-            index,
-            version,
-            tuple(prompts[start : start + size]),
-            tuple(seeds[start : start + size]),
-            window,
-        )
-        for index, start in enumerate(range(0, recipe.images_per_round, size))
-    ]
+    parts = [slice(start, start + size) for start in images[::size]]
+    return [Task(round_index, index, version, prompts[part], seeds[part], window) for index, part in enumerate(parts)]
 
 
 def round_parts(recipe: Recipe) -> list[range]:
@@ -117,13 +107,7 @@ def transition_order(
     """Return the order in which an inner epoch takes the `count` images of a part of a round.
 
     A part's images keep their relative order in the full round. The order depends on the position in the run only.
-
-    Args:
-        run_seed: the run's seed.
-        round_index: the round.
-        inner_epoch: the inner epoch.
-        count: the part's number of images.
-        place: (part, number of parts).
+    `place` is (part, number of parts).
     """
     part, parts = place
     order = np.random.default_rng([run_seed, _ORDER, round_index, inner_epoch]).permutation(count * parts)

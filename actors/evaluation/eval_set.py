@@ -23,24 +23,23 @@ class EvalSet:
     batch_size: int
 
     @property
+    def parts(self) -> list[slice]:
+        """Return the images of each task."""
+        return [slice(start, start + self.batch_size) for start in range(0, len(self.seeds), self.batch_size)]
+
+    @property
     def num_tasks(self) -> int:
-        return -(-len(self.seeds) // self.batch_size)
+        return len(self.parts)
 
     def tasks(self, policy_version: int, round_index: int, first: int, sampling: SamplingTable) -> list[Task]:
-        """Return the tasks that sample this set under one policy version.
+        """Return the tasks that sample this set under one policy version, numbered from `first`.
 
-        Args:
-            policy_version: the version to sample with.
-            round_index: samplers take the tasks after the training tasks of this round.
-            first: the number of the first task; the others follow.
-            sampling: decides which steps are stochastic.
+        Samplers take them after the training tasks of round `round_index`.
         """
         window = evaluation_window(sampling)
-        starts = range(0, len(self.seeds), self.batch_size)
-        parts = [slice(start, start + self.batch_size) for start in starts]
         return [
             Task(round_index, index, policy_version, self.prompts[part], self.seeds[part], window, Stream.EVALUATION)
-            for index, part in enumerate(parts, first)
+            for index, part in enumerate(self.parts, first)
         ]
 
 
@@ -69,28 +68,19 @@ def sample_eval_images(
 ) -> UInt8[np.ndarray, "N H W 3"]:
     """Sample the images of a set under the policy's current weights.
 
-    Args:
-        policy: with the weights.
-        chosen: the set.
-        sampling: of the recipe.
-        on_sampled: called after each batch with the number of images sampled so far.
+    After each batch, `on_sampled` is called with the number of images sampled so far.
     """
     images = []
-    for start in range(0, len(chosen.seeds), chosen.batch_size):
-        part = slice(start, start + chosen.batch_size)
+    for part in chosen.parts:
         texts = [prompt.text for prompt in chosen.prompts[part]]
         trajectory = sample_trajectories(policy, texts, list(chosen.seeds[part]), sampling, evaluation_window(sampling))
         images.append(decoded(policy, trajectory, texts))
-        on_sampled(start + len(texts))
+        on_sampled(part.start + len(texts))
     return np.concatenate(images)
 
 
 def decoded(policy: Policy, trajectory: Trajectory, prompts: list[str]) -> UInt8[np.ndarray, "B H W 3"]:
-    """Decode the final latents of trajectories to images.
-
-    Raises:
-        ValueError: latents or pixels of an image are NaN or infinite.
-    """
+    """Decode the final latents of trajectories. Raise ValueError if latents or pixels are NaN or infinite."""
     pixels = policy.decode(trajectory.final_latents).cpu().numpy()
     if rows := policy.not_finite:
         raise ValueError(

@@ -4,7 +4,7 @@ import math
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from ray_ddpo.actors.rewards.image_statistics import DarkShare, Entropy, Sharpness
@@ -15,12 +15,7 @@ DIVERSITY_EDGE = 16  # pixels: images are compared by composition and color, not
 def image_summary(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> dict[str, float]:
     """Compute the mean of each statistic over the images, and their diversity within a prompt.
 
-    Args:
-        pixels: the images; there may be none.
-        prompts: one an image, to group the images by.
-
-    Returns:
-        A value a statistic. Diversity is NaN if no prompt has two images. Without images, every value is NaN.
+    Diversity is NaN if no prompt has two images. Without images, every value is NaN.
     """
     statistics = {"dark_share": DarkShare(), "sharpness": Sharpness(), "entropy": Entropy()}
     if not len(pixels):
@@ -36,16 +31,12 @@ def diversity(pixels: UInt8[np.ndarray, "N H W 3"], prompts: list[str]) -> float
         The root mean square difference (0 … 1) of two images reduced to 16 × 16 pixels: the mean over all pairs of a
         prompt, then over prompts. NaN if no prompt has two images.
     """
-    small = np.stack([_reduced(image) for image in pixels])
-    of_prompts = [small[[text == prompt for text in prompts]] for prompt in dict.fromkeys(prompts)]
-    means = [_mean_difference(images) for images in of_prompts if len(images) > 1]
-    return float(np.mean(means)) if means else math.nan
-
-
-def _reduced(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "E E 3"]:
     size = (DIVERSITY_EDGE, DIVERSITY_EDGE)
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX), np.float64) / 255
-
-
-def _mean_difference(images: Float[np.ndarray, "N E E 3"]) -> float:
-    return float(np.mean([np.sqrt(np.square(one - other).mean()) for one, other in combinations(images, 2)]))
+    reduced = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in pixels]
+    small = np.stack([np.asarray(image, np.float64) / 255 for image in reduced])
+    means = []
+    for prompt in dict.fromkeys(prompts):
+        pairs = combinations(small[[text == prompt for text in prompts]], 2)
+        if differences := [np.sqrt(np.square(one - other).mean()) for one, other in pairs]:
+            means.append(float(np.mean(differences)))
+    return float(np.mean(means)) if means else math.nan

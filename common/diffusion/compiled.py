@@ -18,12 +18,7 @@ class CompiledNetwork:
     """
 
     def __init__(self, call: Callable[..., Tensor], rows: int) -> None:
-        """Compile the network.
-
-        Args:
-            call: takes tensors by name, with one row per batch item.
-            rows: the rows of every batch that the network will see.
-        """
+        """Compile a function of tensors by name, which have one row per batch item and always `rows` rows."""
         # Isolated, because torch's limit of 8 recompilations otherwise counts all networks of the process together.
         torch_compile: Any = torch.compile  # its overloads do not list isolate_recompiles yet
         self._compiled: Any = torch_compile(call, dynamic=False, fullgraph=True, isolate_recompiles=True)

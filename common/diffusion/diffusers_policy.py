@@ -1,7 +1,6 @@
 """A diffusers pipeline as a policy: guidance, steps, decoding and files, which all families share."""
 
 import functools
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from ray_ddpo.common.diffusion.lora.files import LoraFile
 from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.policy import Conditioning, Policy, Role, autocast
 from ray_ddpo.common.diffusion.prompt_lengths import TextReader
+from ray_ddpo.common.diffusion.schedulers.ddim import ddim_table
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import DenoisingSteps
 from ray_ddpo.common.diffusion.trained_weights import restore_trained, save_trained
 from ray_ddpo.common.diffusion.transition import Transition
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 EMBEDDING_BYTES = 1 << 29  # cached prompt embeddings: 4,500 prompts of SD 1.5 in half precision, 127 of FLUX
 
+# As most pipelines return prompts.
+EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 NetworkCall = Callable[..., Tensor]  # (network, latents, timesteps, **rows of conditioning) → the network's output
 
 
@@ -67,18 +69,27 @@ class DiffusersPolicy(Policy):
         self.merged = MergedAdapters(self.network) if config.merge_adapters and role != "learner" else None
         self._compiled: CompiledNetwork | None = None
 
-    @abstractmethod
     def _table(self, sampling: SamplingTable) -> DenoisingSteps:
         """Return the denoising steps, on the device. `pipeline`, `latent_shape` and `device` are set already."""
+        return ddim_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, self.device)
 
-    @abstractmethod
-    def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
+    def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
         """Encode one prompt in the text encoders' dtype. Return one row per tensor.
 
         Args:
             prompt: the text.
             with_negative: whether to return the `negative_…` tensors of `negative_prompt` too, which all prompts share.
+            keys: further arguments of the pipeline's `encode_prompt`.
         """
+        encoded = self.pipeline.encode_prompt(
+            prompt,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=with_negative,
+            negative_prompt=self.negative_prompt,  # None stays None: an empty text is encoded, None may mean zeros
+            **keys,
+        )
+        return {name: value for name, value in zip(EMBEDDINGS, encoded, strict=False) if value is not None}
 
     @contextmanager
     def _at_work(self, *parts: Any) -> Iterator[None]:
@@ -112,21 +123,14 @@ class DiffusersPolicy(Policy):
             with self._at_work(*self.text_encoders):
                 new = {prompt: self._encode(prompt, with_negative=not prompt) for prompt in missing}
         known = self._embeddings | new
-        shared = {name: value for name, value in known[""].items() if name.startswith("negative_")}
-        rows = [known[prompt] for prompt in prompts]
-        names = [name for name in known[""] if name not in shared]
-        self._remember(new)
-        return {**{name: torch.cat([row[name] for row in rows]) for name in names}, **shared}
-
-    def _remember(self, new: dict[str, Conditioning]) -> None:
-        """Cache the rows, within EMBEDDING_BYTES."""
         for prompt, row in new.items():
             most = EMBEDDING_BYTES // sum(value.nbytes for value in row.values())
-            if len(self._embeddings) >= max(
-                most, 2
-            ):  # drop the oldest, but never the empty prompt, which each task needs
-                del self._embeddings[next(known for known in self._embeddings if known)]
+            if len(self._embeddings) >= max(most, 2):  # drop the oldest, but not the empty prompt: each task needs it
+                del self._embeddings[next(each for each in self._embeddings if each)]
             self._embeddings[prompt] = row
+        shared = {name: value for name, value in known[""].items() if name.startswith("negative_")}
+        names = [name for name in known[""] if name not in shared]
+        return {**{name: torch.cat([known[prompt][name] for prompt in prompts]) for name in names}, **shared}
 
     def text_readers(self) -> list[TextReader]:
         readers = []
@@ -140,9 +144,6 @@ class DiffusersPolicy(Policy):
                 readers.append(TextReader(part, tokenizer, length))
         return readers
 
-    def initial_latents(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        return noise
-
     def transition(
         self,
         latents: Float[Tensor, "B C H W"],
@@ -154,9 +155,8 @@ class DiffusersPolicy(Policy):
         return self.steps.transition(latents, output, steps, stochastic)
 
     def _guided(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        return guided(
-            self._predict, latents, timesteps, conditioning, self.guidance_scale if self.branches == 2 else None
-        )
+        scale = self.guidance_scale if self.branches == 2 else None
+        return guided(self._predict, latents, timesteps, conditioning, scale)
 
     def _predict(self, latents: Tensor, timesteps: Tensor, rows: Conditioning) -> Tensor:
         in_dtype = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in rows.items()}
@@ -189,8 +189,7 @@ class DiffusersPolicy(Policy):
         return scaled if shift is None else scaled + shift
 
     def save(self, folder: Path) -> Path:
-        config = self.config
-        return save_trained(self.network, config.train, config.lora, folder, config.network_name)
+        return save_trained(self.network, self.config.train, self.config.lora, folder, self.config.network_name)
 
     def restore(self, path: Path) -> None:
         restore_trained(self.network, self.config.train, path)
@@ -202,8 +201,9 @@ class DiffusersPolicy(Policy):
             ValueError: The file has another format, or does not fit network and text encoders.
         """
         self.network.unload_lora()
-        load_any_lora(file, self.network, self.config.network_name, loadable_encoders(self.pipeline))
-        for part in (self.network, *loadable_encoders(self.pipeline).values()):
+        encoders = loadable_encoders(self.pipeline)
+        load_any_lora(file, self.network, self.config.network_name, encoders)
+        for part in (self.network, *encoders.values()):
             part.eval().requires_grad_(False)
         self._embeddings.clear()
         self.merged = None

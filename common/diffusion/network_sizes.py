@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ray_ddpo.common.diffusion.memory.live_bytes import line_through, peak_bytes
 from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
-from ray_ddpo.common.diffusion.memory.network_counts import count_network
-from ray_ddpo.common.diffusion.memory.network_memory import Inputs
+from ray_ddpo.common.diffusion.memory.network_memory import Inputs, count_network
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.recipe.tables import SamplingTable

@@ -162,13 +162,9 @@ class PolicyConfig(Component, ABC):
     """Merge the adapters into a sampler's weights: fewer and larger kernels."""
 
     @model_validator(mode="after")
-    def _only_adapters_are_merged(self) -> "PolicyConfig":
+    def _lora_keys_are_for_adapters(self) -> "PolicyConfig":
         if self.merge_adapters and self.train == "full":
             raise ValueError('merge_adapters is true and train "full": only a LoRA\'s adapters are merged')
-        return self
-
-    @model_validator(mode="after")
-    def _only_adapters_begin_with_a_lora(self) -> "PolicyConfig":
         if self._lora_path() is not None and self.train == "full":
             raise ValueError('lora.path is given and train "full": only adapters begin as those of a file')
         return self
@@ -177,11 +173,7 @@ class PolicyConfig(Component, ABC):
         return getattr(getattr(self, "lora", None), "path", None)
 
     def lora_files(self) -> tuple[Weights, ...]:
-        """Return the files of the LoRA that training starts from.
-
-        Raises:
-            ValueError: The files do not exist.
-        """
+        """Return the files of the LoRA that training starts from. Raise ValueError if they do not exist."""
         path = self._lora_path()
         return () if path is None else (files_of_lora(path),)
 

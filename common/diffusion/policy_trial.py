@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,34 +38,25 @@ def load_checked(config: PolicyConfig, device: str, sampling: SamplingTable, rol
         PartNotLoaded: Anything else went wrong.
     """
     with loading(f"policy.model is {config.model!r}", config.needs):
-        return _loaded(config, device, sampling, role)
-
-
-def _loaded(config: PolicyConfig, device: str, sampling: SamplingTable, role: Role) -> Policy:
-    """Load the policy. If the family is the user's own, check the fields that every policy must have."""
-    if not is_users_own(config, POLICIES):
+        if is_users_own(config, POLICIES):
+            policy = call(config, "load", device, sampling, role)
+            _check_fields(policy, f"{type(config).__name__}.load returned", sampling)
+            return policy
         return config.load(device, sampling, role)
-    policy, name = call(config, "load", device, sampling, role), f"{type(config).__name__}.load"
-    refuse_unless(isinstance(policy, Policy), f"{name} returned {described(policy)}", "a ray_ddpo.Policy")
-    lacking = [field for field in Policy.__annotations__ if not hasattr(policy, field)]
-    refuse_unless(
-        not lacking, f"{name} returned a {type(policy).__name__} without {', '.join(lacking)}", "all fields of Policy"
-    )
-    network, shape = policy.network, policy.latent_shape
+
+
+def _check_fields(policy: Any, returned: str, sampling: SamplingTable) -> None:
+    """Check the fields that every policy must have."""
     name = type(policy).__name__
+    refuse_unless(isinstance(policy, Policy), f"{returned} {described(policy)}", "a ray_ddpo.Policy")
+    lacking = [field for field in Policy.__annotations__ if not hasattr(policy, field)]
+    refuse_unless(not lacking, f"{returned} a {name} without {', '.join(lacking)}", "all fields of Policy")
+    network, shape, steps = policy.network, policy.latent_shape, policy.num_steps
     refuse_unless(isinstance(network, nn.Module), f"{name}.network is {described(network)}", "a torch.nn.Module")
-    refuse_unless(
-        isinstance(shape, tuple) and len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in shape),
-        f"{name}.latent_shape is {shape!r}",
-        "a tuple of three positive numbers, C, H, W",
-    )
-    refuse_unless(
-        policy.num_steps == sampling.num_steps, f"{name}.num_steps is {policy.num_steps!r}", f"{sampling.num_steps}"
-    )
-    refuse_unless(
-        bool(trained_parameters(network)), f"{name}.network has no parameter with a gradient", "make_trainable"
-    )
-    return policy
+    sized = isinstance(shape, tuple) and len(shape) == 3 and all(isinstance(side, int) and side > 0 for side in shape)
+    refuse_unless(sized, f"{name}.latent_shape is {shape!r}", "a tuple of three positive numbers, C, H, W")
+    refuse_unless(steps == sampling.num_steps, f"{name}.num_steps is {steps!r}", f"{sampling.num_steps}")
+    refuse_unless(trained_parameters(network), f"{name}.network has no parameter with a gradient", "make_trainable")
 
 
 def try_sampling(config: PolicyConfig, policy: Policy, prompts: Sequence[str]) -> tuple[int, int] | None:
@@ -106,16 +98,13 @@ def try_files(config: PolicyConfig, policy: Policy) -> None:
         folder = Path(scratch)
         written = call(policy, "save", folder)
         inside = isinstance(written, Path) and written.exists() and written.is_relative_to(folder)
-        refuse_unless(
-            inside, f"{name}.save returned {described(written)}", "the path of what it wrote, in the folder given"
-        )
+        expected = "the path of what it wrote, in the folder given"
+        refuse_unless(inside, f"{name}.save returned {described(written)}", expected)
         with blamed(f"{name}.save wrote files that cannot be read: reading them"):
             stored = stored_weights(folder, before.manifest, 0)
             place = lora_file(folder) if config.train == "lora" else network_folder(folder)
-        same = stored.fingerprint == before.fingerprint
-        refuse_unless(
-            same, f"{name}.save wrote other numbers than the network has", "its trained weights to the last bit"
-        )
+        same, where = stored.fingerprint == before.fingerprint, f"{name}.save wrote other numbers than the network has"
+        refuse_unless(same, where, "its trained weights to the last bit")
         try:
             with torch.no_grad():
                 for parameter in trained_parameters(policy.network).values():
@@ -124,12 +113,10 @@ def try_files(config: PolicyConfig, policy: Policy) -> None:
             after = read_weights(policy.network, 0)
         finally:
             load_weights(policy.network, before)
-    lost = [name for name, array in after.arrays().items() if not _equal(array, before.arrays().get(name))]
-    refuse_unless(
-        after.fingerprint == before.fingerprint,
-        f"{name}.restore gave other weights than {name}.save wrote, at {lost[:3] or 'other names'}",
-        "every trained parameter back",
-    )
+    same, kept = after.fingerprint == before.fingerprint, before.arrays()
+    lost = [key for key, array in after.arrays().items() if key not in kept or not np.array_equal(array, kept[key])]
+    where = f"{name}.restore gave other weights than {name}.save wrote, at {lost[:3] or 'other names'}"
+    refuse_unless(same, where, "every trained parameter back")
 
 
 def _encoded(policy: Policy, prompts: list[str]) -> Conditioning:
@@ -152,8 +139,13 @@ def _try_transition(policy: Policy, latents: Tensor, rows: Conditioning) -> None
 
     Stochastic steps need a std above 0, equal inputs equal means, rows no other rows, and deterministic steps std 0.
     """
-    name = f"{type(policy).__name__}.transition"
-    stochastic = _stochastic_steps(policy)
+    name, where = f"{type(policy).__name__}.transition", f"{type(policy).__name__}.stochastic_steps"
+    with blamed(where):
+        stochastic: Any = policy.stochastic_steps
+    listed = isinstance(stochastic, list) and stochastic
+    known = listed and all(isinstance(step, int) and 0 <= step < policy.num_steps for step in stochastic)
+    expected = f"a list of the stochastic steps, of 0 to {policy.num_steps - 1}"
+    refuse_unless(known, f"{where} is {stochastic!r}", expected)
     steps = torch.tensor([stochastic[0], stochastic[-1]], device=policy.device)
     transition = _transition(policy, (latents, steps, rows, True))
     positive = bool((transition.std > 0).all())
@@ -170,20 +162,6 @@ def _try_transition(policy: Policy, latents: Tensor, rows: Conditioning) -> None
     deterministic_std = _transition(policy, (latents, steps, rows, False)).std
     where = f"{name} with stochastic=False gave a std of {deterministic_std.tolist()}"
     refuse_unless(not deterministic_std.any(), where, "0, and the mean of the deterministic step")
-
-
-def _stochastic_steps(policy: Policy) -> list[int]:
-    """Return the policy's stochastic steps, checked to be step indices."""
-    name = f"{type(policy).__name__}.stochastic_steps"
-    with blamed(name):
-        steps: Any = policy.stochastic_steps
-    known = (
-        isinstance(steps, list)
-        and steps
-        and all(isinstance(step, int) and 0 <= step < policy.num_steps for step in steps)
-    )
-    refuse_unless(known, f"{name} is {steps!r}", f"a list of the stochastic steps, of 0 to {policy.num_steps - 1}")
-    return steps
 
 
 def _transition(policy: Policy, arguments: tuple[Any, ...]) -> Transition:
@@ -213,7 +191,3 @@ def _try_denoise(policy: Policy, latents: Tensor, noise: Tensor, rows: Condition
 def _close(one: Transition, other: Transition, times: float = 1.0) -> bool:
     pairs = ((one.mean, other.mean), (one.std, other.std))
     return all(bool((a - b).abs().max() <= times * SAME * b.abs().max()) for a, b in pairs)
-
-
-def _equal(array: Any, other: Any) -> bool:
-    return other is not None and array.shape == other.shape and bool((array == other).all())

@@ -27,10 +27,7 @@ def image_noise(seeds: list[int], shape: tuple[int, ...]) -> Iterator[Float[Tens
 
 
 def trained_steps(candidates: list[int], count: int, seeds: list[int]) -> Int[Tensor, "B W"]:
-    """Choose `count` of the candidate steps for each image, in ascending order.
-
-    The choice depends on the image's seed only.
-    """
+    """Choose `count` of the candidate steps for each image, in ascending order, by the image's seed only."""
     if count == len(candidates):
         return torch.tensor(candidates, dtype=torch.long).expand(len(seeds), count)
     chosen = [np.random.default_rng([seed, _TRAINED_STEPS]).permutation(candidates)[:count] for seed in seeds]
@@ -38,10 +35,7 @@ def trained_steps(candidates: list[int], count: int, seeds: list[int]) -> Int[Te
 
 
 def evaluation_window(sampling: SamplingTable) -> range | None:
-    """Return the SDE window for images that are not trained on: no stochastic steps if the recipe has a window.
-
-    Without a window, None: evaluation samples as training does.
-    """
+    """Return the SDE window for images that are not trained on: an empty one, if the recipe has a window at all."""
     return None if sampling.sde_window is None else range(0)
 
 
@@ -62,15 +56,8 @@ def sample_trajectories(
 ) -> Trajectory:
     """Sample one trajectory per prompt and seed, with its log-probs.
 
-    Latents are rounded to `latents_dtype` after each step.
-
-    Args:
-        policy: the policy to sample from.
-        prompts: one per image.
-        seeds: one per image.
-        sampling: the recipe's `[sampling]`.
-        window: the stochastic steps, all of which are trained on. If None, all steps are stochastic, and the recipe
-            chooses the trained ones.
+    Latents are rounded to `latents_dtype` after each step. The steps of `window` are stochastic and trained on.
+    If it is None, all steps are stochastic, and the recipe chooses the trained ones.
     """
     latents_dtype = DTYPES[sampling.latents_dtype]
     distinct = list(dict.fromkeys(prompts))
@@ -104,10 +91,7 @@ def sample_trajectories(
 def _latents_of(
     latents: Float[Tensor, "B T1 C H W2"], steps: Int[Tensor, "B W"]
 ) -> tuple[Float[Tensor, "B W C H W2"], Float[Tensor, "B W C H W2"]]:
-    """Return the latents before and after each trained step.
-
-    They are views of `latents` if all images train the same run of steps.
-    """
+    """Return the latents before and after each trained step; views, if all images train the same run of steps."""
     count = steps.shape[1]
     first = int(steps[0, 0]) if count else 0
     if torch.equal(steps, torch.arange(first, first + count, device=steps.device).expand_as(steps)):

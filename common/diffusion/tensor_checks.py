@@ -13,13 +13,7 @@ def refuse_unless(holds: Any, found: str, expected: str) -> None:
 
 
 def check_tensor(found: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
-    """Return the value if it is a finite tensor of this shape and dtype.
-
-    Without a `dtype`, any floating dtype is allowed.
-
-    Raises:
-        ValueError: The value is anything else.
-    """
+    """Return a finite tensor of this shape and dtype, or any floating one. Raise ValueError if it is anything else."""
     kind = "floating numbers" if dtype is None else _name(dtype)
     fits = isinstance(value, Tensor) and tuple(value.shape) == shape
     fits = fits and (value.is_floating_point() if dtype is None else value.dtype == dtype)

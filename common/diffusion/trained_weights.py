@@ -28,12 +28,8 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # as diffusers calls a net
 def save_trained(network: Any, train: str, lora: LoraSettings, folder: Path, part: str) -> Path:
     """Write the trained weights into a run's folder. Return the path that diffusers loads.
 
-    Args:
-        network: any module. If it is not diffusers' `ModelMixin`, its state dict goes into one safetensors file.
-        train: "lora" or "full".
-        lora: the adapter's settings.
-        folder: the run's folder.
-        part: the network's name in its pipeline.
+    If the network is not diffusers' `ModelMixin`, its state dict goes into one safetensors file. `part` is the
+    network's name in its pipeline.
     """
     if part not in TRAINED_PARTS:
         raise ValueError(f"save_trained was given the part {part!r}: it must be one of {list(TRAINED_PARTS)}")
@@ -71,7 +67,12 @@ def stored_weights(path: Path, manifest: Manifest, policy_version: int) -> Polic
     """
     network = network_folder(path)
     if network:
-        arrays = {name: array for file in network.glob("*.safetensors") for name, array in _arrays(file).items()}
+        arrays: dict[str, np.ndarray] = {}
+        for stored in network.glob("*.safetensors"):
+            with reading(stored):
+                found = load_arrays(stored)
+                refuse_not_finite(stored, found)
+            arrays |= found
         names = {name: name for name, _ in manifest}
     else:
         file = read_lora_file(path)
@@ -85,13 +86,6 @@ def stored_weights(path: Path, manifest: Manifest, policy_version: int) -> Polic
     return pack(policy_version, {name: arrays[stored] for name, stored in names.items()})
 
 
-def _arrays(file: Path) -> dict[str, np.ndarray]:
-    with reading(file):
-        arrays = load_arrays(file)
-        refuse_not_finite(file, arrays)
-    return arrays
-
-
 def _is_of_diffusers(network: Any) -> bool:
     from diffusers.models.modeling_utils import ModelMixin
 
@@ -99,11 +93,7 @@ def _is_of_diffusers(network: Any) -> bool:
 
 
 def _load_network(network: Any, path: Path) -> None:
-    """Load a diffusers network from its folder.
-
-    Raises:
-        ValueError: The folder holds another network, or its files lack a weight.
-    """
+    """Load a diffusers network from its folder. Raise ValueError if the folder holds another, or lacks a weight."""
     name, misfit = type(network).__name__, f"the weights in {path} do not fit {type(network).__name__}"
     config = read_json(Storage(path), CONFIG_NAME) if (path / CONFIG_NAME).is_file() else {}
     if config.get("_class_name", name) != name:
@@ -122,35 +112,22 @@ def _load_network(network: Any, path: Path) -> None:
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers.
-
-    A tensor with several names appears under the first only, as in `named_parameters`.
-    """
-    state: dict[str, Tensor] = {}
-    known: set[int] = set()
+    """Return parameters and buffers. A tensor with several names appears under the first, as in `named_parameters`."""
+    first: dict[int, tuple[str, Tensor]] = {}
     for name, value in network.state_dict(keep_vars=True).items():
-        if isinstance(value, Tensor) and id(value) not in known:
-            known.add(id(value))
-            state[name] = value.detach().cpu().clone().contiguous()
-    return state
+        if isinstance(value, Tensor):
+            first.setdefault(id(value), (name, value))
+    return {name: value.detach().cpu().clone().contiguous() for name, value in first.values()}
 
 
 def _load_state(network: nn.Module, file: Path) -> None:
-    """Load every tensor of the network from a file of `_state`.
-
-    Raises:
-        ValueError: The file does not exist or does not fit.
-    """
+    """Load every tensor of the network from a file of `_state`. Raise ValueError if that is missing or does not fit."""
     if not file.is_file():
         raise ValueError(f"{file.parent} has no {file.name}: it holds no trained network")
     with reading(file):
         given = load_file(file)
     wanted = _state(network)
-    differing = sorted(
-        name
-        for name in wanted.keys() | given.keys()
-        if name not in wanted or name not in given or wanted[name].shape != given[name].shape
-    )
-    if differing:
+    wanted_shapes, shapes = ({name: value.shape for name, value in each.items()} for each in (wanted, given))
+    if differing := sorted({name for name, _ in wanted_shapes.items() ^ shapes.items()}):
         raise ValueError(f"the weights {file} do not fit {type(network).__name__} at {differing[:3]}: another network")
     network.load_state_dict(given, strict=False)

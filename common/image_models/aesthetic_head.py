@@ -55,15 +55,14 @@ def affine_map(layers: tuple[Layer, ...]) -> Layer:
 
 
 def read_head(path: str | Path) -> AestheticHead:
-    """Read a head from its weights, in float32.
-
-    Raises:
-        ValueError: The file is missing or unreadable, or has no published layout.
-    """
+    """Read a head, in float32. Raise ValueError if the file is missing or unreadable, or has no published layout."""
     weights = read_weight_file(path, "the aesthetic head")
     layers = layers_in_order(weights)
     if layers is None:
-        raise ValueError(f"the aesthetic head {path} has the weights {_described(weights)}: it must have {LAYOUTS}")
+        held = type(weights).__name__
+        if isinstance(weights, dict):
+            held = ", ".join(f"{name} {tuple(getattr(value, 'shape', ()))}" for name, value in weights.items())
+        raise ValueError(f"the aesthetic head {path} has the weights {held}: it must have {LAYOUTS}")
     return AestheticHead(layers)
 
 
@@ -84,14 +83,5 @@ def layers_in_order(weights: Any) -> tuple[Layer, ...] | None:
 
 def _fit_together(layers: tuple[Any, ...]) -> bool:
     matrices = all(weight.ndim == 2 and bias.shape == weight.shape[:1] for weight, bias in layers)
-    return (
-        matrices
-        and all(after.shape[1] == before.shape[0] for (before, _), (after, _) in pairwise(layers))
-        and layers[-1][0].shape[0] == 1
-    )
-
-
-def _described(weights: Any) -> str:
-    if not isinstance(weights, dict):
-        return type(weights).__name__
-    return ", ".join(f"{name} {tuple(getattr(value, 'shape', ()))}" for name, value in weights.items())
+    chained = matrices and all(after.shape[1] == before.shape[0] for (before, _), (after, _) in pairwise(layers))
+    return chained and layers[-1][0].shape[0] == 1

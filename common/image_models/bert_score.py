@@ -14,25 +14,15 @@ def recall(
 ) -> Float[Tensor, ""]:
     """Return the mean over the reference's tokens of the best cosine with a candidate's token (the paper's section 3).
 
-    No idf weights and no rescaling.
-
-    Args:
-        reference: embeddings of the reference's tokens.
-        candidate: embeddings of the candidate's tokens.
-        counts: which tokens to average over. As in the paper's code, the special tokens that open and close a text do
-            not
-            count, but can be matched.
+    No idf weights and no rescaling. Only tokens that count are averaged over. As in the paper's code, the special
+    tokens that open and close a text do not count, but can be matched.
     """
     cosines = torch.nn.functional.normalize(reference, dim=-1) @ torch.nn.functional.normalize(candidate, dim=-1).T
     return cosines.amax(dim=1)[counts].mean()
 
 
 class BertScore:
-    """A text encoder whose embeddings at one layer are compared.
-
-    Raises:
-        ValueError: It has no such layer.
-    """
+    """A text encoder whose embeddings at one layer are compared."""
 
     def __init__(self, model: Any, tokenizer: Any, layer: int) -> None:
         layers = model.config.num_hidden_layers
@@ -43,11 +33,10 @@ class BertScore:
 
     def recall(self, candidates: list[str], references: list[str]) -> Float[Tensor, "B"]:
         """Return the recall of each reference by its candidate; 0 for an empty candidate. Long texts are truncated."""
-        pairs = zip(self._embed(references), self._embed(candidates), strict=True)
-        recalls = [
-            recall(reference, candidate, counts) if own.any() else torch.zeros((), device=reference.device)
-            for (reference, counts), (candidate, own) in pairs
-        ]
+        recalls = []
+        for (reference, counts), (candidate, own) in zip(self._embed(references), self._embed(candidates), strict=True):
+            empty = torch.zeros((), device=reference.device)
+            recalls.append(recall(reference, candidate, counts) if own.any() else empty)
         return torch.stack(recalls)
 
     @torch.no_grad()
@@ -68,11 +57,7 @@ class BertScore:
 
 
 def load_bert_score(source: str, layer: int, device: str, missing: str) -> BertScore:
-    """Load the encoder from a folder or a hub name, in float32.
-
-    Raises:
-        ValueError: `missing`, and why.
-    """
+    """Load the encoder in float32. Raise ValueError, which begins with `missing`, if that is not possible."""
     from transformers import AutoModel, AutoTokenizer
 
     def read(where: Any, local_files_only: bool) -> tuple[Any, Any, Any]:
@@ -88,9 +73,7 @@ def load_bert_score(source: str, layer: int, device: str, missing: str) -> BertS
         return model, loading, tokenizer
 
     model, loading, tokenizer = read_pretrained(source, read, missing)
-    lacking = sorted(
-        name for name in loading["missing_keys"] if "pooler" not in name
-    )  # the pooler comes after all layers and is not used
-    if lacking:
+    # The pooler comes after all layers and is not used.
+    if lacking := sorted(name for name in loading["missing_keys"] if "pooler" not in name):
         raise ValueError(f"{missing} (weights are missing: {lacking[0]} and others)")
     return BertScore(model.to(device).eval().requires_grad_(False), tokenizer, layer)

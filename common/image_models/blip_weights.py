@@ -58,11 +58,7 @@ def without_prefix(state: State, prefix: str) -> State:
 
 
 def image_weights(state: State) -> State:
-    """Return the image tower's weights by transformers' names. The text tower's names are equal in both.
-
-    Raises:
-        KeyError: A name is not BLIP's.
-    """
+    """Return the image tower's weights by transformers' names. Raise KeyError if a name is not BLIP's."""
     weights: State = {}
     for name, tensor in state.items():
         match = BLOCK.fullmatch(name)
@@ -76,11 +72,7 @@ def image_weights(state: State) -> State:
 
 
 def image_sizes(state: State) -> dict[str, Any]:
-    """Return the keys of a BlipVisionConfig.
-
-    Raises:
-        KeyError: A weight that determines a key is missing.
-    """
+    """Return the keys of a BlipVisionConfig. Raise KeyError if a weight that determines a key is missing."""
     width, _, patch, _ = _shape(state, IMAGES, "patch_embed.proj.weight")
     patches = _shape(state, IMAGES, "pos_embed")[1] - 1  # one position is the class token's
     return {
@@ -95,11 +87,7 @@ def image_sizes(state: State) -> dict[str, Any]:
 
 
 def text_sizes(state: State) -> dict[str, Any]:
-    """Return the keys of a BlipTextConfig.
-
-    Raises:
-        KeyError: A weight that determines a key is missing.
-    """
+    """Return the keys of a BlipTextConfig. Raise KeyError if a weight that determines a key is missing."""
     words, width = _shape(state, TEXTS, "embeddings.word_embeddings.weight")
     return {
         "vocab_size": words,

@@ -13,8 +13,6 @@ from torch.nn.functional import pad
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in CLIP's training images, in 0 … 1
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-
 BITS = 22  # fraction bits of a weight in PIL; 255 times the sum of weights then fits into 32 bits
 SUPPORT = 2.0  # radius of the bicubic filter, in pixels of the smaller of the two images
 
@@ -95,24 +93,12 @@ def grey_levels(images: UInt8[Tensor, "B H W 3"], side: int, whole: bool = False
 
     If `whole`, resize the longer side to `side` and pad with black instead, as open_clip's `ResizeMaxSize` does.
     """
-    _, height, width, _ = images.shape
-    if whole:
-        return _centred(
-            resize(images, *(_shrunk(length, max(height, width), side) for length in (height, width))), side
-        )
-    return resize(images, *(_middle(length, min(height, width), side) for length in (height, width)))
-
-
-def _middle(length: int, shorter: int, side: int) -> Span:
-    new_length = int(side * length / shorter)
-    return Span(length, new_length, start=(new_length - side) // 2, count=side)
-
-
-def _shrunk(length: int, longer: int, side: int) -> Span:
-    new_length = max(1, round(length * (side / longer)))
-    return Span(length, new_length, start=0, count=new_length)
-
-
-def _centred(levels: UInt8[Tensor, "B 3 _ _"], side: int) -> UInt8[Tensor, "B 3 {side} {side}"]:
-    above, left = ((side - length) // 2 for length in levels.shape[2:])
-    return pad(levels, (left, side - levels.shape[3] - left, above, side - levels.shape[2] - above))
+    _, *lengths, _ = images.shape
+    if not whole:
+        new = [int(side * length / min(lengths)) for length in lengths]
+        spans = [Span(length, size, (size - side) // 2, side) for length, size in zip(lengths, new, strict=True)]
+        return resize(images, *spans)
+    new = [max(1, round(length * (side / max(lengths)))) for length in lengths]
+    levels = resize(images, *(Span(length, size, 0, size) for length, size in zip(lengths, new, strict=True)))
+    above, left = ((side - size) // 2 for size in new)
+    return pad(levels, (left, side - new[1] - left, above, side - new[0] - above))

@@ -40,8 +40,7 @@ class ClipTowers:
 def load_image_embedder(clip: str, device: str, dtype: torch.dtype, missing: str) -> tuple[EmbedImages, int]:
     """Load the image tower only. Return its function and the dimension of its embeddings.
 
-    Raises:
-        ValueError: `missing`, and why.
+    If that is not possible, raise ValueError, which begins with `missing`.
     """
     from transformers import CLIPVisionModelWithProjection
 
@@ -56,11 +55,7 @@ def load_image_embedder(clip: str, device: str, dtype: torch.dtype, missing: str
 
 
 def load_clip(clip: Weights, tokenizer: Weights, device: str, dtype: torch.dtype) -> ClipTowers:
-    """Load a transformers CLIP.
-
-    Raises:
-        ValueError: Its files cannot be read. The message names the recipe's key and the reason.
-    """
+    """Load a transformers CLIP. Raise ValueError with the recipe's key and the reason if its files cannot be read."""
     from transformers import CLIPModel
 
     return clip_towers(read_model(CLIPModel, clip.source, dtype, cannot_load(clip)), tokenizer, device)

@@ -42,9 +42,7 @@ NOT_LEARNED = {"attn_mask"}  # older checkpoints carry the causal mask
 
 
 def load_open_clip(path: str | Path, heads: int, dtype: torch.dtype) -> Any:
-    """Load a CLIPModel from a `.pt` file of weights only, or `.safetensors`.
-
-    All sizes but `heads` come from the weights.
+    """Load a CLIPModel from a `.pt` file of weights, or `.safetensors`, which give all sizes but `heads`.
 
     Raises:
         ValueError: The file is missing or unreadable, or does not hold the weights of an open_clip ViT.
@@ -61,11 +59,7 @@ def load_open_clip(path: str | Path, heads: int, dtype: torch.dtype) -> Any:
 
 
 def as_transformers(state: State) -> State:
-    """Return the weights by transformers' names.
-
-    Raises:
-        KeyError: A name is not one of open_clip's ViT.
-    """
+    """Return the weights by transformers' names. Raise KeyError if a name is not one of open_clip's ViT."""
     weights: State = {}
     for name, tensor in state.items():
         if name in NAMES:
@@ -92,11 +86,7 @@ def _of_a_block(name: str, tensor: Tensor) -> State:
 
 
 def sizes(state: State, heads: int) -> dict[str, Any]:
-    """Return the keys of a CLIPConfig.
-
-    Raises:
-        KeyError: A weight that determines a key is missing.
-    """
+    """Return the keys of a CLIPConfig. Raise KeyError if a weight that determines a key is missing."""
     for name in ("visual.conv1.weight", "visual.transformer.resblocks.0.mlp.c_fc.weight", *NAMES):
         if name not in state:
             raise KeyError(f"it lacks {name!r}")

@@ -29,11 +29,7 @@ def read_weight_file(path: str | Path, what: str, torch_suffix: str = ".pth") ->
 
 
 def named_weights(path: str | Path, what: str, torch_suffix: str = ".pth") -> dict[str, torch.Tensor]:
-    """Return a file's named weights, also if a checkpoint has them under "state_dict".
-
-    Raises:
-        ValueError: As `read_weight_file`, or the file holds something else.
-    """
+    """Return a file's named weights, also those under "state_dict". Raise ValueError if the file has something else."""
     held = read_weight_file(path, what, torch_suffix)
     state = held.get("state_dict", held) if isinstance(held, dict) else held
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

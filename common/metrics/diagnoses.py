@@ -28,19 +28,15 @@ def bottleneck(
 ) -> str:
     """Describe the bottleneck in one sentence, from the mean over the last half of `rounds`.
 
-    Args:
-        rounds: metrics of rounds.
-        max_policy_lag: of the recipe.
-        samplers: their number.
-        reward_workers: their number.
-        can_overlap: False if the roles share too few cores to work at the same time.
+    If not `can_overlap`, the roles share too few cores to work at the same time.
     """
     if not rounds:
         return "no round was done, so there is no bottleneck to name"
     last = rounds[len(rounds) // 2 :]
     seconds = ("seconds/sample", "seconds/score", "seconds/learn", "seconds/round")
     times = RoundSeconds(*(_mean(last, name) for name in seconds))
-    busy = {role: _busy(last, name) for role, name in IDLE.items()}
+    idle_shares = {role: _mean(last, name) for role, name in IDLE.items()}
+    busy = {role: 0.0 if math.isnan(idle) else 1 - idle for role, idle in idle_shares.items()}
     second, first = sorted(busy, key=lambda role: busy[role])[-2:]
     if busy[first] < BUSY:
         if not can_overlap:
@@ -61,11 +57,6 @@ def bottleneck(
 def _mean(rounds: Sequence[Metrics], name: str) -> float:
     values = [metrics[name] for metrics in rounds if math.isfinite(metrics[name])]
     return sum(values) / len(values) if values else math.nan
-
-
-def _busy(rounds: Sequence[Metrics], name: str) -> float:
-    idle = _mean(rounds, name)
-    return 0.0 if math.isnan(idle) else 1 - idle
 
 
 def _percent(share: float) -> str:
@@ -98,13 +89,13 @@ def _slow_learner(busy: dict[str, float], times: RoundSeconds, samplers: int) ->
 def _too_few_workers(role: str, busy: dict[str, float], times: RoundSeconds, samplers: int, reward_workers: int) -> str:
     """Describe samplers or reward workers that the learner waits for, and the effect of one more."""
     if role == "samplers":
-        count, ideal = samplers, times.longest_phase(samplers + 1, reward_workers)
+        count, ideal = samplers + 1, times.longest_phase(samplers + 1, reward_workers)
     else:
-        count, ideal = reward_workers, times.longest_phase(samplers, reward_workers + 1)
+        count, ideal = reward_workers + 1, times.longest_phase(samplers, reward_workers + 1)
     return (
         f"learner idle {_percent(1 - busy['learner'])}: add a {role.removesuffix('s')} "
         f"({role} are busy {_percent(busy[role])} of the time); "
-        f"with {count + 1} a round would ideally take {ideal:.3g} s instead of {times.round:.3g} s"
+        f"with {count} a round would ideally take {ideal:.3g} s instead of {times.round:.3g} s"
     )
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import psutil
-from jaxtyping import Float
 
 from ray_ddpo.common.metrics.statistics import rows_by_name
 from ray_ddpo.common.policy_versions import lag_of, version_after
@@ -93,23 +92,20 @@ def reward_metrics(
 ) -> dict[str, float]:
     """Return statistics of a full round's rewards and advantages, without dropped images.
 
-    Args:
-        batch: the round's advantages.
-        rollouts: its rollouts.
-        weights: each reward's weight, by name.
-        floors: each reward's floor, by name, if it has one.
-        images_per_prompt: the size of a group.
+    Weights and floors are those of each reward, by name.
     """
     prompts = [prompt.text for rollout in rollouts for prompt in rollout.report.task.prompts]
     kept = np.setdiff1d(np.arange(len(prompts)), batch.dropped)
     parts = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts])[kept] for name in weights}
     rewards = sum((weight * parts[name] for name, weight in weights.items()), np.zeros(len(kept)))
+    # Without groups, the round counts as one group.
+    groups = rewards.reshape(-1, images_per_prompt if images_per_prompt > 1 else len(rewards))
     metrics = {
         "images": float(len(prompts)),
         "images_dropped": float(len(batch.dropped)),
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
-        "reward/zero_std_groups": _share_without_spread(rewards, images_per_prompt),
+        "reward/zero_std_groups": float((groups == groups[:, :1]).all(axis=1).mean()),
         "advantage/std": float(batch.advantages[kept].std()),
     }
     for name, values in parts.items():
@@ -120,15 +116,6 @@ def reward_metrics(
     if len(by_prompt) > MOST_PROMPTS:
         return metrics
     return metrics | {f"reward/prompt/{text}": float(rewards[by_prompt[text]].mean()) for text in sorted(by_prompt)}
-
-
-def _share_without_spread(rewards: Float[np.ndarray, "N"], images_per_prompt: int) -> float:
-    """Return the share of groups whose images all have the same reward.
-
-    Without groups, the round counts as one group.
-    """
-    groups = rewards.reshape(-1, images_per_prompt if images_per_prompt > 1 else len(rewards))
-    return float((groups == groups[:, :1]).all(axis=1).mean())
 
 
 def _idle(busy: float, available: float) -> float:

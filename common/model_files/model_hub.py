@@ -45,11 +45,7 @@ def _no_folder(source: str) -> str:
 
 
 def file_from_hub(repository: str, file: str, missing: str) -> str:
-    """Return the path of one file of a repository.
-
-    Raises:
-        ValueError: `missing`, and why.
-    """
+    """Return the path of one file of a repository. Raise ValueError, which begins with `missing`, if there is none."""
     from huggingface_hub import hf_hub_download
 
     def read(local_files_only: bool) -> str:
@@ -61,8 +57,7 @@ def file_from_hub(repository: str, file: str, missing: str) -> str:
 def read_pretrained(source: str, read: Callable[[str | Path, bool], T], missing: str) -> T:
     """Call `read(where, local_files_only)`, which uses transformers, for a folder or a hub name.
 
-    Raises:
-        ValueError: `missing`, and why.
+    If that is not possible, raise ValueError, which begins with `missing`.
     """
     folder = Path(source).expanduser()
     with errors_only():  # hide warnings about unneeded weights, such as another task's head
@@ -98,10 +93,7 @@ def hub_answers(seconds: float | int = 5) -> bool:
 
 
 def server_answers(url: str, seconds: float | int = 5) -> bool:
-    """Return whether a working server answers.
-
-    One that refuses counts as working, one with a server error (5xx) does not.
-    """
+    """Return whether a server answers. A refusal is an answer, a server error (5xx) is none."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
     except urllib.error.HTTPError as error:
@@ -124,14 +116,7 @@ def cannot_load(weights: Weights) -> str:
 
 
 def file_of(path: str | None, repository: str, file: str, key: str) -> Weights:
-    """Return the file at `path`, or the repository's if `path` is None.
-
-    Args:
-        path: the user's own file.
-        repository: the default repository.
-        file: the file's name in the repository.
-        key: the recipe's key for `path`.
-    """
+    """Return the user's own file at `path` or, if that is None, the repository's. The recipe's key for it is `key`."""
     if path is None:
         return Weights(repository, (file,), key)
     full_path = Path(path).expanduser().absolute()

@@ -25,11 +25,7 @@ def weight_bytes(parameters: int, precision: Precision) -> int:
 
 
 def read_model(cls: Any, source: str, dtype: torch.dtype, missing: str) -> Any:
-    """Return a model of class `cls` from a folder or the hub, on the CPU.
-
-    Raises:
-        ValueError: `missing`, and why.
-    """
+    """Return a model from a folder or the hub, on the CPU. Raise ValueError (`missing`, and why) if there is none."""
 
     def read(place: str | Path, local_files_only: bool) -> Any:
         return loaded(cls, place, missing, dtype=dtype, local_files_only=local_files_only)
@@ -40,8 +36,7 @@ def read_model(cls: Any, source: str, dtype: torch.dtype, missing: str) -> Any:
 def loaded(cls: Any, place: str | Path | None, missing: str, **options: Any) -> Any:
     """Return `cls.from_pretrained`, frozen and in eval mode. Neither pickles nor code next to the weights are run.
 
-    Raises:
-        ValueError: `missing`, if a weight is missing or does not fit.
+    If a weight is missing or does not fit, raise ValueError, which begins with `missing`.
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with errors_only():  # hide warnings about unneeded weights, such as a CLIP's other tower
@@ -54,9 +49,7 @@ def loaded(cls: Any, place: str | Path | None, missing: str, **options: Any) -> 
 def weights_fault(found: dict[str, Any], refuse_unexpected: bool = False) -> str:
     """Describe what is wrong by a loading report of transformers or diffusers; empty if all weights are from the file.
 
-    Args:
-        found: the loading info that `from_pretrained` returns with `output_loading_info`.
-        refuse_unexpected: whether weights that the model does not have are a fault.
+    Weights that the model does not have are a fault if `refuse_unexpected`.
     """
     absent, misfits = sorted(found["missing_keys"]), sorted(name for name, *_ in found["mismatched_keys"])
     unexpected = sorted(found["unexpected_keys"])
@@ -75,11 +68,7 @@ def weights_fault(found: dict[str, Any], refuse_unexpected: bool = False) -> str
 
 
 def read_tokenizer(tokenizer_class: Any, tokenizer: Weights) -> Any:
-    """Return a tokenizer of this class.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """Return a tokenizer of this class. Raise ValueError if there is none."""
     from huggingface_hub import hf_hub_download
 
     def read(place: str | Path, local_files_only: bool) -> Any:

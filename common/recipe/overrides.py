@@ -59,13 +59,7 @@ def _as_accepted(value: Any, text: str, types: list[Any]) -> Any:
 
 
 def _types_of_key(annotation: Any, value: Any, path: list[str]) -> Iterator[Any]:
-    """Yield the types that the key at `path` may have.
-
-    Args:
-        annotation: type of the tables that `path` starts from.
-        value: content of these tables.
-        path: sections and key.
-    """
+    """Yield the types that the key at `path` may have, in tables of this type and content."""
     if not path:
         yield annotation
         return
@@ -84,10 +78,7 @@ def _types_of_key(annotation: Any, value: Any, path: list[str]) -> Iterator[Any]
 
 
 def _component_fields(table: type[ComponentTable], name: Any) -> dict[str, Any]:
-    """Return the fields of the component that a table names.
-
-    They are empty if the class cannot be imported: the error is raised when the component is built.
-    """
+    """Return the fields of the component that a table names; none if importing it fails, which building it reports."""
     try:
         registry = import_object(REGISTRIES[table.__name__], "registry") if table.__name__ in REGISTRIES else {}
         component = import_object(registry.get(name, name), "name")

@@ -25,7 +25,7 @@ class Component(Bounded):
         return {} if is_of_the_project(own) else {"name": own}
 
     def user_texts(self) -> dict[str, str]:
-        """Return the source code that no module holds and that decides what this entry does, by the key that names it."""
+        """Return the source code that no module holds and that this component runs, by the key that names it."""
         return {"name": source_of(type(self))} if is_by_value(reference(type(self))) else {}
 
 
@@ -90,13 +90,7 @@ def component_class(registry: Registry, name: str, what: str, kind: type[Compone
 
 
 def build(registry: Registry, table: dict[str, Any], what: str, kind: type[Component] | None = None) -> Any:
-    """Build the component that `table` names from the table's other keys.
-
-    Args:
-        registry: the known names.
-        table: `name` and the component's keys.
-        what: the table's name, for the errors.
-        kind: the abstract class that a class from outside the registry must be derived from. None: only the registry's.
+    """Build the component that `table` names from its other keys. `what` and `kind` are as in `component_class`.
 
     Raises:
         ValueError: The name stands for no such class, or a key is unknown, of the wrong type or out of range.

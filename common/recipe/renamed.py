@@ -30,12 +30,7 @@ RENAMED_VALUES = {
 def renamed_key(key: str, value: object) -> str | None:
     """Return a sentence that names the new key of an old one, and those of the keys in `value` if it is a table.
 
-    Args:
-        key: the dotted key that the recipe has.
-        value: its value in the recipe.
-
-    Returns:
-        The sentence, or None if `key` is no old name.
+    If `key`, a dotted key, is no old name, return None.
     """
     if key not in RENAMED:
         return None

@@ -90,8 +90,8 @@ class SamplingTable(Table):
         return max(1, round(self.timestep_fraction * (stochastic_steps - self.skip_last_steps)))
 
     @model_validator(mode="after")
-    def _window_fits(self) -> "SamplingTable":
-        """Refuse a window beside a fraction of steps, or longer than the steps."""
+    def _steps_are_left_to_learn_from(self) -> "SamplingTable":
+        """Refuse a window beside a fraction of steps or longer than the steps, and last steps that are nearly all."""
         if self.sde_window is not None and self.timestep_fraction != 1:
             raise ValueError(
                 f"sde_window is {self.sde_window} and timestep_fraction {self.timestep_fraction}: a recipe learns either "
@@ -102,14 +102,9 @@ class SamplingTable(Table):
                 f"sde_window {self.sde_window} is longer than num_steps {self.num_steps} less skip_last_steps "
                 f"{self.skip_last_steps}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _steps_are_left_to_learn_from(self) -> "SamplingTable":
         if self.skip_last_steps >= self.num_steps - 1:
-            raise ValueError(
-                f"skip_last_steps {self.skip_last_steps} of num_steps {self.num_steps} leaves too few to learn from"
-            )
+            said = f"skip_last_steps {self.skip_last_steps} of num_steps {self.num_steps}"
+            raise ValueError(f"{said} leaves too few to learn from")
         return self
 
 

@@ -3,7 +3,6 @@
 import errno
 import os
 import threading
-from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -12,32 +11,7 @@ READ_ATTEMPTS = 10
 UNFINISHED = ".unfinished"  # suffix of a local file while it is written
 
 
-class Files(ABC):
-    """Operations of one kind of filesystem on full paths, with the semantics of `Storage`."""
-
-    @abstractmethod
-    def read(self, path: str) -> bytes: ...
-
-    @abstractmethod
-    def write(self, path: str, data: bytes) -> None: ...
-
-    @abstractmethod
-    def create(self, path: str, data: bytes) -> None: ...
-
-    @abstractmethod
-    def append(self, path: str, data: bytes) -> None: ...
-
-    @abstractmethod
-    def exists(self, path: str) -> bool: ...
-
-    @abstractmethod
-    def names(self, path: str) -> list[str]: ...
-
-    @abstractmethod
-    def remove(self, path: str) -> None: ...
-
-
-class LocalFiles(Files):
+class LocalFiles:
     """A local disk. All changes go through the six methods at the end."""
 
     def read(self, path: str) -> bytes:
@@ -125,11 +99,8 @@ class LocalFiles(Files):
         os.rmdir(path)
 
 
-class RemoteFiles(Files):
-    """A filesystem of pyarrow.
-
-    Object stores replace full objects. All changes go through the three methods at the end.
-    """
+class RemoteFiles:
+    """A filesystem of pyarrow. Object stores replace full objects. All changes go through the last three methods."""
 
     def __init__(self, filesystem: Any) -> None:
         self._filesystem = filesystem
@@ -192,3 +163,6 @@ class RemoteFiles(Files):
 
     def remove_folder(self, path: str) -> None:
         self._filesystem.delete_dir(path)
+
+
+Files = LocalFiles | RemoteFiles  # both work on full paths, with the semantics of `Storage`

@@ -50,33 +50,24 @@ class Lease:
         self._folder = folder
         self._storage = folder.storage.with_patience(0.0)
         self._token = secrets.token_hex(8)
-        self._lost = False
+        self.lost = False  # another start may have taken over the folder, so that nothing may be written there
         self._renewed = 0.0
         self._seen = 0.0  # when the lease was last read and still this process's
         self._renewing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
 
-    @property
-    def lost(self) -> bool:
-        """Return whether another start may have taken over the folder. Then nothing may be written there."""
-        return self._lost
-
     def __enter__(self) -> "Lease":
-        """Acquire the lease.
-
-        Raises:
-            ValueError: The folder belongs to a live run.
-        """
+        """Acquire the lease. Raise ValueError if the folder belongs to a live run."""
         with _alone_in(self._storage) as alone:
             self._remove_left_behind()
             try:
                 self._write(self._storage.create)
             except FileExistsError:
-                self._refuse(self._owner() or {})
+                self._refuse(_owner_of(self._storage) or {})
         if not alone:
             time.sleep(SETTLE_SECONDS)
-            owner = self._owner() or {}
+            owner = _owner_of(self._storage) or {}
             if owner.get("token") != self._token:
                 self._refuse(owner)
         self._storage.sweep()
@@ -97,14 +88,11 @@ class Lease:
     def check(self, failed: bool) -> None:
         """Raise LeaseLost if another process holds the lease now.
 
-        The lease is read again if the last renewal is old, as after a suspension of the process.
-
-        Args:
-            failed: whether a write was refused, which may be the other process's doing.
+        The lease is read again if a write has `failed`, or if the last renewal is old, as after a suspension.
         """
         if failed or time.time() - self._renewed > 2 * RENEWAL_SECONDS:
             self._renew()
-        if self._lost:
+        if self.lost:
             raise LeaseLost(self._storage.location)
 
     def let_go(self) -> None:
@@ -115,7 +103,7 @@ class Lease:
 
     def _remove(self) -> None:
         with _alone_in(self._storage):
-            if (self._owner() or {}).get("token") == self._token:
+            if (_owner_of(self._storage) or {}).get("token") == self._token:
                 self._storage.remove(LEASE)
 
     def _write(self, write: Callable[[str, bytes], None]) -> None:
@@ -124,26 +112,12 @@ class Lease:
         write(LEASE, json.dumps({**process, "time": now, "token": self._token}).encode())
         self._renewed = now
 
-    def _owner(self) -> dict[str, Any] | None:
-        """Return the lease's contents; None if there is no lease.
-
-        Contents are empty if they are unreadable, as in a lease just created.
-        """
-        try:
-            return _read_owner(self._storage.read(LEASE))
-        except FileNotFoundError:
-            return None
-
     def _remove_left_behind(self) -> None:
-        """Remove a dead owner's lease.
-
-        Raises:
-            ValueError: The owner is alive.
-        """
-        owner = self._owner()
+        """Remove a dead owner's lease. Raise ValueError if the owner is alive."""
+        owner = _owner_of(self._storage)
         if owner == {}:
             time.sleep(SETTLE_SECONDS)  # its owner may be about to write
-            owner = self._owner()
+            owner = _owner_of(self._storage)
         if owner is None:
             return
         if owner and _lives(owner):
@@ -159,36 +133,32 @@ class Lease:
         )
 
     def _keep_renewing(self) -> None:
-        while not self._lost and not self._stop.wait(RENEWAL_SECONDS):
+        while not self.lost and not self._stop.wait(RENEWAL_SECONDS):
             self._renew()
 
     def _renew(self) -> None:
         """Renew the lease, or find that it is lost."""
         with self._renewing:
-            if self._lost or self._stop.is_set():
+            if self.lost or self._stop.is_set():
                 return
             try:
                 with _alone_in(self._storage):
-                    owner = self._owner()
-                    self._lost = owner is None or owner.get("token") != self._token
+                    owner = _owner_of(self._storage)
+                    self.lost = owner is None or owner.get("token") != self._token
                     self._seen = time.time()
-                    if not self._lost:
+                    if not self.lost:
                         self._write(self._storage.write)
             except OSError as error:
                 # Full disk or network failure. If the lease cannot be read for a minute, another start may have it.
-                self._lost = time.time() - self._seen > LEASE_SECONDS
+                self.lost = time.time() - self._seen > LEASE_SECONDS
                 print_line(f"the lease cannot be renewed: {error}")
-        if self._lost:
-            text = f"the lease of {self._storage.location} is lost: this run must write nothing more there"
-            print_line(text)
+        if self.lost:
+            print_line(f"the lease of {self._storage.location} is lost: this run must write nothing more there")
 
 
 @contextmanager
 def _alone_in(storage: Storage) -> Iterator[bool]:
-    """Lock the folder against other processes on this disk for the duration of the body.
-
-    Yield whether that succeeded.
-    """
+    """Lock the folder against other processes on this disk for the body. Yield whether that succeeded."""
     if storage.local_path is None:
         yield False
         return
@@ -204,9 +174,12 @@ def _alone_in(storage: Storage) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _read_owner(text: bytes) -> dict[str, Any]:
+def _owner_of(storage: Storage) -> dict[str, Any] | None:
+    """Return the lease's contents; None if there is no lease, empty if it is unreadable, as one just created."""
     try:
-        return Owner.model_validate_json(text).model_dump(exclude_none=True)
+        return Owner.model_validate_json(storage.read(LEASE)).model_dump(exclude_none=True)
+    except FileNotFoundError:
+        return None
     except ValidationError:
         return {}
 
@@ -229,8 +202,5 @@ def _lives(owner: dict[str, Any]) -> bool:
 
 def runs_it(folder: RunFolder) -> str | None:
     """Describe the process that works on this run; None if there is none."""
-    try:
-        owner = _read_owner(folder.storage.read(LEASE))
-    except FileNotFoundError:
-        return None
+    owner = _owner_of(folder.storage)
     return _who(owner) if owner and _lives(owner) else None

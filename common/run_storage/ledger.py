@@ -41,16 +41,11 @@ COLUMNS = {
     "reward": pa.float64(),  # weighted sum of the columns reward/<name>; null if it could not be scored
     "advantage": pa.float64(),  # null if the image was not trained on
 }
-
-
 NOT_SAMPLED = ("scored_on", "dropped", "reward", "advantage")
 
 
 class Ledger:
-    """Writer and reader of a run's `rollouts/`.
-
-    A round's file is complete or absent; writing a round again replaces it.
-    """
+    """Writer and reader of a run's `rollouts/`. A round's file is complete or absent; writing it again replaces it."""
 
     def __init__(
         self,
@@ -83,26 +78,15 @@ class Ledger:
         weights: dict[str, float],
         images: list[UInt8[np.ndarray, "B H W 3"]] | None = None,
     ) -> None:
-        """Write a round's rows, if the recipe keeps rollouts.
-
-        Args:
-            batch: the round's advantages.
-            rollouts: its rollouts.
-            weights: each reward's weight, by name.
-            images: each task's images, if they are stored.
-        """
+        """Write a round's rows, if the recipe keeps them, with images and each reward's weight by name."""
         if not self._table.keep:
             return
-        columns = {
-            **_sampling_columns([rollout.report for rollout in rollouts]),
-            **_reward_columns(rollouts, weights),
-        }
+        columns = {**_sampling_columns([each.report for each in rollouts]), **_reward_columns(rollouts, weights)}
         count = len(columns["seed"])
         assert count == len(batch.advantages), "a round has one advantage per image"
         reasons = _reasons(rollouts)
-        columns["dropped"] = [
-            reasons.get(image, OF_ITS_GROUP if image in batch.dropped else None) for image in range(count)
-        ]
+        reasons = {image: OF_ITS_GROUP for image in batch.dropped} | reasons
+        columns["dropped"] = [reasons.get(image) for image in range(count)]
         columns["advantage"] = batch.advantages
         columns |= {f"joined/{name}": values for name, values in batch.aggregated_rewards.items()}
         types = COLUMNS | {name: pa.float64() for name in columns if name.startswith(("reward/", "joined/"))}
@@ -145,11 +129,7 @@ class Ledger:
         return table.add_column(0, "round", pa.array([round_index] * len(table), pa.int32()))
 
     def about(self, round_index: int) -> dict[str, Any]:
-        """Return the facts about all rows of a round's file.
-
-        Raises:
-            ValueError: The ledger lacks the round.
-        """
+        """Return the facts about all rows of a round's file. Raise ValueError if the ledger lacks the round."""
         return json.loads((self.read(round_index).schema.metadata or {}).get(ABOUT.encode(), b"{}"))
 
 
@@ -165,16 +145,12 @@ def _sampling_columns(reports: list[TaskReport]) -> dict[str, Any]:
         columns["prompt"] += [prompt.text for prompt in task.prompts]
         columns["seed"] += task.seeds
         columns["image_fingerprint"] += report.image_fingerprints or [None] * images
-        task_values = {
-            "task": task.index,
-            "policy_version": task.policy_version,
-            "fingerprint": report.fingerprint,
-            "sampled_by": report.sampled_by,
-            "sampled_on": str(report.machine) if report.machine else None,
-            "seconds": report.seconds / images,
-        }
-        for name, value in task_values.items():
-            columns[name] += [value] * images
+        columns["task"] += [task.index] * images
+        columns["policy_version"] += [task.policy_version] * images
+        columns["fingerprint"] += [report.fingerprint] * images
+        columns["sampled_by"] += [report.sampled_by] * images
+        columns["sampled_on"] += [str(report.machine) if report.machine else None] * images
+        columns["seconds"] += [report.seconds / images] * images
     columns["image"] = list(range(len(columns["seed"])))
     return columns
 
@@ -183,16 +159,12 @@ def _reward_columns(rollouts: list[Rollout], weights: dict[str, float]) -> dict[
     """Return the columns that reward workers report, one entry per image."""
     rewards = {name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts]) for name in weights}
     parts = [weight * rewards[name].astype(np.float64) for name, weight in weights.items()]
-    scored_on = [
-        "; ".join(sorted(map(str, rollout.scores.machines))) or None
-        for rollout in rollouts
-        for _ in rollout.report.task.seeds
-    ]
-    return {
-        "scored_on": scored_on,
-        "reward": np.sum(parts, axis=0),
-        **{f"reward/{name}": values for name, values in rewards.items()},
-    }
+    scored_on: list[str | None] = []
+    for rollout in rollouts:
+        machines = "; ".join(sorted(map(str, rollout.scores.machines))) or None
+        scored_on += [machines] * len(rollout.report.task.seeds)
+    columns = {f"reward/{name}": values for name, values in rewards.items()}
+    return {"scored_on": scored_on, "reward": np.sum(parts, axis=0), **columns}
 
 
 def _reasons(rollouts: list[Rollout]) -> dict[int, str]:

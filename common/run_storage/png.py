@@ -13,8 +13,8 @@ def from_png(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
         return np.asarray(image.convert("RGB"))
 
 
-def png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    """Return the image as a PNG file."""
+def png(pixels: UInt8[np.ndarray, "H W 3"], compress_level: int = -1) -> bytes:
+    """Return the image as a PNG file. Pillow's own level of compression is -1."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=compress_level)
     return buffer.getvalue()

@@ -10,31 +10,19 @@ if TYPE_CHECKING:
 
 
 def read_text(storage: Storage, name: str) -> str:
-    """Return a file's text.
-
-    Raises:
-        ValueError: The file is not UTF-8.
-    """
+    """Return a file's text. Raise ValueError if it is not UTF-8."""
     with reading(_path(storage, name)):
         return storage.read(name).decode()
 
 
 def read_json(storage: Storage, name: str, keys: tuple[str, ...] = ()) -> Object:
-    """Return the object in a JSON file.
-
-    Raises:
-        ValueError: There is none, or it lacks one of `keys`.
-    """
+    """Return the object in a JSON file. Raise ValueError if there is none, or if a key is missing."""
     with reading(_path(storage, name)):
         return object_in(storage.read(name), keys)
 
 
 def read_json_lines(storage: Storage, name: str, keys: tuple[str, ...] = ()) -> list[Object]:
-    """Return the objects of a JSONL file, without an incomplete last line.
-
-    Raises:
-        ValueError: A line is not an object, or lacks one of `keys`.
-    """
+    """Return the objects of a JSONL file, without an incomplete last line. Raise ValueError as `read_json` does."""
     lines = [line for line in read_text(storage, name).splitlines(keepends=True) if line.endswith("\n")]
     found = []
     for number, line in enumerate(lines, start=1):
@@ -44,11 +32,7 @@ def read_json_lines(storage: Storage, name: str, keys: tuple[str, ...] = ()) -> 
 
 
 def read_parquet(storage: Storage, name: str, columns: tuple[str, ...] = ()) -> "pa.Table":
-    """Return the table in a parquet file.
-
-    Raises:
-        ValueError: There is none, or it lacks one of `columns`.
-    """
+    """Return the table in a parquet file. Raise ValueError if there is none, or if a column is missing."""
     with reading(_path(storage, name)):
         data = storage.read(name)
     return parquet_table(data, _path(storage, name), columns)

@@ -1,4 +1,4 @@
-"""A run's `code/`: the sources of the user's own modules, so that commands find them in whichever folder they are typed."""
+"""A run's `code/`: the sources of the user's own modules, so that commands find them from any folder."""
 
 import importlib.util
 import sys
@@ -17,9 +17,7 @@ FOLDER = "code"
 def save_code(run: Storage, components: Mapping[str, Component]) -> None:
     """Copy the sources of the user's modules into a run's folder, and of Python objects that no module holds.
 
-    Args:
-        run: the run's folder.
-        components: what the run is made of, each by its place in the recipe.
+    Components are named by their place in the recipe.
     """
     code = run.folder(FOLDER)
     for place, component in components.items():
@@ -32,7 +30,7 @@ def save_code(run: Storage, components: Mapping[str, Component]) -> None:
 
 
 def find_code(run: Storage) -> None:
-    """Let Python find a run's own copies of modules that cannot be imported here, after all other places; say so in one line."""
+    """Let Python find a run's copies of modules that cannot be imported here, last of all places. Print one line."""
     if not run.exists(FOLDER):
         return
     modules = {name.removesuffix(".py") for name in run.folder(FOLDER).names() if not name.endswith(".txt")}

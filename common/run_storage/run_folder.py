@@ -97,11 +97,7 @@ class RunFolder:
         return "\n".join(f"{name:<13} {self.storage.folder(place).location}" for name, place in there.items())
 
     def create(self) -> None:
-        """Create the folder and check that it can be written.
-
-        Raises:
-            ValueError: It cannot be written, or one of its paths is taken by something else.
-        """
+        """Create the folder. Raise ValueError if it cannot be written, or a path in it is taken by something else."""
         for name in (*FOLDERS, *FILES):
             path = self.storage.folder(name).local_path
             if path and path.exists() and path.is_dir() != (name in FOLDERS):
@@ -120,10 +116,7 @@ class RunFolder:
 
     @contextmanager
     def token(self) -> Iterator[str]:
-        """Put a random token into the run folder for the duration of the body.
-
-        Processes on other nodes read the token to verify that they see the same folder.
-        """
+        """Put a random token into the run folder for the body. Other nodes verify that they see the same folder."""
         token = secrets.token_hex(8)
         self.storage.write(TOKEN, token.encode())
         try:
@@ -149,11 +142,7 @@ class RunFolder:
         self.storage.write(self.recipe, (head + tomli_w.dumps(without_none(tables))).encode())
 
     def base(self) -> Base:
-        """Return the fingerprints of everything the run depends on.
-
-        Raises:
-            ValueError: The file is missing or unusable.
-        """
+        """Return fingerprints of everything the run depends on. Raise ValueError if they are missing or unusable."""
         where = f"{self.location}/{BASE_FILE}"
         try:
             return read_base(self.storage.read(BASE_FILE), where)
@@ -176,11 +165,7 @@ class RunFolder:
         self.storage.write(WATCHDOG, dump.encode())
 
     def asked(self) -> dict[str, int]:
-        """Return the numbers of workers that `ddpo scale` has requested, by role.
-
-        Raises:
-            ValueError: The file holds something else.
-        """
+        """Return the numbers of workers that `ddpo scale` has requested, by role. Raise ValueError if unreadable."""
         try:
             return ASKED.validate_json(self.storage.read(CONTROL))
         except FileNotFoundError:
@@ -210,11 +195,7 @@ class RunFolder:
             raise ValueError(f"{said_by}{self.location} is no run's folder: {why}")
 
     def load_recipe(self, overrides: list[str]) -> Recipe:
-        """Return the run's recipe with overrides.
-
-        Raises:
-            ValueError: There is no run.
-        """
+        """Return the run's recipe with overrides. Raise ValueError if there is no run."""
         self.refuse_if_no_run()
         find_code(self.storage)
         return Recipe.from_toml(read_text(self.storage, self.recipe), f"{self.location}/{self.recipe}", overrides)

@@ -48,17 +48,10 @@ class StorageError(OSError):
 
 
 class Storage:
-    """A folder, which need not exist yet.
-
-    File names may contain subfolders (`a/state.json`) but not leave the folder.
-    """
+    """A folder, which need not exist yet. File names may contain subfolders (`a/state.json`), not leave the folder."""
 
     def __init__(self, location: str | Path) -> None:
-        """Open a location.
-
-        Raises:
-            ValueError: It is neither a path nor a URI of a known filesystem.
-        """
+        """Open a location. Raise ValueError if it is neither a path nor a URI of a known filesystem."""
         self._files, self._root, self.location = _opened(str(location))
         self.patience_seconds = PATIENCE_SECONDS
         # Called before each change, and with True after a failed one. Raises if this process may not write any more.
@@ -87,11 +80,7 @@ class Storage:
         return other
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-        """
+        """Return a file's bytes. Raise FileNotFoundError if there is no such file."""
         return self._asked("read", self._files.read, name)
 
     def write(self, name: str, data: bytes) -> None:
@@ -99,11 +88,7 @@ class Storage:
         self._change("written", self._files.write, name, data)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a new file. Of two simultaneous calls one wins, except on object stores.
-
-        Raises:
-            FileExistsError: The file exists.
-        """
+        """Write a new file. Raise FileExistsError if it exists; object stores do not tell between simultaneous calls."""
         self._change("written", self._files.create, name, data)
 
     def append(self, name: str, data: bytes) -> None:
@@ -155,11 +140,7 @@ class Storage:
             raise
 
     def _asked(self, done: str, call: Callable[Concatenate[str, ...], T], name: str, *data: bytes) -> T:
-        """Call a filesystem, with retries on an object store for up to `patience_seconds`.
-
-        Raises:
-            StorageError: The call failed.
-        """
+        """Call a filesystem, on an object store with retries for `patience_seconds`. Raise StorageError if it fails."""
         path, pause, deadline = self._path(name), FIRST_PAUSE_SECONDS, time.monotonic() + self.patience_seconds
         while True:
             try:
@@ -207,10 +188,7 @@ def local_folder(storage: Storage) -> Iterator[Path]:
 
 
 def _opened(location: str) -> tuple[Files, str, str]:
-    """Return the filesystem, the root's path in it, and the location to show.
-
-    Credentials come from the environment only.
-    """
+    """Return the filesystem, the root's path in it, and the location to show. Credentials come from the environment."""
     parts = urlsplit(location)
     if "://" not in location or parts.scheme == "file":
         path = os.path.abspath(url2pathname(parts.path) if "://" in location else location)
@@ -256,11 +234,7 @@ class Unwritten:
         return waiting[place] if place in waiting else storage.read(name)
 
     def flush(self) -> None:
-        """Write what is waiting.
-
-        Raises:
-            StorageError: Some of it is refused again.
-        """
+        """Write what is waiting. Raise StorageError if some of it is refused again."""
         while self._waiting:
             self._waiting[0][-1]()
             del self._waiting[0]

@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
-from ray_ddpo.common.diffusion.families.published_parts import CLIP_L, FLOW_AUTOENCODER, T5_XXL
+from ray_ddpo.common.diffusion.families.published_parts import BOTH_STREAMS, CLIP_L, FLOW_AUTOENCODER, T5_XXL
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
-from ray_ddpo.common.diffusion.policy import Conditioning, Role
+from ray_ddpo.common.diffusion.policy import Conditioning
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
 from ray_ddpo.common.recipe.tables import SamplingTable
 
@@ -99,16 +99,16 @@ class FluxPolicy(DiffusersPolicy):
         evenly_spaced = not scheduler.get("use_flow_sigmas", False)
         return flow_match_table(scheduler, sampling.num_steps, sampling.eta, tokens, evenly_spaced).to(self.device)
 
-    def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
-        embeds, pooled, _ = self.pipeline.encode_prompt(
-            prompt, device=self.device, max_sequence_length=self.config.max_sequence_length
-        )
+    def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
+        length = self.config.max_sequence_length
+        embeds, pooled, _ = self.pipeline.encode_prompt(prompt, device=self.device, max_sequence_length=length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
 class Flux(DiffusersConfig):
     """FLUX.1. Guidance is distilled, so that it needs no second forward pass."""
 
+    policy_class: ClassVar[type[DiffusersPolicy]] = FluxPolicy
     pipeline_class: ClassVar[str] = "FluxPipeline"
     takes_negative_prompt: ClassVar[bool] = False  # the guidance scale is an input of the network
     network_name: ClassVar[str] = "transformer"
@@ -120,15 +120,7 @@ class Flux(DiffusersConfig):
         "black-forest-labs/FLUX.1-schnell": {**DEV, "transformer": DEV["transformer"] | {"guidance_embeds": False}},
     }
 
-    # Flow-GRPO's adapter for SD 3.5 (Liu et al. 2025); theirs for FLUX is larger and stands in the recipe.
-    lora: LoraSettings = LoraSettings(
-        rank=32,
-        alpha=64,
-        target_modules=(
-            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-        ),
-    )
+    lora: LoraSettings = BOTH_STREAMS  # Flow-GRPO's adapter for FLUX is larger and stands in the recipe
     """LoRA adapters that are trained. By default rank 32 on the attention of both streams."""
     max_sequence_length: int = Field(default=512, ge=1, le=512)
     """Tokens of a prompt that T5 reads."""
@@ -161,6 +153,3 @@ class Flux(DiffusersConfig):
 
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         return shapes
-
-    def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> FluxPolicy:
-        return FluxPolicy(self, pipeline, device, sampling, role)

@@ -1,7 +1,18 @@
-"""Configurations of text encoders and decoders that published models share."""
+"""Configurations of text encoders and decoders that published models share, and of adapters that recipes share."""
 
 from typing import Any
 
+from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
+
+# Flow-GRPO's adapter for SD 3.5 (Liu et al. 2025), which has the text's projections too.
+BOTH_STREAMS = LoraSettings(
+    rank=32,
+    alpha=64,
+    target_modules=(
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    ),
+)
 CLIP_L = {  # openai/clip-vit-large-patch14's text tower
     "vocab_size": 49408,
     "hidden_size": 768,

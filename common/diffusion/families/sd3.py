@@ -6,17 +6,22 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
-from ray_ddpo.common.diffusion.families.published_parts import CLIP_BIG_G, CLIP_L, FLOW_AUTOENCODER, T5_XXL
+from ray_ddpo.common.diffusion.families.published_parts import (
+    BOTH_STREAMS,
+    CLIP_BIG_G,
+    CLIP_L,
+    FLOW_AUTOENCODER,
+    T5_XXL,
+)
 from ray_ddpo.common.diffusion.loading.config_keys import text_tokens
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
-from ray_ddpo.common.diffusion.policy import Conditioning, Role
+from ray_ddpo.common.diffusion.policy import Conditioning
 from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 PATCH, POSITIONS = 2, 96  # diffusers' defaults for the transformer
-NAMES = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 # As in the configuration files of stabilityai/stable-diffusion-3.5-medium and stable-diffusion-3-medium-diffusers.
 MEDIUM = {
@@ -70,23 +75,15 @@ class SD3Policy(DiffusersPolicy):
         table = flow_match_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, tokens, False)
         return table.to(self.device)
 
-    def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
-        """Encode one prompt with the three text encoders."""
-        encoded = self.pipeline.encode_prompt(
-            prompt,
-            None,
-            None,
-            device=self.device,
-            do_classifier_free_guidance=with_negative,
-            negative_prompt=self.negative_prompt,
-            max_sequence_length=self.config.max_sequence_length,
-        )
-        return {name: value for name, value in zip(NAMES, encoded, strict=True) if value is not None}
+    def _encode(self, prompt: str, with_negative: bool, **keys: Any) -> Conditioning:
+        keys |= {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.config.max_sequence_length}
+        return super()._encode(prompt, with_negative, **keys)
 
 
 class SD3(DiffusersConfig):
     """Stable Diffusion 3 and 3.5."""
 
+    policy_class: ClassVar[type[DiffusersPolicy]] = SD3Policy
     pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
     network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[str] = "SD3Transformer2DModel"
@@ -97,15 +94,7 @@ class SD3(DiffusersConfig):
         "stabilityai/stable-diffusion-3-medium-diffusers": {"transformer": MEDIUM, **TEXT_AND_DECODER},
     }
 
-    # Flow-GRPO's adapter (Liu et al. 2025), which has the text's projections too.
-    lora: LoraSettings = LoraSettings(
-        rank=32,
-        alpha=64,
-        target_modules=(
-            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-        ),
-    )
+    lora: LoraSettings = BOTH_STREAMS
     """LoRA adapters that are trained. By default rank 32 on the attention of both streams."""
     max_sequence_length: int = Field(default=256, ge=1, le=512)
     """Tokens of a prompt that T5 reads."""
@@ -149,6 +138,3 @@ class SD3(DiffusersConfig):
             "prompt_embeds": (tokens, network["joint_attention_dim"]),
             "pooled_prompt_embeds": (first["projection_dim"] + second["projection_dim"],),
         }
-
-    def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> SD3Policy:
-        return SD3Policy(self, pipeline, device, sampling, role)

@@ -11,8 +11,6 @@ from ray_ddpo.common.diffusion.families.published_parts import AUTOENCODER, CLIP
 from ray_ddpo.common.diffusion.loading.config_keys import text_tokens
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
-from ray_ddpo.common.diffusion.policy import Conditioning, Role
-from ray_ddpo.common.diffusion.schedulers.ddim import DDIMTable, ddim_table
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 # As in the configuration files of stabilityai/stable-diffusion-xl-base-1.0.
@@ -58,21 +56,6 @@ def call_unet(
 class SDXLPolicy(DiffusersPolicy):
     """A loaded StableDiffusionXLPipeline."""
 
-    def _table(self, sampling: SamplingTable) -> DDIMTable:
-        return ddim_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, self.device)
-
-    def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
-        """Encode one prompt with both text encoders."""
-        # Keep None: an empty negative prompt is encoded, while None may mean zeros.
-        embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
-            prompt,
-            device=self.device,
-            do_classifier_free_guidance=with_negative,
-            negative_prompt=self.negative_prompt,
-        )
-        shared = {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative_pooled}
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled} | (shared if with_negative else {})
-
     def _unscaled(self, latents: Tensor) -> Tensor:
         keys = self.vae.config
         mean, std = keys.get("latents_mean"), keys.get("latents_std")
@@ -85,6 +68,7 @@ class SDXLPolicy(DiffusersPolicy):
 class SDXL(DiffusersConfig):
     """Stable Diffusion XL."""
 
+    policy_class: ClassVar[type[DiffusersPolicy]] = SDXLPolicy
     pipeline_class: ClassVar[str] = "StableDiffusionXLPipeline"
     network_name: ClassVar[str] = "unet"
     network_class: ClassVar[str] = "UNet2DConditionModel"
@@ -120,6 +104,3 @@ class SDXL(DiffusersConfig):
         keys = self.part_config("vae")
         forced = keys.get("force_upcast", keys.get("_class_name") != "AutoencoderTiny")
         return torch.float32 if forced else torch.float16
-
-    def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> SDXLPolicy:
-        return SDXLPolicy(self, pipeline, device, sampling, role)

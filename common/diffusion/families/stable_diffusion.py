@@ -9,8 +9,6 @@ from ray_ddpo.common.diffusion.families.published_parts import AUTOENCODER, CLIP
 from ray_ddpo.common.diffusion.loading.config_keys import text_tokens
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs
-from ray_ddpo.common.diffusion.policy import Conditioning, Role
-from ray_ddpo.common.diffusion.schedulers.ddim import DDIMTable, ddim_table
 from ray_ddpo.common.recipe.tables import SamplingTable
 
 # SD 1.1 … 1.5 (Rombach et al. 2022) and SD 2.x, as in the configuration files of the published models.
@@ -47,13 +45,6 @@ def call_unet(network: Any, latents: Tensor, timesteps: Tensor, prompt_embeds: T
 class StableDiffusionPolicy(DiffusersPolicy):
     """A loaded StableDiffusionPipeline."""
 
-    def _table(self, sampling: SamplingTable) -> DDIMTable:
-        return ddim_table(self.pipeline.scheduler.config, sampling.num_steps, sampling.eta, self.device)
-
-    def _encode(self, prompt: str, with_negative: bool) -> Conditioning:
-        embeds, negative = self.pipeline.encode_prompt(prompt, self.device, 1, with_negative, self.negative_prompt)
-        return {"prompt_embeds": embeds} | ({"negative_prompt_embeds": negative} if with_negative else {})
-
     def _unscaled(self, latents: Tensor) -> Tensor:
         return latents / self.vae.config.scaling_factor  # this pipeline ignores shift_factor
 
@@ -61,6 +52,7 @@ class StableDiffusionPolicy(DiffusersPolicy):
 class StableDiffusion(DiffusersConfig):
     """Stable Diffusion 1.x and 2.x, and the embedded model `tiny_animals`."""
 
+    policy_class: ClassVar[type[DiffusersPolicy]] = StableDiffusionPolicy
     pipeline_class: ClassVar[str] = "StableDiffusionPipeline"
     network_name: ClassVar[str] = "unet"
     network_class: ClassVar[str] = "UNet2DConditionModel"
@@ -87,6 +79,3 @@ class StableDiffusion(DiffusersConfig):
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         text = configs["text_encoder"]
         return {"prompt_embeds": (text_tokens(self, text), text["hidden_size"])}
-
-    def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> StableDiffusionPolicy:
-        return StableDiffusionPolicy(self, pipeline, device, sampling, role)

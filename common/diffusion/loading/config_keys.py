@@ -1,9 +1,8 @@
 """Check the configuration keys of a model's parts before anything is computed from them.
 
 Networks, decoders and text encoders are the libraries' own modules, so most keys take effect by themselves. The rest
-are
-keys that diffusers' pipeline reads, and keys that must agree between two parts. Each of these is honoured as diffusers
-honours it, or refused with part, key and value.
+are keys that diffusers' pipeline reads, and keys that must agree between two parts. Each of these is honoured as
+diffusers honours it, or refused with part, key and value.
 """
 
 import json
@@ -23,7 +22,6 @@ INDEX = "model_index"
 FILES = {INDEX: "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
 FLOW_PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", *FLOW_PIPELINES)  # pipelines that are checked here
-LATENTS_PER_TOKEN = 4  # FLUX packs a square of 2 × 2 latents into a token
 DEFAULTS: dict[str, dict[str, Any]] = {  # the libraries' defaults for absent keys
     "unet": {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280},
     "vae": {"latent_channels": 4, "out_channels": 3},
@@ -156,25 +154,38 @@ def _faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
 
 
 def _decoder_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
-    """Yield what is wrong with the decoder's keys."""
-    vae = parts["vae"]
+    """Yield what is wrong with the decoder's keys. An absent key has the class's default."""
+    vae, adds_shift = parts["vae"], config.pipeline_class in FLOW_PIPELINES
     if _value(config, parts, "vae", "out_channels") != 3:
         yield f"vae/config.json has out_channels={vae['out_channels']!r}: images have 3 channels, red, green and blue"
-    tiny = vae.get("_class_name") == "AutoencoderTiny"
-    if config.pipeline_class in FLOW_PIPELINES and vae.get("shift_factor", 0.0 if tiny else None) is None:
+    shift = vae.get("shift_factor", 0.0 if vae.get("_class_name") == "AutoencoderTiny" else None)
+    if adds_shift and shift is None:
         yield f"vae/config.json has no shift_factor, which {config.pipeline_class} adds to latents: write a number"
-    of_sdxl = config.pipeline_class == "StableDiffusionXLPipeline"
-    yield from _decoder_number_faults(vae, config.pipeline_class in FLOW_PIPELINES, of_sdxl)
-    statistics = [vae.get(key) for key in ("latents_mean", "latents_std")]
-    channels = _value(config, parts, "vae", "latent_channels")
-    if of_sdxl and None not in statistics and any(len(value or ()) != channels for value in statistics):
+    scale = vae.get("scaling_factor", 1.0)
+    if not is_number(scale) or scale == 0:
+        yield (
+            f"vae/config.json has scaling_factor={scale!r}, by which latents are divided: it must be a number "
+            "other than 0"
+        )
+    if adds_shift and not is_number(shift):
+        yield f"vae/config.json has shift_factor={shift!r}, which is added to latents: it must be a number"
+    if config.pipeline_class == "StableDiffusionXLPipeline":  # it multiplies by latents_std and adds latents_mean
+        yield from _statistics_faults(vae, _value(config, parts, "vae", "latent_channels"))
+
+
+def _statistics_faults(vae: Mapping[str, Any], channels: int) -> Iterator[str]:
+    """Yield what is wrong with the latents' mean and standard deviation."""
+    statistics = {key: vae.get(key) for key in ("latents_mean", "latents_std")}
+    for key, values in statistics.items():
+        if values is not None and not (isinstance(values, list | tuple) and all(map(is_number, values))):
+            yield f"vae/config.json has {key}={values!r:.80}: it must be a list of numbers, one a channel, or null"
+    if None not in statistics.values() and any(len(values or ()) != channels for values in statistics.values()):
         yield f"vae/config.json has latents_mean and latents_std of other lengths than latent_channels={channels}"
 
 
 def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     """Yield disagreements between the network's channels and the decoder's."""
-    network = config.network_name
-    packed = LATENTS_PER_TOKEN if config.pipeline_class == "FluxPipeline" else 1
+    network, packed = config.network_name, config.latent_packing
     latents = _value(config, parts, "vae", "latent_channels")
     taken = _value(config, parts, network, "in_channels")
     given = _value(config, parts, network, "out_channels") or taken
@@ -193,31 +204,25 @@ def _channel_faults(config: "DiffusersConfig", parts: Components) -> Iterator[st
 def _width_faults(config: "DiffusersConfig", parts: Components) -> Iterator[str]:
     """Yield disagreements between the widths that the network takes and those that the text encoders give."""
     network, value_of = config.network_name, lambda part, key: _value(config, parts, part, key)
-    wanted: list[tuple[str, Any, str, int]] = []  # the network's key, its value, what must have this width, its width
-    match config.pipeline_class:
-        case "StableDiffusionPipeline" | "StableDiffusionXLPipeline":
-            width = sum(value_of(part, "hidden_size") for part in config.text_parts)
-            projected = parts[network].get("encoder_hid_dim")
-            key = "encoder_hid_dim" if projected else "cross_attention_dim"
-            wanted.append((key, value_of(network, key), "hidden_size of the text encoders", width))
-        case "StableDiffusion3Pipeline":
-            pooled = value_of("text_encoder", "projection_dim") + value_of("text_encoder_2", "projection_dim")
-            key = "pooled_projection_dim"
-            wanted.append((key, value_of(network, key), "projection_dim of the two CLIPs", pooled))
-        case "FluxPipeline":
-            key = "pooled_projection_dim"
-            width = value_of("text_encoder", "hidden_size")
-            wanted.append((key, value_of(network, key), "hidden_size of text_encoder", width))
-    t5 = next((part for part, (_, made) in config.text_parts.items() if made == "T5EncoderModel"), None)
-    if t5:
-        key = "joint_attention_dim"
-        wanted.append((key, value_of(network, key), f"d_model of {t5}", value_of(t5, "d_model")))
+    wanted: list[tuple[str, str, int]] = []  # the network's key, what must have this width, its width
+    if config.pipeline_class == "StableDiffusion3Pipeline":
+        pooled = value_of("text_encoder", "projection_dim") + value_of("text_encoder_2", "projection_dim")
+        wanted.append(("pooled_projection_dim", "projection_dim of the two CLIPs", pooled))
+    elif config.pipeline_class == "FluxPipeline":
+        width = value_of("text_encoder", "hidden_size")
+        wanted.append(("pooled_projection_dim", "hidden_size of text_encoder", width))
+    else:
+        width = sum(value_of(part, "hidden_size") for part in config.text_parts)
+        key = "encoder_hid_dim" if parts[network].get("encoder_hid_dim") else "cross_attention_dim"
+        wanted.append((key, "hidden_size of the text encoders", width))
+    if t5 := next((part for part, (_, made) in config.text_parts.items() if made == "T5EncoderModel"), None):
+        wanted.append(("joint_attention_dim", f"d_model of {t5}", value_of(t5, "d_model")))
     if config.pipeline_class == "StableDiffusionXLPipeline":
-        ids, key = parts[network].get("addition_time_embed_dim"), "projection_class_embeddings_input_dim"
-        pooled = value_of("text_encoder_2", "projection_dim")
+        width = 6 * (parts[network].get("addition_time_embed_dim") or 0) + value_of("text_encoder_2", "projection_dim")
         what = "6 × addition_time_embed_dim and projection_dim of text_encoder_2"
-        wanted.append((key, parts[network].get(key), what, 6 * (ids or 0) + pooled))
-    for key, value, what, width in wanted:
+        wanted.append(("projection_class_embeddings_input_dim", what, width))
+    for key, what, width in wanted:
+        value = value_of(network, key)
         if isinstance(value, int | None) and value != width:
             yield (
                 f"{_file(network)} has {key}={value!r}, and its text encoders give {width} ({what}): they must be equal"
@@ -257,29 +262,6 @@ def _value(config: "DiffusersConfig", parts: Components, part: str, key: str) ->
 
 def _file(part: str) -> str:
     return FILES.get(part, f"{part}/config.json")
-
-
-def _decoder_number_faults(vae: Mapping[str, Any], adds_shift: bool, takes_statistics: bool) -> Iterator[str]:
-    """Yield what is wrong with the keys that scale latents before they are decoded.
-
-    Args:
-        vae: the decoder's keys. An absent key has the class's default.
-        adds_shift: whether the family's pipeline adds `shift_factor`.
-        takes_statistics: whether the family's pipeline multiplies by `latents_std` and adds `latents_mean`.
-    """
-    scale = vae.get("scaling_factor", 1.0)
-    if not is_number(scale) or scale == 0:
-        yield (
-            f"vae/config.json has scaling_factor={scale!r}, by which latents are divided: it must be a number "
-            "other than 0"
-        )
-    shift = vae.get("shift_factor")
-    if adds_shift and shift is not None and not is_number(shift):
-        yield f"vae/config.json has shift_factor={shift!r}, which is added to latents: it must be a number"
-    for key in ("latents_mean", "latents_std") if takes_statistics else ():
-        values = vae.get(key)
-        if values is not None and not (isinstance(values, list | tuple) and all(map(is_number, values))):
-            yield f"vae/config.json has {key}={values!r:.80}: it must be a list of numbers, one a channel, or null"
 
 
 def _sample_size_faults(file: str, network: Mapping[str, Any]) -> Iterator[str]:

@@ -1,33 +1,37 @@
 """The keys of `[policy]` that all diffusers families share, and how a pipeline is found, counted and loaded."""
 
 import json
+import math
 import os
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy, NetworkCall
-from ray_ddpo.common.diffusion.image_size import SizedConfig
 from ray_ddpo.common.diffusion.loading.config_keys import check_keys, check_steps, configuration_files
-from ray_ddpo.common.diffusion.loading.library_errors import names_the_model, try_once
-from ray_ddpo.common.diffusion.loading.model_files import check_model, files_by_role, source_of
+from ray_ddpo.common.diffusion.loading.library_errors import NOT_MADE, library_errors, try_once
 from ray_ddpo.common.diffusion.loading.model_sizes import Configs, model_sizes, read_config
-from ray_ddpo.common.diffusion.loading.pipeline import load_pipeline
+from ray_ddpo.common.diffusion.loading.pipeline import check_model, files_by_role, load_pipeline, source_of
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes
 from ray_ddpo.common.diffusion.memory.sizes_cache import cached_sizes
-from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, Role, quiet_libraries
+from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS, PolicyConfig, Role, quiet_libraries
 from ray_ddpo.common.model_files.model_hub import Weights
 from ray_ddpo.common.recipe.tables import SamplingTable
 from ray_ddpo.common.trajectory import DTYPES
 
+PIPELINES_UNIT = 8  # pixels: diffusers' pipelines with a UNet take multiples of it, whatever the decoder
+LARGEST_SIDE = 16_384
 
-class DiffusersConfig(SizedConfig):
+
+class DiffusersConfig(PolicyConfig):
     """Policy of a diffusers pipeline. `model` is a folder in its format, a single file, a hub name or an embedded model."""
 
+    policy_class: ClassVar[type[DiffusersPolicy]]
     pipeline_class: ClassVar[str]  # of diffusers
     network_name: ClassVar[str]  # of the part that is trained
     network_class: ClassVar[str]
@@ -39,6 +43,12 @@ class DiffusersConfig(SizedConfig):
     takes_negative_prompt: ClassVar[bool] = True
     published: ClassVar[dict[str, Configs]]  # architectures that are known here, so that planning needs no hub
 
+    resolution: int | None = Field(default=None, ge=8, le=LARGEST_SIDE, multiple_of=8)
+    """Height and width of square images in pixels. By default the model's own size."""
+    height: int | None = Field(default=None, ge=8, le=LARGEST_SIDE)
+    """Height of images in pixels. By default the model's own."""
+    width: int | None = Field(default=None, ge=8, le=LARGEST_SIDE)
+    """Width of images in pixels. By default the model's own."""
     variant: str | None = Field(default=None, pattern=r"[A-Za-z0-9_-]+")
     """Variant of the weight files, such as `fp16`. By default the files without one."""
     single_file_config: str | None = None
@@ -51,6 +61,15 @@ class DiffusersConfig(SizedConfig):
     """Decode each image in tiles: less memory, with seams that can hardly be seen."""
     offload: bool = False
     """Keep text encoders and decoder in the host's memory while they are idle: less GPU memory."""
+
+    @model_validator(mode="after")
+    def _size_is_given_once(self) -> "DiffusersConfig":
+        if self.resolution is not None and (self.height, self.width) != (None, None):
+            raise ValueError(
+                f"resolution is {self.resolution}, height {self.height} and width {self.width}: give a square's "
+                "resolution, or height and width"
+            )
+        return self
 
     @property
     @abstractmethod
@@ -70,9 +89,9 @@ class DiffusersConfig(SizedConfig):
     def conditioning_shapes(self, configs: Configs) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one prompt's row by name, from the parts' configurations; no negative tensors."""
 
-    @abstractmethod
     def make_policy(self, pipeline: Any, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:
         """Return the family's policy for a loaded pipeline."""
+        return self.policy_class(self, pipeline, device, sampling, role)
 
     def branches(self, sampling: SamplingTable) -> int:
         """Return the network's rows per image: 2 with classifier-free guidance, else 1."""
@@ -85,6 +104,49 @@ class DiffusersConfig(SizedConfig):
     def with_negative(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return the shapes with those of the `negative_…` tensors."""
         return shapes | {f"negative_{name}": shape for name, shape in shapes.items()}
+
+    @property
+    def scale_factor(self) -> int:
+        """Return the pixels per side of one latent. Read from a file, because a learner loads no decoder."""
+        config = self.part_config("vae")
+        # AutoencoderTiny calls the key differently. Without either key, use diffusers' default for the decoder's class.
+        default = (64,) if config.get("_class_name") != "AutoencoderTiny" else (64,) * 4
+        channels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or default
+        return 2 ** (len(channels) - 1)
+
+    @property
+    def size_unit(self) -> int:
+        """Return the number of pixels that height and width must be multiples of."""
+        return math.lcm(PIPELINES_UNIT, self.scale_factor)
+
+    @property
+    def given_sizes(self) -> dict[str, tuple[int | None, int | None]]:
+        """Return the size keys that the recipe sets, with the height and width that each gives."""
+        keys = {"resolution": (self.resolution,) * 2, "height": (self.height, None), "width": (None, self.width)}
+        return {key: sides for key, sides in keys.items() if sides != (None, None)}
+
+    def check_size(self) -> None:
+        """Raise ValueError if the model does not support the size. The message names the nearest supported sizes."""
+        for key, sides in self.given_sizes.items():
+            pixels, unit = next(side for side in sides if side is not None), self.size_unit
+            if pixels % unit:
+                below = pixels // unit * unit
+                nearest = f"{below} or {below + unit}" if below else f"{unit}"
+                raise ValueError(
+                    f"policy.{key} is {pixels}: this model makes multiples of {unit} pixels, such as {nearest}"
+                )
+
+    def latent_sides(self, own: int | Sequence[int] | None) -> tuple[int, int]:
+        """Return height and width of an image's latents. `own` is the model's size, of a square or as (height, width)."""
+        self.check_size()
+        if own is None and len(self.given_sizes) < 2 and self.resolution is None:
+            raise ValueError("the model says no sample_size: give policy.height and policy.width")
+        sides = list(own) if isinstance(own, Sequence) else [own or 0] * 2
+        for given in self.given_sizes.values():
+            for side, pixels in enumerate(given):
+                if pixels is not None:
+                    sides[side] = pixels // self.scale_factor
+        return sides[0], sides[1]
 
     @property
     def decoder_dtype(self) -> torch.dtype:
@@ -116,11 +178,7 @@ class DiffusersConfig(SizedConfig):
         return EMBEDDED_MODELS.get(source, Path(os.path.expanduser(source)))
 
     def part_config(self, part: str) -> dict[str, Any]:
-        """Return one part's configuration.
-
-        Raises:
-            ValueError: It is neither in a folder, nor known here, nor available from the hub.
-        """
+        """Return one part's configuration, from a folder, from the architectures known here, or from the hub."""
         return read_config(source_of(self), self.folder(), self.published, part)
 
     def needs(self) -> tuple[Weights, ...]:
@@ -130,45 +188,41 @@ class DiffusersConfig(SizedConfig):
         """Return the files of each part that the role loads, to be fingerprinted."""
         return files_by_role(self, role)
 
-    @names_the_model
     def sizes(self, sampling: SamplingTable, device: DeviceKind = "cuda") -> PolicySizes:
-        self.check()
-        configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
+        with library_errors(self.model, NOT_MADE):
+            self.check()
+            configs = {part: self.part_config(part) for part in (self.network_name, "vae", *self.text_parts)}
 
-        def count() -> PolicySizes:
-            check_steps(self, sampling)
-            return model_sizes(self, configs, sampling, device)
+            def count() -> PolicySizes:
+                check_steps(self, sampling)
+                return model_sizes(self, configs, sampling, device)
 
-        if self.user_modules():  # a user's code may change between two calls
-            return count()
-        files = json.dumps([configs, configuration_files(self)], sort_keys=True, default=dict)
-        key = [type(self).__qualname__, self.model_dump_json(), files, sampling.model_dump_json(), device]
-        return cached_sizes("\n".join(key), count)
+            if self.user_modules():  # a user's code may change between two calls
+                return count()
+            files = json.dumps([configs, configuration_files(self)], sort_keys=True, default=dict)
+            key = [type(self).__qualname__, self.model_dump_json(), files, sampling.model_dump_json(), device]
+            return cached_sizes("\n".join(key), count)
 
-    @names_the_model
     def load(self, device: str, sampling: SamplingTable, role: Role) -> DiffusersPolicy:
         quiet_libraries()
-        self._check(role)
-        pipeline = load_pipeline(self, role)
-        check_keys(self, pipeline)
-        network = getattr(pipeline, self.network_name)
-        if role == "sampler":
-            self.set_up_decoder(pipeline.vae)
-        if role != "learner" and self.train == "lora":  # text encoders and decoder keep their dtype
-            network.to(self.dtype_of(role))
-        if self.gradient_checkpointing and role == "learner":
-            network.enable_gradient_checkpointing()
-        policy = self.make_policy(pipeline, device, sampling, role)
-        if role == "sampler":
-            try_once(policy)
-        return policy
+        with library_errors(self.model, NOT_MADE):
+            self._check(role)
+            pipeline = load_pipeline(self, role)
+            check_keys(self, pipeline)
+            network = getattr(pipeline, self.network_name)
+            if role == "sampler":
+                self.set_up_decoder(pipeline.vae)
+            if role != "learner" and self.train == "lora":  # text encoders and decoder keep their dtype
+                network.to(self.dtype_of(role))
+            if self.gradient_checkpointing and role == "learner":
+                network.enable_gradient_checkpointing()
+            policy = self.make_policy(pipeline, device, sampling, role)
+            if role == "sampler":
+                try_once(policy)
+            return policy
 
     def set_up_decoder(self, vae: Any) -> None:
-        """Apply the recipe's decoder options.
-
-        Raises:
-            ValueError: The decoder does not support one of them.
-        """
+        """Apply the recipe's decoder options. Raise ValueError if the decoder does not support one of them."""
         vae.to(self.decoder_dtype)
         if self.vae_slicing:
             vae.enable_slicing()

@@ -1,11 +1,10 @@
 """Turn what diffusers, transformers and torch raise on an unusable configuration into one line for the user."""
 
-import functools
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from ray_ddpo.common.user_code.frames import LIBRARIES
 if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
 
-T = TypeVar("T")
 # What those libraries raise if keys do not fit together. Running out of memory has another cause.
 RAISED = (
     *(ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, ImportError, NotImplementedError),
@@ -24,24 +22,12 @@ RAISED = (
 )
 
 PIPELINES_FILE = "diffusers/pipelines/pipeline_utils.py"  # loads one part after the other
-
-
-def names_the_model(method: Callable[..., T]) -> Callable[..., T]:
-    """Make a method of a model's configuration raise ValueError with the model's name if a library raises in it."""
-
-    @functools.wraps(method)
-    def named(config: Any, *arguments: Any, **keys: Any) -> T:
-        with library_errors(config.model, "its parts cannot be made as their config.json say"):
-            return method(config, *arguments, **keys)
-
-    return named
+NOT_MADE = "its parts cannot be made as their config.json say"
 
 
 @contextmanager
 def library_errors(model: str | None, what: str, keys: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Raise ValueError with `what` and the library's message if a library raises.
-
-    The project's own errors pass unchanged.
+    """Raise ValueError with `what` and the library's message if a library raises. The project's own errors pass.
 
     Args:
         model: named at the beginning of the error; if None, a caller adds the name.
@@ -58,16 +44,10 @@ def library_errors(model: str | None, what: str, keys: Mapping[str, Any] | None 
             raise
         said = " ".join(str(error).split())[:400]
         key = "" if model is None else f"policy.model is {model!r}: "
-        named = _named_keys(keys or {}, said)
+        texts = {key: repr(value) for key, value in (keys or {}).items() if isinstance(value, str) and value}
+        quoted = ", ".join(f"{key}={text}" for key, text in texts.items() if text in said)
+        named = f" ({quoted})" if quoted else ""
         raise ValueError(f"{key}{what}: {_part(frames)}{type(error).__name__}: {said}{named}") from error
-
-
-def _named_keys(keys: Mapping[str, Any], said: str) -> str:
-    """Return the keys whose text a library's error quotes, as words for the end of a message; empty if none."""
-    quoted = [
-        f"{key}={value!r}" for key, value in keys.items() if isinstance(value, str) and value and repr(value) in said
-    ]
-    return f" ({', '.join(quoted)})" if quoted else ""
 
 
 def _part(frames: list[FrameType]) -> str:
@@ -104,11 +84,7 @@ def _check_tokens(policy: "DiffusersPolicy") -> None:
 
 @torch.no_grad()
 def try_once(policy: "DiffusersPolicy") -> None:
-    """Take one row from a prompt to an image, so that keys that do not fit together fail before the first round.
-
-    Raises:
-        ValueError: A part cannot process what the others give it.
-    """
+    """Take one row from a prompt to an image. Raise ValueError if a part cannot process what the others give it."""
     model, config = policy.config.model, policy.config
     text = ", ".join(f"{part}/config.json" for part in config.text_parts)
     _check_tokens(policy)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ray_ddpo.common.diffusion import POLICIES
-from ray_ddpo.common.diffusion.loading.part_files import PartNotThere
 from ray_ddpo.common.model_files.file_faults import DamagedFile, check_file
 
 if TYPE_CHECKING:
@@ -35,6 +34,10 @@ MODEL_TYPES = {  # text encoder class → allowed model_type; a full CLIP contai
     "CLIPTextModelWithProjection": ("clip_text_model", "clip"),
     "T5EncoderModel": ("t5",),
 }
+
+
+class PartNotThere(ValueError):
+    """A part, or one of its files, is missing from a model's folder. The text says which, and what is there."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,7 @@ def about_folder(config: "DiffusersConfig") -> AbstractContextManager[None]:
 
 
 def check_folder(config: "DiffusersConfig", folder: Path, role: str = "sampler") -> None:
-    """Check a folder's index, and that the files of a role's parts agree with it.
-
-    Raises:
-        PartNotThere: A part that the role loads is missing.
-        ValueError: The recipe's family does not train such a model.
-    """
+    """Raise ValueError if the family does not train such a model, or if a role's files do not agree with the index."""
     index = read_object(folder / INDEX)
     _check_pipeline(config, index)
     named = {part: _class_of(config, part, index.get(part), known) for part, known in known_parts(config).items()}
@@ -103,11 +101,7 @@ def check_folder(config: "DiffusersConfig", folder: Path, role: str = "sampler")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in one of the model's JSON files.
-
-    Raises:
-        ValueError: The file is missing or damaged.
-    """
+    """Return the object in one of the model's JSON files. Raise ValueError if the file is missing or damaged."""
     if not path.is_file():
         raise PartNotThere(f"there is no {path.name} in {path.parent}")
     check_file(path)
@@ -120,6 +114,12 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_class(folder: Path, part: str) -> str:
     """Return the class of a part, as named in the index of a checked folder."""
     return read_object(folder / INDEX)[part][1]
+
+
+def conversion(config: "DiffusersConfig", load: str) -> str:
+    """Return the command that writes a model in diffusers' format with safetensors, and what to do with the result."""
+    program = f"from diffusers import {config.pipeline_class} as P; P.{load}.save_pretrained('MODEL')"
+    return f'`python -c "{program}"`, and set policy.model to the folder MODEL'
 
 
 def _check_pipeline(config: "DiffusersConfig", index: dict[str, Any]) -> None:

@@ -1,9 +1,8 @@
 """The sizes of a diffusers model, from its configuration files. Nothing is loaded."""
 
-import functools
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,7 @@ import torch
 
 from ray_ddpo.common.diffusion.loading.model_index import about_model, read_object
 from ray_ddpo.common.diffusion.memory.meta_device import library_bytes
-from ray_ddpo.common.diffusion.memory.network_counts import count_network
-from ray_ddpo.common.diffusion.memory.network_memory import Inputs
+from ray_ddpo.common.diffusion.memory.network_memory import Inputs, count_network
 from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, PolicySizes, parameter_bytes
 from ray_ddpo.common.diffusion.policy import quiet_libraries
 from ray_ddpo.common.model_files.model_hub import file_from_hub
@@ -23,14 +21,11 @@ if TYPE_CHECKING:
     from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 
 Configs = dict[str, dict[str, Any]]  # part name → its configuration
+_counted: dict[tuple[str, str, bool, str], PolicySizes] = {}  # by class and keys, configurations, guidance and device
 
 
 def read_config(model: str, folder: Path, published: dict[str, Configs], part: str) -> dict[str, Any]:
-    """Return one part's configuration.
-
-    Raises:
-        ValueError: It is neither in a folder, nor known here, nor available from the hub.
-    """
+    """Return one part's configuration, from a folder, from the architectures known here, or from the hub."""
     if folder.is_dir():
         with about_model(model):
             found = read_object(folder / part / "config.json")
@@ -47,9 +42,12 @@ def model_sizes(
 ) -> PolicySizes:
     """Build every part on the meta device and count. `configs` has one configuration per part."""
     # Guidance scale and number of steps do not change a step's memory, so count once and cache.
-    alike = SamplingTable(guidance_scale=2.0 if sampling.is_guided else 1.0)
     keys = f"{type(config).__module__}:{type(config).__qualname__} {config.model_dump_json()}"
-    sizes = _counted(_Work(config, keys, json.dumps(configs, sort_keys=True), alike, device))
+    key = (keys, json.dumps(configs, sort_keys=True), sampling.is_guided, device)
+    if key not in _counted:
+        alike = SamplingTable(guidance_scale=2.0 if sampling.is_guided else 1.0)
+        _counted[key] = _count(config, json.loads(key[1]), alike, device)
+    sizes = _counted[key]
     trajectory = (sampling.num_steps + 1) * math.prod(sizes.latent_shape)  # elements per image
     stored = DTYPES[sampling.latents_dtype].itemsize
     return replace(
@@ -60,22 +58,9 @@ def model_sizes(
     )
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The arguments of a cached count."""
-
-    config: "DiffusersConfig" = field(compare=False)  # a user's own family may have unhashable keys
-    keys: str  # the configuration's class and keys, as text
-    files: str  # the parts' configurations, as JSON
-    sampling: SamplingTable
-    device: DeviceKind
-
-
-@functools.lru_cache(maxsize=16)
-def _counted(work: _Work) -> PolicySizes:
+def _count(config: "DiffusersConfig", configs: Configs, sampling: SamplingTable, device: DeviceKind) -> PolicySizes:
     """Count parameters and predict peak memory of every kind of work."""
     quiet_libraries()
-    config, sampling, device, configs = work.config, work.sampling, work.device, json.loads(work.files)
     parts = meta_parts(config, configs)
     for part in parts.values():
         part.to(config.loaded_dtype)

@@ -1,24 +1,30 @@
-"""Find the files that a part of a pipeline is loaded from, as diffusers and transformers choose them.
-
-Nothing is loaded.
-"""
+"""Load one part of a pipeline from the files that its library chooses, and check it against the loading report."""
 
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ray_ddpo.common.model_files.file_faults import DamagedFile, check_file
+from ray_ddpo.common.diffusion.loading.library_errors import library_errors
+from ray_ddpo.common.diffusion.loading.model_index import (
+    PartNotThere,
+    known_parts,
+    read_class,
+    read_object,
+    with_article,
+)
+from ray_ddpo.common.model_files.file_faults import DamagedFile, check_file, refuse_not_finite
+from ray_ddpo.common.model_files.pretrained import weights_fault
+
+if TYPE_CHECKING:
+    from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
 
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 TEXT_FILES = ("json", "txt", "model")  # configurations and vocabularies
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")  # pickles
 SHARD = re.compile(r"-\d{5}-of-\d{5}")  # in a shard's file name
 SHOWN = 6  # file names in a message
-
-
-class PartNotThere(ValueError):
-    """A part, or one of its files, is missing from a model's folder. The text says which, and what is there."""
 
 
 class OnlyPickles(PartNotThere):
@@ -38,13 +44,7 @@ class PartWeights:
 
 
 def weights_of(folder: Path, part: str, library: str, wanted: str | None) -> PartWeights:
-    """Return the weights that `library` loads a part from.
-
-    Args:
-        folder: the model's folder, with one folder per part.
-        part: the part's name.
-        library: diffusers or transformers.
-        wanted: the recipe's variant. As in diffusers, a part without it is loaded from its usual files.
+    """Return the weights that `library` loads a part from. As in diffusers, a part may lack the `wanted` variant.
 
     Raises:
         PartNotThere: The files are missing, or there are several variants and none is requested.
@@ -53,17 +53,13 @@ def weights_of(folder: Path, part: str, library: str, wanted: str | None) -> Par
         raise PartNotThere(f"there is no folder {part} in {folder}")
     names = sorted(path.name for path in (folder / part).iterdir())
     variant = _variant(folder, part, names, STEMS[library], wanted)
-    single = f"{_with(variant, STEMS[library])}.safetensors"
-    index = _with(variant, f"{STEMS[library]}.safetensors.index") + ".json"
+    suffix = f".{variant}" if variant else ""
+    single, index = f"{STEMS[library]}{suffix}.safetensors", f"{STEMS[library]}.safetensors.index{suffix}.json"
     first, second = (index, single) if library == "diffusers" else (single, index)  # each library's own order
     chosen = first if first in names else second
     if chosen == single:
         return PartWeights(variant, (single,))
     return PartWeights(variant, (index, *_shards(folder, part, index, names)))
-
-
-def _with(variant: str | None, name: str) -> str:
-    return f"{name}.{variant}" if variant else name
 
 
 def _variant(folder: Path, part: str, names: list[str], stem: str, wanted: str | None) -> str | None:
@@ -97,12 +93,7 @@ def _nothing(folder: Path, part: str, names: list[str], stem: str) -> PartNotThe
 
 
 def _shards(folder: Path, part: str, index: str, names: list[str]) -> list[str]:
-    """Return the files that an index names.
-
-    Raises:
-        PartNotThere: A file is missing.
-        ValueError: The file is not an index.
-    """
+    """Return the files that an index names. Raise ValueError if one is missing, or if the file is no index."""
     path = folder / part / index
     check_file(path)
     found = json.loads(path.read_bytes())
@@ -112,12 +103,9 @@ def _shards(folder: Path, part: str, index: str, names: list[str]) -> list[str]:
     if not isinstance(found.get("metadata"), dict):  # both libraries need it
         raise DamagedFile(path, 'it must have a metadata object, such as {"metadata": {}, "weight_map": …}')
     shards = sorted(set(table.values()))
-    lacking = [name for name in shards if name not in names]
-    if lacking:
-        said = ", ".join(lacking[:SHOWN])
-        raise PartNotThere(
-            f"{folder / part} lacks {said}, {len(lacking)} of the {len(shards)} files that {index} names"
-        )
+    if lacking := [name for name in shards if name not in names]:
+        said = f"{', '.join(lacking[:SHOWN])}, {len(lacking)} of the {len(shards)} files that {index} names"
+        raise PartNotThere(f"{folder / part} lacks {said}")
     return shards
 
 
@@ -125,3 +113,29 @@ def text_files(folder: Path, part: str) -> list[str]:
     """Return the names of a part's configurations and vocabularies."""
     there = (folder / part).iterdir() if (folder / part).is_dir() else ()
     return sorted(path.name for path in there if path.suffix[1:] in TEXT_FILES and ".index." not in path.name)
+
+
+def load_part(config: "DiffusersConfig", folder: Path, part: str, weights: PartWeights) -> Any:
+    """Return a network, decoder or text encoder. Raise ValueError if a weight is missing or does not fit."""
+    import diffusers
+    import transformers
+
+    of_diffusers, name = known_parts(config)[part].library == "diffusers", read_class(folder, part)
+    library: Any = diffusers if of_diffusers else transformers
+    dtype = {"torch_dtype" if of_diffusers else "dtype": config.loaded_dtype}
+    keys = read_object(folder / part / "config.json")
+    with library_errors(None, f"its {part} cannot be made as {part}/config.json says", keys):
+        model, found = getattr(library, name).from_pretrained(
+            str(folder / part),
+            variant=weights.variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported together below
+            **dtype,
+        )
+    # A text encoder's file may hold more than the encoder. In a network or decoder, extra weights mean another model.
+    if fault := weights_fault(found, refuse_unexpected=of_diffusers):
+        raise ValueError(f"its {part}, {with_article(name)}, cannot be loaded ({fault})")
+    refuse_not_finite(folder / part, model.state_dict())
+    return model

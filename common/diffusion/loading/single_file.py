@@ -4,19 +4,20 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_ddpo.common.diffusion.loading.load_part import load_part
 from ray_ddpo.common.diffusion.loading.model_index import (
     FAMILIES,
     INDEX,
+    PartNotThere,
     about_folder,
     about_model,
     check_folder,
+    conversion,
     known_parts,
     read_class,
     read_object,
     with_article,
 )
-from ray_ddpo.common.diffusion.loading.part_files import TEXT_FILES, PartNotThere, text_files, weights_of
+from ray_ddpo.common.diffusion.loading.part_files import TEXT_FILES, PartWeights, load_part, text_files, weights_of
 from ray_ddpo.common.model_files.file_faults import check_file, refuse_not_finite
 from ray_ddpo.common.model_files.model_hub import Weights, read_from_hub
 from ray_ddpo.common.model_files.pretrained import weights_fault
@@ -34,12 +35,6 @@ BY_REPOSITORY = {  # the repository that diffusers recognizes a file as → the 
     "stable-diffusion-2-1": "StableDiffusionPipeline",
 }
 FALLBACK = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # diffusers' answer for files that it does not recognize, too
-EXAMPLES = {
-    "StableDiffusionPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "StableDiffusionXLPipeline": "stabilityai/stable-diffusion-xl-base-1.0",
-    "StableDiffusion3Pipeline": "stabilityai/stable-diffusion-3.5-medium",
-    "FluxPipeline": "black-forest-labs/FLUX.1-dev",
-}
 
 
 def names_a_file(model: str) -> bool:
@@ -54,34 +49,22 @@ def file_path(model: str) -> Path:
 
 
 def check_single_file(config: "DiffusersConfig") -> None:
-    """Check everything about a single file that its name and header tell.
-
-    Raises:
-        ValueError: The file cannot be loaded.
-    """
-    path = file_path(config.model)
-    example = EXAMPLES.get(config.pipeline_class, "the model's repository")
+    """Raise ValueError if a single file's name or header tells that it cannot be loaded."""
+    path, example = file_path(config.model), next(iter(config.published), "the model's repository")
+    command = conversion(config, f"from_single_file('{config.model}')")
+    convert = f"convert it where the hub can be reached, with {command}"
     with about_model(config.model):
         if not path.is_file():
             raise ValueError("there is no such file")
         if path.suffix != SAFE:
-            raise ValueError(f"it is no {SAFE} file, and pickles are not opened: {_conversion(config)}")
+            raise ValueError(f"it is no {SAFE} file, and pickles are not opened: {convert}")
         check_file(path)
         _check_kind(config, _names_and_shapes(path))
         if config.single_file_config is None:
             raise ValueError(
                 "a single file has no configurations: set policy.single_file_config to a folder in diffusers' format "
-                f"or a hub name that has those of the same architecture, such as '{example}'; or {_conversion(config)}"
+                f"or a hub name that has those of the same architecture, such as '{example}'; or {convert}"
             )
-
-
-def _conversion(config: "DiffusersConfig") -> str:
-    load = f"from diffusers import {config.pipeline_class} as P; P.from_single_file('{config.model}')"
-    program = f"{load}.save_pretrained('MODEL')"
-    return (
-        f'convert it where the hub can be reached, with `python -c "{program}"`, '
-        "and set policy.model to the folder MODEL"
-    )
 
 
 def _names_and_shapes(path: Path) -> dict[str, Any]:
@@ -116,11 +99,7 @@ def _check_kind(config: "DiffusersConfig", names: dict[str, Any]) -> None:
 
 
 def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, absent: dict[str, None]) -> Any:
-    """Return the pipeline of a single file with the parts that `role` needs.
-
-    Raises:
-        ValueError: A weight is missing.
-    """
+    """Return a single file's pipeline with the parts that `role` needs. Raise ValueError if a weight is missing."""
     path, folder = file_path(config.model), _config_folder(config)
     with about_folder(config):
         check_folder(config, folder, role)
@@ -129,26 +108,27 @@ def load_single_file(config: "DiffusersConfig", pipeline_class: Any, role: str, 
             part: load_part(config, folder, part, weights) for part, weights in _beside(config, folder, role).items()
         }
         names = _names_and_shapes(path)
-        for part, known in known_parts(config, role).items():
-            if known.kind == "model" and known.library == "diffusers" and part not in beside:
+        models = {part: known for part, known in known_parts(config, role).items() if known.kind == "model"}
+        for part, known in models.items():
+            if known.library == "diffusers" and part not in beside:
                 _check_names(folder, part, names)
         given = {**config.loading, **absent, **beside}
         pipeline = pipeline_class.from_single_file(
             str(path), config=str(folder), local_files_only=True, dtype=config.loaded_dtype, **given
         )
-        for part, known in known_parts(config, role).items():
-            if known.kind == "model":
-                _check_complete(part, getattr(pipeline, part))
-                refuse_not_finite(f"{path}, its {part}", getattr(pipeline, part).state_dict())
+        for part in models:
+            model = getattr(pipeline, part)
+            tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            # diffusers leaves weights that the file lacks on the meta device.
+            if missing := sorted(name for name, tensor in tensors.items() if tensor.is_meta):
+                fault = f"weights are missing: {missing[0]}, {len(missing)} in all"
+                raise ValueError(f"its {part} cannot be loaded ({fault})")
+            refuse_not_finite(f"{path}, its {part}", model.state_dict())
         return pipeline
 
 
 def _check_names(folder: Path, part: str, names: dict[str, Any]) -> None:
-    """Compare names and shapes, as diffusers converts them, with those of the part.
-
-    Raises:
-        ValueError: They differ.
-    """
+    """Raise ValueError if names and shapes, as diffusers converts them, are not those of the part."""
     import diffusers
     import torch
     from diffusers.loaders.single_file_model import (
@@ -165,23 +145,11 @@ def _check_names(folder: Path, part: str, names: dict[str, Any]) -> None:
             found = SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"](config=keys, checkpoint=found)
         except (KeyError, IndexError) as error:
             raise ValueError(f"its {part} cannot be loaded (weights are missing, such as {error})") from error
-    report = {
-        "missing_keys": expected.keys() - found.keys(),
-        "unexpected_keys": (),
-        "mismatched_keys": [
-            (each,) for each in expected.keys() & found.keys() if expected[each].shape != found[each].shape
-        ],
-    }
-    if fault := weights_fault(report):
+    shared = expected.keys() & found.keys()
+    misfits = [(each,) for each in shared if expected[each].shape != found[each].shape]
+    missing = expected.keys() - found.keys()
+    if fault := weights_fault({"missing_keys": missing, "unexpected_keys": (), "mismatched_keys": misfits}):
         raise ValueError(f"its {part}, {with_article(name)}, cannot be loaded ({fault})")
-
-
-def _check_complete(part: str, model: Any) -> None:
-    """Raise ValueError if a tensor is still on the meta device, where diffusers leaves weights that the file lacks."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    missing = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
-    if missing:
-        raise ValueError(f"its {part} cannot be loaded (weights are missing: {missing[0]}, {len(missing)} in all)")
 
 
 def _config_folder(config: "DiffusersConfig") -> Path:
@@ -198,7 +166,7 @@ def _config_folder(config: "DiffusersConfig") -> Path:
     return read_from_hub(read, f"policy.single_file_config is {source!r}, which cannot be loaded")
 
 
-def _beside(config: "DiffusersConfig", folder: Path, role: str) -> dict[str, Any]:
+def _beside(config: "DiffusersConfig", folder: Path, role: str) -> dict[str, PartWeights]:
     """Return the weights of parts that are not in the file. Many published files lack text encoders or decoder."""
     import transformers
     from diffusers.loaders import single_file_utils as utils

@@ -49,14 +49,10 @@ def compute_adapters_in(network: nn.Module, device: str, dtype: torch.dtype) -> 
 
     Autocast around the full network would run every norm in float32 and double the size of its activations.
     """
-    from peft.tuners.lora import LoraLayer
-
-    for layer in network.modules():
-        if isinstance(layer, LoraLayer):
-            adapted: Any = layer
-            # A cast to float32 would be undone by autocast: the same bits, with two more copies.
-            adapted.cast_input_dtype_enabled = False
-            adapted.forward = torch.autocast(device.partition(":")[0], dtype)(adapted.forward)
+    for layer in adapted_layers(network).values():
+        # A cast to float32 would be undone by autocast: the same bits, with two more copies.
+        layer.cast_input_dtype_enabled = False
+        layer.forward = torch.autocast(device.partition(":")[0], dtype)(layer.forward)
 
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -101,9 +97,7 @@ class MergedAdapters:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        from peft.tuners.lora import LoraLayer
-
-        self._layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
+        self._layers = list(adapted_layers(network).values())
         self._pretrained = [layer.get_base_layer().weight.detach().clone() for layer in self._layers]
 
     def to(self, device: str) -> None:
@@ -121,10 +115,7 @@ class MergedAdapters:
 
 def base_weight_bytes(network: nn.Module) -> int:
     """Return the bytes of the weights that adapters are merged into. `MergedAdapters` keeps a copy of these."""
-    from peft.tuners.lora import LoraLayer
-
-    layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
-    return sum(layer.get_base_layer().weight.nbytes for layer in layers)
+    return sum(layer.get_base_layer().weight.nbytes for layer in adapted_layers(network).values())
 
 
 @contextmanager
@@ -158,21 +149,16 @@ def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = 
     """Write the adapter as the file that diffusers' `load_lora_weights` reads. Equal weights give equal bytes.
 
     alpha / rank is folded into the weights, so that a program that ignores the header applies the same strength.
-    If folding rounds the weights, they are also written as trained, into a second file.
-
-    Args:
-        network: the network with the adapter.
-        lora: the adapter's settings, from which the target modules are written.
-        folder: where the file is written.
-        part: the network's name in its pipeline.
+    If folding rounds the weights, they are also written as trained, into a second file. `part` is the network's name in
+    its pipeline.
     """
     from peft import get_peft_model_state_dict
 
     layers, state = adapted_layers(network), get_peft_model_state_dict(network)
     trained = {f"{part}.{name}": value.cpu().contiguous() for name, value in state.items()}
     scales = {f"{part}.{name}": float(layer.scaling[ADAPTER]) for name, layer in layers.items()}
-    folded = _scaled(trained, scales)
-    unfolded = _scaled(folded, {name: 1 / scale for name, scale in scales.items()})
+    folded = scaled(trained, scales)
+    unfolded = scaled(folded, {name: 1 / scale for name, scale in scales.items()})
     targets = sorted(lora.target_modules if lora.path is None else layers)
     ranks = {name: int(layer.r[ADAPTER]) for name, layer in layers.items()}
     alphas = {name: _as_integer(layer.scaling[ADAPTER] * layer.r[ADAPTER]) for name, layer in layers.items()}
@@ -188,8 +174,8 @@ def save_lora(network: nn.Module, lora: LoraSettings, folder: Path, part: str = 
     return folder / FILE_NAME
 
 
-def _scaled(tensors: dict[str, Tensor], scales: dict[str, float]) -> dict[str, Tensor]:
-    """Multiply each adapter's second matrix, and its bias."""
+def scaled(tensors: dict[str, Tensor], scales: dict[str, float]) -> dict[str, Tensor]:
+    """Multiply each adapter's second matrix, and its bias, by the layer's factor."""
     return {
         name: value * scales[module_of(name)] if ".lora_B" in name or ".lora_embedding_B" in name else value
         for name, value in tensors.items()
@@ -214,11 +200,7 @@ def _as_integer(alpha: float | int) -> float | int:
 def read_lora_settings(path: Path) -> LoraSettings | None:
     """Return rank, alpha and target modules of one of this program's files; `path` alone if they differ between layers.
 
-    Returns:
-        None if another program wrote the file.
-
-    Raises:
-        ValueError: The file is not safetensors.
+    If another program wrote the file, return None.
     """
     file = read_lora_file(path)
     if not file.is_ours:
@@ -231,20 +213,12 @@ def read_lora_settings(path: Path) -> LoraSettings | None:
 
 
 def load_lora(network: nn.Module, path: Path) -> None:
-    """Load a LoRA file into the network's own adapter, not as a second one.
-
-    Raises:
-        ValueError: The file is not safetensors, or does not fit name by name.
-    """
+    """Load a LoRA file into the network's own adapter, not as a second. Raise ValueError if the file does not fit."""
     load_lora_file(network, read_lora_file(path))
 
 
 def load_lora_file(network: nn.Module, file: LoraFile) -> None:
-    """Load one of this program's files into the network's own adapter, at the strength that the file gives.
-
-    Raises:
-        ValueError: The file does not fit name by name.
-    """
+    """Load one of this program's files into the network's own adapter, at the strength that the file gives."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(network).items()}
@@ -256,12 +230,11 @@ def load_lora_file(network: nn.Module, file: LoraFile) -> None:
             "tensors): another model, or another rank"
         )
     scales = {name: file.scale(name) / float(layer.scaling[ADAPTER]) for name, layer in adapted_layers(network).items()}
-    set_peft_model_state_dict(network, _scaled(file.named(), scales))
+    set_peft_model_state_dict(network, scaled(file.named(), scales))
 
 
 def trained_tensors(file: LoraFile) -> dict[str, Tensor]:
     """Return the tensors of one of this program's files as they were trained, without alpha / rank folded in."""
-    modules = {module_of(name) for name in file.tensors}
-    names = {module: module.removeprefix(f"{file.part}.") for module in modules}
-    scales = {module: file.scale(name) / file.trained_scale(name) for module, name in names.items()}
-    return _scaled(file.tensors, scales)
+    names = {module: module.removeprefix(f"{file.part}.") for module in map(module_of, file.tensors)}
+    scales = {module: file.scale(name) / file.scale(name, trained=True) for module, name in names.items()}
+    return scaled(file.tensors, scales)

@@ -82,24 +82,24 @@ def load_any_lora(
     for name in (part, *beside):
         if converted.of(name):
             refuse_settings(file.path, converted.metadata or {}, name)
-    _refuse_what_does_not_fit(file, network, part, _of_network(converted.of(part)))
-    for name, encoder in beside.items():
-        _refuse_what_does_not_fit(file, encoder, name, _of_encoder(converted.of(name), encoder))
+    modules: dict[str, Any] = {part: network, **beside}
+    states = {name: _of_encoder(converted.of(name), encoder) for name, encoder in beside.items()}
+    states = {part: _of_network(converted.of(part)), **states}
+    for name, state in states.items():
+        _refuse_what_does_not_fit(file, modules[name], name, state)
     given: dict[str, Any] = {"network_alphas": converted.alphas, "metadata": converted.metadata}
     given |= {"adapter_name": adapter or FIRST, "low_cpu_mem_usage": True}  # as diffusers' pipelines do
     with _refusing(file, f"diffusers cannot load it into {type(network).__name__}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # mismatches are refused or reported below
-        if converted.of(part):
+        if states[part]:
             network.load_lora_adapter(converted.state, prefix=part, **given)
         for name, encoder in beside.items():
-            if converted.of(name):
+            if states[name]:
                 loader.load_lora_into_text_encoder(converted.state, text_encoder=encoder, prefix=name, **given)
-    of_network = _of_network(converted.of(part))
     _report_alphas(file, network, converted, part)
-    _refuse_what_did_not_arrive(file, network, of_network, adapter or FIRST)
-    for name, encoder in beside.items():
-        _refuse_what_did_not_arrive(file, encoder, _of_encoder(converted.of(name), encoder), adapter or FIRST)
-    return of_network
+    for name, state in states.items():
+        _refuse_what_did_not_arrive(file, modules[name], state, adapter or FIRST)
+    return states[part]
 
 
 def loadable_encoders(pipeline: Any) -> dict[str, nn.Module]:
@@ -121,11 +121,7 @@ def _loader(network: Any) -> Any:
 
 
 def _converted(file: LoraFile, loader: Any, network: Any, part: str) -> _Converted:
-    """Convert a file's names to diffusers'.
-
-    Raises:
-        ValueError: diffusers cannot read the file, or would ignore a tensor that has an effect.
-    """
+    """Convert a file's names to diffusers'. Raise ValueError if diffusers cannot read the file, or ignores a tensor."""
     if (file.path.parent / PEFT_CONFIG).is_file() and all(name.startswith(PEFT_PREFIX) for name in file.tensors):
         return _of_peft(file, part)
     tensors: dict[str, Any] = {}
@@ -194,27 +190,19 @@ def _refuse_what_is_left_out(file: LoraFile, state: Mapping[str, Any]) -> None:
     """Raise ValueError if diffusers' conversion has dropped a tensor that has an effect."""
     used = frozenset[str]().union(*(each.sources for each in _traced_in(dict(state))))
     modules = {name.split(".lora")[0].split("_lora.")[0] for name in used}
-    unused = [
-        name
-        for name in file.tensors
-        if name not in used and not (name.endswith(".alpha") and name.removesuffix(".alpha") in modules)
-    ]
-    ignored = [name for name in unused if name.endswith(".alpha") or bool(file.tensors[name].float().any())]
-    if ignored:
+    unused = {name: value for name, value in file.tensors.items() if name not in used}
+    alphas = [name for name in unused if name.endswith(".alpha")]
+    of_used = {name for name in alphas if name.removesuffix(".alpha") in modules}
+    if ignored := [name for name in unused if name not in of_used and (name in alphas or unused[name].float().any())]:
         raise ValueError(_misfit(file, ignored, "would be ignored by diffusers"))
 
 
 def _refuse_other_parts(file: LoraFile, converted: _Converted, parts: tuple[str, ...]) -> None:
     """Raise ValueError if tensors belong to parts of the pipeline that are not loaded."""
-    others = [name for name in converted.state if name.partition(".")[0] not in parts]
-    if others:
+    if others := [name for name in converted.state if name.partition(".")[0] not in parts]:
         for_text = len(parts) == 1 and all(name.startswith("text_encoder") for name in others)
-        where = (
-            "belong to text encoders, which are not trained here"
-            if for_text
-            else f"belong to none of {', '.join(parts)}"
-        )
-        raise ValueError(_misfit(file, others, where))
+        where = "text encoders, which are not trained here" if for_text else f"none of {', '.join(parts)}"
+        raise ValueError(_misfit(file, others, f"belong to {where}"))
 
 
 def _refuse_what_does_not_fit(file: LoraFile, module: nn.Module, part: str, state: Mapping[str, Tensor]) -> None:
@@ -223,19 +211,18 @@ def _refuse_what_does_not_fit(file: LoraFile, module: nn.Module, part: str, stat
     wrong = []
     for name, value in state.items():
         layer, _, kind = name.partition(".lora_")
-        weight = layers.get(layer)
+        weight: Any = layers.get(layer)
         kind = f"lora_{kind}".removesuffix(".weight") if "magnitude" in kind else f"lora_{kind}"
         paired = {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"} <= state.keys()
-        if kind not in KINDS or not paired or weight is None or not _matches(kind, value, weight):
+        fits = kind in KINDS and paired and weight is not None
+        if fits and kind == "lora_A.weight":
+            fits = value.shape[1:] == weight.shape[1:]
+        elif fits and "magnitude" not in kind:
+            fits = value.shape[0] == weight.shape[0]
+        if not fits:
             wrong.append(f"{part}.{name}")
     if wrong:
         raise ValueError(_misfit(file, wrong, f"have no layer of that name and shape in {type(module).__name__}"))
-
-
-def _matches(kind: str, value: Tensor, weight: Tensor) -> bool:
-    if kind == "lora_A.weight":
-        return value.shape[1:] == weight.shape[1:]
-    return value.shape[0] == weight.shape[0] or "magnitude" in kind
 
 
 def _refuse_what_did_not_arrive(file: LoraFile, module: Any, state: Mapping[str, Tensor], adapter: str) -> None:

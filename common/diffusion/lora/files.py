@@ -18,9 +18,7 @@ from ray_ddpo.common.reading import reading
 from ray_ddpo.common.recipe.named_files import Weights
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
-EXACT_NAME = (
-    "trained_adapter.safetensors"  # a second file, written if folding alpha / rank into the weights rounds them
-)
+EXACT_NAME = "trained_adapter.safetensors"  # a second file, for alpha / rank that cannot be folded in without rounding
 PEFT_NAME, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # the header's key in which diffusers looks for rank and alpha
 TRAINED = "trained_adapter_metadata"  # the header's key for rank and alpha in training
@@ -62,13 +60,17 @@ class LoraFile:
         """Return rank, alpha, target modules and patterns of one of this program's files, as in training."""
         return {name.removeprefix(f"{self.part}."): value for name, value in (self.trained or self.metadata).items()}
 
-    def scale(self, module: str) -> float:
-        """Return the header's factor for a module's adapter; 1 if there is none, as in every other program."""
-        return scale_of(self.metadata, self.part, module)
+    def scale(self, module: str, trained: bool = False) -> float:
+        """Return a module's alpha / rank, as PEFT finds it in the header, or as in training; 1 if there is none."""
+        from peft.utils.other import get_pattern_key
 
-    def trained_scale(self, module: str) -> float:
-        """Return the factor of the module's adapter in training."""
-        return scale_of(self.trained or self.metadata, self.part, module)
+        settings = (self.trained or self.metadata) if trained else self.metadata
+        values = {name.removeprefix(f"{self.part}."): value for name, value in settings.items()}
+        if not {"r", "lora_alpha"} <= values.keys():
+            return 1.0
+        ranks, alphas = values.get("rank_pattern", {}), values.get("alpha_pattern", {})
+        rank = ranks.get(get_pattern_key(list(ranks), module), values["r"])
+        return alphas.get(get_pattern_key(list(alphas), module), values["lora_alpha"]) / rank
 
     def named(self) -> dict[str, Tensor]:
         """Return the tensors by their names in the network."""
@@ -103,10 +105,7 @@ def lora_file(path: Path) -> Path:
 
 
 def save_with_header(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
-    """Write a safetensors file with deterministic bytes.
-
-    The library itself writes a header's settings in random order.
-    """
+    """Write a safetensors file with deterministic bytes. The library writes a header's settings in random order."""
     save_file(tensors, path, header)
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
@@ -118,11 +117,7 @@ def save_with_header(tensors: dict[str, Tensor], path: Path, header: dict[str, s
 
 
 def files_of_lora(path: str) -> Weights:
-    """Return the files at `policy.lora.path`, to be fingerprinted.
-
-    Raises:
-        ValueError: There are none, or they are pickled.
-    """
+    """Return the files at `policy.lora.path`, to be fingerprinted. Raise ValueError if there are none."""
     try:
         file = lora_file(Path(path).expanduser())
     except ValueError as error:
@@ -158,9 +153,8 @@ def read_lora_file(path: Path) -> LoraFile:
         for key, value in settings.items():
             is_number = isinstance(value, int | float) and bool(value) and math.isfinite(value)
             if key.rpartition(".")[2] in ("r", "lora_alpha") and not is_number:
-                raise ValueError(
-                    f"the LoRA {file} has {key} = {value!r} in its header: it must be a number other than 0"
-                )
+                said = f"{key} = {value!r} in its header: it must be a number other than 0"
+                raise ValueError(f"the LoRA {file} has {said}")
     return LoraFile(file, tensors, metadata, trained, header.get(NETWORK, ""))
 
 
@@ -182,15 +176,3 @@ def refuse_settings(path: Path, metadata: Mapping[str, Any], part: str) -> None:
             f"the LoRA {path} has modules_to_save = {kept!r}: full layers next to the adapters, which diffusers does "
             "not load"
         )
-
-
-def scale_of(settings: Mapping[str, Any], part: str | None, module: str) -> float:
-    """Return alpha / rank of a module, as PEFT finds them in a file's settings; 1 if there are none."""
-    from peft.utils.other import get_pattern_key
-
-    values = {name.removeprefix(f"{part}."): value for name, value in settings.items()}
-    if not {"r", "lora_alpha"} <= values.keys():
-        return 1.0
-    ranks, alphas = values.get("rank_pattern", {}), values.get("alpha_pattern", {})
-    rank = ranks.get(get_pattern_key(list(ranks), module), values["r"])
-    return alphas.get(get_pattern_key(list(alphas), module), values["lora_alpha"]) / rank

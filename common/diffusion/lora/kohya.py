@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ray_ddpo.common.diffusion.lora.adapters import module_of
+from ray_ddpo.common.diffusion.lora.adapters import module_of, scaled
 from ray_ddpo.common.diffusion.lora.diffusers_format import NOT_READ
 from ray_ddpo.common.diffusion.lora.files import LoraFile
 
@@ -23,8 +23,7 @@ def save_kohya(file: LoraFile, path: Path) -> None:
     """Write the tensors of one of this program's files with kohya's names, so that they act at strength 1.
 
     With one rank, each layer's alpha is the rank. With several, no alpha is written: diffusers would apply the most
-    frequent
-    alpha to all layers, and without alphas every program uses each layer's own rank.
+    frequent alpha to all layers, and without alphas every program uses each layer's own rank.
 
     Raises:
         ValueError: Another program wrote the file, or a layer has no such name.
@@ -39,7 +38,8 @@ def save_kohya(file: LoraFile, path: Path) -> None:
             f"the LoRA {file.path} is for {kind or 'a network that the file does not name'}: kohya's names are written "
             f"for {' and '.join(READERS)} only; diffusers and ComfyUI read the file as it is"
         )
-    wanted = _at_full_strength(file)
+    scales = {module: file.scale(module.removeprefix(f"{file.part}.")) for module in map(module_of, file.tensors)}
+    wanted = scaled(file.tensors, scales)
     if file.part == "unet":
         renamed = convert_state_dict_to_kohya(wanted)
         tensors = {name: value.float().contiguous() for name, value in renamed.items()}  # alphas as kohya's scripts do
@@ -53,21 +53,10 @@ def save_kohya(file: LoraFile, path: Path) -> None:
     save_file(tensors, path)
 
 
-def _at_full_strength(file: LoraFile) -> dict[str, Tensor]:
-    """Return the tensors with the header's factor multiplied in."""
-    scales = {module: file.scale(module.removeprefix(f"{file.part}.")) for module in map(module_of, file.tensors)}
-    return {
-        name: value * scales[module_of(name)] if ".lora_B" in name else value for name, value in file.tensors.items()
-    }
-
-
 def _refuse_what_is_read_otherwise(
     file: LoraFile, tensors: dict[str, Tensor], wanted: dict[str, Tensor], reader: str
 ) -> None:
-    """Raise ValueError if diffusers does not read the same weights back.
-
-    Kohya's names have underscores instead of dots.
-    """
+    """Raise ValueError if diffusers does not read the same weights back from kohya's names."""
     from diffusers.loaders import lora_pipeline
     from diffusers.utils import convert_unet_state_dict_to_peft
 
@@ -153,9 +142,8 @@ def _as_one(layers: dict[str, Adapter], parts: dict[str, int]) -> Adapter:
 
 
 def _with_alpha(name: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
-    alpha = torch.tensor(float(down.shape[0]))
     return {
         f"{name}.lora_down.weight": down.contiguous(),
         f"{name}.lora_up.weight": up.contiguous(),
-        f"{name}.alpha": alpha,
+        f"{name}.alpha": torch.tensor(float(len(down))),
     }

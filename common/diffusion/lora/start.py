@@ -49,8 +49,7 @@ def start_from_file(network: nn.Module, lora: LoraSettings) -> None:
 
     Raises:
         ValueError: The file cannot be read, does not fit the network, holds what cannot be trained here, or disagrees
-            with
-            a key that is given.
+            with a key that is given.
     """
     assert lora.path is not None, "whoever asks for this names a file"
     try:
@@ -66,18 +65,13 @@ def start_from_file(network: nn.Module, lora: LoraSettings) -> None:
             for name in layer.adapter_layer_names:
                 getattr(layer, name).requires_grad_(True)
         _refuse_disagreement(network, lora)
-    except ValueError as error:
-        raise ValueError(f"policy.lora.path is {lora.path!r}: {error}") from error
-    except FileNotFoundError as error:
-        raise ValueError(f"policy.lora.path is {lora.path!r}: {first_line(error)}") from error
+    except (ValueError, FileNotFoundError) as error:
+        said = first_line(error) if isinstance(error, FileNotFoundError) else error
+        raise ValueError(f"policy.lora.path is {lora.path!r}: {said}") from error
 
 
 def _start_through_diffusers(network: Any, file: LoraFile) -> None:
-    """Load a file of another program into new adapters.
-
-    Raises:
-        ValueError: The file holds nothing for the network, a DoRA, or biases.
-    """
+    """Load a file of another program into new adapters. Raise ValueError if it holds a DoRA, biases, or nothing."""
     from peft import set_peft_model_state_dict
 
     unet, transformer = TRAINED_PARTS
@@ -85,11 +79,9 @@ def _start_through_diffusers(network: Any, file: LoraFile) -> None:
     state = load_any_lora(file, network, part, {}, ADAPTER)
     if not state:
         raise ValueError(f"it holds nothing for {type(network).__name__}")
-    dora = [name for name in state if "lora_magnitude_vector" in name]
-    if dora:
+    if dora := [name for name in state if "lora_magnitude_vector" in name]:
         raise ValueError(f"it is a DoRA, which is not trained here ({len(dora)} magnitudes, such as {dora[0]})")
-    biases = [name for name in state if name.endswith("lora_B.bias")]
-    if biases:
+    if biases := [name for name in state if name.endswith("lora_B.bias")]:
         raise ValueError(
             f"it has biases in its adapters (lora_bias), {len(biases)} in all, such as {biases[0]}: they are not "
             "trained here"
@@ -130,12 +122,9 @@ MOST_LISTED = 12  # names in an error; a large network has hundreds of layers
 
 
 def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
-    """Refuse target modules that name no layer of the network, or a layer that cannot be adapted.
+    """Raise ValueError if a target module names no layer of the network, or a layer that cannot be adapted.
 
     PEFT ignores names that it does not find: a misspelt name among several would silently leave its layers untrained.
-
-    Raises:
-        ValueError: A target names no such layer, or the network has none.
     """
     said, layers = f"policy.lora.target_modules is {list(targets)}", dict(_adaptable(network))
     if not layers:

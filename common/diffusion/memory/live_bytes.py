@@ -3,7 +3,6 @@
 import gc
 import math
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,29 +12,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Kernels(ABC):
-    """What a device's kernels do that the operations themselves do not show."""
+class Kernels:
+    """Effects of a device's kernels that the operations do not show. By default no memory format and no workspace."""
 
-    @abstractmethod
     def in_memory_format(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
         """Return the output in the memory format that the device's kernel writes."""
-
-    @abstractmethod
-    def scratch(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> int:
-        """Return the bytes of workspace that the kernel takes while it runs."""
-
-
-class PlainKernels(Kernels):
-    """Kernels without special memory formats or workspace."""
-
-    def in_memory_format(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:
         return output
 
     def scratch(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> int:
+        """Return the bytes of workspace that the kernel takes while it runs."""
         return 0
 
 
-PLAIN = PlainKernels()
+PLAIN = Kernels()
 
 
 class LiveBytes(TorchDispatchMode):

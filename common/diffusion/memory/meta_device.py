@@ -16,17 +16,13 @@ IN_HALF = {F.linear, torch.conv2d, F.conv2d, torch.matmul, torch.bmm, torch.badd
 IN_FLOAT32 = {"cuda": {F.group_norm, F.layer_norm, F.softmax, torch.softmax}, "cpu": set()}
 
 BLAS_BYTES = 2 * 2**25  # cuBLAS workspaces of 32 MiB, one each for the forward and the backward thread
-TRANSPOSED_SHARE = 1.0  # of a convolution's tensors that are not channels_last, which cuDNN copies into that format
 # Splits of deterministic fused attention's backward pass: one per multiprocessor of an H100, at least one per head.
 SPLITS = 132
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
 class LikeDevice(TorchFunctionMode):
-    """Run a network on the meta device as on `device`.
-
-    Autocast goes to `dtype` unless that is float32, and attention is fused.
-    """
+    """Run a network on the meta device as on `device`: with autocast to `dtype`, and with fused attention."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -69,17 +65,13 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         query, key, value, *_ = context.saved_tensors
-        summed = _query_sums(query) if context.device == "cuda" else None
+        images, heads, tokens, width = query.shape
+        # The kernel accumulates the query's gradient in float32 and in deterministic order.
+        sums = (math.ceil(SPLITS / (images * heads)), images, heads, tokens, 32 * math.ceil(width / 32))
+        summed = query.new_empty(sums, dtype=torch.float32) if context.device == "cuda" else None
         gradient = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         del summed
         return None, *gradient
-
-
-def _query_sums(query: Tensor) -> Tensor:
-    """Return the buffer in which the kernel accumulates the query's gradient, in float32 and in deterministic order."""
-    images, heads, tokens, width = query.shape
-    splits = math.ceil(SPLITS / (images * heads))
-    return query.new_empty((splits, images, heads, tokens, 32 * math.ceil(width / 32)), dtype=torch.float32)
 
 
 class CudaKernels(Kernels):
@@ -100,8 +92,7 @@ class CudaKernels(Kernels):
             return 0
         outputs = [output] if isinstance(output, Tensor) else [output[0]]
         tensors = [each for each in (*arguments[:2], *outputs) if isinstance(each, Tensor) and each.ndim == 4]
-        copied = [each.nbytes for each in tensors if not each.is_contiguous(memory_format=torch.channels_last)]
-        return round(TRANSPOSED_SHARE * sum(copied))
+        return sum(each.nbytes for each in tensors if not each.is_contiguous(memory_format=torch.channels_last))
 
 
 def _is_channels_last(value: Any) -> bool:

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ray_ddpo.common.diffusion.lora.adapters import adapted_layers, base_weight_bytes, trained_parameters
+from ray_ddpo.common.diffusion.lora.start import make_trainable
 from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes, line_through, peak_bytes
 from ray_ddpo.common.diffusion.memory.meta_device import (
     IntegerIndices,
     LikeDevice,
     kernels_of,
+    library_bytes,
     synthetic_conditioning,
 )
-from ray_ddpo.common.diffusion.memory.sizes import DeviceKind
+from ray_ddpo.common.diffusion.memory.sizes import DeviceKind, count_parameters, parameter_bytes
 
 BATCHES = (1, 2)  # the peak is linear in the batch size, so two points suffice
 
@@ -29,24 +32,20 @@ class Inputs:
     latent_shape: tuple[int, int, int]
     conditioning_shapes: dict[str, tuple[int, ...]]
     branches: int  # rows per image
-    conditioning_dtypes: dict[str, torch.dtype] = field(
-        default_factory=dict
-    )  # of inputs that are not floating, such as labels
+    conditioning_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of inputs that are not floating
 
 
 class NetworkMemory:
     """A network on the meta device with its trained parameters, as it works on a device."""
 
     def __init__(self, network: Any, inputs: Inputs, dtype: torch.dtype, device: DeviceKind) -> None:
-        from peft.tuners.lora import LoraLayer
-
         self._network = network.to(memory_format=torch.channels_last) if device == "cuda" else network
         self._inputs = inputs
         self._dtype = dtype
         self._device: DeviceKind = device
-        adapted = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
+        adapted = adapted_layers(network)
         self._has_adapters = bool(adapted)  # otherwise autocast is around the full network
-        for layer in adapted:
+        for layer in adapted.values():
             self._autocast_alone(layer)
 
     def _autocast_alone(self, layer: Any) -> None:
@@ -143,3 +142,32 @@ def _checkpointing(network: Any, function: Callable[..., Any]) -> Iterator[None]
         yield
     finally:
         network.disable_gradient_checkpointing()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCounts:
+    """Parameters and bytes of a network, and its memory as a sampler has it."""
+
+    parameters: int  # without adapters
+    trained: int
+    learner: PeakBytes  # by the transitions of a micro-batch, with weights and optimizer state
+    network_bytes: int  # the sampler's weights, with the copy that merged adapters keep
+    sampler: NetworkMemory
+
+
+def count_network(config: Any, network: Any, inputs: Inputs, device: DeviceKind) -> NetworkCounts:
+    """Make a network on the meta device trainable and count it. `config` has the family's keys."""
+    parameters = count_parameters(network)
+    make_trainable(network, config.train, config.lora)
+    trained = sum(parameter.numel() for parameter in trained_parameters(network).values())
+    memory = NetworkMemory(network, inputs, config.dtype_of("learner"), device)
+    # Gradient and AdamW's two optimizer states, in float32, per trained parameter.
+    held = parameter_bytes(network) + 3 * 4 * trained + library_bytes(device)
+    learner = memory.learning(config.gradient_checkpointing).plus(held)
+    if config.train == "lora":
+        memory.change_dtype(config.dtype_of("sampler"))
+    # Merging adapters keeps a copy of the base weights.
+    network_bytes = parameter_bytes(network) + (base_weight_bytes(network) if config.merge_adapters else 0)
+    return NetworkCounts(
+        parameters=parameters, trained=trained, learner=learner, network_bytes=network_bytes, sampler=memory
+    )

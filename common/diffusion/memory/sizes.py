@@ -36,9 +36,7 @@ class PolicySizes:
     sampling: PeakBytes  # a sampler's, by images of a task, with its weights
     decoding: PeakBytes
     encoding_bytes: int  # the weights that a sampler holds while it encodes prompts
-    conditioning_dtypes: dict[str, torch.dtype] = field(
-        default_factory=dict
-    )  # of conditioning that is not floating, such as labels
+    conditioning_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of conditioning that is not floating
     network_bytes: int = 0  # the sampler's network alone, with the copy of base weights if adapters are merged
 
     def sampler_bytes(self, batch: int) -> int:

@@ -1,4 +1,4 @@
-"""Cache of counted sizes on disk, so that a second `ddpo plan` of a model need not import diffusers, which takes seconds."""
+"""Cache of counted sizes on disk, so that a second `ddpo plan` of a model does not import diffusers (seconds)."""
 
 import hashlib
 import importlib.metadata
@@ -33,13 +33,12 @@ def sizes_cache() -> Iterator[None]:
 def cached_sizes(key: str, count: Callable[[], PolicySizes]) -> PolicySizes:
     """Return cached sizes, or count them and write them to the cache.
 
-    Args:
-        key: everything that decides the sizes, but libraries and code of this program.
-        count: computes the sizes.
+    The key has everything that decides the sizes, but libraries and code of this program.
     """
     if not _enabled.get():
         return count()
-    path = _folder() / f"{_digest(key)}.json"
+    folder = Path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/ray_ddpo").expanduser()
+    path = folder / "sizes" / f"{_digest(key)}.json"
     with suppress(OSError, ValidationError):  # a missing or damaged file is written again
         return SIZES.validate_json(path.read_bytes())
     sizes = count()
@@ -49,12 +48,6 @@ def cached_sizes(key: str, count: Callable[[], PolicySizes]) -> PolicySizes:
         part.write_bytes(SIZES.dump_json(sizes))
         part.replace(path)
     return sizes
-
-
-def _folder() -> Path:
-    """Return the folder of the cache: that of the environment variable, else one in the user's cache folder."""
-    given = os.environ.get(FOLDER_VARIABLE)
-    return Path(given or "~/.cache/ray_ddpo").expanduser() / "sizes"
 
 
 def _digest(key: str) -> str:

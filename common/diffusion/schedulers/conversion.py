@@ -1,8 +1,7 @@
 """Convert a published scheduler's configuration to DDIM or flow matching, exactly, or refuse it by key.
 
 A scheduler of another class can be converted if it denoises the same process: same betas, same prediction type. DDIM
-then
-replaces its solver, as in `DDIMScheduler.from_config`. Other noise levels have no counterpart in DDIM.
+then replaces its solver, as in `DDIMScheduler.from_config`. Other noise levels have no counterpart in DDIM.
 """
 
 import math
@@ -14,8 +13,6 @@ FILE = "scheduler/scheduler_config.json"
 DDIM = "DDIMScheduler"
 FLOW = "FlowMatchEulerDiscreteScheduler"
 BETA_RANGES = ("linear", "scaled_linear")  # beta schedules from beta_start to beta_end
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
 CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")  # by default
 CARRIED = (
     *CLIPPING,
@@ -33,10 +30,8 @@ CARRIED = (
     "UniPCMultistepScheduler",
     "SASolverScheduler",
 )
-NEEDED = {  # packages that diffusers needs for a scheduler
-    "LMSDiscreteScheduler": "scipy",
-    "DPMSolverSDEScheduler": "torchsde",
-}
+# Packages that diffusers needs for a scheduler.
+NEEDED = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}
 # Defaults of some schedulers that differ from DDIM's: (theirs, DDIM's).
 OWN_BETAS = {"beta_start": (0.00085, 0.0001), "beta_end": (0.012, 0.02)}
 WITH_OWN_BETAS = (
@@ -51,35 +46,21 @@ CORRECTED = {"clip_sample": False, "steps_offset": 1}
 # Key → values that DDIM supports, why no others, and the remedy if changing the value keeps the process the same.
 SPACED = "it spaces noise levels otherwise than DDIM, which steps on the model's own timesteps"
 TRAINED = "a network that was trained on such noise levels cannot be stepped by DDIM"
-SET_FALSE, TAKE_ANOTHER = "; set it to false", ""
-ALLOWED: dict[str, tuple[tuple[Any, ...], str, str]] = {
-    "prediction_type": (PREDICTIONS, "it must be epsilon, v_prediction or sample", TAKE_ANOTHER),
-    "beta_schedule": (
-        ("linear", "scaled_linear", "squaredcos_cap_v2"),
-        "it must be linear, scaled_linear or squaredcos_cap_v2",
-        TAKE_ANOTHER,
-    ),
-    "timestep_spacing": (("leading", "trailing", "linspace"), "it must be leading, trailing or linspace", TAKE_ANOTHER),
-    "use_karras_sigmas": ((False, None), SPACED, SET_FALSE),
-    "use_exponential_sigmas": ((False, None), SPACED, SET_FALSE),
-    "use_beta_sigmas": ((False, None), SPACED, SET_FALSE),
-    "use_lu_lambdas": ((False, None), SPACED, SET_FALSE),
-    "interpolation_type": (("linear",), SPACED, '; set it to "linear"'),
-    "lambda_min_clipped": ((-math.inf, None), SPACED, "; leave it out"),
-    "timestep_type": (("discrete",), TRAINED, TAKE_ANOTHER),
-    "use_flow_sigmas": ((False, None), TRAINED, TAKE_ANOTHER),
-    "use_dynamic_shifting": ((False, None), TRAINED, TAKE_ANOTHER),
-    "sigma_min": ((None,), TRAINED, TAKE_ANOTHER),
-    "sigma_max": ((None,), TRAINED, TAKE_ANOTHER),
-    "shift_terminal": ((None,), TRAINED, TAKE_ANOTHER),
-    "snr_shift_scale": ((None, 1), TRAINED, TAKE_ANOTHER),
-    "variance_type": (
-        (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-        "the network predicts variances, which DDIM has no use for",
-        TAKE_ANOTHER,
-    ),
-    "clip_sample": ((False, None), "its steps are not Gaussian", SET_FALSE),
-    "thresholding": ((False, None), "its steps are not Gaussian", SET_FALSE),
+OFF, FIXED = (False, None), (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "prediction_type": (("epsilon", "v_prediction", "sample"), "it must be epsilon, v_prediction or sample"),
+    "beta_schedule": ((*BETA_RANGES, "squaredcos_cap_v2"), "it must be linear, scaled_linear or squaredcos_cap_v2"),
+    "timestep_spacing": (("leading", "trailing", "linspace"), "it must be leading, trailing or linspace"),
+    **dict.fromkeys(SPACINGS, (OFF, f"{SPACED}; set it to false")),
+    "interpolation_type": (("linear",), f'{SPACED}; set it to "linear"'),
+    "lambda_min_clipped": ((-math.inf, None), f"{SPACED}; leave it out"),
+    "timestep_type": (("discrete",), TRAINED),
+    **dict.fromkeys(("use_flow_sigmas", "use_dynamic_shifting"), (OFF, TRAINED)),
+    **dict.fromkeys(("sigma_min", "sigma_max", "shift_terminal"), ((None,), TRAINED)),
+    "snr_shift_scale": ((None, 1), TRAINED),
+    "variance_type": (FIXED, "the network predicts variances, which DDIM has no use for"),
+    **dict.fromkeys(("clip_sample", "thresholding"), (OFF, "its steps are not Gaussian; set it to false")),
 }
 
 
@@ -88,8 +69,7 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         config: a loaded scheduler's configuration, or the contents of its file. Without `_class_name` it is DDIM's own,
-            and
-            does not clip.
+            and does not clip.
 
     Raises:
         ValueError: DDIM cannot represent it exactly. The message names class, key and value, and what is allowed.
@@ -97,19 +77,15 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     written, name = written_keys(config), config.get("_class_name")
     if name is not None:
         _check_class(name, CARRIED, "policy.name is a family of UNets, which steps by DDIM")
-    for key, (allowed, reason, remedy) in ALLOWED.items():
+    for key, (allowed, reason) in ALLOWED.items():
         if key in written and written[key] not in allowed:
-            raise ValueError(f"{_says(name, key, written[key])}: {reason}{remedy} (in {FILE})")
+            raise ValueError(f"{_says(name, key, written[key])}: {reason} (in {FILE})")
     _check_absent(name, written)
-    _check_length(name, written)
-    key = _bad_beta(written)
-    if key is not None:
-        raise ValueError(f"{_says(name, key, written[key])}: it must be a number above 0 and below 1 (in {FILE})")
+    _check_numbers(name, written)
     if written.get("final_sigmas_type", "zero") != "zero" and written.get("set_alpha_to_one", True):
         raise ValueError(
             f"{_says(name, 'final_sigmas_type', written['final_sigmas_type'])}: DDIM ends so only where "
-            "set_alpha_to_one is "
-            f'false; set it to "zero", or set_alpha_to_one to false, in {FILE}'
+            f'set_alpha_to_one is false; set it to "zero", or set_alpha_to_one to false, in {FILE}'
         )
     # Only the CLIPPING classes clip by default, and those must have the key, so an absent key means False.
     return {"clip_sample": False, **written}
@@ -138,20 +114,13 @@ def flow_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_scheduler(index: Mapping[str, Any], config: Mapping[str, Any], flow: bool) -> None:
-    """Check a folder's files, where `model_index.json` names the class that diffusers makes from the configuration.
-
-    Raises:
-        ValueError: The schedule cannot be represented exactly.
-    """
+    """Raise ValueError if a schedule cannot be represented exactly, in any class that diffusers makes from a folder."""
     for read in as_loaded(index, config):
         (flow_config if flow else ddim_config)(read)
 
 
 def as_loaded(index: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a folder's scheduler configuration for each class that it may be loaded as.
-
-    These are the class that model_index.json names, and the class in the scheduler's own file.
-    """
+    """Return a folder's scheduler configuration for each class that it may be loaded as: the index's and the file's."""
     named = (index.get("scheduler") or [None, None])[1]
     classes = dict.fromkeys(name for name in (named, config.get("_class_name")) if name)
     read = [{**config, "_class_name": name} for name in classes] or [dict(config)]
@@ -173,17 +142,6 @@ def written_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def is_number(value: Any) -> bool:
     """Return whether a key's value is a finite number. Booleans are not numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _bad_beta(written: Mapping[str, Any]) -> str | None:
-    """Return the key of a beta range that is not a number or is negative; None if there is none.
-
-    The betas that follow from valid numbers are checked elsewhere.
-    """
-    if written.get("trained_betas") is not None or written.get("beta_schedule", "linear") not in BETA_RANGES:
-        return None
-    ends = {key: written[key] for key in ("beta_start", "beta_end") if key in written}
-    return next((key for key, value in ends.items() if not is_number(value) or value < 0), None)
 
 
 def _check_class(name: str, carried: tuple[str, ...], why: str, with_keys: str = "") -> None:
@@ -209,13 +167,12 @@ def _check_absent(name: str | None, written: Mapping[str, Any]) -> None:
     if name in CLIPPING and "clip_sample" not in written:
         raise ValueError(
             f"the model's scheduler is {name} without clip_sample, which then clips, so that its steps are not "
-            "Gaussian: "
-            f'write "clip_sample": false into {FILE}'
+            f'Gaussian: write "clip_sample": false into {FILE}'
         )
 
 
-def _check_length(name: str | None, written: Mapping[str, Any]) -> None:
-    """Raise ValueError if the schedule's length or offset is not a usable number."""
+def _check_numbers(name: str | None, written: Mapping[str, Any]) -> None:
+    """Raise ValueError if the schedule's length, offset or range of betas is not a usable number."""
     steps, betas = written.get("num_train_timesteps", 1000), written.get("trained_betas")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"{_says(name, 'num_train_timesteps', steps)}: it must be a whole number above 0 (in {FILE})")
@@ -227,6 +184,11 @@ def _check_length(name: str | None, written: Mapping[str, Any]) -> None:
             f"the model's scheduler has {len(betas)} trained_betas, and num_train_timesteps={steps}: there must be one "
             f"for each (in {FILE})"
         )
+    if betas is not None or written.get("beta_schedule", "linear") not in BETA_RANGES:
+        return
+    for key in ("beta_start", "beta_end"):  # `ddim_table` checks the betas that follow from valid numbers
+        if key in written and (not is_number(written[key]) or written[key] < 0):
+            raise ValueError(f"{_says(name, key, written[key])}: it must be a number above 0 and below 1 (in {FILE})")
 
 
 def _says(name: str | None, key: str, value: Any) -> str:

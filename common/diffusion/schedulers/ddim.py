@@ -39,14 +39,25 @@ class DDIMTable(DenoisingSteps):
         steps: Int[Tensor, "B"],
         stochastic: bool = True,
     ) -> Transition:
-        return ddim_transition(self, latents, model_output, steps, stochastic)
+        """Return the step's distribution, with μ = √ᾱ' x̂0 + √(1 − ᾱ' − σ²) ε (eq. 12).
+
+        If `stochastic` is False, take the deterministic DDIM step (σ = 0). Its mean differs from the stochastic mean;
+        using the latter without noise washes images out.
+        """
+        latents, model_output = latents.float(), model_output.float()
+        alpha, next_alpha = column(self.alphas_cumprod[steps]), column(self.next_alphas_cumprod[steps])
+        clean, noise = _clean_and_noise(self.prediction_type, latents, model_output, alpha)
+        std = self.std()[steps] if stochastic else torch.zeros_like(alpha).flatten()
+        mean = next_alpha.sqrt() * clean + (1 - next_alpha - column(std).square()).clamp(min=0).sqrt() * noise
+        return Transition(mean, std)
 
     def add_noise(
         self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]
     ) -> NoisedLatents:
-        alphas = self.training_alphas_cumprod[timesteps]
-        signal, spread = column(alphas).sqrt(), (1 - column(alphas)).sqrt()
-        target = training_target(self.prediction_type, clean_latents, noise, alphas)
+        alphas = column(self.training_alphas_cumprod[timesteps])
+        signal, spread = alphas.sqrt(), (1 - alphas).sqrt()
+        v = signal * noise - spread * clean_latents
+        target = {"epsilon": noise, "v_prediction": v, "sample": clean_latents}[self.prediction_type]
         return signal * clean_latents + spread * noise, timesteps, target
 
 
@@ -59,35 +70,30 @@ def ddim_table(scheduler_config: dict[str, Any], num_steps: int, eta: float, dev
     from diffusers import DDIMScheduler
 
     scheduler: Any = DDIMScheduler.from_config(ddim_config(scheduler_config))
-    _check_betas(scheduler)
-    timesteps = _timesteps(scheduler, num_steps)
-    following = timesteps - scheduler.config["num_train_timesteps"] // num_steps
-    final = scheduler.final_alpha_cumprod.to(scheduler.alphas_cumprod)
-    if scheduler.config["prediction_type"] == "epsilon" and not scheduler.alphas_cumprod[timesteps].all():
-        raise ValueError(
-            "the model's scheduler has rescale_betas_zero_snr=True and prediction_type epsilon: its first step "
-            "divides by 0"
-        )
-    next_alphas = torch.where(following >= 0, scheduler.alphas_cumprod[following.clamp(min=0)], final)
-    table = DDIMTable(
-        timesteps.to(device),
-        scheduler.alphas_cumprod[timesteps].to(device),
-        next_alphas.to(device),
-        torch.full((num_steps,), eta, device=device),
-        scheduler.config["prediction_type"],
-        scheduler.alphas_cumprod.to(device),
-    )
-    if not table.std().isfinite().all():
-        _refuse_betas(scheduler)
-    return table
-
-
-def _check_betas(scheduler: Any) -> None:
-    """Raise ValueError if the betas make no schedule: ᾱ must fall, and reach 0 only if it is rescaled to."""
     alphas, ends_at_zero = scheduler.alphas_cumprod, scheduler.config["rescale_betas_zero_snr"]
     falls = (scheduler.betas >= 0).all() and (alphas[:-1] > 0).all() and (ends_at_zero or alphas[-1] > 0)
     if not falls or not alphas.isfinite().all():
         _refuse_betas(scheduler)
+    timesteps = _timesteps(scheduler, num_steps)
+    following = timesteps - scheduler.config["num_train_timesteps"] // num_steps
+    if scheduler.config["prediction_type"] == "epsilon" and not alphas[timesteps].all():
+        raise ValueError(
+            "the model's scheduler has rescale_betas_zero_snr=True and prediction_type epsilon: its first step "
+            "divides by 0"
+        )
+    final = scheduler.final_alpha_cumprod.to(alphas)
+    next_alphas = torch.where(following >= 0, alphas[following.clamp(min=0)], final)
+    table = DDIMTable(
+        timesteps.to(device),
+        alphas[timesteps].to(device),
+        next_alphas.to(device),
+        torch.full((num_steps,), eta, device=device),
+        scheduler.config["prediction_type"],
+        alphas.to(device),
+    )
+    if not table.std().isfinite().all():
+        _refuse_betas(scheduler)
+    return table
 
 
 def _refuse_betas(scheduler: Any) -> NoReturn:
@@ -97,11 +103,7 @@ def _refuse_betas(scheduler: Any) -> NoReturn:
 
 
 def _timesteps(scheduler: Any, num_steps: int) -> Int[Tensor, "T"]:
-    """Return the timesteps that diffusers steps on.
-
-    Raises:
-        ValueError: Some are outside of the model's schedule.
-    """
+    """Return the timesteps that diffusers steps on. Raise ValueError if some are outside of the model's schedule."""
     count, spacing = scheduler.config["num_train_timesteps"], scheduler.config["timestep_spacing"]
     if num_steps > count:
         raise ValueError(
@@ -120,45 +122,11 @@ def _timesteps(scheduler: Any, num_steps: int) -> Int[Tensor, "T"]:
     return timesteps
 
 
-def ddim_transition(
-    table: DDIMTable,
-    latents: Float[Tensor, "B C H W"],
-    model_output: Float[Tensor, "B C H W"],
-    steps: Int[Tensor, "B"],
-    stochastic: bool = True,
-) -> Transition:
-    """Return the step's distribution, with μ = √ᾱ' x̂0 + √(1 − ᾱ' − σ²) ε (eq. 12). Computes in float32.
-
-    If `stochastic` is False, take the deterministic DDIM step (σ = 0). Its mean differs from the stochastic mean; using
-    the
-    latter without noise washes images out.
-    """
-    latents, model_output = latents.float(), model_output.float()
-    alpha, next_alpha = column(table.alphas_cumprod[steps]), column(table.next_alphas_cumprod[steps])
-    clean, noise = _clean_and_noise(table.prediction_type, latents, model_output, alpha)
-    std = table.std()[steps] if stochastic else torch.zeros_like(alpha).flatten()
-    mean = next_alpha.sqrt() * clean + (1 - next_alpha - column(std).square()).clamp(min=0).sqrt() * noise
-    return Transition(mean, std)
-
-
 def _clean_and_noise(prediction_type: str, latents: Tensor, output: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """Return x̂0 and ε from the network's output (Salimans & Ho 2022, appendix D, for v)."""
     signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
-    match prediction_type:
-        case "epsilon":
-            return (latents - spread * output) / signal, output
-        case "v_prediction":
-            return signal * latents - spread * output, signal * output + spread * latents
-        case "sample":
-            return output, (latents - signal * output) / spread
-        case unknown:
-            raise ValueError(f"the model's prediction_type is {unknown!r}: it must be epsilon, v_prediction or sample")
-
-
-def training_target(
-    prediction_type: str, clean: Tensor, noise: Float[Tensor, "B C H W"], alphas_cumprod: Float[Tensor, "B"]
-) -> Float[Tensor, "B C H W"]:
-    """Return the prediction target for √ᾱ x0 + √(1−ᾱ) ε."""
-    signal, spread = column(alphas_cumprod).sqrt(), (1 - column(alphas_cumprod)).sqrt()
-    targets = {"epsilon": noise, "v_prediction": signal * noise - spread * clean, "sample": clean}
-    return targets[prediction_type]
+    if prediction_type == "epsilon":
+        return (latents - spread * output) / signal, output
+    if prediction_type == "v_prediction":
+        return signal * latents - spread * output, signal * output + spread * latents
+    return output, (latents - signal * output) / spread

@@ -33,20 +33,13 @@ class DenoisingSteps(ABC):
         steps: Int[Tensor, "B"],
         stochastic: bool = True,
     ) -> Transition:
-        """Return each row's step as a distribution.
-
-        If `stochastic` is False, take the schedule's deterministic step.
-        """
+        """Return each row's step as a distribution. If `stochastic` is False, take the deterministic step."""
 
     @abstractmethod
     def add_noise(
         self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]
     ) -> NoisedLatents:
-        """Run forward diffusion to the model's own `timesteps`.
-
-        Returns:
-            Noised latents, the timestep input and the prediction target.
-        """
+        """Run forward diffusion to the model's own `timesteps`."""
 
     def clean_scale(self, timesteps: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Return by how much the predicted clean latents change if the prediction changes by one.

@@ -31,10 +31,7 @@ class FlowMatchTable(DenoisingSteps):
         return len(self.training_sigmas)
 
     def diffusion(self) -> Float[Tensor, "T"]:
-        """Return s = √(σ / (1 − σ′)) · a (Flow-GRPO, section 4.2).
-
-        σ′ is σ, except at σ = 1, where σ′ is the second σ of the schedule.
-        """
+        """Return s = √(σ / (1 − σ′)) · a (Flow-GRPO, section 4.2); σ′ is σ or, at σ = 1, the schedule's second σ."""
         # A shifted σ may differ from 1 by a rounding error, in either direction.
         finite = torch.where(self.sigmas > 1 - 1e-5, self.next_sigmas[0], self.sigmas)
         return (self.sigmas / (1 - finite)).sqrt() * self.noise_level
@@ -50,7 +47,17 @@ class FlowMatchTable(DenoisingSteps):
         steps: Int[Tensor, "B"],
         stochastic: bool = True,
     ) -> Transition:
-        return flow_match_transition(self, latents, model_output, steps, stochastic)
+        """Return the step's distribution, with Flow-GRPO's mean (eq. 9).
+
+        μ = x (1 + s²/(2σ) dt) + v (1 + s² (1 − σ)/(2σ)) dt. If `stochastic` is False, take the Euler step x + v dt, for
+        which s = 0.
+        """
+        latents, velocity = latents.float(), model_output.float()
+        sigma, change = column(self.sigmas[steps]), column((self.next_sigmas - self.sigmas)[steps])
+        std = self.std()[steps] if stochastic else torch.zeros_like(sigma).flatten()
+        half = column(self.diffusion()[steps]).square() / (2 * sigma) if stochastic else torch.zeros_like(sigma)
+        mean = latents * (1 + half * change) + velocity * (1 + half * (1 - sigma)) * change
+        return Transition(mean, std)
 
     def add_noise(
         self, clean_latents: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], timesteps: Int[Tensor, "B"]
@@ -96,10 +103,8 @@ def flow_match_table(
             keys["mu"] = calculate_shift(image_tokens, *(scheduler.config[key] for key in shifts))
         scheduler.set_timesteps(**keys)
     except (TypeError, ZeroDivisionError) as error:  # diffusers raises these on keys that are null or of another type
-        given = {
-            key: value for key, value in written_keys(scheduler_config).items() if "shift" in key or "seq_len" in key
-        }
-        shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        given = written_keys(scheduler_config).items()
+        shown = ", ".join(f"{key}={value!r}" for key, value in given if "shift" in key or "seq_len" in key)
         raise ValueError(
             f"the model's scheduler has {shown}, of which no schedule follows: {error} (in {FILE})"
         ) from None
@@ -112,24 +117,3 @@ def flow_match_table(
     levels = torch.full((num_steps,), noise_level)
     levels[-1] = 0.0
     return FlowMatchTable(scheduler.timesteps, sigmas[:-1], sigmas[1:], levels, training_sigmas)
-
-
-def flow_match_transition(
-    table: FlowMatchTable,
-    latents: Float[Tensor, "B C H W"],
-    model_output: Float[Tensor, "B C H W"],
-    steps: Int[Tensor, "B"],
-    stochastic: bool = True,
-) -> Transition:
-    """Return the step's distribution, in float32, with Flow-GRPO's mean (eq. 9).
-
-    μ = x (1 + s²/(2σ) dt) + v (1 + s² (1 − σ)/(2σ)) dt. If `stochastic` is False, take the Euler step x + v dt, for
-    which
-    s = 0.
-    """
-    latents, velocity = latents.float(), model_output.float()
-    sigma, change = column(table.sigmas[steps]), column((table.next_sigmas - table.sigmas)[steps])
-    std = table.std()[steps] if stochastic else torch.zeros_like(sigma).flatten()
-    half = column(table.diffusion()[steps]).square() / (2 * sigma) if stochastic else torch.zeros_like(sigma)
-    mean = latents * (1 + half * change) + velocity * (1 + half * (1 - sigma)) * change
-    return Transition(mean, std)

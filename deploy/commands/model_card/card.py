@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from ray_ddpo.common.diffusion.families.flux import OWN_LATENT_SIZE
 from ray_ddpo.common.diffusion.loading.diffusers_config import DiffusersConfig
-from ray_ddpo.common.diffusion.loading.model_files import names_a_file
+from ray_ddpo.common.diffusion.loading.single_file import names_a_file
 from ray_ddpo.common.diffusion.lora.adapters import LoraSettings
 from ray_ddpo.common.diffusion.lora.files import FILE_NAME
 from ray_ddpo.common.diffusion.lora.kohya import READERS

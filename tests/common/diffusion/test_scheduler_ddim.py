@@ -8,12 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ray_ddpo.common.diffusion.schedulers.ddim import (
-    DDIMTable,
-    ddim_table,
-    ddim_transition,
-    training_target,
-)
+from ray_ddpo.common.diffusion.schedulers.ddim import DDIMTable, ddim_table
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import output_sensitivity
 from tests.reference import ddpo_reference as reference
 
@@ -67,7 +62,7 @@ def test_a_deterministic_step_is_infinitely_sensitive() -> None:
 def test_mean_and_deviation_are_the_papers_at_every_step(case: dict, num_steps: int, eta: float) -> None:
     ours = table(num_steps, eta, **case)
     latents, output = latents_and_output(num_steps)
-    transition = ddim_transition(ours, latents, output, torch.arange(num_steps))
+    transition = ours.transition(latents, output, torch.arange(num_steps))
     leading = case["timestep_spacing"] == "leading"
     timesteps = reference.leading_timesteps(num_steps) if leading else reference.trailing_timesteps(num_steps)
     assert ours.timesteps.tolist() == timesteps
@@ -88,7 +83,7 @@ def test_a_step_with_given_noise_lands_where_diffusers_lands(case: dict, num_ste
     theirs.set_timesteps(num_steps)
     latents, output = latents_and_output(num_steps)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(9))
-    ours = ddim_transition(table(num_steps, eta, **case), latents, output, torch.arange(num_steps)).sample(noise)
+    ours = table(num_steps, eta, **case).transition(latents, output, torch.arange(num_steps)).sample(noise)
     for step, timestep in enumerate(theirs.timesteps):
         row = slice(step, step + 1)
         expected = theirs.step(output[row], int(timestep), latents[row], eta=eta, variance_noise=noise[row])
@@ -100,8 +95,8 @@ def test_the_last_step_to_the_clean_image_is_the_step_of_eta_zero() -> None:
     latents, output = latents_and_output(20)
     steps = torch.arange(20)
     sampled, still = (
-        ddim_transition(ours, latents, output, steps),
-        ddim_transition(without_noise, latents, output, steps),
+        ours.transition(latents, output, steps),
+        without_noise.transition(latents, output, steps),
     )
     assert float(sampled.std[-1]) == 0 and (sampled.std[:-1] > 0).all()
     assert torch.equal(sampled.mean[-1], still.mean[-1])
@@ -112,10 +107,10 @@ def test_a_deterministic_step_is_the_step_of_eta_zero_not_the_stochastic_mean() 
     ours, without_noise = table(20, 1.0), table(20, 0.0)
     latents, output = latents_and_output(20)
     steps = torch.arange(20)
-    still = ddim_transition(ours, latents, output, steps, stochastic=False)
-    expected = ddim_transition(without_noise, latents, output, steps)
+    still = ours.transition(latents, output, steps, stochastic=False)
+    expected = without_noise.transition(latents, output, steps)
     assert torch.equal(still.mean, expected.mean) and not still.std.any()
-    assert not torch.allclose(still.mean, ddim_transition(ours, latents, output, steps).mean, atol=1e-3)
+    assert not torch.allclose(still.mean, ours.transition(latents, output, steps).mean, atol=1e-3)
 
 
 def test_with_ddpos_schedule_every_step_is_stochastic() -> None:
@@ -125,16 +120,16 @@ def test_with_ddpos_schedule_every_step_is_stochastic() -> None:
 def test_rows_may_be_at_steps_of_their_own() -> None:
     latents, output = latents_and_output(4)
     ours, steps = table(50), torch.tensor([49, 3, 3, 0])
-    together = ddim_transition(ours, latents, output, steps)
+    together = ours.transition(latents, output, steps)
     for row in range(4):
-        alone = ddim_transition(ours, latents[row : row + 1], output[row : row + 1], steps[row : row + 1])
+        alone = ours.transition(latents[row : row + 1], output[row : row + 1], steps[row : row + 1])
         assert torch.equal(together.mean[row], alone.mean[0]) and torch.equal(together.std[row], alone.std[0])
 
 
 def test_half_precision_inputs_are_computed_in_float32() -> None:
     latents, output = (tensor.bfloat16() for tensor in latents_and_output(4))
-    half = ddim_transition(table(4), latents, output, torch.arange(4))
-    full = ddim_transition(table(4), latents.float(), output.float(), torch.arange(4))
+    half = table(4).transition(latents, output, torch.arange(4))
+    full = table(4).transition(latents.float(), output.float(), torch.arange(4))
     assert half.mean.dtype == torch.float32 and torch.equal(half.mean, full.mean)
 
 
@@ -153,7 +148,9 @@ def test_an_unknown_prediction_type_is_refused_with_those_that_are_known() -> No
 def test_the_training_target_predicts_back_the_clean_latents_and_the_noise(kind: str) -> None:
     clean, noise = latents_and_output(3)
     alphas = torch.tensor([0.9, 0.5, 0.1])
-    target = training_target(kind, clean, noise, alphas)
+    steps = torch.arange(3)
+    schedule = DDIMTable(steps, alphas, alphas, torch.zeros(3), kind, alphas)
+    _, _, target = schedule.add_noise(clean, noise, steps)
     for row, alpha in enumerate(alphas.double().tolist()):
         noised = alpha**0.5 * clean[row].double() + (1 - alpha) ** 0.5 * noise[row].double()
         x0, epsilon = reference.clean_and_noise(kind, noised, target[row].double(), alpha)

@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ray_ddpo.common.diffusion.schedulers.denoising_steps import output_sensitivity
-from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table, flow_match_transition
+from ray_ddpo.common.diffusion.schedulers.flow_match import FlowMatchTable, flow_match_table
 from tests.reference import flow_reference as reference
 
 TOKENS = 1024
@@ -45,7 +45,7 @@ def test_the_path_goes_where_its_papers_say(family: str, num_steps: int) -> None
 def test_mean_and_deviation_are_the_papers_at_every_step(family: str, num_steps: int, level: float) -> None:
     ours, path = table(family, num_steps, level), sigmas(family, num_steps)
     latents, velocity = latents_and_velocity(num_steps)
-    transition = flow_match_transition(ours, latents, velocity, torch.arange(num_steps))
+    transition = ours.transition(latents, velocity, torch.arange(num_steps))
     for index in range(num_steps):
         s = 0.0 if index == num_steps - 1 else reference.diffusion(path[index], path[1], level)
         means = [
@@ -64,7 +64,7 @@ def test_without_noise_every_step_is_that_of_diffusers_own_scheduler(family: str
         keys = {"sigmas": np.linspace(1.0, 1 / 10, 10), "mu": 0.5 + 0.65 * (TOKENS - 256) / 3840}
     theirs.set_timesteps(10, **keys)
     latents, velocity = latents_and_velocity(10)
-    ours = flow_match_transition(table(family, 10), latents, velocity, torch.arange(10), stochastic=False)
+    ours = table(family, 10).transition(latents, velocity, torch.arange(10), stochastic=False)
     assert not ours.std.any()
     for index, timestep in enumerate(theirs.timesteps):
         row = slice(index, index + 1)
@@ -74,8 +74,8 @@ def test_without_noise_every_step_is_that_of_diffusers_own_scheduler(family: str
 
 def test_a_noise_level_of_zero_is_the_same_as_no_noise() -> None:
     latents, velocity = latents_and_velocity(6)
-    silent = flow_match_transition(table("sd3", 6, level=0.0), latents, velocity, torch.arange(6))
-    still = flow_match_transition(table("sd3", 6), latents, velocity, torch.arange(6), stochastic=False)
+    silent = table("sd3", 6, level=0.0).transition(latents, velocity, torch.arange(6))
+    still = table("sd3", 6).transition(latents, velocity, torch.arange(6), stochastic=False)
     assert torch.equal(silent.mean, still.mean) and not silent.std.any()
 
 
@@ -98,7 +98,7 @@ def test_a_path_of_small_steps_ends_in_the_distribution_it_was_made_for(deviatio
         of_noised = (1 - sigma) ** 2 * deviation**2 + sigma**2
         velocity = (sigma - (1 - sigma) * deviation**2) / of_noised
         one = torch.ones(1, 1, 1, 1)
-        mean = flow_match_transition(ours, one, velocity * one, torch.tensor([index])).mean
+        mean = ours.transition(one, velocity * one, torch.tensor([index])).mean
         variance = float(mean) ** 2 * variance + float(std[index]) ** 2
     assert math.sqrt(variance) == pytest.approx(deviation, rel=0.02)
 
@@ -106,16 +106,16 @@ def test_a_path_of_small_steps_ends_in_the_distribution_it_was_made_for(deviatio
 def test_rows_may_be_at_steps_of_their_own() -> None:
     latents, velocity = latents_and_velocity(4)
     ours, steps = table("sd3", 10), torch.tensor([9, 3, 3, 0])
-    together = flow_match_transition(ours, latents, velocity, steps)
+    together = ours.transition(latents, velocity, steps)
     for row in range(4):
-        alone = flow_match_transition(ours, latents[row : row + 1], velocity[row : row + 1], steps[row : row + 1])
+        alone = ours.transition(latents[row : row + 1], velocity[row : row + 1], steps[row : row + 1])
         assert torch.equal(together.mean[row], alone.mean[0]) and torch.equal(together.std[row], alone.std[0])
 
 
 def test_half_precision_inputs_are_computed_in_float32() -> None:
     latents, velocity = (tensor.bfloat16() for tensor in latents_and_velocity(4))
-    half = flow_match_transition(table("sd3", 4), latents, velocity, torch.arange(4))
-    full = flow_match_transition(table("sd3", 4), latents.float(), velocity.float(), torch.arange(4))
+    half = table("sd3", 4).transition(latents, velocity, torch.arange(4))
+    full = table("sd3", 4).transition(latents.float(), velocity.float(), torch.arange(4))
     assert half.mean.dtype == torch.float32 and torch.equal(half.mean, full.mean)
 
 
