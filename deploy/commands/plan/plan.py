@@ -6,8 +6,8 @@ from ray_ddpo.common.diffusion.memory.sizes import largest_divisor, usable_bytes
 from ray_ddpo.common.diffusion.memory.sizes_cache import sizes_cache
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import SHARED, all_pools
-from ray_ddpo.deploy.commands.plan.numbers import Plan, device_of, in_bytes, plan_of_parts
-from ray_ddpo.deploy.driver.components import build_components
+from ray_ddpo.deploy.commands.plan.numbers import Plan, device_of, in_bytes, plan_of
+from ray_ddpo.deploy.driver.components import components_of
 from ray_ddpo.deploy.driver.numerics_notes import rows_note
 from ray_ddpo.learner.optimization.optimizer import rank_optimizer_state_bytes
 
@@ -20,10 +20,9 @@ Rows = list[tuple[str, str]]  # name and value
 def plan(recipe: Recipe) -> str:
     """Return the plan as lines of text."""
     with sizes_cache():
-        parts = build_components(recipe)
-        numbers = plan_of_parts(parts)
+        numbers = plan_of(recipe)
     rows = [*_batch_rows(recipe, numbers), *_byte_rows(recipe, numbers), *_gpu_rows(recipe)]
-    if note := rows_note(parts):
+    if note := rows_note(components_of(recipe)):
         rows.append(("note", note))
     rows += _fitting_rows(recipe, numbers)
     width = max(len(name) for name, _ in rows)
