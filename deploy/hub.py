@@ -100,18 +100,17 @@ def may_push(recipe: Recipe) -> str:
         ValueError: the user may not write there, or the hub refuses the metadata.
         NotPushed: the hub does not answer.
     """
-    card, push = ModelCard(f"---\n{metadata(recipe).to_yaml()}\n---\n"), recipe.push
-    token, repo = _token(push), _repo(push)
-    with _answers(push, token):
-        known = _api(token).whoami()
+    card = ModelCard(f"---\n{metadata(recipe).to_yaml()}\n---\n")
+    with _repository(recipe.push) as (api, repo):
+        known = api.whoami()
         card.validate()
     namespace, user = repo.partition("/")[0], known.get("name", "?")
     roles = {user: "owner"} | {each["name"]: each.get("roleInOrg") for each in known.get("orgs", [])}
     if namespace not in roles:
         raise ValueError(f"push.repo is {repo!r}: {user}, whose token {TOKEN} is, may write in {sorted(roles)} alone")
-    kind = known.get("auth", {}).get("accessToken", {}).get("role")
-    if kind == "read" or roles[namespace] == "read":
-        why = f"the token {TOKEN} of {user}" if kind == "read" else f"{user} in {namespace}"
+    of_token = known.get("auth", {}).get("accessToken", {}).get("role")
+    if "read" in (of_token, roles[namespace]):
+        why = f"the token {TOKEN} of {user}" if of_token == "read" else f"{user} in {namespace}"
         raise ValueError(f"push.repo is {repo!r}: {why} may only read")
     return user
 
@@ -125,9 +124,7 @@ def prepare(recipe: Recipe) -> None:
     """
     may_push(recipe)
     push = recipe.push
-    token, repo = _token(push), _repo(push)
-    api = _api(token)
-    with _answers(push, token):
+    with _repository(push) as (api, repo):
         api.create_repo(repo, private=push.private or None, exist_ok=True)
         api.auth_check(repo, write=True)  # create_repo does not check who may write to an existing repository
         is_public = push.private and not api.model_info(repo).private
@@ -149,9 +146,8 @@ def upload(push: PushTable, files: Files, message: str) -> str:
         ValueError: the hub refuses the files.
         NotPushed: the hub does not answer, or the upload breaks off.
     """
-    token, repo = _token(push), _repo(push)
-    api, operations = _api(token), [CommitOperationAdd(place, file) for place, file in files.items()]
-    with _answers(push, token):
+    operations = [CommitOperationAdd(place, file) for place, file in files.items()]
+    with _repository(push) as (api, repo):
         there = [place for place in api.list_repo_files(repo, revision=push.revision) if is_replaced(place)]
         gone = [CommitOperationDelete(place) for place in there if place not in files]
         commit = api.create_commit(repo, [*operations, *gone], commit_message=message, revision=push.revision)
@@ -162,11 +158,6 @@ def is_replaced(place: str) -> bool:
     """Return whether a push replaces this file, because weights of an earlier push would be loaded too."""
     network = place.startswith(tuple(f"{part}/" for part in TRAINED_PARTS))
     return network or place in ("pytorch_lora_weights.safetensors", "evaluations.jsonl")
-
-
-def _api(token: str) -> HfApi:
-    get_session().timeout = TIMEOUT_SECONDS
-    return HfApi(token=token, library_name="ray-ddpo")
 
 
 def _token(push: PushTable) -> str:
@@ -181,34 +172,32 @@ def _token(push: PushTable) -> str:
     return token
 
 
-def _repo(push: PushTable) -> str:
+@contextmanager
+def _repository(push: PushTable) -> Iterator[tuple[HfApi, str]]:
+    """Yield the hub and the repository's name.
+
+    Errors of huggingface_hub become ValueError and NotPushed, without the token in their text.
+    """
+    token = _token(push)
     assert push.repo is not None, "the command line requires it"
     try:
         validate_repo_id(push.repo)
     except HFValidationError as error:
         raise ValueError(f"push.repo is {push.repo!r}: {first_line(error)}") from None
-    return push.repo
-
-
-@contextmanager
-def _answers(push: PushTable, token: str) -> Iterator[None]:
-    """Convert the errors of huggingface_hub to ValueError and NotPushed, without the token in their text."""
+    get_session().timeout = TIMEOUT_SECONDS
     try:
-        yield
+        yield HfApi(token=token, library_name="ray-ddpo"), push.repo
     # RuntimeError: an upload failed in a thread. ValueError: an invalid answer, or metadata that the hub refuses.
     except (OSError, httpx2.HTTPError, RuntimeError, ValueError) as error:
-        answer = next(
-            (each for each in (error, error.__cause__, error.__context__) if isinstance(each, HfHubHTTPError)), None
-        )
-        if answer is None:
-            why = f"the hub does not answer as it should: {type(error).__name__}: {first_line(error)}"
-            raise NotPushed(_hidden(why, token)) from None
-        status, says = answer.response.status_code, answer.server_message or first_line(answer)
-        if status not in REFUSALS:
-            raise NotPushed(_hidden(f"the hub answers {status}: {says}", token)) from None
-        which = f"the hub does not know the token {TOKEN}" if status == 401 else f"the hub refuses it ({status})"
-        raise ValueError(_hidden(f"push.repo is {push.repo!r}, and {which}: {says}", token)) from None
-
-
-def _hidden(text: str, token: str) -> str:
-    return text.replace(token, f"${TOKEN}")
+        causes = (error, error.__cause__, error.__context__)
+        answer = next((each for each in causes if isinstance(each, HfHubHTTPError)), None)
+        status = answer.response.status_code if answer else None
+        says = answer and answer.server_message or first_line(answer or error)
+        if status in REFUSALS:
+            which = f"the hub does not know the token {TOKEN}" if status == 401 else f"the hub refuses it ({status})"
+            why = f"push.repo is {push.repo!r}, and {which}: {says}"
+        elif answer:
+            why = f"the hub answers {status}: {says}"
+        else:
+            why = f"the hub does not answer as it should: {type(error).__name__}: {says}"
+        raise (ValueError if status in REFUSALS else NotPushed)(why.replace(token, f"${TOKEN}")) from None

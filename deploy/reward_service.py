@@ -12,8 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -27,7 +26,6 @@ from ray_ddpo.actors.rewards.http import Http
 from ray_ddpo.actors.rewards.reward import RewardMistake
 from ray_ddpo.common.prompts import Prompt
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.common.recipe.tables import RewardTable
 from ray_ddpo.common.reward_protocol import (
     HEALTH_PATH,
     SCORE_PATH,
@@ -50,15 +48,6 @@ REQUESTS_AT_ONCE = 4  # in memory; further requests wait with their bodies unrea
 QUIET_SECONDS = 60.0  # a connection that sends nothing for this long is closed
 REQUEST_SECONDS = 300.0  # for a body to arrive, and for a free slot
 PART_BYTES = 65536
-
-
-@dataclass(frozen=True)
-class Listening:
-    """Address of the service, and the environment variable with its token."""
-
-    host: str
-    port: int
-    token_variable: str | None
 
 
 class Refusal(Exception):
@@ -187,21 +176,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.places.release()
 
     def _body(self) -> bytes:
-        body = b"".join(self._parts())  # may end early: the client closed the connection, or took too long
-        if self._unread:
-            self.close_connection = True
-            raise Refusal(408, f"{self._unread} bytes of the body did not come")
-        return body
-
-    def _parts(self) -> Iterator[bytes]:
-        """Yield the body in parts until it is complete or REQUEST_SECONDS have passed."""
-        deadline = time.monotonic() + REQUEST_SECONDS
+        """Read the body; refuse a body that is not complete after REQUEST_SECONDS or when the client closes."""
+        deadline, body = time.monotonic() + REQUEST_SECONDS, bytearray()
         while self._unread and time.monotonic() < deadline:
             part = self.rfile.read1(min(self._unread, PART_BYTES))
             if not part:
-                return
+                break
             self._unread -= len(part)
-            yield part
+            body += part
+        if self._unread:
+            self.close_connection = True
+            raise Refusal(408, f"{self._unread} bytes of the body did not come")
+        return bytes(body)
 
     def _refuse(self, refusal: Refusal) -> None:
         LOG.warning("%s: %s: %s", self.client_address[0], refusal.status, refusal)
@@ -233,15 +219,22 @@ class _Handler(BaseHTTPRequestHandler):
         LOG.info(template, *arguments)
 
 
-def serve_reward(recipe: Recipe, name: str | None, listening: Listening) -> None:
+def serve_reward(recipe: Recipe, name: str | None, host: str, port: int, token_variable: str | None) -> None:
     """Serve one of the recipe's rewards until a signal ends the process.
+
+    Args:
+        recipe: with the reward.
+        name: the reward's; it may be left out if the recipe has one reward.
+        host: the address to listen at.
+        port: 0: any free port.
+        token_variable: the environment variable with the token that clients must send.
 
     Raises:
         ValueError: the recipe has several rewards and none is named, the reward cannot be loaded, or the host can be
             reached from elsewhere and no token is asked for.
     """
-    server = reward_server(recipe, name, listening)
-    asked = f"the token in {listening.token_variable}" if listening.token_variable else "no token"
+    server = reward_server(recipe, name, host, port, token_variable)
+    asked = f"the token in {token_variable}" if token_variable else "no token"
     print(f"serving {server.reward} at {server.url}{SCORE_PATH}, asking for {asked}", flush=True)
     try:
         server.serve_forever()
@@ -251,30 +244,24 @@ def serve_reward(recipe: Recipe, name: str | None, listening: Listening) -> None
         server.server_close()
 
 
-def reward_server(recipe: Recipe, name: str | None, listening: Listening) -> RewardServer:
+def reward_server(recipe: Recipe, name: str | None, host: str, port: int, token_variable: str | None) -> RewardServer:
     """Load the reward, and bind the server to its port; see `serve_reward`."""
-    token = read_token(listening.token_variable, os.environ)
-    if token is None and not _is_this_machine(listening.host):
-        raise ValueError(f"--host {listening.host} can be reached from elsewhere: give --token-variable, too")
-    table = _chosen(recipe, name)
-    reward = build_reward(table)
+    token = read_token(token_variable, os.environ)
+    if token is None and not _is_this_machine(host):
+        raise ValueError(f"--host {host} can be reached from elsewhere: give --token-variable, too")
+    tables = {table.called: table for table in recipe.all_rewards}
+    if name is None and len(tables) == 1:
+        (name,) = tables
+    if name not in tables:
+        raise ValueError(f"--reward is {name!r}: the recipe has {sorted(tables)}")
+    table, reward = tables[name], build_reward(tables[name])
     if isinstance(reward, Http):
         raise ValueError("the recipe's reward is itself asked for over HTTP: give a recipe with the reward to serve")
     worker = RewardWorker({table.called: reward}, table.workers or recipe.reward_workers, recipe.runtime)
     try:
-        return RewardServer((listening.host, listening.port), worker, token)
+        return RewardServer((host, port), worker, token)
     except OSError as error:
-        raise ValueError(f"cannot listen at {listening.host}:{listening.port}: {error}") from error
-
-
-def _chosen(recipe: Recipe, name: str | None) -> RewardTable:
-    """Return the table of the named reward, or of the only one."""
-    tables = {table.called: table for table in recipe.all_rewards}
-    if name is None and len(tables) == 1:
-        return next(iter(tables.values()))
-    if name not in tables:
-        raise ValueError(f"--reward is {name!r}: the recipe has {sorted(tables)}")
-    return tables[name]
+        raise ValueError(f"cannot listen at {host}:{port}: {error}") from error
 
 
 def _is_this_machine(host: str) -> bool:

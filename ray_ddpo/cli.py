@@ -192,17 +192,17 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _serve_reward(options: argparse.Namespace) -> None:
     from ray_ddpo.common.recipe.recipe import Recipe
-    from ray_ddpo.deploy.reward_service import Listening, serve_reward
+    from ray_ddpo.deploy.reward_service import serve_reward
 
-    listening = Listening(options.host, options.port, options.token_variable)
-    serve_reward(Recipe.load(options.recipe, options.overrides), options.reward, listening)
+    recipe = Recipe.load(options.recipe, options.overrides)
+    serve_reward(recipe, options.reward, options.host, options.port, options.token_variable)
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from ray_ddpo.deploy.commands.sample import SampleRequest, sample
+    from ray_ddpo.deploy.commands.sample import sample
 
-    request = SampleRequest(options.lora, options.recipe, tuple(options.prompts), options.seed, options.output)
-    for path in sample(request, options.overrides):
+    asked = (options.lora, options.recipe, options.prompts, options.seed, options.output)
+    for path in sample(*asked, options.overrides):
         print(path)
 
 
@@ -229,16 +229,15 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from ray_ddpo.deploy.commands.evaluate import EvaluateRequest, evaluate
+    from ray_ddpo.deploy.commands.evaluate import evaluate
 
-    request = EvaluateRequest(tuple(options.weights), options.against, options.recipe, options.output)
-    print(evaluate(request, options.overrides))
+    print(evaluate(options.weights, options.against, options.recipe, options.output, options.overrides))
 
 
 def _export(options: argparse.Namespace) -> None:
     from ray_ddpo.deploy.commands.export import export
 
-    print(export(options.exported, options.format, options.output))
+    print(export(options.exported, options.output))
 
 
 def _push(options: argparse.Namespace) -> int:
@@ -262,19 +261,18 @@ def _push(options: argparse.Namespace) -> int:
 def _replay(options: argparse.Namespace) -> int:
     from ray_ddpo.deploy.commands.replay import replay
 
-    replayed = replay(options.replayed, options.round, options.overrides)
-    print(replayed.text)
-    return 0 if replayed.equal else 1
+    text, is_equal = replay(options.replayed, options.round, options.overrides)
+    print(text)
+    return 0 if is_equal else 1
 
 
 def _migrate(options: argparse.Namespace) -> None:
     """Write or print the recipe of a TRL configuration, with notes on stderr."""
     from pathlib import Path
 
-    from ray_ddpo.deploy.commands.migrate.migrate import ScriptSettings, migrate, read_config, write_recipe
+    from ray_ddpo.deploy.commands.migrate.migrate import migrate, read_config, write_recipe
 
-    beside = ScriptSettings(options.processes, options.model, options.reward)
-    migrated = migrate(read_config(Path(options.config)), beside)
+    migrated = migrate(read_config(Path(options.config)), options.processes, options.model, options.reward)
     print(*migrated.lines, sep="\n", file=sys.stderr)
     if options.output:
         print(write_recipe(Path(options.output), migrated))
@@ -283,9 +281,9 @@ def _migrate(options: argparse.Namespace) -> None:
 
 
 def _fit_aesthetic(options: argparse.Namespace) -> None:
-    from ray_ddpo.deploy.commands.fit_aesthetic.fit_aesthetic import fit_aesthetic, request_of
+    from ray_ddpo.deploy.commands.fit_aesthetic.fit_aesthetic import fit_aesthetic
 
-    print(fit_aesthetic(request_of(options)))
+    print(fit_aesthetic(options))
 
 
 RUN = {

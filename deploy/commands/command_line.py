@@ -9,21 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 OVERRIDABLE = ("train", "plan", "doctor", "report", "evaluate", "sample", "replay", "serve-reward", "push")
-RECIPE_HELP = "a TOML file, or the name of a shipped recipe, such as demo or tiny/grpo"
 # Sections of a recipe, written down here so that `ddpo train --help` need not import the recipe's tables.
 SECTIONS = (
-    *(
-        "start_from",
-        "policy",
-        "prompts",
-        "sampling",
-        "samplers",
-        "reward",
-        "aggregation",
-        "reward_workers",
-        "algorithm",
-    ),
-    *("learner", "runtime", "checkpoint", "rollouts", "evaluation", "guard", "push", "media", "trackers"),
+    *("start_from", "policy", "prompts", "sampling", "samplers", "reward", "aggregation", "reward_workers"),
+    *("algorithm", "learner", "runtime", "checkpoint", "rollouts", "evaluation", "guard", "push", "media", "trackers"),
 )
 
 
@@ -41,21 +30,17 @@ def read(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options, rest = reader.parse_known_args(arguments)
     if rest and options.verb not in OVERRIDABLE:
         reader.error(f"ddpo {options.verb} does not know {rest}")
-    options.overrides = _overrides(rest)
+    options.overrides = []
+    for word in rest:  # --key=value is --key and value
+        options.overrides += word.split("=", 1) if word.startswith("--") else [word]
     return options
 
 
-def _overrides(rest: list[str]) -> list[str]:
-    """Split `--key=value` into `--key` and `value`."""
-    parts = []
-    for word in rest:
-        parts += word.split("=", 1) if word.startswith("--") and "=" in word else [word]
-    return parts
-
-
-def _add_recipe(verb: argparse.ArgumentParser, name: str = "recipe") -> None:
+def _add_recipe(verb: argparse.ArgumentParser) -> None:
     """Add an argument for a recipe, which shells complete to shipped names and TOML files."""
-    recipe: Any = verb.add_argument(name, help=RECIPE_HELP)
+    recipe: Any = verb.add_argument(
+        "recipe", help="a TOML file, or the name of a shipped recipe, such as demo or tiny/grpo"
+    )
     recipe.completer = _recipes
 
 
@@ -89,30 +74,8 @@ def parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     _add_recipe_verbs(verbs)
-    _add_scale_and_status(verbs)
-
-    verb = verbs.add_parser("sample", help="sample images with a run's weights")
-    verb.add_argument("--lora", required=True, metavar="RUN_OR_PATH", help="a run's folder, or any LoRA file or folder")
-    verb.add_argument("--recipe", help="recipe whose model and sampling to use; by default the run's own")
-    verb.add_argument("--output", metavar="FOLDER", help="folder for the PNGs; by default samples in the run's folder")
-    verb.add_argument(
-        "--seed", type=int, default=0, help="seed of the first image; each further image has the next one"
-    )
-    verb.add_argument("prompts", nargs="+", metavar="PROMPT")
-
-    verb = verbs.add_parser("report", help="write report.html, before/after images, the reward curve and summary.json")
-    verb.add_argument("runs", metavar="RUN", help="a run's folder")
-
-    _add_evaluate(verbs)
-
-    verb = verbs.add_parser("replay", help="re-sample a round and compare it with the ledger, image by image")
-    verb.add_argument("replayed", metavar="RUN", help="a run's folder")
-    verb.add_argument("--round", type=int, required=True, help="index of the round, from 0")
-    _add_export(verbs)
-    _add_push(verbs)
-    _add_serve_reward(verbs)
-    _add_migrate(verbs)
-    _add_fit_aesthetic(verbs)
+    _add_run_verbs(verbs)
+    _add_service_verbs(verbs)
     return parser
 
 
@@ -144,8 +107,8 @@ def _add_recipe_verbs(verbs: Any) -> None:
     section.completer = _sections
 
 
-def _add_scale_and_status(verbs: Any) -> None:
-    """Add the verbs for active runs."""
+def _add_run_verbs(verbs: Any) -> None:
+    """Add the verbs that take a run's folder or its weights."""
     verb = verbs.add_parser("scale", help="change the number of samplers or reward workers of an active run")
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
     verb.add_argument("--samplers", type=int, metavar="N")
@@ -156,9 +119,18 @@ def _add_scale_and_status(verbs: Any) -> None:
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
     verb.add_argument("--json", action="store_true", help="print one JSON object")
 
+    verb = verbs.add_parser("sample", help="sample images with a run's weights")
+    verb.add_argument("--lora", required=True, metavar="RUN_OR_PATH", help="a run's folder, or any LoRA file or folder")
+    verb.add_argument("--recipe", help="recipe whose model and sampling to use; by default the run's own")
+    verb.add_argument("--output", metavar="FOLDER", help="folder for the PNGs; by default samples in the run's folder")
+    verb.add_argument(
+        "--seed", type=int, default=0, help="seed of the first image; each further image has the next one"
+    )
+    verb.add_argument("prompts", nargs="+", metavar="PROMPT")
 
-def _add_evaluate(verbs: Any) -> None:
-    """Add the verb that compares weights."""
+    verb = verbs.add_parser("report", help="write report.html, before/after images, the reward curve and summary.json")
+    verb.add_argument("runs", metavar="RUN", help="a run's folder")
+
     verb = verbs.add_parser(
         "evaluate",
         help="compare weights on the same held-out images, with each other or with the pretrained model",
@@ -173,8 +145,10 @@ def _add_evaluate(verbs: Any) -> None:
     output_help = "folder without an earlier result; by default evaluation, evaluation-2, … in the first run's folder"
     verb.add_argument("--output", metavar="FOLDER", help=output_help)
 
+    verb = verbs.add_parser("replay", help="re-sample a round and compare it with the ledger, image by image")
+    verb.add_argument("replayed", metavar="RUN", help="a run's folder")
+    verb.add_argument("--round", type=int, required=True, help="index of the round, from 0")
 
-def _add_export(verbs: Any) -> None:
     verb = verbs.add_parser("export", help="write a run's LoRA in a format that other programs read")
     verb.add_argument("exported", metavar="RUN_OR_PATH", help="a run's folder, its best/, or a LoRA of this program")
     verb.add_argument("output", metavar="FILE", help="a .safetensors file that does not exist yet")
@@ -182,9 +156,6 @@ def _add_export(verbs: Any) -> None:
         "--format", choices=["kohya"], default="kohya", help="format of the names; by default %(default)s"
     )
 
-
-def _add_push(verbs: Any) -> None:
-    """Add the verb that uploads weights."""
     verb = verbs.add_parser("push", help="publish a run's weights with a model card on the Hugging Face hub")
     verb.add_argument("pushed", metavar="RUN", help="a run's folder")
     verb.add_argument("repo", metavar="REPO", help="owner/name on the hub; the token is in HF_TOKEN")
@@ -194,8 +165,8 @@ def _add_push(verbs: Any) -> None:
     verb.add_argument("--version", choices=["last", "best"], help="the run's last weights, or those under best/")
 
 
-def _add_serve_reward(verbs: Any) -> None:
-    """Add the verb of the reward service."""
+def _add_service_verbs(verbs: Any) -> None:
+    """Add the verbs around a training: the reward service, TRL's configurations, aesthetic heads."""
     verb = verbs.add_parser("serve-reward", help="serve a recipe's reward over HTTP")
     _add_recipe(verb)
     verb.add_argument("--reward", metavar="NAME", help="one of the recipe's rewards; needed if it has several")
@@ -205,9 +176,6 @@ def _add_serve_reward(verbs: Any) -> None:
         "--token-variable", metavar="NAME", help="environment variable with the token that clients must send"
     )
 
-
-def _add_migrate(verbs: Any) -> None:
-    """Add the verb that converts a TRL configuration."""
     verb = verbs.add_parser("migrate", help="turn the DDPOConfig of a run in TRL into a recipe")
     verb.add_argument("config", help="its fields as a JSON object; a missing field has TRL's default")
     verb.add_argument("--processes", type=int, default=1, metavar="N", help="number of processes of accelerate")
@@ -215,9 +183,6 @@ def _add_migrate(verbs: Any) -> None:
     verb.add_argument("--reward", default="aesthetic", help="a name, or module:function; by default %(default)s")
     verb.add_argument("--output", metavar="FILE", help="file of the recipe; by default it is printed")
 
-
-def _add_fit_aesthetic(verbs: Any) -> None:
-    """Add the verb that fits an aesthetic head."""
     verb = verbs.add_parser("fit-aesthetic", help="fit an aesthetic head on rated images")
     verb.add_argument("images", help="folder that the table's paths are relative to")
     verb.add_argument("table", help="csv, parquet, AVA.txt, or json of vote histograms: docs/aesthetic.md")

@@ -27,6 +27,15 @@ COMPONENTS = ("policy", "prompts", "reward", "algorithm", "trackers")  # section
 ALIKE = {"rewards": "reward", "evaluation.scorers": "reward"}  # lists of tables that have another section's keys
 NONE = "–"  # default of a key that need not be given
 DRAFT = "http://json-schema.org/draft-07/schema#"  # the version of JSON schema that editors' TOML plugins read
+SIGNS = {
+    annotated_types.Ge: "≥ {0.ge:,}",
+    annotated_types.Gt: "> {0.gt:,}",
+    annotated_types.Le: "≤ {0.le:,}",
+    annotated_types.Lt: "< {0.lt:,}",
+    annotated_types.MultipleOf: "multiple of {0.multiple_of}",
+    annotated_types.MinLen: "at least {0.min_length} long",
+    annotated_types.MaxLen: "at most {0.max_length} long",
+}  # of a bound
 
 PAGE_HEAD = f"""# Configuration
 
@@ -41,6 +50,9 @@ An editor with a TOML plugin (taplo, Even Better TOML) completes and checks keys
 #:schema deploy/recipes/recipe.schema.json
 ```
 """
+SEVERAL_REWARDS = (
+    "Several rewards are a list `[[rewards]]` of such tables, and scorers a list `[[evaluation.scorers]]`.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -52,13 +64,6 @@ class Key:
     default: str
     bounds: str
     meaning: str
-
-    @property
-    def in_words(self) -> str:
-        """Return the key as two lines for the terminal."""
-        default = {"required": "required", NONE: "optional"}.get(self.default, f"default {self.default}")
-        facts = [self.type, default, self.bounds]
-        return f"{self.name}  ({', '.join(fact for fact in facts if fact)})\n    {self.meaning}"
 
 
 @cache
@@ -94,29 +99,35 @@ def config(section: str | None) -> str:
         raise ValueError(f"there is no section {table!r} in a recipe: it must be one of {', '.join(sections())}{hint}")
     registry = registry_of(table)
     if not component or section in ALIKE:
-        keys = "\n".join(key.in_words for key in keys_of(sections()[table]))
-        named = (
-            f"\n\nComponents: {', '.join(registry)}\n`ddpo config {table}.NAME` prints the keys of one."
-            if registry
-            else ""
-        )
-        return f"[{table}]  {inspect.getdoc(sections()[table])}\n\n{keys}{named}"
+        lines = [f"[{table}]  {inspect.getdoc(sections()[table])}", "", *_in_words(sections()[table])]
+        if registry:
+            names = f"Components: {', '.join(registry)}"
+            lines += ["", names, f"`ddpo config {table}.NAME` prints the keys of one."]
+        return "\n".join(lines)
     if registry is None:
         raise ValueError(f"section {table!r} names no component: those that do are {', '.join(COMPONENTS)}")
     cls = component_class(registry, component, table, Component)
-    keys = "\n".join(key.in_words for key in keys_of(cls)) or "It has no keys of its own."
-    return f'[{table}] name = "{component}"  {inspect.getdoc(cls)}\n\n{keys}'
+    keys = _in_words(cls) or ["It has no keys of its own."]
+    return "\n".join([f'[{table}] name = "{component}"  {inspect.getdoc(cls)}', "", *keys])
+
+
+def _in_words(model: type[BaseModel]) -> list[str]:
+    """Return each key of a table or component as two lines for the terminal."""
+    lines = []
+    for key in keys_of(model):
+        default = {"required": "required", NONE: "optional"}.get(key.default, f"default {key.default}")
+        facts = ", ".join(filter(None, (key.type, default, key.bounds)))
+        lines += [f"{key.name}  ({facts})", f"    {key.meaning}"]
+    return lines
 
 
 def _overview() -> str:
     """Return the top-level keys in full, and each section with its description."""
     width = max(map(len, sections()))
-    lines = [
-        f"{name:<{width}}  {(inspect.getdoc(model) or '').split(chr(10))[0]}" for name, model in sections().items()
-    ]
-    top = [key.in_words for key in keys_of(Recipe)]
+    docs = {name: (inspect.getdoc(model) or "").partition("\n")[0] for name, model in sections().items()}
+    lines = [f"{name:<{width}}  {doc}" for name, doc in docs.items()]
     closing = "`ddpo config SECTION` prints the keys of a section, `ddpo config algorithm.grpo` those of a component."
-    return "\n".join(["Keys above all sections:", "", *top, "", "Sections:", "", *lines, "", closing])
+    return "\n".join(["Keys above all sections:", "", *_in_words(Recipe), "", "Sections:", "", *lines, "", closing])
 
 
 def keys_of(model: type[BaseModel], given: BaseModel | None = None, prefix: str = "") -> Iterator[Key]:
@@ -175,45 +186,33 @@ def _bounds(field: FieldInfo) -> str:
     """Return the bounds of a key in signs and words; empty if its type says all."""
     inner = [part for part in get_args(field.annotation) if get_origin(part) is Annotated]
     metadata = [*field.metadata, *(bound for part in inner for info in get_args(part)[1:] for bound in info.metadata)]
-    signs = {annotated_types.Ge: "≥ {0.ge:,}", annotated_types.Gt: "> {0.gt:,}", annotated_types.Le: "≤ {0.le:,}"}
-    signs |= {annotated_types.Lt: "< {0.lt:,}", annotated_types.MultipleOf: "multiple of {0.multiple_of}"}
-    signs |= {
-        annotated_types.MinLen: "at least {0.min_length} long",
-        annotated_types.MaxLen: "at most {0.max_length} long",
-    }
-    said = [signs[type(bound)].format(bound) for bound in metadata if type(bound) in signs]
+    said = [SIGNS[type(bound)].format(bound) for bound in metadata if type(bound) in SIGNS]
     patterns = [f"matches {bound.pattern}" for bound in metadata if getattr(bound, "pattern", None)]
     return ", ".join([*said, *patterns]).replace(f"{2**63:,}", "2^63")
 
 
 def page() -> str:
     """Return docs/configuration.md."""
-    parts = [PAGE_HEAD, "## Keys above all sections\n", _markdown(keys_of(Recipe))]
+    parts = [PAGE_HEAD, "## Keys above all sections\n", *_markdown(Recipe)]
     for section, model in sections().items():
         heading = f"[[{section}]]" if section == "trackers" else f"[{section}]"
-        parts += [f"## {heading}\n", f"{inspect.getdoc(model)}\n", _markdown(keys_of(model))]
+        parts += [f"## {heading}\n", f"{inspect.getdoc(model)}\n", *_markdown(model)]
         if section == "reward":
-            parts += [
-                "Several rewards are a list `[[rewards]]` of such tables, and scorers a list `[[evaluation.scorers]]`.\n"
-            ]
-        for name in registry_of(section) or {}:
-            cls = _component(section, name)
-            keys = list(keys_of(cls))
-            parts += [f"### {section}: {name}\n", f"{inspect.getdoc(cls)}\n", *([_markdown(keys)] if keys else [])]
+            parts.append(SEVERAL_REWARDS)
+        registry = registry_of(section) or {}
+        for name in registry:
+            cls = component_class(registry, name, section)
+            parts += [f"### {section}: {name}\n", f"{inspect.getdoc(cls)}\n", *_markdown(cls)]
     return "\n".join(parts)
 
 
-def _component(section: str, name: str) -> type[Component]:
-    return component_class(registry_of(section) or {}, name, section)
-
-
-def _markdown(keys: Iterator[Key] | list[Key]) -> str:
-    """Return a table of keys in Markdown."""
+def _markdown(model: type[BaseModel]) -> list[str]:
+    """Return a table of keys in Markdown; no lines if there are no keys."""
     rows = [
         f"| `{key.name}` | {_cell(key.type)} | {_cell(key.default)} | {_cell(key.bounds)} | {key.meaning} |"
-        for key in keys
+        for key in keys_of(model)
     ]
-    return "\n".join(["| key | type | default | bounds | meaning |", "|---|---|---|---|---|", *rows, ""])
+    return ["| key | type | default | bounds | meaning |", "|---|---|---|---|---|", *rows, ""] if rows else []
 
 
 def _cell(text: str) -> str:
@@ -224,28 +223,24 @@ def _cell(text: str) -> str:
 
 def schema() -> dict[str, Any]:
     """Return the JSON schema of a recipe, in which a table with a component's name has the component's keys."""
-    found = Recipe.model_json_schema(ref_template="#/$defs/{model}")
+    found = Recipe.model_json_schema()
     definitions = found["$defs"]
     for section in COMPONENTS:
         table = definitions[sections()[section].__name__]
-        variants = [_variant(section, name, table, definitions) for name in registry_of(section) or {}]
         own = {"properties": {"name": {"pattern": ":"}}, "title": "module:Class"}
-        table["anyOf"] = [*variants, own]
+        registry = registry_of(section) or {}
+        classes = {name: component_class(registry, name, section) for name in registry}
+        table["anyOf"] = [*(_variant(name, cls, table, definitions) for name, cls in classes.items()), own]
     return {"$schema": DRAFT, **found}
 
 
-def _variant(section: str, name: str, table: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+def _variant(name: str, cls: type[Component], table: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a section that names this component; tables inside it are added to `definitions`."""
-    keys = _component(section, name).model_json_schema(ref_template="#/$defs/{model}")
+    keys = cls.model_json_schema()
     definitions |= keys.get("$defs", {})
     properties = {**table["properties"], **keys.get("properties", {}), "name": {"const": name}}
-    return {
-        "title": name,
-        "description": keys.get("description", ""),
-        "properties": properties,
-        "required": keys.get("required", []),
-        "additionalProperties": False,
-    }
+    told = {"title": name, "description": keys.get("description", ""), "properties": properties}
+    return {**told, "required": keys.get("required", []), "additionalProperties": False}
 
 
 def main() -> None:
@@ -254,10 +249,8 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--page", action="store_true")
     what.add_argument("--schema", action="store_true")
-    options = parser.parse_args()
-    print(
-        page() if options.page else json.dumps(schema(), indent=1, ensure_ascii=False), end="" if options.page else "\n"
-    )
+    is_page = parser.parse_args().page
+    print(page() if is_page else json.dumps(schema(), indent=1, ensure_ascii=False) + "\n", end="")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,7 @@ from ray_ddpo.deploy.commands.report.images import COLUMNS, rows_image
 from ray_ddpo.deploy.commands.report.scores import headline, share_kept
 from ray_ddpo.deploy.commands.settings import differing_settings, kept_settings, settings_in_words
 from ray_ddpo.deploy.commands.weights.given_base import check_given
-from ray_ddpo.deploy.commands.weights.given_weights import (
-    default_output,
-    load_policy,
-    recipe_of,
-    refuse_output_file,
-)
+from ray_ddpo.deploy.commands.weights.given_weights import default_output, load_policy, recipe_of, refuse_output_file
 from ray_ddpo.deploy.driver.components import Components, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.deploy.evaluation.eval_log import images_table
@@ -36,42 +30,36 @@ PRETRAINED = "pretrained"  # the model before any training
 STATS, ROWS, IMAGES = "evaluation.json", "images.parquet", "images.png"
 
 
-@dataclass(frozen=True)
-class EvaluateRequest:
-    """Weights to compare with a baseline, and the output folder."""
-
-    weights: tuple[str, ...]  # each a run's folder, its best/, or a LoRA's file or folder
-    against: str  # the baseline: weights like these, or PRETRAINED
-    recipe: str | None  # None: the recipe of the first run among the weights
-    output: str | None  # None: a new folder in the first run's
-
-
-def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
+def evaluate(
+    weights: Sequence[str], against: str, recipe_name: str | None, output_name: str | None, overrides: list[str]
+) -> str:
     """Sample, score, compare, and write the results. Return a summary for the terminal.
+
+    Args:
+        weights: what to compare, each a run's folder, its best/, or a LoRA's file or folder.
+        against: the baseline: weights like these, or PRETRAINED.
+        recipe_name: the recipe to use; by default that of the first run among the weights.
+        output_name: the folder for the results; by default a new one in the first run's.
+        overrides: of the recipe.
 
     Raises:
         ValueError: weights are named twice, are missing or do not fit, or no recipe names their base model.
     """
-    named = [*request.weights, request.against]
+    named = [*weights, against]
     twice = sorted({location for location in named if named.count(location) > 1})
     if twice:
         raise ValueError(f"{twice} is named twice: weights are compared with others")
     given = [location for location in named if location != PRETRAINED]
-    recipe, output = recipe_of(given, request.recipe, overrides), _output(request.output, given)
+    recipe, output = recipe_of(given, recipe_name, overrides), _output(output_name, given)
     parts = build_components(recipe)
-    found = _results(parts, named, lambda base: check_given(given, request.recipe, base, overrides))
-    baseline = found[request.against]
-    compared = {location: changes(recipe, baseline, found[location]) for location in request.weights}
+    found = _results(parts, named, lambda base: check_given(given, recipe_name, base, overrides))
+    baseline = found[against]
+    compared = {location: changes(recipe, baseline, found[location]) for location in weights}
     output.mkdir(parents=True, exist_ok=True)
     settings, differing = kept_settings(parts, baseline), differing_settings(given, parts.resolved())
-    stats = {
-        "against": request.against,
-        "weights": compared,
-        "settings": settings,
-        "differs_from_training": differing,
-    }
-    _write(output, {request.against: baseline, **found}, stats)
-    compared_images = f"{len(baseline.seeds)} held-out images, same prompts and noise, against {request.against}"
+    stats = {"against": against, "weights": compared, "settings": settings, "differs_from_training": differing}
+    _write(output, {against: baseline, **found}, stats)
+    compared_images = f"{len(baseline.seeds)} held-out images, same prompts and noise, against {against}"
     tables = [in_words(location, scores) for location, scores in compared.items()]
     lines = [compared_images, settings_in_words(settings), *differing, *tables, "look at:"]
     return "\n".join([*lines, *(f"  {output / name}" for name in (IMAGES, ROWS, STATS))])
@@ -107,9 +95,9 @@ def _results(parts: Components, named: list[str], check: Callable[[Base], None])
     """
     recipe, scorer = parts.recipe, EvalScorer(parts)
     with ExitStack() as copies:
-        paths: dict[str, Path | None] = {PRETRAINED: None}
-        paths |= {
-            location: copies.enter_context(weights_here(location)) for location in named if location != PRETRAINED
+        paths = {
+            location: copies.enter_context(weights_here(location)) if location != PRETRAINED else None
+            for location in named
         }
         for location in named[1:]:
             load_policy(recipe, paths[location])  # so that weights that do not fit are refused before any sampling

@@ -8,18 +8,16 @@ from ray_ddpo.common.model_files.weight_files import network_folder
 from ray_ddpo.common.run_storage.run_folder import weights_here
 
 
-def export(weights: str, form: str, output: str) -> str:
-    """Write a LoRA of this program in another format; return a line for the terminal.
+def export(weights: str, output: str) -> str:
+    """Write a LoRA of this program in kohya's format; return a line for the terminal.
 
     Args:
         weights: a run's folder, its best/, or a LoRA's file or folder.
-        form: the format; only "kohya" so far.
         output: the file to write.
 
     Raises:
         ValueError: there is no LoRA of this program, its layers have no names in that format, or the file exists.
     """
-    assert form == "kohya", "the command line takes no other"
     path = Path(output)
     if path.suffix != ".safetensors" or path.exists():
         raise ValueError(f"the output is {output!r}: it must be a .safetensors file that is not there yet")

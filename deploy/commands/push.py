@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import tomli_w
 from ray_ddpo.actors.evaluation.eval_set import build_eval_set
 from ray_ddpo.common.diffusion.lora.files import FILE_NAME
 from ray_ddpo.common.model_files.weight_files import network_folder
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.reading import read_json, read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
@@ -53,7 +53,10 @@ def push(run: str, overrides: list[str], dry_run: str | None = None) -> str:
     with weights.here() as path:
         files = _files(folder, recipe, weights, _report_files(folder, recipe, overrides, weights)) | _weights(path)
         if dry_run is not None:
-            return _written(files, Path(dry_run))
+            for place, file in files.items():
+                (Path(dry_run) / place).parent.mkdir(parents=True, exist_ok=True)
+                (Path(dry_run) / place).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
+            return "\n".join(["would be pushed:", *(f"  {Path(dry_run) / place}" for place in sorted(files))])
         message = f"{recipe.name}: version {weights.policy_version}, fingerprint {weights.fingerprint[:12]}"
         return f"pushed {len(files)} files: {upload(recipe.push, files, message)}"
 
@@ -61,11 +64,11 @@ def push(run: str, overrides: list[str], dry_run: str | None = None) -> str:
 def _report_files(folder: RunFolder, recipe: Recipe, overrides: list[str], weights: RunWeights) -> dict[str, bytes]:
     """Return images and summary of these weights from the run's report. If there is no such report, make it now."""
     if weights.location == folder.location and not _is_of(folder, weights):
-        print(f"{folder.location} has no report of these weights: it is made now", file=sys.stderr, flush=True)
+        print_line(f"{folder.location} has no report of these weights: it is made now")
         report(folder.location, overrides)
     if _is_of(folder, weights):
         return {name: folder.report.read(name) for name in FROM_REPORT}
-    print("the report is not of these weights: their images are sampled now", file=sys.stderr, flush=True)
+    print_line("the report is not of these weights: their images are sampled now")
     rounds = logged_rounds(folder)
     comparison = compare(build_components(recipe), weights.location, lambda base: check_base(folder, base, overrides))
     stats = report_stats(comparison, recipe, rounds, weights)
@@ -87,12 +90,11 @@ def _files(folder: RunFolder, recipe: Recipe, weights: RunWeights, report_files:
     parts = components_of(recipe)
     stats = {name: value for name, value in json.loads(report_files[SUMMARY]).items() if name != "seconds_report"}
     recipe_text = _recipe_text(folder)
-    left = [name for name in (folder.metrics, ENTRIES) if folder.storage.exists(name)]
     files: Files = {
         **report_files,
         SUMMARY: json.dumps(stats, indent=1).encode(),
         folder.recipe: recipe_text.encode(),
-        **{name: folder.storage.read(name) for name in left},
+        **{name: folder.storage.read(name) for name in (folder.metrics, ENTRIES) if folder.storage.exists(name)},
     }
     prompt = build_eval_set(recipe.evaluation, parts.prompts).prompts[0].text
     beside = sorted(files.keys() - {BEFORE_AFTER, CURVE})
@@ -118,10 +120,3 @@ def _weights(path: Path) -> Files:
     if network:
         return {f"{network.name}/{file.name}": file for file in sorted(network.iterdir())}
     return {FILE_NAME: path / "lora" / FILE_NAME}
-
-
-def _written(files: Files, folder: Path) -> str:
-    for place, file in files.items():
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (folder / place).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
-    return "\n".join(["would be pushed:", *(f"  {folder / place}" for place in sorted(files))])

@@ -1,6 +1,8 @@
 """ddpo replay: sample a round again from the checkpointed weights, and compare it with the ledger image by image."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from ray_ddpo.actors.sampler import Sampler
@@ -12,7 +14,7 @@ from ray_ddpo.common.run_storage.ledger import Ledger
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.schedule import Task, round_tasks
-from ray_ddpo.deploy.commands.weights.given_base import refuse_another_base
+from ray_ddpo.deploy.commands.weights.given_base import check_base
 from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.learner.checkpoints.checkpoint import (
@@ -23,32 +25,14 @@ from ray_ddpo.learner.checkpoints.checkpoint import (
 )
 
 Row = dict[str, Any]  # of the ledger
+SCHEDULED = ("task", "prompt", "seed", "policy_version", "metadata")  # columns that the recipe decides
 
 
-@dataclass(frozen=True)
-class Replay:
-    """Result of a replay: the differences of each image from the ledger."""
-
-    round_index: int
-    policy_version: int
-    images: int
-    differences: dict[int, list[str]]  # by the image's number in the round
-
-    @property
-    def equal(self) -> bool:
-        return not self.differences
-
-    @property
-    def text(self) -> str:
-        lines = [f"image {image}: {'; '.join(texts)}" for image, texts in sorted(self.differences.items())]
-        sampled = f"round {self.round_index}, re-sampled with policy version {self.policy_version}"
-        count = len(self.differences)
-        summary = f"all {self.images} images are equal" if self.equal else f"{count} of {self.images} images differ"
-        return "\n".join([*lines, f"{sampled}: {summary}"])
-
-
-def replay(run: str, round_index: int, overrides: list[str]) -> Replay:
+def replay(run: str, round_index: int, overrides: list[str]) -> tuple[str, bool]:
     """Sample a round of a run again, and compare the images with the ledger.
+
+    Returns:
+        The differences image by image with a summary, for the terminal, and whether all images are equal.
 
     Raises:
         ValueError: there is no such run or no such round in its ledger, or the weights of the round were not kept.
@@ -62,21 +46,21 @@ def replay(run: str, round_index: int, overrides: list[str]) -> Replay:
     weights = kept_weights(folder.checkpoints, round_index, version)
     parts = build_components(recipe)
     scheduled = round_tasks(recipe, round_index, parts.prompts.load())
-    differences: dict[int, list[str]] = {}
-    for image, text in [*_against_schedule(rows, scheduled), *_against_weights(rows, weights)]:
-        differences.setdefault(image, []).append(text)
+    differences = list(_against_schedule(rows, scheduled))
+    for row in rows:
+        if row["fingerprint"] != weights.fingerprint:
+            found, wanted = _short(row["fingerprint"]), _short(weights.fingerprint)
+            differences.append((row["image"], f"sampled with weights {found}, the checkpoint's are {wanted}"))
     sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
-    refuse_another_base(folder, stood_on, sampler.loaded_parts() | prompts_base(parts), overrides)
-    sampled: list[str] = []
-    for task in tasks_of(rows):
-        report, _, _ = sampler.sample(task, weights, Care(not_decoded=without_image(rows, task.index)))
-        assert report is not None, "no task of this sampler is canceled"
-        sampled += report.image_fingerprints
-    for row, fingerprint in zip(rows, sampled, strict=True):
-        if row["image_fingerprint"] != fingerprint:
-            text = f"the ledger has {_short(row['image_fingerprint'])}, and re-sampled it is {_short(fingerprint)}"
-            differences.setdefault(row["image"], []).append(f"{text} ({row['prompt']!r}, seed {row['seed']})")
-    return Replay(round_index, version, len(rows), differences)
+    check_base(folder, sampler.loaded_parts() | prompts_base(parts), overrides, stood_on)
+    differences += _against_images(rows, sampler, weights)
+    by_image: dict[int, list[str]] = {}
+    for image, text in differences:
+        by_image.setdefault(image, []).append(text)
+    lines = [f"image {image}: {'; '.join(texts)}" for image, texts in sorted(by_image.items())]
+    equal = f"{len(by_image)} of {len(rows)} images differ" if by_image else f"all {len(rows)} images are equal"
+    lines.append(f"round {round_index}, re-sampled with policy version {version}: {equal}")
+    return "\n".join(lines), not by_image
 
 
 def kept_weights(checkpoints: Storage, round_index: int, version: int) -> PolicyWeights:
@@ -98,32 +82,26 @@ def kept_weights(checkpoints: Storage, round_index: int, version: int) -> Policy
     )
 
 
-def tasks_of(rows: list[Row]) -> list[Task]:
-    """Rebuild a round's tasks from its ledger rows, in order."""
-    tasks = []
-    for index in sorted({row["task"] for row in rows}):
-        of_task = [row for row in rows if row["task"] == index]
-        prompts, seeds = tuple(Prompt(row["prompt"]) for row in of_task), tuple(row["seed"] for row in of_task)
-        tasks.append(Task(of_task[0]["round"], index, of_task[0]["policy_version"], prompts, seeds))
-    return tasks
+def _against_images(rows: list[Row], sampler: Sampler, weights: PolicyWeights) -> Iterator[tuple[int, str]]:
+    """Sample the round's tasks again from its ledger rows; yield differences by image."""
+    for of_task in (list(of_task) for _, of_task in groupby(rows, itemgetter("task"))):
+        first, prompts = of_task[0], tuple(Prompt(row["prompt"]) for row in of_task)
+        seeds = tuple(row["seed"] for row in of_task)
+        task = Task(first["round"], first["task"], first["policy_version"], prompts, seeds)
+        # Decoding an image without a fingerprint ended the process, so the image was dropped.
+        without_image = tuple(number for number, row in enumerate(of_task) if row["image_fingerprint"] == "")
+        report, _, _ = sampler.sample(task, weights, Care(not_decoded=without_image))
+        assert report is not None, "no task of this sampler is canceled"
+        for row, fingerprint in zip(of_task, report.image_fingerprints, strict=True):
+            if row["image_fingerprint"] != fingerprint:
+                text = f"the ledger has {_short(row['image_fingerprint'])}, and re-sampled it is {_short(fingerprint)}"
+                yield row["image"], f"{text} ({row['prompt']!r}, seed {row['seed']})"
 
 
-def without_image(rows: list[Row], task: int) -> tuple[int, ...]:
-    """Return the task's rows without an image: decoding them ends the process, so they were dropped."""
-    of_task = [row for row in rows if row["task"] == task]
-    return tuple(number for number, row in enumerate(of_task) if row["image_fingerprint"] == "")
-
-
-def _against_schedule(rows: list[Row], scheduled: list[Task]) -> list[tuple[int, str]]:
-    """Compare the ledger with the tasks that the recipe schedules; return differences by image."""
+def _against_schedule(rows: list[Row], scheduled: list[Task]) -> Iterator[tuple[int, str]]:
+    """Compare the ledger with the tasks that the recipe schedules; yield differences by image."""
     expected = [
-        {
-            "task": task.index,
-            "prompt": prompt.text,
-            "seed": seed,
-            "policy_version": task.policy_version,
-            "metadata": metadata,
-        }
+        (task.index, prompt.text, seed, task.policy_version, metadata)
         for task in scheduled
         for prompt, seed, metadata in zip(task.prompts, task.seeds, metadata_as_json(task.prompts), strict=True)
     ]
@@ -131,24 +109,10 @@ def _against_schedule(rows: list[Row], scheduled: list[Task]) -> list[tuple[int,
         raise ValueError(
             f"the ledger has {len(rows)} images of round {rows[0]['round']}, and its recipe {len(expected)}"
         )
-    return [
-        (row["image"], f"{name} is {row[name]!r} in the ledger, and {value!r} by the recipe")
-        for row, wanted in zip(rows, expected, strict=True)
-        for name, value in wanted.items()
-        if name in row and row[name] != value  # a ledger without metadata has no such column
-    ]
-
-
-def _against_weights(rows: list[Row], weights: PolicyWeights) -> list[tuple[int, str]]:
-    """Compare the ledger's fingerprints with those of the checkpoint's weights; return differences by image."""
-    return [
-        (
-            row["image"],
-            f"sampled with weights {_short(row['fingerprint'])}, the checkpoint's are {_short(weights.fingerprint)}",
-        )
-        for row in rows
-        if row["fingerprint"] != weights.fingerprint
-    ]
+    for row, wanted in zip(rows, expected, strict=True):
+        for name, value in zip(SCHEDULED, wanted, strict=True):
+            if name in row and row[name] != value:  # a ledger without metadata has no such column
+                yield row["image"], f"{name} is {row[name]!r} in the ledger, and {value!r} by the recipe"
 
 
 def _short(fingerprint: str | None) -> str:

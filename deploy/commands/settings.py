@@ -66,10 +66,6 @@ def differing_settings(weights: Sequence[str], tables: Mapping[str, Any]) -> lis
         trained = image_settings(run.recipe_tables()) if run else now
         for key in sorted(now.keys() | trained.keys()):
             if trained.get(key) != now.get(key):
-                before, here = (_shown(each.get(key)) for each in (trained, now))
+                before, here = (repr(each[key]) if key in each else "not given" for each in (trained, now))
                 lines.append(f"{key} is {here} here, and was {before} in the training of {location}")
     return lines
-
-
-def _shown(value: Any) -> str:
-    return "not given" if value is None else repr(value)

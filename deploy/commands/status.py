@@ -6,6 +6,7 @@ from ray_ddpo.common.run_storage.lease import runs_it
 from ray_ddpo.common.run_storage.reading import read_json_lines, read_text
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 
+LATEST = "checkpoints/latest"
 SHOWN = {
     "reward": ("reward/mean", ".4g"),
     "images a second": ("images_per_second", ".3g"),
@@ -27,15 +28,16 @@ def status(run: str) -> dict[str, Any]:
         ValueError: There is no run.
     """
     folder = RunFolder(run)
-    recipe = folder.load_recipe([])
-    rounds = _rounds(folder)
+    recipe, storage = folder.load_recipe([]), folder.storage
+    # Without a line that is still being written.
+    rounds = read_json_lines(storage, folder.metrics, ("images_dropped",)) if storage.exists(folder.metrics) else []
     restarts = [value for metrics in rounds for name, value in metrics.items() if name.startswith("actor_restarts/")]
     return {
         "run": folder.location,
         "run_by": runs_it(folder),
         "rounds_done": len(rounds),
         "rounds": recipe.rounds,
-        "checkpoint": _text(folder, "checkpoints/latest"),
+        "checkpoint": read_text(storage, LATEST) if storage.exists(LATEST) else None,
         "ended_by_guard": folder.guard_ended(),
         "images_dropped": int(sum(metrics["images_dropped"] for metrics in rounds)),
         "actor_restarts": int(sum(restarts)),
@@ -61,18 +63,3 @@ def in_words(known: dict[str, Any]) -> str:
     lines |= {name: format(last[key], form) for name, (key, form) in SHOWN.items() if last.get(key) is not None}
     width = max(map(len, lines))
     return "\n".join([f"{known['run']}: {whose}", *(f"{name:<{width}}  {value}" for name, value in lines.items())])
-
-
-def _rounds(folder: RunFolder) -> list[dict[str, float]]:
-    """Return the rounds of metrics.jsonl without a line that is still being written."""
-    try:
-        return read_json_lines(folder.storage, folder.metrics, ("images_dropped",))
-    except FileNotFoundError:
-        return []
-
-
-def _text(folder: RunFolder, place: str) -> str | None:
-    try:
-        return read_text(folder.storage, place)
-    except FileNotFoundError:
-        return None

@@ -2,8 +2,6 @@
 
 import io
 import json
-import math
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -72,10 +70,10 @@ class EvalLog:
 
     def keep(self, entries: list[LogEntry]) -> None:
         """Remove every version except these."""
-        kept = {_folder(each["policy_version"]) for each in entries}
+        kept = {_file(each["policy_version"]) for each in entries}
         self._storage.write(ENTRIES, "".join(_line(each) for each in entries).encode())
         for name in self._storage.names(FOLDER):
-            if name not in kept:
+            if f"{FOLDER}/{name}/{FILE}" not in kept:
                 self._storage.remove(f"{FOLDER}/{name}")
 
     def write(self, entry: LogEntry, variants: dict[str, EvalResult], num_pixels: int) -> None:
@@ -83,8 +81,7 @@ class EvalLog:
         tables = [images_table(variant, result, num_pixels) for variant, result in variants.items()]
         buffer = io.BytesIO()
         parquet.write_table(pa.concat_tables(tables), buffer)
-        name = f"{FOLDER}/{_folder(entry['policy_version'])}/{FILE}"
-        self._unwritten.write(self._storage, name, buffer.getvalue())
+        self._unwritten.write(self._storage, _file(entry["policy_version"]), buffer.getvalue())
         self._unwritten.append(self._storage, ENTRIES, _line(entry).encode())
 
     def read(self, policy_version: int) -> pa.Table:
@@ -93,14 +90,13 @@ class EvalLog:
         Raises:
             FileNotFoundError: the version was not evaluated.
         """
-        name = f"{FOLDER}/{_folder(policy_version)}/{FILE}"
-        data = self._unwritten.read(self._storage, name)
-        return parquet_table(data, f"{self._storage.location}/{name}", ("variant", "pixels"))
+        data = self._unwritten.read(self._storage, _file(policy_version))
+        return parquet_table(data, f"{self._storage.location}/{_file(policy_version)}", ("variant", "pixels"))
 
     def images(self, policy_version: int) -> list[UInt8[np.ndarray, "H W 3"]]:
         """Return a version's images whose pixels were kept, the first ones."""
         kept = [data for data in self._current(policy_version)["pixels"].to_pylist() if data is not None]
-        with reading(f"{self._storage.location}/{FOLDER}/{_folder(policy_version)}/{FILE}"):
+        with reading(f"{self._storage.location}/{_file(policy_version)}"):
             return [from_png(data) for data in kept]
 
     def scores(self, policy_version: int) -> dict[str, np.ndarray]:
@@ -113,18 +109,10 @@ class EvalLog:
         return self.read(policy_version).filter(compute.field("variant") == "current")
 
 
-def _folder(policy_version: int) -> str:
-    return f"version={policy_version:06d}"
+def _file(policy_version: int) -> str:
+    return f"{FOLDER}/version={policy_version:06d}/{FILE}"
 
 
 def _line(entry: LogEntry) -> str:
-    return json.dumps(_without_nan(entry)) + "\n"
-
-
-def _without_nan(value: Any) -> Any:
-    """Replace numbers that are not finite by None, because JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    # A number that is not finite becomes null, because JSON has no NaN.
+    return json.dumps(json.loads(json.dumps(entry), parse_constant=lambda _: None)) + "\n"

@@ -51,24 +51,6 @@ class EvalComparison:
     scores_after: dict[str, np.ndarray]
 
 
-class EvalProgress:
-    """Lines on standard error while images are sampled, at most one in PROGRESS_SECONDS, and one at the end."""
-
-    def __init__(self, label: str, images: int) -> None:
-        self._label = label
-        self._images = images
-        self._printed = time.monotonic()
-        print_line(f"{label}: samples {images} images")
-
-    def sampled(self, images: int) -> None:
-        """Report the number of images sampled so far."""
-        done = images == self._images
-        if done or time.monotonic() - self._printed > PROGRESS_SECONDS:
-            self._printed = time.monotonic()
-            scores = ", scores them" if done else ""
-            print_line(f"{self._label}: {images} of {self._images} images sampled{scores}")
-
-
 class EvalScorer:
     """Samples and scores the recipe's evaluation set in this process, under any weights.
 
@@ -89,10 +71,18 @@ class EvalScorer:
     def evaluate(self, policy: Policy, label: str) -> EvalResult:
         """Sample the images under the policy's current weights, and score them.
 
-        Progress is printed to standard error; `label` names the weights there.
+        Progress is printed to standard error, at most one line in PROGRESS_SECONDS; `label` names the weights there.
         """
-        progress = EvalProgress(label, len(self.chosen.seeds))
-        pixels = sample_eval_images(policy, self.chosen, self._sampling, progress.sampled)
+        count, printed = len(self.chosen.seeds), time.monotonic()
+        print_line(f"{label}: samples {count} images")
+
+        def progress(images: int) -> None:
+            nonlocal printed
+            if images == count or time.monotonic() - printed > PROGRESS_SECONDS:
+                printed = time.monotonic()
+                print_line(f"{label}: {images} of {count} images sampled{', scores them' if images == count else ''}")
+
+        pixels = sample_eval_images(policy, self.chosen, self._sampling, progress)
         scores = self._worker.score(ImageBatch(pixels, self.chosen.prompts)).rewards
         return EvalResult(self.chosen.prompts, self.chosen.seeds, with_weighted_sum(scores, self._weights), pixels)
 
@@ -139,11 +129,10 @@ def judge(
     stats = VersionStats(variants["current"].scores, images, version.kl_reference_nats)
     scorers = [table.called for table in recipe.evaluation.scorers]
     found = tuple(alarms(base.stats, stats, scorers, recipe.guard)) if base else ()
-    before = base.stats.scores if base else stats.scores
     entry = {
         "policy_version": version.policy_version,
         "images": len(variants["current"].seeds),
-        "scores": {name: _score_entry(before[name], name, variants) for name in stats.scores},
+        "scores": {name: _score_entry((base.stats if base else stats).scores, name, variants) for name in stats.scores},
         "image_statistics": images,
         "kl_reference_nats": version.kl_reference_nats,
         "alarms": [{"about": alarm.about, "says": alarm.says} for alarm in found],
@@ -151,13 +140,11 @@ def judge(
     return JudgedVersion(version.policy_version, stats, found), entry
 
 
-def _score_entry(before: np.ndarray, name: str, variants: dict[str, EvalResult]) -> dict[str, float]:
+def _score_entry(before: dict[str, np.ndarray], name: str, variants: dict[str, EvalResult]) -> dict[str, float]:
     """Return mean and change of one score for evaluations.jsonl."""
-    entry = {"mean": finite_mean(variants["current"].scores[name])}
-    if "average" in variants:
-        entry["average_mean"] = finite_mean(variants["average"].scores[name])
-    change = paired_change(before, variants["current"].scores[name])
-    if change is not None:
+    means = {"current": "mean", "average": "average_mean"}
+    entry = {means[variant]: finite_mean(result.scores[name]) for variant, result in variants.items()}
+    if change := paired_change(before[name], variants["current"].scores[name]):
         entry |= {"change": change.change, "standard_error": change.error}
     return entry
 

@@ -20,7 +20,7 @@ from ray_ddpo.common.recipe.tables import GuardTable
 from ray_ddpo.common.run_storage.run_folder import BEST, GUARD, WEIGHTS, RunFolder
 from ray_ddpo.common.schedule import Stream, Task
 from ray_ddpo.common.trackers.fan_out import FanOut
-from ray_ddpo.common.trackers.media import CaptionedImage, Cell, Media, ShownTable
+from ray_ddpo.common.trackers.media import CaptionedImage, Media, ShownTable
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.driver.workers import Workers
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
@@ -48,11 +48,7 @@ class _PendingVersion:
 
     version: Evaluated
     round_index: int  # its tasks come after this round's training tasks, and are read after this round's update
-    tasks: dict[str, list[Task]]  # by variant: "current", "average"
-
-    def weights(self, variant: str) -> PolicyWeights:
-        average = self.version.average
-        return average if variant == "average" and average is not None else self.version.current
+    variants: dict[str, tuple[PolicyWeights, list[Task]]]  # "current", and "average" if there is a moving average
 
 
 class EvalRunner:
@@ -125,14 +121,15 @@ class EvalRunner:
         for version in self._waiting:
             round_index = evaluation_round(version.policy_version, lag, rounds_done)
             earlier = [each for each in self._pending if each.round_index == round_index]
-            first = sum(len(tasks) for each in earlier for tasks in each.tasks.values())
-            tasks = {}
-            for variant in ("current", "average") if version.average is not None else ("current",):
-                tasks[variant] = self._chosen.tasks(
-                    version.policy_version, round_index, first, self._parts.recipe.sampling
-                )
-                first += self._chosen.num_tasks
-            self._pending.append(_PendingVersion(version, round_index, tasks))
+            first = sum(len(each.variants) for each in earlier) * self._chosen.num_tasks
+            variants = {}
+            for variant, weights in {"current": version.current, "average": version.average}.items():
+                if weights is not None:
+                    sampling = self._parts.recipe.sampling
+                    tasks = self._chosen.tasks(version.policy_version, round_index, first, sampling)
+                    variants[variant] = (weights, tasks)
+                    first += self._chosen.num_tasks
+            self._pending.append(_PendingVersion(version, round_index, variants))
             self._submit_tasks(self._pending[-1])
         self._waiting = []
 
@@ -154,8 +151,8 @@ class EvalRunner:
         print_line(says)
 
     def _submit_tasks(self, pending: _PendingVersion) -> None:
-        for variant, tasks in pending.tasks.items():
-            self._stream.submit(tasks, pending.weights(variant))
+        for weights, tasks in pending.variants.values():
+            self._stream.submit(tasks, weights)
 
     def read(self, round_index: int) -> Metrics:
         """Wait for the evaluations that are to be read after this round, and judge them. The last round reads all.
@@ -193,7 +190,7 @@ class EvalRunner:
     def _collected(self, pending: _PendingVersion) -> dict[str, EvalResult]:
         """Return a version's results by variant. Images that were lost with their node are sampled again."""
         while True:
-            found = {variant: self._result(tasks) for variant, tasks in pending.tasks.items()}
+            found = {variant: self._result(tasks) for variant, (_, tasks) in pending.variants.items()}
             complete = {variant: result for variant, result in found.items() if result is not None}
             if len(complete) == len(found):
                 return complete
@@ -274,22 +271,14 @@ def eval_media(
         reward_before: the pretrained model's weighted rewards.
     """
     pairs, rows = [], []
-    names = tuple(result.scores)
     for image, earlier in enumerate(before):
-        prompt = result.prompts[image].text
-        reward = result.scores[WEIGHTED_SUM][image]
-        change = reward - reward_before[image]
-        side_by_side = np.concatenate([earlier, result.pixels[image]], axis=1)
-        pairs.append(CaptionedImage(side_by_side, f"{prompt}: reward {reward:.4g} ({change:+.3g})"))
+        now, prompt, reward = result.pixels[image], result.prompts[image].text, result.scores[WEIGHTED_SUM][image]
+        caption = f"{prompt}: reward {reward:.4g} ({reward - reward_before[image]:+.3g})"
+        pairs.append(CaptionedImage(np.concatenate([earlier, now], axis=1), caption))
+        scored = [float(values[image]) for values in result.scores.values()]
         # Seeds as text, because numbers of a web page are exact to 53 bits only.
-        cells: list[Cell] = [
-            prompt,
-            str(result.seeds[image]),
-            CaptionedImage(earlier),
-            CaptionedImage(result.pixels[image]),
-        ]
-        rows.append((*cells, *(float(result.scores[name][image]) for name in names)))
-    columns = ("prompt", "seed", "before", "now", *names)
+        rows.append((prompt, str(result.seeds[image]), CaptionedImage(earlier), CaptionedImage(now), *scored))
+    columns = ("prompt", "seed", "before", "now", *result.scores)
     scores = {f"{PANEL}/{name}": values[np.isfinite(values)] for name, values in result.scores.items()}
     if not pairs:
         return Media(round_index, histograms=scores)

@@ -16,11 +16,7 @@ from jaxtyping import Float
 from ray_ddpo.common.metrics.statistics import paired_change
 from ray_ddpo.common.recipe.tables import GuardTable
 
-SHARES = (
-    "sharpness",
-    "entropy",
-    "diversity",
-)  # statistics that must keep a share of their value, and their recipe keys
+SHARES = ("sharpness", "entropy", "diversity")  # statistics that must keep a share of their value, and recipe keys
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def finite_mean(values: Float[np.ndarray, "N"]) -> float:
     return float(finite.mean()) if len(finite) else math.nan
 
 
-def alarms(base: VersionStats, now: VersionStats, scorers: list[str], settings: GuardTable) -> list[Alarm]:
+def alarms(base: VersionStats, now: VersionStats, scorers: list[str], settings: GuardTable) -> Iterator[Alarm]:
     """Compare a version with the pretrained model.
 
     Args:
@@ -68,49 +64,32 @@ def alarms(base: VersionStats, now: VersionStats, scorers: list[str], settings: 
         scorers: names of the scorers that are not trained on.
         settings: `[guard]`, with the limits.
     """
-    found = [*_fallen(base, now, scorers, settings), *_dark(base, now, settings), *_lost(base, now, settings)]
-    kl, limit = now.kl_reference_nats, settings.max_kl_nats
-    if kl is not None and limit is not None and kl > limit:
-        found.append(Alarm("kl", f"the policy is {kl:.3g} nats a step from the pretrained model, over {limit:g}"))
-    return found
-
-
-def _fallen(base: VersionStats, now: VersionStats, scorers: list[str], settings: GuardTable) -> Iterator[Alarm]:
-    """Yield an alarm for each scorer that fell significantly, by over `guard.scorer_fall` standard deviations."""
     for name in scorers:
-        change = paired_change(base.scores[name], now.scores[name])
-        if change is None or change.change >= 0:
-            continue
-        certain = change.errors is None or -change.errors >= settings.certainty
-        if certain and -change.change > settings.scorer_fall * change.spread:
-            deviations = f"{-change.change / change.spread:.2g}" if change.spread else "more than any"
-            fell = f"{name} fell from {change.before:.3g} to {change.after:.3g}"
-            yield Alarm(
-                name,
-                f"{fell}, by {deviations} standard deviations of its scores before; "
-                f"{settings.scorer_fall:g} are allowed",
-            )
-
-
-def _dark(base: VersionStats, now: VersionStats, settings: GuardTable) -> Iterator[Alarm]:
+        yield from _fallen(name, base, now, settings)
     before, after = base.images["dark_share"], now.images["dark_share"]
     if after > before + settings.dark_share:
-        yield Alarm(
-            "dark_share",
-            f"{after:.0%} of the pixels are nearly black, and {before:.0%} were: "
-            f"{settings.dark_share:.0%} more are allowed",
-        )
-
-
-def _lost(base: VersionStats, now: VersionStats, settings: GuardTable) -> Iterator[Alarm]:
-    """Yield an alarm for each image statistic of which less than the allowed share is left."""
+        says = f"{after:.0%} of the pixels are nearly black, and {before:.0%} were"
+        yield Alarm("dark_share", f"{says}: {settings.dark_share:.0%} more are allowed")
     for name in SHARES:
         before, after, limit = base.images[name], now.images[name], getattr(settings, name)
         if after < limit * before:  # false if either is NaN
-            yield Alarm(
-                name,
-                f"{name} is {after:.3g} and was {before:.3g}: {after / before:.0%} of it is left, under {limit:.0%}",
-            )
+            left = f"{after / before:.0%} of it is left, under {limit:.0%}"
+            yield Alarm(name, f"{name} is {after:.3g} and was {before:.3g}: {left}")
+    kl, limit = now.kl_reference_nats, settings.max_kl_nats
+    if kl is not None and limit is not None and kl > limit:
+        yield Alarm("kl", f"the policy is {kl:.3g} nats a step from the pretrained model, over {limit:g}")
+
+
+def _fallen(name: str, base: VersionStats, now: VersionStats, settings: GuardTable) -> Iterator[Alarm]:
+    """Yield an alarm if a scorer fell significantly, by over `guard.scorer_fall` standard deviations."""
+    change = paired_change(base.scores[name], now.scores[name])
+    if change is None or change.change >= 0:
+        return
+    certain = change.errors is None or -change.errors >= settings.certainty
+    if certain and -change.change > settings.scorer_fall * change.spread:
+        deviations = f"{-change.change / change.spread:.2g}" if change.spread else "more than any"
+        fell = f"{name} fell from {change.before:.3g} to {change.after:.3g}, by {deviations} standard deviations"
+        yield Alarm(name, f"{fell} of its scores before; {settings.scorer_fall:g} are allowed")
 
 
 def best_version(judged: list[JudgedVersion], best_by: str) -> int | None:

@@ -197,10 +197,10 @@ def test_the_model_card_says_what_the_metrics_say(
 def test_the_bins_of_the_calibration_by_hand() -> None:
     predicted = np.array([float(number) for number in range(16)])[::-1]
     true = np.array([2.0, 4.0] * 8)
-    bins = calibration_bins(predicted, true)
-    assert bins.predicted.tolist() == [3.5, 11.5] and bins.true.tolist() == [3, 3]
+    predicted_means, true_means, errors = calibration_bins(predicted, true)
+    assert predicted_means.tolist() == [3.5, 11.5] and true_means.tolist() == [3, 3]
     # Deviation √(8/7) of eight, over √8.
-    assert bins.standard_error == pytest.approx([7**-0.5] * 2)
+    assert errors == pytest.approx([7**-0.5] * 2)
 
 
 def test_the_calibration_chart_shows_its_images() -> None:

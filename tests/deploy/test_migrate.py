@@ -10,13 +10,12 @@ import pytest
 from ray_ddpo.actors.rewards.function import FunctionReward
 from ray_ddpo.cli import main
 from ray_ddpo.common.recipe.recipe import Recipe
-from ray_ddpo.deploy.commands.migrate.migrate import Migrated, ScriptSettings, migrate, read_config
-from ray_ddpo.deploy.commands.migrate.trl_config import DDPOConfig, TrlRun
-from ray_ddpo.deploy.commands.migrate.trl_fields import COUNTERPARTS
+from ray_ddpo.deploy.commands.migrate.migrate import Migrated, migrate, read_config
+from ray_ddpo.deploy.commands.migrate.trl_config import COUNTERPARTS, DDPOConfig, TrlRun
 from ray_ddpo.deploy.driver.components import build_components
 
 ROOT = Path(__file__).parents[2]
-SD15 = ScriptSettings(processes=1, model="stable-diffusion-v1-5/stable-diffusion-v1-5", reward="aesthetic")
+SD15 = (1, "stable-diffusion-v1-5/stable-diffusion-v1-5", "aesthetic")  # processes, model and reward
 # trl/trainer/ddpo_config.py of TRL 0.23.1, in its order, with the defaults that it has.
 FIELDS: dict[str, Any] = {
     **{"run_name": "", "seed": 0, "log_with": None, "tracker_kwargs": {}, "accelerator_kwargs": {}},
@@ -65,21 +64,21 @@ def test_the_fields_and_defaults_are_those_of_trl() -> None:
 
 @pytest.mark.parametrize("config", [{}, BLOG, LOST, {"async_reward_computation": True, "log_with": "wandb"}])
 def test_every_field_is_named_once_in_the_notes(config: dict) -> None:
-    text = "\n".join(migrate(config, SD15).notes)
+    text = "\n".join(migrate(config, *SD15).notes)
     for field in COUNTERPARTS:
         names = [word for word in text.replace(",", " ").replace(":", " ").split() if word.strip(".") == field]
         assert len(names) - (field == COUNTERPARTS[field].key) == 1, (field, names)
 
 
 def test_a_default_config_gives_trls_arithmetic() -> None:
-    recipe = recipe_of(migrate({}, SD15))
+    recipe = recipe_of(migrate({}, *SD15))
     assert (recipe.rounds, recipe.images_per_round, recipe.learner.images_per_step) == (100, 2, 1)
     assert (recipe.learner.micro_batch_size, recipe.max_policy_lag, recipe.trackers) == (2, 0, ())
     assert build_components(recipe).algorithm.advantages.kind == "round"
 
 
 def test_the_blogs_config_is_the_recipe_that_ships() -> None:
-    migrated = build_components(recipe_of(migrate(BLOG, SD15))).resolved()
+    migrated = build_components(recipe_of(migrate(BLOG, *SD15))).resolved()
     shipped = build_components(Recipe.load(ROOT / "deploy/recipes/sd15_aesthetic.toml")).resolved()
     differing = {key for key in shipped if shipped[key] != migrated[key]}
     assert differing == {"name", "checkpoint", "evaluation", "learner"}  # the shipped one is evaluated on the same GPU
@@ -88,19 +87,19 @@ def test_the_blogs_config_is_the_recipe_that_ships() -> None:
 
 
 def test_what_has_no_counterpart_is_named_with_its_reason() -> None:
-    lost = paragraphs(migrate(LOST, SD15), "Without a counterpart:")
+    lost = paragraphs(migrate(LOST, *SD15), "Without a counterpart:")
     expected = (LOST.keys() | {"allow_tf32"}) - {"mixed_precision"}  # in float32 TF32 would have had an effect
     assert {line[2:].partition(":")[0] for line in lost.splitlines()} == expected
     assert all(len(line.partition(": ")[2].split()) > 3 for line in lost.splitlines())
 
 
 def test_nothing_is_without_a_counterpart_where_nothing_of_the_kind_is_asked_for() -> None:
-    assert "Without a counterpart:" not in migrate({}, SD15).notes
+    assert "Without a counterpart:" not in migrate({}, *SD15).notes
 
 
 def test_processes_multiply_the_batches_and_the_accumulation() -> None:
     config = BLOG | {"train_gradient_accumulation_steps": 2}
-    migrated = migrate(config, ScriptSettings(4, SD15.model, SD15.reward))
+    migrated = migrate(config, 4, *SD15[1:])
     recipe = recipe_of(migrated)
     assert (recipe.sampling.batches_per_round, recipe.images_per_round) == (16, 96)
     assert (recipe.learner.batch_size, recipe.learner.gradient_accumulation_steps) == (3, 8)
@@ -114,7 +113,7 @@ def test_processes_multiply_the_batches_and_the_accumulation() -> None:
     [(50, 1.0, 50), (50, 0.5, 25), (15, 0.5, 7), (50, 0.29, 14), (10, 0.99, 9), (7, 0.2, 1)],
 )
 def test_as_many_steps_are_learned_from_as_trl_cuts_off(steps: int, fraction: float, kept: int) -> None:
-    recipe = recipe_of(migrate({"sample_num_steps": steps, "train_timestep_fraction": fraction}, SD15))
+    recipe = recipe_of(migrate({"sample_num_steps": steps, "train_timestep_fraction": fraction}, *SD15))
     assert kept == int(steps * fraction) == recipe.sampling.trained_steps(steps)
 
 
@@ -129,7 +128,7 @@ def test_a_micro_batch_divides_an_optimizer_step(train_batch: int, accumulated: 
 
 
 def test_a_buffer_that_never_holds_min_count_is_the_rounds_statistics() -> None:
-    migrated = migrate({"per_prompt_stat_tracking": True, "per_prompt_stat_tracking_buffer_size": 8}, SD15)
+    migrated = migrate({"per_prompt_stat_tracking": True, "per_prompt_stat_tracking_buffer_size": 8}, *SD15)
     assert migrated.tables["algorithm"]["advantages"] == {"kind": "round"}
     assert "a buffer of 8 never holds a min_count of 16" in "\n".join(migrated.notes)
 
@@ -144,7 +143,7 @@ def test_trackers_workers_folder_and_name_are_carried_over() -> None:
         "async_reward_computation": True,
         "max_workers": 4,
     }
-    recipe = recipe_of(migrate(config, SD15))
+    recipe = recipe_of(migrate(config, *SD15))
     assert (recipe.name, recipe.output_dir, recipe.checkpoint.keep) == ("my-run-1", "save", 3)
     assert [table.table() for table in recipe.trackers] == [
         {"name": "wandb", "project": "images", "entity": "us", "tags": ["a"]}
@@ -153,7 +152,7 @@ def test_trackers_workers_folder_and_name_are_carried_over() -> None:
 
 
 def test_wandbs_keywords_are_nothing_to_a_run_that_logged_elsewhere() -> None:
-    migrated = migrate({"log_with": "tensorboard", "tracker_kwargs": {"wandb": {"entity": "us"}}}, SD15)
+    migrated = migrate({"log_with": "tensorboard", "tracker_kwargs": {"wandb": {"entity": "us"}}}, *SD15)
     assert migrated.tables["trackers"] == [{"name": "tensorboard"}]
     assert "tracker_kwargs" in migrated.notes[-1]  # what has nothing to carry over
 
@@ -164,17 +163,17 @@ def test_what_is_null_in_a_dictionary_is_as_if_it_were_not_there() -> None:
         "tracker_kwargs": {"wandb": {"group": None}},
         "project_kwargs": {"total_limit": None},
     }
-    recipe = recipe_of(migrate(config, SD15))
+    recipe = recipe_of(migrate(config, *SD15))
     assert recipe.checkpoint.keep == 5 and "group" not in recipe.trackers[0].table()
 
 
 def test_a_negative_prompt_is_carried_over() -> None:
-    assert recipe_of(migrate({"negative_prompts": "blurred"}, SD15)).sampling.negative_prompt == "blurred"
-    assert "negative_prompt" not in migrate({"negative_prompts": ""}, SD15).tables["sampling"]
+    assert recipe_of(migrate({"negative_prompts": "blurred"}, *SD15)).sampling.negative_prompt == "blurred"
+    assert "negative_prompt" not in migrate({"negative_prompts": ""}, *SD15).tables["sampling"]
 
 
 def test_guidance_below_1_is_none_as_in_trl() -> None:
-    assert migrate({"sample_guidance_scale": 0.5}, SD15).tables["sampling"]["guidance_scale"] == 1
+    assert migrate({"sample_guidance_scale": 0.5}, *SD15).tables["sampling"]["guidance_scale"] == 1
 
 
 @pytest.mark.parametrize(
@@ -197,16 +196,14 @@ def test_guidance_below_1_is_none_as_in_trl() -> None:
 )
 def test_a_config_that_gives_no_recipe_is_refused_with_the_fields_at_fault(config: dict, says: str) -> None:
     with pytest.raises(ValueError) as refused:
-        migrate(config, SD15)
+        migrate(config, *SD15)
     assert says in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "beside", [ScriptSettings(0, SD15.model, SD15.reward), ScriptSettings(1, SD15.model, "beauty")]
-)
-def test_what_stands_beside_a_config_is_checked_too(beside: ScriptSettings) -> None:
+@pytest.mark.parametrize("beside", [(0, *SD15[1:]), (*SD15[:2], "beauty")])
+def test_what_stands_beside_a_config_is_checked_too(beside: tuple[int, str, str]) -> None:
     with pytest.raises(ValueError, match="--processes is 0|reward.name is 'beauty': it must be one of"):
-        migrate({}, beside)
+        migrate({}, *beside)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"tracker_kwargs": 1, "tracker_kwargs/wandb/entity": "us"}'])

@@ -11,9 +11,8 @@ from ray_ddpo.common.diffusion.memory.live_bytes import PeakBytes
 from ray_ddpo.common.prompts import Animals
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.schedule import round_tasks
-from ray_ddpo.deploy.commands.plan.memory import GIGABYTES, largest_micro_batch
 from ray_ddpo.deploy.commands.plan.numbers import learner_peak, plan_of
-from ray_ddpo.deploy.commands.plan.plan import plan
+from ray_ddpo.deploy.commands.plan.plan import GIGABYTES, largest_micro_batch, plan
 from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.learner import Learner
 

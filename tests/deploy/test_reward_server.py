@@ -17,7 +17,6 @@ from ray_ddpo.actors.rewards.jpeg import JpegCompressibility
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.reward_protocol import to_png
 from ray_ddpo.deploy import reward_service
-from ray_ddpo.deploy.reward_service import Listening
 from tests.common.test_reward_protocol import png_that_says
 from tests.reward_services import running, serving
 
@@ -183,9 +182,9 @@ def test_askers_side_by_side_each_get_their_own_scores(url: str) -> None:
 def test_a_service_that_others_can_reach_needs_a_token(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     for host in ("0.0.0.0", "192.168.0.1", "some-host"):
         with pytest.raises(ValueError, match=f"--host {host} can be reached from elsewhere: give --token-variable"):
-            reward_service.reward_server(recipe, None, Listening(host, 0, None))
+            reward_service.reward_server(recipe, None, host, 0, None)
     monkeypatch.setenv("REWARD_TOKEN", "abc")
-    server = reward_service.reward_server(recipe, None, Listening("0.0.0.0", 0, "REWARD_TOKEN"))
+    server = reward_service.reward_server(recipe, None, "0.0.0.0", 0, "REWARD_TOKEN")
     with running(server) as url:
         assert httpx2.get(f"{url}/v1/health").status_code == 401
 
@@ -195,8 +194,8 @@ def test_which_reward_is_served_must_be_clear(tables: dict) -> None:
     recipe = Recipe.parse({**{key: value for key, value in tables.items() if key != "reward"}, "rewards": both})
     for name in (None, "aesthetic"):
         with pytest.raises(ValueError, match=f"--reward is {name!r}: the recipe has .'animal_classifier', 'jpeg_com"):
-            reward_service.reward_server(recipe, name, Listening("127.0.0.1", 0, None))
-    server = reward_service.reward_server(recipe, "jpeg_compressibility", Listening("127.0.0.1", 0, None))
+            reward_service.reward_server(recipe, name, "127.0.0.1", 0, None)
+    server = reward_service.reward_server(recipe, "jpeg_compressibility", "127.0.0.1", 0, None)
     assert server.reward == "jpeg_compressibility"
     server.server_close()
 
@@ -204,10 +203,10 @@ def test_which_reward_is_served_must_be_clear(tables: dict) -> None:
 def test_a_service_is_not_served_by_another_and_a_taken_port_is_reported(recipe: Recipe, tables: dict) -> None:
     through = Recipe.parse({**tables, "reward": {"name": "http", "url": "http://127.0.0.1:8000"}})
     with pytest.raises(ValueError, match="itself asked for over HTTP"):
-        reward_service.reward_server(through, None, Listening("127.0.0.1", 0, None))
+        reward_service.reward_server(through, None, "127.0.0.1", 0, None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1:{port}: "):
-            reward_service.reward_server(recipe, None, Listening("127.0.0.1", port, None))
+            reward_service.reward_server(recipe, None, "127.0.0.1", port, None)

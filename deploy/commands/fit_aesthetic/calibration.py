@@ -1,7 +1,6 @@
 """Calibration chart of an aesthetic head: predicted against true ratings."""
 
 import io
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,26 +12,18 @@ MOST_BINS, LEAST_IN_BIN = 10, 8
 BLUE, ORANGE = "#3465a4", "#e8743b"
 
 
-@dataclass(frozen=True)
-class Bins:
-    """Means of B bins of about equally many images, sorted by prediction."""
+def calibration_bins(
+    predicted: Float[np.ndarray, "N"], true: Float[np.ndarray, "N"]
+) -> tuple[Float[np.ndarray, "B"], Float[np.ndarray, "B"], Float[np.ndarray, "B"]]:
+    """Bin two or more images by prediction: at most ten bins, of at least eight images if there are enough.
 
-    predicted: Float[np.ndarray, "B"]  # mean
-    true: Float[np.ndarray, "B"]  # mean
-    standard_error: Float[np.ndarray, "B"]  # of the true mean
-
-
-def calibration_bins(predicted: Float[np.ndarray, "N"], true: Float[np.ndarray, "N"]) -> Bins:
-    """Bin two or more images by prediction: at most ten bins, of at least eight images if there are enough."""
+    Returns:
+        Means of the predicted and of the true ratings by bin, and the standard errors of the latter.
+    """
     order = np.argsort(predicted, kind="stable")
-    count = int(np.clip(len(order) // LEAST_IN_BIN, 1, MOST_BINS))
-    bins = np.array_split(order, count)
-    errors = [true[rows].std(ddof=1) / np.sqrt(len(rows)) for rows in bins]
-    return Bins(
-        np.array([predicted[rows].mean() for rows in bins]),
-        np.array([true[rows].mean() for rows in bins]),
-        np.array(errors),
-    )
+    bins = np.array_split(order, int(np.clip(len(order) // LEAST_IN_BIN, 1, MOST_BINS)))
+    predicted_means, true_means = (np.array([each[rows].mean() for rows in bins]) for each in (predicted, true))
+    return predicted_means, true_means, np.array([true[rows].std(ddof=1) / np.sqrt(len(rows)) for rows in bins])
 
 
 def calibration_chart(predicted: np.ndarray, true: np.ndarray, split: str) -> bytes:
@@ -73,11 +64,8 @@ def _plot_ratings(axis: Any, predicted: np.ndarray, true: np.ndarray, limits: tu
     alpha = float(np.clip(60 / len(true), 0.04, 0.45))
     axis.plot(limits, limits, color="0.55", linewidth=1, linestyle="--", zorder=1, label="predicted = true")
     axis.scatter(predicted, true, s=14, color=BLUE, alpha=alpha, linewidths=0, zorder=2, label="an image")
-    bins = calibration_bins(predicted, true)
     axis.errorbar(
-        bins.predicted,
-        bins.true,
-        bins.standard_error,
+        *calibration_bins(predicted, true),
         color=ORANGE,
         marker="o",
         markersize=6,
@@ -90,6 +78,5 @@ def _plot_ratings(axis: Any, predicted: np.ndarray, true: np.ndarray, limits: tu
     axis.set(xlim=limits, ylim=limits, xlabel="predicted rating", ylabel="true rating")
     axis.grid(alpha=0.25)
     axis.set_axisbelow(True)
-    legend = axis.legend(fontsize=8, loc="upper left", framealpha=0.9)
-    for handle in legend.legend_handles:
+    for handle in axis.legend(fontsize=8, loc="upper left", framealpha=0.9).legend_handles:
         handle.set_alpha(1)

@@ -1,10 +1,11 @@
 """Summary of an aesthetic head for the terminal, and its model card."""
 
-import importlib.metadata
 import json
 import platform
 from pathlib import Path
 from typing import Any
+
+from ray_ddpo.common.package_versions import package_version
 
 VERSIONED = ("ray-ddpo", "torch", "transformers", "numpy", "pillow")
 KINDS = {
@@ -17,7 +18,7 @@ FIGURES = {"images": "d", "mse": ".4f", "mse_of_mean": ".4f", "srcc": ".4f", "pl
 
 def versions() -> dict[str, str]:
     """Return the versions that decide the head's bits."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED}
+    return {"python": platform.python_version()} | {name: package_version(name) for name in VERSIONED}
 
 
 def recipe_lines(clip: str, head: str) -> str:
@@ -35,10 +36,8 @@ def in_words(figures: dict[str, Any], output: Path) -> str:
     ]
     lines += [f"{split:<12}" + "".join(f"{cell:>13}" for cell in row) for split, row in _rows(figures).items()]
     files = ("head.safetensors", "metrics.json", "calibration.png", "README.md")
-    lines += ["", "look at:", *(f"  {output / name}" for name in files)]
-    return "\n".join(
-        [*lines, "", "use it in a recipe:", "", recipe_lines(figures["clip"], str(output / "head.safetensors"))]
-    )
+    lines += ["", "look at:", *(f"  {output / name}" for name in files), "", "use it in a recipe:", ""]
+    return "\n".join([*lines, recipe_lines(figures["clip"], str(output / "head.safetensors"))])
 
 
 def model_card(figures: dict[str, Any]) -> str:
@@ -103,10 +102,3 @@ def _rows(figures: dict[str, Any]) -> dict[str, list[str]]:
 def _chosen(figures: dict[str, Any]) -> str:
     ((name, value),) = figures["chosen"].items()
     return f"{name} {value:g} of {len(figures['tried'])}, by the validation images"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "from its source"

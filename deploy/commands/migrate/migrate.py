@@ -13,8 +13,7 @@ from pydantic import ValidationError
 from ray_ddpo.common.diffusion.policy import EMBEDDED_MODELS
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import explain
-from ray_ddpo.deploy.commands.migrate.trl_config import TRL_VERSION, DDPOConfig, TrlRun
-from ray_ddpo.deploy.commands.migrate.trl_fields import COUNTERPARTS
+from ray_ddpo.deploy.commands.migrate.trl_config import COUNTERPARTS, TRL_VERSION, DDPOConfig, TrlRun
 from ray_ddpo.deploy.driver.components import build_components
 
 LORA = {"rank": 4, "alpha": 4, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
@@ -22,15 +21,6 @@ NOT_IN_A_CONFIG = (
     "Not in a DDPOConfig: policy.model and the reward are those asked for, the LoRA is that of TRL's "
     "DefaultDDPOStableDiffusionPipeline, and the prompts are the paper's 45 animals, of which TRL's example has 27."
 )
-
-
-@dataclass(frozen=True)
-class ScriptSettings:
-    """Settings of a TRL script outside its config."""
-
-    processes: int  # of accelerate, each with a GPU
-    model: str
-    reward: str  # a name, or module:function
 
 
 @dataclass(frozen=True)
@@ -51,21 +41,30 @@ class Migrated:
         return "".join(f"# {line}\n" for line in self.lines) + tomli_w.dumps(self.tables)
 
 
-def migrate(config: dict[str, Any], beside: ScriptSettings) -> Migrated:
+def migrate(config: dict[str, Any], processes: int, model: str, reward: str) -> Migrated:
     """Convert the fields of a DDPOConfig to a recipe. Missing fields have TRL's default.
+
+    Args:
+        config: the fields.
+        processes: number of processes of accelerate, each with a GPU.
+        model: the recipe's model.
+        reward: a name, or module:function.
 
     Raises:
         ValueError: TRL does not know a field, a value has the wrong type, or the config has no equivalent recipe.
     """
-    if beside.processes < 1:
-        raise ValueError(f"--processes is {beside.processes}: accelerate had one or more")
-    run = TrlRun(_checked(config), beside.processes)
+    if processes < 1:
+        raise ValueError(f"--processes is {processes}: accelerate had one or more")
+    try:
+        run = TrlRun(DDPOConfig.model_validate(config), processes)
+    except ValidationError as error:
+        raise ValueError(f"not the DDPOConfig of TRL {TRL_VERSION}: {explain(error, DDPOConfig)}") from error
     if run.images_per_step > 0 and run.images % run.images_per_step:
         raise ValueError(
             f"sample_batch_size × sample_num_batches_per_epoch × processes = {run.images} images a round, which "
             f"train_batch_size × train_gradient_accumulation_steps × processes = {run.images_per_step} does not divide"
         )
-    tables = _frame(run, beside)
+    tables = _frame(run, model, reward)
     for field, counterpart in COUNTERPARTS.items():
         value = counterpart.value_of(field, run)
         if value is not None:
@@ -102,39 +101,24 @@ def write_recipe(path: Path, migrated: Migrated) -> Path:
     return path
 
 
-def _checked(config: dict[str, Any]) -> DDPOConfig:
-    try:
-        return DDPOConfig.model_validate(config)
-    except ValidationError as error:
-        raise ValueError(f"not the DDPOConfig of TRL {TRL_VERSION}: {explain(error, DDPOConfig)}") from error
-
-
-def _frame(run: TrlRun, beside: ScriptSettings) -> dict[str, Any]:
+def _frame(run: TrlRun, model: str, reward: str) -> dict[str, Any]:
     """Return the recipe's tables in their usual order, with the settings that are not in a config."""
-    named = {"name": "function", "path": beside.reward} if ":" in beside.reward else {"name": beside.reward}
     tables: dict[str, Any] = {
-        "policy": {"name": "stable_diffusion", "model": beside.model, "lora": LORA},
+        "policy": {"name": "stable_diffusion", "model": model, "lora": LORA},
         "prompts": {"name": "animals"},
         "sampling": {},
         "samplers": {},
-        "reward": named,
+        "reward": {"name": "function", "path": reward} if ":" in reward else {"name": reward},
         "reward_workers": {},
         "algorithm": {"name": "ddpo_is"},
         "learner": {"micro_batch_size": run.micro_batch_size},
     }
-    if beside.model not in EMBEDDED_MODELS:
-        for key, value in _places(run).items():
-            _put(tables, key, value)
+    if model not in EMBEDDED_MODELS:  # as many GPUs as accelerate had
+        workers = run.config.max_workers if run.config.async_reward_computation else 1
+        tables["samplers"] = {"num_gpus": 0.3} if run.processes == 1 else {"count": run.processes - 1, "num_gpus": 0.9}
+        tables["reward_workers"]["num_gpus"] = int(1000 / max(workers, 1)) / 10_000
+        tables["learner"]["num_gpus"] = 0.6 if run.processes == 1 else 1
     return tables
-
-
-def _places(run: TrlRun) -> dict[str, Any]:
-    """Assign as many GPUs as accelerate had: one for all roles, or one for the learner and the rest for samplers."""
-    workers = run.config.max_workers if run.config.async_reward_computation else 1
-    share = {"reward_workers.num_gpus": int(1000 / max(workers, 1)) / 10_000}
-    if run.processes == 1:
-        return {"samplers.num_gpus": 0.3, **share, "learner.num_gpus": 0.6}
-    return {"samplers.count": run.processes - 1, "samplers.num_gpus": 0.9, **share, "learner.num_gpus": 1}
 
 
 def _put(tables: dict[str, Any], key: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from ray_ddpo.learner.process_group import buffer_bytes
 from ray_ddpo.learner.weight_check import computes_as_samplers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Numbers of one round, and peak bytes of tensors. The libraries' own memory is not included."""
 
@@ -25,7 +25,6 @@ class Plan:
     optimizer_steps: int  # per round
     images_per_step: int
     pairs_per_step: int  # transitions, or noised samples of finished images, per optimizer step
-    micro_batch_size: int  # 1 if it is found at the start
     forward_passes: int  # of all learner ranks together, per round
     trajectory_bytes: int  # of one image, as it is transferred
     round_bytes: int  # of all trajectories in flight
@@ -37,11 +36,9 @@ class Plan:
     reward_worker_bytes: dict[str, int]  # of one worker, by pool
     sizes: PolicySizes
     forward_process: bool  # the algorithm adds noise to finished images
-    ranks: int = 1
-    reduced_bytes: int = 0  # of a rank's buffer for the all-reduce of gradients
-    copy_bytes: int = (
-        0  # of a rank's second copy of the network, in the host's memory, which checks samplers' log-probs
-    )
+    ranks: int
+    reduced_bytes: int  # of a rank's buffer for the all-reduce of gradients
+    copy_bytes: int  # of a rank's second copy of the network, on the host, which checks samplers' log-probs
 
     @property
     def pairs_per_rank(self) -> int:
@@ -83,7 +80,6 @@ def plan_of_parts(parts: Components) -> Plan:
         optimizer_steps=steps,
         images_per_step=learner.images_per_step,
         pairs_per_step=pairs,
-        micro_batch_size=micro_batch,
         forward_passes=steps * pairs // micro_batch,
         trajectory_bytes=trajectory,
         round_bytes=trajectory * recipe.images_per_round * num_kept(recipe.max_policy_lag),
@@ -127,10 +123,7 @@ def device_of(recipe: Recipe) -> DeviceKind:
 
 def in_bytes(count: int) -> str:
     """Return a number of bytes with a suitable unit."""
-    return (
-        f"{count / 1e9:.2f} GB"
-        if count >= 1e9
-        else f"{count / 1e6:.2f} MB"
-        if count >= 1e6
-        else f"{count / 1e3:.1f} kB"
-    )
+    for size, unit in ((1e9, "GB"), (1e6, "MB")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.1f} kB"

@@ -1,11 +1,11 @@
 """Refuse to use weights with another base model, rewards or prompts than they were trained on."""
 
-import sys
 from collections.abc import Sequence
 
 from ray_ddpo.common.base_parts import Base, differing_parts
 from ray_ddpo.common.diffusion.lora.files import EXACT_NAME, FILE_NAME
 from ray_ddpo.common.model_files.weight_files import TRAINED_PARTS
+from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.deploy.driver.start import refusal
 
@@ -28,27 +28,20 @@ def run_of(location: str) -> RunFolder | None:
     return None
 
 
-def check_base(run: RunFolder, now: Base, overrides: Sequence[str] = ()) -> None:
-    """Compare the loaded files with those of a run.
+def check_base(run: RunFolder, now: Base, overrides: Sequence[str] = (), before: Base | None = None) -> None:
+    """Compare the loaded files with those of a run, or with `before` if the run's files were others at that time.
 
     Raises:
         ValueError: a file differs, and no override asks for that.
     """
-    refuse_another_base(run, run.base(), now, overrides)
-
-
-def refuse_another_base(run: RunFolder, before: Base, now: Base, overrides: Sequence[str] = ()) -> None:
-    """Do the same as `check_base`, with the run's files given as `before`."""
     keys = tuple(word.removeprefix("--") for word in overrides if word.startswith("--"))
     wanted = {
         table
         for table, named in ASKED_FOR.items()
         if any(key == name or key.startswith(f"{name}.") for key in keys for name in named)
     }
-    differing = {
-        name: said for name, said in differing_parts(before, now).items() if name.partition(".")[0] not in wanted
-    }
-    if differing:
+    told = differing_parts(run.base() if before is None else before, now)
+    if differing := {name: said for name, said in told.items() if name.partition(".")[0] not in wanted}:
         raise ValueError(refusal(run.location, differing))
 
 
@@ -72,4 +65,4 @@ def check_given(weights: Sequence[str], named: str | None, now: Base, overrides:
             check_base(run, model)
         else:
             for said in differing_parts(run.base(), model).values():
-                print(f"{run.location}: {said}, as --recipe {named} asks", file=sys.stderr, flush=True)
+                print_line(f"{run.location}: {said}, as --recipe {named} asks")
