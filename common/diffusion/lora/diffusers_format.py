@@ -207,18 +207,19 @@ def _refuse_other_parts(file: LoraFile, converted: _Converted, parts: tuple[str,
 
 def _refuse_what_does_not_fit(file: LoraFile, module: nn.Module, part: str, state: Mapping[str, Tensor]) -> None:
     """Raise ValueError if a tensor's layer does not exist, or has another shape."""
-    layers = {name: getattr(layer, "weight", None) for name, layer in module.named_modules()}
+    layers: dict[str, Any] = {name: getattr(layer, "weight", None) for name, layer in module.named_modules()}
     wrong = []
     for name, value in state.items():
         layer, _, kind = name.partition(".lora_")
-        weight: Any = layers.get(layer)
+        weight = layers.get(layer)
         kind = f"lora_{kind}".removesuffix(".weight") if "magnitude" in kind else f"lora_{kind}"
         paired = {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"} <= state.keys()
-        fits = kind in KINDS and paired and weight is not None
-        if fits and kind == "lora_A.weight":
+        if kind not in KINDS or not paired or weight is None:
+            fits = False
+        elif kind == "lora_A.weight":
             fits = value.shape[1:] == weight.shape[1:]
-        elif fits and "magnitude" not in kind:
-            fits = value.shape[0] == weight.shape[0]
+        else:
+            fits = value.shape[0] == weight.shape[0] or "magnitude" in kind
         if not fits:
             wrong.append(f"{part}.{name}")
     if wrong:
