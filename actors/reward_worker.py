@@ -13,6 +13,7 @@ from ray_ddpo.actors.rewards.reward_trial import load_reward, try_rewards
 from ray_ddpo.actors.rewards.score_cache import ScoreCache
 from ray_ddpo.common.base_parts import Base, entry_base
 from ray_ddpo.common.machine import this_machine
+from ray_ddpo.common.packages import require_packages
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.role_loading import loading
 from ray_ddpo.common.runtime import python_stacks, settle, torch_settings_kept
@@ -40,6 +41,8 @@ class RewardWorker:
         self._base: Base = {}
         for name, reward in rewards.items():
             with torch_settings_kept(), loading(f"the reward is {name!r}", reward.needs):
+                # Again here, because this may be another machine than the driver's.
+                require_packages(f"the recipe's reward.{name}", *reward.required_packages)
                 self._rewards[name] = under_contract(load_reward(reward, device), f"the reward {name!r}")
             self._base |= entry_base(reward, "reward", reward.needs(), name)
         if tried:

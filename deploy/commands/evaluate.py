@@ -26,7 +26,7 @@ from ray_ddpo.deploy.commands.weights.given_weights import (
     recipe_of,
     refuse_output_file,
 )
-from ray_ddpo.deploy.driver.components import Components, build_components
+from ray_ddpo.deploy.driver.components import SCORING, Components, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.deploy.evaluation.eval_log import images_table
 from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM, EvalResult, EvalScorer, scorer_tables
@@ -58,7 +58,7 @@ def evaluate(request: EvaluateRequest, overrides: list[str]) -> str:
         raise ValueError(f"{twice} is named twice: weights are compared with others")
     given = [location for location in named if location != PRETRAINED]
     recipe, output = recipe_of(given, request.recipe, overrides), _output(request.output, given)
-    parts = build_components(recipe)
+    parts = build_components(recipe, used=SCORING)
     found = _results(parts, named, lambda base: check_given(given, request.recipe, base, overrides))
     baseline = found[request.against]
     compared = {location: changes(recipe, baseline, found[location]) for location in request.weights}

@@ -18,7 +18,7 @@ from ray_ddpo.deploy.commands.weights.given_weights import (
     recipe_of,
     refuse_output_file,
 )
-from ray_ddpo.deploy.driver.components import build_components
+from ray_ddpo.deploy.driver.components import SAMPLING, build_components
 
 OUTPUT = "samples"  # default folder, in the run's
 
@@ -45,7 +45,7 @@ def sample(request: SampleRequest, overrides: list[str]) -> Iterator[Path]:
     refuse_output_file(output)
     with weights_here(request.weights) as path:
         policy = load_policy(recipe, path)
-    parts = build_components(recipe)
+    parts = build_components(recipe, used=SAMPLING)
     check_given([request.weights], request.recipe, parts.policy.loaded_base("sampler"), overrides)
     for line in differing_settings([request.weights], parts.resolved()):
         print(line, file=sys.stderr, flush=True)
