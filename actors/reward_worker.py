@@ -18,6 +18,7 @@ from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.role_loading import loading
 from ray_ddpo.common.runtime import python_stacks, settle, torch_settings_kept
 from ray_ddpo.common.trajectory import ImageBatch, Scores
+from ray_ddpo.common.user_code.blame import converting_errors
 
 
 class RewardWorker:
@@ -141,22 +142,18 @@ class RewardWorker:
 
     def _score_all(self, name: str, reward: LoadedReward, images: ImageBatch, wanted: range) -> Float[np.ndarray, "B"]:
         """Score the wanted rows with one reward, batch by batch. Raise ScoringFailed if the reward raises."""
+
+        def converted(error: BaseException) -> BaseException:
+            return error if isinstance(error, RewardMistake) else scoring_failed(name, error)
+
         parts = []
         for start in range(wanted.start, wanted.stop, self._batch_size):
             part = slice(start, min(start + self._batch_size, wanted.stop))
             texts = [prompt.text for prompt in images.prompts[part]]
             metadata = [prompt.metadata for prompt in images.prompts[part]]
-            try:
-                with torch_settings_kept():
-                    values = reward(images.pixels[part], texts, metadata)
-            except RewardMistake:
-                raise
-            # A user's reward may raise anything, even SystemExit. One batch must not end a run of many hours.
-            except BaseException as error:  # noqa: BLE001
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                raise scoring_failed(name, error) from error
-            parts.append(values)
+            # One batch must not end a run of many hours.
+            with converting_errors(converted), torch_settings_kept():
+                parts.append(reward(images.pixels[part], texts, metadata))
         return np.concatenate(parts)
 
 

@@ -88,11 +88,12 @@ def _component_fields(table: type[ComponentTable], name: Any) -> dict[str, Any]:
 
     They are empty if the class cannot be imported: the error is raised when the component is built.
     """
+    if not isinstance(name, str):
+        return {}
+    registry = import_object(REGISTRIES[table.__name__], "registry") if table.__name__ in REGISTRIES else {}
     try:
-        registry = import_object(REGISTRIES[table.__name__], "registry") if table.__name__ in REGISTRIES else {}
         component = import_object(registry.get(name, name), "name")
-    # A user's module may raise any error when imported. The same error ends the run when the component is built.
-    except Exception:  # noqa: BLE001
+    except ValueError:
         return {}
     return getattr(component, "model_fields", {})
 
