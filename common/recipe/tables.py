@@ -303,9 +303,9 @@ class MediaTable(Table):
     images: int = Field(default=8, ge=0)
     """Images of such a round that are shown: the first ones."""
 
-    def is_due(self, round: int, rounds: int) -> bool:
+    def is_due(self, round_index: int, rounds: int) -> bool:
         """Return whether this round of a run of `rounds` is shown."""
-        return self.every > 0 and (round % self.every == 0 or round == rounds - 1)
+        return self.every > 0 and (round_index % self.every == 0 or round_index == rounds - 1)
 
 
 class CheckpointTable(Table):
