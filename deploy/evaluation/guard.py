@@ -76,19 +76,19 @@ def alarms(base: VersionStats, now: VersionStats, scorers: list[str], settings: 
 
 
 def _fallen(base: VersionStats, now: VersionStats, scorers: list[str], settings: GuardTable) -> Iterator[Alarm]:
-    """Yield an alarm for each scorer that fell significantly, by over `guard.scorer_fall` standard deviations."""
+    """Yield an alarm for each scorer that fell significantly, by over `guard.max_scorer_drop` standard deviations."""
     for name in scorers:
         change = paired_change(base.scores[name], now.scores[name])
         if change is None or change.change >= 0:
             continue
         certain = change.errors is None or -change.errors >= settings.certainty
-        if certain and -change.change > settings.scorer_fall * change.spread:
+        if certain and -change.change > settings.max_scorer_drop * change.spread:
             deviations = f"{-change.change / change.spread:.2g}" if change.spread else "more than any"
             fell = f"{name} fell from {change.before:.3g} to {change.after:.3g}"
             yield Alarm(
                 name,
                 f"{fell}, by {deviations} standard deviations of its scores before; "
-                f"{settings.scorer_fall:g} are allowed",
+                f"{settings.max_scorer_drop:g} are allowed",
             )
 
 

@@ -149,7 +149,7 @@ def _probe(folder: RunFolder) -> None:
 
 def checkpoint_bytes(recipe: Recipe, numbers: Plan) -> int:
     """Return a checkpoint's size: max_policy_lag + 1 versions of the weights, moving average, optimizer state."""
-    versions = recipe.max_policy_lag + 1 + (recipe.evaluation.average_decay is not None)
+    versions = recipe.max_policy_lag + 1 + (recipe.evaluation.ema_decay is not None)
     return numbers.broadcast_bytes * versions + numbers.optimizer_bytes
 
 
