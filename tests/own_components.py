@@ -67,9 +67,6 @@ class OneForAll(DDPOImportanceSampling):
 class Quiet(Tracker):
     """A tracker whose `start` returns no live tracker."""
 
-    def check(self) -> None:
-        pass
-
     def start(self, run: RunInfo) -> Any:
         return None
 

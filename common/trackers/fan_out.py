@@ -18,11 +18,6 @@ class FanOut:
         self._live: dict[str, LiveTracker] = {}
         self._identities: dict[str, str] = {}
 
-    def check(self) -> None:
-        """Raise ValueError if a tracker's package is missing."""
-        for tracker in self._trackers.values():
-            tracker.check()
-
     def start(self, run: RunInfo) -> None:
         """Open all trackers.
 

@@ -61,7 +61,7 @@ def test_the_dependencies_are_a_layer_before_the_source() -> None:
     assert [text for text in installs if "--constraint" not in text and "--no-deps" not in text] == []
 
 
-def test_the_dependencies_are_those_of_the_project_with_two_extras_and_all_are_pinned() -> None:
+def test_the_dependencies_are_the_projects_and_two_extras_and_all_are_pinned() -> None:
     text = next(text for word, text in instructions() if word == "RUN" and "tomllib" in text)
     (code,) = re.findall(r'python -c "(.*?)"', text)
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
