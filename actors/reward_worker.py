@@ -13,10 +13,12 @@ from ray_ddpo.actors.rewards.reward_trial import load_reward, try_rewards
 from ray_ddpo.actors.rewards.score_cache import ScoreCache
 from ray_ddpo.common.base_parts import Base, entry_base
 from ray_ddpo.common.machine import this_machine
+from ray_ddpo.common.packages import require_packages
 from ray_ddpo.common.recipe.tables import RewardPoolTable, RuntimeTable
 from ray_ddpo.common.role_loading import loading
 from ray_ddpo.common.runtime import python_stacks, settle, torch_settings_kept
 from ray_ddpo.common.trajectory import ImageBatch, Scores
+from ray_ddpo.common.user_code.blame import converting_errors
 
 
 class RewardWorker:
@@ -40,6 +42,8 @@ class RewardWorker:
         self._base: Base = {}
         for name, reward in rewards.items():
             with torch_settings_kept(), loading(f"the reward is {name!r}", reward.needs):
+                # Again here, because this may be another machine than the driver's.
+                require_packages(f"the recipe's reward.{name}", *reward.required_packages)
                 self._rewards[name] = under_contract(load_reward(reward, device), f"the reward {name!r}")
             self._base |= entry_base(reward, "reward", reward.needs(), name)
         if tried:
@@ -138,22 +142,18 @@ class RewardWorker:
 
     def _score_all(self, name: str, reward: LoadedReward, images: ImageBatch, wanted: range) -> Float[np.ndarray, "B"]:
         """Score the wanted rows with one reward, batch by batch. Raise ScoringFailed if the reward raises."""
+
+        def converted(error: BaseException) -> BaseException:
+            return error if isinstance(error, RewardMistake) else scoring_failed(name, error)
+
         parts = []
         for start in range(wanted.start, wanted.stop, self._batch_size):
             part = slice(start, min(start + self._batch_size, wanted.stop))
             texts = [prompt.text for prompt in images.prompts[part]]
             metadata = [prompt.metadata for prompt in images.prompts[part]]
-            try:
-                with torch_settings_kept():
-                    values = reward(images.pixels[part], texts, metadata)
-            except RewardMistake:
-                raise
-            # A user's reward may raise anything, even SystemExit. One batch must not end a run of many hours.
-            except BaseException as error:  # noqa: BLE001
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                raise scoring_failed(name, error) from error
-            parts.append(values)
+            # One batch must not end a run of many hours.
+            with converting_errors(converted), torch_settings_kept():
+                parts.append(reward(images.pixels[part], texts, metadata))
         return np.concatenate(parts)
 
 

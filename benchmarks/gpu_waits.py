@@ -28,17 +28,18 @@ def main(recipe: str, answers: str, overrides: list[str]) -> None:
     sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
     learner = Learner(parts.policy, parts.algorithm, parts.recipe)
     micro_batches = parts.recipe.images_per_round * 4 // learner.state().micro_batch_size  # type: ignore[operator]
-    for round in range(2):
+    for round_index in range(2):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            if round and torch.cuda.is_available():
+            if round_index and torch.cuda.is_available():
                 torch.cuda.set_sync_debug_mode("warn")
             weights = learner.weights()[-1]
             sampled = [
-                sampler.sample(task, weights)[:2] for task in round_tasks(parts.recipe, round, parts.prompts.load())
+                sampler.sample(task, weights)[:2]
+                for task in round_tasks(parts.recipe, round_index, parts.prompts.load())
             ]
             advantages = np.random.default_rng(0).standard_normal(parts.recipe.images_per_round)
-            batch = TrainBatch(round, tuple(report for report, _ in sampled if report), advantages)
+            batch = TrainBatch(round_index, tuple(report for report, _ in sampled if report), advantages)
             learner.update(batch, *(trajectory for _, trajectory in sampled if trajectory))
     places = Counter(
         f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)

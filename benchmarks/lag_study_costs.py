@@ -36,14 +36,16 @@ class Lagging:
 
 
 def sampled_round(
-    sampler: Sampler, learner: Learner, recipe: Recipe, round: int
+    sampler: Sampler, learner: Learner, recipe: Recipe, round_index: int
 ) -> tuple[TrainBatch, tuple[Trajectory, ...]]:
     """Sample a round with the oldest version that the learner keeps. Its advantages are random."""
     weights = learner.weights()[0]
-    tasks = round_tasks(recipe, round, build_components(recipe).prompts.load())
+    tasks = round_tasks(recipe, round_index, build_components(recipe).prompts.load())
     sampled = [sampler.sample(task, weights)[:2] for task in tasks]
-    advantages = np.random.default_rng(round).standard_normal(recipe.images_per_round)
-    return TrainBatch(round, tuple(report for report, _ in sampled), advantages), tuple(path for _, path in sampled)
+    advantages = np.random.default_rng(round_index).standard_normal(recipe.images_per_round)
+    return TrainBatch(round_index, tuple(report for report, _ in sampled), advantages), tuple(
+        path for _, path in sampled
+    )
 
 
 def lagging(run: StudyRun) -> Lagging:

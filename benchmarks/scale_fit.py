@@ -103,8 +103,8 @@ def table(found: list[Measured]) -> str:
     for each in found:
         cost, tasks = each.cost, each.setting.tasks
         clocks = f"{cost.seconds:.2f} | {cost.driver_cpu:.3f} | {1e6 * cost.driver_cpu / tasks:,.0f}"
-        bytes = f"{cost.cluster_cpu:.2f} | {cost.driver_peak:.0f} | {cost.stored:.0f}"
-        lines.append(f"| {each.axis} | {each.value:,} | {tasks:,} | {clocks} | {bytes} |")
+        memory = f"{cost.cluster_cpu:.2f} | {cost.driver_peak:.0f} | {cost.stored:.0f}"
+        lines.append(f"| {each.axis} | {each.value:,} | {tasks:,} | {clocks} | {memory} |")
     return "\n".join(lines)
 
 

@@ -195,7 +195,7 @@ def losses(rounds: int, logged: list[int], fingerprints: tuple[str, str]) -> lis
     """Return one line for each loss."""
     found = []
     missing = sorted(set(range(rounds)) - set(logged))
-    twice = sorted({round for round in logged if logged.count(round) > 1})
+    twice = sorted({round_index for round_index in logged if logged.count(round_index) > 1})
     if missing or twice or logged != sorted(logged):
         found.append(f"metrics.jsonl lacks the rounds {missing}, and has the rounds {twice} more than once")
     if fingerprints[0] != fingerprints[1]:

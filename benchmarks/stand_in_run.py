@@ -145,27 +145,29 @@ class StandInRun:
         """Run, and measure after the first rounds."""
         submitted, process = 0, psutil.Process()
         started = busy = 0.0
-        for round in range(warm_up + rounds):
-            if round == warm_up:
+        for round_index in range(warm_up + rounds):
+            if round_index == warm_up:
                 started, busy = time.monotonic(), _cpu_seconds(process)
-            while submitted <= last_startable_round(round, self._lag):
+            while submitted <= last_startable_round(round_index, self._lag):
                 tasks = round_tasks(self._recipe, submitted, lambda generator: Prompt("nothing"))
                 self._stream.submit(tasks, weights_of(self._learner.weights(), tasks[0].policy_version))
                 submitted += 1
             *begun, last = enumerate(round_parts(self._recipe))
             for part, tasks in begun:
-                self._learner.begin(*self._collected(round, part, tasks))
-            self._learner.update(*self._collected(round, *last))
+                self._learner.begin(*self._collected(round_index, part, tasks))
+            self._learner.update(*self._collected(round_index, *last))
             self._stream.report()
         seconds = time.monotonic() - started
         images = rounds * self._recipe.images_per_round
         return Measured(seconds / rounds, images / seconds, (_cpu_seconds(process) - busy) / seconds)
 
-    def _collected(self, round: int, part: int, tasks: range) -> tuple[TrainBatch, list[Rollout]]:
-        rollouts = self._stream.collect(round, tasks)
+    def _collected(self, round_index: int, part: int, tasks: range) -> tuple[TrainBatch, list[Rollout]]:
+        rollouts = self._stream.collect(round_index, tasks)
         reports = tuple(rollout.report for rollout in rollouts)
         nothing = np.zeros(len(reports) * IMAGES_PER_TASK)
-        return TrainBatch(round, reports, nothing, part=part, parts=self._recipe.learner.parts_per_round), rollouts
+        return TrainBatch(
+            round_index, reports, nothing, part=part, parts=self._recipe.learner.parts_per_round
+        ), rollouts
 
     def close(self) -> None:
         """Stop the actors."""

@@ -74,11 +74,11 @@ def train_trl(seed: int, folder: Path, overrides: list[str]) -> None:
     with trl_process(trl_job(build_components(recipe)), place) as process:
         process.answer()
         started = time.perf_counter()
-        for round in range(1, recipe.rounds + 1):
-            answer = process.ask(save=str((place / f"{round:06d}.safetensors").absolute()))
+        for round_index in range(1, recipe.rounds + 1):
+            answer = process.ask(save=str((place / f"{round_index:06d}.safetensors").absolute()))
             times.append(time.perf_counter() - started)
             (place / "times.json").write_text(json.dumps(times))
-            say(f"TRL, seed {seed}, round {round}: {times[-1]:.0f} s, reward {answer['reward']:.3f}")
+            say(f"TRL, seed {seed}, round {round_index}: {times[-1]:.0f} s, reward {answer['reward']:.3f}")
 
 
 def train_ours(seed: int, folder: Path, overrides: list[str]) -> None:
@@ -108,7 +108,10 @@ def versions(side: str, seed: int, folder: Path) -> list[Version]:
     if side == TRL:
         place = folder / f"trl-seed{seed}"
         times = enumerate(json.loads((place / "times.json").read_text()), 1)
-        return [Version(side, seed, round, seconds, place / f"{round:06d}.safetensors") for round, seconds in times]
+        return [
+            Version(side, seed, round_index, seconds, place / f"{round_index:06d}.safetensors")
+            for round_index, seconds in times
+        ]
     run = folder / f"ours-seed{seed}"
     started = (run / RunFolder.recipe).stat().st_mtime  # written when the models are loaded, before anything is sampled
     checkpoints = sorted((run / "checkpoints").glob("round-*"))

@@ -122,11 +122,13 @@ def _without(prompts: list[Prompt], left_out: tuple[str, ...]) -> list[Prompt]:
     texts = {prompt.text for prompt in prompts}
     if unknown := [prompt for prompt in left_out if prompt not in texts]:
         raise ValueError(
-            f"prompts.leave_out has {unknown}, which is not among the {len(prompts)} prompts of the source"
+            f"prompts.held_out_prompts has {unknown}, which is not among the {len(prompts)} prompts of the source"
         )
     remaining = [prompt for prompt in prompts if prompt.text not in left_out]
     if not remaining:
-        raise ValueError(f"prompts.leave_out has all {len(prompts)} prompts of the source: there is nothing to sample")
+        raise ValueError(
+            f"prompts.held_out_prompts has all {len(prompts)} prompts of the source: there is nothing to sample"
+        )
     return remaining
 
 
@@ -172,14 +174,14 @@ class PromptList(PromptSource):
 class Animals(PromptList):
     """The 45 animals of the DDPO paper (section 6), by their names alone."""
 
-    leave_out: tuple[str, ...] = ()
+    held_out_prompts: tuple[str, ...] = ()
     """Prompts that are held out: never sampled in training, used for evaluation."""
 
     def sampled(self) -> list[Prompt]:
-        return _without(read_prompts(PromptFile(PROMPT_LISTS / "animals.txt", "prompts.path")), self.leave_out)
+        return _without(read_prompts(PromptFile(PROMPT_LISTS / "animals.txt", "prompts.path")), self.held_out_prompts)
 
     def held_out(self) -> list[str]:
-        return list(self.leave_out)
+        return list(self.held_out_prompts)
 
 
 class Texts(PromptList):
@@ -201,17 +203,17 @@ class File(PromptList):
     """Format of both files. By default it follows from the ending of each file's name."""
     column: str | None = None
     """Column of the prompts. By default the only one, or the one called `prompt`, `text` or `caption`."""
-    leave_out: tuple[str, ...] = ()
+    held_out_prompts: tuple[str, ...] = ()
     """Prompts that are held out: never sampled in training, used for evaluation."""
     held_out_path: str | None = None
     """Second file, whose prompts are used for evaluation only."""
 
     @model_validator(mode="after")
     def _prompts_are_held_out_in_one_way(self) -> "File":
-        if self.leave_out and self.held_out_path is not None:
+        if self.held_out_prompts and self.held_out_path is not None:
             raise ValueError(
-                f"held_out_path is {self.held_out_path!r} and leave_out has {len(self.leave_out)} prompts: give one "
-                "of them"
+                f"held_out_path is {self.held_out_path!r} and held_out_prompts has {len(self.held_out_prompts)} "
+                "prompts: give one of them"
             )
         return self
 
@@ -230,11 +232,11 @@ class File(PromptList):
         """Return the prompts that are never sampled, each with its metadata; a prompt with several rows, with each."""
         if self.held_out_path is not None:
             return self._read(self.held_out_path, "prompts.held_out_path")
-        every = self._all() if self.leave_out else []
-        return [prompt for text in dict.fromkeys(self.leave_out) for prompt in _rows_of(text, every)]
+        every = self._all() if self.held_out_prompts else []
+        return [prompt for text in dict.fromkeys(self.held_out_prompts) for prompt in _rows_of(text, every)]
 
     def sampled(self) -> list[Prompt]:
-        return _without(self._all(), self.leave_out)
+        return _without(self._all(), self.held_out_prompts)
 
     def held_out(self) -> list[str]:
         return [prompt.text for prompt in self._held_out()]

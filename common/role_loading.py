@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ray_ddpo.common.model_files.model_hub import Weights, damaged_files, first_line
+from ray_ddpo.common.user_code.blame import converting_errors
 from ray_ddpo.common.user_code.frames import is_projects, place_in_users_code
 
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # Python's and torch's
@@ -29,18 +30,16 @@ def loading(part: str, needs: Callable[[], tuple[Weights, ...]] = tuple) -> Iter
     Raises:
         PartNotLoaded: The body raised an error. A ValueError of the project's own code passes unchanged.
     """
-    try:
-        yield
+
     # Anything that a model or a user's module raises while loading is for the user to fix, so it becomes one line.
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    def converted(error: BaseException) -> BaseException:
         damaged = [fault for weights in needs() for fault in damaged_files(weights)]
         if damaged:
-            raise ValueError(f"{part}, and {damaged[0]}: copy or download that file again") from error
-        if is_for_the_user(error):
-            raise
-        raise PartNotLoaded(f"{part}, which cannot be loaded: {in_words(error)}") from error
+            return ValueError(f"{part}, and {damaged[0]}: copy or download that file again")
+        return error if is_for_the_user(error) else PartNotLoaded(f"{part}, which cannot be loaded: {in_words(error)}")
+
+    with converting_errors(converted):
+        yield
 
 
 @contextmanager
@@ -53,13 +52,13 @@ def starting(role: str) -> Iterator[None]:
     Raises:
         RoleNotStarted: The body raised an error. The text is the same in whatever process the role runs.
     """
-    try:
-        yield
+
     # A constructor loads the user's inputs: its error ends the run with one line, and a retry would not help.
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise RoleNotStarted(str(error) if is_for_the_user(error) else f"{role}: {in_words(error)}") from error
+    def converted(error: BaseException) -> RoleNotStarted:
+        return RoleNotStarted(str(error) if is_for_the_user(error) else f"{role}: {in_words(error)}")
+
+    with converting_errors(converted):
+        yield
 
 
 def is_for_the_user(error: BaseException) -> bool:

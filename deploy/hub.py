@@ -1,4 +1,8 @@
-"""The Hugging Face hub: whether a run may be published there, and the upload of its files."""
+"""The Hugging Face hub: whether a run may be published there, and the upload of its files.
+
+The upload is a `create_commit`: `upload_folder` takes one folder, into which the weights, up to many GB, would be
+copied.
+"""
 
 import os
 import re

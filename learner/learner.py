@@ -177,7 +177,7 @@ class Learner:
         trained = read_weights(self._policy.network, self._version + 1)
         refuse_weights(trained, batch.round, self._settings)
         self._version, self._trained = self._version + 1, trained
-        decay = self._algorithm.average_decay(self._version)
+        decay = self._algorithm.ema_decay(self._version)
         published = self._trained if decay is None else averaged(self._published[-1], self._trained, decay)
         self._published = kept_versions((*self._published, published), self._recipe.max_policy_lag)
         metrics, self._metrics = self._metrics, self._no_metrics()

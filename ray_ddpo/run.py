@@ -49,21 +49,24 @@ class Run:
             )
         return self._folder.lora.location
 
-    def images(self, round: int) -> list[Image.Image]:
+    def images(self, round_index: int) -> list[Image.Image]:
         """Return the images of a round, in the order of the ledger's rows.
+
+        Args:
+            round_index: the round, counted from 0.
 
         Raises:
             ValueError: the run has no such round, or did not keep its images (`rollouts.images_every`).
         """
         recipe = self._folder.load_recipe([])
         ledger = Ledger(self._folder.storage, recipe.rollouts)
-        if round in ledger.rounds() and not ledger.wants_images(round):
+        if round_index in ledger.rounds() and not ledger.wants_images(round_index):
             every = recipe.rollouts.images_every
             raise ValueError(
-                f"round {round} has no images: rollouts.images_every is {every}; train with "
+                f"round {round_index} has no images: rollouts.images_every is {every}; train with "
                 'Recipe.load(…, rollouts={"images_every": 1}) to keep those of every round'
             )
-        column = ledger.read(round, ("pixels",)).column("pixels").to_pylist()
+        column = ledger.read(round_index, ("pixels",)).column("pixels").to_pylist()
         return [Image.open(io.BytesIO(png)) for png in column]
 
     def report(

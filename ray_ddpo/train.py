@@ -78,17 +78,17 @@ def run_rounds(parts: Components, workers: Workers, progress: RunProgress, super
     recipe, stream, sample = parts.recipe, workers.stream, parts.prompts.load()
     submitted = progress.rounds_done
     try:
-        for round in range(progress.rounds_done, recipe.rounds):
+        for round_index in range(progress.rounds_done, recipe.rounds):
             if progress.evaluating.is_over:  # the guard has had enough
                 break
             started = time.monotonic()
-            while submitted <= min(last_startable_round(round, recipe.max_policy_lag), recipe.rounds - 1):
+            while submitted <= min(last_startable_round(round_index, recipe.max_policy_lag), recipe.rounds - 1):
                 submit_round(parts, workers, submitted, sample)  # prompts and weights → sampler
                 submitted += 1
-            progress.evaluating.submit(round)  # held-out prompts → sampler, behind them
+            progress.evaluating.submit(round_index)  # held-out prompts → sampler, behind them
             scored: list[Scored] = []
             for tasks in round_parts(recipe):  # one, unless the learner is to begin with a round's first tasks
-                rollouts = stream.collect(round, tasks)  # sampler → reward → scores and references
+                rollouts = stream.collect(round_index, tasks)  # sampler → reward → scores and references
                 scored.append((progress.buffer.train_batch(rollouts), rollouts))  # scores → advantages
                 if len(scored) < recipe.learner.parts_per_round:
                     workers.learner.begin(*scored[-1])

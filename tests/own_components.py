@@ -84,9 +84,6 @@ class OfTransitions(RewardWeightedRegression):
 class Quiet(Tracker):
     """A tracker whose `start` returns no live tracker."""
 
-    def check(self) -> None:
-        pass
-
     def start(self, run: RunInfo) -> Any:
         return None
 

@@ -62,7 +62,7 @@ def test_a_lambda_trains_in_one_process_and_its_run_can_be_looked_at(
     score: Any = lambda images, prompts, metadata: factor * images[..., 0].mean(axis=(1, 2))  # noqa: E731
     run = train(recipe, reward=score, prompts=["a cat", "a dog"], on_round=seen.append, serial=True)
 
-    assert [round["round"] for round in run.metrics] == [0, 1] and seen == run.metrics
+    assert [metrics["round"] for metrics in run.metrics] == [0, 1] and seen == run.metrics
     assert all(isinstance(image, Image.Image) for image in run.images(1)) and len(run.images(1)) == 8
     rewards = np.array([factor * np.asarray(image)[..., 0].mean() for image in run.images(1)])
     assert run.metrics[1]["reward/mean"] == pytest.approx(rewards.mean(), rel=1e-5)

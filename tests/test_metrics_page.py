@@ -49,7 +49,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> set[st
         "reward": {"name": "jpeg_compressibility"},
         "algorithm": {"name": "ddpo_is"},
         "learner": {"batch_size": 4, "micro_batch_size": 8},
-        "evaluation": {"every": 1, "images": 4, "scorers": [{"name": "brightness"}], "average_decay": 0.5},
+        "evaluation": {"every": 1, "images": 4, "scorers": [{"name": "brightness"}], "ema_decay": 0.5},
     }
     recipe = Recipe.parse(tables)
     run_training(recipe, serial=True)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.thorough
 class QuietHandler(SimpleHTTPRequestHandler):
     """A handler that logs nothing."""
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *_: object) -> None:
         pass
 
 

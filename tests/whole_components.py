@@ -72,9 +72,6 @@ class Rounds(Tracker):
 
     file: str = "rounds.txt"
 
-    def check(self) -> None:
-        pass
-
     def start(self, run: RunInfo) -> LiveRounds:
         return LiveRounds(Path(run.folder) / self.file)
 

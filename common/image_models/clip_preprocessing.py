@@ -1,4 +1,8 @@
-"""CLIP's image preprocessing for a batch on its device: bit-exact PIL resize, center crop, normalization."""
+"""CLIP's image preprocessing for a batch on its device: bit-exact PIL resize, center crop, normalization.
+
+The resize is our own: `interpolate(antialias=True)` of torch 2.13 differs from PIL's by up to 2 gray levels on uint8
+images, in 0.4 to 1 % of the values, and by up to 25 on float images.
+"""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,8 @@
-"""Load an open_clip checkpoint into transformers' CLIP, which has the same network under other names."""
+"""Load an open_clip checkpoint into transformers' CLIP, which has the same network under other names.
+
+The conversion is our own: open_clip_torch converts only to its own names, and its network in place of transformers'
+would change the bits of rewards and add torchvision and timm.
+"""
 
 import math
 import re

@@ -79,11 +79,12 @@ def _types_of_key(annotation: Any, value: Any, path: list[str]) -> Iterator[Any]
 
 def _component_fields(table: type[ComponentTable], name: Any) -> dict[str, Any]:
     """Return the fields of the component that a table names; none if importing it fails, which building it reports."""
+    if not isinstance(name, str):
+        return {}
+    registry = import_object(REGISTRIES[table.__name__], "registry") if table.__name__ in REGISTRIES else {}
     try:
-        registry = import_object(REGISTRIES[table.__name__], "registry") if table.__name__ in REGISTRIES else {}
         component = import_object(registry.get(name, name), "name")
-    # A user's module may raise any error when imported. The same error ends the run when the component is built.
-    except Exception:  # noqa: BLE001
+    except ValueError:
         return {}
     return getattr(component, "model_fields", {})
 

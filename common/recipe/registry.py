@@ -3,7 +3,7 @@
 import difflib
 import importlib
 from collections.abc import Iterator
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,6 +18,9 @@ Registry = dict[str, str]  # name in a recipe -> "module:Class"
 
 class Component(Bounded):
     """Component of a registry. Its fields are its hyperparameters. It is pickled to the process that `load`s it."""
+
+    required_packages: ClassVar[tuple[str, ...]] = ()
+    """Modules of packages that the project does not install by itself. A run refuses to start if one is missing."""
 
     def user_modules(self) -> dict[str, str]:
         """Return the modules outside the project that this component runs, by the key that names them."""

@@ -1,15 +1,20 @@
 """Old names of keys and values, so that a recipe that has one is refused with the new name."""
 
 RENAMED = {
+    "algorithm.average_decay_growth": "algorithm.ema_decay_growth",
+    "algorithm.average_decay_max": "algorithm.ema_decay_max",
     "algorithm.noisings": "algorithm.noised_samples",
     "algorithm.off_policy.behaviour_weight": "algorithm.off_policy.importance_weight",
     "composition": "aggregation",
     "composition.join": "aggregation.kind",
+    "evaluation.average_decay": "evaluation.ema_decay",
     "evaluation.pictures": "evaluation.saved_images",
     "exhibits": "media",
     "exhibits.pictures": "media.images",
+    "guard.scorer_fall": "guard.max_scorer_drop",
     "learner.ranks": "learner.world_size",
     "learner.shard_optimizer": "learner.shard_optimizer_state",
+    "prompts.leave_out": "prompts.held_out_prompts",
     "reward.pictures_per_request": "reward.images_per_request",
     "reward_workers.max_set_aside": "reward_workers.max_dropped",
     "rollouts.pictures_every": "rollouts.images_every",

@@ -298,9 +298,9 @@ class MediaTable(Table):
     images: int = Field(default=8, ge=0)
     """Images of such a round that are shown: the first ones."""
 
-    def is_due(self, round: int, rounds: int) -> bool:
+    def is_due(self, round_index: int, rounds: int) -> bool:
         """Return whether this round of a run of `rounds` is shown."""
-        return self.every > 0 and (round % self.every == 0 or round == rounds - 1)
+        return self.every > 0 and (round_index % self.every == 0 or round_index == rounds - 1)
 
 
 class CheckpointTable(Table):
@@ -331,8 +331,8 @@ class EvaluationTable(Table):
     """Rewards that are evaluated and never trained on."""
     workers: RewardPoolTable = RewardPoolTable()
     """Reward workers that hold the scorers during training."""
-    average_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of a moving average of the weights that is evaluated too. By default there is none."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights that is evaluated too. By default there is none."""
     saved_images: int = Field(default=8, ge=0)
     """Images of each evaluation that are kept in the run's folder: the first ones."""
 
@@ -344,10 +344,10 @@ class EvaluationTable(Table):
 class GuardTable(Table):
     """Guard: thresholds beyond which an evaluation raises an alarm, because the reward may be over-optimized."""
 
-    scorer_fall: float = Field(default=0.5, gt=0)
-    """Fall of a scorer's mean, in standard deviations of the pretrained model's scores, that raises an alarm."""
+    max_scorer_drop: float = Field(default=0.5, gt=0)
+    """Drop of a scorer's mean, in standard deviations of the pretrained model's scores, above which an alarm is raised."""
     certainty: float = Field(default=3.0, ge=0)
-    """Fall in paired standard errors that is needed besides."""
+    """Drop in paired standard errors that is needed besides."""
     dark_share: float = Field(default=0.5, ge=0, le=1)
     """Increase of the share of nearly black pixels over the pretrained model's that raises an alarm."""
     sharpness: float = Field(default=0.1, ge=0)

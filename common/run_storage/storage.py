@@ -1,4 +1,7 @@
-"""A folder on a local disk or on any filesystem of pyarrow (`s3://…`, `gs://…`), with a queue of refused writes."""
+"""A folder on a local disk or on any filesystem of pyarrow (`s3://…`, `gs://…`), with a queue of refused writes.
+
+The retry loop is our own: with tenacity, the errors' conversion and the one printed line would need as much code.
+"""
 
 import copy
 import errno

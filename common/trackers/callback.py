@@ -32,8 +32,5 @@ class Callback(Tracker):
         tracker._function = function
         return tracker
 
-    def check(self) -> None:
-        """Accept any environment: a function needs no package."""
-
     def start(self, run: RunInfo) -> LiveTracker:
         return _LiveCallback(self._function)

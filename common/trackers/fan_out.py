@@ -1,12 +1,13 @@
 """All trackers of a run as one. A tracker that fails during the run is left out, and the run continues."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from ray_ddpo.common.print_line import print_line
 from ray_ddpo.common.trackers import TRACKERS
 from ray_ddpo.common.trackers.media import Media
 from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
-from ray_ddpo.common.user_code.blame import call_if_own
+from ray_ddpo.common.user_code.blame import call_if_own, converting_errors
 
 
 class FanOut:
@@ -17,11 +18,6 @@ class FanOut:
         self._live: dict[str, LiveTracker] = {}
         self._identities: dict[str, str] = {}
 
-    def check(self) -> None:
-        """Raise ValueError if a tracker's package is missing."""
-        for tracker in self._trackers.values():
-            tracker.check()
-
     def start(self, run: RunInfo) -> None:
         """Open all trackers.
 
@@ -29,20 +25,14 @@ class FanOut:
             ValueError: A tracker cannot be opened because of a mistake in the recipe, the login or the tracker.
         """
         self._identities = dict(run.tracker_ids)
-        for name, tracker in self._trackers.items():
-            try:
-                live = self._live[name] = _started(tracker, run)
-            except BaseException as error:
-                self.finish()  # a progress bar would overwrite the error's text
-                if isinstance(error, (ValueError, BrokenPipeError)) or not isinstance(error, Exception):
-                    raise
-                raise ValueError(
-                    f"trackers: {name} cannot be started: {type(error).__name__}: {error}; fix that, or leave the "
-                    "tracker out"
-                ) from error
-            identity = live.identity()
-            if identity is not None:
-                self._identities[name] = identity
+        with ExitStack() as after_an_error:
+            after_an_error.callback(self.finish)  # or a progress bar would overwrite the error's text
+            for name, tracker in self._trackers.items():
+                live = self._live[name] = _started(name, tracker, run)
+                identity = live.identity()
+                if identity is not None:
+                    self._identities[name] = identity
+            after_an_error.pop_all()
 
     def identities(self) -> dict[str, str]:
         """Return the trackers' ids for the checkpoint, also of failed trackers, because a later start may need them."""
@@ -79,12 +69,21 @@ class FanOut:
         self._live = {name: live for name, live in self._live.items() if _went_well(name, live, call)}
 
 
-def _started(tracker: Tracker, run: RunInfo) -> LiveTracker:
-    """Open one tracker, and check that a user's own returns a LiveTracker."""
-    live = call_if_own(tracker, TRACKERS, "start", run)
+def _started(name: str, tracker: Tracker, run: RunInfo) -> LiveTracker:
+    """Open one tracker, and check that a user's own returns a LiveTracker. Its errors become a ValueError."""
+
+    def converted(error: BaseException) -> BaseException:
+        if isinstance(error, (ValueError, BrokenPipeError)) or not isinstance(error, Exception):
+            return error
+        says = f"{type(error).__name__}: {error}"
+        return ValueError(f"trackers: {name} cannot be started: {says}; fix that, or leave the tracker out")
+
+    with converting_errors(converted):
+        live = call_if_own(tracker, TRACKERS, "start", run)
     if not isinstance(live, LiveTracker):
-        name = type(tracker).__name__
-        raise ValueError(f"{name}.start returned {type(live).__name__}: expected a ray_ddpo.LiveTracker")
+        raise ValueError(
+            f"{type(tracker).__name__}.start returned {type(live).__name__}: expected a ray_ddpo.LiveTracker"
+        )
     return live
 
 

@@ -33,9 +33,6 @@ class JsonlFile(LiveTracker):
 class Jsonl(Tracker):
     """Metrics as a JSON object per round in `metrics.jsonl` of the run's folder. It has no keys."""
 
-    def check(self) -> None:
-        """Accept any environment."""
-
     def start(self, run: RunInfo) -> JsonlFile:
         folder = RunFolder(run.folder)
         return JsonlFile(folder.storage, folder.metrics, run.first_round)

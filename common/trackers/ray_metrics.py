@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ray_ddpo.common.print_line import print_line
-from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
+from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 Kind = Literal["counter", "gauge", "histogram"]
 NAME = "ray"
@@ -116,9 +116,6 @@ class NothingExported(LiveTracker):
 
 class RayMetrics(Tracker):
     """Metrics in Ray, for Prometheus and Grafana, tagged with the run's name, role and index. It has no keys."""
-
-    def check(self) -> None:
-        require_package(NAME, "ray")
 
     def start(self, run: RunInfo) -> LiveTracker:
         import ray

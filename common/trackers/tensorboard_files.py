@@ -1,10 +1,10 @@
 """Metrics as TensorBoard event files, in the run's folder `tensorboard`."""
 
 import html
-from typing import Any
+from typing import Any, ClassVar
 
 from ray_ddpo.common.trackers.media import CaptionedImage, Cell, Media, ShownTable
-from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
+from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 FOLDER = "tensorboard"
 
@@ -64,8 +64,7 @@ class EventFiles(LiveTracker):
 class TensorboardFiles(Tracker):
     """TensorBoard event files in the run's folder. It has no keys."""
 
-    def check(self) -> None:
-        require_package("tensorboard", "tensorboard")
+    required_packages: ClassVar[tuple[str, ...]] = ("tensorboard",)
 
     def start(self, run: RunInfo) -> EventFiles:
         from torch.utils.tensorboard import SummaryWriter

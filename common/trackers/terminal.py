@@ -4,7 +4,7 @@ import sys
 import time
 from datetime import timedelta
 
-from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
+from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 
 class TimeLeft:
@@ -67,9 +67,6 @@ class PlainLines(LiveTracker):
 
 class Terminal(Tracker):
     """Progress bar on a terminal, plain lines in a file or a job's log. It has no keys."""
-
-    def check(self) -> None:
-        require_package("terminal", "rich")
 
     def start(self, run: RunInfo) -> LiveTracker:
         return Bar(run) if sys.stdout.isatty() else PlainLines(run)

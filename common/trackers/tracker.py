@@ -1,6 +1,5 @@
 """The interface of trackers: one set of metrics per round, and an early check of their requirements."""
 
-import importlib.util
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -12,7 +11,6 @@ from typing import Any
 
 from ray_ddpo.common.recipe.registry import Component
 from ray_ddpo.common.run_storage.storage import Storage
-from ray_ddpo.common.trackers import TRACKERS
 from ray_ddpo.common.trackers.media import Media
 
 Metrics = dict[str, float]
@@ -81,20 +79,9 @@ class LiveTracker(ABC):
 class Tracker(Component, ABC):
     """A tracker's keys in the recipe."""
 
-    @abstractmethod
-    def check(self) -> None:
-        """Raise ValueError if its package is missing. Called before a run starts."""
+    def check(self) -> None:  # noqa: B027  most trackers need nothing
+        """Raise ValueError if something that the tracker needs is missing. Called before a run starts."""
 
     @abstractmethod
     def start(self, run: RunInfo) -> LiveTracker:
         """Open the tracker."""
-
-
-def require_package(tracker: str, package: str) -> None:
-    """Raise ValueError if a package that `tracker` needs is not installed. The message names the other trackers too."""
-    if importlib.util.find_spec(package) is None:
-        others = sorted(set(TRACKERS) - {tracker})
-        raise ValueError(
-            f"trackers.name is {tracker!r}, and its package {package!r} is not installed: "
-            f"pip install {package}, or name one of {others}"
-        )

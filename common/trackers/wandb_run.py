@@ -21,7 +21,7 @@ from ray_ddpo.common.run_storage.reading import read_json_lines
 from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.trackers.media import CaptionedImage, Media
-from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker, require_package
+from ray_ddpo.common.trackers.tracker import LiveTracker, Metrics, RunInfo, Tracker
 
 NAME = "wandb"
 FOLDER = "wandb"  # wandb's own choice
@@ -102,9 +102,6 @@ class WandbRun(Tracker):
     """Group of runs in wandb. By default none."""
     tags: tuple[str, ...] = ()
     """Tags of the run in wandb."""
-
-    def check(self) -> None:
-        require_package(NAME, "wandb")
 
     def start(self, run: RunInfo) -> OpenRun:
         """Open the run: online with a login, offline without one or if the service does not answer.

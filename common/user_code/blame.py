@@ -1,7 +1,7 @@
 """Name who failed: an error of a user's own component becomes one line with class, method, file and line (no torch)."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +26,38 @@ def call_if_own(component: "Component", registry: "Registry", method: str, *argu
 
 
 @contextmanager
-def blamed(what: str) -> Iterator[None]:
-    """Turn an error of a user's code into a ValueError of one line that begins with `what`. Memory errors pass unchanged."""
+def converting_errors(converted: Callable[[BaseException], BaseException]) -> Iterator[None]:
+    """Run code in the body that may be a user's, and so may raise anything, even SystemExit.
+
+    Args:
+        converted: returns the error to raise in place of the body's error. If it is the same error, that passes
+            unchanged, as an interrupt does.
+    """
     try:
         yield
-    # A user's own code may raise anything, and raises again here in words that name the code.
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
     except BaseException as error:
-        if isinstance(error, (MemoryError, KeyboardInterrupt)) or type(error).__name__ == "OutOfMemoryError":
+        other = converted(error)
+        if other is error:
             raise
+        raise other from error
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Turn an error of a user's code into a ValueError of one line that begins with `what`. Memory errors pass unchanged."""
+
+    def converted(error: BaseException) -> BaseException:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return error
         place = place_in_users_code(error)
         kind = "" if type(error) is ValueError else f" {type(error).__name__}"
         where = f" ({place})" if place else ""
-        raise ValueError(f"{what} raised{kind}: {_flat(str(error))}{where}") from error
+        return ValueError(f"{what} raised{kind}: {_flat(str(error))}{where}")
+
+    with converting_errors(converted):
+        yield
 
 
 def call(owner: Any, method: str, *arguments: Any) -> Any:

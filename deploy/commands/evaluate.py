@@ -20,7 +20,7 @@ from ray_ddpo.deploy.commands.report.scores import headline, share_kept
 from ray_ddpo.deploy.commands.settings import differing_settings, kept_settings, settings_in_words
 from ray_ddpo.deploy.commands.weights.given_base import check_given
 from ray_ddpo.deploy.commands.weights.given_weights import default_output, load_policy, recipe_of, refuse_output_file
-from ray_ddpo.deploy.driver.components import Components, build_components
+from ray_ddpo.deploy.driver.components import SCORING, Components, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.deploy.evaluation.eval_log import images_table
 from ray_ddpo.deploy.evaluation.eval_result import WEIGHTED_SUM, EvalResult, EvalScorer, scorer_tables
@@ -51,7 +51,7 @@ def evaluate(
         raise ValueError(f"{twice} is named twice: weights are compared with others")
     given = [location for location in named if location != PRETRAINED]
     recipe, output = recipe_of(given, recipe_name, overrides), _output(output_name, given)
-    parts = build_components(recipe)
+    parts = build_components(recipe, used=SCORING)
     found = _results(parts, named, lambda base: check_given(given, recipe_name, base, overrides))
     baseline = found[against]
     compared = {location: changes(recipe, baseline, found[location]) for location in weights}

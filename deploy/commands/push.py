@@ -19,7 +19,7 @@ from ray_ddpo.deploy.commands.report.images import before_after_image, reward_cu
 from ray_ddpo.deploy.commands.report.report import compare, logged_rounds, report, report_stats
 from ray_ddpo.deploy.commands.weights.given_base import check_base
 from ray_ddpo.deploy.commands.weights.run_weights import RunWeights, best_weights, run_weights
-from ray_ddpo.deploy.driver.components import build_components, components_of
+from ray_ddpo.deploy.driver.components import SCORING, build_components, components_of
 from ray_ddpo.deploy.evaluation.eval_log import ENTRIES
 from ray_ddpo.deploy.hub import Files, license_of, prepare, upload
 
@@ -70,7 +70,9 @@ def _report_files(folder: RunFolder, recipe: Recipe, overrides: list[str], weigh
         return {name: folder.report.read(name) for name in FROM_REPORT}
     print_line("the report is not of these weights: their images are sampled now")
     rounds = logged_rounds(folder)
-    comparison = compare(build_components(recipe), weights.location, lambda base: check_base(folder, base, overrides))
+    comparison = compare(
+        build_components(recipe, used=SCORING), weights.location, lambda base: check_base(folder, base, overrides)
+    )
     stats = report_stats(comparison, recipe, rounds, weights)
     with tempfile.TemporaryDirectory() as scratch:
         before_after_image(comparison, Path(scratch) / BEFORE_AFTER)

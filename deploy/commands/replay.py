@@ -15,7 +15,7 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.common.schedule import Task, round_tasks
 from ray_ddpo.deploy.commands.weights.given_base import check_base
-from ray_ddpo.deploy.driver.components import build_components
+from ray_ddpo.deploy.driver.components import SAMPLING, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.learner.checkpoints.checkpoint import (
     damaged_checkpoints,
@@ -44,7 +44,7 @@ def replay(run: str, round_index: int, overrides: list[str]) -> tuple[str, bool]
     stood_on = BASE.validate_python(ledger.about(round_index).get("base") or folder.base())
     version = rows[0]["policy_version"]
     weights = kept_weights(folder.checkpoints, round_index, version)
-    parts = build_components(recipe)
+    parts = build_components(recipe, used=SAMPLING)
     scheduled = round_tasks(recipe, round_index, parts.prompts.load())
     differences = list(_against_schedule(rows, scheduled))
     for row in rows:

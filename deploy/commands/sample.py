@@ -12,7 +12,7 @@ from ray_ddpo.common.run_storage.run_folder import weights_here
 from ray_ddpo.deploy.commands.settings import differing_settings
 from ray_ddpo.deploy.commands.weights.given_base import check_given
 from ray_ddpo.deploy.commands.weights.given_weights import default_output, load_policy, recipe_of, refuse_output_file
-from ray_ddpo.deploy.driver.components import build_components
+from ray_ddpo.deploy.driver.components import SAMPLING, build_components
 
 OUTPUT = "samples"  # default folder, in the run's
 
@@ -38,7 +38,7 @@ def sample(
     refuse_output_file(folder)
     with weights_here(weights) as path:
         policy = load_policy(recipe, path)
-    parts = build_components(recipe)
+    parts = build_components(recipe, used=SAMPLING)
     check_given([weights], named, parts.policy.loaded_base("sampler"), overrides)
     for line in differing_settings([weights], parts.resolved()):
         print_line(line)

@@ -1,6 +1,6 @@
 """From a recipe to its components: each one that it names, built and checked before anything heavy starts."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ from ray_ddpo.actors.rewards import REWARDS
 from ray_ddpo.actors.rewards.reward import Reward
 from ray_ddpo.common.diffusion import POLICIES
 from ray_ddpo.common.diffusion.policy import PolicyConfig
+from ray_ddpo.common.packages import require_packages
 from ray_ddpo.common.prompts import PROMPTS, PromptSource
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.registry import Component, build
@@ -20,6 +21,10 @@ from ray_ddpo.learner.algorithms import ALGORITHMS
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 from ray_ddpo.learner.algorithms.reward_aggregation import RewardAggregation
 from ray_ddpo.learner.optimization.optimizer import check_optimizer
+
+SAMPLING = ("policy", "prompts")  # tables that each kind of command uses
+SCORING = (*SAMPLING, "reward")
+TRAINING = (*SCORING, "algorithm", "learner", "trackers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,20 +87,39 @@ class Components:
         return tables
 
 
-def build_components(recipe: Recipe, given: Given = NOTHING_GIVEN) -> Components:
+def build_components(recipe: Recipe, given: Given = NOTHING_GIVEN, used: Collection[str] = TRAINING) -> Components:
     """Build every component that the recipe names, and check that what they need is there.
+
+    Args:
+        recipe: the recipe.
+        given: components that a Python program handed over.
+        used: tables of the recipe that the command uses. Packages that only the others need may be missing.
 
     Raises:
         ValueError: a name or key is not known, or what a component needs is not there.
     """
     parts = components_of(recipe, given)
+    check_packages(parts, used)
     call_if_own(parts.policy, POLICIES, "check")
     parts.policy.lora_files()
-    check_optimizer(recipe.learner)
     call_if_own(parts.prompts, PROMPTS, "load")
-    for tracker in parts.trackers.values():
-        call_if_own(tracker, TRACKERS, "check")
+    if "trackers" in used:
+        for tracker in parts.trackers.values():
+            call_if_own(tracker, TRACKERS, "check")
     return parts
+
+
+def check_packages(parts: Components, used: Collection[str] = TRAINING) -> None:
+    """Check that the packages of the tables in `used` are installed.
+
+    Raises:
+        ValueError: a package is missing; the message names the command that installs it.
+    """
+    for place, component in parts.by_place().items():
+        if place.partition(".")[0] in used:
+            require_packages(f"the recipe's {place}", *component.required_packages)
+    if "learner" in used:
+        check_optimizer(parts.recipe.learner)
 
 
 def components_of(recipe: Recipe, given: Given = NOTHING_GIVEN) -> Components:

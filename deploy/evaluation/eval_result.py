@@ -22,7 +22,7 @@ from ray_ddpo.common.recipe.tables import RewardTable
 from ray_ddpo.common.trajectory import ImageBatch
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.deploy.evaluation.guard import Alarm, JudgedVersion, VersionStats, alarms, finite_mean
-from ray_ddpo.learner.checkpoints.learner_state import Evaluated
+from ray_ddpo.learner.checkpoints.learner_state import EvalVersion
 
 LogEntry = dict[str, Any]  # of one policy version, in evaluations.jsonl
 PROGRESS_SECONDS = 5.0
@@ -101,7 +101,7 @@ def eval_identity(recipe: Recipe, chosen: EvalSet) -> str:
     """Hash prompts, seeds, batches and scorers; results with different hashes cannot be compared."""
     table = recipe.evaluation
     scorers = [scorer.model_dump(exclude={"workers"}) for scorer in table.scorers]
-    sampled = [[prompt.text for prompt in chosen.prompts], list(chosen.seeds), table.batch_size, table.average_decay]
+    sampled = [[prompt.text for prompt in chosen.prompts], list(chosen.seeds), table.batch_size, table.ema_decay]
     if any(prompt.metadata for prompt in chosen.prompts):
         sampled.append([prompt.metadata for prompt in chosen.prompts])
     return hashlib.sha256(json.dumps([sampled, scorers], sort_keys=True).encode()).hexdigest()[:16]
@@ -109,7 +109,7 @@ def eval_identity(recipe: Recipe, chosen: EvalSet) -> str:
 
 def judge(
     recipe: Recipe,
-    version: Evaluated,
+    version: EvalVersion,
     variants: dict[str, EvalResult],
     images: dict[str, float],
     base: JudgedVersion | None,

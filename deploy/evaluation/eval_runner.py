@@ -35,7 +35,7 @@ from ray_ddpo.deploy.evaluation.eval_result import (
 )
 from ray_ddpo.deploy.evaluation.guard import JudgedVersion, best_version, is_over
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint
-from ray_ddpo.learner.checkpoints.learner_state import Evaluated, EvaluationState
+from ray_ddpo.learner.checkpoints.learner_state import EvaluationState, EvalVersion
 from ray_ddpo.learner.learner_group import LearnerGroup
 
 Metrics = dict[str, float]
@@ -46,7 +46,7 @@ PANEL = "evaluation"  # of the trackers
 class _PendingVersion:
     """A version whose images are being sampled."""
 
-    version: Evaluated
+    version: EvalVersion
     round_index: int  # its tasks come after this round's training tasks, and are read after this round's update
     variants: dict[str, tuple[PolicyWeights, list[Task]]]  # "current", and "average" if there is a moving average
 
@@ -66,7 +66,7 @@ class EvalRunner:
         self._log = EvalLog(folder.storage, folder.unwritten)
         self._best = BestWeights(folder, workers.learner, parts.recipe.guard)
         self._pending: list[_PendingVersion] = []
-        self._waiting: list[Evaluated] = []  # due, not submitted yet
+        self._waiting: list[EvalVersion] = []  # due, not submitted yet
         self._average: PolicyWeights | None = None
         self._judged: list[JudgedVersion] = []
 
@@ -88,21 +88,21 @@ class EvalRunner:
         self._log.keep(known)
         self._judged = [judged_from_log(each, self._log.scores(each["policy_version"])) for each in known]
         newest = self._learner.weights()[-1]
-        self._average = (state.average or newest) if self._table.average_decay else None
+        self._average = (state.average or newest) if self._table.ema_decay else None
         done = {judged.policy_version for judged in self._judged}
-        due = {} if 0 in done else {0: Evaluated(pretrained)}
+        due = {} if 0 in done else {0: EvalVersion(pretrained)}
         # The recipe may ask for evaluations since this start only: then the checkpoint does not list this version.
         if self._table.is_due(rounds_done, self._parts.recipe.rounds):
-            due[rounds_done] = Evaluated(newest, self._average)
+            due[rounds_done] = EvalVersion(newest, self._average)
         due |= {each.policy_version: each for each in state.pending}
         self._waiting = [due[version] for version in sorted(due.keys() - done)]
 
     def learned(self, published: PolicyWeights, kl_reference_nats: float | None) -> None:
         """Take note of a newly published version: update the moving average, and evaluate the version if it is due."""
-        if self._average is not None and self._table.average_decay is not None:
-            self._average = averaged(self._average, published, self._table.average_decay)
+        if self._average is not None and self._table.ema_decay is not None:
+            self._average = averaged(self._average, published, self._table.ema_decay)
         if self._table.is_due(published.policy_version, self._parts.recipe.rounds):
-            self._waiting.append(Evaluated(published, self._average, kl_reference_nats))
+            self._waiting.append(EvalVersion(published, self._average, kl_reference_nats))
 
     @property
     def state(self) -> EvaluationState:

@@ -81,15 +81,15 @@ def alarms(base: VersionStats, now: VersionStats, scorers: list[str], settings: 
 
 
 def _fallen(name: str, base: VersionStats, now: VersionStats, settings: GuardTable) -> Iterator[Alarm]:
-    """Yield an alarm if a scorer fell significantly, by over `guard.scorer_fall` standard deviations."""
+    """Yield an alarm if a scorer fell significantly, by over `guard.max_scorer_drop` standard deviations."""
     change = paired_change(base.scores[name], now.scores[name])
     if change is None or change.change >= 0:
         return
     certain = change.errors is None or -change.errors >= settings.certainty
-    if certain and -change.change > settings.scorer_fall * change.spread:
+    if certain and -change.change > settings.max_scorer_drop * change.spread:
         deviations = f"{-change.change / change.spread:.2g}" if change.spread else "more than any"
         fell = f"{name} fell from {change.before:.3g} to {change.after:.3g}, by {deviations} standard deviations"
-        yield Alarm(name, f"{fell} of its scores before; {settings.scorer_fall:g} are allowed")
+        yield Alarm(name, f"{fell} of its scores before; {settings.max_scorer_drop:g} are allowed")
 
 
 def best_version(judged: list[JudgedVersion], best_by: str) -> int | None:

@@ -65,7 +65,7 @@ class Algorithm(Component, ABC):
         """
         return 1.0
 
-    def average_decay(self, policy_version: int) -> float | None:
+    def ema_decay(self, policy_version: int) -> float | None:
         """Return the decay of the moving average of weights that samplers use.
 
         Samplers use decay · previous version + (1 − decay) · trained weights. None: they use the trained weights.

@@ -19,7 +19,7 @@ class DiffusionNFT(ForwardProcess):
     """DiffusionNFT: the loss pulls the policy towards an image by r and away by 1 − r; r in 0 … 1 is its optimality.
 
     Samplers use a moving average of the trained weights, whose decay grows with the policy version:
-    min(average_decay_max, average_decay_growth · version).
+    min(ema_decay_max, ema_decay_growth · version).
     """
 
     advantages: AdvantageSettings = AdvantageSettings(kind="group", group_deviation="round")
@@ -30,9 +30,9 @@ class DiffusionNFT(ForwardProcess):
     """Distance of the implicit positive and negative policies from the sampling policy."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Coefficient of mean ‖v − v_pretrained‖². The authors use 1e-4."""
-    average_decay_growth: float = Field(default=0.001, ge=0)
+    ema_decay_growth: float = Field(default=0.001, ge=0)
     """Increase of the moving average's decay per policy version."""
-    average_decay_max: float = Field(default=0.5, ge=0, lt=1)
+    ema_decay_max: float = Field(default=0.5, ge=0, lt=1)
     """Largest decay of the moving average."""
 
     def check(self, recipe: Recipe, policy: PolicyConfig) -> None:
@@ -42,8 +42,8 @@ class DiffusionNFT(ForwardProcess):
     def columns(self) -> set[Column]:
         return {"old_predictions", "reference_predictions"} if self.kl_coef > 0 else {"old_predictions"}
 
-    def average_decay(self, policy_version: int) -> float:
-        return min(self.average_decay_max, self.average_decay_growth * policy_version)
+    def ema_decay(self, policy_version: int) -> float:
+        return min(self.ema_decay_max, self.ema_decay_growth * policy_version)
 
     def from_advantages(self, advantages: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
         return optimality(advantages, self.advantage_clip)

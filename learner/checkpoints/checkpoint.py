@@ -16,7 +16,7 @@ from ray_ddpo.common.model_files.file_faults import refuse_not_finite
 from ray_ddpo.common.policy_weights import PolicyWeights, fingerprint
 from ray_ddpo.common.run_storage.storage import Storage, StorageError
 from ray_ddpo.learner.algorithms.reward_aggregation import Statistics
-from ray_ddpo.learner.checkpoints.learner_state import Evaluated, EvaluationState, LearnerState
+from ray_ddpo.learner.checkpoints.learner_state import EvaluationState, EvalVersion, LearnerState
 from ray_ddpo.learner.checkpoints.shards import SHARD_BYTES, Shards, cut, grouped, read_arrays, read_buffer
 
 MANIFEST = "manifest.json"
@@ -162,7 +162,7 @@ def _load_evaluation(checkpoint: Storage, state: dict) -> EvaluationState:
     for each in header.get("pending", ()):
         suffix = f"{each['policy_version']:06d}.safetensors"
         current, average = files[f"evaluation-current-{suffix}"], files.get(f"evaluation-average-{suffix}")
-        pending.append(Evaluated(current, average, each["kl"]))
+        pending.append(EvalVersion(current, average, each["kl"]))
     return EvaluationState(files.get("evaluation-average.safetensors"), tuple(pending))
 
 

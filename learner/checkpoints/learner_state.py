@@ -35,7 +35,7 @@ class LearnerState:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvalVersion:
     """A policy version whose evaluation is running or due."""
 
     current: PolicyWeights  # the weights that samplers use
@@ -52,4 +52,4 @@ class EvaluationState:
     """The moving average of all versions so far, and the versions whose evaluation was not read yet."""
 
     average: PolicyWeights | None = None
-    pending: tuple[Evaluated, ...] = ()
+    pending: tuple[EvalVersion, ...] = ()

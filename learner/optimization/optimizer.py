@@ -1,6 +1,5 @@
 """The recipe's optimizer, the size of its state, and that state as arrays for a checkpoint."""
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_ddpo.common.diffusion.memory.sizes import PolicySizes
+from ray_ddpo.common.packages import require_packages
 from ray_ddpo.common.recipe.tables import LearnerTable
 
 ADAM_STATE_BYTES = 8  # per trained number: Adam's m and v in float32
@@ -22,11 +22,8 @@ def check_optimizer(settings: LearnerTable) -> None:
     Raises:
         ValueError: its library is not installed.
     """
-    if settings.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            'learner.optimizer is "adamw_8bit", which needs bitsandbytes, and that is not installed: '
-            'pip install "ray-ddpo[8bit]", or set learner.optimizer to "adamw"'
-        )
+    if settings.optimizer == "adamw_8bit":
+        require_packages(f"learner.optimizer = {settings.optimizer!r}", "bitsandbytes")
 
 
 def optimizer_of(parameters: Mapping[str, nn.Parameter], settings: LearnerTable) -> torch.optim.Optimizer:

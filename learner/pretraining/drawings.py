@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from jaxtyping import UInt8
 from PIL import Image
+
+from ray_ddpo.common.packages import require_packages
 
 # Only sets under MIT or Apache-2.0, at exact versions: the weights stay free of share-alike questions.
 STYLES = {
@@ -77,6 +78,8 @@ class Drawing:
             size: pixels on a side.
             shift: to the right and down, in fractions of the side.
         """
+        import resvg_py
+
         span = max(self.width, self.height) / scale
         left = self.width / 2 - span * (0.5 + shift[0])
         top = self.height / 2 - span * (0.5 + shift[1])
@@ -91,7 +94,12 @@ def prompted_animals() -> list[str]:
 
 
 def read_drawings(other_animals: bool = False) -> list[Drawing]:
-    """Return the drawings of the 45 animals, and perhaps of further ones, in all styles, without duplicates."""
+    """Return the drawings of the 45 animals, and perhaps of further ones, in all styles, without duplicates.
+
+    Raises:
+        ValueError: The package that renders drawings is not installed.
+    """
+    require_packages("drawing animals", "resvg_py")
     wanted = [(animal, icon) for animal in prompted_animals() for icon in ANIMAL_ICONS.get(animal, (animal,))]
     if other_animals:
         names = [icon.removeprefix("front-facing-").removesuffix("-face") for icon in OTHER_ICONS.split()]

@@ -66,9 +66,9 @@ def test_the_images_do_not_depend_on_the_batch_size(batch_size: int, tiny_model:
 
 
 def test_prompts_that_the_source_leaves_out_come_before_those_that_are_trained_on() -> None:
-    chosen = build_eval_set(EvaluationTable(images=3), Animals(leave_out=("deer", "bear")))
+    chosen = build_eval_set(EvaluationTable(images=3), Animals(held_out_prompts=("deer", "bear")))
     assert [prompt.text for prompt in chosen.prompts] == ["deer", "bear", "deer"]
-    named = build_eval_set(EvaluationTable(images=2, prompts=("dune",)), Animals(leave_out=("deer",)))
+    named = build_eval_set(EvaluationTable(images=2, prompts=("dune",)), Animals(held_out_prompts=("deer",)))
     assert [prompt.text for prompt in named.prompts] == ["dune", "dune"]
 
 

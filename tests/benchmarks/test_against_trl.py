@@ -67,10 +67,10 @@ def test_both_sides_train_one_model_on_equally_many_images_and_one_reward() -> N
 
 
 CURVES = [
-    *(Point(TRL, 0, round, 60.0 * round, -2.0 + 0.1 * round, 0.9) for round in range(4)),
-    *(Point(OURS, 0, round, 30.0 * round, -2.0 + 0.16 * round, 0.8) for round in range(4)),
-    *(Point(TRL, 1, round, 60.0 * round, (-2.0, -1.5, -1.6)[round], 0.9) for round in range(3)),
-    *(Point(OURS, 1, round, 30.0 * round, -2.0, 0.8) for round in range(3)),
+    *(Point(TRL, 0, round_index, 60.0 * round_index, -2.0 + 0.1 * round_index, 0.9) for round_index in range(4)),
+    *(Point(OURS, 0, round_index, 30.0 * round_index, -2.0 + 0.16 * round_index, 0.8) for round_index in range(4)),
+    *(Point(TRL, 1, round_index, 60.0 * round_index, (-2.0, -1.5, -1.6)[round_index], 0.9) for round_index in range(3)),
+    *(Point(OURS, 1, round_index, 30.0 * round_index, -2.0, 0.8) for round_index in range(3)),
 ]
 
 
@@ -129,7 +129,7 @@ def test_both_sides_run_rounds_and_their_adapters_sample_images(
     job = trl_job(build_components(Recipe.load(small)))
     with trl_process(job, place) as process:
         assert process.answer()["versions"]["trl"] == "0.23.1"
-        answers = [process.ask(save=str(place / f"{round:06d}.safetensors")) for round in (1, 2)]
+        answers = [process.ask(save=str(place / f"{round_index:06d}.safetensors")) for round_index in (1, 2)]
     for answer in answers:
         parts = [answer[part] for part in ("sampling", "scoring", "learning")]
         assert min(parts) > 0 and sum(parts) <= answer["round"] and answer["reward"] < 0

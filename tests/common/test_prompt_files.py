@@ -266,7 +266,7 @@ def test_the_rows_of_the_page_about_files_that_are_refused(tmp_path: Path) -> No
 def test_held_out_prompts_have_their_metadata_from_either_file(tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": text, "at": at}) for at, text in enumerate(["a cat", "a dog", "a fox", "a dog"])]
     (tmp_path / "test.jsonl").write_text('{"prompt": "an owl", "at": 9}\n')
-    left_out = file(tmp_path / "a.jsonl", "\n".join(lines), leave_out=["a dog"])
+    left_out = file(tmp_path / "a.jsonl", "\n".join(lines), held_out_prompts=["a dog"])
     assert left_out.evaluated() == [Prompt("a dog", {"at": 1}), Prompt("a dog", {"at": 3})]
     assert left_out.listed() == ["a cat", "a fox"] and left_out.held_out() == ["a dog", "a dog"]
     assert left_out.evaluated(["a fox", "new"]) == [Prompt("a fox", {"at": 2}), Prompt("new")]
@@ -275,8 +275,8 @@ def test_held_out_prompts_have_their_metadata_from_either_file(tmp_path: Path) -
     assert second.evaluated() == [Prompt("an owl", {"at": 9})] and len(second.listed()) == 4
     assert [weights.key for weights in second.needs()] == ["prompts.path", "prompts.held_out_path"]
     assert_accepted("a second file of prompts for evaluation, `prompts.held_out_path`")
-    with pytest.raises(ValueError, match="held_out_path is .* and leave_out has 1 prompts: give one of them"):
-        file(tmp_path / "a.jsonl", "\n".join(lines), leave_out=["a cat"], held_out_path="x")
+    with pytest.raises(ValueError, match="held_out_path is .* and held_out_prompts has 1 prompts: give one of them"):
+        file(tmp_path / "a.jsonl", "\n".join(lines), held_out_prompts=["a cat"], held_out_path="x")
 
 
 def test_metadata_is_what_json_gives_back_wherever_prompts_come_from() -> None:

@@ -93,11 +93,11 @@ def test_a_path_that_is_no_module_and_function_is_refused() -> None:
 
 
 def test_prompts_that_are_left_out_are_never_sampled(tmp_path: Path) -> None:
-    animals = source(name="animals", leave_out=["bear", "deer"])
+    animals = source(name="animals", held_out_prompts=["bear", "deer"])
     assert len(animals.listed()) == 43 and animals.held_out() == ["bear", "deer"]
     assert not {"bear", "deer"} & {prompt.text for prompt in sampled(animals.load(), 2000)}
     (tmp_path / "few.txt").write_text("a\nb\nc\n")
-    few = source(name="file", path=str(tmp_path / "few.txt"), leave_out=["b"])
+    few = source(name="file", path=str(tmp_path / "few.txt"), held_out_prompts=["b"])
     assert few.listed() == ["a", "c"] and few.held_out() == ["b"]
     assert source(name="texts", texts=["a"]).held_out() == []
 
@@ -105,5 +105,5 @@ def test_prompts_that_are_left_out_are_never_sampled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("left_out", "says"), [(["unicorn"], "unicorn"), (["a", "b"], "nothing to sample")])
 def test_what_cannot_be_left_out_is_said(tmp_path: Path, left_out: list[str], says: str) -> None:
     (tmp_path / "few.txt").write_text("a\nb\n")
-    with pytest.raises(ValueError, match=f"prompts.leave_out has .*{says}"):
-        source(name="file", path=str(tmp_path / "few.txt"), leave_out=left_out).load()
+    with pytest.raises(ValueError, match=f"prompts.held_out_prompts has .*{says}"):
+        source(name="file", path=str(tmp_path / "few.txt"), held_out_prompts=left_out).load()

@@ -98,7 +98,9 @@ def test_a_component_is_described_with_its_own_defaults() -> None:
     assert 'advantages.kind  ("per_prompt" | "round" | "group", default "per_prompt")' in config("algorithm.ddpo_is")
     assert "lora.rank  (integer, default 32" in config("policy.sd3")
     assert "It has no keys of its own." in config("reward.jpeg_compressibility")
-    assert "prompts.leave_out" not in config("prompts.animals") and "leave_out" in config("prompts.animals")
+    assert "prompts.held_out_prompts" not in config("prompts.animals") and "held_out_prompts" in config(
+        "prompts.animals"
+    )
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,13 @@ def test_the_dependencies_are_a_layer_before_the_source() -> None:
     assert [text for text in installs if "--constraint" not in text and "--no-deps" not in text] == []
 
 
-def test_the_dependencies_are_those_of_the_project_and_all_are_pinned() -> None:
+def test_the_dependencies_are_the_projects_and_two_extras_and_all_are_pinned() -> None:
     text = next(text for word, text in instructions() if word == "RUN" and "tomllib" in text)
     (code,) = re.findall(r'python -c "(.*?)"', text)
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     listed = output.split()
-    assert listed == [*PYPROJECT["project"]["dependencies"], "boto3"]
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    assert listed == [*PYPROJECT["project"]["dependencies"], *extras["demo"], *extras["tensorboard"], "boto3"]
     pinned = {name.lower().replace("_", "-") for name in PINNED}
     names = {re.split(r"[\[<>=]", requirement)[0].lower().replace("_", "-") for requirement in listed}
     assert names <= pinned

@@ -178,7 +178,7 @@ def test_a_model_of_the_hub_without_network_is_a_fault(
         ("--policy.lora.target_modules", '["nothing"]'),
         ("--algorithm.name", "none"),
         ("--learner.micro_batch_size", "5"),
-        ("--evaluation.prompts", '[""]', "--prompts.leave_out", '["unicorn"]'),
+        ("--evaluation.prompts", '[""]', "--prompts.held_out_prompts", '["unicorn"]'),
         ("--output_dir", "/proc/none"),
         ("--runtime.device", "cuda"),
     ],

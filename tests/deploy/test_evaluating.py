@@ -19,7 +19,7 @@ EVALUATION = {
     "images": 6,
     "batch_size": 4,
     "saved_images": 2,
-    "average_decay": 0.5,
+    "ema_decay": 0.5,
     "scorers": [{"name": "brightness"}, {"name": "jpeg_incompressibility"}],
 }
 

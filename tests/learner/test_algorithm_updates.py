@@ -75,7 +75,7 @@ def test_at_a_lag_every_algorithm_trains_on_data_of_an_older_version(name: str, 
 
 
 def test_samplers_sample_with_the_moving_average_where_the_algorithm_has_one(tables: dict) -> None:
-    tables = {**tables, "algorithm": {"name": "diffusion_nft", "average_decay_growth": 0.25, "average_decay_max": 0.4}}
+    tables = {**tables, "algorithm": {"name": "diffusion_nft", "ema_decay_growth": 0.25, "ema_decay_max": 0.4}}
     parts = parts_with(tables, learner__micro_batch_size=4, prompts__images_per_prompt=2)
     learner = learner_of(parts)
     start = learner.weights()[-1]

@@ -20,7 +20,7 @@ from ray_ddpo.learner.checkpoints.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from ray_ddpo.learner.checkpoints.learner_state import Evaluated, EvaluationState, LearnerState
+from ray_ddpo.learner.checkpoints.learner_state import EvaluationState, EvalVersion, LearnerState
 from tests.accepted_page import assert_refused
 
 MACHINE = Machine(processor="a processor", versions="torch 2.13.0")
@@ -178,7 +178,7 @@ def test_a_nan_among_the_last_rewards_of_a_prompt_is_said_of_the_prompt(tmp_path
 def test_versions_whose_evaluation_is_not_read_yet_come_back(folder: Storage) -> None:
     before = checkpoint()
     average = pack(3, {"a.lora_A": np.ones((2, 3)), "a.lora_B": np.zeros((3, 2))})
-    pending = (Evaluated(before.learner.weights[0], None, 0.25), Evaluated(before.learner.weights[1], average))
+    pending = (EvalVersion(before.learner.weights[0], None, 0.25), EvalVersion(before.learner.weights[1], average))
     state = EvaluationState(average, pending)
     after = load_checkpoint(save_checkpoint(folder, dataclasses.replace(before, evaluation=state), keep=2)).evaluation
     assert after.average is not None and after.average.fingerprint == average.fingerprint

@@ -82,7 +82,7 @@ def test_a_plan_counts_gradients_and_optimizer_state_for_the_learner_only(role: 
 
 
 def test_the_moving_average_of_full_networks_is_sampled_with_and_resumed(tables: dict) -> None:
-    evaluation = {"every": 1, "images": 4, "batch_size": 4, "average_decay": 0.5}
+    evaluation = {"every": 1, "images": 4, "batch_size": 4, "ema_decay": 0.5}
     values = {**FULL, "learner__learning_rate": 1e-3, "checkpoint__every": 1, "checkpoint__keep": 9}
     parts = parts_with({**tables, "rounds": 2, "evaluation": evaluation}, **values)
     run_training(parts.recipe, serial=True)

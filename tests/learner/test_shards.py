@@ -18,7 +18,7 @@ from ray_ddpo.learner.checkpoints.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from ray_ddpo.learner.checkpoints.learner_state import Evaluated, EvaluationState, LearnerState
+from ray_ddpo.learner.checkpoints.learner_state import EvaluationState, EvalVersion, LearnerState
 from ray_ddpo.learner.checkpoints.shards import Shards, cut, grouped, read_arrays, read_buffer, shard_names
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def whole_network(rounds_done: int = 3) -> Checkpoint:
         "b/exp_avg_sq": generator.normal(size=400).astype(np.float32),
     }
     state = LearnerState(rounds_done, (weights,), optimizer, {}, average)
-    evaluation = EvaluationState(average, (Evaluated(weights, average),))
+    evaluation = EvaluationState(average, (EvalVersion(weights, average),))
     return Checkpoint(rounds_done, state, {"joined": {"a cat": (1.0,)}}, evaluation=evaluation)
 
 

@@ -24,9 +24,6 @@ def components_of_a_script(model: Path) -> dict[str, Any]:
             return lambda generator: Prompt(f"cat number {generator.integers(3)}")
 
     class MyRounds(Tracker):
-        def check(self) -> None:
-            pass
-
         def start(self, run: Any) -> LiveRounds:
             return LiveRounds(Path(run.folder) / "rounds.txt")
 

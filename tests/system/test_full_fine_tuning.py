@@ -40,7 +40,7 @@ def out_of_bounds(before: dict[str, float], after: dict[str, float]) -> list[str
 def trained(folder: Path, *options: str) -> tuple[dict, list[str]]:
     """The change of the held-out reward in a short run, and which of its images' statistics are out of bounds."""
     recipe = Recipe.load(FULL, [*SHORT_FORM, "--output_dir", str(folder), *options])
-    without_average = recipe.evaluation.model_copy(update={"average_decay": None})
+    without_average = recipe.evaluation.model_copy(update={"ema_decay": None})
     recipe = recipe.model_copy(update={"evaluation": without_average})
     run_training(recipe, serial=True)
     log = EvalLog(RunFolder(recipe.run_path()).storage)

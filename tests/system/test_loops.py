@@ -20,7 +20,7 @@ def changed(tables: dict, **top_level: object) -> Recipe:
 def test_two_samplers_on_ray_arrive_at_the_bits_of_one_process(tables: dict, cluster: None) -> None:
     """Of the weights, and of what the evaluations beside them have found."""
     scorers = [{"name": "brightness"}]
-    evaluation = {"every": 2, "images": 6, "batch_size": 4, "scorers": scorers, "average_decay": 0.5}
+    evaluation = {"every": 2, "images": 6, "batch_size": 4, "scorers": scorers, "ema_decay": 0.5}
     tables = {**tables, "max_policy_lag": 1, "rounds": 3, "evaluation": evaluation}
     alone, on_ray = changed(tables, name="alone"), changed(tables, name="ray", samplers={"count": 2})
     assert final_fingerprint(alone, serial=True) == final_fingerprint(on_ray)

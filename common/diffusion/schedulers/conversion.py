@@ -6,8 +6,9 @@ then replaces its solver, as in `DDIMScheduler.from_config`. Other noise levels 
 
 import math
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
+
+from ray_ddpo.common.packages import require_packages
 
 FILE = "scheduler/scheduler_config.json"
 DDIM = "DDIMScheduler"
@@ -105,8 +106,8 @@ def flow_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("invert_sigmas", "stochastic_sampling"):
         if written.get(key):
             raise ValueError(f"{_says(name, key, written[key])}: set it to false in {FILE}")
-    if written.get("use_beta_sigmas") and find_spec("scipy") is None:
-        raise ValueError(f"{_says(name, 'use_beta_sigmas', True)}, for which diffusers needs scipy: pip install scipy")
+    if written.get("use_beta_sigmas"):
+        require_packages(f"{_says(name, 'use_beta_sigmas', True)}, for which diffusers", "scipy")
     if written.get("time_shift_type", "exponential") not in ("exponential", "linear"):
         says = _says(name, "time_shift_type", written["time_shift_type"])
         raise ValueError(f'{says}: it must be "exponential" or "linear" (in {FILE})')
@@ -151,9 +152,8 @@ def _check_class(name: str, carried: tuple[str, ...], why: str, with_keys: str =
             f"the model's scheduler is {name}{with_keys}: {why}, and takes over the schedules of {', '.join(carried)}; "
             f"no other gives it the noise levels that the model was trained with (model_index.json, {FILE})"
         )
-    package = NEEDED.get(name)
-    if package and find_spec(package) is None:
-        raise ValueError(f"the model's scheduler is {name}, for which diffusers needs {package}: pip install {package}")
+    if name in NEEDED:
+        require_packages(f"the model's scheduler is {name}, for which diffusers", NEEDED[name])
 
 
 def _check_absent(name: str | None, written: Mapping[str, Any]) -> None:

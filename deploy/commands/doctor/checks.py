@@ -150,7 +150,7 @@ def _probe(folder: RunFolder) -> None:
 
 def checkpoint_bytes(recipe: Recipe, numbers: Plan) -> int:
     """Return a checkpoint's size: max_policy_lag + 1 versions of the weights, moving average, optimizer state."""
-    versions = num_kept(recipe.max_policy_lag) + (recipe.evaluation.average_decay is not None)
+    versions = num_kept(recipe.max_policy_lag) + (recipe.evaluation.ema_decay is not None)
     return numbers.broadcast_bytes * versions + numbers.optimizer_bytes
 
 

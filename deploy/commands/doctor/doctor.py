@@ -52,10 +52,9 @@ from ray_ddpo.deploy.commands.doctor.resources import (
 )
 from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes, plan_of_parts
 from ray_ddpo.deploy.driver.cluster import attach, attaches, check_temporary_folder
-from ray_ddpo.deploy.driver.components import Components, build_reward, components_of
+from ray_ddpo.deploy.driver.components import Components, build_reward, check_packages, components_of
 from ray_ddpo.deploy.driver.numerics_notes import rows_note
 from ray_ddpo.deploy.driver.workers import place_options
-from ray_ddpo.learner.optimization.optimizer import check_optimizer
 
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 TRIED = 2  # images that a reward scores
@@ -112,7 +111,7 @@ def _parts_findings(parts: Components) -> Iterator[Finding | MeasuredNoise]:
     prompts: list[Prompt] = []
     lacking = list(guarded("prompts", _prompt_findings, parts, prompts))
     lacking += guarded("model", lambda: parts.policy.check() or ())
-    lacking += guarded("optimizer", lambda: check_optimizer(parts.recipe.learner) or ())
+    lacking += guarded("packages", lambda: check_packages(parts) or ())
     yield from lacking
     if note := rows_note(parts):
         yield Finding("warning", "batch rows", *note.split("; ", 1))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray_ddpo.common.model_files.model_hub import first_line
+from ray_ddpo.common.user_code.blame import converting_errors
 from ray_ddpo.common.user_code.frames import place_in_users_code
 from ray_ddpo.common.user_code.sources import is_of_the_project
 
@@ -25,17 +26,18 @@ class OutOfTime(Exception):
     """Error of a check that got no resources on the cluster, or did not end in time."""
 
 
+class CheckFailed(Exception):
+    """Any other error of a check, in one line."""
+
+
 def guarded(subject: str, check: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]:
     """Yield the findings of a check. An exception other than OutOfTime becomes a fault."""
     try:
-        yield from check(*arguments)
-    except OutOfTime:
-        raise
-    # A check loads user code and possibly damaged files, which may raise any exception. Reporting it is the task.
-    except BaseException as error:  # noqa: BLE001
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        yield Finding("fault", subject, described(error))
+        # A check loads user code and possibly damaged files, which may raise any exception. Reporting it is the task.
+        with converting_errors(lambda error: error if isinstance(error, OutOfTime) else CheckFailed(described(error))):
+            yield from check(*arguments)
+    except CheckFailed as failed:
+        yield Finding("fault", subject, str(failed))
 
 
 def described(error: BaseException) -> str:

@@ -1,4 +1,8 @@
-"""Render the model card of a run: the template's values, the metadata, and a program that loads the weights."""
+"""Render the model card of a run: the template's values, the metadata, and a program that loads the weights.
+
+The template is rendered here, because `ModelCard.from_template` takes no filters, and writes nothing for a value that
+is missing.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

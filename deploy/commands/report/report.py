@@ -23,7 +23,7 @@ from ray_ddpo.deploy.commands.report.scores import paired, share_kept
 from ray_ddpo.deploy.commands.settings import differing_settings, image_settings
 from ray_ddpo.deploy.commands.weights.given_base import check_base
 from ray_ddpo.deploy.commands.weights.run_weights import RunWeights, run_weights
-from ray_ddpo.deploy.driver.components import NOTHING_GIVEN, Components, Given, build_components
+from ray_ddpo.deploy.driver.components import NOTHING_GIVEN, SCORING, Components, Given, build_components
 from ray_ddpo.deploy.driver.start import prompts_base
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.deploy.evaluation.eval_result import EvalComparison, EvalScorer, scorer_tables
@@ -43,7 +43,7 @@ def report(run: str, overrides: list[str], given: Given = NOTHING_GIVEN) -> str:
     recipe = folder.load_recipe(overrides)
     weights, rounds = run_weights(folder), logged_rounds(folder)
     _say(f"{len(rounds)} rounds read from {folder.location}")
-    parts = build_components(recipe, given)
+    parts = build_components(recipe, given, SCORING)
     comparison = compare(parts, weights.location, lambda base: check_base(folder, base, overrides))
     differing = differing_settings([folder.location], parts.resolved())
     stats = report_stats(comparison, recipe, rounds, weights) | {"seconds_report": time.perf_counter() - start}

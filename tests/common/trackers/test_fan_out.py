@@ -43,10 +43,6 @@ class BookKeeper(Tracker):
     fails_at: str = ""
     identity: str = ""
 
-    def check(self) -> None:
-        if self.fails_at == "check":
-            raise ValueError("a package is missing")
-
     def start(self, run: RunInfo) -> Book:
         if self.fails_at == "start":
             raise ValueError("no such project")
@@ -117,12 +113,6 @@ def test_a_tracker_that_cannot_start_is_an_error_and_open_ones_are_closed(run: R
     with pytest.raises(ValueError, match="no such project"):
         named(BookKeeper(), BookKeeper(fails_at="start")).start(run)
     assert [book.calls for book in BOOKS] == [["finish"]]
-
-
-def test_check_raises_what_a_tracker_lacks_before_any_is_opened() -> None:
-    with pytest.raises(ValueError, match="a package is missing"):
-        named(BookKeeper(), BookKeeper(fails_at="check")).check()
-    assert BOOKS == []
 
 
 def test_an_interrupt_is_not_taken_for_a_broken_tracker(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
