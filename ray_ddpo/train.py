@@ -106,9 +106,9 @@ def run_rounds(parts: Components, workers: Workers, progress: RunProgress, super
         raise
 
 
-def submit_round(parts: Components, workers: Workers, round: int, sample: SamplePrompt) -> None:
+def submit_round(parts: Components, workers: Workers, round_index: int, sample: SamplePrompt) -> None:
     """Submit a round's tasks with the weights of the version that they are sampled with."""
-    tasks = round_tasks(parts.recipe, round, sample)
+    tasks = round_tasks(parts.recipe, round_index, sample)
     workers.stream.submit(tasks, weights_of(workers.learner.weights(), tasks[0].policy_version))
 
 
@@ -118,9 +118,9 @@ def learn(parts: Components, workers: Workers, scored: list[Scored], sample: Sam
         try:
             return workers.learner.update(*scored[-1])
         except TrajectoriesLost:
-            round = scored[-1][0].round
-            submit_round(parts, workers, round, sample)
-            again = [workers.stream.collect(round, tasks) for tasks in round_parts(parts.recipe)]
+            round_index = scored[-1][0].round
+            submit_round(parts, workers, round_index, sample)
+            again = [workers.stream.collect(round_index, tasks) for tasks in round_parts(parts.recipe)]
             scored = [(batch, rollouts) for (batch, _), rollouts in zip(scored, again, strict=True)]
             for part in scored[:-1]:
                 workers.learner.begin(*part)
