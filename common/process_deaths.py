@@ -3,6 +3,11 @@
 import re
 from dataclasses import dataclass
 
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+
+# What a call of an actor raises if the actor's process has ended. Ray's memory monitor has an error of its own.
+PROCESS_ENDED = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+
 # Ray's texts (2.60) → words. Ray reports no signal but SIGTERM, and no exit code of a process that Python did not end.
 RAYS_CAUSES = (
     (re.compile(r"receives a SIGTERM"), "SIGTERM"),
@@ -14,7 +19,7 @@ RAYS_CAUSES = (
     (re.compile(r"node (has )?(died|is dead)|node failure", re.IGNORECASE), "its machine is gone"),
 )
 RAYS_CRASH = re.compile(r"connection error code 2|worker process has died")
-RAYS_BEGINNING = "The actor"
+RAYS_BEGINNING = re.compile(r"The (actor|node|worker)|\d+ worker\(s\) were killed")
 LONGEST_CAUSE = 200
 LOADING = "while it was loading"  # the activity of an actor that died before it had all its parts
 
@@ -30,7 +35,7 @@ class Death:
     @property
     def by_driver(self) -> bool:
         """Return whether the driver ended the process because it hung."""
-        return not self.reason.startswith(RAYS_BEGINNING)
+        return not RAYS_BEGINNING.match(self.reason)
 
 
 def cause_of(reason: str) -> str | None:

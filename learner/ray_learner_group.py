@@ -27,7 +27,7 @@ from ray_ddpo.common.base_parts import Base
 from ray_ddpo.common.machine import Machine
 from ray_ddpo.common.policy_versions import kept_versions
 from ray_ddpo.common.policy_weights import PolicyWeights
-from ray_ddpo.common.process_deaths import LOADING, Death
+from ray_ddpo.common.process_deaths import LOADING, PROCESS_ENDED, Death
 from ray_ddpo.common.role_loading import RoleNotStarted
 from ray_ddpo.common.stored_weights import reference_to, stored_at
 from ray_ddpo.common.trajectory import Rollout, Scored, TrainBatch
@@ -139,10 +139,10 @@ class RayLearnerGroup(LearnerGroup):
 
     def _restart(self, error: RayError) -> None:
         """Restart all ranks if `error` means that a rank died; otherwise raise the error."""
-        missed = isinstance(error, RayTaskError) and is_lost_rank(
-            error.cause
-        )  # noticed by another rank before Ray reports it
-        died = isinstance(error, RayActorError) and not error.actor_init_failed  # else a new actor would fail alike
+        # Another rank may notice a lost one before Ray reports it.
+        missed = isinstance(error, RayTaskError) and is_lost_rank(error.cause)
+        # If Ray could not make the actor, a new one would fail alike.
+        died = isinstance(error, PROCESS_ENDED) and not getattr(error, "actor_init_failed", False)
         if not (missed or died or isinstance(error, ObjectLostError)):
             raise error
         ids = [actor._actor_id.hex() for actor in self._actors]
@@ -175,7 +175,7 @@ class RayLearnerGroup(LearnerGroup):
                     continue
                 self._undo()
                 raise TrajectoriesLost(f"round {batch.round}: {error.cause}") from error
-            except (RayActorError, ObjectLostError) as error:  # the actor died, or its node was lost with the state
+            except (*PROCESS_ENDED, ObjectLostError) as error:  # the actor died, or its node was lost with the state
                 self._begin_again(error)
             else:
                 self._state, self._at = learned[1], "between two rounds"

@@ -33,6 +33,15 @@ def hangs_once(images: np.ndarray, prompts: list[str], metadata: Metadata) -> np
     return jpeg_kilobytes(images)
 
 
+def fills_memory_once(images: np.ndarray, prompts: list[str], metadata: Metadata) -> np.ndarray:
+    """Take 6 GB of memory, the first time, and keep it until Ray's memory monitor ends a process."""
+    if _first_time(prompts):
+        taken = [np.ones((1 << 27,), np.uint8) for _ in range(48)]
+        time.sleep(30)
+        del taken
+    return jpeg_kilobytes(images)
+
+
 def raises_for_bad(images: np.ndarray, prompts: list[str], metadata: Metadata) -> list[float]:
     if "bad" in prompts:
         raise KeyError("bad")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from ray_ddpo.actors.rewards.failure import is_poisoned
 from ray_ddpo.actors.rollouts.call_names import CallNames
@@ -15,6 +15,7 @@ from ray_ddpo.actors.rollouts.stragglers import StragglerDetector
 from ray_ddpo.actors.rollouts.suspects import Suspects
 from ray_ddpo.actors.rollouts.worker_pool import Worker, WorkerPool
 from ray_ddpo.actors.task_care import PLAIN, Care
+from ray_ddpo.common.process_deaths import PROCESS_ENDED
 from ray_ddpo.common.schedule import Place, Stream, Task
 from ray_ddpo.common.trajectory import TaskReport
 
@@ -185,7 +186,7 @@ class SamplingScheduler:
         attempt = self._let_go(report)
         try:
             value: TaskReport | None = ray.get(report)
-        except RayActorError as error:
+        except PROCESS_ENDED as error:
             self._sampler_died(attempt, str(error))
             return None
         except RayTaskError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from ray_ddpo.actors.rewards.failure import ScoringFailed
 from ray_ddpo.actors.rollouts.call_names import CallNames
@@ -15,6 +15,7 @@ from ray_ddpo.actors.rollouts.inquiry import Control
 from ray_ddpo.actors.rollouts.sampling_scheduler import SampledTask
 from ray_ddpo.actors.rollouts.scoring_job import ScoringBatch, ScoringJob
 from ray_ddpo.actors.rollouts.worker_pool import Worker, WorkerPool
+from ray_ddpo.common.process_deaths import PROCESS_ENDED
 from ray_ddpo.common.recipe.tables import RewardPoolTable
 from ray_ddpo.common.schedule import Place, Task
 from ray_ddpo.common.trajectory import Scores
@@ -224,7 +225,7 @@ class ScoringScheduler:
         """
         try:
             answer: Any = ray.get(reference)  # scores of one batch, or a list for several
-        except RayActorError as error:
+        except PROCESS_ENDED as error:
             return self._lost_with_worker(reference, str(error))
         except RayTaskError as error:
             failure = error.cause

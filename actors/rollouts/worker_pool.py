@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
-from ray_ddpo.common.process_deaths import LOADING, Death, in_one_line
+from ray_ddpo.common.process_deaths import LOADING, PROCESS_ENDED, Death, in_one_line
 from ray_ddpo.common.role_loading import RoleNotStarted
 
 TASKS_AHEAD = 2  # a worker has a running and a waiting call, so that it need not wait for a round trip
@@ -173,8 +172,10 @@ class WorkerPool:
             return False
         try:
             answer = ray.get(reference)
-        except RayActorError as error:
-            if error.actor_init_failed:  # Ray could not make the actor, and cannot make the next one either
+        except PROCESS_ENDED as error:
+            if getattr(
+                error, "actor_init_failed", False
+            ):  # Ray could not make the actor, and cannot make the next one either
                 raise RoleNotStarted(f"{self.role}: {in_one_line(str(error))}") from error
             self.lost(worker, str(error), LOADING)
         else:

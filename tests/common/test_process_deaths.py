@@ -21,6 +21,10 @@ SAYS = "The actor died unexpectedly before finishing this task.\n\tclass_name: S
         (SAYS + "Worker exit type: NODE_OUT_OF_MEMORY", "ended by Ray, because its machine ran low on memory"),
         (SAYS + "The actor is dead because its node has died.", "its machine is gone"),
         (SAYS + CRASH, None),
+        (
+            "1 worker(s) were killed due to the node running low on memory. Memory on the node was 22 GB of 23 GB",
+            "ended by Ray, because its machine ran low on memory",
+        ),
         ("no answer for 60 s", "no answer for 60 s"),
         (
             SAYS + "Something that Ray says from its next version on.",
@@ -31,4 +35,4 @@ SAYS = "The actor died unexpectedly before finishing this task.\n\tclass_name: S
 def test_a_death_is_told_in_a_few_words(reason: str, cause: str | None) -> None:
     assert cause_of(reason) == cause
     assert "\n" not in in_one_line(reason)
-    assert Death(0, reason, "").by_driver == (not reason.startswith("The actor"))
+    assert Death(0, reason, "").by_driver == (reason == "no answer for 60 s")
