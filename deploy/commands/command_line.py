@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
     _add_recipe_verbs(verbs)
     _add_run_verbs(verbs)
+    _add_weight_verbs(verbs)
     _add_service_verbs(verbs)
     return parser
 
@@ -108,7 +109,7 @@ def _add_recipe_verbs(verbs: Any) -> None:
 
 
 def _add_run_verbs(verbs: Any) -> None:
-    """Add the verbs that take a run's folder or its weights."""
+    """Add the verbs that look at a run or change it."""
     verb = verbs.add_parser("scale", help="change the number of samplers or reward workers of an active run")
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
     verb.add_argument("--samplers", type=int, metavar="N")
@@ -131,6 +132,9 @@ def _add_run_verbs(verbs: Any) -> None:
     verb = verbs.add_parser("report", help="write report.html, before/after images, the reward curve and summary.json")
     verb.add_argument("runs", metavar="RUN", help="a run's folder")
 
+
+def _add_weight_verbs(verbs: Any) -> None:
+    """Add the verbs that compare, check, convert and publish weights."""
     verb = verbs.add_parser(
         "evaluate",
         help="compare weights on the same held-out images, with each other or with the pretrained model",

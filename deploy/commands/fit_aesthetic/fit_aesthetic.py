@@ -41,20 +41,14 @@ def fit_aesthetic(options: argparse.Namespace) -> str:
         ValueError: a number is too small, or output, table, images, CLIP or shares of the split cannot be used.
     """
     _check(options)
-    folder, table, output = (Path(place).expanduser() for place in (options.images, options.table, options.output))
+    table, output = Path(options.table).expanduser(), Path(options.output).expanduser()
     device = settle(RuntimeTable(device=options.device, threads=options.threads))
     images = read_table(table, options.format)
     test_list = Path(options.split_file) if options.split_file else None
     split_names = assign_splits(images, SplitPlan(options.seed, options.validation, options.test, test_list))
     check_sizes(split_names)
-    embedder, clip = _load_clip(options, device)
     storage = Storage(output)
-    store = EmbeddingStore.open(storage.folder("embeddings"), clip)
-    broken = embed_images_of(folder, images.paths, embedder, store)
-    listed = io.StringIO()
-    csv.writer(listed, lineterminator="\n").writerows([("path", "reason"), *broken.items()])
-    storage.write(BROKEN, listed.getvalue().encode())
-
+    store, broken = _embed(options, images.paths, device, storage)
     known = [store.known[path].embedding for path in images.paths]
     usable = [row for row, embedding in enumerate(known) if embedding is not None]
     embeddings = torch.from_numpy(np.stack([embedding for embedding in known if embedding is not None]))
@@ -67,14 +61,14 @@ def fit_aesthetic(options: argparse.Namespace) -> str:
 
     training = Training(options.seed, options.epochs, options.batch_size)
     fitted = fit_head(options.head, rated("train"), rated("validation"), training)
-    origin = {"clip": clip.name, "clip_fingerprint": clip.fingerprint, "head": options.head, "seed": options.seed}
+    clip = {"clip": store.clip.name, "clip_fingerprint": store.clip.fingerprint}
+    origin = json.dumps({**clip, "head": options.head, "seed": options.seed})
     # One metadata key, because safetensors writes several in random order, and a refit must give the same bytes.
-    storage.write(HEAD, save(fitted.weights, {"fitted": json.dumps(origin)}))
+    storage.write(HEAD, save(fitted.weights, {"fitted": origin}))
     predicted = read_head(output / HEAD)(embeddings).numpy()
     stats = {
         "head": options.head,
-        "clip": clip.name,
-        "clip_fingerprint": clip.fingerprint,
+        **clip,
         "table": table.name,
         "seed": options.seed,
         "images": len(ratings),
@@ -111,6 +105,19 @@ def _write_results(storage: Storage, columns: dict[str, Any], stats: dict[str, A
     storage.write(CALIBRATION, calibration_chart(columns["predicted"][rows], columns["rating"][rows], held_out))
     storage.write(METRICS, (json.dumps(stats, indent=1) + "\n").encode())
     storage.write(CARD, model_card(stats).encode())
+
+
+def _embed(
+    options: argparse.Namespace, paths: tuple[str, ...], device: str, storage: Storage
+) -> tuple[EmbeddingStore, dict[str, str]]:
+    """Embed the images, and list the broken ones in a file. Return the store, and the reason of each broken image."""
+    embedder, clip = _load_clip(options, device)
+    store = EmbeddingStore.open(storage.folder("embeddings"), clip)
+    broken = embed_images_of(Path(options.images).expanduser(), paths, embedder, store)
+    listed = io.StringIO()
+    csv.writer(listed, lineterminator="\n").writerows([("path", "reason"), *broken.items()])
+    storage.write(BROKEN, listed.getvalue().encode())
+    return store, broken
 
 
 def _load_clip(options: argparse.Namespace, device: str) -> tuple[Embedder, ClipIdentity]:
