@@ -137,8 +137,7 @@ class Learner:
 
         Raises:
             RuntimeError: a trajectory was not sampled with the weights of its version, by its report or by its
-                log-probs
-                (WeightsDidNotArrive). The learner is then in the same state as before this call.
+                log-probs (WeightsDidNotArrive). The learner is then in the same state as before this call.
         """
         return self._learn_last_part(batch, trajectories), self.state()
 

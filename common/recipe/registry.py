@@ -25,7 +25,7 @@ class Component(Bounded):
         return {} if is_of_the_project(own) else {"name": own}
 
     def user_texts(self) -> dict[str, str]:
-        """Return the source code that no module holds and that decides what this entry does, by the key that names it."""
+        """Return the source code that no module holds and that decides what this component does, by the key that names it."""
         return {"name": source_of(type(self))} if is_by_value(reference(type(self))) else {}
 
 

@@ -49,8 +49,7 @@ def start_from_file(network: nn.Module, lora: LoraSettings) -> None:
 
     Raises:
         ValueError: The file cannot be read, does not fit the network, holds what cannot be trained here, or disagrees
-            with
-            a key that is given.
+            with a key that is given.
     """
     assert lora.path is not None, "whoever asks for this names a file"
     try:

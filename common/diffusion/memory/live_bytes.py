@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Kernels(ABC):
-    """What a device's kernels do that the operations themselves do not show."""
+    """Memory format and workspace of a device's kernels, which the operations themselves do not show."""
 
     @abstractmethod
     def in_memory_format(self, operation: Any, arguments: tuple[Any, ...], output: Any) -> Any:

@@ -1,8 +1,7 @@
 """Convert a published scheduler's configuration to DDIM or flow matching, exactly, or refuse it by key.
 
 A scheduler of another class can be converted if it denoises the same process: same betas, same prediction type. DDIM
-then
-replaces its solver, as in `DDIMScheduler.from_config`. Other noise levels have no counterpart in DDIM.
+then replaces its solver, as in `DDIMScheduler.from_config`. Other noise levels have no counterpart in DDIM.
 """
 
 import math
@@ -88,8 +87,7 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         config: a loaded scheduler's configuration, or the contents of its file. Without `_class_name` it is DDIM's own,
-            and
-            does not clip.
+            and does not clip.
 
     Raises:
         ValueError: DDIM cannot represent it exactly. The message names class, key and value, and what is allowed.

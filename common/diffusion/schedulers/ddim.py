@@ -130,8 +130,7 @@ def ddim_transition(
     """Return the step's distribution, with μ = √ᾱ' x̂0 + √(1 − ᾱ' − σ²) ε (eq. 12). Computes in float32.
 
     If `stochastic` is False, take the deterministic DDIM step (σ = 0). Its mean differs from the stochastic mean; using
-    the
-    latter without noise washes images out.
+    the latter without noise washes images out.
     """
     latents, model_output = latents.float(), model_output.float()
     alpha, next_alpha = column(table.alphas_cumprod[steps]), column(table.next_alphas_cumprod[steps])

@@ -124,8 +124,7 @@ def flow_match_transition(
     """Return the step's distribution, in float32, with Flow-GRPO's mean (eq. 9).
 
     μ = x (1 + s²/(2σ) dt) + v (1 + s² (1 − σ)/(2σ)) dt. If `stochastic` is False, take the Euler step x + v dt, for
-    which
-    s = 0.
+    which s = 0.
     """
     latents, velocity = latents.float(), model_output.float()
     sigma, change = column(table.sigmas[steps]), column((table.next_sigmas - table.sigmas)[steps])

@@ -1,4 +1,4 @@
-"""Largest micro-batch and task of a recipe that fit on GPUs of usual sizes, from predicted peaks."""
+"""Largest micro-batch and task that fit on GPUs of usual sizes; `common/diffusion/memory` predicts the peaks."""
 
 from ray_ddpo.common.diffusion.memory.sizes import largest_divisor, usable_bytes
 from ray_ddpo.common.recipe.recipe import Recipe
