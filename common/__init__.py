@@ -1,1 +1,1 @@
-"""What both sides must agree on."""
+"""Shared by samplers, reward workers, learner and driver: recipe, schedule, records, policy, run folder, trackers."""

@@ -58,7 +58,7 @@ def as_tables(base: Mapping[str, BasePart]) -> dict[str, Any]:
     return {name: part.model_dump() for name, part in sorted(base.items())}
 
 
-def entry_base(entry: Component, table: str, files: Iterable[Weights] = (), label: str = "") -> Base:
+def entry_base(component: Component, table: str, files: Iterable[Weights] = (), label: str = "") -> Base:
     """Fingerprint the files that a component reads and the user's modules that it is made of.
 
     The parts are named after its table in the recipe and, if it is one of several rewards, its label.
@@ -68,10 +68,10 @@ def entry_base(entry: Component, table: str, files: Iterable[Weights] = (), labe
     for weights in files:
         for below, paths in _by_folder(weights).items():
             parts[f"{weights.key}{suffix}{below}"] = paths
-    for key, module in entry.user_modules().items():
+    for key, module in component.user_modules().items():
         for name, file in user_sources(module).items():
             parts[f"{table}.{key}{suffix}" + (f"/{name}" if name != module else "")] = [file]
-    texts = {f"{table}.{key}{suffix}": text for key, text in entry.user_texts().items()}
+    texts = {f"{table}.{key}{suffix}": text for key, text in component.user_texts().items()}
     return {name: text_part(text, "a Python object") for name, text in texts.items()} | _fingerprinted(parts)
 
 

@@ -1,1 +1,1 @@
-"""How the program gets onto machines, and what people type."""
+"""The driver, the commands of `ddpo`, evaluation during training, and files for clusters."""

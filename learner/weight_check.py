@@ -55,7 +55,7 @@ def refuse_mismatch(report: TaskReport, published: tuple[PolicyWeights, ...], pa
             f"is {known[task.policy_version][:12]}"
         )
     if report.num_loaded_params != parameters:
-        raise RuntimeError(f"{title}: its sampler bound {report.num_loaded_params} of {parameters} parameters")
+        raise RuntimeError(f"{title}: its sampler has loaded {report.num_loaded_params} of {parameters} parameters")
 
 
 def rows_to_check(transitions: RoundTransitions, dropped: tuple[int, ...], rows: int) -> list[Indices]:

@@ -61,8 +61,8 @@ def train(
         Stopped: a signal came, or the storage or the cluster failed. The last checkpoint has what was learned.
     """
     with _errors_in_python():
-        parts = {"policy": policy, "algorithm": algorithm, "trackers": trackers, "on_round": on_round}
-        given = components_given(reward=reward, prompts=prompts, **parts)
+        replaced = {"policy": policy, "algorithm": algorithm, "trackers": trackers, "on_round": on_round}
+        given = components_given(reward=reward, prompts=prompts, **replaced)
         chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         chosen = with_components(chosen, given, pipeline)
         place = chosen.run_path() if "://" in chosen.output_dir else Path(chosen.run_path()).absolute()

@@ -101,7 +101,7 @@ def _verb(arguments: Sequence[str] | None) -> int:
         print(f"ddpo {options.verb}: {_without_passwords(_of_file(error))}", file=sys.stderr)
         return 1 if options.verb == "train" else 2
     except KeyboardInterrupt:
-        advice = "; a run goes on from its last checkpoint with --resume auto" if options.verb == "train" else ""
+        advice = "; resume from the last checkpoint with --resume auto" if options.verb == "train" else ""
         print(f"ddpo {options.verb}: stopped{advice}", file=sys.stderr)
         return _left(INTERRUPTED)
 
@@ -165,7 +165,7 @@ def _publish(recipe: Any) -> int:
     # RuntimeError: this machine may lack the memory for the report's images.
     except (NotPushed, ValueError, OSError, RuntimeError) as error:
         by_hand = f"ddpo push {recipe.run_path()} {recipe.push.repo}"
-        print(f"ddpo train: the run is whole, and was not pushed: {error}; push it with: {by_hand}", file=sys.stderr)
+        print(f"ddpo train: training finished, but the upload failed: {error}; upload with: {by_hand}", file=sys.stderr)
         return 3
     return 0
 

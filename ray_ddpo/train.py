@@ -1,4 +1,4 @@
-"""The driver: build the parts from a recipe, and let the data go round."""
+"""The driver: build the components of a recipe, and let the data go round."""
 
 import time
 
@@ -36,22 +36,22 @@ def run_training(
         Stopped: a signal came, or storage or cluster failed. The last checkpoint has what was learned.
         One of FATAL_ERRORS: the run cannot continue.
     """
-    parts, folder = build_components(recipe, given), RunFolder(recipe.run_path())
+    components, folder = build_components(recipe, given), RunFolder(recipe.run_path())
     folder.create()
     with Lease(folder) as lease, Supervision(folder, recipe, lease) as supervision:
-        start = start_of(folder, parts, resume)
-        parts, checkpoint = start.parts, start.checkpoint
+        start = start_of(folder, components, resume)
+        components, checkpoint = start.parts, start.checkpoint
         check_push(recipe)
-        trackers = FanOut(parts.trackers)
-        workers = (serial_workers if serial else ray_workers)(parts, supervision, start.base)
+        trackers = FanOut(components.trackers)
+        workers = (serial_workers if serial else ray_workers)(components, supervision, start.base)
         try:
             with folder.token() as token:
                 workers.learner.check_folder(folder.location, token)
             start.write(folder)
-            evaluating = EvalRunner(parts, folder, workers, trackers)
-            progress = RunProgress(parts, trackers, evaluating, folder, checkpoint, start.base.parts)
+            evaluating = EvalRunner(components, folder, workers, trackers)
+            progress = RunProgress(components, trackers, evaluating, folder, checkpoint, start.base.parts)
             ids = checkpoint.tracker_ids if checkpoint else {}
-            run = RunInfo(recipe.name, folder.location, parts.resolved(), recipe.rounds, progress.rounds_done, ids)
+            run = RunInfo(recipe.name, folder.location, components.resolved(), recipe.rounds, progress.rounds_done, ids)
             trackers.start(run)
             pretrained = workers.learner.weights()[-1]
             if checkpoint:
@@ -60,7 +60,7 @@ def run_training(
             progress.begin(workers.learner.machine(), checkpoint.learner.machine if checkpoint else None)
             del start, checkpoint, pretrained  # or the driver's heap would hold the loaded state until the run's end
             supervision.saved = lambda: progress.last_checkpoint
-            run_rounds(parts, workers, progress, supervision)
+            run_rounds(components, workers, progress, supervision)
             workers.learner.save_policy(folder.location)
             evaluating.end()
         except StallError as stuck:
@@ -73,17 +73,17 @@ def run_training(
     return progress.metrics[-1] if progress.metrics else {}
 
 
-def run_rounds(parts: Components, workers: Workers, progress: RunProgress, supervision: Supervision) -> None:
+def run_rounds(components: Components, workers: Workers, progress: RunProgress, supervision: Supervision) -> None:
     """Data goes one way round: prompts → sampler → reward → advantages → learner → weights → sampler."""
-    recipe, stream, sample = parts.recipe, workers.stream, parts.prompts.load()
+    recipe, stream, sample = components.recipe, workers.stream, components.prompts.load()
     submitted = progress.rounds_done
     try:
         for round_index in range(progress.rounds_done, recipe.rounds):
-            if progress.evaluating.is_over:  # the guard has had enough
+            if progress.evaluating.is_over:  # the guard ended the run
                 break
             started = time.monotonic()
             while submitted <= min(last_startable_round(round_index, recipe.max_policy_lag), recipe.rounds - 1):
-                submit_round(parts, workers, submitted, sample)  # prompts and weights → sampler
+                submit_round(components, workers, submitted, sample)  # prompts and weights → sampler
                 submitted += 1
             progress.evaluating.submit(round_index)  # held-out prompts → sampler, behind them
             scored: list[Scored] = []
@@ -93,7 +93,7 @@ def run_rounds(parts: Components, workers: Workers, progress: RunProgress, super
                 if len(scored) < recipe.learner.parts_per_round:
                     workers.learner.begin(*scored[-1])
             collected = time.monotonic()
-            learned, state = learn(parts, workers, scored, sample)  # trajectories → learner
+            learned, state = learn(components, workers, scored, sample)  # trajectories → learner
             progress.learned(state, learned)
             progress.write(scored, learned, RoundClock(started, collected, time.monotonic()), workers)
             supervision.check()
@@ -106,21 +106,21 @@ def run_rounds(parts: Components, workers: Workers, progress: RunProgress, super
         raise
 
 
-def submit_round(parts: Components, workers: Workers, round_index: int, sample: SamplePrompt) -> None:
+def submit_round(components: Components, workers: Workers, round_index: int, sample: SamplePrompt) -> None:
     """Submit a round's tasks with the weights of the version that they are sampled with."""
-    tasks = round_tasks(parts.recipe, round_index, sample)
+    tasks = round_tasks(components.recipe, round_index, sample)
     workers.stream.submit(tasks, weights_of(workers.learner.weights(), tasks[0].policy_version))
 
 
-def learn(parts: Components, workers: Workers, scored: list[Scored], sample: SamplePrompt) -> Learned:
+def learn(components: Components, workers: Workers, scored: list[Scored], sample: SamplePrompt) -> Learned:
     """Learn from a round while others are sampled; trajectories that were lost with their node are re-sampled first."""
     while True:
         try:
             return workers.learner.update(*scored[-1])
         except TrajectoriesLost:
             round_index = scored[-1][0].round
-            submit_round(parts, workers, round_index, sample)
-            again = [workers.stream.collect(round_index, tasks) for tasks in round_parts(parts.recipe)]
+            submit_round(components, workers, round_index, sample)
+            again = [workers.stream.collect(round_index, tasks) for tasks in round_parts(components.recipe)]
             scored = [(batch, rollouts) for (batch, _), rollouts in zip(scored, again, strict=True)]
             for part in scored[:-1]:
                 workers.learner.begin(*part)

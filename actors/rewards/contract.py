@@ -75,8 +75,7 @@ def scores_of(answer: Any, count: int, who: str) -> Float[np.ndarray, "B"]:
 
     Raises:
         RewardMistake: the result is something else. Shape [count, 1] is refused too, because for a single image it
-            could
-            as well be a matrix of images and prompts.
+            could as well be a matrix of images and prompts.
     """
     answer = _without_metadata(answer)
     if np.ma.isMaskedArray(answer) and np.ma.is_masked(answer):

@@ -109,7 +109,8 @@ class Recipe(Table):
         """Refuse recipes without a reward, with both ways of giving rewards, or with rewards of one name."""
         if self.reward is not None and self.rewards:
             raise ValueError(
-                "the recipe has both [reward] and [[rewards]]: it must have one of them; write [[rewards]] for each"
+                "the recipe has both [reward] and [[rewards]]: it must have one of them; write [[rewards]] for each, or "
+                "replace the list by --rewards '[{ name = … }]'"
             )
         if not self.all_rewards:
             raise ValueError("the recipe has no reward: it needs a table [reward], or several [[rewards]]")

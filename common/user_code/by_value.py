@@ -1,4 +1,4 @@
-"""Functions and classes of a user's script or notebook: they travel by value, because no other process can import them."""
+"""Name functions and classes of a script or notebook, which Ray pickles by value because no other process can import them."""
 
 import inspect
 import sys

@@ -1,1 +1,1 @@
-"""What the driver is composed of: components, workers, start, progress, supervision."""
+"""The driver's own files: components, workers, start, progress, supervision; its loop is `ray_ddpo/train.py`."""

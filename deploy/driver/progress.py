@@ -38,15 +38,15 @@ class RunProgress:
 
     def __init__(
         self,
-        parts: Components,
+        components: Components,
         trackers: FanOut,
         evaluating: "EvalRunner",
         folder: RunFolder,
         checkpoint: Checkpoint | None,
         base: Base,
     ) -> None:
-        recipe = parts.recipe
-        self._parts = parts
+        recipe = components.recipe
+        self._components = components
         self._checkpoints, self._location = folder.checkpoints, folder.location
         self._unwritten = folder.unwritten
         self._failed_rounds = 0  # in a row
@@ -59,8 +59,8 @@ class RunProgress:
         self._done: Checkpoint | None = None  # after the last complete round of this start
         self._starts_trained = checkpoint is not None
         self.buffer = RoundBuffer(
-            parts.algorithm,
-            parts.aggregation,
+            components.algorithm,
+            components.aggregation,
             recipe.prompts.images_per_prompt,
             recipe.reward_workers.max_dropped,
             recipe.learner.parts_per_round,
@@ -85,7 +85,7 @@ class RunProgress:
         self.evaluating.learned(state.weights[-1], metrics.get("kl_reference_nats"))
         dropped = {index: list(images) for index, images in self.buffer.dropped.items()}
         ids = self._trackers.identities()
-        rounds = self.rounds_done if self._parts.recipe.rollouts.keep else 0
+        rounds = self.rounds_done if self._components.recipe.rollouts.keep else 0
         self._done = Checkpoint(self.rounds_done, state, self.buffer.statistics, ids, rounds, dropped)
 
     def write(self, scored: list[Scored], learned: Metrics, clock: RoundClock, workers: Workers) -> None:
@@ -93,13 +93,13 @@ class RunProgress:
         assert self._done is not None, "a round is learned from before it is written"
         batch = whole_round([part for part, _ in scored])
         rollouts = [rollout for _, of_part in scored for rollout in of_part]
-        recipe, stream = self._parts.recipe, workers.stream
+        recipe, stream = self._components.recipe, workers.stream
         if self._numerics:
             self._numerics.saw(rollouts)
             self._numerics.rounded(learned)
         images = [stream.images(rollout) for rollout in rollouts] if self._ledger.wants_images(batch.round) else []
         there = [each.pixels for each in images if each is not None]
-        weights, floors = self._parts.aggregation.weights, self._parts.aggregation.floors
+        weights, floors = self._components.aggregation.weights, self._components.aggregation.floors
         self._ledger.write_round(batch, rollouts, weights, there if len(there) == len(rollouts) else None)
         per_prompt = recipe.prompts.images_per_prompt
         values = reward_metrics(batch, rollouts, weights, floors, per_prompt) | learned
@@ -130,7 +130,7 @@ class RunProgress:
                 self.commit()
         except StorageError as error:
             self._failed_rounds += 1
-            over = self.rounds_done == self._parts.recipe.rounds or self.evaluating.is_over
+            over = self.rounds_done == self._components.recipe.rounds or self.evaluating.is_over
             if over or error.permanent or self._failed_rounds == FAILED_ROUNDS:
                 raise
             text = f"not saved: {error}; it is tried again after the next round"
@@ -159,7 +159,7 @@ class RunProgress:
             return collapse
         if serial:
             return "one process (--serial): sampling, scoring and learning take turns, so there is nothing to overlap"
-        recipe = self._parts.recipe
+        recipe = self._components.recipe
         scoring = sum(pool.table.count for pool in reward_pools(recipe))
         can_overlap = has_cores_to_overlap(recipe)
         return bottleneck(
@@ -173,10 +173,10 @@ class RunProgress:
 
     def _show(self, batch: TrainBatch, rollouts: list[Rollout], workers: Workers) -> None:
         """Show the round's media, if `[media]` asks for this round and a tracker shows media."""
-        table, rounds = self._parts.recipe.media, self._parts.recipe.rounds
+        table, rounds = self._components.recipe.media, self._components.recipe.rounds
         if table.is_due(batch.round, rounds) and self._trackers.shows:
             images = first_images(rollouts, table.images, workers.stream.images)
-            weights, log_ratios = self._parts.aggregation.weights, workers.learner.log_ratios()
+            weights, log_ratios = self._components.aggregation.weights, workers.learner.log_ratios()
             self._trackers.show(round_media(batch, rollouts, weights, images, log_ratios))
 
     def commit(self) -> None:
@@ -184,5 +184,5 @@ class RunProgress:
         self.flush()
         if self._done and self._done.rounds_done > self._committed:
             done = dataclasses.replace(self._done, evaluation=self.evaluating.state, base=self._base)
-            save_checkpoint(self._checkpoints, done, self._parts.recipe.checkpoint.keep)
+            save_checkpoint(self._checkpoints, done, self._components.recipe.checkpoint.keep)
             self._committed = self._done.rounds_done

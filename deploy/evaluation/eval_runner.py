@@ -54,17 +54,17 @@ class _PendingVersion:
 class EvalRunner:
     """The driver's side of `[evaluation]` and `[guard]`. It does nothing if `evaluation.every` is 0."""
 
-    def __init__(self, parts: Components, folder: RunFolder, workers: Workers, trackers: FanOut) -> None:
-        self._parts = parts
-        self._table = parts.recipe.evaluation
+    def __init__(self, components: Components, folder: RunFolder, workers: Workers, trackers: FanOut) -> None:
+        self._components = components
+        self._table = components.recipe.evaluation
         self._stream: RolloutStream = workers.stream
         self._learner = workers.learner
-        self._chosen = build_eval_set(self._table, parts.prompts)
-        self._identity = eval_identity(parts.recipe, self._chosen)
+        self._eval_set = build_eval_set(self._table, components.prompts)
+        self._identity = eval_identity(components.recipe, self._eval_set)
         self._folder = folder
         self._trackers = trackers
         self._log = EvalLog(folder.storage, folder.unwritten)
-        self._best = BestWeights(folder, workers.learner, parts.recipe.guard)
+        self._best = BestWeights(folder, workers.learner, components.recipe.guard)
         self._pending: list[_PendingVersion] = []
         self._waiting: list[EvalVersion] = []  # due, not submitted yet
         self._average: PolicyWeights | None = None
@@ -92,7 +92,7 @@ class EvalRunner:
         done = {judged.policy_version for judged in self._judged}
         due = {} if 0 in done else {0: EvalVersion(pretrained)}
         # The recipe may ask for evaluations since this start only: then the checkpoint does not list this version.
-        if self._table.is_due(rounds_done, self._parts.recipe.rounds):
+        if self._table.is_due(rounds_done, self._components.recipe.rounds):
             due[rounds_done] = EvalVersion(newest, self._average)
         due |= {each.policy_version: each for each in state.pending}
         self._waiting = [due[version] for version in sorted(due.keys() - done)]
@@ -101,7 +101,7 @@ class EvalRunner:
         """Take note of a newly published version: update the moving average, and evaluate the version if it is due."""
         if self._average is not None and self._table.ema_decay is not None:
             self._average = averaged(self._average, published, self._table.ema_decay)
-        if self._table.is_due(published.policy_version, self._parts.recipe.rounds):
+        if self._table.is_due(published.policy_version, self._components.recipe.rounds):
             self._waiting.append(EvalVersion(published, self._average, kl_reference_nats))
 
     @property
@@ -113,22 +113,22 @@ class EvalRunner:
     @property
     def is_over(self) -> bool:
         """Return whether the guard ends the run now."""
-        return is_over(self._judged, self._parts.recipe.guard)
+        return is_over(self._judged, self._components.recipe.guard)
 
     def submit(self, rounds_done: int) -> None:
         """Submit the versions that are due to the samplers, behind the rounds in flight."""
-        lag = self._parts.recipe.max_policy_lag
+        lag = self._components.recipe.max_policy_lag
         for version in self._waiting:
             round_index = evaluation_round(version.policy_version, lag, rounds_done)
             earlier = [each for each in self._pending if each.round_index == round_index]
-            first = sum(len(each.variants) for each in earlier) * self._chosen.num_tasks
+            first = sum(len(each.variants) for each in earlier) * self._eval_set.num_tasks
             variants = {}
             for variant, weights in {"current": version.current, "average": version.average}.items():
                 if weights is not None:
-                    sampling = self._parts.recipe.sampling
-                    tasks = self._chosen.tasks(version.policy_version, round_index, first, sampling)
+                    sampling = self._components.recipe.sampling
+                    tasks = self._eval_set.tasks(version.policy_version, round_index, first, sampling)
                     variants[variant] = (weights, tasks)
-                    first += self._chosen.num_tasks
+                    first += self._eval_set.num_tasks
             self._pending.append(_PendingVersion(version, round_index, variants))
             self._submit_tasks(self._pending[-1])
         self._waiting = []
@@ -143,8 +143,8 @@ class EvalRunner:
             return
         alarms = [alarm.says for alarm in self._judged[-1].alarms]
         ended = {"policy_version": self._judged[-1].policy_version, "alarms": alarms, "weights_of": None}
-        says = f"guard: the run ends here, as guard.on_alarm = {self._parts.recipe.guard.on_alarm!r} asks"
-        if self._parts.recipe.guard.on_alarm == "roll_back":
+        says = f"guard: the run ends here, as guard.on_alarm = {self._components.recipe.guard.on_alarm!r} asks"
+        if self._components.recipe.guard.on_alarm == "roll_back":
             ended["weights_of"] = self._best.roll_back()
             says += f"; its weights are those of version {ended['weights_of']}"
         self._folder.storage.write(GUARD, json.dumps(ended, indent=1).encode())
@@ -160,7 +160,7 @@ class EvalRunner:
         Returns:
             The metrics of the last version read; empty if there was none.
         """
-        last = round_index == self._parts.recipe.rounds - 1
+        last = round_index == self._components.recipe.rounds - 1
         if last:
             self.submit(round_index + 1)
         metrics: Metrics = {}
@@ -174,9 +174,9 @@ class EvalRunner:
         variants = self._collected(pending)
         current = variants["current"]
         rows = [row for row in range(len(current.seeds)) if row not in current.without_image]
-        summary = image_summary(current.pixels[rows], [self._chosen.prompts[row].text for row in rows])
+        summary = image_summary(current.pixels[rows], [self._eval_set.prompts[row].text for row in rows])
         base = self._judged[0] if self._judged else None
-        judged, entry = judge(self._parts.recipe, pending.version, variants, summary, base)
+        judged, entry = judge(self._components.recipe, pending.version, variants, summary, base)
         self._judged.append(judged)
         for alarm in judged.alarms:
             print_line(f"guard: version {judged.policy_version}: {alarm.says}")
@@ -208,11 +208,11 @@ class EvalRunner:
             name: np.concatenate([rollout.scores.rewards[name] for rollout in rollouts]).astype(np.float64)
             for name in rollouts[0].scores.rewards
         }
-        scores = with_weighted_sum(scores, self._parts.aggregation.weights)
+        scores = with_weighted_sum(scores, self._components.aggregation.weights)
         reports = [rollout.report for rollout in rollouts]
         missing = [row in report.dropped for report in reports for row in range(len(report.task.seeds))]
         without_image = frozenset(row for row, is_missing in enumerate(missing) if is_missing)
-        return EvalResult(self._chosen.prompts, self._chosen.seeds, scores, np.concatenate(pixels), without_image)
+        return EvalResult(self._eval_set.prompts, self._eval_set.seeds, scores, np.concatenate(pixels), without_image)
 
 
 class BestWeights:

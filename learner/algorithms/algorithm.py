@@ -133,11 +133,11 @@ class Algorithm(Component, ABC):
         images, each = recipe.learner.images_per_rank, self.transitions_per_image(recipe, stochastic_steps)
         size, ranks = recipe.learner.micro_batch_size, recipe.learner.world_size
         if size != "auto" and images * each % size:
-            what = "noised samples" if self.noised_samples_per_image else "stochastic steps"
+            what = "noised samples" if self.noised_samples_per_image else "trained steps"
             raise ValueError(
                 f"an optimizer step has {images} images × {each} {what} = {images * each} transitions"
                 f"{f' on each of {ranks} ranks' if ranks > 1 else ''}, "
-                f"which learner.micro_batch_size = {size} does not divide"
+                f'which learner.micro_batch_size = {size} does not divide: give a divisor, or "auto"'
             )
 
     @final

@@ -183,7 +183,7 @@ def test_noised_samples_of_finished_images_are_counted(capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--learner.micro_batch_size", "7"], "16 images × 8 stochastic steps = 128 transitions.* = 7 does not divide"),
+        (["--learner.micro_batch_size", "7"], "16 images × 8 trained steps = 128 transitions.* = 7 does not divide"),
         (["--algorithm", '{name = "rwr"}'], "16 images × 1 noised samples = 16 transitions.* = 32 does not divide"),
         (
             ["--algorithm", '{name = "grpo"}'],

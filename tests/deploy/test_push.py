@@ -205,7 +205,7 @@ def test_a_hub_in_trouble_after_training_costs_nothing(
     recipe, run = recipe_file(tmp_path, tiny_model, **changes), f"{bucket}/runs/tiny"
     assert cli.main(["train", str(recipe), "--serial"]) == 3
     printed = capsys.readouterr()
-    assert "the run is whole, and was not pushed: the hub answers 503: not today" in printed.err
+    assert "training finished, but the upload failed: the hub answers 503: not today" in printed.err
     assert f"ddpo push {run} zoo/rolled" in printed.err and TOKEN not in printed.out + printed.err
     assert online.files("zoo/rolled") == {}
     online.failing.clear()

@@ -243,9 +243,9 @@ def test_a_trajectory_of_a_version_that_is_no_longer_kept_is_refused(refusing: t
         learner.update(sampled.batch, *sampled.trajectories)
 
 
-def test_a_sampler_that_did_not_bind_every_parameter_is_refused(refusing: tuple[Learner, SampledRound]) -> None:
+def test_a_sampler_that_did_not_load_every_parameter_is_refused(refusing: tuple[Learner, SampledRound]) -> None:
     learner, sampled = refusing
-    with pytest.raises(RuntimeError, match="task 0 of round 0: its sampler bound 63 of 64 parameters"):
+    with pytest.raises(RuntimeError, match="task 0 of round 0: its sampler has loaded 63 of 64 parameters"):
         learner.update(sampled.with_reports(num_loaded_params=63), *sampled.trajectories)
 
 
@@ -256,9 +256,7 @@ def test_a_micro_batch_that_does_not_divide_the_transitions_is_refused_at_the_st
 
     model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)  # the last of 4 steps has no noise
     parts = parts_with({**tables, "policy": {**tables["policy"], "model": str(model)}})
-    with pytest.raises(
-        ValueError, match="4 images × 3 stochastic steps = 12 transitions, which .* = 8 does not divide"
-    ):
+    with pytest.raises(ValueError, match="4 images × 3 trained steps = 12 transitions, which .* = 8 does not divide"):
         Learner(parts.policy, parts.algorithm, parts.recipe)
 
 

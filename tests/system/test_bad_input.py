@@ -37,7 +37,7 @@ def said(capsys: pytest.CaptureFixture, *arguments: object) -> str:
         (("--learner.world_size", "3"), ["= 4 images", "learner.world_size = 3 does not divide"]),
         (
             ("--learner.world_size", "4"),
-            ["1 images × 4 stochastic steps = 4 transitions", "each of 4 ranks", "micro_batch_size = 8"],
+            ["1 images × 4 trained steps = 4 transitions", "each of 4 ranks", "micro_batch_size = 8"],
         ),
         (
             ("--learner.world_size", "2"),

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021): attach, read and load them, and disable them for the reference policy."""
+"""Low-rank adapters (Hu et al. 2021): load, publish and save them, and disable them for the reference policy."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""LoRA files in every format that diffusers reads, loaded by diffusers. What it would ignore is an error here."""
+"""Load other programs' LoRA files through diffusers, and refuse what diffusers would ignore; `adapters.py` writes ours."""
 
 import json
 import warnings

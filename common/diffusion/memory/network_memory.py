@@ -26,7 +26,7 @@ BATCHES = (1, 2)  # the peak is linear in the batch size, so two points suffice
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the network is called with, one row each."""
+    """Inputs of a call of the network, one row each."""
 
     call: Callable[..., Tensor]  # (network, latents, timesteps, **rows of conditioning) → output
     latent_shape: tuple[int, int, int]

@@ -22,7 +22,7 @@ def usable_bytes(memory: float | int, processes: int = 1) -> float:
 
 @dataclass(frozen=True)
 class PolicySizes:
-    """What `ddpo plan` needs. Bytes are for the recipe's dtype, and peaks of allocated memory."""
+    """Sizes of a policy for `ddpo plan`. Bytes are for the recipe's dtype, and peaks of allocated memory."""
 
     __pydantic_config__: ClassVar = ConfigDict(arbitrary_types_allowed=True)  # for `sizes_cache`: torch's dtypes
 

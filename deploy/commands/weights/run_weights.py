@@ -30,15 +30,13 @@ class RunWeights:
         """
         with weights_here(self.location) as path:
             if not (path / "lora").is_dir() and network_folder(path) is None:
-                raise ValueError(
-                    f"{self.location} has no weights: the run has not ended; it goes on with --resume auto"
-                )
+                raise ValueError(f"{self.location} has no weights: the run has not ended; resume it with --resume auto")
             found = stored_weights(path, self.manifest, self.policy_version).fingerprint
             if found != self.fingerprint:
                 raise ValueError(
                     f"the weights in {self.location} have fingerprint {found[:12]}, and those of version "
                     f"{self.policy_version} have {self.fingerprint[:12]}: the run has gone on and not ended; "
-                    "it goes on with --resume auto"
+                    "resume it with --resume auto"
                 )
             yield path
 
