@@ -129,7 +129,7 @@ def test_a_sampler_that_never_answers_ends_the_run_with_a_dump_within_the_deadli
 
 @pytest.mark.system
 def test_a_stragglers_task_is_sampled_a_second_time_elsewhere(tables: dict, cluster: None) -> None:
-    tables |= {"rounds": 8, "samplers": {"count": 2}, "name": "overdue"}
+    tables |= {"rounds": 5, "samplers": {"count": 2}, "name": "overdue"}
     recipe = Recipe.parse(tables)
     run, stopped = Path(recipe.run_path()), []
 
@@ -137,7 +137,7 @@ def test_a_stragglers_task_is_sampled_a_second_time_elsewhere(tables: dict, clus
         stopped.append(processes_of("ray::Sampler")[0])
         stopped[0].suspend()
 
-    with beside(at_round(run, 3, stop)):
+    with beside(at_round(run, 2, stop)):
         fingerprint = final_fingerprint(recipe)
     assert total(recipe, "retries/straggler") >= 1
     wait_until(lambda: not alive(stopped), "the end of the suspended sampler")
