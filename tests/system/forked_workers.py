@@ -1,10 +1,7 @@
 """Workers of the tests' own Ray clusters, forked from one process that has imported torch, diffusers and the roles.
 
-A usual worker imports for five seconds of a core. The clusters of `ray start` and of `ddpo train` as a program, which
-other tests start, have usual workers.
-
-Ray runs this file in place of its setup_worker.py. The file sends its command, environment and output to the forking
-process. A worker with a runtime environment is left to setup_worker.py.
+A usual worker imports for five seconds of a core. The clusters of `ray start`, of several nodes, and of `ddpo train` as a
+program have usual workers, and other tests use those.
 """
 
 import gc
@@ -21,9 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FORKS_AT = "DDPO_TEST_FORKS_AT"  # path of the forking process's socket
-SETUP_WORKER = "DDPO_TEST_SETUP_WORKER"  # path of Ray's setup_worker.py
-CONTEXT, LANGUAGE = "--serialized-runtime-env-context=", "--language="
+import pytest
+
+from tests.system import ask_for_fork
+from tests.system.ask_for_fork import FORKS_AT, SETUP_WORKER
+
 # Without Ray, which reads environment variables of the worker while it is imported.
 IMPORTED = (
     *("ray_ddpo.actors.sampler", "ray_ddpo.actors.reward_worker", "ray_ddpo.learner.learner", "peft"),
@@ -34,32 +33,32 @@ SPACE_FOR_TITLES = "_" * 1000  # a process's title must fit into its command lin
 
 
 @contextmanager
-def forked_workers(folder: str) -> Iterator[None]:
-    """Give the clusters that this process starts forked workers. `folder` holds the socket."""
-    import ray._private.ray_constants as constants
-
-    setup, path = constants.SETUP_WORKER_FILENAME, os.path.join(folder, "forks")
-    os.environ[SETUP_WORKER] = os.path.join(os.path.dirname(constants.__file__), "workers", setup)
-    os.environ[FORKS_AT] = path
+def forking_process(folder: str) -> Iterator[None]:
+    """Start the process that forks, and end it. `folder` holds its socket."""
+    path = os.environ[FORKS_AT] = os.path.join(folder, "forks")
     # Ray sets the threads in a worker with one CPU before torch is imported.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen(64)
-        command = [sys.executable, "-m", "tests.system.forked_workers", str(listening.fileno()), SPACE_FOR_TITLES]
-        forking = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            pass_fds=[listening.fileno()],
-            env=environment,
-            cwd=Path(__file__).parents[2],
-        )
-    constants.SETUP_WORKER_FILENAME = __file__
-    try:
-        with forking:
-            yield
-    finally:
-        constants.SETUP_WORKER_FILENAME = setup
+        number = listening.fileno()
+        command = [sys.executable, "-m", "tests.system.forked_workers", str(number), SPACE_FOR_TITLES]
+        root = Path(__file__).parents[2]
+        forking = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[number], env=environment, cwd=root)
+    with forking:
+        yield
+
+
+@contextmanager
+def forked_workers() -> Iterator[None]:
+    """Give the clusters that the body starts forked workers, for as long as the clusters live."""
+    from ray._private import ray_constants
+
+    own = os.path.join(os.path.dirname(ray_constants.__file__), "workers", ray_constants.SETUP_WORKER_FILENAME)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SETUP_WORKER, own)
+        patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", ask_for_fork.__file__)
+        yield
 
 
 def serve(listening: socket.socket) -> None:
@@ -95,22 +94,5 @@ def become_worker(connection: socket.socket) -> None:
     sys.exit()
 
 
-def ask_for_a_fork() -> None:
-    """Send this process's command to the forking process, and end."""
-    command = sys.argv[1:]
-    if any(word.startswith(CONTEXT) and word != f"{CONTEXT}{{}}" for word in command):
-        os.execv(sys.executable, [sys.executable, os.environ[SETUP_WORKER], *command])
-    words = [word for word in command if not word.startswith((CONTEXT, LANGUAGE))]
-    request = json.dumps([words, dict(os.environ), os.getcwd()]).encode()
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(os.environ[FORKS_AT])
-        socket.send_fds(connection, [len(request).to_bytes(4, "big")], [0, 1, 2])
-        connection.sendall(request)
-        connection.recv(1)  # returns when the fork has read the request
-
-
 if __name__ == "__main__":
-    if sys.argv[-1] == SPACE_FOR_TITLES:
-        serve(socket.socket(fileno=int(sys.argv[1])))
-    else:
-        ask_for_a_fork()
+    serve(socket.socket(fileno=int(sys.argv[1])))

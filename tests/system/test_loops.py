@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from safetensors.numpy import load_file
 
+from ray_ddpo import cli
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.storage import Storage
 from ray_ddpo.deploy.evaluation.eval_log import EvalLog
@@ -26,6 +28,16 @@ def test_two_samplers_on_ray_arrive_at_the_bits_of_one_process(tables: dict, clu
     assert final_fingerprint(alone, serial=True) == final_fingerprint(on_ray)
     found, on_ray_found = (EvalLog(Storage(recipe.run_path())).entries() for recipe in (alone, on_ray))
     assert found == on_ray_found and [each["policy_version"] for each in found] == [0, 2, 3]
+
+
+def test_a_role_that_the_cluster_cannot_hold(
+    tables: dict, tmp_path: Path, capsys: pytest.CaptureFixture, cluster: None
+) -> None:
+    """Beside the test above, so that one cluster serves both."""
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables))
+    assert cli.main(["train", str(tmp_path / "recipe.toml"), "--samplers.num_gpus", "1"]) == 2
+    refusal = "samplers: one asks for GPU 1, and the whole cluster has GPU 0: lower the role's num_gpus"
+    assert refusal in capsys.readouterr().err
 
 
 @pytest.mark.thorough
