@@ -73,7 +73,7 @@ def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 def kill_a_worker_each_round(run: Path, kills: list[int], seed: int = 0) -> Callable[[threading.Event], None]:
-    """Send SIGKILL to a random sampler and a random reward worker in turn, after each round; append their process ids."""
+    """Send SIGKILL to a sampler and a reward worker in turn, one after each round; append process ids to `kills`."""
     generator = random.Random(seed)
 
     def work(over: threading.Event) -> None:

@@ -1,7 +1,7 @@
 """Workers of the tests' own Ray clusters, forked from one process that has imported torch, diffusers and the roles.
 
-A usual worker imports for five seconds of a core. The clusters of `ray start`, of several nodes, and of `ddpo train` as a
-program have usual workers, and other tests use those.
+A usual worker imports for five seconds of a core. The clusters of `ray start`, of several nodes, and of `ddpo train` as
+a program have usual workers, and other tests use those.
 """
 
 import gc
