@@ -1,5 +1,6 @@
 """Fixtures of all tests: a tiny pipeline, a small recipe on it, and quiet libraries."""
 
+import gc
 import logging
 import os
 import secrets
@@ -8,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+gc.disable()  # until the tests are collected, because most of what is imported stays
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -29,12 +31,22 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and so it would be in what tests start
 SECRET = "never-to-be-shown"
 # Files that take minutes: begun first, so that at the end no worker has one to itself.
-LONGEST = ("test_same_bits", "test_documentation", "test_cluster", "test_failures", "test_loops", "test_ranks")
+LONGEST = (
+    *("test_documentation", "test_gpu", "test_cluster", "test_lora_start", "test_ranks", "test_shapes"),
+    *("test_failures", "test_role_output", "test_same_bits", "test_ends", "test_trackers", "test_loops"),
+    *("test_resume", "test_digits", "test_storage_failures", "test_command", "test_api"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -56,9 +56,21 @@ def moved(weights: PolicyWeights, seed: int = 1) -> PolicyWeights:
     return pack(weights.policy_version, arrays)
 
 
+_samplers: dict[tuple[object, ...], Sampler] = {}
+
+
+def sampler_of(parts: Components) -> Sampler:
+    """Return a sampler, the same one for all tests with equal keys: loading takes longer than sampling tiny images."""
+    keys = (parts.policy, parts.recipe.sampling, parts.recipe.runtime)
+    key = (type(parts.policy), *(each.model_dump_json() for each in keys))
+    if key not in _samplers:
+        _samplers[key] = Sampler(*keys)
+    return _samplers[key]
+
+
 def sample_round(parts: Components, weights: PolicyWeights, round_index: int = 0) -> SampledRound:
     """Sample a round's tasks. Its advantages are normal noise, except for two extreme ones at the start."""
-    sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
+    sampler = sampler_of(parts)
     sampled = [
         sampler.sample(task, weights)[:2] for task in round_tasks(parts.recipe, round_index, parts.prompts.load())
     ]

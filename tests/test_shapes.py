@@ -12,6 +12,7 @@ import torch
 from pretrain_shapes import pretrain, rendered
 from shapes import CLASSES, Shapes
 
+from ray_ddpo import cli
 from ray_ddpo.common.diffusion.memory.sizes import parameter_bytes
 from ray_ddpo.common.diffusion.policy import PolicyConfig
 from ray_ddpo.common.run_storage.run_folder import RunFolder
@@ -77,10 +78,12 @@ def train(name: str, kind: str, *options: str) -> list[str]:
 @pytest.mark.system
 def test_a_plain_network_with_labels_runs_every_verb_with_the_same_bits(folder: Path) -> None:
     runs = [name for kind in ("lora", "full") for name in (kind, f"{kind}-alone")]
+    # One run begins on Ray and is resumed in one process, the other the other way round.
     verbs = [
-        verb
-        for kind in ("lora", "full")
-        for verb in (train(kind, kind, "--rounds", "1"), train(kind, kind, "--resume", "auto"))
+        train("lora", "lora", "--rounds", "1"),
+        train("lora", "lora", "--resume", "auto", "--serial"),
+        train("full", "full", "--rounds", "1", "--serial"),
+        train("full", "full", "--resume", "auto"),
     ]
     verbs += [train(f"{kind}-alone", kind, "--serial") for kind in ("lora", "full")]
     for kind in ("lora", "full"):
@@ -119,11 +122,21 @@ def test_a_plain_network_with_labels_runs_every_verb_with_the_same_bits(folder: 
     ],
 )
 def test_a_mistake_in_a_family_ends_a_run_before_its_first_round(
-    situation: str, old: str, new: str, options: list[str], folder: Path
+    situation: str,
+    old: str,
+    new: str,
+    options: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
 ) -> None:
     family = (folder / "shapes.py").read_text()
     assert old in family
     (folder / "shapes.py").write_text(family.replace(old, new))
-    done = in_folder(folder, "-m", "ray_ddpo", *train("broken", "lora", "--serial", *options))
-    assert_documented(situation, done.returncode, done.stdout + done.stderr)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    for module in [file.stem for file in folder.glob("*.py") if file.stem in sys.modules]:
+        monkeypatch.delitem(sys.modules, module)
+    exit_code = cli.main(train("broken", "lora", "--serial", *options))
+    assert_documented(situation, exit_code, "".join(capfd.readouterr()))
     assert not (folder / "runs" / "broken" / "metrics.jsonl").exists()

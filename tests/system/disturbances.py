@@ -73,7 +73,7 @@ def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 def kill_a_worker_each_round(run: Path, kills: list[int], seed: int = 0) -> Callable[[threading.Event], None]:
-    """Send SIGKILL to a random sampler or reward worker after every round; append process ids to `kills`."""
+    """Send SIGKILL to a sampler and a reward worker in turn, one after each round; append process ids to `kills`."""
     generator = random.Random(seed)
 
     def work(over: threading.Event) -> None:
@@ -83,7 +83,7 @@ def kill_a_worker_each_round(run: Path, kills: list[int], seed: int = 0) -> Call
             if done > seen:
                 seen = done
                 time.sleep(generator.random() * 0.3)
-                victims = processes_of(*ROLES)
+                victims = processes_of(ROLES[len(kills) % len(ROLES)])
                 if victims and not over.is_set():
                     victim = generator.choice(victims)
                     os.kill(victim.pid, signal.SIGKILL)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray.job_submission import JobSubmissionClient
 
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.run_folder import RunFolder
@@ -21,7 +22,7 @@ ROUNDS = 10
 LONGEST_SECONDS = 240.0
 SHORT_FORM = [
     *("--rounds", str(ROUNDS), "--max_policy_lag", "1", "--runtime.threads", "1", "--checkpoint.every", "5"),
-    *("--sampling.num_steps", "6", "--sampling.batch_size", "4", "--sampling.batches_per_round", "4"),
+    *("--sampling.num_steps", "4", "--sampling.batch_size", "4", "--sampling.batches_per_round", "4"),
     *("--learner.batch_size", "8", "--learner.micro_batch_size", "8"),
     *("--evaluation.every", "4", "--evaluation.images", "9"),
 ]
@@ -128,7 +129,7 @@ def first_job(cluster: StartedCluster, samplers: list[StartedNode], story: Story
     story.rounds_when_killed = rounds_done(story.run)
     submission.wait_for_round(story.rounds_when_killed + 3)
     story.note("three rounds without the lost node")
-    typed(cluster, "ray", "job", "stop", jobs_of(cluster)[0]["submission_id"])
+    JobSubmissionClient(cluster.api).stop_job(jobs_of(cluster)[0]["submission_id"])  # as `ray job stop` does
     submission.end()
     story.note("stopped")
     story.rounds_when_stopped = rounds_done(story.run)

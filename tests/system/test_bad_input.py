@@ -141,11 +141,6 @@ def test_a_relative_output_folder_inside_a_submitted_job(
     assert "--output_dir" in text and "throw-away" in text
 
 
-def test_a_role_that_the_cluster_cannot_hold(recipe_file: Path, capsys: pytest.CaptureFixture, cluster: None) -> None:
-    text = said(capsys, "train", recipe_file, "--samplers.num_gpus", "1")
-    assert "samplers: one asks for GPU 1, and the whole cluster has GPU 0: lower the role's num_gpus" in text
-
-
 @pytest.mark.parametrize("verb", ["report", "sample"])
 def test_a_run_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture, verb: str) -> None:
     arguments = ("report", tmp_path) if verb == "report" else ("sample", "--lora", tmp_path, "cat")

@@ -25,6 +25,7 @@ def with_reward(tables: dict, tmp_path: Path, function: str, prompt: object, att
     return {
         **tables,
         "rounds": 3,
+        "sampling": {**tables["sampling"], "num_steps": 2},
         "prompts": {"name": "file", "path": str(file), "images_per_prompt": 2},
         "reward": {"name": "function", "path": f"{FAULTS}:{function}"},
         "reward_workers": {"count": 2, "timeout_seconds": 4, "attempts": attempts},
@@ -58,35 +59,28 @@ def test_a_reward_that_fails_in_passing_is_tried_again_and_changes_no_bit(
     assert final_fingerprint(Recipe.parse({**tables, "name": "calm"}), serial=True) == fingerprint
 
 
-@pytest.mark.parametrize(
-    ("function", "where"),
-    [
-        ("raises_for_bad", "in one process"),
-        ("not_finite_for_bad", "in one process"),
-        pytest.param("raises_for_bad", "on Ray", marks=pytest.mark.system),
-    ],
-)
-def test_images_that_cannot_be_scored_are_dropped_by_group_and_counted(
-    tables: dict, tmp_path: Path, function: str, where: str, request: pytest.FixtureRequest
-) -> None:
-    if where == "on Ray":
-        request.getfixturevalue("cluster")
-    recipe = Recipe.parse({**with_reward(tables, tmp_path, function, "bad"), "name": "aside", "rounds": 4})
-    final_fingerprint(recipe, serial=where == "in one process")
+def dropped_by_group(tables: dict, tmp_path: Path, function: str, serial: bool) -> str:
+    """Run with a reward that fails for some images. Check what is counted; return the weights' fingerprint."""
+    recipe = Recipe.parse({**with_reward(tables, tmp_path, function, "bad"), "name": function, "rounds": 4})
+    fingerprint = final_fingerprint(recipe, serial=serial)
     rounds = metrics_of(recipe)
-    aside = [metrics["images_dropped"] for metrics in rounds]
-    assert sum(aside) > 0 and all(count % 2 == 0 for count in aside), "groups of two go whole"
+    dropped = [metrics["images_dropped"] for metrics in rounds]
+    assert sum(dropped) > 0 and all(count % 2 == 0 for count in dropped), "groups of two go whole"
     # The reward of what is left is the number of its kind, 1: an image scored 0 would pull the mean down.
     assert [metrics["reward/mean"] for metrics in rounds] == [1.0] * 4
     assert not any("bad" in name for metrics in rounds for name in metrics)
+    return fingerprint
 
 
-def test_one_bad_image_costs_its_own_group_only(tables: dict, tmp_path: Path) -> None:
-    fingerprints = set()
-    for function in ("raises_for_bad", "not_finite_for_bad"):
-        recipe = Recipe.parse({**with_reward(tables, tmp_path, function, "bad"), "name": function})
-        fingerprints.add(final_fingerprint(recipe, serial=True))
+def test_images_that_cannot_be_scored_are_dropped_by_group_and_cost_no_other(tables: dict, tmp_path: Path) -> None:
+    functions = ("raises_for_bad", "not_finite_for_bad")
+    fingerprints = {dropped_by_group(tables, tmp_path, function, serial=True) for function in functions}
     assert len(fingerprints) == 1, "the same images dropped lead to the same bits, whatever was wrong with them"
+
+
+@pytest.mark.system
+def test_on_ray_images_that_cannot_be_scored_are_dropped_by_group(tables: dict, tmp_path: Path, cluster: None) -> None:
+    dropped_by_group(tables, tmp_path, "raises_for_bad", serial=False)
 
 
 def test_beyond_its_budget_of_images_a_run_ends_with_the_reason(
@@ -129,7 +123,7 @@ def test_a_sampler_that_never_answers_ends_the_run_with_a_dump_within_the_deadli
 
 @pytest.mark.system
 def test_a_stragglers_task_is_sampled_a_second_time_elsewhere(tables: dict, cluster: None) -> None:
-    tables |= {"rounds": 8, "samplers": {"count": 2}, "name": "straggler"}
+    tables |= {"rounds": 5, "samplers": {"count": 2}, "name": "straggler"}
     recipe = Recipe.parse(tables)
     run, stopped = Path(recipe.run_path()), []
 
@@ -137,7 +131,7 @@ def test_a_stragglers_task_is_sampled_a_second_time_elsewhere(tables: dict, clus
         stopped.append(processes_of("ray::Sampler")[0])
         stopped[0].suspend()
 
-    with beside(at_round(run, 3, stop)):
+    with beside(at_round(run, 2, stop)):
         fingerprint = final_fingerprint(recipe)
     assert total(recipe, "retries/straggler") >= 1
     wait_until(lambda: not alive(stopped), "the end of the suspended sampler")

@@ -36,8 +36,7 @@ from tests.system.drivers import Driver, committed_fingerprint, wait_until_gone
 from tests.system.nodes import free_port, local_nodes, spilled_bytes
 
 ROOT = Path(__file__).parents[2]
-ROUNDS = int(os.environ.get("DDPO_TEST_ROUNDS", "8"))  # `make same-bits` has 12, those of the published table
-KILLED_ROUNDS = 12  # one kill a round, at the most
+ROUNDS = int(os.environ.get("DDPO_TEST_ROUNDS", "6"))  # `make same-bits` has 12, those of the published table
 # `DDPO_TEST_DEVICE=cuda` makes the table on a GPU, which all roles share.
 DEVICE = os.environ.get("DDPO_TEST_DEVICE", "cpu")
 SHARE = {"num_gpus": 0.1} if DEVICE == "cuda" else {}
@@ -100,7 +99,7 @@ def scaled(tables: dict) -> str:
             lambda: (loaded("ray::Sampler"), loaded("ray::RewardWorker")) == (samplers, reward_workers),
         )
 
-    with beside(in_turn(at_round(run, 1, scaled_to(4, 1)), at_round(run, 4, scaled_to(2, 2)))):
+    with beside(in_turn(at_round(run, 1, scaled_to(4, 1)), at_round(run, 3, scaled_to(2, 2)))):
         return final_fingerprint(recipe)
 
 
@@ -110,9 +109,9 @@ def killed(tables: dict) -> str:
     recipe, kills = recipe_of({**tables, "evaluation": evaluation}, "killed", 2, 2), []
     with beside(kill_a_worker_each_round(Path(recipe.run_path()), kills)):
         fingerprint = final_fingerprint(recipe)
-    assert len(kills) >= 10, kills
+    assert len(kills) >= ROUNDS - 2, kills
     figures = EvalLog(Storage(recipe.run_path())).entries()
-    assert [each["policy_version"] for each in figures] == list(range(0, KILLED_ROUNDS + 1, 3))
+    assert [each["policy_version"] for each in figures] == list(range(0, ROUNDS + 1, 3))
     return fingerprint
 
 
@@ -125,7 +124,7 @@ def learner_killed(tables: dict) -> str:
         pids.append(learner.pid)
         os.kill(learner.pid, signal.SIGKILL)
 
-    with beside(in_turn(at_round(run, 2, kill), at_round(run, 5, kill))):
+    with beside(in_turn(at_round(run, 1, kill), at_round(run, 4, kill))):
         fingerprint = final_fingerprint(recipe)
     assert len(set(pids)) == 2
     return fingerprint
@@ -243,7 +242,7 @@ SCENARIOS: dict[str, Scenario] = {
     "2 samplers": samplers(2),
     "4 samplers": samplers(4),
     "scaled 1 → 4 → 2 while it runs": scaled,
-    "10 or more kills of samplers and reward workers": killed,
+    "a sampler or reward worker killed each round": killed,
     "learner killed twice": learner_killed,
     "driver killed with SIGKILL, resumed": driver_signalled(signal.SIGKILL),
     "driver stopped with SIGTERM, resumed": driver_signalled(signal.SIGTERM),
@@ -253,13 +252,13 @@ SCENARIOS: dict[str, Scenario] = {
 }
 IN_PARTS = {
     "in four parts: 2 samplers": samplers(2),
-    "in four parts: 10 or more kills of samplers and reward workers": killed,
+    "in four parts: a sampler or reward worker killed each round": killed,
     "in four parts: learner killed twice": learner_killed,
     "in four parts: a node removed, another added": node_removed,
 }
 SCENARIO_OF = SCENARIOS | IN_PARTS
 SHORT = {
-    (2, "10 or more kills of samplers and reward workers"),
+    (2, "a sampler or reward worker killed each round"),
     (1, "learner killed twice"),
     (0, "scaled 1 → 4 → 2 while it runs"),
 }
@@ -279,8 +278,6 @@ def test_the_final_weights_are_those_of_a_calm_run(
     tables = calm(lag)
     if what in IN_PARTS:
         tables = {**tables, "learner": {**tables["learner"], "parts_per_round": 4}}
-    if SCENARIO_OF[what] is killed:
-        tables["rounds"] = max(ROUNDS, KILLED_ROUNDS)
     device = {"runtime": {"device": "cpu"}} if SCENARIO_OF[what] is node_removed else {}  # its test nodes have no GPU
     expected = calm_fingerprint({**tables, **device})
     TABLE.append(

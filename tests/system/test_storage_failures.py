@@ -60,6 +60,7 @@ def test_what_a_disk_refuses_in_one_round_is_written_after_the_next(
     tables: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     tables |= {"rounds": 6, "checkpoint": {"every": 1, "keep": 9}}
+    tables["sampling"]["num_steps"] = 2
     calm = final_fingerprint(Recipe.parse({**tables, "name": "calm"}), serial=True)
     names = (
         "runs/tiny/metrics.jsonl",
