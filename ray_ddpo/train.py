@@ -10,7 +10,7 @@ from ray_ddpo.common.prompts import SamplePrompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.run_storage.lease import Lease
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.common.schedule import round_parts
+from ray_ddpo.common.schedule import round_parts, round_tasks
 from ray_ddpo.common.trackers.fan_out import FanOut
 from ray_ddpo.common.trackers.tracker import RunInfo
 from ray_ddpo.common.trajectory import Scored
@@ -82,7 +82,7 @@ def run_rounds(components: Components, workers: Workers, progress: RunProgress, 
                 break
             started = time.monotonic()
             while submitted <= min(last_startable_round(round_index, recipe.max_policy_lag), recipe.rounds - 1):
-                workers.submit_round(recipe, submitted, sample)  # prompts and weights → sampler
+                workers.submit(round_tasks(recipe, submitted, sample))  # prompts and weights → sampler
                 submitted += 1
             progress.evaluating.submit(round_index)  # held-out prompts → sampler, behind them
             scored: list[Scored] = []
@@ -112,7 +112,7 @@ def learn(components: Components, workers: Workers, scored: list[Scored], sample
             return workers.learner.update(*scored[-1])
         except TrajectoriesLost:
             round_index = scored[-1][0].round
-            workers.submit_round(components.recipe, round_index, sample)
+            workers.submit(round_tasks(components.recipe, round_index, sample))
             again = [workers.stream.collect(round_index, tasks) for tasks in round_parts(components.recipe)]
             scored = [(batch, rollouts) for (batch, _), rollouts in zip(scored, again, strict=True)]
             for part in scored[:-1]:

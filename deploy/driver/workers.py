@@ -21,13 +21,12 @@ from ray_ddpo.actors.sampler import Sampler
 from ray_ddpo.common.base_parts import LoadedBase
 from ray_ddpo.common.policy_weights import weights_of
 from ray_ddpo.common.process_deaths import LOADING, Death, in_one_line
-from ray_ddpo.common.prompts import SamplePrompt
 from ray_ddpo.common.recipe.recipe import Recipe
 from ray_ddpo.common.recipe.reward_pools import RewardPool, all_pools, elastic_roles
 from ray_ddpo.common.recipe.tables import RoleTable
 from ray_ddpo.common.role_loading import RoleNotStarted, starting
 from ray_ddpo.common.run_storage.run_folder import RunFolder
-from ray_ddpo.common.schedule import round_tasks
+from ray_ddpo.common.schedule import Task
 from ray_ddpo.common.user_code.blame import blamed
 from ray_ddpo.deploy.driver.cluster import attach, attaches, start_here
 from ray_ddpo.deploy.driver.cluster_watch import ClusterWatch
@@ -55,9 +54,8 @@ class Workers:
     reporters: tuple[DeathLines | RoleOutput, ...] = ()
     supervision: Supervision | None = None
 
-    def submit_round(self, recipe: Recipe, round_index: int, sample: SamplePrompt) -> None:
+    def submit(self, tasks: list[Task]) -> None:
         """Submit a round's tasks with the weights of the version that they are sampled with."""
-        tasks = round_tasks(recipe, round_index, sample)
         self.stream.submit(tasks, weights_of(self.learner.weights(), tasks[0].policy_version))
 
     def close(self) -> None:
