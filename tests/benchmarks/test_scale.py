@@ -76,7 +76,7 @@ def test_tables_have_one_line_per_measurement() -> None:
     [
         (SamplerHost, Sampler, ("ready", "stacks", "forget", "sample")),
         (ScorerStandIn, RewardWorker, ("ready", "stacks", "score", "score_together")),
-        (LearnerStandIn, Learner, ("ready", "stacks", "weights", "state", "update")),
+        (LearnerStandIn, Learner, ("ready", "stacks", "weights", "state", "lead")),
     ],
 )
 def test_a_stand_in_has_the_real_actors_signature(stand_in: type, real: type, methods: tuple[str, ...]) -> None:
