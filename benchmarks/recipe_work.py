@@ -74,11 +74,11 @@ def image_work(parts: Components) -> float:
     recipe, algorithm = parts.recipe, parts.algorithm
     assert algorithm.columns <= {"reference_means"}, "these passes are not counted"
     row = row_work(config, recipe.sampling)
-    pairs = (
+    transitions = (
         algorithm.transitions_per_image(recipe, config.stochastic_steps(recipe.sampling)) * recipe.learner.inner_epochs
     )
-    of_pair = row.both + row.recomputed + (row.forward if "reference_means" in algorithm.columns else 0)
-    return config.branches(recipe.sampling) * (recipe.sampling.num_steps * row.forward + pairs * of_pair)
+    of_transition = row.both + row.recomputed + (row.forward if "reference_means" in algorithm.columns else 0)
+    return config.branches(recipe.sampling) * (recipe.sampling.num_steps * row.forward + transitions * of_transition)
 
 
 def main(names: Sequence[str]) -> None:
