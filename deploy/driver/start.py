@@ -67,7 +67,7 @@ def _refuse_a_run_without_recipe(folder: RunFolder) -> None:
     there = [name for name in (folder.metrics,) if folder.storage.exists(name)] + results
     if there:
         raise ValueError(
-            f"{folder.location} has {there[0]} and no {folder.recipe}, so nobody can tell which run this was: restore the file, "
+            f"{folder.location} has {there[0]} and no {folder.recipe}, so the run is unknown: restore the file, "
             "or give another --name or --output_dir"
         )
 
@@ -77,7 +77,7 @@ def _refuse_damaged_checkpoints(folder: RunFolder) -> None:
     damaged = damaged_checkpoints(folder.checkpoints)
     if damaged:
         raise ValueError(
-            f"the run in {folder.location} has no whole checkpoint, {', '.join(damaged)} is damaged: restore it, or remove "
+            f"the run in {folder.location} has no intact checkpoint, {', '.join(damaged)} is damaged: restore it, or remove "
             f"{folder.checkpoints.location} to begin again"
         )
     print_line(f"the run in {folder.location} has no checkpoint yet: it begins again")
@@ -95,7 +95,7 @@ def _resumed(folder: RunFolder, parts: Components, resume: bool) -> Start:
     if checkpoint and (differing := differing_parts(checkpoint.base, known)):
         said = "; ".join(differing.values())
         raise ValueError(
-            f"{folder.location} has a checkpoint that was made on other files than {BASE_FILE} says: {said}"
+            f"{folder.location} has a checkpoint that was made with other files than {BASE_FILE} says: {said}"
         )
     base = LoadedBase(known, lambda differing: refusal(folder.location, differing, of_training=True))
     base.take("the driver", prompts_base(parts))
@@ -143,7 +143,7 @@ def prompts_base(parts: Components) -> Base:
 
 def refusal(run: str, differing: dict[str, str], of_training: bool = False) -> str:
     """Say which parts are others than a run was made with, and what to do."""
-    said = f"the run in {run} stands on other files than are here: {'; '.join(differing.values())}"
+    said = f"the run in {run} was made with other files than those here: {'; '.join(differing.values())}"
     if any(name.startswith(MODEL_KEYS) for name in differing):
         if not of_training:
             of_lora = not any(name.startswith("policy.model") for name in differing)

@@ -106,7 +106,7 @@ def _weights(folder: RunFolder, which: int | str | None) -> tuple[int, PolicyWei
 def _newest(folder: RunFolder) -> Any:
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
-        raise ValueError(f"--from {folder.location}: it has no whole checkpoint yet, so no weights to start from")
+        raise ValueError(f"--from {folder.location}: it has no intact checkpoint yet, so no weights to start from")
     return newest
 
 
