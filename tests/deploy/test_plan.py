@@ -21,8 +21,8 @@ RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 
 def test_the_plan_of_a_small_recipe_matches_its_components(recipe: Recipe) -> None:
     numbers = plan_of(recipe)
-    parts = build_components(recipe)
-    learner = Learner(parts.policy, parts.algorithm, recipe)
+    components = build_components(recipe)
+    learner = Learner(components.policy, components.algorithm, recipe)
     assert numbers.broadcast_bytes == learner.weights()[-1].buffer.nbytes
     assert numbers.images == sum(len(task.seeds) for task in round_tasks(recipe, 0, Animals().load()))
     assert (numbers.tasks, numbers.optimizer_steps, numbers.transitions_per_step) == (2, 2, 16)
@@ -32,9 +32,9 @@ def test_the_plan_of_a_small_recipe_matches_its_components(recipe: Recipe) -> No
 def test_a_trajectory_is_as_large_as_planned(recipe: Recipe) -> None:
     from ray_ddpo.actors.sampler import Sampler
 
-    parts = build_components(recipe)
-    learner = Learner(parts.policy, parts.algorithm, recipe)
-    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
+    components = build_components(recipe)
+    learner = Learner(components.policy, components.algorithm, recipe)
+    sampler = Sampler(components.policy, recipe.sampling, recipe.runtime)
     task = round_tasks(recipe, 0, Animals().load())[0]
     _, trajectory, _ = sampler.sample(task, learner.weights()[-1])
     planned = plan_of(recipe).trajectory_bytes * len(task.seeds)
@@ -235,8 +235,8 @@ def test_the_copy_of_the_network_is_counted_if_numerics_differ(tables: dict) -> 
         for keys in ({}, {"sampler_dtype": "bfloat16"}, {"sampler_dtype": "bfloat16", "merge_adapters": True})
     )
     without, numbers, with_merged = map(plan_of, (alike, half, merged))
-    parts = build_components(merged)
-    copy = Learner(parts.policy, parts.algorithm, merged)._arrival_check._copy
+    components = build_components(merged)
+    copy = Learner(components.policy, components.algorithm, merged)._arrival_check._copy
     assert copy is not None and copy.merged is not None
     held = sum(parameter.nbytes for parameter in copy.network.parameters())
     assert without.copy_bytes == 0 < numbers.copy_bytes == held

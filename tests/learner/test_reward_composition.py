@@ -177,9 +177,9 @@ def recipe_with(tables: dict, *words: str, **values: object) -> Recipe:
 
 
 def test_a_recipe_says_weights_floors_and_how_they_are_aggregated(tables: dict) -> None:
-    parts = components_of(recipe_with(tables, "--aggregation.kind", "z_score", **TWO))
+    components = components_of(recipe_with(tables, "--aggregation.kind", "z_score", **TWO))
     weights = {"jpeg_compressibility": 1.0, "animal_classifier": 0.5}
-    assert parts.aggregation == RewardAggregation(weights, "z_score", {"animal_classifier": -1.0})
+    assert components.aggregation == RewardAggregation(weights, "z_score", {"animal_classifier": -1.0})
 
 
 def test_an_algorithm_without_advantages_cannot_join_them(tables: dict) -> None:
