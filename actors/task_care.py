@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-DEATHS = 2  # of samplers over a task, or over one of its images: one may be chance
+# Deaths of samplers over a task, of reward workers over a batch, or of either over one image, after which the task,
+# the batch or the image is suspected: one death may be chance.
+DEATHS = 2
 
 
 @dataclass(frozen=True)

@@ -63,13 +63,13 @@ def words(*tables: dict[str, str]) -> list[str]:
     return [word for key, value in joined.items() for word in (f"--{key}", value)]
 
 
-def trl_job(parts: Components) -> dict[str, Any]:
+def trl_job(components: Components) -> dict[str, Any]:
     """Return the job for TRL's process: the model's folder, TRL's keys and our prompts."""
-    recipe, device = parts.recipe, parts.recipe.runtime.device
+    recipe, device = components.recipe, components.recipe.runtime.device
     return {
-        "model": str(EMBEDDED_MODELS.get(parts.policy.model, parts.policy.model)),
-        "config": {**trl_config(parts), "seed": recipe.seed},
-        "prompts": parts.prompts.listed(),
+        "model": str(EMBEDDED_MODELS.get(components.policy.model, components.policy.model)),
+        "config": {**trl_config(components), "seed": recipe.seed},
+        "prompts": components.prompts.listed(),
         "device": "cpu" if device == "auto" else device,
         "threads": recipe.runtime.threads,
     }

@@ -28,7 +28,7 @@ COSTS = Path("docs/algorithm_study_costs.json")
 class Rounds:
     """Sequential rounds of one recipe in this process."""
 
-    parts: Components
+    components: Components
     sampler: Sampler
     worker: RewardWorker
     learner: Learner
@@ -38,24 +38,24 @@ class Rounds:
     @classmethod
     def of(cls, path: str) -> "Rounds":
         """Load a recipe and limit its rounds to 64 images."""
-        parts = build_components(Recipe.load(path, ["--runtime.threads", "1"]))
-        if parts.recipe.images_per_round > ROUND_IMAGES:
-            tasks = ROUND_IMAGES // parts.recipe.sampling.batch_size
+        components = build_components(Recipe.load(path, ["--runtime.threads", "1"]))
+        if components.recipe.images_per_round > ROUND_IMAGES:
+            tasks = ROUND_IMAGES // components.recipe.sampling.batch_size
             words = ["--runtime.threads", "1", "--sampling.batches_per_round", str(tasks)]
-            parts = build_components(Recipe.load(path, words))
-        recipe = parts.recipe
+            components = build_components(Recipe.load(path, words))
+        recipe = components.recipe
         return cls(
-            parts,
-            Sampler(parts.policy, recipe.sampling, recipe.runtime),
-            RewardWorker(parts.rewards, recipe.reward_workers, recipe.runtime),
-            Learner(parts.policy, parts.algorithm, recipe),
-            RoundBuffer(parts.algorithm, parts.aggregation, recipe.prompts.images_per_prompt),
+            components,
+            Sampler(components.policy, recipe.sampling, recipe.runtime),
+            RewardWorker(components.rewards, recipe.reward_workers, recipe.runtime),
+            Learner(components.policy, components.algorithm, recipe),
+            RoundBuffer(components.algorithm, components.aggregation, recipe.prompts.images_per_prompt),
         )
 
     def next_round(self) -> None:
         """Run one round: prompts → sampler → reward → advantages → learner → weights."""
         weights, rollouts = self.learner.weights()[-1], []
-        for task in round_tasks(self.parts.recipe, self.round, self.parts.prompts.load()):
+        for task in round_tasks(self.components.recipe, self.round, self.components.prompts.load()):
             report, trajectory, images = self.sampler.sample(task, weights)
             assert report is not None and images is not None
             rollouts.append(Rollout(report, self.worker.score(images), trajectory, None))
@@ -65,9 +65,9 @@ class Rounds:
 
     def seconds_per_image(self) -> float:
         """Time enough rounds for 64 images and return seconds per image."""
-        count = max(1, ROUND_IMAGES // self.parts.recipe.images_per_round)
+        count = max(1, ROUND_IMAGES // self.components.recipe.images_per_round)
         taken = sum(seconds(self.next_round) for _ in range(count))
-        return taken / (count * self.parts.recipe.images_per_round)
+        return taken / (count * self.components.recipe.images_per_round)
 
 
 def measure(recipes: dict[str, str], path: Path, repeats: int = REPEATS) -> dict[str, float]:

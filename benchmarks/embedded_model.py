@@ -51,10 +51,10 @@ def interleaved(bare: Callable[[], object], ours: Callable[[], object]) -> tuple
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
-def sampling(parts: Components, sampler: Sampler, learner: Learner) -> Row:
+def sampling(components: Components, sampler: Sampler, learner: Learner) -> Row:
     """Time a task and T forward passes of the network with both guidance branches."""
-    recipe = parts.recipe
-    task = round_tasks(recipe, 0, parts.prompts.load())[0]
+    recipe = components.recipe
+    task = round_tasks(recipe, 0, components.prompts.load())[0]
     policy = sampler._policy
     inputs = network_inputs(sampler, recipe.sampling.batch_size)
 
@@ -67,10 +67,10 @@ def sampling(parts: Components, sampler: Sampler, learner: Learner) -> Row:
     return Row("sampling", "images", recipe.sampling.batch_size, *ours)
 
 
-def learning(parts: Components, sampler: Sampler, learner: Learner) -> Row:
+def learning(components: Components, sampler: Sampler, learner: Learner) -> Row:
     """Time a round and forward and backward passes over as many transitions in the same micro-batches."""
-    recipe = parts.recipe
-    tasks = round_tasks(recipe, 0, parts.prompts.load())
+    recipe = components.recipe
+    tasks = round_tasks(recipe, 0, components.prompts.load())
     micro_batch = recipe.learner.micro_batch_size
     policy = learner._policy
     inputs = network_inputs(sampler, micro_batch)
@@ -83,14 +83,14 @@ def learning(parts: Components, sampler: Sampler, learner: Learner) -> Row:
         for parameter in parameters:
             parameter.grad = None
 
-    worker = RewardWorker(parts.rewards, recipe.reward_workers, recipe.runtime)
+    worker = RewardWorker(components.rewards, recipe.reward_workers, recipe.runtime)
 
     def sampled() -> tuple[TrainBatch, list[Trajectory]]:
         weights, rollouts = learner.weights()[-1], []
         for task in tasks:
             report, trajectory, images = sampler.sample(replace(task, policy_version=weights.policy_version), weights)
             rollouts.append(Rollout(report, worker.score(images), trajectory, images))
-        batch = RoundBuffer(parts.algorithm, parts.aggregation).train_batch(rollouts)
+        batch = RoundBuffer(components.algorithm, components.aggregation).train_batch(rollouts)
         return batch, [rollout.trajectory for rollout in rollouts]
 
     bare_seconds, our_seconds = [], []
@@ -103,21 +103,21 @@ def learning(parts: Components, sampler: Sampler, learner: Learner) -> Row:
     return Row("learning", "transitions", transitions, bare_seconds, our_seconds)
 
 
-def scoring(parts: Components, sampler: Sampler, learner: Learner) -> Row:
+def scoring(components: Components, sampler: Sampler, learner: Learner) -> Row:
     """Time a task's images through the reward worker and through the reward's own function."""
-    task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
+    task = round_tasks(components.recipe, 0, components.prompts.load())[0]
     images = sampler.sample(task, learner.weights()[-1])[2]
-    worker = RewardWorker(parts.rewards, parts.recipe.reward_workers, parts.recipe.runtime)
+    worker = RewardWorker(components.rewards, components.recipe.reward_workers, components.recipe.runtime)
     times = interleaved(
         lambda: [jpeg_kilobytes(images.pixels) for _ in range(20)], lambda: [worker.score(images) for _ in range(20)]
     )
     return Row("scoring", "images", 20 * len(task.seeds), *times)
 
 
-def decoding_beside(parts: Components, sampler: Sampler) -> str:
+def decoding_beside(components: Components, sampler: Sampler) -> str:
     """Time sequential tasks and tasks that are decoded and hashed in a thread while the next one is sampled."""
-    recipe, policy = parts.recipe, sampler._policy
-    task = round_tasks(recipe, 0, parts.prompts.load())[0]
+    recipe, policy = components.recipe, sampler._policy
+    task = round_tasks(recipe, 0, components.prompts.load())[0]
     prompts, seeds = [prompt.text for prompt in task.prompts], list(task.seeds)
 
     def path() -> Trajectory:
@@ -170,14 +170,14 @@ def ray_rounds() -> str:
 def main() -> None:
     """Print the table."""
     recipe = Recipe.load(RECIPE)
-    parts = build_components(recipe)
-    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
-    learner = Learner(parts.policy, parts.algorithm, recipe)
+    components = build_components(recipe)
+    sampler = Sampler(components.policy, recipe.sampling, recipe.runtime)
+    learner = Learner(components.policy, components.algorithm, recipe)
     print(f"{machine()}; medians of {REPEATS} interleaved repeats; {recipe.runtime.threads} threads, float32\n")
     print("| what      | bare loop | ours      | rate                   | ratio |\n|---|---|---|---|---|")
     for row in (sampling, scoring, learning):
-        print(row(parts, sampler, learner).text(), flush=True)
-    print(f"\n{decoding_beside(parts, sampler)}\n\n{ray_rounds()}")
+        print(row(components, sampler, learner).text(), flush=True)
+    print(f"\n{decoding_beside(components, sampler)}\n\n{ray_rounds()}")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def device_section(job: Job) -> dict[str, Any]:
 def trl_section(job: Job, sizes: tuple[int, int]) -> dict[str, Any]:
     """Time two rounds of TRL and report the second."""
     sampled, trained = (4, 2) if job.tiny else sizes
-    parts = components_of(Recipe.load(RECIPE, job.recipe()))
+    components = components_of(Recipe.load(RECIPE, job.recipe()))
     batches = max(1, job.images // (2 * sampled))
     sides = {
         "sample_batch_size": sampled,
@@ -111,7 +111,7 @@ def trl_section(job: Job, sizes: tuple[int, int]) -> dict[str, Any]:
     }
     asked = {
         "model": str(job.model),
-        "config": {**trl_config(parts), **sides},
+        "config": {**trl_config(components), **sides},
         "prompts": ["cat", "dog", "horse", "ant"],
         "device": job.device,
         "threads": 8,

@@ -130,15 +130,15 @@ def inputs_of(policy: Any, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]
 class Variants:
     """A timer for variants of one policy, which writes down each result at once."""
 
-    def __init__(self, parts: Components, answers: Path) -> None:
-        self._parts, self._answers = parts, answers
-        self._device = settle(parts.recipe.runtime)
+    def __init__(self, components: Components, answers: Path) -> None:
+        self._components, self._answers = components, answers
+        self._device = settle(components.recipe.runtime)
 
     def policy(self) -> Any:
-        return self._parts.policy.load(self._device, self._parts.recipe.sampling, "learner")
+        return self._components.policy.load(self._device, self._components.recipe.sampling, "learner")
 
     def forward(self, policy: Any, settings: dict[str, Setting], what: str = "") -> None:
-        inputs = inputs_of(policy, 2 * self._parts.recipe.sampling.batch_size)
+        inputs = inputs_of(policy, 2 * self._components.recipe.sampling.batch_size)
 
         def work() -> None:
             with torch.no_grad():
@@ -147,7 +147,7 @@ class Variants:
         self._timed("forward", policy, settings, (len(inputs[0]), work), what)
 
     def backward(self, policy: Any, settings: dict[str, Setting], what: str = "") -> None:
-        inputs = inputs_of(policy, 2 * self._parts.recipe.learner.micro_batch_size)
+        inputs = inputs_of(policy, 2 * self._components.recipe.learner.micro_batch_size)
         parameters = trained_parameters(policy.network).values()
 
         def work() -> None:
@@ -178,19 +178,19 @@ class Variants:
 
 def main(recipe: str, answers: str, overrides: list[str]) -> None:
     """Time all variants, uncompiled ones first."""
-    parts = components_of(Recipe.load(recipe, overrides))
-    variants = Variants(parts, Path(answers))
+    components = components_of(Recipe.load(recipe, overrides))
+    variants = Variants(components, Path(answers))
     policy, merged = variants.policy(), variants.policy()
     MergedAdapters(merged.network).merge()
     variants.forward(policy, FORWARD)
     variants.forward(merged, {"as it is": plain}, "merged")
     variants.backward(policy, BACKWARD)
     # Compiled last: it takes minutes.
-    policy.compile(parts.recipe.sampling.batch_size)
+    policy.compile(components.recipe.sampling.batch_size)
     variants.forward(policy, {"as it is": plain, "cuDNN's attention": cudnn_attention}, "compiled")
-    policy.compile(parts.recipe.learner.micro_batch_size)
+    policy.compile(components.recipe.learner.micro_batch_size)
     variants.backward(policy, {"as it is": plain}, "compiled")
-    merged.compile(parts.recipe.sampling.batch_size)
+    merged.compile(components.recipe.sampling.batch_size)
     variants.forward(merged, {"as it is": plain}, "merged, compiled")
 
 

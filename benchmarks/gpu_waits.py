@@ -24,10 +24,10 @@ SHORTER = ["--sampling.num_steps", "4"]
 
 def main(recipe: str, answers: str, overrides: list[str]) -> None:
     """Watch the second round. The first one allocates and pins memory."""
-    parts = components_of(Recipe.load(recipe, [*overrides, *SHORTER]))
-    sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
-    learner = Learner(parts.policy, parts.algorithm, parts.recipe)
-    micro_batches = parts.recipe.images_per_round * 4 // learner.state().micro_batch_size  # type: ignore[operator]
+    components = components_of(Recipe.load(recipe, [*overrides, *SHORTER]))
+    sampler = Sampler(components.policy, components.recipe.sampling, components.recipe.runtime)
+    learner = Learner(components.policy, components.algorithm, components.recipe)
+    micro_batches = components.recipe.images_per_round * 4 // learner.state().micro_batch_size  # type: ignore[operator]
     for round_index in range(2):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -36,9 +36,9 @@ def main(recipe: str, answers: str, overrides: list[str]) -> None:
             weights = learner.weights()[-1]
             sampled = [
                 sampler.sample(task, weights)[:2]
-                for task in round_tasks(parts.recipe, round_index, parts.prompts.load())
+                for task in round_tasks(components.recipe, round_index, components.prompts.load())
             ]
-            advantages = np.random.default_rng(0).standard_normal(parts.recipe.images_per_round)
+            advantages = np.random.default_rng(0).standard_normal(components.recipe.images_per_round)
             batch = TrainBatch(round_index, tuple(report for report, _ in sampled if report), advantages)
             learner.update(batch, *(trajectory for _, trajectory in sampled if trajectory))
     places = Counter(

@@ -24,13 +24,13 @@ class Evaluator:
     """The recipe's evaluation set with fixed prompts and noise. The recipe has a scorer `animal_classifier`."""
 
     def __init__(self, recipe: Recipe) -> None:
-        parts, device = build_components(recipe), settle(recipe.runtime)
+        components, device = build_components(recipe), settle(recipe.runtime)
         self._sampling = recipe.sampling
-        self._policy = parts.policy.load(device, recipe.sampling, "sampler")
-        self._chosen = build_eval_set(recipe.evaluation, parts.prompts)
-        (reward,) = parts.rewards.values()
+        self._policy = components.policy.load(device, recipe.sampling, "sampler")
+        self._chosen = build_eval_set(recipe.evaluation, components.prompts)
+        (reward,) = components.rewards.values()
         self._reward = reward.load(device)
-        self._classifier = parts.scorers["animal_classifier"].load(device)
+        self._classifier = components.scorers["animal_classifier"].load(device)
 
     def worth(self, arrays: dict[str, np.ndarray] | None) -> Worth:
         """Return the scores of these adapters, keyed by their names in the network.

@@ -50,10 +50,10 @@ def sampled_round(
 
 def lagging(run: StudyRun) -> Lagging:
     """Return a learner after one update at lag 1, with the next round sampled for it."""
-    parts = build_components(Recipe.load(run.recipe, list(run.overrides)))
-    recipe = parts.recipe
-    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
-    learner = Learner(parts.policy, parts.algorithm, recipe)
+    components = build_components(Recipe.load(run.recipe, list(run.overrides)))
+    recipe = components.recipe
+    sampler = Sampler(components.policy, recipe.sampling, recipe.runtime)
+    learner = Learner(components.policy, components.algorithm, recipe)
     batch, trajectories = sampled_round(sampler, learner, recipe, 0)
     _, state = learner.update(batch, *trajectories)
     return Lagging(learner, state, *sampled_round(sampler, learner, recipe, 1))

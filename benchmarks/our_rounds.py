@@ -32,13 +32,13 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 class OurRounds:
     """Sampler, reward worker and learner of a recipe in this process."""
 
-    def __init__(self, parts: Components) -> None:
-        recipe = parts.recipe
-        self._parts, self._recipe, self._next = parts, recipe, 0
-        self._sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
-        self._worker = RewardWorker(parts.rewards, recipe.reward_workers, recipe.runtime)
-        self._learner = Learner(parts.policy, parts.algorithm, recipe)
-        self._buffer = RoundBuffer(parts.algorithm, parts.aggregation, recipe.prompts.images_per_prompt)
+    def __init__(self, components: Components) -> None:
+        recipe = components.recipe
+        self._components, self._recipe, self._next = components, recipe, 0
+        self._sampler = Sampler(components.policy, recipe.sampling, recipe.runtime)
+        self._worker = RewardWorker(components.rewards, recipe.reward_workers, recipe.runtime)
+        self._learner = Learner(components.policy, components.algorithm, recipe)
+        self._buffer = RoundBuffer(components.algorithm, components.aggregation, recipe.prompts.images_per_prompt)
         self._cuda = self._sampler._policy.device.startswith("cuda")
 
     def now(self) -> float:
@@ -50,7 +50,7 @@ class OurRounds:
     def round(self) -> dict[str, float]:
         """Run one round: prompts → sampler → reward → advantages → learner → weights."""
         weights, results, rollouts, started = self._learner.weights()[-1], [], [], self.now()
-        for task in round_tasks(self._recipe, self._next, self._parts.prompts.load()):
+        for task in round_tasks(self._recipe, self._next, self._components.prompts.load()):
             results.append(self._sampler.sample(task, weights))
         sampled = self.now()
         for report, trajectory, images in results:
@@ -84,7 +84,7 @@ class OurRounds:
             learning._predict(*inputs).square().mean().backward()
         learned = self.now() - begun
         if (
-            "proximal_log_probs" in self._parts.algorithm.columns
+            "proximal_log_probs" in self._components.algorithm.columns
         ):  # one more pass over all optimizer steps but the first
             begun = self.now()
             with torch.no_grad():

@@ -68,17 +68,17 @@ def row_work(config: DiffusersConfig, sampling: SamplingTable) -> RowWork:
     return RowWork(once, both.get_total_flops(), once if config.gradient_checkpointing else 0)
 
 
-def image_work(parts: Components) -> float:
+def image_work(components: Components) -> float:
     """Return the operations per image: sampling, learning and the KL's passes, without decoding and scoring."""
-    config: Any = parts.policy
-    recipe, algorithm = parts.recipe, parts.algorithm
+    config: Any = components.policy
+    recipe, algorithm = components.recipe, components.algorithm
     assert algorithm.columns <= {"reference_means"}, "these passes are not counted"
     row = row_work(config, recipe.sampling)
-    pairs = (
+    transitions = (
         algorithm.transitions_per_image(recipe, config.stochastic_steps(recipe.sampling)) * recipe.learner.inner_epochs
     )
-    of_pair = row.both + row.recomputed + (row.forward if "reference_means" in algorithm.columns else 0)
-    return config.branches(recipe.sampling) * (recipe.sampling.num_steps * row.forward + pairs * of_pair)
+    of_transition = row.both + row.recomputed + (row.forward if "reference_means" in algorithm.columns else 0)
+    return config.branches(recipe.sampling) * (recipe.sampling.num_steps * row.forward + transitions * of_transition)
 
 
 def main(names: Sequence[str]) -> None:

@@ -39,15 +39,15 @@ def measured(folder: Path) -> dict[str, str | float]:
     """Return the processor's name, and the largest difference of log-probs in both numerics, on the mean scale."""
     keys = {"policy.sampler_dtype": "bfloat16", "algorithm.off_policy.ratio": "proximal", "output_dir": str(folder)}
     recipe = Recipe.load(RECIPE, [word for key, value in keys.items() for word in (f"--{key}", value)])
-    parts = build_components(recipe)
+    components = build_components(recipe)
     torch.manual_seed(0)
-    learner = parts.policy.load("cpu", recipe.sampling, "learner")
-    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
+    learner = components.policy.load("cpu", recipe.sampling, "learner")
+    sampler = Sampler(components.policy, recipe.sampling, recipe.runtime)
     weights = read_weights(learner.network, 0)
-    task = round_tasks(recipe, 0, parts.prompts.load())[0]
+    task = round_tasks(recipe, 0, components.prompts.load())[0]
     trajectory = sampler.sample(task, weights)[1]
     assert isinstance(trajectory, Trajectory)
-    copy = parts.policy.load("cpu", recipe.sampling, "check")
+    copy = components.policy.load("cpu", recipe.sampling, "check")
     copy.load_weights(weights)
     images = len(task.seeds)
     transitions = round_transitions((trajectory,), torch.zeros(images).numpy(), "cpu")

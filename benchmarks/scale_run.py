@@ -128,23 +128,23 @@ def recipe_of(setting: Setting, folder: str, rounds: int) -> Recipe:
 def measured(setting: Setting, rounds: int) -> Cost:
     """Start the stand-ins on a new cluster, run `train.run_rounds`, and stop them."""
     with tempfile.TemporaryDirectory() as folder, local_ray():
-        parts = build_components(recipe_of(setting, folder, WARM_UP + rounds))
-        workers = _workers(parts, setting)
-        run_folder = RunFolder(parts.recipe.run_path())
+        components = build_components(recipe_of(setting, folder, WARM_UP + rounds))
+        workers = _workers(components, setting)
+        run_folder = RunFolder(components.recipe.run_path())
         run_folder.create()
-        trackers = FanOut({name: parts.trackers[name] for name in ("jsonl", "ray")})
-        evaluating = EvalRunner(parts, run_folder, workers, trackers)
-        progress = RunProgress(parts, trackers, evaluating, run_folder, None, {})
-        trackers.start(RunInfo("scale", run_folder.location, parts.resolved(), parts.recipe.rounds, 0, {}))
+        trackers = FanOut({name: components.trackers[name] for name in ("jsonl", "ray")})
+        evaluating = EvalRunner(components, run_folder, workers, trackers)
+        progress = RunProgress(components, trackers, evaluating, run_folder, None, {})
+        trackers.start(RunInfo("scale", run_folder.location, components.resolved(), components.recipe.rounds, 0, {}))
         meter = Meter()
-        run_rounds(parts, workers, progress, cast(Supervision, meter))
+        run_rounds(components, workers, progress, cast(Supervision, meter))
         trackers.finish()
         return meter.cost(setting)
 
 
-def _workers(parts: Components, setting: Setting) -> Workers:
+def _workers(components: Components, setting: Setting) -> Workers:
     """Start the stand-in actors and wrap them in the driver's worker pools, stream and learner group."""
-    recipe, budget = parts.recipe, RestartBudget(0)
+    recipe, budget = components.recipe, RestartBudget(0)
     options: dict[str, Any] = {"num_cpus": CPUS_OF_A_SLEEPER, "concurrency_groups": {"health": 1}}
     host = ray.remote(**options)(SamplerHost).options(max_concurrency=100_000)
     hosts = [host.remote(setting) for _ in range(min(setting.processes, setting.samplers))]

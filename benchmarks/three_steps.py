@@ -42,9 +42,9 @@ def warmth_of(images: np.ndarray, prompts: list[str], metadata: list[dict[str, A
 
 def sample_images(folder: Path, recipe: Recipe) -> list[Path]:
     """Sample images of the pretrained model. New adapters do not change its output."""
-    parts = build_components(recipe)
-    policy = parts.policy.load(settle(recipe.runtime), recipe.sampling, "sampler")
-    animals, paths = parts.prompts.listed(), []
+    components = build_components(recipe)
+    policy = components.policy.load(settle(recipe.runtime), recipe.sampling, "sampler")
+    animals, paths = components.prompts.listed(), []
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, IMAGES, BATCH):
         seeds = list(range(first, first + BATCH))

@@ -30,14 +30,14 @@ SETTINGS: dict[str, list[str]] = {
 class Round:
     """Sampler and learner of one setting, and a round of one task."""
 
-    parts: Components
+    components: Components
     sampler: Sampler
     learner: Learner
 
     def times(self) -> tuple[float, float]:
         """Return seconds of sampling and learning for a task. The next call starts from the weights of this one."""
         weights = self.learner.weights()[-1]
-        (task,) = round_tasks(self.parts.recipe, weights.policy_version, self.parts.prompts.load())
+        (task,) = round_tasks(self.components.recipe, weights.policy_version, self.components.prompts.load())
         sampled = []
         sampling = seconds(lambda: sampled.extend(self.sampler.sample(task, weights)))
         report, trajectory, _ = sampled
@@ -48,10 +48,10 @@ class Round:
 
 def round_of(overrides: list[str]) -> Round:
     """Load both sides."""
-    parts = build_components(Recipe.load(RECIPE, [*ONE_TASK, *overrides]))
-    recipe = parts.recipe
-    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
-    return Round(parts, sampler, Learner(parts.policy, parts.algorithm, recipe))
+    components = build_components(Recipe.load(RECIPE, [*ONE_TASK, *overrides]))
+    recipe = components.recipe
+    sampler = Sampler(components.policy, recipe.sampling, recipe.runtime)
+    return Round(components, sampler, Learner(components.policy, components.algorithm, recipe))
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def read_base(data: bytes, where: str) -> Base:
         return BASE.validate_json(data)
     except ValidationError as error:
         raise ValueError(
-            f"{where} cannot be used: it must have path, host and sha256 of each part that the run stands on "
+            f"{where} cannot be used: it must have path, host and sha256 of each part that the run depends on "
             f"({error.errors()[0]['msg']})"
         ) from None
 

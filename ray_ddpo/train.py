@@ -39,7 +39,7 @@ def run_training(
     folder.create()
     with Lease(folder) as lease, Supervision(folder, recipe, lease) as supervision:
         start = start_of(folder, components, resume)
-        components, checkpoint = start.parts, start.checkpoint
+        components, checkpoint = start.components, start.checkpoint
         check_push(recipe)
         trackers = FanOut(components.trackers)
         workers = (serial_workers if serial else ray_workers)(components, supervision, start.base)

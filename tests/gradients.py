@@ -9,7 +9,7 @@ import torch
 from ray_ddpo.common.policy_weights import PolicyWeights
 from ray_ddpo.learner.learner import Learner
 from tests.reference import ddpo_reference as reference
-from tests.rounds import SampledRound, learner_of, parts_with, sample_round
+from tests.rounds import SampledRound, components_with, learner_of, sample_round
 
 # One optimizer step without beta1, weight decay or a limit on the norm: AdamW's first moment is then the gradient.
 ONE_STEP = {
@@ -34,9 +34,9 @@ def relative_error(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray
 
 def updated(tables: dict, sampled: SampledRound | None = None, **values: object) -> Learner:
     """Return a learner after one update on the given round, or on one sampled for it."""
-    parts = parts_with(tables, **{**ONE_STEP, **values})
-    learner = learner_of(parts)
-    sampled = sampled or sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, **{**ONE_STEP, **values})
+    learner = learner_of(components)
+    sampled = sampled or sample_round(components, learner.weights()[-1])
     learner.update(sampled.batch, *sampled.trajectories)
     return learner
 

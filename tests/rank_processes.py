@@ -23,7 +23,7 @@ from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.process_group import BUCKET_BYTES, OtherRankFailed, ProcessGroup, RankLost, Rendezvous
 from ray_ddpo.learner.weight_check import WeightsDidNotArrive
 from tests.double_policy import Double
-from tests.rounds import SampledRound, learner_of, parts_with, sample_round
+from tests.rounds import SampledRound, components_with, learner_of, sample_round
 
 LONGEST_SECONDS = 300.0
 KILLED = 9
@@ -62,11 +62,11 @@ def with_changes(tables: dict, changes: dict) -> dict:
     return tables
 
 
-def parts_of_case(case: Case) -> Components:
+def components_of_case(case: Case) -> Components:
     """Return the case's components, with a float64 policy if the case asks for one."""
-    parts = parts_with(case.tables)
-    policy = Double(model=parts.policy.model, train=parts.policy.train)
-    return dataclasses.replace(parts, policy=policy) if case.double else parts
+    components = components_with(case.tables)
+    policy = Double(model=components.policy.model, train=components.policy.train)
+    return dataclasses.replace(components, policy=policy) if case.double else components
 
 
 def watched(learner: Learner, outcome: Outcome) -> Learner:
@@ -81,13 +81,15 @@ def watched(learner: Learner, outcome: Outcome) -> Learner:
     return learner
 
 
-def sampled_for(learner: Learner, parts: Components, round_index: int, dropped: tuple[int, ...]) -> SampledRound:
+def sampled_for(learner: Learner, components: Components, round_index: int, dropped: tuple[int, ...]) -> SampledRound:
     """Return a round as the algorithm sees it, equal on every rank."""
-    sampled = sample_round(parts, learner.weights()[0 if parts.recipe.max_policy_lag else -1], round_index)
+    sampled = sample_round(components, learner.weights()[0 if components.recipe.max_policy_lag else -1], round_index)
     rewards = np.random.default_rng(round_index).normal(size=len(sampled.batch.advantages))
     prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
-    _, advantages = parts.algorithm.compute_advantages({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
-    advantages = parts.algorithm.from_advantages(advantages)
+    _, advantages = components.algorithm.compute_advantages(
+        {}, prompts, rewards, components.recipe.prompts.images_per_prompt
+    )
+    advantages = components.algorithm.from_advantages(advantages)
     advantages[list(dropped)] = np.nan
     batch = dataclasses.replace(sampled.batch, advantages=advantages, dropped=dropped)
     return SampledRound(batch, sampled.trajectories)
@@ -95,12 +97,12 @@ def sampled_for(learner: Learner, parts: Components, round_index: int, dropped: 
 
 def learn(case: Case, process_group: ProcessGroup, rendezvous: str = "") -> Outcome:
     """Rounds as a run has them. One alone needs no rendezvous."""
-    outcome, parts = Outcome(), parts_of_case(case)
-    learner = watched(learner_of(parts, process_group), outcome)
+    outcome, components = Outcome(), components_of_case(case)
+    learner = watched(learner_of(components, process_group), outcome)
     if process_group.world_size > 1:
         learner.join(rendezvous)
     for round_index in range(case.rounds):
-        sampled = sampled_for(learner, parts, round_index, case.dropped)
+        sampled = sampled_for(learner, components, round_index, case.dropped)
         metrics, state = learner.update(sampled.batch, *sampled.trajectories)
         outcome.metrics.append(metrics)
         outcome.micro_batch_size = float(state.micro_batch_size or 0)
@@ -113,10 +115,10 @@ def learn(case: Case, process_group: ProcessGroup, rendezvous: str = "") -> Outc
 
 def joined(case: Case, process_group: ProcessGroup, rendezvous: str) -> tuple[Outcome, Learner, SampledRound]:
     """Return a learner that has joined the others, and its first round."""
-    outcome, parts = Outcome(), parts_of_case(case)
-    learner = watched(learner_of(parts, process_group), outcome)
+    outcome, components = Outcome(), components_of_case(case)
+    learner = watched(learner_of(components, process_group), outcome)
     learner.join(rendezvous)
-    return outcome, learner, sampled_for(learner, parts, 0, ())
+    return outcome, learner, sampled_for(learner, components, 0, ())
 
 
 def meet_a_bad_trajectory(case: Case, process_group: ProcessGroup, rendezvous: str) -> Outcome:
@@ -148,8 +150,8 @@ def go_apart(case: Case, process_group: ProcessGroup, rendezvous: str) -> Outcom
 
 def find_least_micro_batch(case: Case, process_group: ProcessGroup, rendezvous: str) -> Outcome:
     """One rank's device holds less than the other's."""
-    outcome, parts = Outcome(), parts_of_case(case)
-    learner = learner_of(parts, process_group)
+    outcome, components = Outcome(), components_of_case(case)
+    learner = learner_of(components, process_group)
     if process_group.rank == 1:
         learner._use_micro_batch_size(2)
     learner.join(rendezvous)

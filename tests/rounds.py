@@ -33,15 +33,15 @@ class SampledRound:
         return dataclasses.replace(self.batch, reports=reports)
 
 
-def parts_with(tables: dict, **values: Any) -> Components:
+def components_with(tables: dict, **values: Any) -> Components:
     """Return the recipe's components after overrides such as learner__batch_size=2."""
     overrides = [(f"--{key.replace('__', '.')}", str(value)) for key, value in values.items()]
     return build_components(Recipe.parse(with_overrides(tables, [word for pair in overrides for word in pair])))
 
 
-def learner_of(parts: Components, ranks: ProcessGroup | None = None) -> Learner:
+def learner_of(components: Components, ranks: ProcessGroup | None = None) -> Learner:
     """Return a learner with non-zero adapters, still at version 0."""
-    learner = Learner(parts.policy, parts.algorithm, parts.recipe, ranks)
+    learner = Learner(components.policy, components.algorithm, components.recipe, ranks)
     learner.load_state(LearnerState(0, (moved(learner.weights()[-1]),), {}, {}))
     return learner
 
@@ -59,22 +59,23 @@ def moved(weights: PolicyWeights, seed: int = 1) -> PolicyWeights:
 _samplers: dict[tuple[object, ...], Sampler] = {}
 
 
-def sampler_of(parts: Components) -> Sampler:
+def sampler_of(components: Components) -> Sampler:
     """Return a sampler, the same one for all tests with equal keys: loading takes longer than sampling tiny images."""
-    keys = (parts.policy, parts.recipe.sampling, parts.recipe.runtime)
-    key = (type(parts.policy), *(each.model_dump_json() for each in keys))
+    keys = (components.policy, components.recipe.sampling, components.recipe.runtime)
+    key = (type(components.policy), *(each.model_dump_json() for each in keys))
     if key not in _samplers:
         _samplers[key] = Sampler(*keys)
     return _samplers[key]
 
 
-def sample_round(parts: Components, weights: PolicyWeights, round_index: int = 0) -> SampledRound:
+def sample_round(components: Components, weights: PolicyWeights, round_index: int = 0) -> SampledRound:
     """Sample a round's tasks. Its advantages are normal noise, except for two extreme ones at the start."""
-    sampler = sampler_of(parts)
+    sampler = sampler_of(components)
     sampled = [
-        sampler.sample(task, weights)[:2] for task in round_tasks(parts.recipe, round_index, parts.prompts.load())
+        sampler.sample(task, weights)[:2]
+        for task in round_tasks(components.recipe, round_index, components.prompts.load())
     ]
-    advantages = np.random.default_rng(round_index).standard_normal(parts.recipe.images_per_round)
+    advantages = np.random.default_rng(round_index).standard_normal(components.recipe.images_per_round)
     advantages[:2] = 7.0, -6.0
     reports: tuple[TaskReport, ...] = tuple(report for report, _ in sampled)
     return SampledRound(TrainBatch(round_index, reports, advantages), tuple(trajectory for _, trajectory in sampled))
@@ -93,8 +94,8 @@ def stale(sampled: SampledRound, shifts: list[float], seed: int = 0) -> SampledR
 
 def begun_run(tables: dict) -> RunFolder:
     """Create the folder of a run with a recipe and no round yet, for one to four samplers."""
-    parts = parts_with({**tables, "samplers": {"count": 1, "max": 4}})
-    folder = RunFolder(parts.recipe.run_path())
+    components = components_with({**tables, "samplers": {"count": 1, "max": 4}})
+    folder = RunFolder(components.recipe.run_path())
     folder.create()
-    folder.write_recipe(parts.resolved())
+    folder.write_recipe(components.resolved())
     return folder

@@ -25,9 +25,9 @@ def with_own(tables: dict, **own: dict[str, Any]) -> Recipe:
 
 
 def test_a_users_prompt_source_is_sampled_twice_with_equal_results(tables: dict) -> None:
-    parts = build_components(with_own(tables, prompts={"name": "tests.own_components:Cats"}))
-    first, second = trial_prompts(parts)
-    assert first.text.startswith("cat number") and trial_prompts(parts) == (first, second)
+    components = build_components(with_own(tables, prompts={"name": "tests.own_components:Cats"}))
+    first, second = trial_prompts(components)
+    assert first.text.startswith("cat number") and trial_prompts(components) == (first, second)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_an_unknown_column_is_refused_with_the_known_ones(name: str, message: st
 def test_an_algorithm_is_tried_by_the_learner(name: str, message: str, tables: dict) -> None:
     tables["learner"]["micro_batch_size"] = 4
     recipe = with_own(tables, algorithm={"name": f"tests.own_components:{name}"})
-    parts = build_components(recipe)
+    components = build_components(recipe)
     with pytest.raises(ValueError) as error:
-        Learner(parts.policy, parts.algorithm, recipe)
+        Learner(components.policy, components.algorithm, recipe)
     assert str(error.value).startswith(message)
 
 

@@ -98,7 +98,7 @@ class RewardClient:
                 parts.append(part)
                 size += len(part)
                 if time.monotonic() > deadline:
-                    raise httpx2.ReadTimeout(f"no whole reply within {self._seconds:g} s")
+                    raise httpx2.ReadTimeout(f"no complete reply within {self._seconds:g} s")
                 if size > MAX_REPLY_BYTES:
                     raise httpx2.ReadError(f"its reply is over {MAX_REPLY_BYTES} bytes")
         return _Answer(response.status_code, b"".join(parts), response.headers.get("Retry-After"))

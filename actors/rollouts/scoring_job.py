@@ -8,9 +8,8 @@ import numpy as np
 
 from ray_ddpo.actors.rewards.backoff import backoff_seconds
 from ray_ddpo.actors.rollouts.inquiry import Control, Inquiry
+from ray_ddpo.actors.task_care import DEATHS
 from ray_ddpo.common.trajectory import Scores
-
-DEATHS = 2  # deaths over a batch, or over an image alone, after which it is suspected of killing workers
 
 
 @dataclass(frozen=True)

@@ -148,8 +148,8 @@ class RunFolder:
             return read_base(self.storage.read(BASE_FILE), where)
         except FileNotFoundError:
             raise ValueError(
-                f"{where} is missing: without it nobody can tell whether model, prompts and rewards are still those of "
-                "the run; restore the file, or begin a new run"
+                f"{where} is missing: without this file, the model, prompts and rewards of the run cannot be checked; "
+                "restore the file, or begin a new run"
             ) from None
 
     def guard_ended(self) -> dict[str, Any] | None:

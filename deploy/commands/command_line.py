@@ -11,8 +11,9 @@ from typing import Any
 OVERRIDABLE = ("train", "plan", "doctor", "report", "evaluate", "sample", "replay", "serve-reward", "push")
 # Sections of a recipe, written down here so that `ddpo train --help` need not import the recipe's tables.
 SECTIONS = (
-    *("start_from", "policy", "prompts", "sampling", "samplers", "reward", "aggregation", "reward_workers"),
-    *("algorithm", "learner", "runtime", "checkpoint", "rollouts", "evaluation", "guard", "push", "media", "trackers"),
+    *("start_from", "policy", "prompts", "sampling", "samplers", "reward", "rewards", "aggregation"),
+    *("reward_workers", "algorithm", "learner", "runtime", "checkpoint", "rollouts", "evaluation", "guard"),
+    *("push", "media", "trackers"),
 )
 
 

@@ -76,7 +76,7 @@ def sections() -> dict[str, type[BaseModel]]:
 
 def registry_of(section: str) -> Registry | None:
     """Return the registry whose components a section names, or None if it names none."""
-    name = REGISTRIES.get(sections()[section].__name__)
+    name = REGISTRIES.get(sections()[ALIKE.get(section, section)].__name__)
     return import_object(name, "registry") if name else None
 
 

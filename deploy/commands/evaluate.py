@@ -51,12 +51,12 @@ def evaluate(
         raise ValueError(f"{twice} is named twice: weights are compared with others")
     given = [location for location in named if location != PRETRAINED]
     recipe, output = recipe_of(given, recipe_name, overrides), _output(output_name, given)
-    parts = build_components(recipe, used=SCORING)
-    found = _results(parts, named, lambda base: check_given(given, recipe_name, base, overrides))
+    components = build_components(recipe, used=SCORING)
+    found = _results(components, named, lambda base: check_given(given, recipe_name, base, overrides))
     baseline = found[against]
     compared = {location: changes(recipe, baseline, found[location]) for location in weights}
     output.mkdir(parents=True, exist_ok=True)
-    settings, differing = kept_settings(parts, baseline), differing_settings(given, parts.resolved())
+    settings, differing = kept_settings(components, baseline), differing_settings(given, components.resolved())
     stats = {"against": against, "weights": compared, "settings": settings, "differs_from_training": differing}
     _write(output, {against: baseline, **found}, stats)
     compared_images = f"{len(baseline.seeds)} held-out images, same prompts and noise, against {against}"
@@ -85,15 +85,15 @@ def _is_taken(folder: Path) -> bool:
     return any((folder / name).exists() for name in (STATS, ROWS, IMAGES))
 
 
-def _results(parts: Components, named: list[str], check: Callable[[Base], None]) -> dict[str, EvalResult]:
+def _results(components: Components, named: list[str], check: Callable[[Base], None]) -> dict[str, EvalResult]:
     """Sample and score the evaluation set under each of the named weights.
 
     Args:
-        parts: the recipe's components.
+        components: the recipe's components.
         named: the weights; the last are the baseline.
         check: called with the fingerprints of all loaded files. Refuses files that the weights were not trained on.
     """
-    recipe, scorer = parts.recipe, EvalScorer(parts)
+    recipe, scorer = components.recipe, EvalScorer(components)
     with ExitStack() as copies:
         paths = {
             location: copies.enter_context(weights_here(location)) if location != PRETRAINED else None
@@ -101,7 +101,7 @@ def _results(parts: Components, named: list[str], check: Callable[[Base], None])
         }
         for location in named[1:]:
             load_policy(recipe, paths[location])  # so that weights that do not fit are refused before any sampling
-        check(parts.policy.loaded_base("sampler") | scorer.loaded_parts() | prompts_base(parts))
+        check(components.policy.loaded_base("sampler") | scorer.loaded_parts() | prompts_base(components))
         found = {}
         for location in named:
             policy = load_policy(recipe, paths[location])

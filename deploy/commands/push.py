@@ -89,7 +89,7 @@ def _is_of(folder: RunFolder, weights: RunWeights) -> bool:
 
 def _files(folder: RunFolder, recipe: Recipe, weights: RunWeights, report_files: dict[str, bytes]) -> Files:
     """Return all files except the weights, by path in the repository."""
-    parts = components_of(recipe)
+    components = components_of(recipe)
     stats = {name: value for name, value in json.loads(report_files[SUMMARY]).items() if name != "seconds_report"}
     recipe_text = _recipe_text(folder)
     files: Files = {
@@ -98,10 +98,10 @@ def _files(folder: RunFolder, recipe: Recipe, weights: RunWeights, report_files:
         folder.recipe: recipe_text.encode(),
         **{name: folder.storage.read(name) for name in (folder.metrics, ENTRIES) if folder.storage.exists(name)},
     }
-    prompt = build_eval_set(recipe.evaluation, parts.prompts).prompts[0].text
+    prompt = build_eval_set(recipe.evaluation, components.prompts).prompts[0].text
     beside = sorted(files.keys() - {BEFORE_AFTER, CURVE})
     published = Published(
-        folder, recipe, parts.policy, weights, stats, logged_rounds(folder), recipe_text, prompt, beside
+        folder, recipe, components.policy, weights, stats, logged_rounds(folder), recipe_text, prompt, beside
     )
     return {"README.md": str(model_card(published)).encode(), **files}
 

@@ -44,15 +44,15 @@ def replay(run: str, round_index: int, overrides: list[str]) -> tuple[str, bool]
     stood_on = BASE.validate_python(ledger.about(round_index).get("base") or folder.base())
     version = rows[0]["policy_version"]
     weights = kept_weights(folder.checkpoints, round_index, version)
-    parts = build_components(recipe, used=SAMPLING)
-    scheduled = round_tasks(recipe, round_index, parts.prompts.load())
+    components = build_components(recipe, used=SAMPLING)
+    scheduled = round_tasks(recipe, round_index, components.prompts.load())
     differences = list(_against_schedule(rows, scheduled))
     for row in rows:
         if row["fingerprint"] != weights.fingerprint:
             found, wanted = _short(row["fingerprint"]), _short(weights.fingerprint)
             differences.append((row["image"], f"sampled with weights {found}, the checkpoint's are {wanted}"))
-    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
-    check_base(folder, sampler.loaded_parts() | prompts_base(parts), overrides, stood_on)
+    sampler = Sampler(components.policy, recipe.sampling, recipe.runtime)
+    check_base(folder, sampler.loaded_parts() | prompts_base(components), overrides, stood_on)
     differences += _against_images(rows, sampler, weights)
     by_image: dict[int, list[str]] = {}
     for image, text in differences:

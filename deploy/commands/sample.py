@@ -38,9 +38,9 @@ def sample(
     refuse_output_file(folder)
     with weights_here(weights) as path:
         policy = load_policy(recipe, path)
-    parts = build_components(recipe, used=SAMPLING)
-    check_given([weights], named, parts.policy.loaded_base("sampler"), overrides)
-    for line in differing_settings([weights], parts.resolved()):
+    components = build_components(recipe, used=SAMPLING)
+    check_given([weights], named, components.policy.loaded_base("sampler"), overrides)
+    for line in differing_settings([weights], components.resolved()):
         print_line(line)
     folder.mkdir(parents=True, exist_ok=True)
     window = evaluation_window(recipe.sampling)

@@ -33,12 +33,12 @@ def image_settings(tables: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def kept_settings(parts: Components, images: EvalResult) -> dict[str, Any]:
+def kept_settings(components: Components, images: EvalResult) -> dict[str, Any]:
     """Return the settings to save with a result: these keys, the size in pixels, and the seeds with their origin."""
     height, width = images.pixels.shape[1:3]
-    evaluation = parts.recipe.evaluation
+    evaluation = components.recipe.evaluation
     return {
-        **image_settings(parts.resolved()),
+        **image_settings(components.resolved()),
         "width": width,
         "height": height,
         "images": len(images.seeds),

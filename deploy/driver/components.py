@@ -98,28 +98,28 @@ def build_components(recipe: Recipe, given: Given = NOTHING_GIVEN, used: Collect
     Raises:
         ValueError: a name or key is not known, or what a component needs is not there.
     """
-    parts = components_of(recipe, given)
-    check_packages(parts, used)
-    call_if_own(parts.policy, POLICIES, "check")
-    parts.policy.lora_files()
-    call_if_own(parts.prompts, PROMPTS, "load")
+    components = components_of(recipe, given)
+    check_packages(components, used)
+    call_if_own(components.policy, POLICIES, "check")
+    components.policy.lora_files()
+    call_if_own(components.prompts, PROMPTS, "load")
     if "trackers" in used:
-        for tracker in parts.trackers.values():
+        for tracker in components.trackers.values():
             call_if_own(tracker, TRACKERS, "check")
-    return parts
+    return components
 
 
-def check_packages(parts: Components, used: Collection[str] = TRAINING) -> None:
+def check_packages(components: Components, used: Collection[str] = TRAINING) -> None:
     """Check that the packages of the tables in `used` are installed.
 
     Raises:
         ValueError: a package is missing; the message names the command that installs it.
     """
-    for place, component in parts.by_place().items():
+    for place, component in components.by_place().items():
         if place.partition(".")[0] in used:
             require_packages(f"the recipe's {place}", *component.required_packages)
     if "learner" in used:
-        check_optimizer(parts.recipe.learner)
+        check_optimizer(components.recipe.learner)
 
 
 def components_of(recipe: Recipe, given: Given = NOTHING_GIVEN) -> Components:

@@ -62,12 +62,12 @@ def _say(text: str) -> None:
     print_line(f"note: {text}")
 
 
-def rows_note(parts: Components) -> str | None:
+def rows_note(components: Components) -> str | None:
     """Return the warning with advice; None if the ratio is exactly 1 before the first update or need not be."""
-    recipe, policy = parts.recipe, parts.policy
+    recipe, policy = components.recipe, components.policy
     in_half = {policy.dtype_of("sampler"), policy.dtype_of("learner")} != {torch.float32}
     on_gpu = recipe.runtime.device != "cpu" and bool(recipe.learner.num_gpus or recipe.samplers.num_gpus)
-    off_policy = getattr(parts.algorithm, "off_policy", None)
+    off_policy = getattr(components.algorithm, "off_policy", None)
     learner, sampler = recipe.learner.micro_batch_size, recipe.sampling.batch_size
     if not (in_half and on_gpu) or off_policy is None or off_policy.ratio == "proximal" or learner == sampler:
         return None

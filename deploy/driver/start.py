@@ -24,7 +24,7 @@ from ray_ddpo.learner.checkpoints.resume import resume_point
 class Start:
     """The components, with the earlier run they start from; the checkpoint to resume from; the files loaded so far."""
 
-    parts: Components
+    components: Components
     checkpoint: Checkpoint | None
     base: LoadedBase
 
@@ -32,32 +32,32 @@ class Start:
         """Write recipe and fingerprints. Before them go an earlier run's weights, so that a resume needs that run no more."""
         if self.checkpoint and not self.checkpoint.rounds_done and not folder.storage.exists(folder.recipe):
             begun = replace(self.checkpoint, base=self.base.parts)
-            save_checkpoint(folder.checkpoints, begun, self.parts.recipe.checkpoint.keep)
-        save_code(folder.storage, self.parts.by_place())
-        folder.write_recipe(self.parts.resolved(), self.base.parts)
+            save_checkpoint(folder.checkpoints, begun, self.components.recipe.checkpoint.keep)
+        save_code(folder.storage, self.components.by_place())
+        folder.write_recipe(self.components.resolved(), self.base.parts)
 
 
-def start_of(folder: RunFolder, parts: Components, resume: bool) -> Start:
+def start_of(folder: RunFolder, components: Components, resume: bool) -> Start:
     """Find where a run starts.
 
     Raises:
         ValueError: the run cannot start in this folder, with this recipe or prompts, or from this earlier run.
     """
     if folder.storage.exists(folder.recipe):
-        return _resumed(folder, parts, resume)
+        return _resumed(folder, components, resume)
     _refuse_a_run_without_recipe(folder)
-    table = parts.recipe.start_from
-    earlier = earlier_run(table, parts) if table else None
+    table = components.recipe.start_from
+    earlier = earlier_run(table, components) if table else None
     base = LoadedBase(earlier.base, _refusing_to_start(earlier)) if earlier else LoadedBase()
-    base.take("the driver", prompts_base(parts))
+    base.take("the driver", prompts_base(components))
     if earlier is None:
-        return Start(parts, None, base)
+        return Start(components, None, base)
     print(
         f"starts from {earlier.table.run} after round {earlier.table.round}, weights {earlier.weights.fingerprint[:12]}; "
         "optimizer state and statistics begin afresh",
         flush=True,
     )
-    return Start(_starting_from(parts, earlier.table), earlier.checkpoint, base)
+    return Start(_starting_from(components, earlier.table), earlier.checkpoint, base)
 
 
 def _refuse_a_run_without_recipe(folder: RunFolder) -> None:
@@ -67,7 +67,7 @@ def _refuse_a_run_without_recipe(folder: RunFolder) -> None:
     there = [name for name in (folder.metrics,) if folder.storage.exists(name)] + results
     if there:
         raise ValueError(
-            f"{folder.location} has {there[0]} and no {folder.recipe}, so nobody can tell which run this was: restore the file, "
+            f"{folder.location} has {there[0]} and no {folder.recipe}, so the run is unknown: restore the file, "
             "or give another --name or --output_dir"
         )
 
@@ -77,29 +77,29 @@ def _refuse_damaged_checkpoints(folder: RunFolder) -> None:
     damaged = damaged_checkpoints(folder.checkpoints)
     if damaged:
         raise ValueError(
-            f"the run in {folder.location} has no whole checkpoint, {', '.join(damaged)} is damaged: restore it, or remove "
+            f"the run in {folder.location} has no intact checkpoint, {', '.join(damaged)} is damaged: restore it, or remove "
             f"{folder.checkpoints.location} to begin again"
         )
     print_line(f"the run in {folder.location} has no checkpoint yet: it begins again")
 
 
-def _resumed(folder: RunFolder, parts: Components, resume: bool) -> Start:
+def _resumed(folder: RunFolder, components: Components, resume: bool) -> Start:
     """Find where a run resumes. ValueError: its recipe or files have changed, or `resume` is not set."""
     if resume:
         before = folder.recipe_tables().get("start_from")
-        parts = _starting_from(parts, _same_start(folder, before, parts.recipe.start_from))
-    checkpoint = resume_point(folder, parts.resolved(), resume, set(_places(parts)))
+        components = _starting_from(components, _same_start(folder, before, components.recipe.start_from))
+    checkpoint = resume_point(folder, components.resolved(), resume, set(_places(components)))
     if checkpoint is None:
         _refuse_damaged_checkpoints(folder)
     known = folder.base()
     if checkpoint and (differing := differing_parts(checkpoint.base, known)):
         said = "; ".join(differing.values())
         raise ValueError(
-            f"{folder.location} has a checkpoint that was made on other files than {BASE_FILE} says: {said}"
+            f"{folder.location} has a checkpoint that was made with other files than {BASE_FILE} says: {said}"
         )
     base = LoadedBase(known, lambda differing: refusal(folder.location, differing, of_training=True))
-    base.take("the driver", prompts_base(parts))
-    return Start(parts, checkpoint, base)
+    base.take("the driver", prompts_base(components))
+    return Start(components, checkpoint, base)
 
 
 def _same_start(folder: RunFolder, before: dict | None, now: StartFromTable | None) -> StartFromTable | None:
@@ -116,34 +116,36 @@ def _same_start(folder: RunFolder, before: dict | None, now: StartFromTable | No
     return known
 
 
-def _starting_from(parts: Components, table: StartFromTable | None) -> Components:
-    return replace(parts, recipe=parts.recipe.model_copy(update={"start_from": table}))
+def _starting_from(components: Components, table: StartFromTable | None) -> Components:
+    return replace(components, recipe=components.recipe.model_copy(update={"start_from": table}))
 
 
-def _places(parts: Components) -> Iterator[str]:
+def _places(components: Components) -> Iterator[str]:
     """Yield the keys that say where files are; what is in the files is known by their fingerprints."""
-    yield from (weights.key for weights in (*parts.policy.files_of("sampler"), *parts.policy.lora_files()))
-    yield from (weights.key for weights in parts.prompts.needs())
-    several = bool(parts.recipe.rewards)
-    for place, table in enumerate(parts.recipe.all_rewards):
+    yield from (weights.key for weights in (*components.policy.files_of("sampler"), *components.policy.lora_files()))
+    yield from (weights.key for weights in components.prompts.needs())
+    several = bool(components.recipe.rewards)
+    for place, table in enumerate(components.recipe.all_rewards):
         key = f"rewards.{place}" if several else "reward"
-        yield from (weights.key.replace("reward", key, 1) for weights in parts.rewards[table.called].needs())
+        yield from (weights.key.replace("reward", key, 1) for weights in components.rewards[table.called].needs())
 
 
-def prompts_base(parts: Components) -> Base:
+def prompts_base(components: Components) -> Base:
     """Fingerprint the prompts: their file, the user's module, or the list itself."""
-    source = parts.prompts
+    source = components.prompts
     found = entry_base(source, "prompts", source.needs())
     listed = source.listed()
     if not found and listed is not None:
         told = json.dumps([listed, source.held_out()])
-        found["prompts"] = text_part(told, f"{len(listed)} prompts of prompts.name = {parts.recipe.prompts.name!r}")
+        found["prompts"] = text_part(
+            told, f"{len(listed)} prompts of prompts.name = {components.recipe.prompts.name!r}"
+        )
     return found
 
 
 def refusal(run: str, differing: dict[str, str], of_training: bool = False) -> str:
     """Say which parts are others than a run was made with, and what to do."""
-    said = f"the run in {run} stands on other files than are here: {'; '.join(differing.values())}"
+    said = f"the run in {run} was made with other files than those here: {'; '.join(differing.values())}"
     if any(name.startswith(MODEL_KEYS) for name in differing):
         if not of_training:
             of_lora = not any(name.startswith("policy.model") for name in differing)

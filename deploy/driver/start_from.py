@@ -48,7 +48,7 @@ def start_from_of(text: str) -> StartFromTable:
     return StartFromTable(run=run, round=BEST if which == BEST else int(which))
 
 
-def earlier_run(table: StartFromTable, parts: Components) -> EarlierRun:
+def earlier_run(table: StartFromTable, components: Components) -> EarlierRun:
     """Read the weights that a recipe's `[start_from]` names.
 
     Raises:
@@ -56,7 +56,7 @@ def earlier_run(table: StartFromTable, parts: Components) -> EarlierRun:
     """
     folder = RunFolder(table.run)
     folder.refuse_if_no_run(f"--from {table.run}: ")
-    _refuse_other_weights(folder, parts)
+    _refuse_other_weights(folder, components)
     round_index, weights = _weights(folder, table.round)
     if table.fingerprint not in (None, weights.fingerprint):
         raise ValueError(
@@ -68,9 +68,9 @@ def earlier_run(table: StartFromTable, parts: Components) -> EarlierRun:
     return EarlierRun(found, replace(weights, policy_version=0), base)
 
 
-def _refuse_other_weights(folder: RunFolder, parts: Components) -> None:
+def _refuse_other_weights(folder: RunFolder, components: Components) -> None:
     """Raise ValueError if the recipe trains other parameters than the earlier run did."""
-    before, now = folder.recipe_tables()["policy"], parts.resolved()["policy"]
+    before, now = folder.recipe_tables()["policy"], components.resolved()["policy"]
     differing = [_difference(f"policy.{key}", before.get(key), now.get(key)) for key in SAME_ALWAYS]
     if not any(differing) and now["train"] == "lora":
         adapters = before.get("lora", {}), now.get("lora", {})
@@ -106,7 +106,7 @@ def _weights(folder: RunFolder, which: int | str | None) -> tuple[int, PolicyWei
 def _newest(folder: RunFolder) -> Any:
     newest = newest_checkpoint(folder.checkpoints)
     if newest is None:
-        raise ValueError(f"--from {folder.location}: it has no whole checkpoint yet, so no weights to start from")
+        raise ValueError(f"--from {folder.location}: it has no intact checkpoint yet, so no weights to start from")
     return newest
 
 

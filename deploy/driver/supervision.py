@@ -154,7 +154,7 @@ class Supervision:
         except ValueError as error:
             asked, wrong = {}, [str(error)]
         if wrong:
-            refusal = f"what was asked is not done: {'; '.join(wrong)}"
+            refusal = f"request to scale refused: {'; '.join(wrong)}"
             if refusal != self._refusal:  # found again at every poll, but printed once
                 print_line(refusal)
                 self._refusal = refusal

@@ -15,14 +15,14 @@ MOST_CHECKED = 100_000  # prompts, which take seconds
 _TRIAL = 11  # hashed with the run's seed, so that these prompts are independent of the rounds' prompts
 
 
-def trial_prompts(parts: Components) -> tuple[Prompt, ...]:
+def trial_prompts(components: Components) -> tuple[Prompt, ...]:
     """Sample two prompts. They belong to no round and change no round's prompts.
 
     Raises:
         ValueError: the source raises, or returns a value that is not a prompt.
     """
-    source, name = parts.prompts, f"{type(parts.prompts).__name__}.load"
-    generator = np.random.default_rng([parts.recipe.seed, _TRIAL])
+    source, name = components.prompts, f"{type(components.prompts).__name__}.load"
+    generator = np.random.default_rng([components.recipe.seed, _TRIAL])
     with undisturbed():
         sample = call(source, "load") if is_users_own(source, PROMPTS) else source.load()
         if not callable(sample):
@@ -35,12 +35,12 @@ def trial_prompts(parts: Components) -> tuple[Prompt, ...]:
     return tuple(sampled)
 
 
-def checked_prompts(parts: Components) -> list[str]:
+def checked_prompts(components: Components) -> list[str]:
     """Return the prompts of run and evaluation, to check which are longer than the text encoders read.
 
     If a function samples the prompts, the trial prompts represent the run's.
     """
-    listed = parts.prompts.listed()
-    own = [prompt.text for prompt in trial_prompts(parts)] if listed is None else listed
-    evaluated = [prompt.text for prompt in build_eval_set(parts.recipe.evaluation, parts.prompts).prompts]
+    listed = components.prompts.listed()
+    own = [prompt.text for prompt in trial_prompts(components)] if listed is None else listed
+    evaluated = [prompt.text for prompt in build_eval_set(components.recipe.evaluation, components.prompts).prompts]
     return list(dict.fromkeys([*own, *evaluated]))[:MOST_CHECKED]

@@ -72,33 +72,33 @@ class Workers:
             each.close()
 
 
-def serial_workers(parts: Components, supervision: Supervision, base: LoadedBase) -> Workers:
+def serial_workers(components: Components, supervision: Supervision, base: LoadedBase) -> Workers:
     """Create all roles in this process, for debugging.
 
     Raises:
         ValueError: the learner has several ranks, or the loaded files are not those of `base`.
     """
-    recipe = parts.recipe
+    recipe = components.recipe
     if recipe.learner.world_size > 1:
         raise ValueError(
             f"learner.world_size is {recipe.learner.world_size} and --serial has one process: leave --serial out, "
             "or give --learner.world_size 1"
         )
-    tried_on = trial_prompts(parts)
+    tried_on = trial_prompts(components)
     with starting("sampler"):
-        sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime, tried_on, checked_prompts(parts))
-    pools = tuple(_serial_pool(parts, pool, base) for pool in all_pools(recipe))
+        sampler = Sampler(components.policy, recipe.sampling, recipe.runtime, tried_on, checked_prompts(components))
+    pools = tuple(_serial_pool(components, pool, base) for pool in all_pools(recipe))
     with starting("learner"):
-        learner = Learner(parts.policy, parts.algorithm, recipe)
+        learner = Learner(components.policy, components.algorithm, recipe)
     base.take("learner", learner.loaded_parts())
     base.take("sampler", sampler.loaded_parts())
     stream = SerialRolloutStream(sampler, pools, _settings(recipe, supervision))
     return Workers(stream, SerialLearnerGroup(learner))
 
 
-def _serial_pool(parts: Components, pool: RewardPool, base: LoadedBase) -> SerialPool:
+def _serial_pool(components: Components, pool: RewardPool, base: LoadedBase) -> SerialPool:
     with starting(_in_words(pool)):
-        worker = RewardWorker(parts.rewards_of(pool), pool.table, parts.recipe.runtime, tried=True)
+        worker = RewardWorker(components.rewards_of(pool), pool.table, components.recipe.runtime, tried=True)
     base.take(_in_words(pool), worker.loaded_parts())
     return SerialPool(worker, pool.table, pool.trains)
 
@@ -107,16 +107,16 @@ def _in_words(pool: RewardPool) -> str:
     return "reward worker" if pool.trains else "scorer"
 
 
-def ray_workers(parts: Components, supervision: Supervision, base: LoadedBase) -> Workers:
+def ray_workers(components: Components, supervision: Supervision, base: LoadedBase) -> Workers:
     """Start the actors of all roles, on the cluster that RAY_ADDRESS names or on a cluster started here.
 
     Raises:
         ValueError: the cluster has no resources for a role, a role was not ready in time, or the files that a role has
             loaded are not those of `base`.
     """
-    recipe = parts.recipe
-    trial_prompts(parts)  # so that a faulty prompt source is found before any process starts
-    _refuse_what_cannot_travel(parts)
+    recipe = components.recipe
+    trial_prompts(components)  # so that a faulty prompt source is found before any process starts
+    _refuse_what_cannot_travel(components)
     output = RoleOutput(RunFolder(recipe.run_path()).logs)
     connect(recipe, output)
     supervision.listen()
@@ -127,10 +127,10 @@ def ray_workers(parts: Components, supervision: Supervision, base: LoadedBase) -
     _refuse_too_many_gpus(recipe)
     budget, lines = RestartBudget(recipe.runtime.max_restarts), DeathLines(output)
     # The learner starts first: on a cluster that is too small for all roles, it must get its resources.
-    make_learner = _learner_maker(parts)
+    make_learner = _learner_maker(components)
     learner_actors = make_learner()
-    scoring = tuple(_reward_workers(parts, pool, budget, lines) for pool in all_pools(recipe))
-    pools = Pools(_samplers(parts, budget, lines), scoring, budget)
+    scoring = tuple(_reward_workers(components, pool, budget, lines) for pool in all_pools(recipe))
+    pools = Pools(_samplers(components, budget, lines), scoring, budget)
     for pool in pools.all:
         pool.on_loaded = base.take
     stream = RayRolloutStream(pools, _settings(recipe, supervision))
@@ -166,12 +166,13 @@ def _learner_died(budget: RestartBudget, lines: DeathLines, death: Death) -> Non
     budget.spend("learner", in_one_line(death.reason), LOADS_TRIED if death.at == LOADING else None)
 
 
-def _samplers(parts: Components, budget: RestartBudget, lines: DeathLines) -> WorkerPool:
+def _samplers(components: Components, budget: RestartBudget, lines: DeathLines) -> WorkerPool:
     """Create the pool of samplers. Only the first reports truncated prompts."""
-    table, recipe = parts.recipe.samplers, parts.recipe
-    arguments = (parts.policy, recipe.sampling, recipe.runtime, trial_prompts(parts))
+    table, recipe = components.recipe.samplers, components.recipe
+    arguments = (components.policy, recipe.sampling, recipe.runtime, trial_prompts(components))
     make_first, make_other = (
-        _maker(Sampler, "sampler", table, recipe, given) for given in ((*arguments, checked_prompts(parts)), arguments)
+        _maker(Sampler, "sampler", table, recipe, given)
+        for given in ((*arguments, checked_prompts(components)), arguments)
     )
 
     def make(number: int) -> Any:
@@ -180,8 +181,8 @@ def _samplers(parts: Components, budget: RestartBudget, lines: DeathLines) -> Wo
     return _reporting(lines, "sampler", WorkerPool("samplers", "sampler", make, table.count, budget))
 
 
-def _reward_workers(parts: Components, pool: RewardPool, budget: RestartBudget, lines: DeathLines) -> ScoringPool:
-    recipe, rewards = parts.recipe, parts.rewards_of(pool)
+def _reward_workers(components: Components, pool: RewardPool, budget: RestartBudget, lines: DeathLines) -> ScoringPool:
+    recipe, rewards = components.recipe, components.rewards_of(pool)
     name = pool.name.replace("reward_workers", "reward-worker").replace(".", "-") if pool.trains else "scorer"
     make = _maker(RewardWorker, name, pool.table, recipe, (rewards, pool.table, recipe.runtime, True), _in_words(pool))
     independent = all(reward.independent_of_batch for reward in rewards.values())
@@ -264,20 +265,20 @@ def _maker(
     return make
 
 
-def _learner_maker(parts: Components) -> Callable[[], list[Any]]:
+def _learner_maker(components: Components) -> Callable[[], list[Any]]:
     """Return a function that starts all ranks of the learner, rank 0 first. Restarted ranks get new numbers."""
-    recipe, numbers, makers = parts.recipe, itertools.count(), []
+    recipe, numbers, makers = components.recipe, itertools.count(), []
     for ranks in process_groups(recipe):
         role = f"learner {ranks}" if ranks.world_size > 1 else "learner"
-        arguments = (parts.policy, parts.algorithm, recipe, ranks)
+        arguments = (components.policy, components.algorithm, recipe, ranks)
         makers.append(_maker(Learner, "learner", recipe.learner, recipe, arguments, role))
     return lambda: [make(next(numbers)) for make in makers]
 
 
-def _refuse_what_cannot_travel(parts: Components) -> None:
+def _refuse_what_cannot_travel(components: Components) -> None:
     """Raise ValueError if a component cannot be sent to another process, such as a function that holds an open file."""
-    rewards = {f"the reward {name!r}": reward for name, reward in (parts.rewards | parts.scorers).items()}
-    for what, component in {**rewards, "the algorithm": parts.algorithm, "the policy": parts.policy}.items():
+    rewards = {f"the reward {name!r}": reward for name, reward in (components.rewards | components.scorers).items()}
+    for what, component in {**rewards, "the algorithm": components.algorithm, "the policy": components.policy}.items():
         try:
             with blamed("pickling it"):
                 cloudpickle.dumps(component)

@@ -57,12 +57,12 @@ class EvalScorer:
     Prompts and noise stay the same, so two results can be compared image by image.
     """
 
-    def __init__(self, parts: Components) -> None:
-        recipe = parts.recipe
-        self.chosen = build_eval_set(recipe.evaluation, parts.prompts)
+    def __init__(self, components: Components) -> None:
+        recipe = components.recipe
+        self.chosen = build_eval_set(recipe.evaluation, components.prompts)
         self._sampling = recipe.sampling
-        self._worker = RewardWorker(parts.rewards | parts.scorers, recipe.reward_workers, recipe.runtime)
-        self._weights = parts.aggregation.weights
+        self._worker = RewardWorker(components.rewards | components.scorers, recipe.reward_workers, recipe.runtime)
+        self._weights = components.aggregation.weights
 
     def loaded_parts(self) -> Base:
         """Return the fingerprints of the files that rewards and scorers have loaded."""

@@ -87,17 +87,17 @@ def shortfall(rewards: Float[np.ndarray, "N"], floor: float) -> Float[np.ndarray
     return np.maximum(0.0, floor - rewards) / (rewards.std() + ROUND_EPSILON)
 
 
-def feasible_first(joined: Float[np.ndarray, "N"], shortfalls: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+def feasible_first(aggregated: Float[np.ndarray, "N"], shortfalls: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
     """Rank images below a floor under all images that keep it, by their shortfall (Deb 2000, constraint handling).
 
     An image below a floor gets the worst score of those that keep it, minus its shortfall in standard deviations of
-    `joined`. If no image keeps it, the scores are the negated shortfalls.
+    `aggregated`. If no image keeps it, the scores are the negated shortfalls.
     """
     keeps = shortfalls == 0
     if not keeps.any():
         return -shortfalls
-    scale = joined.std() or 1.0
-    return np.where(keeps, joined, joined[keeps].min() - scale * shortfalls)
+    scale = aggregated.std() or 1.0
+    return np.where(keeps, aggregated, aggregated[keeps].min() - scale * shortfalls)
 
 
 def softmax_weights(

@@ -16,8 +16,8 @@ from ray_ddpo.learner.algorithms.advantages import (
 from ray_ddpo.learner.algorithms.algorithm import Algorithm
 
 Rewards = dict[str, Float[np.ndarray, "N"]]
-Statistics = dict[str, PromptStatistics]  # by the reward's name, or JOINED for the aggregated reward
-JOINED = "joined"
+Statistics = dict[str, PromptStatistics]  # by the reward's name, or AGGREGATED for the aggregated reward
+AGGREGATED = "joined"  # written into checkpoints
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class AggregatedAdvantages:
 class RewardAggregation:
     """How to aggregate rewards: weighted sum, z-scored sum, sum of per-reward advantages (GDPO), or group win rates.
 
-    `join` is the kind of `[aggregation]`. Each reward has a weight and perhaps a floor.
+    `kind` is that of `[aggregation]`. Each reward has a weight and perhaps a floor.
     """
 
     weights: dict[str, float]
-    join: str = "sum"
+    kind: str = "sum"
     floors: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -51,7 +51,7 @@ class RewardAggregation:
     @property
     def compared(self) -> tuple[str, ...]:
         """The names of rewards that are transformed before they are summed."""
-        return () if self.join == "sum" else tuple(self.weights)
+        return () if self.kind == "sum" else tuple(self.weights)
 
     def check(self, algorithm: Algorithm) -> None:
         """Check the aggregation against the algorithm.
@@ -59,10 +59,10 @@ class RewardAggregation:
         Raises:
             ValueError: per-reward advantages are to be summed, and the algorithm has no advantages.
         """
-        if self.join == "advantages" and "advantages" not in type(algorithm).model_fields:
+        if self.kind == "advantages" and "advantages" not in type(algorithm).model_fields:
             raise ValueError(
                 f"aggregation.kind is 'advantages', and {type(algorithm).__name__} makes weights of rewards and no "
-                "advantages: join with 'sum', 'z_score' or 'win_rate', or take an algorithm with "
+                "advantages: aggregate with 'sum', 'z_score' or 'win_rate', or take an algorithm with "
                 "[algorithm.advantages]"
             )
 
@@ -70,15 +70,15 @@ class RewardAggregation:
         self, algorithm: Algorithm, statistics: Statistics, prompts: list[str], rewards: Rewards, images_per_prompt: int
     ) -> tuple[Statistics, AggregatedAdvantages]:
         """Return the statistics with these images added, and the images' advantages."""
-        if self.join == "advantages":
+        if self.kind == "advantages":
             return self._decoupled(algorithm, statistics, prompts, rewards, images_per_prompt)
         parts = {name: self._part(values, images_per_prompt) for name, values in rewards.items()}
-        joined = self._with_floors(self._weighted(parts), rewards)
-        of_joined, advantages = algorithm.compute_advantages(
-            statistics.get(JOINED, {}), prompts, joined, images_per_prompt
+        aggregated = self._with_floors(self._weighted(parts), rewards)
+        of_aggregated, advantages = algorithm.compute_advantages(
+            statistics.get(AGGREGATED, {}), prompts, aggregated, images_per_prompt
         )
         parts = {name: parts[name] for name in self.compared}
-        return {JOINED: of_joined}, AggregatedAdvantages(algorithm.from_advantages(advantages), parts)
+        return {AGGREGATED: of_aggregated}, AggregatedAdvantages(algorithm.from_advantages(advantages), parts)
 
     def _decoupled(
         self, algorithm: Algorithm, statistics: Statistics, prompts: list[str], rewards: Rewards, images_per_prompt: int
@@ -88,19 +88,19 @@ class RewardAggregation:
         for name, values in rewards.items():
             of_reward = statistics.get(name, {})
             extended[name], parts[name] = algorithm.compute_advantages(of_reward, prompts, values, images_per_prompt)
-        joined = round_advantages(self._with_floors(self._weighted(parts), rewards))
-        return extended, AggregatedAdvantages(algorithm.from_advantages(joined), parts)
+        aggregated = round_advantages(self._with_floors(self._weighted(parts), rewards))
+        return extended, AggregatedAdvantages(algorithm.from_advantages(aggregated), parts)
 
     def _part(self, values: Float[np.ndarray, "N"], images_per_prompt: int) -> Float[np.ndarray, "N"]:
-        if self.join == "z_score":
+        if self.kind == "z_score":
             return round_advantages(values)
-        return win_rates(values, images_per_prompt) if self.join == "win_rate" else values.astype(np.float64)
+        return win_rates(values, images_per_prompt) if self.kind == "win_rate" else values.astype(np.float64)
 
     def _weighted(self, parts: Rewards) -> Float[np.ndarray, "N"]:
         return np.sum([weight * parts[name] for name, weight in self.weights.items()], axis=0)
 
-    def _with_floors(self, joined: Float[np.ndarray, "N"], rewards: Rewards) -> Float[np.ndarray, "N"]:
+    def _with_floors(self, aggregated: Float[np.ndarray, "N"], rewards: Rewards) -> Float[np.ndarray, "N"]:
         if not self.floors:
-            return joined
+            return aggregated
         missing = np.sum([shortfall(rewards[name], floor) for name, floor in self.floors.items()], axis=0)
-        return feasible_first(joined, missing)
+        return feasible_first(aggregated, missing)

@@ -210,7 +210,7 @@ def checkpoint_of(folder: Storage, rounds_done: int) -> Storage:
     intact = {_rounds_and_attempt(each.name)[0]: each for each in reversed(list(intact_checkpoints(folder)))}
     if rounds_done not in intact:
         there = ", ".join(map(str, sorted(intact))) or "none"
-        raise ValueError(f"{folder.location} keeps no whole checkpoint after round {rounds_done}, but after: {there}")
+        raise ValueError(f"{folder.location} keeps no intact checkpoint after round {rounds_done}, but after: {there}")
     return intact[rounds_done]
 
 

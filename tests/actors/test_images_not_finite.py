@@ -18,7 +18,7 @@ from ray_ddpo.common.schedule import round_tasks
 from ray_ddpo.learner.learner import Learner
 from tests.accepted_page import assert_accepted, assert_refused
 from tests.failure_page import assert_documented
-from tests.rounds import moved, parts_with
+from tests.rounds import components_with, moved
 from tests.tiny_policy import SAMPLING, tiny_policy
 
 
@@ -35,10 +35,10 @@ def poisoned_noise(is_poisoned: Callable[[int], bool]) -> Callable[[list[int], t
 
 
 def test_one_image_is_dropped_and_the_others_keep_their_bits(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = parts_with(tables)
-    sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
-    weights = moved(Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1])
-    task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
+    components = components_with(tables)
+    sampler = Sampler(components.policy, components.recipe.sampling, components.recipe.runtime)
+    weights = moved(Learner(components.policy, components.algorithm, components.recipe).weights()[-1])
+    task = round_tasks(components.recipe, 0, components.prompts.load())[0]
     whole, _, images = sampler.sample(task, weights)
     assert whole.dropped == {}
     monkeypatch.setattr(rollout, "image_noise", poisoned_noise(lambda seed: seed == task.seeds[1]))
@@ -52,9 +52,9 @@ def test_one_image_is_dropped_and_the_others_keep_their_bits(tables: dict, monke
 
 
 def test_an_image_that_the_decoder_makes_infinite_is_dropped(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = parts_with(tables)
-    sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
-    weights = Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1]
+    components = components_with(tables)
+    sampler = Sampler(components.policy, components.recipe.sampling, components.recipe.runtime)
+    weights = Learner(components.policy, components.algorithm, components.recipe).weights()[-1]
     vae = sampler._policy.vae
     whole = vae.decode
 
@@ -64,7 +64,7 @@ def test_an_image_that_the_decoder_makes_infinite_is_dropped(tables: dict, monke
         return (pixels,)
 
     monkeypatch.setattr(vae, "decode", overflowing)
-    report, _, images = sampler.sample(round_tasks(parts.recipe, 0, parts.prompts.load())[0], weights)
+    report, _, images = sampler.sample(round_tasks(components.recipe, 0, components.prompts.load())[0], weights)
     assert report.dropped == {2: "its pixels are not finite: the decoder overflows in float32"}
     assert not images.pixels[2].any() and images.pixels[1].any()
 
@@ -91,9 +91,11 @@ def test_a_run_trains_on_the_others_and_ends_if_there_are_none(
     tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tables |= {"reward": {"name": "function", "path": "tests.faulty_rewards:raises_on_black"}}
-    recipe = parts_with(tables).recipe
+    recipe = components_with(tables).recipe
     seeds = [
-        task.seeds for number in range(2) for task in round_tasks(recipe, number, parts_with(tables).prompts.load())
+        task.seeds
+        for number in range(2)
+        for task in round_tasks(recipe, number, components_with(tables).prompts.load())
     ]
     one = seeds[1][2]
     monkeypatch.setattr(rollout, "image_noise", poisoned_noise(lambda seed: seed == one))

@@ -14,26 +14,26 @@ from ray_ddpo.common.policy_weights import PolicyWeights, pack
 from ray_ddpo.common.schedule import Task, round_tasks
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.learner import Learner
-from tests.rounds import moved, parts_with
+from tests.rounds import components_with, moved
 
 
 @pytest.fixture
-def parts(tables: dict) -> Components:
-    return parts_with(tables, policy__lora__rank=2)
+def components(tables: dict) -> Components:
+    return components_with(tables, policy__lora__rank=2)
 
 
 @pytest.fixture
-def sampler(parts: Components) -> Sampler:
-    return Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
+def sampler(components: Components) -> Sampler:
+    return Sampler(components.policy, components.recipe.sampling, components.recipe.runtime)
 
 
 @pytest.fixture
-def weights(parts: Components) -> PolicyWeights:
-    return moved(Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1])
+def weights(components: Components) -> PolicyWeights:
+    return moved(Learner(components.policy, components.algorithm, components.recipe).weights()[-1])
 
 
-def tasks_of(parts: Components, round_index: int = 0) -> list[Task]:
-    return round_tasks(parts.recipe, round_index, parts.prompts.load())
+def tasks_of(components: Components, round_index: int = 0) -> list[Task]:
+    return round_tasks(components.recipe, round_index, components.prompts.load())
 
 
 def of_version(weights: PolicyWeights, version: int, seed: int) -> PolicyWeights:
@@ -42,9 +42,9 @@ def of_version(weights: PolicyWeights, version: int, seed: int) -> PolicyWeights
 
 
 def test_the_report_echoes_the_task_and_the_weights_that_sampled_it(
-    sampler: Sampler, parts: Components, weights: PolicyWeights
+    sampler: Sampler, components: Components, weights: PolicyWeights
 ) -> None:
-    task = tasks_of(parts)[1]
+    task = tasks_of(components)[1]
     report, trajectory, images = sampler.sample(task, weights)
     assert report.task == task and images.prompts == task.prompts
     assert report.fingerprint == weights.fingerprint
@@ -53,11 +53,11 @@ def test_the_report_echoes_the_task_and_the_weights_that_sampled_it(
 
 
 def test_a_task_is_sampled_with_its_weights_and_its_images_are_its_decoded_latents(
-    sampler: Sampler, parts: Components, weights: PolicyWeights
+    sampler: Sampler, components: Components, weights: PolicyWeights
 ) -> None:
-    task, recipe = tasks_of(parts)[0], parts.recipe
+    task, recipe = tasks_of(components)[0], components.recipe
     _, trajectory, images = sampler.sample(task, weights)
-    policy = parts.policy.load("cpu", recipe.sampling, "sampler")
+    policy = components.policy.load("cpu", recipe.sampling, "sampler")
     load_weights(policy.network, weights)
     expected = sample_trajectories(policy, [prompt.text for prompt in task.prompts], list(task.seeds), recipe.sampling)
     assert torch.equal(trajectory.next_latents, expected.next_latents)
@@ -66,20 +66,20 @@ def test_a_task_is_sampled_with_its_weights_and_its_images_are_its_decoded_laten
 
 
 def test_a_task_sampled_again_by_another_sampler_has_the_same_bits(
-    sampler: Sampler, parts: Components, weights: PolicyWeights
+    sampler: Sampler, components: Components, weights: PolicyWeights
 ) -> None:
-    first, second = tasks_of(parts)
+    first, second = tasks_of(components)
     _, there, _ = sampler.sample(second, weights)
     sampler.sample(first, weights)
-    other = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
+    other = Sampler(components.policy, components.recipe.sampling, components.recipe.runtime)
     for sampled in (sampler.sample(second, weights), other.sample(second, weights)):
         assert torch.equal(sampled[1].next_latents, there.next_latents)
 
 
 def test_weights_are_loaded_between_tasks_there_and_back(
-    sampler: Sampler, parts: Components, weights: PolicyWeights
+    sampler: Sampler, components: Components, weights: PolicyWeights
 ) -> None:
-    first, _ = tasks_of(parts)
+    first, _ = tasks_of(components)
     later, newer = dataclasses.replace(first, policy_version=1), of_version(weights, 1, seed=5)
     _, old_path, _ = sampler.sample(first, weights)
     report, new_path, _ = sampler.sample(later, newer)
@@ -90,18 +90,18 @@ def test_weights_are_loaded_between_tasks_there_and_back(
 
 
 def test_weights_of_another_version_than_the_tasks_are_refused(
-    sampler: Sampler, parts: Components, weights: PolicyWeights
+    sampler: Sampler, components: Components, weights: PolicyWeights
 ) -> None:
-    task = dataclasses.replace(tasks_of(parts)[1], round=4, policy_version=3)
+    task = dataclasses.replace(tasks_of(components)[1], round=4, policy_version=3)
     text = "task 1 of round 4 asks for policy version 3, and came with weights of version 0"
     with pytest.raises(ValueError, match=text):
         sampler.sample(task, weights)
 
 
 def test_damaged_weights_are_refused_and_the_next_task_is_sampled_as_ever(
-    sampler: Sampler, parts: Components, weights: PolicyWeights
+    sampler: Sampler, components: Components, weights: PolicyWeights
 ) -> None:
-    task = tasks_of(parts)[0]
+    task = tasks_of(components)[0]
     _, before, _ = sampler.sample(task, weights)
     damaged = dataclasses.replace(weights, buffer=weights.buffer + 1, fingerprint="0" * 64)
     with pytest.raises(ValueError, match="arrived with fingerprint"):
@@ -111,9 +111,9 @@ def test_damaged_weights_are_refused_and_the_next_task_is_sampled_as_ever(
 
 
 def test_an_image_that_is_not_decoded_is_black_and_changes_no_other(
-    sampler: Sampler, parts: Components, weights: PolicyWeights
+    sampler: Sampler, components: Components, weights: PolicyWeights
 ) -> None:
-    task = tasks_of(parts)[0]
+    task = tasks_of(components)[0]
     whole, trajectory, images = sampler.sample(task, weights)
     care = Care(not_decoded=(1, 3))
     report, same, others = sampler.sample(task, weights, care)
@@ -127,9 +127,9 @@ def test_an_image_that_is_not_decoded_is_black_and_changes_no_other(
 
 
 def test_an_image_that_is_not_sampled_is_replaced_by_another_one(
-    sampler: Sampler, parts: Components, weights: PolicyWeights
+    sampler: Sampler, components: Components, weights: PolicyWeights
 ) -> None:
-    task = tasks_of(parts)[0]
+    task = tasks_of(components)[0]
     _, trajectory, images = sampler.sample(task, weights)
     report, without, others = sampler.sample(task, weights, Care(not_sampled=(0,)))
     assert torch.equal(without.final_latents[0], without.final_latents[1]) and not others.pixels[0].any()
@@ -141,9 +141,9 @@ def test_an_image_that_is_not_sampled_is_replaced_by_another_one(
 
 @pytest.mark.parametrize("what", ["decoding", "all"])
 def test_where_images_are_tried_one_by_one_each_is_noted_before(
-    sampler: Sampler, parts: Components, weights: PolicyWeights, what: str
+    sampler: Sampler, components: Components, weights: PolicyWeights, what: str
 ) -> None:
-    task, noted = tasks_of(parts)[0], []
+    task, noted = tasks_of(components)[0], []
     report, _, images = sampler.sample(task, weights, Care(what, not_decoded=(2,)), noted.append)
     assert noted == [0, 1, 3] and (report is None) == (what == "all")
     if images is not None:
@@ -152,8 +152,10 @@ def test_where_images_are_tried_one_by_one_each_is_noted_before(
         assert np.abs(difference).max() <= 1 and not images.pixels[2].any()
 
 
-def test_without_any_image_the_images_are_black(sampler: Sampler, parts: Components, weights: PolicyWeights) -> None:
-    task = tasks_of(parts)[0]
+def test_without_any_image_the_images_are_black(
+    sampler: Sampler, components: Components, weights: PolicyWeights
+) -> None:
+    task = tasks_of(components)[0]
     _, _, whole = sampler.sample(task, weights)
     report, _, images = sampler.sample(task, weights, Care(not_decoded=tuple(range(len(task.seeds)))))
     assert len(report.dropped) == len(task.seeds) and not images.pixels.any()

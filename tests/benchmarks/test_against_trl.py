@@ -41,9 +41,9 @@ def test_the_table_excludes_the_first_round_and_pairs_ratios_by_repeat(tmp_path:
 
 
 def test_trl_gets_the_same_rounds() -> None:
-    parts = build_components(Recipe.load(RECIPE, [*words(SAME, {"rounds": "3"}), "--seed", "4"]))
-    job = trl_job(parts)
-    config, sampling = job["config"], parts.recipe.sampling
+    components = build_components(Recipe.load(RECIPE, [*words(SAME, {"rounds": "3"}), "--seed", "4"]))
+    job = trl_job(components)
+    config, sampling = job["config"], components.recipe.sampling
     assert Path(job["model"], "model_index.json").is_file() and len(job["prompts"]) == 45
     assert (config["sample_batch_size"], config["sample_num_batches_per_epoch"], config["sample_num_steps"]) == (
         8,

@@ -28,10 +28,10 @@ def flux_forward(rank: int) -> int:
 @pytest.mark.thorough
 def test_flux_operations_follow_from_its_layer_sizes() -> None:
     """Count twelve billion parameters on the meta device, which takes a quarter of a minute."""
-    parts = build_components(Recipe.load(RECIPES / "families" / "flux_dev_pickscore.toml", []))
-    assert isinstance(parts.policy, Flux)
-    row = row_work(parts.policy, parts.recipe.sampling)
-    assert row.forward == flux_forward(parts.policy.lora.rank)
+    components = build_components(Recipe.load(RECIPES / "families" / "flux_dev_pickscore.toml", []))
+    assert isinstance(components.policy, Flux)
+    row = row_work(components.policy, components.recipe.sampling)
+    assert row.forward == flux_forward(components.policy.lora.rank)
     # Backward: as much for activations, in attention twice as much, and a little for the adapters' own gradients.
     assert 2.0 < row.both / row.forward < 2.15 and row.recomputed == row.forward
 

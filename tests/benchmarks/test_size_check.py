@@ -10,8 +10,8 @@ from ray_ddpo.deploy.driver.components import build_components
 
 
 def test_the_recipe_of_the_size_check_is_valid(tiny_model: Path, tmp_path: Path) -> None:
-    parts = build_components(Recipe.parse(recipe_tables(tiny_model, tmp_path)))
-    assert parts.recipe.images_per_round == 2 and parts.recipe.evaluation.is_due(2, parts.recipe.rounds)
+    components = build_components(Recipe.parse(recipe_tables(tiny_model, tmp_path)))
+    assert components.recipe.images_per_round == 2 and components.recipe.evaluation.is_due(2, components.recipe.rounds)
 
 
 @pytest.mark.thorough

@@ -13,7 +13,7 @@ from ray_ddpo.common.run_storage.run_folder import RunFolder, without_none
 from ray_ddpo.learner.checkpoints.checkpoint import committed_checkpoints
 from ray_ddpo.train import run_training
 from tests.failure_page import assert_documented
-from tests.rounds import parts_with
+from tests.rounds import components_with
 
 MODULE = """
 class Own(BaseException):
@@ -65,7 +65,7 @@ def test_what_a_users_code_does_is_one_line(
 def test_a_run_that_lost_its_recipe_or_checkpoints_is_not_written_over(
     tables: dict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run_training(parts_with(tables, rounds=1).recipe, serial=True)
+    run_training(components_with(tables, rounds=1).recipe, serial=True)
     folder = RunFolder(Recipe.parse(tables).run_path())
     kept = Path(shutil.copytree(folder.location, tmp_path / "kept"))
     (name,) = committed_checkpoints(folder.checkpoints)

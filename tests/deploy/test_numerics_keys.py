@@ -40,14 +40,14 @@ def test_a_run_from_before_the_key_resumes() -> None:
     assert _differences({"runtime": {"tf32": True}}, {"runtime": {"tf32": False}}, [])
 
 
-def parts_of_tables(tables: dict, **changes: Any) -> Components:
+def components_of_tables(tables: dict, **changes: Any) -> Components:
     gpus = {"samplers": {"num_gpus": 0.4}, "policy": {**tables["policy"], "dtype": "bfloat16"}}
     return components_of(Recipe.parse({**tables, **gpus, **changes}))
 
 
 def test_batches_of_different_rows_in_half_precision_are_reported(tables: dict) -> None:
     assert_accepted("different batch rows of sampler and learner on a GPU, in half precision")
-    note = rows_note(parts_of_tables(tables))
+    note = rows_note(components_of_tables(tables))
     assert note and "learner.micro_batch_size is 8 and sampling.batch_size 4" in note and 'ratio = "proximal"' in note
     equal = {"learner": {**tables["learner"], "micro_batch_size": 4}}
     for changes in (
@@ -58,9 +58,9 @@ def test_batches_of_different_rows_in_half_precision_are_reported(tables: dict) 
         {"algorithm": {**tables["algorithm"], "off_policy": {"ratio": "proximal"}}},
         {"algorithm": {"name": "rwr", "noised_samples": 2}},
     ):
-        assert rows_note(parts_of_tables(tables, **changes)) is None, changes
+        assert rows_note(components_of_tables(tables, **changes)) is None, changes
     auto = {"learner": {**tables["learner"], "micro_batch_size": "auto"}}
-    assert "is 'auto' and" in (rows_note(parts_of_tables(tables, **auto)) or "")
+    assert "is 'auto' and" in (rows_note(components_of_tables(tables, **auto)) or "")
 
 
 def test_roles_that_do_not_fit_together_are_refused_at_once(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:

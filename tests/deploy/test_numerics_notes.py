@@ -16,7 +16,7 @@ from ray_ddpo.deploy.driver.numerics_notes import NumericsNotes
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint, newest_checkpoint
 from ray_ddpo.train import run_training
 from tests.failure_page import assert_documented
-from tests.rounds import parts_with
+from tests.rounds import components_with
 
 ONE = Machine(processor="AMD EPYC (25/17), AVX512", versions="torch 2.13.0")
 OTHER = replace(ONE, processor="Intel Xeon (6/143), AVX2")
@@ -37,15 +37,15 @@ def test_machines_of_one_kind_are_no_word(capsys: pytest.CaptureFixture) -> None
 def test_a_resumed_run_says_that_its_machine_is_another_one(
     tables: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    run_training(parts_with(tables, rounds=1).recipe, serial=True)
-    folder = RunFolder(parts_with(tables).recipe.run_path())
+    run_training(components_with(tables, rounds=1).recipe, serial=True)
+    folder = RunFolder(components_with(tables).recipe.run_path())
     newest = newest_checkpoint(folder.checkpoints)
     assert newest and load_checkpoint(newest).learner.machine == this_machine("cpu")
     assert Ledger(folder.storage, RolloutsTable()).read(0)["sampled_on"].to_pylist() == [str(this_machine("cpu"))] * 8
     this_machine.cache_clear()
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     try:
-        run_training(parts_with(tables).recipe, resume=True, serial=True)
+        run_training(components_with(tables).recipe, resume=True, serial=True)
     finally:
         this_machine.cache_clear()
     assert_documented("A run resumes on another kind of machine", 0, capsys.readouterr().err)

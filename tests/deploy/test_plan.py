@@ -21,20 +21,20 @@ RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 
 def test_the_plan_of_a_small_recipe_matches_its_components(recipe: Recipe) -> None:
     numbers = plan_of(recipe)
-    parts = build_components(recipe)
-    learner = Learner(parts.policy, parts.algorithm, recipe)
+    components = build_components(recipe)
+    learner = Learner(components.policy, components.algorithm, recipe)
     assert numbers.broadcast_bytes == learner.weights()[-1].buffer.nbytes
     assert numbers.images == sum(len(task.seeds) for task in round_tasks(recipe, 0, Animals().load()))
-    assert (numbers.tasks, numbers.optimizer_steps, numbers.pairs_per_step) == (2, 2, 16)
+    assert (numbers.tasks, numbers.optimizer_steps, numbers.transitions_per_step) == (2, 2, 16)
     assert numbers.forward_passes == 4
 
 
 def test_a_trajectory_is_as_large_as_planned(recipe: Recipe) -> None:
     from ray_ddpo.actors.sampler import Sampler
 
-    parts = build_components(recipe)
-    learner = Learner(parts.policy, parts.algorithm, recipe)
-    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
+    components = build_components(recipe)
+    learner = Learner(components.policy, components.algorithm, recipe)
+    sampler = Sampler(components.policy, recipe.sampling, recipe.runtime)
     task = round_tasks(recipe, 0, Animals().load())[0]
     _, trajectory, _ = sampler.sample(task, learner.weights()[-1])
     planned = plan_of(recipe).trajectory_bytes * len(task.seeds)
@@ -73,7 +73,7 @@ def test_a_plan_for_gpus_prints_what_fits_on_each_size() -> None:
     alone = [int(size) for size in lines["learner alone: micro-batch"].split()]
     assert len(alone) == len(GIGABYTES) and alone == sorted(alone)
     for gigabytes, size in zip(GIGABYTES, alone, strict=True):
-        assert numbers.pairs_per_step % size == 0
+        assert numbers.transitions_per_step % size == 0
         assert numbers.sizes.learner.of(size) < 0.9 * (gigabytes * 2**30 - 600e6)
     # With three others beside it not one pair is left on 8 GB, and checkpointing makes room for many times as many.
     together = lines["all roles on one: micro-batch"].split()
@@ -109,13 +109,13 @@ def test_each_of_several_ranks_has_its_share_memory_and_gpu() -> None:
     options = ["--learner.world_size", "2", "--learner.num_gpus", "1", "--learner.batch_size", "6"]
     one, two = (Recipe.load(RECIPES / "sd15_aesthetic.toml", options[first:]) for first in (2, 0))
     text, numbers, before = plan(two), plan_of(two), plan_of(one)
-    assert numbers.pairs_per_step == before.pairs_per_step == 2 * numbers.pairs_per_rank
+    assert numbers.transitions_per_step == before.transitions_per_step == 2 * numbers.transitions_per_rank
     assert numbers.forward_passes == before.forward_passes
     # A rank has its gradients twice, because they are summed in a buffer; with full fine-tuning, a part of them.
     assert numbers.reduced_bytes == 4 * 797_184 == numbers.learner_bytes - before.learner_bytes
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
-    images, pairs = numbers.images_per_step, numbers.pairs_per_step
-    shares = f"{images // 2} of {images} images, {pairs // 2} of {pairs} transitions per optimizer step"
+    images, transitions = numbers.images_per_step, numbers.transitions_per_step
+    shares = f"{images // 2} of {images} images, {transitions // 2} of {transitions} transitions per optimizer step"
     assert lines["each learner rank"] == shares
     assert lines["gradient all-reduce"] == "3.19 MB per optimizer step, among 2 ranks"
     assert lines["requested GPUs"].startswith("2.5 = learner ranks 2 + samplers 0.3")
@@ -169,7 +169,7 @@ def test_only_the_latents_of_an_sde_window_are_transferred(recipe: Recipe) -> No
     sampling = recipe.sampling.model_copy(update={"sde_window": 2})
     windowed = plan_of(recipe.model_copy(update={"sampling": sampling}))
     channels, height, width = windowed.sizes.latent_shape
-    assert windowed.pairs_per_step == 4 * 2
+    assert windowed.transitions_per_step == 4 * 2
     saved = plan_of(recipe).trajectory_bytes - windowed.trajectory_bytes
     assert saved == 2 * (channels * height * width * 4 + 12)
 
@@ -235,8 +235,8 @@ def test_the_copy_of_the_network_is_counted_if_numerics_differ(tables: dict) -> 
         for keys in ({}, {"sampler_dtype": "bfloat16"}, {"sampler_dtype": "bfloat16", "merge_adapters": True})
     )
     without, numbers, with_merged = map(plan_of, (alike, half, merged))
-    parts = build_components(merged)
-    copy = Learner(parts.policy, parts.algorithm, merged)._arrival_check._copy
+    components = build_components(merged)
+    copy = Learner(components.policy, components.algorithm, merged)._arrival_check._copy
     assert copy is not None and copy.merged is not None
     held = sum(parameter.nbytes for parameter in copy.network.parameters())
     assert without.copy_bytes == 0 < numbers.copy_bytes == held

@@ -189,6 +189,6 @@ def test_weights_of_two_models_are_not_compared_unasked(
     runs, output = [str(home / "runs/first"), str(tmp_path / "second")], ["--output", str(tmp_path / "found")]
     capsys.readouterr()
     assert cli.main(["evaluate", *runs, *output]) == 2
-    assert f"the run in {runs[1]} stands on other files" in capsys.readouterr().err
+    assert f"the run in {runs[1]} was made with other files" in capsys.readouterr().err
     assert cli.main(["evaluate", *runs, *output, "--recipe", f"{runs[0]}/recipe.toml"]) == 0
     assert f"{runs[1]}: policy.model/unet was " in capsys.readouterr().err

@@ -17,28 +17,30 @@ from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.round_data.transitions import RoundTransitions, indices_of, round_transitions
 from tests.gradients import ONE_STEP, gradient_of, relative_error
-from tests.rounds import SampledRound, learner_of, parts_with, sample_round
+from tests.rounds import SampledRound, components_with, learner_of, sample_round
 
 
 def of(tables: dict, name: str, **values: object) -> Components:
     """Return the small recipe with another algorithm, with groups of two and one optimizer step."""
     keys = {"prompts__images_per_prompt": 2, "learner__batch_size": 8, "learner__micro_batch_size": 8}
-    return parts_with({**tables, "algorithm": {"name": name}}, **{**keys, **values})
+    return components_with({**tables, "algorithm": {"name": name}}, **{**keys, **values})
 
 
-def with_advantages(sampled: SampledRound, parts: Components) -> SampledRound:
+def with_advantages(sampled: SampledRound, components: Components) -> SampledRound:
     """Return the round with the algorithm's advantages of random rewards."""
     rewards = np.random.default_rng(sampled.batch.round).normal(size=len(sampled.batch.advantages))
     prompts = [prompt.text for report in sampled.batch.reports for prompt in report.task.prompts]
-    _, advantages = parts.algorithm.compute_advantages({}, prompts, rewards, parts.recipe.prompts.images_per_prompt)
-    batch = dataclasses.replace(sampled.batch, advantages=parts.algorithm.from_advantages(advantages))
+    _, advantages = components.algorithm.compute_advantages(
+        {}, prompts, rewards, components.recipe.prompts.images_per_prompt
+    )
+    batch = dataclasses.replace(sampled.batch, advantages=components.algorithm.from_advantages(advantages))
     return SampledRound(batch, sampled.trajectories)
 
 
-def learn(learner: Learner, parts: Components, round_index: int) -> tuple[dict[str, float], LearnerState]:
-    lag = parts.recipe.max_policy_lag
+def learn(learner: Learner, components: Components, round_index: int) -> tuple[dict[str, float], LearnerState]:
+    lag = components.recipe.max_policy_lag
     weights = learner.weights()[0 if lag else -1]
-    sampled = with_advantages(sample_round(parts, weights, round_index), parts)
+    sampled = with_advantages(sample_round(components, weights, round_index), components)
     return learner.update(sampled.batch, *sampled.trajectories)
 
 
@@ -52,23 +54,23 @@ RESUMED = [  # one of each kind always; the others share its lines
 def test_a_run_that_resumes_from_its_checkpoint_arrives_at_the_same_bits(
     name: str, tables: dict, tmp_path: Path
 ) -> None:
-    parts = of(tables, name)
-    learner = learner_of(parts)
-    _, after = learn(learner, parts, 0)
+    components = of(tables, name)
+    learner = learner_of(components)
+    _, after = learn(learner, components, 0)
     saved = save_checkpoint(Storage(tmp_path), Checkpoint(1, after, {}), keep=1)
-    resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
+    resumed = Learner(components.policy, components.algorithm, components.recipe)
     resumed.load_state(load_checkpoint(saved).learner)
-    ends = [learn(each, parts, 1)[1] for each in (learner, resumed)]
+    ends = [learn(each, components, 1)[1] for each in (learner, resumed)]
     assert ends[0].trained.fingerprint == ends[1].trained.fingerprint != after.trained.fingerprint
     assert [each.weights[-1].fingerprint for each in ends] == [ends[0].weights[-1].fingerprint] * 2
 
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "ddpo_sf"])
 def test_at_a_lag_every_algorithm_trains_on_data_of_an_older_version(name: str, tables: dict) -> None:
-    parts = of(tables, name, max_policy_lag=1)
-    learner = learner_of(parts)
-    first, _ = learn(learner, parts, 0)
-    metrics, _ = learn(learner, parts, 1)
+    components = of(tables, name, max_policy_lag=1)
+    learner = learner_of(components)
+    first, _ = learn(learner, components, 0)
+    metrics, _ = learn(learner, components, 1)
     assert (
         metrics["log_prob_check/max_abs"] < 1e-5 and np.isfinite(metrics["loss"]) and first["loss"] != metrics["loss"]
     )
@@ -76,11 +78,11 @@ def test_at_a_lag_every_algorithm_trains_on_data_of_an_older_version(name: str, 
 
 def test_samplers_sample_with_the_moving_average_where_the_algorithm_has_one(tables: dict) -> None:
     tables = {**tables, "algorithm": {"name": "diffusion_nft", "ema_decay_growth": 0.25, "ema_decay_max": 0.4}}
-    parts = parts_with(tables, learner__micro_batch_size=4, prompts__images_per_prompt=2)
-    learner = learner_of(parts)
+    components = components_with(tables, learner__micro_batch_size=4, prompts__images_per_prompt=2)
+    learner = learner_of(components)
     start = learner.weights()[-1]
-    _, one = learn(learner, parts, 0)
-    _, two = learn(learner, parts, 1)
+    _, one = learn(learner, components, 0)
+    _, two = learn(learner, components, 1)
     first = 0.25 * start.buffer + 0.75 * one.trained.buffer
     np.testing.assert_allclose(one.weights[-1].buffer, first, rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(two.weights[-1].buffer, 0.4 * first + 0.6 * two.trained.buffer, rtol=1e-6, atol=1e-8)
@@ -89,8 +91,8 @@ def test_samplers_sample_with_the_moving_average_where_the_algorithm_has_one(tab
 
 
 def test_an_algorithm_without_an_average_publishes_what_it_trains_and_saves_it_once(tables: dict) -> None:
-    parts = of(tables, "ddpo_is")
-    _, after = learn(learner_of(parts), parts, 0)
+    components = of(tables, "ddpo_is")
+    _, after = learn(learner_of(components), components, 0)
     assert after.own_weights is None and after.trained is after.weights[-1]
 
 
@@ -98,12 +100,12 @@ def test_old_predictions_are_those_of_the_weights_that_sampled(tables: dict) -> 
     """The gradient at lag 1 is of a network compared with its predictions two versions ago."""
     algorithm = {"name": "diffusion_nft", "noised_samples": 2}
     keys = {"max_policy_lag": 1, "learner__micro_batch_size": 1, "prompts__images_per_prompt": 2}
-    parts = parts_with({**tables, "algorithm": algorithm}, **keys, **ONE_STEP)
-    learner = learner_of(parts)
-    learn(learner, parts, 0)
+    components = components_with({**tables, "algorithm": algorithm}, **keys, **ONE_STEP)
+    learner = learner_of(components)
+    learn(learner, components, 0)
     behavior, present = learner.weights()[0], learner.state().trained
-    sampled = with_advantages(sample_round(parts, behavior, 1), parts)
-    policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
+    sampled = with_advantages(sample_round(components, behavior, 1), components)
+    policy = components.policy.load("cpu", components.recipe.sampling, "learner")
     pairs = learner._training_items(sampled.batch, _transitions(sampled))
     load_weights(policy.network, behavior)
     batches = [pairs.batch(index[None]) for index in indices_of(torch.arange(4), pairs.positions(0))]
@@ -134,15 +136,15 @@ def _denoise(policy, batch):
 
 
 def test_a_fresh_adapter_has_no_kl_to_the_pretrained_model(tables: dict) -> None:
-    parts = parts_with({**tables, "algorithm": {"name": "dpok"}}, **ONE_STEP)
-    fresh = Learner(parts.policy, parts.algorithm, parts.recipe)
-    sampled = sample_round(parts, fresh.weights()[-1])
+    components = components_with({**tables, "algorithm": {"name": "dpok"}}, **ONE_STEP)
+    fresh = Learner(components.policy, components.algorithm, components.recipe)
+    sampled = sample_round(components, fresh.weights()[-1])
     assert fresh.update(sampled.batch, *sampled.trajectories)[0]["kl_reference_nats"] == 0
 
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
-    policy = parts.policy.load(
-        "cpu", parts.recipe.sampling, "learner"
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
+    policy = components.policy.load(
+        "cpu", components.recipe.sampling, "learner"
     )  # adapters fresh from their start change nothing
     transitions = _transitions(sampled)
     batch = transitions.batch(indices_of(torch.arange(4), transitions.positions(0)))
@@ -160,10 +162,10 @@ def test_a_fresh_adapter_has_no_kl_to_the_pretrained_model(tables: dict) -> None
 def test_the_kl_pulls_the_policy_back_to_the_pretrained_model(tables: dict) -> None:
     def distance(coefficient: float) -> float:
         table = {"name": "dpok", "kl_coef": coefficient}
-        parts = parts_with({**tables, "algorithm": table}, learner__learning_rate=1e-2)
-        learner = learner_of(parts)
+        components = components_with({**tables, "algorithm": table}, learner__learning_rate=1e-2)
+        learner = learner_of(components)
         for round_index in range(3):
-            sampled = sample_round(parts, learner.weights()[-1], round_index)
+            sampled = sample_round(components, learner.weights()[-1], round_index)
             batch = dataclasses.replace(sampled.batch, advantages=np.zeros(8))
             metrics, _ = learner.update(batch, *sampled.trajectories)
         return metrics["kl_reference_nats"]
@@ -172,9 +174,9 @@ def test_the_kl_pulls_the_policy_back_to_the_pretrained_model(tables: dict) -> N
 
 
 def test_only_the_images_that_count_enter_the_sparse_steps(tables: dict) -> None:
-    parts = parts_with({**tables, "algorithm": {"name": "rwr_sparse"}}, learner__micro_batch_size=2)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with({**tables, "algorithm": {"name": "rwr_sparse"}}, learner__micro_batch_size=2)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     batch = dataclasses.replace(sampled.batch, advantages=np.array([1.0, 0, 0, 1, 1, 0, 1, 1]), dropped=())
     steps = learner._optimizer_steps_of(batch, learner._training_items(batch, _transitions(sampled)), 0)
     assert [len(step) for step in steps] == [5]  # four make a step, and what is left over joins it
@@ -188,9 +190,9 @@ def test_inner_epochs_end_when_the_budget_of_kl_is_spent(tables: dict) -> None:
     values = {"learner__inner_epochs": 4, "learner__learning_rate": 3e-3}
 
     def update(**more: object) -> tuple[float, str]:
-        parts = parts_with(tables, **values, **more)
-        learner = learner_of(parts)
-        sampled = sample_round(parts, learner.weights()[-1])
+        components = components_with(tables, **values, **more)
+        learner = learner_of(components)
+        sampled = sample_round(components, learner.weights()[-1])
         metrics, after = learner.update(sampled.batch, *sampled.trajectories)
         return metrics["optimizer_steps"], after.trained.fingerprint
 
@@ -200,9 +202,9 @@ def test_inner_epochs_end_when_the_budget_of_kl_is_spent(tables: dict) -> None:
 
 
 def test_a_window_is_trained_on_with_a_ratio_of_one(tables: dict) -> None:
-    parts = parts_with(tables, sampling__sde_window=2, learner__micro_batch_size=4)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, sampling__sde_window=2, learner__micro_batch_size=4)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     assert all(trajectory.steps.shape == (4, 2) for trajectory in sampled.trajectories)
     metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     assert metrics["ratio/max_abs_log"] < 1e-5

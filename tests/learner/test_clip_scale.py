@@ -3,7 +3,7 @@
 import pytest
 
 from tests.gradients import ONE_STEP
-from tests.rounds import learner_of, parts_with, sample_round, stale
+from tests.rounds import components_with, learner_of, sample_round, stale
 
 NATS = [-2.0, -0.5, 0.5, 2.0]  # by which steps have moved since they were sampled
 
@@ -11,9 +11,9 @@ NATS = [-2.0, -0.5, 0.5, 2.0]  # by which steps have moved since they were sampl
 def clip_fraction(tables: dict, resolution: int, clip: dict[str, float]) -> float:
     """Return the clip fractions of an update at this resolution, after every step has moved by one of NATS."""
     tables = {**tables, "algorithm": {"name": "ddpo_is", **clip}}
-    parts = parts_with(tables, policy__resolution=resolution, **ONE_STEP)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, policy__resolution=resolution, **ONE_STEP)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     elements = sampled.trajectories[0].latents[0, 0].numel()
     assert elements == 4 * (resolution // 2) ** 2
     moved = stale(sampled, [nats / elements for nats in NATS])
@@ -34,9 +34,9 @@ def test_with_clip_range_it_does_not(tables: dict) -> None:
 
 
 def test_the_clip_fraction_is_reported_by_step(tables: dict) -> None:
-    parts = parts_with({**tables, "algorithm": {"name": "ddpo_is", "clip_nats": 1.0}}, **ONE_STEP)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with({**tables, "algorithm": {"name": "ddpo_is", "clip_nats": 1.0}}, **ONE_STEP)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     moved = stale(sampled, [nats / 256 for nats in NATS])
     metrics, _ = learner.update(moved.batch, *moved.trajectories)
     of_steps = [metrics[f"clip_fraction/step_{step:02d}"] for step in range(4)]

@@ -7,7 +7,7 @@ import torch
 from ray_ddpo.learner.drift import kl_subset
 from ray_ddpo.learner.process_group import ProcessGroup
 from ray_ddpo.learner.round_data.transitions import indices_of, optimizer_steps, round_transitions
-from tests.rounds import learner_of, parts_with, sample_round
+from tests.rounds import components_with, learner_of, sample_round
 
 
 @pytest.mark.parametrize(
@@ -17,8 +17,8 @@ from tests.rounds import learner_of, parts_with, sample_round
 def test_the_subset_has_full_images_that_fill_at_most_one_batch(
     size: int, images: int, batches: list[int], tables: dict
 ) -> None:
-    parts = parts_with(tables, sampling__num_steps=4, sampling__timestep_fraction=1.0)
-    sampled = sample_round(parts, learner_of(parts).weights()[0], 0)
+    components = components_with(tables, sampling__num_steps=4, sampling__timestep_fraction=1.0)
+    sampled = sample_round(components, learner_of(components).weights()[0], 0)
     transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
     order = np.array([3, 1, 2, 0])
     steps = optimizer_steps(order, 2, (), transitions.positions(0))

@@ -14,7 +14,7 @@ from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.round_data.transitions import indices_of, round_transitions
 from tests.gradients import ONE_STEP, gradient_of, model_alphas, reference_network, reference_paths, relative_error
 from tests.reference import ddpo_reference as reference
-from tests.rounds import SampledRound, learner_of, parts_with, sample_round
+from tests.rounds import SampledRound, components_with, learner_of, sample_round
 
 
 def without(sampled: SampledRound, *images: int) -> SampledRound:
@@ -25,11 +25,11 @@ def without(sampled: SampledRound, *images: int) -> SampledRound:
     return SampledRound(batch, sampled.trajectories)
 
 
-def plain_update(parts: Components, sampled: SampledRound) -> str:
+def plain_update(components: Components, sampled: SampledRound) -> str:
     """Make a plain update on all images, and return the fingerprint of the weights."""
-    recipe = parts.recipe
-    policy = parts.policy.load("cpu", recipe.sampling, "learner")
-    load_weights(policy.network, learner_of(parts).weights()[-1])
+    recipe = components.recipe
+    policy = components.policy.load("cpu", recipe.sampling, "learner")
+    load_weights(policy.network, learner_of(components).weights()[-1])
     parameters = trained_parameters(policy.network).values()
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learner.learning_rate, weight_decay=1e-4, fused=True)
     transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
@@ -41,7 +41,7 @@ def plain_update(parts: Components, sampled: SampledRound) -> str:
             optimizer.zero_grad()
             for start in range(0, len(pairs), recipe.learner.micro_batch_size):
                 micro_batch = transitions.batch(pairs[start : start + recipe.learner.micro_batch_size])
-                (parts.algorithm.compute_loss(policy, micro_batch).loss.sum() / len(pairs)).backward()
+                (components.algorithm.compute_loss(policy, micro_batch).loss.sum() / len(pairs)).backward()
             torch.nn.utils.clip_grad_norm_(parameters, recipe.learner.max_grad_norm, foreach=True)
             optimizer.step()
     return read_weights(policy.network, 1).fingerprint
@@ -49,18 +49,18 @@ def plain_update(parts: Components, sampled: SampledRound) -> str:
 
 @pytest.mark.parametrize("inner_epochs", [1, 2])
 def test_a_round_without_any_is_the_plain_update_to_the_last_bit(inner_epochs: int, tables: dict) -> None:
-    parts = parts_with(tables, learner__inner_epochs=inner_epochs)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, learner__inner_epochs=inner_epochs)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     _, after = learner.update(sampled.batch, *sampled.trajectories)
-    assert after.weights[-1].fingerprint == plain_update(parts, sampled)
+    assert after.weights[-1].fingerprint == plain_update(components, sampled)
 
 
 def test_the_gradient_is_that_of_the_papers_over_the_images_that_are_left(tables: dict, tiny_model: Path) -> None:
-    parts = parts_with(tables, **ONE_STEP)
-    learner = learner_of(parts)
+    components = components_with(tables, **ONE_STEP)
+    learner = learner_of(components)
     weights = learner.weights()[-1]
-    sampled = without(sample_round(parts, weights), 2)  # 12 pairs are left: a micro-batch of 8 and one of 4
+    sampled = without(sample_round(components, weights), 2)  # 12 pairs are left: a micro-batch of 8 and one of 4
     metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     setting = reference.Setting(model_alphas(tiny_model), num_steps=4, guidance_scale=3.0, clip_range=1e-3)
     paths = [path for image, path in enumerate(reference_paths(sampled, tiny_model)) if image != 2]
@@ -73,12 +73,12 @@ def test_the_gradient_is_that_of_the_papers_over_the_images_that_are_left(tables
 
 
 def test_an_optimizer_step_without_images_is_skipped_and_the_other_is_unchanged(tables: dict) -> None:
-    parts = parts_with(tables)
-    first, second = transition_order(parts.recipe.seed, 0, 0, 8).reshape(2, 4)
+    components = components_with(tables)
+    first, second = transition_order(components.recipe.seed, 0, 0, 8).reshape(2, 4)
     found = {}
     for name, images in (("first", first), ("second", second)):
-        learner = learner_of(parts)
-        sampled = without(sample_round(parts, learner.weights()[-1]), *images.tolist())
+        learner = learner_of(components)
+        sampled = without(sample_round(components, learner.weights()[-1]), *images.tolist())
         metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
         assert metrics["optimizer_steps"] == 2 and metrics["optimizer_steps_skipped"] == 1
         assert metrics["ratio/max_abs_log"] < 1e-5  # whichever is left is the first
@@ -90,11 +90,11 @@ def test_an_optimizer_step_without_images_is_skipped_and_the_other_is_unchanged(
 
 
 def test_no_number_of_a_dropped_image_reaches_the_weights_or_the_metrics(tables: dict) -> None:
-    parts = parts_with(tables, learner__inner_epochs=2)
+    components = components_with(tables, learner__inner_epochs=2)
     found = []
     for damage in (False, True):
-        learner = learner_of(parts)
-        sampled = without(sample_round(parts, learner.weights()[-1]), 0, 5)
+        learner = learner_of(components)
+        sampled = without(sample_round(components, learner.weights()[-1]), 0, 5)
         if damage:
             for trajectory, row in zip(sampled.trajectories, (0, 1), strict=True):
                 trajectory.latents[row], trajectory.log_probs[row] = math.nan, math.nan

@@ -12,7 +12,7 @@ from ray_ddpo.learner.algorithms.advantages import (
     per_prompt_advantages,
     round_advantages,
 )
-from tests.rounds import SampledRound, learner_of, parts_with, sample_round
+from tests.rounds import SampledRound, components_with, learner_of, sample_round
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, -1e9 / 7, 0.0])
@@ -38,13 +38,13 @@ def with_advantage(sampled: SampledRound, advantage: float) -> SampledRound:
     return SampledRound(dataclasses.replace(sampled.batch, advantages=advantages), sampled.trajectories)
 
 
-def second_round(parts: Components, advantage: float) -> tuple[dict[str, float], bool]:
+def second_round(components: Components, advantage: float) -> tuple[dict[str, float], bool]:
     """Train on an ordinary round, then on one with equal advantages. Return its metrics, and if weights changed."""
-    learner = learner_of(parts)
-    first = sample_round(parts, learner.weights()[-1])
+    learner = learner_of(components)
+    first = sample_round(components, learner.weights()[-1])
     learner.update(first.batch, *first.trajectories)
     before = learner.state()
-    second = with_advantage(sample_round(parts, learner.weights()[-1], 1), advantage)
+    second = with_advantage(sample_round(components, learner.weights()[-1], 1), advantage)
     metrics, after = learner.update(second.batch, *second.trajectories)
     same = after.trained.fingerprint == before.trained.fingerprint
     moments = all(np.array_equal(after.optimizer[name], before.optimizer[name]) for name in before.optimizer)
@@ -53,7 +53,7 @@ def second_round(parts: Components, advantage: float) -> tuple[dict[str, float],
 
 
 def test_with_advantages_of_0_no_optimizer_step_is_made(tables: dict) -> None:
-    metrics, moved = second_round(parts_with(tables, learner__weight_decay=0.1), 0.0)
+    metrics, moved = second_round(components_with(tables, learner__weight_decay=0.1), 0.0)
     assert not moved
     assert metrics["optimizer_steps"] == metrics["optimizer_steps_skipped"] == 2 and metrics["ratio/max"] > 0
 
@@ -65,6 +65,6 @@ def test_with_advantages_of_0_no_optimizer_step_is_made(tables: dict) -> None:
 )
 def test_equal_advantages_with_a_gradient_are_trained_on(tables: dict, algorithm: dict, advantage: float) -> None:
     metrics, moved = second_round(
-        parts_with({**tables, "algorithm": algorithm}, learner__micro_batch_size=4), advantage
+        components_with({**tables, "algorithm": algorithm}, learner__micro_batch_size=4), advantage
     )
     assert moved and metrics["optimizer_steps_skipped"] == 0

@@ -17,7 +17,7 @@ from ray_ddpo.deploy.evaluation.eval_log import EvalLog
 from ray_ddpo.learner.checkpoints.checkpoint import load_checkpoint
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.train import run_training
-from tests.rounds import parts_with, sample_round
+from tests.rounds import components_with, sample_round
 from tests.tiny_policy import SAMPLING, tiny_policy
 
 FULL = {"policy__train": "full", "learner__learning_rate": 1e-5}
@@ -26,10 +26,10 @@ HALF = {**FULL, "policy__dtype": "bfloat16"}
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.eight_bit)])
 def test_in_bfloat16_weights_gradients_and_optimizer_state_are_float32(optimizer: str, tables: dict) -> None:
-    parts = parts_with(tables, **HALF, learner__optimizer=optimizer, learner__weight_decay=0)
-    learner = Learner(parts.policy, parts.algorithm, parts.recipe)
+    components = components_with(tables, **HALF, learner__optimizer=optimizer, learner__weight_decay=0)
+    learner = Learner(components.policy, components.algorithm, components.recipe)
     before = learner.weights()[-1]
-    sampled = sample_round(parts, before)
+    sampled = sample_round(components, before)
     metrics, state = learner.update(sampled.batch, *sampled.trajectories)
     floats = {value.dtype for value in state.optimizer.values()} - {np.dtype("uint8"), np.dtype("int64")}
     assert floats == {np.dtype("float32")} and metrics["grad_norm"] > 0
@@ -45,9 +45,11 @@ def test_in_bfloat16_weights_gradients_and_optimizer_state_are_float32(optimizer
 @pytest.mark.parametrize("micro_batch_size", [4, 16])
 def test_in_bfloat16_sampler_and_learner_compute_the_same(micro_batch_size: int, tables: dict) -> None:
     values = {**HALF, "sampling__batch_size": 8, "sampling__batches_per_round": 1, "learner__batch_size": 8}
-    parts = parts_with(tables, **values, learner__micro_batch_size=micro_batch_size, algorithm__clip_range=1e-4)
-    learner = Learner(parts.policy, parts.algorithm, parts.recipe)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(
+        tables, **values, learner__micro_batch_size=micro_batch_size, algorithm__clip_range=1e-4
+    )
+    learner = Learner(components.policy, components.algorithm, components.recipe)
+    sampled = sample_round(components, learner.weights()[-1])
     metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     print(f"micro-batches of {micro_batch_size}: largest |log ratio| {metrics['ratio/max_abs_log']:.1e}")
     assert metrics["ratio/max_abs_log"] == 0.0 and metrics["clip_fraction"] == 0.0
@@ -69,9 +71,9 @@ def test_a_sampler_holds_float32_for_weights_in_bfloat16_would_move_the_ratio(ti
 
 @pytest.mark.parametrize("role", ["sampler", "learner"])
 def test_a_plan_counts_gradients_and_optimizer_state_for_the_learner_only(role: Role, tables: dict) -> None:
-    parts = parts_with(tables, **FULL)
-    policy: Any = parts.policy.load("cpu", SAMPLING, role)
-    sizes = plan_of(parts.recipe).sizes
+    components = components_with(tables, **FULL)
+    policy: Any = components.policy.load("cpu", SAMPLING, role)
+    sizes = plan_of(components.recipe).sizes
     network = parameter_bytes(policy.network)
     if role == "learner":
         assert sizes.learner.fixed >= 4 * network  # weights, gradients, two moments
@@ -84,11 +86,11 @@ def test_a_plan_counts_gradients_and_optimizer_state_for_the_learner_only(role: 
 def test_the_moving_average_of_full_networks_is_sampled_with_and_resumed(tables: dict) -> None:
     evaluation = {"every": 1, "images": 4, "batch_size": 4, "ema_decay": 0.5}
     values = {**FULL, "learner__learning_rate": 1e-3, "checkpoint__every": 1, "checkpoint__keep": 9}
-    parts = parts_with({**tables, "rounds": 2, "evaluation": evaluation}, **values)
-    run_training(parts.recipe, serial=True)
-    folder = RunFolder(parts.recipe.run_path())
+    components = components_with({**tables, "rounds": 2, "evaluation": evaluation}, **values)
+    run_training(components.recipe, serial=True)
+    folder = RunFolder(components.recipe.run_path())
     first, second = (load_checkpoint(folder.checkpoints.folder(f"round-{done:06d}")) for done in (1, 2))
-    start = Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1]
+    start = Learner(components.policy, components.algorithm, components.recipe).weights()[-1]
     expected = averaged(averaged(start, first.learner.trained, 0.5), second.learner.trained, 0.5)
     average = second.evaluation.average
     assert average is not None and average.fingerprint == expected.fingerprint != second.learner.trained.fingerprint

@@ -22,12 +22,12 @@ from tests.gradients import (
     updated,
 )
 from tests.reference import ddpo_reference as reference
-from tests.rounds import SampledRound, learner_of, parts_with, sample_round, stale
+from tests.rounds import SampledRound, components_with, learner_of, sample_round, stale
 
 
 def test_a_learner_that_sees_another_folder_than_the_driver_says_so(tables: dict, tmp_path: Path) -> None:
-    parts = parts_with(tables)
-    learner = Learner(parts.policy, parts.algorithm, parts.recipe)
+    components = components_with(tables)
+    learner = Learner(components.policy, components.algorithm, components.recipe)
     with RunFolder(tmp_path / "shared").token() as token:
         learner.check_folder(str(tmp_path / "shared"), token)
         with pytest.raises(ValueError, match="output_dir: .*elsewhere on the learner's machine is not the driver's"):
@@ -39,7 +39,7 @@ SHIFTS = [-4e-3, -4e-4, 0.0, 4e-4, 4e-3]  # some beyond the clip range of 1e-3, 
 
 def test_the_second_update_on_stale_data_has_the_references_ratios_and_gradient(tables: dict, tiny_model: Path) -> None:
     values = {**ONE_STEP, "learner__learning_rate": 3e-3}
-    once, twice = parts_with(tables, **values), parts_with(tables, **values, learner__inner_epochs=2)
+    once, twice = components_with(tables, **values), components_with(tables, **values, learner__inner_epochs=2)
     learner = learner_of(once)
     sampled = stale(sample_round(once, learner.weights()[-1]), SHIFTS)
     first, after = learner.update(sampled.batch, *sampled.trajectories)
@@ -71,10 +71,12 @@ def test_the_second_update_on_stale_data_has_the_references_ratios_and_gradient(
 def test_the_gradient_of_an_update_is_the_papers_taken_transition_by_transition(
     shifts: list[float], timestep_fraction: float, tables: dict, tiny_model: Path
 ) -> None:
-    parts = parts_with(tables, sampling__num_steps=8, sampling__timestep_fraction=timestep_fraction, **ONE_STEP)
-    learner = learner_of(parts)
+    components = components_with(
+        tables, sampling__num_steps=8, sampling__timestep_fraction=timestep_fraction, **ONE_STEP
+    )
+    learner = learner_of(components)
     weights = learner.weights()[-1]
-    sampled = stale(sample_round(parts, weights), shifts)
+    sampled = stale(sample_round(components, weights), shifts)
     metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     assert (metrics["clip_fraction"] > 0.2) == (len(shifts) > 1)  # the clip has something to do, or nothing
     setting = reference.Setting(model_alphas(tiny_model), num_steps=8, guidance_scale=3.0, clip_range=1e-3)
@@ -91,8 +93,8 @@ def test_the_gradient_of_an_update_is_the_papers_taken_transition_by_transition(
 # Batches of other sizes run other kernels, whose rounding the last step's small deviation magnifies.
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 16])
 def test_the_micro_batch_size_does_not_change_the_update(micro_batch_size: int, tables: dict) -> None:
-    parts = parts_with(tables, **ONE_STEP)
-    sampled = stale(sample_round(parts, learner_of(parts).weights()[-1]), SHIFTS)
+    components = components_with(tables, **ONE_STEP)
+    sampled = stale(sample_round(components, learner_of(components).weights()[-1]), SHIFTS)
     expected = gradient_of(updated(tables, sampled))
     error = relative_error(gradient_of(updated(tables, sampled, learner__micro_batch_size=micro_batch_size)), expected)
     print(f"relative error at micro_batch_size {micro_batch_size}: {error:.1e}")
@@ -107,9 +109,9 @@ def test_accumulated_batches_are_one_larger_batch(tables: dict) -> None:
 
 
 def test_two_optimizer_steps_and_two_inner_epochs_are_counted_and_change_the_weights(tables: dict) -> None:
-    parts = parts_with(tables, learner__inner_epochs=2)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, learner__inner_epochs=2)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     metrics, after = learner.update(sampled.batch, *sampled.trajectories)
     weights = after.weights[-1]
     assert metrics["optimizer_steps"] == 2 * 2  # 8 images, 4 an optimizer step, twice
@@ -119,9 +121,9 @@ def test_two_optimizer_steps_and_two_inner_epochs_are_counted_and_change_the_wei
 
 
 def test_before_the_first_optimizer_step_every_ratio_is_one(tables: dict) -> None:
-    parts = parts_with(tables, algorithm__clip_range=1e-4, learner__micro_batch_size=4)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, algorithm__clip_range=1e-4, learner__micro_batch_size=4)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     print(f"ratio/max_abs_log before any update: {metrics['ratio/max_abs_log']:.1e}")
     assert metrics["ratio/max_abs_log"] <= 0.01 * 1e-4
@@ -130,9 +132,9 @@ def test_before_the_first_optimizer_step_every_ratio_is_one(tables: dict) -> Non
 
 def test_in_bfloat16_at_most_a_hundredth_of_transitions_is_clipped_at_the_start(tables: dict) -> None:
     values = {**ONE_STEP, "policy__dtype": "bfloat16", "algorithm__clip_range": 1e-4}
-    parts = parts_with(tables, **values)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, **values)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     metrics, after = learner.update(sampled.batch, *sampled.trajectories)
     weights = after.weights[-1]
     print(f"bfloat16: {metrics['clip_fraction']:.1%} outside, largest |log ratio| {metrics['ratio/max_abs_log']:.1e}")
@@ -141,18 +143,18 @@ def test_in_bfloat16_at_most_a_hundredth_of_transitions_is_clipped_at_the_start(
 
 
 def test_in_float16_a_step_that_overflows_is_skipped_and_counted(tables: dict) -> None:
-    parts = parts_with(tables, policy__dtype="float16", sampling__batches_per_round=1)
-    learner = learner_of(parts)
+    components = components_with(tables, policy__dtype="float16", sampling__batches_per_round=1)
+    learner = learner_of(components)
     state = learner.state()
     learner.load_state(dataclasses.replace(state, scaler={**state.scaler, "scale": 2.0**100}))
     before = learner.weights()[-1]
-    sampled = sample_round(parts, before)
+    sampled = sample_round(components, before)
     metrics, after = learner.update(sampled.batch, *sampled.trajectories)
     weights = after.weights[-1]
     assert metrics["optimizer_steps"] == metrics["optimizer_steps_skipped"] == 1
     assert weights.policy_version == 1 and weights.fingerprint == before.fingerprint
     assert learner.state().scaler["scale"] == 2.0**99
-    calm = learner_of(parts)
+    calm = learner_of(components)
     assert calm.update(sampled.batch, *sampled.trajectories)[0]["optimizer_steps_skipped"] == 0
 
 
@@ -165,16 +167,16 @@ def test_the_norm_of_the_gradient_is_limited(tables: dict) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_learner_that_resumes_from_a_state_arrives_at_the_same_bits(dtype: str, tables: dict) -> None:
-    parts = parts_with(tables, max_policy_lag=1, policy__dtype=dtype, sampling__num_steps=2)
-    learner = learner_of(parts)
-    first = sample_round(parts, learner.weights()[-1], round_index=0)
+    components = components_with(tables, max_policy_lag=1, policy__dtype=dtype, sampling__num_steps=2)
+    learner = learner_of(components)
+    first = sample_round(components, learner.weights()[-1], round_index=0)
     learner.update(first.batch, *first.trajectories)
     state = learner.state()
-    second = sample_round(parts, learner.weights()[0], round_index=1)
+    second = sample_round(components, learner.weights()[0], round_index=1)
     expected_metrics, after = learner.update(second.batch, *second.trajectories)
     expected = after.weights[-1]
 
-    resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
+    resumed = Learner(components.policy, components.algorithm, components.recipe)
     resumed.load_state(state)
     assert [weights.fingerprint for weights in resumed.weights()] == [weights.fingerprint for weights in state.weights]
     metrics, after = resumed.update(second.batch, *second.trajectories)
@@ -187,13 +189,13 @@ def test_a_learner_that_resumes_from_a_state_arrives_at_the_same_bits(dtype: str
 
 
 def test_a_state_is_a_copy_that_later_updates_do_not_change(tables: dict) -> None:
-    parts = parts_with(tables, **ONE_STEP)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, **ONE_STEP)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     learner.update(sampled.batch, *sampled.trajectories)
     state = learner.state()
     before = {name: value.copy() for name, value in state.optimizer.items()}
-    again = sample_round(parts, learner.weights()[-1], round_index=1)
+    again = sample_round(components, learner.weights()[-1], round_index=1)
     learner.update(again.batch, *again.trajectories)
     assert all(np.array_equal(value, before[name]) for name, value in state.optimizer.items())
     assert any(not np.array_equal(value, before[name]) for name, value in learner.state().optimizer.items())
@@ -201,8 +203,8 @@ def test_a_state_is_a_copy_that_later_updates_do_not_change(tables: dict) -> Non
 
 def test_the_first_weights_are_a_function_of_the_recipes_seed(tables: dict) -> None:
     def first_fingerprint(seed: int) -> str:
-        parts = parts_with(tables, seed=seed)
-        return Learner(parts.policy, parts.algorithm, parts.recipe).weights()[-1].fingerprint
+        components = components_with(tables, seed=seed)
+        return Learner(components.policy, components.algorithm, components.recipe).weights()[-1].fingerprint
 
     torch.manual_seed(123)
     first = first_fingerprint(0)
@@ -212,19 +214,19 @@ def test_the_first_weights_are_a_function_of_the_recipes_seed(tables: dict) -> N
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_as_many_versions_are_kept_as_the_lag_may_ask_for(lag: int, tables: dict) -> None:
-    parts = parts_with(tables, max_policy_lag=lag, sampling__num_steps=2, **ONE_STEP)
-    learner = learner_of(parts)
+    components = components_with(tables, max_policy_lag=lag, sampling__num_steps=2, **ONE_STEP)
+    learner = learner_of(components)
     for round_index in range(3):
-        sampled = sample_round(parts, learner.weights()[0 if round_index else -1], round_index)
+        sampled = sample_round(components, learner.weights()[0 if round_index else -1], round_index)
         learner.update(sampled.batch, *sampled.trajectories)
     assert [weights.policy_version for weights in learner.weights()] == list(range(3 - lag, 4))
 
 
 @pytest.fixture
 def refusing(tables: dict) -> tuple[Learner, SampledRound]:
-    parts = parts_with(tables, **ONE_STEP)
-    learner = learner_of(parts)
-    return learner, sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, **ONE_STEP)
+    learner = learner_of(components)
+    return learner, sample_round(components, learner.weights()[-1])
 
 
 def test_a_trajectory_sampled_with_other_weights_is_refused(refusing: tuple[Learner, SampledRound]) -> None:
@@ -255,14 +257,14 @@ def test_a_micro_batch_that_does_not_divide_the_transitions_is_refused_at_the_st
     from tests.tiny_pipeline import save_tiny_pipeline
 
     model = save_tiny_pipeline(tmp_path / "model", set_alpha_to_one=True)  # the last of 4 steps has no noise
-    parts = parts_with({**tables, "policy": {**tables["policy"], "model": str(model)}})
+    components = components_with({**tables, "policy": {**tables["policy"], "model": str(model)}})
     with pytest.raises(ValueError, match="4 images × 3 trained steps = 12 transitions, which .* = 8 does not divide"):
-        Learner(parts.policy, parts.algorithm, parts.recipe)
+        Learner(components.policy, components.algorithm, components.recipe)
 
 
 def test_the_kl_to_the_pretrained_model_is_that_of_both_policies_transitions(tables: dict) -> None:
     values = {"learner__batch_size": 8, "learner__micro_batch_size": 32, "rounds": 4}  # all pairs are looked at
-    evaluated, others = (parts_with(tables, **values, evaluation__every=every) for every in (1, 0))
+    evaluated, others = (components_with(tables, **values, evaluation__every=every) for every in (1, 0))
     learner, unwatched = learner_of(evaluated), learner_of(others)
     sampled = sample_round(evaluated, learner.weights()[-1])
     metrics, state = learner.update(sampled.batch, *sampled.trajectories)

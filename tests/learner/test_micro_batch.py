@@ -8,7 +8,7 @@ import torch
 
 import ray_ddpo.learner.optimization.micro_batch as module
 from ray_ddpo.learner.optimization.micro_batch import MOST_ON_CPU, StepTrial, largest_that_fits
-from tests.rounds import learner_of, parts_with, sample_round
+from tests.rounds import components_with, learner_of, sample_round
 
 Memory = namedtuple("Memory", "available")
 AUTO = {"learner__micro_batch_size": "auto"}
@@ -34,7 +34,7 @@ def test_the_largest_divisor_that_fits_is_found_from_any_prediction_that_is_near
 
 
 def test_a_run_with_enough_memory_takes_the_largest_size_for_a_cpu(tables: dict) -> None:
-    learner = learner_of(parts_with(tables, **AUTO))
+    learner = learner_of(components_with(tables, **AUTO))
     assert learner.state().micro_batch_size == 16  # all pairs of an optimizer step
     assert MOST_ON_CPU >= 16
 
@@ -42,20 +42,20 @@ def test_a_run_with_enough_memory_takes_the_largest_size_for_a_cpu(tables: dict)
 def test_a_run_with_little_memory_takes_less_and_says_what_to_do_about_none(
     tables: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = parts_with(tables, **AUTO)
-    sizes = parts.policy.sizes(parts.recipe.sampling, "cpu")
+    components = components_with(tables, **AUTO)
+    sizes = components.policy.sizes(components.recipe.sampling, "cpu")
     of_size(monkeypatch, sizes.learner.of(7) / 0.9)
-    assert learner_of(parts).state().micro_batch_size == 4
+    assert learner_of(components).state().micro_batch_size == 4
     of_size(monkeypatch, sizes.learner.of(1))
     with pytest.raises(
         ValueError, match=r'"auto", and one transition takes .* GB .* policy\.gradient_checkpointing = true'
     ):
-        learner_of(parts)
+        learner_of(components)
 
 
 def test_the_number_found_learns_as_the_same_number_given(tables: dict) -> None:
-    found, given = (learner_of(parts_with(tables, learner__micro_batch_size=size)) for size in ("auto", 16))
-    sampled = sample_round(parts_with(tables, **AUTO), found.weights()[-1])
+    found, given = (learner_of(components_with(tables, learner__micro_batch_size=size)) for size in ("auto", 16))
+    sampled = sample_round(components_with(tables, **AUTO), found.weights()[-1])
     (metrics, state), (_, other) = (learner.update(sampled.batch, *sampled.trajectories) for learner in (found, given))
     assert metrics["learner/micro_batch_size"] == 16
     assert state.trained.fingerprint == other.trained.fingerprint
@@ -63,13 +63,13 @@ def test_the_number_found_learns_as_the_same_number_given(tables: dict) -> None:
 
 
 def test_a_resumed_learner_keeps_the_size_that_was_found_before(tables: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = parts_with(tables, **AUTO)
-    before = learner_of(parts)
-    of_size(monkeypatch, parts.policy.sizes(parts.recipe.sampling, "cpu").learner.of(2) / 0.9)
-    after = learner_of(parts)
+    components = components_with(tables, **AUTO)
+    before = learner_of(components)
+    of_size(monkeypatch, components.policy.sizes(components.recipe.sampling, "cpu").learner.of(2) / 0.9)
+    after = learner_of(components)
     assert after.state().micro_batch_size == 2
     after.load_state(before.state())
-    sampled = sample_round(parts, before.weights()[-1])
+    sampled = sample_round(components, before.weights()[-1])
     trained = [learner.update(sampled.batch, *sampled.trajectories)[1].trained for learner in (before, after)]
     assert trained[0].fingerprint == trained[1].fingerprint
     after.load_state(dataclasses.replace(before.state(), micro_batch_size=None))  # of an older checkpoint
@@ -77,7 +77,7 @@ def test_a_resumed_learner_keeps_the_size_that_was_found_before(tables: dict, mo
 
 
 def test_a_number_that_is_given_stays_whatever_the_state_says(tables: dict) -> None:
-    learner = learner_of(parts_with(tables, learner__micro_batch_size=4))
+    learner = learner_of(components_with(tables, learner__micro_batch_size=4))
     learner.load_state(dataclasses.replace(learner.state(), micro_batch_size=2))
     assert learner.state().micro_batch_size == 4
 
@@ -86,12 +86,14 @@ def test_a_number_that_is_given_stays_whatever_the_state_says(tables: dict) -> N
     "algorithm", [{"name": "ddpo_is"}, {"name": "ddpo_is", "kl_coef": 0.1}, {"name": "diffusion_nft"}], ids=str
 )
 def test_a_trial_takes_what_is_predicted_and_leaves_no_trace(algorithm: dict, tables: dict) -> None:
-    parts = parts_with({**tables, "algorithm": algorithm}, learner__micro_batch_size=4, prompts__images_per_prompt=2)
-    policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
-    sizes = parts.policy.sizes(parts.recipe.sampling, "cpu")
+    components = components_with(
+        {**tables, "algorithm": algorithm}, learner__micro_batch_size=4, prompts__images_per_prompt=2
+    )
+    policy = components.policy.load("cpu", components.recipe.sampling, "learner")
+    sizes = components.policy.sizes(components.recipe.sampling, "cpu")
     before = {name: value.clone() for name, value in policy.network.state_dict().items()}
     random = torch.get_rng_state()
-    peak = StepTrial(policy, parts.algorithm, sizes).peak(4)
+    peak = StepTrial(policy, components.algorithm, sizes).peak(4)
     assert peak == pytest.approx(sizes.learner.of(4), rel=0.05)
     assert all(torch.equal(value, before[name]) for name, value in policy.network.state_dict().items())
     assert all(parameter.grad is None for parameter in policy.network.parameters())

@@ -17,7 +17,7 @@ from ray_ddpo.deploy.driver.components import build_components, components_of
 from ray_ddpo.learner.weight_check import WeightsDidNotArrive, computes_as_samplers
 from tests.conftest import small_tables
 from tests.model_copies import copied
-from tests.rounds import learner_of, moved, parts_with, sample_round
+from tests.rounds import components_with, learner_of, moved, sample_round
 
 HALF = {"policy__sampler_dtype": "bfloat16"}
 OWN = {"algorithm__off_policy__ratio": "proximal"}
@@ -25,16 +25,18 @@ OWN = {"algorithm__off_policy__ratio": "proximal"}
 
 def test_the_plain_ratio_is_refused_with_the_keys_that_are_at_odds(tables: dict) -> None:
     with pytest.raises(ValueError, match='sampler_dtype .bfloat16.*ratio = "proximal"'):
-        parts_with(tables, **HALF)
-    assert components_of(parts_with(tables, **HALF, **OWN).recipe).policy.numerics_differ
+        components_with(tables, **HALF)
+    assert components_of(components_with(tables, **HALF, **OWN).recipe).policy.numerics_differ
     sf = {**tables, "algorithm": {"name": "ddpo_sf"}}  # looks at no log-prob of the sampler's
-    assert build_components(parts_with(sf, **HALF, learner__batch_size=8).recipe).policy.sampler_dtype == "bfloat16"
+    assert (
+        build_components(components_with(sf, **HALF, learner__batch_size=8).recipe).policy.sampler_dtype == "bfloat16"
+    )
 
 
 def test_the_samplers_rounding_changes_no_proximal_ratio(tables: dict) -> None:
-    parts = parts_with(tables, **HALF, **OWN, learner__batch_size=8)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, **HALF, **OWN, learner__batch_size=8)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     metrics, state = learner.update(sampled.batch, *sampled.trajectories)
     assert metrics["ratio/max_abs_log"] > 1e-5  # the sampler's log-probs are another network's
     assert metrics["clip_fraction"] == 0.0  # and the loss's ratio is 1 before any update
@@ -47,12 +49,12 @@ def test_the_samplers_rounding_changes_no_proximal_ratio(tables: dict) -> None:
 def test_no_rounding_ends_a_run_and_weights_that_did_not_arrive_do(lag: int, tables: dict) -> None:
     """The tolerance is far below rounding in half precision: equal numerics are compared."""
     keys = {"learner__log_prob_tolerance": 1e-9, "learner__batch_size": 8, "max_policy_lag": lag}
-    parts = parts_with(tables, **HALF, **OWN, **keys)
-    learner = learner_of(parts)
+    components = components_with(tables, **HALF, **OWN, **keys)
+    learner = learner_of(components)
     for round_index in range(2):
         claimed = learner.weights()[0]
-        sampled = sample_round(parts, claimed, round_index)
-        wrong = sample_round(parts, moved(claimed, seed=2), round_index)
+        sampled = sample_round(components, claimed, round_index)
+        wrong = sample_round(components, moved(claimed, seed=2), round_index)
         with pytest.raises(WeightsDidNotArrive, match="in the sampler's numerics"):
             learner.update(wrong.with_reports(fingerprint=claimed.fingerprint), *wrong.trajectories)
         learner.update(sampled.batch, *sampled.trajectories)
@@ -60,9 +62,9 @@ def test_no_rounding_ends_a_run_and_weights_that_did_not_arrive_do(lag: int, tab
 
 def test_merged_adapters_in_half_precision_are_compared_with_merged_ones(tables: dict) -> None:
     keys = {"policy__dtype": "bfloat16", "policy__merge_adapters": True, "learner__log_prob_tolerance": 1e-9}
-    parts = parts_with(tables, **OWN, **keys)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, **OWN, **keys)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     assert metrics["log_prob_check/rounding"] > 0.0
 
@@ -82,9 +84,9 @@ def test_a_second_network_is_kept_only_where_the_first_computes_otherwise() -> N
 
 
 def test_a_merged_sampler_in_float32_stays_within_the_usual_tolerance(tables: dict) -> None:
-    parts = parts_with(tables, policy__merge_adapters=True)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, policy__merge_adapters=True)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     assert 0 < metrics["ratio/max_abs_log"] < 1e-5
 
@@ -116,10 +118,10 @@ ONE_SHAPE = {"learner__micro_batch_size": 4}  # as a sampler's rows, so that eac
 @pytest.mark.compiled
 def test_compiled_both_learn_the_same_as_eager_within_rounding(one_block_model: Path, tmp_path: Path) -> None:
     def learned(**keys: str) -> tuple[dict[str, float], torch.Tensor]:
-        parts = parts_with(small_tables(one_block_model, tmp_path), **ONE_SHAPE, **keys)
-        learner = learner_of(parts)
+        components = components_with(small_tables(one_block_model, tmp_path), **ONE_SHAPE, **keys)
+        learner = learner_of(components)
         start = torch.cat([torch.from_numpy(each.copy()).flatten() for each in learner.weights()[-1].arrays().values()])
-        sampled = sample_round(parts, learner.weights()[-1])
+        sampled = sample_round(components, learner.weights()[-1])
         metrics, state = learner.update(sampled.batch, *sampled.trajectories)
         after = torch.cat([torch.from_numpy(each.copy()).flatten() for each in state.weights[-1].arrays().values()])
         return metrics, after - start
@@ -152,9 +154,9 @@ def test_compiled_in_half_precision_the_proximal_ratio_is_1_until_the_weights_mo
     tables = small_tables(one_block_model, tmp_path)
     keys = {"policy__dtype": "bfloat16", "policy__compile": "both", "algorithm__clip_range": 1e-12}
     still = {"learner__learning_rate": 1e-30, "learner__weight_decay": 0, "learner__batch_size": 4}
-    parts = parts_with(tables, **OWN, **keys, **still, **ONE_SHAPE)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, **OWN, **keys, **still, **ONE_SHAPE)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     metrics, state = learner.update(sampled.batch, *sampled.trajectories)
     assert state.weights[-1].fingerprint == sampled.batch.reports[0].fingerprint
     assert metrics["optimizer_steps"] == 2 and metrics["clip_fraction"] == 0.0

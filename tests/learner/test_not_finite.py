@@ -20,7 +20,7 @@ from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.optimization.optimizer_steps import NotFinite
 from tests.accepted_page import assert_refused
 from tests.failure_page import assert_documented
-from tests.rounds import learner_of, parts_with, sample_round
+from tests.rounds import components_with, learner_of, sample_round
 
 MODES = {
     "float32": {},
@@ -57,9 +57,9 @@ def is_finite(arrays: dict[str, np.ndarray]) -> bool:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_whose_gradient_is_not_finite_is_not_applied(mode: str, tables: dict) -> None:
-    parts = parts_with(tables, learner__batch_size=2, **MODES[mode])
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, learner__batch_size=2, **MODES[mode])
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     with planted(learner):
         if mode == "float16":  # an overflow of its scaled gradients looks just so, and is the scaler's daily bread
             metrics, state = learner.update(sampled.batch, *sampled.trajectories)
@@ -80,9 +80,9 @@ def test_a_step_whose_gradient_is_not_finite_is_not_applied(mode: str, tables: d
 
 
 def test_after_the_error_the_learner_resumes_from_its_last_state_to_the_same_bits(tables: dict) -> None:
-    parts = parts_with(tables)
-    whole, learner = learner_of(parts), learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables)
+    whole, learner = learner_of(components), learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     state = learner.state()
     with planted(learner), pytest.raises(NotFinite):
         learner.update(sampled.batch, *sampled.trajectories)
@@ -94,11 +94,11 @@ def test_after_the_error_the_learner_resumes_from_its_last_state_to_the_same_bit
 
 
 def test_float16_whose_scaler_has_nothing_left_to_halve_is_at_its_end(tables: dict) -> None:
-    parts = parts_with(tables, policy__dtype="float16", learner__batch_size=2)
-    learner = learner_of(parts)
+    components = components_with(tables, policy__dtype="float16", learner__batch_size=2)
+    learner = learner_of(components)
     state = learner.state()
     learner.load_state(dataclasses.replace(state, scaler={**state.scaler, "scale": 1.0}))
-    sampled = sample_round(parts, learner.weights()[-1])
+    sampled = sample_round(components, learner.weights()[-1])
     with planted(learner), pytest.raises(NotFinite, match='"float16" overflows'):
         learner.update(sampled.batch, *sampled.trajectories)
 
@@ -110,17 +110,17 @@ def test_the_part_of_the_loss_that_is_not_finite_is_named(
     broken = {"policy": "decoupled_surrogate", "kl": "gaussian_kl"}[part]
     whole = getattr(policy_gradient, broken)
     monkeypatch.setattr(policy_gradient, broken, lambda *given: whole(*given) * torch.nan)
-    parts = parts_with({**tables, "algorithm": {"name": "ddpo_is", "kl_coef": 0.1}})
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with({**tables, "algorithm": {"name": "ddpo_is", "kl_coef": 0.1}})
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     with pytest.raises(NotFinite, match=re.escape(f"optimizer step 1 of 2: the loss ({part}) is not finite")):
         learner.update(sampled.batch, *sampled.trajectories)
 
 
 def test_weights_that_an_update_makes_infinite_are_never_published(tables: dict) -> None:
-    parts = parts_with(tables, learner__batch_size=8)
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    components = components_with(tables, learner__batch_size=8)
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     parameter = next(iter(learner._parameters.values()))
     learner._optimizer.register_step_post_hook(lambda *_: parameter.data.view(-1)[:1].fill_(torch.inf))
     with pytest.raises(NotFinite, match=r"round 0: the weights \S+ are not finite after it; .* 0.001 is too high"):

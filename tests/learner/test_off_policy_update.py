@@ -20,7 +20,7 @@ from ray_ddpo.learner.round_data.transitions import indices_of, round_transition
 from ray_ddpo.learner.temporary_weights import temporary_weights
 from tests.gradients import ONE_STEP, gradient_of, relative_error
 from tests.reference import ddpo_reference as reference
-from tests.rounds import SampledRound, learner_of, parts_with, sample_round
+from tests.rounds import SampledRound, components_with, learner_of, sample_round
 
 SEEN: list[TransitionBatch] = []
 
@@ -43,17 +43,17 @@ class Watching(Algorithm):
         return self.inner.compute_loss(policy, batch)
 
 
-def lagging(parts: Components) -> tuple[Learner, SampledRound]:
+def lagging(components: Components) -> tuple[Learner, SampledRound]:
     """Return a learner one version ahead of the next round's; at lag 0 of the same version."""
-    learner, lag = learner_of(parts), parts.recipe.max_policy_lag
+    learner, lag = learner_of(components), components.recipe.max_policy_lag
     for round_index in range(lag):
-        sampled = sample_round(parts, learner.weights()[0], round_index)
+        sampled = sample_round(components, learner.weights()[0], round_index)
         learner.update(sampled.batch, *sampled.trajectories)
-    return learner, sample_round(parts, learner.weights()[0], lag)
+    return learner, sample_round(components, learner.weights()[0], lag)
 
 
-def transition_under(parts: Components, weights: PolicyWeights, batch: TransitionBatch):
-    policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
+def transition_under(components: Components, weights: PolicyWeights, batch: TransitionBatch):
+    policy = components.policy.load("cpu", components.recipe.sampling, "learner")
     load_weights(policy.network, weights)
     with torch.no_grad():
         return policy.transition(batch.latents, batch.steps, batch.conditioning)
@@ -65,8 +65,8 @@ def test_references_are_of_the_updates_start_and_of_the_behavior_policy(
     lag: int, inner_epochs: int, tables: dict
 ) -> None:
     values = {"max_policy_lag": lag, "learner__inner_epochs": inner_epochs}
-    parts = dataclasses.replace(parts_with(tables, **values), algorithm=Watching())
-    learner, sampled = lagging(parts)
+    components = dataclasses.replace(components_with(tables, **values), algorithm=Watching())
+    learner, sampled = lagging(components)
     behavior, start = learner.weights()[0], learner.weights()[-1]
     assert (behavior.fingerprint == start.fingerprint) == (lag == 0)
     SEEN.clear()
@@ -78,18 +78,18 @@ def test_references_are_of_the_updates_start_and_of_the_behavior_policy(
     assert all((batch.behavior_means is None) == (inner_epochs == 1 and lag == 0) for batch in first_step)
     for batch in SEEN:
         if batch.proximal_log_probs is not None:
-            expected = transition_under(parts, start, batch).log_prob(batch.next_latents)
+            expected = transition_under(components, start, batch).log_prob(batch.next_latents)
             torch.testing.assert_close(batch.proximal_log_probs, expected, rtol=0, atol=0)
         if batch.behavior_means is not None:
             torch.testing.assert_close(
-                batch.behavior_means, transition_under(parts, behavior, batch).mean, rtol=0, atol=0
+                batch.behavior_means, transition_under(components, behavior, batch).mean, rtol=0, atol=0
             )
     assert all(batch.proximal_log_probs is not None and batch.behavior_means is not None for batch in SEEN[2:])
 
 
 def test_one_optimizer_step_on_the_present_version_needs_no_pass_at_all(tables: dict) -> None:
-    parts = dataclasses.replace(parts_with(tables, **ONE_STEP), algorithm=Watching())
-    learner, sampled = lagging(parts)
+    components = dataclasses.replace(components_with(tables, **ONE_STEP), algorithm=Watching())
+    learner, sampled = lagging(components)
     SEEN.clear()
     learner.update(sampled.batch, *sampled.trajectories)
     assert all(batch.proximal_log_probs is batch.behavior_means is None for batch in SEEN)
@@ -97,7 +97,7 @@ def test_one_optimizer_step_on_the_present_version_needs_no_pass_at_all(tables: 
 
 def fingerprint_with(tables: dict, off_policy: dict) -> tuple[str, dict[str, float]]:
     tables = {**tables, "algorithm": {**tables["algorithm"], **off_policy}}
-    learner, sampled = lagging(parts_with(tables, max_policy_lag=1))
+    learner, sampled = lagging(components_with(tables, max_policy_lag=1))
     metrics, after = learner.update(sampled.batch, *sampled.trajectories)
     return after.weights[-1].fingerprint, metrics
 
@@ -130,13 +130,13 @@ def test_each_correction_changes_what_is_learned_and_says_so(tables: dict) -> No
 
 def test_where_everything_is_masked_no_step_is_taken(tables: dict) -> None:
     tables = {**tables, "algorithm": {**tables["algorithm"], "off_policy": {"max_drift_nats": 1e-9}}}
-    parts = parts_with(tables, max_policy_lag=1)
-    learner = learner_of(parts)
-    first = sample_round(parts, learner.weights()[0], 0)
+    components = components_with(tables, max_policy_lag=1)
+    learner = learner_of(components)
+    first = sample_round(components, learner.weights()[0], 0)
     metrics, _ = learner.update(first.batch, *first.trajectories)
     assert metrics["masked_fraction"] == 0.5  # on the policy that sampled the first step is free, the second has moved
     before = learner.weights()[-1].fingerprint
-    sampled = sample_round(parts, learner.weights()[0], 1)
+    sampled = sample_round(components, learner.weights()[0], 1)
     metrics, after = learner.update(sampled.batch, *sampled.trajectories)
     assert metrics["masked_fraction"] == 1 and metrics["optimizer_steps_skipped"] == metrics["optimizer_steps"] == 2
     assert after.weights[-1].fingerprint == before and metrics["loss"] == 0
@@ -159,10 +159,10 @@ def slow_loss(policy: Policy, behavior_mean: np.ndarray, batch: TransitionBatch)
 def test_the_gradient_is_that_of_the_decoupled_loss_over_unmasked_transitions(tables: dict) -> None:
     off_policy = {"ratio": "proximal", "importance_weight": BAND, "max_drift_nats": LIMIT}
     tables = {**tables, "algorithm": {"name": "ddpo_is", "clip_range": CLIP, "off_policy": off_policy}}
-    parts = parts_with(tables, max_policy_lag=1, **ONE_STEP)
-    learner, sampled = lagging(parts)
+    components = components_with(tables, max_policy_lag=1, **ONE_STEP)
+    learner, sampled = lagging(components)
     behavior, start = learner.weights()
-    policy = parts.policy.load("cpu", parts.recipe.sampling, "learner")
+    policy = components.policy.load("cpu", components.recipe.sampling, "learner")
     transitions = round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
     batches = [transitions.batch(index[None]) for index in indices_of(torch.arange(4), transitions.positions(0))]
     load_weights(policy.network, start)
@@ -184,9 +184,9 @@ def test_the_gradient_is_that_of_the_decoupled_loss_over_unmasked_transitions(ta
 def test_a_learner_that_resumes_from_a_state_arrives_at_the_same_bits(tables: dict) -> None:
     off_policy = {"ratio": "proximal", "importance_weight": BAND, "max_drift_nats": LIMIT}
     tables = {**tables, "algorithm": {**tables["algorithm"], "off_policy": off_policy}}
-    parts = parts_with(tables, max_policy_lag=1)
-    learner, sampled = lagging(parts)
-    resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
+    components = components_with(tables, max_policy_lag=1)
+    learner, sampled = lagging(components)
+    resumed = Learner(components.policy, components.algorithm, components.recipe)
     resumed.load_state(learner.state())
     after = [one.update(sampled.batch, *sampled.trajectories)[1].weights[-1].fingerprint for one in (learner, resumed)]
     assert after[0] == after[1]
@@ -194,8 +194,10 @@ def test_a_learner_that_resumes_from_a_state_arrives_at_the_same_bits(tables: di
 
 def test_weights_that_are_not_the_present_ones_are_given_back_to_the_last_bit(tables: dict) -> None:
     off_policy = {"max_drift_nats": 1e9}
-    parts = parts_with({**tables, "algorithm": {**tables["algorithm"], "off_policy": off_policy}}, max_policy_lag=1)
-    learner, sampled = lagging(parts)
+    components = components_with(
+        {**tables, "algorithm": {**tables["algorithm"], "off_policy": off_policy}}, max_policy_lag=1
+    )
+    learner, sampled = lagging(components)
     batch, steps = sampled.batch, [torch.tensor([(0, 0), (1, 0)])]
     transitions = round_transitions(sampled.trajectories, batch.advantages, "cpu")
     behavior, present = learner.weights()

@@ -17,7 +17,7 @@ from ray_ddpo.deploy.driver.components import build_components
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ray_ddpo.learner.learner import Learner
 from ray_ddpo.learner.optimization.optimizer import load_optimizer_arrays, optimizer_arrays, optimizer_of
-from tests.rounds import parts_with, sample_round
+from tests.rounds import components_with, sample_round
 
 RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
 EIGHT_BIT = {"learner__optimizer": "adamw_8bit", "policy__train": "full", "policy__model": "tiny_animals"}
@@ -125,16 +125,16 @@ def small(tables: dict, **values: object) -> dict:
 
 @pytest.mark.eight_bit
 def test_a_learner_with_eight_bits_resumes_from_a_checkpoint_to_the_same_bits(tables: dict, tmp_path: Path) -> None:
-    parts = parts_with(tables, **small(tables))
-    learner = Learner(parts.policy, parts.algorithm, parts.recipe)
-    first = sample_round(parts, learner.weights()[-1], round_index=0)
+    components = components_with(tables, **small(tables))
+    learner = Learner(components.policy, components.algorithm, components.recipe)
+    first = sample_round(components, learner.weights()[-1], round_index=0)
     _, state = learner.update(first.batch, *first.trajectories)
     assert np.dtype("uint8") in {array.dtype for array in state.optimizer.values()}
     saved = save_checkpoint(Storage(tmp_path / "saved"), Checkpoint(1, state, {}), keep=1, shard_bytes=100_000)
-    second = sample_round(parts, learner.weights()[-1], round_index=1)
+    second = sample_round(components, learner.weights()[-1], round_index=1)
     _, expected = learner.update(second.batch, *second.trajectories)
 
-    resumed = Learner(parts.policy, parts.algorithm, parts.recipe)
+    resumed = Learner(components.policy, components.algorithm, components.recipe)
     resumed.load_state(load_checkpoint(saved).learner)
     _, found = resumed.update(second.batch, *second.trajectories)
     assert found.trained.fingerprint == expected.trained.fingerprint != state.trained.fingerprint
@@ -152,14 +152,14 @@ def test_the_plan_counts_two_bytes_a_parameter_and_not_eight(tables: dict) -> No
     assert eight.optimizer_bytes == pytest.approx(2 * 859_520_964, rel=0.02)
     assert plain.learner_bytes - eight.learner_bytes == plain.optimizer_bytes - eight.optimizer_bytes
     assert plain.sampler_bytes == eight.sampler_bytes  # it has no optimizer
-    parts = parts_with(tables, **small(tables))
-    made = Learner(parts.policy, parts.algorithm, parts.recipe)
-    sampled = sample_round(parts, made.weights()[-1])
+    components = components_with(tables, **small(tables))
+    made = Learner(components.policy, components.algorithm, components.recipe)
+    sampled = sample_round(components, made.weights()[-1])
     _, state = made.update(sampled.batch, *sampled.trajectories)
     maps = sum(array.nbytes for name, array in state.optimizer.items() if "qmap" in name)  # one for all, on the device
     held = sum(array.nbytes for array in state.optimizer.values()) - maps
-    print(f"{held / plan_of(parts.recipe).optimizer_bytes:.3f} of what is planned")
-    assert held == pytest.approx(plan_of(parts.recipe).optimizer_bytes, rel=0.1)
+    print(f"{held / plan_of(components.recipe).optimizer_bytes:.3f} of what is planned")
+    assert held == pytest.approx(plan_of(components.recipe).optimizer_bytes, rel=0.1)
 
 
 def test_without_its_library_the_recipe_is_refused_before_anything_is_sampled(
@@ -169,8 +169,8 @@ def test_without_its_library_the_recipe_is_refused_before_anything_is_sampled(
     with pytest.raises(
         ValueError, match=r"adamw_8bit' needs the package 'bitsandbytes'.*pip install \"ray-ddpo\[8bit\]\""
     ):
-        parts_with(tables, **EIGHT_BIT)
-    assert build_components(parts_with(tables).recipe)
+        components_with(tables, **EIGHT_BIT)
+    assert build_components(components_with(tables).recipe)
     options = ["--learner.optimizer", "adamw_8bit"]
     assert cli.main(["train", str(RECIPES / "demo.toml"), *options]) == 2
     assert "needs the package 'bitsandbytes'" in capsys.readouterr().err
@@ -180,4 +180,4 @@ def test_without_its_library_the_recipe_is_refused_before_anything_is_sampled(
 
 def test_another_name_is_refused_with_those_that_there_are(tables: dict) -> None:
     with pytest.raises(ValueError, match="learner.optimizer.*'adamw' or 'adamw_8bit'"):
-        parts_with(tables, learner__optimizer="lion")
+        components_with(tables, learner__optimizer="lion")

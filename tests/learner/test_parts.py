@@ -7,14 +7,16 @@ from ray_ddpo.common.schedule import round_parts, transition_order
 from ray_ddpo.common.trajectory import TrainBatch
 from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.learner import Learner
-from tests.rounds import SampledRound, learner_of, parts_with, sample_round, stale
+from tests.rounds import SampledRound, components_with, learner_of, sample_round, stale
 
 
 @pytest.fixture
-def parts(tables: dict) -> Components:
+def components(tables: dict) -> Components:
     """Return a recipe with two parts of two tasks of two images, and one optimizer step a part."""
     changes = {"sampling__batch_size": 2, "sampling__batches_per_round": 4, "max_policy_lag": 1}
-    return parts_with(tables, **changes, learner__batch_size=4, learner__micro_batch_size=2, learner__parts_per_round=2)
+    return components_with(
+        tables, **changes, learner__batch_size=4, learner__micro_batch_size=2, learner__parts_per_round=2
+    )
 
 
 def halves(sampled: SampledRound, count: int = 2) -> list[SampledRound]:
@@ -36,8 +38,8 @@ def halves(sampled: SampledRound, count: int = 2) -> list[SampledRound]:
     ]
 
 
-def test_the_tasks_of_each_part(parts: Components) -> None:
-    assert round_parts(parts.recipe) == [range(2), range(2, 4)]
+def test_the_tasks_of_each_part(components: Components) -> None:
+    assert round_parts(components.recipe) == [range(2), range(2, 4)]
 
 
 def test_each_part_keeps_the_order_of_its_images_among_all_of_the_round() -> None:
@@ -54,9 +56,9 @@ def one_after_the_other(learner: Learner, sampled: SampledRound) -> tuple[dict[s
     return metrics, after.weights[-1].buffer
 
 
-def test_two_parts_are_two_updates_with_nothing_published_between(parts: Components) -> None:
-    in_parts, in_rounds = learner_of(parts), learner_of(parts)
-    sampled = sample_round(parts, in_parts.weights()[-1])
+def test_two_parts_are_two_updates_with_nothing_published_between(components: Components) -> None:
+    in_parts, in_rounds = learner_of(components), learner_of(components)
+    sampled = sample_round(components, in_parts.weights()[-1])
     before = in_parts.weights()
     first, last = halves(sampled)
     in_parts.begin(first.batch, *first.trajectories)
@@ -74,40 +76,40 @@ def test_two_parts_are_two_updates_with_nothing_published_between(parts: Compone
     assert metrics["log_prob_check/max_abs"] < 1e-5, "the second part is checked under the weights that sampled it"
 
 
-def test_the_second_part_is_trained_on_with_the_weights_that_the_first_one_left(parts: Components) -> None:
+def test_the_second_part_is_trained_on_with_the_weights_that_the_first_one_left(components: Components) -> None:
     """The policy has changed since the images were sampled; in a single part the ratio would be 1."""
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     metrics, _ = one_after_the_other(learner, sampled)
     assert metrics["ratio/max"] - metrics["ratio/min"] > 1e-5
 
 
-def test_what_was_begun_is_undone_by_the_state_before_it(parts: Components) -> None:
-    learner = learner_of(parts)
+def test_what_was_begun_is_undone_by_the_state_before_it(components: Components) -> None:
+    learner = learner_of(components)
     state = learner.state()
-    sampled = sample_round(parts, learner.weights()[-1])
+    sampled = sample_round(components, learner.weights()[-1])
     first = halves(sampled)[0]
     learner.begin(first.batch, *first.trajectories)
     learner.load_state(state)
     metrics, after = one_after_the_other(learner, sampled)
-    calm = learner_of(parts)
+    calm = learner_of(components)
     expected_metrics, expected = one_after_the_other(calm, sampled)
     assert np.array_equal(after, expected)
     assert {**metrics, "seconds/learn": 0} == {**expected_metrics, "seconds/learn": 0}
 
 
-def test_a_part_that_was_sampled_with_other_weights_is_refused(parts: Components) -> None:
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+def test_a_part_that_was_sampled_with_other_weights_is_refused(components: Components) -> None:
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     first, last = halves(sampled)[0], halves(stale(sampled, [0.01]))[1]
     learner.begin(first.batch, *first.trajectories)
     with pytest.raises(RuntimeError, match="other weights"):
         learner.update(last.batch, *last.trajectories)
 
 
-def test_a_part_whose_images_are_all_dropped_moves_nothing(parts: Components) -> None:
-    learner = learner_of(parts)
-    sampled = sample_round(parts, learner.weights()[-1])
+def test_a_part_whose_images_are_all_dropped_moves_nothing(components: Components) -> None:
+    learner = learner_of(components)
+    sampled = sample_round(components, learner.weights()[-1])
     first, last = halves(sampled)
     learner.begin(first.batch, *first.trajectories)
     nothing = np.full(4, np.nan)
@@ -118,9 +120,9 @@ def test_a_part_whose_images_are_all_dropped_moves_nothing(parts: Components) ->
 
 
 @pytest.mark.parametrize("which", ["the last one first", "the first one twice", "the last one begun"])
-def test_parts_out_of_order_are_our_own_error(parts: Components, which: str) -> None:
-    learner = learner_of(parts)
-    first, last = halves(sample_round(parts, learner.weights()[-1]))
+def test_parts_out_of_order_are_our_own_error(components: Components, which: str) -> None:
+    learner = learner_of(components)
+    first, last = halves(sample_round(components, learner.weights()[-1]))
     with pytest.raises(AssertionError, match="part"):
         if which == "the last one first":
             learner.update(last.batch, *last.trajectories)
@@ -144,4 +146,4 @@ def test_parts_that_do_not_fit_are_refused_with_the_numbers(tables: dict, change
     shape = {"sampling__batch_size": 2, "sampling__batches_per_round": 4, "learner__batch_size": 4}
     shape |= {"learner__micro_batch_size": 2, "learner__parts_per_round": 2}
     with pytest.raises(ValueError, match=text):
-        parts_with(tables, **{**shape, **changes})
+        components_with(tables, **{**shape, **changes})

@@ -18,7 +18,7 @@ from ray_ddpo.learner.round_data.transitions import RoundTransitions, indices_of
 from tests.conftest import small_tables
 from tests.gradients import relative_error
 from tests.rank_processes import Case, Outcome, learn, run_in_ranks, with_changes
-from tests.rounds import learner_of, parts_with, sample_round
+from tests.rounds import components_with, learner_of, sample_round
 
 TWO_RANKS = {"batch_size": 4, "world_size": 2}
 ONE_RANK = {"batch_size": 2, "gradient_accumulation_steps": 2, "world_size": 1}  # the same images an optimizer step
@@ -184,8 +184,8 @@ def test_all_shares_together_are_the_optimizer_step(count: int) -> None:
 
 @pytest.fixture(scope="module")
 def transitions(small: dict) -> RoundTransitions:
-    parts = parts_with(small)
-    sampled = sample_round(parts, learner_of(parts).weights()[-1])
+    components = components_with(small)
+    sampled = sample_round(components, learner_of(components).weights()[-1])
     return round_transitions(sampled.trajectories, sampled.batch.advantages, "cpu")
 
 
@@ -213,9 +213,9 @@ def test_transitions_of_another_rank_in_the_first_epoch_have_references_too(tran
 
 
 def test_ranks_have_different_names_on_the_dashboard(small: dict) -> None:
-    parts = parts_with(small)
-    assert repr(learner_of(parts, ProcessGroup(1, 2))).startswith("Learner rank 1 of 2, of ")
-    assert repr(learner_of(parts)).startswith("Learner of ")
+    components = components_with(small)
+    assert repr(learner_of(components, ProcessGroup(1, 2))).startswith("Learner rank 1 of 2, of ")
+    assert repr(learner_of(components)).startswith("Learner of ")
     batch = TrainBatch(3, (), np.zeros(0))
     assert title_of(batch, 1, 2) == "Learner rank 1 of 2: learn from round 3"
     assert title_of(batch) == "Learner: learn from round 3"
@@ -224,7 +224,7 @@ def test_ranks_have_different_names_on_the_dashboard(small: dict) -> None:
 def test_a_recipe_decides_the_world_size_and_whether_ranks_share_gpus(small: dict) -> None:
     for num_gpus, own in ((0.5, False), (0.6, True), (1, True)):
         learner = {**TWO_RANKS, "num_gpus": num_gpus}
-        ranks = process_groups(parts_with(with_changes(small, {"learner": learner})).recipe)
+        ranks = process_groups(components_with(with_changes(small, {"learner": learner})).recipe)
         assert [str(each) for each in ranks] == ["rank 0 of 2", "rank 1 of 2"]
         assert {each._own_gpu for each in ranks} == {own}
 

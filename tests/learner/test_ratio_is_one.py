@@ -8,7 +8,7 @@ from torch import Tensor
 from ray_ddpo.common.diffusion.diffusers_policy import DiffusersPolicy
 from tests.accepted_page import assert_accepted
 from tests.gradients import ONE_STEP
-from tests.rounds import learner_of, parts_with, sample_round
+from tests.rounds import components_with, learner_of, sample_round
 
 
 @pytest.fixture
@@ -29,8 +29,10 @@ def test_it_is_1_for_transitions_in_the_rows_of_the_samplers_batch(
     micro_batch_size: int, tables: dict, rounds_by_its_batch: None
 ) -> None:
     assert_accepted("micro-batches that are composed otherwise than a sampler's batches")
-    learner = learner_of(parts := parts_with(tables, **{**ONE_STEP, "learner__micro_batch_size": micro_batch_size}))
-    sampled = sample_round(parts, learner.weights()[-1])
+    learner = learner_of(
+        components := components_with(tables, **{**ONE_STEP, "learner__micro_batch_size": micro_batch_size})
+    )
+    sampled = sample_round(components, learner.weights()[-1])
     metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     assert metrics["log_prob_check/max_abs"] == 0.0  # the learner scores them in the batches that they were sampled in
     assert metrics["ratio/max_abs_log"] > 1e-6  # and learns from them in its own, of mixed steps and images
@@ -40,8 +42,8 @@ def test_the_proximal_ratio_is_1_at_a_rounds_first_step_whatever_the_batches_are
     tables: dict, rounds_by_its_batch: None
 ) -> None:
     tables |= {"algorithm": {"name": "ddpo_is", "clip_range": 1e-12, "off_policy": {"ratio": "proximal"}}}
-    learner = learner_of(parts := parts_with(tables, **ONE_STEP))
-    sampled = sample_round(parts, learner.weights()[-1])
+    learner = learner_of(components := components_with(tables, **ONE_STEP))
+    sampled = sample_round(components, learner.weights()[-1])
     metrics, _ = learner.update(sampled.batch, *sampled.trajectories)
     assert metrics["clip_fraction"] == 0.0
     expected = -np.float32(sampled.batch.advantages).clip(-5, 5).mean()

@@ -12,19 +12,19 @@ from ray_ddpo.deploy.driver.components import Components
 from ray_ddpo.learner.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from ray_ddpo.learner.checkpoints.learner_state import LearnerState
 from ray_ddpo.learner.checkpoints.resume import resume_point
-from tests.rounds import parts_with
+from tests.rounds import components_with
 
 
-def folder_of(parts: Components) -> RunFolder:
-    return RunFolder(parts.recipe.run_path())
+def folder_of(components: Components) -> RunFolder:
+    return RunFolder(components.recipe.run_path())
 
 
 def begun(tables: dict, rounds_done: int | None = None) -> RunFolder:
     """Return a run's folder with its recipe, and with a checkpoint if `rounds_done` is given."""
-    parts = parts_with(tables)
-    folder = folder_of(parts)
+    components = components_with(tables)
+    folder = folder_of(components)
     folder.create()
-    folder.write_recipe(parts.resolved())
+    folder.write_recipe(components.resolved())
     if rounds_done:
         weights = pack(rounds_done, {"a": np.ones((2, 2))})
         state = Checkpoint(rounds_done, LearnerState(rounds_done, (weights,), {}, {}), {"joined": {"a cat": (1.0,)}})
@@ -33,25 +33,25 @@ def begun(tables: dict, rounds_done: int | None = None) -> RunFolder:
 
 
 def test_an_empty_folder_begins_with_or_without_resume(tables: dict) -> None:
-    parts = parts_with(tables)
-    assert resume_point(folder_of(parts), parts.resolved(), resume=True) is None
-    assert resume_point(folder_of(parts), parts.resolved(), resume=False) is None
+    components = components_with(tables)
+    assert resume_point(folder_of(components), components.resolved(), resume=True) is None
+    assert resume_point(folder_of(components), components.resolved(), resume=False) is None
 
 
 def test_a_run_is_not_overwritten_unasked(tables: dict) -> None:
     folder = begun(tables)
     with pytest.raises(ValueError, match=f"the run folder {folder.location} exists: resume it with --resume auto"):
-        resume_point(folder, parts_with(tables).resolved(), resume=False)
+        resume_point(folder, components_with(tables).resolved(), resume=False)
 
 
 def test_a_run_resumes_from_its_newest_checkpoint(tables: dict) -> None:
     folder = begun(tables, rounds_done=7)
-    found = resume_point(folder, parts_with(tables).resolved(), resume=True)
+    found = resume_point(folder, components_with(tables).resolved(), resume=True)
     assert found is not None and found.rounds_done == 7 and found.statistics == {"joined": {"a cat": (1.0,)}}
 
 
 def test_a_run_without_a_checkpoint_begins_again(tables: dict) -> None:
-    assert resume_point(begun(tables), parts_with(tables).resolved(), resume=True) is None
+    assert resume_point(begun(tables), components_with(tables).resolved(), resume=True) is None
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str
     with pytest.raises(
         ValueError, match=f"was made with another recipe: {text}; to train its weights further .* --from "
     ):
-        resume_point(folder, parts_with(tables, **{key: value}).resolved(), resume=True)
+        resume_point(folder, components_with(tables, **{key: value}).resolved(), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_what_decides_the_weights_may_not_change(key: str, value: Any, text: str
     ],
 )
 def test_what_does_not_decide_the_weights_may_change(key: str, value: Any, tables: dict) -> None:
-    found = resume_point(begun(tables, rounds_done=7), parts_with(tables, **{key: value}).resolved(), resume=True)
+    found = resume_point(begun(tables, rounds_done=7), components_with(tables, **{key: value}).resolved(), resume=True)
     assert found is not None and found.rounds_done == 7
 
 
@@ -129,12 +129,12 @@ def test_a_moved_folder_and_other_trackers_are_no_other_recipe(tables: dict, tmp
     folder = begun(tables, rounds_done=7)
     moved = Path(folder.location).rename(tmp_path / "moved")
     other = {**tables, "output_dir": str(tmp_path), "trackers": [{"name": "tensorboard"}]}
-    assert resume_point(RunFolder(moved), parts_with(other).resolved(), resume=True) is not None
+    assert resume_point(RunFolder(moved), components_with(other).resolved(), resume=True) is not None
 
 
 def test_a_key_given_at_its_default_is_the_same_recipe(tables: dict) -> None:
     folder = begun(tables, rounds_done=7)
-    spelled_out = parts_with(tables, sampling__eta=1.0, learner__world_size=1, policy__lora__alpha=4)
+    spelled_out = components_with(tables, sampling__eta=1.0, learner__world_size=1, policy__lora__alpha=4)
     assert resume_point(folder, spelled_out.resolved(), resume=True) is not None
 
 
@@ -144,7 +144,7 @@ def test_of_several_rewards_workers_may_change_and_weights_and_order_may_not(tab
     one_reward = {key: value for key, value in tables.items() if key != "reward"}
 
     def with_rewards(*rewards: dict) -> dict[str, Any]:
-        return parts_with({**one_reward, "rewards": list(rewards)}).resolved()
+        return components_with({**one_reward, "rewards": list(rewards)}).resolved()
 
     folder = begun({**one_reward, "rewards": [first, second]}, rounds_done=7)
     more = {**first, "workers": {"count": 8, "batch_size": 4, "num_gpus": 0.5}}
@@ -161,7 +161,7 @@ def test_of_several_rewards_workers_may_change_and_weights_and_order_may_not(tab
 def test_where_files_are_may_change_for_their_fingerprints_say_what_they_are(tables: dict, tmp_path: Path) -> None:
     folder = begun(tables, rounds_done=7)
     (tmp_path / "elsewhere").symlink_to(tables["policy"]["model"], target_is_directory=True)
-    moved = parts_with(tables, policy__model=str(tmp_path / "elsewhere")).resolved()
+    moved = components_with(tables, policy__model=str(tmp_path / "elsewhere")).resolved()
     assert resume_point(folder, moved, resume=True, places={"policy.model"}) is not None
     with pytest.raises(ValueError, match="policy.model was .* and is .*elsewhere"):
         resume_point(folder, moved, resume=True)

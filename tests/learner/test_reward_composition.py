@@ -20,7 +20,7 @@ GROUP = DDPOImportanceSampling(advantages=AdvantageSettings(kind="group"))
 numbers = st.lists(st.floats(-100, 100).map(lambda value: round(value, 3)), min_size=8, max_size=8)
 
 
-def joined(
+def aggregated(
     aggregation: RewardAggregation, rewards: dict[str, list], algorithm: Algorithm = ROUND, group: int = 1
 ) -> AggregatedAdvantages:
     arrays = {name: np.array(values, np.float32) for name, values in rewards.items()}
@@ -29,7 +29,7 @@ def joined(
 
 
 def test_a_sum_is_of_the_rewards_as_they_are_and_keeps_no_parts() -> None:
-    found = joined(RewardAggregation({"a": 2.0, "b": -1.0}), {"a": [1, 2, 3], "b": [0, 4, 0]})
+    found = aggregated(RewardAggregation({"a": 2.0, "b": -1.0}), {"a": [1, 2, 3], "b": [0, 4, 0]})
     # 2, 0, 6: mean 8/3, deviation √(56/9)
     assert found.advantages == pytest.approx((np.array([2, 0, 6]) - 8 / 3) / (56 / 9) ** 0.5)
     assert found.parts == {}
@@ -37,10 +37,10 @@ def test_a_sum_is_of_the_rewards_as_they_are_and_keeps_no_parts() -> None:
 
 def test_normalized_rewards_count_by_their_weights_and_not_by_their_units() -> None:
     aggregation = RewardAggregation({"a": 1.0, "b": 0.5}, "z_score")
-    found = joined(aggregation, {"a": [0, 1], "b": [0, -1000]})
+    found = aggregated(aggregation, {"a": [0, 1], "b": [0, -1000]})
     assert found.parts["a"] == pytest.approx([-1, 1]) and found.parts["b"] == pytest.approx([1, -1])
     assert found.advantages == pytest.approx([-1, 1])  # −1 + 0.5 and 1 − 0.5, over their deviation
-    in_other_units = joined(aggregation, {"a": [0, 7], "b": [5, 4]})
+    in_other_units = aggregated(aggregation, {"a": [0, 7], "b": [5, 4]})
     assert in_other_units.advantages == pytest.approx(found.advantages)
 
 
@@ -65,8 +65,8 @@ def test_win_rates_are_those_of_a_slow_count_of_pairs(rewards: list[float], grou
 
 def test_an_outlier_that_rules_a_sum_is_one_win_among_win_rates() -> None:
     weights, rewards = {"a": 1.0, "b": 1.0}, {"a": [1000, 1, 2, 0], "b": [0, 3, 2, 1]}
-    summed = joined(RewardAggregation(weights), rewards, GROUP, 4).advantages
-    by_wins = joined(RewardAggregation(weights, "win_rate"), rewards, GROUP, 4)
+    summed = aggregated(RewardAggregation(weights), rewards, GROUP, 4).advantages
+    by_wins = aggregated(RewardAggregation(weights, "win_rate"), rewards, GROUP, 4)
     assert summed.argmax() == 0
     # Win rates 1, 1/3, 2/3, 0 and 0, 1, 2/3, 1/3: sums 1, 4/3, 4/3, 1/3
     assert by_wins.parts["a"] + by_wins.parts["b"] == pytest.approx([1, 4 / 3, 4 / 3, 1 / 3])
@@ -76,8 +76,8 @@ def test_an_outlier_that_rules_a_sum_is_one_win_among_win_rates() -> None:
 def test_gdpo_distinguishes_images_whose_sums_of_rewards_are_equal() -> None:
     """Rewards (0, 1) and (1, 0) have the same sum. Compared separately, the rarer one has the larger advantage."""
     weights, rewards = {"a": 1.0, "b": 1.0}, {"a": [0, 0, 0, 1], "b": [1, 0, 1, 0]}
-    summed = joined(RewardAggregation(weights), rewards, GROUP, 4).advantages
-    apart = joined(RewardAggregation(weights, "advantages"), rewards, GROUP, 4)
+    summed = aggregated(RewardAggregation(weights), rewards, GROUP, 4).advantages
+    apart = aggregated(RewardAggregation(weights, "advantages"), rewards, GROUP, 4)
     assert summed[0] == summed[2] == summed[3]
     assert apart.advantages[3] > apart.advantages[0] == apart.advantages[2] > apart.advantages[1]
     deviations = {"a": (3 / 16) ** 0.5 + 1e-4, "b": 0.5 + 1e-4}
@@ -108,7 +108,7 @@ def test_gdpo_sums_the_advantages_that_an_algorithm_of_ones_own_computes() -> No
             return statistics, rewards.argsort().argsort().astype(float)
 
     rewards = {"a": [0.0, 5.0, 9.0], "b": [1.0, 2.0, 3.0]}
-    found = joined(RewardAggregation({"a": 1.0, "b": 1.0}, "advantages"), rewards, Ranks(), 1)
+    found = aggregated(RewardAggregation({"a": 1.0, "b": 1.0}, "advantages"), rewards, Ranks(), 1)
     assert found.parts["a"].tolist() == found.parts["b"].tolist() == [0, 1, 2]
 
 
@@ -154,10 +154,10 @@ def test_a_floor_never_lets_an_image_below_it_beat_one_that_keeps_it(
     assert (np.diff(ranked[~keeps][order]) <= 0).all()
 
 
-@pytest.mark.parametrize("join", ["sum", "z_score", "advantages", "win_rate"])
-def test_a_floor_holds_in_every_kind_of_aggregation(join: str) -> None:
-    aggregation = RewardAggregation({"aim": 1.0, "guard": 0.0}, join, {"guard": 0.5})
-    found = joined(aggregation, {"aim": [10, 1, 2, 9], "guard": [0.1, 0.9, 0.8, 0.4]}, GROUP, 4)
+@pytest.mark.parametrize("kind", ["sum", "z_score", "advantages", "win_rate"])
+def test_a_floor_holds_in_every_kind_of_aggregation(kind: str) -> None:
+    aggregation = RewardAggregation({"aim": 1.0, "guard": 0.0}, kind, {"guard": 0.5})
+    found = aggregated(aggregation, {"aim": [10, 1, 2, 9], "guard": [0.1, 0.9, 0.8, 0.4]}, GROUP, 4)
     assert found.advantages.argsort().tolist() == [0, 3, 1, 2]
 
 
@@ -165,7 +165,7 @@ def test_a_floor_that_all_images_keep_changes_nothing() -> None:
     rewards = {"aim": [4.0, 1.0, 2.0], "guard": [0.9, 0.9, 0.5]}
     without = RewardAggregation({"aim": 1.0, "guard": 0.0})
     with_floor = RewardAggregation(without.weights, "sum", {"guard": 0.5})
-    assert joined(with_floor, rewards).advantages.tolist() == joined(without, rewards).advantages.tolist()
+    assert aggregated(with_floor, rewards).advantages.tolist() == aggregated(without, rewards).advantages.tolist()
 
 
 TWO = {"rewards": [{"name": "jpeg_compressibility"}, {"name": "animal_classifier", "weight": 0.5, "floor": -1.0}]}
@@ -177,9 +177,9 @@ def recipe_with(tables: dict, *words: str, **values: object) -> Recipe:
 
 
 def test_a_recipe_says_weights_floors_and_how_they_are_aggregated(tables: dict) -> None:
-    parts = components_of(recipe_with(tables, "--aggregation.kind", "z_score", **TWO))
+    components = components_of(recipe_with(tables, "--aggregation.kind", "z_score", **TWO))
     weights = {"jpeg_compressibility": 1.0, "animal_classifier": 0.5}
-    assert parts.aggregation == RewardAggregation(weights, "z_score", {"animal_classifier": -1.0})
+    assert components.aggregation == RewardAggregation(weights, "z_score", {"animal_classifier": -1.0})
 
 
 def test_an_algorithm_without_advantages_cannot_join_them(tables: dict) -> None:

@@ -38,11 +38,11 @@ def rewards_of(recipe: Recipe) -> list[np.ndarray]:
     return list(generator.normal(-5, 2, shape).astype(np.float32))
 
 
-def described(parts: Components, rewards: list[np.ndarray]) -> list[dict[str, Any]]:
+def described(components: Components, rewards: list[np.ndarray]) -> list[dict[str, Any]]:
     """Return each round's prompts, seeds, rewards and training order, as input for TRL."""
-    rounds, recipe = [], parts.recipe
+    rounds, recipe = [], components.recipe
     for index in range(recipe.rounds):
-        tasks = round_tasks(recipe, index, parts.prompts.load())
+        tasks = round_tasks(recipe, index, components.prompts.load())
         epochs = range(recipe.learner.inner_epochs)
         orders = [transition_order(recipe.seed, index, epoch, recipe.images_per_round) for epoch in epochs]
         rounds.append(
@@ -59,10 +59,10 @@ def described(parts: Components, rewards: list[np.ndarray]) -> list[dict[str, An
 class Watched:
     """Runs the rounds of a recipe in this process and keeps what goes through."""
 
-    def __init__(self, parts: Components, learner: Learner) -> None:
-        self._parts, self._recipe, self._learner = parts, parts.recipe, learner
-        self._sampler = Sampler(parts.policy, parts.recipe.sampling, parts.recipe.runtime)
-        self._buffer = RoundBuffer(parts.algorithm, RewardAggregation({"given": 1.0}))
+    def __init__(self, components: Components, learner: Learner) -> None:
+        self._components, self._recipe, self._learner = components, components.recipe, learner
+        self._sampler = Sampler(components.policy, components.recipe.sampling, components.recipe.runtime)
+        self._buffer = RoundBuffer(components.algorithm, RewardAggregation({"given": 1.0}))
         self._prefix = ""
         self.seen: Seen = {}
 
@@ -77,7 +77,7 @@ class Watched:
 
     def _round(self, index: int, rewards: np.ndarray) -> None:
         weights, rollouts = self._learner.weights()[-1], []
-        tasks = round_tasks(self._recipe, index, self._parts.prompts.load())
+        tasks = round_tasks(self._recipe, index, self._components.prompts.load())
         for task, of_task in zip(tasks, np.split(rewards, len(tasks)), strict=True):
             report, trajectory, images = self._sampler.sample(task, weights)
             rollouts.append(Rollout(report, Scores({"given": of_task.astype(np.float64)}, 0.0), trajectory, images))

@@ -60,13 +60,13 @@ class BothSides:
         return {name: weights[name].astype(np.float64) - self.start[name] for name in self.start}
 
 
-def trl_config(parts: Components) -> dict[str, Any]:
+def trl_config(components: Components) -> dict[str, Any]:
     """Return the recipe as TRL's configuration."""
-    sampling, learner, algorithm = parts.recipe.sampling, parts.recipe.learner, parts.algorithm
+    sampling, learner, algorithm = components.recipe.sampling, components.recipe.learner, components.algorithm
     assert isinstance(algorithm, DDPOImportanceSampling)
     advantages = algorithm.advantages
     return {
-        "mixed_precision": MIXED_PRECISION[parts.policy.dtype],
+        "mixed_precision": MIXED_PRECISION[components.policy.dtype],
         "sample_num_steps": sampling.num_steps,
         "sample_eta": sampling.eta,
         "sample_guidance_scale": sampling.guidance_scale,
@@ -89,19 +89,19 @@ def trl_config(parts: Components) -> dict[str, Any]:
     }
 
 
-def run_ours(parts: Components, rewards: list[np.ndarray]) -> Seen:
-    return Watched(parts, learner_of(parts)).run(rewards)
+def run_ours(components: Components, rewards: list[np.ndarray]) -> Seen:
+    return Watched(components, learner_of(components)).run(rewards)
 
 
-def run_both(parts: Components, rewards: list[np.ndarray], folder: Path) -> BothSides:
+def run_both(components: Components, rewards: list[np.ndarray], folder: Path) -> BothSides:
     """Run the recipe's rounds on both sides with these rewards, from the same non-zero adapters."""
     folder.mkdir()
-    job = {"model": parts.policy.model, "config": trl_config(parts), "rounds": described(parts, rewards)}
+    job = {"model": components.policy.model, "config": trl_config(components), "rounds": described(components, rewards)}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    start = learner_of(parts).weights()[-1].arrays()
+    start = learner_of(components).weights()[-1].arrays()
     save_file(start, folder / "adapters.safetensors")
     run_trl(folder)
-    return BothSides(load_file(folder / "result.safetensors"), run_ours(parts, rewards), start)
+    return BothSides(load_file(folder / "result.safetensors"), run_ours(components, rewards), start)
 
 
 def run_trl(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.parity.our_side import described, prompted, rewards_of
 from tests.parity.sides import BothSides, run_both
-from tests.rounds import parts_with
+from tests.rounds import components_with
 from tests.tiny_pipeline import save_tiny_pipeline
 
 pytestmark = pytest.mark.parity
@@ -81,8 +81,8 @@ def assert_equal_but_for_rounding(both: BothSides, clip_range: float) -> None:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_round_and_one_update_are_those_of_trl(prediction_type: str, tables: dict, tmp_path: Path) -> None:
     model = save_tiny_pipeline(tmp_path / "model", prediction_type=prediction_type)
-    parts = parts_with(prompted(tables, tmp_path, *ANIMALS), **ON_POLICY, policy__model=model)
-    both = run_both(parts, rewards_of(parts.recipe), tmp_path / "job")
+    components = components_with(prompted(tables, tmp_path, *ANIMALS), **ON_POLICY, policy__model=model)
+    both = run_both(components, rewards_of(components.recipe), tmp_path / "job")
     assert_equal_but_for_rounding(both, clip_range=1e-4)
     assert np.abs(both.ours["round0/ratios"] - 1).max() < 1e-6  # before any update
     pixels = (both.trl["round0/images"].transpose(0, 2, 3, 1) * 255).round()
@@ -90,13 +90,13 @@ def test_a_round_and_one_update_are_those_of_trl(prediction_type: str, tables: d
 
 
 def test_three_rounds_with_statistics_of_each_prompt_are_those_of_trl(tables: dict, tmp_path: Path) -> None:
-    parts = parts_with(prompted(tables, tmp_path, *ANIMALS), **THREE_ROUNDS)
-    rewards = rewards_of(parts.recipe)
-    rounds = described(parts, rewards)
+    components = components_with(prompted(tables, tmp_path, *ANIMALS), **THREE_ROUNDS)
+    rewards = rewards_of(components.recipe)
+    rounds = described(components, rewards)
     first, all_rounds = Counter(rounds[0]["prompts"]), Counter(sum((one["prompts"] for one in rounds), []))
     assert min(first.values()) < 3 <= max(first.values())  # below and above min_count
     assert max(all_rounds.values()) > 5  # and a ring that has lost its oldest
-    both = run_both(parts, rewards, tmp_path / "job")
+    both = run_both(components, rewards, tmp_path / "job")
     assert_equal_but_for_rounding(both, clip_range=2e-4)
     assert len(both.gradient_errors()) == 6
     last = [both.trl[f"round2/step1/gradient/{name}"] for name in both.start]
@@ -104,8 +104,8 @@ def test_three_rounds_with_statistics_of_each_prompt_are_those_of_trl(tables: di
 
 
 def test_an_update_on_stale_data_is_clipped_as_in_trl(tables: dict, tmp_path: Path) -> None:
-    parts = parts_with(prompted(tables, tmp_path, *ANIMALS), **STALE)
-    both = run_both(parts, rewards_of(parts.recipe), tmp_path / "job")
+    components = components_with(prompted(tables, tmp_path, *ANIMALS), **STALE)
+    both = run_both(components, rewards_of(components.recipe), tmp_path / "job")
     assert_equal_but_for_rounding(both, clip_range=1e-3)
     ratios, advantages = both.ours["round0/ratios"], both.ours["round0/advantages"][:, np.newaxis]
     held = ((ratios > 1 + 1e-3) & (advantages > 0)) | ((ratios < 1 - 1e-3) & (advantages < 0))

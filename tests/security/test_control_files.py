@@ -81,7 +81,7 @@ def test_a_run_reports_a_nonsensical_request_once_and_continues(
         printed = capsys.readouterr().err
         folder.storage.write("control.json", b'{"samplers": 3}')
         supervision.check()
-    assert printed.count("what was asked is not done") == 1 and said in printed
+    assert printed.count("request to scale refused") == 1 and said in printed
     assert wanted == [3]
 
 

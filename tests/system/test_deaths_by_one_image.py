@@ -21,10 +21,10 @@ FAULTS = "tests.faulty_rewards"
 
 def mean_of_latents(recipe: Recipe, number: int) -> float:
     """Of the image in the first round whose prompt has this number."""
-    parts = build_components(recipe)
-    weights = Learner(parts.policy, parts.algorithm, recipe).weights()[-1]
-    sampler = Sampler(parts.policy, recipe.sampling, recipe.runtime)
-    for task in round_tasks(recipe, 0, parts.prompts.load()):
+    components = build_components(recipe)
+    weights = Learner(components.policy, components.algorithm, recipe).weights()[-1]
+    sampler = Sampler(components.policy, recipe.sampling, recipe.runtime)
+    for task in round_tasks(recipe, 0, components.prompts.load()):
         for row, prompt in enumerate(task.prompts):
             if prompt.metadata["number"] == number:
                 _, trajectory, _ = sampler.sample(task, weights)

@@ -50,7 +50,7 @@ from ray_ddpo.deploy.commands.doctor.resources import (
     place_findings,
     roles_of,
 )
-from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes, plan_of_parts
+from ray_ddpo.deploy.commands.plan.numbers import Plan, in_bytes, plan_of_components
 from ray_ddpo.deploy.driver.cluster import attach, attaches, check_temporary_folder
 from ray_ddpo.deploy.driver.components import Components, build_reward, check_packages, components_of
 from ray_ddpo.deploy.driver.numerics_notes import rows_note
@@ -93,53 +93,53 @@ def _examined(recipe: Recipe) -> Iterator[Finding | MeasuredNoise]:
     yield from guarded("push", push_findings, recipe)
     yield from guarded("Ray's token", lambda: [authentication_finding(os.environ, Path.home())])
     built = list(guarded("recipe", lambda: [components_of(recipe)]))
-    parts = built[0]
-    if isinstance(parts, Finding):
-        yield parts
+    components = built[0]
+    if isinstance(components, Finding):
+        yield components
         return
-    yield from guarded("trackers", tracker_findings, parts.trackers)
+    yield from guarded("trackers", tracker_findings, components.trackers)
     started_here = not ray.is_initialized()
     try:
-        yield from _parts_findings(parts)
+        yield from _component_findings(components)
     finally:
         if started_here:
             ray.shutdown()
 
 
-def _parts_findings(parts: Components) -> Iterator[Finding | MeasuredNoise]:
+def _component_findings(components: Components) -> Iterator[Finding | MeasuredNoise]:
     """Check the recipe's components: first in this process, then where the actors would run."""
     prompts: list[Prompt] = []
-    lacking = list(guarded("prompts", _prompt_findings, parts, prompts))
-    lacking += guarded("model", lambda: parts.policy.check() or ())
-    lacking += guarded("packages", lambda: check_packages(parts) or ())
+    lacking = list(guarded("prompts", _prompt_findings, components, prompts))
+    lacking += guarded("model", lambda: components.policy.check() or ())
+    lacking += guarded("packages", lambda: check_packages(components) or ())
     yield from lacking
-    if note := rows_note(parts):
+    if note := rows_note(components):
         yield Finding("warning", "batch rows", *note.split("; ", 1))
-    planned = [] if lacking else list(guarded("plan", lambda: [plan_of_parts(parts)]))
+    planned = [] if lacking else list(guarded("plan", lambda: [plan_of_components(components)]))
     numbers = next((plan for plan in planned if isinstance(plan, Plan)), None)
     if numbers:
-        yield from guarded("disk", lambda: [disk_finding(parts.recipe, numbers)])
+        yield from guarded("disk", lambda: [disk_finding(components.recipe, numbers)])
     else:
         yield from planned
-    yield from guarded("cluster", _on_the_machines, parts, numbers, tuple(prompts) or MADE_UP)
+    yield from guarded("cluster", _on_the_machines, components, numbers, tuple(prompts) or MADE_UP)
 
 
-def _prompt_findings(parts: Components, sampled: list[Prompt]) -> Iterator[Finding]:
+def _prompt_findings(components: Components, sampled: list[Prompt]) -> Iterator[Finding]:
     """Sample the prompts of run and evaluation, and append the first to `sampled`. Yields no finding."""
-    task = round_tasks(parts.recipe, 0, parts.prompts.load())[0]
+    task = round_tasks(components.recipe, 0, components.prompts.load())[0]
     sampled += task.prompts[:TRIED]
-    build_eval_set(parts.recipe.evaluation, parts.prompts)
+    build_eval_set(components.recipe.evaluation, components.prompts)
     yield from ()
 
 
 def _on_the_machines(
-    parts: Components, numbers: Plan | None, prompts: tuple[Prompt, ...]
+    components: Components, numbers: Plan | None, prompts: tuple[Prompt, ...]
 ) -> Iterator[Finding | MeasuredNoise]:
     """Check resources and memory, then try the components out.
 
     Without `numbers` (no model or prompts), do not sample.
     """
-    recipe, attached = parts.recipe, _attach()
+    recipe, attached = components.recipe, _attach()
     nodes: list[Resources] = [_this_machine(recipe)]
     if attached:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -153,7 +153,7 @@ def _on_the_machines(
         yield Finding("warning", "not looked at", f"weights and ratio: no place for {homeless}")
         return
     yield from _tried_out(
-        parts,
+        components,
         _at_cluster(recipe) if attached else lambda table, function, *arguments: function(*arguments),
         prompts,
         numbers is not None and not homeless,
@@ -161,25 +161,25 @@ def _on_the_machines(
 
 
 def _tried_out(
-    parts: Components, at: At, prompts: tuple[Prompt, ...], may_sample: bool
+    components: Components, at: At, prompts: tuple[Prompt, ...], may_sample: bool
 ) -> Iterator[Finding | MeasuredNoise]:
     """Load rewards and model, and measure the noise of the ratio, where the roles' actors would run."""
     try:
-        yield from _reward_findings(parts, at, prompts)
-        weights = list(guarded("model", _model_findings, parts, at))
+        yield from _reward_findings(components, at, prompts)
+        weights = list(guarded("model", _model_findings, components, at))
         yield from weights
         if may_sample and weights[-1].level == "ok":
-            yield from guarded("trial", _noise, parts, at)
+            yield from guarded("trial", _noise, components, at)
         else:
             yield Finding("warning", "not looked at", "the ratio: what is said above stands in the way of sampling")
     except OutOfTime:
-        found = f"weights and ratio: not done in runtime.ready_seconds = {parts.recipe.runtime.ready_seconds:g}"
+        found = f"weights and ratio: not done in runtime.ready_seconds = {components.recipe.runtime.ready_seconds:g}"
         yield Finding("warning", "not looked at", found, "where the cluster is busy, try again when there is room")
 
 
-def _reward_findings(parts: Components, at: At, prompts: tuple[Prompt, ...]) -> Iterator[Finding]:
+def _reward_findings(components: Components, at: At, prompts: tuple[Prompt, ...]) -> Iterator[Finding]:
     """Try every reward and scorer."""
-    recipe = parts.recipe
+    recipe = components.recipe
     rewards = [("reward", table) for table in recipe.all_rewards]
     scorers = [("scorer", table) for table in recipe.evaluation.scorers]
     for kind, table in rewards + scorers:
@@ -190,14 +190,14 @@ def _reward_findings(parts: Components, at: At, prompts: tuple[Prompt, ...]) -> 
         )
 
 
-def _model_findings(parts: Components, at: At) -> Iterator[Finding]:
-    lacking = at(parts.recipe.samplers, weights_findings, "model", "the policy", parts.policy.needs())
-    yield from lacking or [Finding("ok", "model", f"the files of {parts.policy.model} are there")]
+def _model_findings(components: Components, at: At) -> Iterator[Finding]:
+    lacking = at(components.recipe.samplers, weights_findings, "model", "the policy", components.policy.needs())
+    yield from lacking or [Finding("ok", "model", f"the files of {components.policy.model} are there")]
 
 
-def _noise(parts: Components, at: At) -> Iterator[Finding | MeasuredNoise]:
+def _noise(components: Components, at: At) -> Iterator[Finding | MeasuredNoise]:
     """Sample a few trajectories, score them again as the learner does, and compare."""
-    recipe = parts.recipe
+    recipe = components.recipe
     sampled = at(recipe.samplers, sample_some, recipe)
     if sampled.cut_prompts:
         yield Finding(
@@ -207,7 +207,7 @@ def _noise(parts: Components, at: At) -> Iterator[Finding | MeasuredNoise]:
             "shorten them: truncated words have no effect",
         )
     noise = at(recipe.learner, score_again, recipe, sampled)
-    clip = clip_range(parts.algorithm, noise.latent_elements)
+    clip = clip_range(components.algorithm, noise.latent_elements)
     yield MeasuredNoise(noise, clip)
     yield from noise_findings(noise, clip, recipe.sampling)
 

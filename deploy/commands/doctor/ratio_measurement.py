@@ -55,17 +55,17 @@ def runtime_of(table: RoleTable, runtime: RuntimeTable) -> RuntimeTable:
 
 def sample_some(recipe: Recipe) -> TrialSample:
     """Sample the first images of the run's first task, with all steps that may be trained on."""
-    parts = components_of(recipe)
-    tried_on = [prompt.text for prompt in trial_prompts(parts)]
-    task = round_tasks(recipe, 0, parts.prompts.load())[0]
+    components = components_of(recipe)
+    tried_on = [prompt.text for prompt in trial_prompts(components)]
+    task = round_tasks(recipe, 0, components.prompts.load())[0]
     device = settle(runtime_of(recipe.samplers, recipe.runtime))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        policy = load_checked(parts.policy, device, recipe.sampling, "sampler")
-        try_sampling(parts.policy, policy, tried_on)
+        policy = load_checked(components.policy, device, recipe.sampling, "sampler")
+        try_sampling(components.policy, policy, tried_on)
         weights = _trained_a_little(policy)
-    cut = cut_prompts_in_words(policy.text_readers(), checked_prompts(parts), recipe.sampling)
-    if parts.policy.is_compiled("sampler"):
+    cut = cut_prompts_in_words(policy.text_readers(), checked_prompts(components), recipe.sampling)
+    if components.policy.is_compiled("sampler"):
         policy.compile(recipe.sampling.batch_size)
     policy.load_weights(weights)
     sampling = recipe.sampling.model_copy(update={"timestep_fraction": 1.0, "sde_window": None})
@@ -90,11 +90,11 @@ def _trained_a_little(policy: Policy) -> PolicyWeights:
 
 def score_again(recipe: Recipe, sampled: TrialSample) -> Noise:
     """Score the trajectories again in every way that this device supports."""
-    device, parts = settle(runtime_of(recipe.learner, recipe.runtime)), components_of(recipe)
-    config = parts.policy
+    device, components = settle(runtime_of(recipe.learner, recipe.runtime)), components_of(recipe)
+    config = components.policy
     policy = load_checked(config, device, recipe.sampling, "learner")
-    try_learning(policy, config, parts.algorithm, recipe)
-    size = micro_batch_size(policy, config, parts.algorithm, recipe)
+    try_learning(policy, config, components.algorithm, recipe)
+    size = micro_batch_size(policy, config, components.algorithm, recipe)
     policy.load_weights(sampled.weights)
     unavailable: list[str] = []
     comparisons = tuple(_comparisons(policy, recipe, sampled, size, unavailable))

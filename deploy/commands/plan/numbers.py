@@ -24,7 +24,7 @@ class Plan:
     tasks: int
     optimizer_steps: int  # per round
     images_per_step: int
-    pairs_per_step: int  # transitions, or noised samples of finished images, per optimizer step
+    transitions_per_step: int  # transitions, or noised samples of finished images, per optimizer step
     forward_passes: int  # of all learner ranks together, per round
     trajectory_bytes: int  # of one image, as it is transferred
     round_bytes: int  # of all trajectories in flight
@@ -41,9 +41,9 @@ class Plan:
     copy_bytes: int  # of a rank's second copy of the network, on the host, which checks samplers' log-probs
 
     @property
-    def pairs_per_rank(self) -> int:
+    def transitions_per_rank(self) -> int:
         """Return a rank's transitions per optimizer step."""
-        return self.pairs_per_step // self.ranks
+        return self.transitions_per_step // self.ranks
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -52,12 +52,12 @@ def plan_of(recipe: Recipe) -> Plan:
     Raises:
         ValueError: The recipe or its model cannot be used.
     """
-    return plan_of_parts(build_components(recipe))
+    return plan_of_components(build_components(recipe))
 
 
-def plan_of_parts(parts: Components) -> Plan:
+def plan_of_components(components: Components) -> Plan:
     """Return the plan of a recipe's components, even if the files that they need are missing."""
-    recipe, policy = parts.recipe, parts.policy
+    recipe, policy = components.recipe, components.policy
     sampling, learner = recipe.sampling, recipe.learner
     sizes = with_rank_optimizer_state(learner, call_if_own(policy, POLICIES, "sizes", sampling, device_of(recipe)))
     channels, height, width = sizes.latent_shape
@@ -66,8 +66,8 @@ def plan_of_parts(parts: Components) -> Plan:
     # Consecutive steps share the latents between them. Steps sampled singly are transferred with both latents.
     latents = kept + 2 if sampling.timestep_fraction == 1 else 2 * kept + 1
     trajectory = latents * latent_bytes + kept * 12 + sizes.conditioning_bytes
-    pairs = learner.images_per_step * parts.algorithm.transitions_per_image(recipe, sizes.stochastic_steps)
-    learned_from = round(recipe.images_per_round * parts.algorithm.trained_fraction)
+    transitions = learner.images_per_step * components.algorithm.transitions_per_image(recipe, sizes.stochastic_steps)
+    learned_from = round(recipe.images_per_round * components.algorithm.trained_fraction)
     steps = max(1, learned_from // learner.images_per_step) * learner.inner_epochs  # the last step takes the remainder
     micro_batch = 1 if learner.micro_batch_size == "auto" else learner.micro_batch_size
     conditioning = recipe.images_per_round * sizes.conditioning_bytes
@@ -79,8 +79,8 @@ def plan_of_parts(parts: Components) -> Plan:
         tasks=sampling.batches_per_round,
         optimizer_steps=steps,
         images_per_step=learner.images_per_step,
-        pairs_per_step=pairs,
-        forward_passes=steps * pairs // micro_batch,
+        transitions_per_step=transitions,
+        forward_passes=steps * transitions // micro_batch,
         trajectory_bytes=trajectory,
         round_bytes=trajectory * recipe.images_per_round * num_kept(recipe.max_policy_lag),
         broadcast_bytes=4 * sizes.trained_parameters,
@@ -89,11 +89,11 @@ def plan_of_parts(parts: Components) -> Plan:
         learner_bytes=learner_peak(recipe, sizes, micro_batch, copy) + conditioning + reduced,
         sampler_bytes=sizes.sampler_bytes(sampling.batch_size),
         reward_worker_bytes={
-            pool.name: sum(reward.memory_bytes for reward in parts.rewards_of(pool).values())
+            pool.name: sum(reward.memory_bytes for reward in components.rewards_of(pool).values())
             for pool in all_pools(recipe)
         },
         sizes=sizes,
-        forward_process=parts.algorithm.noised_samples_per_image is not None,
+        forward_process=components.algorithm.noised_samples_per_image is not None,
         ranks=learner.world_size,
         reduced_bytes=reduced,
         copy_bytes=copy,

@@ -32,7 +32,7 @@ def plan(recipe: Recipe) -> str:
 def _batch_rows(recipe: Recipe, numbers: Plan) -> Rows:
     """Return the numbers of images, steps and passes."""
     sampling, learner, ranks = recipe.sampling, recipe.learner, numbers.ranks
-    chosen, each = numbers.images_learned_from, numbers.pairs_per_step // numbers.images_per_step
+    chosen, each = numbers.images_learned_from, numbers.transitions_per_step // numbers.images_per_step
     learned_from = f"{chosen}" if chosen == numbers.images else f"about {chosen} selected"
     transitions = f"{each} noised samples" if numbers.forward_process else f"{each} of {sampling.num_steps} steps"
     size = learner.micro_batch_size
@@ -46,13 +46,13 @@ def _batch_rows(recipe: Recipe, numbers: Plan) -> Rows:
         ),
         (
             "transitions per optimizer step",
-            f"{numbers.pairs_per_step} = {numbers.images_per_step} images × {transitions}, "
+            f"{numbers.transitions_per_step} = {numbers.images_per_step} images × {transitions}, "
             f"in micro-batches {'found at the start' if size == 'auto' else f'of {size}'}",
         ),
     ]
     if ranks > 1:
         shares = f"{numbers.images_per_step // ranks} of {numbers.images_per_step} images"
-        shares += f", {numbers.pairs_per_rank} of {numbers.pairs_per_step} transitions per optimizer step"
+        shares += f", {numbers.transitions_per_rank} of {numbers.transitions_per_step} transitions per optimizer step"
         summed = f"{in_bytes(numbers.broadcast_bytes)} per optimizer step, among {ranks} ranks"
         rows += [("each learner rank", shares), ("gradient all-reduce", summed)]
     return [*rows, ("learner forward passes per round", f"{numbers.forward_passes}")]
@@ -153,4 +153,4 @@ def largest_micro_batch(numbers: Plan, gigabytes: int, processes: int = 1, other
         The micro-batch size, or 0 if not even one transition fits.
     """
     free = usable_bytes(gigabytes * 2**30, processes) - others - numbers.conditioning_bytes - numbers.reduced_bytes
-    return largest_divisor(numbers.pairs_per_rank, numbers.sizes.learner.largest(free))
+    return largest_divisor(numbers.transitions_per_rank, numbers.sizes.learner.largest(free))

@@ -43,11 +43,11 @@ def report(run: str, overrides: list[str], given: Given = NOTHING_GIVEN) -> str:
     recipe = folder.load_recipe(overrides)
     weights, rounds = run_weights(folder), logged_rounds(folder)
     _say(f"{len(rounds)} rounds read from {folder.location}")
-    parts = build_components(recipe, given, SCORING)
-    comparison = compare(parts, weights.location, lambda base: check_base(folder, base, overrides))
-    differing = differing_settings([folder.location], parts.resolved())
+    components = build_components(recipe, given, SCORING)
+    comparison = compare(components, weights.location, lambda base: check_base(folder, base, overrides))
+    differing = differing_settings([folder.location], components.resolved())
     stats = report_stats(comparison, recipe, rounds, weights) | {"seconds_report": time.perf_counter() - start}
-    stats |= {"settings": image_settings(parts.resolved()), "differs_from_training": differing}
+    stats |= {"settings": image_settings(components.resolved()), "differs_from_training": differing}
     stats |= {"start_from": recipe.start_from.model_dump()} if recipe.start_from else {}
     _say("makes the images and the page")
     with local_folder(folder.report) as path:
@@ -83,17 +83,17 @@ def logged_rounds(folder: RunFolder) -> list[dict[str, float]]:
     return [{name: math.nan if value is None else value for name, value in metrics.items()} for metrics in rounds]
 
 
-def compare(parts: Components, location: str, check: Callable[[Base], None]) -> EvalComparison:
+def compare(components: Components, location: str, check: Callable[[Base], None]) -> EvalComparison:
     """Sample and score the evaluation set under the pretrained weights, then under those at `location`.
 
     Args:
-        parts: the recipe's components.
+        components: the recipe's components.
         location: a run's folder or its best/.
         check: called with the fingerprints of all loaded files. Refuses files that the weights were not trained on.
     """
-    recipe, scorer = parts.recipe, EvalScorer(parts)
-    policy = parts.policy.load(settle(recipe.runtime), recipe.sampling, "sampler")
-    check(parts.policy.loaded_base("sampler") | scorer.loaded_parts() | prompts_base(parts))
+    recipe, scorer = components.recipe, EvalScorer(components)
+    policy = components.policy.load(settle(recipe.runtime), recipe.sampling, "sampler")
+    check(components.policy.loaded_base("sampler") | scorer.loaded_parts() | prompts_base(components))
     with reference_policy(policy.network):
         before = scorer.evaluate(policy, "pretrained model")
     with weights_here(location) as path:

@@ -85,7 +85,7 @@ def headline(recipe: Recipe) -> str:
 def scores(comparison: EvalComparison, recipe: Recipe) -> list[Score]:
     """Return the headline score first, then the other rewards, then the scorers that are not trained on."""
     rewards, aggregation = recipe.all_rewards, recipe.aggregation.kind
-    how = "trained on" if aggregation == "sum" else f"training joined the rewards by {aggregation!r} instead"
+    how = "trained on" if aggregation == "sum" else f"training aggregated the rewards by {aggregation!r} instead"
     found = [_score(comparison, WEIGHTED_SUM, f"weighted sum; {how}", True)] if headline(recipe) == WEIGHTED_SUM else []
     for table in rewards:
         floor = "" if table.floor is None else f", floor {tick(table.floor)}"

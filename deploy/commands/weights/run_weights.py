@@ -70,8 +70,8 @@ def _trained(folder: RunFolder) -> PolicyWeights:
         damaged = damaged_checkpoints(folder.checkpoints)
         if damaged:
             raise ValueError(
-                f"{folder.location} has no whole checkpoint, {', '.join(damaged)} is damaged, so nobody can tell which "
-                "weights are the run's: restore its files; ddpo sample and ddpo evaluate take "
+                f"{folder.location} has no intact checkpoint, {', '.join(damaged)} is damaged, so the run's "
+                "weights are unknown: restore its files; ddpo sample and ddpo evaluate take "
                 f"{folder.location}/lora without it"
             )
         raise ValueError(f"{folder.location} has no checkpoint yet: no weights are known")

@@ -154,7 +154,7 @@ def hang_up(handler: Scripted) -> None:
     ("answer", "words"),
     [
         (hang, "does not answer: ReadTimeout"),
-        (drip, "no whole reply within 0.3 s"),
+        (drip, "no complete reply within 0.3 s"),
         (hang_up, "does not answer: RemoteProtocolError"),
     ],
 )
