@@ -92,7 +92,7 @@ def test_tasks_name_what_is_sampled_scored_and_trained_on(story: Story) -> None:
         "Sampler: sample round 0, task 0 (version 0)": "Sampler.sample",
         "Sampler: sample evaluation of version 0, task 0": "Sampler.sample",
         "RewardWorker: score round 0, task 0 (version 0), images 0-3": "RewardWorker.score",
-        "Learner: learn from round 0": "Learner.update",
+        "Learner: learn from round 0": "Learner.lead",
     }
     assert {name: story.seen.tasks.get(name) for name in expected} == expected
 
