@@ -51,7 +51,7 @@ submission=$name-$(date -u +%Y%m%d-%H%M%S)
 # Both sides have to agree that a token is asked for.
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
 
-# Sixty seconds for the last whole round to be committed after `ray job stop`; Ray's own three are short for large weights.
+# Sixty seconds for the last completed round to be committed after `ray job stop`; Ray's own three are short for large weights.
 exec ray job submit \
     --submission-id "$submission" \
     --working-dir . \

@@ -162,7 +162,7 @@ def _wait_until_loaded(recipe: Recipe, stream: RayRolloutStream, learner: RayLea
 
 def _learner_died(budget: RestartBudget, lines: DeathLines, death: Death) -> None:
     who = "the learner" if death.number is None else f"learner-{death.number}"
-    lines.tell(who, death, "the learner is started again from its last whole round")
+    lines.tell(who, death, "the learner is started again from the last completed round")
     budget.spend("learner", in_one_line(death.reason), LOADS_TRIED if death.at == LOADING else None)
 
 

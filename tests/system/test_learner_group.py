@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from ray.exceptions import ObjectLostError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from torch.distributed import DistBackendError
 
 from ray_ddpo.common.policy_weights import PolicyWeights, pack
@@ -142,6 +142,25 @@ def test_if_a_rank_dies_all_restart_from_the_last_state_and_one_death_counts(
     _, state = group.update(BATCH, [])
     assert state.trained.buffer[0] == 5.0
     assert len(made) == 2 and len(deaths) == 1
+
+
+def test_a_rank_that_rays_memory_monitor_ends_is_a_rank_that_died(
+    group_of: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray raises the monitor's own error for the rank's calls, in place of RayActorError."""
+    group, made, deaths = group_of("dies", "waits")
+    group.load_state(state_with(4.0))
+    get = ray.get
+
+    def get_as_after_the_monitor(*arguments: Any, **options: Any) -> Any:
+        try:
+            return get(*arguments, **options)
+        except RayActorError:
+            raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.") from None
+
+    monkeypatch.setattr(ray, "get", get_as_after_the_monitor)
+    assert group.update(BATCH, [])[1].trained.buffer[0] == 5.0
+    assert len(made) == 2 and len(deaths) == 1 and not deaths[0].by_driver
 
 
 @pytest.mark.parametrize("fates", [("follows", "has bad weights"), ("has bad weights", "follows")])
